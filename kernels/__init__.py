@@ -5,13 +5,13 @@ kernels on a GPU and its reference elsewhere.
 """
 
 from adaptc.kernels._launch import INTERPRETED
-from adaptc.kernels.dora import dora_epilogue, dora_norm
+from adaptc.kernels.dora_linear import dora_epilogue, dora_norm
 from adaptc.kernels.grouped_lora import grouped_expand, grouped_lora, grouped_outer, grouped_shrink
 from adaptc.kernels.grouped_rows import grouped_rows
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
 from adaptc.kernels.lora_linear import FEW_ROWS, lora_linear
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_table_of
-from adaptc.kernels.merge import merge_, merge_saving_, unmerge_
+from adaptc.kernels.merge_weight import merge_, merge_saving_, unmerge_
 
 __all__ = [
     "FEW_ROWS",

@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 
 import adaptc
 from adaptc import LoraConfig
+from adaptc.adapter_files.directory import read_adapter, write_adapter
 from adaptc.cli import app
-from adaptc.peft_files.directory import read_adapter, write_adapter
 from tests.support.families import FAMILIES
 
 WRITERS = ("compile", "merge", "swap", "unload", "lower", "package", "export-adapter")

@@ -14,8 +14,8 @@ import transformers
 
 import adaptc
 from adaptc import CheckpointError, LoraConfig
-from adaptc.peft_files import atomic_write
-from adaptc.peft_files.directory import write_adapter
+from adaptc.adapter_files import atomic_write
+from adaptc.adapter_files.directory import write_adapter
 from tests.generation.packaged import tokenizer
 from tests.test_cli import Files, call, files, refused
 

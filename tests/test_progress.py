@@ -22,7 +22,7 @@ import adaptc
 from adaptc import progress
 from adaptc.cli import app
 from adaptc.progress import LEVELS, LOGGER, stage
-from adaptc.runtime import product_times
+from adaptc.tuning import matmul_times as product_times
 from tests.support.terminals import Run, on_terminal
 
 

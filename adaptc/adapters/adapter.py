@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.adapters.combine_tensors import combined
-from adaptc.adapters.options import Options, weight_of
-from adaptc.binding.read_directory import read_whole, write_whole
-from adaptc.binding.source import as_config, of_file
+from adaptc.adapter_files.check_state_dict import given
+from adaptc.adapter_files.directory import AdapterFile, check_finite
+from adaptc.adapter_files.foreign_file import RawFile, of_peft
+from adaptc.adapters.combining.combine_options import Options, weight_of
+from adaptc.adapters.combining.combine_tensors import combined
+from adaptc.binding.sources.read_directory import read_whole, write_whole
+from adaptc.binding.sources.source import as_config, of_file
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig
-from adaptc.peft_files.check_state_dict import given
-from adaptc.peft_files.directory import AdapterFile, check_finite
-from adaptc.peft_files.foreign_file import RawFile, of_peft
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Adapter:
 
     def write(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the adapter as a PEFT directory; ``options`` are those of
-        :func:`adaptc.binding.read_directory.write_whole`."""
+        :func:`adaptc.binding.sources.read_directory.write_whole`."""
         return write_whole(path, self.config, self.tensors, **options)
 
     def to(self, device: torch.device | str) -> Adapter:

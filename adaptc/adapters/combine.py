@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combine_tensors import combined
+from adaptc.adapters.combining.combine_options import Options, weight_of
+from adaptc.adapters.combining.combine_tensors import combined
 from adaptc.adapters.from_program import as_object
-from adaptc.adapters.options import Options, weight_of
 from adaptc.adapters.to_lora import combined_changes
 from adaptc.errors import ConfigError, shown
 from adaptc.value_types import checked

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combine_tensors import tell_models
+from adaptc.adapters.combining.combine_tensors import tell_models
 from adaptc.adapters.from_program import as_object
 from adaptc.errors import CheckpointError, ConfigError, listing
 from adaptc.methods import PROMPT
-from adaptc.methods.cartridge import CartridgeConfig
+from adaptc.methods.prompt.cartridge import CartridgeConfig
 from adaptc.value_types import checked
 
 #: options in which cartridges of one model agree, in PEFT's order

@@ -11,17 +11,17 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from adaptc.adapters.report import FitReport, SiteFit
-from adaptc.adapters.truncated_svd import Cut, truncated
+from adaptc.adapter_files.directory import all_finite
+from adaptc.adapters.combining.truncated_svd import Cut, truncated
+from adaptc.adapters.fit_report import FitReport, SiteFit
 from adaptc.adapters.weight_deltas import Change
 from adaptc.binding.binding import BindingSpec
 from adaptc.errors import CheckpointError, ConfigError, shown
 from adaptc.methods import TargetedConfig
-from adaptc.methods.lora_config import LoraConfig
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.low_rank import LowRank
-from adaptc.passes.ir.ops import Op
-from adaptc.peft_files.directory import all_finite
+from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.low_rank import LowRank
 
 
 @dataclass(frozen=True)

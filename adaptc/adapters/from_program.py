@@ -6,16 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from adaptc.adapter_files.check_state_dict import is_state_dict
 from adaptc.adapters.adapter import Adapter, load_adapter
 from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import as_config
+from adaptc.binding.sources.source import as_config
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.peft_files.check_state_dict import is_state_dict
-from adaptc.program.adapter_files import as_made
-from adaptc.program.bound import Bound
-from adaptc.program.core import ProgramCore
 from adaptc.program.wrapper import inside
+from adaptc.state.adapter_output import as_made
+from adaptc.state.bound import Bound
+from adaptc.state.core import ProgramCore
 
 
 def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str] | None = None) -> Adapter:

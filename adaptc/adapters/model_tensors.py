@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adaptc.capture.model_files import read_skeleton
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.errors import CheckpointError, ConfigError, shown
-from adaptc.passes.ir.ops import Op, aten
+from adaptc.passes.graph.ops import Op, aten
 
 INDEX = "model.safetensors.index.json"
 _CONVS = {nn.Conv1d: ("conv1d", aten.conv1d.default), nn.Conv2d: ("conv2d", aten.conv2d.default)}

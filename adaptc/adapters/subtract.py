@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.combining.truncated_svd import Cut, truncated
 from adaptc.adapters.deltas_to_lora import cut_of
+from adaptc.adapters.fit_report import FitReport, SiteFit
 from adaptc.adapters.model_tensors import Layers, ModelTensors, layers_of, tensors_of
-from adaptc.adapters.report import FitReport, SiteFit
-from adaptc.adapters.truncated_svd import Cut, truncated
 from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, shown
 from adaptc.methods import exactly
-from adaptc.methods.lora_config import LoraConfig
-from adaptc.passes.ir.low_rank import LowRank
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.low_rank import LowRank
 from adaptc.patterns import compiled
 
 

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.average_saved_modules import averaged
-from adaptc.adapters.combine_rules import mixed
+from adaptc.adapters.combining.average_saved_modules import averaged
+from adaptc.adapters.combining.combine_options import Options
+from adaptc.adapters.combining.combine_rules import mixed
+from adaptc.adapters.combining.truncated_svd import Cut
 from adaptc.adapters.deltas_to_lora import as_lora, cut_of
 from adaptc.adapters.from_program import program_and_binding
-from adaptc.adapters.options import Options
-from adaptc.adapters.truncated_svd import Cut
 from adaptc.adapters.weight_deltas import Change, Changes
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import bind_adapter
+from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import ConfigError
 from adaptc.methods import united
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.bound import Bound
-from adaptc.program.compile import compiled
-from adaptc.program.core import ProgramCore
-from adaptc.program.unload import unloaded
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.program.compile_program import compiled
 from adaptc.program.wrapper import inside
 from adaptc.runtime.options import RunOptions
+from adaptc.state.bound import Bound
+from adaptc.state.core import ProgramCore
+from adaptc.state.unload_program import unloaded
 
 
 def convert_to_lora(

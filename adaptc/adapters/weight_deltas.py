@@ -16,16 +16,16 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import ConfigError
 from adaptc.methods import TargetedConfig
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
     """The change of one weight and its bias.
 
-    ``matrix`` (blocks, rows, columns) is as in :class:`~adaptc.passes.ir.low_rank.LowRank`. ``bias`` is (out,), None
-    where no bias changes.
+    ``matrix`` (blocks, rows, columns) is as in :class:`~adaptc.passes.protocol.low_rank.LowRank`. ``bias`` is (out,),
+    None where no bias changes.
     """
 
     matrix: Tensor

@@ -9,11 +9,11 @@ from typing import Any
 
 from adaptc.adapters.adapter import Adapter
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.adapter_files import write_current
-from adaptc.program.module_files import check_followed, write_module
-from adaptc.program.overrides import check_unseen
-from adaptc.program.program_module import ProgramModule
+from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.state.adapter_output import write_current
+from adaptc.state.overrides import check_unseen
+from adaptc.training.module_files import check_followed, write_module
+from adaptc.training.program_module import ProgramModule
 
 
 def written(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:

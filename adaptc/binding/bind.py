@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.adapter_files.directory import check_finite
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.builder import EMBEDDINGS, BindingBuilder, cut_or_filled
 from adaptc.binding.check_tensors import check_kinds, check_rank, check_shapes, unbound
 from adaptc.binding.file_keys import keys_of, second_name
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method, Slot, Slots
-from adaptc.passes.ir.ops import Op
-from adaptc.peft_files.directory import check_finite
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method, Slot, Slots
 
 
 def first_values(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptc.adapter_files.origin import PEFT, FileOrigin
 from adaptc.methods import AdapterConfig
 from adaptc.passes.adapt.move import usable
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.ops import Op
-from adaptc.peft_files.origin import PEFT, FileOrigin
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from adaptc.adapter_files.directory import all_finite
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.grouped_slots import groups
 from adaptc.locks import free_in_children
 from adaptc.methods import AdapterConfig
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method, Slot
-from adaptc.passes.ir.ops import Op
-from adaptc.peft_files.directory import all_finite
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method, Slot
 
 #: the number of structures kept per program, with or without a recipe; the least recently used is dropped first
 MOST = 16

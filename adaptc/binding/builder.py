@@ -20,9 +20,9 @@ from adaptc.binding.grouped_slots import groups
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig
 from adaptc.passes.adapt.embedding_max_norm import shortened
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method, Slot
-from adaptc.passes.ir.storage import memory_of, storage_key
+from adaptc.passes.graph.storage import memory_of, storage_key
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method, Slot
 
 #: keys of biases inside PEFT's wrapper of a module that is trained as a whole, and of the original module
 WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import SwapError
-from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.protocol.attachment import Attachment
 
 _BIND = "Bind the adapter to this program: prog.bind(...) or adaptc.swap(prog, ...) with its files or tensors"
 

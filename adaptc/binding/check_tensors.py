@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.adapter_files.directory import all_finite
 from adaptc.binding.binding import BindingSpec
 from adaptc.binding.suggest_mapping import mappings_for
 from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest, shown
 from adaptc.methods import AdapterConfig
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.ops import Op
-from adaptc.peft_files.directory import all_finite
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 
 #: the largest magnitude that a scale may have
 LARGEST = torch.finfo(torch.float32).max

@@ -7,9 +7,9 @@ the wrapped model. Each slot has one key here that is read, and its other keys m
 from __future__ import annotations
 
 from adaptc.binding.binding import BindingSpec
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Slot
-from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.graph.storage import storage_key
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Slot
 
 
 def base_name(key: str) -> str:

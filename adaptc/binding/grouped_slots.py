@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 
 
 def groups(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from adaptc.peft_files.key_mapping import mapped, rules_of
+from adaptc.adapter_files.key_mapping import mapped, rules_of
 
 #: prefixes that one mapping may exchange, such as a text encoder's and a denoiser's
 MOST = 3

@@ -25,14 +25,13 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.check_size_one import differing_sizes, left_alone, results
 from adaptc.capture.dynamic_shapes import Free, export, export_free, export_stated
-from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.capture.explain_failure import in_terms_of
 from adaptc.capture.fixed_sizes import fixed_sizes, names_of
 from adaptc.capture.given_inputs import arguments, free_of, grown, tensors_in
-from adaptc.capture.made_inputs import example_of
+from adaptc.capture.inputs.example_inputs import is_pretrained_model
+from adaptc.capture.inputs.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
-from adaptc.capture.model_state import preserve_state
-from adaptc.capture.patched_forward import keyword, replaced_forward
+from adaptc.capture.model_state import keyword, preserve_state, replaced_forward
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.run_graph import guarded_module
 from adaptc.capture.shell import Shell
@@ -48,7 +47,7 @@ from adaptc.passes.analysis.program_facts import (
     qualified,
 )
 from adaptc.passes.analysis.sites import mark_linear
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
 
 #: the classes that PEFT takes for linear layers, by name, since transformers is not imported

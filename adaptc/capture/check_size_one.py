@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.run_graph import guarded_module, run_graph
-from adaptc.passes.ir.lifted import user_inputs
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.lifted import user_inputs
+from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
 
 #: the bytes of tensors beyond which a model is not run to find out

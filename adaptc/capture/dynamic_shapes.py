@@ -9,6 +9,10 @@ Private torch use, with the public route that was tried:
 - ``torch.fx.experimental._config.backed_size_oblivious``: sizes of 0 and 1 are traced as all others. Public: named
   ``Dim``s, for which the tracer still assumes two and more, and takes one branch of ``if x.shape[0] == 1`` unseen;
   ``torch.export.dynamic_shapes`` with unbacked sizes refuses such a branch instead of guarding it.
+
+``known_limits`` saves a first export that fails: it names the sizes at which known models branch, from their modules.
+For each it gives the largest for which the model's code takes one branch. Other limits are read from torch's message,
+which costs another export.
 """
 
 from __future__ import annotations
@@ -30,13 +34,12 @@ from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaptc.capture.fixed_sizes import names_of
-from adaptc.capture.known_limits import known_limits
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.quick_sizes import quick_sizes
-from adaptc.capture.traced_once import Once, traced_once
+from adaptc.capture.repeated_layers.traced_once import Once, traced_once
 from adaptc.errors import CaptureError
-from adaptc.passes.ir.lifted import user_inputs
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.lifted import user_inputs
+from adaptc.passes.graph.pytree import pytree
 
 _UNKNOWN_OUTPUT = "not a known type"
 
@@ -260,3 +263,33 @@ def said(error: BaseException) -> str:
     if outside and kind != "UserError":
         where = f", at {outside[-1].filename}:{outside[-1].lineno} `{outside[-1].line}`"
     return f"{kind}: {reason_of(error)}{where}"
+
+
+#: class of a module -> (name of a size, the largest it may have). diffusers' upsampling copies batches of 64 and more
+#: to work around a fault of torch, and so takes another branch.
+_LARGEST = {"diffusers.models.upsampling.Upsample2D": ("batch", 63)}
+
+
+def known_limits(model: nn.Module) -> dict[str, int]:
+    """Return for each limited size, by name, the largest that ``model`` is captured for."""
+    found: dict[str, int] = {}
+    for kind in {type(m) for m in model.modules()}:
+        if (limit := _LARGEST.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            name, largest = limit
+            found[name] = min(largest, found.get(name, largest))
+    positions = _positions(model)
+    return found if positions is None else {**found, "sequence": positions}
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Return how many position_ids a transformers model has in a buffer that it slices (BERT, CLIP); None for other
+    models."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text, "vocab_size", None)
+    for module in model.modules():
+        table = dict(module.named_buffers(recurse=False)).get("position_ids")
+        tokens = (m for m in module.children() if isinstance(m, nn.Embedding))
+        if table is not None and table.ndim == 2 and any(m.num_embeddings == vocabulary for m in tokens):
+            return table.shape[1]
+    return None

@@ -20,7 +20,7 @@ from adaptc.capture.check_size_one import left_alone, runs_here
 from adaptc.capture.dynamic_shapes import said, what_failed
 from adaptc.capture.model_state import preserve_state
 from adaptc.errors import CaptureError, listing
-from adaptc.passes.ir.pytree import named_leaves, pytree
+from adaptc.passes.graph.pytree import named_leaves, pytree
 from adaptc.tables import dtype_name
 
 _UNSUPPORTED = re.compile(r"Unsupported input type <class '([\w.<>]+)'>")

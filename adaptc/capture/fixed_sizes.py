@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from adaptc.passes.ir.higher_order import Call
-from adaptc.passes.ir.lifted import guards_of, lifted_names, user_inputs
-from adaptc.passes.ir.ops import TABLE, TRANSPOSED, argument, operands
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.higher_order import Call
+from adaptc.passes.graph.lifted import guards_of, lifted_names, user_inputs
+from adaptc.passes.graph.ops import TABLE, TRANSPOSED, argument, operands
+from adaptc.passes.graph.pytree import pytree
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)

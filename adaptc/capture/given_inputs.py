@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.capture.dynamic_shapes import Free
-from adaptc.capture.example_inputs import BATCH
+from adaptc.capture.inputs.example_inputs import BATCH
 from adaptc.errors import CaptureError
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.pytree import pytree
 
 
 def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:

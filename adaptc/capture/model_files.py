@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from adaptc.adapter_files.safe_load import read_json_object
+from adaptc.adapter_files.stable_read import OpenedFile, Unsettled
 from adaptc.errors import CheckpointError, shown
-from adaptc.peft_files.safe_load import read_json_object
-from adaptc.peft_files.stable_read import OpenedFile, Unsettled
-from adaptc.pt2_files.refusal import reason
+from adaptc.safe_pt2.refusal import reason
 
 #: names of tokenizer files
 _OF_TOKENIZERS = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|spm|bpe|tiktoken)")

@@ -7,23 +7,26 @@ did not change is not written to, so other threads may use the model meanwhile.
 Private torch use, with the public route that was tried: ``TorchDispatchMode``. It sees every write, so only parameters
 that are written to are copied. Public: ``TorchFunctionMode``, which does not see what torch's own functions do inside
 (``embedding`` shortens rows of its weight). ``Tensor._version`` tells too late, and is as private.
+
+``replaced_forward`` replaces a module's ``forward`` for a while, for example by one that names the inputs of a capture.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptc.passes.ir.pytree import pytree
-from adaptc.passes.ir.storage import memory_of
+from adaptc.passes.graph.pytree import pytree
+from adaptc.passes.graph.storage import memory_of
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -252,3 +255,26 @@ def _own_way(value: Any) -> Callable[[], object] | None:
         return None
     array = value.copy()
     return lambda: fill(..., array) if value.flags.writeable else None
+
+
+@contextlib.contextmanager
+def replaced_forward(
+    model: nn.Module, forward: Callable[..., Any], parameters: Sequence[inspect.Parameter]
+) -> Iterator[None]:
+    """Run the block with ``forward`` as the model's forward, whose signature has these parameters.
+
+    Afterwards the model has its former forward, whether that is its class's or an attribute of its own.
+    """
+    own = {name: value for name, value in vars(model).items() if name == "forward"}
+    vars(forward)["__signature__"] = inspect.Signature(list(parameters))
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        vars(model).update(own)
+
+
+def keyword(name: str) -> inspect.Parameter:
+    """Return a keyword-only parameter called ``name``."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)

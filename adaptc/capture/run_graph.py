@@ -14,7 +14,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.pytree import pytree
 
 
 def run_graph(program: ExportedProgram, *args: Any, **kwargs: Any) -> Any:

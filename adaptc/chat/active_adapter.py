@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adaptc.api import swap
+from adaptc.api.change_adapter import swap
 from adaptc.chat.models import OpenedModel
 from adaptc.errors import AdaptcError, CaptureError, CheckpointError, SwapError, did_you_mean, listing
 from adaptc.generation.generator import Generator

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from adaptc.api import load, load_package
+from adaptc.api.save_and_load import load, load_package
 from adaptc.capture.model_files import is_gguf, read_gguf, read_model, why_no_tokenizer
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, shown
-from adaptc.generation.compile import compile_for_generation
+from adaptc.generation.compile_generation import compile_for_generation
 from adaptc.generation.generator import Generator
-from adaptc.methods.lora_config import LoraConfig
+from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.packages.manifest import is_package
 from adaptc.runtime.options import RunOptions
 

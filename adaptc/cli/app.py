@@ -131,8 +131,8 @@ def place(argument: Path | None, option: Path | None, force: bool, *reads: Path 
     ``force``. Without ``force`` the command replaces no file at all, not even one that appears while it runs. Raises
     AdaptcError where the path exists, and where it is another name of a file that is read.
     """
+    from adaptc.adapter_files.atomic_write import only_new
     from adaptc.errors import CheckpointError
-    from adaptc.peft_files.atomic_write import only_new
 
     if (argument is None) == (option is None):
         raise typer.BadParameter("give the output once, as -o OUT or as the last argument", param_hint="'--output'")

@@ -43,14 +43,14 @@ def show(
 ) -> None:
     """Show what a program adapts and with which tensors, what a package takes, or what an adapter holds."""
     if path.is_dir() or path.suffix in (".safetensors", ".bin"):
-        from adaptc.reports.adapter import AdapterReport
+        from adaptc.reports.adapter_report import AdapterReport
 
         tell(as_json, AdapterReport.of(path))
         return
     from adaptc.packages.manifest import is_package
 
     if is_package(path):
-        from adaptc.generation.packaged import report_of
+        from adaptc.generation.artifact import report_of
 
         tell(as_json, report_of(path))  # reads the manifest only: loading a package would run its code
         return
@@ -112,7 +112,7 @@ def compile_(
     The model's inputs are made from its config. For other models export a program in Python (torch.export.save) and
     give that.
     """
-    from adaptc.binding.source import config_of
+    from adaptc.binding.sources.source import config_of
     from adaptc.capture.model_files import is_gguf, read_gguf, read_model
 
     adaptc = facade()
@@ -194,7 +194,7 @@ def merge(
     options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
     if whole:
         from adaptc.capture.model_files import read_model
-        from adaptc.program.model_directory import check_place, write_model_of
+        from adaptc.state.model_directory import check_place, write_model_of
 
         if adapter is None:
             raise typer.BadParameter("which adapter is to be merged into the model?", param_hint="'ADAPTER'")

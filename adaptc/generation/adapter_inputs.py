@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.bank.selection import Assignment
 from adaptc.errors import AdaptcError
 from adaptc.packages.packaged_program import PackagedProgram
-from adaptc.passes.ir.program_method import ProgramMethod
-from adaptc.program.assigned import Assignment
-from adaptc.program.bound import Keeping, program_of
-from adaptc.program.core import ProgramCore
+from adaptc.passes.protocol.program_method import ProgramMethod
+from adaptc.state.bound import Keeping, program_of
+from adaptc.state.core import ProgramCore
 
 #: name of a program's input -> name of the caller's argument
 Names = Mapping[str, str]

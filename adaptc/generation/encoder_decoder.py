@@ -16,28 +16,29 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from adaptc.bank.selection import Assignment
 from adaptc.errors import AdaptcError
-from adaptc.generation import cross_checks, validate
+from adaptc.generation import validate
 from adaptc.generation.adapter_inputs import taken_from, with_given
-from adaptc.generation.cache_change import CacheChange
-from adaptc.generation.cross_cache import CrossCache, cross_cache_class
-from adaptc.generation.cross_facts import Seq2SeqSpec
-from adaptc.generation.cross_front import DECODED, ENCODED, for_encoder, mask_of_states, pop_adapter_inputs
-from adaptc.generation.cross_step import MASK, STATES, stepping_across
+from adaptc.generation.cache.cache_change import CacheChange
+from adaptc.generation.description import carried
 from adaptc.generation.example_steps import drawn, pair, step_across
-from adaptc.generation.front import count_in_front, prefix_for
 from adaptc.generation.generate_options import check_options
 from adaptc.generation.generator import Generator, cut_positions
-from adaptc.generation.package_files import carried
+from adaptc.generation.prefix.prefix_for import count_in_front, prefix_for
+from adaptc.generation.seq2seq import validate_seq2seq as cross_checks
+from adaptc.generation.seq2seq.seq2seq_cache import CrossCache, cross_cache_class
+from adaptc.generation.seq2seq.seq2seq_prefix import DECODED, ENCODED, for_encoder, mask_of_states, pop_adapter_inputs
+from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
+from adaptc.generation.seq2seq.seq2seq_step import MASK, STATES, stepping_across
 from adaptc.generation.spec import past_name
 from adaptc.packages.packaged_program import BoundPackage, PackagedProgram
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.assigned import Assignment
-from adaptc.program.bound import Bound
-from adaptc.program.core import ProgramCore
-from adaptc.program.overrides import SCALE
-from adaptc.program.parts import ProgramPart, pinned_parts
-from adaptc.runtime.answers import as_asked
+from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.runtime.calls.output_form import as_asked
+from adaptc.state.bound import Bound
+from adaptc.state.core import ProgramCore
+from adaptc.state.overrides import SCALE
+from adaptc.state.program_parts import ProgramPart, pinned_parts
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 

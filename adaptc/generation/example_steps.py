@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.cross_facts import Seq2SeqSpec
-from adaptc.generation.cross_step import MASK, STATES
+from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
+from adaptc.generation.seq2seq.seq2seq_step import MASK, STATES
 from adaptc.generation.spec import EXACT, NOTHING, STATE, GenerationSpec
 
 _MOST = 7

@@ -19,37 +19,31 @@ from torch import Tensor, nn
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import validate
 from adaptc.generation.adapter_inputs import given_names, taken_from, with_given
-from adaptc.generation.bank import GeneratorBank, bank_of
-from adaptc.generation.behind import behind_front
-from adaptc.generation.cache import StepCache
-from adaptc.generation.cache_change import CacheChange
-from adaptc.generation.description import described
+from adaptc.generation.cache.cache_change import CacheChange
+from adaptc.generation.cache.step_cache import StepCache
+from adaptc.generation.cache.token_gates import TokenGates, of_tokens, refuse_acting
+from adaptc.generation.description import carried, described
 from adaptc.generation.example_steps import drawn, pair
-from adaptc.generation.front import begins, prefix_for, taken
 from adaptc.generation.generate_options import check_options
-from adaptc.generation.package_files import carried
-from adaptc.generation.spec import NOTHING, GenerationSpec, past_name, step_output
-from adaptc.generation.step import token_inputs
-from adaptc.generation.token_gates import TokenGates, of_tokens, refuse_acting
-from adaptc.generation.two_passes import facts_for
-from adaptc.generation.ways import cache_for, run_as, stepping_as
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.bound import Keeping
-from adaptc.program.overrides import SCALE
+from adaptc.generation.generator_bank import GeneratorBank, bank_of
+from adaptc.generation.model_interface import ModelInterface
+from adaptc.generation.modes.cache_modes import cache_for, run_as, stepping_as
+from adaptc.generation.modes.static_step import token_inputs
+from adaptc.generation.prefix.prefix_arguments import behind_front
+from adaptc.generation.prefix.prefix_for import begins, prefix_for, taken
+from adaptc.generation.spec import NOTHING, GenerationSpec, facts_for, past_name, step_output
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
-from adaptc.runtime.answers import as_asked
+from adaptc.runtime.calls.output_form import as_asked
+from adaptc.state.bound import Keeping
+from adaptc.state.overrides import SCALE
 
 
-class Generator(ProgramWrapper):
+class Generator(ModelInterface, ProgramWrapper):
     """A generator over a step program, made by ``adaptc.compile_for_generation``.
 
     ``config`` and ``generation_config`` are copies of the model's.
     """
-
-    main_input_name = "input_ids"
-    base_model_prefix = "model"
-    input_modalities = ("text",)
-    _is_stateful = False
 
     def __init__(self, runs: Any, facts: GenerationSpec) -> None:
         #: a program, a package of one, or an adapter bound to either
@@ -383,27 +377,6 @@ class Generator(ProgramWrapper):
         if tokenizer is None and generation_config.stop_strings is not None:
             tokenizer = self.tokenizer
         return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)  # type: ignore[misc]
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise AdaptcError: continuous batching runs the layers of a model, with a paged cache."""
-        raise AdaptcError(
-            "generate_batch needs the layers of a model: give gen.generate rows that are padded on the left"
-        )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return True
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return True
-
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        return False
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        return {}
 
     def __repr__(self) -> str:
         f = self.facts

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptc.generation.cross_facts import Seq2SeqSpec
 from adaptc.generation.encoder_decoder import encoder_decoder_class
 from adaptc.generation.generator import Generator, generator_class
+from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
 from adaptc.generation.spec import GenerationSpec
 
 

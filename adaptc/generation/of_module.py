@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.generation.compile import compile_for_generation
-from adaptc.generation.cross_facts import decoder_positions
+from adaptc.generation.compile_generation import compile_for_generation
 from adaptc.generation.generator import Generator
-from adaptc.passes.ir.graph_lock import exclusive
-from adaptc.program.pretrained_module import PretrainedModule
+from adaptc.generation.seq2seq.seq2seq_spec import decoder_positions
+from adaptc.passes.graph.graph_lock import exclusive
 from adaptc.program.recapture import adapter_of, aside, model_of
 from adaptc.program.swap import swapped
+from adaptc.training.pretrained_module import PretrainedModule
 
 #: the most rows, and the most positions where the model numbers none: only memory limits them, as caches grow with a
 #: call

@@ -1,15 +1,28 @@
-"""Hold what is known of a step program besides its graph, and the names that the installed transformers uses."""
+"""Hold what is known of a step program besides its graph, and the names that the installed transformers uses.
+
+A step with an adapter such as X-LoRA reads the model's last hidden state first, so it computes each token in two
+passes. Each pass keeps its own keys and values (:func:`facts_for`). The same step without adapters has one pass. A
+cache of another number of passes is refused: part of it was never computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Self
 
 import torch
 
-from adaptc.generation.cache_layout import CacheLayout
+from adaptc.bank.row_adapters import used
+from adaptc.bank.selection import Assigned
+from adaptc.binding.sources.source import as_config
+from adaptc.errors import AdaptcError
+from adaptc.generation.cache.cache_layout import CacheLayout
+from adaptc.passes.analysis.cache_inputs import passes_of
+from adaptc.passes.graph.lifted import user_inputs
+from adaptc.state.bound import Bound
+from adaptc.state.core import ProgramCore
 from adaptc.tables import size
 
 #: how a step knows the tokens before its own. WINDOW: a cache with room for more positions, masked, whose
@@ -101,3 +114,28 @@ def step_output(logits: torch.Tensor, past: Any) -> Any:
 
     fields: dict[str, Any] = {past_name(): past}
     return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]
+
+
+def facts_for(facts: GenerationSpec, runs: Any) -> GenerationSpec:
+    """Return the facts with the cache layout that ``runs`` needs: a program, a package, or what is bound to either."""
+    if facts.keeps == NOTHING:
+        return facts
+    if isinstance(runs, Assigned) and not used(runs.mixes):
+        return facts.of_passes(1)  # a bank runs rows without any adapter on the base
+    program = runs.program if isinstance(runs, Bound) else runs
+    return facts.of_passes(passes_of(user_inputs(program))) if isinstance(program, ProgramCore) else facts
+
+
+def first_pass_of(adapters: Sequence[Any]) -> str:
+    """Return the name of a method among ``adapters`` that reads a duplicated base pass; '' where there is none.
+
+    An adapter whose config cannot be read here is passed over.
+    """
+    for one in adapters:
+        try:
+            method = as_config(one).method("", "linear")
+        except AdaptcError:  # the compilation raises this error
+            continue
+        if any(c.first is not None for c in method.coefficients().values()):
+            return method.name
+    return ""

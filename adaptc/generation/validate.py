@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, shown
-from adaptc.generation.cache import StepCache
+from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.spec import NOTHING, STATE, GenerationSpec, past_name
-from adaptc.runtime.call_names import call_with_tensors
+from adaptc.runtime.calls.call_names import call_with_tensors
 
 #: arguments that ask for what a step program cannot do -> what to do instead; None and False are let through
 _REFUSED = {

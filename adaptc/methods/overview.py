@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from adaptc.errors import AdaptcError
-from adaptc.methods._attention_config import AttentionConfig
-from adaptc.methods._config import TargetedConfig
-from adaptc.methods._program_config import ProgramConfig
-from adaptc.methods._registry import CONFIGS, config_class
-from adaptc.methods._saved_modules import TokenRows, Whole
-from adaptc.methods._stacked import Stacked
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.ops import Op
+from adaptc.methods._shared.config import TargetedConfig
+from adaptc.methods._shared.program_config import ProgramConfig
+from adaptc.methods._shared.registry import CONFIGS, config_class
+from adaptc.methods._shared.saved_modules import TokenRows, Whole
+from adaptc.methods._shared.stacked import Stacked
+from adaptc.methods.prompt.attention_config import AttentionConfig
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method
 from adaptc.tables import table
 
 aten = torch.ops.aten

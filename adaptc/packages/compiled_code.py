@@ -16,12 +16,12 @@ from torch import Tensor
 from adaptc.errors import AdaptcError, BackendError
 from adaptc.packages.constants import Constants, Fitted
 from adaptc.packages.manifest import Input
-from adaptc.passes.ir.pytree import pytree
-from adaptc.pt2_files.containers import check_registered, read_tree
-from adaptc.pt2_files.refusal import UnsafeFile, shown_path
-from adaptc.runtime.call_inputs import Inputs
-from adaptc.runtime.check_indices import check_bounds, check_followed
+from adaptc.passes.graph.pytree import pytree
+from adaptc.runtime.calls.call_inputs import Inputs
+from adaptc.runtime.calls.check_indices import check_bounds, check_followed
 from adaptc.runtime.strides import laid, write_back
+from adaptc.safe_pt2.containers import check_registered, read_tree
+from adaptc.safe_pt2.refusal import UnsafeFile, shown_path
 
 
 class Code:

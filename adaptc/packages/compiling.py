@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from adaptc.adapter_files.safe_torch_save import writing
 from adaptc.errors import BackendError
-from adaptc.passes.ir.graph_lock import on_graphs
-from adaptc.peft_files.safe_torch_save import writing
+from adaptc.passes.graph.graph_lock import on_graphs
 from adaptc.progress import stage
 
 OPTIONS: Mapping[str, Any] = {

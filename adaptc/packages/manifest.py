@@ -30,16 +30,15 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_of
-from adaptc.packages.manifest_schema import FORM
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.ops import TABLE, Op
-from adaptc.program.adaptation import check_header
-from adaptc.pt2_files.archive import Archive, opened
-from adaptc.pt2_files.json_schema import Each, Option, check
-from adaptc.pt2_files.names import loads
-from adaptc.pt2_files.refusal import UnsafeFile, reason, shown, shown_path
-from adaptc.runtime.call_inputs import TensorInput
+from adaptc.passes.graph.ops import TABLE, Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.runtime.calls.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
+from adaptc.safe_pt2.archive import Archive, opened
+from adaptc.safe_pt2.json_schema import Each, Length, Maybe, Option, check
+from adaptc.safe_pt2.names import loads
+from adaptc.safe_pt2.refusal import UnsafeFile, reason, shown, shown_path
+from adaptc.state.adaptation import ATTACHMENT, check_header
 
 FORMAT = 4
 MANIFEST = "data/extra/adaptc.json"
@@ -405,3 +404,49 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name!r} is no dtype")
     return found
+
+
+_CALLED: dict[str, Any] = {
+    "inputs": [
+        {
+            "name": str,
+            "tensor": Maybe({"dtype": str, "shape": [(Length, str)]}),
+            "constant": object,
+            "order": [Length],
+            "written": Option(bool),
+            "bounds": Option(Maybe([int])),
+        }
+    ],
+    "ranges": Each([Maybe(int)]),
+    "guards": Option([str]),
+}
+#: the form of a manifest; a form is a type, a list of one form, or an object of exactly these fields
+FORM: dict[str, Any] = {
+    "format": Length,
+    "device": str,
+    "torch": str,
+    "header": dict,  # see adaptc.state.adaptation
+    **_CALLED,
+    "parts": Option(Each({**_CALLED, "outputs": [str]})),
+    "sites": [
+        {
+            "attachment": ATTACHMENT,
+            "op": {"kind": str, "shape": [Length], "target": Maybe(str), "rest": list, "bound": Option([str])},
+            "shape": [Length],
+            "dtype": str,
+        }
+    ],
+    "rooms": Each(
+        {
+            "shape": [Length],
+            "dtype": str,
+            "padding": Maybe({"blocks": Length, "fill": (int, float)}),
+            "identity": Maybe((int, float, bool)),
+            "unread": Option(bool),
+        }
+    ),
+    "bases": [str],
+    "products": Option([{"kind": str, "rows": str, "why": str, "count": Length}]),
+    "bank": Option(Maybe({"count": Length, "names": [str]})),
+    "hashes": Each(str),
+}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from adaptc.adapter_files.atomic_write import replacing
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, CheckpointError, ConfigError, shown
 from adaptc.packages import manifest as _package_file
@@ -28,24 +29,23 @@ from adaptc.packages.unused_slots import take_out, unread
 from adaptc.packages.zero_sizes import nonzero_conditions
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.analysis.index_bounds import index_bounds
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.graph_lock import exclusive
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.method import Slot
-from adaptc.passes.ir.program_method import ProgramMethod
-from adaptc.passes.ir.subprogram import part_of
+from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.subprogram import part_of
 from adaptc.passes.lower.choose_products import ChooseProducts, Products
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Slot
+from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.passes.train.set_mode import SetMode
-from adaptc.peft_files.atomic_write import replacing
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.core import ProgramCore
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.progress import stage
 from adaptc.runtime.added_lengths import Lengths
-from adaptc.runtime.call_inputs import Inputs
-from adaptc.runtime.compiled_products import choose_packaged
+from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.mutated_buffers import written_to
-from adaptc.runtime.product_table import wanted
 from adaptc.runtime.rank_padding import Padding, paddings
+from adaptc.state.core import ProgramCore
+from adaptc.tuning.compiled_matmuls import choose_packaged
+from adaptc.tuning.matmul_table import wanted
 
 __all__ = ["PackagedProgram", "package_program"]
 

@@ -23,31 +23,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.adapter_files.directory import AdapterFile
+from adaptc.adapter_files.foreign_file import RawFile
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import Recipes
-from adaptc.binding.other_formats import translated
-from adaptc.binding.read_directory import read_whole
-from adaptc.binding.source import as_config, bind_adapter, from_dict
+from adaptc.binding.sources.other_formats import translated
+from adaptc.binding.sources.read_directory import read_whole
+from adaptc.binding.sources.source import as_config, bind_adapter, from_dict
 from adaptc.errors import AdaptcError, BackendError, ConfigError, SwapError, shown
 from adaptc.locks import free_in_children
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.compiled_code import Code, checker
 from adaptc.packages.constants import Fitted
 from adaptc.packages.manifest import WHOLE, Contents, PartOf
+from adaptc.packages.package_scale import scaled
 from adaptc.packages.pad_adapter import Fit
-from adaptc.packages.scale import scaled
-from adaptc.passes.ir.graph_lock import on_graphs
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.graph_lock import on_graphs
+from adaptc.passes.graph.pytree import pytree
 from adaptc.patterns import limited
-from adaptc.peft_files.directory import AdapterFile
-from adaptc.peft_files.foreign_file import RawFile
-from adaptc.program.adaptation import Adaptation
-from adaptc.program.bound import Keeping
-from adaptc.program.overrides import SCALE
-from adaptc.program.parts import ProgramPart
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.hoisted_values import Held
 from adaptc.runtime.options import check_limit
+from adaptc.state.adaptation import Adaptation
+from adaptc.state.bound import Keeping
+from adaptc.state.overrides import SCALE
+from adaptc.state.program_parts import ProgramPart
 from adaptc.torch_modes import plainly
 from adaptc.value_types import checked
 

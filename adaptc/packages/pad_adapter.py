@@ -15,14 +15,14 @@ from torch import Tensor
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import from_dict
+from adaptc.binding.sources.source import from_dict
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.packages.constants import Fitted
 from adaptc.packages.manifest import Manifest, PackagedSite, Room
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.storage import memory_of
-from adaptc.pt2_files.refusal import UnsafeFile
+from adaptc.passes.graph.storage import memory_of
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.safe_pt2.refusal import UnsafeFile
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable
 
 from torch.export import ExportedProgram
 
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.mutation import sweep
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.mutation import sweep
 
 
 def unread(program: ExportedProgram, fqns: Iterable[str]) -> frozenset[str]:

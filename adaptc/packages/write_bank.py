@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from adaptc.bank.bank import Bank
+from adaptc.bank.compile_bank import RowsSource
+from adaptc.bank.divided_bank import DividedBank
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, shown
 from adaptc.methods import AdapterConfig
@@ -20,13 +23,10 @@ from adaptc.packages.manifest import WHOLE, Manifest, PackagedSite, PartOf
 from adaptc.packages.package_program import Packer, bounded, check_target, padded, write_package
 from adaptc.packages.pad_adapter import member_key
 from adaptc.packages.unused_slots import take_out, unread
-from adaptc.passes.ir.graph_lock import exclusive
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.program.bank import Bank
-from adaptc.program.divided_bank import DividedBank
+from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.lifted import Lifted
 from adaptc.progress import stage
-from adaptc.rows.code import RowsSource
-from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.calls.call_inputs import Inputs
 
 
 @exclusive

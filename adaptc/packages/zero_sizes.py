@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from adaptc.passes.ir.costs import example_sizes, size_expression
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.runtime.call_inputs import Inputs, TensorInput
-from adaptc.runtime.size_conditions import expression
+from adaptc.passes.analysis.costs import example_sizes, size_expression
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.runtime.calls.call_inputs import Inputs, TensorInput
+from adaptc.runtime.calls.size_conditions import expression
 
 
 def nonzero_conditions(program: ExportedProgram, inputs: Inputs) -> list[str]:

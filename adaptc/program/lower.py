@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir.graph_lock import exclusive
+from adaptc.passes.graph.graph_lock import exclusive
 from adaptc.passes.lower.lower_regions import Lower
-from adaptc.program.core import ProgramCore
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
+from adaptc.state.core import ProgramCore
 
 P = TypeVar("P", bound=ProgramCore)
 

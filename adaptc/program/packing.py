@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.graph_lock import exclusive
+from adaptc.passes.graph.graph_lock import exclusive
 from adaptc.passes.train.recomputed import Recomputed
-from adaptc.program.compile import compiled
-from adaptc.program.packed_calls import BOUNDS
-from adaptc.program.pretrained_module import PretrainedModule
+from adaptc.program.compile_program import compiled
 from adaptc.program.recapture import adapter_of, aside, model_of
+from adaptc.training.packed_calls import BOUNDS
+from adaptc.training.pretrained_module import PretrainedModule
 
 #: position_ids of three packed sequences in one row
 _POSITIONS = (0, 1, 2, 0, 1, 0, 1, 2, 3)

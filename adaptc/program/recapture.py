@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.program.add import InMemory, as_file
-from adaptc.program.pretrained_module import PretrainedModule
-from adaptc.program.sharded_tensors import mesh_of
+from adaptc.program.add_adapter import InMemory, as_file
+from adaptc.training.pretrained_module import PretrainedModule
+from adaptc.training.sharded_tensors import mesh_of
 
 
 def model_of(module: PretrainedModule) -> nn.Module:

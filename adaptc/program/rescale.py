@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import of_programs
 
 

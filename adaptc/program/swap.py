@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import bind_adapter
-from adaptc.program.core import ProgramCore
+from adaptc.binding.sources.source import bind_adapter
+from adaptc.state.core import ProgramCore
 
 
 def swapped(program: ProgramCore, adapter: Any, **options: Any) -> Binding:

@@ -14,8 +14,8 @@ from functools import wraps
 from typing import Any, Self, TypeVar
 
 from adaptc.errors import AdaptcError
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.model_directory import write_model_of
+from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.state.model_directory import write_model_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 

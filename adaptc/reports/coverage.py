@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptc.adapter_files.origin import PEFT, FileOrigin
 from adaptc.binding.binding import Binding
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.graph_lock import exclusive
-from adaptc.passes.ir.pass_infra import Trail
-from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.pass_infra import Trail
+from adaptc.passes.graph.storage import storage_key
 from adaptc.passes.lower.choose_products import Products
-from adaptc.peft_files.origin import PEFT, FileOrigin
-from adaptc.program.adapted import AdaptedProgram
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.reports.norms import Norms
 from adaptc.runtime.hoisted_values import Held
-from adaptc.runtime.packed_weights import PackedWeights
 from adaptc.runtime.variants import Fusion
 from adaptc.tables import (
     Column,
@@ -38,6 +37,7 @@ from adaptc.tables import (
     shortened,
     times,
 )
+from adaptc.tuning.packed_weights import PackedWeights
 
 #: the most target entries that are full module names and have a row each; more of them share one row
 FEW = 12

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.passes.adapt.merge import Merge
-from adaptc.program.adapted import AdaptedProgram
+from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.tables import Column, Report, Table, collapse, numbers_of, pattern, plain, small, times
 
 #: the name of the row with a weight's change, among the tensors of its site

@@ -8,11 +8,11 @@ from functools import cached_property
 from math import isnan, nan
 from typing import Any
 
+from adaptc.adapter_files.origin import PEFT, FileOrigin
 from adaptc.binding.binding import Binding
-from adaptc.passes.adapt.merge import SiteMerge
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method
-from adaptc.peft_files.origin import PEFT, FileOrigin
+from adaptc.passes.adapt.merge_pass import SiteMerge
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 from adaptc.tables import WIDTH, Column, Report, Table, as_text, dtype_name, number, plain, shortened, small
 
 

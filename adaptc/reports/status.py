@@ -15,12 +15,12 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.analysis.program_facts import all_module_types
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.graph_lock import exclusive
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.overrides import view_of
+from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import of_programs
 from adaptc.reports.coverage import base_parameters
+from adaptc.state.overrides import view_of
 from adaptc.tables import Column, Table, collapse, times
 
 Irregular = Literal["irregular"]

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.program_method import BEGINS, DECODER_LENGTHS, ProgramMethod
-from adaptc.passes.ir.regions import region_tag
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.program_method import BEGINS, DECODER_LENGTHS, ProgramMethod
+from adaptc.passes.protocol.regions import region_tag
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.locks import free_in_children
 from adaptc.runtime.added_lengths import Lengths
-from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.hoisted_values import Held, Prefix
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.variants import GraphVariants

@@ -21,34 +21,34 @@ from torch.export.graph_signature import InputKind, OutputKind
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.locks import free_in_children
+from adaptc.passes.analysis.costs import example_sizes
 from adaptc.passes.analysis.index_bounds import index_bounds
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.costs import example_sizes
-from adaptc.passes.ir.graph_lock import on_graphs
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.pass_infra import Trail
-from adaptc.passes.ir.pytree import pytree
-from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.graph.graph_lock import on_graphs
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.graph.pass_infra import Trail
+from adaptc.passes.graph.pytree import pytree
+from adaptc.passes.graph.storage import storage_key
 from adaptc.passes.lower.choose_products import Products
+from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.train.set_mode import set_mode
-from adaptc.runtime.adapter_speeds import adapter_speed
 from adaptc.runtime.added_lengths import Lengths, out_of_rows
 from adaptc.runtime.arguments import Arguments
-from adaptc.runtime.call_inputs import Inputs
-from adaptc.runtime.check_indices import check_bounds, check_followed
-from adaptc.runtime.compiled_products import choose_compiled
-from adaptc.runtime.compiled_strides import Layouts
+from adaptc.runtime.calls.call_inputs import Inputs
+from adaptc.runtime.calls.check_indices import check_bounds, check_followed
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.hoisted_values import Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
 from adaptc.runtime.mutated_buffers import own_copies, written_to
 from adaptc.runtime.options import PACKS, RunOptions
-from adaptc.runtime.packed_weights import PackedWeights, Packs, held_by
-from adaptc.runtime.product_table import choose, wanted
+from adaptc.runtime.strides import Layouts
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packable, packed
 from adaptc.torch_modes import outside_transforms
+from adaptc.tuning.adapter_speeds import adapter_speed
+from adaptc.tuning.compiled_matmuls import choose_compiled
+from adaptc.tuning.matmul_table import choose, wanted
+from adaptc.tuning.packed_weights import PackedWeights, Packs, held_by
 
 
 class Executor:

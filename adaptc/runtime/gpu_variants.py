@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.graph_lock import exclusive_property
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.pass_infra import GraphPass
+from adaptc.passes.graph.graph_lock import exclusive_property
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.graph.pass_infra import GraphPass
 from adaptc.passes.lower.lower_regions import Lowered, LowerGraph
 from adaptc.passes.lower.lower_siblings import LowerSiblings
 from adaptc.passes.optimize.sibling_cost import at_most, most_rows
+from adaptc.passes.protocol.attachment import Attachment
 from adaptc.runtime.variants import APART, PLAIN, Fusion, GraphVariants, LiftedGraph
 
 

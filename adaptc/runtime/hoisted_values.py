@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.locks import free_in_children
-from adaptc.passes.ir.pass_infra import Trail
-from adaptc.passes.ir.storage import memory_of
+from adaptc.passes.graph.pass_infra import Trail
+from adaptc.passes.graph.storage import memory_of
 from adaptc.passes.optimize.hoist import Hoist, Hoisting, Prologue
 from adaptc.tables import size
 from adaptc.torch_modes import plainly

@@ -28,8 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
 from adaptc.progress import stage
 from adaptc.runtime.hoisted_values import SplitGraph
 from adaptc.runtime.rank_padding import Padding, paddings

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.mutation import memory_groups, written
-from adaptc.passes.ir.storage import memory_of
+from adaptc.passes.graph.mutation import memory_groups, written
+from adaptc.passes.graph.storage import memory_of
 from adaptc.torch_modes import plainly
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method
 
 #: the tolerance of the comparison: padding changes the order of sums, and a wrong padding is off by whole values
 TOLERANCE = 1e-3

@@ -23,9 +23,9 @@ from typing import Any
 
 from torch import Tensor, dtype, fx
 
-from adaptc.passes.ir.graph_lock import exclusive_property, on_graphs
-from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
+from adaptc.passes.graph.graph_lock import exclusive_property, on_graphs
+from adaptc.passes.graph.lifted import copy_graph
+from adaptc.passes.graph.pass_infra import GraphPass, PassManager, PassResult, Trail
 from adaptc.passes.lower.choose_products import ChooseProducts, MatmulChoice, Products
 from adaptc.passes.lower.pack_products import Make, PackProducts
 from adaptc.passes.optimize.add_in_place import AddInPlace

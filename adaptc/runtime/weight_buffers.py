@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.locks import free_in_children
-from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.graph.storage import storage_key
 
 _lock = free_in_children(threading.Lock())
 #: address of memory -> tensors that share it; entries are checked when used, for other tensors may lie there by now

@@ -11,13 +11,13 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import TargetError, did_you_mean, listing
 from adaptc.methods import AttentionConfig, ModelFacts
-from adaptc.passes.analysis.attention_cores import find_cores, none_found
-from adaptc.passes.analysis.attention_layers import layer_behind, projection_behind
+from adaptc.passes.analysis.attention.attention_layers import layer_behind, projection_behind
+from adaptc.passes.analysis.attention.attention_patterns import find_cores, none_found
 from adaptc.passes.analysis.sites import Site, find_sites
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.module_paths import module_path, owners
-from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.module_paths import module_path, owners
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.program_method import PROGRAM
 from adaptc.targets.plan_layers import Plan
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adaptc.passes.adapt.choose_forms import compilable
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method_checks import check_class
-from adaptc.passes.ir.program_method import PROGRAM, ProgramMethod
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method_checks import check_class
+from adaptc.passes.protocol.program_method import PROGRAM, ProgramMethod
 from adaptc.targets.plan_layers import Plan
 
 

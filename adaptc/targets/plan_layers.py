@@ -28,15 +28,15 @@ from adaptc.methods import (
     check_patterns,
 )
 from adaptc.passes.adapt.embedding_max_norm import RENORMED
-from adaptc.passes.analysis.attention import default_targets
+from adaptc.passes.analysis.attention.attention_targets import default_targets
 from adaptc.passes.analysis.sites import Site, find_sites, rivals
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.mutation import writes
-from adaptc.passes.ir.ops import op_of
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.mutation import writes
+from adaptc.passes.graph.ops import op_of
+from adaptc.passes.protocol.attachment import Attachment
 from adaptc.targets.computed_weights import computed_weights
+from adaptc.targets.expert_targets import refuse_old_targets
 from adaptc.targets.name_rules import NO_TARGETS, Candidate, Selection, select, select_to_save, suffixes
-from adaptc.targets.old_experts import refuse_old_targets
 from adaptc.targets.tied import Ties
 from adaptc.targets.whole_and_rows import Trained, outermost
 

@@ -13,14 +13,14 @@ from torch.export.graph_signature import InputKind
 
 from adaptc.errors import ConfigError, TargetError, Tell, listing, refuse_entry
 from adaptc.methods import ModelFacts, ProgramConfig, Whole
-from adaptc.passes.analysis.attention_places import find_attentions
-from adaptc.passes.analysis.decoder_places import decoder_lookup, decoder_places
+from adaptc.passes.analysis.attention.attention_for_prefixes import find_attentions
 from adaptc.passes.analysis.sites import Site, find_sites
-from adaptc.passes.analysis.token_places import Lookup, find_places, lookups, no_lookup
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import op_of
-from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.passes.analysis.tokens.decoder_inputs import decoder_lookup, decoder_places
+from adaptc.passes.analysis.tokens.token_inputs import Lookup, find_places, lookups, no_lookup
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import op_of
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.program_method import PROGRAM
 from adaptc.targets.name_rules import select_to_save
 from adaptc.targets.plan_layers import Plan
 from adaptc.targets.whole_and_rows import Trained, outermost

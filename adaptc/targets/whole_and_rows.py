@@ -13,9 +13,9 @@ from typing import Any
 from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods import TokenRows, Whole
 from adaptc.passes.analysis.sites import Site, consumers
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import op_of
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import op_of
+from adaptc.passes.protocol.attachment import Attachment
 
 
 @dataclass(frozen=True)

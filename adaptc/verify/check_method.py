@@ -1,8 +1,8 @@
 """Test a user's own method on small layers of every kind: its promises, and programs made with it.
 
-The promises are those of ``passes.ir.method_checks``, which ``compile`` checks for every method that is not adaptc's
-own. Then follows what a user does with an adapter: compile, train, merge, write files, swap, save. A layer that the
-method refuses with a TargetError is no fault, as long as some layer is left.
+The promises are those of ``passes.protocol.method_checks``, which ``compile`` checks for every method that is not
+adaptc's own. Then follows what a user does with an adapter: compile, train, merge, write files, swap, save. A layer
+that the method refuses with a TargetError is no fault, as long as some layer is left.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptc.adapter_files.directory import write_adapter
 from adaptc.binding.bind import file_tensors
-from adaptc.binding.source import bind_adapter
+from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, MethodError, TargetError
 from adaptc.methods import ProgramConfig, TargetedConfig, check_registered
-from adaptc.passes.ir.method_checks import PROMISES_OF_CODE, PROMISES_OF_VALUES
-from adaptc.peft_files.directory import write_adapter
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.compile import compiled, planned
-from adaptc.program.files import load_program, save_program
+from adaptc.passes.protocol.method_checks import PROMISES_OF_CODE, PROMISES_OF_VALUES
+from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.program.compile_program import compiled, planned
+from adaptc.program.program_file import load_program, save_program
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.tables import Column, Report, Table, plain

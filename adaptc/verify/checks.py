@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from adaptc.capture.inputs.random_inputs import DrawnCall
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.random_inputs import DrawnCall
-from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.protocol.attachment import Attachment
 from adaptc.progress import stage
 from adaptc.verify.compare import Leaves, copied_tree, leaves
 from adaptc.verify.preserve_state import Buffers

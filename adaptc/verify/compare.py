@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.passes.ir.pytree import named_leaves, pytree
-from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.graph.pytree import named_leaves, pytree
+from adaptc.passes.graph.storage import storage_key
 from adaptc.verify.report import Check
 
 Leaves = dict[str, Any]

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from adaptc.capture import random_inputs
+from adaptc.capture.inputs import random_inputs
+from adaptc.capture.inputs.random_inputs import DrawnCall
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.random_inputs import DrawnCall
 from adaptc.errors import SwapError
 from adaptc.packages.packaged_program import PackagedProgram
-from adaptc.passes.ir.graph_lock import GRAPHS
-from adaptc.program.adapted import AdaptedProgram
+from adaptc.passes.graph.graph_lock import GRAPHS
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.verify import package_inputs
 from adaptc.verify.checks import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ

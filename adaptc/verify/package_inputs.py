@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptc.capture.random_inputs import DrawnCall, random_value
+from adaptc.capture.inputs.random_inputs import DrawnCall, random_value
 from adaptc.errors import AdaptcError, nearest
 from adaptc.packages.manifest import Manifest
 from adaptc.packages.packaged_program import PackagedProgram
-from adaptc.passes.ir.pytree import pytree
-from adaptc.runtime.call_inputs import TensorInput
+from adaptc.passes.graph.pytree import pytree
+from adaptc.runtime.calls.call_inputs import TensorInput
 
 #: the most by which a drawn size exceeds the smallest allowed one
 _SPREAD = 7

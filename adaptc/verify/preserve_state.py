@@ -8,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.passes.analysis.program_facts import written_tensors
-from adaptc.program.bound import Bound
+from adaptc.state.bound import Bound
 
 
 class Buffers:

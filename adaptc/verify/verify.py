@@ -22,16 +22,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.binding.bind import first_values
-from adaptc.capture import random_inputs
+from adaptc.capture.inputs import random_inputs
+from adaptc.capture.inputs.random_inputs import DrawnCall
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.random_inputs import DrawnCall
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.graph_lock import GRAPHS
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.regions import added_inputs
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.merge import merged, unmerged
-from adaptc.program.unload import unloaded
+from adaptc.passes.graph.graph_lock import GRAPHS
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.protocol.regions import added_inputs
+from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.state.merge_program import merged, unmerged
+from adaptc.state.unload_program import unloaded
 from adaptc.verify.checks import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ, digests
 from adaptc.verify.preserve_state import Buffers

@@ -18,16 +18,16 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from adaptc.errors import PassError, TargetError
-from adaptc.passes.adapt.trace_program_method import code_of
-from adaptc.passes.analysis.attention_layers import AttentionLayer, Heads, Projection, layer_behind
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.attention_method import AttentionMethod
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import TABLE, Op, cast
-from adaptc.passes.ir.propagate import propagate
-from adaptc.passes.ir.regions import site_op
-from adaptc.passes.ir.symbolic_fakes import FreeFakes
-from adaptc.passes.ir.trace import inline
+from adaptc.passes.analysis.attention.attention_layers import AttentionLayer, Heads, Projection, layer_behind
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import TABLE, Op, cast
+from adaptc.passes.graph.propagate import propagate
+from adaptc.passes.graph.symbolic_fakes import FreeFakes
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.attention_method import AttentionMethod
+from adaptc.passes.protocol.regions import site_op
+from adaptc.passes.protocol.trace import inline
+from adaptc.passes.virtual_tokens.trace_program_method import code_of
 
 Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
 

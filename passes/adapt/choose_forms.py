@@ -24,9 +24,9 @@ from typing import Protocol
 import sympy
 
 from adaptc.errors import BackendError, ConfigError, PassError, TargetError
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.costs import Work, at_sizes
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.analysis.costs import Work, at_sizes
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
 
 #: the forms of an attachment; "auto" until one is chosen
 FORMS = ("auto", "apply", "weight")

@@ -20,11 +20,11 @@ from torch import fx
 
 from adaptc.errors import TargetError
 from adaptc.passes.analysis.cache_inputs import all_of_cache, pass_prefix, passes_of
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.mutation import memory_groups, written
-from adaptc.passes.ir.regions import node_tag, site_op
-from adaptc.passes.ir.trace import behind_inputs, inline, region_of
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.mutation import memory_groups, written
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.regions import node_tag, site_op
+from adaptc.passes.protocol.trace import behind_inputs, inline, region_of
 
 #: the meta that a copy keeps; not its module stack, since the layer is not called a second time
 _KEPT = ("val", "stack_trace", "tensor_meta", "unbacked_bindings")

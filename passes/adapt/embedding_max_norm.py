@@ -27,10 +27,10 @@ from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
 from adaptc.passes.adapt.expose_subgraph_params import copy_of, own_bodies
 from adaptc.passes.analysis.sites import consumers
-from adaptc.passes.ir.higher_order import Call, calls
-from adaptc.passes.ir.lifted import Lifted, lifted_names
-from adaptc.passes.ir.ops import CASTS, argument, bound_of, mark_bound
-from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.graph.higher_order import Call, calls
+from adaptc.passes.graph.lifted import Lifted, lifted_names
+from adaptc.passes.graph.ops import CASTS, argument, bound_of, mark_bound
+from adaptc.passes.graph.pass_infra import Pass, PassResult
 
 aten = torch.ops.aten
 RENORM = aten.embedding_renorm_.default

@@ -20,11 +20,11 @@ from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.program_facts import module_types
 from adaptc.passes.analysis.sites import consumers, kind_of, readers
-from adaptc.passes.ir.higher_order import Call, Inside, called_in, inside
-from adaptc.passes.ir.lifted import Lifted, copy_graph
-from adaptc.passes.ir.module_paths import module_path, owners_of
-from adaptc.passes.ir.ops import CASTS, INSIDE, TABLE, argument, bound_of, mark_bound, op_of, operands
-from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.graph.higher_order import Call, Inside, called_in, inside
+from adaptc.passes.graph.lifted import Lifted, copy_graph
+from adaptc.passes.graph.module_paths import module_path, owners_of
+from adaptc.passes.graph.ops import CASTS, INSIDE, TABLE, argument, bound_of, mark_bound, op_of, operands
+from adaptc.passes.graph.pass_infra import Pass, PassResult
 
 aten = torch.ops.aten
 

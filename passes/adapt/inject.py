@@ -21,20 +21,20 @@ from torch.export import ExportedProgram
 from adaptc.errors import PassError, TargetError
 from adaptc.passes.adapt.add_to_attention import add_to_attention
 from adaptc.passes.adapt.choose_forms import FormChoice, cheaper, choose_forms
-from adaptc.passes.adapt.insert_virtual_tokens import change_places
 from adaptc.passes.adapt.make_coefficients import Coefficients
+from adaptc.passes.analysis.costs import Work, example_sizes, node_work, work
 from adaptc.passes.analysis.sites import consumers, readers
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.attention_method import AttentionMethod
-from adaptc.passes.ir.costs import Work, example_sizes, node_work, work
-from adaptc.passes.ir.higher_order import bias_of, inside, takes_bias
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import TABLE, Op, make_dense, operands, set_argument
-from adaptc.passes.ir.pass_infra import Pass, PassResult
-from adaptc.passes.ir.program_method import PROGRAM, ProgramMethod
-from adaptc.passes.ir.regions import place_of, region_tag, site_op, slot_nodes
-from adaptc.passes.ir.trace import behind_inputs, inline, region_of, signature_of
-from adaptc.passes.ir.train_eval import drops
+from adaptc.passes.graph.higher_order import bias_of, inside, takes_bias
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import TABLE, Op, make_dense, operands, set_argument
+from adaptc.passes.graph.pass_infra import Pass, PassResult
+from adaptc.passes.graph.train_eval import drops
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.attention_method import AttentionMethod
+from adaptc.passes.protocol.program_method import PROGRAM, ProgramMethod
+from adaptc.passes.protocol.regions import place_of, region_tag, site_op, slot_nodes
+from adaptc.passes.protocol.trace import behind_inputs, inline, region_of, signature_of
+from adaptc.passes.virtual_tokens.insert_virtual_tokens import change_places
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Takes a program without adapters, and its sites with the axis of the batch rows 
 scale comes as a stacked tensor, whose first axis is that of the adapters.
 
 The stacked tensors become lifted buffers of the program. It takes one more keyword, a float32 tensor (rows, adapters).
-Regions of pure ATen compute what ``passes.ir.bank_method`` says. With coefficients of zero the program computes exactly
-what it did. Regions have no tags: the caller knows what it injected.
+Regions of pure ATen compute what ``passes.protocol.bank_method`` says. With coefficients of zero the program computes
+exactly what it did. Regions have no tags: the caller knows what it injected.
 """
 
 from __future__ import annotations
@@ -23,14 +23,23 @@ from adaptc.errors import TargetError
 from adaptc.passes.adapt.inject import as_lifted
 from adaptc.passes.adapt.make_coefficients import Coefficients
 from adaptc.passes.analysis.sites import consumers
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.bank_method import STARTS, BankSite, Replaced, RowAxis, bias_of, call_of, input_of, output_of
-from adaptc.passes.ir.higher_order import inside
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import TABLE, Op, cast, operands, set_argument
-from adaptc.passes.ir.pass_infra import Pass, PassResult
-from adaptc.passes.ir.regions import site_op, slot_nodes
-from adaptc.passes.ir.trace import behind_inputs, inline, signature_of, trace
+from adaptc.passes.graph.higher_order import inside
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import TABLE, Op, cast, operands, set_argument
+from adaptc.passes.graph.pass_infra import Pass, PassResult
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.bank_method import (
+    STARTS,
+    BankSite,
+    Replaced,
+    RowAxis,
+    bias_of,
+    call_of,
+    input_of,
+    output_of,
+)
+from adaptc.passes.protocol.regions import site_op, slot_nodes
+from adaptc.passes.protocol.trace import behind_inputs, inline, signature_of, trace
 
 #: name of a node -> the axis of its value that has the rows
 Axes = Mapping[str, RowAxis]

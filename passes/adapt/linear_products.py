@@ -19,9 +19,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.sites import consumers
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import Pass, PassResult
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.matmul.default, aten.mm.default)

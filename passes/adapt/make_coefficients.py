@@ -1,10 +1,10 @@
 """Compute the coefficients of adapters, once in a program, for the regions that read them.
 
 Takes an opened program whose slots are there, and attachments of which some read coefficients
-(``passes.ir.coefficients``). Nodes before all others compute each coefficient once for all sites with the same slots.
-They compute it from the caller's token ids, or from the last hidden state of a duplicated base pass. Each attachment
-gets the names of its coefficients' nodes, and their tags say whose they are. A site whose output does not have one
-entry per token is refused.
+(``passes.protocol.coefficients``). Nodes before all others compute each coefficient once for all sites with the same
+slots. They compute it from the caller's token ids, or from the last hidden state of a duplicated base pass. Each
+attachment gets the names of its coefficients' nodes, and their tags say whose they are. A site whose output does not
+have one entry per token is refused.
 
 A program that has an input with a coefficient's name reads that input. A step of generation needs this: it sees only
 its own tokens, and those that invoke the adapter may have come before. A duplicated base pass of such a step has a
@@ -28,20 +28,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError, TargetError, listing
 from adaptc.passes.adapt.duplicate_base_pass import adapted, computed_before, own_cache
-from adaptc.passes.analysis.last_hidden import hidden_widths, last_hidden
-from adaptc.passes.analysis.row_axes import input_with_rows
-from adaptc.passes.analysis.token_axes import why_not_along
-from adaptc.passes.analysis.token_places import lookups
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.coefficients import Coefficient, Extra, FirstPass
-from adaptc.passes.ir.graph_lock import exclusive
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.method_hooks import Slot
-from adaptc.passes.ir.program_method import ProgramMethod
-from adaptc.passes.ir.propagate import propagate
-from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, added_inputs, site_op
-from adaptc.passes.ir.symbolic_fakes import FreeFakes
-from adaptc.passes.ir.trace import inline, trace
+from adaptc.passes.analysis.tokens.last_hidden import hidden_widths, last_hidden
+from adaptc.passes.analysis.tokens.row_axes import input_with_rows
+from adaptc.passes.analysis.tokens.token_axes import why_not_along
+from adaptc.passes.analysis.tokens.token_inputs import lookups
+from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.propagate import propagate
+from adaptc.passes.graph.symbolic_fakes import FreeFakes
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.coefficients import Coefficient, Extra, FirstPass
+from adaptc.passes.protocol.method_hooks import Slot
+from adaptc.passes.protocol.program_method import ProgramMethod
+from adaptc.passes.protocol.regions import COEFFICIENT, FIRST_PASS, added_inputs, site_op
+from adaptc.passes.protocol.trace import inline, trace
 
 _NO_HIDDEN = (
     ": hidden_size must be that of the model, and the model one that gives logits, or hidden states, for its tokens"

@@ -15,9 +15,9 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.pass_infra import Pass, PassResult
-from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.pass_infra import Pass, PassResult
+from adaptc.passes.graph.storage import storage_key
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 
 from adaptc.errors import MethodError
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import fake_of
-from adaptc.passes.ir.ops import Op, operands
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
-from adaptc.passes.ir.program_method import PROGRAM
-from adaptc.passes.ir.propagate import propagate
-from adaptc.passes.ir.regions import COEFFICIENT, node_tag, slot_nodes
-from adaptc.passes.ir.trace import behind_inputs, fused_inputs, region_of, signature_of
+from adaptc.passes.graph.lifted import fake_of
+from adaptc.passes.graph.ops import Op, operands
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.propagate import propagate
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.program_method import PROGRAM
+from adaptc.passes.protocol.regions import COEFFICIENT, node_tag, slot_nodes
+from adaptc.passes.protocol.trace import behind_inputs, fused_inputs, region_of, signature_of
 
 #: the number of traces that are kept; the oldest is dropped first
 MOST = 256

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.passes.adapt.inject_rows import Axes, around, read_at
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.bank_method import BankSite, RowAxis, output_of
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.trace import behind_inputs, signature_of, trace
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.bank_method import BankSite, RowAxis, output_of
+from adaptc.passes.protocol.trace import behind_inputs, signature_of, trace
 
 
 def any_number(

@@ -12,9 +12,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.pass_infra import Pass, PassResult
-from adaptc.passes.ir.regions import region_tag, remove_regions
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.pass_infra import Pass, PassResult
+from adaptc.passes.protocol.regions import region_tag, remove_regions
 
 
 @dataclass(frozen=True)

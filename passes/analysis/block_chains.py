@@ -12,6 +12,8 @@ more blocks is taken:
 
 Nodes that carry no gradient and come from no parameter (masks, rotary angles, sizes) are outside of all blocks. They
 may run before any block that reads them, wherever they stand in the graph.
+
+``repeats`` finds where a sequence repeats itself: stretches like abcabcabc, by their period.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
-from adaptc.passes.analysis.repeats import repeats
-from adaptc.passes.ir.module_paths import clean_path, owners
-from adaptc.passes.ir.mutation import is_metadata_assert, memory_groups, pure, written
-from adaptc.passes.ir.regions import node_tag
+from adaptc.passes.graph.module_paths import clean_path, owners
+from adaptc.passes.graph.mutation import is_metadata_assert, memory_groups, pure, written
+from adaptc.passes.protocol.regions import node_tag
 
 #: the number that stands for a free size, where only the order of magnitude matters
 FREE = 64
@@ -254,3 +256,41 @@ def _elements(node: fx.Node) -> int:
     for size in value.shape:
         count *= size if isinstance(size, int) else FREE
     return count
+
+
+class RepeatedStretch(NamedTuple):
+    """A stretch of ``length`` items from ``first`` on, that repeats itself after ``period`` items.
+
+    ``sequence[i] == sequence[i + period]`` where both lie in it.
+    """
+
+    first: int
+    period: int
+    length: int
+
+    @property
+    def covered(self) -> int:
+        """Return the number of items in whole periods."""
+        return self.length // self.period * self.period
+
+
+def repeats(sequence: Sequence[int], most: int) -> list[RepeatedStretch]:
+    """Return the runs of at least two periods that cover most of ``sequence``, at most ``most`` of them.
+
+    Of each period, only the longest run counts. The best comes first; of equal ones, that of the shorter period.
+    """
+    items, found, enough = torch.tensor(sequence, dtype=torch.int64), [], 0
+    for period in range(1, len(sequence) // 2 + 1):
+        same = items[period:] == items[:-period]
+        # This cheap count rules out most periods.
+        if int(same.sum()) < max(period, enough):
+            continue
+        breaks = torch.cat([torch.tensor([-1]), (~same).nonzero()[:, 0], torch.tensor([len(same)])])
+        lengths = breaks.diff() - 1
+        longest = int(lengths.argmax())
+        run = RepeatedStretch(int(breaks[longest]) + 1, period, int(lengths[longest]) + period)
+        if run.length >= 2 * period:
+            found.append(run)
+            # A period with fewer matches cannot cover half as much as this one.
+            enough = max(enough, run.covered // 4)
+    return sorted(found, key=lambda run: (-run.covered, run.period))[:most]

@@ -16,7 +16,7 @@ from itertools import count, takewhile
 from torch import fx
 from torch.export.graph_signature import InputKind
 
-from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.graph.lifted import Lifted
 
 KINDS = ("keys", "values")
 STATE = "state"

@@ -5,7 +5,7 @@ Takes the graph module of any program, with adapters or without, and does not ch
     name: dtype[sizes] = op(arguments)
 
 Regions stand in a frame. Its heading names the site, the method and the adapter, read off the tags of the nodes
-(``passes.ir.regions``). Blocks that are graphs of their own follow under their names.
+(``passes.protocol.regions``). Blocks that are graphs of their own follow under their names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from adaptc.passes.ir.regions import node_tag, region_tag
+from adaptc.passes.protocol.regions import node_tag, region_tag
 
 BAR, TOP, END = "| ", "+ ", "+"
 

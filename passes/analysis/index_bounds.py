@@ -14,9 +14,9 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from adaptc.passes.analysis.token_places import given_numbers
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import CASTS, argument
+from adaptc.passes.analysis.tokens.token_inputs import given_numbers
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import CASTS, argument
 
 aten = torch.ops.aten
 

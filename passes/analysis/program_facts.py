@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from adaptc.passes.ir.lifted import lifted_names, user_inputs
-from adaptc.passes.ir.module_paths import clean_path, owners_of
-from adaptc.passes.ir.mutation import touched
-from adaptc.passes.ir.pytree import pytree
-from adaptc.passes.ir.train_eval import mode_of
+from adaptc.passes.graph.lifted import lifted_names, user_inputs
+from adaptc.passes.graph.module_paths import clean_path, owners_of
+from adaptc.passes.graph.mutation import touched
+from adaptc.passes.graph.pytree import pytree
+from adaptc.passes.graph.train_eval import mode_of
 
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 

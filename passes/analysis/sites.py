@@ -14,10 +14,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.program_facts import module_types
-from adaptc.passes.ir.higher_order import inside
-from adaptc.passes.ir.lifted import Lifted, lifted_names
-from adaptc.passes.ir.module_paths import module_path, owners
-from adaptc.passes.ir.ops import CASTS, LINEAR, TABLE, TRANSPOSED, argument
+from adaptc.passes.graph.higher_order import inside
+from adaptc.passes.graph.lifted import Lifted, lifted_names
+from adaptc.passes.graph.module_paths import module_path, owners
+from adaptc.passes.graph.ops import CASTS, LINEAR, TABLE, TRANSPOSED, argument
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.matmul_op import CLASSES, COLUMNS, LINEAR
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.protocol.matmul_op import CLASSES, COLUMNS, LINEAR
 
 aten = torch.ops.aten
 

@@ -18,12 +18,12 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.pass_infra import GraphPass, Pass, PassResult
-from adaptc.passes.ir.regions import node_tag, region_tag, slot_nodes
-from adaptc.passes.ir.trace import fused_inputs, inline, region_of, signature_of
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.graph.pass_infra import GraphPass, Pass, PassResult
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.regions import node_tag, region_tag, slot_nodes
+from adaptc.passes.protocol.trace import fused_inputs, inline, region_of, signature_of
 
 
 @dataclass(frozen=True)

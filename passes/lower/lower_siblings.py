@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.passes.ir.mutation import touched
-from adaptc.passes.ir.ops import argument
+from adaptc.passes.graph.mutation import touched
+from adaptc.passes.graph.ops import argument
 from adaptc.passes.optimize.emit_fused_siblings import Fuser, Pack
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from adaptc.passes.optimize.hoist import stages_of

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.matmul_op import LINEAR
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.protocol.matmul_op import LINEAR
 
 #: (rows, columns, dtype of a weight, the remaining arguments of its ``adaptc::product``) -> a callable that takes
 #: (x, weight, bias), or None to leave the layer as it is

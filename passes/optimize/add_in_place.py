@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import adaptc.passes.ir.matmul_op  # noqa: F401  # makes torch know its op
-from adaptc.passes.ir.low_rank_rows import called_in_place
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+import adaptc.passes.protocol.matmul_op  # noqa: F401  # makes torch know its op
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.protocol.low_rank_rows import called_in_place
 
 aten, ours = torch.ops.aten, torch.ops.adaptc
 

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.mutation import is_metadata_assert, pure, sweep, touched
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
-from adaptc.passes.ir.train_eval import mode_of
+from adaptc.passes.graph.mutation import is_metadata_assert, pure, sweep, touched
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.train_eval import mode_of
 
 aten = torch.ops.aten
 

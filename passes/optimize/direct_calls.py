@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from adaptc.passes.ir.low_rank_rows import called
-from adaptc.passes.ir.matmul_op import product
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.protocol.low_rank_rows import called
+from adaptc.passes.protocol.matmul_op import product
 from adaptc.torch_modes import in_transform
 
 aten = torch.ops.aten

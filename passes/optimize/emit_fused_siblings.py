@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.passes.ir.mutation import is_view
-from adaptc.passes.ir.regions import node_tag
+from adaptc.passes.graph.mutation import is_view
 from adaptc.passes.optimize.fold_scales import above
 from adaptc.passes.optimize.sibling_groups import Group, Member
+from adaptc.passes.protocol.regions import node_tag
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.optimize.hoist import stages_of
 
 aten = torch.ops.aten

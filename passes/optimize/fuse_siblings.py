@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from adaptc.passes.ir.mutation import sweep
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.mutation import sweep
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.optimize.emit_fused_siblings import Fuser, Pack
 from adaptc.passes.optimize.hoist import stages_of
 from adaptc.passes.optimize.sibling_groups import Group, find_groups

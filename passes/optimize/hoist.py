@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.costs import node_work
-from adaptc.passes.ir.lifted import empty_like
-from adaptc.passes.ir.mutation import is_metadata_assert, is_view, memory_groups, pure, static_tensors, written
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.analysis.costs import node_work
+from adaptc.passes.graph.lifted import empty_like
+from adaptc.passes.graph.mutation import is_metadata_assert, is_view, memory_groups, pure, static_tensors, written
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 
 #: the size in bytes above which constants are computed in every call
 CONSTANT_BYTES = 2**20

@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 import torch
 
-from adaptc.passes.ir.costs import size_expression
+from adaptc.passes.analysis.costs import size_expression
 from adaptc.passes.optimize.sibling_groups import Group
 
 #: the operations that run in the time of one dispatch: about four microseconds at fifty billion operations a second

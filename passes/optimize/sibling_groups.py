@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.matmul_op import takes
-from adaptc.passes.ir.mutation import is_view, touched
-from adaptc.passes.ir.ops import argument
+from adaptc.passes.graph.mutation import is_view, touched
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.protocol.matmul_op import takes
 
 aten = torch.ops.aten
 

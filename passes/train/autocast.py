@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.ir.module_paths import module_path
-from adaptc.passes.ir.mutation import is_metadata_assert, touched
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.lifted import copy_graph
+from adaptc.passes.graph.module_paths import module_path
+from adaptc.passes.graph.mutation import is_metadata_assert, touched
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 
 aten = torch.ops.aten
 

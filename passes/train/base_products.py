@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.passes.ir.matmul_op import add_product, product, product_op
+from adaptc.passes.protocol.matmul_op import add_product, product, product_op
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
 from adaptc.passes.train.first_order import plain_only
 

@@ -23,10 +23,10 @@ from torch import fx
 
 from adaptc.errors import SHOWN, AdaptcError, AdaptcWarning, ConfigError, and_more, shown
 from adaptc.passes.analysis.block_chains import Block, Chain, context, find_chains
-from adaptc.passes.ir.mutation import memory_groups, written
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
-from adaptc.passes.ir.train_eval import WRITES_STATISTICS
+from adaptc.passes.graph.mutation import memory_groups, written
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.train_eval import WRITES_STATISTICS
 from adaptc.passes.train.base_products import frozen_linear
 from adaptc.passes.train.fused_cross_entropy import loss_of_layer
 from adaptc.passes.train.fused_gated_activation import gated

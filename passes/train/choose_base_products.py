@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import fx, nn
 
-from adaptc.passes.ir.matmul_op import LINEAR
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.protocol.matmul_op import LINEAR
 from adaptc.passes.train.base_products import Kinds, frozen_linear
 from adaptc.passes.train.fused_lora_linear import layers_with_lora
 from adaptc.passes.train.head_loss import loss_of_layer

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.passes.ir.mutation import sweep, touched
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.mutation import sweep, touched
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.train.head_loss import INDICES, loss_of_layer
 
 aten = torch.ops.aten

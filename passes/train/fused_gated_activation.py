@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.mutation import sweep, touched
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.mutation import sweep, touched
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.train.autocast import without_autocast
 from adaptc.passes.train.first_order import first_order, plain_only
 

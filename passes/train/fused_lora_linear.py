@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from adaptc.passes.ir.mutation import sweep, touched
-from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.graph.mutation import sweep, touched
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
 from adaptc.passes.train.base_products import Told, base_gradient, base_product
 from adaptc.passes.train.first_order import first_order, plain_only

@@ -14,10 +14,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from adaptc.passes.ir.lifted import Lifted, copy_graph
-from adaptc.passes.ir.ops import argument, set_argument
-from adaptc.passes.ir.pass_infra import GraphPass, Pass, PassResult
-from adaptc.passes.ir.train_eval import COUNTER, DROPOUT, FLAGS, KEPT, SDPA, SDPA_DROPOUT, mode_of
+from adaptc.passes.graph.lifted import Lifted, copy_graph
+from adaptc.passes.graph.ops import argument, set_argument
+from adaptc.passes.graph.pass_infra import GraphPass, Pass, PassResult
+from adaptc.passes.graph.train_eval import COUNTER, DROPOUT, FLAGS, KEPT, SDPA, SDPA_DROPOUT, mode_of
 from adaptc.passes.train.recomputed import Recomputed
 
 aten = torch.ops.aten

@@ -14,9 +14,9 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from adaptc.passes.ir.module_paths import module_path
-from adaptc.passes.ir.mutation import sweep
-from adaptc.passes.ir.pytree import pytree
+from adaptc.passes.graph.module_paths import module_path
+from adaptc.passes.graph.mutation import sweep
+from adaptc.passes.graph.pytree import pytree
 
 
 def cut_at_head(module: fx.GraphModule, head: str, known: Collection[str]) -> bool:

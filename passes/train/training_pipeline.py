@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from adaptc.errors import ConfigError
-from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult
+from adaptc.passes.graph.pass_infra import GraphPass, PassManager, PassResult
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.train.autocast import FollowAutocast
 from adaptc.passes.train.choose_base_products import Choose, ChooseBaseProducts

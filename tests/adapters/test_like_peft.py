@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.adapters.options import METHODS
+from adaptc.adapters.combining.combine_options import METHODS
 from tests.support.combining import IDS, SAID, TARGETS, changes, loaded, net, peft_model, saved
 from tests.support.oracle import quiet
 

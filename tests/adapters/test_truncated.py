@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptc.adapters.truncated_svd import Cut, truncated, truncated_sum
-from adaptc.passes.ir.low_rank import LowRank
+from adaptc.adapters.combining.truncated_svd import Cut, truncated, truncated_sum
+from adaptc.passes.protocol.low_rank import LowRank
 
 
 @pytest.mark.parametrize("cut", [Cut(rank=3), Cut(energy=0.8), Cut(rank=3, clamp=0.8), Cut(clamp=0.9, full=True)])

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.generation.cache import cache_class
-from adaptc.generation.cache_layout import CacheLayout
+from adaptc.generation.cache.cache_layout import CacheLayout
+from adaptc.generation.cache.step_cache import cache_class
 from adaptc.tables import size
 from tests.benchmarks.against_peft import Sides
 from tests.benchmarks.harness import Row, interleave, machine, markdown

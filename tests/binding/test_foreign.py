@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, LoHaConfig, LoraConfig
-from adaptc.peft_files.directory import write_adapter
+from adaptc.adapter_files.directory import write_adapter
 from tests.support.component_nets import (
     CONV,
     LINEAR,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, LoraConfig, SwapError
+from adaptc.adapter_files.directory import read_adapter, write_adapter
 from adaptc.binding.suggest_mapping import mappings_for
-from adaptc.peft_files.directory import read_adapter, write_adapter
 
 CONFIG = LoraConfig(r=3, target_modules=["up", "down"])
 EXAMPLE = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))

@@ -16,16 +16,16 @@ from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
+from adaptc.adapter_files import safetensors_reader as _layouts
+from adaptc.adapter_files.stable_read import OpenedFile
 from adaptc.binding.binding_plan_cache import MOST
-from adaptc.binding.source import bind_adapter
+from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import CheckpointError, SwapError
-from adaptc.peft_files import safetensors_reader as _layouts
-from adaptc.peft_files.stable_read import OpenedFile
 from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES
 from tests.support.subject import FILE, randomized, subject
 
-LONG = "adaptc.binding.source.bind"
+LONG = "adaptc.binding.sources.source.bind"
 
 
 def same(found: Any, expected: Any) -> None:

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
 
 from adaptc import AdaptcError
-from adaptc.capture.random_inputs import draw
+from adaptc.capture.inputs.random_inputs import draw
 from tests.support.families import FAMILIES
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from adaptc.capture.capture import capture
-from adaptc.capture.replicate_layers import replicate_layers
+from adaptc.capture.repeated_layers.replicate_layers import replicate_layers
 from adaptc.errors import ConfigError
 from tests.support.families import FAMILIES
 

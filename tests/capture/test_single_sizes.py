@@ -12,7 +12,7 @@ from torch.export import Dim
 from adaptc.capture import check_size_one
 from adaptc.capture.capture import capture
 from adaptc.errors import AdaptcWarning
-from adaptc.passes.ir.lifted import guards_of
+from adaptc.passes.graph.lifted import guards_of
 from tests.support.families import FAMILIES
 
 

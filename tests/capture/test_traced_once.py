@@ -19,7 +19,7 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.capture import dynamic_shapes
 from adaptc.capture.capture import capture
-from adaptc.capture.equal_modules import equal_layers, index_attributes
+from adaptc.capture.repeated_layers.equal_modules import equal_layers, index_attributes
 from tests.support.families import FAMILIES, perturb
 
 LAYERS = 7

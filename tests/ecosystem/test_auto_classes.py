@@ -14,7 +14,7 @@ from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.peft_files.directory import read_adapter
+from adaptc.adapter_files.directory import read_adapter
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
 IDS = torch.arange(14).reshape(2, 7)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.peft_files.formats.ldm import original_names
+from adaptc.adapter_files.formats.ldm import original_names
 from tests.support import diffusion
 from tests.support.diffusion import COMPONENTS, adapted, out
 

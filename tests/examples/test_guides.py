@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.method_hooks import Hooks
+from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.method_hooks import Hooks
 from tests.support.guides import DOCUMENTS, PAGES, ROOT, blocks, run
 
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)(#[\w-]+)?\)")

@@ -12,7 +12,7 @@ import peft
 import pytest
 
 import adaptc
-from adaptc.binding.source import from_peft
+from adaptc.binding.sources.source import from_peft
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, load_peft, quiet, randomize, run
 
 CPU_OFFLOAD = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)

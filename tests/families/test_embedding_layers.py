@@ -9,7 +9,7 @@ from torch import nn
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.peft_files.directory import read_adapter
+from adaptc.adapter_files.directory import read_adapter
 from tests.support.families import FAMILIES
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, TargetError
-from adaptc.generation import chunked_prefill
 from adaptc.generation import generator as generators
+from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import generated
 from tests.support.cover import examples
 from tests.support.families import FAMILIES

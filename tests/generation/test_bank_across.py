@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.program.divided_bank import DividedBank
+from adaptc.bank.divided_bank import DividedBank
 from tests.generation.models import case, generator, prompt
 from tests.generation.test_bank import NAMES, Mixed, row
 from tests.generation.test_encoder_decoders import WITH_ENCODER, expected, read, said

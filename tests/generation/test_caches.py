@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.generation.cache_layout import cache_of
+from adaptc.generation.cache.cache_layout import cache_of
 from adaptc.generation.spec import past_name
 from tests.generation.models import case, generated, generator, prompt
 

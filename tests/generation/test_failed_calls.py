@@ -10,7 +10,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc.generation import encoder_decoder
-from adaptc.generation.cache import StepCache
+from adaptc.generation.cache.step_cache import StepCache
 from tests.generation.models import generated, generator, prompt
 from tests.generation.test_states import both
 from tests.generation.test_without_a_cache import whole

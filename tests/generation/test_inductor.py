@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.generation import chunked_prefill
+from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import case, generated, generator, prompt
 
 

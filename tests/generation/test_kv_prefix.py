@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation.cache_layout import State, StateLayout, cache_of
+from adaptc.generation.cache.cache_layout import State, StateLayout, cache_of
+from adaptc.generation.modes.recurrent_step import state_cache_class
 from adaptc.generation.spec import past_name
-from adaptc.generation.state_step import state_cache_class
 from tests.support.chats import tokenizer
 from tests.support.cover import examples
 from tests.support.families import FAMILIES, VOCAB

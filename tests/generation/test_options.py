@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.passes.ir.matmul_op import CLASSES, LINEAR, takes
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.runtime import executor, packed_weights
+from adaptc.passes.protocol.matmul_op import CLASSES, LINEAR, takes
+from adaptc.runtime import executor
+from adaptc.tuning import packed_weights
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.test_encoder_decoders import expected, said
 from tests.support.families import FAMILIES

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc.chat.active_adapter import Voices
 from adaptc.chat.models import How, opened
-from adaptc.generation import chunked_prefill
+from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import ROOM, packaged, tokenizer, written
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptc.generation import chunked_prefill
+from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import generator, prompt
 
 

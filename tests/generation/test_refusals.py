@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.generation.cache import StepCache
+from adaptc.generation.cache.step_cache import StepCache
 from tests.generation.models import case, generated, generator, prompt
 
 IDS = prompt(2, 6)["input_ids"]

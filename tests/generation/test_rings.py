@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc.chat.active_adapter import Voice
 from adaptc.chat.conversation import Conversation, TokenChoice
-from adaptc.generation import sliding_window
-from adaptc.generation.cache import cache_class
-from adaptc.generation.cache_layout import CacheLayout
+from adaptc.generation.cache.cache_layout import CacheLayout
+from adaptc.generation.cache.step_cache import cache_class, sliding_window
 from adaptc.generation.spec import ROOM, WINDOW
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer

@@ -16,7 +16,7 @@ import transformers
 import adaptc
 from adaptc.chat.active_adapter import Voice
 from adaptc.chat.conversation import Conversation, TokenChoice
-from adaptc.generation import chunked_prefill
+from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import Case, case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer
 from tests.support.families import VOCAB, perturb

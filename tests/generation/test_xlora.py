@@ -16,13 +16,13 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation import chunked_prefill
 from adaptc.generation import generator as generators
+from adaptc.generation.modes import chunked_prefill
 from adaptc.generation.spec import ROOM, STATE, WINDOW
-from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.ir.regions import node_tag
-from adaptc.program.adaptation import check_tags
-from adaptc.pt2_files.refusal import UnsafeFile
+from adaptc.passes.graph.lifted import copy_graph
+from adaptc.passes.protocol.regions import node_tag
+from adaptc.safe_pt2.refusal import UnsafeFile
+from adaptc.state.adaptation import check_tags
 from tests.generation.models import generated, prompt
 from tests.generation.test_without_a_cache import Forgetful
 from tests.support import invoked

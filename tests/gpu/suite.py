@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.kernels.dora import dora_norm
+from adaptc.kernels.dora_linear import dora_norm
 from adaptc.kernels.grouped_lora import chunks, grouped_lora, rows_per_chunk
 from adaptc.kernels.grouped_rows import grouped_rows
 from adaptc.kernels.lora_epilogue import lora_down
 from adaptc.kernels.lora_linear import lora_linear
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
-from adaptc.kernels.merge import merge_
-from adaptc.passes.ir.low_rank_rows import side_by_side
+from adaptc.kernels.merge_weight import merge_
+from adaptc.passes.protocol.low_rank_rows import side_by_side
 from tests.gpu.roofline import Work, adapter_work, length_work, linear_work, lora_work, merge_work, norm_work
 
 Output = Tensor | Sequence[Tensor]

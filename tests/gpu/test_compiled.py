@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.kernels.dora import dora_epilogue, dora_norm
+from adaptc.kernels.dora_linear import dora_epilogue, dora_norm
 from adaptc.kernels.grouped_lora import grouped_lora
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
 from adaptc.kernels.lora_linear import lora_linear
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
-from adaptc.kernels.merge import merge_saving_, unmerge_
+from adaptc.kernels.merge_weight import merge_saving_, unmerge_
 from tests.gpu.cases import BF16, DEVICE, F32, SCALE, TYPES, bits, matrix, number, type_name, vector
 from tests.gpu.timing import captured
 

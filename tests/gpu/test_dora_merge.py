@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptc.kernels.dora import dora_epilogue, dora_norm, reference_dora_epilogue, reference_dora_norm
-from adaptc.kernels.merge import merge_, merge_saving_, reference_merge, unmerge_
+from adaptc.kernels.dora_linear import dora_epilogue, dora_norm, reference_dora_epilogue, reference_dora_norm
+from adaptc.kernels.merge_weight import merge_, merge_saving_, reference_merge, unmerge_
 from tests.gpu.cases import (
     DEVICE,
     EPS,

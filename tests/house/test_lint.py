@@ -66,16 +66,19 @@ def test_the_sources_as_they_are_pass(tree: Path) -> None:
 
 
 UPWARD = {
-    "a pass of methods": ("passes/ir/ops.py", "from adaptc.methods import ModelFacts"),
-    "capture of program": ("capture/capture.py", "import adaptc.program.adapted"),
-    "runtime of binding's user": ("runtime/executor.py", "from adaptc.program.core import ProgramCore"),
-    "an ir of analysis": ("passes/ir/trace.py", "from adaptc.passes.analysis.sites import Site"),
+    "a pass of methods": ("passes/graph/ops.py", "from adaptc.methods import ModelFacts"),
+    "capture of program": ("capture/capture.py", "import adaptc.program.adapted_program"),
+    "runtime of binding's user": ("runtime/executor.py", "from adaptc.state.core import ProgramCore"),
+    "the protocol of analysis": ("passes/protocol/trace.py", "from adaptc.passes.analysis.sites import Site"),
     "hidden from running code": (
-        "peft_files/directory.py",
-        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from adaptc.api import compile",
+        "adapter_files/directory.py",
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from adaptc.api.adapt_model import compile",
     ),
     "hidden in a function": ("tables.py", "def late():\n    from adaptc.reports.coverage import CoverageReport"),
-    "of a neighbour on the same floor": ("methods/lora.py", "from adaptc.peft_files.format import MemoryMapped"),
+    "of a neighbour on the same floor": (
+        "methods/lora_family/lora.py",
+        "from adaptc.adapter_files.format import MemoryMapped",
+    ),
 }
 
 
@@ -103,7 +106,7 @@ def test_the_facade_is_for_users(tree: Path) -> None:
 
 
 def test_a_private_module_stays_in_its_package(tree: Path) -> None:
-    plant(tree, "targets/plan_layers.py", "from adaptc.methods._registry import CONFIGS")
+    plant(tree, "targets/plan_layers.py", "from adaptc.methods._shared.registry import CONFIGS")
     code, said = imports(tree)
     assert code != 0
     assert "leading underscore stay in their package BROKEN" in said
@@ -111,7 +114,7 @@ def test_a_private_module_stays_in_its_package(tree: Path) -> None:
 
 RULES = {
     "SLF001": ("reports/coverage.py", "def look(program):\n    return program._run"),
-    "TID252": ("program/merge.py", "from .core import ProgramCore"),
+    "TID252": ("state/merge_program.py", "from .core import ProgramCore"),
     "PLC0415": ("binding/bind.py", "def late():\n    import json\n\n    return json"),
     "TID253": ("binding/bind.py", "import transformers"),
 }

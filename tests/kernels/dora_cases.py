@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptc.kernels._launch import INTERPRETED
-from adaptc.kernels.dora import dora_epilogue, dora_norm, reference_dora_epilogue, reference_dora_norm
+from adaptc.kernels.dora_linear import dora_epilogue, dora_norm, reference_dora_epilogue, reference_dora_norm
 from tests.kernels.matrices import (
     DTYPES,
     LAYOUTS,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.kernels import grouped_rows
 from adaptc.kernels._launch import INTERPRETED
-from adaptc.passes.ir.bank_method import STARTS
+from adaptc.passes.protocol.bank_method import STARTS
 from tests.kernels.grouped_lora_cases import ROUNDING, bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

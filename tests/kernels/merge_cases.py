@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptc.kernels._launch import INTERPRETED
-from adaptc.kernels.merge import merge_, merge_saving_, reference_merge, unmerge_
+from adaptc.kernels.merge_weight import merge_, merge_saving_, reference_merge, unmerge_
 from tests.kernels.matrices import (
     DTYPES,
     LAYOUTS,

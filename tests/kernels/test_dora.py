@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import BackendError
-from adaptc.kernels import dora
-from adaptc.kernels.dora import dora_epilogue, dora_norm, reference_dora_epilogue, reference_dora_norm
+from adaptc.kernels import dora_linear as dora
+from adaptc.kernels.dora_linear import dora_epilogue, dora_norm, reference_dora_epilogue, reference_dora_norm
 from tests.kernels import run_cases
 from tests.kernels.matrices import DTYPES, matrix
 from tests.kernels.on_gpu import guards_of_launch

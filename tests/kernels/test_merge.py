@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adaptc.errors import BackendError
-from adaptc.kernels import merge
-from adaptc.kernels.merge import merge_, merge_saving_, reference_merge, unmerge_
+from adaptc.kernels import merge_weight as merge
+from adaptc.kernels.merge_weight import merge_, merge_saving_, reference_merge, unmerge_
 from tests.kernels import run_cases
 from tests.kernels.matrices import DTYPES, matrix
 from tests.kernels.on_gpu import guards_of_launch

@@ -24,9 +24,9 @@ from adaptc.kernels import sibling_table_of
 from adaptc.kernels._row_chunks import chunks
 from adaptc.kernels.lora_siblings import sibling_factors, sibling_table
 from adaptc.op_rules import RULES
-from adaptc.passes.ir import low_rank_rows
-from adaptc.passes.ir.matmul_op import ALL_CLASSES, ONEDNN
-from adaptc.runtime import compiled_products
+from adaptc.passes.protocol import low_rank_rows
+from adaptc.passes.protocol.matmul_op import ALL_CLASSES, ONEDNN
+from adaptc.tuning import compiled_matmuls as compiled_products
 
 # torch's own, in make_dual
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

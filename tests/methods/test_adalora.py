@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import AdaLoraConfig, AdaptcError, ConfigError
 from adaptc.binding.bind import file_tensors
-from adaptc.methods.adalora import AdaLora
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.adalora import AdaLora
+from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
 from tests.support.method_table import Experts
 

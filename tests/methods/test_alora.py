@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, MergeError, SwapError, TargetError
-from adaptc.methods.alora import Alora, acts
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.regions import COEFFICIENT, node_tag
+from adaptc.methods.lora_family.alora import Alora, acts
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.regions import COEFFICIENT, node_tag
 from tests.support.families import FAMILIES
 from tests.support.invoked import alora_oracle, config_of, invoking, targets
 from tests.support.oracle import assert_differs, assert_same, base, file_tensors, load_peft, quiet

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import ArrowConfig, LoraConfig
 from adaptc.errors import CheckpointError, ConfigError, MergeError, SwapError, TargetError
-from adaptc.methods.arrow import Arrow, top_right_singular_vector
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.arrow import Arrow, top_right_singular_vector
+from adaptc.passes.graph.ops import Op
 from tests.support.arrow import lora, lora_of, peft_model, peft_rule, targets
 from tests.support.families import FAMILIES
 from tests.support.oracle import SAID, assert_differs, assert_same, base, file_tensors, quiet, run
@@ -333,7 +333,7 @@ def test_a_failed_write_changes_nothing(tmp_path):
         rename(old, new)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adaptc.peft_files.multi_adapter.os.rename", failing)
+        patch.setattr("adaptc.adapter_files.multi_adapter.os.rename", failing)
         with pytest.raises(CheckpointError, match="no room"):
             adaptc.save_adapter(prog, tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import adaptc
 import tests.support.block_diagonal  # noqa: F401  # PEFT has several factors only with its extension
-from adaptc.methods.boft import Boft
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.orthogonal.boft import Boft
+from adaptc.passes.graph.ops import Op
 from tests.support.custom_models import One
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {

@@ -11,10 +11,10 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods.c3a import C3A
+from adaptc.methods.sparse.c3a import C3A
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge import Merge
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
 from tests.support.pass_checks import attach, export, random_values
 from tests.support.spectral import mismatches

@@ -17,7 +17,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.methods import TargetedConfig, config_class
-from adaptc.methods._registry import CONFIGS
+from adaptc.methods._shared.registry import CONFIGS
 
 DEEP: Any = []
 for _ in range(100_000):

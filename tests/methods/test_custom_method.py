@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.methods import _registry
+from adaptc.methods._shared import registry as _registry
 from tests.support.custom_models import One
 from tests.support.method_checks import CHECKS, check_rows
 from tests.support.method_table import Entry

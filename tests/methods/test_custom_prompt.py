@@ -11,7 +11,7 @@ import torch
 import adaptc
 from adaptc import Extra, Initial, ProgramConfig, ProgramMethod, PromptTuningConfig, Slot, VirtualTokens
 from adaptc.errors import ConfigError, MethodError
-from adaptc.methods import _registry
+from adaptc.methods._shared import registry as _registry
 from tests.generation.test_prefixes import continued
 from tests.support.families import FAMILIES
 from tests.support.oracle import assert_same, base

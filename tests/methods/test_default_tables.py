@@ -12,10 +12,10 @@ import torch
 from peft.utils import constants
 
 import adaptc
+from adaptc.adapter_files.directory import read_config
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._default_targets import OTHER_MEANING, TABLES, adapts_defaults, defaults
-from adaptc.methods._registry import CONFIGS, config_class
-from adaptc.peft_files.directory import read_config
+from adaptc.methods._shared.default_targets import OTHER_MEANING, TABLES, adapts_defaults, defaults
+from adaptc.methods._shared.registry import CONFIGS, config_class
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_same, file_tensors, load_peft, run
 

@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.methods.dora import MAGNITUDE, Dora
-from adaptc.methods.lora import Lora
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
 from tests.support.oracle import Oracle, base
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import adaptc
 from adaptc.methods import TargetedConfig
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method
 from tests.support.cover import examples
 from tests.support.method_table import ENTRIES, Entry
 

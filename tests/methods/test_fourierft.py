@@ -11,8 +11,8 @@ import torch
 
 import adaptc
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods.fourierft import FourierFT
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.sparse.fourierft import FourierFT
+from adaptc.passes.graph.ops import Op
 from tests.support.spectral import blocks, compiled, mismatches, wrapped
 
 BAD = [

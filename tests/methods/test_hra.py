@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.methods.hra import Hra
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.orthogonal.hra import Hra
+from adaptc.passes.graph.ops import Op
 from tests.support.custom_models import One
 
 X = torch.linspace(-2, 3, 45).reshape(3, 15)

@@ -13,8 +13,8 @@ from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.binding.source import as_config
-from adaptc.passes.ir.ops import Op
+from adaptc.binding.sources.source import as_config
+from adaptc.passes.graph.ops import Op
 from tests.support.families import FAMILIES
 
 

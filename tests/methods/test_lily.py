@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LilyConfig
-from adaptc.methods.lily import Lily
+from adaptc.methods.lora_family.lily import Lily
 from tests.support.subject import FILE, close, loss, quiet, short, sound
 
 #: more layers than have one digit, so that order by name is not order in the model

@@ -11,8 +11,8 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import ConfigError, SwapError
-from adaptc.methods.lokr import LoKr, factors
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lycoris.lokr import LoKr, factors
+from adaptc.passes.graph.ops import Op
 from tests.support.lycoris import close, named, normal, randomize, saved, slots
 from tests.support.oracle import assert_differs
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import ConfigError
-from adaptc.methods._lora_init import init_lora
+from adaptc.methods.lora_family.lora_init import init_lora
 from tests.support.cover import examples
 
 MATRIX = ["orthogonal", "pissa", "pissa_niter_3", "olora"]

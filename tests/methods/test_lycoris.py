@@ -11,9 +11,9 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods.loha import LoHa
-from adaptc.methods.lokr import LoKr
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lycoris.loha import LoHa
+from adaptc.methods.lycoris.lokr import LoKr
+from adaptc.passes.graph.ops import Op
 from tests.support.lycoris import CONFIGS, close, named, normal, randomize, saved, slots, wrapped
 from tests.support.method_table import Experts
 

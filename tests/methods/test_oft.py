@@ -16,10 +16,10 @@ from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.methods.oft import Oft
+from adaptc.methods.orthogonal.oft import Oft
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge import Merge
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.graph.ops import Op
 from tests.support.custom_models import One
 from tests.support.pass_checks import attach, export, random_values
 

@@ -11,7 +11,7 @@ import adaptc
 from adaptc.cli import app
 from adaptc.methods import TargetedConfig
 from adaptc.methods.__main__ import filled
-from adaptc.methods._registry import CONFIGS, config_class
+from adaptc.methods._shared.registry import CONFIGS, config_class
 from adaptc.methods.overview import KINDS, markdown, overview
 from tests.support.method_table import ENTRIES
 

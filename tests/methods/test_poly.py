@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import PolyConfig
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
-from adaptc.methods.poly import LOGITS
+from adaptc.methods.routed.poly import LOGITS
 from tests.support.families import FAMILIES
 from tests.support.oracle import (
     Oracle,

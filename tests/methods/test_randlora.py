@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, RandLoraConfig, SwapError
-from adaptc.methods.randlora import RandLora, bases
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.randlora import RandLora, bases
+from adaptc.passes.graph.ops import Op
 from tests.support.chain import (
     FILE,
     TARGETS,

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import adaptc
 from adaptc import ConfigError
 from adaptc.cli import app
-from adaptc.methods import _registry
+from adaptc.methods._shared import registry as _registry
 
 SOURCE = textwrap.dedent(
     '''
@@ -120,8 +120,8 @@ def test_a_reloaded_module_takes_its_place(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("SIGNED", "LORA"), "'LORA' is the name of 'adaptc.methods.lora_config:LoraConfig' already"),
-        (('"signed"', '"lora"'), "'lora' is the name of 'adaptc.methods.lora:Lora' already"),
+        (("SIGNED", "LORA"), "'LORA' is the name of 'adaptc.methods.lora_family.lora_config:LoraConfig' already"),
+        (('"signed"', '"lora"'), "'lora' is the name of 'adaptc.methods.lora_family.lora:Lora' already"),
         (('"signed"', '""'), "name must not be empty"),
         (("SIGNED", "Signed"), "must be a name in capitals"),
         (("    def slots", "    rank: int = 2\n\n    def slots"), "Signed.rank is a function of the protocol"),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import adaptc
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
-from adaptc.methods.shira import Shira
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.sparse.shira import Shira
+from adaptc.passes.graph.ops import Op
 from tests.support.spectral import blocks, compiled, mismatches, wrapped
 
 FILE = "adapter_model.safetensors"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, MergeError, TargetError
 from adaptc.methods import check_sizes
-from adaptc.methods._name_patterns import pattern_value, unused_patterns
-from adaptc.passes.ir.method import Method, Scale, Slot, Slots
-from adaptc.passes.ir.ops import Op
+from adaptc.methods._shared.name_patterns import pattern_value, unused_patterns
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method, Scale, Slot, Slots
 
 HUGE = 10**15
 

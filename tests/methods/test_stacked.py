@@ -10,8 +10,8 @@ import torch
 import adaptc
 from adaptc import AdaLoraConfig, LoraConfig
 from adaptc.methods import Stacked
-from adaptc.methods.lora import Lora
-from adaptc.passes.ir.method_hooks import Hooks
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.passes.protocol.method_hooks import Hooks
 from tests.support.method_table import Experts
 
 #: hooks that are right as they are: the stacked method has no form around a layer and no bias, no dropout there, and

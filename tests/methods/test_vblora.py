@@ -10,8 +10,8 @@ from torch import nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, TargetError, VBLoRAConfig
-from adaptc.methods.vblora import VBLoRA
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.vblora import VBLoRA
+from adaptc.passes.graph.ops import Op
 from adaptc.runtime.rank_padding import paddings
 from tests.support.chain import (
     FILE,

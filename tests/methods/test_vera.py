@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, VeraConfig
-from adaptc.methods.vera import Vera
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.vera import Vera
+from adaptc.passes.graph.ops import Op
 from adaptc.runtime.rank_padding import paddings
 from tests.support.chain import (
     FILE,

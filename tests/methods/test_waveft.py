@@ -20,8 +20,8 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcWarning, ConfigError, SwapError
-from adaptc.methods.waveft import FAMILIES, WaveFT
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.sparse.waveft import FAMILIES, WaveFT
+from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
 from tests.support.spectral import blocks, compiled, mismatches, wrapped
 

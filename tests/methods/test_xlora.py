@@ -16,8 +16,8 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
-from adaptc.methods._xlora_classifier import ScalingRule
-from adaptc.passes.ir.regions import COEFFICIENT, node_tag
+from adaptc.methods.routed.xlora_classifier import ScalingRule
+from adaptc.passes.protocol.regions import COEFFICIENT, node_tag
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import SAID, assert_differs, assert_same, base, file_tensors, load_peft, loss, quiet
 from tests.support.training import the_same_with_checkpoints

@@ -147,7 +147,7 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_adapters(made, full)
             if name is not None:
                 torch.testing.assert_close(found[row], alone[now[name][-1]][row])
 
-    files = ("/packages/bank.py", "/packages/packaged_program.py", "/packages/constants.py")
+    files = ("/packages/package_bank.py", "/packages/packaged_program.py", "/packages/constants.py")
     deeds = [lambda: packaged.replace("a", ready["d"]), lambda: packaged.remove("a")]
     for deed in deeds if full else [*deeds, lambda: packaged.add("d", ready["d"])]:
         assert at_every_line(deed, reset, seen, works, files) >= 4

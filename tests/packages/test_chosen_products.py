@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.runtime import compiled_products
+from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.tuning import compiled_matmuls as compiled_products
 from tests.support.archives import read_records
 from tests.support.rounding import to_rounding
 

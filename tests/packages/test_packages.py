@@ -19,7 +19,7 @@ from torch import nn
 
 import adaptc
 from adaptc import AdaptcError, BackendError, CheckpointError, ConfigError, SwapError
-from adaptc.peft_files.directory import write_adapter
+from adaptc.adapter_files.directory import write_adapter
 from tests.support.archives import MANIFEST, read_records, with_hashes, write_records
 from tests.support.packaged_nets import NET_CONFIG, Packaged, adapter, net_inputs
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import adaptc
 from adaptc import ConfigError, LoraConfig, SwapError
-from adaptc.methods.lora import Lora
-from adaptc.passes.ir.ops import Op
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.passes.graph.ops import Op
 from adaptc.runtime.rank_padding import Padding, paddings
 from tests.support import odd_methods
 from tests.support.families import FAMILIES

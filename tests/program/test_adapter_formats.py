@@ -98,7 +98,7 @@ def test_a_failed_write_leaves_no_directories(tmp_path: Path, monkeypatch: pytes
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("adaptc.peft_files.safe_load.save_file", full)
+    monkeypatch.setattr("adaptc.adapter_files.safe_load.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         adaptc.save_adapter(wide, tmp_path / "deep" / "x.safetensors", format="kohya", component="unet")
     assert list(tmp_path.iterdir()) == []

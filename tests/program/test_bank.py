@@ -174,9 +174,9 @@ def test_nothing_is_made_again_for_another_assignment(program: Any, monkeypatch:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("made again")
 
-    monkeypatch.setattr("adaptc.rows.code.RowsSource.code", fail)
+    monkeypatch.setattr("adaptc.bank.compile_bank.RowsSource.code", fail)
     bank(X, adapters=["c", "b", "b"])
-    monkeypatch.setattr("adaptc.program.bank.stacked", fail)
+    monkeypatch.setattr("adaptc.bank.bank.stacked", fail)
     bank(X, adapters=[{"b": 0.5}, {"c": 2.0}, None])
     bank(X[:2], adapters=["c", None])
 

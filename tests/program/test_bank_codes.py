@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.methods.lora import Lora
+from adaptc.methods.lora_family.lora import Lora
 from tests.support.builds import noted
 from tests.support.gated_net import compiled as gated
 from tests.support.gated_net import state

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.passes.ir.torch_caches import forget_code
+from adaptc.passes.graph.torch_caches import forget_code
 from adaptc.runtime import weight_buffers
 from tests.support.gated_net import X, compiled, config, net, state
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 import adaptc
 from adaptc import AdaptcError, CheckpointError, ConfigError, LoraConfig
-from adaptc.peft_files import atomic_write
+from adaptc.adapter_files import atomic_write
 from tests.support.families import FAMILIES
 from tests.support.oracle import TARGETS, quiet
 

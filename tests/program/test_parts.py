@@ -12,9 +12,9 @@ from torch.export import Dim
 
 import adaptc
 from adaptc.errors import ConfigError
-from adaptc.passes.ir.subprogram import outputs_of, part_of
-from adaptc.program.parts import pinned_parts
+from adaptc.passes.graph.subprogram import outputs_of, part_of
 from adaptc.runtime.executor import Arguments
+from adaptc.state.program_parts import pinned_parts
 
 NEW = {
     f"{name}.lora_{side}.weight": torch.randn(shape, generator=torch.Generator().manual_seed(4))

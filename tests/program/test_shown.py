@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.passes.ir.graph_lock import GRAPHS
-from adaptc.passes.ir.regions import node_tag
+from adaptc.passes.graph.graph_lock import GRAPHS
+from adaptc.passes.protocol.regions import node_tag
 from tests.support.families import FAMILIES
 
 CONFIG = LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False)

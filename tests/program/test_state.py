@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, BackendError, CheckpointError, ConfigError, LoraConfig, SwapError
-from adaptc.passes.ir.storage import storage_key
-from adaptc.program.core import ProgramCore
+from adaptc.passes.graph.storage import storage_key
 from adaptc.runtime.options import RunOptions
+from adaptc.state.core import ProgramCore
 
 
 class Net(nn.Module):
@@ -292,7 +292,7 @@ def test_a_file_of_another_format_is_refused_by_its_number(
     program: adaptc.AdaptedProgram, number: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as other:
-        other.setattr("adaptc.program.adaptation.FORMAT", number)
+        other.setattr("adaptc.state.adaptation.FORMAT", number)
         path = adaptc.save(program, tmp_path / "other.pt2")
     with pytest.raises(CheckpointError, match=f"its format is {number!r}, and this one reads 2.*Save the"):
         adaptc.load(path)

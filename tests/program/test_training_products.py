@@ -11,11 +11,11 @@ from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.ir import matmul_op as op
-from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import MatmulChoice
+from adaptc.passes.protocol import matmul_op as op
+from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.train.base_products import frozen_linear
-from adaptc.program import adapted
+from adaptc.program import adapted_program as adapted
 from tests.program.test_training import KW, batch, peft_twin, randomised, steps
 from tests.support.families import FAMILIES
 

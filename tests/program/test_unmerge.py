@@ -15,9 +15,9 @@ import adaptc
 from adaptc import LoraConfig, MergeError
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
-from adaptc.methods.lora import Lora
-from adaptc.passes.adapt.merge import Merge
-from adaptc.program.adapted import AdaptedProgram
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.program.adapted_program import AdaptedProgram
 from tests.support.cover import examples
 from tests.support.pass_checks import Snapshot, export, inject
 

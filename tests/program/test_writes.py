@@ -19,7 +19,7 @@ import torch
 
 import adaptc
 from adaptc import CheckpointError, LoraConfig
-from adaptc.peft_files import atomic_write, safe_torch_save
+from adaptc.adapter_files import atomic_write, safe_torch_save
 
 NET = """
 import os, sys
@@ -118,7 +118,7 @@ def test_what_a_write_raises_comes_after_torch_is_done(
 
 SIGNALS = """
 import itertools, signal
-from adaptc.peft_files import safe_torch_save
+from adaptc.adapter_files import safe_torch_save
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background processes ignore it
 folder = {folder!r}
 path = os.path.join(folder, "a.pt2")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.passes.ir.graph_lock import GRAPHS
-from adaptc.peft_files.atomic_write import replacing
+from adaptc.adapter_files.atomic_write import replacing
+from adaptc.passes.graph.graph_lock import GRAPHS
 from tests.support.gated_net import X, compiled, state
 from tests.support.interrupts import Lines
 

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 import adaptc
 import adaptc.passes
 from adaptc import LoraConfig, PassError
-from adaptc.passes.ir.pass_infra import GraphPass, Pass, PassBase
+from adaptc.passes.graph.pass_infra import GraphPass, Pass, PassBase
 from tests.support.families import FAMILIES
 
 X = torch.randn(3, 6)

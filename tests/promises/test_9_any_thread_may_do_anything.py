@@ -26,7 +26,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.ir.graph_lock import GRAPHS
+from adaptc.passes.graph.graph_lock import GRAPHS
 from tests.support.gated_net import X, compiled, config, net, state
 
 RANKS = (2, 7, 3)

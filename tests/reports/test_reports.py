@@ -15,8 +15,8 @@ import torch
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.adapt.merge import SiteMerge
-from adaptc.reports.adapter import AdapterReport
+from adaptc.passes.adapt.merge_pass import SiteMerge
+from adaptc.reports.adapter_report import AdapterReport
 from adaptc.reports.coverage import CoverageReport, SiteCoverage
 from adaptc.reports.results import MergeReport, SwapReport
 from tests.support.families import FAMILIES

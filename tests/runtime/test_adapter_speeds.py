@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.optimize.sibling_cost import DISPATCH, FLOAT, HALF, Speed
-from adaptc.runtime import adapter_speeds, executor, product_table, product_times
-from adaptc.runtime.adapter_speeds import OPERATION, adapter_speed, measure_adapters, speed_of
-from adaptc.runtime.product_times import ADAPTERS, FACTOR_CLASSES, FACTORS, Times
+from adaptc.runtime import executor
+from adaptc.tuning import adapter_speeds
+from adaptc.tuning import matmul_table as product_table
+from adaptc.tuning import matmul_times as product_times
+from adaptc.tuning.adapter_speeds import OPERATION, adapter_speed, measure_adapters, speed_of
+from adaptc.tuning.matmul_times import ADAPTERS, FACTOR_CLASSES, FACTORS, Times
 from tests.support.sibling_nets import block, rows
 
 

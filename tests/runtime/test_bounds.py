@@ -14,8 +14,8 @@ from adaptc import LoraConfig
 from adaptc.errors import AdaptcError
 from adaptc.packages.manifest import read
 from adaptc.passes.analysis.index_bounds import index_bounds
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.runtime.check_indices import check_bounds
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.runtime.calls.check_indices import check_bounds
 
 ROWS = 11
 

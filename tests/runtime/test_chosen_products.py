@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.passes.ir import matmul_op as op
-from adaptc.passes.ir.matmul_op import LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.runtime import executor, product_table
+from adaptc.passes.protocol import matmul_op as op
+from adaptc.passes.protocol.matmul_op import LINEAR, ONEDNN
+from adaptc.runtime import executor
+from adaptc.tuning import matmul_table as product_table
 from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows
 
 #: at one row, and from 17 to 256

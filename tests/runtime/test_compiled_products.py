@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.ir import matmul_op as op
-from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.runtime import compiled_products, executor, product_table
+from adaptc.passes.protocol import matmul_op as op
+from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.runtime import executor
+from adaptc.tuning import compiled_matmuls as compiled_products
+from adaptc.tuning import matmul_table as product_table
 from tests.support.rounding import to_rounding
 from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows
 

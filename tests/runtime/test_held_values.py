@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import adaptc
 from adaptc import ConfigError, LoraConfig
 from adaptc.methods import TargetedConfig
-from adaptc.passes.ir.method import Method, Slot
-from adaptc.passes.ir.ops import Op
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method, Slot
 from adaptc.runtime.hoisted_values import Held, HoistedStage, Prefix
 from adaptc.runtime.variants import PLAIN
 from tests.support.families import FAMILIES

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import BackendError, ConfigError, LoraConfig
-from adaptc.passes.ir import matmul_op as op
-from adaptc.passes.ir.matmul_op import LINEAR, takes
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.runtime import executor, pack_times, packed_weights, product_table
+from adaptc.passes.protocol import matmul_op as op
+from adaptc.passes.protocol.matmul_op import LINEAR, takes
+from adaptc.runtime import executor
 from adaptc.tables import size
+from adaptc.tuning import matmul_table as product_table
+from adaptc.tuning import pack_times, packed_weights
 from tests.support.rounding import to_rounding
 from tests.support.sibling_nets import adapter, block, compiled, rows
 

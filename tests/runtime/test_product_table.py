@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptc.errors import ConfigError
-from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import MatmulChoice, Products
-from adaptc.runtime import product_table as module
-from adaptc.runtime import product_times
-from adaptc.runtime.product_table import (
+from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
+from adaptc.tuning import matmul_table as module
+from adaptc.tuning import matmul_times as product_times
+from adaptc.tuning.matmul_table import (
     ProductTable,
     choose,
     choose_for_gradient,
@@ -28,7 +28,7 @@ from adaptc.runtime.product_table import (
     read,
     wanted,
 )
-from adaptc.runtime.product_times import TURNED, Times, complete, measure, measure_turned
+from adaptc.tuning.matmul_times import TURNED, Times, complete, measure, measure_turned
 from tests.support.hurried import hurried
 
 KEYS = [(*size, rows) for size, rows, _ in product_times._wanted()]

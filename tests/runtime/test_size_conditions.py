@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaptc.runtime.size_conditions import condition, expression, solved, symbols
+from adaptc.runtime.calls.size_conditions import condition, expression, solved, symbols
 
 NAMES = ["x", "cache_k", "cache_v_0"]
 

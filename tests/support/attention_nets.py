@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from adaptc.passes.analysis.attention import find_attention
+from adaptc.passes.analysis.attention.attention_targets import find_attention
 
 #: the operands of one attention with a projection for each
 SEPARATE = [(("q",), ("k",), ("v",))]

@@ -12,7 +12,7 @@ from typing import Any, Self
 import adaptc
 import adaptc.kernels
 import adaptc.passes
-from adaptc.peft_files import safe_torch_save
+from adaptc.adapter_files import safe_torch_save
 
 #: folders of the code that is interrupted
 OURS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))

@@ -10,9 +10,10 @@ import pytest
 from torch import Tensor
 
 import adaptc
-from adaptc.methods import TargetedConfig, _registry
-from adaptc.passes.ir.method import Method, Slot
-from adaptc.passes.ir.ops import Op
+from adaptc.methods import TargetedConfig
+from adaptc.methods._shared import registry as _registry
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method, Slot
 
 
 @dataclass(frozen=True)

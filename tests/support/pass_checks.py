@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from adaptc.methods.lora import Lora
+from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.analysis.sites import Site, find_sites
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.regions import node_tag, site_op
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.regions import node_tag, site_op
 
 
 def export(model: nn.Module, *args: Any, strict: bool = False, **options: Any) -> ExportedProgram:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.emit_fused_siblings import Pack
 from adaptc.passes.optimize.fold_scales import FoldScales

@@ -28,9 +28,9 @@ from adaptc.binding.bind import first_values
 from adaptc.binding.binding import BindingSpec
 from adaptc.methods import ModelFacts
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import op_of
-from adaptc.program.adaptation import Adaptation
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import op_of
+from adaptc.state.adaptation import Adaptation
 from adaptc.targets.plan_layers import plan
 from tests.support.site_cases import CASES, Case
 

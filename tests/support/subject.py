@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.protocol.attachment import Attachment
 from tests.support.method_table import BY_NAME, LAYERS, Entry, Layer
 
 FILE = "adapter_model.safetensors"

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import adaptc
-from adaptc.methods.xlora import CLASSIFIER
+from adaptc.methods.routed.xlora import CLASSIFIER
 from tests.support.families import FAMILIES
 from tests.support.oracle import SAID, quiet, randomize
 

@@ -14,7 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.passes.analysis.attention import default_targets
+from adaptc.passes.analysis.attention.attention_targets import default_targets
 from tests.support.families import FAMILIES
 
 QV = ["q_proj", "v_proj"]

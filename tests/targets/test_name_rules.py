@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import TargetError
-from adaptc.methods._name_patterns import check_patterns, pattern_value, unused_patterns
+from adaptc.methods._shared.name_patterns import check_patterns, pattern_value, unused_patterns
 from adaptc.targets.name_rules import Candidate, select, select_to_save
 from tests.support.cover import examples
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, TargetError
-from adaptc.methods._name_patterns import pattern_value, unused_patterns
+from adaptc.methods._shared.name_patterns import pattern_value, unused_patterns
 from adaptc.targets.name_rules import Candidate, select, select_to_save
 
 MODEL = {

@@ -84,7 +84,7 @@ def test_what_is_saved_after_a_swap_is_the_swapped_adapter_alone(model, saved, n
     program = adaptc.compile(model, list(saved.values()), example_inputs=torch.randint(0, 13, (2, 4)))
     adaptc.swap(program, saved[name])
     adaptc.save_adapter(program, tmp_path / "again")
-    from adaptc.peft_files.directory import read_adapter
+    from adaptc.adapter_files.directory import read_adapter
 
     before, after = read_adapter(saved[name]), read_adapter(tmp_path / "again")
     assert before.tensors.keys() == after.tensors.keys()

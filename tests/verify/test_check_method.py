@@ -12,7 +12,7 @@ from torch import Tensor
 import adaptc
 from adaptc import ConfigError, Initial, MethodError, Op, Slot, TargetError
 from adaptc.methods import TargetedConfig
-from adaptc.passes.ir.method import Method
+from adaptc.passes.protocol.method import Method
 from adaptc.verify import check_method
 from adaptc.verify.check_method import LAYERS, MethodReport
 from tests.support.odd_methods import registered

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError
-from adaptc.methods.lora import Lora
+from adaptc.methods.lora_family.lora import Lora
 from adaptc.verify import verify
 from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compiled, failed, net
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.passes.adapt.choose_forms import cheaper
-from adaptc.passes.ir.costs import Work, node_work, work
+from adaptc.passes.analysis.costs import Work, node_work, work
 
 
 class Net(nn.Module):

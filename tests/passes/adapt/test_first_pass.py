@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from adaptc.errors import TargetError
 from adaptc.passes.adapt.duplicate_base_pass import computed_before, own_cache
 from adaptc.passes.analysis.cache_inputs import passes_of
-from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.graph.lifted import Lifted
 
 
 class Hidden(nn.Module):

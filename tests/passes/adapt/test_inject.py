@@ -12,12 +12,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers.pytorch_utils import Conv1D
 
-from adaptc.methods.lora import Lora
+from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.regions import node_tag, region_tag, site_op
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.protocol.regions import node_tag, region_tag, site_op
 from tests.support.custom_models import Bilinear, Recurrent, Strides, Tied, Twice
 from tests.support.pass_checks import Snapshot, attach, export, inject_all, outside, random_values, reloaded, sound
 

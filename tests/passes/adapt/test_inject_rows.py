@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from adaptc.errors import ConfigError, TargetError
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.inject_rows import InjectRows, read_at
-from adaptc.passes.ir.bank_method import RowAxis
-from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.protocol.bank_method import RowAxis
 from tests.support.custom_models import Twice
 from tests.support.pass_checks import Snapshot, attach, export, random_values, reloaded, sound
 

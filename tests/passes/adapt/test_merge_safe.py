@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError
-from adaptc.methods.lora import Lora
+from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge import Merge
-from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.protocol.attachment import Attachment
 from tests.support.pass_checks import Snapshot, attach, export, inject, random_values
 
 NAN, INF = float("nan"), float("inf")

@@ -13,12 +13,12 @@ from torch.export import Dim, ExportedProgram
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.methods.lora import Lora
+from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.respecialize import Respecialize
-from adaptc.passes.ir.lifted import Lifted, sizes_stay_free
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.regions import node_tag, site_op
+from adaptc.passes.graph.lifted import Lifted, sizes_stay_free
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.regions import node_tag, site_op
 from tests.support.pass_checks import Snapshot, attach, describe, export, random_values, reloaded, sound
 from tests.support.site_cases import CASES
 

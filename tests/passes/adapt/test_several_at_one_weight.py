@@ -12,10 +12,10 @@ from torch.export import ExportedProgram
 from adaptc.errors import ConfigError
 from adaptc.methods import TokenRows, Whole
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.method import Method
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 from tests.support.custom_models import Tied
 from tests.support.pass_checks import attach, export, inject_all, random_values
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptc.passes.analysis.attention import Attention, default_targets, find_attention
+from adaptc.passes.analysis.attention.attention_targets import Attention, default_targets, find_attention
 from tests.support.attention_nets import (
     HEADS,
     INNER,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptc.passes.analysis.attention import default_targets
+from adaptc.passes.analysis.attention.attention_targets import default_targets
 from tests.support.attention_nets import (
     HEADS,
     INNER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.passes.analysis.repeats import RepeatedStretch, repeats
+from adaptc.passes.analysis.block_chains import RepeatedStretch, repeats
 from tests.support.cover import examples
 
 

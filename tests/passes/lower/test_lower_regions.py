@@ -11,21 +11,21 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from transformers.pytorch_utils import Conv1D
 
-from adaptc.methods.dora import Dora
-from adaptc.methods.ia3 import IA3
-from adaptc.methods.lora import Lora
+from adaptc.methods.lora_family.dora import Dora
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.methods.sparse.ia3 import IA3
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.lifted import Lifted, copy_graph
-from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.pass_infra import PassResult
-from adaptc.passes.ir.regions import site_op
+from adaptc.passes.graph.lifted import Lifted, copy_graph
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.graph.pass_infra import PassResult
 from adaptc.passes.lower.lower_regions import Lower, LowerGraph
 from adaptc.passes.lower.lower_siblings import LowerSiblings, find_lowered
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.hoist import stages_of
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.regions import site_op
 from tests.support.pass_checks import Snapshot, attach, export, inject_all, random_values, sound
 
 ROWS = torch.export.Dim("rows", min=2, max=99)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.ir.low_rank_rows import called_in_place, low_rank_rows
+from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.optimize.add_in_place import AddInPlace
+from adaptc.passes.protocol.low_rank_rows import called_in_place, low_rank_rows
 
 linear, ours = torch.ops.aten.linear.default, torch.ops.adaptc
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.direct_calls import TABLE, BindCalls
 from tests.support.families import FAMILIES

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from adaptc.passes.ir import matmul_op
 from adaptc.passes.optimize import sibling_groups
 from adaptc.passes.optimize.sibling_cost import crossing, stacking, widening
+from adaptc.passes.protocol import matmul_op
 from tests.support.cover import examples
 from tests.support.sibling_graphs import Fused, Layers, columns
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptc.passes.ir import matmul_op as op
-from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
+from adaptc.passes.protocol import matmul_op as op
+from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.train.base_products import base_gradient, base_product, frozen_linear
 from adaptc.passes.train.fused_lora_linear import layers_with_lora
 from adaptc.passes.train.head_loss import loss_of_layer

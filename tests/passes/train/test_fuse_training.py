@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.pass_infra import GraphPass
+from adaptc.passes.graph.pass_infra import GraphPass
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.train.fused_cross_entropy import TrainLoss
 from adaptc.passes.train.fused_gated_activation import TrainGates, gated

@@ -1,0 +1,77 @@
+"""Check the tensors that a caller gives, before anything relies on them.
+
+Each bare key gets one plain dense tensor whose values are in memory. Otherwise a CheckpointError names the key and what
+was found there. Values are not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from adaptc.adapter_files.directory import bare_key
+from adaptc.errors import CheckpointError
+from adaptc.torch_modes import transformed
+
+_EXPECTED = "expected a dense torch.Tensor that holds its values"
+
+
+def is_state_dict(value: Any) -> bool:
+    """Return whether ``value`` is a non-empty mapping of tensors."""
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+
+
+def given(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None) -> dict[str, Tensor]:
+    """Return ``tensors`` with bare keys. Without a ``peft_type`` the keys are taken for bare.
+
+    Raises CheckpointError for a value that cannot be bound, and for two spellings of one key.
+    """
+    out: dict[str, Tensor] = {}
+    spelled: dict[str, str] = {}
+    for key, value in tensors.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{source}: key {key!r} is a {type(key).__name__}; keys are the names PEFT gives")
+        if fault := _fault(value):
+            raise CheckpointError(f"{source}: {key!r} is {fault}; {_EXPECTED}")
+        bare = key if peft_type is None else bare_key(key, peft_type) or key
+        if bare in spelled:
+            raise CheckpointError(
+                f"{source}: {spelled[bare]!r} and {key!r} are two spellings of one key, and which tensor is meant is "
+                "not known; drop one of them"
+            )
+        spelled[bare], out[bare] = key, value
+    return out
+
+
+def _fault(value: Any) -> str:
+    """Return what keeps a value from being bound as a tensor, or '' for one that can be bound."""
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        return {"NoneType": "None", "ndarray": "a NumPy array (torch.from_numpy makes a tensor of it)"}.get(
+            kind, f"a {kind}"
+        )
+    if type(value) not in (Tensor, Parameter):
+        return f"a {type(value).__name__}, whose values only its own class knows; give it as a plain tensor"
+    if transformed(value):
+        return (
+            "a tensor that a transform of torch.func, or a forward-mode derivative, follows and that ends with it "
+            "(torch.func.functional_call(prog.module(), parameters, inputs) is a call by such tensors)"
+        )
+    if value.is_meta:
+        return "a tensor on the device meta, which has no values"
+    if value.is_quantized:
+        return f"quantised ({value.dtype}); dequantize() gives its values"
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout is not torch.strided:
+        return f"a tensor of layout {value.layout}; to_dense() gives its values"
+    reach = value.numel()
+    if not value.is_contiguous():  # strided tensors reach farther than their elements, expanded ones less far
+        reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    if (value.storage_offset() + reach) * value.itemsize > value.untyped_storage().nbytes():
+        return "a tensor whose memory was given up"
+    return ""

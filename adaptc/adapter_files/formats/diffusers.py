@@ -1,0 +1,80 @@
+"""Parse and write diffusers' files: ``unet.down_blocks.0.attentions.0.proj_in.lora_A.weight`` and the like.
+
+The file is ``pytorch_lora_weights.safetensors``. Keys have PEFT's names after the name of a component. A model's own
+``save_lora_adapter`` writes no component. Older files have ``lora.down``, ``lora_linear_layer.down``, or
+``processor.to_q_lora.down``. The header may have the configs, as JSON under ``lora_adapter_metadata``, with each field
+prefixed by its component. Without it a module's scale is 1, or follows from its ``alpha``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptc.adapter_files.format import jsonable
+from adaptc.adapter_files.formats.parts import COMPONENTS, LYCORIS, MAGNITUDE, SLOTS, KeyPart, component_of, split
+from adaptc.adapter_files.formats.writing import Adapted, Content, slot_names
+from adaptc.errors import CheckpointError
+
+#: names of the file in a directory
+SAFE, BIN = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
+#: the field of a safetensors header with the configs
+METADATA = "lora_adapter_metadata"
+#: slots that can be written, all under PEFT's names
+NAMES = {n: n for n in ("lora_A.weight", "lora_B.weight", "lora_B.bias", MAGNITUDE, *LYCORIS) if "hada" not in n}
+_SLOTS = {
+    **SLOTS,
+    **{
+        f"{old}.{way}.weight": new
+        for old in ("lora", "lora_linear_layer")
+        for way, new in (("down", "lora_A.weight"), ("up", "lora_B.weight"))
+    },
+}
+#: a projection of an attention processor
+_PROCESSOR = re.compile(r"(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+_WAYS = {"down": "lora_A.weight", "up": "lora_B.weight"}
+
+
+class Diffusers:
+    """The format of diffusers, as the module tells."""
+
+    name = "diffusers"
+    scale_is_one = True
+
+    def part(self, key: str) -> KeyPart | None:
+        if old := _PROCESSOR.fullmatch(key):
+            names = (f"to_{old[3]}.0" if old[3] == "out" else f"to_{old[3]}", f"{old[3]}_proj")
+            names, slot = tuple(f"{old[1]}.{n}" for n in names), _WAYS[old[4]]
+        elif found := split(key, _SLOTS):
+            # A processor's `to_out` is the first layer of the list of that name.
+            name, slot = found[0].replace(".processor.", "."), found[1]
+            names = (name, f"{name}.0") if name.endswith(".to_out") else (name,)
+        else:
+            return None
+        component = component_of(names[0])[0]
+        return KeyPart(key, component, names, slot)
+
+    def way_out(self, module: str) -> str:
+        return ""
+
+    def file(self, path: Path) -> Path:
+        return path if path.suffix == ".safetensors" else path / SAFE
+
+    def content(
+        self, modules: Sequence[Adapted], component: str | None, config: Mapping[str, Any], names: Sequence[str]
+    ) -> Content:
+        if component is not None and component not in COMPONENTS:
+            raise CheckpointError(
+                f"component={component!r} is none that diffusers has: {', '.join(COMPONENTS)}; or leave it out, as "
+                f"for a "
+                "model's own load_lora_adapter(..., prefix=None)"
+            )
+        front = f"{component}." if component else ""
+        out = {
+            f"{front}{one.module}.{name}": t for one in modules for name, t in slot_names(self.name, NAMES, one).items()
+        }
+        fields = {f"{front}{k}": v for k, v in config.items()}
+        return Content(out, {METADATA: json.dumps(fields, indent=2, default=jsonable)})

@@ -1,0 +1,137 @@
+"""Parse and write files of kohya's sd-scripts, LyCORIS and OneTrainer.
+
+Keys look like ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``. A module's path has underscores for
+dots, after a prefix that names the component. Each module has ``lora_down``, ``lora_up`` and an ``alpha``. A
+convolution may have ``lora_mid``, and DoRA has ``dora_scale``. LyCORIS adds LoHa (``hada_*``) and LoKr (``lokr_*``).
+UNets are named as in diffusers, or by the blocks of the original code (``ldm``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.adapter_files.formats.parts import ALPHA, DORA_SCALE, LYCORIS, MAGNITUDE, MID, SLOTS, KeyPart, split
+from adaptc.adapter_files.formats.writing import Adapted, Content, slot_names
+from adaptc.errors import CheckpointError
+
+#: prefix -> component; a prefix that begins with another one comes before it
+PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_transformer_": "transformer",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_te_": "text_encoder",
+    "lora_prior_unet_": "unet",
+    "lycoris_": "",
+}
+#: component -> the prefix under which it is written
+WRITTEN = {c: p for p, c in reversed(PREFIXES.items()) if p not in ("lora_te_", "lora_prior_unet_")}
+#: PEFT's name -> the name that is written
+NAMES = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    MAGNITUDE: DORA_SCALE,
+    **LYCORIS,
+}
+_SLOTS = {
+    **SLOTS,
+    "lora_down.weight": "lora_A.weight",
+    "lora_up.weight": "lora_B.weight",
+    "lora_mid.weight": MID,
+    DORA_SCALE: DORA_SCALE,
+}
+_OUTER, _INNER = "text_model_", "encoder.layers."
+_ORIGINAL = re.compile(r"(^|_)(double_blocks|single_blocks|joint_blocks|double_stream|x_block|qkv)(_|$)")
+
+
+class Kohya:
+    """The format of kohya, as the module tells. A file that is read may have several components; one that is written
+    has one."""
+
+    name = "kohya"
+    scale_is_one = True
+
+    def part(self, key: str) -> KeyPart | None:
+        prefix = next((p for p in PREFIXES if key.startswith(p)), None)
+        found = split(key, _SLOTS)
+        if prefix is None or found is None or "." in found[0]:
+            return None
+        return KeyPart(key, PREFIXES[prefix], (found[0].removeprefix(prefix),), found[1], flat=True)
+
+    def way_out(self, module: str) -> str:
+        if _ORIGINAL.search(module):
+            return (
+                "These are names of the model's original code, in which one layer is several of diffusers'. diffusers "
+                "converts such files: give what its pipeline's lora_state_dict(file) returns as a state dict."
+            )
+        return ""
+
+    def file(self, path: Path) -> Path:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"the format kohya is a single file: give a path that ends in .safetensors, not {path}"
+            )
+        return path
+
+    def content(
+        self, modules: Sequence[Adapted], component: str | None, config: Mapping[str, Any], names: Sequence[str]
+    ) -> Content:
+        if component not in WRITTEN:
+            raise CheckpointError(
+                f"the format kohya has the component in every key: say component=, one of "
+                f"{', '.join(filter(None, WRITTEN))}"
+            )
+        spelled = Counter(n.replace(".", "_") for n in names)
+        out: dict[str, Tensor] = {}
+        for one in modules:
+            if spelled[flat := one.module.replace(".", "_")] > 1:
+                raise CheckpointError(
+                    f"the format kohya cannot tell {one.module!r} from another module, as it has underscores for "
+                    f"dots. Write "
+                    "it as format='peft' or 'diffusers'."
+                )
+            # transformers dropped the outer name of text encoders, and other programs still use it.
+            outer = _OUTER if component.startswith("text_encoder") and one.module.startswith(_INNER) else ""
+            key = f"{WRITTEN[component]}{outer}{flat}"
+            for name, t in slot_names(self.name, NAMES, one).items():
+                out[f"{key}.{name}"] = _by_axes(t, one) if name == DORA_SCALE else t
+            out[f"{key}.{ALPHA}"] = _alpha(one)
+        return Content(out, {})
+
+
+def _by_axes(t: Tensor, one: Adapted) -> Tensor:
+    """Return the magnitudes (rows,) as (rows, 1, ...), with as many axes as the weight has."""
+    axes = one.tensors["lora_A.weight"].ndim
+    return t.reshape(-1, *[1] * (axes - 1))
+
+
+def _alpha(one: Adapted) -> Tensor:
+    """Return the alpha that, divided by the rank that a reader sees, is exactly the scale.
+
+    Raises CheckpointError where there is no such number.
+    """
+    if {"lokr_w1", "lokr_w2"} <= one.tensors.keys():
+        if one.scale != 1:
+            raise CheckpointError(
+                f"the format kohya cannot hold the scale {one.scale} of {one.module!r}: a LoKr of two whole factors "
+                f"is not "
+                "scaled there. Write it as format='peft'."
+            )
+        return torch.tensor(float(max(one.tensors["lokr_w2"].shape[:2])))
+    alpha = one.scale * one.rank
+    if alpha / one.rank != one.scale:
+        raise CheckpointError(
+            f"the format kohya cannot hold the scale {one.scale} of {one.module!r}, as no alpha over the rank "
+            f"{one.rank} is "
+            "it to the bit (with use_rslora it is over the root). Write it as format='peft'."
+        )
+    small = torch.tensor(alpha, dtype=torch.float32)
+    return small if small.item() == alpha else torch.tensor(alpha, dtype=torch.float64)

@@ -1,0 +1,43 @@
+"""Make one adapter of LoRA adapters with Arrow routing between them (``arrow_adapter``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.from_program import as_object
+from adaptc.errors import ConfigError, listing
+from adaptc.methods import MethodPart, routing
+from adaptc.methods.lora_family.arrow import ArrowConfig
+
+
+def arrow_adapter(
+    task_specific_adapter_paths: Sequence[Any], arrow_config: Any, general_adapter_paths: Sequence[Any] | None = None
+) -> Adapter:
+    """Return an Arrow adapter (arXiv 2405.11157), in which each token chooses among LoRA adapters, layer by layer.
+
+    ``task_specific_adapter_paths`` are PEFT directories of plain LoRA adapters, or :class:`Adapter` objects, at the
+    same linear layers. Their ranks and scales may differ. ``arrow_config`` is an :class:`ArrowConfig`, or peft's. With
+    ``use_gks`` the mean A and B of ``general_adapter_paths`` are subtracted from those of each adapter (GenKnowSub). No
+    tensor of the caller's is written to.
+
+    ``compile``, ``swap``, ``bind`` and ``compile_for_generation`` take the result like a directory. Programs swap to
+    any number of adapters of any ranks. ``save_adapter`` writes the adapters, and the ``arrow_router`` that routes
+    between them, as PEFT does; the path of that directory is an adapter again.
+
+    Raises ConfigError for adapters that are not plain LoRA or have other modules, and for general adapters without
+    ``use_gks``. Raises CheckpointError for files and shapes.
+    """
+    arrow = ArrowConfig.of(arrow_config)
+    tasks = _experts("task_specific_adapter_paths", task_specific_adapter_paths)
+    general = _experts("general_adapter_paths", general_adapter_paths or [])
+    return Adapter(*routing(arrow, tasks, general), f"Arrow of {listing((t.source for t in tasks), 3)}")
+
+
+def _experts(option: str, adapters: Any) -> list[MethodPart]:
+    if isinstance(adapters, (str, bytes, os.PathLike)) or not isinstance(adapters, Sequence):
+        raise ConfigError(f"{option} must be a list of adapters, got {type(adapters).__name__}")
+    objects = [as_object(a) for a in adapters]
+    return [MethodPart(o.config, o.tensors, o.source) for o in objects]

@@ -1,0 +1,1 @@
+"""Compute the tensors of an adapter from those of others."""

@@ -1,0 +1,103 @@
+"""Make another program of one with adapters: merged, without adapters, or lowered to kernels. Prove each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from adaptc.errors import MergeError
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.program.lower import lowered
+from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, of_programs
+from adaptc.reports.results import MergeReport
+from adaptc.state.merge_program import merged, unmerged
+from adaptc.state.overrides import check_unseen
+from adaptc.state.unload_program import unloaded
+from adaptc.training.module_files import check_followed
+from adaptc.value_types import checked
+from adaptc.verify.package import verify_package
+from adaptc.verify.report import VerifyReport
+from adaptc.verify.verify import verify_program
+
+
+@of_programs
+@checked("safe", "keep_base", "progress")
+def merge(
+    program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
+) -> AdaptedProgram:
+    """Return a plain ATen program with the current adapter folded into the weights.
+
+    Its ``.merge_report`` has the rounding error of each site. Changes are computed in float32 (float64 for float64
+    weights) and rounded once. ``safe`` refuses results that are not finite.
+
+    With ``keep_base`` the result keeps a reference to the weights that it replaced, and ``unmerge`` restores them bit
+    for bit. Without it, each old weight is freed before the next new one is made, and ``program`` must not be used any
+    more. Fused siblings share memory, which is freed with the last of them.
+
+    Raises MergeError, with ``program`` unchanged, and AdaptcError where its module trains other tensors than it has.
+    """
+    check_unseen(program, "merge")
+    check_followed(program)
+    source = program.binding.source
+    new, rows = merged(program, safe=safe, keep_base=keep_base, progress=progress)
+    new.merge_report = MergeReport(rows, source)
+    return new
+
+
+@accepts_wrappers
+def unmerge(program: AdaptedProgram) -> AdaptedProgram:
+    """Return the adapted program that ``program`` was merged from, with the adapter it had then, bit for bit.
+
+    Raises MergeError where it was merged with ``keep_base=False``, loaded from a file, or never merged.
+    """
+    if not isinstance(program, AdaptedProgram):
+        raise MergeError(
+            f"a {type(program).__name__} does not know what it was merged from; unmerge takes what adaptc.merge gives"
+        )
+    back = unmerged(program)
+    assert isinstance(back, AdaptedProgram)
+    return back
+
+
+@of_programs
+def unload(program: AdaptedProgram) -> AdaptedProgram:
+    """Return the base program without any adapter; every base tensor is the object it was before compile.
+
+    Raises MergeError for a program whose file held only an adapter's own version of the base.
+    """
+    return unloaded(program)
+
+
+@of_programs
+def lower(program: AdaptedProgram) -> AdaptedProgram:
+    """Return the program with its adapters as fused Triton kernels in its graph, for files that run on a GPU.
+
+    Calls of a program need no lowering: on a GPU they run kernels anyway (:attr:`AdaptedProgram.kernels`). Where a site
+    has no kernels its region stays ATen, and ``report`` says why. The result swaps, merges, unloads and saves as
+    ``program`` does. Loading it needs adaptc, triton and a GPU.
+    Raises BackendError where the base is not on a GPU, or triton is not installed.
+    """
+    return lowered(program)
+
+
+def verify(
+    program: AdaptedProgram | PackagedProgram | ProgramWrapper,
+    model: nn.Module | AdaptedProgram | None = None,
+    **options: Any,
+) -> VerifyReport:
+    """Compare the program with the model it came from on random inputs of several shapes, and return a report.
+
+    :func:`adaptc.verify.verify.verify_program` documents the ``options``. A package is compared with the program it was
+    made from, or with the model; the options are the same (see :func:`adaptc.verify.package.verify_package`).
+    """
+    if isinstance(program, PackagedProgram):
+        return verify_package(program, model, **options)
+    if isinstance(program, ProgramWrapper):
+        with program.as_program(model) as same:
+            inside = program.program
+            if isinstance(inside, PackagedProgram):
+                options = program.drawn(options)
+            return verify(inside, same, **options)
+    return verify_program(program, model, **options)

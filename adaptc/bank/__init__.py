@@ -1,0 +1,1 @@
+"""Run rows of one batch on different adapters."""

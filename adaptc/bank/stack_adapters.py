@@ -1,0 +1,137 @@
+"""Stack the tensors of several adapters, as the code for rows reads them.
+
+Each slot and each scale gets an axis of adapters in front. Smaller ranks are padded in the way that leaves their
+adapter as it is. In memory the axis of adapters lies beside that of the ranks. So a matmul over the ranks of all
+adapters reads the tensor without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError
+from adaptc.methods import AdapterConfig
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.bank_method import STARTS
+from adaptc.passes.protocol.method import Method, Slot
+from adaptc.runtime.rank_padding import Padding, paddings
+
+
+def stacked(
+    bindings: Sequence[Binding],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    count: int,
+    grouped: Collection[str] = (),
+) -> Binding:
+    """Return a binding with ``count`` places that stacks ``bindings``, which are at most so many. Gradients flow to
+    their values.
+
+    Places that are left over repeat the first binding, which is as finite there as it is alone. ``grouped``: ids of
+    sites whose tensors lie as GPU kernels read them (``adaptc.kernels.grouped_rows``). Raises AdaptcError where the
+    sizes of the bindings cannot be brought together.
+    """
+    values: dict[str, Tensor] = {}
+    source = f"{len(bindings)} adapters"
+    bindings = [*bindings, *[bindings[0]] * (count - len(bindings))]
+    for a in attachments:
+        op = ops[a.id]
+        if a.id in grouped:
+            values |= _grouped(bindings, a, op, count)
+            continue
+        for name, slot in a.method.slots(op).items():
+            fqn = a.slots[name]
+            if fqn not in values:
+                values[fqn] = _stack([b.values[fqn] for b in bindings], count, slot, name, a, op)
+        if a.scale_slot is not None and a.scale_slot not in values:
+            values[a.scale_slot] = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
+    return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=source)
+
+
+def with_starts(a: Attachment) -> Attachment:
+    """Return the attachment of a grouped site with the slot that says where the ranks of each adapter begin and end."""
+    return replace(a, slots={**a.slots, STARTS: f"{a.scale_slot}.{STARTS}"})
+
+
+def _grouped(bindings: Sequence[Binding], a: Attachment, op: Op, count: int) -> dict[str, Tensor]:
+    """Return the tensors of one grouped site, in which the ranks of one adapter follow those of the one before it.
+
+    The starts, int32 (2 * count + 1,), say where the ranks of each adapter begin and end, and then where all end. The
+    scale (2 * count,) has a zero after each adapter's, for the padding behind its ranks.
+    """
+    values: dict[str, Tensor] = {}
+    largest, ranks = 0, [0]
+    for name, slot in a.method.slots(op).items():
+        tensors, (axis,) = [b.values[a.slots[name]] for b in bindings], slot.free
+        # Kernels want the axis of adapters outermost in memory, and that of ranks next.
+        turned = [t.movedim(axis, 0) for t in tensors]
+        made = _stack(turned, count, replace(slot, free=()), name, a, op, axis)
+        largest, values[a.slots[name]] = made.shape[1], made.movedim(1, axis + 1)
+        ranks = [t.shape[0] if a.id in b.methods else 0 for t, b in zip(turned, bindings, strict=True)]
+    assert a.scale_slot is not None
+    scale = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
+    values[a.scale_slot] = torch.stack([scale, torch.zeros_like(scale)], 1).flatten()
+    edges = [place for k, rank in enumerate(ranks) for place in (k * largest, k * largest + rank)]
+    starts = torch.tensor([*edges, count * largest], dtype=torch.int32, device=scale.device)
+    return values | {with_starts(a).slots[STARTS]: starts}
+
+
+def _stack(
+    tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Attachment, op: Op, turned: int = 0
+) -> Tensor:
+    """Return one slot, or the scale, of all bindings, padded to the largest sizes and stacked (count, ...).
+
+    ``turned``: the axis that was brought to the front of each tensor.
+    """
+    first = tensors[0]
+    shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
+    axis = slot.free[0] if slot.free else 0
+    others = [tuple(t.shape) for t in tensors if tuple(t.shape) != shape]
+    if others and isinstance(slot.apart, tuple):
+        raise AdaptcError(
+            f"{name!r} has shape {others[0]} in one adapter and {shape} in the largest, and none of "
+            f"{' and '.join(slot.apart)} can be filled up: rows of one batch have adapters that agree in them. Run "
+            "them in batches of their own"
+        )
+    if any(t.requires_grad for t in tensors):
+        return torch.stack([_sized(t, shape, name, a, op) for t in tensors])
+    room = (*shape[:axis], count, *shape[axis:])
+    dtype = first.dtype
+    with torch.inference_mode(False), torch.no_grad():  # later calls outside inference mode could not use it
+        out = torch.empty(room, dtype=dtype, device=first.device).movedim(axis, 0)
+        for k, t in enumerate(tensors):
+            out[k].copy_(_sized(t.detach(), shape, name, a, op, turned))
+    return out
+
+
+def _sized(t: Tensor, shape: tuple[int, ...], name: str, a: Attachment, op: Op, turned: int = 0) -> Tensor:
+    if tuple(t.shape) == shape:
+        return t
+    if a.method.exact_sizes:
+        raise AdaptcError(
+            f"site {a.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and two of "
+            f"{a.method.name} that differ so cannot share a call. Run them in batches of their own"
+        )
+    if turned:
+        wanted = (*shape[1 : turned + 1], shape[0], *shape[turned + 1 :])
+        return _sized(t.movedim(0, turned), wanted, name, a, op).movedim(turned, 0)
+    how = _paddings(a.method, op, a.form).get(name, Padding())
+    try:
+        return how(t, shape)
+    except ValueError as error:
+        raise AdaptcError(
+            f"site {a.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and the two "
+            f"cannot share a call ({error}). Run them in batches of their own"
+        ) from error
+
+
+@lru_cache(maxsize=512)
+def _paddings(method: Method, op: Op, form: str) -> Mapping[str, Padding]:
+    return paddings(method, op, form) or {}

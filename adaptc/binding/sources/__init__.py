@@ -1,0 +1,1 @@
+"""Read an adapter from whatever a caller gives, and resolve it for one model."""

@@ -1,0 +1,117 @@
+"""Choose the component of an adapter file that belongs to a model.
+
+Adapters for pipelines hold tensors of a UNet and of text encoders in one file. A component is the model's where all of
+its keys name modules of the model, of the right sizes. The components that are not chosen are reported, with the number
+of their tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from adaptc.adapter_files.formats.parts import Format, KeyPart, component_of
+from adaptc.binding.sources.module_names import ModuleNames
+from adaptc.errors import SHOWN, CheckpointError, and_more, shown
+
+
+@dataclass(frozen=True)
+class ChosenComponent:
+    """The component of a file that was chosen for a model.
+
+    ``modules`` pairs each part of ``component`` with the model's module. ``others`` maps each other component to its
+    number of tensors.
+    """
+
+    component: str
+    modules: Sequence[tuple[KeyPart, str]]
+    others: Mapping[str, int]
+
+
+def choose(
+    form: Format,
+    parts: Sequence[KeyPart],
+    tensors: Mapping[str, Tensor],
+    names: ModuleNames,
+    component: str | None,
+    source: str,
+) -> ChosenComponent:
+    """Return the component that belongs to a model whose modules are ``names``; ``component`` says which, if the caller
+    knows.
+
+    Raises CheckpointError where no component fits, several do, or a key of the chosen one names no module.
+    """
+    whole = [] if component else [(p, names.find(p, "", source)) for p in parts if not p.flat]
+    if whole and len(whole) == len(parts) and all(m is not None for _, m in whole):
+        # The model's own module names may begin with the name of a component.
+        return ChosenComponent("", [(p, m) for p, m in whole if m is not None], {})
+    groups: dict[str, list[KeyPart]] = {}
+    for p in parts:
+        groups.setdefault(p.component, []).append(p)
+    found = {c: [(p, names.find(p, c, source)) for p in group] for c, group in groups.items()}
+    one = _named(component, groups, source) if component is not None else _fitting(found, tensors, names, source)
+    if lost := [p for p, m in found[one] if m is None]:
+        raise _unknown(form, lost, found[one], names, source)
+    others = {c: len(group) for c, group in groups.items() if c != one}
+    return ChosenComponent(one, [(p, m) for p, m in found[one] if m is not None], others)
+
+
+_Found = Mapping[str, Sequence[tuple[KeyPart, str | None]]]
+
+
+def _named(component: str, groups: Mapping[str, Sequence[KeyPart]], source: str) -> str:
+    if component not in groups:
+        there = f"it has {', '.join(repr(c) for c in groups)}"
+        none = "its keys name none: leave component out"
+        raise CheckpointError(f"{source} has no component {component!r}; {none if list(groups) == [''] else there}.")
+    return component
+
+
+def _fitting(found: _Found, tensors: Mapping[str, Tensor], names: ModuleNames, source: str) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    known = {c: sum(m is not None for _, m in group) for c, group in found.items()}
+    full = [c for c, group in found.items() if known[c] == len(group)]
+    sized = [c for c in full if all(m is None or _sized(p, tensors[p.key], names.shapes[m]) for p, m in found[c])]
+    some = sized or full or [c for c, n in known.items() if n]
+    if len(some) == 1:
+        return some[0]
+    counts = ", ".join(
+        f"{c or 'no name'!s} ({known[c]} of {len(group)} keys name a module)" for c, group in found.items()
+    )
+    what = "which of them the model is cannot be told" if some else "the model is none of them"
+    raise CheckpointError(
+        f"{source} has several components, and {what}: {counts}. Say component= to choose one, or give the model it "
+        f"is for."
+    )
+
+
+def _sized(part: KeyPart, t: Tensor, shape: Sequence[int]) -> bool:
+    """Return whether a factor's size is that of its side of the weight. Layers may store the weight transposed."""
+    if len(shape) < 2 or t.ndim < 2:
+        return True
+    if part.slot in ("lora_A.weight", "hada_w1_b"):
+        return t.shape[1] in shape[:2] or t[0].numel() == prod(shape[1:])
+    return part.slot not in ("lora_B.weight", "hada_w1_a") or t.shape[0] in shape[:2]
+
+
+def _unknown(
+    form: Format, lost: Sequence[KeyPart], all_of: Sequence[tuple[KeyPart, str | None]], names: ModuleNames, source: str
+) -> CheckpointError:
+    few = "; ".join(
+        f"{p.key!r}" + (f" (nearest: {', '.join(near)})" if (near := names.near(p)) else "") for p in lost[:SHOWN]
+    )
+    name = component_of(lost[0].modules[0])[1]
+    way = form.way_out(name) or "The adapter is for another model, or its keys need a key_mapping."
+    return CheckpointError(
+        f"{source} ({form.name}): {len(lost)} of its {len(all_of)} keys name no module of the model: {few}"
+        f"{and_more(lost)}. {way}{_of(lost)}"
+    )
+
+
+def _of(lost: Sequence[KeyPart]) -> str:
+    components = sorted({p.component for p in lost} - {""})
+    return f" They are of the component {shown(components[0])}." if components else ""

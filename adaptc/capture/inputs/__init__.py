@@ -1,0 +1,1 @@
+"""Make the inputs with which a model is captured and checked."""

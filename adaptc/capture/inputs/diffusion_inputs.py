@@ -1,0 +1,146 @@
+"""Make example inputs for the denoisers of diffusers from their config.
+
+The inputs of a diffusers ``ModelMixin`` are keyword inputs as its pipelines pass them, on its device and in its dtype.
+Each tensor's free dimensions are given by name, as in ``example_inputs``. Only inputs that the config asks for are
+passed. A config field that asks for an unknown input is refused by name. This file never imports diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.capture.inputs.example_inputs import BATCH, Example
+from adaptc.errors import CaptureError
+
+TEXT, IMAGE = "text", "image"
+_SIZES = {BATCH: 3, TEXT: 7, IMAGE: 13}
+#: height and width of the smallest feature map that the model makes of the example
+_HEIGHT, _WIDTH = 3, 5
+
+
+def is_diffusion_model(model: object) -> bool:
+    """Return whether ``model`` is a diffusers model, told by the names of its classes."""
+    return any(c.__name__ == "ModelMixin" and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
+
+
+def example_for_diffusion(model: Any, *, training: bool) -> Example:
+    """Return example inputs for ``model``.
+
+    With ``training`` each row has a time step of its own. Otherwise the rows of a UNet share one. Raises
+    :class:`CaptureError` for an unknown class of model, and for a config that asks for unknown inputs.
+    """
+    make = next((_MAKERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _MAKERS), None)
+    if make is None:
+        raise CaptureError(
+            f"the inputs of diffusers' {type(model).__name__} are not known to adaptc: pass example_inputs, a dict of "
+            f"keyword inputs (its forward takes {', '.join(inspect.signature(model.forward).parameters)})"
+        )
+    maker = _Maker(model)
+    make(maker, training)
+    return Example(maker.kwargs, maker.dims)
+
+
+class _Maker:
+    """A collector of a model's example inputs, which reads the sizes from the model's config."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.kwargs: dict[str, Any] = {}
+        self.dims: dict[str, dict[int, str | None]] = {}
+
+    def get(self, field: str) -> Any:
+        return getattr(self.config, field, None)
+
+    def need(self, field: str, *known: Any) -> Any:
+        """Return the config's value of ``field``, which must be an int, or one of ``known`` where those are given.
+
+        Raises CaptureError for any other value.
+        """
+        value = self.get(field)
+        if value not in known if known else not isinstance(value, int):
+            raise CaptureError(
+                f"the inputs of {type(self.model).__name__} with {field}={value!r} are not known to adaptc: pass "
+                "example_inputs, a dict of keyword inputs"
+            )
+        return value
+
+    def put(self, name: str, *sizes: int | str | None, dtype: torch.dtype | None = None) -> None:
+        """Add an input of these sizes, whose named sizes are free. A ``name`` of the form ``outer.key`` is an entry of
+        a dict."""
+        shape = [_SIZES[s] if isinstance(s, str) else s for s in sizes]
+        self.dims[name] = {i: s for i, s in enumerate(sizes) if isinstance(s, str)}
+        value = self._values(torch.Size(shape), dtype or self.dtype)  # type: ignore[arg-type]
+        outer, _, key = name.partition(".")
+        if key:
+            self.kwargs.setdefault(outer, {})[key] = value
+        else:
+            self.kwargs[name] = value
+
+    def _values(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if not dtype.is_floating_point:
+            return torch.ones(shape, dtype=dtype, device=self.device)
+        return torch.linspace(-1, 1, shape.numel(), device=self.device).reshape(shape).to(dtype)
+
+    def image(self) -> None:
+        """Add ``sample`` (batch, channels, height, width), whose height and width are free multiples of the model's
+        total downsampling."""
+        unit = 2 ** max(len(self.get("block_out_channels") or ()) - 1, 0)
+        self.put("sample", BATCH, self.need("in_channels"), unit * _HEIGHT, unit * _WIDTH)
+        times = f"{unit}*" if unit > 1 else ""
+        self.dims["sample"] |= {2: f"{times}height", 3: f"{times}width"}
+
+
+def _unet(m: _Maker, training: bool) -> None:
+    m.image()
+    m.put("timestep", *([BATCH] if training else []), dtype=torch.int64)
+    if m.get("num_class_embeds") is not None:
+        m.need("class_embed_type", None)
+        m.put("class_labels", BATCH, dtype=torch.int64)
+
+
+def _unet_of_texts(m: _Maker, training: bool) -> None:
+    for field in ("class_embed_type", "time_cond_proj_dim"):
+        m.need(field, None)
+    _unet(m, training)
+    kind = m.need("encoder_hid_dim_type", None, "text_proj")
+    width = m.need("encoder_hid_dim" if kind else "cross_attention_dim") if not _several(m) else _several(m)
+    m.put("encoder_hidden_states", BATCH, TEXT, width)
+    if m.need("addition_embed_type", None, "text", "text_time") == "text_time":  # SDXL
+        ids = 6
+        time = m.need("addition_time_embed_dim")
+        m.put("added_cond_kwargs.text_embeds", BATCH, m.need("projection_class_embeddings_input_dim") - ids * time)
+        m.put("added_cond_kwargs.time_ids", BATCH, ids)
+
+
+def _several(m: _Maker) -> int | None:
+    """Return the one cross-attention width where the config lists a width for each block, and None otherwise."""
+    widths = m.get("cross_attention_dim")
+    if not isinstance(widths, (list, tuple)) or m.get("encoder_hid_dim_type") is not None:
+        return None
+    return widths[0] if len(set(widths)) == 1 else None
+
+
+def _flux(m: _Maker, training: bool) -> None:
+    m.put("hidden_states", BATCH, IMAGE, m.need("in_channels"))
+    m.put("encoder_hidden_states", BATCH, TEXT, m.need("joint_attention_dim"))
+    m.put("pooled_projections", BATCH, m.need("pooled_projection_dim"))
+    m.put("timestep", BATCH)
+    axes = len(m.get("axes_dims_rope"))
+    m.put("img_ids", IMAGE, axes)
+    m.put("txt_ids", TEXT, axes)
+    if m.get("guidance_embeds"):
+        m.put("guidance", BATCH)
+
+
+_MAKERS: dict[str, Callable[[_Maker, bool], None]] = {
+    "UNet2DModel": _unet,
+    "UNet2DConditionModel": _unet_of_texts,
+    "FluxTransformer2DModel": _flux,
+}

@@ -1,0 +1,1 @@
+"""Trace equal layers of a model once."""

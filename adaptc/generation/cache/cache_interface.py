@@ -1,0 +1,134 @@
+"""Give a cache the methods that transformers calls: its size, cropping, and changes of its rows.
+
+Each change is one update of the attributes, so an interrupt leaves all or none of them changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError, shown
+from adaptc.generation.cache.cache_layout import CacheLayout, row_indices
+from adaptc.generation.cache.cache_prefix import CachePrefix
+from adaptc.generation.cache.sliding_window import Extent
+
+
+class CacheInterface:
+    """The part of a cache of keys and values that ``transformers.generate`` calls."""
+
+    layout: CacheLayout
+    max_length: int
+    device: torch.device
+    window: int | None
+    extent: Extent
+    recording: bool
+    front: CachePrefix | None
+    length: int
+    rows: int
+    ahead: Tensor | None
+    since: dict[str, Tensor]
+    tensors: list[Tensor]
+    mask: Tensor
+
+    @property
+    def first(self) -> int:
+        """Return the first position that the rings hold."""
+        return self.extent.first
+
+    @property
+    def top(self) -> int:
+        """Return the position after the last one that was ever written to the rings."""
+        return self.extent.top
+
+    @property
+    def begun(self) -> int:
+        """Return the number of positions that the cache began with, for virtual tokens."""
+        return 0 if self.front is None else self.front.count
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.max_length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.max_length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def __len__(self) -> int:
+        return len(self.layout.layers)
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    is_linear = is_dummy = is_sliding
+
+    def can_crop(self, length: int) -> bool:
+        """Return whether the next token could be computed from the first ``length`` positions."""
+        return self.window is None or length == 0 or max(0, length - self.window + 1) >= self.first
+
+    def check_crop(self, left: int) -> None:
+        """Raise AdaptcError where the cache cannot be cropped to ``left`` positions."""
+        if not self.can_crop(left):
+            raise AdaptcError(
+                f"{left} positions would be left of {self.length}, and layers that look back on {self.window} keep "
+                f"those from {self.first} on: compute the text again with gen.prefill(input_ids)"
+            )
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.recording or self.first == 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` positions; the virtual tokens that the cache began with stay.
+
+        A positive ``tokens_to_remove`` is the number of positions that stay, as in older transformers. Raises
+        AdaptcError where sliding-window layers have dropped positions that the next token attends to.
+        """
+        left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+        left = max(left, min(self.begun, self.length))
+        self.check_crop(left)
+        self.length = left
+        if left == 0:
+            self.extent.first = self.extent.top = 0
+        if self.tensors:
+            self.mask[:, left:] = 1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i row ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (rows,), in this order; a row may be there several times."""
+        index = row_indices(indices, self.rows).to(self.device)
+        self._set(rows=index.shape[0], **self._each(lambda t: t.index_select(0, index)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, one copy after another."""
+        if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+            raise AdaptcError(f"repeats={shown(repeats)} must be a number of one or more: how often each row is there")
+        self._set(rows=self.rows * repeats, **self._each(lambda t: t.repeat_interleave(repeats, 0)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Return the attributes that have rows, by name, with ``change`` applied to each tensor."""
+        return {
+            "tensors": [change(t) for t in self.tensors],
+            "since": {n: change(t) for n, t in self.since.items()},
+            "ahead": None if self.ahead is None else change(self.ahead),
+            "mask": change(self.mask) if self.tensors else self.mask,
+        }
+
+    def _set(self, **attributes: Any) -> None:
+        """Set all attributes in one update, so that an interrupt leaves all or none of them changed."""
+        vars(self).update(attributes)

@@ -1,0 +1,185 @@
+"""Compute the token coefficients of aLoRA adapters, which act from an invocation token onwards, as inputs of a step.
+
+A step sees only the tokens of one call, and the tokens that invoke an adapter may have come earlier. So a step program
+takes each coefficient (``passes.protocol.coefficients``) as an input, with a value for each new token. A generation
+computes them from its whole prompt. A caller who takes single steps gets them from the new tokens and from what the
+cache remembers. Tokens that a generation writes invoke nothing, as in PEFT, but stay adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.bank.selection import Assignment
+from adaptc.binding.sources.source import as_config
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.generation.cache.step_cache import StepCache
+from adaptc.passes.protocol.coefficients import Coefficient
+from adaptc.passes.protocol.method import Method
+from adaptc.state.bound import program_of
+
+#: coefficient name -> the coefficient, and the slots that it is computed from
+Made = Mapping[str, tuple[Coefficient, Sequence[Tensor]]]
+_NOTHING: Made = MappingProxyType({})
+#: the position from which a row is adapted that has not invoked an adapter
+NEVER = torch.iinfo(torch.int64).max
+
+
+def coefficients_of(adapters: Sequence[Any]) -> tuple[str, ...]:
+    """Return the names of the token coefficients that ``adapters`` read, as far as their configs can be read here."""
+    found: dict[str, None] = {}
+    for one in adapters:
+        try:
+            method = as_config(one).method("", "linear")
+        except AdaptcError:  # the compilation raises this error
+            continue
+        found |= dict.fromkeys(of_tokens(method))
+    return tuple(found)
+
+
+def of_tokens(method: Method) -> list[str]:
+    """Return the names of a method's coefficients that follow from token ids alone."""
+    return [n for n, c in method.coefficients().items() if c.first is None]
+
+
+def refuse_acting(names: Sequence[str], what: str) -> None:
+    """Raise ConfigError where ``names`` has coefficients; ``what`` says in the message what cannot take them."""
+    if names:
+        raise ConfigError(
+            f"{what} with an adapter that acts from a token onwards ({', '.join(names)}), which is not supported. "
+            "adaptc.compile(model, config) gives a program that computes logits with it"
+        )
+
+
+@dataclass(frozen=True)
+class TokenGates:
+    """The token coefficients of one generation, or of single steps.
+
+    ``made`` has an entry for each prompt, or one for all: the coefficients of its adapter with their slots. ``prompt``
+    maps a name to the values (rows, tokens), bool, for the text that the generation began with. This text stands behind
+    ``offset`` positions of the cache. ``prompt`` is {} for steps that belong to no generation.
+    """
+
+    names: Sequence[str]
+    made: Sequence[Made]
+    prompt: Mapping[str, Tensor] = field(default_factory=dict)
+    offset: int = 0
+
+    @classmethod
+    def of(cls, names: Sequence[str], runs: Any, binding: Any) -> TokenGates:
+        """Return the coefficients of the adapter in ``binding``, or of each row's adapters where ``runs`` is an
+        assignment.
+
+        The base has none. Raises ConfigError for a row that mixes adapters with different invocation tokens.
+        """
+        program = program_of(runs)
+        if not isinstance(runs, Assignment):
+            return cls(names, [_made(program, binding)])
+        known = {name: _made(program, b) for name, b in runs.adapters.items()}
+        return cls(names, [_of_mix([(n, known[n]) for n in mix]) for mix in runs.mixes])
+
+    def for_prompt(self, ids: Tensor | None, past: StepCache | None, offset: int) -> TokenGates:
+        """Return the coefficients for a generation of the text ``ids`` (rows, tokens).
+
+        Raises ConfigError where ``ids`` is None, for inputs_embeds have no tokens that could invoke an adapter.
+        """
+        if not self.names:
+            return self
+        if ids is None:
+            if made := [name for one in self.made for name in one]:
+                raise ConfigError(
+                    f"inputs_embeds have no tokens, by which {', '.join(dict.fromkeys(made))} is found: give "
+                    "input_ids, or use gen.base"
+                )
+            return self
+        before = self._before(past, offset) if offset else {}
+        return TokenGates(self.names, self.made, self._of(ids, before), offset)
+
+    def inputs(self, ids: Tensor | None, past: StepCache, rows: int, tokens: int) -> dict[str, Tensor]:
+        """Return the coefficients (rows, tokens), bool, of a step of new tokens by name, and note them in
+        ``past.since``."""
+        if not self.names:
+            return {}
+        start = past.length
+        before = self._before(past, start)
+        if self.prompt:
+            columns = (torch.arange(start, start + tokens, device=past.device) - self.offset).clamp(min=0)
+            found = {n: t[:, columns.clamp(max=t.shape[1] - 1)] for n, t in self.prompt.items()}
+            found = {n: t.repeat_interleave(rows // t.shape[0], 0).contiguous() for n, t in found.items()}
+        elif ids is None:
+            found = {n: torch.zeros(rows, tokens, dtype=torch.bool, device=past.device) for n in self.names}
+        else:
+            found = self._of(ids.to(past.device), before)
+        for name, on in found.items():
+            first = torch.where(on.any(1), start + on.long().argmax(1), NEVER)
+            known = past.since.get(name)
+            since = first if known is None else torch.where(known < start, known, first)
+            past.since = {**past.since, name: since}
+        return found
+
+    def _of(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = next((slots[0].device for one in self.made for _, slots in one.values() if slots), ids.device)
+        ids = ids.to(device)
+        out = {name: torch.zeros(ids.shape, dtype=torch.bool, device=device) for name in self.names}
+        for made, rows in self._groups(ids.shape[0]):
+            for name in self.names:
+                if name in made:
+                    c, slots = made[name]
+                    value = c.make(ids[rows], *slots)
+                    out[name][rows] = value | before[name][rows, None] if name in before else value
+        return out
+
+    def _groups(self, rows: int) -> Iterator[tuple[Made, Any]]:
+        """Yield each distinct entry of ``made`` with its rows; the rows of a prompt follow one another."""
+        if len(self.made) == 1:
+            yield self.made[0], slice(None)
+            return
+        each, rest = divmod(rows, len(self.made))
+        if rest:
+            raise AdaptcError(f"adapters has {len(self.made)} entries, and the batch has {rows} rows")
+        places: dict[int, list[int]] = {}
+        for i in range(rows):
+            places.setdefault(id(self.made[i // each]), []).append(i)
+        for found in places.values():
+            yield self.made[found[0] // each], found
+
+    def _before(self, past: StepCache | None, start: int) -> dict[str, Tensor]:
+        """Return, by name, whether each row was adapted at the last of the first ``start`` positions: (rows,), bool."""
+        return {} if past is None else {n: t < start for n, t in past.since.items()}
+
+
+def _made(program: Any, binding: Any) -> Made:
+    """Return the token coefficients of the adapter in ``binding`` with their slots; empty for the base."""
+    made: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
+    values = {} if binding is None else binding.values
+    for a in program.adaptation.attachments:
+        for name in of_tokens(a.method):
+            c = a.method.coefficients()[name]
+            slots = [a.slots[s] for s in c.slots]
+            if name not in made and all(f in values for f in slots):
+                made[name] = (c, [values[f].detach() for f in slots])
+    return made
+
+
+def _of_mix(adapters: Sequence[tuple[str, Made]]) -> Made:
+    """Return the coefficients of one row's adapters. Raises ConfigError where they have different invocation tokens."""
+    if not adapters:
+        return _NOTHING
+    first, one = adapters[0]
+    for name, other in adapters[1:]:
+        if one.keys() != other.keys() or any(not _same(one[n][1], other[n][1]) for n in one):
+            raise ConfigError(
+                f"a row mixes {first!r} and {name!r}, which begin to act at other tokens: a step has one beginning for "
+                "each row. Mix adapters that the same tokens invoke, or give the row one of them"
+            )
+    return one
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,228 @@
+"""Turn a causal model into its step: a forward that takes the cache as tensors and writes it in place.
+
+Inside :func:`stepping` the model's ``forward`` takes plain tensors alone and gives logits. So it is captured, adapted
+and compiled as any other forward. Four sizes are free: rows, tokens (one, or a whole prompt), positions of the cache,
+and tokens whose logits are wanted.
+
+    input_ids       (batch, tokens)         int64
+    inputs_embeds   (batch, tokens, width)  replace the tokens' embeddings where ``embedded`` is true
+    embedded        ()                      bool; only models that take inputs_embeds have these two inputs
+    attention_mask  (batch, length)         int64, of the cache; positions after a token are always masked
+    position_ids    (batch, tokens)         int64
+    slots           (tokens,)               int64: the consecutive positions of the cache that the tokens go to
+    keep            (kept,)                 int64: the indices of the tokens whose logits are wanted
+    alora_acts      (batch, tokens)         bool: where an aLoRA adapter acts (see ``token_gates``)
+    keys_i          (batch, heads, length, dim)  and values_i, for each layer; (batch, heads, ring, dim) for layers that
+                                                 keep a sliding window (see ``ring``)
+    -> logits       (batch, kept, vocabulary)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from adaptc.capture.model_state import keyword, replaced_forward
+from adaptc.errors import CaptureError
+from adaptc.generation.cache.cache_layout import CacheLayout
+from adaptc.generation.cache.sliding_window import RingPositions, ring_masks
+from adaptc.generation.modes.static_attention import packed_attention
+
+#: sizes of the example inputs: all different and none of them one, because torch would specialize on these
+_ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
+
+
+@dataclass(frozen=True)
+class Step:
+    """The example inputs of a step and their free sizes, for ``adaptc.compile(model, ..., example_inputs,
+    dynamic_shapes)``.
+
+    The model is captured with them inside of :func:`stepping`.
+    """
+
+    example_inputs: dict[str, Tensor]
+    dynamic_shapes: dict[str, dict[int, Any]]
+
+
+@contextlib.contextmanager
+def stepping(
+    model: nn.Module, layout: CacheLayout, most: int | None = None, rings: bool = False, acts: Sequence[str] = ()
+) -> Iterator[Step]:
+    """Run the block with ``model`` as its step; its own forward is restored afterwards.
+
+    ``most`` bounds the positions of tokens and cache; None for any number. With ``rings``, sliding-window layers keep
+    only their window. ``acts`` names inputs that only adapters read. Raises CaptureError for a model whose forward
+    takes no cache.
+    """
+    takes = inspect.signature(model.forward).parameters
+    past = next((n for n in ("cache", "past_key_values") if n in takes), None)
+    if past is None:
+        raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
+    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes, most, rings)
+    for name in acts:
+        step.example_inputs[name] = torch.zeros_like(step.example_inputs["input_ids"], dtype=torch.bool)
+        step.dynamic_shapes[name] = step.dynamic_shapes["input_ids"]
+    original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
+
+    def forward(**inputs: Any) -> Tensor:
+        learn_sizes(inputs, step.dynamic_shapes)
+        slots, keep = inputs.pop("slots"), inputs.pop("keep")
+        tensors = [inputs.pop(n) for n in names]
+        given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
+        for name in acts:
+            del inputs[name]
+        if keeps:
+            inputs["logits_to_keep"] = keep
+        inputs[past] = written_cache(tensors, slots, layout, rings)
+        with embedding(model, *given):
+            logits = original(**inputs, use_cache=True).logits
+        return logits if keeps else logits[:, keep]
+
+    masks = ring_masks() if rings else contextlib.nullcontext()
+    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), masks, packed_attention():
+        yield step
+
+
+def learn_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -> None:
+    """Compare the free sizes that must be equal, so that torch's tracer learns at once that they are.
+
+    Otherwise the first layer would teach it. That layer would then differ from the others, which are traced once where
+    all are equal. Raises CaptureError where such sizes differ.
+    """
+    first: dict[int, tuple[str, Any]] = {}
+    for name, axes in dynamic_shapes.items():
+        for axis, dim in axes.items():
+            size = inputs[name].shape[axis]
+            other, like = first.setdefault(id(dim), (name, size))
+            if size != like:
+                raise CaptureError(f"axis {axis} of {name!r} has size {size}, but must be {like} as in {other!r}")
+
+
+@contextlib.contextmanager
+def embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
+    """Run the block with an input embedding that gives ``given`` where ``wanted`` is true."""
+    if given is None or wanted is None:
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: torch.where(wanted, given.to(out.dtype), out)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def example_step(
+    model: Any,
+    layout: CacheLayout,
+    with_positions: bool,
+    with_embeds: bool,
+    most: int | None = None,
+    rings: bool = False,
+) -> Step:
+    """Return the example inputs of a step of ``model`` and their free sizes; the options are as for
+    :func:`stepping`."""
+    device = next(model.parameters()).device
+    rows, kept = Dim("rows"), Dim("kept")
+    tokens, length = (Dim(n) if most is None else Dim(n, max=most) for n in ("tokens", "length"))
+
+    def counted(*shape: int) -> Tensor:
+        return torch.arange(shape[-1], device=device).expand(shape).contiguous()
+
+    inputs = {
+        "input_ids": counted(_ROWS, _TOKENS),
+        "attention_mask": torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device=device),
+        "position_ids": counted(_ROWS, _TOKENS) + 2,
+        "slots": counted(_TOKENS) + 2,
+        "keep": counted(_KEPT) + 1,
+    }
+    shapes: dict[str, dict[int, Any]] = {
+        "input_ids": {0: rows, 1: tokens},
+        "attention_mask": {0: rows, 1: length},
+        "position_ids": {0: rows, 1: tokens},
+        "slots": {0: tokens},
+        "keep": {0: kept},
+    }
+    if not with_positions:
+        del inputs["position_ids"], shapes["position_ids"]
+    if with_embeds:
+        weight = model.get_input_embeddings().weight
+        inputs["inputs_embeds"] = torch.zeros(_ROWS, _TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
+        inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
+        shapes |= {"inputs_embeds": {0: rows, 1: tokens}, "embedded": {}}
+    places = Dim("ring")
+    layers = zip(layout.names, layout.shapes(_ROWS, _LENGTH, _RING if rings else None), layout.sliding, strict=True)
+    for name, shape, sliding in layers:
+        inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
+        shapes[name] = {0: rows, 2: places if rings and sliding else length}
+    return Step(inputs, shapes)
+
+
+def token_inputs(
+    facts: Any, device: torch.device, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int
+) -> dict[str, Tensor]:
+    """Return tokens, or embeddings instead, as the inputs of a step, which has both where it takes embeddings."""
+    if ids is None:
+        ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+    out = {"input_ids": ids.to(device, torch.int64).contiguous()}
+    if facts.embeds:
+        out["embedded"] = torch.tensor(embeds is not None, device=device)
+        if embeds is None:
+            embeds = torch.zeros(1, dtype=facts.embeds_dtype, device=device).expand(rows, tokens, facts.width)
+        out["inputs_embeds"] = embeds.to(device, facts.embeds_dtype)
+    return out
+
+
+def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout, rings: bool = False) -> Any:
+    """Return a transformers cache over ``tensors`` that writes at ``slots`` and shows all positions to attention.
+
+    The model's mask hides the positions that a token may not attend to. With ``rings``, the tensors of sliding-window
+    layers are rings.
+    """
+    from transformers.cache_utils import Cache
+
+    pairs = zip(layout.layers, tensors[::2], tensors[1::2], strict=True)
+    found = [(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
+    layers = [_layer_class()(*one, one[-1] and rings) for one in found]
+    made = Cache(layers=layers)
+    # Captures that copy equal layers ask by this which tensors and settings belong to layer i.
+    vars(made)["traced_layer"] = lambda i: (layers[i].held, (layers[i].is_sliding, layers[i].ring))
+    return made
+
+
+@cache
+def _layer_class() -> type:
+    from transformers.cache_utils import StaticLayer
+
+    class WrittenLayer(StaticLayer):
+        """A layer of transformers' static cache over given tensors, written at given positions."""
+
+        def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, sliding: bool, ring: bool) -> None:
+            super().__init__(keys.shape[2])
+            self.keys, self.values, self.slots = keys, values, slots
+            self.held = keys, values
+            self.is_sliding, self.ring = sliding, ring
+            self.cumulative_length = slots[0]
+            self.device, self.is_initialized = keys.device, True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = self.held
+            where = torch.remainder(self.slots, self.max_cache_len) if self.ring else self.slots
+            return keys.index_copy_(2, where, key_states), values.index_copy_(2, where, value_states)
+
+        def get_mask_sizes(self, *args: Any) -> tuple[int, Any]:
+            return self.max_cache_len, RingPositions.after(self.slots, self.max_cache_len) if self.ring else 0
+
+        def get_seq_length(self) -> Tensor:
+            return self.cumulative_length
+
+    return WrittenLayer

@@ -1,0 +1,1 @@
+"""Parts that several methods use: configs, options, targets, and the registry."""

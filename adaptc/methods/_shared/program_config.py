@@ -1,0 +1,101 @@
+"""Define the base class of configs whose methods change the program as a whole: PEFT's ``PromptLearningConfig``.
+
+Such a config chooses no layers. Its method is attached at the token embedding, which is found in the program; fields
+that the config leaves to the model are filled in then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
+
+from adaptc.errors import ConfigError
+from adaptc.methods._shared.config import AdapterConfig
+from adaptc.methods._shared.model_facts import ModelFacts
+from adaptc.methods._shared.option_checks import check_integers
+from adaptc.passes.analysis.attention.attention_for_prefixes import Attentions
+from adaptc.passes.protocol.program_method import ProgramMethod
+
+#: field -> its names in the configs of models, in the order in which PEFT tries them
+_SIZES: Mapping[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+@dataclass
+class ProgramConfig(AdapterConfig):
+    """Fields common to PEFT's configs of prompt methods.
+
+    ``token_dim``, ``num_transformer_submodules``, ``num_attention_heads`` and ``num_layers`` are properties of the
+    model, and are filled in from it.
+    """
+
+    #: the fields of an example config: those that have no default
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"num_virtual_tokens": 5},)
+    #: whether :meth:`resolved` needs the program's attentions
+    reads_attentions: ClassVar[bool] = False
+    #: whether the method supports models with an encoder and a decoder
+    takes_encoders: ClassVar[bool] = True
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    # Configs that choose layers have these options; generic code reads them of all configs.
+    layer_replication = cast("Any", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is None:
+            raise ConfigError(
+                f"{type(self).__name__}.num_virtual_tokens must say how many tokens are put in front of those of a call"
+            )
+        check_integers(self, {"num_virtual_tokens": self.num_virtual_tokens})
+
+    def method(self, name: str, kind: str) -> ProgramMethod:
+        raise AssertionError(f"{type(self).__name__} must define method()")
+
+    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
+        """Return this config with the fields that it leaves to the model filled in, as PEFT's files have them.
+
+        ``width``: the width of the program's token embedding. ``found``: the program's attentions, None unless
+        :attr:`reads_attentions`. Raises ConfigError where a field contradicts the program.
+        """
+        if self.token_dim not in (None, width):
+            raise ConfigError(
+                f"{type(self).__name__}.token_dim={self.token_dim}, and the token embedding of this program has rows "
+                f"of {width}: leave it out"
+            )
+        both = self.takes_encoders and self.task_type == "SEQ_2_SEQ_LM"
+        values: dict[str, Any] = {"token_dim": width, "num_transformer_submodules": 2 if both else 1}
+        for option, names in _SIZES.items():
+            known = (v for n in names if isinstance(v := getattr(facts.config, n, None), int))
+            values[option] = next(known, None)
+        return self.completed(values)
+
+    def check_sides(self, encodes: bool) -> None:
+        """Raise ConfigError where this resolved config has rows for more stacks than the program has.
+
+        ``encodes``: whether the program has an encoder and a decoder.
+        """
+        if self.num_transformer_submodules not in ((1, 2) if encodes and self.takes_encoders else (1,)):
+            has = "an encoder and a decoder" if encodes else "one stack"
+            raise ConfigError(
+                f"{type(self).__name__}.num_transformer_submodules={self.num_transformer_submodules} is not supported "
+                f"for a model of {has}: leave it out, and task_type='SEQ_2_SEQ_LM' where there is no encoder"
+            )
+
+    @property
+    def sides(self) -> int:
+        return self.num_transformer_submodules or 1
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+        new = copy.copy(self)
+        new.num_virtual_tokens = next(iter(ranks.values()), self.num_virtual_tokens)
+        return new

@@ -1,0 +1,114 @@
+"""aLoRA: LoRA from the tokens that invoke it onwards, and the base before them (Greenewald et al., arXiv 2504.12397).
+
+y' = y + c (s B A x). c is one from the first token of the last occurrence of the invocation tokens in a row of the
+batch, and zero before it; it is zero in a row without them. So up to there the adapter's keys and values are the
+base's, and a KV cache of the base can be continued.
+
+Slots: LoRA's, and the shared slot ``alora_invocation_tokens``, which follows from the config. It holds each token id
+plus one, padded to a multiple of eight with zeros that match any token or none. Sites are linear layers whose output
+has an entry for each token: PEFT has no aLoRA at other layers either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import TargetError
+from adaptc.methods._shared.option_checks import adapter_input
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.passes.graph.ops import Op, cast
+from adaptc.passes.protocol.coefficients import Coefficient, along_tokens
+from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+
+TOKENS = "alora_invocation_tokens"
+#: the name of the coefficient c
+ACTS = "alora_acts"
+#: the size of the token slot is a multiple of it, so that most adapters have the same size
+ROOM = 8
+
+
+def acts(ids: Tensor, sought: Tensor) -> Tensor:
+    """Return whether the adapter acts at each token, (batch, length) of bool.
+
+    ``ids``: input_ids (batch, length). ``sought``: the slot ``alora_invocation_tokens``.
+    """
+    length = ids.shape[1]
+    at = torch.arange(length, device=ids.device)
+    places = at.unsqueeze(1) + torch.arange(sought.shape[0], device=ids.device)
+    there = ids[:, places.clamp(max=length - 1)] + 1
+    begins = ((there == sought) & (places < length) | (sought == 0)).all(-1)
+    # Positions are counted from one, so that zero stands for a row without the invocation tokens.
+    last = torch.where(begins, at + 1, 0).amax(1, keepdim=True)
+    return (last > 0) & (at + 1 >= last)
+
+
+@dataclass(frozen=True)
+class Alora(Lora):
+    """aLoRA at one site. ``tokens``: the ids of the invocation tokens, in order."""
+
+    name: ClassVar[str] = "alora"
+    stacks: ClassVar[bool] = True  # else it would be applied per expert, where the position of a token is unknown
+    swappable: ClassVar[frozenset[str]] = Lora.swappable | {"tokens"}
+
+    tokens: tuple[int, ...] = ()
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        if op.kind not in ("linear", "addmm") or not op.callable:
+            raise TargetError(
+                f"aLoRA acts from a token onwards, which has a meaning at linear layers alone and not at a consumer of "
+                f"kind {op.kind!r}: leave it out, or use LoRA (alora_invocation_tokens=None)"
+            )
+        size = -(-max(len(self.tokens), 1) // ROOM) * ROOM
+        # The fill -1 equals no id plus one, so that the adapter never acts with identity values.
+        slot = Slot((size,), -1, (0,), torch.int64, trainable=False, saved=False, shared=True, apart=True)
+        return {**super().slots(op), TOKENS: slot}
+
+    def coefficients(self) -> Mapping[str, Coefficient]:
+        return {ACTS: Coefficient(acts, (TOKENS,))}
+
+    def shares(self) -> bool:
+        return True
+
+    def minimal(self, op: Op) -> Alora:
+        return replace(self, r=2 * op.groups, tokens=())
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
+        first = plain.init(op, W, dtype, generator)
+        return Initial({**first.slots, TOKENS: self._sought(op)}, first.base)
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {**super().derived(op, W, dtype, found), TOKENS: self._sought(op)}
+
+    def _sought(self, op: Op) -> Tensor:
+        ids = torch.tensor(self.tokens, dtype=torch.int64) + 1
+        return torch.nn.functional.pad(ids, (0, self.slots(op)[TOKENS].shape[0] - len(self.tokens)))
+
+    def has_weight(self) -> bool:
+        return False
+
+    def check_merge(self, op: Op) -> str:
+        return "aLoRA acts on some tokens and not on others, which no weight can"
+
+    def low_rank(self, found: Slots) -> None:
+        return None  # B A x is not added at every token
+
+    def following(self, home: str) -> None:
+        return None  # it has no meaning at the tied embedding
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        A, B, *_ = slots.values()
+        h = op.down(adapter_input(self, op, x, A.dtype), A)
+        on = along_tokens(slots[ACTS], h) if ACTS in slots else None
+        # Not multiplied by c: a NaN or infinity at a token where the adapter does not act would stay NaN.
+        h = h if on is None else torch.where(on, h, 0)
+        delta = op.up(h, B)
+        if self.with_bias:
+            bias = op.along_out(slots["lora_B.bias"], delta)
+            delta = delta + (bias if on is None else torch.where(on, bias, 0))
+        return cast(y + delta * scale, y.dtype)

@@ -1,0 +1,125 @@
+"""DoRA: the rows of W + s B A, turned by LoRA, with lengths trained apart (Liu et al., arXiv 2402.09353).
+
+W' = g (W + s B A) row by row, with g = m / |W + s B A|; the length in the denominator gets no gradient. Where other
+adapters changed W before, that length is computed from the base weight, as in PEFT.
+
+Slots: LoRA's, and ``lora_magnitude_vector``, the lengths m. Its shape is (out,), at embeddings (width,), at
+convolutions (1, out, 1...), at stacked experts (experts, out). A row of a convolution is all of the weight for one
+output channel. Rows of length zero have g = 1: they act as in LoRA until they have a direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.methods._shared.option_checks import adapter_input, drops
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.passes.graph.ops import Op, cast
+from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class Dora(Lora):
+    """DoRA at one site. In training ``dropout`` acts on the input of everything added to the layer's own output."""
+
+    name: ClassVar[str] = "dora"
+    takes_complex: ClassVar[bool] = False
+    file_names: ClassVar[tuple[str, ...]] = (*Lora.file_names, MAGNITUDE)
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        shape = (op.experts,) if op.experts else (1,) if op.is_conv else ()
+        ones = (1,) * len(op.kernel) if op.is_conv else ()
+        return {**super().slots(op), MAGNITUDE: Slot((*shape, op.out_features, *ones))}
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
+        first = plain.init(op, W, dtype, generator)
+        return Initial(self._with_lengths(op, W if first.base is None else first.base, first.slots), first.base)
+
+    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        return self._with_lengths(op, W, super().identity(op, W, dtype))
+
+    def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        # Other adapters may have changed the weight, so no finite length means no change: infinity stands for g = 1.
+        values = super().identity(op, W, dtype)
+        return {**values, MAGNITUDE: torch.full_like(values[MAGNITUDE], torch.inf)}
+
+    def following(self, home: str) -> None:
+        return None  # it has a length for each row, and the rows of an embedding are not those of the tied layer
+
+    def nested(self) -> Dora:
+        return self  # PEFT has no DoRA in MultiheadAttention, and so no files in which it is applied twice
+
+    def low_rank(self, found: Slots) -> None:
+        return None  # its change depends on the lengths of the base weight's rows
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        full = self._turned(op, W, slots, scale)
+        return self._with_gain(full, W, slots, full.detach(), op)
+
+    def weight_over(self, op: Op, base: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        constant = {n: t.detach() for n, t in slots.items()}
+        measured = self._turned(op, base.detach(), constant, scale)
+        return self._with_gain(self._turned(op, W, slots, scale), W, slots, measured, op)
+
+    def _with_gain(self, full: Tensor, W: Tensor, slots: Slots, measured: Tensor, op: Op) -> Tensor:
+        gain = self._gain(slots, _lengths(op, measured))
+        return cast(full * gain.reshape(*gain.shape, *[1] * (full.ndim - gain.ndim)), W.dtype)
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        A, B = self._factors(op, slots)
+        x = adapter_input(self, op, x, A.dtype)
+        if drops(self, op):
+            base = op(x, cast(W, x.dtype))
+        else:
+            base = y if b is None else y - op.along_out(b, y)
+        constant = {n: t.detach() for n, t in slots.items()}
+        lengths = _lengths(op, self._turned(op, W.detach(), constant, scale))
+        gain = op.along_out(self._gain(slots, lengths), y)
+        return cast(y + (gain - 1) * base + gain * (op.down_up(x, A, B) * scale), y.dtype)
+
+    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        from adaptc.kernels import dora_epilogue, dora_norm, lora_down
+
+        A, B, _ = slots.values()
+        gain = self._gain(slots, dora_norm(W, A, B, scale))
+        rows = x.reshape(-1, x.shape[-1])
+        y = dora_epilogue(F.linear(rows, W), lora_down(rows, A), B, gain, scale, b)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        # PEFT holds the vector in a module of its own, and leaves that out of its files.
+        return super().fqn(place, f"{slot}.weight" if slot == MAGNITUDE else slot, adapter)
+
+    def _turned(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        """Return W + s B A, in the wider dtype of the two, dense where a convolution has groups."""
+        A, B = self._factors(op, slots)
+        wide = torch.promote_types(W.dtype, A.dtype)
+        return cast(op.dense(W), wide) + op.product(cast(A, wide), cast(B, wide)) * scale
+
+    def _gain(self, slots: Slots, lengths: Tensor) -> Tensor:
+        # Rounded to the magnitudes' dtype, so that lengths that did not change give a gain of exactly one.
+        magnitude = slots[MAGNITUDE].reshape(lengths.shape)
+        lengths = cast(cast(lengths, magnitude.dtype), lengths.dtype)
+        none = lengths == 0
+        gain = cast(magnitude, lengths.dtype) / lengths.masked_fill(none, 1)
+        return gain.masked_fill(none | magnitude.isinf(), 1)
+
+    def _with_lengths(self, op: Op, W: Tensor, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+        spec = self.slots(op)[MAGNITUDE]
+        dtype = next(iter(slots.values())).dtype
+        lengths = _lengths(op, self._turned(op, W.detach(), slots, self.scale(op)))
+        return {**slots, MAGNITUDE: lengths.to(dtype).reshape(spec.shape)}
+
+
+def _lengths(op: Op, full: Tensor) -> Tensor:
+    """Return the length of each row, in float32 or wider: (out,), or (experts, out) for stacked experts."""
+    high = torch.promote_types(full.dtype, torch.float32)
+    return torch.linalg.vector_norm(full, dim=tuple(range(2 if op.experts else 1, full.ndim)), dtype=high)

@@ -1,0 +1,216 @@
+"""Define ``LoraConfig``: the options of LoRA and its variants, under PEFT's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from adaptc.errors import ConfigError
+from adaptc.methods._shared.config import TargetedConfig
+from adaptc.methods._shared.method_parts import Written
+from adaptc.methods._shared.name_patterns import pattern_value, value_table
+from adaptc.methods._shared.option_checks import check_bias, check_integers, check_probability, check_ranks
+from adaptc.methods.lora_family.alora import Alora
+from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
+from adaptc.methods.lora_family.arrow_experts import routed_apart
+from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
+from adaptc.methods.lora_family.lora import Lora
+
+NOT_YET = "this LoRA variant is not implemented"
+
+#: fields that each choose a variant of LoRA; at most one may be set
+VARIANTS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
+)
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set.
+
+    ``ensure_weight_tying``: layers tied to the input embedding change with it, whichever of them is named. PEFT has two
+    parameters on one memory for that; here it is one parameter, whose gradient is the sum.
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {},
+        {"use_dora": True},
+        {"alora_invocation_tokens": [1]},
+        {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
+    )
+    dropout_field: ClassVar[str] = "lora_dropout"
+    writes_all: ClassVar[bool] = True
+    alpha_field: ClassVar[str] = "lora_alpha"
+    refused: ClassVar[Mapping[str, str]] = {
+        "loftq_config": "LoftQ quantises the base, and programs hold unquantised weights",
+        "eva_config": "initialisation from activations is not implemented",
+        "corda_config": "initialisation from activations is not implemented",
+        "lora_ga_config": "initialisation from gradients is not implemented",
+        "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
+        "velora_config": NOT_YET,
+        "use_qalora": "it needs GPTQ layers, which torch.export does not capture",
+        "monteclora_config": NOT_YET,
+        "use_bdlora": NOT_YET,
+        "kasa_config": NOT_YET,
+        "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
+    }
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] | None = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: dict[str, Any] | None = None
+    lora_bias: bool = False
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: ArrowConfig | dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranks(self)
+        self.check_common()
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError(
+                "lora_bias=True has no meaning for DoRA, which scales weights alone; unset one of the two"
+            )
+        for option in ("use_dora", "lora_bias"):
+            if self.ensure_weight_tying and getattr(self, option):
+                raise ConfigError(
+                    f"ensure_weight_tying=True has no meaning with {option}=True, which tied layers have apart"
+                )
+        self._check_invocation()
+        self._check_arrow()
+        variants = [name for name in VARIANTS if getattr(self, name)]
+        if len(variants) > 1:
+            raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
+
+    def _check_invocation(self) -> None:
+        tokens, scheme = self.alora_invocation_tokens, self.init_lora_weights
+        if tokens is None:
+            return
+        if not tokens:
+            raise ConfigError("alora_invocation_tokens is empty: name the ids of at least one token, or leave it None")
+        check_integers(self, {f"alora_invocation_tokens[{i}]": t for i, t in enumerate(tokens)}, least=0)
+        if self.ensure_weight_tying:
+            raise ConfigError("ensure_weight_tying=True has no meaning for aLoRA, which embeddings do not have")
+        if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora")):
+            raise ConfigError(
+                f"init_lora_weights={scheme!r} changes the base weight, and before the tokens that invoke aLoRA the "
+                "model is to be the base; use True, 'gaussian' or 'orthogonal'"
+            )
+
+    def _check_arrow(self) -> None:
+        if self.arrow_config is None:
+            return
+        self.arrow_config = ArrowConfig.of(self.arrow_config)
+        for option in ("lora_dropout", "lora_bias", "ensure_weight_tying"):
+            if getattr(self, option):
+                raise ConfigError(
+                    f"{option}={getattr(self, option)!r} has no meaning with arrow_config, which routes between "
+                    "adapters that are trained already"
+                )
+
+    def check_common(self) -> None:
+        """Raise ConfigError for illegal values of the fields that AdaLoRA's config has, too."""
+        check_probability(self, "lora_dropout")
+        check_bias(self, "lora_only")
+
+    @classmethod
+    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for option, slot in (("use_dora", MAGNITUDE), ("lora_bias", "lora_B.bias")):
+            have = sum(slot in m for m in modules)
+            if have and have != len(modules):
+                raise ConfigError(
+                    f"{have} of {len(modules)} modules have {slot!r}, and one adapter has it at all or none"
+                )
+            out |= {option: True} if have else {}
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        return out if self.arrow_config is None else out | {"arrow_config": asdict(ArrowConfig.of(self.arrow_config))}
+
+    def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
+        if self.arrow_config is None:
+            return super().written(tensors, directory)
+        return {name: (config.to_dict(), own) for name, (config, own) in routed_apart(self, tensors).items()}
+
+    def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
+        return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+
+    def of_low_rank(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
+        """Return this config for plain LoRA with a scale of one and these ranks (module name -> rank).
+
+        ``bias``: whether the adapter has ``lora_B.bias``.
+        """
+        r, others = value_table(ranks)
+        return self.replace(
+            r=r,
+            lora_alpha=r,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            use_rslora=False,
+            use_dora=False,
+            lora_bias=bias,
+            init_lora_weights=True,
+            ensure_weight_tying=False,
+        )
+
+    def method(self, name: str, kind: str) -> Lora | Arrow:
+        if self.arrow_config is not None:
+            return self._arrow(pattern_value(self.rank_pattern, name, self.r))
+        options: dict[str, Any] = {
+            "r": pattern_value(self.rank_pattern, name, self.r),
+            "alpha": pattern_value(self.alpha_pattern, name, self.lora_alpha),
+            "rslora": self.use_rslora,
+            "dropout": self.lora_dropout,
+            "with_bias": self.lora_bias,
+            "scheme": self.init_lora_weights,
+        }
+        if self.alora_invocation_tokens is not None:
+            return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
+        return (Dora if self.use_dora else Lora)(**options)
+
+    def _arrow(self, rank: int) -> Arrow:
+        arrow = ArrowConfig.of(self.arrow_config)
+        if not arrow.task_adapter_names:
+            raise ConfigError(
+                "arrow_config does not say which adapters it routes between: adaptc.create_arrow_model(model, "
+                "task_adapter_paths, arrow_config) makes a program of them, and adaptc.arrow_adapter an adapter to "
+                "swap to"
+            )
+        return Arrow(rank, len(arrow.task_adapter_names), arrow.top_k, arrow.router_temperature)

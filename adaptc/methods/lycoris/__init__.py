@@ -1,0 +1,1 @@
+"""Methods of LyCORIS: products of Hadamard and Kronecker."""

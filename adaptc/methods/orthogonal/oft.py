@@ -1,0 +1,233 @@
+"""OFT: x' = x R with R orthogonal and block-diagonal (Qiu et al., arXiv 2306.07280; Liu et al., 2506.19847).
+
+Slots, in PEFT's shapes: ``oft_R.weight`` (n/b, b(b-1)/2), at embeddings ``oft_embedding_R.weight``; one row with
+``block_share``. A row is the upper triangle of a skew-symmetric matrix Q. Its block is (I - Q)(I + Q)^-1, or with
+``use_cayley_neumann`` a polynomial near (I + Q)(I - Q)^-1. These two rotate in opposite directions, so a file means
+something only together with that option.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcWarning, ConfigError
+from adaptc.methods._shared.config import TargetedConfig
+from adaptc.methods._shared.option_checks import check_bias, check_probability
+from adaptc.methods.orthogonal.rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
+from adaptc.passes.graph.ops import Op, cast
+from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+
+#: the most terms of the Cayley-Neumann series, which has converged long before
+MOST_TERMS = 256
+
+
+@dataclass
+class OFTConfig(TargetedConfig):
+    """PEFT's ``OFTConfig``: same names, same defaults. Either ``r`` (blocks per layer) or ``oft_block_size`` must be 0.
+
+    ``module_dropout`` replaces blocks by the identity in training; PEFT reads the option and ignores it.
+    """
+
+    peft_type: ClassVar[str] = "OFT"
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 0 or self.oft_block_size < 0 or (self.r == 0) == (self.oft_block_size == 0):
+            raise ConfigError(
+                f"OFTConfig needs one of r and oft_block_size to be positive and the other 0, since the width of a "
+                f"layer is their product; got r={self.r} and oft_block_size={self.oft_block_size}"
+            )
+        check_bias(self, "oft_only")
+        check_probability(self, "module_dropout", certain=True)
+        if self.coft and not self.eps > 0:
+            raise ConfigError(f"OFTConfig.eps, the radius that coft keeps to, must be positive, got {self.eps!r}")
+        if self.use_cayley_neumann and not 2 <= self.num_cayley_neumann_terms <= MOST_TERMS:
+            raise ConfigError(
+                "OFTConfig.num_cayley_neumann_terms must be 2 or more, or no rotation would ever differ from the "
+                f"identity, and at most {MOST_TERMS}, since each is a product in the program; "
+                f"got {self.num_cayley_neumann_terms}. use_cayley_neumann=False is the sum of all terms."
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        if "oft_block_size" not in data:
+            raise ConfigError(
+                "this OFT config has no oft_block_size: it is of PEFT 0.13 or older, whose OFT computed something "
+                "else. Train the adapter again with a newer release."
+            )
+        written = data.get("peft_version", "0.0")
+        version = re.match(r"(\d{1,9})\.(\d{1,9})", written) if isinstance(written, str) else None
+        new = super().from_dict(data)
+        if (
+            "use_cayley_neumann" in data
+            and new.use_cayley_neumann
+            and version
+            and tuple(map(int, version.groups())) < (0, 18)
+        ):
+            warnings.warn(
+                "this OFT adapter was written by PEFT before 0.18, whose Cayley-Neumann series was another one: its "
+                "outputs will differ from those it was trained with",
+                AdaptcWarning,
+                stacklevel=2,
+            )
+        return new
+
+    def method(self, name: str, kind: str) -> Oft:
+        return Oft(
+            blocks=self.r,
+            size=self.oft_block_size,
+            radius=self.eps if self.coft else 0.0,
+            share=self.block_share,
+            terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else 0,
+            dropout=self.module_dropout,
+            scheme=self.init_weights,
+        )
+
+
+@dataclass(frozen=True)
+class Oft(Rotation):
+    """OFT at one site. ``terms`` 0: the exact Cayley transform. ``radius`` 0: no constraint."""
+
+    name: ClassVar[str] = "oft"
+    swappable: ClassVar[frozenset[str]] = frozenset({"dropout", "scheme", "training"})
+
+    blocks: int = 0
+    size: int = 32
+    radius: float = 0.0
+    share: bool = False
+    terms: int = 5
+    dropout: float = 0.0
+    scheme: bool = True
+    training: bool = False
+
+    def width(self, op: Op) -> int:
+        # The channels of all groups of a convolution, since PEFT's blocks cover all channels of the input.
+        n = super().width(op)
+        return n if op.kind == "embedding" else op.in_features * prod(op.kernel)
+
+    def block(self, op: Op) -> int:
+        """Return the size of a block.
+
+        It is the divisor of the width nearest to ``size``, or the width over its divisor nearest to ``blocks``.
+        """
+        n, asked = self.width(op), self.size or self.blocks
+        fits = asked if n % asked == 0 else min(divisors(n), key=lambda d: abs(d - asked))
+        return fits if self.size else n // fits
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        b = self.block(op)
+        name = "oft_embedding_R.weight" if op.kind == "embedding" else "oft_R.weight"
+        return {name: Slot((1 if self.share else self.width(op) // b, b * (b - 1) // 2))}
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        n, b = self.width(op), self.block(op)
+        field, asked, used = ("oft_block_size", self.size, b) if self.size else ("r", self.blocks, n // b)
+        if asked != used:
+            empty = "; blocks of size 1 have nothing to train" if b == 1 else ""
+            warnings.warn(
+                f"OFTConfig.{field}={asked} does not divide the width {n} of a layer, which gets {field}={used}{empty}",
+                AdaptcWarning,
+                stacklevel=2,
+            )
+        if self.scheme:
+            return super().init(op, W, dtype, generator)
+        values = {n: torch.empty(s.shape).normal_(0.0, 0.1, generator=generator) for n, s in self.slots(op).items()}
+        return Initial({n: t.to(dtype) for n, t in values.items()})
+
+    def turns_input(self, op: Op) -> bool:
+        return op.pointwise or (op.is_conv and all(k == 1 for k in op.kernel))
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        if op.groups == 1:
+            return super().weight(op, W, slots, scale)
+        if op.matrix_shape[1] % self.block(op):
+            return super().weight(op, op.dense(W), slots, scale)
+        # No block spans two groups: rows of all groups, put side by side, form one row of the full width.
+        rows = W.reshape(op.groups, -1, op.matrix_shape[1]).transpose(0, 1)
+        turned = super().weight(op, rows, slots, scale)
+        return turned.transpose(0, 1).reshape(W.shape)
+
+    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
+        b = self.block(op)
+        R = cast(self.rotations(b, next(iter(slots.values()))), v.dtype)
+        R = R.mT if back else R
+        return (v.unflatten(-1, (-1, b)) @ R[0]).flatten(-2) if self.share else blockwise(v, R)
+
+    def rotations(self, b: int, rows: Tensor) -> Tensor:
+        """Return the blocks of R, (rows, b, b), for the slot ``rows`` (rows, b(b-1)/2)."""
+        Q = self._inside(_skew(solvable(rows), b))
+        R = _neumann(Q, self.terms) if self.terms else cayley(Q)
+        return keep_some(R, self.dropout) if self.training and self.dropout and not self.share else R
+
+    def _inside(self, Q: Tensor) -> Tensor:
+        """Return ``Q`` (rows, b, b) with each block shortened to the radius.
+
+        The gradient is that at the shortened block, as if the parameter had been moved there: PEFT moves it.
+        """
+        if not self.radius:
+            return Q
+        q = Q.detach()
+        return Q + (self._shortened(q, torch.linalg.matrix_norm(q, keepdim=True)) - q)
+
+    def _shortened(self, blocks: Tensor, norm: Tensor) -> Tensor:
+        radius = self.radius / sqrt(blocks.shape[0])
+        return torch.where(norm <= radius, blocks, blocks * (radius / norm))
+
+    def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Return the rows shortened so that their blocks are inside the radius; {} without a radius.
+
+        A block has each number of its row twice, so its norm is sqrt(2) times the row's.
+        """
+        if not self.radius:
+            return {}
+        return {
+            n: self._shortened(t, torch.linalg.vector_norm(t, dim=-1, keepdim=True) * sqrt(2)) for n, t in slots.items()
+        }
+
+
+def _skew(rows: Tensor, b: int) -> Tensor:
+    """Return the skew-symmetric matrices (k, b, b) with the upper triangles ``rows`` (k, b(b-1)/2)."""
+    if b == 1:
+        return rows.sum(1).reshape(-1, 1, 1)
+    # The index, in the row of the slot, of each entry of the matrix.
+    at = torch.arange(b, device=rows.device)
+    i, j = at.unsqueeze(1), at
+    low = torch.minimum(i, j)
+    where = (low * (2 * b - 1 - low) // 2 + torch.maximum(i, j) - low - 1).clamp(min=0)
+    return rows[:, where.flatten()].reshape(-1, b, b) * (j - i).sign()
+
+
+def _neumann(Q: Tensor, terms: int) -> Tensor:
+    """Return I + 2Q + 2Q^2 + ... + Q^(terms - 1), the last power without the factor 2.
+
+    ``terms`` of 3 gives the same sum as 4, as in PEFT.
+    """
+    R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q
+    if terms == 2:
+        return R
+    power = Q @ Q
+    R = R + 2 * power
+    for _ in range(terms - 4):
+        power = power @ Q
+        R = R + 2 * power
+    return R + power @ Q

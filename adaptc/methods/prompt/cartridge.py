@@ -1,0 +1,100 @@
+"""Cartridge: a KV prefix for every attention, distilled from a text (Eyuboglu et al., arXiv
+2506.06266).
+
+File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). The rows of the first
+``num_frozen_tokens`` tokens are not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError
+from adaptc.methods._shared.option_checks import check_integers
+from adaptc.methods.prompt.key_values import KeyValueConfig, KeyValues
+from adaptc.methods.prompt.virtual_token_method import PROMPT
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Initial
+from adaptc.passes.protocol.method_hooks import Slot, Slots
+
+FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
+
+
+@dataclass
+class CartridgeConfig(KeyValueConfig):
+    """PEFT's ``CartridgeConfig``: same names, same defaults."""
+
+    peft_type: ClassVar[str] = "CARTRIDGE"
+
+    num_frozen_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integers(self, {"num_frozen_tokens": self.num_frozen_tokens}, 0)
+        if self.num_frozen_tokens > (self.num_virtual_tokens or 0):
+            raise ConfigError(
+                f"{type(self).__name__}.num_frozen_tokens={self.num_frozen_tokens} is more than the "
+                f"{self.num_virtual_tokens} of num_virtual_tokens"
+            )
+
+    def method(self, name: str, kind: str) -> Cartridge:
+        assert self.num_virtual_tokens is not None
+        return Cartridge(self.num_virtual_tokens, (), 1, *self.shape, self.num_frozen_tokens)
+
+
+@dataclass(frozen=True)
+class Cartridge(KeyValues):
+    """Cartridge: a KV prefix of ``count`` tokens, of which the first ``frozen`` are not trained. ``first``: unused."""
+
+    name: ClassVar[str] = "cartridge"
+    swappable: ClassVar[frozenset[str]] = KeyValues.swappable | {"frozen"}
+    modules: ClassVar[Mapping[str, str]] = {FROZEN: FROZEN, TRAINED: TRAINED}
+
+    frozen: int = 1
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        frozen = min(self.frozen, self.count)
+        return {
+            FROZEN: Slot((frozen, self.row), free=(0,), trainable=False),
+            TRAINED: Slot((self.count - frozen, self.row), free=(0,)),
+        }
+
+    def free_size(self, slot: str) -> str:
+        return slot
+
+    def lengthens(self, slots: Slots) -> int:
+        return slots[FROZEN].shape[0] + slots[TRAINED].shape[0]
+
+    def rows(self, slots: Slots) -> Tensor:
+        return torch.cat([slots[FROZEN], slots[TRAINED]])
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        rows = torch.randn(self.count, self.row, generator=generator).to(W.device, dtype)
+        return Initial(self._split(rows))
+
+    def _split(self, rows: Tensor) -> dict[str, Tensor]:
+        frozen = min(self.frozen, rows.shape[0])
+        return {FROZEN: rows[:frozen].clone(), TRAINED: rows[frozen:].clone()}
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def keys(self, op: Op) -> list[str]:
+        return [PROMPT]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rest = {n: t for n, t in found.items() if n != PROMPT}
+        return {**rest, **self._split(self.divided(PROMPT, found[PROMPT]))} if PROMPT in found else rest
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {PROMPT: self.rows(slots).detach()}
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Any:
+        if FROZEN not in slots or TRAINED not in slots:
+            return super().with_sizes_of(op, slots)
+        frozen = slots[FROZEN].shape[0]
+        return replace(self, count=frozen + slots[TRAINED].shape[0], frozen=frozen)

@@ -1,0 +1,135 @@
+"""P-tuning: virtual tokens made by a small trained network (Liu et al., arXiv 2103.10385).
+
+File key: ``prompt_embeddings`` (num_virtual_tokens, width), the network's output. The network itself is under
+``prompt_encoder.``, which PEFT neither writes nor reads. It is an MLP of three layers, or an LSTM with an MLP of two
+layers behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.errors import ConfigError, shown
+from adaptc.methods._shared.model_facts import ModelFacts
+from adaptc.methods._shared.option_checks import check_integers, check_probability, tell_unused
+from adaptc.methods._shared.program_config import ProgramConfig
+from adaptc.methods.prompt.reparameterized_prompt import NETWORK, MadeRows
+from adaptc.methods.prompt.virtual_tokens import VirtualTokens
+from adaptc.passes.analysis.attention.attention_for_prefixes import Attentions
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.coefficients import Given
+from adaptc.passes.protocol.method_hooks import Slots
+
+MLP, LSTM = "MLP", "LSTM"
+
+
+@dataclass
+class PromptEncoderConfig(ProgramConfig):
+    """PEFT's ``PromptEncoderConfig``: same names, same defaults.
+
+    ``encoder_hidden_size`` is by default the width of the embeddings. As in PEFT, an MLP always has three layers and no
+    dropout: where ``encoder_num_layers`` or ``encoder_dropout`` is set, an AdaptcWarning says so.
+    """
+
+    peft_type: ClassVar[str] = "P_TUNING"
+
+    encoder_reparameterization_type: str = MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = self.encoder_reparameterization_type
+        if kind not in (MLP, LSTM):
+            raise ConfigError(
+                f"{type(self).__name__}.encoder_reparameterization_type={shown(kind)} is not one of {MLP}, {LSTM}"
+            )
+        check_integers(self, {"encoder_num_layers": self.encoder_num_layers})
+        if self.encoder_hidden_size is not None:
+            check_integers(self, {"encoder_hidden_size": self.encoder_hidden_size})
+        check_probability(self, "encoder_dropout")
+        if kind == MLP:
+            why = "on an MLP, which has three layers; encoder_reparameterization_type='LSTM' is what has them"
+            tell_unused(self, ("encoder_num_layers", "encoder_dropout"), why)
+        elif self.encoder_num_layers == 1:
+            tell_unused(self, ("encoder_dropout",), "on an LSTM of one layer: it acts between layers")
+
+    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
+        return super().resolved(facts, width, found).completed({"encoder_hidden_size": width})
+
+    def method(self, name: str, kind: str) -> PTuning:
+        assert self.num_virtual_tokens is not None
+        if self.encoder_reparameterization_type == MLP:
+            return PTuning(self.num_virtual_tokens, sides=self.sides, hidden=self.encoder_hidden_size or 0)
+        layers, dropout = self.encoder_num_layers, self.encoder_dropout
+        return PTuning(self.num_virtual_tokens, (), self.sides, LSTM, self.encoder_hidden_size or 0, layers, dropout)
+
+
+@dataclass(frozen=True)
+class PTuning(MadeRows, VirtualTokens):
+    """P-tuning with ``count`` virtual tokens.
+
+    ``encoder``: "MLP" or "LSTM". ``layers`` and ``dropout``: those of an LSTM. ``hidden``: the hidden size of the
+    network, 0 for the width of the embeddings.
+    """
+
+    name: ClassVar[str] = "p_tuning"
+    instead: ClassVar[str] = "a PromptTuningConfig"
+
+    encoder: str = MLP
+    hidden: int = 0
+    layers: int = 2
+    dropout: float = 0.0
+    training: bool = False
+
+    def at(self, op: Op) -> Self:
+        return self if self.hidden else replace(self, hidden=op.out_features)
+
+    def network(self, op: Op) -> dict[str, tuple[int, ...]]:
+        h, width, out = self.hidden, op.out_features, {}
+        if self.encoder == MLP:
+            sizes = {"mlp_head.0": (width, h), "mlp_head.2": (h, h), "mlp_head.4": (h, width)}
+        else:
+            for layer in range(self.layers):
+                for end in (f"l{layer}", f"l{layer}_reverse"):
+                    out[f"lstm_head.weight_ih_{end}"] = (4 * h, 2 * h if layer else width)
+                    out[f"lstm_head.weight_hh_{end}"] = (4 * h, h)
+                    out |= {f"lstm_head.bias_{b}_{end}": (4 * h,) for b in ("ih", "hh")}
+            sizes = {"mlp_head.0": (2 * h, 2 * h), "mlp_head.2": (2 * h, width)}
+        for layer, (inputs, outputs) in sizes.items():
+            out |= {f"{layer}.weight": (outputs, inputs), f"{layer}.bias": (outputs,)}
+        return out
+
+    def prompt(self, slots: Slots, given: Given) -> Tensor:
+        return self.of_first(self.made(slots))
+
+    def through(self, x: Tensor, slots: Slots) -> Tensor:
+        if self.encoder == LSTM:
+            x = self._lstm(x, slots)
+        for i, layer in enumerate(self._heads()):
+            weight, bias = (slots[f"{NETWORK}{layer}.{n}"] for n in ("weight", "bias"))
+            x = F.linear(x.relu() if i else x, weight, bias)
+        return x
+
+    def last(self) -> str:
+        return self._heads()[-1]
+
+    def _heads(self) -> list[str]:
+        return [f"mlp_head.{i}" for i in ((0, 2, 4) if self.encoder == MLP else (0, 2))]
+
+    def _lstm(self, x: Tensor, slots: Slots) -> Tensor:
+        weights = [t for n, t in slots.items() if n.startswith(f"{NETWORK}lstm_head.")]
+        state = x.new_zeros(2 * self.layers, 1, self.hidden)
+        drop, train = self.dropout, self.training
+        options = (True, self.layers, drop, train, True, True)  # biases, ..., both directions, batch first
+        return torch.ops.aten.lstm.input(x.unsqueeze(0), [state, state], weights, *options)[0].squeeze(0)
+
+    def reads(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return self.hidden if name.startswith("lstm") else super().reads(name, shapes)

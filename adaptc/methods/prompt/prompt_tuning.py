@@ -1,0 +1,119 @@
+"""Prompt tuning: learned virtual tokens before the token embeddings (Lester et al., arXiv 2104.08691).
+
+File key: ``prompt_embeddings`` (num_virtual_tokens, width), with no module path. The first values are normal random
+numbers, the embeddings of random tokens, or those of a text, repeated or cut to the number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError, shown
+from adaptc.methods._shared.option_checks import tell_unused
+from adaptc.methods._shared.program_config import ProgramConfig
+from adaptc.methods.prompt.virtual_tokens import PROMPT, VirtualTokens
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Initial
+
+RANDOM, TEXT, SAMPLE_VOCAB = "RANDOM", "TEXT", "SAMPLE_VOCAB"
+
+
+@dataclass
+class PromptTuningConfig(ProgramConfig):
+    """PEFT's ``PromptTuningConfig``: same names, same defaults.
+
+    ``prompt_tuning_init`` "RANDOM" starts from normal random numbers, and "SAMPLE_VOCAB" from the embeddings of random
+    tokens. "TEXT" takes the embeddings of ``prompt_tuning_init_text``, tokenized by ``tokenizer_name_or_path``.
+    """
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB)
+
+    prompt_tuning_init: str = RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.prompt_tuning_init not in self.inits:
+            raise ConfigError(
+                f"{name}.prompt_tuning_init={shown(self.prompt_tuning_init)} is not one of {', '.join(self.inits)}"
+            )
+        if self.prompt_tuning_init == TEXT:
+            for option in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, option):
+                    raise ConfigError(f"{name}.prompt_tuning_init='TEXT' needs {option}")
+        elif self.tokenizer_kwargs:
+            raise ConfigError(f"{name}.tokenizer_kwargs is for prompt_tuning_init='TEXT': leave it out")
+        if self.prompt_tuning_init != TEXT:
+            why = f"with prompt_tuning_init={self.prompt_tuning_init!r}: 'TEXT' is what reads it"
+            tell_unused(self, ("prompt_tuning_init_text",), why)
+        if "trust_remote_code" in (self.tokenizer_kwargs or {}):
+            raise ConfigError(f"{name}.tokenizer_kwargs: trust_remote_code would run code of others; leave it out")
+
+    def first(self) -> tuple[Any, ...]:
+        """Return the scheme of the first values in the form of the method's field ``first``."""
+        if self.prompt_tuning_init != TEXT:
+            return (self.prompt_tuning_init,)
+        options = json.dumps(self.tokenizer_kwargs or {}, sort_keys=True)
+        return (TEXT, self.prompt_tuning_init_text, self.tokenizer_name_or_path, options)
+
+    def method(self, name: str, kind: str) -> PromptTuning:
+        assert self.num_virtual_tokens is not None
+        return PromptTuning(self.num_virtual_tokens, self.first(), self.sides)
+
+
+@dataclass(frozen=True)
+class PromptTuning(VirtualTokens):
+    """Prompt tuning with ``count`` virtual tokens. ``first``: the config's scheme of the first values."""
+
+    name: ClassVar[str] = "prompt_tuning"
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        return Initial({PROMPT: self.divided(PROMPT, first_rows(self, op, W, generator).to(dtype))})
+
+
+def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return the first values of the rows of all stacks, (rows, width) in float32.
+
+    ``W``: the canonical embedding weight (width, vocabulary). Raises ConfigError where the tokenizer gives a token that
+    the embedding lacks.
+    """
+    count = method.count * method.sides
+    how, *more = method.first or (RANDOM,)
+    if how == RANDOM:
+        return torch.randn(count, op.out_features, generator=generator).to(W.device)
+    if how == SAMPLE_VOCAB:
+        ids = torch.randint(0, op.in_features, (count,), generator=generator)
+    else:
+        found = text_ids(*more)
+        ids = torch.tensor(found)[torch.arange(count) % len(found)]
+    if int(ids.max()) >= op.in_features:
+        raise ConfigError(
+            f"the tokenizer of the prompt's text has token {int(ids.max())}, and the model's embedding "
+            f"{op.in_features} rows: name the model's own tokenizer in tokenizer_name_or_path"
+        )
+    return W.detach()[:, ids.to(W.device)].t().contiguous().float()
+
+
+def text_ids(text: str, tokenizer: str, options: str) -> list[int]:
+    """Return the token ids of ``text``; raise ConfigError where there is no such tokenizer, or the text has no tokens.
+
+    ``options``: keyword arguments of the tokenizer, as JSON.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        ids = AutoTokenizer.from_pretrained(tokenizer, **json.loads(options))(text)["input_ids"]
+    except Exception as error:  # whatever a tokenizer has to say
+        raise ConfigError(f"tokenizer_name_or_path={shown(tokenizer)} cannot be read: {shown(str(error))}") from error
+    if not ids:
+        raise ConfigError(f"prompt_tuning_init_text={shown(text)} has no tokens")
+    return list(ids)

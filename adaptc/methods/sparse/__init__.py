@@ -1,0 +1,1 @@
+"""Methods that train few values: entries, rows, scales, or coefficients of a transform."""

@@ -1,0 +1,136 @@
+"""Draw the places of sparse coefficients, and make dense matrices of them, for methods that change few entries.
+
+Places are drawn as PEFT draws them, so that a seed gives the same places. A dense matrix is made by adding values up:
+the padding at the end of a slot, zeros at place zero, then changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError
+from adaptc.methods._shared.option_checks import check_integers, check_matrix
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Initial, Method, Slot, Slots
+from adaptc.torch_modes import plainly
+
+
+@lru_cache(maxsize=64)
+def _drawn(total: int, seed: int | None, count: int) -> Tensor:
+    with plainly():
+        generator = torch.Generator()
+        if seed is not None:
+            generator.manual_seed(seed)
+        return torch.randperm(total, generator=generator)[:count].clone()
+
+
+def drawn(total: int, seed: int | None, count: int) -> Tensor:
+    """Return ``count`` distinct numbers below ``total``, int64 on the CPU, from a generator seeded with ``seed``.
+
+    Results are cached, since layers of one size have the same numbers and drawing them for a large layer is slow. With
+    ``seed`` None the generator has its default seed.
+    """
+    return _drawn(total, seed, count).clone()
+
+
+def scattered(shape: tuple[int, int], places: Tensor, values: Tensor) -> Tensor:
+    """Return a dense matrix of this shape, with ``values`` (n,) added at the flat ``places`` (n,)."""
+    rows, columns = shape
+    flat = torch.zeros(rows * columns, dtype=values.dtype, device=values.device)
+    return flat.index_add(0, places, values).reshape(rows, columns)
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """Return the widest dtype of ``tensors``, at least float32: Fourier transforms have no half-precision form."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def check_counts(config: Any, option: str) -> None:
+    """Raise ConfigError where ``option``, or ``<option>_pattern``, holds an integer that is not positive."""
+    pattern = getattr(config, f"{option}_pattern") or {}
+    patterns = {f"{option}_pattern[{k!r}]": v for k, v in pattern.items()}
+    check_integers(config, {option: getattr(config, option), **patterns})
+
+
+def check_seed(config: Any) -> None:
+    """Raise ConfigError where ``random_loc_seed`` is None: without a seed, no file could be read back."""
+    if config.random_loc_seed is None:
+        raise ConfigError(
+            f"{type(config).__name__}.random_loc_seed must be an integer, got None: the places of the coefficients "
+            "are not in the file and are drawn again from it"
+        )
+
+
+@dataclass(frozen=True)
+class Spectrum(Method):
+    """A method with ``r`` coefficients of a transform of the weight, at places drawn with ``seed``."""
+
+    prefix: ClassVar[str] = ""
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "seed", "zeros"}
+
+    r: int = 1000
+    scaling: float = 1.0
+    seed: int = 777
+    zeros: bool = True
+
+    @property
+    def spectrum(self) -> str:
+        return f"{self.prefix}_spectrum"
+
+    def summed(self) -> str:
+        return self.spectrum
+
+    @property
+    def places(self) -> str:
+        return f"{self.prefix}_indices"
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        check_matrix(self.name, op)
+        return {
+            self.spectrum: Slot((self.r,), free=(0,)),
+            self.places: Slot((self.r,), free=(0,), dtype=torch.int64, trainable=False, saved=False),
+        }
+
+    def at(self, op: Op) -> Self:
+        total = prod(op.matrix_shape)
+        if self.r > total:
+            raise ConfigError(
+                f"n_frequency={self.r} is more than the {total} entries of a matrix of shape {op.matrix_shape}; "
+                "n_frequency_pattern gives this layer another number"
+            )
+        return self
+
+    def minimal(self, op: Op) -> Self:
+        return dataclasses.replace(self, r=2 * op.groups)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Self:
+        found = slots.get(self.spectrum)
+        return self if found is None else dataclasses.replace(self, r=found.shape[0])
+
+    def scale(self, op: Op) -> float:
+        return self.scaling
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        values = self.first(generator).to(W.device, dtype)
+        return Initial({self.spectrum: values, **self.derived(op, W, dtype, {})})
+
+    def first(self, generator: torch.Generator | None) -> Tensor:
+        """Return the first values of the coefficients, (r,), drawn in float32."""
+        raise AssertionError(f"{type(self).__name__} must define first()")
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {self.places: self.drawn(op).to(W.device)}
+
+    def drawn(self, op: Op) -> Tensor:
+        """Return the flat places of the coefficients in the weight as a matrix: (r,), int64 on the CPU."""
+        return drawn(prod(op.matrix_shape), self.seed, self.r)

@@ -1,0 +1,1 @@
+"""Initialise KV prefixes from texts and from ``past_key_values``."""

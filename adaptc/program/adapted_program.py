@@ -1,0 +1,355 @@
+"""Define AdaptedProgram, the program that users hold: an exported program that knows its adapters.
+
+It *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. Beyond that it can be called, swapped,
+bound, trained and moved. Its state, and how that stays consistent, is in ``core``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from adaptc.bank.bank import Bank
+from adaptc.binding.sources.source import bind_adapter
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.passes.analysis.graph_view import graph_view
+from adaptc.passes.graph.graph_lock import on_graphs
+from adaptc.passes.graph.lifted import Lifted, lifted_names
+from adaptc.passes.graph.module_paths import owners_of
+from adaptc.passes.graph.pass_infra import Trail
+from adaptc.passes.graph.torch_caches import forget_code
+from adaptc.passes.lower.choose_products import Products
+from adaptc.passes.optimize.direct_calls import BindSizes
+from adaptc.passes.train.split_head import cut_at_head
+from adaptc.passes.train.training_pipeline import fuse_training
+from adaptc.program.program_scale import Strengths
+from adaptc.runtime.hoisted_values import Held
+from adaptc.runtime.options import blocks_at_a_time
+from adaptc.runtime.variants import Fusion
+from adaptc.state.bound import Bound
+from adaptc.state.core import ProgramCore
+from adaptc.state.program_repr import described, sites_at, table_of
+from adaptc.state.unload_program import unloaded
+from adaptc.training.pretrained_module import pretrained
+from adaptc.training.program_module import PRODUCTS, ProgramModule, plain
+from adaptc.tuning.matmul_table import choose, choose_for_gradient, wanted
+from adaptc.tuning.packed_weights import PackedWeights, held_by
+
+
+class AdaptedProgram(Strengths):
+    """A program with adapters, made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
+
+    def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
+        """Return a callable that keeps this adapter and can be used from any thread.
+
+        ``adapter``: a directory, a file or a state dict as ``adaptc.swap`` takes them, or a :class:`Binding`; errors
+        and ``options`` as there (``scale=0.5``). None gives the base, as :attr:`base` has it, and takes no options.
+
+        ``form``: "apply" shares the program's code and base. "weight" runs the base's graph on weights of its own. It
+        is as fast as the base, for the memory of the adapted weights (``held`` says how much). It does not follow later
+        writes to base tensors, and raises MergeError where a method has no form on the weight. "auto" decides by the
+        work that the adapter adds to a call, and by ``memory_limit``, in bytes, None for no limit; ``why`` gives the
+        reason.
+
+        Buffers that calls write to (a cache, a counter) are copied now and belong to the callable. Neither the program
+        nor anything else that is bound to it sees what its calls write there.
+        """
+        if adapter is None:
+            if said := [name for name, value in options.items() if value is not None]:
+                raise ConfigError(f"the base has no {said[0]}: prog.bind(None) takes no options of adapters")
+            bare = Bound(self.base, None, form, memory_limit)
+            self.memory.join(bare)
+            return bare
+        return Bound(self, bind_adapter(self, adapter, **options), form, memory_limit)
+
+    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
+        """Return a bank: adapters by name, of which each row of a batch takes its own.
+
+        A call is ``bank(**inputs, adapters=["fr", None, {"de": 0.7, "style": 0.3}])``. ``adapters``: name -> what
+        :meth:`bind` takes; ``bank.add`` adds more. ``capacity``, ``max_bytes``: how many adapters, and how many bytes
+        of them, the bank may hold. With ``evict=True`` the least recently used adapters go when it is full. ``loader``:
+        a function of a name that gives an adapter which is not there. ``max_rank``: the largest rank that the bank
+        takes. The bank keeps the program as it is now: later swaps do not reach it.
+
+        Raises TargetError where a row's values depend on other rows of the batch (statistics over the batch, experts);
+        it names the site, the output or the buffer. Raises what :meth:`Bank.add` raises.
+        """
+        return Bank(self, adapters, **limits)
+
+    # -- how it shows itself -------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        """Return three lines: the adapter, the inputs, and the size and options; ``adaptc.report`` says more."""
+        return described(self)
+
+    def __str__(self) -> str:
+        """Return the three lines of ``repr``. ``print(program.graph_view())`` is torch's dump of the graph, with the
+        adapters marked."""
+        return described(self)
+
+    def _repr_html_(self) -> str:
+        return table_of(self).html()
+
+    def graph_view(self, site: str | None = None) -> str:
+        """Return the graph as text, a line for each node, with a frame that names the site around the nodes of each
+        region.
+
+        ``site``: a parameter with an adapter, or its module, to see only what stands there; None for the whole graph.
+        Raises ConfigError where there is no such site.
+        """
+        with on_graphs():
+            still = self.snapshot()
+            return graph_view(still.graph_module, lifted_names(still.graph_signature), sites_at(still, site))
+
+    @property
+    def base(self) -> AdaptedProgram:
+        """Return the program without adapters, for requests that want none. It shares the weights, and no adapter costs
+        it anything.
+
+        It equals the unadapted model up to rounding, since sibling layers share a matmul here too. ``adaptc.unload``
+        gives a program that is equal to the bit. Raises MergeError as ``adaptc.unload`` does.
+        """
+        fuse = self.fuse
+        return self.remembered_base(lambda: unloaded(self).with_options(fuse=fuse))
+
+    # -- options -------------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """Return what runs the graph: "eager" or "inductor".
+
+        Setting it discards the code of calls, which the next call makes again. Raises BackendError for any other value,
+        and where the program was made for another backend.
+        """
+        return self.options.backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self.set_options(backend=value)
+
+    @property
+    def fuse(self) -> bool | frozenset[str]:
+        """Return whether layers that read the same tensor share a matmul; False computes every layer on its own.
+
+        It acts on the eager backend, fused kernels and :meth:`module`; code for a compiler on the CPU is never fused.
+        Fused weights lie in one buffer, and the parameters are views of it, so no weight is held twice. A set names the
+        weights that may be moved into such a buffer.
+
+        Setting it discards the code of calls, which the next call makes again. Raises ConfigError for any other value.
+        """
+        return self.options.fuse
+
+    @fuse.setter
+    def fuse(self, value: bool | frozenset[str]) -> None:
+        self.set_options(fuse=value)
+
+    @property
+    def kernels(self) -> bool | None:
+        """Return whether calls run adapters as fused Triton kernels (``adaptc.kernels``), where their methods have
+        them.
+
+        None: where the base is on a GPU. True elsewhere computes what the kernels would, with torch alone. ``report``
+        says which sites have none, and why. Setting it discards the code of calls, which the next call makes again.
+        Raises ConfigError for any other value.
+        """
+        return self.options.kernels
+
+    @kernels.setter
+    def kernels(self, value: bool | None) -> None:
+        self.set_options(kernels=value)
+
+    @property
+    def hoist_limit(self) -> int | None:
+        """Return how many bytes the hoisted values of one binding may hold; None for any number, 0 to hoist nothing.
+
+        Hoisted values are computed once per binding. Over the limit, those that save least work for their bytes are
+        computed in every call instead. They are chosen by the sizes of the current adapter when the program is first
+        called. Where an adapter has larger slots, and its values do not fit, all are computed in every call.
+
+        Setting it discards the code of calls, which the next call makes again (inductor compiles). It frees the hoisted
+        values of the program and of all that is bound to it, and limits each of them from then on. What :meth:`bind`
+        gave in the weight form keeps its weights. Raises ConfigError for anything but None and integers from 0.
+        """
+        return self.options.hoist_limit
+
+    @hoist_limit.setter
+    def hoist_limit(self, value: int | None) -> None:
+        self.set_options(hoist_limit=value)
+
+    @property
+    def pack(self) -> str | None:
+        """Return the dtype of the base weights that calls may read packed copies of: "float32", "bf16", or None for
+        none.
+
+        A packed copy has the layout that oneDNN reads fastest. It lies beside the weight, which stays, so it costs
+        memory. Calls read it only at numbers of rows at which it was measured to be faster. The first such call makes
+        it, in the dtype of the weight; nothing is rounded. :attr:`packed` and ``report`` say what is held and why. With
+        ``ADAPTC_PRODUCTS=plain`` nothing is packed.
+
+        Setting it discards the code of calls, which the next call makes again; None frees all copies. Raises
+        ConfigError for any other value, where the weights on the CPU all have another dtype, and where the program
+        trains. Raises BackendError where the backend is not "eager".
+        """
+        return self.options.pack
+
+    @pack.setter
+    def pack(self, value: str | None) -> None:
+        self.set_options(pack=value)
+
+    @property
+    def checkpoint(self) -> int | Literal["auto"] | None:
+        """Return how many repeated blocks at a time the modules of :meth:`module` recompute in the backward: a number,
+        or "auto" for one.
+
+        None keeps all activations for the backward. Raises ConfigError for any other value.
+        """
+        return self.options.checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: int | Literal["auto"] | None) -> None:
+        self.set_options(checkpoint=value)
+
+    # -- what calls do -------------------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> Held:
+        """Return the memory of the current binding's hoisted values; nothing before its first call."""
+        arguments = self.running.arguments
+        return Held() if arguments is None else arguments.held
+
+    @property
+    def fusion(self) -> Fusion:
+        """Return which layers that read the same tensor share a matmul; nothing before the first call."""
+        executor = self.running.executor
+        return Fusion() if executor is None else executor.fusion
+
+    @property
+    def products(self) -> Products:
+        """Return what computes the matmuls of the base's linear layers, and why (see ``report``).
+
+        It is empty before the first call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
+        ``prog.module().products``.
+        """
+        executor = self.running.executor
+        return Products() if executor is None else executor.products
+
+    @property
+    def packed(self) -> PackedWeights:
+        """Return the packed copies that calls of the program and of its parts have made so far, where :attr:`pack`
+        allows them."""
+        executor = self.running.executor
+        if executor is None:
+            return PackedWeights()
+        parts = list(self.memory.parts.get(executor, {}).values())
+        return held_by(e.packing for e in (executor, *parts))
+
+    @property
+    def passes(self) -> dict[str, Trail]:
+        """Return the passes that the program went through, with how much each changed: "program" for its graph.
+
+        The other keys are the variants of the graph that calls have made so far.
+        """
+        executor = self.running.executor
+        return {
+            "program": tuple((n, c) for n, c in self.adaptation.trail),
+            **({} if executor is None else executor.trails),
+        }
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def module(  # type: ignore[override]  # torch's is a GraphModule, of which this has all
+        self,
+        check_guards: bool = True,
+        gradient_checkpointing: bool | int | Literal["auto"] | None = None,
+        logits: str = "all",
+    ) -> Any:
+        """Return an ``nn.Module`` to train. Its parameters are the program's own, and only adapter parameters require
+        grad.
+
+        Its ``state_dict`` is the adapter in PEFT's keys. For a program that was captured from a transformers model it
+        is a ``PreTrainedModel``, which trainers take as they take PEFT's.
+
+        ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
+        there is something to train and :attr:`fuse` is on, three things run as one step each, with backwards of their
+        own: layers with LoRA, gated activations, and the cross entropy of a head. Their gradients are equal, and of
+        first order alone. Under ``torch.autocast`` the module computes what the model would, and adapters keep float32
+        gradients.
+
+        On a CPU, whatever is fastest there computes the matmuls of frozen layers and the gradients of their inputs. It
+        is measured once on each computer, in a second each; ``products`` of the module says what was chosen.
+        ``ADAPTC_PRODUCTS=plain``, or :attr:`fuse` off, leaves these matmuls to torch.
+
+        ``gradient_checkpointing``: True recomputes each repeated block in the backward, to save memory, and a number
+        that many blocks at a time. It acts in training mode, and gradients are equal. None does as :attr:`checkpoint`
+        says. Raises ConfigError for any other value. Raises AdaptcError for programs captured for inference, which are
+        never in training mode, and where no block is repeated or can be recomputed. An AdaptcWarning tells of blocks
+        that cannot.
+
+        ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head. Loss and gradients are
+        equal, and these rows are zero in the logits that are returned. Raises ConfigError for values other than "all"
+        and "labelled". It raises the same for "labelled" where the program's loss does not allow it, or nothing is
+        fused.
+
+        ``check_guards=False``, which torch's compilers pass, gives the plain ``fx.GraphModule`` that they work on; else
+        the result is a :class:`ProgramModule`.
+        """
+        with on_graphs():
+            still = self.snapshot()
+            if not check_guards:
+                return ModuleOf(False, logits).graph(still)
+            again = still.options.checkpoint
+            if gradient_checkpointing is not None:
+                again = blocks_at_a_time(gradient_checkpointing, "gradient_checkpointing")
+            made = ModuleOf(check_guards, logits)(still, self)
+            if again is not None:
+                made.checkpoint(again)
+            forget_code()
+            return made
+
+    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
+        """Return a plain program in other operators, as ``ExportedProgram.run_decompositions`` does."""
+        with on_graphs():
+            return Lifted(self.snapshot()).finish().run_decompositions(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ModuleOf:
+    """The arguments of :meth:`AdaptedProgram.module` that say how a module is made of a program."""
+
+    check_guards: bool
+    logits: str
+
+    def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
+        source, inputs = program.adaptation.source, program.adaptation.inputs(program)
+        takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
+        kind = plain(*takes) if source is None else pretrained(source.kind, *takes)
+        return kind(program, owner, self.graph(program), self)
+
+    def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
+        """Return the graph module that a :class:`ProgramModule` runs; with ``head``, only as far as the linear layer of
+        that path.
+
+        Raises AdaptcError where the program does not end in one linear layer ``head``.
+        """
+        graph = ExportedProgram.module(program, check_guards=self.check_guards)
+        values = {} if program.current is None else program.current.values
+        trainable = {id(t) for t in values.values() if t.requires_grad}
+        for p in graph.parameters():
+            p.requires_grad_(id(p) in trainable)
+        if head is not None and not cut_at_head(graph, head, owners_of(program)):
+            raise AdaptcError(f"the program does not end in one linear layer {head!r}, so it has no part before it")
+        fuse = bool(trainable and program.options.fuse)
+        logits = self.logits if head is None else "all"
+        # Torch's compilers and the writer of packages ask without guards: they can only take torch's own operators.
+        chosen = (choose, choose_for_gradient) if fuse and self.check_guards and wanted() else None
+        result = fuse_training(graph, fuse=fuse, logits=logits, choose=chosen)
+        found = {} if chosen is None else result.data[-1]
+        if self.check_guards:  # the graph that a compiler asks for, without guards, keeps its sizes as operators
+            BindSizes()(graph.graph)
+            graph.recompile()
+        graph.meta[PRODUCTS] = tuple(Products(choices, what) for what, choices in found.items())
+        return graph

@@ -1,0 +1,120 @@
+"""Set how strongly the adapters of a program act, and which of them act, while it is called, swapped and trained.
+
+Each change makes another binding the current one, in the way a swap does. Nothing is compiled, and calls that have
+begun keep the binding they began with. A change that raises changes nothing. What two threads set at once are both set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Self
+
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.binding_scale import factor_of, scaled, with_active, with_scales_multiplied, without
+from adaptc.program.add_adapter import Compiling, added
+from adaptc.state.core import ProgramCore
+from adaptc.state.overrides import seen
+from adaptc.torch_modes import plainly
+
+
+class Strengths(ProgramCore):
+    """A program whose adapters can be scaled, turned on and off, added and deleted."""
+
+    #: the functions that compile programs; ``api`` sets it
+    compiling: ClassVar[Compiling | None] = None
+
+    def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
+        """Multiply the scale that an adapter was made with (LoRA's alpha / r, and its like) by ``scale``.
+
+        The last call counts, so that 0.5 twice is 0.5, and 1 gives back, to the bit, what the adapter was made with. 0
+        takes away all that is added to a weight. ``adapter``: its name, which may be left out where there is one.
+        ``modules``: the modules to scale, None for all. It is a list of names of modules, or of their beginnings or
+        endings ("layers.0" is all of that layer). A single string is one of these, or a regular expression for whole
+        names.
+
+        What the adapter trains as it is (``modules_to_save``, biases, tokens) has no scale, and stays. Raises
+        ConfigError for names that choose nothing and for a scale that is not a finite number. Raises ConfigError, too,
+        for methods without a factor on what they change (IA3, OFT, ...), where PEFT warns or says nothing.
+
+        ``adaptc.merge`` and ``adaptc.save`` see the scale. ``adaptc.save_adapter`` writes the adapter as it was made,
+        and warns. Callables that were bound before, and modules that were made, keep the scale that they have.
+        """
+        self._set(lambda spec, now: scaled(spec, now, scale, adapter, modules))
+
+    def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
+        """Let these adapters of the program act, by name, and no others. The layers of the others compute what they
+        would without them, and their tensors are kept.
+
+        A dict of factors stands for a list of its names, and :meth:`set_scale` of each. An empty list leaves the base.
+        Raises ConfigError for an unknown name, and as :meth:`set_scale` does. Raises SwapError where the program has no
+        base.
+        """
+        self._set(lambda spec, now: with_active(spec, now, adapters))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Return the names of the adapters that act."""
+        return [n for n, part in self.binding.named.items() if part.idle is None]
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """Return the names of all adapters."""
+        return list(self.binding.named)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Run the block with calls that compute the base: those that this thread, or this task of asyncio, begins in
+        it.
+
+        Other threads, and what is bound, stay as they are, so that one request may ask for the base while others go on.
+        Nothing is compiled for it. :attr:`AdaptedProgram.base` is a program of the base, which is faster still.
+        """
+        return seen(self, off=True)
+
+    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
+        """Run the block with the scales of all adapters multiplied, for the calls that :meth:`disabled` would turn to
+        the base.
+
+        The factor is on the scales that hold when a call begins. Raises ConfigError for a multiplier that is not a
+        finite number, and where no method has a scale.
+        """
+        factor = factor_of(multiplier, "multiplier")
+        with_scales_multiplied(
+            self.spec(), self.binding, factor
+        )  # tried now, or a call in the block would be the first to raise
+        return seen(self, factor=factor)
+
+    def delete_adapter(self, name: str) -> None:
+        """Take one of several adapters out. Its name is gone, its tensors are let go, and its layers compute what they
+        would without it.
+
+        Files that are written from now on are without it. Raises ConfigError for an unknown name, and SwapError for the
+        only adapter.
+        """
+        self._set(lambda spec, now: without(spec, now, name))
+
+    def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
+        """Give the program one more adapter, which acts together with those that it has; returns the program that has
+        it.
+
+        ``adapter``: a config, a directory, a file or a state dict, as ``adaptc.compile`` takes them. An adapter of a
+        name that was deleted takes the sites that were left, and the program returned is this one. Any other adapter
+        needs sites of its own, and SwapError names those that are missing.
+
+        With ``recompile`` such an adapter gets another program. That program has all the adapters, with the same
+        tensors, factors and base. This one, and what is bound to it, stay. It needs the base: MergeError where a file
+        held only what an adapter made of it. Raises ConfigError for a name that is there, and whatever
+        ``adaptc.compile`` raises.
+        """
+        assert self.compiling is not None
+        with plainly():
+            return added(self, name, adapter, recompile, self.compiling)
+
+    def _set(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
+        """Install ``change`` of the current binding. It is made again where another thread installed a binding
+        meanwhile."""
+        old, new = None, None
+        while old is None or new is None or not self.exchange(old, new):
+            old = self.binding
+            with plainly():
+                new = self.recipes.note(change(self.spec(), old))

@@ -1,0 +1,1 @@
+"""Hold a program with its adapters, and make other programs of it: merged, unloaded, bound."""

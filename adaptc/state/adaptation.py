@@ -1,0 +1,174 @@
+"""Record how a program was adapted, and write and read the header by which files remember it.
+
+The header is the part that does not follow from the regions in the graph, and only this file writes and reads it. Its
+format has a number. A file of another format is refused with an error that names the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from adaptc.binding.binding import Binding
+from adaptc.capture.capture import Source
+from adaptc.errors import CheckpointError
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.regions import node_tag
+from adaptc.runtime.calls.call_inputs import Inputs
+from adaptc.safe_pt2.json_schema import Each, Length, Maybe, Option, check
+from adaptc.safe_pt2.refusal import UnsafeFile, shown
+
+#: number of the format of the header and of region tags
+FORMAT = 2
+
+#: form of the dicts that Attachment.to_dict gives
+ATTACHMENT: dict[str, Any] = {
+    **dict.fromkeys(["key", "module", "param", "kind", "method", "adapter", "form", "entry", "name", "why"], str),
+    "consumers": [str],
+    "slots": Each(str),
+    "scale_slot": Maybe(str),
+    "tied": bool,
+    "variant": Length,
+    "options": dict,
+    "reads": Option(Each(str)),
+}
+_PART = {"config": dict, "present": [str]}
+_HEADER: dict[str, Any] = _PART | {
+    "factors": Option(Each(float)),
+    "format": Length,
+    "residual": [str],
+    "matches": Each([str]),
+    "left_out": [[str]],
+    "fills": Each([str]),
+    "takes": Option([str]),
+    "training": bool,
+    "autocast": bool,
+    "unread": Each(str),
+    "carried": [str],
+    "parts": Each(_PART),
+    "trail": [[(str, int)]],
+    "order": Option([str]),
+}
+_TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {
+    "fused": Option(bool),
+    "first_pass": Option(bool),
+    "given": Option([str]),
+}
+_OUT = _TAG | {
+    "region": str,
+    "base": str,
+    "node": str,
+    "attachment": ATTACHMENT,
+    "header": Option(dict),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """A record of how a program was adapted.
+
+    ``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``fills``: keyword input -> how
+    it is made where a caller leaves it out. ``training``: the program was captured for training. ``autocast``: adapters
+    of half-precision bases are float32. ``trail``: the passes that the program went through, with their counts.
+    """
+
+    attachments: Sequence[Attachment] = ()
+    matches: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left_out: Sequence[Sequence[str]] = ()
+    fills: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    #: names of the inputs that the model's ``forward`` takes, in order; empty where they are not known
+    takes: Sequence[str] = ()
+    training: bool = False
+    autocast: bool = True
+    #: FQNs of base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
+    residual: Sequence[str] = ()
+    #: key -> FQN of tensors that the program does not read, but files hold, as parts of modules trained as a whole
+    unread: Mapping[str, str] = field(default_factory=dict)
+    trail: Sequence[tuple[str, int]] = ()
+    #: the model that the program was captured from; None where a file was loaded, since files do not say
+    source: Source | None = None
+
+    def header(self, binding: Binding) -> dict[str, Any]:
+        """Return the header as plain JSON values: this record, the order of its attachments, and what the tensors do
+        not say of ``binding``."""
+        return {
+            "format": FORMAT,
+            "config": binding.config.to_dict(),
+            "present": list(binding.methods),
+            "factors": dict(binding.factors),
+            "residual": list({**dict.fromkeys(self.residual), **binding.base}),
+            "matches": {k: list(v) for k, v in self.matches.items()},
+            "left_out": [list(x) for x in self.left_out],
+            "fills": {k: list(v) for k, v in self.fills.items()},
+            "takes": list(self.takes),
+            "training": self.training,
+            "autocast": self.autocast,
+            "unread": dict(self.unread),
+            "carried": [k for k in binding.carried if k not in self.unread],
+            "parts": {n: {"config": p.config.to_dict(), "present": list(p.methods)} for n, p in binding.parts.items()},
+            "trail": [list(step) for step in self.trail],
+            "order": [a.id for a in self.attachments],
+        }
+
+    @classmethod
+    def from_header(cls, stored: Mapping[str, Any], attachments: Sequence[Attachment]) -> Adaptation:
+        """Return the record that a header holds, with these attachments in the order that the header tells. Inverse of
+        :meth:`header`."""
+        order = {site: i for i, site in enumerate(stored.get("order", ()))}
+        attachments = sorted(attachments, key=lambda a: order.get(a.id, len(order)))
+        kept = ("matches", "left_out", "fills", "training", "autocast", "residual", "unread", "trail")
+        return cls(attachments, **{name: stored[name] for name in kept}, takes=stored.get("takes", ()))
+
+    def inputs(self, program: ExportedProgram) -> Inputs:
+        """Return what reads the arguments of calls of ``program``, which has this adaptation."""
+        return Inputs.of(program, self.fills, self.takes)
+
+    def bare(self) -> Adaptation:
+        """Return the adaptation of the program without its adapters."""
+        return Adaptation(fills=self.fills, takes=self.takes, trail=self.trail, source=self.source)
+
+
+def check_format(stored: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError for a header of another format than this adaptc reads."""
+    found = stored.get("format")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{source} was saved by another version of adaptc: its format is {found!r}, and this one reads {FORMAT}. "
+            "Save the program again from the model and its adapter"
+        )
+
+
+def check_header(stored: Any, sites: Collection[str]) -> None:
+    """Raise UnsafeFile where a header does not have the form that :meth:`Adaptation.header` gives, or names a site
+    that is not in ``sites`` (ids of attachments)."""
+    check(stored, _HEADER)
+    for part in (stored, *stored["parts"].values()):
+        if strange := [site for site in part["present"] if site not in sites]:
+            raise UnsafeFile(f"the header speaks of the site {shown(strange[0])}, which the program has not")
+
+
+def check_tags(graph: fx.Graph) -> None:
+    """Raise UnsafeFile where the tags of regions do not have the form that injection gives, or name nodes that are not
+    there.
+
+    Only a file can have such tags.
+    """
+    names = {node.name for node in graph.nodes}
+    inputs = {node.name for node in graph.find_nodes(op="placeholder")}
+    for node in graph.nodes:
+        tag = node_tag(node)
+        if tag is None:
+            continue
+        try:
+            out = isinstance(tag, dict) and tag.get("role") == "out"
+            check(tag, _OUT if out else _TAG)
+            if strange := [n for n in ((tag["base"], tag["node"]) if out else ()) if n not in names]:
+                raise UnsafeFile(f"it stands in for the node {shown(strange[0])}, which the program has not")
+            if strange := [n for n in tag.get("given", ()) if n not in inputs]:
+                raise UnsafeFile(f"it was given the input {shown(strange[0])}, which the program has not")
+        except UnsafeFile as error:
+            raise error.inside(f"the tag of node {node.name!r}, ") from None

@@ -1,0 +1,116 @@
+"""Check gradients and cut ranks between the steps of a training.
+
+The program trains through ``program.module()``. After each step the adapter has finite values, and for AdaLoRA the
+ranks that its config wants. A loop of one's own calls :func:`check_gradients` and ``RankAllocator``. For transformers'
+Trainer, :func:`trainer_callback` calls both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.errors import AdaptcError, ConfigError, shown
+from adaptc.methods.lora_family.adalora import AdaLoraConfig
+from adaptc.state.core import ProgramCore
+from adaptc.training.checkpoints import check_output
+from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
+
+
+def check_gradients(module: nn.Module, scaler: Any = None) -> None:
+    """Raise AdaptcError that names the parameters whose gradients are not finite.
+
+    Call it after ``backward()``. Call it before gradients are clipped, which spreads a bad value to all of them. Call
+    it before the optimizer's step, which would spoil the adapter for good. It takes one pass over the adapter's
+    gradients.
+
+    ``scaler``: the ``torch.amp.GradScaler`` of a loop in float16. It leaves out steps whose gradients are not finite,
+    and makes its scale smaller. Such gradients are thus an error only once the scale is at most 1, where a smaller one
+    cannot help.
+    """
+    named = {n: p.grad.detach().abs().sum() for n, p in module.named_parameters() if p.grad is not None}
+    if wrong := _not_finite(named):
+        wrong = [n for n in wrong if not module.get_parameter(n).grad.isfinite().all()]  # type: ignore[union-attr]
+    _refuse(wrong, len(named), scaler)
+
+
+def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
+    if not sums or torch.stack([s.float().cpu() for s in sums.values()]).isfinite().all():
+        return []
+    return [n for n, s in sums.items() if not s.isfinite()]
+
+
+def _refuse(wrong: Sequence[str], count: int, scaler: Any) -> None:
+    if wrong and (scaler is None or not scaler.is_enabled() or scaler.get_scale() <= 1):
+        raise AdaptcError(
+            f"the gradients of {len(wrong)} of {count} parameters are not finite: {shown(list(wrong[:4]))}. The step "
+            "was not taken, so the adapter is as it was; a smaller learning rate, clipped gradients or float32 may help"
+        )
+
+
+def trainer_callback(program: ProgramCore) -> Any:
+    """Return a ``transformers.TrainerCallback`` for a Trainer whose model is ``program.module()``.
+
+    Before each step it raises AdaptcError with the names of gradients that are not finite. Where a scaler leaves such
+    steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
+    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says.
+
+    When training begins it raises as :class:`RankAllocator` does, and ConfigError for options of the trainer that a
+    program cannot serve.
+    """
+    return _kind()(program)
+
+
+class _Between:
+    def __init__(self, program: ProgramCore) -> None:
+        self.program = program
+        self.allocator: RankAllocator | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(args, "predict_with_generate", False) and not getattr(kwargs["model"], "again", False):
+            raise ConfigError(
+                "predict_with_generate=True: this module does not generate. Leave it out, or train that of a model "
+                "that does, adaptc.compile(model, config, training=True).module()"
+            )
+        if args.should_save:
+            check_output(args.output_dir, state.global_step, state.max_steps)
+        if isinstance(self.program.binding.config, AdaLoraConfig):
+            self.allocator = RankAllocator(self.program)
+            kwargs["model"].penalty = partial(orthogonal_loss, self.program)
+        # Trainer clips gradients before it calls back, so each one is summed by a hook when it is accumulated.
+        self.forget()
+        for name, p in kwargs["model"].named_parameters():
+            if p.requires_grad:
+                self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.note, name)))
+
+    def note(self, name: str, p: Tensor) -> None:
+        if p.grad is not None:
+            self.sums[name] = p.grad.detach().abs().sum()
+
+    def forget(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.sums = [], {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.forget()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _refuse(_not_finite(self.sums), len(self.sums), getattr(kwargs.get("optimizer"), "scaler", None))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.allocator is not None:
+            self.allocator.update_and_allocate(state.global_step)
+
+
+@cache
+def _kind() -> type:
+    from transformers import TrainerCallback
+
+    return type("AdapterCallback", (_Between, TrainerCallback), {"__module__": __name__})

@@ -1,0 +1,134 @@
+"""Keep copies of base weights in oneDNN's packed layout, where the user allows the memory (``AdaptedProgram.pack``).
+
+A layer is called as before. At numbers of rows where a packed weight was measured to be faster, it reads a packed copy.
+The first such call makes the copy. Values are not rounded: a weight is packed in its own dtype. A copy lives as long as
+both the code of calls and the weight it was made of. A weight that was written to, or moved to other memory, is packed
+anew. Programs that read one weight share one copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+
+from adaptc.locks import free_in_children
+from adaptc.passes.lower.choose_products import MatmulChoice, Products
+from adaptc.passes.protocol.matmul_op import fits, onednn, product
+from adaptc.tables import size
+from adaptc.torch_modes import plainly
+from adaptc.tuning.pack_times import PACKED, choose_packed, packed
+
+_lock = free_in_children(threading.Lock())
+#: (address, shape, strides, dtype) of a weight -> a packed copy that some layer holds
+_known: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """The packed copies that are held now: ``count`` of them, with ``nbytes`` in all.
+
+    ``choices`` has one entry for each layer of the base: at which rows it reads a packed copy, and why.
+    """
+
+    count: int = 0
+    nbytes: int = 0
+    choices: tuple[MatmulChoice, ...] = ()
+
+    def __str__(self) -> str:
+        """Return a line for the memory and one for each reason; '' where nothing was to be packed."""
+        if not self.choices:
+            return ""
+        lines = [f"packed: a second copy of {self.count} weights ({size(self.nbytes)})"]
+        for group in Products(self.choices).data():
+            count, why = f"{group['count']} layers", group["why"]
+            if group["kind"] == PACKED:
+                ratios = [r for c in self.choices if c.kind == PACKED and c.why == why for r in c.ratios]
+                times = f", {min(ratios):.2f} to {max(ratios):.2f} of its time" if ratios else ""
+                lines.append(f"packed for {count} at {group['rows']} ({why}{times})")
+            else:
+                lines.append(f"not packed for {count} ({why})")
+        return "\n".join(lines)
+
+
+class Packs:
+    """The layers of one piece of code that read packed weights of ``dtype``, and the choices that were made."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.layers: list[PackedLayer] = []
+        self.choices: list[MatmulChoice] = []
+
+    def layer(self, out: int, width: int, dtype: torch.dtype, told: Sequence[Any]) -> PackedLayer | None:
+        """Return a layer that reads packed copies of a weight (out, width), or None where that is not faster.
+
+        It is the ``make`` of ``passes.lower.pack_products``: ``told`` has the other arguments of ``adaptc::product``.
+        """
+        if dtype != self.dtype:
+            return None
+        choice = choose_packed(out, width, dtype)
+        self.choices.append(choice)
+        if choice.kind != PACKED:
+            return None
+        self.layers.append(PackedLayer(choice.classes, told))
+        return self.layers[-1]
+
+
+def held_by(packs: Iterable[Packs | None]) -> PackedWeights:
+    """Return what several pieces of code hold now, a shared copy counted once; None is code that packs nothing."""
+    found = [p for p in packs if p is not None]
+    made = {id(c): c for p in found for layer in p.layers for c in layer.copies}
+    nbytes = sum(c.numel() * c.itemsize for c in made.values())
+    return PackedWeights(len(made), nbytes, tuple(c for p in found for c in p.choices))
+
+
+class PackedLayer:
+    """A linear layer: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
+
+    It reads a packed copy of the weight in calls whose number of rows is in one of the classes ``packed``. All other
+    calls, and those that need a gradient, are ``adaptc::product`` with the arguments ``told``.
+    """
+
+    __name__ = "packed_layer"
+
+    def __init__(self, packed: Sequence[int], told: Sequence[Any]) -> None:
+        self.packed, self.told = packed, told
+        #: id of a weight -> the weight, its address, its version (count of writes), its packed copy
+        self._held: dict[int, tuple[ref[Tensor], int, int, Tensor]] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if fits(x, weight, bias, self.packed) and not weight.is_inference():
+            return onednn(x, self._copy(weight), bias)
+        return product(x, weight, bias, *self.told)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """Return the packed copies that are held now."""
+        return [copy for *_, copy in list(self._held.values())]
+
+    def _copy(self, weight: Tensor) -> Tensor:
+        found = self._held.get(id(weight))
+        if found is None:
+            return self._pack(weight)
+        known, place, version, copy = found
+        fresh = known() is weight and place == weight.data_ptr() and version == weight._version
+        return copy if fresh else self._pack(weight)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        with _lock, plainly(), torch.no_grad():
+            # Both are read before the copy is made, so that a write in between makes the copy stale.
+            place, version = weight.data_ptr(), weight._version
+            key = (place, tuple(weight.shape), weight.stride(), weight.dtype)
+            copy = _known.get(key)
+            # The address may belong to another weight by now, or a write may have gone through another tensor object.
+            if copy is None or not torch.equal(copy.to_dense(), weight):
+                copy = _known[key] = packed(weight)
+            name, held = id(weight), self._held
+            gone = ref(weight, lambda r: held.pop(name) if name in held and held[name][0] is r else None)
+            held[name] = gone, place, version, copy
+            return copy

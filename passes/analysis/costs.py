@@ -1,0 +1,138 @@
+"""Estimate the cost of code: operations of nodes and regions, as sympy expressions in a program's own free sizes.
+
+The nodes must have fake values. The expressions are over positive integers, with the widths of layers and the ranks of
+adapters as numbers. The callers decide what is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.parsing.sympy_parser import parse_expr
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from adaptc.passes.graph.lifted import user_inputs
+from adaptc.passes.graph.mutation import has_view_schema
+from adaptc.passes.graph.pytree import pytree
+
+aten = torch.ops.aten
+
+#: op -> position of the operand whose last axis the op sums over
+_SUMS = {
+    aten.linear: 0,
+    aten.matmul: 0,
+    aten.mm: 0,
+    aten.bmm: 0,
+    aten.mv: 0,
+    aten.addmm: 1,
+    aten.baddbmm: 1,
+    aten.linalg_solve_triangular: 0,
+    aten.linalg_solve: 0,
+    aten.linalg_inv: 0,
+}
+#: functions in torch's expressions of sizes (torch.utils._sympy.functions), in terms of sympy's own
+_FUNCTIONS: dict[str, Any] = {
+    "FloorDiv": lambda a, b: sympy.floor(a / b),
+    "CleanDiv": lambda a, b: a / b,
+    "CeilDiv": lambda a, b: sympy.ceiling(a / b),
+    "IntTrueDiv": lambda a, b: a / b,
+    "PythonMod": lambda a, b: a - b * sympy.floor(a / b),
+    "ModularIndexing": lambda a, b, c: sympy.Mod(sympy.floor(a / b), c),
+    "PowByNatural": lambda a, b: a**b,
+    "CeilToInt": sympy.ceiling,
+    "FloorToInt": sympy.floor,
+    "TruncToInt": sympy.floor,
+    "ToFloat": lambda a: a,
+    "Identity": lambda a: a,
+}
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The operations of a piece of code, as sympy expressions in the program's free sizes.
+
+    ``moving`` counts those that depend on a call's inputs, ``fixed`` those on weights and slots alone.
+    """
+
+    moving: Any = sympy.S.Zero
+    fixed: Any = sympy.S.Zero
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.moving + other.moving, self.fixed + other.fixed)
+
+
+def work(region: fx.Graph, moving: int) -> Work:
+    """Return the operations of a region whose first ``moving`` inputs differ from call to call."""
+    depends: set[fx.Node] = set()
+    sums: list[Any] = [sympy.S.Zero, sympy.S.Zero]
+    inputs = region.find_nodes(op="placeholder")
+    depends.update(inputs[:moving])
+    for node in region.nodes:
+        if node.op != "call_function":
+            continue
+        if any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+        sums[node not in depends] += node_work(node)
+    return Work(*sums)
+
+
+def node_work(node: fx.Node) -> Any:
+    """Return the operations of one node: two per multiplied and summed pair, else one per element, none for a view."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or has_view_schema(node.target):
+        return sympy.S.Zero
+    out = _product(value.shape)
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _SUMS:
+        operand = node.args[_SUMS[packet]].meta["val"]  # type: ignore[union-attr, index]
+        return 2 * out * size_expression(operand.shape[-1])
+    if packet in _CONVOLUTIONS:
+        return 2 * out * _product(node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
+    return out
+
+
+def _product(shape: Sequence[Any]) -> Any:
+    return sympy.Mul(*(size_expression(s) for s in shape))
+
+
+def size_expression(size: Any) -> Any:
+    """Return a size, an int or a symbolic one, as a sympy expression of positive integers."""
+    return sympy.Integer(size) if isinstance(size, int) else _parsed(str(size))
+
+
+@cache
+def _parsed(text: str) -> Any:
+    """Return the text of a symbolic size as an expression of positive integers."""
+    parsed: Any = parse_expr(text, local_dict=_FUNCTIONS)
+    # Any other function in torch's expression stands for a size of which nothing is known.
+    for unknown in parsed.atoms(AppliedUndef):
+        parsed = parsed.xreplace({unknown: sympy.Symbol(str(unknown))})
+    return parsed.subs({s: sympy.Symbol(str(s), integer=True, positive=True) for s in parsed.free_symbols})
+
+
+def example_sizes(program: ExportedProgram) -> dict[str, int]:
+    """Return the value of each free size in the example inputs; empty for a program that was saved without them."""
+    if program.example_inputs is None:
+        return {}
+    values, wanted = pytree.tree_leaves(program.example_inputs), user_inputs(program)
+    if len(values) != len(wanted):
+        return {}
+    out: dict[str, int] = {}
+    for value, fake in zip(values, wanted.values(), strict=True):
+        if isinstance(value, Tensor) and isinstance(fake, Tensor):
+            out |= {str(s): int(n) for s, n in zip(fake.shape, value.shape, strict=True) if not isinstance(s, int)}
+    return out
+
+
+def at_sizes(expression: Any, sizes: Mapping[str, int]) -> Any:
+    """Return the value of an expression in free sizes at these sizes."""
+    # A size that no input has, which the program computes from its data, counts as one.
+    return expression.subs({s: sizes.get(str(s), 1) for s in expression.free_symbols})

@@ -1,0 +1,1 @@
+"""Find which axes and inputs of a graph have tokens or rows."""

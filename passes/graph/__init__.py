@@ -1,0 +1,1 @@
+"""Read and edit exported graphs: the foundation of all passes."""

@@ -1,0 +1,196 @@
+"""Find the effects of a node in an exported graph: randomness, writes, and memory it shares.
+
+Op schemas tell most of it. Some are silent: an op may return its input in some cases, and batch norm writes its running
+statistics in training. The tables below cover these. An unknown op counts as having every effect.
+
+Private torch use, with the public route that was tried: ``OpOverload`` and ``HigherOrderOperator`` of ``torch._ops``
+tell the ops of a graph from Python functions. Public: none; ``torch.ops`` has the ops and not their classes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from networkx.utils import UnionFind
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.train_eval import FLAGS, SDPA, WRITES_STATISTICS, mode_of
+
+aten = torch.ops.aten
+
+#: ops that may return an input or a view of it, although neither their schema nor a tag says so
+_HANDS_ON = {
+    aten.type_as,
+    aten.broadcast_tensors,
+    aten.meshgrid,
+    aten.unsafe_split,
+    aten.unsafe_split_with_sizes,
+    aten.sum_to_size,
+    aten.to_dense,
+    aten.chalf,
+    aten.float_power,
+    aten.pad,
+    aten.cartesian_prod,
+}
+#: beginnings of the names of ops whose results hold whatever was in memory
+_UNFILLED = ("empty", "new_empty", "resize")
+#: namespaces whose schemas can be trusted to name what an op writes to and whether it draws random numbers
+_TRUSTED = ("aten", "prims", "adaptc")
+
+
+def static_tensors(node: fx.Node) -> bool:
+    """Return whether the value is a tensor, or a tuple of tensors, whose sizes are all ints."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return bool(parts) and all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in parts)
+
+
+def pure(node: fx.Node) -> bool:
+    """Return whether the value follows from the arguments alone and the node has no other effect."""
+    target = node.target
+    if node.op != "call_function":
+        return False
+    if target is operator.getitem or target is aten.detach_.default:
+        return True
+    if not isinstance(target, OpOverload) or target.namespace not in _TRUSTED or target._schema.is_mutable:
+        return False
+    if target in FLAGS or target is SDPA:
+        return not mode_of(node)
+    if not target._schema.returns and not is_metadata_assert(node):
+        return False  # an op without results is an assertion, and failing is its effect
+    name = target.overloadpacket.__name__
+    return torch.Tag.nondeterministic_seeded not in target.tags and not name.startswith(_UNFILLED)
+
+
+def is_metadata_assert(node: fx.Node) -> bool:
+    """Return whether the node has no value and only checks metadata, as ``torch.export`` does before casts."""
+    return node.target is aten._assert_tensor_metadata.default
+
+
+def written(node: fx.Node) -> Iterable[fx.Node]:
+    """Return the arguments whose memory the node may write to."""
+    target = node.target
+    if node.op != "call_function" or target is aten.detach_.default:
+        return ()
+    if isinstance(target, HigherOrderOperator):
+        bodies = _bodies(node)
+        harmless = bodies and all(not _writes(body) for body in bodies)
+        return () if harmless else node.all_input_nodes
+    if not isinstance(target, OpOverload):
+        return ()
+    found = [argument(node, i) for i in WRITES_STATISTICS.get(target, ()) if mode_of(node)]
+    for i, a in enumerate(target._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            found.append(argument(node, i))
+    return _nodes(found)
+
+
+def writes(node: fx.Node) -> bool:
+    """Return whether the schema of the node's op says that it writes to an argument."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def shared(node: fx.Node) -> Iterable[fx.Node]:
+    """Return the arguments whose memory the value may share."""
+    target = node.target
+    if node.op != "call_function":
+        return ()
+    if isinstance(target, OpOverload):
+        if any(r.alias_info is not None for r in target._schema.returns):
+            arguments = enumerate(target._schema.arguments)
+            return _nodes(argument(node, i) for i, a in arguments if a.alias_info is not None)
+        if target is aten.einsum.default:  # with one operand it may only transpose, and then returns a view
+            operands = _nodes([argument(node, 1)])
+            return operands if len(operands) == 1 else ()
+        tagged = torch.Tag.maybe_aliasing_or_mutating in target.tags and target not in WRITES_STATISTICS
+        return node.all_input_nodes if tagged or target.overloadpacket in _HANDS_ON else ()
+    return node.all_input_nodes
+
+
+def has_view_schema(target: Any) -> bool:
+    """Return whether an op's schema says that its results share memory with its arguments, which it does not write to.
+
+    The schemas of casts say so too, although casts mostly copy: see :func:`is_view`.
+    """
+    returns = getattr(getattr(target, "_schema", None), "returns", ())
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Return whether the value certainly is a view of its first argument, judged by dtypes, devices and strides."""
+    if not node.args or not isinstance(node.args[0], fx.Node) or node.args[0] not in shared(node):
+        return False
+    old, new = (n.meta.get("val") for n in (node.args[0], node))
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return isinstance(old, (tuple, list)) or isinstance(new, (tuple, list))
+    if (old.dtype, old.device) != (new.dtype, new.device) or _copies(node):
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is aten.contiguous:
+        return old.stride() == new.stride()
+    return packet not in (aten.reshape, aten.flatten) or old.is_contiguous()
+
+
+def touched(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Return (the nodes whose memory is written to; these and the nodes whose memory is returned)."""
+    memory = memory_groups(graph)
+    written_to = {memory[n] for node in graph.nodes for n in written(node)}
+    returned = {memory[n] for n in graph.output_node().all_input_nodes}
+    dirty = {n for n in graph.nodes if memory[n] in written_to}
+    return dirty, dirty | {n for n in graph.nodes if memory[n] in returned}
+
+
+def writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node whose memory may be written to, the nodes that may write to it, in order."""
+    memory = memory_groups(graph)
+    found: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for group in dict.fromkeys(memory[n] for n in written(node)):
+            found.setdefault(group, []).append(node)
+    return {n: found[memory[n]] for n in graph.nodes if memory[n] in found}
+
+
+def memory_groups(graph: fx.Graph, fresh: Collection[Any] = ()) -> UnionFind:
+    """Return the nodes of a graph in groups that may share memory.
+
+    ``fresh`` are Python functions among the targets whose results never share memory with their arguments.
+    """
+    groups = UnionFind(graph.nodes)
+    for node in graph.nodes:
+        groups.union(node, *(() if node.target in fresh else shared(node)))
+    return groups
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Erase the nodes that are pure and have no users, except assertions."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and pure(node) and not is_metadata_assert(node):
+            graph.erase_node(node)
+
+
+def _copies(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    names = [] if schema is None else [a.name for a in schema.arguments]
+    return "copy" in names and bool(argument(node, names.index("copy")))
+
+
+def _nodes(arguments: Iterable[Any]) -> list[fx.Node]:
+    out: list[fx.Node] = []
+    fx.map_arg(list(arguments), out.append)
+    return out
+
+
+def _bodies(node: fx.Node) -> list[fx.GraphModule]:
+    owner = node.graph.owning_module
+    named = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    found = [getattr(owner, str(n.target), None) for n in named]
+    return [m for m in found if isinstance(m, fx.GraphModule)] if all(f is not None for f in found) else []
+
+
+def _writes(body: fx.GraphModule) -> bool:
+    return any(list(written(n)) for n in body.graph.nodes)

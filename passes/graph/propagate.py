@@ -1,0 +1,95 @@
+"""Update the fake values of a graph after a value that it starts from has changed its size.
+
+The values of some nodes may be out of date, or belong to another shape environment. All nodes that depend on them get
+the value that their op gives on the graph's own fakes. All other nodes keep theirs. No op is changed. A value that
+torch can only tell from data stays as it is.
+
+Private torch use, with the public route that was tried: ``enable_python_dispatcher``, which composite ops need on
+symbolic sizes. Public: ``make_fx`` has it on, but makes a graph that nobody needs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+
+from adaptc.errors import PassError
+from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.lifted import fake_mode_of, sizes_stay_free
+from adaptc.passes.graph.ops import argument
+
+aten = torch.ops.aten
+
+
+@exclusive
+def propagate(graph: fx.Graph, changed: Collection[fx.Node], modules: nn.Module | None = None) -> int:
+    """Update the values that depend on the nodes ``changed``, and return how many values are new.
+
+    The nodes ``changed`` have other values than their users were made with. Those that are ops are computed again, too.
+    ``modules`` holds the graphs of blocks. Raises PassError, naming the op, if an op does not take its new sizes.
+    """
+    stale, count = set(changed), 0
+    mode = fake_mode_of(graph)
+    known = [n.meta["val"] for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), Tensor)]
+    with sizes_stay_free([v for v in known if getattr(v, "fake_mode", None) is mode]), enable_python_dispatcher():
+        for node in graph.nodes:
+            if node.op != "call_function" or "unbacked_bindings" in node.meta:
+                continue
+            if node not in changed and stale.isdisjoint(node.all_input_nodes):
+                continue
+            new, old = _value(node, modules), node.meta.get("val")
+            if node in changed or _shown(new) != _shown(old):
+                node.meta["val"] = new
+                stale.add(node)
+                count += 1
+    return count
+
+
+def _value(node: fx.Node, modules: nn.Module | None) -> Any:
+    def of(n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            assert modules is not None
+            return modules.get_submodule(str(n.target)) if hasattr(modules, str(n.target)) else n.meta.get("val")
+        return n.meta.get("val")
+
+    args, kwargs = fx.map_arg(node.args, of), fx.map_arg(node.kwargs, of)
+    try:
+        with torch.no_grad():
+            if (cut := _cut_short(node, of)) is not None:
+                return cut
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        shapes = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        raise PassError(f"{node.name} = {node.target} does not take tensors of shapes {shapes}: {first}") from error
+
+
+def _cut_short(node: fx.Node, of: Callable[[fx.Node], Any]) -> Tensor | None:
+    """Return the value of a slice of a fixed-length tensor from zero to a symbolic size; None for all other nodes.
+
+    torch would check whether the sizes of the capture exceed that length. With more virtual tokens they may. Calls are
+    checked elsewhere against the room there is.
+    """
+    old = node.meta.get("val")
+    if node.target is not aten.slice.Tensor or not isinstance(old, Tensor):
+        return None
+    x, dim, start, end, step = (of(a) if isinstance(a := argument(node, i), fx.Node) else a for i in range(5))
+    fixed = isinstance(x.shape[dim], int) and step == 1 and (start or 0) == 0
+    if not fixed or not isinstance(end, torch.SymInt) or not isinstance(old.shape[dim], torch.SymInt):
+        return None
+    sizes = list(x.shape)
+    sizes[dim] = end
+    return x.new_empty_strided(sizes, x.stride())
+
+
+def _shown(value: Any) -> Any:
+    """Return a key that is equal for values which look alike to the nodes that read them."""
+    if isinstance(value, Tensor):
+        return tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shown, value))
+    return str(value)

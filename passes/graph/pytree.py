@@ -1,0 +1,61 @@
+"""Update how a program is called after keyword inputs were added or removed: its call signature and example inputs.
+
+Positional inputs stay. Removed keyword inputs are left out, and new ones come last.
+
+``with_inputs`` updates how a program is called after keyword inputs were added or removed: its call signature and its
+example inputs. Positional inputs stay. Removed keyword inputs are left out, and new ones come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+def with_inputs(
+    calls: Sequence[Any],
+    examples: Any,
+    inputs: Sequence[Any],
+    new: Mapping[str, tuple[int, Sequence[int], Sequence[int], torch.dtype]],
+) -> tuple[list[Any], Any]:
+    """Return the module calls of a program, the first of which is its own, and its examples, for the inputs it has now.
+
+    ``inputs`` are the arguments of the graph, in order. ``new`` describes the added keyword inputs: the index of a flat
+    input, axes of it, further sizes, and a dtype. The axes' sizes and the further ones are the shape. Their examples
+    are zeros.
+    """
+    first, *rest = calls
+    spec, known = first.signature.in_spec, first.signature.forward_arg_names
+    args, kwargs = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    have = {a.name for a in inputs}
+    gone = [k for k, v in kwargs.items() if v == 0 and k not in have]
+    leaves = {**{k: v for k, v in kwargs.items() if k not in gone}, **dict.fromkeys(new, 0)}
+    names = None if known is None else [*(n for n in known if n not in gone), *new]
+    tree = pytree.tree_structure((args, leaves))
+    signature = replace(first.signature, inputs=list(inputs), in_spec=tree, forward_arg_names=names)
+    if examples is not None:
+        flat = pytree.tree_leaves(examples)
+        own = {k: v for k, v in examples[1].items() if k not in gone}
+        for name, (at, axes, more, dtype) in new.items():
+            own[name] = torch.zeros([*(flat[at].shape[i] for i in axes), *more], dtype=dtype, device=flat[at].device)
+        examples = (examples[0], own)
+    return [replace(first, signature=signature), *rest], examples
+
+
+__all__ = ["named_leaves", "pytree"]
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of a tree with their paths, as Python writes them: ``['pair'][1]``.
+
+    A container may be registered without names for its parts, as outputs of diffusers are. All leaves are then
+    numbered.
+    """
+    try:
+        return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_leaves_with_path(tree)]
+    except ValueError:
+        return [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(tree))]

@@ -1,1 +1,0 @@
-"""Building blocks of passes: programs opened for edits, ops, methods, attachments, regions, effects and costs."""

@@ -1,0 +1,53 @@
+"""Methods that add to the output of an attention: virtual tokens to which its queries attend beside the model's tokens.
+
+Such a method is attached to the projection behind an attention, which names its layer. Its slots are bound, saved and
+swapped as all slots are. It defines two pure functions in plain PyTorch, and none on the weight. They are traced for
+all sizes at once:
+
+    tokens(slots) -> (count, width)                virtual tokens, of which the layer's projections make keys and values
+    attend(query, keys, values, slots, scored)     the change of the output: (batch, heads, length, value width)
+
+``query`` is that of the attention, (batch, heads, length, width), after all that the model does to it. ``keys`` and
+``values`` are (heads, count, width), of the virtual tokens, as the projections make them. ``scored`` turns the matmul
+of queries and keys into scores as the attention does, by its scale and its cap, before anything is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Initial, Method
+from adaptc.passes.protocol.method_hooks import Slots
+
+#: matmul of queries and keys -> scores
+Scored = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionMethod(Method):
+    """A method that adds to an attention's output; the module docstring lists its functions.
+
+    ``op`` in the hooks is that of the projection behind the attention. The width of the model is ``op.out_features``.
+    """
+
+    exact_sizes: ClassVar[bool] = True
+
+    def tokens(self, slots: Slots) -> Tensor:
+        """Return the virtual tokens (count, width)."""
+        raise AssertionError(f"{type(self).__name__} must define tokens()")
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scored: Scored) -> Tensor:
+        """Return the change of the attention's output, (batch, heads, length, value width)."""
+        raise AssertionError(f"{type(self).__name__} must define attend()")
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        raise AssertionError(f"{type(self).__name__} must define init()")
+
+    def check_merge(self, op: Op) -> str | None:
+        return f"{self.name} attends to tokens of its own, which no weight can hold"

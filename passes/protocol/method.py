@@ -1,0 +1,185 @@
+"""The method protocol: all that passes know of LoRA, DoRA, IA3 and the other methods.
+
+A method states its meaning once, as a pure function on the canonical weight (see ``ops``):
+
+    weight(op, W, slots, scale) -> W'            the definition
+    input(op, x, slots, scale) -> x'             optional and cheaper: together they must equal op(x, weight(W)), with
+    apply(op, x', y, W, b, slots, scale) -> y'   y = op(x', W, b); a method may have either, both or none
+    weight_over(op, W0, W, slots, scale) -> W'   only for methods that read the base W0 when other adapters changed it
+    bias(op, b, slots, scale) -> b'              only for methods that change the bias
+    fused(op, x, W, b, slots, scale) -> y'       optional: apply and input by kernels for a GPU
+
+Injection, merge, unmerge, save, load, swap and every layer kind follow from these. Methods are frozen dataclasses of
+their options, so that equal methods on equal shapes share one trace. No function may depend on a field that is
+``swappable``: the code of a region serves adapters of every rank and scale. The optional hooks, each with a default,
+are in ``method_hooks``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method_hooks import Hooks, Slot, Slots
+
+__all__ = ["Initial", "Method", "Scale", "Slot", "Slots"]
+
+#: the scale that a method's functions receive: a 0-d tensor, or None for a method without one
+Scale = Any
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The first values of a site's slots; ``base`` is the base weight to use with them if the scheme changes it.
+
+    Only some schemes change it, such as PiSSA. None leaves it as it is.
+    """
+
+    slots: dict[str, Tensor]
+    base: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method(Hooks):
+    """The base class of all methods; the module docstring says what a subclass defines."""
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        """Return the slots at a site, by their name in PEFT's files. Raises TargetError for an op it cannot adapt."""
+        raise AssertionError(f"{type(self).__name__} must define slots()")
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        """Return the first values of all slots, in ``dtype`` unless their Slot names another.
+
+        ``W`` is canonical and must not be modified.
+        """
+        return Initial((self.identity if self.defines("identity") else self.filled)(op, W, dtype))
+
+    def scale(self, op: Op) -> float | None:
+        """Return the factor on the weight's change, which is bound as a slot of its own; None if there is none."""
+        return None
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        """Return the changed weight, with the shape of ``W``, or dense where ``op`` has groups."""
+        raise AssertionError(f"{type(self).__name__} must define weight()")
+
+    def weight_over(self, op: Op, base: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        """Return the changed weight where earlier adapters made ``W`` of the model's own weight, ``base``.
+
+        It must equal :meth:`weight` where ``W`` and ``base`` are equal. A method with a form around the layer gets the
+        base as its ``W`` there, and finds in ``y`` what the other adapters added.
+        """
+        return self.weight(op, W, slots, scale)
+
+    def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
+        """Return the changed bias, (out,); None for no bias."""
+        return b
+
+    def input(self, op: Op, x: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        """Return the changed input of the layer, with the shape of ``x``."""
+        raise AssertionError(f"{type(self).__name__} has no input()")
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        """Return the changed output of the layer, with the shape of ``y`` = op(x, W, b)."""
+        raise AssertionError(f"{type(self).__name__} has no apply()")
+
+    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        """Return what :meth:`call_adapted` computes, up to rounding, by kernels made for a GPU. Optional."""
+        raise AssertionError(f"{type(self).__name__} has no fused()")
+
+    def rows(
+        self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale, mix: Tensor
+    ) -> Tensor | None:
+        """Return y + the sum over k of mix[..., k] * (y'_k - y), for per-row adapters in one computation.
+
+        ``slots`` and ``scale`` have a leading axis of adapters, and ``mix`` broadcasts to (*y.shape, adapters). None
+        where this is not cheaper than one adapter after the other. A trace in which no op holds the number of adapters
+        serves every number.
+        """
+        return None
+
+    def rows_at_once(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
+        """Return what :meth:`rows` returns, by a dedicated operator, for code that is run and not exported.
+
+        ``c`` has the shape (rows, adapters). Each row's share of ``x`` and ``y`` is one stretch of their first axis.
+        None where there is no such operator.
+        """
+        return None
+
+    def rows_grouped(
+        self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, starts: Tensor, c: Tensor
+    ) -> Tensor:
+        """Return what :meth:`rows` returns, by GPU kernels; called only where :meth:`groups` returns True.
+
+        All adapters' slots are padded to the largest rank, and ranks are counted across all of them. Adapter k has the
+        ranks from ``starts[2 k]`` to ``starts[2 k + 1]``. ``scale`` has a zero after each adapter's scale.
+        """
+        raise AssertionError(f"{type(self).__name__} has no rows_grouped()")
+
+    # -- which functions a method defines ------------------------------------------------------------------------------
+
+    def defines(self, *names: str) -> bool:
+        """Return whether the method overrides any of these functions of the protocol."""
+        return any(getattr(type(self), n) is not getattr(Method, n) for n in names)
+
+    def has_weight(self) -> bool:
+        """Return whether the method has a form on the weight; if not, it can only stand around a layer."""
+        return self.defines("weight")
+
+    def check_merge(self, op: Op) -> str | None:
+        """Return why this site cannot be merged, or None when it can. It cannot without a :meth:`weight`."""
+        return None if self.has_weight() else f"{self.name} has no form on the weight"
+
+    def looks_at_base(self) -> bool:
+        """Return whether the method defines a :meth:`weight_over` that differs from :meth:`weight`."""
+        return self.defines("weight_over")
+
+    def has_input(self, op: Op) -> bool:
+        """Return whether :meth:`input` is defined at this site."""
+        return op.callable and self.defines("input")
+
+    def has_apply(self, op: Op) -> bool:
+        """Return whether :meth:`apply` is defined at this site."""
+        return op.callable and self.defines("apply")
+
+    def has_bias(self) -> bool:
+        return self.defines("bias")
+
+    def has_apply_form(self, op: Op) -> bool:
+        """Return whether there is a form around the layer, which leaves its weight alone."""
+        return self.has_input(op) or self.has_apply(op)
+
+    def unfused(self, op: Op) -> str:
+        """Return why :meth:`fused` is not defined at this site; '' where it is.
+
+        A class that overrides ``apply``, ``input`` or ``bias`` of a class with kernels loses the kernels, since they do
+        not match its forms.
+        """
+        owner = _owner(type(self), "fused")
+        if owner is not Method and all(issubclass(owner, _owner(type(self), n)) for n in ("apply", "input", "bias")):
+            return ""
+        return f"{self.name} has no kernels"
+
+    def groups(self, op: Op) -> bool:
+        """Return whether :meth:`rows_grouped` computes per-row adapters of this op on a GPU."""
+        return False
+
+    def has_rows(self) -> bool:
+        """Return whether :meth:`rows` matches :meth:`apply`: no subclass has overridden only the latter."""
+        owner = _owner(type(self), "rows")
+        return owner is not Method and issubclass(owner, _owner(type(self), "apply"))
+
+    def call_adapted(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        """Return op(x, W, b) adapted by the form around the layer."""
+        if self.has_input(op):
+            x = self.input(op, x, slots, scale)
+        y = op(x, W, b)
+        return self.apply(op, x, y, W, b, slots, scale) if self.has_apply(op) else y
+
+
+def _owner(method: type[Method], name: str) -> type:
+    """Return the class that defines a function of the protocol."""
+    return next(c for c in method.__mro__ if name in vars(c))

@@ -1,0 +1,77 @@
+"""Check what a method of the program promises, on small tensors.
+
+The input is a method and the op of a token embedding. A broken promise raises a MethodError that names the function,
+what was expected and what was found. ``method_checks`` does the same for methods at layers. Its promise about first
+values holds here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError, MethodError
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method_checks import first_values_fit
+from adaptc.passes.protocol.program_method import ProgramMethod
+
+_ROWS, _MORE, _TOKENS = 3, 2, 5
+
+
+def check_program_promises(method: ProgramMethod, op: Op) -> None:
+    """Raise MethodError for the first promise that is broken."""
+    name = type(method).__name__
+    try:
+        first_values_fit(method, op)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _nothing_is_the_base(method, op, name)
+            if method.opening() == "prompt":
+                _prompts(method, op, name)
+    except AdaptcError:
+        raise
+    except Exception as error:  # the method's own code may raise anything
+        raise MethodError(f"{name} failed where it was tried: {type(error).__name__}: {error}") from error
+
+
+def _nothing_is_the_base(method: ProgramMethod, op: Op, name: str) -> None:
+    """Raise MethodError if identity values put a virtual token in front, since the base must stay what it was."""
+    W = torch.randn(op.shape, dtype=torch.float64)
+    count = method.lengthens(method.identity(op, W, W.dtype))
+    if count:
+        raise MethodError(
+            f"{name}.identity() must put no token in front, so that the base is what it was, and puts {count}"
+        )
+
+
+def _prompts(method: ProgramMethod, op: Op, name: str) -> None:
+    """Raise MethodError unless prompt() and embedded() agree, for slots of the method's sizes and for larger ones."""
+    given = {n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
+    for more in (0, _MORE):
+        slots = _slots(method, op, more)
+        count = method.lengthens(slots)
+        rows = method.prompt(slots, given)
+        if rows.shape[-2:] != (count, op.out_features):
+            raise MethodError(
+                f"{name}.prompt() must give rows (..., {count}, {op.out_features}), as many as lengthens() says for "
+                f"slots of these sizes, and gave {tuple(rows.shape)}. Read sizes off slots, and not off fields"
+            )
+        value = torch.randn(_ROWS, count + _TOKENS, op.out_features)
+        wanted = torch.cat([rows.to(value.dtype).expand(_ROWS, -1, -1), value[:, count:]], 1)
+        if not torch.allclose(method.embedded(value, slots, given), wanted):
+            raise MethodError(
+                f"{name}.embedded() must change the first rows to those of prompt(), and no others: what a cache "
+                "begins with is all that a program which generates has of them"
+            )
+
+
+def _slots(method: ProgramMethod, op: Op, more: int) -> Mapping[str, Tensor]:
+    """Return random slot values (zeros for integers), longer by ``more`` along free axes than the method says."""
+    out: dict[str, Tensor] = {}
+    for name, slot in method.slots(op).items():
+        shape = [n + more if i in slot.free else n for i, n in enumerate(slot.shape)]
+        whole = slot.dtype is not None and not slot.dtype.is_floating_point
+        out[name] = torch.zeros(shape, dtype=slot.dtype) if whole else torch.randn(shape)
+    return out

@@ -1,0 +1,153 @@
+"""Regions: the tagged nodes that adapters added to a program. The tags are the only record of what was injected.
+
+Every node of a region has ``node.meta["custom"]["adaptc"]``: the method, the adapter, the site (an attachment's id) and
+a role. The node that carries the result has role "out", and its tag holds more. These tags alone explain a program that
+was saved to a file and loaded elsewhere:
+
+    attachment   Attachment.to_dict()
+    region       the kind of region, one that ``trace.region_of`` knows or a place of the program; "beside" for a value
+                 that is computed once more, with the virtual tokens
+    base         the node it replaces: an output, a parameter, or an input of the node that reads the weight
+    node         the node that reads the weight, where the region stands
+    given        the inputs that its method added to the program
+    fused        True where kernels compute it
+    header       in the first region of a program: the record of the program as a whole
+
+Nodes that compute a coefficient (``passes.protocol.coefficients``) belong to no region, since all sites of an adapter
+read it. Their tags have the role :data:`COEFFICIENT`. The key :data:`FIRST_PASS` in such a tag marks the hidden state
+that a coefficient is made of. That tag also lists the inputs added for it under "given".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import fx
+
+from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.ops import Op, make_grouped, op_of
+from adaptc.passes.graph.propagate import propagate
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.program_method import PROGRAM
+
+COEFFICIENT = "coefficient"
+#: the key in the tag of a first pass's last hidden state, of which a coefficient is made
+FIRST_PASS = "first_pass"
+
+
+def node_tag(node: fx.Node) -> dict[str, Any] | None:
+    """Return the adaptc tag of a region's node; None for all other nodes."""
+    custom = node.meta.get("custom")
+    return custom.get("adaptc") if isinstance(custom, dict) else None
+
+
+def region_tag(node: fx.Node) -> dict[str, Any] | None:
+    """Return the tag of a region's result; None for all other nodes."""
+    tag = node_tag(node)
+    return tag if tag is not None and tag.get("role") == "out" else None
+
+
+def slot_nodes(a: Attachment, placeholders: Mapping[str, fx.Node], nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """Return the nodes that every region of a site reads last: slots, coefficients, and the scale if there is one."""
+    scale = [] if a.scale_slot is None else [placeholders[a.scale_slot]]
+    return [*(placeholders[f] for f in a.slots.values()), *(nodes[n] for n in a.reads.values()), *scale]
+
+
+def site_op(lifted: Lifted, a: Attachment) -> Op:
+    """Return the op of an attachment's site in an opened program."""
+    first = lifted.nodes.get(a.consumers[0]) if a.consumers else None
+    return op_of(a.kind, lifted.tensor(a.fqn), first)
+
+
+def added_inputs(lifted: Lifted) -> list[fx.Node]:
+    """Return the inputs that methods added to an opened program."""
+    names = dict.fromkeys(n for node in lifted.graph.nodes if (t := node_tag(node)) for n in t.get("given", ()))
+    return [lifted.nodes[n] for n in names]
+
+
+def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a key for what a region replaces: a node's output, a parameter as read by one site, or a layer's input."""
+    if tag["region"] in ("weight", "weight_over"):
+        return (tag["base"], tag["attachment"]["module"], tag["attachment"]["param"])
+    if tag["region"] == "bias_value":
+        return (tag["base"], tag["attachment"]["module"], "bias")
+    return (tag["node"], "input") if tag["region"] == "input" else (tag["base"],)
+
+
+def header(graph: fx.Graph) -> dict[str, Any] | None:
+    """Return the record of the program as a whole (its configs), kept in the first region's tag; None without one."""
+    for node in graph.nodes:
+        tag = region_tag(node)
+        if tag and "header" in tag:
+            return tag["header"]
+    return None
+
+
+def set_header(graph: fx.Graph, value: Mapping[str, Any]) -> None:
+    """Store ``value`` as the record that :func:`header` returns."""
+    for node in graph.nodes:
+        tag = region_tag(node)
+        if tag:
+            node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "header": dict(value)}}
+            return
+
+
+def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method]) -> list[Attachment]:
+    """Return the attachments of a graph in injection order; ``method_of`` is that of ``Attachment.from_dict``."""
+    found: dict[str, Attachment] = {}
+    for node in graph.nodes:
+        tag = region_tag(node)
+        if tag and tag["site"] not in found:
+            found[tag["site"]] = Attachment.from_dict(tag["attachment"], method_of)
+    return list(found.values())
+
+
+def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
+    """Remove the regions and the slots of these attachments from an opened program; return the number of regions."""
+    wanted = set(ids)
+    outs: list[tuple[fx.Node, fx.Node]] = []
+    inner: list[fx.Node] = []
+    slots: dict[str, None] = {}
+    given: dict[str, None] = {}
+    for node in lifted.graph.nodes:
+        tag = node_tag(node)
+        if tag is None or tag["site"] not in wanted:
+            continue
+        inner.append(node)
+        if tag["role"] == "out":
+            outs.append((node, lifted.nodes[tag["base"]]))
+            a = tag["attachment"]
+            given.update(dict.fromkeys(tag.get("given", ())))
+            slots.update(dict.fromkeys([*a["slots"].values(), *([a["scale_slot"]] if a["scale_slot"] else [])]))
+    base_of = {out.name: base.name for out, base in outs}
+    for node in lifted.graph.nodes:
+        tag = region_tag(node)
+        if tag is not None and tag["base"] in base_of and tag["site"] not in wanted:
+            name = tag["base"]
+            while name in base_of:
+                name = base_of[name]
+            node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "base": name}}
+    resized = {base for out, base in outs if region_tag(out)["attachment"]["form"] == PROGRAM}  # type: ignore[index]
+    for out, base in reversed(outs):
+        out.replace_all_uses_with(base)
+        for name in region_tag(out)["attachment"]["consumers"]:  # type: ignore[index]  # outs are nodes that have one
+            make_grouped(lifted.nodes[name])
+    for node in reversed(inner):
+        lifted.graph.erase_node(node)
+        lifted.nodes.pop(node.name, None)
+    propagate(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
+    for node in reversed(lifted.graph.nodes):
+        tag = node_tag(node)
+        if tag is not None and tag["role"] == COEFFICIENT and not node.users:
+            given.update(dict.fromkeys(tag.get("given", ())))
+            lifted.graph.erase_node(node)
+            lifted.nodes.pop(node.name, None)
+    for name in given:
+        if not lifted.nodes[name].users:
+            lifted.remove_input(name)
+    for fqn in slots:
+        if fqn in lifted.placeholders and not lifted.placeholders[fqn].users:
+            lifted.remove(fqn)
+    return len(outs)

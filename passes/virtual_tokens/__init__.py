@@ -1,0 +1,1 @@
+"""Insert virtual tokens and KV prefixes into a graph."""

@@ -1,0 +1,98 @@
+"""Low-rank changes of several adapters, each row with its own: both ways, against the sum that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptc.passes.protocol.low_rank_rows import by_stretches, called_in_place, divided, low_rank_rows, side_by_side
+
+
+def in_place(x, y, A, B, scale, c):
+    given = y.clone()
+    out = called_in_place(x, given, A, B, scale, c)
+    assert out.data_ptr() == given.data_ptr()
+    return out
+
+
+WAYS = [side_by_side, by_stretches, low_rank_rows, in_place]
+
+
+def case(rows: int, positions: int, count: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(rows, positions, n, generator=g, dtype=torch.float64) for n in (7, 5))
+    A = torch.randn(count, rank, 7, generator=g, dtype=torch.float64)
+    B = torch.randn(5, count, rank, generator=g, dtype=torch.float64).transpose(0, 1)
+    scale = torch.randn(count, generator=g, dtype=torch.float64)
+    c = torch.randint(-1, 2, (rows, count), generator=g) * torch.rand(rows, count, generator=g)
+    return x, y, A, B, scale, c
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(2, 4), st.integers(1, 3), st.integers(0, 99))
+def test_the_sum(rows, positions, count, rank, seed):
+    x, y, A, B, scale, c = case(rows, positions, count, rank, seed)
+    each = torch.einsum("rpi,kji,koj->krpo", x, A, B)
+    expected = y + torch.einsum("rk,k,krpo->rpo", c.double(), scale, each)
+    for way in WAYS:
+        torch.testing.assert_close(way(x, y, A, B, scale, c), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_overflows_stays_with_its_rows(way):
+    x, y, A, B, scale, _ = case(3, 2, 2, 3)
+    c = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.5]])
+    expected = way(x, y, A, B, scale, c)
+    A[1] = 1e308
+    found = way(x * 10, y, A, B, scale, c)
+    torch.testing.assert_close(found[0], way(x * 10, y, A[:1].repeat(2, 1, 1), B, scale, c)[0])
+    assert torch.equal(found[1], y[1])
+    assert torch.equal(found[1], expected[1])
+    assert not found[2].isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_written_to_what_it_reads(way):
+    tensors = case(4, 3, 3, 2)
+    before = [t.clone() for t in tensors]
+    way(*tensors)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, -0.5]), min_size=4, max_size=4), max_size=9))
+def test_each_row_has_its_adapters_once(rows):
+    stretches, runs = divided(rows)
+    found = [(i, k, w) for first, last, k, w in stretches for i in range(first, last)]
+    for first, adapters, weights in runs:
+        assert len(adapters) > 1
+        found += [(first + i, k, w) for i, (k, w) in enumerate(zip(adapters, weights, strict=True))]
+    assert sorted(found) == [(i, k, w) for i, row in enumerate(rows) for k, w in enumerate(row) if w]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("adapters", "weights"),
+    [
+        ((0, 1, 2, None), (1.0, 1.0, 1.0)),
+        ((2, 0, None, 1, 0), (0.5, -1.0, 1.5, 0.25)),
+        ((3, None, 1, 3, 2, 0, None, None, 1), (1.0,) * 6),
+    ],
+)
+def test_a_batch_of_products_for_rows_of_one_adapter_each(adapters, weights, dtype):
+    c = torch.zeros(len(adapters), 4)
+    for i, w in zip([i for i, k in enumerate(adapters) if k is not None], weights, strict=True):
+        c[i, adapters[i]] = w
+    assert len(divided(c.tolist())[1]) > 0
+    tensors = [t.to(dtype) for t in case(len(adapters), 11, 4, 3, seed=4)[:5]]
+    x, y, A, B, scale = tensors
+    each = torch.einsum("rpi,kji,koj->krpo", *(t.double() for t in (x, A, B)))
+    expected = y.double() + torch.einsum("rk,k,krpo->rpo", c.double(), scale.double(), each)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
+    for way in (by_stretches, in_place):
+        found = way(x, y, A, B, scale, c)
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        nothing = [i for i, k in enumerate(adapters) if k is None]
+        assert torch.equal(found[nothing], y[nothing])
