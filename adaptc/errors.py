@@ -62,7 +62,7 @@ class AdaptcWarning(UserWarning):
 
 
 #: a function that is called with the message that an entry of a config binds to nothing
-Tell = Callable[[str], None]
+EntryHandler = Callable[[str], None]
 
 
 def refuse_entry(message: str) -> None:
@@ -76,7 +76,7 @@ def warn_of_entry(message: str) -> None:
 
 
 #: how many candidates a misspelled name is compared with, and how many characters of it: comparing is slow
-SEARCHED, LONGEST = 20_000, 300
+MAX_CANDIDATES, MAX_NAME_LENGTH = 20_000, 300
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
@@ -85,21 +85,21 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     Spellings are compared in whole, then as far as ``name`` has dotted components at a candidate's end, then by the
     last component.
     """
-    pool = list(dict.fromkeys(islice(candidates, SEARCHED)))
-    name = name[:LONGEST]
+    pool = list(dict.fromkeys(islice(candidates, MAX_CANDIDATES)))
+    name = name[:MAX_NAME_LENGTH]
     close = difflib.get_close_matches(name, pool, n=n, cutoff=0.75)
-    for parts, cutoff in ((name.count(".") + 1, 0.75), (1, 0.5)):
+    for component_count, cutoff in ((name.count(".") + 1, 0.75), (1, 0.5)):
         ends: dict[str, str] = {}
         for c in pool:
-            ends.setdefault(".".join(c.split(".")[-parts:]), c)
-        wanted = ".".join(name.split(".")[-parts:])
+            ends.setdefault(".".join(c.split(".")[-component_count:]), c)
+        wanted = ".".join(name.split(".")[-component_count:])
         found = difflib.get_close_matches(wanted, list(ends), n=n, cutoff=cutoff)
         close.extend(ends[f] if "." in name else f for f in found)
     return list(dict.fromkeys(close))[:n]
 
 
 #: how many wrong entries a message names before it counts the others
-SHOWN = 3
+MAX_LISTED = 3
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
@@ -108,15 +108,16 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f"; nearest are {listing(map(repr, close))}" if close else ""
 
 
-def listing(items: Iterable[object], most: int = 8) -> str:
-    """Return the first ``most`` items, and the number of all where there are more."""
-    shown = [str(i) for i in items]
-    return ", ".join(shown[:most]) + (f", ... ({len(shown)} in all)" if len(shown) > most else "")
+def listing(items: Iterable[object], limit: int = 8) -> str:
+    """Return the first ``limit`` items, and the number of all where there are more."""
+    texts = [str(i) for i in items]
+    return ", ".join(texts[:limit]) + (f", ... ({len(texts)} in all)" if len(texts) > limit else "")
 
 
 def and_more(items: Sized) -> str:
-    """Return "; and 4 more" for a message that has named the first ``SHOWN`` of ``items``; '' where that was all."""
-    rest = len(items) - SHOWN
+    """Return "; and 4 more" for a message that has named the first ``MAX_LISTED`` of ``items``; '' where that was
+    all."""
+    rest = len(items) - MAX_LISTED
     return f"; and {rest} more" if rest > 0 else ""
 
 
@@ -133,4 +134,4 @@ class _Short(reprlib.Repr):
 
 
 #: ``repr`` for messages: short for every value, and never an error
-shown = _Short().repr
+short_repr = _Short().repr

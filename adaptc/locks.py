@@ -15,17 +15,17 @@ from typing import Any, TypeVar
 
 L = TypeVar("L")
 
-_known: weakref.WeakSet[Any] = weakref.WeakSet()
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def free_in_children(lock: L) -> L:
+def reset_after_fork(lock: L) -> L:
     """Return ``lock``, a ``threading.Lock`` or ``RLock``, after noting it."""
-    _known.add(lock)
+    _locks.add(lock)
     return lock
 
 
-def _free_all() -> None:
-    for lock in list(_known):
+def _reset_all() -> None:
+    for lock in list(_locks):
         if lock.acquire(blocking=False):  # it is free, or this thread's own
             lock.release()
         else:
@@ -33,4 +33,4 @@ def _free_all() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
-    os.register_at_fork(after_in_child=_free_all)
+    os.register_at_fork(after_in_child=_reset_all)

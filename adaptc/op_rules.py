@@ -17,60 +17,66 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import BackendError
-from adaptc.torch_modes import followed
+from adaptc.torch_modes import has_transform_or_tangent
 
 #: the dispatch keys at which rules are registered; the general key "Autograd" is taken where an op has a backward
-KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
+AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
 #: names of the ops that have a rule
-RULES: set[str] = set()
+OPS_WITH_RULES: set[str] = set()
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 
 
-def plain_in_transforms(name: str, plain: Callable[..., Any], constant: Sequence[int] = ()) -> None:
-    """Let ``adaptc::name`` compute by ``plain``, with the same arguments, wherever its own derivative would be lost.
+def decompose_in_transforms(name: str, composite: Callable[..., Any], nondifferentiable: Sequence[int] = ()) -> None:
+    """Let ``adaptc::name`` compute by ``composite``, with the same arguments, wherever its own derivative would be
+    lost.
 
-    ``constant``: positions of arguments to which the op's own backward gives no gradient, and ``plain`` does.
+    ``nondifferentiable``: positions of arguments to which the op's own backward gives no gradient, and ``composite``
+    does.
     """
     op = getattr(torch.ops.adaptc, name).default
-    for key in KEYS:
-        own = torch.library.get_kernel(op, key)
-        _LIBRARY.impl(name, _rule(own, plain, tuple(constant)), key, with_keyset=True)
-    batched_by(name, plain)
+    for key in AUTOGRAD_KEYS:
+        kernel = torch.library.get_kernel(op, key)
+        _LIBRARY.impl(name, _make_rule(kernel, composite, tuple(nondifferentiable)), key, with_keyset=True)
+    register_vmap(name, composite)
 
 
-def batched_by(name: str, plain: Callable[..., Any]) -> None:
-    """Let ``vmap`` of ``adaptc::name`` compute by ``plain``, for an op that handles derivatives in its own kernel."""
+def register_vmap(name: str, composite: Callable[..., Any]) -> None:
+    """Let ``vmap`` of ``adaptc::name`` compute by ``composite``, for an op that handles derivatives in its own
+    kernel."""
 
     # Not by register_vmap: its rules get values without their batch axis, and so cannot run plain under vmap.
-    _LIBRARY.impl(name, plain, "FuncTorchBatched")
-    RULES.add(name)
+    _LIBRARY.impl(name, composite, "FuncTorchBatched")
+    OPS_WITH_RULES.add(name)
 
 
-def refused_in_transforms(name: str, way: str) -> None:
+def refuse_in_transforms(name: str, advice: str) -> None:
     """Let ``adaptc::name`` raise BackendError in transforms, in forward mode, and where a gradient is wanted.
 
-    ``way``: what to do instead, for the message.
+    ``advice``: what to do instead, for the message.
     """
 
     def refuse(*args: Any) -> NoReturn:
         raise BackendError(
-            f"adaptc::{name} has no derivative, and cannot run in a transform of torch.func or in forward mode: {way}"
+            f"adaptc::{name} has no derivative, and cannot run in a transform of torch.func or in forward mode: "
+            f"{advice}"
         )
 
     op = getattr(torch.ops.adaptc, name).default
-    plain_in_transforms(name, refuse, range(len(op._schema.arguments)))
+    decompose_in_transforms(name, refuse, range(len(op._schema.arguments)))
 
 
-def _rule(own: Any, plain: Callable[..., Any], constant: tuple[int, ...]) -> Callable[..., Any]:
+def _make_rule(kernel: Any, composite: Callable[..., Any], nondifferentiable: tuple[int, ...]) -> Callable[..., Any]:
     def run(keyset: Any, *args: Any) -> Any:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
-        if followed(*tensors) or (constant and torch.is_grad_enabled() and _wanted(args, constant)):
-            return plain(*args)
-        return own.call_boxed(keyset, *args)
+        if has_transform_or_tangent(*tensors) or (
+            nondifferentiable and torch.is_grad_enabled() and _any_requires_grad(args, nondifferentiable)
+        ):
+            return composite(*args)
+        return kernel.call_boxed(keyset, *args)
 
     return run
 
 
-def _wanted(args: Sequence[Any], places: Sequence[int]) -> bool:
-    """Return whether one of the tensors among ``args`` at ``places`` requires a gradient."""
-    return any(i < len(args) and isinstance(args[i], Tensor) and args[i].requires_grad for i in places)
+def _any_requires_grad(args: Sequence[Any], positions: Sequence[int]) -> bool:
+    """Return whether one of the tensors among ``args`` at ``positions`` requires a gradient."""
+    return any(i < len(args) and isinstance(args[i], Tensor) and args[i].requires_grad for i in positions)

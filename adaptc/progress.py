@@ -19,12 +19,12 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from adaptc.errors import AdaptcWarning, ConfigError, shown
-from adaptc.locks import free_in_children
+from adaptc.errors import AdaptcWarning, ConfigError, short_repr
+from adaptc.locks import reset_after_fork
 
 T = TypeVar("T")
 
-VARIABLE = "ADAPTC_VERBOSITY"
+VERBOSITY_VARIABLE = "ADAPTC_VERBOSITY"
 #: the names of levels, as transformers has them
 LEVELS = {
     "debug": logging.DEBUG,
@@ -34,9 +34,9 @@ LEVELS = {
     "critical": logging.CRITICAL,
 }
 #: environment variables that turn off the progress bars of tqdm and of Hugging Face's libraries
-SILENCE = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+SILENCING_VARIABLES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 #: seconds before a status line is shown, and between two of its updates
-DELAY, EVERY = 1.0, 0.125
+DELAY, REFRESH_SECONDS = 1.0, 0.125
 
 LOGGER = logging.getLogger("adaptc")
 
@@ -63,8 +63,8 @@ def _level(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ConfigError(
-        f"verbosity {shown(value)} is no level: give one of {', '.join(map(repr, LEVELS))}, or a level of logging, "
-        "such as logging.INFO"
+        f"verbosity {short_repr(value)} is no level: give one of {', '.join(map(repr, LEVELS))}, or a level of "
+        "logging, such as logging.INFO"
     )
 
 
@@ -93,11 +93,12 @@ def _configure() -> None:
     LOGGER.addHandler(handler)
     if LOGGER.level != logging.NOTSET:
         return
-    wanted = os.environ.get(VARIABLE) or "warning"
+    wanted = os.environ.get(VERBOSITY_VARIABLE) or "warning"
     LOGGER.setLevel(LEVELS.get(wanted.lower(), logging.WARNING))
     if wanted.lower() not in LEVELS:
         warnings.warn(
-            f"{VARIABLE}={shown(wanted)} in the environment is no level: set it to one of {', '.join(LEVELS)}",
+            f"{VERBOSITY_VARIABLE}={short_repr(wanted)} in the environment is no level: set it to one of "
+            f"{', '.join(LEVELS)}",
             AdaptcWarning,
             stacklevel=2,
         )
@@ -108,20 +109,20 @@ class Stage:
 
     def __init__(self, text: str, always: bool) -> None:
         self.text, self.always = text, always
-        self.begun, self.done, self.total = 0.0, 0, 0
+        self.start_time, self.done, self.total = 0.0, 0, 0
 
     def __enter__(self) -> Self:
         LOGGER.info("%s", self.text)
-        self.begun = time.perf_counter()
+        self.start_time = time.perf_counter()
         _line.begin(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         _line.end(self)
-        how = "done in" if kind is None else "failed after" if issubclass(kind, Exception) else "stopped after"
-        LOGGER.info("%s: %s %.1f s", self.text, how, time.perf_counter() - self.begun)
+        outcome = "done in" if kind is None else "failed after" if issubclass(kind, Exception) else "stopped after"
+        LOGGER.info("%s: %s %.1f s", self.text, outcome, time.perf_counter() - self.start_time)
 
-    def over(self, items: Collection[T]) -> Iterator[T]:
+    def track(self, items: Collection[T]) -> Iterator[T]:
         """Iterate over ``items``, and let the status line count them."""
         # The stage shows the count and ends by itself, so an iterator that an error leaves behind keeps no status line.
         self.done, self.total = 0, len(items)
@@ -139,7 +140,7 @@ def stage(text: str, *, always: bool = False) -> Stage:
     return Stage(text, always)
 
 
-class _Above:
+class _StderrGuard:
     """A replacement for stderr while there is a status line: it erases the line before other code writes.
 
     rich's own replacement is not used, since at its end it restores the stderr of its beginning. In another thread that
@@ -147,20 +148,20 @@ class _Above:
     """
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.shown = stream, True
-        self._lock = free_in_children(threading.RLock())
+        self.stream, self.is_active = stream, True
+        self._lock = reset_after_fork(threading.RLock())
         #: whether the status line is drawn, and whether other code has written a line without its end
-        self._drawn = self._begun = False
+        self._is_drawn = self._is_mid_line = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        if not self.shown:
+        if not self.is_active:
             return self.stream.write(text)
         with self._lock:
             self._erase()
-            self._begun = not text.endswith("\n") if text else self._begun
+            self._is_mid_line = not text.endswith("\n") if text else self._is_mid_line
             return self.stream.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -170,22 +171,22 @@ class _Above:
     def draw(self, line: str) -> None:
         """Show ``line`` in the place of the last one, unless other code has written a line without its end."""
         with self._lock:
-            if not self._begun:
+            if not self._is_mid_line:
                 self._erase()
-                self._drawn = True
+                self._is_drawn = True
                 self.stream.write(line)
                 self.stream.flush()
 
     def end(self) -> None:
         """Erase the status line for good."""
         with self._lock:
-            self.shown = False
+            self.is_active = False
             self._erase()
             self.stream.flush()
 
     def _erase(self) -> None:
-        if self._drawn:
-            self._drawn = False
+        if self._is_drawn:
+            self._is_drawn = False
             self.stream.write("\r\x1b[2K")
 
 
@@ -193,48 +194,48 @@ class _StatusLine:
     """The one status line of the process, and the open stages of all threads."""
 
     def __init__(self) -> None:
-        self._lock = free_in_children(threading.RLock())
-        self._open: list[Stage] = []
+        self._lock = reset_after_fork(threading.RLock())
+        self._open_stages: list[Stage] = []
         #: the thread that draws the line, the event that ends it, and the replacement of stderr; None without a line
-        self._shown: tuple[threading.Thread, threading.Event, _Above] | None = None
+        self._drawing: tuple[threading.Thread, threading.Event, _StderrGuard] | None = None
 
-    def begin(self, one: Stage) -> None:
+    def begin(self, opened: Stage) -> None:
         with self._lock:
-            self._open.append(one)
-            if self._shown is None and _wanted(one.always):
+            self._open_stages.append(opened)
+            if self._drawing is None and _can_show_line(opened.always):
                 with suppress(Exception):  # a broken terminal, or a lack of threads, must not make the work fail
-                    self._shown = self._started(one.always)
+                    self._drawing = self._start_drawing(opened.always)
 
-    def end(self, one: Stage) -> None:
+    def end(self, closed: Stage) -> None:
         with self._lock:
-            if one in self._open:  # a process that was forked inside the stage has forgotten it
-                self._open.remove(one)
-            if self._open or self._shown is None:
+            if closed in self._open_stages:  # a process that was forked inside the stage has forgotten it
+                self._open_stages.remove(closed)
+            if self._open_stages or self._drawing is None:
                 return
-            (thread, ended, _), self._shown = self._shown, None
+            (thread, ended, _), self._drawing = self._drawing, None
         ended.set()
         if thread is not threading.current_thread():  # a garbage collection in that thread may end a stage
             thread.join()
 
-    def forget(self) -> None:
+    def reset_after_fork(self) -> None:
         """Start afresh in a forked process, which lacks the thread that draws the line."""
-        was = self._shown
+        old_drawing = self._drawing
         self.__init__()
-        if was is not None:
-            _put_back(was[2])
+        if old_drawing is not None:
+            _restore_stderr(old_drawing[2])
 
-    def _started(self, always: bool) -> tuple[threading.Thread, threading.Event, _Above]:
+    def _start_drawing(self, always: bool) -> tuple[threading.Thread, threading.Event, _StderrGuard]:
         from rich.console import Console
 
-        if isinstance(sys.stderr, _Above):  # a redirect_stderr restored it after the last line had ended
-            _put_back(sys.stderr)
-        above, ended = _Above(sys.stderr), threading.Event()
-        args = (above, Console(file=above.stream), ended, always)
-        thread = threading.Thread(target=self._show, args=args, name="adaptc-status", daemon=True)
+        if isinstance(sys.stderr, _StderrGuard):  # a redirect_stderr restored it after the last line had ended
+            _restore_stderr(sys.stderr)
+        guard, ended = _StderrGuard(sys.stderr), threading.Event()
+        args = (guard, Console(file=guard.stream), ended, always)
+        thread = threading.Thread(target=self._draw_until_ended, args=args, name="adaptc-status", daemon=True)
         thread.start()
-        return thread, ended, above
+        return thread, ended, guard
 
-    def _show(self, above: _Above, console: Any, ended: threading.Event, always: bool) -> None:
+    def _draw_until_ended(self, guard: _StderrGuard, console: Any, ended: threading.Event, always: bool) -> None:
         """Draw the line until ``ended`` is set.
 
         It runs in a thread of its own, which a keyboard interrupt never reaches, so the line is always erased.
@@ -243,47 +244,57 @@ class _StatusLine:
 
         if not always and ended.wait(DELAY):
             return
-        if sys.stderr is not above.stream or not _wanted(always) or console.is_dumb_terminal or console.legacy_windows:
+        if (
+            sys.stderr is not guard.stream
+            or not _can_show_line(always)
+            or console.is_dumb_terminal
+            or console.legacy_windows
+        ):
             return
         spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
         with suppress(Exception):  # the terminal may be gone
-            sys.stderr = above  # type: ignore[assignment]
+            sys.stderr = guard  # type: ignore[assignment]
             try:
-                above.draw(self._picture(console, spinner))
-                while not ended.wait(EVERY):
-                    above.draw(self._picture(console, spinner))
+                guard.draw(self._render_line(console, spinner))
+                while not ended.wait(REFRESH_SECONDS):
+                    guard.draw(self._render_line(console, spinner))
             finally:
                 try:
-                    above.end()
+                    guard.end()
                 finally:
-                    _put_back(above)
+                    _restore_stderr(guard)
 
-    def _picture(self, console: Any, spinner: Any) -> str:
+    def _render_line(self, console: Any, spinner: Any) -> str:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 1))
-        for one in self._open[-1:]:  # a slice, since other threads may empty the list between a test and an index
-            cells = [spinner, Text(one.text, no_wrap=True, overflow="crop")]
-            if one.total:
-                cells += [ProgressBar(one.total, one.done, width=20), Text(f"{one.done} of {one.total}", no_wrap=True)]
-            seconds = int(time.perf_counter() - one.begun)
+        for innermost in self._open_stages[
+            -1:
+        ]:  # a slice, since other threads may empty the list between a test and an index
+            cells = [spinner, Text(innermost.text, no_wrap=True, overflow="crop")]
+            if innermost.total:
+                cells += [
+                    ProgressBar(innermost.total, innermost.done, width=20),
+                    Text(f"{innermost.done} of {innermost.total}", no_wrap=True),
+                ]
+            seconds = int(time.perf_counter() - innermost.start_time)
             grid.add_row(*cells, Text(f"{seconds // 60}:{seconds % 60:02}", no_wrap=True))
         with console.capture() as captured:
             console.print(grid, width=max(1, console.width - 1))  # on a full line, a terminal wraps to the next one
         return captured.get().partition("\n")[0]
 
 
-def _put_back(above: _Above) -> None:
+def _restore_stderr(guard: _StderrGuard) -> None:
     """Restore stderr, unless other code has replaced it since."""
-    above.shown = False
-    if sys.stderr is above:
-        sys.stderr = above.stream
+    guard.is_active = False
+    if sys.stderr is guard:
+        sys.stderr = guard.stream
 
 
-def _wanted(always: bool) -> bool:
-    if not (always or LOGGER.isEnabledFor(logging.WARNING)) or any(map(_is_on, SILENCE)):
+def _can_show_line(always: bool) -> bool:
+    if not (always or LOGGER.isEnabledFor(logging.WARNING)) or any(map(_is_on, SILENCING_VARIABLES)):
         return False
     if any(map(_is_proxy, (sys.stdout, sys.stderr))):  # rich has a live display, which the line would overwrite
         return False
@@ -304,5 +315,5 @@ def _is_proxy(stream: Any) -> bool:
 
 _line = _StatusLine()
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
-    os.register_at_fork(after_in_child=_line.forget)
+    os.register_at_fork(after_in_child=_line.reset_after_fork)
 _configure()

@@ -16,16 +16,16 @@ from typing import Any
 
 WIDTH = 120
 #: the narrowest table in characters; below it, columns would have to be dropped
-NARROWEST = 100
+MIN_WIDTH = 100
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading. ``right`` aligns numbers, ``keep`` never wraps."""
+    """A heading. ``right`` aligns numbers, ``no_wrap`` never wraps."""
 
     name: str
     right: bool = False
-    keep: bool = False
+    no_wrap: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Table:
 
     def text(self, width: int = WIDTH) -> str:
         """Return the table as text without trailing blanks. Cells are cut into lines, never left out, so it is at least
-        ``NARROWEST`` characters wide."""
-        return table(self.columns, self.rows, width=width)
+        ``MIN_WIDTH`` characters wide."""
+        return render_table(self.columns, self.rows, width=width)
 
     def html(self) -> str:
         if not self.rows:
@@ -65,7 +65,7 @@ class Report(ABC):
     and ``data()`` has the numbers as JSON does."""
 
     @abstractmethod
-    def parts(self) -> Iterable[str | Table]:
+    def sections(self) -> Iterable[str | Table]:
         """Return sections of text, and tables; empty ones are left out when they are shown."""
 
     @abstractmethod
@@ -74,25 +74,25 @@ class Report(ABC):
 
     def render(self, width: int = WIDTH) -> str:
         """Return the report as text."""
-        return as_text(self.parts(), width)
+        return as_text(self.sections(), width)
 
     def __str__(self) -> str:
         return self.render()
 
     def __repr__(self) -> str:
-        first = next((p for p in self.parts() if isinstance(p, str) and p), "")
+        first = next((p for p in self.sections() if isinstance(p, str) and p), "")
         return f"<{type(self).__name__}: {first.partition(chr(10))[0]}>"
 
     def _repr_html_(self) -> str:
-        return "".join(paragraph(p) if isinstance(p, str) else p.html() for p in self.parts())
+        return "".join(paragraph(p) if isinstance(p, str) else p.html() for p in self.sections())
 
 
-def as_text(parts: Iterable[str | Table], width: int = WIDTH) -> str:
+def as_text(sections: Iterable[str | Table], width: int = WIDTH) -> str:
     """Return sections and tables as one text; tables are ``width`` characters wide at most."""
-    return join(*(p if isinstance(p, str) else p.text(width) for p in parts))
+    return join_sections(*(p if isinstance(p, str) else p.text(width) for p in sections))
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Return a value as JSON has it: numbers that are not finite are None, and what JSON has no word for is its
     ``str``."""
     if value is None or isinstance(value, (str, bool, int)):
@@ -100,13 +100,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_json_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in value]
+        return [to_json_value(v) for v in value]
     return str(value)
 
 
-def table(columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, width: int = WIDTH) -> str:
+def render_table(columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, width: int = WIDTH) -> str:
     """Return the text of a table with these columns and rows, as :meth:`Table.text` describes it."""
     cells = [[str(c) for c in row] for row in rows]
     if not cells:
@@ -117,29 +117,29 @@ def table(columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, wid
     from rich.text import Text
 
     plain = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-    drawn = Table(box=plain, pad_edge=False, padding=(0, 1))
+    rich_table = Table(box=plain, pad_edge=False, padding=(0, 1))
     for c in (c if isinstance(c, Column) else Column(c) for c in columns):
         side = "right" if c.right else "left"
-        drawn.add_column(c.name, justify=side, no_wrap=c.keep, overflow="fold", min_width=len(c.name))
+        rich_table.add_column(c.name, justify=side, no_wrap=c.no_wrap, overflow="fold", min_width=len(c.name))
     for row in cells:
-        drawn.add_row(*(Text(c) for c in row))
+        rich_table.add_row(*(Text(c) for c in row))
     out = StringIO()
-    Console(file=out, width=max(width, NARROWEST), color_system=None, legacy_windows=False).print(drawn)
+    Console(file=out, width=max(width, MIN_WIDTH), color_system=None, legacy_windows=False).print(rich_table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     return "\n".join(line for line in lines if line)
 
 
-def join(*parts: str) -> str:
+def join_sections(*sections: str) -> str:
     """Join sections with a blank line between them; empty ones are dropped."""
-    return "\n\n".join(p for p in parts if p)
+    return "\n\n".join(p for p in sections if p)
 
 
-def pattern(path: str) -> tuple[str | None, ...]:
+def path_pattern(path: str) -> tuple[str | None, ...]:
     """Return the components of a module path, with None for every number: equal for the same layer of every block."""
     return tuple(None if _is_number(part) else part for part in path.split("."))
 
 
-def numbers_of(path: str) -> str:
+def path_numbers(path: str) -> str:
     """Return the numbers in a module path, which tell a layer from the same one of another block: ``3``, ``0.5``."""
     return ".".join(part for part in path.split(".") if _is_number(part))
 
@@ -148,7 +148,7 @@ def _is_number(part: str) -> bool:
     return part.isdecimal() and str(int(part)) == part
 
 
-def collapse(paths: Iterable[str]) -> list[tuple[str, int]]:
+def collapse_paths(paths: Iterable[str]) -> list[tuple[str, int]]:
     """Return (short form, how many paths it stands for), exactly covering ``paths``: ``layers.{0..29}.q_proj``, 30.
 
     A short form never stands for a path that is not there: numbers that vary together are split over several forms.
@@ -156,30 +156,30 @@ def collapse(paths: Iterable[str]) -> list[tuple[str, int]]:
     groups: dict[tuple[str | None, ...], set[tuple[int, ...]]] = {}
     for path in paths:
         numbers = tuple(int(part) for part in path.split(".") if _is_number(part))
-        groups.setdefault(pattern(path), set()).add(numbers)
+        groups.setdefault(path_pattern(path), set()).add(numbers)
     out: list[tuple[str, int]] = []
-    for form, indices in groups.items():
-        for cover in _covers(indices):
+    for path_form, indices in groups.items():
+        for cover in _cartesian_covers(indices):
             values = iter(cover)
-            text = ".".join(_set(next(values)) if part is None else part for part in form)
+            text = ".".join(_format_number_set(next(values)) if part is None else part for part in path_form)
             out.append((text, prod(map(len, cover))))
     return out
 
 
-def _covers(indices: set[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+def _cartesian_covers(indices: set[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
     """Return Cartesian products of sets that together are exactly ``indices``."""
     if () in indices:
         return [()]
-    rests: dict[int, set[tuple[int, ...]]] = {}
+    tails_by_first: dict[int, set[tuple[int, ...]]] = {}
     for first, *rest in sorted(indices):
-        rests.setdefault(first, set()).add(tuple(rest))
-    firsts: dict[frozenset[tuple[int, ...]], list[int]] = {}
-    for first, rest in rests.items():
-        firsts.setdefault(frozenset(rest), []).append(first)
-    return [(tuple(same), *tail) for rest, same in firsts.items() for tail in _covers(set(rest))]
+        tails_by_first.setdefault(first, set()).add(tuple(rest))
+    firsts_by_tails: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for first, rest in tails_by_first.items():
+        firsts_by_tails.setdefault(frozenset(rest), []).append(first)
+    return [(tuple(same), *tail) for rest, same in firsts_by_tails.items() for tail in _cartesian_covers(set(rest))]
 
 
-def _set(values: Sequence[int]) -> str:
+def _format_number_set(values: Sequence[int]) -> str:
     runs: list[list[int]] = []
     for v in sorted(values):
         if runs and v == runs[-1][1] + 1:
@@ -190,28 +190,28 @@ def _set(values: Sequence[int]) -> str:
     return text if len(values) == 1 else f"{{{text}}}"
 
 
-def times(text: str, count: int) -> str:
+def with_count(text: str, count: int) -> str:
     return text if count == 1 else f"{text} x{count}"
 
 
-def shortened(paths: Iterable[str], most: int = 4, sep: str = ", ") -> str:
-    """Return the first ``most`` of the collapsed paths, and how many paths the others stand for."""
-    forms = collapse(paths)
-    rest = sum(n for _, n in forms[most:])
-    return sep.join([*(text for text, _ in forms[:most]), *([f"and {rest} more"] if rest else [])])
+def shorten_paths(paths: Iterable[str], limit: int = 4, sep: str = ", ") -> str:
+    """Return the first ``limit`` of the collapsed paths, and how many paths the others stand for."""
+    forms = collapse_paths(paths)
+    omitted = sum(n for _, n in forms[limit:])
+    return sep.join([*(text for text, _ in forms[:limit]), *([f"and {omitted} more"] if omitted else [])])
 
 
-def small(value: float) -> str:
+def format_error(value: float) -> str:
     """Return an error or a difference as text: three digits, and a plain 0 when there is none."""
     return "0" if value == 0 else f"{value:.2e}"
 
 
-def number(value: float) -> str:
-    """Return an error or a difference as :func:`small` writes it, and a dash for NaN."""
-    return "-" if isnan(value) else small(value)
+def format_error_or_dash(value: float) -> str:
+    """Return an error or a difference as :func:`format_error` writes it, and a dash for NaN."""
+    return "-" if isnan(value) else format_error(value)
 
 
-def size(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """Return an amount of memory as text, in units of 1024. Bytes are printed in no other way."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):

@@ -1,7 +1,8 @@
 """Detect and switch off a thread's modes: transforms of ``torch.func``, torch modes, autocast, inference mode.
 
-Tensors that are kept beyond a call are made in :func:`plainly`, so that they do not depend on the caller's modes.
-:func:`followed` and :func:`transformed` tell where an op without derivatives, or compiled code, must not run.
+Tensors that are kept beyond a call are made in :func:`outside_modes`, so that they do not depend on the caller's modes.
+:func:`has_transform_or_tangent` and :func:`is_wrapped_or_dual` tell where an op without derivatives, or compiled code,
+must not run.
 
 Private torch use, with the public route that was tried:
 - ``torch._C._functorch.maybe_current_level`` and ``is_functorch_wrapped_tensor``: they tell whether a transform of
@@ -29,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-#: device types whose autocast :func:`plainly` switches off
+#: device types whose autocast :func:`outside_modes` switches off
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -38,12 +39,12 @@ def in_transform() -> bool:
     return maybe_current_level() is not None
 
 
-def transformed(value: Any) -> bool:
+def is_wrapped_or_dual(value: Any) -> bool:
     """Return whether ``value`` is a tensor that a transform of ``torch.func`` has wrapped, or that has a tangent."""
     return isinstance(value, Tensor) and (is_functorch_wrapped_tensor(value) or _has_tangent(value))
 
 
-def followed(*values: Any) -> bool:
+def has_transform_or_tangent(*values: Any) -> bool:
     """Return whether a derivative is taken other than by backward: a transform is on, or a tensor has a tangent."""
     return in_transform() or any(isinstance(v, Tensor) and _has_tangent(v) for v in values)
 
@@ -58,7 +59,7 @@ def outside_transforms() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def outside_modes() -> Iterator[None]:
     """Run the block with no transform, mode, autocast or inference mode on, so that its tensors may be kept.
 
     Gradients stay on or off as they were; they are off where inference mode was on.

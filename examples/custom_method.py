@@ -55,7 +55,7 @@ class Gain(adaptc.Method):
         return op.kind == "linear"
 
     def apply(self, op: adaptc.Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
-        low = op.down_up(op.as_input(x, slots["gain_up"].dtype), slots["gain_down"], slots["gain_up"])
+        low = op.down_up(op.cast_input(x, slots["gain_up"].dtype), slots["gain_down"], slots["gain_up"])
         return (slots["gain_factor"] * (y + low)).to(y.dtype)
 
 

@@ -10,7 +10,7 @@ from adaptc.kernels.grouped_lora import grouped_expand, grouped_lora, grouped_ou
 from adaptc.kernels.grouped_rows import grouped_rows
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
 from adaptc.kernels.lora_linear import FEW_ROWS, lora_linear
-from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_table_of
+from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_table_op
 from adaptc.kernels.merge_weight import merge_, merge_saving_, unmerge_
 
 __all__ = [
@@ -29,6 +29,6 @@ __all__ = [
     "lora_up_add_siblings",
     "merge_",
     "merge_saving_",
-    "sibling_table_of",
+    "sibling_table_op",
     "unmerge_",
 ]

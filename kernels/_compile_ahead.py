@@ -1,6 +1,6 @@
 """Compile kernels ahead of time, for a GPU that need not be present, and report what they would use there.
 
-Each kernel module lists in ``AHEAD`` the kernels to check: one :class:`Ahead` per kernel and set of types.
+Each kernel module lists in ``AOT_KERNELS`` the kernels to check: one :class:`AotKernel` per kernel and set of types.
 :func:`compile_ahead` compiles one to a binary and reads off registers, spills and shared memory.
 
 A launch passes more than types to the compiler: it also says which pointers and integers are multiples of 16. Wide
@@ -30,7 +30,7 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 @dataclass(frozen=True)
-class Ahead:
+class AotKernel:
     """A kernel with the types it is launched with.
 
     ``signature`` has every argument, in any order: a pointer ``*bf16``, a number ``i32``, ``i64`` or ``fp32``, or
@@ -50,68 +50,69 @@ class Ahead:
         return self.name or self.kernel.__name__
 
     @classmethod
-    def of(
+    def from_pointers(
         cls,
         kernel: Any,
         name: str,
         pointers: Mapping[str, str],
-        ones: Collection[str],
+        unit_strides: Collection[str],
         mma: bool,
         num_warps: int = 4,
         **constexprs: Any,
-    ) -> Ahead:
-        """Return a record; ``pointers`` maps pointer arguments to element types, ``ones`` are the strides that are 1.
+    ) -> AotKernel:
+        """Return a record; ``pointers`` maps pointer arguments to element types, ``unit_strides`` are the strides that
+        are 1.
 
         All arguments that are in neither, nor in ``constexprs``, are i32.
         """
-        fixed = dict.fromkeys(ones, 1) | constexprs
+        fixed = dict.fromkeys(unit_strides, 1) | constexprs
         kinds = {n: f"*{t}" for n, t in pointers.items()} | dict.fromkeys(fixed, "constexpr")
         signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
         return cls(kernel, signature, fixed, num_warps=num_warps, mma=mma, name=name)
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledKernel:
     """The resources that a kernel uses on the GPU it was compiled for."""
 
     #: bytes of local memory of each thread. Kernels have no arrays there, so all of it is spilled registers.
     n_spills: int
     n_regs: int
     #: bytes of shared memory of each program
-    shared: int
+    shared_bytes: int
     ptx: str
 
 
-def compile_ahead(a: Ahead, capability: int, *, aligned: bool = True) -> Compiled:
-    """Compile ``a`` for compute capability ``capability`` (80, 90).
+def compile_ahead(record: AotKernel, capability: int, *, aligned: bool = True) -> CompiledKernel:
+    """Compile ``record`` for compute capability ``capability`` (80, 90).
 
     ``aligned`` says that pointers and integers are multiples of 16; otherwise nothing is known of them. Raises
     BackendError if the record does not fit its kernel, or triton interprets kernels in this process.
     """
-    if not isinstance(a.kernel, JITFunction):
+    if not isinstance(record.kernel, JITFunction):
         raise BackendError(
-            f"{a}: expected a triton kernel, found {type(a.kernel).__name__}. Kernels that are interpreted cannot be "
-            "compiled: unset TRITON_INTERPRET before triton is imported."
+            f"{record}: expected a triton kernel, found {type(record.kernel).__name__}. Kernels that are interpreted "
+            "cannot be compiled: unset TRITON_INTERPRET before triton is imported."
         )
-    names = a.kernel.arg_names
-    fixed = {n for n, kind in a.signature.items() if kind == "constexpr"}
-    if set(a.signature) != set(names) or set(a.constexprs) != fixed:
+    names = record.kernel.arg_names
+    fixed = {n for n, kind in record.signature.items() if kind == "constexpr"}
+    if set(record.signature) != set(names) or set(record.constexprs) != fixed:
         raise BackendError(
-            f"{a}: the signature has {sorted(a.signature)} and values for {sorted(a.constexprs)}; expected the "
-            f"kernel's arguments {names}, and a value for each that is a constexpr."
+            f"{record}: the signature has {sorted(record.signature)} and values for {sorted(record.constexprs)}; "
+            f"expected the kernel's arguments {names}, and a value for each that is a constexpr."
         )
     # In the kernel's order: triton matches types to arguments by position.
-    signature = {n: a.signature[n] for n in names}
+    signature = {n: record.signature[n] for n in names}
     attrs: dict[Any, Any] = {}
     if aligned:
         hinted = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] in ("i32", "i64")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in hinted}
-    source = ASTSource(fn=a.kernel, signature=signature, constexprs=dict(a.constexprs), attrs=attrs)
+    source = ASTSource(fn=record.kernel, signature=signature, constexprs=dict(record.constexprs), attrs=attrs)
     # Fused multiply-adds are triton's default at a launch; saying so silences a warning that the default may change.
-    options = {"num_warps": a.num_warps, "num_stages": a.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": record.num_warps, "num_stages": record.num_stages, "enable_fp_fusion": True}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, local = _usage(compiled.asm["cubin"], str(a))
-    return Compiled(local, registers, compiled.metadata.shared, compiled.asm["ptx"])
+    registers, local = _usage(compiled.asm["cubin"], str(record))
+    return CompiledKernel(local, registers, compiled.metadata.shared, compiled.asm["ptx"])
 
 
 def _usage(cubin: bytes, name: str) -> tuple[int, int]:

@@ -18,16 +18,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.kernels._compile_ahead import Ahead
+from adaptc.kernels._compile_ahead import AotKernel
 from adaptc.kernels._launch import INTERPRETED, on_device_of, wrap_triton
-from adaptc.kernels._row_chunks import Chunks, adapter_begins
+from adaptc.kernels._row_chunks import Chunks, adapter_edges
 
 # A kernel sees only constants of its own module.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def _dot(left, right, acc):
+def _exact_dot(left, right, acc):
     """Return acc + left @ right, in exact float32 where the types differ."""
     # The interpreter multiplies the bits of bfloat16 as integers.
     if _INTERPRETED or left.dtype != right.dtype:
@@ -37,12 +37,12 @@ def _dot(left, right, acc):
 
 
 @triton.jit
-def _dot_sums(left, right, acc):
+def _dot_float32(left, right, acc):
     """Return acc + left @ right for ``left`` in float32, with the matrix instructions of ``right``'s type if any."""
     if right.dtype == tl.bfloat16:
         high = left.to(tl.bfloat16)
         low = (left - high.to(tl.float32)).to(tl.bfloat16)
-        return _dot(high, right, _dot(low, right, acc))
+        return _exact_dot(high, right, _exact_dot(low, right, acc))
     elif right.dtype == tl.float16:
         # Not split in two as for bfloat16: h may exceed the range of float16.
         return tl.dot(left, right.to(tl.float32), acc, input_precision="tf32x3")
@@ -51,7 +51,7 @@ def _dot_sums(left, right, acc):
 
 
 @triton.jit
-def _adapter(starts_ptr, adapter, n_adapters, R):
+def _load_adapter(starts_ptr, adapter, n_adapters, R):
     """Return the first row of an adapter in the bank, its rank, and whether the row's result is defined.
 
     The rank is at most R, and 0 if there is no such adapter. The result is defined for rows of the base, and for an
@@ -72,8 +72,8 @@ def _shrink_kernel(
 ):  # fmt: skip
     """Write h[s, p, r], the part of h[p, r] from the s-th ``span`` of k, for one chunk and one tile of ranks."""
     c = tl.program_id(0)
-    part = tl.program_id(2)
-    first, rank, _ = _adapter(starts_ptr, tl.load(adapter_ptr + c), n_adapters, R)
+    split = tl.program_id(2)
+    first, rank, _ = _load_adapter(starts_ptr, tl.load(adapter_ptr + c), n_adapters, R)
     length = tl.load(length_ptr + c)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     if (length > 0) & (tl.program_id(1) * BLOCK_R < rank):
@@ -83,12 +83,12 @@ def _shrink_kernel(
         x_rows = x_ptr + rows[:, None] * x_row
         a_rows = bank_ptr + (first + r)[None, :] * K
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for k0 in range(part * span, tl.minimum(part * span + span, K), BLOCK_K):
+        for k0 in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             x = tl.load(x_rows + k[None, :], mask=(m < length)[:, None] & (k < K)[None, :], other=0.0)
             a = tl.load(a_rows + k[:, None], mask=(r < rank)[None, :] & (k < K)[:, None], other=0.0)
-            acc = _dot(x, a, acc)
-        out = h_ptr + (part.to(tl.int64) * T + p)[:, None] * R + r[None, :]
+            acc = _exact_dot(x, a, acc)
+        out = h_ptr + (split.to(tl.int64) * T + p)[:, None] * R + r[None, :]
         tl.store(out, acc, mask=(m < length)[:, None] & (r < rank)[None, :])
 
 
@@ -103,7 +103,7 @@ def _expand_kernel(
     length = tl.load(length_ptr + c)
     if length > 0:
         adapter = tl.load(adapter_ptr + c)
-        first, rank, fits = _adapter(starts_ptr, adapter, n_adapters, R)
+        first, rank, is_defined = _load_adapter(starts_ptr, adapter, n_adapters, R)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = tl.arange(0, BLOCK_M)
         p = (tl.load(start_ptr + c) + m).to(tl.int64)
@@ -118,12 +118,12 @@ def _expand_kernel(
             h = tl.load(h_ptr + p[:, None] * h_row + r[None, :], mask=(m < length)[:, None] & own[None, :], other=0.0)
             b_mask = own[:, None] & (n < N)[None, :]
             b = tl.load(bank_ptr + (first + r)[:, None] * N + n[None, :], mask=b_mask, other=0.0)
-            acc = _dot_sums(h, b, acc)
+            acc = _dot_float32(h, b, acc)
         scale = tl.load(scales_ptr + adapter, mask=(adapter >= 0) & (adapter < n_adapters), other=0.0)
         sums = (y.to(tl.float32) + scale * acc).to(y.dtype)
         # Copied, since y + 0 is +0 where y is -0.
         sums = tl.where(rank > 0, sums, y)
-        sums = tl.where(fits, sums, float("nan"))
+        sums = tl.where(is_defined, sums, float("nan"))
         tl.store(out_ptr + rows[:, None] * N + n[None, :], sums.to(y.dtype), mask=ok)
 
 
@@ -134,7 +134,7 @@ def _outer_kernel(
 ):  # fmt: skip
     """Write one tile of one adapter: sums over all rows of the batch that belong to it, in their order."""
     adapter = tl.program_id(0)
-    first, rank, _ = _adapter(starts_ptr, adapter, n_adapters, R)
+    first, rank, _ = _load_adapter(starts_ptr, adapter, n_adapters, R)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(1) * BLOCK_R < rank:
         n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -147,17 +147,17 @@ def _outer_kernel(
             h = tl.load(h_ptr + p.to(tl.int64)[None, :] * h_row + r[:, None], mask=h_mask, other=0.0)
             v_mask = (p < end)[:, None] & (n < W)[None, :]
             v = tl.load(v_ptr + rows[:, None] * v_row + n[None, :], mask=v_mask, other=0.0)
-            acc = _dot_sums(h, v, acc)
+            acc = _dot_float32(h, v, acc)
         mask = (r < rank)[:, None] & (n < W)[None, :]
         tl.store(out_ptr + (first + r)[:, None] * W + n[None, :], acc, mask=mask)
 
 
-def _rows(t: Tensor) -> Tensor:
+def _with_contiguous_rows(t: Tensor) -> Tensor:
     """Return ``t``, copied where the elements of a row are not contiguous; rows may have any stride, also 0."""
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _empty(*sizes: Any) -> bool:
+def _is_empty_grid(*sizes: Any) -> bool:
     """Return whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
     return any(statically_known_true(s == 0) for s in sizes)
 
@@ -188,7 +188,7 @@ def _rank_block(R: Any, exact: bool) -> int:
     return 16 if exact or not isinstance(R, int) or R <= 16 else 32
 
 
-def _parts(T: Any, K: Any, rank_tiles: Any, chunk: int, block_k: int) -> int:
+def _split_count(T: Any, K: Any, rank_tiles: Any, chunk: int, block_k: int) -> int:
     """Return the number of parts of the sum over K, such that a small T fills a GPU of about 130 processors twice.
 
     A symbolic T may turn out large, and then each part costs memory and time to be added up, so it gets few parts.
@@ -202,16 +202,16 @@ def launch_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk:
     exact = x.dtype != bank.dtype or x.dtype == torch.float32
     blocks = _shrink_blocks(chunk, R, exact)
     tiles = triton.cdiv(R, blocks["BLOCK_R"])
-    parts = _parts(T, K, tiles, chunk, blocks["BLOCK_K"])
-    span = triton.cdiv(triton.cdiv(K, parts), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
-    h = x.new_empty((parts, T, R), dtype=torch.float32)
-    if not _empty(T, R):
-        x = _rows(x)
+    splits = _split_count(T, K, tiles, chunk, blocks["BLOCK_K"])
+    span = triton.cdiv(triton.cdiv(K, splits), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    h = x.new_empty((splits, T, R), dtype=torch.float32)
+    if not _is_empty_grid(T, R):
+        x = _with_contiguous_rows(x)
         with on_device_of(x):
-            wrap_triton(_shrink_kernel)[(table.adapter.shape[0], tiles, parts)](
+            wrap_triton(_shrink_kernel)[(table.adapter.shape[0], tiles, splits)](
                 x, bank.contiguous(), h, starts, *table, T, K, R, n, x.stride(0), span, **blocks
             )
-    return h.squeeze(0) if parts == 1 else h.sum(0)
+    return h.squeeze(0) if splits == 1 else h.sum(0)
 
 
 def launch_expand(
@@ -219,8 +219,8 @@ def launch_expand(
 ) -> Tensor:
     (T, N), R, n = y.shape, h.shape[1], starts.shape[0] - 1
     out = y.new_empty((T, N))
-    if not _empty(T, N):
-        y, h = _rows(y), _rows(h)
+    if not _is_empty_grid(T, N):
+        y, h = _with_contiguous_rows(y), _with_contiguous_rows(h)
         exact = bank.dtype == torch.float32
         blocks = _expand_blocks(chunk, exact)
         with on_device_of(y):
@@ -235,10 +235,10 @@ def launch_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, n_rows: in
     R, W, n = h.shape[1], v.shape[1], starts.shape[0] - 1
     # Rows of the bank that belong to no adapter are not visited.
     out = v.new_zeros((n_rows, W), dtype=torch.float32)
-    if not _empty(n, R, W):
-        h, v = _rows(h), _rows(v)
+    if not _is_empty_grid(n, R, W):
+        h, v = _with_contiguous_rows(h), _with_contiguous_rows(v)
         blocks = _outer_blocks(R, v.dtype == torch.float32)
-        begins = adapter_begins(table, n)
+        begins = adapter_edges(table, n)
         with on_device_of(v):
             wrap_triton(_outer_kernel)[(n, triton.cdiv(R, blocks["BLOCK_R"]), triton.cdiv(W, blocks["BLOCK_N"]))](
                 h, v, out, starts, begins, table.order, W, R, n, h.stride(0), v.stride(0), **blocks
@@ -246,34 +246,34 @@ def launch_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, n_rows: in
     return out
 
 
-def _ahead() -> list[Ahead]:
+def _aot_kernels() -> list[AotKernel]:
     """Return records of each kernel with the blocks for few rows and for many."""
     indices = dict.fromkeys(["starts_ptr", "order_ptr", "adapter_ptr", "start_ptr", "length_ptr", "begins_ptr"], "*i32")
     sizes = dict.fromkeys(["T", "K", "N", "W", "R", "n_adapters", "span", "x_row", "y_row", "h_row", "v_row"], "i32")
     sums = {"h_ptr": "*fp32", "scales_ptr": "*fp32"}
 
-    def record(kernel: Any, name: str, blocks: dict[str, int], mma: bool, **types: str) -> Ahead:
+    def record(kernel: Any, name: str, blocks: dict[str, int], mma: bool, **types: str) -> AotKernel:
         known = {**indices, **sizes, **sums, **types, **dict.fromkeys(blocks, "constexpr")}
         stages = 2 if kernel is _expand_kernel else 3
         signature = {n: known[n] for n in kernel.arg_names}
-        return Ahead(kernel, signature, blocks, num_stages=stages, mma=mma, name=name)
+        return AotKernel(kernel, signature, blocks, num_stages=stages, mma=mma, name=name)
 
-    found = []
+    records = []
     for rows, bank in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
         exact = bank == "fp32"
         row, matrix = f"*{rows}", f"*{bank}"
         for chunk, R in ((16, 16), (64, 128)):
             name = f"{rows} rows {bank} bank chunk {chunk} rank {R}"
             blocks = _shrink_blocks(chunk, R, exact)
-            found.append(record(_shrink_kernel, f"shrink {name}", blocks, not exact, x_ptr=row, bank_ptr=matrix))
+            records.append(record(_shrink_kernel, f"shrink {name}", blocks, not exact, x_ptr=row, bank_ptr=matrix))
             blocks = _expand_blocks(chunk, exact)
-            found.append(
+            records.append(
                 record(_expand_kernel, f"expand {name}", blocks, not exact, y_ptr=row, bank_ptr=matrix, out_ptr=row)
             )
         if rows == bank:
             blocks = _outer_blocks(128, exact)
-            found.append(record(_outer_kernel, f"outer {rows}", blocks, not exact, v_ptr=row, out_ptr="*fp32"))
-    return found
+            records.append(record(_outer_kernel, f"outer {rows}", blocks, not exact, v_ptr=row, out_ptr="*fp32"))
+    return records
 
 
-AHEAD = _ahead()
+AOT_KERNELS = _aot_kernels()

@@ -37,7 +37,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_initialized() else nullcontext()
 
 
-def as_scale(scale: float | Tensor, like: Tensor) -> Tensor:
+def scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
     """Return ``scale`` as a 0-d tensor on the device of ``like``.
 
     As a tensor, another scale needs no wait for the GPU and no new kernel. Raises BackendError for a tensor with axes.

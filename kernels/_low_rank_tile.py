@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptc.kernels._compile_ahead import Ahead
+from adaptc.kernels._compile_ahead import AotKernel
 from adaptc.kernels._launch import INTERPRETED, check, check_floats
 
 # A kernel sees only constants of its own module.
@@ -105,13 +105,13 @@ def check_factors(op: str, W: Tensor, A: Tensor, B: Tensor) -> None:
 
 
 #: (dtype of a weight, dtype of its factors) that are compiled ahead of time; the last pair is how PEFT trains.
-TYPES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"))
-NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AOT_DTYPES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"))
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def ahead(
+def aot_tile_record(
     kernel: Any, name: str, pointers: Mapping[str, str], ones: Collection[str], factors: str, **fixed: Any
-) -> Ahead:
+) -> AotKernel:
     """Return the record of a kernel with tiles whose factors have element type ``factors``; see ``Ahead.of``."""
-    t = blocks(NAMES[factors], NAMES[factors])
-    return Ahead.of(kernel, name, pointers, ones, factors != "fp32", **fixed, **t._asdict())
+    t = blocks(TORCH_DTYPES[factors], TORCH_DTYPES[factors])
+    return AotKernel.from_pointers(kernel, name, pointers, ones, factors != "fp32", **fixed, **t._asdict())

@@ -50,7 +50,7 @@ def rows_per_chunk(n_rows: int) -> int:
     return 16 if n_rows <= 512 else 32 if n_rows <= 2048 else 64
 
 
-def chunks(index: Tensor, n_adapters: int, chunk: int) -> Chunks:
+def cut_into_chunks(index: Tensor, n_adapters: int, chunk: int) -> Chunks:
     """Cut the rows into chunks of one adapter and at most ``chunk`` rows each.
 
     ``index`` is (T,), int32 or int64: the adapter of each row, or -1 for the base. Any other number outside of
@@ -64,38 +64,38 @@ def chunks(index: Tensor, n_adapters: int, chunk: int) -> Chunks:
     known = (index >= -1) & (index < n_adapters)
     ordered, order = torch.sort(torch.where(known, index, n_adapters), stable=True)
 
-    def numbers(start: int, end: int) -> Tensor:
+    def arange(start: int, end: int) -> Tensor:
         return torch.arange(start, end, device=device, dtype=index.dtype)
 
     # The last edge begins an empty group, to which the spare chunks belong.
-    begins = torch.searchsorted(ordered, numbers(-1, n_adapters + 2))
-    counts = torch.diff(begins, append=begins[-1:])
+    group_starts = torch.searchsorted(ordered, arange(-1, n_adapters + 2))
+    counts = torch.diff(group_starts, append=group_starts[-1:])
     used = (counts + (chunk - 1)) // chunk
     ends = used.cumsum(0)
     number = torch.arange(chunk_count(n_rows, n_adapters, chunk), device=device)
     group = torch.searchsorted(ends, number, right=True).clamp(max=n_adapters + 2)
     offset = (number - (ends - used)[group]) * chunk
     spare = counts[group] == 0
-    start = torch.where(spare, n_rows, begins[group] + offset)
+    start = torch.where(spare, n_rows, group_starts[group] + offset)
     length = torch.where(spare, 0, (counts[group] - offset).clamp(max=chunk))
     adapter = (group - 1).clamp(max=n_adapters)
     return Chunks(order.int(), adapter.int(), start.int(), length.int())
 
 
-def adapter_begins(table: Chunks, n_adapters: int) -> Tensor:
+def adapter_edges(table: Chunks, n_adapters: int) -> Tensor:
     """Return (n + 1,) int32: the positions at which the rows of each adapter begin, and where those of the last end."""
     wanted = torch.arange(n_adapters + 1, device=table.adapter.device, dtype=torch.int32)
     starts = torch.cat([table.start, table.start.new_full((1,), table.order.shape[0])])
     return starts[torch.searchsorted(table.adapter, wanted)]
 
 
-def adapter_at(table: Chunks) -> Tensor:
+def position_adapters(table: Chunks) -> Tensor:
     """Return (T,) int32: the adapter of the row at each position."""
     position = torch.arange(table.order.shape[0], device=table.order.device, dtype=torch.int32)
     return table.adapter[torch.searchsorted(table.start, position, right=True) - 1]
 
 
-def per_adapter(values: Tensor, adapter: Tensor) -> Tensor:
+def take_per_adapter(values: Tensor, adapter: Tensor) -> Tensor:
     """Return values[adapter], with 0 for the base and for adapters that do not exist.
 
     ``values`` is (n,), and the result has the shape of ``adapter``, which is any.
@@ -105,41 +105,41 @@ def per_adapter(values: Tensor, adapter: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(1)])[torch.where(known, adapter, n)]
 
 
-def sum_type(*tensors: Tensor) -> torch.dtype:
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype in which matmuls of these are summed: float64 if one of them is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _places(table: Chunks, chunk: int) -> tuple[Tensor, Tensor]:
+def _chunk_positions(table: Chunks, chunk: int) -> tuple[Tensor, Tensor]:
     """Return the positions of the rows of each chunk, (C, chunk), and a mask of those that exist; the others are T."""
     within = torch.arange(chunk, device=table.start.device)
     there = within < table.length[:, None]
     return torch.where(there, table.start[:, None] + within, table.order.shape[0]), there
 
 
-def _own(starts: Tensor, table: Chunks, R: int, n_rows: int) -> tuple[Tensor, Tensor]:
+def _bank_rows(starts: Tensor, table: Chunks, R: int, n_rows: int) -> tuple[Tensor, Tensor]:
     """Return the bank's rows of each chunk's adapter, (C, R), and a mask of those that exist.
 
     The others are ``n_rows``, which is past the bank's last row.
     """
-    first, rank = (per_adapter(v, table.adapter)[:, None] for v in (starts[:-1], torch.diff(starts)))
+    first, rank = (take_per_adapter(v, table.adapter)[:, None] for v in (starts[:-1], torch.diff(starts)))
     column = torch.arange(R, device=starts.device)
     own = column < rank
     return torch.where(own, first + column, n_rows), own
 
 
-def _take(t: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _take_rows(t: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return t[rows] in ``dtype``, with zeros for the row past the last."""
     return torch.cat([t.to(dtype), t.new_zeros(1, t.shape[1], dtype=dtype)])[rows]
 
 
 def reference_grouped_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int, R: int) -> Tensor:
     """Return h, (T, R) float32 (float64 for float64 inputs), which is zero beyond the rank of a row's adapter."""
-    dtype, T = sum_type(x, bank), x.shape[0]
-    at, _ = _places(table, chunk)
-    rows, _ = _own(starts, table, R, bank.shape[0])
+    dtype, T = sum_dtype(x, bank), x.shape[0]
+    at, _ = _chunk_positions(table, chunk)
+    rows, _ = _bank_rows(starts, table, R, bank.shape[0])
     order = torch.cat([table.order, table.order.new_full((1,), T)])
-    h = _take(x, order[at], dtype) @ _take(bank, rows, dtype).mT
+    h = _take_rows(x, order[at], dtype) @ _take_rows(bank, rows, dtype).mT
     return h.new_zeros(T + 1, R).index_put((at,), h)[:T]
 
 
@@ -147,25 +147,25 @@ def reference_grouped_expand(
     y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor, table: Chunks, chunk: int
 ) -> Tensor:
     """Return out, (T, N) of y's dtype: summed in float32 (float64 for float64 inputs), rounded once."""
-    dtype, (T, N), n = sum_type(y, h, bank), y.shape, starts.shape[0] - 1
-    at, _ = _places(table, chunk)
-    rows, own = _own(starts, table, h.shape[1], bank.shape[0])
+    dtype, (T, N), n = sum_dtype(y, h, bank), y.shape, starts.shape[0] - 1
+    positions, _ = _chunk_positions(table, chunk)
+    rows, own = _bank_rows(starts, table, h.shape[1], bank.shape[0])
     order = torch.cat([table.order, table.order.new_full((1,), T)])
-    before = _take(y, order[at], y.dtype)
-    product = torch.where(own[:, None], _take(h, at, dtype), 0) @ _take(bank, rows, dtype)
-    after = (before.to(dtype) + per_adapter(scales, table.adapter)[:, None, None].to(dtype) * product).to(y.dtype)
-    rank = per_adapter(torch.diff(starts), table.adapter)
+    before = _take_rows(y, order[positions], y.dtype)
+    product = torch.where(own[:, None], _take_rows(h, positions, dtype), 0) @ _take_rows(bank, rows, dtype)
+    after = (before.to(dtype) + take_per_adapter(scales, table.adapter)[:, None, None].to(dtype) * product).to(y.dtype)
+    rank = take_per_adapter(torch.diff(starts), table.adapter)
     fits = (table.adapter < n) & (rank <= h.shape[1])
     after = torch.where((rank > 0)[:, None, None], after, before)
     after = torch.where(fits[:, None, None], after, torch.nan)
-    return y.new_zeros(T + 1, N).index_put((order[at],), after)[:T]
+    return y.new_zeros(T + 1, N).index_put((order[positions],), after)[:T]
 
 
 def reference_grouped_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, chunk: int, n_rows: int) -> Tensor:
     """Return (n_rows, W) in float32 (float64 for float64 inputs), zero for rows of the bank without an adapter."""
-    dtype, T, W = sum_type(h, v), h.shape[0], v.shape[1]
-    at, _ = _places(table, chunk)
-    rows, own = _own(starts, table, h.shape[1], n_rows)
+    dtype, T, W = sum_dtype(h, v), h.shape[0], v.shape[1]
+    at, _ = _chunk_positions(table, chunk)
+    rows, own = _bank_rows(starts, table, h.shape[1], n_rows)
     order = torch.cat([table.order, table.order.new_full((1,), T)])
-    sums = torch.where(own[:, None], _take(h, at, dtype), 0).mT @ _take(v, order[at], dtype)
+    sums = torch.where(own[:, None], _take_rows(h, at, dtype), 0).mT @ _take_rows(v, order[at], dtype)
     return sums.new_zeros(n_rows + 1, W).index_add(0, rows.flatten(), sums.flatten(0, 1))[:n_rows]

@@ -26,10 +26,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from adaptc.kernels._compile_ahead import Ahead
-from adaptc.kernels._launch import as_scale, check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._low_rank_tile import TYPES, ahead, blocks, check_factors, low_rank_tile, tile_of, tiles
-from adaptc.op_rules import plain_in_transforms
+from adaptc.kernels._compile_ahead import AotKernel
+from adaptc.kernels._launch import check, check_floats, on_device_of, runs_kernels, scale_tensor, wrap_triton
+from adaptc.kernels._low_rank_tile import (
+    AOT_DTYPES,
+    aot_tile_record,
+    blocks,
+    check_factors,
+    low_rank_tile,
+    tile_of,
+    tiles,
+)
+from adaptc.op_rules import decompose_in_transforms
 
 
 @triton.jit
@@ -185,16 +193,16 @@ def _(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     return W.new_empty(W.shape[0], dtype=torch.promote_types(W.dtype, torch.float32))
 
 
-def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _mark_constant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-def _none(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+def _no_gradients(ctx: Any, grad: Tensor) -> tuple[None, ...]:
     return None, None, None, None
 
 
-_norm_op.register_autograd(_none, setup_context=_no_gradient)
-plain_in_transforms("dora_norm", lambda *tensors: reference_dora_norm(*tensors).detach())
+_norm_op.register_autograd(_no_gradients, setup_context=_mark_constant)
+decompose_in_transforms("dora_norm", lambda *tensors: reference_dora_norm(*tensors).detach())
 
 
 # No default for the bias: torch does not pass arguments at their defaults to the setup of the gradient.
@@ -222,28 +230,28 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs_y0, needs_h, needs_B, needs_g, needs_scale, needs_b = ctx.needs_input_grad
     d_y0 = d_h = d_B = d_g = d_scale = d_b = None
     # Matmuls in the dtype that a plain matmul of these tensors would have, all else in float32.
-    low = torch.promote_types(dy.dtype, torch.promote_types(h.dtype, B.dtype))
-    high = torch.promote_types(dy.dtype, torch.float32)
-    gain, s, wide = g.to(high), scale.to(high), dy.to(high)
+    matmul_dtype = torch.promote_types(dy.dtype, torch.promote_types(h.dtype, B.dtype))
+    sum_dtype = torch.promote_types(dy.dtype, torch.float32)
+    gain, s, dy_in_sum_dtype = g.to(sum_dtype), scale.to(sum_dtype), dy.to(sum_dtype)
     if needs_y0:
-        d_y0 = (wide * gain).to(dy.dtype)
+        d_y0 = (dy_in_sum_dtype * gain).to(dy.dtype)
     if needs_h:
-        d_h = ((wide * (gain * s)).to(low) @ B.to(low)).to(h.dtype)
+        d_h = ((dy_in_sum_dtype * (gain * s)).to(matmul_dtype) @ B.to(matmul_dtype)).to(h.dtype)
     if needs_B or needs_g or needs_scale:
         # dy^T h serves all three, so that h B^T is not made again.
-        crossed = (dy.flatten(0, -2).T.to(low) @ h.flatten(0, -2).to(low)).to(high)
+        crossed = (dy.flatten(0, -2).T.to(matmul_dtype) @ h.flatten(0, -2).to(matmul_dtype)).to(sum_dtype)
         d_B = (crossed * (gain * s)[:, None]).to(B.dtype)
-        along = (crossed * B.to(high)).sum(1)
+        along = (crossed * B.to(sum_dtype)).sum(1)
         d_scale = (gain * along).sum().to(scale.dtype)
         if needs_g:
-            d_g = ((wide * y0.to(high)).flatten(0, -2).sum(0) + s * along).to(g.dtype)
+            d_g = ((dy_in_sum_dtype * y0.to(sum_dtype)).flatten(0, -2).sum(0) + s * along).to(g.dtype)
     if needs_b:
-        d_b = wide.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        d_b = dy_in_sum_dtype.flatten(0, -2).sum(0).to(ctx.bias_dtype)
     return d_y0, d_h, d_B, d_g, d_scale, d_b
 
 
 _epilogue_op.register_autograd(_backward, setup_context=_save)
-plain_in_transforms("dora_epilogue", reference_dora_epilogue)
+decompose_in_transforms("dora_epilogue", reference_dora_epilogue)
 
 
 def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
@@ -252,7 +260,7 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
     Raises BackendError for shapes, dtypes or devices it is not defined for.
     """
     check_factors("dora_norm", W, A, B)
-    return _norm_op(W, A, B, as_scale(scale, W))
+    return _norm_op(W, A, B, scale_tensor(scale, W))
 
 
 def dora_epilogue(
@@ -270,21 +278,25 @@ def dora_epilogue(
     for name, t in [("g", g)] if b is None else [("g", g), ("b", b)]:
         check(op, tuple(t.shape) == (y0.shape[-1],), f"{name} of shape ({y0.shape[-1]},)", tuple(t.shape))
     check_floats(op, y0=y0, h=h, B=B, g=g, **({} if b is None else {"b": b}))
-    return _epilogue_op(y0, h, B, g, as_scale(scale, y0), b)
+    return _epilogue_op(y0, h, B, g, scale_tensor(scale, y0), b)
 
 
-def _squares_ahead(weight: str, factor: str) -> Ahead:
+def _aot_squares(weight: str, factor: str) -> AotKernel:
     pointers = {"w_ptr": weight, "a_ptr": factor, "b_ptr": factor, "scale_ptr": "fp32", "sums_ptr": "fp32"}
-    return ahead(_squares_kernel, f"squares-{weight}-{factor}", pointers, ("w_col", "a_col", "b_rank"), factor)
+    return aot_tile_record(
+        _squares_kernel, f"squares-{weight}-{factor}", pointers, ("w_col", "a_col", "b_rank"), factor
+    )
 
 
-def _epilogue_ahead(base: str, factor: str, bias: bool) -> Ahead:
+def _aot_epilogue(base: str, factor: str, bias: bool) -> AotKernel:
     pointers = {"h_ptr": factor, "b_ptr": factor, "gain_ptr": "fp32", "scale_ptr": "fp32"}
     pointers |= dict.fromkeys(("base_ptr", "bias_ptr", "out_ptr"), base)
     name = f"epilogue{'_bias' if bias else ''}-{base}-{factor}"
     ones = ("base_col", "h_rank", "b_rank", "gain_col", "bias_col")
-    return ahead(_epilogue_kernel, name, pointers, ones, factor, HAS_BIAS=bias)
+    return aot_tile_record(_epilogue_kernel, name, pointers, ones, factor, HAS_BIAS=bias)
 
 
-AHEAD = [_squares_ahead(*types) for types in TYPES] + [_epilogue_ahead(*types, bias=True) for types in TYPES]
-AHEAD += [_epilogue_ahead("bf16", "bf16", bias=False)]
+AOT_KERNELS = [_aot_squares(*types) for types in AOT_DTYPES] + [
+    _aot_epilogue(*types, bias=True) for types in AOT_DTYPES
+]
+AOT_KERNELS += [_aot_epilogue("bf16", "bf16", bias=False)]

@@ -44,21 +44,21 @@ from adaptc.kernels._grouped_products import launch_expand, launch_outer, launch
 from adaptc.kernels._launch import check, check_floats, runs_kernels
 from adaptc.kernels._row_chunks import (
     Chunks,
-    adapter_at,
     chunk_count,
-    chunks,
-    per_adapter,
+    cut_into_chunks,
+    position_adapters,
     reference_grouped_expand,
     reference_grouped_outer,
     reference_grouped_shrink,
     rows_per_chunk,
-    sum_type,
+    sum_dtype,
+    take_per_adapter,
 )
-from adaptc.op_rules import plain_in_transforms
+from adaptc.op_rules import decompose_in_transforms
 
 __all__ = [
     "Chunks",
-    "chunks",
+    "cut_into_chunks",
     "grouped_expand",
     "grouped_lora",
     "grouped_outer",
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 
-def _same(size: Any, expected: Any) -> bool:
+def _may_be_equal(size: Any, expected: Any) -> bool:
     """Return whether two sizes are equal; symbolic sizes count as equal unless they are known to differ."""
     return not statically_known_true(size != expected)
 
@@ -80,7 +80,9 @@ def _check(
     """Raise BackendError for tensors that a kernel would misread, or read beyond the end of."""
     check_floats(op, x=x, bank=bank)
     check(op, x.dim() == 2 and bank.dim() == 2, "rows and a bank of two dimensions", (x.dim(), bank.dim()))
-    check(op, _same(bank.shape[1], x.shape[1]), f"a bank of {x.shape[1]} columns, as the rows have", bank.shape[1])
+    check(
+        op, _may_be_equal(bank.shape[1], x.shape[1]), f"a bank of {x.shape[1]} columns, as the rows have", bank.shape[1]
+    )
     check(op, starts.dim() == 1 and starts.shape[0] > 0, "starts of (adapters + 1,)", tuple(starts.shape))
     for name, t in zip(("starts", *Chunks._fields), (starts, *table), strict=True):
         check(op, t.dtype == torch.int32 and t.is_contiguous(), f"{name} contiguous and in int32", t.dtype)
@@ -88,16 +90,21 @@ def _check(
     check(op, 0 < chunk <= 64, "chunks of 1 to 64 rows, which one program holds", chunk)
     n_rows, n = x.shape[0], starts.shape[0] - 1
     count = chunk_count(n_rows, n, chunk)
-    check(op, _same(table.order.shape[0], n_rows), f"chunks of {n_rows} rows", table.order.shape[0])
+    check(op, _may_be_equal(table.order.shape[0], n_rows), f"chunks of {n_rows} rows", table.order.shape[0])
     for t in table[1:]:
-        check(op, _same(t.shape[0], count), f"{count} chunks, as chunks(index, n, {chunk}) makes", t.shape[0])
+        check(
+            op,
+            _may_be_equal(t.shape[0], count),
+            f"{count} chunks, as cut_into_chunks(index, n, {chunk}) makes",
+            t.shape[0],
+        )
     if h is not None:
         check_floats(op, x=x, h=h)
-        check(op, h.dim() == 2 and _same(h.shape[0], n_rows), f"h of {n_rows} rows", tuple(h.shape))
+        check(op, h.dim() == 2 and _may_be_equal(h.shape[0], n_rows), f"h of {n_rows} rows", tuple(h.shape))
         check(op, h.dtype == torch.float32 or not runs_kernels(h), "h in float32", h.dtype)
     if scales is not None:
         check_floats(op, x=x, scales=scales)
-        check(op, scales.dim() == 1 and _same(scales.shape[0], n), f"{n} scales", tuple(scales.shape))
+        check(op, scales.dim() == 1 and _may_be_equal(scales.shape[0], n), f"{n} scales", tuple(scales.shape))
 
 
 @triton_op("adaptc::grouped_shrink", mutates_args=())
@@ -151,7 +158,7 @@ def grouped_outer(
 @grouped_shrink.register_fake
 def _(x, bank, starts, order, adapter, start, length, chunk, max_rank):
     _check("grouped_shrink", x, bank, starts, Chunks(order, adapter, start, length), chunk)
-    return x.new_empty((x.shape[0], max_rank), dtype=sum_type(x, bank))
+    return x.new_empty((x.shape[0], max_rank), dtype=sum_dtype(x, bank))
 
 
 @grouped_expand.register_fake
@@ -163,7 +170,7 @@ def _(y, h, bank, starts, scales, order, adapter, start, length, chunk):
 @grouped_outer.register_fake
 def _(h, v, starts, order, adapter, start, length, chunk, n_rows):
     _check("grouped_outer", v, v, starts, Chunks(order, adapter, start, length), chunk, h)
-    return v.new_empty((n_rows, v.shape[1]), dtype=sum_type(h, v))
+    return v.new_empty((n_rows, v.shape[1]), dtype=sum_dtype(h, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -176,13 +183,13 @@ def _shrink_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table = Chunks(*rest)
     dx = dbank = None
     if ctx.needs_input_grad[0]:
-        dx = _expand_alone(x, grad, bank, starts, table, ctx.chunk)
+        dx = _expand_unscaled(x, grad, bank, starts, table, ctx.chunk)
     if ctx.needs_input_grad[1]:
         dbank = grouped_outer(grad, x, starts, *table, ctx.chunk, bank.shape[0]).to(bank.dtype)
     return dx, dbank, *[None] * 7
 
 
-def _expand_alone(like: Tensor, h: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int) -> Tensor:
+def _expand_unscaled(like: Tensor, h: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int) -> Tensor:
     """Return the matmul that grouped_expand adds to y, unscaled, with the shape and dtype of ``like``."""
     zero = like.new_zeros((1, like.shape[1])).expand(like.shape)
     ones = torch.ones(starts.shape[0] - 1, device=like.device)
@@ -197,9 +204,9 @@ def _save_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     h, bank, starts, scales, *rest = ctx.saved_tensors
     table = Chunks(*rest)
-    adapter = adapter_at(table)
-    scale = per_adapter(scales, adapter)[:, None]
-    own = torch.arange(h.shape[1], device=h.device) < per_adapter(torch.diff(starts), adapter)[:, None]
+    adapter = position_adapters(table)
+    scale = take_per_adapter(scales, adapter)[:, None]
+    own = torch.arange(h.shape[1], device=h.device) < take_per_adapter(torch.diff(starts), adapter)[:, None]
     dh = dbank = dscales = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
         # Beyond the adapter's rank memory may hold anything. NaN times 0 would reach the sums, so zeros replace it.
@@ -217,7 +224,7 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     h, v, starts, *rest = ctx.saved_tensors
     table = Chunks(*rest)
     dh = grouped_shrink(v, grad, starts, *table, ctx.chunk, h.shape[1]).to(h.dtype)
-    return dh, _expand_alone(v, h, grad, starts, table, ctx.chunk), *[None] * 7
+    return dh, _expand_unscaled(v, h, grad, starts, table, ctx.chunk), *[None] * 7
 
 
 grouped_shrink.register_autograd(_shrink_backward, setup_context=_save)
@@ -240,9 +247,9 @@ def _plain_outer(h: Tensor, v: Tensor, starts: Tensor, *rest: Any) -> Tensor:
     return reference_grouped_outer(h, v, starts, Chunks(*table), chunk, n_rows)
 
 
-plain_in_transforms("grouped_shrink", _plain_shrink)
-plain_in_transforms("grouped_expand", _plain_expand)
-plain_in_transforms("grouped_outer", _plain_outer)
+decompose_in_transforms("grouped_shrink", _plain_shrink)
+decompose_in_transforms("grouped_expand", _plain_expand)
+decompose_in_transforms("grouped_outer", _plain_outer)
 
 
 def grouped_lora(
@@ -251,8 +258,9 @@ def grouped_lora(
 ) -> Tensor:  # fmt: skip
     """Return y (T, N) plus the update of each row's adapter, as the module docstring says.
 
-    It is differentiable in x, y, A, B and ``scales``. Layers of one batch can share ``chunks(index, n_adapters,
-    chunk)``, given as ``index``, along with the same ``chunk`` (by default ``rows_per_chunk(T)``).
+    It is differentiable in x, y, A, B and ``scales``. Layers of one batch can share
+    ``cut_into_chunks(index, n_adapters, chunk)``, given as ``index``, along with the same ``chunk`` (by default
+    ``rows_per_chunk(T)``).
 
     ``max_rank`` is the highest rank that ``starts`` may have. None reads it from ``starts``, which waits for the
     device: give it inside torch.compile and CUDA graphs. Raises BackendError for shapes, dtypes or devices that do not
@@ -260,10 +268,10 @@ def grouped_lora(
     """
     n = starts.shape[0] - 1
     # Shapes and no f-string with a size: torch.compile would make the size a constant.
-    check("grouped_lora", _same(A.shape[0], B.shape[0]), "as many rows in B as in A", (B.shape, A.shape))
-    check("grouped_lora", _same(x.shape[0], y.shape[0]), "as many rows in y as in x", (y.shape, x.shape))
+    check("grouped_lora", _may_be_equal(A.shape[0], B.shape[0]), "as many rows in B as in A", (B.shape, A.shape))
+    check("grouped_lora", _may_be_equal(x.shape[0], y.shape[0]), "as many rows in y as in x", (y.shape, x.shape))
     chunk = rows_per_chunk(x.shape[0]) if chunk is None else chunk
-    table = index if isinstance(index, Chunks) else chunks(index, n, chunk)
+    table = index if isinstance(index, Chunks) else cut_into_chunks(index, n, chunk)
     if max_rank is None:
         max_rank = int(torch.diff(starts).max()) if n > 0 else 0
     h = grouped_shrink(x, A, starts, *table, chunk, max_rank)
@@ -274,7 +282,7 @@ def reference_grouped_lora(
     x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scales: Tensor, index: Tensor
 ) -> Tensor:
     """Return the result of :func:`grouped_lora`, computed adapter by adapter."""
-    dtype, out, edges = sum_type(x, y, A, B), y.clone(), starts.tolist()
+    dtype, out, edges = sum_dtype(x, y, A, B), y.clone(), starts.tolist()
     for i, (start, end) in enumerate(pairwise(edges)):
         rows = (index == i).nonzero().squeeze(1)
         if start < end:

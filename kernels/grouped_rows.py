@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from adaptc.kernels._launch import check
-from adaptc.kernels._row_chunks import Chunks, chunks, rows_per_chunk, sum_type
+from adaptc.kernels._row_chunks import Chunks, cut_into_chunks, rows_per_chunk, sum_dtype
 from adaptc.kernels.grouped_lora import grouped_expand, grouped_shrink
-from adaptc.op_rules import plain_in_transforms
-from adaptc.torch_modes import plainly
+from adaptc.op_rules import decompose_in_transforms
+from adaptc.torch_modes import outside_modes
 
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("grouped_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor starts, Tensor scale, Tensor c) -> Tensor")
 
 #: rows by the adapter that each has in one pass, the size of chunks, and (T, 1) what each counts; None where all 1
-Pass = tuple[Chunks, int, Tensor | None]
+GroupedPass = tuple[Chunks, int, Tensor | None]
 
 
 def grouped_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
@@ -44,35 +44,37 @@ def grouped_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, sca
     return torch.ops.adaptc.grouped_rows(x, y, A, B, starts, scale, c)
 
 
-def _computed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+def _compute(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     count, R = A.shape[:2]
     check("grouped_rows", starts.shape[0] == 2 * count + 1, f"starts of {2 * count + 1}", tuple(starts.shape))
-    flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    T = flat.shape[0]
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    T = x_rows.shape[0]
     rows = c.shape[0]
     check("grouped_rows", not T or (rows > 0 and T % rows == 0), f"as many for each of {rows} rows", T)
-    passes = _passes(c, T) if T else []
+    passes = _cached_passes(c, T) if T else []
     if len(passes) > 1:
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        y_rows = y_rows.to(torch.promote_types(y_rows.dtype, torch.float32))
     down, up = A.reshape(-1, A.shape[2]), B.transpose(1, 2).reshape(-1, B.shape[1])
     for table, chunk, weight in passes:
-        h = grouped_shrink(flat, down, starts, *table, chunk, R)
+        h = grouped_shrink(x_rows, down, starts, *table, chunk, R)
         h = h if weight is None else h * weight.to(h.dtype)
-        out = grouped_expand(out, h, up, starts, scale, *table, chunk)
-    return out.to(y.dtype).reshape(y.shape) if passes else y.clone(memory_format=torch.contiguous_format)
+        y_rows = grouped_expand(y_rows, h, up, starts, scale, *table, chunk)
+    return y_rows.to(y.dtype).reshape(y.shape) if passes else y.clone(memory_format=torch.contiguous_format)
 
 
 def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-_LIBRARY.impl("grouped_rows", _computed, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped_rows", _compute, "CompositeExplicitAutograd")
 torch.library.register_fake("adaptc::grouped_rows", _fake, lib=_LIBRARY)
 
 
-def plain_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+def reference_grouped_rows(
+    x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor
+) -> Tensor:
     """Return the result of :func:`grouped_rows` by plain ops, which multiply every row by every adapter's factors."""
-    ranks, dtype = torch.diff(starts)[::2], sum_type(x, y, A)
+    ranks, dtype = torch.diff(starts)[::2], sum_dtype(x, y, A)
     own = (torch.arange(A.shape[1], device=A.device) < ranks[:, None])[:, :, None]
     A, B = A.where(own, 0).to(dtype), B.where(own.mT, 0).to(dtype)
     mix = (c.to(dtype) * scale[::2].to(dtype)).repeat_interleave(x.shape[0] // max(c.shape[0], 1), 0)
@@ -82,46 +84,55 @@ def plain_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale
     return (y.to(dtype) + h.flatten(-2) @ B.transpose(0, 1).flatten(1).t()).to(y.dtype)
 
 
-plain_in_transforms("grouped_rows", plain_rows, constant=range(7))
+decompose_in_transforms("grouped_rows", reference_grouped_rows, nondifferentiable=range(7))
 
 
-class _Kept(threading.local):
+class _PassCache(threading.local):
     """The grouping of rows for the last coefficients ``c`` of a thread, by the number of positions.
 
     Its tensors belong to the CUDA stream on which they were made, so another stream makes its own.
     """
 
     def __init__(self) -> None:
-        self.c: Any = None
+        self.coefficients: Any = None
         self.version, self.stream = -1, 0
-        self.passes: dict[int, list[Pass]] = {}
+        self.passes: dict[int, list[GroupedPass]] = {}
 
 
-_KEPT = _Kept()
+_PASS_CACHE = _PassCache()
 
 
-def _passes(c: Tensor, T: int) -> list[Pass]:
+def _cached_passes(c: Tensor, T: int) -> list[GroupedPass]:
     stream = torch.cuda.current_stream(c.device).cuda_stream if c.is_cuda else 0
-    if _KEPT.c is None or _KEPT.c() is not c or (_KEPT.version, _KEPT.stream) != (c._version, stream):
-        _KEPT.c, _KEPT.version, _KEPT.stream, _KEPT.passes = ref(c), c._version, stream, {}
-    found = _KEPT.passes.get(T)
+    if (
+        _PASS_CACHE.coefficients is None
+        or _PASS_CACHE.coefficients() is not c
+        or (_PASS_CACHE.version, _PASS_CACHE.stream) != (c._version, stream)
+    ):
+        _PASS_CACHE.coefficients, _PASS_CACHE.version, _PASS_CACHE.stream, _PASS_CACHE.passes = (
+            ref(c),
+            c._version,
+            stream,
+            {},
+        )
+    found = _PASS_CACHE.passes.get(T)
     if found is None:
-        with plainly():
-            found = _KEPT.passes[T] = _made(c, T)
+        with outside_modes():
+            found = _PASS_CACHE.passes[T] = _make_passes(c, T)
     return found
 
 
-def _made(c: Tensor, T: int) -> list[Pass]:
+def _make_passes(c: Tensor, T: int) -> list[GroupedPass]:
     left, (rows, count), chunk = c.detach().cpu().clone(), c.shape, rows_per_chunk(T)
-    out: list[Pass] = []
+    passes: list[GroupedPass] = []
     while bool(left.any()):
         size, k = left.abs().max(1)
         weight = left.gather(1, k[:, None])
         left.scatter_(1, k[:, None], 0)
         index = torch.where(size > 0, 2 * k, -1).repeat_interleave(T // rows)
-        table = chunks(index, 2 * count, chunk)
+        table = cut_into_chunks(index, 2 * count, chunk)
         each = None
         if bool((weight[size > 0] != 1).any()):
             each = weight.repeat_interleave(T // rows, 0)[table.order].to(c.device)
-        out.append((Chunks(*(t.to(c.device) for t in table)), chunk, each))
-    return out
+        passes.append((Chunks(*(t.to(c.device) for t in table)), chunk, each))
+    return passes

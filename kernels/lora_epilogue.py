@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 
-from adaptc.kernels._compile_ahead import Ahead
+from adaptc.kernels._compile_ahead import AotKernel
 from adaptc.kernels._launch import INTERPRETED, check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._low_rank_tile import NAMES, TYPES, low_rank_tile, tile_of
-from adaptc.op_rules import plain_in_transforms
+from adaptc.kernels._low_rank_tile import AOT_DTYPES, TORCH_DTYPES, low_rank_tile, tile_of
+from adaptc.op_rules import decompose_in_transforms
 
 # A kernel sees only constants of its own module.
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -42,11 +42,11 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 UP_BLOCK_N = 64
 
 #: the number of programs that fill a GPU of about 130 multiprocessors twice
-PROGRAMS = 256
+TARGET_PROGRAMS = 256
 
 
 @triton.jit
-def dot_as(left, right, acc):
+def dot_in_right_dtype(left, right, acc):
     """Return acc + left @ right, with ``left`` rounded to the dtype of ``right``."""
     left = left.to(right.dtype)
     # The interpreter multiplies the bits of bfloat16 as integers.
@@ -64,20 +64,20 @@ def _down_kernel(
     """Write h[s, m, r], the part of h[m, r] from the s-th ``span`` of k; ``span`` is a multiple of BLOCK_K."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    part = tl.program_id(2)
+    split = tl.program_id(2)
     row_ok = (rows < n_rows)[:, None]
     rank_ok = (ranks < rank)[None, :]
     x_rows = x_ptr + rows[:, None] * x_row
     a_ranks = a_ptr + ranks[None, :] * a_rank
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(part * span, tl.minimum(part * span + span, K), BLOCK_K):
+    for start in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + k.to(tl.int64)[None, :] * x_col, mask=row_ok & (k < K)[None, :], other=0.0)
         a = tl.load(a_ranks + k.to(tl.int64)[:, None] * a_col, mask=(k < K)[:, None] & rank_ok, other=0.0)
-        acc = dot_as(x, a, acc)
+        acc = dot_in_right_dtype(x, a, acc)
     if HAS_SCALE:
         acc *= tl.load(scale_ptr).to(tl.float32)
-    place = h_ptr + (part.to(tl.int64) * n_rows + rows)[:, None] * rank + ranks[None, :]
+    place = h_ptr + (split.to(tl.int64) * n_rows + rows)[:, None] * rank + ranks[None, :]
     tl.store(place, acc.to(h_ptr.dtype.element_ty), mask=row_ok & rank_ok)
 
 
@@ -99,7 +99,7 @@ def _up_add_kernel(
     tl.store(out_ptr + rows[:, None] * out_row + cols[None, :] * out_col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def empty(*sizes: Any) -> bool:
+def is_empty_grid(*sizes: Any) -> bool:
     """Return whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
     return any(statically_known_true(size == 0) for size in sizes)
 
@@ -125,34 +125,36 @@ def up_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64 if half else 32, "BLOCK_N": UP_BLOCK_N, "BLOCK_R": 32 if half else 16}
 
 
-def _parts(n_rows: Any, K: Any, rank: Any, t: dict[str, int]) -> int:
+def _split_count(n_rows: Any, K: Any, rank: Any, blocks: dict[str, int]) -> int:
     """Return the number of parts of the sum over K.
 
     Symbolic sizes get as many parts as few rows would, where splitting matters most.
     """
     parts = 16
     if isinstance(n_rows, int) and isinstance(rank, int):
-        parts = min(parts, PROGRAMS // (triton.cdiv(n_rows, t["BLOCK_M"]) * triton.cdiv(rank, t["BLOCK_R"])))
+        parts = min(
+            parts, TARGET_PROGRAMS // (triton.cdiv(n_rows, blocks["BLOCK_M"]) * triton.cdiv(rank, blocks["BLOCK_R"]))
+        )
     if isinstance(K, int):
-        parts = min(parts, K // (4 * t["BLOCK_K"]))
+        parts = min(parts, K // (4 * blocks["BLOCK_K"]))
     return max(parts, 1)
 
 
 def launch_down(x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
     (n_rows, K), rank = x.shape, A.shape[0]
-    t, warps = down_blocks(A.dtype, rank)
-    if empty(n_rows, rank):
+    blocks, warps = down_blocks(A.dtype, rank)
+    if is_empty_grid(n_rows, rank):
         return x.new_empty((n_rows, rank), dtype=A.dtype)
-    parts = _parts(n_rows, K, rank, t)
-    h = x.new_empty((parts, n_rows, rank), dtype=A.dtype if parts == 1 else torch.float32)
-    span = triton.cdiv(triton.cdiv(K, parts), t["BLOCK_K"]) * t["BLOCK_K"]
-    grid = (triton.cdiv(n_rows, t["BLOCK_M"]), triton.cdiv(rank, t["BLOCK_R"]), parts)
+    splits = _split_count(n_rows, K, rank, blocks)
+    h = x.new_empty((splits, n_rows, rank), dtype=A.dtype if splits == 1 else torch.float32)
+    span = triton.cdiv(triton.cdiv(K, splits), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    grid = (triton.cdiv(n_rows, blocks["BLOCK_M"]), triton.cdiv(rank, blocks["BLOCK_R"]), splits)
     with on_device_of(x):
         wrap_triton(_down_kernel)[grid](
             x, A, A if scale is None else scale, h, n_rows, K, rank, span, *x.stride(), *A.stride(),
-            HAS_SCALE=scale is not None, **t, num_warps=warps,
+            HAS_SCALE=scale is not None, **blocks, num_warps=warps,
         )  # fmt: skip
-    return h.view(n_rows, rank) if parts == 1 else h.sum(0).to(A.dtype)
+    return h.view(n_rows, rank) if splits == 1 else h.sum(0).to(A.dtype)
 
 
 def launch_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor, out: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ def launch_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor, out: Tensor) -
     ``out`` may be ``y`` itself: a program reads its tile before it writes it.
     """
     (n_rows, n_cols), t = y.shape, up_blocks(h.dtype, B.dtype)
-    if not empty(n_rows, n_cols):
+    if not is_empty_grid(n_rows, n_cols):
         with on_device_of(y):
             wrap_triton(_up_add_kernel)[(triton.cdiv(n_rows, t["BLOCK_M"]) * triton.cdiv(n_cols, t["BLOCK_N"]),)](
                 y, h, B, scale, out, n_rows, n_cols, B.shape[1],
@@ -170,7 +172,7 @@ def launch_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor, out: Tensor) -
     return out
 
 
-def new_like(y: Tensor) -> Tensor:
+def empty_output(y: Tensor) -> Tensor:
     return y.new_empty(y.shape)
 
 
@@ -185,7 +187,7 @@ def lora_down(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Tensor:
 def lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     """Return y + scale * h B^T: y (M, N), h (M, R), B (N, R), scale () -> (M, N) of y's dtype."""
     _check_up_add(y, h, B, scale)
-    return launch_up_add(y, h, B, scale, new_like(y)) if runs_kernels(y) else reference_lora_up_add(y, h, B, scale)
+    return launch_up_add(y, h, B, scale, empty_output(y)) if runs_kernels(y) else reference_lora_up_add(y, h, B, scale)
 
 
 @lora_down.register_fake
@@ -197,7 +199,7 @@ def _(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Tensor:
 @lora_up_add.register_fake
 def _(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     _check_up_add(y, h, B, scale)
-    return new_like(y)
+    return empty_output(y)
 
 
 def check_scale(op: str, scale: Tensor | None, like: Tensor, shape: tuple[int, ...] = ()) -> None:
@@ -256,48 +258,50 @@ lora_down.register_autograd(_down_backward, setup_context=_save_down)
 lora_up_add.register_autograd(_up_add_backward, setup_context=_save_up_add)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def matmul_transposed(left: Tensor, right: Tensor) -> Tensor:
     """Return left @ right^T in float32, in which kernels sum; in float64 if one of the two is."""
     high = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     return left.to(high) @ right.to(high).t()
 
 
 def reference_lora_down(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Tensor:
-    h = product(x.to(A.dtype), A)
+    h = matmul_transposed(x.to(A.dtype), A)
     return (h if scale is None else scale * h).to(A.dtype)
 
 
 def reference_lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    return (y + scale * product(h, B)).to(y.dtype).contiguous()
+    return (y + scale * matmul_transposed(h, B)).to(y.dtype).contiguous()
 
 
-plain_in_transforms("lora_down", reference_lora_down, constant=(2,))
-plain_in_transforms("lora_up_add", reference_lora_up_add, constant=(3,))
+decompose_in_transforms("lora_down", reference_lora_down, nondifferentiable=(2,))
+decompose_in_transforms("lora_up_add", reference_lora_up_add, nondifferentiable=(3,))
 
 
-def _ahead_down(base: str, adapter: str, rank: int, of_gradient: bool) -> Ahead:
+def _aot_down(base: str, adapter: str, rank: int, of_gradient: bool) -> AotKernel:
     """Return the record of a down projection; ``of_gradient`` gives it the strides and the scale of a gradient of B."""
     pointers = {"x_ptr": base, "a_ptr": adapter, "scale_ptr": "fp32", "h_ptr": adapter}
     name = f"lora_down-{base}-{adapter}-rank{rank}{'-gradient' if of_gradient else ''}"
     ones = ("x_row", "a_rank") if of_gradient else ("x_col", "a_col")
-    t, warps = down_blocks(NAMES[adapter], rank)
-    a = Ahead.of(_down_kernel, name, pointers, ones, adapter != "fp32", HAS_SCALE=of_gradient, **t)
+    t, warps = down_blocks(TORCH_DTYPES[adapter], rank)
+    a = AotKernel.from_pointers(_down_kernel, name, pointers, ones, adapter != "fp32", HAS_SCALE=of_gradient, **t)
     return replace(a, num_warps=warps)
 
 
-def _ahead_up_add(base: str, adapter: str) -> Ahead:
+def _aot_up_add(base: str, adapter: str) -> AotKernel:
     pointers = {"y_ptr": base, "h_ptr": adapter, "b_ptr": adapter, "scale_ptr": "fp32", "out_ptr": base}
     ones = ("y_col", "h_rank", "b_rank", "out_col")
-    t = up_blocks(NAMES[adapter], NAMES[adapter])
-    return Ahead.of(_up_add_kernel, f"lora_up_add-{base}-{adapter}", pointers, ones, adapter != "fp32", **t)
+    t = up_blocks(TORCH_DTYPES[adapter], TORCH_DTYPES[adapter])
+    return AotKernel.from_pointers(
+        _up_add_kernel, f"lora_up_add-{base}-{adapter}", pointers, ones, adapter != "fp32", **t
+    )
 
 
-AHEAD = [
+AOT_KERNELS = [
     *(
-        _ahead_down(*types, rank, gradient)
-        for types in TYPES
+        _aot_down(*types, rank, gradient)
+        for types in AOT_DTYPES
         for rank, gradient in ((16, False), (16, True), (64, True))
     ),
-    *(_ahead_down(*types, rank, False) for types in TYPES if types[1] != "fp32" for rank in (32, 64)),
-    *(_ahead_up_add(*types) for types in TYPES),
+    *(_aot_down(*types, rank, False) for types in AOT_DTYPES if types[1] != "fp32" for rank in (32, 64)),
+    *(_aot_up_add(*types) for types in AOT_DTYPES),
 ]

@@ -36,21 +36,21 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 from torch.nn import functional as F
 
-from adaptc.kernels._compile_ahead import Ahead
-from adaptc.kernels._launch import as_scale, check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._low_rank_tile import NAMES, TYPES
+from adaptc.kernels._compile_ahead import AotKernel
+from adaptc.kernels._launch import check, check_floats, on_device_of, runs_kernels, scale_tensor, wrap_triton
+from adaptc.kernels._low_rank_tile import AOT_DTYPES, TORCH_DTYPES
 from adaptc.kernels.lora_epilogue import (
     check_scale,
-    dot_as,
-    empty,
+    dot_in_right_dtype,
+    is_empty_grid,
     launch_down,
     launch_up_add,
     lora_down,
     lora_up_add,
-    product,
+    matmul_transposed,
     reference_lora_down,
 )
-from adaptc.op_rules import plain_in_transforms
+from adaptc.op_rules import decompose_in_transforms
 
 #: the number of rows up to which one kernel does it all: the fewest that matrix instructions take
 FEW_ROWS = 16
@@ -82,10 +82,10 @@ def _few_rows_kernel(
         x = tl.load(x_rows + k[None, :] * x_col, mask=row_ok & (k < K)[None, :], other=0.0)
         w = tl.load(w_ptr + cols[None, :] * w_row + k[:, None] * w_col, mask=k_ok & col_ok, other=0.0)
         a = tl.load(a_ptr + r[None, :] * a_rank + k[:, None] * a_col, mask=k_ok & rank_ok[None, :], other=0.0)
-        base = dot_as(x, w, base)
-        h = dot_as(x, a, h)
+        base = dot_in_right_dtype(x, w, base)
+        h = dot_in_right_dtype(x, a, h)
     b = tl.load(b_cols + r[:, None] * b_rank, mask=rank_ok[:, None] & col_ok, other=0.0)
-    update = dot_as(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    update = dot_in_right_dtype(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     # Ranks above BLOCK_R read x and A again, but not W.
     for above in range(BLOCK_R, rank, BLOCK_R):
         r = (above + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -96,9 +96,9 @@ def _few_rows_kernel(
             k_ok = (k < K)[:, None]
             x = tl.load(x_rows + k[None, :] * x_col, mask=row_ok & (k < K)[None, :], other=0.0)
             a = tl.load(a_ptr + r[None, :] * a_rank + k[:, None] * a_col, mask=k_ok & rank_ok[None, :], other=0.0)
-            h = dot_as(x, a, h)
+            h = dot_in_right_dtype(x, a, h)
         b = tl.load(b_cols + r[:, None] * b_rank, mask=rank_ok[:, None] & col_ok, other=0.0)
-        update = dot_as(h, b, update)
+        update = dot_in_right_dtype(h, b, update)
     y = base + tl.load(scale_ptr).to(tl.float32) * update
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols * bias_col, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
@@ -125,7 +125,7 @@ def _launch_few_rows(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Te
     (n_rows, K), n_cols, rank = x.shape, W.shape[0], A.shape[0]
     t, warps = few_rows_blocks(W.dtype, A.dtype, n_cols, rank)
     y = x.new_empty((n_rows, n_cols))
-    if not empty(n_rows, n_cols):
+    if not is_empty_grid(n_rows, n_cols):
         with on_device_of(x):
             wrap_triton(_few_rows_kernel)[(triton.cdiv(n_cols, t["BLOCK_N"]),)](
                 x, W, W if bias is None else bias, A, B, scale, y, n_rows, n_cols, K, rank,
@@ -163,7 +163,7 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     """
     check("lora_linear", x.ndim > 0, "x of shape (..., K)", tuple(x.shape))
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
-    y = _lora_linear_op(rows, W, bias, A, B, as_scale(scale, x))
+    y = _lora_linear_op(rows, W, bias, A, B, scale_tensor(scale, x))
     return y.reshape(*x.shape[:-1], W.shape[0])
 
 
@@ -207,24 +207,27 @@ _lora_linear_op.register_autograd(_backward, setup_context=_save)
 
 
 def reference_lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    y = product(x, W) + scale * product(reference_lora_down(x, A), B)
+    y = matmul_transposed(x, W) + scale * matmul_transposed(reference_lora_down(x, A), B)
     return (y if bias is None else y + bias).to(W.dtype)
 
 
-plain_in_transforms("lora_linear", reference_lora_linear, constant=(5,))
+decompose_in_transforms("lora_linear", reference_lora_linear, nondifferentiable=(5,))
 
 
-def _ahead(base: str, adapter: str, n_cols: int, rank: int) -> Ahead:
+def _aot_few_rows(base: str, adapter: str, n_cols: int, rank: int) -> AotKernel:
     pointers = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), base)
     pointers |= dict.fromkeys(("a_ptr", "b_ptr"), adapter) | {"scale_ptr": "fp32"}
-    t, warps = few_rows_blocks(NAMES[base], NAMES[adapter], n_cols, rank)
+    t, warps = few_rows_blocks(TORCH_DTYPES[base], TORCH_DTYPES[adapter], n_cols, rank)
     name = f"lora_linear-{base}-{adapter}-{n_cols}-rank{rank}"
     ones = ("x_col", "w_col", "bias_col", "a_col", "b_rank")
-    a = Ahead.of(_few_rows_kernel, name, pointers, ones, base != "fp32", HAS_BIAS=True, **t)
+    a = AotKernel.from_pointers(_few_rows_kernel, name, pointers, ones, base != "fp32", HAS_BIAS=True, **t)
     return replace(a, num_warps=warps, num_stages=STAGES)
 
 
-AHEAD = [
-    *(_ahead(*types, 4096, 16) for types in TYPES),
-    *(_ahead("bf16", "bf16", n_cols, rank) for n_cols, rank in ((4096, 64), (14336, 16), (14336, 32), (14336, 64))),
+AOT_KERNELS = [
+    *(_aot_few_rows(*types, 4096, 16) for types in AOT_DTYPES),
+    *(
+        _aot_few_rows("bf16", "bf16", n_cols, rank)
+        for n_cols, rank in ((4096, 64), (14336, 16), (14336, 32), (14336, 64))
+    ),
 ]

@@ -27,11 +27,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from adaptc.kernels._compile_ahead import Ahead
+from adaptc.kernels._compile_ahead import AotKernel
 from adaptc.kernels._launch import check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._low_rank_tile import NAMES, TYPES, low_rank_tile
-from adaptc.kernels.lora_epilogue import UP_BLOCK_N, empty, lora_down, new_like, product, up_blocks
-from adaptc.op_rules import plain_in_transforms
+from adaptc.kernels._low_rank_tile import AOT_DTYPES, TORCH_DTYPES, low_rank_tile
+from adaptc.kernels.lora_epilogue import (
+    UP_BLOCK_N,
+    empty_output,
+    is_empty_grid,
+    lora_down,
+    matmul_transposed,
+    up_blocks,
+)
+from adaptc.op_rules import decompose_in_transforms
 
 #: the number of fields in a table's row for a block of columns of y, in this order: its first column, its number of
 #: columns, its first column within the layer, then the layer's width, first column of h, rank, begin in B, and number
@@ -74,8 +81,8 @@ def _siblings_kernel(
 
 def _launch(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Sequence[int]) -> Tensor:
     (n_rows, n_cols), t = y.shape, up_blocks(h.dtype, B.dtype)
-    out = new_like(y)
-    if not empty(n_rows, table.shape[0]):
+    out = empty_output(y)
+    if not is_empty_grid(n_rows, table.shape[0]):
         with on_device_of(y):
             wrap_triton(_siblings_kernel)[(triton.cdiv(n_rows, t["BLOCK_M"]), table.shape[0])](
                 y, h, B, table, scales, out, n_rows, n_cols, *y.stride(), *h.stride(),
@@ -104,7 +111,7 @@ def lora_up_add_siblings(
 @lora_up_add_siblings.register_fake
 def _(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Sequence[int]) -> Tensor:
     _check(y, h, B, table, scales, widths)
-    return new_like(y)
+    return empty_output(y)
 
 
 def sibling_factors(matrices: Sequence[Tensor]) -> Tensor:
@@ -128,7 +135,7 @@ def sibling_table(widths: Sequence[int], ranks: Sequence[int], device: torch.dev
     return torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, FIELDS)
 
 
-def table_of(matrices: Sequence[Tensor]) -> Tensor:
+def table_of_factors(matrices: Sequence[Tensor]) -> Tensor:
     """Return the :func:`sibling_table` of these up projections, each (width, rank), on the device of the first."""
     widths, ranks = zip(*(B.shape for B in matrices), strict=True)
     return sibling_table(widths, ranks, matrices[0].device)
@@ -136,7 +143,7 @@ def table_of(matrices: Sequence[Tensor]) -> Tensor:
 
 @custom_op("adaptc::sibling_table", mutates_args=())
 def _table_op(matrices: Sequence[Tensor]) -> Tensor:
-    return table_of(matrices)
+    return table_of_factors(matrices)
 
 
 @_table_op.register_fake
@@ -145,7 +152,7 @@ def _(matrices: Sequence[Tensor]) -> Tensor:
 
 
 #: the table for up projections, each (width, rank), as an op: a graph that has it holds for every rank
-sibling_table_of = torch.ops.adaptc.sibling_table.default
+sibling_table_op = torch.ops.adaptc.sibling_table.default
 
 
 def _check(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Sequence[int]) -> None:
@@ -163,7 +170,7 @@ def _check(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, width
         check(op, t.device == y.device, f"{name} on {y.device}, where the other tensors are", t.device)
 
 
-def _at_columns(table: Tensor, n_cols: int) -> tuple[Tensor, ...]:
+def _fields_by_column(table: Tensor, n_cols: int) -> tuple[Tensor, ...]:
     """Return the table's fields for each column of y, each (N,); the third is the column's place in its layer."""
     column = torch.arange(n_cols, device=table.device)
     fields = table[torch.searchsorted(table[:, 0].contiguous(), column, right=True) - 1].unbind(1)
@@ -172,7 +179,7 @@ def _at_columns(table: Tensor, n_cols: int) -> tuple[Tensor, ...]:
 
 def _block_diagonal(B: Tensor, table: Tensor, n_cols: int, n_ranks: int) -> Tensor:
     """Return B as a block-diagonal matrix (N, sum of ranks), by the table, without waiting for the device."""
-    _, _, within, width, h_column, rank, begin, _ = (t[:, None] for t in _at_columns(table, n_cols))
+    _, _, within, width, h_column, rank, begin, _ = (t[:, None] for t in _fields_by_column(table, n_cols))
     r = torch.arange(n_ranks, device=table.device) - h_column
     place = torch.where((r >= 0) & (r < rank), begin + r * width + within, B.shape[0])
     return torch.cat([B, B.new_zeros(1)])[place]
@@ -191,8 +198,8 @@ def _from_block_diagonal(dense: Tensor, table: Tensor, size: int) -> Tensor:
 def reference_lora_up_add_siblings(
     y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Sequence[int]
 ) -> Tensor:
-    update = product(h, _block_diagonal(B, table, y.shape[1], h.shape[1]))
-    return (y + scales[_at_columns(table, y.shape[1])[7]] * update).to(y.dtype).contiguous()
+    update = matmul_transposed(h, _block_diagonal(B, table, y.shape[1], h.shape[1]))
+    return (y + scales[_fields_by_column(table, y.shape[1])[7]] * update).to(y.dtype).contiguous()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,7 +210,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     h, B, table, scales = ctx.saved_tensors
     need_y, need_h, need_B, *_ = ctx.needs_input_grad
     gh = gB = None
-    scale = scales[_at_columns(table, g.shape[1])[7]][:, None]
+    scale = scales[_fields_by_column(table, g.shape[1])[7]][:, None]
     if need_h:
         scaled = (scale * _block_diagonal(B, table, g.shape[1], h.shape[1])).to(B.dtype)
         gh = lora_down(g, scaled.t()).to(h.dtype)
@@ -213,16 +220,18 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 lora_up_add_siblings.register_autograd(_backward, setup_context=_save)
-plain_in_transforms("lora_up_add_siblings", reference_lora_up_add_siblings, constant=(4,))
-plain_in_transforms("sibling_table", table_of)
+decompose_in_transforms("lora_up_add_siblings", reference_lora_up_add_siblings, nondifferentiable=(4,))
+decompose_in_transforms("sibling_table", table_of_factors)
 
 
-def _ahead(base: str, adapter: str, aligned: bool) -> Ahead:
+def _aot_siblings(base: str, adapter: str, aligned: bool) -> AotKernel:
     pointers = {"y_ptr": base, "h_ptr": adapter, "b_ptr": adapter, "out_ptr": base}
     pointers |= {"table_ptr": "i64", "scales_ptr": "fp32"}
-    t = up_blocks(NAMES[adapter], NAMES[adapter])
+    t = up_blocks(TORCH_DTYPES[adapter], TORCH_DTYPES[adapter])
     name = f"lora_up_add_siblings-{base}-{adapter}{'-aligned' if aligned else ''}"
-    return Ahead.of(_siblings_kernel, name, pointers, ("y_col", "h_rank"), adapter != "fp32", ALIGNED=aligned, **t)
+    return AotKernel.from_pointers(
+        _siblings_kernel, name, pointers, ("y_col", "h_rank"), adapter != "fp32", ALIGNED=aligned, **t
+    )
 
 
-AHEAD = [_ahead(*types, aligned) for types in TYPES for aligned in (False, True)]
+AOT_KERNELS = [_aot_siblings(*types, aligned) for types in AOT_DTYPES for aligned in (False, True)]

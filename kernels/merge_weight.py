@@ -23,10 +23,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from adaptc.kernels._compile_ahead import Ahead
-from adaptc.kernels._launch import as_scale, check, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._low_rank_tile import TYPES, ahead, blocks, check_factors, low_rank_tile, tile_of, tiles
-from adaptc.op_rules import refused_in_transforms
+from adaptc.kernels._compile_ahead import AotKernel
+from adaptc.kernels._launch import check, on_device_of, runs_kernels, scale_tensor, wrap_triton
+from adaptc.kernels._low_rank_tile import (
+    AOT_DTYPES,
+    aot_tile_record,
+    blocks,
+    check_factors,
+    low_rank_tile,
+    tile_of,
+    tiles,
+)
+from adaptc.op_rules import refuse_in_transforms
 
 
 @triton.jit
@@ -52,16 +60,16 @@ def _merge_kernel(
 ):
     rows, cols = tile_of(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    place = w_ptr + rows[:, None] * w_row + cols[None, :] * w_col
+    w_address = w_ptr + rows[:, None] * w_row + cols[None, :] * w_col
     # Loaded before the matmul, which then hides the wait for memory.
-    w = tl.load(place, mask=mask, other=0.0)
+    w = tl.load(w_address, mask=mask, other=0.0)
     if SAVE:
         tl.store(saved_ptr + rows[:, None] * n_cols + cols[None, :], w, mask=mask)
     scale = tl.load(scale_ptr).to(tl.float32)
     update = low_rank_tile(
         b_ptr, a_ptr, rows, cols, n_rows, n_cols, rank, b_row, b_rank, a_rank, a_col, BLOCK_M, BLOCK_N, BLOCK_R
     )
-    tl.store(place, (w.to(tl.float32) + scale * update).to(w.dtype), mask=mask)
+    tl.store(w_address, (w.to(tl.float32) + scale * update).to(w.dtype), mask=mask)
 
 
 def _launch(W: Tensor, saved: Tensor | None, A: Tensor, B: Tensor, scale: Tensor) -> None:
@@ -126,7 +134,7 @@ def _(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
 
 
 for _name in ("merge_", "merge_saving_"):
-    refused_in_transforms(_name, "it writes to a weight in place. Merge outside, or compute W + scale * (B @ A)")
+    refuse_in_transforms(_name, "it writes to a weight in place. Merge outside, or compute W + scale * (B @ A)")
 
 
 @torch.no_grad()
@@ -136,7 +144,7 @@ def merge_(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> None:
     Raises BackendError for shapes, dtypes, devices or strides it is not defined for; W is unchanged then.
     """
     _check("merge_", W, A, B)
-    _merge_op(W, A, B, as_scale(scale, W))
+    _merge_op(W, A, B, scale_tensor(scale, W))
 
 
 @torch.no_grad()
@@ -146,7 +154,7 @@ def merge_saving_(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Ten
     Raises BackendError as :func:`merge_` does.
     """
     _check("merge_saving_", W, A, B)
-    return _merge_saving_op(W, A, B, as_scale(scale, W))
+    return _merge_saving_op(W, A, B, scale_tensor(scale, W))
 
 
 @torch.no_grad()
@@ -163,10 +171,10 @@ def _check(op: str, W: Tensor, A: Tensor, B: Tensor) -> None:
     check(op, not shared, "a weight with memory of its own for each element (copy an expanded one)", W.stride())
 
 
-def _ahead(weight: str, factor: str, save: bool) -> Ahead:
+def _aot_merge(weight: str, factor: str, save: bool) -> AotKernel:
     pointers = {"w_ptr": weight, "saved_ptr": weight, "a_ptr": factor, "b_ptr": factor, "scale_ptr": "fp32"}
     name = f"merge{'_saving' if save else ''}-{weight}-{factor}"
-    return ahead(_merge_kernel, name, pointers, ("w_col", "a_col", "b_rank"), factor, SAVE=save)
+    return aot_tile_record(_merge_kernel, name, pointers, ("w_col", "a_col", "b_rank"), factor, SAVE=save)
 
 
-AHEAD = [_ahead(*types, save=True) for types in TYPES] + [_ahead("bf16", "bf16", save=False)]
+AOT_KERNELS = [_aot_merge(*types, save=True) for types in AOT_DTYPES] + [_aot_merge("bf16", "bf16", save=False)]

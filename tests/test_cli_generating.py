@@ -41,7 +41,7 @@ def package(made: Path) -> Path:
 def test_a_program_that_generates(made: Path, tmp_path: Path) -> None:
     found, text = case("llama"), prompt(2, 5)
     gen = adaptc.load(made / "gen.pt2")
-    assert (gen.facts.max_batch, gen.facts.max_length) == (8, 48)
+    assert (gen.spec.max_batch, gen.spec.max_length) == (8, 48)
     assert torch.equal(generated(gen, text), found.expected("first", text))
     call("swap", made / "gen.pt2", found.adapters["second"], "-o", tmp_path / "second.pt2")
     assert torch.equal(generated(adaptc.load(tmp_path / "second.pt2"), text), found.expected("second", text))

@@ -108,14 +108,14 @@ def test_directories_that_are_read_are_not_replaced_under_another_name(files: Fi
 
 
 def raced(monkeypatch: pytest.MonkeyPatch, come: Any) -> None:
-    """Let ``come`` happen between a command's look at its output and its write."""
-    begin = atomic_write._begin
+    """Let ``moved_in`` happen between a command's look at its output and its write."""
+    begin = atomic_write._make_stage
 
     def late(stage: Path) -> int:
         come()
         return begin(stage)
 
-    monkeypatch.setattr(atomic_write, "_begin", late)
+    monkeypatch.setattr(atomic_write, "_make_stage", late)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -161,15 +161,15 @@ def test_of_many_writers_at_once_one_wins(tmp_path: Path, links: bool, monkeypat
     def write(i: int) -> None:
         file, folder = tmp_path / "file", tmp_path / "folder"
         start.wait()
-        with atomic_write.only_new(file):
+        with atomic_write.forbid_overwrite(file):
             try:
-                with atomic_write.replacing(file) as new:
+                with atomic_write.atomic_replace(file) as new:
                     new.write_text(str(i))
                 written.append(f"file {i}")
             except CheckpointError:
                 pass
         start.wait()
-        with atomic_write.only_new(folder):
+        with atomic_write.forbid_overwrite(folder):
             try:
                 write_adapter(folder, {"peft_type": "LORA", "r": i}, {"a.lora_A.weight": torch.full((1, 2), float(i))})
                 written.append(f"folder {i}")
@@ -193,4 +193,4 @@ def test_names_are_new_for_one_command_alone(files: Files, tmp_path: Path) -> No
     call("unload", files.program, tmp_path / "o.pt2")
     call("unload", files.program, "-o", tmp_path / "o.pt2", "--force")
     adaptc.save(files.own, tmp_path / "o.pt2")
-    assert not atomic_write.must_be_new(tmp_path / "o.pt2")
+    assert not atomic_write.is_protected(tmp_path / "o.pt2")

@@ -14,7 +14,7 @@ from torch import nn
 import adaptc
 from adaptc import patterns
 from adaptc.errors import ConfigError
-from adaptc.patterns import LONGEST, compiled, limited
+from adaptc.patterns import MAX_PATTERN_LENGTH, compile_pattern, limit_pattern_time
 
 NAMES = (
     "a",
@@ -55,7 +55,7 @@ LONG_NAME = "a" * 40
 
 @pytest.fixture(autouse=True)
 def soon_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.05)
 
 
 def written(rnd: random.Random, depth: int = 0) -> str:
@@ -70,7 +70,7 @@ def written(rnd: random.Random, depth: int = 0) -> str:
 
 
 def agree(text: str, names: tuple[str, ...]) -> None:
-    theirs, ours = re.compile(text), compiled("an option", text)
+    theirs, ours = re.compile(text), compile_pattern("an option", text)
     for name in names:
         for how in ("match", "fullmatch", "search"):
             one, other = getattr(theirs, how)(name), getattr(ours, how)(name)
@@ -99,7 +99,7 @@ def test_written_at_random_they_mean_what_they_mean_to_re(seed):
                 re.compile(text)
             except re.error:
                 with pytest.raises(ConfigError, match=r"an option: .* is not a valid regular expression"):
-                    compiled("an option", text)
+                    compile_pattern("an option", text)
                 continue
             agree(text, NAMES)
             tried += 1
@@ -108,16 +108,16 @@ def test_written_at_random_they_mean_what_they_mean_to_re(seed):
 @pytest.mark.parametrize("text", SLOW)
 def test_a_slow_one_is_stopped_and_named(text):
     with pytest.raises(ConfigError, match=r"(?s)an option: .* takes too long .* name the modules in a list"):
-        compiled("an option", text).fullmatch(LONG_NAME)
+        compile_pattern("an option", text).fullmatch(LONG_NAME)
 
 
 def test_the_time_is_that_of_all_together():
-    with limited():
+    with limit_pattern_time():
         with pytest.raises(ConfigError, match="takes too long"):
-            compiled("an option", SLOW[0]).fullmatch(LONG_NAME)
+            compile_pattern("an option", SLOW[0]).fullmatch(LONG_NAME)
         with pytest.raises(ConfigError, match=r"another: 'b\*' takes too long"):
-            compiled("another", "b*").fullmatch("b")
-    assert compiled("another", "b*").fullmatch("b")
+            compile_pattern("another", "b*").fullmatch("b")
+    assert compile_pattern("another", "b*").fullmatch("b")
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_the_time_is_that_of_all_together():
         ("a{99999999999}", "not a valid"),
         ("a{4000000000}", "repeats stand for more"),
         ("((a{100}){100}b){100}", "repeats stand for more"),
-        ("a|" * LONGEST, "characters"),
+        ("a|" * MAX_PATTERN_LENGTH, "characters"),
         ("(?i)[\\x00-\U0010ffff]", "ignores the case"),
     ],
     ids=range(7),
 )
 def test_what_cannot_be_compiled_is_refused(text, why):
     with pytest.raises(ConfigError, match=why) as caught:
-        compiled("an option", text)
+        compile_pattern("an option", text)
     assert len(str(caught.value)) < 1000
 
 

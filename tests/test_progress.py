@@ -23,7 +23,7 @@ from adaptc import progress
 from adaptc.cli import app
 from adaptc.progress import LEVELS, LOGGER, stage
 from adaptc.tuning import matmul_times as product_times
-from tests.support.terminals import Run, on_terminal
+from tests.support.terminals import TerminalRun, on_terminal
 
 
 class Net(nn.Module):
@@ -46,7 +46,7 @@ def program(backend: str = "eager") -> adaptc.AdaptedProgram:
 @pytest.fixture(autouse=True)
 def same_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The level is as it was after each test."""
-    monkeypatch.delenv(progress.VARIABLE, raising=False)
+    monkeypatch.delenv(progress.VERBOSITY_VARIABLE, raising=False)
     before = LOGGER.level
     yield
     LOGGER.setLevel(before)
@@ -175,7 +175,7 @@ def test_stages_tell_how_they_ended(log: Log) -> None:
 
 def test_a_stage_counts_what_it_goes_over() -> None:
     with stage("counting") as counting:
-        seen = [(item, counting.done, counting.total) for item in counting.over("abc")]
+        seen = [(item, counting.done, counting.total) for item in counting.track("abc")]
     assert seen == [("a", 0, 3), ("b", 1, 3), ("c", 2, 3)]
     assert counting.done == 3
 
@@ -275,10 +275,10 @@ def test_files_say_that_they_are_read_and_written(tmp_path: Path, log: Log) -> N
 
 
 def test_timing_says_what_is_timed(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_times, "BUDGET", 0.0)
-    monkeypatch.setattr(product_times, "_POOL", 20_000_000)
-    product_times.measure(torch.float32)
-    product_times.measure_turned(torch.bfloat16)
+    monkeypatch.setattr(product_times, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(product_times, "_POOL_BYTES", 20_000_000)
+    product_times.measure_times(torch.float32)
+    product_times.measure_transposed(torch.bfloat16)
     assert begun(log) == ["timing matmuls in float32", "timing matmuls of gradients in bfloat16"]
 
 
@@ -324,7 +324,7 @@ HEAD = """
 import os, signal, sys, threading, time
 from adaptc import progress
 from adaptc.progress import stage
-progress.DELAY, progress.EVERY = 0.0, 0.01
+progress.DELAY, progress.REFRESH_SECONDS = 0.0, 0.01
 
 def alone():
     return [t.name for t in threading.enumerate()] == ["MainThread"]
@@ -347,11 +347,11 @@ assert sys.stderr is first and alone(), threading.enumerate()
 """
 
 
-def session(code: str, **environment: str) -> Run:
+def session(code: str, **environment: str) -> TerminalRun:
     return on_terminal(HEAD + textwrap.dedent(code) + FOOT, **environment)
 
 
-def check_clean(run: Run, *lines: str) -> None:
+def check_clean(run: TerminalRun, *lines: str) -> None:
     """Nothing is left of the status line."""
     assert (run.code, run.screen) == (0, ["before", *lines, "after"])
 
@@ -369,7 +369,7 @@ def test_a_terminal_shows_the_innermost_stage_and_its_count_and_is_cleaned() -> 
     """)
     check_clean(run, "a warning")
     for text in ("outer work", "inner work", "2 of 3"):
-        assert text in run.shown
+        assert text in run.terminal_text
     assert run.out == "a result\n"  # which is no terminal
 
 
@@ -384,7 +384,7 @@ def test_a_terminal_shows_the_innermost_stage_and_its_count_and_is_cleaned() -> 
 )
 def test_nothing_is_shown_where_nobody_wants_it_or_work_is_short(code: str, environment: dict[str, str]) -> None:
     run = session(code + "\nwith stage('work'):\n    time.sleep(0.3)\n", **environment)
-    assert (run.code, run.shown.split()) == (0, ["before", "after"])
+    assert (run.code, run.terminal_text.split()) == (0, ["before", "after"])
 
 
 def test_errors_and_interrupts_leave_the_terminal_as_it_was() -> None:
@@ -412,7 +412,7 @@ def test_errors_and_interrupts_leave_the_terminal_as_it_was() -> None:
     """)
     check_clean(run)
     for text in ("failing", "counting", "interrupted"):
-        assert text in run.shown
+        assert text in run.terminal_text
 
 
 def test_stages_of_many_threads_have_one_line() -> None:
@@ -432,7 +432,7 @@ def test_stages_of_many_threads_have_one_line() -> None:
         assert most == 1, most
     """)
     check_clean(run)
-    assert "work" in run.shown
+    assert "work" in run.terminal_text
 
 
 def test_a_forked_process_shows_nothing_of_its_parents() -> None:
@@ -490,7 +490,7 @@ def test_stderr_that_others_put_in_its_place_meanwhile_comes_back() -> None:
     """)
     check_clean(run, "told")
     for text in ("begins", "ends", "again"):
-        assert text in run.shown
+        assert text in run.terminal_text
 
 
 @pytest.mark.parametrize("options", ["", ", redirect_stderr=False"])
@@ -510,9 +510,9 @@ def test_a_live_display_of_the_users_own_stays_alone(options: str) -> None:
     """
     run = session(code.replace(" OPTIONS", options))
     assert run.code == 0
-    assert "the user's" in run.shown
-    assert "capturing" not in run.shown
-    assert "merging" not in run.shown
+    assert "the user's" in run.terminal_text
+    assert "capturing" not in run.terminal_text
+    assert "merging" not in run.terminal_text
     assert run.screen == ["before"]
 
 
@@ -526,4 +526,4 @@ def test_compile_shows_its_stages_on_a_terminal() -> None:
         os._exit(0)
     """)
     assert (run.code, run.screen) == (0, ["before"])
-    assert "Sequential" in run.shown
+    assert "Sequential" in run.terminal_text

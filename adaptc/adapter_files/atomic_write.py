@@ -30,40 +30,40 @@ except ImportError:  # absent on Windows, where stages are removed only after a 
 
 STAGE_PREFIX = ".adaptc-write-"
 #: the prefix of a stage's name until it is locked
-_UNLOCKED = ".adaptc-begin-"
+_UNLOCKED_PREFIX = ".adaptc-begin-"
 #: the directory in a stage to which a commit moves the files that it replaces
-OLD = "old"
-_DAY = 24 * 3600.0
+OLD_FILES_DIR = "old"
+_DAY_SECONDS = 24 * 3600.0
 #: the paths that writes of the current block may make but not replace
-_only_new: ContextVar[tuple[Path, ...]] = ContextVar("only_new", default=())
+_protected_paths: ContextVar[tuple[Path, ...]] = ContextVar("only_new", default=())
 
 
-class Stranded(CheckpointError):
+class RollbackError(CheckpointError):
     """An error of a commit that failed and could not put the old files back. They are in the stage, which stays."""
 
 
 @contextmanager
-def staging(near: Path) -> Iterator[Path]:
-    """Run the block with a stage inside ``near``, and remove the stage afterwards.
+def open_stage(parent: Path) -> Iterator[Path]:
+    """Run the block with a stage inside ``parent``, and remove the stage afterwards.
 
-    The stage lies inside ``near`` and not beside it, since an adapter directory may be a mount point and renames must
-    stay on one filesystem. Missing directories down to ``near`` are made, and removed again when the block raises.
+    The stage lies inside ``parent`` and not beside it, since an adapter directory may be a mount point and renames must
+    stay on one filesystem. Missing directories down to ``parent`` are made, and removed again when the block raises.
     """
-    made: list[Path] = []
-    stage, lock = near / f"{STAGE_PREFIX}{_boot()}-{uuid.uuid4().hex}", -1
+    new_directories: list[Path] = []
+    stage, lock = parent / f"{STAGE_PREFIX}{_boot_id()}-{uuid.uuid4().hex}", -1
     try:
-        for p in reversed([near, *near.parents]):
+        for p in reversed([parent, *parent.parents]):
             if not p.exists():
-                made.append(p)
+                new_directories.append(p)
                 p.mkdir(exist_ok=True)
-        remove_abandoned(near)
-        lock = _begin(stage)
+        remove_abandoned(parent)
+        lock = _make_stage(stage)
         yield stage
-    except Stranded:
+    except RollbackError:
         raise
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
-        for p in reversed(made):
+        for p in reversed(new_directories):
             with suppress(OSError):
                 p.rmdir()
         raise
@@ -74,31 +74,31 @@ def staging(near: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _begin(stage: Path) -> int:
+def _make_stage(stage: Path) -> int:
     """Make a stage and return the descriptor of its lock, or -1 where there are no locks.
 
     The stage gets its name only once it is locked.
     """
-    begun = stage.with_name(_UNLOCKED + stage.name.removeprefix(STAGE_PREFIX))
+    unlocked = stage.with_name(_UNLOCKED_PREFIX + stage.name.removeprefix(STAGE_PREFIX))
     lock = -1
     try:
-        begun.mkdir()
+        unlocked.mkdir()
         if fcntl is not None:
-            lock = os.open(begun, os.O_RDONLY)
+            lock = os.open(unlocked, os.O_RDONLY)
             with suppress(OSError):  # some network filesystems have no locks, for cleaners neither
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(begun, stage)
+        os.rename(unlocked, stage)
     except BaseException:
         if lock >= 0:
             os.close(lock)
         with suppress(OSError):
-            begun.rmdir()
+            unlocked.rmdir()
         raise
     return lock
 
 
 @contextmanager
-def replacing(path: Path, name: str = "new") -> Iterator[Path]:
+def atomic_replace(path: Path, name: str = "new") -> Iterator[Path]:
     """Run the block with the path of a new file called ``name``, which then becomes the file ``path``.
 
     A symbolic link stays one, and its target is written. An existing file's permissions are kept; a new file follows
@@ -110,134 +110,138 @@ def replacing(path: Path, name: str = "new") -> Iterator[Path]:
         raise CheckpointError(f"cannot save to {path}: the directory {target.parent} does not exist")
     if target.exists() and not target.is_file():
         raise CheckpointError(f"cannot save to {path}: it is not a file. Choose another name.")
-    with staging(target.parent) as stage:
+    with open_stage(target.parent) as stage:
         new = stage / name
         yield new
-        sync(new)
-        place(new, target)
-        sync_names(target.parent)
+        fsync_file(new)
+        move_keeping_mode(new, target)
+        fsync_directory(target.parent)
 
 
 @contextmanager
-def only_new(path: Path) -> Iterator[None]:
+def forbid_overwrite(path: Path) -> Iterator[None]:
     """Run the block so that its writes may make ``path``, a file or a directory, but replace nothing there.
 
     Writes raise CheckpointError where another process has made ``path`` by then.
     """
-    before = _only_new.get()
-    token = _only_new.set((*before, Path(os.path.realpath(path))))
+    before = _protected_paths.get()
+    token = _protected_paths.set((*before, Path(os.path.realpath(path))))
     try:
         yield
     finally:
-        _only_new.reset(token)
+        _protected_paths.reset(token)
 
 
-def must_be_new(target: Path) -> bool:
+def is_protected(target: Path) -> bool:
     """Return whether a write must not replace ``target`` (see :func:`only_new`)."""
     real = Path(os.path.realpath(target))
-    return any(path == real or path in real.parents for path in _only_new.get())
+    return any(path == real or path in real.parents for path in _protected_paths.get())
 
 
-def check_new(target: Path) -> None:
+def check_overwrite(target: Path) -> None:
     """Raise CheckpointError where something is at ``target`` that must not be replaced."""
-    if must_be_new(target) and os.path.lexists(target):
-        raise _taken(target)
+    if is_protected(target) and os.path.lexists(target):
+        raise _taken_error(target)
 
 
-def _taken(target: Path) -> CheckpointError:
+def _taken_error(target: Path) -> CheckpointError:
     return CheckpointError(f"{target} was made by somebody else in the meantime, and stays. Choose another name.")
 
 
-def put(new: Path, target: Path) -> None:
+def move_file(new: Path, target: Path) -> None:
     """Rename ``new`` to ``target``.
 
     Raises CheckpointError, with both left as they were, where a file is there that must not be replaced.
     """
-    if not must_be_new(target):
+    if not is_protected(target):
         os.replace(new, target)
         return
     try:
         os.link(new, target)  # a link, unlike a rename, fails where there is a file
         new.unlink()
     except FileExistsError:
-        raise _taken(target) from None
+        raise _taken_error(target) from None
     except OSError:  # a filesystem without links: an empty file holds the name for as long as the rename takes
         try:
             os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            raise _taken(target) from None
+            raise _taken_error(target) from None
         os.replace(new, target)
 
 
-def commit(stage: Path, target: Path, *, bodies: Sequence[str], head: str, stale: Sequence[str]) -> None:
-    """Move the files ``bodies`` (weights) and ``head`` (config) of ``stage`` into ``target`` as one change.
+def commit(
+    stage: Path, target: Path, *, weights_files: Sequence[str], config_file: str, stale_files: Sequence[str]
+) -> None:
+    """Move the files ``weights_files`` (weights) and ``config_file`` (config) of ``stage`` into ``target`` as one
+    change.
 
-    The files ``stale`` of ``target`` are dropped. The head makes the directory readable, so a head and bodies of
+    The files ``stale_files`` of ``target`` are dropped. The head makes the directory readable, so a head and bodies of
     different writes must never be seen together. When the head does not change, there is one body and nothing is stale,
     one rename is the whole change. Otherwise the old head leaves first and the new one arrives last. An exception puts
     everything back. A process killed in between leaves a directory without a head, which every reader refuses. Links
     stay links.
     """
-    old = stage / OLD
+    old_directory = stage / OLD_FILES_DIR
     # For a link its target is replaced, so that the link stays; stale links themselves are removed.
-    places = {n: Path(os.path.realpath(target / n)) for n in (head, *bodies)}
-    gone = {n: target / n for n in stale if os.path.lexists(target / n)}
-    for name, path in places.items():
-        check_new(path)
-        keep_mode(path, stage / name)
-    same = places[head].is_file() and places[head].read_bytes() == (stage / head).read_bytes()
-    if same and not gone and len(bodies) == 1:
-        os.replace(stage / bodies[0], places[bodies[0]])
+    targets = {n: Path(os.path.realpath(target / n)) for n in (config_file, *weights_files)}
+    removed = {n: target / n for n in stale_files if os.path.lexists(target / n)}
+    for name, path in targets.items():
+        check_overwrite(path)
+        copy_mode(path, stage / name)
+    same = targets[config_file].is_file() and targets[config_file].read_bytes() == (stage / config_file).read_bytes()
+    if same and not removed and len(weights_files) == 1:
+        os.replace(stage / weights_files[0], targets[weights_files[0]])
     else:
-        old.mkdir()
+        old_directory.mkdir()
         try:
-            for name, path in (places | gone).items():
+            for name, path in (targets | removed).items():
                 if os.path.lexists(path):
-                    os.replace(path, old / name)
-            for name in (*bodies, head):
-                put(stage / name, places[name])
+                    os.replace(path, old_directory / name)
+            for name in (*weights_files, config_file):
+                move_file(stage / name, targets[name])
         except BaseException as exc:
             try:
                 # The new head leaves first, since it must not be seen with old bodies.
-                for name, path in places.items():
+                for name, path in targets.items():
                     if not (stage / name).exists():
                         os.replace(path, stage / name)
-                for name in (*bodies, *gone, head):
-                    if os.path.lexists(old / name):
-                        os.replace(old / name, (places | gone)[name])
+                for name in (*weights_files, *removed, config_file):
+                    if os.path.lexists(old_directory / name):
+                        os.replace(old_directory / name, (targets | removed)[name])
             except OSError as again:
-                raise Stranded(
-                    f"could not write to {target} ({exc}), nor put the old files back ({again}): they are in {old}."
+                raise RollbackError(
+                    f"could not write to {target} ({exc}), nor put the old files back ({again}): they are in "
+                    f"{old_directory}."
                 ) from exc
             raise
-    sync_names(target)
+    fsync_directory(target)
 
 
-def remove_abandoned(near: Path, *, with_old_files: bool = False) -> None:
-    """Remove stages in ``near`` whose writers are dead.
+def remove_abandoned(parent: Path, *, with_old_files: bool = False) -> None:
+    """Remove stages in ``parent`` whose writers are dead.
 
     The stage of an interrupted commit holds the only copy of the files that it was to replace. It stays unless
     ``with_old_files`` says that these have a successor.
     """
     with suppress(OSError):
-        for stage in stages(near):
-            if abandoned(stage) and (with_old_files or not (stage / OLD).is_dir()):
+        for stage in list_stages(parent):
+            if is_abandoned(stage) and (with_old_files or not (stage / OLD_FILES_DIR).is_dir()):
                 shutil.rmtree(stage, ignore_errors=True)
-        for begun in near.glob(_UNLOCKED + "*"):
-            if time.time() - begun.stat().st_mtime > _DAY:
+        for begun in parent.glob(_UNLOCKED_PREFIX + "*"):
+            if time.time() - begun.stat().st_mtime > _DAY_SECONDS:
                 begun.rmdir()
 
 
-def stages(near: Path) -> list[Path]:
-    return [p for p in near.iterdir() if p.name.startswith(STAGE_PREFIX)]
+def list_stages(parent: Path) -> list[Path]:
+    return [p for p in parent.iterdir() if p.name.startswith(STAGE_PREFIX)]
 
 
-def abandoned(stage: Path) -> bool:
+def is_abandoned(stage: Path) -> bool:
     """Return whether the writer of a stage is surely dead."""
     try:
-        if fcntl is None or stage.name.removeprefix(STAGE_PREFIX).partition("-")[0] != _boot():
+        if fcntl is None or stage.name.removeprefix(STAGE_PREFIX).partition("-")[0] != _boot_id():
             newest = max(p.lstat().st_mtime for p in (stage, *stage.rglob("*")))
-            return time.time() - newest > _DAY
+            return time.time() - newest > _DAY_SECONDS
         lock = os.open(stage, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,27 +253,27 @@ def abandoned(stage: Path) -> bool:
 
 
 @cache
-def _boot() -> str:
+def _boot_id() -> str:
     """Return an id of the running boot of this machine, or of the machine where the boot has no id."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:12]
     return f"{uuid.getnode():012x}"
 
 
-def place(new: Path, target: Path) -> None:
+def move_keeping_mode(new: Path, target: Path) -> None:
     """Rename a staged file to ``target``, or to what that links to, with the permissions of what was there."""
     target = Path(os.path.realpath(target))
-    keep_mode(target, new)
-    put(new, target)
+    copy_mode(target, new)
+    move_file(new, target)
 
 
-def keep_mode(old: Path, new: Path) -> None:
+def copy_mode(old: Path, new: Path) -> None:
     """Give ``new`` the permissions of the file ``old`` that it replaces, where there is one."""
     with suppress(FileNotFoundError):
         new.chmod(stat.S_IMODE(old.stat().st_mode) & 0o777)
 
 
-def sync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     """Flush a file's content to the disk, so that a rename never becomes durable before the content."""
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -278,8 +282,8 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def sync_names(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
     """Flush a directory's renames to the disk. An error is ignored, since the renames have already happened."""
     if os.name == "posix":
         with suppress(OSError):
-            sync(directory)
+            fsync_file(directory)

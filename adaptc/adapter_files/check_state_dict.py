@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from adaptc.adapter_files.directory import bare_key
 from adaptc.errors import CheckpointError
-from adaptc.torch_modes import transformed
+from adaptc.torch_modes import is_wrapped_or_dual
 
 _EXPECTED = "expected a dense torch.Tensor that holds its values"
 
@@ -25,29 +25,29 @@ def is_state_dict(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
 
 
-def given(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None) -> dict[str, Tensor]:
+def check_state_dict(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None) -> dict[str, Tensor]:
     """Return ``tensors`` with bare keys. Without a ``peft_type`` the keys are taken for bare.
 
     Raises CheckpointError for a value that cannot be bound, and for two spellings of one key.
     """
     out: dict[str, Tensor] = {}
-    spelled: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for key, value in tensors.items():
         if not isinstance(key, str):
             raise CheckpointError(f"{source}: key {key!r} is a {type(key).__name__}; keys are the names PEFT gives")
-        if fault := _fault(value):
+        if fault := _describe_problem(value):
             raise CheckpointError(f"{source}: {key!r} is {fault}; {_EXPECTED}")
         bare = key if peft_type is None else bare_key(key, peft_type) or key
-        if bare in spelled:
+        if bare in spellings:
             raise CheckpointError(
-                f"{source}: {spelled[bare]!r} and {key!r} are two spellings of one key, and which tensor is meant is "
+                f"{source}: {spellings[bare]!r} and {key!r} are two spellings of one key, and which tensor is meant is "
                 "not known; drop one of them"
             )
-        spelled[bare], out[bare] = key, value
+        spellings[bare], out[bare] = key, value
     return out
 
 
-def _fault(value: Any) -> str:
+def _describe_problem(value: Any) -> str:
     """Return what keeps a value from being bound as a tensor, or '' for one that can be bound."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
@@ -56,7 +56,7 @@ def _fault(value: Any) -> str:
         )
     if type(value) not in (Tensor, Parameter):
         return f"a {type(value).__name__}, whose values only its own class knows; give it as a plain tensor"
-    if transformed(value):
+    if is_wrapped_or_dual(value):
         return (
             "a tensor that a transform of torch.func, or a forward-mode derivative, follows and that ends with it "
             "(torch.func.functional_call(prog.module(), parameters, inputs) is a call by such tensors)"

@@ -26,29 +26,35 @@ from adaptc.adapter_files import atomic_write as _atomic_write
 from adaptc.adapter_files import safe_load as _safe_load
 from adaptc.adapter_files import safetensors_reader as _reader
 from adaptc.adapter_files.format import (
-    BIN_NAME,
-    CARD_NAME,
     CONFIG_NAME,
-    SAFE_NAME,
+    MODEL_CARD_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
     bare_key,
     bare_keys,
     check_no_model,
     file_key,
-    jsonable,
     stored_config,
-    write_card,
+    to_json_value,
+    write_model_card,
 )
-from adaptc.adapter_files.key_mapping import renamed, rules_of
-from adaptc.adapter_files.locate import config_in, listing, locate, open_config, plain_name
-from adaptc.adapter_files.origin import PEFT, FileOrigin
-from adaptc.adapter_files.stable_read import OpenedFile, Unsettled, settled
-from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, shown
+from adaptc.adapter_files.key_mapping import compile_rules, rename_bare_keys
+from adaptc.adapter_files.locate import (
+    check_plain_name,
+    describe_directory,
+    locate_adapter,
+    open_config,
+    parse_adapter_config,
+)
+from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
+from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile, retry_while_changing
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, short_repr
 
 __all__ = [
     "AdapterFile",
     "bare_key",
     "check_finite",
-    "checked",
+    "read_checked",
     "file_key",
     "read_adapter",
     "read_config",
@@ -71,13 +77,13 @@ class AdapterFile:
     tensors: Mapping[str, Tensor] = field(repr=False)
     #: the directory that holds the files (the sub-directory, for a named adapter)
     path: Path
-    weights: str = SAFE_NAME
+    weights_name: str = SAFETENSORS_WEIGHTS_NAME
     #: all floating-point data of the file in as few tensors as possible, where that is known
-    runs: Sequence[Tensor] = field(default=(), repr=False)
+    flat_tensors: Sequence[Tensor] = field(default=(), repr=False)
     #: the format that the file had before it was converted to this one
-    origin: FileOrigin = PEFT
+    origin: FileOrigin = PEFT_ORIGIN
     #: whether the adapter is new, made from files of other adapters
-    fresh: bool = False
+    is_new: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -95,10 +101,10 @@ def read_config(
     """
 
     def read() -> dict[str, Any]:
-        with open_config(locate(path, adapter_name, subfolder)) as file:
-            return checked(config_in, file)
+        with open_config(locate_adapter(path, adapter_name, subfolder)) as file:
+            return read_checked(parse_adapter_config, file)
 
-    return settled(read)
+    return retry_while_changing(read)
 
 
 def read_adapter(
@@ -117,62 +123,66 @@ def read_adapter(
     open.
 
     Config and weights are of one moment. While :func:`write_adapter` replaces them the read waits, for half a second at
-    most. Where a file changes during the read, the read starts again. ``snapshot`` says what programs that write in
+    most. Where a file changes during the read, the read starts again. ``stable_read`` says what programs that write in
     place can still break.
 
     Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, and files that kept changing. It
     does so too for keys that coincide after the mapping. Raises ConfigError for a bad expression or device. Values are
     not checked: see :func:`check_finite`.
     """
-    rules = rules_of(key_mapping)
+    rules = compile_rules(key_mapping)
     try:
-        to = torch.device(device)
+        target_device = torch.device(device)
     except (TypeError, RuntimeError) as exc:
-        raise ConfigError(f"cannot read {shown(path)}: bad device: {exc}") from exc
-    config, where, name, raw, runs = settled(lambda: _read(path, adapter_name, subfolder))
-    file = where / name
+        raise ConfigError(f"cannot read {short_repr(path)}: bad device: {exc}") from exc
+    config, directory, weights_name, raw, flat_tensors = retry_while_changing(
+        lambda: _read_once(path, adapter_name, subfolder)
+    )
+    file = directory / weights_name
     if not raw:
         raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
 
-    names = renamed(bare_keys(file, list(raw), config["peft_type"]), rules, file)
+    names = rename_bare_keys(bare_keys(file, list(raw), config["peft_type"]), rules, file)
     tensors = {bare: raw[key] for bare, key in names.items()}
-    if to.type != "cpu":
+    if target_device.type != "cpu":
         try:
-            tensors, runs = {k: t.to(to) for k, t in tensors.items()}, ()
+            tensors, flat_tensors = {k: t.to(target_device) for k, t in tensors.items()}, ()
         except (RuntimeError, AssertionError, NotImplementedError) as exc:
             raise ConfigError(f"cannot move the tensors of {file} to device {str(device)!r}: {exc}") from exc
-    return AdapterFile(config, MappingProxyType(tensors), where, name, runs)
+    return AdapterFile(config, MappingProxyType(tensors), directory, weights_name, flat_tensors)
 
 
-def _read(
+def _read_once(
     path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None
 ) -> tuple[dict[str, Any], Path, str, dict[str, Tensor], Sequence[Tensor]]:
     """Return config, directory, name of the weights file, tensors and runs of one adapter.
 
     Raises Unsettled where they may not belong together.
     """
-    where = locate(path, adapter_name, subfolder)
-    with open_config(where) as head:
-        config = checked(config_in, head)
-        name = next((n for n in (SAFE_NAME, BIN_NAME) if (where / n).is_file()), None)
-        if name is None:
-            head.check()
-            raise Unsettled(
-                f"{where} has {CONFIG_NAME} but neither {SAFE_NAME} nor {BIN_NAME}. {listing(where)}", False
+    directory = locate_adapter(path, adapter_name, subfolder)
+    with open_config(directory) as config_file:
+        config = read_checked(parse_adapter_config, config_file)
+        weights_name = next((n for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (directory / n).is_file()), None)
+        if weights_name is None:
+            config_file.check_unchanged()
+            raise FileChangedError(
+                f"{directory} has {CONFIG_NAME} but neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}. "
+                f"{describe_directory(directory)}",
+                False,
             )
-        with OpenedFile(where / name) as body:
-            if name == SAFE_NAME:
-                raw, runs = checked(_reader.load, body)
+        with OpenedFile(directory / weights_name) as body:
+            if weights_name == SAFETENSORS_WEIGHTS_NAME:
+                raw, runs = read_checked(_reader.load_tensors, body)
             else:
-                raw, runs = checked(_safe_load.load_pickle, body), ()
-            body.check()
-        head.check()
-    if locate(path, adapter_name, subfolder) != where:  # a write had hidden the adapter that was asked for
-        raise Unsettled(f"{os.fspath(path)} kept changing while it was read. Read it again when that is done.")
-    return config, where, name, raw, runs
+                raw, runs = read_checked(_safe_load.load_pickle, body), ()
+            body.check_unchanged()
+        config_file.check_unchanged()
+    if locate_adapter(path, adapter_name, subfolder) != directory:  # a write had hidden the adapter that was asked for
+        raise FileChangedError(f"{os.fspath(path)} kept changing while it was read. Read it again when that is done.")
+    return config, directory, weights_name, raw, runs
 
 
-def checked(read: Callable[[OpenedFile], T], file: OpenedFile) -> T:
+def read_checked(read: Callable[[OpenedFile], T], file: OpenedFile) -> T:
     """Return what ``read`` returns for ``file``.
 
     Where it raises CheckpointError and the file has changed meanwhile, raises Unsettled instead.
@@ -180,7 +190,7 @@ def checked(read: Callable[[OpenedFile], T], file: OpenedFile) -> T:
     try:
         return read(file)
     except CheckpointError:
-        file.check()
+        file.check_unchanged()
         raise
 
 
@@ -206,41 +216,49 @@ def write_adapter(
     Leftovers of killed writes in the directory are removed. Raises CheckpointError, and leaves the directory as it was.
     """
     root = Path(path)
-    out = root if adapter_name == "default" else root / plain_name(adapter_name, "adapter_name")
-    for p in (root, out):
+    directory = root if adapter_name == "default" else root / check_plain_name(adapter_name, "adapter_name")
+    for p in (root, directory):
         if p.exists() and not p.is_dir():
             raise CheckpointError(f"cannot write an adapter to {p}: it is a file. Choose a directory.")
-    check_no_model(out)
+    check_no_model(directory)
     stored = stored_config(config, base_model)
     if not tensors:
-        raise CheckpointError(f"cannot write an adapter to {out}: it has no tensors, so it would do nothing.")
-    body, stale = (SAFE_NAME, BIN_NAME) if safe_serialization else (BIN_NAME, SAFE_NAME)
+        raise CheckpointError(f"cannot write an adapter to {directory}: it has no tensors, so it would do nothing.")
+    weights_name, stale_name = (
+        (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
+    )
     try:
         # Sorted for readers, but not inside: of several keys of rank_pattern that match a module, PEFT takes the first.
-        text = json.dumps(dict(sorted(stored.items())), indent=2, default=jsonable)
+        text = json.dumps(dict(sorted(stored.items())), indent=2, default=to_json_value)
     except (TypeError, ValueError) as exc:
-        raise CheckpointError(f"cannot write {out / CONFIG_NAME}: {exc}. Config values must fit in JSON.") from exc
+        raise CheckpointError(
+            f"cannot write {directory / CONFIG_NAME}: {exc}. Config values must fit in JSON."
+        ) from exc
     try:
-        data = _safe_load.dense({file_key(k, stored["peft_type"]): t for k, t in tensors.items()})
-        with _atomic_write.staging(out) as stage:
+        data = _safe_load.to_dense({file_key(k, stored["peft_type"]): t for k, t in tensors.items()})
+        with _atomic_write.open_stage(directory) as stage:
             (stage / CONFIG_NAME).write_text(text, encoding="utf-8")
-            _safe_load.save_tensors(data, stage / body, safe=safe_serialization)
-            card = write_card(root / CARD_NAME, stage / CARD_NAME, stored, tags)
+            _safe_load.save_tensors(data, stage / weights_name, safe_serialization=safe_serialization)
+            card = write_model_card(root / MODEL_CARD_NAME, stage / MODEL_CARD_NAME, stored, tags)
             for file in stage.iterdir():
-                _atomic_write.sync(file)
-            _atomic_write.commit(stage, out, bodies=[body], head=CONFIG_NAME, stale=[stale])
+                _atomic_write.fsync_file(file)
+            _atomic_write.commit(
+                stage, directory, weights_files=[weights_name], config_file=CONFIG_NAME, stale_files=[stale_name]
+            )
             if card:  # last and by itself, since no adapter depends on it
                 try:
-                    _atomic_write.place(stage / CARD_NAME, root / CARD_NAME)
+                    _atomic_write.move_keeping_mode(stage / MODEL_CARD_NAME, root / MODEL_CARD_NAME)
                 except (OSError, CheckpointError) as exc:
-                    warnings.warn(f"{root / CARD_NAME} could not be updated: {exc}", AdaptcWarning, stacklevel=2)
-        _atomic_write.remove_abandoned(out, with_old_files=True)
+                    warnings.warn(f"{root / MODEL_CARD_NAME} could not be updated: {exc}", AdaptcWarning, stacklevel=2)
+        _atomic_write.remove_abandoned(directory, with_old_files=True)
     except CheckpointError:
         raise
     except Exception as exc:  # safetensors, torch and the OS each have their own types for a full disk
         reason = f"{type(exc).__name__}: {exc}"
-        raise CheckpointError(f"could not write {out / body} ({reason}). What was there before is unchanged.") from exc
-    return out
+        raise CheckpointError(
+            f"could not write {directory / weights_name} ({reason}). What was there before is unchanged."
+        ) from exc
+    return directory
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike[str] = "the adapter") -> None:

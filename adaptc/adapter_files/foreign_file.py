@@ -18,14 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.adapter_files import safe_load, safetensors_reader
-from adaptc.adapter_files.atomic_write import abandoned, stages
-from adaptc.adapter_files.directory import AdapterFile, checked, read_adapter
-from adaptc.adapter_files.format import BIN_NAME, CONFIG_NAME, MODULE, SAFE_NAME
+from adaptc.adapter_files.atomic_write import is_abandoned, list_stages
+from adaptc.adapter_files.directory import AdapterFile, read_adapter, read_checked
+from adaptc.adapter_files.format import CONFIG_NAME, MODULE_PREFIX, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from adaptc.adapter_files.formats import diffusers
-from adaptc.adapter_files.key_mapping import renamed, rules_of
-from adaptc.adapter_files.stable_read import OpenedFile, settled
-from adaptc.errors import CheckpointError, shown
-from adaptc.value_types import DEEPEST, is_deep
+from adaptc.adapter_files.key_mapping import compile_rules, rename_bare_keys
+from adaptc.adapter_files.stable_read import OpenedFile, retry_while_changing
+from adaptc.errors import CheckpointError, short_repr
+from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,8 @@ class RawFile:
 
     tensors: Mapping[str, Tensor] = field(repr=False)
     path: Path
-    configs: Mapping[str, Any] | None = None
-    beside: Mapping[str, Any] | None = None
+    header_configs: Mapping[str, Any] | None = None
+    adapter_config: Mapping[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -47,41 +47,43 @@ class RawFile:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def read_any(
+def read_any_format(
     path: str | os.PathLike[str], *, adapter_name: str | None = None, key_mapping: Mapping[str, str] | None = None
 ) -> AdapterFile | RawFile:
     """Read a PEFT directory as :func:`read_adapter` does, and any other file with its own keys.
 
     ``path`` may be a PEFT directory, or one of PEFT's weight files beside its config. It may also be a directory with
     diffusers' ``pytorch_lora_weights`` or with a single ``.safetensors`` file. Else it is a file: ``.safetensors``, or
-    one of ``torch.save``. ``key_mapping`` is applied to the keys as :func:`rename` does. Raises CheckpointError and
-    ConfigError.
+    one of ``torch.save``. ``key_mapping`` is applied to the keys as :func:`rename_tensors` does. Raises CheckpointError
+    and ConfigError.
     """
-    file = _raw_path(Path(path), adapter_name)
+    file = _find_raw_file(Path(path), adapter_name)
     if file is None:
         return read_adapter(path, adapter_name=adapter_name, key_mapping=key_mapping)
-    if file.name in (SAFE_NAME, BIN_NAME) and (file.parent / CONFIG_NAME).is_file():
+    if file.name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) and (file.parent / CONFIG_NAME).is_file():
         return read_adapter(file.parent, key_mapping=key_mapping)
-    rules_of(key_mapping)  # raises for a bad mapping before anything is read
-    tensors, configs, beside = settled(lambda: _read(file))
+    compile_rules(key_mapping)  # raises for a bad mapping before anything is read
+    tensors, configs, beside = retry_while_changing(lambda: _read_raw_file(file))
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors at all.")
-    return RawFile(MappingProxyType(rename(tensors, key_mapping, file)), file, configs, beside)
+    return RawFile(MappingProxyType(rename_tensors(tensors, key_mapping, file)), file, configs, beside)
 
 
-def rename(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None, source: object) -> dict[str, Tensor]:
+def rename_tensors(
+    tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None, source: object
+) -> dict[str, Tensor]:
     """Return ``tensors`` under their renamed keys. PEFT's prefix ``base_model.model.`` is not renamed, and stays.
 
-    Raises like :func:`~adaptc.adapter_files.key_mapping.renamed`.
+    Raises like :func:`~adaptc.adapter_files.key_mapping.rename_bare_keys`.
     """
-    rules = rules_of(key_mapping)
+    rules = compile_rules(key_mapping)
     if not rules:
         return dict(tensors)
-    names = renamed({key: key.removeprefix(MODULE) for key in tensors}, rules, source)
-    return {(MODULE if key.startswith(MODULE) else "") + new: tensors[key] for new, key in names.items()}
+    names = rename_bare_keys({key: key.removeprefix(MODULE_PREFIX) for key in tensors}, rules, source)
+    return {(MODULE_PREFIX if key.startswith(MODULE_PREFIX) else "") + new: tensors[key] for new, key in names.items()}
 
 
-def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
+def _find_raw_file(path: Path, adapter_name: str | None) -> Path | None:
     """Return the file to read by itself, or None where PEFT's rules find the adapter or explain why there is none."""
     try:
         if path.is_file():
@@ -92,65 +94,69 @@ def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
             return path
         if not path.is_dir() or adapter_name not in (None, "default"):
             return None
-        if any((path / n).is_file() for n in (CONFIG_NAME, SAFE_NAME, BIN_NAME)):
+        if any((path / n).is_file() for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             return None
-        if any(not abandoned(s) for s in stages(path)):  # a write is under way, so other files will be there soon
+        if any(
+            not is_abandoned(s) for s in list_stages(path)
+        ):  # a write is under way, so other files will be there soon
             return None
         entries = sorted(path.iterdir())
         if any(not d.name.startswith(".") and (d / CONFIG_NAME).is_file() for d in entries if d.is_dir()):
             return None
     except OSError as exc:
         raise CheckpointError(f"cannot look for an adapter in {path}: {exc}. Check its permissions.") from exc
-    for name in (diffusers.SAFE, diffusers.BIN):
+    for name in (diffusers.LORA_WEIGHT_NAME_SAFE, diffusers.LORA_WEIGHT_NAME):
         if (path / name).is_file():
             return path / name
     found = [f for f in entries if f.suffix == ".safetensors" and not f.name.startswith(".") and f.is_file()]
     if len(found) > 1:
         raise CheckpointError(
-            f"{path} holds several files of tensors, {shown([f.name for f in found])}, and no {CONFIG_NAME}. Give "
+            f"{path} holds several files of tensors, {short_repr([f.name for f in found])}, and no {CONFIG_NAME}. Give "
             f"the path "
             "of the one that is the adapter."
         )
     return found[0] if found else None
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
-    configs = beside = None
-    with OpenedFile(file) as body:
+def _read_raw_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+    header_configs = adapter_config = None
+    with OpenedFile(file) as weights_file:
         # Any other suffix is taken for torch.save, since many files are called .ckpt and .pt.
         if file.suffix == ".safetensors":
-            tensors, _ = checked(safetensors_reader.load, body)
-            configs = checked(_configs, body)
+            tensors, _ = read_checked(safetensors_reader.load_tensors, weights_file)
+            header_configs = read_checked(_read_header_configs, weights_file)
         else:
-            tensors = checked(safe_load.load_pickle, body)
-        if (file.parent / CONFIG_NAME).is_file() and (file.suffix != ".safetensors" or any(map(of_peft, tensors))):
+            tensors = read_checked(safe_load.load_pickle, weights_file)
+        if (file.parent / CONFIG_NAME).is_file() and (
+            file.suffix != ".safetensors" or any(map(has_peft_prefix, tensors))
+        ):
             with OpenedFile(file.parent / CONFIG_NAME) as head:
-                beside = checked(safe_load.read_json_object, head)
-                head.check()
-        body.check()
-    return tensors, configs, beside
+                adapter_config = read_checked(safe_load.read_json_object, head)
+                head.check_unchanged()
+        weights_file.check_unchanged()
+    return tensors, header_configs, adapter_config
 
 
-def of_peft(key: str) -> bool:
+def has_peft_prefix(key: str) -> bool:
     """Return whether a key has the prefix of PEFT's files."""
     return key.startswith("base_model.")
 
 
-def _configs(file: OpenedFile) -> dict[str, Any] | None:
+def _read_header_configs(file: OpenedFile) -> dict[str, Any] | None:
     """Return the configs that diffusers writes into a header, or None. Raises CheckpointError where they are no JSON
     object."""
-    text = safetensors_reader.header_texts(file).get(diffusers.METADATA)
+    text = safetensors_reader.read_metadata(file).get(diffusers.LORA_ADAPTER_METADATA_KEY)
     if text is None:
         return None
     try:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"it is a {type(value).__name__}")
-        if is_deep(value):
-            raise ValueError(f"it is nested deeper than {DEEPEST}")
+        if is_nested_too_deep(value):
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(
-            f"{file.path}: {diffusers.METADATA} in its header is not a JSON object of config fields ({exc}). Save or "
-            "download it again."
+            f"{file.path}: {diffusers.LORA_ADAPTER_METADATA_KEY} in its header is not a JSON object of config fields "
+            f"({exc}). Save or download it again."
         ) from exc
     return value

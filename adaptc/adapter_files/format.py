@@ -3,7 +3,8 @@
 Keys are *bare* everywhere in adaptc. In a file they carry a prefix that depends on the method:
 
 - ``base_model.model.<module path>.<slot>``: of one module, bare ``<module path>.<slot>``;
-- ``base_model.<name>``: of the whole model (``base_model.vera_A``), bare ``<name>``; the names are :data:`MODEL_LEVEL`;
+- ``base_model.<name>``: of the whole model (``base_model.vera_A``), bare ``<name>``; the names are
+  :data:`MODEL_LEVEL_KEYS`;
 - prompt methods: ``prompt_embeddings`` and its like have no prefix, modules saved beside them have ``base_model.``.
 
 ``bare_key(file_key(k, t), t) == k`` holds for every key and method, so reading never guesses.
@@ -22,16 +23,16 @@ from typing import Any
 from adaptc.errors import AdaptcWarning, CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
-SAFE_NAME = "adapter_model.safetensors"
-BIN_NAME = "adapter_model.bin"
-CARD_NAME = "README.md"
-MODEL_CONFIG = "config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+MODEL_CARD_NAME = "README.md"
+MODEL_CONFIG_NAME = "config.json"
 _MODEL_WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
 #: the PEFT release whose file format is written; recorded as ``peft_version`` in configs that name none
 PEFT_VERSION = "0.21.2"
 
 #: first key component of the tensors that belong to a whole model, by ``peft_type``
-MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
+MODEL_LEVEL_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "VERA": frozenset({"vera_A", "vera_B"}),
         "PVERA": frozenset({"pvera_A", "pvera_B"}),
@@ -48,14 +49,14 @@ MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
 _PROMPT_TYPES = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"})
 #: first components of keys without a prefix; adaptc adds ``prompt_encoder`` to PEFT's tensors
 _PROMPT_KEYS = frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows", "prompt_encoder"})
-MODULE, _MODEL = "base_model.model.", "base_model."
+MODULE_PREFIX, _MODEL_PREFIX = "base_model.model.", "base_model."
 
 
 def file_key(key: str, peft_type: str) -> str:
     """Return the key that the bare ``key`` has in a file of method ``peft_type``. Inverse of :func:`bare_key`."""
     if peft_type in _PROMPT_TYPES:
-        return key if key.split(".", 1)[0] in _PROMPT_KEYS else _MODEL + key
-    return (_MODEL if key.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else MODULE) + key
+        return key if key.split(".", 1)[0] in _PROMPT_KEYS else _MODEL_PREFIX + key
+    return (_MODEL_PREFIX if key.split(".", 1)[0] in MODEL_LEVEL_KEYS.get(peft_type, ()) else MODULE_PREFIX) + key
 
 
 def bare_key(key: str, peft_type: str) -> str | None:
@@ -63,23 +64,24 @@ def bare_key(key: str, peft_type: str) -> str | None:
     if peft_type in _PROMPT_TYPES:
         if key.split(".", 1)[0] in _PROMPT_KEYS:
             return key
-        return key[len(_MODEL) :] if key.startswith(_MODEL) else None
-    if key.startswith(MODULE):
-        return key[len(MODULE) :]
-    rest = key.removeprefix(_MODEL)
-    return rest if rest != key and rest.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else None
+        return key[len(_MODEL_PREFIX) :] if key.startswith(_MODEL_PREFIX) else None
+    if key.startswith(MODULE_PREFIX):
+        return key[len(MODULE_PREFIX) :]
+    rest = key.removeprefix(_MODEL_PREFIX)
+    return rest if rest != key and rest.split(".", 1)[0] in MODEL_LEVEL_KEYS.get(peft_type, ()) else None
 
 
 def bare_keys(file: Path, keys: list[str], peft_type: str) -> dict[str, str]:
     """Return each of ``keys`` with its bare form. Raises CheckpointError when only some have a known prefix."""
     bare = {k: bare_key(k, peft_type) for k in keys}
-    if not any(k.startswith(_MODEL) for k in keys):
+    if not any(k.startswith(_MODEL_PREFIX) for k in keys):
         return {k: k for k in keys}
     if odd := [k for k, b in bare.items() if not b]:
         raise CheckpointError(
-            f"{file}: {len(odd)} of {len(keys)} keys do not have the prefix a {peft_type} file uses ('{MODULE}', or "
-            f"'{_MODEL}' for {sorted(MODEL_LEVEL.get(peft_type, ())) or 'nothing else'}): {odd[:3]}. Rename them, or "
-            f"drop the prefix from all keys."
+            f"{file}: {len(odd)} of {len(keys)} keys do not have the prefix a {peft_type} file uses "
+            f"('{MODULE_PREFIX}', or '{_MODEL_PREFIX}' for "
+            f"{sorted(MODEL_LEVEL_KEYS.get(peft_type, ())) or 'nothing else'}): {odd[:3]}. Rename them, or drop the "
+            "prefix from all keys."
         )
     return {k: b for k, b in bare.items() if b}
 
@@ -98,7 +100,7 @@ def stored_config(config: Mapping[str, Any], base_model: str | None) -> dict[str
     return stored
 
 
-def jsonable(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Convert a value for ``json.dumps``: sets become sorted lists (PEFT's order follows the hash seed), enums their
     value."""
     if isinstance(value, (set, frozenset)):
@@ -108,7 +110,7 @@ def jsonable(value: Any) -> Any:
     raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
-def write_card(existing: Path, new: Path, config: Mapping[str, Any], more_tags: Sequence[str] = ()) -> bool:
+def write_model_card(existing: Path, new: Path, config: Mapping[str, Any], extra_tags: Sequence[str] = ()) -> bool:
     """Write the model card ``new``, based on ``existing`` if that file is there.
 
     Returns False, with a warning, when the metadata of ``existing`` cannot be read.
@@ -119,7 +121,7 @@ def write_card(existing: Path, new: Path, config: Mapping[str, Any], more_tags: 
     try:
         text = existing.read_text(encoding="utf-8") if existing.is_file() else ""
         meta = dict(metadata_load(existing) or {}) if text else {}
-        tags = {*(meta.get("tags") or []), *more_tags}
+        tags = {*(meta.get("tags") or []), *extra_tags}
     except Exception as exc:  # people edit the YAML, and any parser error means that it cannot be read
         warnings.warn(f"{existing} left as it is: its metadata cannot be read ({exc})", AdaptcWarning, stacklevel=3)
         return False
@@ -146,10 +148,10 @@ def check_no_model(directory: Path) -> None:
 
     With an adapter config in it, transformers would take it for an adapter, and no longer load the model.
     """
-    if (directory / CONFIG_NAME).exists() or not (directory / MODEL_CONFIG).is_file():
+    if (directory / CONFIG_NAME).exists() or not (directory / MODEL_CONFIG_NAME).is_file():
         return
     if weights := sorted(p.name for p in directory.iterdir() if _MODEL_WEIGHTS.fullmatch(p.name)):
         raise CheckpointError(
-            f"cannot write an adapter to {directory}: it holds a model ({MODEL_CONFIG}, {weights[0]}), which could not "
-            f"be loaded with {CONFIG_NAME} beside it. Choose another directory."
+            f"cannot write an adapter to {directory}: it holds a model ({MODEL_CONFIG_NAME}, {weights[0]}), which "
+            f"could not be loaded with {CONFIG_NAME} beside it. Choose another directory."
         )

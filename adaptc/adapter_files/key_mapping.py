@@ -9,44 +9,44 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from adaptc.errors import CheckpointError, ConfigError, shown
-from adaptc.patterns import Pattern, compiled
+from adaptc.errors import CheckpointError, ConfigError, short_repr
+from adaptc.patterns import Pattern, compile_pattern
 
-Rules = Sequence[tuple[Pattern | re.Pattern[str], str]]
+RenameRules = Sequence[tuple[Pattern | re.Pattern[str], str]]
 
 
-def rules_of(key_mapping: Mapping[str, str] | None) -> Rules:
+def compile_rules(key_mapping: Mapping[str, str] | None) -> RenameRules:
     """Return the rules in the order in which they are tried. Raises ConfigError for anything but a dict of
     expressions."""
     try:
-        return [(compiled("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
+        return [(compile_pattern("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
     except (AttributeError, TypeError, RuntimeError) as exc:
         raise ConfigError(
             f"bad key_mapping: {exc}; give a dict of regular expressions and what to put in their place"
         ) from exc
 
 
-def mapped(key: str, rules: Rules) -> str:
+def rename_key(key: str, rules: RenameRules) -> str:
     """Return one bare key after the rules. Raises ConfigError where a replacement does not fit its expression."""
     for pattern, new in rules:
         try:
             key, hits = pattern.subn(new, key)
         except (re.error, IndexError, TypeError) as exc:
-            raise ConfigError(f"key_mapping: {shown(new)} does not fit {pattern.pattern!r}: {exc}") from exc
+            raise ConfigError(f"key_mapping: {short_repr(new)} does not fit {pattern.pattern!r}: {exc}") from exc
         if hits:
             break
     return key
 
 
-def renamed(keys: Mapping[str, str], rules: Rules, source: object) -> dict[str, str]:
+def rename_bare_keys(keys: Mapping[str, str], rules: RenameRules, source: object) -> dict[str, str]:
     """Return bare key after the rules -> key as written, in the order of ``keys``, which maps key as written -> bare
     key.
 
-    Raises CheckpointError where two keys become one, and ConfigError like :func:`mapped`.
+    Raises CheckpointError where two keys become one, and ConfigError like :func:`rename_key`.
     """
     origin: dict[str, str] = {}
     for key, bare in keys.items():
-        bare = mapped(bare, rules)
+        bare = rename_key(bare, rules)
         if bare in origin:
             raise CheckpointError(
                 f"{source}: keys {origin[bare]!r} and {key!r} both become {bare!r}. "

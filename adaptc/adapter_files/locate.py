@@ -11,92 +11,105 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from adaptc.adapter_files.atomic_write import OLD, abandoned, stages
-from adaptc.adapter_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
+from adaptc.adapter_files.atomic_write import OLD_FILES_DIR, is_abandoned, list_stages
+from adaptc.adapter_files.format import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from adaptc.adapter_files.safe_load import read_json_object
-from adaptc.adapter_files.stable_read import OpenedFile, Unsettled
+from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
 from adaptc.errors import AdaptcWarning, CheckpointError, nearest
 
 
-def locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
+def locate_adapter(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
     """Return the directory with the files of one adapter.
 
     The arguments are those of :func:`adaptc.adapter_files.directory.read_adapter`.
     """
     try:
-        return _locate(path, adapter_name, subfolder)
+        return _find_adapter(path, adapter_name, subfolder)
     except OSError as exc:
         raise CheckpointError(
             f"cannot look for an adapter in {os.fspath(path)}: {exc}. Check its permissions."
         ) from exc
 
 
-def _locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
+def _find_adapter(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
     root = Path(path)
     if subfolder is not None:
-        root = root.joinpath(*(plain_name(part, "subfolder") for part in Path(subfolder).parts))
+        root = root.joinpath(*(check_plain_name(part, "subfolder") for part in Path(subfolder).parts))
     if root.is_file():
         raise CheckpointError(f"{root} is a file; give the directory that holds it: {root.parent}.")
     if not root.is_dir():
         near = next((p for p in root.parents if p.is_dir()), Path("."))
         raise CheckpointError(
-            f"no adapter directory {root}. {listing(near, root.name)} Adapters are read from local directories only; "
-            f"huggingface_hub.snapshot_download fetches one."
+            f"no adapter directory {root}. {describe_directory(near, root.name)} Adapters are read from local "
+            "directories only; huggingface_hub.snapshot_download fetches one."
         )
 
-    def holds(d: Path) -> bool:
-        return any((d / n).is_file() for n in (CONFIG_NAME, SAFE_NAME, BIN_NAME))
+    def has_adapter(directory: Path) -> bool:
+        return any((directory / n).is_file() for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
 
-    named = [d.name for d in sorted(root.iterdir()) if not d.name.startswith(".") and d.is_dir() and holds(d)]
+    adapter_names = [
+        d.name for d in sorted(root.iterdir()) if not d.name.startswith(".") and d.is_dir() and has_adapter(d)
+    ]
     if adapter_name not in (None, "default"):
-        if plain_name(adapter_name, "adapter_name") in named:
+        if check_plain_name(adapter_name, "adapter_name") in adapter_names:
             return root / adapter_name
-        if holds(root) and Path(os.path.abspath(root)).name == adapter_name:
+        if has_adapter(root) and Path(os.path.abspath(root)).name == adapter_name:
             return root
-        have = ", ".join((["'default' (at the root)"] if holds(root) else []) + [repr(n) for n in named]) or "none"
-        raise Unsettled(f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {listing(root)}", False)
-    if holds(root):
+        have = (
+            ", ".join((["'default' (at the root)"] if has_adapter(root) else []) + [repr(n) for n in adapter_names])
+            or "none"
+        )
+        raise FileChangedError(
+            f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {describe_directory(root)}", False
+        )
+    if has_adapter(root):
         return root
     # A write may have hidden the adapter at the root. Another one must not be taken in its place.
-    if hint := _interrupted(root):
-        raise CheckpointError(f"{root} holds no adapter.{hint} {listing(root)}")
-    if holds(root):  # the write that hid it has ended
+    if hint := _interrupted_hint(root):
+        raise CheckpointError(f"{root} holds no adapter.{hint} {describe_directory(root)}")
+    if has_adapter(root):  # the write that hid it has ended
         return root
-    if (len(named) == 1 and adapter_name is None) or "default" in named:
-        return root / ("default" if "default" in named else named[0])
-    if named:
+    if (len(adapter_names) == 1 and adapter_name is None) or "default" in adapter_names:
+        return root / ("default" if "default" in adapter_names else adapter_names[0])
+    if adapter_names:
         raise CheckpointError(
-            f"{root} holds no adapter at its root but these in it: {named}. Give the directory of one, "
-            f"{root / named[0]}, or, to swap and bind, its name as adapter_name."
+            f"{root} holds no adapter at its root but these in it: {adapter_names}. Give the directory of one, "
+            f"{root / adapter_names[0]}, or, to swap and bind, its name as adapter_name."
         )
-    raise Unsettled(f"{root} holds no adapter: {CONFIG_NAME} and {SAFE_NAME} are missing. {listing(root)}", False)
+    raise FileChangedError(
+        f"{root} holds no adapter: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} are missing. "
+        f"{describe_directory(root)}",
+        False,
+    )
 
 
-def plain_name(name: str, what: str) -> str:
+def check_plain_name(name: str, description: str) -> str:
     """Return ``name`` where it can only mean an entry of a directory. Raises CheckpointError otherwise."""
     if not name or name.startswith(".") or set(name) & set("/\\\0"):
-        raise CheckpointError(f"{what} {name!r} must be a plain name: no path separators, no leading dot.")
+        raise CheckpointError(f"{description} {name!r} must be a plain name: no path separators, no leading dot.")
     return name
 
 
-def listing(where: Path, wanted: str = "") -> str:
-    """Return a sentence for an error: the entries of ``where``, or those close to ``wanted`` when there are any."""
-    names = sorted(p.name + ("/" if p.is_dir() else "") for p in where.iterdir())
-    if close := nearest(wanted, [n.rstrip("/") for n in names]) if wanted else []:
-        return f"Close names in {where}: {', '.join(close)}."
+def describe_directory(directory: Path, name: str = "") -> str:
+    """Return a sentence for an error: the entries of ``directory``, or those close to ``name`` when there are any."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in directory.iterdir())
+    if close := nearest(name, [n.rstrip("/") for n in names]) if name else []:
+        return f"Close names in {directory}: {', '.join(close)}."
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"{where} contains: {', '.join(names[:12]) or 'nothing'}{more}."
+    return f"{directory} contains: {', '.join(names[:12]) or 'nothing'}{more}."
 
 
-def open_config(where: Path) -> OpenedFile:
-    """Return the open config file of the adapter in ``where``. Raises Unsettled where there is none."""
-    if not (where / CONFIG_NAME).is_file():
-        hint = _interrupted(where)
-        raise Unsettled(f"{where} has no {CONFIG_NAME}, so its method is unknown.{hint} {listing(where)}", False)
-    return OpenedFile(where / CONFIG_NAME)
+def open_config(directory: Path) -> OpenedFile:
+    """Return the open config file of the adapter in ``directory``. Raises Unsettled where there is none."""
+    if not (directory / CONFIG_NAME).is_file():
+        hint = _interrupted_hint(directory)
+        raise FileChangedError(
+            f"{directory} has no {CONFIG_NAME}, so its method is unknown.{hint} {describe_directory(directory)}", False
+        )
+    return OpenedFile(directory / CONFIG_NAME)
 
 
-def config_in(opened: OpenedFile) -> dict[str, Any]:
+def parse_adapter_config(opened: OpenedFile) -> dict[str, Any]:
     """Return the config in a file, which has a ``peft_type`` string, without its ``runtime_config``.
 
     Raises CheckpointError where it has no such string.
@@ -114,13 +127,14 @@ def config_in(opened: OpenedFile) -> dict[str, Any]:
     return config
 
 
-def _interrupted(where: Path) -> str:
-    """Return a sentence on an interrupted write to ``where``, or ''. Raises Unsettled while a write is under way."""
-    left = stages(where)
-    if any(not abandoned(s) for s in left):
-        raise Unsettled(
-            f"{where} is being written to, and has no complete adapter now. Read it again when that is done."
+def _interrupted_hint(directory: Path) -> str:
+    """Return a sentence on an interrupted write to ``directory``, or ''. Raises Unsettled while a write is under
+    way."""
+    left = list_stages(directory)
+    if any(not is_abandoned(s) for s in left):
+        raise FileChangedError(
+            f"{directory} is being written to, and has no complete adapter now. Read it again when that is done."
         )
-    if old := [s / OLD for s in left if (s / OLD).is_dir()]:
+    if old := [s / OLD_FILES_DIR for s in left if (s / OLD_FILES_DIR).is_dir()]:
         return f" A write was interrupted: the old files are in {old[0]}."
     return ""

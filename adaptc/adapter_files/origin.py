@@ -11,21 +11,21 @@ class FileOrigin:
     """The format and component of the file that an adapter was made from.
 
     ``format`` says how the file names tensors. ``component`` is the one that was taken, '' where the file names none.
-    ``others`` maps each component that was not taken to its number of tensors.
+    ``other_components`` maps each component that was not taken to its number of tensors.
     """
 
     format: str = "PEFT"
     component: str = ""
-    others: Mapping[str, int] = field(default_factory=dict)
+    other_components: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         of = f" ({self.component})" if self.component else ""
         return f"{self.format}{of}"
 
     @property
-    def left(self) -> str:
+    def describe_others(self) -> str:
         """Return in words the components that were not taken, or '' where there are none."""
-        return ", ".join(f"{name or 'the rest'} ({n} tensors)" for name, n in self.others.items())
+        return ", ".join(f"{name or 'the rest'} ({n} tensors)" for name, n in self.other_components.items())
 
 
-PEFT = FileOrigin()
+PEFT_ORIGIN = FileOrigin()

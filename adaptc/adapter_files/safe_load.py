@@ -19,20 +19,20 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from adaptc.adapter_files.safe_torch_save import writing
+from adaptc.adapter_files.safe_torch_save import open_for_torch_save
 from adaptc.adapter_files.stable_read import OpenedFile
 from adaptc.errors import CheckpointError
-from adaptc.value_types import DEEPEST, is_deep
+from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
 
-MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
+MAX_JSON_BYTES = 16 << 20  # the largest real adapter configs are a few hundred KiB
 
 
 def read_json_object(file: OpenedFile) -> dict[str, Any]:
     """Return the JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
     path = file.path
-    if file.size > MAX_JSON:
+    if file.size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} is {file.size} bytes long; a config is never that large. Was it overwritten?")
-    data = file.bytes()
+    data = file.read_bytes()
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as exc:
@@ -41,23 +41,23 @@ def read_json_object(file: OpenedFile) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON ({reason}).{lfs} Save or download it again.") from exc
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object of config fields, but holds a {type(value).__name__}.")
-    if is_deep(value):
+    if is_nested_too_deep(value):
         raise CheckpointError(
-            f"{path} has lists and dicts nested deeper than {DEEPEST}, which no config is. Save or download it again."
+            f"{path} has lists and dicts nested deeper than {MAX_DEPTH}, which no config is. Save or download it again."
         )
     return value
 
 
-def load_safetensors(path: Path, whole: Any) -> dict[str, Tensor]:
-    """Return every tensor in ``whole``, the bytes of ``path`` as an array. Raises CheckpointError for a damaged
+def load_safetensors(path: Path, file_bytes: Any) -> dict[str, Tensor]:
+    """Return every tensor in ``file_bytes``, the bytes of ``path`` as an array. Raises CheckpointError for a damaged
     file."""
     try:
-        return load(whole.tobytes())
+        return load(file_bytes.tobytes())
     except Exception as exc:  # the parser and torch raise many types on forged input; all mean the same here
-        head = whole[:40].tobytes()
+        head = file_bytes[:40].tobytes()
         raise CheckpointError(
-            f"{path} is not a readable safetensors file: {_header_fault(head, whole.size) or exc}.{_lfs_hint(head)} "
-            f"Download or save it again."
+            f"{path} is not a readable safetensors file: "
+            f"{_header_problem(head, file_bytes.size) or exc}.{_lfs_hint(head)} Download or save it again."
         ) from exc
 
 
@@ -68,7 +68,7 @@ def load_pickle(file: OpenedFile) -> dict[str, Tensor]:
     tensors. It does so too for a compressed file: ``torch.save`` never compresses, so it can only be a decompression
     bomb.
     """
-    way_out = "Ask for adapter_model.safetensors, or convert the file in a sandbox if you trust its author."
+    remedy = "Ask for adapter_model.safetensors, or convert the file in a sandbox if you trust its author."
     path = file.path
     try:
         with open(file.fd, "rb", closefd=False) as f:
@@ -76,7 +76,7 @@ def load_pickle(file: OpenedFile) -> dict[str, Tensor]:
                 with zipfile.ZipFile(f) as z:
                     if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()):
                         raise CheckpointError(
-                            f"{path} is a compressed archive, which torch.save never writes. {way_out}"
+                            f"{path} is a compressed archive, which torch.save never writes. {remedy}"
                         )
             f.seek(0)
             # Not mapped: a file that is cut short during the read then raises, and later changes to it do not matter.
@@ -89,22 +89,22 @@ def load_pickle(file: OpenedFile) -> dict[str, Tensor]:
         why = f"it would call {call[1]}" if call else f"it is damaged or no file of tensors ({type(exc).__name__})"
         raise CheckpointError(
             f"{path} was refused: {why}. A .bin file is a pickle, which can run code when loaded; only tensors are "
-            f"accepted.{_lfs_hint(_start(file))} {way_out}"
+            f"accepted.{_lfs_hint(_first_bytes(file))} {remedy}"
         ) from exc
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a dict of tensors, but holds a {type(value).__name__}. {way_out}")
+        raise CheckpointError(f"{path} must hold a dict of tensors, but holds a {type(value).__name__}. {remedy}")
     for key, t in value.items():
         if not isinstance(key, str) or not isinstance(t, Tensor):
             found = f"{type(key).__name__} -> {type(t).__name__}"
-            raise CheckpointError(f"{path}: entry {key!r} is {found}, expected a name and a tensor. {way_out}")
+            raise CheckpointError(f"{path}: entry {key!r} is {found}, expected a name and a tensor. {remedy}")
         odd = t.layout != torch.strided or t.is_quantized or t.is_nested or t.is_meta
         if odd or t.nbytes > t.untyped_storage().nbytes():
             # an expanded tensor takes no memory here, and terabytes at the first clone
-            raise CheckpointError(f"{path}: {key!r} {tuple(t.shape)} is not a plain dense tensor. {way_out}")
+            raise CheckpointError(f"{path}: {key!r} {tuple(t.shape)} is not a plain dense tensor. {remedy}")
     return {key: t.detach() for key, t in value.items()}
 
 
-def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the values as contiguous CPU tensors that each own their storage, as both file formats need."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -122,29 +122,29 @@ def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(
-    tensors: Mapping[str, Tensor], path: Path, *, safe: bool, header: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor], path: Path, *, safe_serialization: bool, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``tensors`` (from :func:`dense`) to ``path``, as safetensors where ``safe`` and with ``torch.save``
-    otherwise.
+    """Write ``tensors`` (from :func:`to_dense`) to ``path``, as safetensors where ``safe_serialization`` and with
+    ``torch.save`` otherwise.
 
-    ``header`` has more texts for the header of a safetensors file. The libraries' own exceptions are not converted.
+    ``metadata`` has more texts for the header of a safetensors file. The libraries' own exceptions are not converted.
     """
-    if safe:
-        save_file(dict(tensors), path, metadata={"format": "pt", **(header or {})})
+    if safe_serialization:
+        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
         # safetensors makes its file readable for the owner only; an adapter must follow the umask like any other file
         umask_probe = path.with_name(f"{path.name}.mode")
         umask_probe.touch()
         path.chmod(umask_probe.stat().st_mode & 0o777)
         umask_probe.unlink()
     else:
-        with writing(path) as f:
+        with open_for_torch_save(path) as f:
             torch.save(dict(tensors), f)
 
 
-def _start(file: OpenedFile) -> bytes:
+def _first_bytes(file: OpenedFile) -> bytes:
     start = bytearray(min(file.size, 40))
     with suppress(CheckpointError):
-        file.into(start)
+        file.read_into(start)
     return bytes(start)
 
 
@@ -154,7 +154,7 @@ def _lfs_hint(start: bytes) -> str:
     return ""
 
 
-def _header_fault(start: bytes, size: int) -> str:
+def _header_problem(start: bytes, size: int) -> str:
     """Return in words what is wrong with a safetensors header's length, or '' when nothing is."""
     if size < 8:
         return f"it is {size} bytes long, too short to hold a header"

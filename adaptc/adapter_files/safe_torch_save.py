@@ -22,28 +22,28 @@ from typing import IO, Any, cast
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[IO[bytes]]:
+def open_for_torch_save(path: Path) -> Iterator[IO[bytes]]:
     """Run the block with a new file to hand to torch.
 
     Afterwards it raises the first error of the disk, or what a delayed signal handler raises, such as
     KeyboardInterrupt.
     """
-    file = _Unraising(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
+    file = _NonRaisingFile(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
     try:
-        with _signals_later(file):
+        with _delay_signals(file):
             yield cast(IO[bytes], file)
     except BaseException as exc:
         if file.error is not None and exc is not file.error:  # torch's error is only a consequence of it
             raise file.error from exc
         raise
     finally:
-        file.finish()
+        file.close_file()
     if file.error is not None:
         raise file.error
 
 
 @contextmanager
-def _signals_later(file: _Unraising) -> Iterator[None]:
+def _delay_signals(file: _NonRaisingFile) -> Iterator[None]:
     """Run the block, and handle signals that come during it afterwards.
 
     A signal that raises KeyboardInterrupt also ends the writing, since nobody will want the file.
@@ -52,32 +52,32 @@ def _signals_later(file: _Unraising) -> Iterator[None]:
         yield  # handlers run only in the main thread
         return
     handlers = {n: h for n in signal.valid_signals() if callable(h := signal.getsignal(n))}
-    came: list[tuple[int, FrameType | None]] = []
-    inside = [True]
+    pending: list[tuple[int, FrameType | None]] = []
+    is_active = [True]
 
-    def later(number: int, frame: FrameType | None) -> None:
-        if not inside:  # restoring an earlier handler raised, so this one stayed
+    def handle_later(number: int, frame: FrameType | None) -> None:
+        if not is_active:  # restoring an earlier handler raised, so this one stayed
             handlers[signal.Signals(number)](number, frame)
             return
-        came.append((number, frame))
+        pending.append((number, frame))
         if handlers[signal.Signals(number)] is signal.default_int_handler:
-            file.stop = True
+            file.is_stopped = True
 
     try:
         for number in handlers:
-            signal.signal(number, later)
+            signal.signal(number, handle_later)
         yield
     finally:
         try:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         finally:
-            inside.clear()
-            for number, frame in came:
+            is_active.clear()
+            for number, frame in pending:
                 handlers[signal.Signals(number)](number, frame)
 
 
-class _Unraising(io.RawIOBase):
+class _NonRaisingFile(io.RawIOBase):
     """A file that never raises, and is seekable only in name.
 
     torch writes from the beginning to the end, and seeks once, when all is written.
@@ -87,7 +87,7 @@ class _Unraising(io.RawIOBase):
         self._fd = fd
         self.error: BaseException | None = None
         #: whether all later writes are ignored
-        self.stop = False
+        self.is_stopped = False
 
     def write(self, data: Any) -> int:
         size = 0
@@ -95,13 +95,13 @@ class _Unraising(io.RawIOBase):
             left = memoryview(data).cast("B")
             size = left.nbytes
             # After an error there is nothing to write to, nor when torch destroys a writer after finish().
-            while left and self.error is None and not self.stop and self._fd >= 0:
+            while left and self.error is None and not self.is_stopped and self._fd >= 0:
                 left = left[os.write(self._fd, left) :]
         except BaseException as exc:
             self.error = self.error or exc
         return size
 
-    def finish(self) -> None:
+    def close_file(self) -> None:
         fd, self._fd = self._fd, -1
         try:
             os.close(fd)

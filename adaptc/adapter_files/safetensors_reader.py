@@ -26,19 +26,19 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
-from adaptc.adapter_files.safe_load import MAX_JSON, load_safetensors
+from adaptc.adapter_files.safe_load import MAX_JSON_BYTES, load_safetensors
 from adaptc.adapter_files.stable_read import OpenedFile
 from adaptc.errors import CheckpointError
-from adaptc.locks import free_in_children
+from adaptc.locks import reset_after_fork
 
 #: the number of layouts kept; the least recently used is dropped first
-MOST = 32
+MAX_LAYOUTS = 32
 #: the bytes of the longest header whose layout is kept, some ten thousand tensors
-LONGEST = 1 << 20
+MAX_HEADER_BYTES = 1 << 20
 #: the alignment in bytes of the data in memory, a cache line
-_ALIGNED = 64
+_ALIGNMENT = 64
 #: the library's error for a correct header without data
-_NO_DATA = "incomplete metadata, file not fully covered"
+_NO_DATA_ERROR = "incomplete metadata, file not fully covered"
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -63,95 +63,95 @@ _DTYPES = {
 class FileLayout:
     """The places of a file's tensors.
 
-    ``tensors`` has for each tensor (key, dtype, shape, first byte of the data, elements). ``runs`` has (dtype, first
-    byte, elements) of consecutive floating data.
+    ``tensors`` has for each tensor (key, dtype, shape, first byte of the data, elements). ``flat_ranges`` has (dtype,
+    first byte, elements) of consecutive floating data.
     """
 
     tensors: tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
-    runs: tuple[tuple[torch.dtype, int, int], ...]
+    flat_ranges: tuple[tuple[torch.dtype, int, int], ...]
 
 
-_known: OrderedDict[tuple[bytes, int], FileLayout] = OrderedDict()
-_lock = free_in_children(threading.Lock())
+_layouts: OrderedDict[tuple[bytes, int], FileLayout] = OrderedDict()
+_lock = reset_after_fork(threading.Lock())
 
 
-def load(file: OpenedFile) -> tuple[dict[str, Tensor], list[Tensor]]:
+def load_tensors(file: OpenedFile) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Return every tensor of ``file``, and all its floating data in as few tensors as possible where its layout is
     known.
 
     Raises CheckpointError for a damaged file.
     """
-    whole = _read(file)
-    header = _header(whole)
+    file_bytes = _read_aligned(file)
+    header = _header_bytes(file_bytes)
     if not header:
-        return load_safetensors(file.path, whole), []
-    kind = hashlib.sha256(header).digest(), whole.size
+        return load_safetensors(file.path, file_bytes), []
+    layout_key = hashlib.sha256(header).digest(), file_bytes.size
     with _lock:
-        layout = _known.get(kind)
+        layout = _layouts.get(layout_key)
         if layout is not None:
-            _known.move_to_end(kind)
+            _layouts.move_to_end(layout_key)
     if layout is None:
-        layout = _layout(header, whole.size)
+        layout = _parse_layout(header, file_bytes.size)
         if layout is None:
-            return load_safetensors(file.path, whole), []
+            return load_safetensors(file.path, file_bytes), []
         with _lock:
-            _known[kind] = layout
-            while len(_known) > MOST:
-                _known.popitem(last=False)
-    return _views(layout, whole[len(header) :])
+            _layouts[layout_key] = layout
+            while len(_layouts) > MAX_LAYOUTS:
+                _layouts.popitem(last=False)
+    return _tensor_views(layout, file_bytes[len(header) :])
 
 
-def header_texts(file: OpenedFile) -> dict[str, str]:
-    """Return the texts of the header's ``__metadata__``, of a file that :func:`load` has read."""
+def read_metadata(file: OpenedFile) -> dict[str, str]:
+    """Return the texts of the header's ``__metadata__``, of a file that :func:`load_tensors` has read."""
     first = bytearray(8)
-    file.into(first)
+    file.read_into(first)
     length = min(int.from_bytes(first, "little"), file.size - 8)
-    if length > MAX_JSON:
+    if length > MAX_JSON_BYTES:
         raise CheckpointError(f"{file.path} has a header of {length} bytes; that of an adapter is never that large.")
     start = bytearray(8 + length)
-    file.into(start)
+    file.read_into(start)
     try:
-        texts = json.loads(start[8:], object_pairs_hook=_once).get("__metadata__", {})
+        texts = json.loads(start[8:], object_pairs_hook=_refuse_duplicates).get("__metadata__", {})
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{file.path} has a header that cannot be read ({exc}). Download it again.") from exc
     return {k: v for k, v in texts.items() if isinstance(v, str)} if isinstance(texts, dict) else {}
 
 
-def _read(file: OpenedFile) -> Any:
+def _read_aligned(file: OpenedFile) -> Any:
     """Return the bytes of a file as a uint8 array, in which the data after the header is aligned."""
     first = bytearray(8)
     if file.size >= 8:
-        file.into(first)
+        file.read_into(first)
     length = int.from_bytes(first, "little")
     try:
         # Not torch.empty: it aligns, so its memory is mostly new to the process, and the page faults take longer than
         # the reading.
-        room = np.empty(_ALIGNED + file.size, np.uint8)
+        room = np.empty(_ALIGNMENT + file.size, np.uint8)
     except (ValueError, MemoryError) as exc:
         raise CheckpointError(f"{file.path} has {file.size} bytes, for which there is no memory here") from exc
-    lead = -(room.ctypes.data + 8 + length) % _ALIGNED
+    lead = -(room.ctypes.data + 8 + length) % _ALIGNMENT
     whole = room[lead : lead + file.size]
-    file.into(whole)
+    file.read_into(whole)
     return whole
 
 
-def _header(whole: Any) -> bytes:
+def _header_bytes(file_bytes: Any) -> bytes:
     """Return the header with its 8-byte length, or b"" where there is none, or its layout is not kept."""
-    length = int.from_bytes(whole[:8].tobytes(), "little")
-    if whole.size < 8 or length > min(LONGEST, whole.size - 8) or sys.byteorder != "little":
+    length = int.from_bytes(file_bytes[:8].tobytes(), "little")
+    if file_bytes.size < 8 or length > min(MAX_HEADER_BYTES, file_bytes.size - 8) or sys.byteorder != "little":
         return b""
-    return whole[: 8 + length].tobytes()
+    return file_bytes[: 8 + length].tobytes()
 
 
-def _views(layout: FileLayout, data: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _tensor_views(layout: FileLayout, data: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     tensors = {
         key: torch.frombuffer(data, dtype=dtype, count=count, offset=at).view(shape)
         for key, dtype, shape, at, count in layout.tensors
     }
-    return tensors, [torch.frombuffer(data, dtype=d, count=count, offset=at) for d, at, count in layout.runs]
+    return tensors, [torch.frombuffer(data, dtype=d, count=count, offset=at) for d, at, count in layout.flat_ranges]
 
 
-def _layout(header: bytes, size: int) -> FileLayout | None:
+def _parse_layout(header: bytes, size: int) -> FileLayout | None:
     """Return the layout of a file of ``size`` bytes with this header, or None where the library must read it.
 
     The library must find no fault in the header. Each byte must belong to one tensor, aligned and in the order of
@@ -161,43 +161,43 @@ def _layout(header: bytes, size: int) -> FileLayout | None:
         deserialize(header)
         return None  # the header is complete without data, so there is none
     except SafetensorError as exc:
-        if _NO_DATA not in str(exc):
+        if _NO_DATA_ERROR not in str(exc):
             return None
     try:
-        entries = json.loads(header[8:], object_pairs_hook=_once)
+        entries = json.loads(header[8:], object_pairs_hook=_refuse_duplicates)
         entries.pop("__metadata__", None)
-        found: dict[str, tuple[str, torch.dtype, tuple[int, ...], int, int]] = {}
+        entries_by_key: dict[str, tuple[str, torch.dtype, tuple[int, ...], int, int]] = {}
         end = 0
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
             dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             count = prod(shape)
             if start != end or stop - start != count * dtype.itemsize or not count or start % dtype.itemsize:
                 return None
-            found[key], end = (key, dtype, shape, start, count), stop
+            entries_by_key[key], end = (key, dtype, shape, start, count), stop
         if len(header) + end != size:
             return None
     except (KeyError, TypeError, ValueError, RecursionError):  # an unknown dtype, or a header of another form
         return None
-    return FileLayout(tuple(found[key] for key in entries), _runs(list(found.values())))
+    return FileLayout(tuple(entries_by_key[key] for key in entries), _join_ranges(list(entries_by_key.values())))
 
 
-def _runs(
+def _join_ranges(
     tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]],
 ) -> tuple[tuple[torch.dtype, int, int], ...]:
     """Return the floating tensors in the order of their bytes, with neighbours of one dtype joined to one run."""
-    runs: list[tuple[torch.dtype, int, int]] = []
+    ranges: list[tuple[torch.dtype, int, int]] = []
     for _, own, _, at, elements in tensors:
         if not (own.is_floating_point or own.is_complex):
             continue
-        dtype, start, count = runs[-1] if runs else (None, 0, 0)
+        dtype, start, count = ranges[-1] if ranges else (None, 0, 0)
         if dtype is own and start + count * own.itemsize == at:
-            runs[-1] = own, start, count + elements
+            ranges[-1] = own, start, count + elements
         else:
-            runs.append((own, at, elements))
-    return tuple(runs)
+            ranges.append((own, at, elements))
+    return tuple(ranges)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict. Raises ValueError where it has a name twice."""
     out = dict(pairs)
     if len(out) != len(pairs):

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.check_state_dict import given
+from adaptc.adapter_files.check_state_dict import check_state_dict
 from adaptc.adapter_files.directory import AdapterFile, check_finite
-from adaptc.adapter_files.foreign_file import RawFile, of_peft
-from adaptc.adapters.combining.combine_options import Options, weight_of
-from adaptc.adapters.combining.combine_tensors import combined
-from adaptc.binding.sources.read_directory import read_whole, write_whole
-from adaptc.binding.sources.source import as_config, of_file
+from adaptc.adapter_files.foreign_file import RawFile, has_peft_prefix
+from adaptc.adapters.combining.combine_options import CombineOptions, parse_weight
+from adaptc.adapters.combining.combine_tensors import combine_tensors
+from adaptc.binding.sources.read_directory import read_with_experts, write_with_experts
+from adaptc.binding.sources.source import as_config, config_of_file
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig
 
@@ -49,7 +49,7 @@ class Adapter:
         config = as_config(self.config)
         if not isinstance(self.tensors, Mapping) or not self.tensors:
             raise CheckpointError(f"{self.source} has no tensors; expected a dict of them, by PEFT's keys")
-        tensors = given(self.tensors, self.source, config.peft_type)
+        tensors = check_state_dict(self.tensors, self.source, config.peft_type)
         check_finite(tensors, self.source)
         object.__setattr__(self, "config", config)
         object.__setattr__(self, "tensors", MappingProxyType({k: t.detach() for k, t in tensors.items()}))
@@ -67,48 +67,48 @@ class Adapter:
 
     def write(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the adapter as a PEFT directory; ``options`` are those of
-        :func:`adaptc.binding.sources.read_directory.write_whole`."""
-        return write_whole(path, self.config, self.tensors, **options)
+        :func:`adaptc.binding.sources.read_directory.write_with_experts`."""
+        return write_with_experts(path, self.config, self.tensors, **options)
 
     def to(self, device: torch.device | str) -> Adapter:
         """Return the adapter with its tensors on ``device``."""
         return Adapter(self.config, {k: t.to(device) for k, t in self.tensors.items()}, self.source, self.report)
 
     def __add__(self, other: Any) -> Adapter:
-        return _sum(self, other, 1.0, "+") if isinstance(other, Adapter) else NotImplemented
+        return _add_signed(self, other, 1.0, "+") if isinstance(other, Adapter) else NotImplemented
 
     def __sub__(self, other: Any) -> Adapter:
-        return _sum(self, other, -1.0, "-") if isinstance(other, Adapter) else NotImplemented
+        return _add_signed(self, other, -1.0, "-") if isinstance(other, Adapter) else NotImplemented
 
     def __mul__(self, weight: Any) -> Adapter:
         if isinstance(weight, (Adapter, Tensor)):
             return NotImplemented
-        number = weight_of(weight, self.source)
-        return _made([self], [number], f"{number:g} * {_term(self)}")
+        number = parse_weight(weight, self.source)
+        return _weighted_sum([self], [number], f"{number:g} * {_parenthesize(self)}")
 
     __rmul__ = __mul__
 
     def __truediv__(self, weight: Any) -> Adapter:
-        number = weight_of(weight, self.source)
+        number = parse_weight(weight, self.source)
         if not number:
             raise ConfigError(f"{self.source} is divided by zero")
         return self * (1 / number)
 
     def __neg__(self) -> Adapter:
-        return _made([self], [-1.0], f"-{_term(self)}")
+        return _weighted_sum([self], [-1.0], f"-{_parenthesize(self)}")
 
 
-def _term(a: Adapter) -> str:
+def _parenthesize(a: Adapter) -> str:
     return f"({a.source})" if " " in a.source else a.source
 
 
-def _sum(a: Adapter, b: Adapter, sign: float, word: str) -> Adapter:
-    return _made([a, b], [1.0, sign], f"{a.source} {word} {_term(b)}")
+def _add_signed(a: Adapter, b: Adapter, sign: float, sign_text: str) -> Adapter:
+    return _weighted_sum([a, b], [1.0, sign], f"{a.source} {sign_text} {_parenthesize(b)}")
 
 
-def _made(adapters: list[Adapter], weights: list[float], source: str) -> Adapter:
+def _weighted_sum(adapters: list[Adapter], weights: list[float], source: str) -> Adapter:
     """Return the exact weighted sum of the adapters, as their method defines it."""
-    return Adapter(*combined(adapters, weights, Options(), "cat"), source)
+    return Adapter(*combine_tensors(adapters, weights, CombineOptions(), "cat"), source)
 
 
 def load_adapter(
@@ -127,15 +127,15 @@ def load_adapter(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise AdaptcError(f"load_adapter takes the path of an adapter, not a {type(path).__name__}")
-    file = read_whole(path, adapter_name=adapter_name, key_mapping=key_mapping)
+    file = read_with_experts(path, adapter_name=adapter_name, key_mapping=key_mapping)
     if isinstance(file, RawFile):
-        if not any(map(of_peft, file.tensors)) and config is None:
+        if not any(map(has_peft_prefix, file.tensors)) and config is None:
             raise CheckpointError(
                 f"{file.path} is not in PEFT's format, and which modules its keys mean is known with the model alone: "
                 "compile the model with it, and take prog.bind(path), or save_adapter it as a PEFT directory"
             )
-        if config is None and file.beside is None:
+        if config is None and file.adapter_config is None:
             raise CheckpointError(f"{file.path} has no adapter_config.json beside it; say the config with config=")
-        stated = as_config(file.beside if config is None else config)
+        stated = as_config(file.adapter_config if config is None else config)
         return Adapter(stated, file.tensors, str(path))
-    return Adapter(of_file(file) if config is None else as_config(config), file.tensors, str(path))
+    return Adapter(config_of_file(file) if config is None else as_config(config), file.tensors, str(path))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.from_program import as_object
+from adaptc.adapters.from_program import as_adapter_object
 from adaptc.errors import ConfigError, listing
-from adaptc.methods import MethodPart, routing
+from adaptc.methods import ExpertAdapter, make_arrow_adapter
 from adaptc.methods.lora_family.arrow import ArrowConfig
 
 
@@ -30,14 +30,14 @@ def arrow_adapter(
     Raises ConfigError for adapters that are not plain LoRA or have other modules, and for general adapters without
     ``use_gks``. Raises CheckpointError for files and shapes.
     """
-    arrow = ArrowConfig.of(arrow_config)
-    tasks = _experts("task_specific_adapter_paths", task_specific_adapter_paths)
-    general = _experts("general_adapter_paths", general_adapter_paths or [])
-    return Adapter(*routing(arrow, tasks, general), f"Arrow of {listing((t.source for t in tasks), 3)}")
+    arrow = ArrowConfig.from_value(arrow_config)
+    tasks = _read_adapters("task_specific_adapter_paths", task_specific_adapter_paths)
+    general = _read_adapters("general_adapter_paths", general_adapter_paths or [])
+    return Adapter(*make_arrow_adapter(arrow, tasks, general), f"Arrow of {listing((t.source for t in tasks), 3)}")
 
 
-def _experts(option: str, adapters: Any) -> list[MethodPart]:
+def _read_adapters(option: str, adapters: Any) -> list[ExpertAdapter]:
     if isinstance(adapters, (str, bytes, os.PathLike)) or not isinstance(adapters, Sequence):
         raise ConfigError(f"{option} must be a list of adapters, got {type(adapters).__name__}")
-    objects = [as_object(a) for a in adapters]
-    return [MethodPart(o.config, o.tensors, o.source) for o in objects]
+    objects = [as_adapter_object(a) for a in adapters]
+    return [ExpertAdapter(o.config, o.tensors, o.source) for o in objects]

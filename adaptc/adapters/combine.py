@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combining.combine_options import Options, weight_of
-from adaptc.adapters.combining.combine_tensors import combined
-from adaptc.adapters.from_program import as_object
-from adaptc.adapters.to_lora import combined_changes
-from adaptc.errors import ConfigError, shown
-from adaptc.value_types import checked
+from adaptc.adapters.combining.combine_options import CombineOptions, parse_weight
+from adaptc.adapters.combining.combine_tensors import combine_tensors
+from adaptc.adapters.from_program import as_adapter_object
+from adaptc.adapters.to_lora import combine_deltas
+from adaptc.errors import ConfigError, short_repr
+from adaptc.value_types import validates_options
 
 _EXPECTED = 'expected {"directory": 0.5, ...}, or a list of (adapter, weight) pairs'
 
 
-@checked(
+@validates_options(
     "method",
     "density",
     "majority_sign_method",
@@ -76,38 +76,38 @@ def combine(
     All is computed in float32, or in float64 where an adapter has it. Raises ConfigError for options and adapters that
     do not go together. Raises CheckpointError for files, shapes, and values that are not finite.
     """
-    pairs = _pairs(adapters)
-    options = Options(
+    pairs = _check_pairs(adapters)
+    options = CombineOptions(
         method, density, majority_sign_method, svd_rank, svd_clamp, svd_full_matrices, svd_driver, generator
     )
     if model is None and example_inputs is not None:
         raise ConfigError("example_inputs go with model=, and no model is given: leave them out")
-    source = " + ".join(f"{w:g} * {_named(a)}" for a, w in pairs)
+    source = " + ".join(f"{w:g} * {_describe_adapter(a)}" for a, w in pairs)
     weights = [w for _, w in pairs]
     if model is not None:
         # With a model, files may be of any format, since the model tells what their keys mean.
-        given = [a if isinstance(a, (str, os.PathLike)) else as_object(a, config=config) for a, _ in pairs]
-        return combined_changes(given, weights, options, model, example_inputs, key_mapping, source)
-    objects = [as_object(a, config=config, key_mapping=key_mapping) for a, _ in pairs]
-    return Adapter(*combined(objects, weights, options), source)
+        given = [a if isinstance(a, (str, os.PathLike)) else as_adapter_object(a, config=config) for a, _ in pairs]
+        return combine_deltas(given, weights, options, model, example_inputs, key_mapping, source)
+    objects = [as_adapter_object(a, config=config, key_mapping=key_mapping) for a, _ in pairs]
+    return Adapter(*combine_tensors(objects, weights, options), source)
 
 
-def _pairs(adapters: Any) -> list[tuple[Any, float]]:
+def _check_pairs(adapters: Any) -> list[tuple[Any, float]]:
     if isinstance(adapters, Mapping):
-        found = list(adapters.items())
+        pairs = list(adapters.items())
     elif isinstance(adapters, (list, tuple)):
-        found = list(adapters)
+        pairs = list(adapters)
     else:
         raise ConfigError(f"{_EXPECTED}; got a {type(adapters).__name__}")
-    for pair in found:
+    for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ConfigError(f"{_EXPECTED}; got {shown(pair)} in the list")
-    if not found:
+            raise ConfigError(f"{_EXPECTED}; got {short_repr(pair)} in the list")
+    if not pairs:
         raise ConfigError(f"there are no adapters to combine; {_EXPECTED}")
-    return [(a, weight_of(w, _named(a))) for a, w in found]
+    return [(a, parse_weight(w, _describe_adapter(a))) for a, w in pairs]
 
 
-def _named(adapter: Any) -> str:
+def _describe_adapter(adapter: Any) -> str:
     if isinstance(adapter, Mapping):
         return "state dict"
     found = getattr(adapter, "source", None) or getattr(getattr(adapter, "binding", None), "source", None)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combining.combine_tensors import tell_models
-from adaptc.adapters.from_program import as_object
+from adaptc.adapters.combining.combine_tensors import warn_of_models
+from adaptc.adapters.from_program import as_adapter_object
 from adaptc.errors import CheckpointError, ConfigError, listing
-from adaptc.methods import PROMPT
+from adaptc.methods import PROMPT_EMBEDDINGS
 from adaptc.methods.prompt.cartridge import CartridgeConfig
-from adaptc.value_types import checked
+from adaptc.value_types import validates_options
 
 #: options in which cartridges of one model agree, in PEFT's order
-_ALIKE = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+_SHARED_FIELDS = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 
 
-@checked("safe_serialization")
+@validates_options("safe_serialization")
 def compose_cartridge_adapters(
     adapter_paths: Sequence[Any],
     *,
@@ -44,17 +44,17 @@ def compose_cartridge_adapters(
         raise ConfigError(f"adapter_paths must be a list of cartridges, got {type(adapter_paths).__name__}")
     if len(adapter_paths) < 2:
         raise ConfigError(f"there are {len(adapter_paths)} cartridges, and at least 2 are needed to compose one")
-    adapters = [as_object(a) for a in adapter_paths]
-    rows = [_rows(a) for a in adapters]
+    adapters = [as_adapter_object(a) for a in adapter_paths]
+    rows = [_kv_prefix_rows(a) for a in adapters]
     first = adapters[0]
     for a, r in zip(adapters, rows, strict=True):
-        for name in _ALIKE:
-            _check_alike(a, first, name, getattr(a.config, name), getattr(first.config, name))
-        _check_alike(a, first, "width of prompt_embeddings", r.shape[1], rows[0].shape[1])
-    tell_models(adapters)
+        for name in _SHARED_FIELDS:
+            _check_same_value(a, first, name, getattr(a.config, name), getattr(first.config, name))
+        _check_same_value(a, first, "width of prompt_embeddings", r.shape[1], rows[0].shape[1])
+    warn_of_models(adapters)
     made = torch.cat([r.to(rows[0].device) for r in rows])
     source = f"the cartridges {listing((a.source for a in adapters), 3)}"
-    new = Adapter(first.config.replace(num_virtual_tokens=made.shape[0]), {PROMPT: made}, source)
+    new = Adapter(first.config.replace(num_virtual_tokens=made.shape[0]), {PROMPT_EMBEDDINGS: made}, source)
     if output_path is not None:
         new.write(output_path, safe_serialization=safe_serialization)
     elif not safe_serialization:
@@ -62,24 +62,24 @@ def compose_cartridge_adapters(
     return new
 
 
-def _check_alike(a: Adapter, first: Adapter, name: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
+def _check_same_value(a: Adapter, first: Adapter, name: str, found: Any, expected: Any) -> None:
+    if found != expected:
         raise ConfigError(
-            f"{a.source} has {name} {found!r}, and {first.source} {wanted!r}: cartridges of one model and task go "
+            f"{a.source} has {name} {found!r}, and {first.source} {expected!r}: cartridges of one model and task go "
             "behind each other"
         )
 
 
-def _rows(a: Adapter) -> Tensor:
+def _kv_prefix_rows(a: Adapter) -> Tensor:
     config = a.config
     if not isinstance(config, CartridgeConfig):
         raise ConfigError(f"{a.source} is a {config.peft_type} adapter, and cartridges are composed alone")
-    if more := sorted(a.tensors.keys() - {PROMPT}):
+    if more := sorted(a.tensors.keys() - {PROMPT_EMBEDDINGS}):
         raise ConfigError(f"{a.source} trains modules beside its cartridge ({more[0]}), of which there can be one")
-    rows = a.tensors[PROMPT]
+    rows = a.tensors[PROMPT_EMBEDDINGS]
     if rows.ndim != 2 or not rows.shape[0] or rows.shape[0] != config.num_virtual_tokens:
         raise CheckpointError(
-            f"{a.source}: {PROMPT!r} has shape {tuple(rows.shape)}, and its config says num_virtual_tokens="
+            f"{a.source}: {PROMPT_EMBEDDINGS!r} has shape {tuple(rows.shape)}, and its config says num_virtual_tokens="
             f"{config.num_virtual_tokens}: expected ({config.num_virtual_tokens}, 2 * layers * token_dim)"
         )
     return rows

@@ -12,13 +12,13 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.sources.source import as_config
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.program.wrapper import inside
-from adaptc.state.adapter_output import as_made
-from adaptc.state.bound import Bound
+from adaptc.program.wrapper import unwrap
+from adaptc.state.adapter_output import prepare_for_file
+from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
 
 
-def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str] | None = None) -> Adapter:
+def as_adapter_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str] | None = None) -> Adapter:
     """Return the adapter object for an adapter in any form. ``config`` is for state dicts.
 
     Raises ConfigError for a state dict without it, and AdaptcError for anything that is no adapter.
@@ -31,9 +31,9 @@ def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str
         if config is None:
             raise ConfigError("a state dict does not say its alpha and what it adapts: say it with config=")
         return Adapter(as_config(config), adapter, "state dict")
-    adapter = inside(adapter)
-    if isinstance(adapter, (ProgramCore, Bound)):
-        return of_program(*program_and_binding(adapter))
+    adapter = unwrap(adapter)
+    if isinstance(adapter, (ProgramCore, BoundProgram)):
+        return adapter_of_program(*program_and_binding(adapter))
     if isinstance(adapter, Binding):
         raise AdaptcError(
             "a Binding alone does not know its program; give what prog.bind(...) returned, or the program"
@@ -44,24 +44,24 @@ def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str
     )
 
 
-def program_and_binding(adapter: ProgramCore | Bound) -> tuple[ProgramCore, Binding]:
+def program_and_binding(adapter: ProgramCore | BoundProgram) -> tuple[ProgramCore, Binding]:
     """Return the program and the binding of ``adapter``. Raises ConfigError where that has no adapter, or several."""
     program = adapter if isinstance(adapter, ProgramCore) else adapter.program
     binding = adapter.binding
     if not binding.values:
         raise ConfigError("this is the base, which has no adapter")
-    if binding.parts:
+    if binding.joint_adapters:
         raise ConfigError(
-            f"several adapters act together here, {list(binding.parts)}; write the ones that are meant with "
+            f"several adapters act together here, {list(binding.joint_adapters)}; write the ones that are meant with "
             "adaptc.save_adapter(prog, path, adapter_name=...)"
         )
     return program, binding
 
 
-def of_program(program: ProgramCore, binding: Binding) -> Adapter:
+def adapter_of_program(program: ProgramCore, binding: Binding) -> Adapter:
     """Return the binding's adapter with the scale that it was made with, whatever its scale is now.
 
     The tensors are the program's own.
     """
-    binding = as_made(binding)
+    binding = prepare_for_file(binding)
     return Adapter(binding.config, file_tensors(program.spec(), binding), binding.source or "the program's adapter")

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from adaptc.capture.model_files import read_skeleton
 from adaptc.capture.quantised import check_not_quantised
-from adaptc.errors import CheckpointError, ConfigError, shown
+from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.passes.graph.ops import Op, aten
 
-INDEX = "model.safetensors.index.json"
-_CONVS = {nn.Conv1d: ("conv1d", aten.conv1d.default), nn.Conv2d: ("conv2d", aten.conv2d.default)}
-_CONVS[nn.Conv3d] = ("conv3d", aten.conv3d.default)
+SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+_CONV_OPS = {nn.Conv1d: ("conv1d", aten.conv1d.default), nn.Conv2d: ("conv2d", aten.conv2d.default)}
+_CONV_OPS[nn.Conv3d] = ("conv3d", aten.conv3d.default)
 
 
 class ModelTensors(Protocol):
@@ -33,74 +33,80 @@ class ModelTensors(Protocol):
     @property
     def source(self) -> str: ...
     @property
-    def keys(self) -> Mapping[str, Any]: ...
+    def entries(self) -> Mapping[str, Any]: ...
     def __getitem__(self, key: str) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
-class _InMemory:
+class _TensorsInMemory:
     source: str
-    keys: Mapping[str, Tensor]
+    entries: Mapping[str, Tensor]
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.keys[key].detach()
+        return self.entries[key].detach()
 
 
 @dataclass(frozen=True, eq=False)
-class _OnDisk:
+class _TensorsOnDisk:
     """The tensors of safetensors files. ``keys`` maps each name to the open file that has it."""
 
     source: str
-    keys: Mapping[str, Any]
+    entries: Mapping[str, Any]
 
     def __getitem__(self, key: str) -> Tensor:
         try:
-            return self.keys[key].get_tensor(key)
+            return self.entries[key].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.source}: {key!r} cannot be read ({shown(str(error))})") from error
+            raise CheckpointError(f"{self.source}: {key!r} cannot be read ({short_repr(str(error))})") from error
 
 
 @contextmanager
-def tensors_of(model: Any) -> Iterator[ModelTensors]:
+def open_model_tensors(model: Any) -> Iterator[ModelTensors]:
     """Run the block with the tensors of ``model``.
 
     Raises CheckpointError for files, ConfigError for a value that is no model, and CaptureError for a quantised one.
     """
     if isinstance(model, nn.Module):
         check_not_quantised(model)
-        yield _InMemory(type(model).__name__, _once(model.state_dict(), _tied(model)))
+        yield _TensorsInMemory(type(model).__name__, _without_tied(model.state_dict(), _tied_parameters(model)))
     elif isinstance(model, Mapping) and model and all(isinstance(t, Tensor) for t in model.values()):
-        yield _InMemory("a state dict", model)
+        yield _TensorsInMemory("a state dict", model)
     elif isinstance(model, (str, os.PathLike)):
         with ExitStack() as stack:
-            keys: dict[str, Any] = {}
-            for file in _files(Path(model)):
+            entries: dict[str, Any] = {}
+            for file in _safetensors_files(Path(model)):
                 try:
                     opened = stack.enter_context(safe_open(file, "pt"))
-                    keys |= dict.fromkeys(opened.keys(), opened)
+                    entries |= dict.fromkeys(opened.keys(), opened)
                 except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"{file} is no readable safetensors file ({shown(str(error))})") from error
-            if not keys:
+                    raise CheckpointError(
+                        f"{file} is no readable safetensors file ({short_repr(str(error))})"
+                    ) from error
+            if not entries:
                 raise CheckpointError(f"{model} holds no tensors")
-            yield _OnDisk(str(model), keys)
+            yield _TensorsOnDisk(str(model), entries)
     else:
         raise ConfigError(
             f"a model is a module, a state dict, a .safetensors file or a directory of them; got {type(model).__name__}"
         )
 
 
-def _files(path: Path) -> list[Path]:
+def _safetensors_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise CheckpointError(f"there is no file or directory {path}")
-    if (path / INDEX).is_file():
+    if (path / SAFE_WEIGHTS_INDEX_NAME).is_file():
         try:
-            names = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
+            names = set(json.loads((path / SAFE_WEIGHTS_INDEX_NAME).read_bytes())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path / INDEX} cannot be read ({shown(str(error))})") from error
+            raise CheckpointError(
+                f"{path / SAFE_WEIGHTS_INDEX_NAME} cannot be read ({short_repr(str(error))})"
+            ) from error
         if odd := [n for n in sorted(map(str, names)) if Path(n).name != n]:  # a path could lead anywhere
-            raise CheckpointError(f"{path / INDEX} names {shown(odd[0])}, and all files of a model lie beside it")
+            raise CheckpointError(
+                f"{path / SAFE_WEIGHTS_INDEX_NAME} names {short_repr(odd[0])}, and all files of a model lie beside it"
+            )
         files = [path / n for n in sorted(map(str, names))]
         if missing := [f.name for f in files if not f.is_file()]:
             raise CheckpointError(f"{path} lacks {missing[0]}, which its index names")
@@ -111,14 +117,14 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-class Layers:
+class ModelLayers:
     """The layers of a model: its modules by path. Without a model, every matrix counts as a linear layer's weight."""
 
     def __init__(self, model: nn.Module | None) -> None:
         self.modules = None if model is None else dict(model.named_modules(remove_duplicate=False))
-        self.tied = {} if model is None else _tied(model)
+        self.tied_names = {} if model is None else _tied_parameters(model)
 
-    def op(self, module: str, param: str, shape: tuple[int, ...]) -> Op | None:
+    def op_of_weight(self, module: str, param: str, shape: tuple[int, ...]) -> Op | None:
         """Return the op of a weight for which LoRA has a form, or None for all other tensors."""
         if param != "weight" or len(shape) < 2:
             return None
@@ -136,27 +142,27 @@ class Layers:
             return Op("embedding", (shape[1], shape[0]), aten.embedding.default)
         if type(layer).__name__ == "Conv1D":  # transformers' linear layer with a transposed weight
             return Op("addmm", (shape[1], shape[0]), aten.addmm.default)
-        for kind, (name, target) in _CONVS.items():
+        for kind, (name, target) in _CONV_OPS.items():
             if isinstance(layer, kind):
                 return Op(name, shape, target, (layer.stride, layer.padding, layer.dilation, layer.groups))
         return None
 
-    def twins(self, key: str) -> list[str]:
+    def tied_modules(self, key: str) -> list[str]:
         """Return the modules whose weight is tied to the one called ``key``."""
-        return [n.rpartition(".")[0] for n, first in self.tied.items() if first == key]
+        return [n.rpartition(".")[0] for n, first in self.tied_names.items() if first == key]
 
 
-def layers_of(*models: Any) -> Layers:
+def find_layers(*models: Any) -> ModelLayers:
     """Return the layers of the first model that tells them: a module, or a directory with a ``config.json``."""
     for model in models:
         if isinstance(model, nn.Module):
-            return Layers(model)
+            return ModelLayers(model)
         if isinstance(model, (str, os.PathLike)) and (Path(model) / "config.json").is_file():
-            return Layers(read_skeleton(Path(model)))
-    return Layers(None)
+            return ModelLayers(read_skeleton(Path(model)))
+    return ModelLayers(None)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def _tied_parameters(model: nn.Module) -> dict[str, str]:
     """Return for each name of a tied parameter the first name of that parameter."""
     first: dict[int, str] = {}
     out = {}
@@ -166,5 +172,5 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return out
 
 
-def _once(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+def _without_tied(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
     return {k: t for k, t in state.items() if k not in tied}

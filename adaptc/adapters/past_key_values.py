@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, ConfigError, shown
-from adaptc.methods import as_rows
+from adaptc.errors import AdaptcError, ConfigError, short_repr
+from adaptc.methods import rows_from_kv_prefix
 
 _EXPECTED = (
     "past_key_values is a cache of one sequence: one of transformers' with keys and values in every layer, pairs (key, "
@@ -32,57 +32,58 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     sequences or of fewer tokens, and for layers that differ in shape or have no keys. It does so too where layers with
     a sliding window have dropped the first tokens.
     """
-    return as_rows([t[0] for t in first_of_cache(past_key_values, num_virtual_tokens)])
+    return rows_from_kv_prefix([t[0] for t in first_cached_tokens(past_key_values, num_virtual_tokens)])
 
 
-def first_of_cache(past_key_values: Any, count: int) -> list[Tensor]:
+def first_cached_tokens(past_key_values: Any, count: int) -> list[Tensor]:
     """Return keys and values in turn, layer by layer, each (1, heads, count, width), without gradients.
 
     Raises like :func:`prompt_embeddings_from_past_key_values`.
     """
-    check_count(count)
-    pairs = _pairs(past_key_values)
+    check_token_count(count)
+    pairs = _layer_key_values(past_key_values)
     if not pairs:
         raise AdaptcError(f"there are no layers in this cache. {_EXPECTED}")
-    out: list[Tensor] = []
+    tensors: list[Tensor] = []
     for i, (pair, length) in enumerate(pairs):
         for what, t in zip(("keys", "values"), pair, strict=True):
-            where = f"the {what} of layer {i}"
+            location = f"the {what} of layer {i}"
             if not isinstance(t, Tensor):
-                raise AdaptcError(f"{where} are {'none' if t is None else f'a {type(t).__name__}'}. {_EXPECTED}")
+                raise AdaptcError(f"{location} are {'none' if t is None else f'a {type(t).__name__}'}. {_EXPECTED}")
             if t.ndim != 4 or t.shape[0] != 1:
                 raise AdaptcError(
-                    f"{where} have shape {tuple(t.shape)}, expected (1, heads, length, width): a cache of one sequence"
+                    f"{location} have shape {tuple(t.shape)}, expected (1, heads, length, width): a cache of one "
+                    "sequence"
                 )
             if length is not None and length > t.shape[2]:
                 raise AdaptcError(
-                    f"{where} are of {t.shape[2]} of the {length} tokens that the layer has seen: it keeps the last "
+                    f"{location} are of {t.shape[2]} of the {length} tokens that the layer has seen: it keeps the last "
                     "ones alone, and the first are needed. Read a text that is no longer than its window"
                 )
             held = t.shape[2] if length is None else length
             if held < count:
-                raise AdaptcError(f"{where} are of {held} tokens, and {count} are needed: read a longer text")
-            first = out[0] if out else t
+                raise AdaptcError(f"{location} are of {held} tokens, and {count} are needed: read a longer text")
+            first = tensors[0] if tensors else t
             if (t.shape[1], t.shape[3]) != (first.shape[1], first.shape[3]):
                 raise AdaptcError(
-                    f"{where} have {t.shape[1]} heads of {t.shape[3]}, and the keys of layer 0 {first.shape[1]} of "
+                    f"{location} have {t.shape[1]} heads of {t.shape[3]}, and the keys of layer 0 {first.shape[1]} of "
                     f"{first.shape[3]}: what stands in front is of one shape in all layers"
                 )
-            out.append(t.detach()[:, :, :count].to(first.device))
-    return out
+            tensors.append(t.detach()[:, :, :count].to(first.device))
+    return tensors
 
 
-def check_count(count: Any) -> None:
+def check_token_count(count: Any) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"num_virtual_tokens must be a positive integer, got {shown(count)}")
+        raise ConfigError(f"num_virtual_tokens must be a positive integer, got {short_repr(count)}")
 
 
-def _pairs(cache: Any) -> list[tuple[tuple[Any, Any], int | None]]:
+def _layer_key_values(cache: Any) -> list[tuple[tuple[Any, Any], int | None]]:
     """Return (keys, values) of each layer, with the number of tokens that it was given, None where that is not
     known."""
     layers = getattr(cache, "layers", None)
     if isinstance(layers, (list, tuple)):
-        return [((getattr(x, "keys", None), getattr(x, "values", None)), _seen(x)) for x in layers]
+        return [((getattr(x, "keys", None), getattr(x, "values", None)), _cached_length(x)) for x in layers]
     try:
         found = list(cache)
     except TypeError:
@@ -93,7 +94,7 @@ def _pairs(cache: Any) -> list[tuple[tuple[Any, Any], int | None]]:
     return [((layer[0], layer[1]), None) for layer in found]
 
 
-def _seen(layer: Any) -> int | None:
+def _cached_length(layer: Any) -> int | None:
     if not isinstance(getattr(layer, "keys", None), Tensor):
         return None
     length = layer.get_seq_length()

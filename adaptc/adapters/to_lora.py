@@ -9,25 +9,25 @@ from typing import Any
 import torch
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combining.average_saved_modules import averaged
-from adaptc.adapters.combining.combine_options import Options
-from adaptc.adapters.combining.combine_rules import mixed
-from adaptc.adapters.combining.truncated_svd import Cut
-from adaptc.adapters.deltas_to_lora import as_lora, cut_of
+from adaptc.adapters.combining.average_saved_modules import average_saved
+from adaptc.adapters.combining.combine_options import CombineOptions
+from adaptc.adapters.combining.combine_rules import combine_by_rule
+from adaptc.adapters.combining.truncated_svd import Truncation
+from adaptc.adapters.deltas_to_lora import make_lora, parse_rank
 from adaptc.adapters.from_program import program_and_binding
-from adaptc.adapters.weight_deltas import Change, Changes
+from adaptc.adapters.weight_deltas import AdapterDeltas, WeightDelta
 from adaptc.binding.binding import Binding
 from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import ConfigError
-from adaptc.methods import united
+from adaptc.methods import union_target_fields
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.compile_program import compiled
-from adaptc.program.wrapper import inside
+from adaptc.program.compile_program import compile_model
+from adaptc.program.wrapper import unwrap
 from adaptc.runtime.options import RunOptions
-from adaptc.state.bound import Bound
+from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
-from adaptc.state.unload_program import unloaded
+from adaptc.state.merge_program import unload_program
 
 
 def convert_to_lora(
@@ -52,8 +52,8 @@ def convert_to_lora(
     Raises ConfigError for methods and layers for which LoRA has no form, and CheckpointError for adapters that do not
     fit.
     """
-    cut, adapter = cut_of(rank), inside(adapter)
-    if isinstance(adapter, (ProgramCore, Bound)):
+    truncation, adapter = parse_rank(rank), unwrap(adapter)
+    if isinstance(adapter, (ProgramCore, BoundProgram)):
         said = {"model": model, "example_inputs": example_inputs, "config": config}
         if given := [
             n for n, v in (said | {"key_mapping": key_mapping, "component": component}).items() if v is not None
@@ -68,24 +68,26 @@ def convert_to_lora(
                 "what an adapter changes is known with the model: give it, convert_to_lora(adapter, model, rank=...), "
                 "or a program that has the adapter"
             )
-        program = _program(
+        program = _compile_program(
             model, adapter, example_inputs, override=config, key_mapping=key_mapping, component=component
         )
         binding = program.binding
     spec = program.spec()
-    changes = Changes(spec, binding)
+    changes = AdapterDeltas(spec, binding)
     if not changes.sites:
         raise ConfigError(f"{binding.source} changes no weight by its method, so there is nothing to make LoRA of")
-    sites = [(group[0], lambda f=fqn: changes.at(f)) for fqn, group in changes.sites.items()]
-    made = as_lora(changes.config, spec, sites, cut, binding.source or "the program's adapter", changes.others)
+    sites = [(group[0], lambda f=fqn: changes.delta_of(f)) for fqn, group in changes.sites.items()]
+    made = make_lora(
+        changes.config, spec, sites, truncation, binding.source or "the program's adapter", changes.saved_tensors
+    )
     return Adapter(made.config, made.tensors, f"LoRA of {binding.source}", made.report)
 
 
 @torch.no_grad()
-def combined_changes(
+def combine_deltas(
     adapters: Sequence[Any],
     weights: Sequence[float],
-    options: Options,
+    options: CombineOptions,
     model: Any,
     example_inputs: Any,
     key_mapping: Mapping[str, str] | None,
@@ -93,58 +95,60 @@ def combined_changes(
 ) -> Adapter:
     """Return the LoRA of the changes that several adapters of any methods make to a model's weights, combined by a
     rule."""
-    options = options.of("svd")
-    if not options.dense:
+    options = options.resolve("svd")
+    if not options.is_dense:
         raise ConfigError(
             f"method={options.method!r} works on factors that adapters have in common, and with model= the changes of "
             "its weights are combined: use svd, ties_svd, dare_linear_svd, dare_ties_svd or magnitude_prune_svd"
         )
-    program = _program(model, list(adapters), example_inputs, key_mapping=key_mapping)
+    program = _compile_program(model, list(adapters), example_inputs, key_mapping=key_mapping)
     spec = program.spec()
-    parts = [Changes(spec, _bound(program, a, key_mapping)) for a in adapters]
-    names = [[g[0].name or g[0].module for g in p.sites.values()] for p in parts]
-    config = parts[0].config.completed({})
-    for name, value in united([p.config for p in parts], names).items():
+    deltas = [AdapterDeltas(spec, _bind_to_program(program, a, key_mapping)) for a in adapters]
+    names = [[g[0].name or g[0].module for g in p.sites.values()] for p in deltas]
+    config = deltas[0].config.with_missing_filled({})
+    for name, value in union_target_fields([p.config for p in deltas], names).items():
         setattr(config, name, value)
-    where: dict[str, Attachment] = {f: g[0] for p in parts for f, g in p.sites.items()}
-    ranks = [r for p in parts for m in p.binding.methods.values() if (r := m.rank()) is not None]
+    sites_by_weight: dict[str, Attachment] = {f: g[0] for p in deltas for f, g in p.sites.items()}
+    ranks = [r for p in deltas for m in p.binding.methods.values() if (r := m.rank()) is not None]
     if options.svd_rank is None and not ranks:
-        raise ConfigError(f"adapters of {parts[0].config.peft_type} have no rank: say that of the result, svd_rank=")
-    cut = Cut(options.svd_rank or max(ranks), None, options.svd_clamp, options.svd_full_matrices, options.svd_driver)
+        raise ConfigError(f"adapters of {deltas[0].config.peft_type} have no rank: say that of the result, svd_rank=")
+    truncation = Truncation(
+        options.svd_rank or max(ranks), None, options.svd_clamp, options.svd_full_matrices, options.svd_driver
+    )
 
-    def change(fqn: str) -> Change:
-        has = [i for i, p in enumerate(parts) if fqn in p.sites]
+    def combine_delta(fqn: str) -> WeightDelta:
+        has = [i for i, p in enumerate(deltas) if fqn in p.sites]
         own = [weights[i] for i in has]
-        found = [parts[i].at(fqn) for i in has]
+        found = [deltas[i].delta_of(fqn) for i in has]
         bias = next((c.bias for c in found if c.bias is not None), None)
         if bias is not None:
             none = torch.zeros_like(bias)
-            bias = mixed([none if c.bias is None else c.bias for c in found], own, options)
-        return Change(mixed([c.matrix for c in found], own, options), bias)
+            bias = combine_by_rule([none if c.bias is None else c.bias for c in found], own, options)
+        return WeightDelta(combine_by_rule([c.matrix for c in found], own, options), bias)
 
-    sites = [(a, lambda f=fqn: change(f)) for fqn, a in where.items()]
+    sites = [(a, lambda f=fqn: combine_delta(f)) for fqn, a in sites_by_weight.items()]
     base = {k: t.detach() for k, t in spec.weights.items()}
-    others = averaged(_Named.all(parts), weights, [p.others for p in parts], base)
-    made = as_lora(config, spec, sites, cut, source, others)
+    others = average_saved(_DeltaSource.of_all(deltas), weights, [p.saved_tensors for p in deltas], base)
+    made = make_lora(config, spec, sites, truncation, source, others)
     return Adapter(made.config, made.tensors, source, made.report)
 
 
-class _Named:
-    """An adapter with the attributes that messages and :func:`averaged` need."""
+class _DeltaSource:
+    """An adapter with the attributes that messages and :func:`average_saved` need."""
 
-    def __init__(self, changes: Changes) -> None:
-        self.config, self.tensors, self.source = changes.config, changes.others, changes.binding.source
+    def __init__(self, changes: AdapterDeltas) -> None:
+        self.config, self.tensors, self.source = changes.config, changes.saved_tensors, changes.binding.source
 
     @classmethod
-    def all(cls, parts: Sequence[Changes]) -> list[_Named]:
-        return [cls(p) for p in parts]
+    def of_all(cls, deltas: Sequence[AdapterDeltas]) -> list[_DeltaSource]:
+        return [cls(p) for p in deltas]
 
 
-def _program(model: Any, adapter: Any, example_inputs: Any, **options: Any) -> AdaptedProgram:
-    model = inside(model)
-    base = unloaded(model) if isinstance(model, AdaptedProgram) else model
-    return compiled(base, adapter, RunOptions(), example_inputs=example_inputs, **options)
+def _compile_program(model: Any, adapter: Any, example_inputs: Any, **options: Any) -> AdaptedProgram:
+    model = unwrap(model)
+    base = unload_program(model) if isinstance(model, AdaptedProgram) else model
+    return compile_model(base, adapter, RunOptions(), example_inputs=example_inputs, **options)
 
 
-def _bound(program: AdaptedProgram, adapter: Any, key_mapping: Mapping[str, str] | None) -> Binding:
+def _bind_to_program(program: AdaptedProgram, adapter: Any, key_mapping: Mapping[str, str] | None) -> Binding:
     return bind_adapter(program, adapter, key_mapping=key_mapping)

@@ -21,7 +21,7 @@ from adaptc.passes.protocol.attachment import Attachment
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class WeightDelta:
     """The change of one weight and its bias.
 
     ``matrix`` (blocks, rows, columns) is as in :class:`~adaptc.passes.protocol.low_rank.LowRank`. ``bias`` is (out,),
@@ -32,7 +32,7 @@ class Change:
     bias: Tensor | None
 
 
-class Changes:
+class AdapterDeltas:
     """The changes of one adapter: its attachments by weight, and its other tensors as files have them.
 
     Making one raises ConfigError for a method that changes no weights by matrices.
@@ -40,7 +40,7 @@ class Changes:
 
     def __init__(self, spec: BindingSpec, binding: Binding) -> None:
         config = binding.config
-        if not isinstance(config, TargetedConfig) or config.unit != "matrices":
+        if not isinstance(config, TargetedConfig) or config.target_unit != "matrices":
             how = (
                 "trains tensors of the model as they are" if isinstance(config, TargetedConfig) else "changes no weight"
             )
@@ -56,61 +56,63 @@ class Changes:
                 self.sites.setdefault(a.fqn, []).append(a)
             else:
                 others[a.id] = binding.methods[a.id]
-        rest = Binding(binding.values, others, config, carried=binding.carried)
-        self.others: Mapping[str, Tensor] = file_tensors(spec, rest)
+        rest = Binding(binding.values, others, config, extra_tensors=binding.extra_tensors)
+        self.saved_tensors: Mapping[str, Tensor] = file_tensors(spec, rest)
 
     @torch.no_grad()
-    def at(self, fqn: str) -> Change:
+    def delta_of(self, fqn: str) -> WeightDelta:
         """Return the change of the weight called ``fqn``.
 
         Raises ConfigError where the method acts on activations, the weight is no real matrix, or LoRA has no tensor for
         the bias.
         """
-        spec, group = self.spec, self.sites[fqn]
+        spec, attachments = self.spec, self.sites[fqn]
         stored = spec.weights[fqn].detach()
         if stored.ndim < 2 or not stored.is_floating_point():
             raise ConfigError(f"{fqn!r} is {stored.dtype} {tuple(stored.shape)}; LoRA is for real matrices")
-        high = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        base = self.binding.base.get(fqn, stored).detach().to(high)
+        precision = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        base = self.binding.changed_base.get(fqn, stored).detach().to(precision)
         value, bias, first_bias = base, None, None
-        for a in group:
+        for a in attachments:
             op, method = spec.ops[a.id], a.method.evaluated()
             if not method.has_weight():
                 raise ConfigError(f"{fqn!r}: {method.name} acts on activations, and not on the weight as LoRA does")
-            slots = {n: _high(self.binding.values[f], high) for n, f in a.slots.items()}
-            scale = None if a.scale_slot is None else self.binding.values[a.scale_slot].to(high)
-            made = method.weight_over(op, op.canonical(base), op.canonical(_shaped(op, value, base)), slots, scale)
+            slots = {n: _to_precision(self.binding.values[f], precision) for n, f in a.slots.items()}
+            scale = None if a.scale_slot is None else self.binding.values[a.scale_slot].to(precision)
+            made = method.weight_over(op, op.canonical(base), op.canonical(_check_shape(op, value, base)), slots, scale)
             value = op.stored(made)
             if method.has_bias():
                 bias_name = f"{a.module}.{a.param.removesuffix('weight')}bias".removeprefix(".")
                 own = spec.weights.get(bias_name)
                 if bias is None and own is not None:
-                    bias = first_bias = own.detach().to(high)
+                    bias = first_bias = own.detach().to(precision)
                 bias = method.bias(op, bias, slots, scale)
-        op = spec.ops[group[0].id]
-        change = _dense(op, op.canonical(value)) - _dense(op, op.canonical(stored.to(high)))
+        op = spec.ops[attachments[0].id]
+        change = _to_dense(op, op.canonical(value)) - _to_dense(op, op.canonical(stored.to(precision)))
         moved = bias is not None and (first_bias is None or not torch.equal(bias, first_bias))
         if moved and (not op.callable or op.kind == "embedding"):
-            raise ConfigError(f"{fqn!r}: {group[0].method.name} changes a bias there, which LoRA has no tensor for")
+            raise ConfigError(
+                f"{fqn!r}: {attachments[0].method.name} changes a bias there, which LoRA has no tensor for"
+            )
         added = None if not moved or bias is None else (bias if first_bias is None else bias - first_bias)
-        return Change(_blocks(op, change), added)
+        return WeightDelta(_to_blocks(op, change), added)
 
 
-def _high(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_precision(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.detach().to(dtype) if t.is_floating_point() else t.detach()
 
 
-def _shaped(op: Op, value: Tensor, base: Tensor) -> Tensor:
+def _check_shape(op: Op, value: Tensor, base: Tensor) -> Tensor:
     if value.shape != base.shape:
         raise ConfigError("several adapters at one grouped convolution have no form that another could change")
     return value
 
 
-def _dense(op: Op, canonical: Tensor) -> Tensor:
+def _to_dense(op: Op, canonical: Tensor) -> Tensor:
     return op.dense(canonical) if canonical.shape == op.shape else canonical
 
 
-def _blocks(op: Op, canonical: Tensor) -> Tensor:
+def _to_blocks(op: Op, canonical: Tensor) -> Tensor:
     """Return the change as LoRA has it: a matrix for each expert, or for each group of outputs, which read all
     inputs."""
     if op.experts:

@@ -10,13 +10,13 @@ from typing import Any
 from adaptc.adapters.adapter import Adapter
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.state.adapter_output import write_current
-from adaptc.state.overrides import check_unseen
-from adaptc.training.module_files import check_followed, write_module
+from adaptc.state.adapter_output import write_adapter
+from adaptc.state.overrides import check_no_override
+from adaptc.training.module_files import check_not_stale, write_module_adapter
 from adaptc.training.program_module import ProgramModule
 
 
-def written(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
+def write_adapter_of(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
     """Write the adapter of ``program`` to ``path``, and return the path that was written.
 
     ``options`` are those of ``adaptc.save_adapter``. Raises ConfigError for options that need a model where there is
@@ -29,12 +29,12 @@ def written(program: Any, path: str | os.PathLike[str], options: Mapping[str, An
             raise ConfigError(f"{given[0]} needs the model: bind the adapter to a program of it, and save that")
         return program.write(path, **{n: options[n] for n in own})
     if isinstance(program, ProgramModule):
-        return write_module(program, path, **options)
+        return write_module_adapter(program, path, **options)
     if not isinstance(program, AdaptedProgram):
         raise AdaptcError(
             f"save_adapter takes what adaptc.compile or program.module() gives, not a {type(program).__name__}; of "
             "what wraps a module, such as DistributedDataParallel, give what is inside"
         )
-    check_unseen(program, "save_adapter")
-    check_followed(program)
-    return write_current(program, path, **options)
+    check_no_override(program, "save_adapter")
+    check_not_stale(program)
+    return write_adapter(program, path, **options)

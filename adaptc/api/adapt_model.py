@@ -10,18 +10,20 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters.arrow_adapter import arrow_adapter
-from adaptc.errors import ConfigError, shown
-from adaptc.generation.of_module import generate
+from adaptc.errors import ConfigError, short_repr
+from adaptc.generation.of_module import generate_with_module
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.compile_program import compiled
-from adaptc.program.packing import packed, read_bounds
+from adaptc.program.compile_program import compile_model
+from adaptc.program.packing import find_bounds_read, make_packed_module
 from adaptc.runtime.options import RunOptions
 from adaptc.training.packed_calls import PackedCalls
 from adaptc.training.pretrained_module import PretrainedModule
-from adaptc.value_types import checked
+from adaptc.value_types import validates_options
 
 
-@checked("adapter_name", "training", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator")
+@validates_options(
+    "adapter_name", "training", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator"
+)
 def compile(
     model: nn.Module | ExportedProgram | Any,
     adapter: Any = None,
@@ -73,12 +75,12 @@ def compile(
     options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack)
     if options.checkpoint is not None and not training:
         raise ConfigError(
-            f"checkpoint={shown(checkpoint)} is for training, and the program is captured for inference: "
+            f"checkpoint={short_repr(checkpoint)} is for training, and the program is captured for inference: "
             "compile(model, config, training=True)"
         )
     if adapter is None:
         adapter, config = config, None
-    return compiled(
+    return compile_model(
         model,
         adapter,
         options,
@@ -113,5 +115,5 @@ def create_arrow_model(
 
 
 # Modules capture their models again for these; set here, since importing them there would be a circle.
-PretrainedModule.generating = generate
-PackedCalls.packing, PackedCalls.reading = packed, read_bounds
+PretrainedModule.generate_function = generate_with_module
+PackedCalls.make_packed_module, PackedCalls.find_bounds_read = make_packed_module, find_bounds_read

@@ -12,9 +12,9 @@ from adaptc.packages.package_bank import PackagedBank
 from adaptc.packages.package_report import PackageReport
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.wrapper import check_program, noted
+from adaptc.program.wrapper import adds_notes, check_program
 from adaptc.reports.coverage import CoverageReport
-from adaptc.value_types import checked
+from adaptc.value_types import validates_options
 
 
 @overload
@@ -29,8 +29,8 @@ def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport:
 def report(program: Bank | GeneratorBank | PackagedBank, *, changes: bool = False) -> BankReport: ...
 
 
-@noted
-@checked("changes")
+@adds_notes
+@validates_options("changes")
 def report(
     program: AdaptedProgram | PackagedProgram | Bank | GeneratorBank | PackagedBank, *, changes: bool = False
 ) -> CoverageReport | PackageReport | BankReport:
@@ -54,6 +54,6 @@ def report(
                 "changes=True compares with the base weights, which a package has in its compiled code alone; ask the "
                 "program that it was made from"
             )
-        return PackageReport.of(program)
+        return PackageReport.from_package(program)
     check_program(program, "report")
-    return CoverageReport.of(program, changes)
+    return CoverageReport.from_program(program, changes)

@@ -8,10 +8,10 @@ from typing import Any
 
 from adaptc.packages.packaged_program import BoundPackage, PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.swap import swapped
+from adaptc.program.swap import swap_adapter
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
 from adaptc.reports.results import SwapReport
-from adaptc.state.bound import Bound
+from adaptc.state.bound import BoundProgram
 
 
 @accepts_wrappers
@@ -50,11 +50,11 @@ def swap(
         return program.swap(adapter, **options)
     check_program(program, "swap")
     start = time.perf_counter()
-    binding = swapped(program, adapter, **options)
-    return SwapReport.of(program.adaptation.attachments, binding, time.perf_counter() - start)
+    binding = swap_adapter(program, adapter, **options)
+    return SwapReport.from_binding(program.adaptation.attachments, binding, time.perf_counter() - start)
 
 
-def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> Bound | BoundPackage:
+def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> BoundProgram | BoundPackage:
     """Return a callable that keeps ``adapter`` whatever ``program`` is swapped to, for any thread; None gives the base.
 
     :meth:`AdaptedProgram.bind`, and for packages :meth:`PackagedProgram.bind`, document the ``options`` and errors.

@@ -9,21 +9,20 @@ from torch import nn
 from adaptc.errors import MergeError
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.lower import lowered
-from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, of_programs
+from adaptc.program.lower import lower_program
+from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
-from adaptc.state.merge_program import merged, unmerged
-from adaptc.state.overrides import check_unseen
-from adaptc.state.unload_program import unloaded
-from adaptc.training.module_files import check_followed
-from adaptc.value_types import checked
+from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
+from adaptc.state.overrides import check_no_override
+from adaptc.training.module_files import check_not_stale
+from adaptc.value_types import validates_options
 from adaptc.verify.package import verify_package
 from adaptc.verify.report import VerifyReport
 from adaptc.verify.verify import verify_program
 
 
-@of_programs
-@checked("safe", "keep_base", "progress")
+@needs_graph
+@validates_options("safe", "keep_base", "progress")
 def merge(
     program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
 ) -> AdaptedProgram:
@@ -38,10 +37,10 @@ def merge(
 
     Raises MergeError, with ``program`` unchanged, and AdaptcError where its module trains other tensors than it has.
     """
-    check_unseen(program, "merge")
-    check_followed(program)
+    check_no_override(program, "merge")
+    check_not_stale(program)
     source = program.binding.source
-    new, rows = merged(program, safe=safe, keep_base=keep_base, progress=progress)
+    new, rows = merge_program(program, safe=safe, keep_base=keep_base, progress=progress)
     new.merge_report = MergeReport(rows, source)
     return new
 
@@ -56,21 +55,21 @@ def unmerge(program: AdaptedProgram) -> AdaptedProgram:
         raise MergeError(
             f"a {type(program).__name__} does not know what it was merged from; unmerge takes what adaptc.merge gives"
         )
-    back = unmerged(program)
+    back = unmerge_program(program)
     assert isinstance(back, AdaptedProgram)
     return back
 
 
-@of_programs
+@needs_graph
 def unload(program: AdaptedProgram) -> AdaptedProgram:
     """Return the base program without any adapter; every base tensor is the object it was before compile.
 
     Raises MergeError for a program whose file held only an adapter's own version of the base.
     """
-    return unloaded(program)
+    return unload_program(program)
 
 
-@of_programs
+@needs_graph
 def lower(program: AdaptedProgram) -> AdaptedProgram:
     """Return the program with its adapters as fused Triton kernels in its graph, for files that run on a GPU.
 
@@ -79,7 +78,7 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
     ``program`` does. Loading it needs adaptc, triton and a GPU.
     Raises BackendError where the base is not on a GPU, or triton is not installed.
     """
-    return lowered(program)
+    return lower_program(program)
 
 
 def verify(
@@ -95,9 +94,9 @@ def verify(
     if isinstance(program, PackagedProgram):
         return verify_package(program, model, **options)
     if isinstance(program, ProgramWrapper):
-        with program.as_program(model) as same:
+        with program.as_program(model) as base_model:
             inside = program.program
             if isinstance(inside, PackagedProgram):
-                options = program.drawn(options)
-            return verify(inside, same, **options)
+                options = program.example_inputs(options)
+            return verify(inside, base_model, **options)
     return verify_program(program, model, **options)

@@ -11,10 +11,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.write import written
+from adaptc.adapters.write import write_adapter_of
 from adaptc.bank.bank import Bank
-from adaptc.errors import ConfigError, shown
-from adaptc.generation.artifact import generator_in, load_generation
+from adaptc.errors import ConfigError, short_repr
+from adaptc.generation.artifact import load_package_contents, read_generator
 from adaptc.generation.generator_bank import GeneratorBank
 from adaptc.packages.package_program import package_program
 from adaptc.packages.write_bank import package_bank
@@ -22,9 +22,9 @@ from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.program_file import load_program, save_program
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
 from adaptc.runtime.options import RunOptions
-from adaptc.state.overrides import check_unseen
-from adaptc.training.module_files import check_followed
-from adaptc.value_types import checked
+from adaptc.state.overrides import check_no_override
+from adaptc.training.module_files import check_not_stale
+from adaptc.value_types import validates_options
 
 
 def save(program: ExportedProgram | ProgramWrapper, path: str | os.PathLike[str]) -> Path:
@@ -33,13 +33,13 @@ def save(program: ExportedProgram | ProgramWrapper, path: str | os.PathLike[str]
     An adapted program has its sites, slots and config in its graph. A merged or unloaded program is plain ATen and
     needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
     """
-    beside = program.beside() if isinstance(program, ProgramWrapper) else None
+    sidecar_texts = program.sidecar_texts() if isinstance(program, ProgramWrapper) else None
     inside: Any = program.program if isinstance(program, ProgramWrapper) else program
     check_program(inside, "save", ExportedProgram)
     if isinstance(inside, AdaptedProgram):
-        check_unseen(inside, "save")
-        check_followed(inside)
-    return save_program(inside, Path(path), beside)
+        check_no_override(inside, "save")
+        check_not_stale(inside)
+    return save_program(inside, Path(path), sidecar_texts)
 
 
 def load(
@@ -62,11 +62,11 @@ def load(
     Raises BackendError for a program whose kernels cannot run here.
     """
     program = load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
-    return generator_in(Path(path), program) or program
+    return read_generator(Path(path), program) or program
 
 
 @accepts_wrappers
-@checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers", "format", "component")
+@validates_options("adapter_name", "safe_serialization", "base_model", "save_embedding_layers", "format", "component")
 def save_adapter(
     program: AdaptedProgram | nn.Module | Adapter,
     path: str | os.PathLike[str],
@@ -105,7 +105,7 @@ def save_adapter(
         "format": format,
         "component": component,
     }
-    return written(program, path, options)
+    return write_adapter_of(program, path, options)
 
 
 def package(
@@ -129,22 +129,24 @@ def package(
     ``capacity`` with a program that takes none.
     """
     inside: Any = program
-    carried = parts = None
+    package_files = parts = None
     if tokenizer is not None and not isinstance(program, (ProgramWrapper, GeneratorBank)):
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     if isinstance(program, GeneratorBank):
-        inside, carried = program.bank, program.carried(tokenizer)
+        inside, package_files = program.bank, program.package_files(tokenizer)
     if isinstance(program, (Bank, GeneratorBank)):
-        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "carried": carried}
+        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "package_files": package_files}
         return package_bank(inside, Path(path), **options)
     if capacity is not None:
-        raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank")
+        raise ConfigError(f"capacity={short_repr(capacity)} is for packages of a bank")
     if isinstance(program, ProgramWrapper):
-        inside, carried, parts = program.program, program.carried(tokenizer), program.divided()
+        inside, package_files, parts = program.program, program.package_files(tokenizer), program.part_outputs()
     if isinstance(inside, AdaptedProgram):
-        check_unseen(inside, "package")
-        check_followed(inside)
-    return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried, parts=parts)
+        check_no_override(inside, "package")
+        check_not_stale(inside)
+    return package_program(
+        inside, Path(path), max_rank=max_rank, products=products, package_files=package_files, parts=parts
+    )
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:
@@ -158,4 +160,4 @@ def load_package(path: str | os.PathLike[str]) -> Any:
     any of their code is loaded. Raises BackendError for a file that was packaged without adaptc or does not run on this
     machine.
     """
-    return load_generation(Path(path))
+    return load_package_contents(Path(path))

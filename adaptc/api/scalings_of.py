@@ -13,14 +13,14 @@ from torch import Tensor
 
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.generator import Generator
-from adaptc.generation.spec import NOTHING
-from adaptc.program.xlora_scalings import check_scalings, scalings_of
-from adaptc.state.bound import Bound
+from adaptc.generation.spec import UNCACHED
+from adaptc.program.xlora_scalings import check_scalings, expert_scalings
+from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
 
 
 def xlora_scalings(
-    program: ProgramCore | Bound | Generator, *args: Any, adapter_name: str | None = None, **inputs: Any
+    program: ProgramCore | BoundProgram | Generator, *args: Any, adapter_name: str | None = None, **inputs: Any
 ) -> Tensor:
     """Return the scalings that X-LoRA's classifier gives for the tokens of one call, as PEFT's ``get_latest_scalings``.
 
@@ -35,11 +35,11 @@ def xlora_scalings(
     program without such an adapter, and AdaptcError for inputs that do not fit.
     """
     if not isinstance(program, Generator):
-        return scalings_of(program, *args, adapter_name=adapter_name, **inputs)
-    check_scalings(program.runs, adapter_name)
-    looking = program.twin()
-    looking.step = partial(scalings_of, program.runs, adapter_name=adapter_name)
+        return expert_scalings(program, *args, adapter_name=adapter_name, **inputs)
+    check_scalings(program.runner, adapter_name)
+    looking = program.shallow_copy()
+    looking.step = partial(expert_scalings, program.runner, adapter_name=adapter_name)
     given = {n: copy.copy(inputs.pop(n, None)) for n in ("past_key_values", "cache")}
     before = next((past.length for past in given.values() if isinstance(past, StepCache)), 0)
     found: Tensor = looking.forward(*args, **inputs, **given).logits
-    return found[:, before:] if program.facts.keeps == NOTHING else found  # NOTHING computes the whole text
+    return found[:, before:] if program.spec.cache_mode == UNCACHED else found  # NOTHING computes the whole text

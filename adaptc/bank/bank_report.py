@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptc.binding.binding import Binding
 from adaptc.passes.graph.storage import storage_key
-from adaptc.tables import Column, Report, Table, plain, size
+from adaptc.tables import Column, Report, Table, format_bytes, to_json_value
 
 
 def bytes_of(bindings: Iterable[Binding]) -> int:
@@ -25,40 +25,50 @@ class BankReport(Report):
     """
 
     adapters: Mapping[str, Binding] = field(repr=False)
-    held: int = 0
+    stack_bytes: int = 0
     stacks: tuple[tuple[str, ...], ...] = ()
     capacity: int | None = None
     max_bytes: int | None = None
     #: bytes of each adapter where its tensors do not tell: in compiled code all places have one size; else None
-    each: int | None = None
+    bytes_per_adapter: int | None = None
 
     @property
     def nbytes(self) -> int:
-        return bytes_of(self.adapters.values()) if self.each is None else self.each * len(self.adapters)
+        return (
+            bytes_of(self.adapters.values())
+            if self.bytes_per_adapter is None
+            else self.bytes_per_adapter * len(self.adapters)
+        )
 
-    def _bytes(self, b: Binding) -> int:
-        return bytes_of([b]) if self.each is None else self.each
+    def _bytes_of_adapter(self, b: Binding) -> int:
+        return bytes_of([b]) if self.bytes_per_adapter is None else self.bytes_per_adapter
 
-    def parts(self) -> Iterable[str | Table]:
+    def sections(self) -> Iterable[str | Table]:
         of = "" if self.capacity is None else f" of {self.capacity}"
-        limit = "" if self.max_bytes is None else f" of {size(self.max_bytes)}"
+        limit = "" if self.max_bytes is None else f" of {format_bytes(self.max_bytes)}"
         count = len(self.stacks)
-        stacks = f"; {size(self.held)} in {count} stack{'s' if count > 1 else ''} of those in use" if count else ""
-        yield f"bank of {len(self.adapters)}{of} adapters, {size(self.nbytes)}{limit}{stacks}"
+        stacks = (
+            f"; {format_bytes(self.stack_bytes)} in {count} stack{'s' if count > 1 else ''} of those in use"
+            if count
+            else ""
+        )
+        yield f"bank of {len(self.adapters)}{of} adapters, {format_bytes(self.nbytes)}{limit}{stacks}"
         columns = ["adapter", Column("sites", True), Column("ranks", True), Column("bytes", True), "from"]
         yield Table(columns, [self._row(n, b) for n, b in self.adapters.items()])
 
     def _row(self, name: str, b: Binding) -> tuple[Any, ...]:
         ranks = ", ".join(map(str, _ranks(b))) or "-"
-        return name, len(b.methods), ranks, size(self._bytes(b)), b.source
+        return name, len(b.methods), ranks, format_bytes(self._bytes_of_adapter(b)), b.source
 
     def data(self) -> dict[str, Any]:
         adapters = {
-            n: {"sites": len(b.methods), "ranks": _ranks(b), "bytes": self._bytes(b), "source": b.source}
+            n: {"sites": len(b.methods), "ranks": _ranks(b), "bytes": self._bytes_of_adapter(b), "source": b.source}
             for n, b in self.adapters.items()
         }
         limits = {"capacity": self.capacity, "max_bytes": self.max_bytes}
-        return plain({"adapters": adapters, "bytes": self.nbytes, "held": self.held, "stacks": self.stacks, **limits})
+        return to_json_value(
+            {"adapters": adapters, "bytes": self.nbytes, "held": self.stack_bytes, "stacks": self.stacks, **limits}
+        )
 
 
 def _ranks(b: Binding) -> list[int]:

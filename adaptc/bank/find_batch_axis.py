@@ -22,40 +22,49 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.bank.row_independence import MIXED, End, apart, changed, choices, expression, free, size_depends
-from adaptc.capture.inputs.random_inputs import DrawnCall, draw
+from adaptc.bank.row_independence import (
+    ROWS_ARE_MIXED,
+    ProgramOutput,
+    are_rows_apart,
+    candidate_axes,
+    changed_elements,
+    is_free_size,
+    size_expression,
+    why_shape_changed,
+)
+from adaptc.capture.inputs.random_inputs import CallInputs, draw_inputs
 from adaptc.errors import AdaptcError, TargetError
-from adaptc.passes.graph.graph_lock import exclusive
-from adaptc.passes.graph.lifted import Lifted, user_inputs
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram, user_inputs
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.protocol.bank_method import RowAxis
-from adaptc.runtime.mutated_buffers import written_to
+from adaptc.runtime.mutated_buffers import written_placeholders
 
 #: numbers of rows to run with where their number is free: the first that the program takes, so a prime if it can be
-ROWS = (3, 2, 4, 1)
+ROW_COUNTS = (3, 2, 4, 1)
 #: size of other free axes where the example inputs are not known
-LENGTH = 4
+FREE_SIZE = 4
 #: seeds of the random inputs: where the first does not tell where the rows are, the next may
 SEEDS = (11, 12, 13)
 
 
 @dataclass(frozen=True)
-class Rows:
+class Batch:
     """The batch of a program.
 
     ``inputs``: name of a user's input -> its axis that has the rows. ``size``: the number of rows as the graph has it,
-    a number or a symbol. ``of``: the first of the inputs, and its axis.
+    a number or a symbol. ``first_input``: the first of the inputs, and its axis.
     """
 
     inputs: Mapping[str, int]
     size: Any
 
     @property
-    def of(self) -> tuple[str, int]:
+    def first_input(self) -> tuple[str, int]:
         return next(iter(self.inputs.items()))
 
 
-def rows_of(program: ExportedProgram) -> Rows:
+def find_batch(program: ExportedProgram) -> Batch:
     """Return the batch of a program: the size of the first axis of the first tensor input in which that axis is free.
 
     Where it is free in none, the first tensor input gives the batch. Raises TargetError where no input has an axis.
@@ -64,147 +73,154 @@ def rows_of(program: ExportedProgram) -> Rows:
     if not tensors:
         raise TargetError("no input of the program has an axis of rows, so no row can have an adapter of its own")
     first = [v.shape[0] for v in tensors.values()]
-    size = next((n for n in first if free(n)), first[0])
-    return Rows({n: 0 for n, v in tensors.items() if expression(v.shape[0]) == expression(size)}, size)
+    size = next((n for n in first if is_free_size(n)), first[0])
+    return Batch({n: 0 for n, v in tensors.items() if size_expression(v.shape[0]) == size_expression(size)}, size)
 
 
-@exclusive
-def locate(
+@with_graph_lock
+def find_row_axes(
     program: ExportedProgram,
-    rows: Rows,
-    wanted: Collection[str],
+    batch: Batch,
+    node_names: Collection[str],
     probes: Sequence[Mapping[str, Any]] = (),
-    ends: Mapping[str, End] = MappingProxyType({}),
-    adapted: Collection[str] = (),
+    outputs: Mapping[str, ProgramOutput] = MappingProxyType({}),
+    adapted_weights: Collection[str] = (),
 ) -> tuple[dict[str, RowAxis], dict[str, str]]:
-    """Return (node -> where the rows are in its value, node -> why nowhere) for the nodes called ``wanted``.
+    """Return (node -> where the rows are in its value, node -> why nowhere) for the nodes called ``node_names``.
 
     ``probes``: two sets of keyword inputs of equal shapes, for a program whose inputs cannot be drawn at random.
-    ``ends``: node -> a value in which rows must be apart as well; the second dict has an entry for it only where they
-    are not. ``adapted``: FQNs of parameters that adapters change. Those that are zero are replaced by random values,
-    for zeros would hide what mixes rows in front of them.
+    ``outputs``: node -> a value in which rows must be apart as well; the second dict has an entry for it only where
+    they are not. ``adapted_weights``: FQNs of parameters that adapters change. Those that are zero are replaced by
+    random values, for zeros would hide what mixes rows in front of them.
     """
-    nodes = {n.name: n for n in program.graph.nodes if n.name in wanted}
-    fitting = {name: list(choices(node.meta["val"], rows.size)) for name, node in nodes.items()}
-    why = {n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {rows.size} rows" for n in wanted}
-    open_ = {name for name, found in fitting.items() if found}
-    told: dict[str, set[int]] = {name: set() for name in open_}
-    mixed: dict[str, str] = {}
-    replaced = _instead_of_zeros(program, adapted)
+    nodes = {n.name: n for n in program.graph.nodes if n.name in node_names}
+    candidates = {name: list(candidate_axes(node.meta["val"], batch.size)) for name, node in nodes.items()}
+    reasons = {
+        n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {batch.size} rows" for n in node_names
+    }
+    undecided = {name for name, found in candidates.items() if found}
+    rows_seen: dict[str, set[int]] = {name: set() for name in undecided}
+    mixed_outputs: dict[str, str] = {}
+    replaced = _random_for_zeros(program, adapted_weights)
     for seed in SEEDS:
-        if not open_ and (seed != SEEDS[0] or not ends):
+        if not undecided and (seed != SEEDS[0] or not outputs):
             break
-        inputs = probes or _drawn(program, rows, seed)
-        changes = _changes(program, rows, {*open_, *ends}, inputs, replaced)
-        mixed |= {n: reason for n, end in ends.items() if (reason := end.mixed(rows.size, [c[n] for c in changes]))}
-        for name in open_:
+        inputs = probes or _draw_inputs(program, batch, seed)
+        changes = _replace_each_row(program, batch, {*undecided, *outputs}, inputs, replaced)
+        mixed_outputs |= {
+            n: reason for n, end in outputs.items() if (reason := end.why_mixed(batch.size, [c[n] for c in changes]))
+        }
+        for name in undecided:
             seen = [c[name] for c in changes]
-            fitting[name] = [c for c in fitting[name] if apart(c, seen)]
-            told[name] |= {row for row, places in enumerate(seen) if places is not None and bool(places.any())}
-            why[name] = size_depends(seen) or MIXED
-        symbolic, count = free(rows.size), len(changes)
+            candidates[name] = [c for c in candidates[name] if are_rows_apart(c, seen)]
+            rows_seen[name] |= {row for row, places in enumerate(seen) if places is not None and bool(places.any())}
+            reasons[name] = why_shape_changed(seen) or ROWS_ARE_MIXED
+        symbolic, count = is_free_size(batch.size), len(changes)
         # A single axis with the symbol of the rows is theirs. Where the batch is fixed, another axis may merely have
         # an equal size, so a change must have told every row there.
-        open_ = {
+        undecided = {
             n
-            for n in open_
-            if count > 1 and fitting[n] and (len(fitting[n]) > 1 or not (symbolic or len(told[n]) == count))
+            for n in undecided
+            if count > 1 and candidates[n] and (len(candidates[n]) > 1 or not (symbolic or len(rows_seen[n]) == count))
         }
-    for name in open_:
-        fitting[name] = []
-        why[name] = "random inputs do not change what is there, so that nothing tells which row is where"
-    found = {n: fitting[n][0] for n in wanted if fitting[n]}
-    return found, {n: why[n] for n in wanted if not fitting[n]} | mixed
+    for name in undecided:
+        candidates[name] = []
+        reasons[name] = "random inputs do not change what is there, so that nothing tells which row is where"
+    found = {n: candidates[n][0] for n in node_names if candidates[n]}
+    return found, {n: reasons[n] for n in node_names if not candidates[n]} | mixed_outputs
 
 
-def _changes(
+def _replace_each_row(
     program: ExportedProgram,
-    rows: Rows,
-    names: Collection[str],
+    batch: Batch,
+    node_names: Collection[str],
     probes: Sequence[Mapping[str, Any]],
-    replaced: Mapping[str, Tensor],
+    random_weights: Mapping[str, Tensor],
 ) -> list[dict[str, Tensor | None]]:
     """Return for each row what changed at the nodes when it was replaced (see
-    :func:`~adaptc.bank.row_independence.changed`).
+    :func:`~adaptc.bank.row_independence.changed_elements`).
 
-    ``probes``: two sets of inputs, by name. ``replaced``: FQN -> other values of a parameter.
+    ``probes``: two sets of inputs, by name. ``random_weights``: FQN -> other values of a parameter.
     """
     fakes = user_inputs(program)
     one, other = ([inputs[n] for n in fakes] for inputs in probes)
-    first = next(v for n, v in zip(fakes, one, strict=True) if n in rows.inputs)
-    before = _values(program, one, names, replaced)
+    first = next(v for n, v in zip(fakes, one, strict=True) if n in batch.inputs)
+    before = _run_and_record(program, one, node_names, random_weights)
     out = []
-    for row in range(first.shape[rows.of[1]]):
-        mixed = [_with_row(a, b, rows.inputs.get(n), row) for n, a, b in zip(fakes, one, other, strict=True)]
-        after = _values(program, mixed, names, replaced)
-        out.append({n: changed(before[n], after[n]) for n in names})
+    for row in range(first.shape[batch.first_input[1]]):
+        mixed = [_replace_row(a, b, batch.inputs.get(n), row) for n, a, b in zip(fakes, one, other, strict=True)]
+        after = _run_and_record(program, mixed, node_names, random_weights)
+        out.append({n: changed_elements(before[n], after[n]) for n in node_names})
     return out
 
 
-def _drawn(program: ExportedProgram, rows: Rows, seed: int) -> list[dict[str, Any]]:
-    """Return two sets of random inputs of the same sizes, with the first number in :data:`ROWS` that the program takes.
+def _draw_inputs(program: ExportedProgram, batch: Batch, seed: int) -> list[dict[str, Any]]:
+    """Return two sets of random inputs of the same sizes, with the first number in :data:`ROW_COUNTS` that the program
+    takes.
 
     Where the number of rows is fixed, or the program takes none of these, they have the sizes of the capture.
     """
 
-    def by_name(run: DrawnCall) -> dict[str, Any]:
+    def by_name(run: CallInputs) -> dict[str, Any]:
         return dict(zip(user_inputs(program), pytree.tree_leaves((run.args, run.kwargs)), strict=True))
 
-    for count in ROWS if free(rows.size) else ():
+    for count in ROW_COUNTS if is_free_size(batch.size) else ():
         try:
-            return [by_name(r) for r in draw(program, shapes=[_shapes(program, rows, count)] * 2, seed=seed)]
+            return [
+                by_name(r) for r in draw_inputs(program, shapes=[_input_shapes(program, batch, count)] * 2, seed=seed)
+            ]
         except AdaptcError:  # the program does not take this number of rows
             continue
-    return [by_name(draw(program, shapes=1, seed=s)[0]) for s in (seed, seed + len(SEEDS))]
+    return [by_name(draw_inputs(program, shapes=1, seed=s)[0]) for s in (seed, seed + len(SEEDS))]
 
 
-def _shapes(program: ExportedProgram, rows: Rows, count: int) -> dict[str, Sequence[int]]:
+def _input_shapes(program: ExportedProgram, batch: Batch, count: int) -> dict[str, Sequence[int]]:
     """Return the shapes of inputs with ``count`` rows, and other sizes as in the example inputs where these are
     known."""
     fakes = user_inputs(program)
     examples = pytree.tree_leaves(program.example_inputs) if program.example_inputs is not None else []
     known = dict(zip(fakes, examples, strict=False))
     out: dict[str, Sequence[int]] = {}
-    for name, axis in rows.inputs.items():
+    for name, axis in batch.inputs.items():
         value = known.get(name)
         like = value if isinstance(value, Tensor) else fakes[name]
-        out[name] = [count if i == axis else n if isinstance(n, int) else LENGTH for i, n in enumerate(like.shape)]
+        out[name] = [count if i == axis else n if isinstance(n, int) else FREE_SIZE for i, n in enumerate(like.shape)]
     return out
 
 
-def _with_row(one: Any, other: Any, axis: int | None, row: int) -> Any:
-    """Return ``one`` with a row of ``other``; ``one`` itself where the input has no rows."""
-    if axis is None or not isinstance(one, Tensor) or one.shape != other.shape:
-        return one
-    out = one.clone()
-    out.select(axis, row).copy_(other.select(axis, row))
+def _replace_row(inputs: Any, replacement: Any, axis: int | None, row: int) -> Any:
+    """Return ``inputs`` with a row of ``replacement``; ``inputs`` itself where the input has no rows."""
+    if axis is None or not isinstance(inputs, Tensor) or inputs.shape != replacement.shape:
+        return inputs
+    out = inputs.clone()
+    out.select(axis, row).copy_(replacement.select(axis, row))
     return out
 
 
-def _instead_of_zeros(program: ExportedProgram, fqns: Collection[str]) -> dict[str, Tensor]:
+def _random_for_zeros(program: ExportedProgram, fqns: Collection[str]) -> dict[str, Tensor]:
     """Return random values for those of the parameters that are zero everywhere."""
-    opened, generator = Lifted(program, edit=False), torch.Generator().manual_seed(0)
+    opened, generator = LiftedProgram(program, edit=False), torch.Generator().manual_seed(0)
     out: dict[str, Tensor] = {}
     for fqn in fqns:
         t = opened.tensor(fqn).detach()
         # For most weights the first value already tells that they are not zero.
         if t.is_floating_point() and t.numel() and not (t[(0,) * t.ndim] or t.any()):
-            out[str(opened.specs[opened.placeholders[fqn].name].target)] = torch.randn(t.shape, generator=generator).to(
-                t
-            )
+            out[str(opened.input_specs[opened.placeholders[fqn].name].target)] = torch.randn(
+                t.shape, generator=generator
+            ).to(t)
     return out
 
 
 @torch.no_grad()
-def _values(
+def _run_and_record(
     program: ExportedProgram, flat: Sequence[Any], names: Collection[str], replaced: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the values of nodes in one call; for inputs and buffers that it writes to, the values after it."""
-    opened = Lifted(program, edit=False)
+    opened = LiftedProgram(program, edit=False)
     specs = [s for s in program.graph_signature.input_specs if s.kind != InputKind.USER_INPUT]
     lifted = [replaced.get(str(s.target), opened.tensor(str(s.target))) for s in specs]
     # A run here must not change the buffers that the program writes to.
-    written = written_to(program.graph)
+    written = written_placeholders(program.graph)
     lifted = [t.clone() if s.arg.name in written else t for s, t in zip(specs, lifted, strict=True)]
     # Nor may it change the caller's inputs, which the program may write to as well.
     own = [t.clone() if isinstance(t, Tensor) else t for t in flat]
@@ -217,14 +233,14 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
         self.inputs = module.graph.find_nodes(op="placeholder")
-        self.names, self.found = names, {}
+        self.names, self.recorded = names, {}
 
     def record(self, flat: Sequence[Any]) -> dict[str, Any]:
         super().run(*flat)
-        return self.found | {n.name: t for n, t in zip(self.inputs, flat, strict=True) if n.name in self.names}
+        return self.recorded | {n.name: t for n, t in zip(self.inputs, flat, strict=True) if n.name in self.names}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.names:
-            self.found[n.name] = value.detach().clone() if isinstance(value, Tensor) else value
+            self.recorded[n.name] = value.detach().clone() if isinstance(value, Tensor) else value
         return value

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, did_you_mean, listing, shown
-from adaptc.value_types import finite_in_float32
+from adaptc.errors import AdaptcError, did_you_mean, listing, short_repr
+from adaptc.value_types import is_finite_in_float32
 
 #: for each row the weights of its adapters, by name
 Mixes = tuple[Mapping[str, float], ...]
@@ -33,27 +33,28 @@ def parse_row_adapters(adapters: Any) -> Mixes:
         )
     if isinstance(adapters, (str, Mapping, Tensor)) or not isinstance(adapters, Sequence):
         raise AdaptcError(
-            f"adapters={shown(adapters)} is no list: give one entry for each row of the batch, a name, None for the "
-            'base, or a mix such as {"fr": 0.7, "style": 0.3}'
+            f"adapters={short_repr(adapters)} is no list: give one entry for each row of the batch, a name, None for "
+            'the base, or a mix such as {"fr": 0.7, "style": 0.3}'
         )
-    return tuple(_mix(i, one) for i, one in enumerate(adapters))
+    return tuple(_parse_mix(i, one) for i, one in enumerate(adapters))
 
 
-def _mix(row: int, one: Any) -> dict[str, float]:
-    if one is None:
+def _parse_mix(row: int, entry: Any) -> dict[str, float]:
+    if entry is None:
         return {}
-    if isinstance(one, str):
-        return {one: 1.0}
-    if not isinstance(one, Mapping):
+    if isinstance(entry, str):
+        return {entry: 1.0}
+    if not isinstance(entry, Mapping):
         raise AdaptcError(
-            f"adapters[{row}] is {shown(one)}: expected a name, None for the base, or a dict of names and weights"
+            f"adapters[{row}] is {short_repr(entry)}: expected a name, None for the base, or a dict of names and "
+            "weights"
         )
     out = {}
-    for name, weight in one.items():
+    for name, weight in entry.items():
         if not isinstance(name, str) or not _is_number(weight):
             raise AdaptcError(
-                f"adapters[{row}] gives {shown(name)} the weight {shown(weight)}: names are strings and weights "
-                "numbers, finite in float32"
+                f"adapters[{row}] gives {short_repr(name)} the weight {short_repr(weight)}: names are strings and "
+                "weights numbers, finite in float32"
             )
         if weight:
             out[name] = float(weight)
@@ -61,25 +62,25 @@ def _mix(row: int, one: Any) -> dict[str, float]:
 
 
 def _is_number(weight: Any) -> bool:
-    return isinstance(weight, Real) and not isinstance(weight, bool) and finite_in_float32(weight)
+    return isinstance(weight, Real) and not isinstance(weight, bool) and is_finite_in_float32(weight)
 
 
-def used(mixes: Mixes) -> tuple[str, ...]:
+def adapter_names_in(mixes: Mixes) -> tuple[str, ...]:
     """Return the names in ``mixes``, in the order in which they come first."""
     return tuple(dict.fromkeys(name for mix in mixes for name in mix))
 
 
-def check_known(names: Collection[str], known: Collection[str]) -> None:
-    """Raise AdaptcError for a name that is not among the ``known``."""
+def check_adapter_names(names: Collection[str], available: Collection[str]) -> None:
+    """Raise AdaptcError for a name that is not among the ``available``."""
     for name in names:
-        if name not in known:
+        if name not in available:
             raise AdaptcError(
-                f"the bank has no adapter {shown(name)}; it has {listing(map(repr, known)) or 'none'}"
-                f"{did_you_mean(name, known)}. Add it first: bank.add({shown(name)}, adapter)"
+                f"the bank has no adapter {short_repr(name)}; it has {listing(map(repr, available)) or 'none'}"
+                f"{did_you_mean(name, available)}. Add it first: bank.add({short_repr(name)}, adapter)"
             )
 
 
-def coefficients(mixes: Mixes, names: Sequence[str], count: int, device: torch.device) -> Tensor:
+def make_coefficients(mixes: Mixes, names: Sequence[str], count: int, device: torch.device) -> Tensor:
     """Return the coefficients of a call, float32 (rows, count): for each row the weight of the adapter at each place.
 
     ``names`` are the adapters at the first places. All other coefficients are zero.

@@ -19,48 +19,50 @@ from adaptc.errors import AdaptcError
 from adaptc.methods import AdapterConfig
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.bank_method import STARTS
+from adaptc.passes.protocol.bank_method import RANK_STARTS
 from adaptc.passes.protocol.method import Method, Slot
-from adaptc.runtime.rank_padding import Padding, paddings
+from adaptc.runtime.rank_padding import Padding, find_paddings
 
 
-def stacked(
+def stack_adapters(
     bindings: Sequence[Binding],
     attachments: Sequence[Attachment],
     ops: Mapping[str, Op],
-    count: int,
-    grouped: Collection[str] = (),
+    capacity: int,
+    kernel_sites: Collection[str] = (),
 ) -> Binding:
-    """Return a binding with ``count`` places that stacks ``bindings``, which are at most so many. Gradients flow to
+    """Return a binding of this ``capacity`` that stacks ``bindings``, which are at most so many. Gradients flow to
     their values.
 
-    Places that are left over repeat the first binding, which is as finite there as it is alone. ``grouped``: ids of
-    sites whose tensors lie as GPU kernels read them (``adaptc.kernels.grouped_rows``). Raises AdaptcError where the
+    Places that are left over repeat the first binding, which is as finite there as it is alone. ``kernel_sites``: ids
+    of sites whose tensors lie as GPU kernels read them (``adaptc.kernels.grouped_rows``). Raises AdaptcError where the
     sizes of the bindings cannot be brought together.
     """
     values: dict[str, Tensor] = {}
     source = f"{len(bindings)} adapters"
-    bindings = [*bindings, *[bindings[0]] * (count - len(bindings))]
+    bindings = [*bindings, *[bindings[0]] * (capacity - len(bindings))]
     for a in attachments:
         op = ops[a.id]
-        if a.id in grouped:
-            values |= _grouped(bindings, a, op, count)
+        if a.id in kernel_sites:
+            values |= _stack_for_kernel(bindings, a, op, capacity)
             continue
         for name, slot in a.method.slots(op).items():
             fqn = a.slots[name]
             if fqn not in values:
-                values[fqn] = _stack([b.values[fqn] for b in bindings], count, slot, name, a, op)
+                values[fqn] = _stack_slot([b.values[fqn] for b in bindings], capacity, slot, name, a, op)
         if a.scale_slot is not None and a.scale_slot not in values:
-            values[a.scale_slot] = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
+            values[a.scale_slot] = _stack_slot(
+                [b.values[a.scale_slot] for b in bindings], capacity, Slot(()), "", a, op
+            )
     return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=source)
 
 
-def with_starts(a: Attachment) -> Attachment:
+def with_rank_starts(a: Attachment) -> Attachment:
     """Return the attachment of a grouped site with the slot that says where the ranks of each adapter begin and end."""
-    return replace(a, slots={**a.slots, STARTS: f"{a.scale_slot}.{STARTS}"})
+    return replace(a, slots={**a.slots, RANK_STARTS: f"{a.scale_slot}.{RANK_STARTS}"})
 
 
-def _grouped(bindings: Sequence[Binding], a: Attachment, op: Op, count: int) -> dict[str, Tensor]:
+def _stack_for_kernel(bindings: Sequence[Binding], a: Attachment, op: Op, capacity: int) -> dict[str, Tensor]:
     """Return the tensors of one grouped site, in which the ranks of one adapter follow those of the one before it.
 
     The starts, int32 (2 * count + 1,), say where the ranks of each adapter begin and end, and then where all end. The
@@ -72,23 +74,23 @@ def _grouped(bindings: Sequence[Binding], a: Attachment, op: Op, count: int) -> 
         tensors, (axis,) = [b.values[a.slots[name]] for b in bindings], slot.free
         # Kernels want the axis of adapters outermost in memory, and that of ranks next.
         turned = [t.movedim(axis, 0) for t in tensors]
-        made = _stack(turned, count, replace(slot, free=()), name, a, op, axis)
+        made = _stack_slot(turned, capacity, replace(slot, free=()), name, a, op, axis)
         largest, values[a.slots[name]] = made.shape[1], made.movedim(1, axis + 1)
         ranks = [t.shape[0] if a.id in b.methods else 0 for t, b in zip(turned, bindings, strict=True)]
     assert a.scale_slot is not None
-    scale = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
+    scale = _stack_slot([b.values[a.scale_slot] for b in bindings], capacity, Slot(()), "", a, op)
     values[a.scale_slot] = torch.stack([scale, torch.zeros_like(scale)], 1).flatten()
     edges = [place for k, rank in enumerate(ranks) for place in (k * largest, k * largest + rank)]
-    starts = torch.tensor([*edges, count * largest], dtype=torch.int32, device=scale.device)
-    return values | {with_starts(a).slots[STARTS]: starts}
+    starts = torch.tensor([*edges, capacity * largest], dtype=torch.int32, device=scale.device)
+    return values | {with_rank_starts(a).slots[RANK_STARTS]: starts}
 
 
-def _stack(
-    tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Attachment, op: Op, turned: int = 0
+def _stack_slot(
+    tensors: Sequence[Tensor], capacity: int, slot: Slot, name: str, attachment: Attachment, op: Op, moved_axis: int = 0
 ) -> Tensor:
     """Return one slot, or the scale, of all bindings, padded to the largest sizes and stacked (count, ...).
 
-    ``turned``: the axis that was brought to the front of each tensor.
+    ``moved_axis``: the axis that was brought to the front of each tensor.
     """
     first = tensors[0]
     shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
@@ -101,37 +103,39 @@ def _stack(
             "them in batches of their own"
         )
     if any(t.requires_grad for t in tensors):
-        return torch.stack([_sized(t, shape, name, a, op) for t in tensors])
-    room = (*shape[:axis], count, *shape[axis:])
+        return torch.stack([_pad_to(t, shape, name, attachment, op) for t in tensors])
+    room = (*shape[:axis], capacity, *shape[axis:])
     dtype = first.dtype
     with torch.inference_mode(False), torch.no_grad():  # later calls outside inference mode could not use it
         out = torch.empty(room, dtype=dtype, device=first.device).movedim(axis, 0)
         for k, t in enumerate(tensors):
-            out[k].copy_(_sized(t.detach(), shape, name, a, op, turned))
+            out[k].copy_(_pad_to(t.detach(), shape, name, attachment, op, moved_axis))
     return out
 
 
-def _sized(t: Tensor, shape: tuple[int, ...], name: str, a: Attachment, op: Op, turned: int = 0) -> Tensor:
+def _pad_to(
+    t: Tensor, shape: tuple[int, ...], name: str, attachment: Attachment, op: Op, moved_axis: int = 0
+) -> Tensor:
     if tuple(t.shape) == shape:
         return t
-    if a.method.exact_sizes:
+    if attachment.method.exact_sizes:
         raise AdaptcError(
-            f"site {a.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and two of "
-            f"{a.method.name} that differ so cannot share a call. Run them in batches of their own"
+            f"site {attachment.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and "
+            f"two of {attachment.method.name} that differ so cannot share a call. Run them in batches of their own"
         )
-    if turned:
-        wanted = (*shape[1 : turned + 1], shape[0], *shape[turned + 1 :])
-        return _sized(t.movedim(0, turned), wanted, name, a, op).movedim(turned, 0)
-    how = _paddings(a.method, op, a.form).get(name, Padding())
+    if moved_axis:
+        wanted = (*shape[1 : moved_axis + 1], shape[0], *shape[moved_axis + 1 :])
+        return _pad_to(t.movedim(0, moved_axis), wanted, name, attachment, op).movedim(moved_axis, 0)
+    how = _paddings_by_slot(attachment.method, op, attachment.form).get(name, Padding())
     try:
         return how(t, shape)
     except ValueError as error:
         raise AdaptcError(
-            f"site {a.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and the two "
-            f"cannot share a call ({error}). Run them in batches of their own"
+            f"site {attachment.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and "
+            f"the two cannot share a call ({error}). Run them in batches of their own"
         ) from error
 
 
 @lru_cache(maxsize=512)
-def _paddings(method: Method, op: Op, form: str) -> Mapping[str, Padding]:
-    return paddings(method, op, form) or {}
+def _paddings_by_slot(method: Method, op: Op, form: str) -> Mapping[str, Padding]:
+    return find_paddings(method, op, form) or {}

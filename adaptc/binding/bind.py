@@ -14,9 +14,9 @@ from torch import Tensor
 
 from adaptc.adapter_files.directory import check_finite
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.builder import EMBEDDINGS, BindingBuilder, cut_or_filled
-from adaptc.binding.check_tensors import check_kinds, check_rank, check_shapes, unbound
-from adaptc.binding.file_keys import keys_of, second_name
+from adaptc.binding.builder import EMBEDDING_NAMES, BindingBuilder, resize_shared_axes
+from adaptc.binding.check_tensors import check_number_kinds, check_rank, check_shapes, unbound_keys_error
+from adaptc.binding.file_keys import primary_key, slot_file_keys
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.graph.ops import Op
@@ -24,94 +24,94 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method, Slot, Slots
 
 
-def first_values(
+def initial_values(
     spec: BindingSpec,
     config: AdapterConfig,
     generator: torch.Generator | None = None,
-    only: Mapping[str, Method] | None = None,
+    methods_by_id: Mapping[str, Method] | None = None,
 ) -> Binding:
     """Return a binding with each method's own initial values.
 
-    With ``only``, just these attachments have initial values, of the methods that it gives by attachment id. All other
-    attachments then have identity values.
+    With ``methods_by_id``, just these attachments have initial values, of the methods that it gives by attachment id.
+    All other attachments then have identity values.
     """
     builder = BindingBuilder(spec, config)
-    present = [a for a in spec.attachments if only is None or a.id in only]
-    own = {a.id: a.method if only is None else only[a.id] for a in present}
-    builder.share(own)
+    present = [a for a in spec.attachments if methods_by_id is None or a.id in methods_by_id]
+    methods = {a.id: a.method if methods_by_id is None else methods_by_id[a.id] for a in present}
+    builder.find_shared_slots(methods)
     for a in present:
-        method = own[a.id]
-        init = method.init(spec.ops[a.id], spec.canonical(a), spec.dtype(a), generator)
+        method = methods[a.id]
+        init = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
         if any(n not in slots for n in a.method.slots(op)):  # slots that this adapter's options do not have
-            slots = {**a.method.identity(op, spec.canonical(a), spec.dtype(a)), **slots}
-        builder.put(a, method, slots, init.base)
-    builder.identities(own)
-    builder.carried = {key: spec.weights[fqn].detach() for key, fqn in spec.unread.items()}
-    return builder.done("first values")
+            slots = {**a.method.identity(op, spec.canonical_weight(a), spec.adapter_dtype(a)), **slots}
+        builder.add_site(a, method, slots, init.base)
+    builder.fill_absent_sites(methods)
+    builder.extra_tensors = {key: spec.weights[fqn].detach() for key, fqn in spec.unread.items()}
+    return builder.build("first values")
 
 
-def bind(
+def bind_tensors(
     spec: BindingSpec,
     config: AdapterConfig,
     tensors: Mapping[str, Tensor],
     source: str,
     *,
-    fit: bool,
+    infer_ranks: bool,
     copy: bool = False,
 ) -> Binding:
     """Bind the tensors of a file to the slots.
 
-    ``config`` is the adapter's own. With ``fit``, ranks are read off the tensors, as for a bare state dict. Without it
-    the config gives the ranks, and a shape that disagrees is an error. Sites for which the adapter has no tensor take
-    identity values. ``copy`` says that the tensors are the caller's, so no value may share their memory.
+    ``config`` is the adapter's own. With ``infer_ranks``, ranks are read off the tensors, as for a bare state dict.
+    Without it the config gives the ranks, and a shape that disagrees is an error. Sites for which the adapter has no
+    tensor take identity values. ``copy`` says that the tensors are the caller's, so no value may share their memory.
 
     Raises CheckpointError for missing keys, wrong shapes and dtypes of another kind. It does so too for values that are
     not finite, in the tensors or in the dtype of their slot. Raises SwapError for keys of sites that the program does
     not have.
     """
     check_finite(tensors, source)
-    config = _completed(config, spec, source)
+    config = _complete_from_model(config, spec, source)
     builder = BindingBuilder(spec, config, tensors.values() if copy else ())
-    builder.of_file = True
-    left = dict.fromkeys(tensors)
-    present = _present(spec, config, tensors, left, fit=fit)
-    if fit:
-        for a, method, found in present:
-            check_rank(a, method, found, source)
-        builder.config = _as_found(config, spec, [(a, method) for a, method, _ in present])
-    builder.share({a.id: method for a, method, _ in present})
-    for a, method, found in present:
+    builder.is_from_file = True
+    unused_keys = dict.fromkeys(tensors)
+    matched_sites = _match_sites(spec, config, tensors, unused_keys, infer_ranks=infer_ranks)
+    if infer_ranks:
+        for a, method, slot_tensors in matched_sites:
+            check_rank(a, method, slot_tensors, source)
+        builder.config = _with_found_ranks(config, spec, [(a, method) for a, method, _ in matched_sites])
+    builder.find_shared_slots({a.id: method for a, method, _ in matched_sites})
+    for a, method, slot_tensors in matched_sites:
         op = spec.ops[a.id]
-        check_kinds(a, op, method, found, spec.dtype(a), source, read=False)
+        check_number_kinds(a, op, method, slot_tensors, spec.adapter_dtype(a), source, is_read=False)
         try:
-            found = method.read(op, found)
+            slot_tensors = method.read(op, slot_tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
-        check_shapes(a, op, method, found, source)
-        check_kinds(a, op, method, found, spec.dtype(a), source, read=True)
-        if spec.trainable and (why := method.untrainable(found)):
+        check_shapes(a, op, method, slot_tensors, source)
+        check_number_kinds(a, op, method, slot_tensors, spec.adapter_dtype(a), source, is_read=True)
+        if spec.trainable and (why := method.untrainable(slot_tensors)):
             raise CheckpointError(f"{source} cannot be trained on: {why}")
-        init = method.init(op, spec.canonical(a), spec.dtype(a)) if method.moves_base() else None
-        full = {**_derived(a, op, method, spec, found), **found}
-        builder.put(a, method, full, None if init is None else init.base)
-    builder.identities({a.id: method for a, method, _ in present})
-    for key in list(left):
-        twin = second_name(spec, key)
-        if twin is not None and twin in tensors and not _alike(tensors[key], tensors[twin]):
+        init = method.init(op, spec.canonical_weight(a), spec.adapter_dtype(a)) if method.moves_base() else None
+        full = {**_derive_missing(a, op, method, spec, slot_tensors), **slot_tensors}
+        builder.add_site(a, method, full, None if init is None else init.base)
+    builder.fill_absent_sites({a.id: method for a, method, _ in matched_sites})
+    for key in list(unused_keys):
+        twin = primary_key(spec, key)
+        if twin is not None and twin in tensors and not _equal_values(tensors[key], tensors[twin]):
             raise CheckpointError(f"{source}: {key!r} and {twin!r} are one tensor in the model, and differ in the file")
-        if twin in tensors or builder.beside(key, tensors[key], source):
-            del left[key]
-    if left:
-        raise unbound(spec, config, list(left), source, tensors)
+        if twin in tensors or builder.take_without_slot(key, tensors[key], source):
+            del unused_keys[key]
+    if unused_keys:
+        raise unbound_keys_error(spec, config, list(unused_keys), source, tensors)
     if not builder.methods:
         raise SwapError(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
-    return builder.done(source)
+    return builder.build(source)
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _equal_values(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors of a file have equal values, whatever their floating dtypes.
 
     They are compared as float64, since torch has no common dtype of float8 and another.
@@ -121,7 +121,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _completed(config: AdapterConfig, spec: BindingSpec, source: str) -> AdapterConfig:
+def _complete_from_model(config: AdapterConfig, spec: BindingSpec, source: str) -> AdapterConfig:
     """Return ``config`` with the options that it leaves to the model, such as ``token_dim``, taken from the sites.
 
     Raises CheckpointError where the config states another ``token_dim`` than the program has.
@@ -136,11 +136,13 @@ def _completed(config: AdapterConfig, spec: BindingSpec, source: str) -> Adapter
                 f"{source}: its config says token_dim={config.token_dim}, and the program has {width}. The adapter was "  # type: ignore[attr-defined]
                 "made for another model, or its config does not belong to its weights."
             )
-        config = config.completed(values)
+        config = config.with_missing_filled(values)
     return config
 
 
-def _as_found(config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[Attachment, Method]]) -> AdapterConfig:
+def _with_found_ranks(
+    config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[Attachment, Method]]
+) -> AdapterConfig:
     """Return ``config`` with the ranks that the tensors have, so that a file written with it can be read.
 
     Returns ``config`` unchanged where its options cannot express these ranks.
@@ -151,57 +153,62 @@ def _as_found(config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[
     return new if told else config
 
 
-_Found = tuple[Attachment, Method, dict[str, Tensor]]
+_MatchedSite = tuple[Attachment, Method, dict[str, Tensor]]
 
 
-def _present(
-    spec: BindingSpec, config: AdapterConfig, tensors: Mapping[str, Tensor], left: dict[str, None], *, fit: bool
-) -> list[_Found]:
+def _match_sites(
+    spec: BindingSpec,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    unused_keys: dict[str, None],
+    *,
+    infer_ranks: bool,
+) -> list[_MatchedSite]:
     """Return the attachments that the adapter has, each with the adapter's own method and tensors.
 
-    Keys of these tensors are removed from ``left``. An attachment whose code does not suit the adapter's options is
-    left out.
+    Keys of these tensors are removed from ``unused_keys``. An attachment whose code does not suit the adapter's options
+    is left out.
     """
-    out: list[_Found] = []
-    shared: set[str] = set()
+    matched: list[_MatchedSite] = []
+    shared_keys: set[str] = set()
     for a in spec.attachments:
         op = spec.ops[a.id]
         method = a.method.rebind(config, a).at(op)
         if method.structure() != a.method.structure():
             continue
-        specs = {**a.method.slots(op), **_slots_if_any(method, op)}
+        specs = {**a.method.slots(op), **_slots_or_empty(method, op)}
         keys = {n: a.file_key(n, s) for n, s in specs.items() if s.saved}
         keys |= {n: a.file_key(n, specs.get(n, Slot(()))) for n in method.keys(op)}
-        found = {n: tensors[k] for n, k in keys.items() if k in tensors}
+        slot_tensors = {n: tensors[k] for n, k in keys.items() if k in tensors}
         common = {n for n, s in specs.items() if s.shared}
-        if keys and not found.keys() - common:
+        if keys and not slot_tensors.keys() - common:
             continue
-        shared |= {keys[n] for n in found.keys() & common}
-        for name in found.keys() - common:
-            left.pop(keys[name], None)
-        out.append((a, method.with_sizes_of(op, found) if fit else method, found))
-    _check_followers(spec, {a.id for a, _, _ in out})
-    for key in shared:
-        left.pop(key, None)
-    methods = joined({a.id: method for a, method, _ in out}, spec.ops)
-    check_sizes(config, [(a, methods[a.id], spec.ops[a.id]) for a, _, _ in out])
-    return [(a, methods[a.id], found) for a, _, found in out]
+        shared_keys |= {keys[n] for n in slot_tensors.keys() & common}
+        for name in slot_tensors.keys() - common:
+            unused_keys.pop(keys[name], None)
+        matched.append((a, method.with_sizes_of(op, slot_tensors) if infer_ranks else method, slot_tensors))
+    _check_tied_sites(spec, {a.id for a, _, _ in matched})
+    for key in shared_keys:
+        unused_keys.pop(key, None)
+    methods = settle_shared_slots({a.id: method for a, method, _ in matched}, spec.ops)
+    check_sizes(config, [(a, methods[a.id], spec.ops[a.id]) for a, _, _ in matched])
+    return [(a, methods[a.id], found) for a, _, found in matched]
 
 
-def _check_followers(spec: BindingSpec, present: Collection[str]) -> None:
+def _check_tied_sites(spec: BindingSpec, present_ids: Collection[str]) -> None:
     """Raise SwapError for an adapter that has only some of the sites whose slots are one tensor (tied layers)."""
     first: dict[str, Attachment] = {}
     for a in spec.attachments:
         for name, slot in a.method.slots(spec.ops[a.id]).items():
             other = first.setdefault(a.slots.get(name) or a.slot_fqn(name, slot), a)
-            if not slot.shared and (other.id in present) != (a.id in present):
+            if not slot.shared and (other.id in present_ids) != (a.id in present_ids):
                 raise SwapError(
                     f"the program adapts {other.fqn!r} and {a.fqn!r} as one (ensure_weight_tying), and the adapter has "
                     "tensors for one of them alone; compile a program for this adapter"
                 )
 
 
-def _slots_if_any(method: Method, op: Op) -> Mapping[str, Slot]:
+def _slots_or_empty(method: Method, op: Op) -> Mapping[str, Slot]:
     """Return the slots of a method at a site, or none where its options have no meaning there."""
     try:
         return method.slots(op)
@@ -209,7 +216,7 @@ def _slots_if_any(method: Method, op: Op) -> Mapping[str, Slot]:
         return {}
 
 
-def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
+def settle_shared_slots(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
     """Return the methods of one adapter, by attachment id, with the sizes that ``settle_shared_sizes`` settles among
     them."""
     out: dict[str, Method] = dict(methods)
@@ -221,24 +228,24 @@ def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Me
     return out
 
 
-def _derived(a: Attachment, op: Op, method: Method, spec: BindingSpec, found: Slots) -> dict[str, Tensor]:
+def _derive_missing(a: Attachment, op: Op, method: Method, spec: BindingSpec, slot_tensors: Slots) -> dict[str, Tensor]:
     """Return values for the slots of ``a`` that have no tensor in ``found``.
 
     They follow from the config. Where the adapter's own method lacks a slot, it gets its identity value.
     """
     own = method.slots(op)
-    missing = [n for n in a.method.slots(op) if n not in found]
+    missing = [n for n in a.method.slots(op) if n not in slot_tensors]
     if not missing:
         return {}
-    derived = method.derived(op, spec.canonical(a), spec.dtype(a), found)
+    derived = method.derived(op, spec.canonical_weight(a), spec.adapter_dtype(a), slot_tensors)
     if any(n not in own for n in missing):
-        derived = {**a.method.identity(op, spec.canonical(a), spec.dtype(a)), **derived}
+        derived = {**a.method.identity(op, spec.canonical_weight(a), spec.adapter_dtype(a)), **derived}
     return {n: derived[n] for n in missing}
 
 
 def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
     """Return a binding's tensors by the bare keys of PEFT's files, for the sites that the adapter has."""
-    out: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for a in spec.attachments:
         method: Any = binding.methods.get(a.id)
         if method is None:
@@ -248,13 +255,13 @@ def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, slot in slots.items():
             value = binding.values[a.slots.get(name) or a.slot_fqn(name, slot)].detach()
-            values[name] = cut_or_filled(value, slot)
+            values[name] = resize_shared_axes(value, slot)
         written = method.write(op, {n: t for n, t in values.items() if slots[n].saved})
-        out |= {key: t for n, t in written.items() for key in keys_of(a, n, slots.get(n, Slot(())))}
-    return {**out, **{k: out.get(second_name(spec, k) or "", t) for k, t in binding.carried.items()}}
+        tensors |= {key: t for n, t in written.items() for key in slot_file_keys(a, n, slots.get(n, Slot(())))}
+    return {**tensors, **{k: tensors.get(primary_key(spec, k) or "", t) for k, t in binding.extra_tensors.items()}}
 
 
-def embedding_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
+def embedding_weights(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
     """Return the base weights of embeddings and output heads under PEFT's keys.
 
     The key of an adapted one has ``base_layer`` in it, as inside of PEFT's wrapper.
@@ -263,7 +270,7 @@ def embedding_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for fqn, base in spec.weights.items():
         module, _, param = fqn.rpartition(".")
-        if module.rpartition(".")[2] in EMBEDDINGS and param == "weight":
+        if module.rpartition(".")[2] in EMBEDDING_NAMES and param == "weight":
             key = f"{module}.base_layer.weight" if module in wrapped else fqn
-            out[key] = binding.base.get(fqn, base).detach()
+            out[key] = binding.changed_base.get(fqn, base).detach()
     return out

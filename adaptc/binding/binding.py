@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.adapter_files.origin import PEFT, FileOrigin
+from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
 from adaptc.methods import AdapterConfig
-from adaptc.passes.adapt.move import usable
+from adaptc.passes.adapt.move import usable_device
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
@@ -26,73 +26,72 @@ from adaptc.passes.protocol.method import Method
 class Binding:
     """The slot values of an adapter, or of several that act together, for all sites of a program.
 
-    ``values`` maps the FQN of a slot or scale to its tensor. ``base`` holds the base weights that this adapter replaces
-    (PiSSA's residual). ``methods`` maps attachment id to the method with this adapter's own options, for the sites that
-    the adapter has. ``carried`` holds, by key, other tensors of its file: tensors that the program does not read, and
-    changed base weights. ``parts`` holds each of several adapters that act together, by name; their values are in
-    ``values``.
+    ``values`` maps the FQN of a slot or scale to its tensor. ``changed_base`` holds the base weights that this adapter
+    replaces (PiSSA's residual). ``methods`` maps attachment id to the method with this adapter's own options, for the
+    sites that the adapter has. ``extra_tensors`` holds, by key, other tensors of its file: tensors that the program
+    does not read, and changed base weights. ``joint_adapters`` holds each of several adapters that act together, by
+    name; their values are in ``values``.
 
-    ``bases`` maps the FQN of each base weight in ``base`` to the
+    ``base_fingerprints`` maps the FQN of each base weight in ``changed_base`` to the
     :func:`~adaptc.binding.check_binding.fingerprint` of the original. ``origin`` is the format of the file it was made
-    from, and what it left out of that file. ``factors`` maps
-    attachment id to the factor on the original scale, where that is not 1; ``values`` has the multiplied scale.
-    ``idle`` is the active form of an adapter that is turned off, whose own values are identity values; None for an
-    active adapter.
+    from, and what it left out of that file. ``scale_factors`` maps attachment id to the factor on the original scale,
+    where that is not 1; ``values`` has the multiplied scale. ``active_form`` is the active form of an adapter that is
+    turned off, whose own values are identity values; None for an active adapter.
     """
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
     config: AdapterConfig
-    base: Mapping[str, Tensor] = field(default_factory=dict)
+    changed_base: Mapping[str, Tensor] = field(default_factory=dict)
     name: str = "default"
     source: str = ""
-    carried: Mapping[str, Tensor] = field(default_factory=dict)
-    parts: Mapping[str, Binding] = field(default_factory=dict)
-    bases: Mapping[str, str] = field(default_factory=dict)
-    origin: FileOrigin = PEFT
-    factors: Mapping[str, float] = field(default_factory=dict)
-    idle: Binding | None = None
+    extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    joint_adapters: Mapping[str, Binding] = field(default_factory=dict)
+    base_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    origin: FileOrigin = PEFT_ORIGIN
+    scale_factors: Mapping[str, float] = field(default_factory=dict)
+    active_form: Binding | None = None
 
     @property
-    def named(self) -> Mapping[str, Binding]:
+    def adapters_by_name(self) -> Mapping[str, Binding]:
         """Return the binding's adapters by name: its parts, or itself."""
-        return self.parts or {self.name: self}
+        return self.joint_adapters or {self.name: self}
 
     @property
-    def off(self) -> list[str]:
+    def inactive_names(self) -> list[str]:
         """Return the names of the adapters that are turned off."""
-        return [n for n, part in self.named.items() if part.idle is not None]
+        return [n for n, part in self.adapters_by_name.items() if part.active_form is not None]
 
-    def strength(self) -> str:
+    def describe_scales(self) -> str:
         """Return in words which adapters are off or scaled; '' where all act with their original scale."""
-        told = []
-        for name, part in self.named.items():
-            if part.idle is not None:
-                told.append(f"{name!r} is off")
+        phrases = []
+        for name, part in self.adapters_by_name.items():
+            if part.active_form is not None:
+                phrases.append(f"{name!r} is off")
                 continue
             counts: dict[float, int] = {}
-            for factor in part.factors.values():
+            for factor in part.scale_factors.values():
                 counts[factor] = counts.get(factor, 0) + 1
-            told += [f"{name!r} is scaled by {f:g} at {n} site{'s' if n > 1 else ''}" for f, n in counts.items()]
-        return ", ".join(told)
+            phrases += [f"{name!r} is scaled by {f:g} at {n} site{'s' if n > 1 else ''}" for f, n in counts.items()]
+        return ", ".join(phrases)
 
-    def summary(self, there: int = 0) -> str:
-        """Return a text of its methods, source, ranks and number of sites, out of the program's ``there`` sites if that
-        is more."""
-        parts = self.named
+    def summary(self, site_count: int = 0) -> str:
+        """Return a text of its methods, source, ranks and number of sites, out of the program's ``site_count`` sites if
+        that is more."""
+        parts = self.adapters_by_name
         kinds = " + ".join(dict.fromkeys(p.config.peft_type or "no" for p in parts.values()))
         ranks = sorted({r for m in self.methods.values() if (r := m.rank()) is not None})
         rank = f", rank {', '.join(map(str, ranks))}" if ranks else ""
         source = f" from {self.source!r}" if self.source else ""
-        of = f" of {there}" if there > len(self.methods) else ""
-        said = f"; {strength}" if (strength := self.strength()) else ""
+        of = f" of {site_count}" if site_count > len(self.methods) else ""
+        said = f"; {strength}" if (strength := self.describe_scales()) else ""
         return f"{kinds} adapter {', '.join(map(repr, parts))}{source}{rank}, at {len(self.methods)}{of} sites{said}"
 
     def __repr__(self) -> str:
         return f"<Binding: {self.summary()}>"
 
     @classmethod
-    def none(cls) -> Binding:
+    def empty(cls) -> Binding:
         """Return the empty binding, of a program without adapters."""
         return cls({}, {}, AdapterConfig())
 
@@ -101,7 +100,7 @@ class Binding:
 
         Raises BackendError where there is no such device.
         """
-        device = usable(device)
+        device = usable_device(device)
         moved: dict[int, Tensor] = {}
 
         def move(t: Tensor) -> Tensor:
@@ -112,15 +111,15 @@ class Binding:
                 moved[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
             return moved[id(t)]
 
-        def all_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def move_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: move(t) for name, t in tensors.items()}
 
-        def whole(b: Binding) -> Binding:
-            own: dict[str, Any] = {n: all_of(getattr(b, n)) for n in ("values", "base", "carried")}
-            own["parts"] = {name: whole(p) for name, p in b.parts.items()}
-            return replace(b, **own, idle=None if b.idle is None else whole(b.idle))
+        def move_binding(b: Binding) -> Binding:
+            own: dict[str, Any] = {n: move_all(getattr(b, n)) for n in ("values", "changed_base", "extra_tensors")}
+            own["joint_adapters"] = {name: move_binding(p) for name, p in b.joint_adapters.items()}
+            return replace(b, **own, active_form=None if b.active_form is None else move_binding(b.active_form))
 
-        return whole(self)
+        return move_binding(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,47 +128,47 @@ class BindingSpec:
 
     ``weights`` holds all base weights by FQN. ``unread`` maps a file key to the FQN of a base weight that the program
     does not read, but that files of whole modules hold. ``residual`` lists base weights of which only the adapter's own
-    version is known, as in a PiSSA program that was loaded from a file. ``bounds`` maps FQN to the limit on an
-    embedding's row norms (``Op.bound``); adapted embeddings may be left out.
+    version is known, as in a PiSSA program that was loaded from a file. ``max_norms`` maps FQN to the limit on an
+    embedding's row norms (``Op.max_norm_of``); adapted embeddings may be left out.
     """
 
     attachments: Sequence[Attachment]
     ops: Mapping[str, Op]
     weights: Mapping[str, Tensor]
-    autocast: bool = True
+    autocast_adapter_dtype: bool = True
     trainable: bool = False
     unread: Mapping[str, str] = field(default_factory=dict)
     residual: Sequence[str] = ()
-    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    max_norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def bound(self, fqn: str) -> tuple[float, float] | None:
+    def max_norm_of(self, fqn: str) -> tuple[float, float] | None:
         """Return the limit on the row norms of a base weight, or None where it has none."""
-        own = (self.ops[a.id].bound for a in self.attachments if a.fqn == fqn)
-        return next((b for b in own if b is not None), self.bounds.get(fqn))
+        own = (self.ops[a.id].max_norm for a in self.attachments if a.fqn == fqn)
+        return next((b for b in own if b is not None), self.max_norms.get(fqn))
 
     def __repr__(self) -> str:
         return f"<BindingSpec: {len(self.attachments)} sites of a program with {len(self.weights)} base tensors>"
 
-    def dtype(self, a: Attachment) -> torch.dtype:
+    def adapter_dtype(self, a: Attachment) -> torch.dtype:
         """Return the adapter dtype at a site: float32 for half-precision weights with autocast, as in PEFT, else the
         weight's."""
         base = self.weights[a.fqn].dtype
-        return torch.float32 if self.autocast and base in (torch.float16, torch.bfloat16) else base
+        return torch.float32 if self.autocast_adapter_dtype and base in (torch.float16, torch.bfloat16) else base
 
-    def canonical(self, a: Attachment) -> Tensor:
+    def canonical_weight(self, a: Attachment) -> Tensor:
         """Return the base weight of a site in the layout that methods see."""
         weight = self.weights[a.fqn].detach()
         return self.ops[a.id].canonical(weight) if weight.ndim > 1 else weight
 
-    def wrap(self, value: Tensor, trainable: bool, present: bool) -> Tensor:
+    def wrap_value(self, value: Tensor, trainable: bool, is_present: bool) -> Tensor:
         """Return ``value`` as the program holds it: a parameter if it is ``trainable``, and a plain tensor otherwise.
 
-        It requires gradients only where the spec is trainable and the adapter is ``present`` at the site.
+        It requires gradients only where the spec is trainable and the adapter is ``is_present`` at the site.
         """
         # Training writes to parameters and running statistics, and must not write to the caller's tensors.
         value = value.detach().clone() if self.trainable else value.detach()
         if not trainable:
             return value
         return nn.Parameter(
-            value, requires_grad=self.trainable and present and (value.is_floating_point() or value.is_complex())
+            value, requires_grad=self.trainable and is_present and (value.is_floating_point() or value.is_complex())
         )

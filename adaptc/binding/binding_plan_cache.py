@@ -1,19 +1,19 @@
 """Remember how a binding is made from an adapter's tensors, for all adapters of the same structure.
 
 Two adapters have one structure where their configs are equal and their tensors agree in keys, shapes, dtypes and
-devices. A recipe is learned from a binding that :func:`adaptc.binding.bind` made. It has for each value the key of its
+devices. A plan is learned from a binding that :func:`adaptc.binding.bind` made. It has for each value the key of its
 tensor, or the constant. The next binding of that structure is a loop over these, equal in every value, method and name.
 
-That is right only where no value depends on the contents of the adapter's tensors, or on the base. So there is a recipe
+That is right only where no value depends on the contents of the adapter's tensors, or on the base. So there is a plan
 only where all of the following holds, and every other adapter is bound in full:
 
 - the methods leave :meth:`Method.read` and :meth:`Method.derived` as they are, so a slot has the file's tensor itself;
 - all keys are those of slots, each slot is one site's own, and the adapter changes nothing of the base;
 - constants are scales, which follow from the config, and the identity values of :meth:`Method.identity`, which are
-  fills; a method that makes them of the weight (DoRA) has a recipe where it needs none;
+  fills; a method that makes them of the weight (DoRA) has a plan where it needs none;
 - where ranks are read off the tensors, the method reads the same ones off tensors without values.
 
-Checks of values are made for every adapter. The caller looks for NaN and infinity. A recipe checks that the values it
+Checks of values are made for every adapter. The caller looks for NaN and infinity. A plan checks that the values it
 casts fit the slot's dtype.
 """
 
@@ -32,53 +32,55 @@ from torch.nn import Parameter
 
 from adaptc.adapter_files.directory import all_finite
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.grouped_slots import groups
-from adaptc.locks import free_in_children
+from adaptc.binding.grouped_slots import find_slot_groups
+from adaptc.locks import reset_after_fork
 from adaptc.methods import AdapterConfig
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method, Slot
 
-#: the number of structures kept per program, with or without a recipe; the least recently used is dropped first
-MOST = 16
-_PLAIN = (Tensor, Parameter)
+#: the number of structures kept per program, with or without a plan; the least recently used is dropped first
+MAX_STRUCTURES = 16
+_PLAIN_TYPES = (Tensor, Parameter)
 
 
 @dataclass(frozen=True)
-class _Taken:
+class _TensorValue:
     """A value that is the adapter's own tensor. ``to`` is None where it already has the slot's device and dtype."""
 
     fqn: str
     key: str
-    parameter: bool
-    to: tuple[torch.device, torch.dtype] | None
+    is_parameter: bool
+    conversion: tuple[torch.device, torch.dtype] | None
 
 
 @dataclass(frozen=True)
-class _Filled:
+class _FillValue:
     fqn: str
     shape: tuple[int, ...]
     fill: float
-    parameter: bool
+    is_parameter: bool
     device: torch.device
     dtype: torch.dtype
 
     def __call__(self) -> Tensor:
         value = torch.full(self.shape, self.fill, dtype=self.dtype, device=self.device)
-        return Parameter(value, requires_grad=False) if self.parameter else value
+        return Parameter(value, requires_grad=False) if self.is_parameter else value
 
 
-class Recipe:
-    """A recipe learned from one binding, to be called with the tensors of another adapter of the same structure."""
+class BindingPlan:
+    """A plan learned from one binding, to be called with the tensors of another adapter of the same structure."""
 
-    def __init__(self, binding: Binding, taken: list[_Taken], filled: list[_Filled], fit: bool) -> None:
-        self.kind = type(binding.config)
+    def __init__(
+        self, binding: Binding, tensor_values: list[_TensorValue], fill_values: list[_FillValue], infer_ranks: bool
+    ) -> None:
+        self.config_class = type(binding.config)
         # A config with the ranks of the tensors, which are those of the next adapter's tensors, too.
-        self._config = binding.config if fit else None
-        self._order, self._methods, self._name = tuple(binding.values), dict(binding.methods), binding.name
-        self._parameters = [(t.fqn, t.key) for t in taken if t.to is None and t.parameter]
-        self._others = [t for t in taken if t.to is not None or not t.parameter]
-        self._filled = filled
+        self._config = binding.config if infer_ranks else None
+        self._slot_names, self._methods, self._name = tuple(binding.values), dict(binding.methods), binding.name
+        self._unchanged = [(t.fqn, t.key) for t in tensor_values if t.conversion is None and t.is_parameter]
+        self._converted = [t for t in tensor_values if t.conversion is not None or not t.is_parameter]
+        self._fill_values = fill_values
 
     def __call__(
         self, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str, *, copy: bool
@@ -87,177 +89,197 @@ class Recipe:
 
         ``copy`` copies the values that would share memory with ``tensors``.
         """
-        values: dict[str, Any] = dict.fromkeys(self._order)
-        for fqn, key in self._parameters:
+        values: dict[str, Any] = dict.fromkeys(self._slot_names)
+        for fqn, key in self._unchanged:
             values[fqn] = Parameter(tensors[key].detach().clone() if copy else tensors[key], requires_grad=False)
         cast: list[Tensor] = []
-        for t in self._others:
+        for t in self._converted:
             value = tensors[t.key].detach()
-            if t.to is not None:
-                value = value.to(*t.to)
+            if t.conversion is not None:
+                value = value.to(*t.conversion)
                 cast.append(value)
             elif copy:
                 value = value.clone()
-            values[t.fqn] = Parameter(value, requires_grad=False) if t.parameter else value
+            values[t.fqn] = Parameter(value, requires_grad=False) if t.is_parameter else value
         if not all_finite(cast):
             return None
-        for f in self._filled:
+        for f in self._fill_values:
             values[f.fqn] = f()
         return Binding(values, dict(self._methods), self._config or config, name=self._name, source=source)
 
 
-class Recipes:
-    """The recipes of one program, and of the programs made from it that share its adaptation and ops.
+class BindingPlanCache:
+    """The plans of one program, and of the programs made from it that share its adaptation and ops.
 
-    A pass makes a program with other ops, which starts without recipes.
+    A pass makes a program with other ops, which starts without plans.
     """
 
     def __init__(self, attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> None:
         self.ops = ops
         #: the names a binding must have values for
-        self.needed = frozenset(f for a in attachments for f in a.tensor_names)
-        self._lock = free_in_children(threading.Lock())
-        self.known: OrderedDict[Hashable, Recipe | None] = OrderedDict()
-        self._fitting: weakref.WeakSet[Binding] = weakref.WeakSet()
+        self.tensor_names = frozenset(f for a in attachments for f in a.tensor_names)
+        self._lock = reset_after_fork(threading.Lock())
+        self.plans: OrderedDict[Hashable, BindingPlan | None] = OrderedDict()
+        self._fitting_bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
 
-    def fit(self, binding: Binding) -> bool:
+    def is_known_to_fit(self, binding: Binding) -> bool:
         """Return whether the binding is known to fit the program."""
         with self._lock:
-            return binding in self._fitting
+            return binding in self._fitting_bindings
 
-    def note(self, binding: Binding) -> Binding:
+    def remember_fitting(self, binding: Binding) -> Binding:
         """Remember that the binding fits, since it was made for the program or has been checked; return it."""
         with self._lock:
-            self._fitting.add(binding)
+            self._fitting_bindings.add(binding)
         return binding
 
-    def find(self, structure: Hashable) -> Recipe | None:
+    def find_plan(self, structure: Hashable) -> BindingPlan | None:
         with self._lock:
-            if structure in self.known:
-                self.known.move_to_end(structure)
-            return self.known.get(structure)
+            if structure in self.plans:
+                self.plans.move_to_end(structure)
+            return self.plans.get(structure)
 
-    def learn(
-        self, structure: Hashable, spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], *, fit: bool
+    def learn_plan(
+        self,
+        structure: Hashable,
+        spec: BindingSpec,
+        binding: Binding,
+        tensors: Mapping[str, Tensor],
+        *,
+        infer_ranks: bool,
     ) -> None:
-        """Remember how ``binding`` was made from ``tensors``, by their keys, or that its structure has no recipe."""
+        """Remember how ``binding`` was made from ``tensors``, by their keys, or that its structure has no plan."""
         if structure is None or spec.ops is not self.ops or spec.trainable:
             return
         with self._lock:
-            if structure in self.known:
+            if structure in self.plans:
                 return
-        recipe = _recipe(spec, binding, tensors, fit=fit)
+        plan = _make_plan(spec, binding, tensors, infer_ranks=infer_ranks)
         with self._lock:
-            self.known[structure] = recipe
-            while len(self.known) > MOST:
-                self.known.popitem(last=False)
+            self.plans[structure] = plan
+            while len(self.plans) > MAX_STRUCTURES:
+                self.plans.popitem(last=False)
 
 
-def structure(spec: BindingSpec, config: Any, tensors: Mapping[str, Tensor], *more: Hashable) -> Hashable | None:
-    """Return a key that is equal for two adapters with one recipe, or None where no recipe may be used or made.
+def structure_key(
+    spec: BindingSpec, config: Any, tensors: Mapping[str, Tensor], *other_keys: Hashable
+) -> Hashable | None:
+    """Return a key that is equal for two adapters with one plan, or None where no plan may be used or made.
 
-    ``config`` is a config, or the content of its file. ``more`` is whatever else the binding depends on.
+    ``config`` is a config, or the content of its file. ``other_keys`` is whatever else the binding depends on.
     """
     if spec.trainable:
         return None
     out: list[Hashable] = []
     for key, t in tensors.items():
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_meta:
+        if type(t) not in _PLAIN_TYPES or t.layout is not torch.strided or t.is_meta:
             return None
         out.append((key, t.shape, t.dtype, t.device))
     try:
-        frozen = _frozen(config if isinstance(config, dict) else vars(config))
-    except (_NotPlain, RecursionError):  # making the config refuses one that is nested too deep
+        frozen = _hashable(config if isinstance(config, dict) else vars(config))
+    except (_UnhashableValue, RecursionError):  # making the config refuses one that is nested too deep
         return None
     # Weights shared with the model change their dtype and device when the user moves the model, and slots follow them.
     weights = [(w.dtype, w.device) for w in (spec.weights[a.fqn] for a in spec.attachments)]
-    return more, type(config), frozen, tuple(weights), tuple(out)
+    return other_keys, type(config), frozen, tuple(weights), tuple(out)
 
 
-class _NotPlain(Exception):
+class _UnhashableValue(Exception):
     pass
 
 
-def _frozen(value: Any) -> Hashable:
+def _hashable(value: Any) -> Hashable:
     """Return a hashable key, equal for plain values that no config can tell apart. The order of dicts counts.
 
-    Raises _NotPlain for a value of any other type.
+    Raises _UnhashableValue for a value of any other type.
     """
-    kind = type(value)
-    if kind is str or value is None:
+    value_type = type(value)
+    if value_type is str or value is None:
         return value
-    if kind in (bool, int, float):
-        return kind, repr(value)
-    if kind in (list, tuple):
-        return kind, tuple(map(_frozen, value))
-    if kind is dict:
-        return kind, tuple([(_frozen(k), _frozen(v)) for k, v in value.items()])
-    if kind in (set, frozenset):
-        return kind, frozenset(map(_frozen, value))
-    raise _NotPlain
+    if value_type in (bool, int, float):
+        return value_type, repr(value)
+    if value_type in (list, tuple):
+        return value_type, tuple(map(_hashable, value))
+    if value_type is dict:
+        return value_type, tuple([(_hashable(k), _hashable(v)) for k, v in value.items()])
+    if value_type in (set, frozenset):
+        return value_type, frozenset(map(_hashable, value))
+    raise _UnhashableValue
 
 
-def _recipe(spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], *, fit: bool) -> Recipe | None:
-    """Return the recipe of ``binding``, or None where it is not certain that one is right."""
-    if binding.base or binding.carried or binding.parts:
+def _make_plan(
+    spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], *, infer_ranks: bool
+) -> BindingPlan | None:
+    """Return the plan of ``binding``, or None where it is not certain that one is right."""
+    if binding.changed_base or binding.extra_tensors or binding.joint_adapters:
         return None
-    if groups(spec.attachments, spec.ops, binding.methods, spec.weights):
+    if find_slot_groups(spec.attachments, spec.ops, binding.methods, spec.weights):
         return None
-    taken: list[_Taken] = []
-    filled: list[_Filled] = []
+    tensor_values: list[_TensorValue] = []
+    fill_values: list[_FillValue] = []
     for a in spec.attachments:
-        op, own = spec.ops[a.id], binding.methods.get(a.id)
-        if not passes_through(a.method, op) or not (own is None or passes_through(own, op)):
+        op, method = spec.ops[a.id], binding.methods.get(a.id)
+        if not takes_file_tensors(a.method, op) or not (method is None or takes_file_tensors(method, op)):
             return None
-        if fit and own is not None and not _sized_by_shapes(a, op, binding.config, tensors):
+        if infer_ranks and method is not None and not _are_sizes_in_shapes(a, op, binding.config, tensors):
             return None
-        dtype, device = spec.dtype(a), spec.weights[a.fqn].device
+        dtype, device = spec.adapter_dtype(a), spec.weights[a.fqn].device
         slots = a.method.slots(op)
-        constants = _constants(a, op, own)
+        constants = _constant_slots(a, op, method)
         for name, slot in slots.items():
             fqn = a.slots.get(name) or a.slot_fqn(name, slot)
-            mine = slot if own is None else own.slots(op).get(name, slot)
+            mine = slot if method is None else method.slots(op).get(name, slot)
             key = a.file_key(name, mine)
             wanted = (device, slot.dtype or dtype)
             if slot.shared or slot.shared_axes_cut or mine.shared or mine.shared_axes_cut:
                 return None
-            if own is not None and mine.saved and key in tensors:
+            if method is not None and mine.saved and key in tensors:
                 same = (tensors[key].device, tensors[key].dtype) == wanted
-                taken.append(_Taken(fqn, key, slot.trainable, None if same else wanted))
+                tensor_values.append(_TensorValue(fqn, key, slot.trainable, None if same else wanted))
             elif constants is not None and name in constants and constants[name].dtype == slot.dtype:
-                filled.append(_Filled(fqn, constants[name].shape, constants[name].fill, slot.trainable, *wanted))
+                fill_values.append(
+                    _FillValue(fqn, constants[name].shape, constants[name].fill, slot.trainable, *wanted)
+                )
             else:
                 return None
-        scale = (a.method if own is None else own).scale(op)
+        scale = (a.method if method is None else method).scale(op)
         if scale is not None:
             kind = torch.float64 if dtype == torch.float64 else torch.float32
-            filled.append(_Filled(a.scale_slot or a.scale_fqn, (), scale, False, device, kind))
-    names = [t.fqn for t in taken] + [f.fqn for f in filled]
-    if len(names) != len(set(names)) or set(names) != binding.values.keys() or {t.key for t in taken} != tensors.keys():
+            fill_values.append(_FillValue(a.scale_slot or a.scale_fqn, (), scale, False, device, kind))
+    names = [t.fqn for t in tensor_values] + [f.fqn for f in fill_values]
+    if (
+        len(names) != len(set(names))
+        or set(names) != binding.values.keys()
+        or {t.key for t in tensor_values} != tensors.keys()
+    ):
         return None
     values = binding.values
-    if any(isinstance(values[t.fqn], Parameter) is not t.parameter for t in (*taken, *filled)):
+    if any(isinstance(values[t.fqn], Parameter) is not t.is_parameter for t in (*tensor_values, *fill_values)):
         return None
-    known = all(_is(t, tensors[t.key], values[t.fqn]) for t in taken)
-    return Recipe(binding, taken, filled, fit) if known and all(_same(f(), values[f.fqn]) for f in filled) else None
+    known = all(_gives_value(t, tensors[t.key], values[t.fqn]) for t in tensor_values)
+    return (
+        BindingPlan(binding, tensor_values, fill_values, infer_ranks)
+        if known and all(_are_equal(f(), values[f.fqn]) for f in fill_values)
+        else None
+    )
 
 
-def passes_through(method: Method, op: Op) -> bool:
+def takes_file_tensors(method: Method, op: Op) -> bool:
     """Return whether the method gives each site's slots the file's tensors unchanged, and shares none between sites."""
     plain = not method.defines("read", "derived", "unwrap")
     return plain and not method.shares() and not method.keys(op) and not method.moves_base()
 
 
-def _constants(a: Attachment, op: Op, own: Method | None) -> Mapping[str, Slot] | None:
+def _constant_slots(a: Attachment, op: Op, adapter_method: Method | None) -> Mapping[str, Slot] | None:
     """Return the slots whose ``fill`` is the value where an adapter has no tensor, or None where the weight may
     decide."""
-    methods = [a.method] if own is None else [a.method, own]
+    methods = [a.method] if adapter_method is None else [a.method, adapter_method]
     if any(m.defines("identity", "absent") for m in methods):
         return None
     return {n: s for m in methods for n, s in m.minimal(op).slots(op).items()}
 
 
-def _sized_by_shapes(a: Attachment, op: Op, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
+def _are_sizes_in_shapes(a: Attachment, op: Op, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether the method finds an adapter's sizes without the values of its tensors."""
     method = a.method.rebind(config, a).at(op)
     try:
@@ -269,12 +291,12 @@ def _sized_by_shapes(a: Attachment, op: Op, config: AdapterConfig, tensors: Mapp
         return False
 
 
-def _is(t: _Taken, tensor: Tensor, value: Tensor) -> bool:
-    """Return whether ``value`` is what the recipe makes of ``tensor``, or a copy of it."""
-    if t.to is not None:
-        return _same(tensor.detach().to(*t.to), value)
-    return value.stride() == tensor.detach().clone().stride() and _same(tensor.detach(), value)
+def _gives_value(source: _TensorValue, tensor: Tensor, value: Tensor) -> bool:
+    """Return whether ``value`` is what the plan makes of ``tensor``, or a copy of it."""
+    if source.conversion is not None:
+        return _are_equal(tensor.detach().to(*source.conversion), value)
+    return value.stride() == tensor.detach().clone().stride() and _are_equal(tensor.detach(), value)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _are_equal(one: Tensor, other: Tensor) -> bool:
     return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)

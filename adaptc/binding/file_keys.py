@@ -12,12 +12,12 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Slot
 
 
-def base_name(key: str) -> str:
+def base_weight_name(key: str) -> str:
     """Return the FQN of a base weight from its key in a file, which has PEFT's ``base_layer`` in its path."""
     return key.replace(".base_layer.", ".")
 
 
-def keys_of(a: Attachment, name: str, slot: Slot) -> list[str]:
+def slot_file_keys(a: Attachment, name: str, slot: Slot) -> list[str]:
     """Return all keys that files have for a slot of an attachment. The first is the one that is read."""
     first = a.file_key(name, slot)
     # A tensor shared by all sites is repeated under each site, and one shared by tied modules under each of these.
@@ -25,7 +25,7 @@ def keys_of(a: Attachment, name: str, slot: Slot) -> list[str]:
     return [first, again] if slot.repeated and again != first else [first]
 
 
-def second_name(spec: BindingSpec, key: str) -> str | None:
+def primary_key(spec: BindingSpec, key: str) -> str | None:
     """Return the key that is read for the tensor which ``key`` also names, or None where ``key`` is no second name.
 
     Such a tensor is a slot that files repeat, or one that is trained whole and has two names, like the bias of BERT's
@@ -34,15 +34,15 @@ def second_name(spec: BindingSpec, key: str) -> str | None:
     for a in spec.attachments:
         if key.startswith((f"{a.key}.", f"{a.module}.")):
             for name, slot in a.method.slots(spec.ops[a.id]).items():
-                first, *more = keys_of(a, name, slot)
+                first, *more = slot_file_keys(a, name, slot)
                 if key in more:
                     return first
-        if _same_tensor(spec, a, key):
-            return next(keys_of(a, n, s)[0] for n, s in a.method.slots(spec.ops[a.id]).items())
+        if _is_other_name(spec, a, key):
+            return next(slot_file_keys(a, n, s)[0] for n, s in a.method.slots(spec.ops[a.id]).items())
     return None
 
 
-def _same_tensor(spec: BindingSpec, a: Attachment, key: str) -> bool:
+def _is_other_name(spec: BindingSpec, a: Attachment, key: str) -> bool:
     """Return whether ``key`` is another name of the base tensor that ``a`` trains as a whole."""
     # PEFT trains a copy of the module, whose tensors are tied to none outside of it.
     inside = key.startswith(f"{a.key}.")

@@ -13,14 +13,17 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
 
 
-def groups(
-    attachments: Sequence[Attachment], ops: Mapping[str, Op], methods: Mapping[str, Method], order: Iterable[str]
+def find_slot_groups(
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    methods: Mapping[str, Method],
+    parameter_order: Iterable[str],
 ) -> dict[str, str]:
     """Return for each slot of a group, by FQN, the FQN of the slot at the group's first site.
 
-    ``methods`` are those of one adapter, by attachment id. ``order`` has the FQNs of the model's parameters.
+    ``methods`` are those of one adapter, by attachment id. ``parameter_order`` has the FQNs of the model's parameters.
     """
-    place = {fqn: i for i, fqn in enumerate(order)}
+    place = {fqn: i for i, fqn in enumerate(parameter_order)}
     present = [a for a in attachments if a.id in methods]
     present.sort(key=lambda a: place.get(a.fqn, len(place)))
     parts = {a.id: methods[a.id].unwrap(ops[a.id]) for a in present}

@@ -2,7 +2,8 @@
 
 Under a suggested mapping every key of the adapter is a key that binds, and no two become the same. Only prefixes of
 keys are exchanged, since these differ where one model is nested in another: ``model.layers`` and
-``model.model.layers``. A mapping exchanges at most ``MOST`` prefixes; beyond that the adapter is another model's.
+``model.model.layers``. A mapping exchanges at most ``MAX_PREFIXES`` prefixes; beyond that the adapter is another
+model's.
 """
 
 from __future__ import annotations
@@ -10,83 +11,87 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from adaptc.adapter_files.key_mapping import mapped, rules_of
+from adaptc.adapter_files.key_mapping import compile_rules, rename_key
 
 #: prefixes that one mapping may exchange, such as a text encoder's and a denoiser's
-MOST = 3
+MAX_PREFIXES = 3
 #: the number of keys of a program beyond which no mapping is searched for
-SEARCHED = 100_000
+MAX_SEARCHED_KEYS = 100_000
 
 #: the prefix of a key, and the prefix that replaces it
-_Pair = tuple[str, str]
+_PrefixPair = tuple[str, str]
 
 
-def mappings_for(keys: Sequence[str], sites: Iterable[str], tails: Iterable[str]) -> list[dict[str, str]]:
+def suggest_mappings(keys: Sequence[str], sites: Iterable[str], slot_names: Iterable[str]) -> list[dict[str, str]]:
     """Return mappings that turn each of ``keys`` into one of ``f"{site}.{tail}"``; several where it is ambiguous.
 
-    ``tails`` are the names of tensors at a site. At least the last component of a site's name must agree. The model
-    itself, "", counts as a site.
+    ``slot_names`` are the names of tensors at a site. At least the last component of a site's name must agree. The
+    model itself, "", counts as a site.
     """
-    tails = sorted(set(tails), key=len, reverse=True)
-    ends: dict[str, list[list[str]]] = {}
+    slot_names = sorted(set(slot_names), key=len, reverse=True)
+    sites_by_end: dict[str, list[list[str]]] = {}
     for site in dict.fromkeys(sites):
-        ends.setdefault(site.rpartition(".")[2], []).append(site.split("."))
-    modules = [".".join(parts) for same in ends.values() for parts in same]
-    if len(modules) * len(tails) > SEARCHED:
+        sites_by_end.setdefault(site.rpartition(".")[2], []).append(site.split("."))
+    modules = [".".join(parts) for same in sites_by_end.values() for parts in same]
+    if len(modules) * len(slot_names) > MAX_SEARCHED_KEYS:
         return []
-    known = {f"{site}.{tail}".lstrip(".") for site in modules for tail in tails}
-    left = [k for k in keys if k not in known]
-    found: list[_Pair] = []
-    while left:
-        pairs = next((p for k in left if (p := _pairs(k, ends, tails))), {})
-        if not pairs or len(found) == MOST:
+    program_keys = {f"{site}.{tail}".lstrip(".") for site in modules for tail in slot_names}
+    remaining = [k for k in keys if k not in program_keys]
+    chosen: list[_PrefixPair] = []
+    while remaining:
+        pairs = next((p for k in remaining if (p := _prefix_pairs(k, sites_by_end, slot_names))), {})
+        if not pairs or len(chosen) == MAX_PREFIXES:
             return []
-        fits = {pair: {k for k in left if _exchanged(k, *pair) in known} for pair in pairs}
-        if not found and (all_of := [p for p in pairs if len(fits[p]) == len(left)]):
+        fits = {pair: {k for k in remaining if _exchange_prefix(k, *pair) in program_keys} for pair in pairs}
+        if not chosen and (all_of := [p for p in pairs if len(fits[p]) == len(remaining)]):
             most = max(pairs[p] for p in all_of)
-            return [m for p in all_of if pairs[p] == most and (m := _mapping([p], keys, known))]
+            return [m for p in all_of if pairs[p] == most and (m := _mapping_of_pairs([p], keys, program_keys))]
         best = max((len(fits[pair]), same, pair) for pair, same in pairs.items())[2]
-        found.append(best)
-        left = [k for k in left if k not in fits[best]]
-    mapping = _mapping(found, keys, known) if found else None
+        chosen.append(best)
+        remaining = [k for k in remaining if k not in fits[best]]
+    mapping = _mapping_of_pairs(chosen, keys, program_keys) if chosen else None
     return [mapping] if mapping else []
 
 
-def _mapping(pairs: Sequence[_Pair], keys: Sequence[str], known: set[str]) -> dict[str, str] | None:
+def _mapping_of_pairs(
+    pairs: Sequence[_PrefixPair], keys: Sequence[str], program_keys: set[str]
+) -> dict[str, str] | None:
     """Return the pairs as a mapping of regular expressions, or None where keys that fit already would no longer fit."""
     # The first expression that matches is applied, so longer prefixes come first.
     ordered = sorted(pairs, key=lambda pair: -len(pair[0]))
     mapping = {f"^{re.escape(old)}": new.replace("\\", r"\\") for old, new in ordered}
-    rules = rules_of(mapping)
-    new = {mapped(k, rules) for k in keys}
-    return mapping if len(new) == len(set(keys)) and new <= known else None
+    rules = compile_rules(mapping)
+    new = {rename_key(k, rules) for k in keys}
+    return mapping if len(new) == len(set(keys)) and new <= program_keys else None
 
 
-def _pairs(key: str, ends: Mapping[str, list[list[str]]], tails: Iterable[str]) -> dict[_Pair, int]:
+def _prefix_pairs(
+    key: str, sites_by_end: Mapping[str, list[list[str]]], slot_names: Iterable[str]
+) -> dict[_PrefixPair, int]:
     """Return (prefix of ``key``, its replacement) pairs, each with the number of components in which the rest agrees.
 
-    ``ends`` maps the last component of a site to the sites that have it, as lists of components.
+    ``sites_by_end`` maps the last component of a site to the sites that have it, as lists of components.
     """
-    tail = next((t for t in tails if key.endswith(f".{t}")), None)
+    tail = next((t for t in slot_names if key.endswith(f".{t}")), None)
     if tail is None:
         return {}
     parts = key.removesuffix(f".{tail}").split(".")
-    out: dict[_Pair, int] = {}
-    for theirs in ends.get(parts[-1], ()):
+    out: dict[_PrefixPair, int] = {}
+    for theirs in sites_by_end.get(parts[-1], ()):
         same = 0
         while same < min(len(parts), len(theirs)) and parts[-1 - same] == theirs[-1 - same]:
             same += 1
         old, new = parts[: len(parts) - same], theirs[: len(theirs) - same]
         if old and new and old[-1].isdecimal() and new[-1].isdecimal():
             continue  # one layer is not another name of another
-        pair = _prefix(old), _prefix(new)
+        pair = _join_prefix(old), _join_prefix(new)
         out[pair] = max(same, out.get(pair, 0))
     return out
 
 
-def _prefix(parts: Sequence[str]) -> str:
-    return "".join(f"{p}." for p in parts)
+def _join_prefix(path: Sequence[str]) -> str:
+    return "".join(f"{p}." for p in path)
 
 
-def _exchanged(key: str, old: str, new: str) -> str | None:
+def _exchange_prefix(key: str, old: str, new: str) -> str | None:
     return new + key.removeprefix(old) if key.startswith(old) else None

@@ -14,7 +14,7 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,28 +23,27 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.check_size_one import differing_sizes, left_alone, results
-from adaptc.capture.dynamic_shapes import Free, export, export_free, export_stated
-from adaptc.capture.explain_failure import in_terms_of
-from adaptc.capture.fixed_sizes import fixed_sizes, names_of
-from adaptc.capture.given_inputs import arguments, free_of, grown, tensors_in
+from adaptc.capture.check_size_one import guard_sizes_of_one, has_same_outputs
+from adaptc.capture.dynamic_shapes import FreeDims, export, export_with_free_dims, export_with_shapes
+from adaptc.capture.explain_failure import explain_inputs
+from adaptc.capture.fixed_sizes import describe_fixed_sizes, flat_input_names
+from adaptc.capture.given_inputs import all_dims_free, bind_arguments, enlarge_sizes_of_one
 from adaptc.capture.inputs.example_inputs import is_pretrained_model
-from adaptc.capture.inputs.made_inputs import example_of
-from adaptc.capture.model_loss import loss_type, means_over_next_labels
-from adaptc.capture.model_state import keyword, preserve_state, replaced_forward
+from adaptc.capture.inputs.made_inputs import make_example_inputs
+from adaptc.capture.model_loss import is_causal_lm_loss, loss_type
+from adaptc.capture.model_state import keyword_only_parameter, patch_forward, preserve_state
 from adaptc.capture.quantised import check_not_quantised
-from adaptc.capture.run_graph import guarded_module
-from adaptc.capture.shell import Shell
+from adaptc.capture.shell import ModelSkeleton
 from adaptc.errors import AdaptcWarning, CaptureError
-from adaptc.passes.adapt.embedding_max_norm import BoundRows
-from adaptc.passes.adapt.linear_products import LinearProducts
+from adaptc.passes.adapt.embedding_max_norm import RemoveMaxNormWrites
+from adaptc.passes.adapt.linear_products import MatmulsToLinear
 from adaptc.passes.analysis.program_facts import (
     all_module_types,
-    call_by_first_name,
-    fills_of,
+    input_fills,
     is_training,
     keyword_inputs,
-    qualified,
+    qualified_name,
+    use_first_module_names,
 )
 from adaptc.passes.analysis.sites import mark_linear
 from adaptc.passes.graph.pytree import pytree
@@ -55,46 +54,46 @@ _LINEAR_CLASSES = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class PretrainedFacts:
     """The facts of a transformers model that its captured program keeps, for code that asks the program's module for
     them.
 
-    ``config`` is a copy. ``inputs`` are the names of ``forward``'s parameters, in order. ``input_embedding`` and
-    ``output_embedding`` are module paths, None when unknown. ``loss_type`` and ``means_over_next_labels`` are told in
-    ``model_loss``. ``conversions`` are the renamings of keys that transformers applied to the model's weight files,
-    None for a model that was loaded from no file. ``shell`` serves to capture the model again, for other inputs. It is
-    set only for a model that can generate and was captured for training.
+    ``config`` is a copy. ``forward_parameters`` are the names of ``forward``'s parameters, in order.
+    ``input_embedding`` and ``output_embedding`` are module paths, None when unknown. ``loss_type`` and
+    ``is_causal_lm_loss`` are told in ``model_loss``. ``weight_conversions`` are the renamings of keys that transformers
+    applied to the model's weight files, None for a model that was loaded from no file. ``skeleton`` serves to capture
+    the model again, for other inputs. It is set only for a model that can generate and was captured for training.
     """
 
-    kind: type
+    model_class: type
     config: Any
     generation_config: Any
-    inputs: tuple[str, ...]
+    forward_parameters: tuple[str, ...]
     input_embedding: str | None
     output_embedding: str | None
     loss_type: str | None
-    means_over_next_labels: bool
-    conversions: Any = None
-    shell: Shell | None = None
+    is_causal_lm_loss: bool
+    weight_conversions: Any = None
+    skeleton: ModelSkeleton | None = None
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """The base model as adapter files name it: its ``name_or_path``, None where it has none, its class and that class's
     module."""
 
-    name: str | None
+    name_or_path: str | None
     class_name: str
-    library: str
+    module_name: str
 
     @classmethod
-    def of(cls, model: nn.Module) -> Base:
+    def from_model(cls, model: nn.Module) -> BaseModel:
         name = vars(model).get("name_or_path")
         return cls(name if isinstance(name, str) and name else None, type(model).__name__, type(model).__module__)
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedProgram:
     """A captured program, and facts of the model that its graph does not hold.
 
     ``training`` says that the graph holds the behaviour of train mode. For an ``ExportedProgram`` its nodes tell, and
@@ -116,17 +115,17 @@ class Captured:
     module_types: dict[str, str] = field(default_factory=dict)
     fills: dict[str, tuple[str, str]] = field(default_factory=dict)
     #: the names of ``forward``'s parameters, in order; empty where they are not known
-    takes: tuple[str, ...] = ()
-    source: Source | None = None
-    base: Base | None = None
+    forward_parameters: tuple[str, ...] = ()
+    source: PretrainedFacts | None = None
+    base: BaseModel | None = None
     #: paths of modules whose class derives from ``nn.Linear`` or transformers' ``Conv1D``; set for captured modules
     #: only
-    linear: frozenset[str] = frozenset()
+    linear_modules: frozenset[str] = frozenset()
 
 
 def capture(
     model: object, example_inputs: Any = None, *, dynamic_shapes: Any = "auto", training: bool = False
-) -> Captured:
+) -> CapturedProgram:
     """Capture ``model`` as an exported program.
 
     ``example_inputs`` is a tensor, a tuple of positional inputs, or a dict of keyword inputs. A transformers model or a
@@ -137,13 +136,13 @@ def capture(
     Otherwise eval mode is captured, whatever mode the model is in.
 
     An ``ExportedProgram`` is used itself, not copied, and keeps the mode that it was exported in. Embeddings with
-    ``max_norm`` no longer write to their weight (see ``BoundRows``). Where that weight has rows that are too long, the
-    program gets a weight of its own.
+    ``max_norm`` no longer write to their weight (see ``RemoveMaxNormWrites``). Where that weight has rows that are too
+    long, the program gets a weight of its own.
 
     Raises :class:`CaptureError` with torch's reason in one line, and with the original error as its cause. Also raises
     it for quantised models.
     """
-    program = _as_program(model)
+    program = _program_in(model)
     if program is not None:
         check_not_quantised(program)
         if example_inputs is not None or not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
@@ -151,7 +150,7 @@ def capture(
                 "an exported program already has its inputs and shapes: leave out example_inputs and dynamic_shapes, "
                 "or give the module it was exported from"
             )
-        return _captured_program(program, getattr(model, "config", None), training)
+        return _describe_program(program, getattr(model, "config", None), training)
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: give an nn.Module, a transformers model, an ExportedProgram, or "
@@ -161,59 +160,63 @@ def capture(
     if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.get_submodule("_orig_mod")
     check_not_quantised(model)
-    with stage(f"capturing {type(model).__name__}"), _prepared(model, training):
-        program = _canonical(_export_module(model, example_inputs, dynamic_shapes, training))
-    call_by_first_name(program, model)
+    with stage(f"capturing {type(model).__name__}"), _prepare_model(model, training):
+        program = _canonicalize(_export_module(model, example_inputs, dynamic_shapes, training))
+    use_first_module_names(program, model)
     linear = _linear_modules(model)
     mark_linear(program, linear)
     config = getattr(model, "config", None)
     pretrained = is_pretrained_model(model)
-    return Captured(
+    return CapturedProgram(
         program=program,
         training=training,
         model_type=getattr(config, "model_type", None),
-        output_embedding=_path_of(model, "get_output_embeddings"),
-        input_embedding=_path_of(model, "get_input_embeddings"),
-        module_types={name: qualified(type(module)) for name, module in model.named_modules(remove_duplicate=False)},
-        fills=fills_of(program, bool(getattr(config, "is_encoder_decoder", False))) if pretrained else {},
-        takes=_takes(model),
-        source=_source(model, program, training) if pretrained else None,
-        base=Base.of(model),
-        linear=linear,
+        output_embedding=_module_path(model, "get_output_embeddings"),
+        input_embedding=_module_path(model, "get_input_embeddings"),
+        module_types={
+            name: qualified_name(type(module)) for name, module in model.named_modules(remove_duplicate=False)
+        },
+        fills=input_fills(program, bool(getattr(config, "is_encoder_decoder", False))) if pretrained else {},
+        forward_parameters=_forward_parameters(model),
+        source=_pretrained_facts(model, program, training) if pretrained else None,
+        base=BaseModel.from_model(model),
+        linear_modules=linear,
     )
 
 
 def _linear_modules(model: nn.Module) -> frozenset[str]:
     """Return the paths of modules whose class derives from a class that PEFT takes for a linear layer."""
-    kinds = {type(m): any(qualified(c) in _LINEAR_CLASSES for c in type(m).__mro__[1:]) for m in model.modules()}
+    kinds = {type(m): any(qualified_name(c) in _LINEAR_CLASSES for c in type(m).__mro__[1:]) for m in model.modules()}
     return frozenset(n for n, m in model.named_modules(remove_duplicate=False) if kinds[type(m)])
 
 
-def _takes(model: nn.Module) -> tuple[str, ...]:
+def _forward_parameters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of ``forward``'s parameters that come before ``*args``, without ``**kwargs``."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = itertools.takewhile(lambda p: p.kind is not p.VAR_POSITIONAL, parameters)
     return tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD)
 
 
-def _source(model: nn.Module, program: ExportedProgram, training: bool) -> Source:
-    again = training and getattr(model, "can_generate", bool)()
-    kept = {n for held in (program.state_dict, program.constants) for n, t in held.items() if isinstance(t, Tensor)}
-    return Source(
+def _pretrained_facts(model: nn.Module, program: ExportedProgram, training: bool) -> PretrainedFacts:
+    can_recapture = training and getattr(model, "can_generate", bool)()
+    tensor_names = {
+        n for held in (program.state_dict, program.constants) for n, t in held.items() if isinstance(t, Tensor)
+    }
+    return PretrainedFacts(
         type(model),
         copy.deepcopy(getattr(model, "config", None)),
         copy.deepcopy(getattr(model, "generation_config", None)),
         tuple(inspect.signature(model.forward).parameters),
-        _path_of(model, "get_input_embeddings"),
-        _path_of(model, "get_output_embeddings"),
+        _module_path(model, "get_input_embeddings"),
+        _module_path(model, "get_output_embeddings"),
         loss_type(model),
-        means_over_next_labels(model),
+        is_causal_lm_loss(model),
         vars(model).get("_weight_conversions"),
-        Shell.of(model, kept) if again else None,
+        ModelSkeleton.from_model(model, tensor_names) if can_recapture else None,
     )
 
 
-def _as_program(model: object) -> ExportedProgram | None:
+def _program_in(model: object) -> ExportedProgram | None:
     """Return the one program in ``model``, or None when it is no export.
 
     Raises CaptureError for an export of several programs, or of anything but ``torch.export`` programs.
@@ -238,23 +241,23 @@ def _as_program(model: object) -> ExportedProgram | None:
     return next(iter(programs.values()))
 
 
-def _canonical(program: ExportedProgram) -> ExportedProgram:
+def _canonicalize(program: ExportedProgram) -> ExportedProgram:
     """Return a program that computes what ``program`` does, in the form whose layers adapters recognise."""
-    return LinearProducts()(BoundRows()(program).output).output
+    return MatmulsToLinear()(RemoveMaxNormWrites()(program).output).output
 
 
-def _captured_program(program: ExportedProgram, config: Any, training: bool) -> Captured:
-    return Captured(
-        program=_canonical(program),
+def _describe_program(program: ExportedProgram, config: Any, training: bool) -> CapturedProgram:
+    return CapturedProgram(
+        program=_canonicalize(program),
         training=is_training(program, default=training),
         model_type=getattr(config, "model_type", None),
         module_types=all_module_types(program),
-        fills=fills_of(program, encoder_decoder="decoder_input_ids" in keyword_inputs(program)),
+        fills=input_fills(program, encoder_decoder="decoder_input_ids" in keyword_inputs(program)),
     )
 
 
 @contextlib.contextmanager
-def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
+def _prepare_model(model: nn.Module, training: bool) -> Iterator[None]:
     """Run the block with ``model`` in train or eval mode, without a KV cache in its outputs, and with gradients on.
 
     The model is restored afterwards.
@@ -270,7 +273,7 @@ def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
             AdaptcWarning,
             stacklevel=4,
         )
-    with preserve_state(model, training, traced=True):
+    with preserve_state(model, training, only_traced=True):
         for config in configs.values():
             if getattr(config, "use_cache", False):
                 vars(config)["use_cache"] = False
@@ -281,7 +284,7 @@ def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _flat_forward(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+def _name_forward_kwargs(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Run the block with ``model.forward`` naming every key of ``kwargs``.
 
     ``torch.export`` takes no dynamic shapes for an input that ends up in ``forward``'s ``**kwargs``.
@@ -296,50 +299,57 @@ def _flat_forward(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]
         return original(*args, **kwargs)
 
     keep = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
-    extra = [keyword(n) for n in kwargs if n not in parameters]
-    with replaced_forward(model, forward, [*keep, *extra]):
+    extra = [keyword_only_parameter(n) for n in kwargs if n not in parameters]
+    with patch_forward(model, forward, [*keep, *extra]):
         yield
 
 
 def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, training: bool) -> ExportedProgram:
     if example_inputs is None:
-        example = example_of(model, training=training)
+        example = make_example_inputs(model, training=training)
         args, kwargs = (), example.kwargs
-        free: Free = example.free
+        free_dims: FreeDims = example.dims_of
     else:
-        args, kwargs = arguments(model, example_inputs)
-        free = free_of((args, kwargs))
+        args, kwargs = bind_arguments(model, example_inputs)
+        free_dims = all_dims_free((args, kwargs))
     name = type(model).__name__
 
-    with _flat_forward(model, kwargs), in_terms_of(model, args, kwargs, made=example_inputs is None):
+    with _name_forward_kwargs(model, kwargs), explain_inputs(model, args, kwargs, inputs_made=example_inputs is None):
         if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-            program = export_stated(model, args, kwargs, dynamic_shapes)
-            again = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
-            return _guarded(model, program, args, kwargs, again, training)
-        for args2, kwargs2 in grown(args, kwargs) if example_inputs is not None else ():
+            program = export_with_shapes(model, args, kwargs, dynamic_shapes)
+            export_guarded = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
+            return guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
+        for args2, kwargs2 in enlarge_sizes_of_one(args, kwargs) if example_inputs is not None else ():
             with contextlib.suppress(CaptureError), stage(f"exporting {name} with larger example inputs"):
-                program, fixed = export_free(model, args2, kwargs2, free_of((args2, kwargs2)))
-                if not fixed and _same_outputs(model, program, args, kwargs, training):
-                    again = partial(_export_guarded, model, args2, kwargs2, free_of((args2, kwargs2)))
-                    program = _guarded(model, program, args2, kwargs2, again, training)
-                    _tell_fixed(model, program, args2, kwargs2, free_of((args2, kwargs2)), fixed)
+                program, fixed = export_with_free_dims(model, args2, kwargs2, all_dims_free((args2, kwargs2)))
+                if not fixed and has_same_outputs(model, program, args, kwargs, training):
+                    export_guarded = partial(
+                        _export_with_guards, model, args2, kwargs2, all_dims_free((args2, kwargs2))
+                    )
+                    program = guard_sizes_of_one(model, program, args2, kwargs2, export_guarded, training)
+                    _warn_fixed_sizes(model, program, args2, kwargs2, all_dims_free((args2, kwargs2)), fixed)
                     return program
         with stage(f"exporting {name} with free sizes"):
-            program, fixed = export_free(model, args, kwargs, free)
-        again = partial(_export_guarded, model, args, kwargs, free)
-        program = _guarded(model, program, args, kwargs, again, training)
-    _tell_fixed(model, program, args, kwargs, free, fixed)
+            program, fixed = export_with_free_dims(model, args, kwargs, free_dims)
+        export_guarded = partial(_export_with_guards, model, args, kwargs, free_dims)
+        program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
+    _warn_fixed_sizes(model, program, args, kwargs, free_dims, fixed)
     return program
 
 
-def _tell_fixed(
-    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], free: Free, fixed: list[str]
+def _warn_fixed_sizes(
+    model: nn.Module,
+    program: ExportedProgram,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    free_dims: FreeDims,
+    fixed: list[str],
 ) -> None:
     """Warn of the fixed sizes: those in ``fixed``, which should have been free, and others that might have been
     free."""
     flat = pytree.tree_leaves((args, dict(kwargs)))
-    names = names_of(args, kwargs, list(inspect.signature(model.forward).parameters))
-    told = [*fixed, *fixed_sizes(program, names, lambda i: free(flat[i]))]
+    names = flat_input_names(args, kwargs, list(inspect.signature(model.forward).parameters))
+    told = [*fixed, *describe_fixed_sizes(program, names, lambda i: free_dims(flat[i]))]
     if told:
         warnings.warn(
             f"{type(model).__name__} was captured for some sizes alone: {'; '.join(told)}. Calls with other sizes "
@@ -350,65 +360,13 @@ def _tell_fixed(
         )
 
 
-def _export_guarded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free) -> ExportedProgram:
-    return export_free(model, args, kwargs, free, guarded=True)[0]
-
-
-def _guarded(
-    model: nn.Module,
-    program: ExportedProgram,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    again: Callable[[], ExportedProgram],
-    training: bool,
+def _export_with_guards(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free_dims: FreeDims
 ) -> ExportedProgram:
-    """Return ``program``, or one with guards where ``program`` computes something else than ``model`` at sizes of 1.
-
-    ``again`` exports the model with such guards. Warns where the guards do not tell the two apart.
-    """
-    where = [] if training else differing_sizes(model, program, args, kwargs)
-    if not where:
-        return program
-    guarded = None
-    with contextlib.suppress(CaptureError), stage(f"exporting {type(model).__name__} with guards on sizes of one"):
-        guarded = again()
-    if guarded is not None and not differing_sizes(model, guarded, args, kwargs):
-        return guarded
-    warnings.warn(
-        f"{type(model).__name__} computes something else for {', '.join(where)} than for larger sizes, and torch could "
-        "not tell why: calls of this size compute what those of larger ones do. Capture it for such sizes alone, with "
-        "example_inputs of this size and dynamic_shapes=None",
-        AdaptcWarning,
-        stacklevel=4,
-    )
-    return program
+    return export_with_free_dims(model, args, kwargs, free_dims, guarded=True)[0]
 
 
-def _same_outputs(
-    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
-) -> bool:
-    """Return whether a program traced on two rows gives the model's outputs on the user's example of one row.
-
-    A model that branches on a size of 1 is traced on its other branch, without a guard that says so.
-    """
-    tensors = tensors_in((args, kwargs, list(model.parameters())))
-    if training or any(t.device.type == "meta" for t in tensors):
-        return True
-    with left_alone(model):
-        expected, expected_tree = results(model(*args, **kwargs))
-        try:
-            found, found_tree = results(guarded_module(program)(*args, **kwargs))
-        except Exception:  # guards of a branch that the example does not take raise it
-            return False
-    return expected_tree == found_tree and all(
-        e.shape == f.shape and torch.allclose(e, f, rtol=1e-2, atol=1e-3, equal_nan=True)
-        if isinstance(e, Tensor)
-        else e == f
-        for e, f in zip(expected, found, strict=True)
-    )
-
-
-def _path_of(model: nn.Module, getter: str) -> str | None:
+def _module_path(model: nn.Module, getter: str) -> str | None:
     """Return the path of the module that ``model.getter()`` returns, or None where the model has no such method or
     module."""
     try:

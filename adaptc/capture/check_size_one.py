@@ -8,6 +8,7 @@ change nothing. The model's tensors and torch's random state are unchanged after
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from adaptc.capture.given_inputs import collect_tensors
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.run_graph import guarded_module, run_graph
+from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
 
 #: the bytes of tensors beyond which a model is not run to find out
-LARGEST = 4 << 30
+MAX_BYTES = 4 << 30
 
 
 def differing_sizes(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
@@ -31,14 +34,68 @@ def differing_sizes(model: nn.Module, program: ExportedProgram, args: tuple, kwa
 
     The example inputs are cut to size 1 along each free size in turn, and along all at once.
     """
-    axes = _free_axes(program) if runs_here(model, args, kwargs) else {}
+    axes = _free_axes(program) if can_run(model, args, kwargs) else {}
     if not axes:
         return []
     with stage(f"checking the program of {type(model).__name__} against the model at sizes of one"):
-        return _differing(model, program, args, kwargs, axes)
+        return _find_differing(model, program, args, kwargs, axes)
 
 
-def _differing(
+def guard_sizes_of_one(
+    model: nn.Module,
+    program: ExportedProgram,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    export_guarded: Callable[[], ExportedProgram],
+    training: bool,
+) -> ExportedProgram:
+    """Return ``program``, or one with guards where ``program`` computes something else than ``model`` at sizes of 1.
+
+    ``export_guarded`` exports the model with such guards. Warns where the guards do not tell the two apart.
+    """
+    differences = [] if training else differing_sizes(model, program, args, kwargs)
+    if not differences:
+        return program
+    guarded = None
+    with contextlib.suppress(CaptureError), stage(f"exporting {type(model).__name__} with guards on sizes of one"):
+        guarded = export_guarded()
+    if guarded is not None and not differing_sizes(model, guarded, args, kwargs):
+        return guarded
+    warnings.warn(
+        f"{type(model).__name__} computes something else for {', '.join(differences)} than for larger sizes, and "
+        "torch could not tell why: calls of this size compute what those of larger ones do. Capture it for such sizes "
+        "alone, with example_inputs of this size and dynamic_shapes=None",
+        AdaptcWarning,
+        stacklevel=4,
+    )
+    return program
+
+
+def has_same_outputs(
+    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
+) -> bool:
+    """Return whether a program traced on two rows gives the model's outputs on the user's example of one row.
+
+    A model that branches on a size of 1 is traced on its other branch, without a guard that says so.
+    """
+    tensors = collect_tensors((args, kwargs, list(model.parameters())))
+    if training or any(t.device.type == "meta" for t in tensors):
+        return True
+    with run_without_effects(model):
+        expected, expected_tree = flatten_results(model(*args, **kwargs))
+        try:
+            found, found_tree = flatten_results(guarded_module(program)(*args, **kwargs))
+        except Exception:  # guards of a branch that the example does not take raise it
+            return False
+    return expected_tree == found_tree and all(
+        e.shape == f.shape and torch.allclose(e, f, rtol=1e-2, atol=1e-3, equal_nan=True)
+        if isinstance(e, Tensor)
+        else e == f
+        for e, f in zip(expected, found, strict=True)
+    )
+
+
+def _find_differing(
     model: nn.Module,
     program: ExportedProgram,
     args: tuple,
@@ -46,41 +103,41 @@ def _differing(
     axes: Mapping[str, list[tuple[int, int]]],
 ) -> list[str]:
     names = list(user_inputs(program))
-    with left_alone(model) as restore:
+    with run_without_effects(model) as restore:
 
-        def same(run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
-            return _same(model, run, args, kwargs, restore)
+        def is_same(run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+            return _outputs_match(model, run, args, kwargs, restore)
 
-        def found(run: Callable[..., Any]) -> list[str]:
-            apart = [where for where in axes.values() if not same(run, *_cut(args, kwargs, where))]
+        def find_differences(run: Callable[..., Any]) -> list[str]:
+            apart = [where for where in axes.values() if not is_same(run, *_cut_to_one(args, kwargs, where))]
             if apart:
                 return [f"size 1 of axis {axis} of input {names[i]!r}" for where in apart for i, axis in where]
             everywhere = [w for where in axes.values() for w in where]
-            alike = len(axes) == 1 or same(run, *_cut(args, kwargs, everywhere))
+            alike = len(axes) == 1 or is_same(run, *_cut_to_one(args, kwargs, everywhere))
             return [] if alike else ["sizes of 1 alone"]
 
         # The graph checks no guards. A difference that it shows counts only where the guarded module shows it, too.
-        if not found(partial(run_graph, program)):
+        if not find_differences(partial(run_graph, program)):
             return []
         module = guarded_module(program)
-        out = found(module)
+        out = find_differences(module)
         # A difference counts only where both agree on the uncut example. Otherwise the model may be random, or torch
         # may have confused module names.
-        return out if out and same(module, args, kwargs) else []
+        return out if out and is_same(module, args, kwargs) else []
 
 
-def runs_here(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether the model and its inputs have values, and take at most :data:`LARGEST` bytes."""
+def can_run(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the model and its inputs have values, and take at most :data:`MAX_BYTES` bytes."""
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
     tensors = [t for t in tensors if isinstance(t, Tensor)]
-    return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= LARGEST
+    return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= MAX_BYTES
 
 
 def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
     """Return for each free size its (flat input, axis) pairs. Sizes from which other sizes are computed are left
     out."""
     found: dict[str, list[tuple[int, int]]] = {}
-    bound: set[str] = set()
+    derived_from: set[str] = set()
     for i, value in enumerate(user_inputs(program).values()):
         sizes: Any = value.shape if isinstance(value, Tensor) else ()
         for axis, size in enumerate(sizes):
@@ -89,20 +146,20 @@ def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
                 if text.isidentifier():
                     found.setdefault(text, []).append((i, axis))
                 else:
-                    bound |= {str(s) for s in size.node.expr.free_symbols}
-    return {s: where for s, where in found.items() if s not in bound}
+                    derived_from |= {str(s) for s in size.node.expr.free_symbols}
+    return {s: where for s, where in found.items() if s not in derived_from}
 
 
-def _cut(args: tuple, kwargs: Mapping[str, Any], where: list[tuple[int, int]]) -> tuple[tuple, dict[str, Any]]:
+def _cut_to_one(args: tuple, kwargs: Mapping[str, Any], axes: list[tuple[int, int]]) -> tuple[tuple, dict[str, Any]]:
     flat, spec = pytree.tree_flatten((args, dict(kwargs)))
-    for i, axis in where:
+    for i, axis in axes:
         flat[i] = flat[i].narrow(axis, 0, 1)
     flat = [v.clone() if isinstance(v, Tensor) else v for v in flat]
     return pytree.tree_unflatten(flat, spec)
 
 
 @contextlib.contextmanager
-def left_alone(model: nn.Module) -> Iterator[Callable[[], None]]:
+def run_without_effects(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Run the block without gradients, and restore ``model`` afterwards.
 
     The block may run the model, or a program of its tensors. It is given the function of :func:`preserve_state` that
@@ -112,29 +169,29 @@ def left_alone(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield restore
 
 
-def _same(
+def _outputs_match(
     model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], restore: Callable[[], None]
 ) -> bool:
     """Return whether both compute the same. Where one of them refuses a size, they count as the same."""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     try:
-        expected, expected_tree = results(model(*args, **kwargs))
+        expected, expected_tree = flatten_results(model(*args, **kwargs))
         restore()
-        found, found_tree = results(run(*copies[0], **copies[1]))
+        found, found_tree = flatten_results(run(*copies[0], **copies[1]))
     except Exception:  # a model may raise anything at such sizes
         return True
     finally:
         restore()
-    return expected_tree == found_tree and all(map(_close, expected, found))
+    return expected_tree == found_tree and all(map(_is_close, expected, found))
 
 
-def results(value: Any) -> tuple[list[Any], Any]:
+def flatten_results(value: Any) -> tuple[list[Any], Any]:
     """Return the flat results and their tree. Tensors are copied, since a result may be part of a buffer."""
     flat, tree = pytree.tree_flatten(value)
     return [v.clone() if isinstance(v, Tensor) else v for v in flat], tree
 
 
-def _close(expected: Any, found: Any) -> bool:
+def _is_close(expected: Any, found: Any) -> bool:
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         return type(expected) is type(found)
     if expected.shape != found.shape:

@@ -10,9 +10,9 @@ Private torch use, with the public route that was tried:
   ``Dim``s, for which the tracer still assumes two and more, and takes one branch of ``if x.shape[0] == 1`` unseen;
   ``torch.export.dynamic_shapes`` with unbacked sizes refuses such a branch instead of guarding it.
 
-``known_limits`` saves a first export that fails: it names the sizes at which known models branch, from their modules.
-For each it gives the largest for which the model's code takes one branch. Other limits are read from torch's message,
-which costs another export.
+``known_size_limits`` saves a first export that fails: it names the sizes at which known models branch, from their
+modules. For each it gives the largest for which the model's code takes one branch. Other limits are read from torch's
+message, which costs another export.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from adaptc.capture.fixed_sizes import names_of
+from adaptc.capture.fixed_sizes import flat_input_names
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.quick_sizes import quick_sizes
-from adaptc.capture.repeated_layers.traced_once import Once, traced_once
+from adaptc.capture.quick_sizes import fast_size_arithmetic
+from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.pytree import pytree
@@ -45,7 +45,7 @@ _UNKNOWN_OUTPUT = "not a known type"
 
 #: the free dimensions of an input: index -> name (equal names are equal sizes, ``4*name`` is four times one), or None
 #: when torch is to find out
-Free = Callable[[Tensor], dict[int, str | None]]
+FreeDims = Callable[[Tensor], dict[int, str | None]]
 
 
 def export(
@@ -58,13 +58,13 @@ def export(
     printed, graph = io.StringIO(), ""
     try:
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
-        for copies in (traced_once, contextlib.nullcontext):
-            with contextlib.redirect_stderr(printed), patched, preserve_state(model, traced=True):
-                with copies(model) as once, quick_sizes():
+        for copies in (copy_equal_layers, contextlib.nullcontext):
+            with contextlib.redirect_stderr(printed), patched, preserve_state(model, only_traced=True):
+                with copies(model) as once, fast_size_arithmetic():
                     program = torch.export.export(
                         model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
                     )
-                if not isinstance(once, Once) or once.sound():
+                if not isinstance(once, CopiedLayers) or once.is_sound():
                     # Models make masks that none of their layers reads.
                     if program.graph.eliminate_dead_code():
                         program.graph_module.recompile()
@@ -72,14 +72,14 @@ def export(
         raise AssertionError("an export without copies is final")
     except Exception as error:
         graph = str(getattr(error, "partial_fx_graph", ""))
-        raise CaptureError(explain(model, error)) from error
+        raise CaptureError(export_error_text(model, error)) from error
     finally:
         # On a data-dependent branch torch prints the whole graph so far, thousands of lines before a short error.
         sys.stderr.write(printed.getvalue().replace(graph, "").strip("\n"))
 
 
-def export_free(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, guarded: bool = False
+def export_with_free_dims(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free_dims: FreeDims, guarded: bool = False
 ) -> tuple[ExportedProgram, list[str]]:
     """Return the program with the most free dimensions, and one line for each wanted dimension that is fixed.
 
@@ -87,38 +87,38 @@ def export_free(
     work.
     """
     failures: list[Exception] = []
-    last: CaptureError | None = None
-    wanted: Free = (lambda t: dict.fromkeys(free(t))) if guarded else free
-    for shapes, options in _attempts(model, args, kwargs, wanted, failures):
+    last_error: CaptureError | None = None
+    wanted: FreeDims = (lambda t: dict.fromkeys(free_dims(t))) if guarded else free_dims
+    for shapes, options in _shape_attempts(model, args, kwargs, wanted, failures):
         try:
             program = export(model, args, kwargs, shapes, guarded, **options)
         except CaptureError as error:
-            last, cause = error, error.__cause__
+            last_error, cause = error, error.__cause__
             failures.append(cause if isinstance(cause, Exception) else error)
             # A branch on a tensor's value fails whatever the shapes are, and so does an output torch cannot take apart.
             if type(cause).__name__ == "GuardOnDataDependentSymNode" or _UNKNOWN_OUTPUT in str(cause):
                 break
         else:
-            return program, _fixed(model, program, args, kwargs, free, failures)
-    assert last is not None
-    raise last
+            return program, _fixed_dims(model, program, args, kwargs, free_dims, failures)
+    assert last_error is not None
+    raise last_error
 
 
-def export_stated(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any) -> ExportedProgram:
+def export_with_shapes(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any) -> ExportedProgram:
     """Return the program with exactly these dynamic shapes."""
     try:
         return export(model, args, kwargs, shapes)
     except CaptureError as error:
-        if not _unproven(error.__cause__):
+        if not _is_unproven_guard(error.__cause__):
             raise
-    return export(model, args, kwargs, shapes, **_DEFERRED)
+    return export(model, args, kwargs, shapes, **_DEFER_GUARDS)
 
 
 #: makes torch turn guards into assertions in the graph
-_DEFERRED = {"prefer_deferred_runtime_asserts_over_guards": True}
+_DEFER_GUARDS = {"prefer_deferred_runtime_asserts_over_guards": True}
 
 
-def _unproven(error: BaseException | None) -> bool:
+def _is_unproven_guard(error: BaseException | None) -> bool:
     """Return whether torch failed on a guard that always holds but that it cannot prove.
 
     Grouped-query attention on torch 2.11 has such a guard.
@@ -127,43 +127,43 @@ def _unproven(error: BaseException | None) -> bool:
     return "Constraints violated" in text and "Suggested fixes" not in text
 
 
-def _attempts(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, failures: list[Exception]
+def _shape_attempts(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free_dims: FreeDims, failures: list[Exception]
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     dims: dict[str, Any] = {}
-    limits = {name: {"max": most} for name, most in known_limits(model).items()}
+    limits = {name: {"max": most} for name, most in known_size_limits(model).items()}
 
     def spec(make: Callable[[dict[int, str | None]], dict]) -> dict[str, Any]:
-        stated = [_spec(value, lambda t: make(free(t)) or None) for value in (args, dict(kwargs))]
+        stated = [_map_tensors(value, lambda t: make(free_dims(t)) or None) for value in (args, dict(kwargs))]
         return inspect.signature(model.forward).bind(*stated[0], **stated[1]).arguments
 
     def named(wanted: dict[int, str | None]) -> dict:
-        return {i: _dim(n, dims, limits) if n else Dim.AUTO for i, n in wanted.items()}
+        return {i: _named_dim(n, dims, limits) if n else Dim.AUTO for i, n in wanted.items()}
 
     shapes, options = spec(named), {}
     for _ in range(3 if dims else 0):
         yield shapes, options
-        refined = _refined(str(failures[-1]), shapes)
+        refined = _refine_shapes(str(failures[-1]), shapes)
         if refined is not None:
             shapes = refined
-        elif _unproven(failures[-1]) and not options:
-            options = _DEFERRED
+        elif _is_unproven_guard(failures[-1]) and not options:
+            options = _DEFER_GUARDS
         else:
             break
     yield spec(lambda wanted: dict.fromkeys(wanted, Dim.AUTO)), {}
-    if any(set(free(t)) - {0} for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+    if any(set(free_dims(t)) - {0} for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
         yield spec(lambda wanted: {0: Dim.AUTO} if 0 in wanted else {}), {}
     yield None, {}
 
 
-def _dim(name: str, dims: dict[str, Any], limits: Mapping[str, Mapping[str, int]]) -> Any:
+def _named_dim(name: str, dims: dict[str, Any], limits: Mapping[str, Mapping[str, int]]) -> Any:
     """Return the dimension called ``name``, made once and kept in ``dims``. ``4*name`` is four times that dimension."""
     factor, _, base = name.rpartition("*")
     found = dims.setdefault(base, Dim(base, **limits.get(base, {})))
     return int(factor) * found if factor else found
 
 
-def _refined(message: str, shapes: dict[str, Any]) -> Any:
+def _refine_shapes(message: str, shapes: dict[str, Any]) -> Any:
     """Return ``shapes`` with the bounds that torch suggests, or None when it suggests none or suggests to fix a
     dimension."""
     # torch's parser of suggestions fails on the paragraph that follows them in the message.
@@ -181,41 +181,41 @@ def _refined(message: str, shapes: dict[str, Any]) -> Any:
     return None if fixes_one else refined
 
 
-def _spec(value: Any, make: Callable[[Tensor], Any]) -> Any:
+def _map_tensors(value: Any, make: Callable[[Tensor], Any]) -> Any:
     """Return ``value`` with every tensor replaced by its shape spec, in the containers that torch.export compares
     with."""
     if isinstance(value, Tensor):
         return make(value)
     if type(value) in (list, tuple):
-        return type(value)(_spec(v, make) for v in value)
+        return type(value)(_map_tensors(v, make) for v in value)
     if type(value) is dict:
-        return {k: _spec(v, make) for k, v in value.items()}
+        return {k: _map_tensors(v, make) for k, v in value.items()}
     leaves, tree = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
-    return None if tree.is_leaf() else [_spec(v, make) for v in leaves]
+    return None if tree.is_leaf() else [_map_tensors(v, make) for v in leaves]
 
 
-def _fixed(
+def _fixed_dims(
     model: nn.Module,
     program: ExportedProgram,
     args: tuple,
     kwargs: Mapping[str, Any],
-    free: Free,
+    free_dims: FreeDims,
     failures: list[Exception],
 ) -> list[str]:
-    names = names_of(args, kwargs, list(inspect.signature(model.forward).parameters))
-    reason = f" ({reason_of(failures[0])})" if failures else ""
+    names = flat_input_names(args, kwargs, list(inspect.signature(model.forward).parameters))
+    reason = f" ({torch_reason(failures[0])})" if failures else ""
     lines: list[str] = []
     given = pytree.tree_leaves((args, dict(kwargs)))
     for name, value, traced in zip(names, given, user_inputs(program).values(), strict=True):
         if not isinstance(value, Tensor):
             continue
-        for i, wanted in free(value).items():
+        for i, wanted in free_dims(value).items():
             if wanted is not None and isinstance(traced, Tensor) and not free_symbols(traced.shape[i]):
                 lines.append(f"dimension {i} ({wanted}) of input {name!r} is fixed at {value.shape[i]}{reason}")
     return lines
 
 
-def reason_of(error: BaseException) -> str:
+def torch_reason(error: BaseException) -> str:
     """Return torch's reason in one line: the root error's first line, or the first constraint that it names as
     violated."""
     while error.__cause__ is not None:
@@ -228,9 +228,9 @@ def reason_of(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def explain(model: nn.Module, error: BaseException) -> str:
+def export_error_text(model: nn.Module, error: BaseException) -> str:
     """Return why ``model`` could not be exported, where that came up, and what to try."""
-    reason, kind = reason_of(error), type(error).__name__
+    reason, kind = torch_reason(error), type(error).__name__
     if kind == "GuardOnDataDependentSymNode":
         advice = (
             "the model takes a branch or a shape from a tensor's value: use torch.where, torch.cond or torch._check"
@@ -242,17 +242,17 @@ def explain(model: nn.Module, error: BaseException) -> str:
     else:
         advice = "check example_inputs against the model's forward"
     return (
-        f"{what_failed(model, error)}. What to try: {advice}; or export it yourself (torch.export.export with "
+        f"{failure_text(model, error)}. What to try: {advice}; or export it yourself (torch.export.export with "
         "strict=True, or transformers.exporters) and pass the program"
     )
 
 
-def what_failed(model: nn.Module, error: BaseException) -> str:
+def failure_text(model: nn.Module, error: BaseException) -> str:
     """Return a line that says that ``model`` could not be captured, with torch's reason and where it came up."""
-    return f"{type(model).__name__} could not be captured: {said(error)}"
+    return f"{type(model).__name__} could not be captured: {error_text(error)}"
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return an error of a model or of torch in one line, with the source line outside of torch where it came up."""
     outside = [
         frame
@@ -262,26 +262,26 @@ def said(error: BaseException) -> str:
     kind, where = type(error).__name__, ""
     if outside and kind != "UserError":
         where = f", at {outside[-1].filename}:{outside[-1].lineno} `{outside[-1].line}`"
-    return f"{kind}: {reason_of(error)}{where}"
+    return f"{kind}: {torch_reason(error)}{where}"
 
 
 #: class of a module -> (name of a size, the largest it may have). diffusers' upsampling copies batches of 64 and more
 #: to work around a fault of torch, and so takes another branch.
-_LARGEST = {"diffusers.models.upsampling.Upsample2D": ("batch", 63)}
+_MAX_SIZES = {"diffusers.models.upsampling.Upsample2D": ("batch", 63)}
 
 
-def known_limits(model: nn.Module) -> dict[str, int]:
+def known_size_limits(model: nn.Module) -> dict[str, int]:
     """Return for each limited size, by name, the largest that ``model`` is captured for."""
     found: dict[str, int] = {}
     for kind in {type(m) for m in model.modules()}:
-        if (limit := _LARGEST.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+        if (limit := _MAX_SIZES.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             name, largest = limit
             found[name] = min(largest, found.get(name, largest))
-    positions = _positions(model)
+    positions = _position_table_length(model)
     return found if positions is None else {**found, "sequence": positions}
 
 
-def _positions(model: nn.Module) -> int | None:
+def _position_table_length(model: nn.Module) -> int | None:
     """Return how many position_ids a transformers model has in a buffer that it slices (BERT, CLIP); None for other
     models."""
     config: Any = getattr(model, "config", None)

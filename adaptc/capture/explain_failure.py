@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.check_size_one import left_alone, runs_here
-from adaptc.capture.dynamic_shapes import said, what_failed
+from adaptc.capture.check_size_one import can_run, run_without_effects
+from adaptc.capture.dynamic_shapes import error_text, failure_text
 from adaptc.capture.model_state import preserve_state
 from adaptc.errors import CaptureError, listing
 from adaptc.passes.graph.pytree import named_leaves, pytree
@@ -25,15 +25,15 @@ from adaptc.tables import dtype_name
 
 _UNSUPPORTED = re.compile(r"Unsupported input type <class '([\w.<>]+)'>")
 #: names of torch's errors that are about the model's code, whatever the inputs are
-_OF_TORCH = ("UserError", "GuardOnDataDependentSymNode", "Unsupported", "ConstraintViolationError")
-_OUTPUT = "not a known type"
+_TORCH_ERRORS = ("UserError", "GuardOnDataDependentSymNode", "Unsupported", "ConstraintViolationError")
+_UNKNOWN_OUTPUT = "not a known type"
 
 
 @contextlib.contextmanager
-def in_terms_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, made: bool) -> Iterator[None]:
+def explain_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, inputs_made: bool) -> Iterator[None]:
     """Run the block, which captures ``model`` with these inputs, with clearer messages in its CaptureErrors.
 
-    ``made`` says that adaptc made the inputs, since none were given.
+    ``inputs_made`` says that adaptc made the inputs, since none were given.
     """
     try:
         yield
@@ -41,36 +41,41 @@ def in_terms_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, mad
         cause = error.__cause__
         if cause is None:
             raise
-        raise CaptureError(_told(model, args, kwargs, error, cause, made)) from cause
+        raise CaptureError(_explained_text(model, args, kwargs, error, cause, inputs_made)) from cause
 
 
-def _told(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: CaptureError, cause: BaseException, made: bool
+def _explained_text(
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    error: CaptureError,
+    cause: BaseException,
+    inputs_made: bool,
 ) -> str:
     """Return the text of ``error``, or a clearer one."""
     if found := _UNSUPPORTED.search(str(cause)):
-        return _unsupported(model, args, kwargs, found[1])
-    eager = _without_capture(model, args, kwargs)
-    if not made or type(cause).__name__ in _OF_TORCH or _OUTPUT in str(cause):
+        return _unsupported_text(model, args, kwargs, found[1])
+    eager = _eager_outcome(model, args, kwargs)
+    if not inputs_made or type(cause).__name__ in _TORCH_ERRORS or _UNKNOWN_OUTPUT in str(cause):
         return f"{error}{eager}"
     takes = ", ".join(inspect.signature(model.forward).parameters)
     return (
-        f"{what_failed(model, cause)}. No example_inputs were given, and the inputs made from its config do not suit "
-        f"it: {listing(_inputs(model, args, kwargs).values())}. Pass example_inputs, a dict of keyword inputs (its "
-        f"forward takes {takes}){eager}"
+        f"{failure_text(model, cause)}. No example_inputs were given, and the inputs made from its config do not suit "
+        f"it: {listing(_input_texts(model, args, kwargs).values())}. Pass example_inputs, a dict of keyword inputs "
+        f"(its forward takes {takes}){eager}"
     )
 
 
-def _without_capture(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str:
+def _eager_outcome(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str:
     """Return a sentence that says whether the model itself runs on the inputs, or '' where running it is not tried."""
-    if not runs_here(model, args, kwargs):
+    if not can_run(model, args, kwargs):
         return ""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
     try:
-        with left_alone(model):
+        with run_without_effects(model):
             model(*copies[0], **copies[1])
     except Exception as error:  # a model may raise anything on such inputs
-        return f". The model itself fails on these inputs, too: {said(error)}"
+        return f". The model itself fails on these inputs, too: {error_text(error)}"
     return ". The model itself runs on these inputs"
 
 
@@ -84,14 +89,18 @@ def run_model(model: Any, *args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
     except Exception as error:  # a model may raise anything on such inputs
         raise CaptureError(
-            f"{type(model).__name__} itself fails, before anything is captured: {said(error)}. It was given "
-            f"{listing(_inputs(model, args, kwargs).values())}. Check that it runs on these without adaptc"
+            f"{type(model).__name__} itself fails, before anything is captured: {error_text(error)}. It was given "
+            f"{listing(_input_texts(model, args, kwargs).values())}. Check that it runs on these without adaptc"
         ) from error
 
 
-def _unsupported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], kind: str) -> str:
-    odd = [name for name, value in _leaves(model, args, kwargs).items() if _name(type(value)) == kind]
-    short = kind.rpartition(".")[2]
+def _unsupported_text(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], class_name: str) -> str:
+    odd = [
+        name
+        for name, value in _named_input_leaves(model, args, kwargs).items()
+        if _class_path(type(value)) == class_name
+    ]
+    short = class_name.rpartition(".")[2]
     where = f"input {odd[0]!r}" if odd else "an input"
     if "Cache" in short:
         advice = (
@@ -109,11 +118,11 @@ def _unsupported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], kind:
     )
 
 
-def _name(kind: type) -> str:
+def _class_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _leaves(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _named_input_leaves(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return every leaf of the inputs, by its parameter name in ``forward`` followed by its path within that input."""
     names = list(inspect.signature(model.forward).parameters)
     out: dict[str, Any] = {}
@@ -125,9 +134,9 @@ def _leaves(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
     return out
 
 
-def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, str]:
+def _input_texts(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, str]:
     """Return every leaf of the inputs as text: a tensor's dtype and shape, and any other value's repr."""
     return {
         name: f"{name} {dtype_name(v.dtype)}{list(v.shape)}" if isinstance(v, Tensor) else f"{name}={v!r}"
-        for name, v in _leaves(model, args, kwargs).items()
+        for name, v in _named_input_leaves(model, args, kwargs).items()
     }

@@ -15,49 +15,51 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from adaptc.passes.graph.higher_order import Call
-from adaptc.passes.graph.lifted import guards_of, lifted_names, user_inputs
-from adaptc.passes.graph.ops import TABLE, TRANSPOSED, argument, operands
+from adaptc.passes.graph.higher_order import HigherOrderCall
+from adaptc.passes.graph.lifted import fqns_by_placeholder, guards_of, user_inputs
+from adaptc.passes.graph.ops import LAYER_OPS, TRANSPOSED_CONVS, argument, operands
 from adaptc.passes.graph.pytree import pytree
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+_MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
 _RECURRENT = (
     *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input),
     *(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
 )
 _ONE_SIZE = re.compile(r"L(?:\[[^\[\]]+\])+\.size\(\)\[\d+\]")
-_OF_CHANNELS = (aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.prelu.default)
-_OF_LAST = (aten.layer_norm.default, aten.rms_norm.default)
+_CHANNEL_OPS = (aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.prelu.default)
+_LAST_AXES_OPS = (aten.layer_norm.default, aten.rms_norm.default)
 _BINARY = (
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
     *(aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor),
 )
 #: ops that change sizes and keep the order of axes
-_IN_PLACE = (aten.constant_pad_nd.default, aten.pad.default, aten.slice.Tensor, aten.cat.default)
+_KEEPS_AXES = (aten.constant_pad_nd.default, aten.pad.default, aten.slice.Tensor, aten.cat.default)
 
 #: for each axis of a value, the axis of the input that it comes from, None where it comes from none
-Axes = tuple[int | None, ...]
+InputAxes = tuple[int | None, ...]
 
 
-def fixed_sizes(program: ExportedProgram, names: Sequence[str], free: Callable[[int], dict[int, Any]]) -> list[str]:
+def describe_fixed_sizes(
+    program: ExportedProgram, names: Sequence[str], free_axes: Callable[[int], dict[int, Any]]
+) -> list[str]:
     """Return one line of text for each fixed size.
 
-    ``names`` are the names of the flat inputs. ``free`` gives for an input's position the axes that were to be free,
-    with None where the model decides. Sizes of 1 are left out, since they may broadcast to any size.
+    ``names`` are the names of the flat inputs. ``free_axes`` gives for an input's position the axes that were to be
+    free, with None where the model decides. Sizes of 1 are left out, since they may broadcast to any size.
     """
     nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
     lines: list[str] = []
     for i, (node, value) in enumerate(user_inputs(program).items()):
         if not isinstance(value, Tensor):
             continue
-        axes = [a for a, wanted in free(i).items() if wanted is None and _fixed(value.shape[a])]
-        widths = _widths(program, nodes[node]) if axes else set()
+        axes = [a for a, wanted in free_axes(i).items() if wanted is None and _is_fixed(value.shape[a])]
+        widths = _axes_bound_to_weights(program, nodes[node]) if axes else set()
         lines += [f"dimension {a} of input {names[i]!r} is fixed at {value.shape[a]}" for a in axes if a not in widths]
-    return lines + [f"{text} in every call" for text in _fixed_together(program)]
+    return lines + [f"{text} in every call" for text in _jointly_fixed_sizes(program)]
 
 
-def _fixed_together(program: ExportedProgram) -> Iterator[str]:
+def _jointly_fixed_sizes(program: ExportedProgram) -> Iterator[str]:
     """Yield each guard by which several sizes together must give one number, such as the number of an image's
     patches."""
     for guard in guards_of(program):
@@ -70,30 +72,30 @@ def _fixed_together(program: ExportedProgram) -> Iterator[str]:
             yield re.sub(r"L\['([^']*)'\]((?:\[[^\[\]]+\])*)\.size\(\)", r"\1\2.shape", guard)
 
 
-def _fixed(size: Any) -> bool:
+def _is_fixed(size: Any) -> bool:
     return (isinstance(size, int) or not size.node.expr.free_symbols) and int(size) != 1
 
 
-def _widths(program: ExportedProgram, source: fx.Node) -> set[int]:
+def _axes_bound_to_weights(program: ExportedProgram, source: fx.Node) -> set[int]:
     """Return the axes of an input whose sizes must equal a weight's, as far as the input's values can be followed."""
-    given = _computed(program)
+    computed = _input_dependent_nodes(program)
     found: set[int] = set()
-    todo: list[tuple[fx.Node, Axes, fx.GraphModule]] = [
+    todo: list[tuple[fx.Node, InputAxes, fx.GraphModule]] = [
         (source, tuple(range(source.meta["val"].ndim)), program.graph_module)
     ]
-    seen: set[tuple[fx.Node, Axes]] = set()
+    seen: set[tuple[fx.Node, InputAxes]] = set()
     while todo:
-        now, axes, module = todo.pop()
-        if (now, axes) in seen:
+        node, axes, module = todo.pop()
+        if (node, axes) in seen:
             continue
-        seen.add((now, axes))
-        for user in now.users:
-            found |= {axes[a] for a in _asked(user, now, given) if axes[a] is not None}  # type: ignore[misc]
-            if (moved := _moved(user, now, axes)) is not None:
+        seen.add((node, axes))
+        for user in node.users:
+            found |= {axes[a] for a in _axes_bound_by(user, node, computed) if axes[a] is not None}  # type: ignore[misc]
+            if (moved := _axes_after_op(user, node, axes)) is not None:
                 todo.append((user, moved, module))
-            if (call := Call.of(user, module)) is not None:
+            if (call := HigherOrderCall.from_node(user, module)) is not None:
                 for at, handed, _ in call.operands():
-                    bodies = call.bodies() if handed is now else ()
+                    bodies = call.bodies() if handed is node else ()
                     for body in bodies:
                         inner = body.graph.find_nodes(op="placeholder")[at]
                         # A body of map takes one entry of the first axis.
@@ -101,66 +103,69 @@ def _widths(program: ExportedProgram, source: fx.Node) -> set[int]:
     return found
 
 
-def _computed(program: ExportedProgram) -> set[fx.Node]:
+def _input_dependent_nodes(program: ExportedProgram) -> set[fx.Node]:
     """Return the nodes that depend on the user's inputs, in inner graphs too."""
-    held = lifted_names(program.graph_signature)
+    held = fqns_by_placeholder(program.graph_signature)
     found = {n for n in program.graph.find_nodes(op="placeholder") if n.name not in held}
-    _follow(program.graph_module, found)
+    _add_dependents(program.graph_module, found)
     return found
 
 
-def _follow(module: fx.GraphModule, found: set[fx.Node]) -> None:
+def _add_dependents(module: fx.GraphModule, found: set[fx.Node]) -> None:
     """Add to ``found`` the nodes of ``module`` and of its inner graphs that depend on nodes in it."""
     for node in module.graph.nodes:
         # A table of weights that is sliced to an input's length has a size among its inputs, but is still made of
         # weights alone.
         if _has_tensors(node) and not found.isdisjoint(node.all_input_nodes):
             found.add(node)
-        if (call := Call.of(node, module)) is not None:
+        if (call := HigherOrderCall.from_node(node, module)) is not None:
             for body in call.bodies():
                 inner = body.graph.find_nodes(op="placeholder")
                 found |= {inner[at] for at, handed, _ in call.operands() if handed in found}
-                _follow(body, found)
+                _add_dependents(body, found)
 
 
-def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
-    """Yield the axes of ``now`` whose sizes must equal sizes of the weights that ``user`` reads."""
-    ndim = now.meta["val"].ndim
-    if user.target in TABLE and operands(user)[0] is now and TABLE[user.target][0] != "embedding":
-        kind = TABLE[user.target][0]
+def _axes_bound_by(user: fx.Node, node: fx.Node, computed: set[fx.Node]) -> Iterator[int]:
+    """Yield the axes of ``node`` whose sizes must equal sizes of the weights that ``user`` reads."""
+    ndim = node.meta["val"].ndim
+    if user.target in LAYER_OPS and operands(user)[0] is node and LAYER_OPS[user.target][0] != "embedding":
+        kind = LAYER_OPS[user.target][0]
         yield ndim - 1 - (int(kind[4]) if kind.startswith("conv") else 0)
-    elif user.target in TRANSPOSED and argument(user, 0) is now:
+    elif user.target in TRANSPOSED_CONVS and argument(user, 0) is node:
         yield ndim - 1 - (argument(user, 1).meta["val"].ndim - 2)
-    elif user.target in _PRODUCTS:
+    elif user.target in _MATMULS:
         left, right = user.args[:2]
-        other = right if left is now else left
-        if other not in given:
-            yield ndim - 1 if left is now else max(ndim - 2, 0)
+        other = right if left is node else left
+        if other not in computed:
+            yield ndim - 1 if left is node else max(ndim - 2, 0)
     elif user.target is aten.einsum.default:
-        yield from _of_equation(user, now, given)
-    elif user.target in _RECURRENT and user.args[0] is now:
+        yield from _einsum_bound_axes(user, node, computed)
+    elif user.target in _RECURRENT and user.args[0] is node:
         yield ndim - 1
-    elif user.target in _OF_CHANNELS and user.args[0] is now and ndim > 1:
+    elif user.target in _CHANNEL_OPS and user.args[0] is node and ndim > 1:
         yield 1
-    elif user.target in _OF_LAST and user.args[0] is now:
+    elif user.target in _LAST_AXES_OPS and user.args[0] is node:
         yield from range(ndim - len(argument(user, 1)), ndim)
-    elif user.target is aten.bilinear.default and now in user.args[:2]:
+    elif user.target is aten.bilinear.default and node in user.args[:2]:
         yield ndim - 1
     elif user.target in _BINARY:
-        others = [n for n in user.args[:2] if n is not now and isinstance(n, fx.Node) and _is_tensor(n)]
-        from_end = [i - n.meta["val"].ndim for n in others for i in (_made(n) if n in given else _one_size(n))]
+        others = [n for n in user.args[:2] if n is not node and isinstance(n, fx.Node) and _is_tensor(n)]
+        from_end = [
+            i - n.meta["val"].ndim for n in others for i in (_output_width_axis(n) if n in computed else _sole_axis(n))
+        ]
         yield from (i + ndim for i in from_end if i + ndim >= 0)
 
 
-def _of_equation(einsum: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
-    """Yield the axes of ``now`` whose letter in the einsum equation also stands in an operand made of weights alone."""
+def _einsum_bound_axes(einsum: fx.Node, node: fx.Node, computed: set[fx.Node]) -> Iterator[int]:
+    """Yield the axes of ``node`` whose letter in the einsum equation also stands in an operand made of weights
+    alone."""
     equation, operands_ = str(argument(einsum, 0)), argument(einsum, 1)
     terms = equation.replace(" ", "").partition("->")[0].split(",")
     for term, operand in zip(terms, operands_, strict=True):
-        if operand is not now:
+        if operand is not node:
             continue
-        ndim, letters = now.meta["val"].ndim, term.replace("...", "")
-        held = {c for t, o in zip(terms, operands_, strict=True) if o not in given for c in t}
+        ndim, letters = node.meta["val"].ndim, term.replace("...", "")
+        held = {c for t, o in zip(terms, operands_, strict=True) if o not in computed for c in t}
         first, dots, _ = term.partition("...")
         wide = ndim - len(letters) if dots else 0
         yield from (i if i < len(first) else i + wide for i, c in enumerate(letters) if c in held)
@@ -174,66 +179,73 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def _one_size(held: fx.Node) -> Iterator[int]:
+def _sole_axis(weight: fx.Node) -> Iterator[int]:
     """Yield the one axis of a tensor of weights whose size is not 1, as of a scale per channel; nothing unless there is
     one."""
-    sizes = [i for i, size in enumerate(held.meta["val"].shape) if isinstance(size, int) and size != 1]
+    sizes = [i for i, size in enumerate(weight.meta["val"].shape) if isinstance(size, int) and size != 1]
     if len(sizes) == 1:
         yield sizes[0]
 
 
-def _made(value: fx.Node) -> Iterator[int]:
+def _output_width_axis(value: fx.Node) -> Iterator[int]:
     """Yield the axis of a computed value whose size is the output width of the layer that computed it."""
     while value.op == "call_function" and isinstance(value.meta.get("val"), Tensor):
-        if value.target in TABLE:
-            kind, ndim = TABLE[value.target][0], value.meta["val"].ndim
+        if value.target in LAYER_OPS:
+            kind, ndim = LAYER_OPS[value.target][0], value.meta["val"].ndim
             yield ndim - 1 - (int(kind[4]) if kind.startswith("conv") else 0)
             return
         shape = value.meta["val"].shape
         above = [
-            n for n in value.all_input_nodes if isinstance(v := n.meta.get("val"), Tensor) and _alike(v.shape, shape)
+            n
+            for n in value.all_input_nodes
+            if isinstance(v := n.meta.get("val"), Tensor) and _have_equal_sizes(v.shape, shape)
         ]
         if not above:
             return
         value = above[0]
 
 
-def _moved(user: fx.Node, now: fx.Node, axes: Axes) -> Axes | None:
+def _axes_after_op(user: fx.Node, node: fx.Node, axes: InputAxes) -> InputAxes | None:
     """Return the input axis of each axis of ``user``'s value, or None where ``user``'s axes cannot be followed."""
-    old, new = now.meta["val"], user.meta.get("val")
+    old, new = node.meta["val"], user.meta.get("val")
     if not isinstance(new, Tensor) or user.op != "call_function":
         return None
-    first = bool(user.args) and user.args[0] is now
-    if user.target is aten.embedding.default and argument(user, 1) is now:
+    is_first_argument = bool(user.args) and user.args[0] is node
+    if user.target is aten.embedding.default and argument(user, 1) is node:
         return (*axes, None)
-    if first and user.target is aten.linear.default:
+    if is_first_argument and user.target is aten.linear.default:
         return (*axes[:-1], None)
-    if first and user.target is aten.permute.default:
+    if is_first_argument and user.target is aten.permute.default:
         order: Any = user.args[1]
         return tuple(axes[i] for i in order)
-    if first and user.target is aten.transpose.int:
+    if is_first_argument and user.target is aten.transpose.int:
         swapped = list(axes)
         a, b = (int(argument(user, i)) for i in (1, 2))
         swapped[a], swapped[b] = swapped[b], swapped[a]
         return tuple(swapped)
-    if first and user.target is aten.select.int:
+    if is_first_argument and user.target is aten.select.int:
         at = int(argument(user, 1)) % old.ndim
         return (*axes[:at], *axes[at + 1 :])
-    if first and user.target is aten.unsqueeze.default:
+    if is_first_argument and user.target is aten.unsqueeze.default:
         at = int(argument(user, 1)) % new.ndim
         return (*axes[:at], None, *axes[at:])
-    if first and user.target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int):
-        return _reshaped(list(map(str, old.shape)), list(map(str, new.shape)), axes)
-    if new.ndim != old.ndim or user.target in (*_PRODUCTS, *TABLE):
+    if is_first_argument and user.target in (
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+    ):
+        return _axes_after_reshape(list(map(str, old.shape)), list(map(str, new.shape)), axes)
+    if new.ndim != old.ndim or user.target in (*_MATMULS, *LAYER_OPS):
         return None
-    return axes if user.target in _IN_PLACE or _alike(old.shape, new.shape) else None
+    return axes if user.target in _KEEPS_AXES or _have_equal_sizes(old.shape, new.shape) else None
 
 
-def _alike(a: Sequence[Any], b: Sequence[Any]) -> bool:
+def _have_equal_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return list(map(str, a)) == list(map(str, b))
 
 
-def _reshaped(old: list[str], new: list[str], axes: Axes) -> Axes:
+def _axes_after_reshape(old: list[str], new: list[str], axes: InputAxes) -> InputAxes:
     """Return the input axis of each axis after a reshape, for the leading and trailing axes that keep their size."""
     out: list[int | None] = [None] * len(new)
     for step in (1, -1):
@@ -245,7 +257,7 @@ def _reshaped(old: list[str], new: list[str], axes: Axes) -> Axes:
     return tuple(out)
 
 
-def names_of(args: tuple, kwargs: Any, parameters: Sequence[str]) -> list[str]:
+def flat_input_names(args: tuple, kwargs: Any, parameters: Sequence[str]) -> list[str]:
     """Return the names of the flat inputs: the parameter's name in ``forward``, followed by the path within that
     input."""
     out: list[str] = []

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.dynamic_shapes import Free
+from adaptc.capture.dynamic_shapes import FreeDims
 from adaptc.capture.inputs.example_inputs import BATCH
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.pytree import pytree
 
 
-def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+def bind_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(example_inputs, Tensor):
         args, kwargs = (example_inputs,), {}
     elif isinstance(example_inputs, tuple):
@@ -39,29 +39,29 @@ def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, A
     return args, kwargs
 
 
-def free_of(inputs: tuple[tuple, Mapping[str, Any]]) -> Free:
+def all_dims_free(inputs: tuple[tuple, Mapping[str, Any]]) -> FreeDims:
     """Return a function that names every dimension of a tensor as free.
 
     A dimension 0 of the first tensor's batch size is called "batch". All others are None, so that torch relates them.
     """
-    batch = next((t.shape[0] for t in tensors_in(inputs)), None)
+    batch = next((t.shape[0] for t in collect_tensors(inputs)), None)
 
-    def free(tensor: Tensor) -> dict[int, str | None]:
+    def free_dims(tensor: Tensor) -> dict[int, str | None]:
         return {i: BATCH if i == 0 and size == batch else None for i, size in enumerate(tensor.shape)}
 
-    return free
+    return free_dims
 
 
-def tensors_in(inputs: Any) -> list[Tensor]:
+def collect_tensors(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
 
 
-def grown(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:
+def enlarge_sizes_of_one(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """Yield copies of the inputs whose dimensions of size 1 are larger, since torch takes a size of 1 for a constant.
 
     The first copy enlarges all such dimensions, and the second only the batch.
     """
-    tensors = tensors_in((args, kwargs))
+    tensors = collect_tensors((args, kwargs))
     single = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
     inner = any(size == 1 for t in tensors for size in t.shape[1:])
     for axes in ([True] if inner else []) + ([False] if single else []):

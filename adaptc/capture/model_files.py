@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from adaptc.adapter_files.safe_load import read_json_object
-from adaptc.adapter_files.stable_read import OpenedFile, Unsettled
-from adaptc.errors import CheckpointError, shown
-from adaptc.safe_pt2.refusal import reason
+from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
+from adaptc.errors import CheckpointError, short_repr
+from adaptc.safe_pt2.refusal import describe_error
 
 #: names of tokenizer files
-_OF_TOKENIZERS = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|spm|bpe|tiktoken)")
+_TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|spm|bpe|tiktoken)")
 _EXPECTED = "expected a transformers model directory (config.json and weights), or a program (.pt2)"
 
 
@@ -28,11 +28,13 @@ def read_model(path: Path, dtype: str | None = None) -> Any:
 
     Raises CheckpointError where the directory has no model, or transformers cannot load it.
     """
-    kind = _class(path)
+    kind = _model_class(path)
     try:
         return kind.from_pretrained(path, local_files_only=True, dtype=dtype or "auto")
     except Exception as error:  # transformers, safetensors and torch each have their own types for damaged files
-        raise CheckpointError(f"transformers cannot load {kind.__name__} from {path}: {shown(str(error))}") from error
+        raise CheckpointError(
+            f"transformers cannot load {kind.__name__} from {path}: {short_repr(str(error))}"
+        ) from error
 
 
 def read_skeleton(path: Path) -> Any:
@@ -40,22 +42,24 @@ def read_skeleton(path: Path) -> Any:
 
     Raises CheckpointError where there is no config, or transformers cannot make the model.
     """
-    kind = _class(path)
+    kind = _model_class(path)
     try:
         with torch.device("meta"):
             return kind(kind.config_class.from_pretrained(path, local_files_only=True))
     except Exception as error:
-        raise CheckpointError(f"transformers cannot make {kind.__name__} of {path}: {shown(str(error))}") from error
+        raise CheckpointError(
+            f"transformers cannot make {kind.__name__} of {path}: {short_repr(str(error))}"
+        ) from error
 
 
-def why_no_tokenizer(path: Path, error: Exception) -> str:
+def tokenizer_failure(path: Path, error: Exception) -> str:
     """Return one line on why no tokenizer could be read from ``path``, where ``error`` is what transformers raised.
 
     For a directory without tokenizer files, transformers' message only says what to install.
     """
-    if path.is_dir() and not any(_OF_TOKENIZERS.fullmatch(p.name) for p in path.iterdir()):
+    if path.is_dir() and not any(_TOKENIZER_FILES.fullmatch(p.name) for p in path.iterdir()):
         return "no file of one is there"
-    return reason(error)
+    return describe_error(error)
 
 
 def is_gguf(path: Path) -> bool:
@@ -84,10 +88,10 @@ def read_gguf(path: Path, dtype: str | None = None) -> Any:
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
     except Exception as error:  # transformers, safetensors, torch and gguf each have their own types for damaged files
-        raise CheckpointError(f"transformers cannot load the model in {path}: {shown(str(error))}") from error
+        raise CheckpointError(f"transformers cannot load the model in {path}: {short_repr(str(error))}") from error
 
 
-def _class(path: Path) -> Any:
+def _model_class(path: Path) -> Any:
     """Return the transformers class that a directory's config names.
 
     Raises CheckpointError where there is no readable config, or it does not name exactly one model class.
@@ -95,7 +99,7 @@ def _class(path: Path) -> Any:
     try:
         with OpenedFile(path / "config.json") as file:
             config = read_json_object(file)
-    except Unsettled:
+    except FileChangedError:
         raise CheckpointError(f"there is no model in {path}: {_EXPECTED}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path / 'config.json'} cannot be read ({error}): {_EXPECTED}") from error
@@ -106,7 +110,7 @@ def _class(path: Path) -> Any:
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(
-            f"{path / 'config.json'} names the architectures {shown(names)}: expected one class of transformers "
+            f"{path / 'config.json'} names the architectures {short_repr(names)}: expected one class of transformers "
             f"{transformers.__version__}. Load the model in Python, and pass it to adaptc.compile"
         )
     return kind

@@ -11,7 +11,7 @@ import inspect
 from torch import nn
 
 
-def means_over_next_labels(model: nn.Module) -> bool:
+def is_causal_lm_loss(model: nn.Module) -> bool:
     """Return whether ``forward`` takes its loss from transformers' ``loss_function``, and that is the causal LM loss.
 
     Classes without a known loss (``GPT2LMHeadModel``) use the causal LM loss, too.

@@ -8,7 +8,7 @@ Private torch use, with the public route that was tried: ``TorchDispatchMode``. 
 that are written to are copied. Public: ``TorchFunctionMode``, which does not see what torch's own functions do inside
 (``embedding`` shortens rows of its weight). ``Tensor._version`` tells too late, and is as private.
 
-``replaced_forward`` replaces a module's ``forward`` for a while, for example by one that names the inputs of a capture.
+``patch_forward`` replaces a module's ``forward`` for a while, for example by one that names the inputs of a capture.
 """
 
 from __future__ import annotations
@@ -26,35 +26,37 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptc.passes.graph.pytree import pytree
-from adaptc.passes.graph.storage import memory_of
+from adaptc.passes.graph.storage import memory_address
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-_LEAVES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_IMMUTABLE_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 #: packages whose objects belong to the model that holds them, besides the packages of the model's own classes
-_HELPERS = {"transformers", "types"}
+_HELPER_PACKAGES = {"transformers", "types"}
 #: this package, whose modules of programs protect their own state and serve many threads
-_OWN = __name__.partition(".")[0]
+_OWN_PACKAGE = __name__.partition(".")[0]
 
 
 @contextlib.contextmanager
-def preserve_state(model: Any, training: bool | None = None, *, traced: bool = False) -> Iterator[Callable[[], None]]:
+def preserve_state(
+    model: Any, training: bool | None = None, *, only_traced: bool = False
+) -> Iterator[Callable[[], None]]:
     """Run the block, which runs or captures ``model``, and restore the model afterwards, even where the block fails.
 
     The block is given a function that restores the model at once, for blocks that run the model several times.
-    ``training`` is the model's mode inside the block, None for its own. ``traced`` says that nothing in the block
+    ``training`` is the model's mode inside the block, None for its own. ``only_traced`` says that nothing in the block
     writes to the model's parameters: it is only traced, or run in inner blocks. Results that may be part of a buffer
     must be copied inside the block. A ``model`` that is not a module is left alone.
     """
     if not isinstance(model, nn.Module):
         yield lambda: None
         return
-    state = _State(model)
-    writes = contextlib.nullcontext() if traced else _Writes(state.parameters)
+    state = _SavedState(model)
+    writes = contextlib.nullcontext() if only_traced else _CopyBeforeWrite(state.parameters)
     # Otherwise Dynamo would never again compile a function that it met under a mode, such as a branch of torch.cond.
-    eager = contextlib.nullcontext() if traced else torch.compiler.set_stance("force_eager")
+    eager = contextlib.nullcontext() if only_traced else torch.compiler.set_stance("force_eager")
 
     def restore() -> None:
-        state.restore(writes.copies if isinstance(writes, _Writes) else ())
+        state.restore(writes.copies if isinstance(writes, _CopyBeforeWrite) else ())
 
     try:
         if training is not None and any(mode != training for _, _, mode in state.modules):
@@ -65,52 +67,56 @@ def preserve_state(model: Any, training: bool | None = None, *, traced: bool = F
         restore()
 
 
-class _State:
+class _SavedState:
     """A record of the state that a model's code may change, as it was when this was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [(m, type(m), m.training) for m in model.modules()]
-        self.homes = {_package(kind) for _, kind, _ in self.modules} - {"torch", "builtins", _OWN} | _HELPERS
+        self.packages = {_top_package(kind) for _, kind, _ in self.modules} - {
+            "torch",
+            "builtins",
+            _OWN_PACKAGE,
+        } | _HELPER_PACKAGES
         #: containers, each with its saved contents
-        self.held: list[tuple[Any, list[Any]]] = []
-        self.tensors: list[_Kept] = []
-        self.others: list[Callable[[], object]] = list(_global_generators(model))
+        self.containers: list[tuple[Any, list[Any]]] = []
+        self.tensors: list[_SavedTensor] = []
+        self.restorers: list[Callable[[], object]] = list(_random_state_restorers(model))
         self._seen: dict[int, Any] = {}
         found: list[Any] = [model]
         while found:
-            found += self._note(found.pop())
+            found += self._save(found.pop())
         self.parameters = [t.tensor for t in self.tensors if isinstance(t.tensor, nn.Parameter)]
 
-    def _note(self, value: Any) -> Iterable[Any]:
+    def _save(self, value: Any) -> Iterable[Any]:
         """Save the state of ``value``, and return the values that it holds."""
-        if isinstance(value, _LEAVES) or id(value) in self._seen:
+        if isinstance(value, _IMMUTABLE_TYPES) or id(value) in self._seen:
             return ()
         self._seen[id(value)] = value  # keeps the object alive, so that no other gets its id
         if isinstance(value, Tensor):
-            self.tensors.append(_Kept(value))
+            self.tensors.append(_SavedTensor(value))
             return ()
         if isinstance(value, dict):
             items = list(value.items())
-            self.held.append((value, items))
+            self.containers.append((value, items))
             return [v for _, v in items]
         if isinstance(value, (list, set, deque)):
-            self.held.append((value, list(value)))
+            self.containers.append((value, list(value)))
             return list(value)
         if isinstance(value, (tuple, frozenset)):
             return value
-        if (put_back := _own_way(value)) is not None:
-            self.others.append(put_back)
+        if (put_back := _special_restorer(value)) is not None:
+            self.restorers.append(put_back)
             return ()
         if isinstance(value, nn.Module):  # a scripted one has its tensors elsewhere
-            own = [] if _package(type(value)) == _OWN else [vars(value)]
+            own = [] if _top_package(type(value)) == _OWN_PACKAGE else [vars(value)]
             return [*own, *value.parameters(recurse=False), *value.buffers(recurse=False)]
         own = getattr(value, "__dict__", None)
-        known = isinstance(own, dict) and any(_package(c) in self.homes for c in type(value).__mro__)
+        known = isinstance(own, dict) and any(_top_package(c) in self.packages for c in type(value).__mro__)
         return [own] if known else ()
 
     def restore(self, copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-        for held, before in self.held:
-            _put_back(held, before)
+        for held, before in self.containers:
+            _restore_container(held, before)
         for module, kind, training in self.modules:
             if type(module) is not kind:
                 module.__class__ = kind
@@ -121,11 +127,11 @@ class _State:
                 tensor.restore()
             for alias, before in copies:
                 alias.copy_(before)
-        for put_back in self.others:
+        for put_back in self.restorers:
             put_back()
 
 
-class _Kept:
+class _SavedTensor:
     """A tensor with its saved memory and flags. Tensors that are not parameters also have their values saved.
 
     Much code writes to buffers in ways that a dispatch mode does not see.
@@ -133,7 +139,7 @@ class _Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.alias, self.copy = tensor, None, None
-        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_meta:
+        if type(tensor) not in _PLAIN_TENSORS or tensor.layout != torch.strided or tensor.is_meta:
             return  # its class says what may be done with it
         self.alias = tensor.data
         self.flags = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
@@ -144,7 +150,7 @@ class _Kept:
         tensor, alias = self.tensor, self.alias
         if alias is None:
             return
-        if _place(tensor) != _place(alias):
+        if _memory_layout(tensor) != _memory_layout(alias):
             tensor.data = alias
         if tensor.is_leaf:
             requires_grad, grad = self.flags
@@ -158,7 +164,7 @@ class _Kept:
             alias.copy_(self.copy)
 
 
-class _Writes(TorchDispatchMode):
+class _CopyBeforeWrite(TorchDispatchMode):
     """A dispatch mode that copies each of the given tensors before its first write."""
 
     supports_higher_order_operators = True
@@ -166,10 +172,10 @@ class _Writes(TorchDispatchMode):
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self.copies: list[tuple[Tensor, Tensor]] = []
-        self.waiting: dict[int, list[Tensor]] = {}
+        self.uncopied: dict[int, list[Tensor]] = {}
         for t in tensors:
-            if type(t) in _PLAIN and t.layout == torch.strided and not t.is_meta and t.numel():
-                self.waiting.setdefault(memory_of(t), []).append(t.data)
+            if type(t) in _PLAIN_TENSORS and t.layout == torch.strided and not t.is_meta and t.numel():
+                self.uncopied.setdefault(memory_address(t), []).append(t.data)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -177,53 +183,53 @@ class _Writes(TorchDispatchMode):
         if schema is not None and schema.is_mutable:
             for i, argument in enumerate(schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(args[i] if i < len(args) else kwargs.get(argument.name))
+                    self._copy_tensors(args[i] if i < len(args) else kwargs.get(argument.name))
         return func(*args, **kwargs)
 
-    def _keep(self, written: Any) -> None:
+    def _copy_tensors(self, written: Any) -> None:
         for t in pytree.tree_leaves(written):
-            if type(t) in _PLAIN and t.layout == torch.strided and not t.is_meta and t.numel():
-                self.copies += [(alias, alias.clone()) for alias in self.waiting.pop(memory_of(t), [])]
+            if type(t) in _PLAIN_TENSORS and t.layout == torch.strided and not t.is_meta and t.numel():
+                self.copies += [(alias, alias.clone()) for alias in self.uncopied.pop(memory_address(t), [])]
 
 
-def _place(t: Tensor) -> tuple[Any, ...]:
+def _memory_layout(t: Tensor) -> tuple[Any, ...]:
     return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device
 
 
-def _package(kind: type) -> str:
+def _top_package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _put_back(held: Any, before: list[Any]) -> None:
+def _restore_container(container: Any, saved: list[Any]) -> None:
     """Restore a container's saved contents where they differ.
 
     It calls the methods of the built-in base class, since a subclass may forbid changes.
     """
-    if isinstance(held, dict):
-        now = list(held.items())
-        if len(now) == len(before) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True)):
+    if isinstance(container, dict):
+        now = list(container.items())
+        if len(now) == len(saved) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, saved, strict=True)):
             return
-        base: Any = OrderedDict if isinstance(held, OrderedDict) else dict
-        wanted = dict(before)
-        same_order = [k for k, _ in now if k in wanted] == [k for k, _ in before]
+        base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        wanted = dict(saved)
+        same_order = [k for k, _ in now if k in wanted] == [k for k, _ in saved]
         for key, _ in now:
             if not same_order or key not in wanted:
-                base.__delitem__(held, key)
-        for key, value in before:
-            base.__setitem__(held, key, value)
-    elif isinstance(held, set):
-        if len(held) != len(before) or any(v not in held for v in before):
-            set.clear(held)
-            set.update(held, before)
+                base.__delitem__(container, key)
+        for key, value in saved:
+            base.__setitem__(container, key, value)
+    elif isinstance(container, set):
+        if len(container) != len(saved) or any(v not in container for v in saved):
+            set.clear(container)
+            set.update(container, saved)
     else:
-        now = list(held)
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-            base: Any = deque if isinstance(held, deque) else list
-            base.clear(held)
-            base.extend(held, before)
+        now = list(container)
+        if len(now) != len(saved) or any(a is not b for a, b in zip(now, saved, strict=True)):
+            base: Any = deque if isinstance(container, deque) else list
+            base.clear(container)
+            base.extend(container, saved)
 
 
-def _global_generators(model: nn.Module) -> Iterator[Callable[[], object]]:
+def _random_state_restorers(model: nn.Module) -> Iterator[Callable[[], object]]:
     """Yield functions that restore the global random states of torch, its CUDA devices, Python and NumPy."""
     state = torch.get_rng_state()
     yield lambda: torch.set_rng_state(state)
@@ -237,7 +243,7 @@ def _global_generators(model: nn.Module) -> Iterator[Callable[[], object]]:
         yield lambda: numpy.set_state(of_numpy)
 
 
-def _own_way(value: Any) -> Callable[[], object] | None:
+def _special_restorer(value: Any) -> Callable[[], object] | None:
     """Return a function that restores a random generator or a NumPy array, or None for any other value."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
@@ -245,7 +251,7 @@ def _own_way(value: Any) -> Callable[[], object] | None:
     if isinstance(value, random.Random):
         of_python = value.getstate()
         return lambda: value.setstate(of_python)
-    if _package(type(value)) != "numpy":
+    if _top_package(type(value)) != "numpy":
         return None
     bits, fill = getattr(value, "bit_generator", None), getattr(value, "__setitem__", None)
     if bits is not None:
@@ -258,7 +264,7 @@ def _own_way(value: Any) -> Callable[[], object] | None:
 
 
 @contextlib.contextmanager
-def replaced_forward(
+def patch_forward(
     model: nn.Module, forward: Callable[..., Any], parameters: Sequence[inspect.Parameter]
 ) -> Iterator[None]:
     """Run the block with ``forward`` as the model's forward, whose signature has these parameters.
@@ -275,6 +281,6 @@ def replaced_forward(
         vars(model).update(own)
 
 
-def keyword(name: str) -> inspect.Parameter:
+def keyword_only_parameter(name: str) -> inspect.Parameter:
     """Return a keyword-only parameter called ``name``."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)

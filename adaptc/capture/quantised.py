@@ -66,9 +66,9 @@ _INTEGRATIONS = frozenset(
 )
 #: methods whose quantised layers are all of classes above; a model without such layers is plain, whatever its config
 #: says
-_BY_CLASS = frozenset({"gguf"})
+_TOLD_BY_CLASS = frozenset({"gguf"})
 #: prefixes of modules in other packages with quantised layers
-_INSIDE = (
+_MODULE_PREFIXES = (
     "diffusers.quantizers.",
     "optimum.gptq.",
     "optimum.quanto.",
@@ -77,9 +77,9 @@ _INSIDE = (
     "torch.ao.nn.sparse.quantized.",
 )
 #: layers of these libraries that hold plain weights
-_PLAIN = frozenset({"bitsandbytes.nn.modules.Embedding", "bitsandbytes.nn.modules.StableEmbedding"})
+_PLAIN_LAYERS = frozenset({"bitsandbytes.nn.modules.Embedding", "bitsandbytes.nn.modules.StableEmbedding"})
 #: names that only packed weights have
-_PACKED = frozenset({"qweight", "weight_packed", "packed_weight", "W_q", "weight_q"})
+_PACKED_NAMES = frozenset({"qweight", "weight_packed", "packed_weight", "W_q", "weight_q"})
 _ADVICE = (
     "adaptc adapts plain weights in float32, bfloat16 or float16: dequantise the model first (model.dequantize() where "
     "transformers quantised it), or load it without a quantization_config and with dtype=torch.bfloat16"
@@ -90,35 +90,35 @@ def check_not_quantised(model: nn.Module | ExportedProgram) -> None:
     """Raise CaptureError for a quantised model."""
     name = type(model).__name__
     if isinstance(model, ExportedProgram):
-        found = next(((k, w) for k, t in model.state_dict.items() if (w := _why_tensor(t))), None)
+        found = next(((k, w) for k, t in model.state_dict.items() if (w := _tensor_reason(t))), None)
         if found:
             raise CaptureError(f"the program is quantised: {found[0]!r} is {found[1]}. {_ADVICE}")
         return
     for path, module in model.named_modules():
-        if (why := _why_module(module)) is not None:
-            raise CaptureError(f"{name} is quantised: {path!r} is a {_class(type(module))}{why}. {_ADVICE}")
-    if how := _says_so(model):
+        if (why := _module_reason(module)) is not None:
+            raise CaptureError(f"{name} is quantised: {path!r} is a {_class_path(type(module))}{why}. {_ADVICE}")
+    if how := _declared_method(model):
         raise CaptureError(f"{name} says that it is quantised ({how}). {_ADVICE}")
 
 
-def _why_module(module: nn.Module) -> str | None:
+def _module_reason(module: nn.Module) -> str | None:
     """Return what to say of a module with quantised weights after its class name, or None for a plain module."""
     kind = type(module)
-    full = _class(kind)
-    if _of_library(kind) and full not in _PLAIN:
+    full = _class_path(kind)
+    if _is_library_class(kind) and full not in _PLAIN_LAYERS:
         return ""
-    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    for name, t in own.items():
-        if why := _why_tensor(t):
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    for name, t in tensors.items():
+        if why := _tensor_reason(t):
             return f", whose {name!r} is {why}"
-    packed = next((n for n in own if n in _PACKED and _is_whole(own[n])), None)
-    weight = own.get("weight")
-    if packed is None and hasattr(module, "in_features") and (_is_bytes(weight) or _is_small_float(weight)):
+    packed = next((n for n in tensors if n in _PACKED_NAMES and _is_integer(tensors[n])), None)
+    weight = tensors.get("weight")
+    if packed is None and hasattr(module, "in_features") and (_is_8bit_integer(weight) or _is_8bit_float(weight)):
         packed = "weight"
-    return None if packed is None else f", whose {packed!r} is stored as {own[packed].dtype}"
+    return None if packed is None else f", whose {packed!r} is stored as {tensors[packed].dtype}"
 
 
-def _why_tensor(t: Any) -> str | None:
+def _tensor_reason(t: Any) -> str | None:
     """Return what kind of quantised tensor ``t`` is, or None where it holds plain numbers."""
     if not isinstance(t, Tensor):
         return None
@@ -127,33 +127,33 @@ def _why_tensor(t: Any) -> str | None:
         return f"a quantised tensor ({t.dtype})"
     # A DTensor wraps plain numbers, of which each process holds a shard.
     wraps = hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.distributed.")
-    return f"a {_class(kind)}" if wraps or _of_library(kind) else None
+    return f"a {_class_path(kind)}" if wraps or _is_library_class(kind) else None
 
 
-def _of_library(kind: type) -> bool:
+def _is_library_class(kind: type) -> bool:
     where = kind.__module__
     integration = where.removeprefix("transformers.integrations.").partition(".")[0]
-    known = where.partition(".")[0] in _LIBRARIES or f"{where}.".startswith(_INSIDE)
+    known = where.partition(".")[0] in _LIBRARIES or f"{where}.".startswith(_MODULE_PREFIXES)
     return known or (where.startswith("transformers.integrations.") and integration in _INTEGRATIONS)
 
 
-def _class(kind: type) -> str:
+def _class_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _is_whole(t: Any) -> bool:
+def _is_integer(t: Any) -> bool:
     return isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex())
 
 
-def _is_bytes(t: Any) -> bool:
+def _is_8bit_integer(t: Any) -> bool:
     return isinstance(t, Tensor) and t.dtype in (torch.uint8, torch.int8)
 
 
-def _is_small_float(t: Any) -> bool:
+def _is_8bit_float(t: Any) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point() and t.itemsize == 1
 
 
-def _says_so(model: nn.Module) -> str | None:
+def _declared_method(model: nn.Module) -> str | None:
     """Return the quantisation method that a transformers model names, or None where its weights were made plain on
     loading."""
     quantiser = vars(model).get("hf_quantizer")
@@ -164,4 +164,4 @@ def _says_so(model: nn.Module) -> str | None:
         return None
     method = getattr(config, "quant_method", None)
     name = str(getattr(method, "value", method) or type(quantiser).__name__)
-    return None if name in _BY_CLASS else name
+    return None if name in _TOLD_BY_CLASS else name

@@ -23,16 +23,16 @@ from sympy import Basic
 from torch.utils._sympy import functions
 
 #: the number of parts from which on a polynomial is not simplified
-MANY = 60
+LARGE_POLYNOMIAL = 60
 
 
 @contextlib.contextmanager
-def quick_sizes() -> Iterator[None]:
+def fast_size_arithmetic() -> Iterator[None]:
     """Run the block with faster arithmetic of sizes in exports, which gives the same results."""
     quick: Any = ModuleType("sympy")
     vars(quick).update(vars(sympy))
-    quick.simplify = simplified
-    walks = _Walks()
+    quick.simplify = simplify
+    walks = _MemoizedWalks()
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (functions, "sympy", quick),
@@ -45,10 +45,10 @@ def quick_sizes() -> Iterator[None]:
         yield
 
 
-def simplified(expression: Any) -> Any:
+def simplify(expression: Any) -> Any:
     """Return ``sympy.simplify(expression)``, or a large polynomial itself, for which that is slow and changes
     nothing."""
-    large = next(islice(sympy.preorder_traversal(expression), MANY, None), None) is not None
+    large = next(islice(sympy.preorder_traversal(expression), LARGE_POLYNOMIAL, None), None) is not None
     return expression if large and _is_polynomial(expression) else sympy.simplify(expression)
 
 
@@ -58,7 +58,7 @@ def _is_polynomial(expression: Any) -> bool:
     return whole and not any(power.exp.is_negative for power in expression.atoms(sympy.Pow))
 
 
-class _Walks:
+class _MemoizedWalks:
     """Replacements for sympy's walks through expressions, which visit each part once.
 
     Visited parts are known by their id, and are kept so that the id stays theirs.
@@ -67,11 +67,11 @@ class _Walks:
     def __init__(self) -> None:
         self._atoms: dict[tuple[int, tuple[type, ...]], tuple[Basic, frozenset[Basic]]] = {}
         self._symbols: dict[int, tuple[Basic, frozenset[Basic]]] = {}
-        self._plain: Any = vars(Basic)["atoms"], vars(Basic)["free_symbols"].fget, vars(Basic)["xreplace"]
+        self._original_walks: Any = vars(Basic)["atoms"], vars(Basic)["free_symbols"].fget, vars(Basic)["xreplace"]
 
     def atoms(self, expression: Any, types: tuple[Any, ...]) -> set[Basic]:
         if not types:
-            return self._plain[0](expression)
+            return self._original_walks[0](expression)
         return set(self._atoms_of(expression, tuple(t if isinstance(t, type) else type(t) for t in types)))
 
     def _atoms_of(self, expression: Any, types: tuple[type, ...]) -> frozenset[Basic]:
@@ -88,21 +88,21 @@ class _Walks:
     def free_symbols(self, expression: Any) -> set[Basic]:
         known = self._symbols.get(id(expression))
         if known is None:
-            known = self._symbols[id(expression)] = expression, frozenset(self._plain[1](expression))
+            known = self._symbols[id(expression)] = expression, frozenset(self._original_walks[1](expression))
         return set(known[1])
 
     def xreplace(self, expression: Any, rule: Mapping[Any, Any]) -> Any:
-        return self._replaced(expression, rule, {})
+        return self._replace(expression, rule, {})
 
-    def _replaced(self, expression: Any, rule: Mapping[Any, Any], known: dict[int, tuple[Any, Any]]) -> Any:
+    def _replace(self, expression: Any, rule: Mapping[Any, Any], memo: dict[int, tuple[Any, Any]]) -> Any:
         if not isinstance(expression, Basic) or type(expression)._xreplace is not Basic._xreplace:  # noqa: SLF001
-            return self._plain[2](expression, rule) if isinstance(expression, Basic) else expression
+            return self._original_walks[2](expression, rule) if isinstance(expression, Basic) else expression
         if expression in rule:
             return rule[expression]
-        if (done := known.get(id(expression))) is not None:
+        if (done := memo.get(id(expression))) is not None:
             return done[1]
-        parts = [self._replaced(part, rule, known) for part in expression.args]
+        parts = [self._replace(part, rule, memo) for part in expression.args]
         changed = any(new is not old for new, old in zip(parts, expression.args, strict=True))
         new = expression.func(*parts) if changed else expression
-        known[id(expression)] = expression, new
+        memo[id(expression)] = expression, new
         return new

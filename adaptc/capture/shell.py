@@ -1,7 +1,7 @@
 """Copy a model's modules without its tensors, so that the same model can be captured again for other inputs.
 
 The copy holds none of the tensors that somebody else keeps. So it takes no memory, and later changes to the model do
-not reach it. :meth:`Shell.filled` makes a model on the tensors as they are by then.
+not reach it. :meth:`ModelSkeleton.with_tensors` makes a model on the tensors as they are by then.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
-class Shell:
+class ModelSkeleton:
     """A copy of a model's modules, in which meta tensors stand for the tensors that are kept elsewhere.
 
-    ``modules`` is the copy. ``places`` maps a tensor's name to its meta tensor; tied tensors share one. Tensors that
-    nobody else keeps are in ``modules`` themselves.
+    ``modules`` is the copy. ``meta_tensors`` maps a tensor's name to its meta tensor; tied tensors share one. Tensors
+    that nobody else keeps are in ``modules`` themselves.
     """
 
     modules: nn.Module
-    places: Mapping[str, Tensor] = field(repr=False)
+    meta_tensors: Mapping[str, Tensor] = field(repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, names: Collection[str]) -> Shell | None:
-        """Return a shell of ``model``, or None for a model that cannot be copied.
+    def from_model(cls, model: nn.Module, names: Collection[str]) -> ModelSkeleton | None:
+        """Return a skeleton of ``model``, or None for a model that cannot be copied.
 
         ``names`` are the names of the tensors that are kept elsewhere.
         """
@@ -41,8 +41,8 @@ class Shell:
         except Exception:  # any error that a foreign object in the model may raise when it is copied
             return None
 
-    def filled(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Return a model on these tensors themselves, not on copies. Raises KeyError for a missing name."""
-        memo = {id(place): tensors[name] for name, place in self.places.items()}
+        memo = {id(place): tensors[name] for name, place in self.meta_tensors.items()}
         memo |= {id(t): t for t in (*self.modules.parameters(), *self.modules.buffers()) if id(t) not in memo}
         return copy.deepcopy(self.modules, memo)

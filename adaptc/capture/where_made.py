@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.errors import CaptureError
-from adaptc.torch_modes import transformed
+from adaptc.torch_modes import is_wrapped_or_dual
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def where_made(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+def match_inference_mode(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """Wrap a function of a model so that it runs in inference mode where the model's tensors were made in inference
     mode.
 
@@ -30,7 +30,7 @@ def where_made(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatena
 
     @wraps(function)
     def run(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not any(t.is_inference() for t in _tensors(model)):
+        if not any(t.is_inference() for t in _model_tensors(model)):
             return function(model, *args, **kwargs)
         with torch.inference_mode():
             return function(model, *args, **kwargs)
@@ -38,7 +38,7 @@ def where_made(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatena
     return run
 
 
-def _tensors(model: Any) -> list[Tensor]:
+def _model_tensors(model: Any) -> list[Tensor]:
     if isinstance(model, ExportedProgram):
         found = dict(model.state_dict)
     elif isinstance(model, nn.Module):
@@ -46,7 +46,7 @@ def _tensors(model: Any) -> list[Tensor]:
     else:
         return []
     for name, t in found.items():
-        if transformed(t):
+        if is_wrapped_or_dual(t):
             raise CaptureError(
                 f"{name!r} belongs to a transform of torch.func, or a forward-mode derivative, and ends with it: make "
                 "the model outside. torch.func.functional_call(prog.module(), parameters, inputs) is a call by others"

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 
-from adaptc.chat.active_adapter import Voices
-from adaptc.chat.commands import Commands, Leave, told
+from adaptc.chat.active_adapter import ChatAdapters
+from adaptc.chat.commands import Commands, EndOfChat, describe_adapter
 from adaptc.chat.conversation import Conversation, TokenChoice
-from adaptc.chat.models import How, opened
-from adaptc.chat.terminal import Screen, interrupts, quiet
+from adaptc.chat.models import ModelOptions, open_model
+from adaptc.chat.terminal import Screen, catch_interrupts, quiet_transformers
 from adaptc.errors import AdaptcError, CheckpointError
 
 
-def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choice: TokenChoice, how: How) -> None:
+def run_chat(
+    model: Path, adapters: Mapping[str, Path], *, system: str | None, choice: TokenChoice, options: ModelOptions
+) -> None:
     """Read lines from stdin and answer them on stdout.
 
     Raises AdaptcError where ``model`` or an adapter cannot be read or compiled.
@@ -27,23 +29,23 @@ def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choic
         if not path.exists():
             raise CheckpointError(f"adapter {name}: there is no directory or file {path}")
     screen = Screen()
-    with quiet():
-        with screen.working(f"reading {model}"):
-            found = opened(model, how)
-        voices = Voices(found, adapters, screen.working, screen.note)
+    with quiet_transformers():
+        with screen.progress(f"reading {model}"):
+            found = open_model(model, options)
+        voices = ChatAdapters(found, adapters, screen.progress, screen.note)
         conversation = Conversation(found.tokenizer, system)
         commands = Commands(voices, conversation, screen)
         if choice.seed is not None:
             torch.manual_seed(choice.seed)
-        screen.note(f"{told(voices.current)}; /help lists the commands")
+        screen.note(f"{describe_adapter(voices.current)}; /help lists the commands")
         try:
             for line in screen.lines():
-                _take(line, commands, choice)
-        except Leave:
+                _handle_line(line, commands, choice)
+        except EndOfChat:
             pass
 
 
-def _take(line: str, commands: Commands, choice: TokenChoice) -> None:
+def _handle_line(line: str, commands: Commands, choice: TokenChoice) -> None:
     screen = commands.screen
     try:
         if line.startswith("/"):
@@ -58,12 +60,16 @@ def _take(line: str, commands: Commands, choice: TokenChoice) -> None:
 
 def _answer(line: str, commands: Commands, choice: TokenChoice) -> None:
     screen, conversation = commands.screen, commands.conversation
-    with interrupts() as stopped:
+    with catch_interrupts() as stopped:
         answer = conversation.ask(
-            commands.voices.current, line, choice, streamer=screen.streamer(conversation.tokenizer), stopped=stopped
+            commands.chat_adapters.current,
+            line,
+            choice,
+            streamer=screen.streamer(conversation.tokenizer),
+            is_stopped=stopped,
         )
         screen.write("\n")
         if stopped():
             screen.note("stopped")
-        elif answer.cut:
+        elif answer.is_cut:
             screen.note("cut here: --max-new-tokens says how long an answer may be")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from adaptc.api.save_and_load import load, load_package
-from adaptc.capture.model_files import is_gguf, read_gguf, read_model, why_no_tokenizer
-from adaptc.errors import AdaptcError, CheckpointError, ConfigError, shown
+from adaptc.capture.model_files import is_gguf, read_gguf, read_model, tokenizer_failure
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
 from adaptc.generation.compile_generation import compile_for_generation
 from adaptc.generation.generator import Generator
 from adaptc.methods.lora_family.lora_config import LoraConfig
@@ -23,11 +23,11 @@ from adaptc.packages.manifest import is_package
 from adaptc.runtime.options import RunOptions
 
 #: the config that a model is captured with when no adapter is named: most adapters fit it, with any rank
-_USUAL = LoraConfig(r=8, target_modules="all-linear")
+_DEFAULT_CONFIG = LoraConfig(r=8, target_modules="all-linear")
 
 
 @dataclass(frozen=True)
-class How:
+class ModelOptions:
     """The options with which a chat's model is opened; None leaves an option to the model."""
 
     max_length: int | None = None
@@ -39,76 +39,80 @@ class How:
     def __post_init__(self) -> None:
         RunOptions(self.backend, None, True)  # raises for a wrong backend before a model is read
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ConfigError(f"dtype={shown(self.dtype)} is no dtype of torch: give float32, bfloat16 or float16")
+            raise ConfigError(f"dtype={short_repr(self.dtype)} is no dtype of torch: give float32, bfloat16 or float16")
 
 
 @dataclass(frozen=True, eq=False)
 class OpenedModel:
     """The opened model of a chat.
 
-    ``made`` has the programs that exist already, and ``own`` the adapters that came with them, by name.
-    ``capture(adapter)`` makes a further program of the same weights, for an adapter that no existing program takes.
-    ``capture(None)`` makes one that most adapters fit. ``capture`` is None where there is no model to capture.
+    ``generators`` has the programs that exist already, and ``bundled_adapters`` the adapters that came with them, by
+    name. ``capture(adapter)`` makes a further program of the same weights, for an adapter that no existing program
+    takes. ``capture(None)`` makes one that most adapters fit. ``capture`` is None where there is no model to capture.
     """
 
     tokenizer: Any
     capture: Callable[[Any], Generator] | None
-    made: tuple[Generator, ...] = ()
-    own: Mapping[str, Any] = field(default_factory=dict)
+    generators: tuple[Generator, ...] = ()
+    bundled_adapters: Mapping[str, Any] = field(default_factory=dict)
 
 
-def opened(path: Path, how: How) -> OpenedModel:
+def open_model(path: Path, options: ModelOptions) -> OpenedModel:
     """Open what is at ``path``; see the module docstring. Raises CheckpointError, and ConfigError for options that do
     not fit."""
     if path.is_dir() or is_gguf(path):
-        return _opened_model(path, how)
+        return _open_model_files(path, options)
     if not path.is_file():
         raise CheckpointError(
             f"there is no model at {path}: give a transformers model directory, a GGUF file, or a program (.pt2) of "
             "adaptc.compile_for_generation"
         )
-    return _opened_package(path, how) if is_package(path) else _opened_program(path, how)
+    return _open_package(path, options) if is_package(path) else _open_program(path, options)
 
 
-def _opened_model(path: Path, how: How) -> OpenedModel:
-    tokenizer = _tokenizer(how.tokenizer or path)  # the quicker one first
-    model = read_gguf(path, how.dtype) if is_gguf(path) else read_model(path, how.dtype)
-    _check_talks(path, model.config)
-    if how.device is not None:
-        model.to(_device(how.device))
+def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
+    tokenizer = _load_tokenizer(options.tokenizer or path)  # the quicker one first
+    model = read_gguf(path, options.dtype) if is_gguf(path) else read_model(path, options.dtype)
+    _check_decoder_only(path, model.config)
+    if options.device is not None:
+        model.to(_usable_device(options.device))
 
     def capture(adapter: Any) -> Generator:
         return compile_for_generation(
-            model, _USUAL if adapter is None else adapter, max_batch=1, max_length=how.max_length, backend=how.backend
+            model,
+            _DEFAULT_CONFIG if adapter is None else adapter,
+            max_batch=1,
+            max_length=options.max_length,
+            backend=options.backend,
         )
 
     return OpenedModel(tokenizer, capture)
 
 
-def _opened_program(path: Path, how: How) -> OpenedModel:
-    _leave_out(how, "max_length", "dtype")
-    device = None if how.device is None else _device(how.device)
-    generator: Any = load(path, backend=how.backend, device=device)
+def _open_program(path: Path, options: ModelOptions) -> OpenedModel:
+    _refuse_fixed_options(options, "max_length", "dtype")
+    device = None if options.device is None else _usable_device(options.device)
+    generator: Any = load(path, backend=options.backend, device=device)
     _check_generates(path, generator)
     binding = generator.program.binding
     return OpenedModel(
-        _tokenizer(how.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {}
+        _load_tokenizer(options.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {}
     )
 
 
-def _opened_package(path: Path, how: How) -> OpenedModel:
-    _leave_out(how, "max_length", "dtype", "device", "backend")
+def _open_package(path: Path, options: ModelOptions) -> OpenedModel:
+    _refuse_fixed_options(options, "max_length", "dtype", "device", "backend")
     generator: Any = load_package(path)
     _check_generates(path, generator)
-    tokenizer = None if how.tokenizer is not None else generator.tokenizer
+    tokenizer = None if options.tokenizer is not None else generator.tokenizer
     own = {"own": generator.program.binding} if generator.program.binding.methods else {}
-    return OpenedModel(tokenizer or _tokenizer(how.tokenizer or path.parent), None, (generator,), own)
+    return OpenedModel(tokenizer or _load_tokenizer(options.tokenizer or path.parent), None, (generator,), own)
 
 
-def _leave_out(how: How, *names: str) -> None:
+def _refuse_fixed_options(options: ModelOptions, *names: str) -> None:
     """Raise ConfigError for options that are settled when a program is made."""
     for name in names:
-        if getattr(how, name) != getattr(How(), name):
+        if getattr(options, name) != getattr(ModelOptions(), name):
             raise ConfigError(f"{name} is part of a saved program: leave it out, or give the model it was made of")
 
 
@@ -118,10 +122,10 @@ def _check_generates(path: Path, generator: Any) -> None:
             f"{path} holds a program that does not generate: give the model's directory, or save one of "
             "adaptc.compile_for_generation"
         )
-    _check_talks(path, generator.config)
+    _check_decoder_only(path, generator.config)
 
 
-def _check_talks(path: Path, config: Any) -> None:
+def _check_decoder_only(path: Path, config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
             f"{path} holds a model with an encoder ({config.model_type}), which answers one text at a time: use "
@@ -129,16 +133,16 @@ def _check_talks(path: Path, config: Any) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def _usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={shown(name)} cannot be used here: {shown(str(error))}") from None
+        raise ConfigError(f"device={short_repr(name)} cannot be used here: {short_repr(str(error))}") from None
     return device
 
 
-def _tokenizer(path: Path) -> Any:
+def _load_tokenizer(path: Path) -> Any:
     """Return the tokenizer in a directory or inside a GGUF file. Raises CheckpointError where there is none that
     loads."""
     from transformers import AutoTokenizer
@@ -153,5 +157,5 @@ def _tokenizer(path: Path) -> Any:
         raise CheckpointError(
             f"there is no tokenizer in {path} that transformers can load: write one there "
             f"(tokenizer.save_pretrained(...)), or name its directory with --tokenizer "
-            f"({why_no_tokenizer(path, error)})"
+            f"({tokenizer_failure(path, error)})"
         ) from error

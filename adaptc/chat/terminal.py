@@ -19,17 +19,17 @@ from typing import Any
 import typer
 
 #: control characters except tab and newline, which an answer could steer the terminal with
-_STEERING = {c: None for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"}
+_CONTROL_CHARACTERS = {c: None for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"}
 
 
 class Screen:
     """The input and output of a chat; see the module docstring."""
 
     def __init__(self) -> None:
-        self._typed = sys.stdin.isatty()
+        self._is_terminal = sys.stdin.isatty()
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")
-        if self._typed:
+        if self._is_terminal:
             with contextlib.suppress(ImportError):
                 importlib.import_module("readline")  # importing it gives arrow keys and history
 
@@ -37,21 +37,21 @@ class Screen:
         """Yield the lines that are typed, without their line ends. Ctrl-C drops a line that was begun."""
         while True:
             try:
-                line = input("> ") if self._typed else sys.stdin.readline()
+                line = input("> ") if self._is_terminal else sys.stdin.readline()
             except EOFError:
                 self.write("\n")
                 return
             except KeyboardInterrupt:
                 self.note("\n/quit or the end of input (ctrl-D) ends the chat")
                 continue
-            if not self._typed and not line:
+            if not self._is_terminal and not line:
                 return
             # Bytes that are no text were taken as lone surrogates, which no tokenizer takes.
             yield line.removesuffix("\n").encode("utf-8", "replace").decode()
 
     def write(self, text: str) -> None:
         """Write the next part of an answer, without control characters."""
-        typer.echo(_printable(text.translate(_STEERING)), nl=False)
+        typer.echo(_printable(text.translate(_CONTROL_CHARACTERS)), nl=False)
         sys.stdout.flush()
 
     def line(self, text: str) -> None:
@@ -66,12 +66,12 @@ class Screen:
         typer.secho(_printable(f"error: {' '.join(text.split())}"), fg="red", err=True)
 
     @contextlib.contextmanager
-    def working(self, what: str) -> Iterator[None]:
+    def progress(self, task: str) -> Iterator[None]:
         """Run the block with a note of what it does before it, and of the seconds that it took after it."""
-        self.note(f"{what} ...")
+        self.note(f"{task} ...")
         start = time.perf_counter()
         yield
-        self.note(f"{what}: {time.perf_counter() - start:.1f} s")
+        self.note(f"{task}: {time.perf_counter() - start:.1f} s")
 
     def streamer(self, tokenizer: Any) -> Any:
         """Return a transformers streamer that writes an answer here."""
@@ -86,7 +86,7 @@ def _printable(text: str) -> str:
 def _streamer_class() -> type:
     from transformers import TextStreamer
 
-    class Writing(TextStreamer):
+    class ScreenStreamer(TextStreamer):
         def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.write = write
@@ -94,11 +94,11 @@ def _streamer_class() -> type:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.write(text)
 
-    return Writing
+    return ScreenStreamer
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
+def catch_interrupts() -> Iterator[Callable[[], bool]]:
     """Run the block with a function that returns whether ctrl-C was pressed.
 
     A second ctrl-C raises KeyboardInterrupt, for code that does not call the function. Outside the main thread the
@@ -106,13 +106,13 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     """
     pressed: list[int] = []
 
-    def press(number: int, frame: Any) -> None:
+    def on_interrupt(number: int, frame: Any) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
 
     try:
-        usual = signal.signal(signal.SIGINT, press)
+        usual = signal.signal(signal.SIGINT, on_interrupt)
     except ValueError:
         yield lambda: False
         return
@@ -123,7 +123,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Run the block with transformers' messages below errors off, and without its progress bars where stderr is no
     terminal."""
     from transformers.utils import logging
@@ -140,7 +140,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def settle_libraries() -> None:
+def configure_environment() -> None:
     """Set the environment so that nothing is downloaded, and no progress bars appear where stderr is no terminal.
 
     Call it before torch and transformers are imported, because they read the environment then.

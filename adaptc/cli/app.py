@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 #: the contexts that are left when the running command ends
-_until_done: ContextVar[ExitStack] = ContextVar("until_done")
+_command_contexts: ContextVar[ExitStack] = ContextVar("until_done")
 
 C = TypeVar("C", bound=Callable[..., None])
 
@@ -64,7 +64,7 @@ KeyMapping = Annotated[
 ]
 
 
-def plain_errors(command: C) -> C:
+def prints_errors(command: C) -> C:
     """Return ``command`` with adaptc's errors printed as one red line, and its warnings as yellow lines."""
 
     @functools.wraps(command)
@@ -72,35 +72,35 @@ def plain_errors(command: C) -> C:
         from adaptc.errors import AdaptcError, AdaptcWarning
 
         with warnings.catch_warnings(), ExitStack() as stack:
-            _until_done.set(stack)
-            usual = warnings.showwarning
+            _command_contexts.set(stack)
+            default_showwarning = warnings.showwarning
             warnings.simplefilter("always", AdaptcWarning)
 
-            def show(message: Any, category: type[Warning], *rest: Any) -> None:
+            def show_warning(message: Any, category: type[Warning], *rest: Any) -> None:
                 if issubclass(category, AdaptcWarning):
-                    say("warning", str(message), "yellow")
+                    print_message("warning", str(message), "yellow")
                 else:
-                    usual(message, category, *rest)
+                    default_showwarning(message, category, *rest)
 
-            warnings.showwarning = show  # type: ignore[assignment]
+            warnings.showwarning = show_warning  # type: ignore[assignment]
             try:
                 command(*args, **kwargs)
             except AdaptcError as error:
-                say("error", str(error), "red")
+                print_message("error", str(error), "red")
                 raise typer.Exit(1) from None
 
     return run  # type: ignore[return-value]
 
 
-def facade() -> Any:
+def import_adaptc() -> Any:
     """Return the package ``adaptc``, imported only when a command runs."""
     import adaptc
 
     return adaptc
 
 
-def say(what: str, text: str, colour: str) -> None:
-    typer.secho(printable(f"{what}: {' '.join(text.split())}"), fg=colour, err=True)
+def print_message(label: str, text: str, colour: str) -> None:
+    typer.secho(printable(f"{label}: {' '.join(text.split())}"), fg=colour, err=True)
 
 
 def printable(text: str) -> str:
@@ -112,47 +112,47 @@ def print_report(report: Any) -> None:
     typer.echo(printable(report.render(shutil.get_terminal_size((120, 24)).columns)))
 
 
-def tell(as_json: bool, report: Any = None, wrote: Path | None = None) -> None:
+def print_result(as_json: bool, report: Any = None, written_path: Path | None = None) -> None:
     """Print a command's report and the path it wrote, as text or as one JSON object."""
     if as_json:
         found = {} if report is None else report.data()
-        typer.echo(json.dumps(found if wrote is None else {**found, "wrote": printable(str(wrote))}))
+        typer.echo(json.dumps(found if written_path is None else {**found, "wrote": printable(str(written_path))}))
         return
     if report is not None:
         print_report(report)
-    if wrote is not None:
-        typer.echo(printable(f"wrote {wrote}"))
+    if written_path is not None:
+        typer.echo(printable(f"wrote {written_path}"))
 
 
-def place(argument: Path | None, option: Path | None, force: bool, *reads: Path | None) -> Path:
+def choose_output_path(argument: Path | None, option: Path | None, force: bool, *read_paths: Path | None) -> Path:
     """Return the path to write to, before any work is done.
 
-    ``reads``: the files that the command reads. One of them is replaced only where the output has its own name, with
-    ``force``. Without ``force`` the command replaces no file at all, not even one that appears while it runs. Raises
-    AdaptcError where the path exists, and where it is another name of a file that is read.
+    ``read_paths``: the files that the command reads. One of them is replaced only where the output has its own name,
+    with ``force``. Without ``force`` the command replaces no file at all, not even one that appears while it runs.
+    Raises AdaptcError where the path exists, and where it is another name of a file that is read.
     """
-    from adaptc.adapter_files.atomic_write import only_new
+    from adaptc.adapter_files.atomic_write import forbid_overwrite
     from adaptc.errors import CheckpointError
 
     if (argument is None) == (option is None):
         raise typer.BadParameter("give the output once, as -o OUT or as the last argument", param_hint="'--output'")
     out = argument or option
     assert out is not None
-    full = any(out.iterdir()) if out.is_dir() else out.exists()
-    if full and not force:
+    is_occupied = any(out.iterdir()) if out.is_dir() else out.exists()
+    if is_occupied and not force:
         raise CheckpointError(f"{out} is there already; --force replaces it")
-    for read in reads:
-        if read is not None and full and _hides(out, read):
+    for read in read_paths:
+        if read is not None and is_occupied and _overwrites(out, read):
             raise CheckpointError(
                 f"{out} leads to {read}, which the command reads and would lose. Choose another name, or give the name "
                 "itself to replace it"
             )
     if not force:
-        _until_done.get().enter_context(only_new(out))
+        _command_contexts.get().enter_context(forbid_overwrite(out))
     return out
 
 
-def _hides(out: Path, read: Path) -> bool:
+def _overwrites(out: Path, read: Path) -> bool:
     """Return whether writing ``out`` would replace a part of ``read`` under another name."""
     named, other = Path(os.path.abspath(out)), Path(os.path.abspath(read))
     if named == other:
@@ -161,7 +161,7 @@ def _hides(out: Path, read: Path) -> bool:
     return real == source or source in real.parents or (real == source.parent and source.suffix != ".pt2")
 
 
-def mapping(text: str | None) -> dict[str, str] | None:
+def parse_key_mapping(text: str | None) -> dict[str, str] | None:
     if text is None:
         return None
     try:
@@ -181,20 +181,20 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-def _import(files: list[Path] | None) -> None:
+def _run_python_files(files: list[Path] | None) -> None:
     """Run Python files, as importing them would: they register methods."""
     for file in files or []:
         name = f"imported_by_adaptc.{file.stem}"  # prefixed, since a file may have the name of a library
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None or not file.is_file():
-            say("error", f"--import {file}: there is no such Python file", "red")
+            print_message("error", f"--import {file}: there is no such Python file", "red")
             raise typer.Exit(1)
         sys.path.append(str(file.parent))  # last, so that files beside it can be imported but replace no library
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            say("error", f"--import {file}: {type(error).__name__}: {error}", "red")
+            print_message("error", f"--import {file}: {type(error).__name__}: {error}", "red")
             raise typer.Exit(1) from None
 
 
@@ -213,5 +213,5 @@ def options(
     if verbose and quiet:
         raise typer.BadParameter("it is the opposite of --quiet", param_hint="'--verbose'")
     if verbose or quiet:
-        facade().set_verbosity("info" if verbose else "error")
-    _import(imported)
+        import_adaptc().set_verbosity("info" if verbose else "error")
+    _run_python_files(imported)

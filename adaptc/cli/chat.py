@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from adaptc.cli.app import app, plain_errors
+from adaptc.cli.app import app, prints_errors
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def chat(
     model: Annotated[
         Path,
@@ -53,19 +53,19 @@ def chat(
 
     /adapter NAME swaps, /base takes the adapter away, /help lists the other commands. Ctrl-C stops an answer.
     """
-    from adaptc.chat.terminal import settle_libraries
+    from adaptc.chat.terminal import configure_environment
 
-    settle_libraries()
+    configure_environment()
     from adaptc.chat.conversation import TokenChoice
-    from adaptc.chat.loop import talk
-    from adaptc.chat.models import How
+    from adaptc.chat.loop import run_chat
+    from adaptc.chat.models import ModelOptions
 
     choice = TokenChoice(max_new_tokens, temperature, greedy, seed)
-    how = How(max_length, backend, device, dtype, tokenizer)
-    talk(model, _named(adapter or []), system=system, choice=choice, how=how)
+    model_options = ModelOptions(max_length, backend, device, dtype, tokenizer)
+    run_chat(model, _parse_named_paths(adapter or []), system=system, choice=choice, options=model_options)
 
 
-def _named(pairs: list[str]) -> dict[str, Path]:
+def _parse_named_paths(pairs: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for pair in pairs:
         name, _, path = pair.partition("=")

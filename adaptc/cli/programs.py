@@ -20,16 +20,16 @@ from adaptc.cli.app import (
     Output,
     Program,
     app,
-    facade,
-    mapping,
-    place,
-    plain_errors,
-    tell,
+    choose_output_path,
+    import_adaptc,
+    parse_key_mapping,
+    print_result,
+    prints_errors,
 )
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def show(
     path: Annotated[
         Path,
@@ -45,34 +45,36 @@ def show(
     if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         from adaptc.reports.adapter_report import AdapterReport
 
-        tell(as_json, AdapterReport.of(path))
+        print_result(as_json, AdapterReport.from_path(path))
         return
     from adaptc.packages.manifest import is_package
 
     if is_package(path):
-        from adaptc.generation.artifact import report_of
+        from adaptc.generation.artifact import read_package_report
 
-        tell(as_json, report_of(path))  # reads the manifest only: loading a package would run its code
+        print_result(
+            as_json, read_package_report(path)
+        )  # reads the manifest only: loading a package would run its code
         return
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    tell(as_json, adaptc.report(adaptc.load(path)))
+    print_result(as_json, adaptc.report(adaptc.load(path)))
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def methods(as_json: Json = False) -> None:
     """List the methods, what each means, and which layers it takes: around them, or on their weights."""
-    from adaptc.methods.overview import overview, render
+    from adaptc.methods.overview import method_rows, render_text
 
     if as_json:
-        typer.echo(json.dumps([dict(vars(row)) for row in overview()]))
+        typer.echo(json.dumps([dict(vars(row)) for row in method_rows()]))
     else:
-        typer.echo(render(shutil.get_terminal_size((120, 24)).columns))
+        typer.echo(render_text(shutil.get_terminal_size((120, 24)).columns))
 
 
 @app.command("compile")
-@plain_errors
+@prints_errors
 def compile_(
     model: Annotated[
         Path,
@@ -112,16 +114,16 @@ def compile_(
     The model's inputs are made from its config. For other models export a program in Python (torch.export.save) and
     give that.
     """
-    from adaptc.binding.sources.source import config_of
+    from adaptc.binding.sources.source import read_config_file
     from adaptc.capture.model_files import is_gguf, read_gguf, read_model
 
-    adaptc = facade()
+    adaptc = import_adaptc()
     _check_generate(generate, training, {"--max-batch": max_batch, "--max-length": max_length})
 
-    path = place(out, output, force, model, adapter)
-    given = adapter.is_dir() or (adapter.is_file() and adapter.suffix != ".json")
-    config = str(adapter) if given else config_of(adapter)
-    options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
+    path = choose_output_path(out, output, force, model, adapter)
+    has_weights = adapter.is_dir() or (adapter.is_file() and adapter.suffix != ".json")
+    config = str(adapter) if has_weights else read_config_file(adapter)
+    options: dict[str, Any] = {"key_mapping": parse_key_mapping(key_mapping), "component": component}
     if generate:
         # A saved program cannot be captured again as a step with a cache, so only models are read here.
         found = read_gguf(model, None) if is_gguf(model) else read_model(model)
@@ -130,7 +132,7 @@ def compile_(
     else:
         found = adaptc.load(model) if model.is_file() else read_model(model)
         program = adaptc.compile(found, config, training=training, **options)
-    tell(as_json, adaptc.report(program), adaptc.save(program, path))
+    print_result(as_json, adaptc.report(program), adaptc.save(program, path))
 
 
 def _check_generate(generate: bool, training: bool, sizes: Mapping[str, int | None]) -> None:
@@ -142,7 +144,7 @@ def _check_generate(generate: bool, training: bool, sizes: Mapping[str, int | No
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def merge(
     program: Annotated[
         Path,
@@ -176,42 +178,44 @@ def merge(
     Of a program: a plain program, which runs with torch.export.load, without adaptc. Of a model directory: a model
     directory, with its tokenizer, which from_pretrained loads: adaptc merge MODEL ADAPTER -o DIR.
     """
-    whole = program.is_dir()
-    if whole:
-        from adaptc.chat.terminal import settle_libraries
+    is_model_directory = program.is_dir()
+    if is_model_directory:
+        from adaptc.chat.terminal import configure_environment
 
-        settle_libraries()
-    adaptc = facade()
+        configure_environment()
+    adaptc = import_adaptc()
 
-    if whole and output is not None and second is not None:
+    if is_model_directory and output is not None and second is not None:
         if adapter is not None:
             raise typer.BadParameter(f"give the adapter once, as {second} or as --adapter", param_hint="'--adapter'")
         adapter, second = second, None
-    path = place(second, output, force, program, adapter)
+    path = choose_output_path(second, output, force, program, adapter)
     if adapter is None and (key_mapping is not None or component is not None):
         option = "--component" if key_mapping is None else "--key-mapping"
         raise typer.BadParameter("it is for the adapter that --adapter names", param_hint=f"'{option}'")
-    options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
-    if whole:
+    options: dict[str, Any] = {"key_mapping": parse_key_mapping(key_mapping), "component": component}
+    if is_model_directory:
         from adaptc.capture.model_files import read_model
-        from adaptc.state.model_directory import check_place, write_model_of
+        from adaptc.state.model_directory import check_target_dir, write_program_model
 
         if adapter is None:
             raise typer.BadParameter("which adapter is to be merged into the model?", param_hint="'ADAPTER'")
-        check_place(path)
+        check_target_dir(path)
         adapted = adaptc.compile(read_model(program), str(adapter), **options)
     else:
         adapted = adaptc.load(program)
         if adapter is not None:
             adaptc.swap(adapted, adapter, **options)
     merged = adaptc.merge(adapted, safe=safe, keep_base=False)
-    inside = merged.program if isinstance(merged, adaptc.Generator) else merged
-    wrote = write_model_of(merged, path, beside=program) if whole else adaptc.save(merged, path)
-    tell(as_json, inside.merge_report, wrote)
+    merged_program = merged.program if isinstance(merged, adaptc.Generator) else merged
+    written_path = (
+        write_program_model(merged, path, companions_from=program) if is_model_directory else adaptc.save(merged, path)
+    )
+    print_result(as_json, merged_program.merge_report, written_path)
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def swap(
     program: Program,
     adapter: Adapter,
@@ -223,28 +227,28 @@ def swap(
     as_json: Json = False,
 ) -> None:
     """Give a program another adapter, of any rank, at any of its sites."""
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    path = place(out, output, force, program, adapter)
+    path = choose_output_path(out, output, force, program, adapter)
     adapted = adaptc.load(program)
-    report = adaptc.swap(adapted, adapter, key_mapping=mapping(key_mapping), component=component)
-    tell(as_json, report, adaptc.save(adapted, path))
+    report = adaptc.swap(adapted, adapter, key_mapping=parse_key_mapping(key_mapping), component=component)
+    print_result(as_json, report, adaptc.save(adapted, path))
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def unload(
     program: Program, out: Out = None, output: Output = None, force: Force = False, as_json: Json = False
 ) -> None:
     """Take the adapter out: the base as a plain program."""
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    path = place(out, output, force, program)
-    tell(as_json, wrote=adaptc.save(adaptc.unload(adaptc.load(program)), path))
+    path = choose_output_path(out, output, force, program)
+    print_result(as_json, written_path=adaptc.save(adaptc.unload(adaptc.load(program)), path))
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def lower(
     program: Program,
     out: Out = None,
@@ -256,15 +260,15 @@ def lower(
     as_json: Json = False,
 ) -> None:
     """Put fused GPU kernels into the graph, in the place of the adapters' own nodes. Needs a GPU and triton."""
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    path = place(out, output, force, program)
+    path = choose_output_path(out, output, force, program)
     lowered = adaptc.lower(adaptc.load(program, device=device))
-    tell(as_json, adaptc.report(lowered), adaptc.save(lowered, path))
+    print_result(as_json, adaptc.report(lowered), adaptc.save(lowered, path))
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def package(
     program: Program,
     out: Out = None,
@@ -292,15 +296,15 @@ def package(
     It runs with adaptc.load_package, on machines like this one. Of a program that generates (adaptc compile --generate)
     the package generates, too, and adaptc chat talks to it. A package runs as it is loaded: load only those you trust.
     """
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    path = place(out, output, force, program, tokenizer)
+    path = choose_output_path(out, output, force, program, tokenizer)
     options: dict[str, Any] = {"max_rank": max_rank, "products": products, "tokenizer": tokenizer}
-    tell(as_json, wrote=adaptc.package(adaptc.load(program), path, **options))
+    print_result(as_json, written_path=adaptc.package(adaptc.load(program), path, **options))
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def verify(
     program: Program,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the random inputs.")] = 0,
@@ -311,9 +315,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check on random inputs that merging and unloading a program do what they promise. Exits with 1 if not."""
-    adaptc = facade()
+    adaptc = import_adaptc()
 
     report = adaptc.verify(adaptc.load(program), shapes=runs, seed=seed, atol=atol)
-    tell(as_json, report)
+    print_result(as_json, report)
     if not report.ok:
         raise typer.Exit(1)

@@ -17,11 +17,11 @@ from adaptc.cli.app import (
     Output,
     Program,
     app,
-    facade,
-    mapping,
-    place,
-    plain_errors,
-    tell,
+    choose_output_path,
+    import_adaptc,
+    parse_key_mapping,
+    print_result,
+    prints_errors,
 )
 
 Model = Annotated[
@@ -44,7 +44,7 @@ Energy = Annotated[
 
 
 @app.command("export-adapter")
-@plain_errors
+@prints_errors
 def export_adapter(
     program: Program,
     out: Out = None,
@@ -57,17 +57,17 @@ def export_adapter(
 ) -> None:
     """Write the program's adapter as a PEFT adapter directory, which peft.PeftModel.from_pretrained loads, or as a file
     of diffusers or kohya."""
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    path = place(out, output, force, program)
+    path = choose_output_path(out, output, force, program)
     written = adaptc.save_adapter(adaptc.load(program), path, base_model=base_model, format=form, component=component)
-    tell(as_json, wrote=written)
+    print_result(as_json, written_path=written)
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def combine(
-    given: Annotated[
+    weighted_adapters: Annotated[
         list[str],
         typer.Argument(metavar="DIR=WEIGHT...", help="Adapters, each with its weight.", show_default=False),
     ],
@@ -100,14 +100,14 @@ def combine(
     """
     import torch
 
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    weighted = [_weighted(g) for g in given]
-    path = place(None, output, force, model, *(Path(adapter) for adapter, _ in weighted))
-    options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "model": _model(model)}
+    parsed_adapters = [_parse_weighted_path(g) for g in weighted_adapters]
+    path = choose_output_path(None, output, force, model, *(Path(adapter) for adapter, _ in parsed_adapters))
+    options: dict[str, Any] = {"key_mapping": parse_key_mapping(key_mapping), "model": _load_model(model)}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    made = adaptc.combine(
-        weighted,
+    combined = adaptc.combine(
+        parsed_adapters,
         method=method,
         density=density,
         majority_sign_method=majority_sign,
@@ -116,11 +116,11 @@ def combine(
         generator=generator,
         **options,
     )
-    _write(made, path, as_json)
+    _save_and_report(combined, path, as_json)
 
 
 @app.command("to-lora")
-@plain_errors
+@prints_errors
 def to_lora(
     source: Annotated[
         Path,
@@ -139,16 +139,16 @@ def to_lora(
     as_json: Json = False,
 ) -> None:
     """Make LoRA of an adapter of any method that changes weights, and tell how near it is."""
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    path, kept = place(out, output, force, source, model), _kept(rank, energy)
+    path, rank_or_energy = choose_output_path(out, output, force, source, model), _rank_or_energy(rank, energy)
     adapter: Any = adaptc.load(source) if source.suffix == ".pt2" else source
-    options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
-    _write(adaptc.convert_to_lora(adapter, _model(model), rank=kept, **options), path, as_json)
+    options: dict[str, Any] = {"key_mapping": parse_key_mapping(key_mapping), "component": component}
+    _save_and_report(adaptc.convert_to_lora(adapter, _load_model(model), rank=rank_or_energy, **options), path, as_json)
 
 
 @app.command()
-@plain_errors
+@prints_errors
 def extract(
     model_a: Annotated[
         Path, typer.Argument(metavar="MODEL_A", help="The model that was trained or merged.", show_default=False)
@@ -168,13 +168,15 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Make LoRA of what MODEL_A has changed of MODEL_B: directories or files of safetensors, read tensor by tensor."""
-    adaptc = facade()
+    adaptc = import_adaptc()
 
-    path, kept = place(out, output, force, model_a, model_b), _kept(rank, energy)
-    _write(adaptc.subtract_adapter(model_a, model_b, rank=kept, target_modules=target or None), path, as_json)
+    path, rank_or_energy = choose_output_path(out, output, force, model_a, model_b), _rank_or_energy(rank, energy)
+    _save_and_report(
+        adaptc.subtract_adapter(model_a, model_b, rank=rank_or_energy, target_modules=target or None), path, as_json
+    )
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def _parse_weighted_path(text: str) -> tuple[str, float]:
     """Return the directory and the weight of ``DIR=WEIGHT``; raise BadParameter for anything else."""
     path, _, weight = text.rpartition("=")
     try:
@@ -185,23 +187,23 @@ def _weighted(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _kept(rank: int | None, energy: float | None) -> float:
+def _rank_or_energy(rank: int | None, energy: float | None) -> float:
     if (rank is None) == (energy is None):
         raise typer.BadParameter("give one of --rank and --energy", param_hint="'--rank'")
     return float(energy) if rank is None else rank  # type: ignore[arg-type]
 
 
-def _model(path: Path | None) -> Any:
+def _load_model(path: Path | None) -> Any:
     from adaptc.capture.model_files import read_model
 
-    adaptc = facade()
+    adaptc = import_adaptc()
 
     if path is None:
         return None
     return adaptc.load(path) if path.is_file() else read_model(path)
 
 
-def _write(adapter: Any, path: Path, as_json: bool) -> None:
-    adaptc = facade()
+def _save_and_report(adapter: Any, path: Path, as_json: bool) -> None:
+    adaptc = import_adaptc()
 
-    tell(as_json, adapter.report, adaptc.save_adapter(adapter, path))
+    print_result(as_json, adapter.report, adaptc.save_adapter(adapter, path))

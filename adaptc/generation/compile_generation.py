@@ -13,30 +13,30 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from adaptc.binding.combine_bindings import named
+from adaptc.binding.combine_bindings import adapters_by_name
 from adaptc.capture.inputs.example_inputs import is_pretrained_model
 from adaptc.capture.quantised import check_not_quantised
-from adaptc.capture.where_made import where_made
-from adaptc.errors import CaptureError, ConfigError, shown
+from adaptc.capture.where_made import match_inference_mode
+from adaptc.errors import CaptureError, ConfigError, short_repr
 from adaptc.generation.cache.cache_layout import CacheLayout
-from adaptc.generation.cache.token_gates import coefficients_of, refuse_acting
+from adaptc.generation.cache.token_gates import gate_names_of_adapters, refuse_token_gates
 from adaptc.generation.generator import Generator
-from adaptc.generation.kinds import generator_of
-from adaptc.generation.modes.capture_step import captured_step
-from adaptc.generation.modes.static_step import Step
-from adaptc.generation.prefix.prefix_for import refuse_without_cache
+from adaptc.generation.kinds import make_generator
+from adaptc.generation.modes.capture_step import capture_step
+from adaptc.generation.modes.static_step import StepExample
+from adaptc.generation.prefix.prefix_for import check_step_takes_prefix
 from adaptc.generation.seq2seq.check_seq2seq import check_seq2seq_matches_model
-from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec, check_side_by_side, decoder_positions, encoder_positions
-from adaptc.generation.seq2seq.seq2seq_step import STATES, Encoded, stepping_across
-from adaptc.generation.spec import first_pass_of
-from adaptc.passes.graph.graph_lock import exclusive
-from adaptc.program.compile_program import Planned, adapted, planned
+from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec, decoder_length, encoder_length, refuse_composite_model
+from adaptc.generation.seq2seq.seq2seq_step import STATES, EncoderDescription, captured_as_seq2seq_step
+from adaptc.generation.spec import base_pass_method_name
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.program.compile_program import CompilePlan, build_program, plan_adapters
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
-from adaptc.value_types import checked
+from adaptc.value_types import validates_options
 
 
-@checked("adapter_name", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator")
+@validates_options("adapter_name", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator")
 def compile_for_generation(
     model: nn.Module,
     adapter: Any = None,
@@ -72,7 +72,7 @@ def compile_for_generation(
     """
     if adapter is None:
         adapter, config = config, None
-    return _compiled(
+    return _compile(
         model,
         adapter,
         RunOptions(backend, hoist_limit, fuse, pack=pack),
@@ -88,84 +88,88 @@ def compile_for_generation(
     )
 
 
-@exclusive
-@where_made
-def _compiled(
-    model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **how: Any
+@with_graph_lock
+@match_inference_mode
+def _compile(
+    model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **plan_options: Any
 ) -> Generator:
-    """Return the generator of :func:`compile_for_generation`; ``how`` has the further arguments of :func:`planned`."""
+    """Return the generator of :func:`compile_for_generation`; ``plan_options`` has the further arguments of
+    :func:`plan_adapters`."""
     if not isinstance(model, nn.Module) or not is_pretrained_model(model):
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
     check_not_quantised(model)
-    by_name = named(adapter)
+    by_name = adapters_by_name(adapter)
     adapters = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
-    acts, first = coefficients_of(adapters), first_pass_of(adapters)
+    token_gate_inputs, base_pass_method = gate_names_of_adapters(adapters), base_pass_method_name(adapters)
     name, config = type(model).__name__, cast(Any, model.config)
     if not getattr(model, "can_generate", bool)():
         raise CaptureError(f"{name} does not generate: give a model for language modelling")
     if config.is_encoder_decoder:
-        refuse_acting(acts, f"{name} has an encoder, and would generate")
-        if first:
+        refuse_token_gates(token_gate_inputs, f"{name} has an encoder, and would generate")
+        if base_pass_method:
             raise ConfigError(
-                f"{name} has an encoder, and its answers have no first pass of their own, which {first} reads"
+                f"{name} has an encoder, and its answers have no first pass of their own, which {base_pass_method} "
+                "reads"
             )
-        return _across(model, adapter, options, max_batch, max_length, **how)
-    _at_least_one(max_batch, "max_batch")
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    values = how.pop("generator")
-    program, facts = captured_step(
+        return _compile_seq2seq(model, adapter, options, max_batch, max_length, **plan_options)
+    _check_positive(max_batch, "max_batch")
+    position_count = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    values = plan_options.pop("generator")
+    program, spec = capture_step(
         model,
-        lambda step: _planned(model, adapter, options, step, how),
-        lambda step: adapted(step, options, values),
-        lambda layout, length: _common(model, layout, max_batch, length),
-        _at_most(max_length, positions),
-        positions if isinstance(positions, int) else None,
-        acts,
-        bool(first) and not acts,  # token coefficients need a cache
+        lambda step: _plan_step(model, adapter, options, step, plan_options),
+        lambda step: build_program(step, options, values),
+        lambda layout, length: _spec_fields(model, layout, max_batch, length),
+        _resolve_max_length(max_length, position_count),
+        position_count if isinstance(position_count, int) else None,
+        token_gate_inputs,
+        bool(base_pass_method) and not token_gate_inputs,  # token coefficients need a cache
     )
-    refuse_without_cache(program, facts, name)
-    return generator_of(program, facts)
+    check_step_takes_prefix(program, spec, name)
+    return make_generator(program, spec)
 
 
-def _across(
-    model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **how: Any
+def _compile_seq2seq(
+    model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **plan_options: Any
 ) -> Generator:
-    """Return the generator of a model with an encoder; the arguments are those of :func:`_compiled`."""
+    """Return the generator of a model with an encoder; the arguments are those of :func:`_compile`."""
     config = model.config
-    check_side_by_side(config, type(model).__name__)
-    length = _at_most(max_length, decoder_positions(config))
-    _at_least_one(max_batch, "max_batch")
-    encoded = Encoded.of(model)
-    name, values = type(model).__name__, how.pop("generator")
-    with stage(f"capturing {name} as an encoder and a step"), stepping_across(model, encoded) as step:
+    refuse_composite_model(config, type(model).__name__)
+    length = _resolve_max_length(max_length, decoder_length(config))
+    _check_positive(max_batch, "max_batch")
+    description = EncoderDescription.from_model(model)
+    name, generator = type(model).__name__, plan_options.pop("generator")
+    with stage(f"capturing {name} as an encoder and a step"), captured_as_seq2seq_step(model, description) as step:
         try:
-            planned_step = _planned(model, adapter, options, step, how)
+            planned_step = _plan_step(model, adapter, options, step, plan_options)
         except CaptureError as error:
             raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
-    facts = Seq2SeqSpec(
-        **_common(model, encoded.own, max_batch, length),
-        positions="decoder_position_ids" in step.example_inputs,
-        embeds=False,
-        main=encoded.main,
-        features=encoded.features,
-        source=None if encoded.features else encoder_positions(config),
-        cross=encoded.cross,
-        hidden=step.example_inputs[STATES].shape[-1],
-        strides=encoded.strides,
+    spec = Seq2SeqSpec(
+        **_spec_fields(model, description.self_layout, max_batch, length),
+        takes_position_ids="decoder_position_ids" in step.example_inputs,
+        takes_inputs_embeds=False,
+        main_input_name=description.main_input_name,
+        feature_shape=description.feature_shape,
+        max_source_length=None if description.feature_shape else encoder_length(config),
+        cross_layout=description.cross_layout,
+        encoder_hidden_size=step.example_inputs[STATES].shape[-1],
+        conv_strides=description.conv_strides,
     )
     with stage(f"checking the encoder and the step against {name}"):
-        check_seq2seq_matches_model(model, planned_step.captured.program, facts)
-    return generator_of(adapted(planned_step, options, values), facts)
+        check_seq2seq_matches_model(model, planned_step.captured.program, spec)
+    return make_generator(build_program(planned_step, options, generator), spec)
 
 
-def _planned(model: nn.Module, adapter: Any, options: RunOptions, step: Step, how: Mapping[str, Any]) -> Planned:
-    return planned(
-        model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+def _plan_step(
+    model: nn.Module, adapter: Any, options: RunOptions, step: StepExample, plan_options: Mapping[str, Any]
+) -> CompilePlan:
+    return plan_adapters(
+        model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **plan_options
     )
 
 
-def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:
-    """Return the facts that hold for the step of any model, by name."""
+def _spec_fields(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:
+    """Return the fields of the spec that hold for the step of any model, by name."""
     embedding = model.get_input_embeddings().weight
     return {
         "config": copy.deepcopy(model.config),
@@ -173,27 +177,28 @@ def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) ->
         "layout": layout,
         "max_batch": max_batch,
         "max_length": max_length,
-        "vocabulary": embedding.shape[0],
-        "width": embedding.shape[1],
+        "vocab_size": embedding.shape[0],
+        "hidden_size": embedding.shape[1],
         "embeds_dtype": embedding.dtype,
     }
 
 
-def _at_most(asked: Any, most: Any) -> int:
-    """Return ``asked``, or ``most`` where that is None.
+def _resolve_max_length(max_length: Any, position_count: Any) -> int:
+    """Return ``max_length``, or ``position_count`` where that is None.
 
-    ``most`` is the model's number of positions. Raises ConfigError for a larger number, and where neither is known.
+    ``position_count`` is the model's number of positions. Raises ConfigError for a larger number, and where neither is
+    known.
     """
-    if asked is None:
-        if not isinstance(most, int):
+    if max_length is None:
+        if not isinstance(position_count, int):
             raise ConfigError("max_length=None takes what the model has positions for, which its config does not say")
-        return most
-    _at_least_one(asked, "max_length")
-    if isinstance(most, int) and asked > most:
-        raise ConfigError(f"max_length={asked} is more than the {most} positions that the model is for")
-    return asked
+        return position_count
+    _check_positive(max_length, "max_length")
+    if isinstance(position_count, int) and max_length > position_count:
+        raise ConfigError(f"max_length={max_length} is more than the {position_count} positions that the model is for")
+    return max_length
 
 
-def _at_least_one(value: Any, name: str) -> None:
+def _check_positive(value: Any, name: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={shown(value)} is not a number of one or more")
+        raise ConfigError(f"{name}={short_repr(value)} is not a number of one or more")

@@ -1,4 +1,4 @@
-"""Write the facts of a step program as JSON, which is saved beside the program, and read them again."""
+"""Write the spec of a step program as JSON, which is saved beside the program, and read them again."""
 
 from __future__ import annotations
 
@@ -12,140 +12,156 @@ from typing import Any
 
 import torch
 
-from adaptc.capture.model_files import why_no_tokenizer
+from adaptc.capture.model_files import tokenizer_failure
 from adaptc.errors import CheckpointError, ConfigError
-from adaptc.errors import shown as shown_value
-from adaptc.generation.cache.cache_layout import KINDS, CacheLayout, LayerLayout, State, StateLayout
-from adaptc.generation.seq2seq.seq2seq_spec import CROSS, Seq2SeqSpec
-from adaptc.generation.spec import KEEPS, NOTHING, ROOM, STATE, WINDOW, GenerationSpec
-from adaptc.packages.manifest import Contents, can_carry
-from adaptc.passes.analysis.cache_inputs import passes_of
-from adaptc.safe_pt2.json_schema import Length, Maybe, Option, check
-from adaptc.safe_pt2.names import loads
-from adaptc.safe_pt2.refusal import UnsafeFile, reason, shown
+from adaptc.errors import short_repr as shown_user_value
+from adaptc.generation.cache.cache_layout import STATE_KINDS, CacheLayout, LayerLayout, State, StateLayout
+from adaptc.generation.seq2seq.seq2seq_spec import CROSS_PREFIX, Seq2SeqSpec
+from adaptc.generation.spec import CACHE_MODES, RECURRENT, SLIDING_WINDOW, STATIC, UNCACHED, GenerationSpec
+from adaptc.packages.manifest import Contents, is_package_file_name
+from adaptc.passes.analysis.cache_inputs import count_passes
+from adaptc.safe_pt2.json_schema import Nullable, OptionalField, Size, check_json
+from adaptc.safe_pt2.names import parse_json
+from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, short_repr
 
-NAME = "adaptc.generation.json"
-FORMAT = 1
+SPEC_FILE = "adaptc.generation.json"
+SPEC_FORMAT = 1
 
-_LAYERS = [{"heads": Length, "key_dim": Length, "value_dim": Length, "sliding": Maybe(Length)}]
+_LAYERS_SCHEMA = [{"heads": Size, "key_dim": Size, "value_dim": Size, "sliding": Nullable(Size)}]
 #: the form of what is stored of a model with an encoder
-_ACROSS: dict[str, Any] = {
+_SEQ2SEQ_SCHEMA: dict[str, Any] = {
     "main": str,
-    "features": Maybe([Length]),
-    "source": Maybe(Length),
-    "layers": _LAYERS,
+    "features": Nullable([Size]),
+    "source": Nullable(Size),
+    "layers": _LAYERS_SCHEMA,
     "dtype": str,
-    "hidden": Length,
-    "strides": [Length],
+    "hidden": Size,
+    "strides": [Size],
 }
-_FORM: dict[str, Any] = {
-    "format": Length,
+_SCHEMA: dict[str, Any] = {
+    "format": Size,
     "config": dict,
     "generation_config": dict,
-    "layers": _LAYERS,
-    "across": Option(_ACROSS),
+    "layers": _LAYERS_SCHEMA,
+    "across": OptionalField(_SEQ2SEQ_SCHEMA),
     "dtype": str,
-    "max_batch": Length,
-    "max_length": Length,
+    "max_batch": Size,
+    "max_length": Size,
     "positions": bool,
     "embeds": bool,
-    "vocabulary": Length,
-    "width": Length,
+    "vocabulary": Size,
+    "width": Size,
     "embeds_dtype": str,
-    "keeps": Option(str),
-    "why": Option(str),
-    "acts": Option([str]),
-    "states": Option([{"layer": Length, "kind": str, "index": Length, "sizes": [Length], "dtype": str}]),
+    "keeps": OptionalField(str),
+    "why": OptionalField(str),
+    "acts": OptionalField([str]),
+    "states": OptionalField([{"layer": Size, "kind": str, "index": Size, "sizes": [Size], "dtype": str}]),
 }
-_PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width")
+#: key in the file -> field of the spec
+_PLAIN_FIELDS = {
+    "max_batch": "max_batch",
+    "max_length": "max_length",
+    "positions": "takes_position_ids",
+    "embeds": "takes_inputs_embeds",
+    "vocabulary": "vocab_size",
+    "width": "hidden_size",
+}
+#: the same of a model with an encoder
+_SEQ2SEQ_FIELDS = {
+    "main": "main_input_name",
+    "features": "feature_shape",
+    "source": "max_source_length",
+    "hidden": "encoder_hidden_size",
+    "strides": "conv_strides",
+}
 
 
-def described(facts: GenerationSpec) -> dict[str, str]:
-    """Return the facts as JSON, by the name of the file beside the program.
+def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
+    """Return the spec as JSON, by the name of the file beside the program.
 
     Raises ConfigError where a config has an attribute that JSON cannot hold.
     """
     stored = {
-        "format": FORMAT,
-        "config": _written(facts.config, "config"),
-        "generation_config": _written(facts.generation_config, "generation_config"),
-        "layers": [vars(layer) for layer in facts.layout.layers],
-        "dtype": _name(facts.layout.dtype),
-        **{name: getattr(facts, name) for name in _PLAIN},
-        "embeds_dtype": _name(facts.embeds_dtype),
+        "format": SPEC_FORMAT,
+        "config": _config_to_json(spec.config, "config"),
+        "generation_config": _config_to_json(spec.generation_config, "generation_config"),
+        "layers": [vars(layer) for layer in spec.layout.layers],
+        "dtype": _dtype_name(spec.layout.dtype),
+        **{key: getattr(spec, field) for key, field in _PLAIN_FIELDS.items()},
+        "embeds_dtype": _dtype_name(spec.embeds_dtype),
     }
-    if facts.keeps != ROOM:
-        stored |= {"keeps": facts.keeps, "why": facts.why}
-    if facts.acts:
-        stored["acts"] = list(facts.acts)
-    if isinstance(facts.layout, StateLayout):
-        stored["states"] = [{**vars(s), "dtype": _name(s.dtype)} for s in facts.layout.states]
-    if isinstance(facts, Seq2SeqSpec):
+    if spec.cache_mode != STATIC:
+        stored |= {"keeps": spec.cache_mode, "why": spec.mode_reason}
+    if spec.token_gate_inputs:
+        stored["acts"] = list(spec.token_gate_inputs)
+    if isinstance(spec.layout, StateLayout):
+        stored["states"] = [{**vars(s), "dtype": _dtype_name(s.dtype)} for s in spec.layout.states]
+    if isinstance(spec, Seq2SeqSpec):
         stored["across"] = {
-            **{name: getattr(facts, name) for name in ("main", "features", "source", "hidden", "strides")},
-            "layers": [vars(layer) for layer in facts.cross.layers],
-            "dtype": _name(facts.cross.dtype),
+            **{key: getattr(spec, field) for key, field in _SEQ2SEQ_FIELDS.items()},
+            "layers": [vars(layer) for layer in spec.cross_layout.layers],
+            "dtype": _dtype_name(spec.cross_layout.dtype),
         }
-    return {NAME: json.dumps(stored)}
+    return {SPEC_FILE: json.dumps(stored)}
 
 
 def facts_of(
     stored: Any, inputs: Collection[str], tokenizer: Callable[[], Any] | None = None, outputs: Collection[str] = ()
 ) -> GenerationSpec:
-    """Return the facts that :func:`described` has stored, for the program that was saved with them.
+    """Return the spec that :func:`spec_to_json` has stored, for the program that was saved with them.
 
     ``inputs`` are the names of the program's inputs, ``outputs`` those of its outputs that have names. ``tokenizer``
-    returns the tokenizer that came with the program. Raises UnsafeFile where the facts cannot be read or do not fit the
-    program.
+    returns the tokenizer that came with the program. Raises UnsafeFile where the spec cannot be read or does not fit
+    the program.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.get("format") != SPEC_FORMAT:
         found = stored.get("format") if isinstance(stored, dict) else stored
-        raise UnsafeFile(f"its format is {found!r}, and this adaptc reads {FORMAT}")
-    check(stored, _FORM)
+        raise UnsafeFile(f"its format is {found!r}, and this adaptc reads {SPEC_FORMAT}")
+    check_json(stored, _SCHEMA)
     kind = stored["config"].get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UnsafeFile(f"this release of transformers has no model_type {kind!r}")
-    layout, across = _layout(stored).of_passes(passes_of(inputs)), stored.get("across")
-    known = {
+    layout, seq2seq = _layout_from_json(stored).with_passes(count_passes(inputs)), stored.get("across")
+    fields = {
         "config": CONFIG_MAPPING[kind].from_dict(stored["config"]),
-        "generation_config": _generation_config(stored["generation_config"]),
+        "generation_config": _read_generation_config(stored["generation_config"]),
         "layout": layout,
-        **{name: stored[name] for name in _PLAIN},
-        "embeds_dtype": _dtype(stored["embeds_dtype"]),
+        **{field: stored[key] for key, field in _PLAIN_FIELDS.items()},
+        "embeds_dtype": _dtype_from_name(stored["embeds_dtype"]),
         "tokenizer": tokenizer,
-        "keeps": stored.get("keeps", ROOM),
-        "why": stored.get("why", ""),
-        "acts": tuple(stored.get("acts", ())),
+        "cache_mode": stored.get("keeps", STATIC),
+        "mode_reason": stored.get("why", ""),
+        "token_gate_inputs": tuple(stored.get("acts", ())),
     }
-    if known["keeps"] == WINDOW and layout.window is None:
+    if fields["cache_mode"] == SLIDING_WINDOW and layout.sliding_window is None:
         raise UnsafeFile("its layers keep a window, and it has none")
-    if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.names):
-        raise UnsafeFile(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
-    if across is None:
-        if not {*layout.names, *known["acts"]} <= set(inputs) or (known["keeps"] in (NOTHING, STATE)) == (
-            "slots" in inputs
-        ):
+    if fields["cache_mode"] not in CACHE_MODES or (fields["cache_mode"] == UNCACHED) != (not layout.names):
+        raise UnsafeFile(f"what it keeps is {short_repr(fields['cache_mode'])}, of {len(layout.layers)} layers")
+    if seq2seq is None:
+        if not {*layout.names, *fields["token_gate_inputs"]} <= set(inputs) or (
+            fields["cache_mode"] in (UNCACHED, RECURRENT)
+        ) == ("slots" in inputs):
             raise UnsafeFile("its program has no such cache")
-        return GenerationSpec(**known)
-    cross, features = _layout(across, CROSS), across["features"]
-    facts = Seq2SeqSpec(
-        **known,
-        main=across["main"],
-        features=None if features is None else tuple(features),
-        source=across["source"],
-        cross=cross,
-        hidden=across["hidden"],
-        strides=_pair(across["strides"]),
+        return GenerationSpec(**fields)
+    cross_layout, features = _layout_from_json(seq2seq, CROSS_PREFIX), seq2seq["features"]
+    spec = Seq2SeqSpec(
+        **fields,
+        main_input_name=seq2seq["main"],
+        feature_shape=None if features is None else tuple(features),
+        max_source_length=seq2seq["source"],
+        cross_layout=cross_layout,
+        encoder_hidden_size=seq2seq["hidden"],
+        conv_strides=_conv_strides(seq2seq["strides"]),
     )
-    lost = {n for names in facts.parts.values() for n in names} - set(outputs)
-    if lost or not {*layout.names, *cross.names, facts.main} <= set(inputs):
+    lost = {n for names in spec.part_outputs.values() for n in names} - set(outputs)
+    if lost or not {*layout.names, *cross_layout.names, spec.main_input_name} <= set(inputs):
         raise UnsafeFile("its program has no such parts")
-    return facts
+    return spec
 
 
-def _written(config: Any, name: str) -> Any:
+def _config_to_json(config: Any, config_name: str) -> Any:
     """Return a config as JSON values. Raises ConfigError for an attribute that JSON cannot hold."""
     try:
         return json.loads(config.to_json_string(use_diff=False))
@@ -155,13 +171,13 @@ def _written(config: Any, name: str) -> Any:
                 json.dumps(value)
             except (TypeError, ValueError):
                 raise ConfigError(
-                    f"gen.{name}.{key} is {shown_value(value)}, which no file of a program can hold: give numbers, "
-                    f"texts, lists and dicts, or take it away with del gen.{name}.{key}"
+                    f"gen.{config_name}.{key} is {shown_user_value(value)}, which no file of a program can hold: give "
+                    f"numbers, texts, lists and dicts, or take it away with del gen.{config_name}.{key}"
                 ) from error
-        raise ConfigError(f"gen.{name} cannot be written: {error}") from error
+        raise ConfigError(f"gen.{config_name} cannot be written: {error}") from error
 
 
-def _generation_config(stored: dict[str, Any]) -> Any:
+def _read_generation_config(stored: dict[str, Any]) -> Any:
     """Return the generation config, including attributes that users added.
 
     transformers drops these from a generation config that was made from a model's config.
@@ -175,85 +191,96 @@ def _generation_config(stored: dict[str, Any]) -> Any:
     return config
 
 
-def _layout(stored: Any, prefix: str = "") -> CacheLayout:
+def _layout_from_json(stored: Any, name_prefix: str = "") -> CacheLayout:
     if "states" in stored:
-        if strange := [s["kind"] for s in stored["states"] if s["kind"] not in KINDS]:
-            raise UnsafeFile(f"a state is one of {shown(strange[0])}")
-        states = tuple(State(**s | {"sizes": tuple(s["sizes"]), "dtype": _dtype(s["dtype"])}) for s in stored["states"])
-        return StateLayout((), _dtype(stored["dtype"]), prefix, states=states)
-    return CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]), prefix)
+        if strange := [s["kind"] for s in stored["states"] if s["kind"] not in STATE_KINDS]:
+            raise UnsafeFile(f"a state is one of {short_repr(strange[0])}")
+        states = tuple(
+            State(**s | {"sizes": tuple(s["sizes"]), "dtype": _dtype_from_name(s["dtype"])}) for s in stored["states"]
+        )
+        return StateLayout((), _dtype_from_name(stored["dtype"]), name_prefix, states=states)
+    return CacheLayout(
+        tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype_from_name(stored["dtype"]), name_prefix
+    )
 
 
-def _pair(numbers: list[int]) -> tuple[int, int]:
+def _conv_strides(numbers: list[int]) -> tuple[int, int]:
     if len(numbers) != 2:
-        raise UnsafeFile(f"its strides are {shown(numbers)}, which should be two")
+        raise UnsafeFile(f"its strides are {short_repr(numbers)}, which should be two")
     return numbers[0], numbers[1]
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype_from_name(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise UnsafeFile(f"{name!r} is no dtype")
     return found
 
 
-_TOKENIZER = "tokenizer/"
+_TOKENIZER_FOLDER = "tokenizer/"
 
 
-def carried(facts: GenerationSpec, tokenizer: Any = None) -> dict[str, bytes]:
+def files_for_package(spec: GenerationSpec, tokenizer: Any = None) -> dict[str, bytes]:
     """Return the files of a package by path. Raises ConfigError for anything but a tokenizer that fits the program."""
-    files = {name: text.encode() for name, text in described(facts).items()}
-    return files if tokenizer is None else files | _files_of(_tokenizer(tokenizer), facts)
+    files = {name: text.encode() for name, text in spec_to_json(spec).items()}
+    return files if tokenizer is None else files | _tokenizer_files(_load_tokenizer(tokenizer), spec)
 
 
-def understood(contents: Contents) -> GenerationSpec | None:
-    """Return the facts from the files that :func:`carried` made; None for a package of a program alone.
+def spec_from_package(contents: Contents) -> GenerationSpec | None:
+    """Return the spec from the files that :func:`files_for_package` made; None for a package of a program alone.
 
-    Raises UnsafeFile where they cannot be read or do not fit the program.
+    Raises UnsafeFile where it cannot be read or does not fit the program.
     """
-    files = contents.carried
-    if NAME not in files:
+    files = contents.package_files
+    if SPEC_FILE not in files:
         if files:
             raise UnsafeFile(f"it carries {min(files)!r}, which is of no program")
         return None
-    tokenizer = {n.removeprefix(_TOKENIZER): data for n, data in files.items() if n.startswith(_TOKENIZER)}
-    if strange := sorted(n for n in files if n != NAME and not n.startswith(_TOKENIZER)):
+    tokenizer = {
+        n.removeprefix(_TOKENIZER_FOLDER): data for n, data in files.items() if n.startswith(_TOKENIZER_FOLDER)
+    }
+    if strange := sorted(n for n in files if n != SPEC_FILE and not n.startswith(_TOKENIZER_FOLDER)):
         raise UnsafeFile(f"it carries {strange[0]!r}, which is none of what generates")
     inputs = {i.name for i in contents.manifest.inputs}
     outputs = [name for part in contents.manifest.parts.values() for name in part.outputs]
     try:
-        return facts_of(loads(files[NAME], infinite=True), inputs, _reader(tokenizer) if tokenizer else None, outputs)
+        return facts_of(
+            parse_json(files[SPEC_FILE], allow_nan=True),
+            inputs,
+            _tokenizer_reader(tokenizer) if tokenizer else None,
+            outputs,
+        )
     except UnsafeFile as error:
-        raise error.inside(f"what it says of generation, {NAME!r}: ") from None
+        raise error.prepend_location(f"what it says of generation, {SPEC_FILE!r}: ") from None
 
 
-def _tokenizer(given: Any) -> Any:
-    """Return the tokenizer that ``given`` is, or that its directory holds. Raises ConfigError for anything else."""
+def _load_tokenizer(source: Any) -> Any:
+    """Return the tokenizer that ``source`` is, or that its directory holds. Raises ConfigError for anything else."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    if isinstance(given, PreTrainedTokenizerBase):
-        return given
-    if not isinstance(given, (str, os.PathLike)):
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(
-            f"tokenizer must be a tokenizer of transformers or the directory of one, not a {type(given).__name__}"
+            f"tokenizer must be a tokenizer of transformers or the directory of one, not a {type(source).__name__}"
         )
-    path = Path(given)
+    path = Path(source)
     if not path.is_dir():
         raise ConfigError(f"tokenizer: there is no directory {path}")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for broken files
-        raise ConfigError(f"{path} has no tokenizer that can be read: {why_no_tokenizer(path, error)}") from error
+        raise ConfigError(f"{path} has no tokenizer that can be read: {tokenizer_failure(path, error)}") from error
 
 
-def _files_of(tokenizer: Any, facts: GenerationSpec) -> dict[str, bytes]:
-    if len(tokenizer) > facts.vocabulary:
+def _tokenizer_files(tokenizer: Any, spec: GenerationSpec) -> dict[str, bytes]:
+    if len(tokenizer) > spec.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, and the program was compiled for {facts.vocabulary}: give the "
+            f"the tokenizer has {len(tokenizer)} tokens, and the program was compiled for {spec.vocab_size}: give the "
             "model's own, or resize the model's embeddings before it is compiled"
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -262,12 +289,12 @@ def _files_of(tokenizer: Any, facts: GenerationSpec) -> dict[str, bytes]:
     for name in files:
         if name.endswith(".py"):
             raise ConfigError(f"{type(tokenizer).__name__} has code of its own, {name!r}, which no package carries")
-        if not can_carry(_TOKENIZER + name):
+        if not is_package_file_name(_TOKENIZER_FOLDER + name):
             raise ConfigError(f"the tokenizer has a file {name!r}, a name that no package has")
-    return {_TOKENIZER + name: data for name, data in files.items()}
+    return {_TOKENIZER_FOLDER + name: data for name, data in files.items()}
 
 
-def _reader(files: Mapping[str, bytes]) -> Callable[[], Any]:
+def _tokenizer_reader(files: Mapping[str, bytes]) -> Callable[[], Any]:
     """Return a function that reads the tokenizer when it is first needed, because that takes longer than loading a
     package."""
 
@@ -284,7 +311,8 @@ def _reader(files: Mapping[str, bytes]) -> Callable[[], Any]:
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as error:
                 raise CheckpointError(
-                    f"the tokenizer in the package cannot be read here: {reason(error)}. Package the program again"
+                    f"the tokenizer in the package cannot be read here: {describe_error(error)}. Package the program "
+                    "again"
                 ) from error
 
     return read

@@ -1,6 +1,6 @@
 """Generate with an encoder-decoder: encode and project to cross-attention keys and values once, then run steps.
 
-The program has three parts (see ``cross_step``), and transformers' own ``generate`` runs over them. A call takes the
+The program has three parts (see ``seq2seq_step``), and transformers' own ``generate`` runs over them. A call takes the
 current adapter when it begins, for all parts together. It keeps the adapter to the end, whatever is swapped meanwhile.
 """
 
@@ -16,31 +16,38 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from adaptc.bank.selection import Assignment
+from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError
 from adaptc.generation import validate
-from adaptc.generation.adapter_inputs import taken_from, with_given
+from adaptc.generation.adapter_inputs import pop_step_inputs, with_zero_inputs
 from adaptc.generation.cache.cache_change import CacheChange
-from adaptc.generation.description import carried
-from adaptc.generation.example_steps import drawn, pair, step_across
+from adaptc.generation.description import files_for_package
+from adaptc.generation.example_steps import draw_probe_steps, draw_seq2seq_step, with_example_inputs
 from adaptc.generation.generate_options import check_options
-from adaptc.generation.generator import Generator, cut_positions
-from adaptc.generation.prefix.prefix_for import count_in_front, prefix_for
+from adaptc.generation.generator import Generator
+from adaptc.generation.model_interface import cut_position_ids
+from adaptc.generation.prefix.prefix_for import count_virtual_tokens, prefix_for
 from adaptc.generation.seq2seq import validate_seq2seq as cross_checks
 from adaptc.generation.seq2seq.seq2seq_cache import CrossCache, cross_cache_class
-from adaptc.generation.seq2seq.seq2seq_prefix import DECODED, ENCODED, for_encoder, mask_of_states, pop_adapter_inputs
+from adaptc.generation.seq2seq.seq2seq_prefix import (
+    DECODER_OPENINGS,
+    ENCODER_OPENINGS,
+    encoder_states_mask,
+    pop_adapter_inputs,
+    select_encoder_inputs,
+)
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
-from adaptc.generation.seq2seq.seq2seq_step import MASK, STATES, stepping_across
-from adaptc.generation.spec import past_name
+from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, captured_as_seq2seq_step
+from adaptc.generation.spec import cache_argument_name
 from adaptc.packages.packaged_program import BoundPackage, PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.runtime.calls.output_form import as_asked
-from adaptc.state.bound import Bound
+from adaptc.runtime.calls.output_form import apply_return_dict
+from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
-from adaptc.state.overrides import SCALE
-from adaptc.state.program_parts import ProgramPart, pinned_parts
+from adaptc.state.overrides import SCALE_KEYWORD
+from adaptc.state.program_parts import ProgramPart, pin_parts
 
-_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+_NO_INPUTS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class EncoderDecoder(Generator):
@@ -51,44 +58,47 @@ class EncoderDecoder(Generator):
     each of the three parts. ``.program(...)`` computes all parts at once.
     """
 
-    facts: Seq2SeqSpec
+    spec: Seq2SeqSpec
 
     def __init__(
-        self, runs: AdaptedProgram | Bound | Assignment | PackagedProgram | BoundPackage, facts: Seq2SeqSpec
+        self, runner: AdaptedProgram | BoundProgram | RowSelection | PackagedProgram | BoundPackage, spec: Seq2SeqSpec
     ) -> None:
-        super().__init__(runs, facts)
-        self.main_input_name = facts.main
+        super().__init__(runner, spec)
+        self.main_input_name = spec.main_input_name
         #: the program's parts with the pinned adapter, while a generation is running
-        self.parts: Mapping[str, ProgramPart] | None = None
+        self.pinned_parts: Mapping[str, ProgramPart] | None = None
         #: the caller's inputs, such as ``task_ids``, that the encoder's virtual tokens depend on
-        self.given: Mapping[str, Any] = {}
+        self.prefix_inputs: Mapping[str, Any] = {}
 
-    def divided(self) -> Mapping[str, Sequence[str]]:
-        return self.facts.parts
+    def part_outputs(self) -> Mapping[str, Sequence[str]]:
+        return self.spec.part_outputs
 
-    def carried(self, tokenizer: Any) -> dict[str, bytes]:
+    def package_files(self, tokenizer: Any) -> dict[str, bytes]:
         """Return the files that a package carries beside its code, by path.
 
         The encoder's maximum of tokens is reduced by the virtual tokens. Compiled code does not check the table of
         positions, and would read past its end.
         """
-        facts, now = self._known(), getattr(self._runs, "current", None)
-        if facts.source is not None and now is not None:
-            facts = replace(facts, source=facts.source - count_in_front(self._runs, now, ENCODED))
-        return carried(facts, tokenizer)
+        spec, now = self._current_spec(), getattr(self._runner, "current", None)
+        if spec.max_source_length is not None and now is not None:
+            spec = replace(
+                spec,
+                max_source_length=spec.max_source_length - count_virtual_tokens(self._runner, now, ENCODER_OPENINGS),
+            )
+        return files_for_package(spec, tokenizer)
 
-    def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return with_given(self._runs, drawn(self.facts, self.device, options, step_across))
+    def example_inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return with_zero_inputs(self._runner, with_example_inputs(self.spec, self.device, options, draw_seq2seq_step))
 
     def probes(self) -> list[dict[str, Tensor]]:
-        return pair(self.facts, self.device, step_across)
+        return draw_probe_steps(self.spec, self.device, draw_seq2seq_step)
 
     @contextlib.contextmanager
     def as_program(self, model: Any) -> Iterator[Any]:
         if not isinstance(model, nn.Module):
             yield model.program if isinstance(model, Generator) else model
             return
-        with stepping_across(model, self.facts.encoded):
+        with captured_as_seq2seq_step(model, self.spec.encoder_description):
             yield model
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -104,86 +114,90 @@ class EncoderDecoder(Generator):
 
         Raises AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
         """
-        check_options(kwargs, generation_config, self.facts.vocabulary)
-        scale, given = kwargs.pop(SCALE, None), pop_adapter_inputs(self._runs, kwargs)
-        if (states := cross_checks.given_states(kwargs.get("encoder_outputs"))) is not None:
-            kwargs["attention_mask"] = mask_of_states(self._runs, states, kwargs.get("attention_mask"))
-        inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
-        new = self.pinned(scale=scale)
-        new.given = given
-        return new.generated(inputs, generation_config, kwargs)
+        check_options(kwargs, generation_config, self.spec.vocab_size)
+        scale, given = kwargs.pop(SCALE_KEYWORD, None), pop_adapter_inputs(self._runner, kwargs)
+        if (states := cross_checks.states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
+            kwargs["attention_mask"] = encoder_states_mask(self._runner, states, kwargs.get("attention_mask"))
+        inputs, kwargs = cross_checks.check_generate_arguments(self.spec, inputs, kwargs)
+        new = self.snapshot_call(scale=scale)
+        new.prefix_inputs = given
+        return new.run_generate(inputs, generation_config, kwargs)
 
     def prefill(  # type: ignore[override]
-        self, inputs: Tensor, attention_mask: Tensor | None = None, **given: Any
+        self, inputs: Tensor, attention_mask: Tensor | None = None, **adapter_inputs: Any
     ) -> CrossCache:
         """Return a cache of what the encoder makes of ``inputs``, from which :meth:`generate` decodes.
 
-        Copies of it can be decoded any number of times. ``given`` has the inputs that an adapter added, such as
-        ``task_ids``.
+        Copies of it can be decoded any number of times. ``adapter_inputs`` has the inputs that an adapter added, such
+        as ``task_ids``.
         """
-        pinned = self.pinned()
+        pinned = self.snapshot_call()
         made = pinned.new_cache()
-        pinned.given = pop_adapter_inputs(self._runs, given)
-        extra = taken_from(self._runs, given, inputs.shape[0])
-        validate.refuse_strange(given)
+        pinned.prefix_inputs = pop_adapter_inputs(self._runner, adapter_inputs)
+        extra = pop_step_inputs(self._runner, adapter_inputs, inputs.shape[0])
+        validate.refuse_unknown(adapter_inputs)
         with torch.no_grad():
-            pinned.begin(made, pinned.encode(inputs, attention_mask, extra), attention_mask, extra)
+            pinned.attach_states(made, pinned.encode(inputs, attention_mask, extra), attention_mask, extra)
         return made
 
     def new_cache(self) -> CrossCache:  # type: ignore[override]
         """Return a cache that holds nothing but the current adapter's KV prefix for the decoder."""
-        made = cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
-        step = self.kept_parts()["step"]
-        if (front := prefix_for(self._runs, step, self.facts, self.device, {}, DECODED)) is not None:
-            cross_checks.places(self.facts, front)
-            made.begin(front)
+        made = cross_cache_class()(self.spec.layout, self.spec, self.spec.max_length, self.device)
+        step = self.parts_to_run()["step"]
+        if (front := prefix_for(self._runner, step, self.spec, self.device, {}, DECODER_OPENINGS)) is not None:
+            cross_checks.check_prefix_positions(self.spec, front)
+            made.start_with_prefix(front)
         return made
 
-    def pinned(self, offset: int = 0, scale: Any = None) -> Self:
+    def snapshot_call(self, offset: int = 0, scale: Any = None) -> Self:
         """Return a generator that keeps the adapter that is current now, in all parts."""
-        new = self.twin()
-        new.parts, new.begun = self.kept_parts(scale), False
+        new = self.shallow_copy()
+        new.pinned_parts, new.has_run_step = self.parts_to_run(scale), False
         return new
 
-    def kept_parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
+    def parts_to_run(self, scale: Any = None) -> Mapping[str, ProgramPart]:
         """Return the program's parts by name, all with one adapter: the generation's, or else the one that is current
         now."""
-        if self.parts is not None:
-            return self.parts
-        runs = self._runs
-        itself = isinstance(runs, (ProgramCore, Bound))
-        return pinned_parts(runs, self.facts.parts, scale) if itself else runs.parts(scale)  # type: ignore[union-attr]
+        if self.pinned_parts is not None:
+            return self.pinned_parts
+        runner = self._runner
+        itself = isinstance(runner, (ProgramCore, BoundProgram))
+        return pin_parts(runner, self.spec.part_outputs, scale) if itself else runner.parts(scale)  # type: ignore[union-attr]
 
     def encode(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, extra: Mapping[str, Tensor] = _NOTHING
+        self, inputs: Tensor, attention_mask: Tensor | None = None, adapter_inputs: Mapping[str, Tensor] = _NO_INPUTS
     ) -> Tensor:
         """Return the encoder's last hidden states (batch, positions, hidden).
 
-        ``extra`` has the inputs that adapters added, by name.
+        ``adapter_inputs`` has the inputs that adapters added, by name.
         """
-        cross_checks.source(self.facts, inputs, attention_mask)
+        cross_checks.check_encoder_input(self.spec, inputs, attention_mask)
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
-        if isinstance(self._runs, Assignment):
-            self._runs.check_encoded(inputs.shape[0])
-        given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous(), **extra}
-        part = self.kept_parts()["encode"]
-        return _run(part, given | for_encoder(part.inputs, self._runs, self.given))[STATES]
+        if isinstance(self._runner, RowSelection):
+            self._runner.check_encoder_rows(inputs.shape[0])
+        given = {
+            self.spec.main_input_name: inputs.contiguous(),
+            "attention_mask": attention_mask.long().contiguous(),
+            **adapter_inputs,
+        }
+        part = self.parts_to_run()["encode"]
+        return _run_part(part, given | select_encoder_inputs(part.inputs, self._runner, self.prefix_inputs))[STATES]
 
-    def begin(
-        self, cache: CrossCache, states: Tensor, mask: Tensor | None, extra: Mapping[str, Tensor] = _NOTHING
+    def attach_states(
+        self, cache: CrossCache, states: Tensor, mask: Tensor | None, adapter_inputs: Mapping[str, Tensor] = _NO_INPUTS
     ) -> None:
         """Compute the cross-attention's keys and values of ``states`` and store them in ``cache``.
 
         ``mask`` (batch, positions) is the attention mask of what the encoder read; None where nothing is padding.
         """
-        mask = mask_of_states(self._runs, states, mask)
-        cross_checks.states(self.facts, states, mask)
-        if mask is None or self.facts.features is not None:
+        mask = encoder_states_mask(self._runner, states, mask)
+        cross_checks.check_encoder_states(self.spec, states, mask)
+        if mask is None or self.spec.feature_shape is not None:
             mask = states.new_ones(states.shape[:2], dtype=torch.int64)
-        made = _run(self.kept_parts()["cross"], {STATES: states.contiguous(), **extra})
-        cross = [made[name].contiguous() for name in self.facts.cross.names]
-        cache.see(states, mask.long().contiguous(), cross)
+        made = _run_part(self.parts_to_run()["cross"], {STATES: states.contiguous(), **adapter_inputs})
+        cross = [made[name].contiguous() for name in self.spec.cross_layout.names]
+        cache.attach_encoder_states(states, mask.long().contiguous(), cross)
 
     def forward(  # type: ignore[override]
         self,
@@ -209,59 +223,61 @@ class EncoderDecoder(Generator):
         """
         past = past_key_values if cache is None else cache
         # Whisper detects the language in a step of its own with use_cache=False, whose new cache is not returned.
-        keeps = past is not None or use_cache is not False
-        given = pop_adapter_inputs(self._runs, others) if self.parts is None else self.given
+        returns_cache = past is not None or use_cache is not False
+        given = pop_adapter_inputs(self._runner, others) if self.pinned_parts is None else self.prefix_inputs
         rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) else 0
-        extra = taken_from(self._runs, others, rows) if rows else {}
-        validate.forward(decoder_input_ids, None, use_cache if keeps else None, others)
+        adapter_inputs = pop_step_inputs(self._runner, others, rows) if rows else {}
+        validate.check_forward_arguments(decoder_input_ids, None, use_cache if returns_cache else None, others)
         assert decoder_input_ids is not None
-        pinned = self if self.parts is not None else self.pinned()
-        pinned.given = given
+        pinned = self if self.pinned_parts is not None else self.snapshot_call()
+        pinned.prefix_inputs = given
         if past is None:
             past = pinned.new_cache()
         else:
-            past = cross_checks.own(self.facts, past)
-            past.check_finished(inside=self.parts is not None)
+            past = cross_checks.as_own_cross_cache(self.spec, past)
+            past.check_finished(is_own_generation=self.pinned_parts is not None)
         rows, tokens = decoder_input_ids.shape
-        before, total = past.length, past.length + tokens
-        validate.fits(self.facts, rows, total, begun=past.begun)
-        validate.tokens(self.facts, decoder_input_ids)
-        validate.check_mask(decoder_attention_mask, (rows, tokens), past.decoded)
-        validate.step(self.facts, rows, tokens, decoder_position_ids, logits_to_keep)
+        cached_length, new_length = past.length, past.length + tokens
+        validate.check_cache_size(self.spec, rows, new_length, prefix_length=past.prefix_length)
+        validate.check_input_ids(self.spec, decoder_input_ids)
+        validate.check_attention_mask(decoder_attention_mask, (rows, tokens), past.decoded_length)
+        validate.check_step(self.spec, rows, tokens, decoder_position_ids, logits_to_keep)
         with CacheChange(past):
             if past.states is None:
-                states = cross_checks.given_states(encoder_outputs)
+                states = cross_checks.states_from_outputs(encoder_outputs)
                 if states is None:
-                    source = input_features if self.facts.features else input_ids
-                    states = pinned.encode(cross_checks.needed(self.facts, source), attention_mask, extra)
-                cross_checks.same_rows(states.shape[0], rows)
-                pinned.begin(past, states, attention_mask, extra)
-            cross_checks.same_rows(past.rows, rows)
-            past.reserve(rows, total)
+                    source = input_features if self.spec.feature_shape else input_ids
+                    states = pinned.encode(
+                        cross_checks.require_encoder_input(self.spec, source), attention_mask, adapter_inputs
+                    )
+                cross_checks.check_equal_rows(states.shape[0], rows)
+                pinned.attach_states(past, states, attention_mask, adapter_inputs)
+            cross_checks.check_equal_rows(past.rows, rows)
+            past.reserve(rows, new_length)
             if decoder_attention_mask is None:
-                past.mask[:, before:total] = 1
+                past.mask[:, cached_length:new_length] = 1
             else:
-                past.mask[:, past.begun : total] = decoder_attention_mask
-            slots = torch.arange(before, total, device=past.device)
+                past.mask[:, past.prefix_length : new_length] = decoder_attention_mask
+            slots = torch.arange(cached_length, new_length, device=past.device)
             if isinstance(logits_to_keep, int):
                 first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
                 logits_to_keep = torch.arange(first, tokens, device=past.device)
-            positions = past.places(rows, tokens) if decoder_position_ids is None else decoder_position_ids
+            positions = past.next_position_ids(rows, tokens) if decoder_position_ids is None else decoder_position_ids
             inputs = {
                 "decoder_input_ids": decoder_input_ids.long().contiguous(),
                 "decoder_attention_mask": past.mask,
                 "decoder_position_ids": positions.expand(rows, -1).contiguous(),
                 "slots": slots,
                 "keep": logits_to_keep,
-                **extra,
-                MASK: past.states_mask,
-                **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
-                **dict(zip(self.facts.cross.names, past.cross, strict=True)),
+                **adapter_inputs,
+                STATES_MASK: past.states_mask,
+                **dict(zip(self.spec.layout.names, past.tensors, strict=True)),
+                **dict(zip(self.spec.cross_layout.names, past.cross_tensors, strict=True)),
             }
-            logits = _run(pinned.kept_parts()["step"], inputs)["logits"]
-            past.wrote(total)
-            self.begun = True
-            return as_asked(_output(logits, past, keeps), return_dict)
+            logits = _run_part(pinned.parts_to_run()["step"], inputs)["logits"]
+            past.end_write(new_length)
+            self.has_run_step = True
+            return apply_return_dict(_output(logits, past, returns_cache), return_dict)
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -273,15 +289,15 @@ class EncoderDecoder(Generator):
     ) -> dict[str, Any]:
         """Return the arguments of the next step: the new tokens and their position_ids."""
         kwargs.pop("is_first_iteration", None)
-        mask, past = kwargs.get("decoder_attention_mask"), kwargs.get(past_name())
-        if self.facts.positions and mask is not None and "decoder_position_ids" not in kwargs:
+        mask, past = kwargs.get("decoder_attention_mask"), kwargs.get(cache_argument_name())
+        if self.spec.takes_position_ids and mask is not None and "decoder_position_ids" not in kwargs:
             # As transformers' whisper does: position_ids count the tokens that the mask lets through.
             seen = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-            kwargs["decoder_position_ids"] = seen + getattr(past, "begun", 0)
+            kwargs["decoder_position_ids"] = seen + getattr(past, "prefix_length", 0)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        cut_positions(kwargs, "decoder_position_ids", input_ids.shape[1])
-        return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in validate.MODE}}
+        cut_position_ids(kwargs, "decoder_position_ids", input_ids.shape[1])
+        return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in validate.MODE_ARGUMENTS}}
 
     def _prepare_cache_for_generation(
         self,
@@ -291,19 +307,21 @@ class EncoderDecoder(Generator):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        name = past_name()
+        name = cache_argument_name()
         past = model_kwargs.get(name)
-        each = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if past is not None and each > 1:
-            cross_checks.nothing_decoded(past)
-        validate.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, None, 0)
+        sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if past is not None and sequences > 1:
+            cross_checks.check_nothing_decoded(past)
+        validate.check_generation(self.spec, generation_config, generation_mode, batch_size, max_cache_length, None, 0)
         made = self.new_cache() if past is None else past
-        validate.fits(self.facts, batch_size * each, max_cache_length + made.begun, begun=made.begun)
+        validate.check_cache_size(
+            self.spec, batch_size * sequences, max_cache_length + made.prefix_length, prefix_length=made.prefix_length
+        )
         if past is None:
             model_kwargs[name] = made
-        elif each > 1:
-            past.batch_repeat_interleave(each)
-        made.expected = max_cache_length + made.begun
+        elif sequences > 1:
+            past.batch_repeat_interleave(sequences)
+        made.expected_length = max_cache_length + made.prefix_length
 
     def __repr__(self) -> str:
         return f"encodes, and {super().__repr__()}"
@@ -313,11 +331,11 @@ class Encoder:
     """The encoder of a generator, with the interface of a transformers encoder."""
 
     def __init__(self, owner: EncoderDecoder) -> None:
-        self.owner, self.main_input_name = owner, owner.facts.main
-        self.conv1, self.conv2 = (SimpleNamespace(stride=(n,)) for n in owner.facts.strides)
+        self.owner, self.main_input_name = owner, owner.spec.main_input_name
+        self.conv1, self.conv2 = (SimpleNamespace(stride=(n,)) for n in owner.spec.conv_strides)
 
-    def __call__(self, **given: Any) -> Any:
-        return self.forward(**given)
+    def __call__(self, **kwargs: Any) -> Any:
+        return self.forward(**kwargs)
 
     def forward(
         self,
@@ -331,13 +349,15 @@ class Encoder:
     ) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
-        validate.refuse({"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
-        facts = self.owner.facts
-        source = cross_checks.needed(facts, input_features if facts.features else input_ids)
+        validate.refuse_unsupported(
+            {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        )
+        spec = self.owner.spec
+        source = cross_checks.require_encoder_input(spec, input_features if spec.feature_shape else input_ids)
         # All further arguments are the decoder's, which checks them.
-        extra = taken_from(self.owner.runs, kwargs, source.shape[0])
+        extra = pop_step_inputs(self.owner.runner, kwargs, source.shape[0])
         states: Any = self.owner.encode(source, attention_mask, extra)
-        return as_asked(BaseModelOutput(last_hidden_state=states), return_dict)
+        return apply_return_dict(BaseModelOutput(last_hidden_state=states), return_dict)
 
 
 class Whisper(EncoderDecoder):
@@ -359,14 +379,17 @@ def encoder_decoder_class(audio: bool) -> type[EncoderDecoder]:
     return type(bases[0].__name__, bases, {"__module__": __name__})
 
 
-def _run(part: ProgramPart, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    return part.run(**{name: given[name] for name in part.inputs})
+def _run_part(part: ProgramPart, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return part.run(**{name: inputs[name] for name in part.inputs})
 
 
-def _output(logits: Tensor, past: CrossCache, keeps: bool) -> Any:
+def _output(logits: Tensor, past: CrossCache, returns_cache: bool) -> Any:
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
     if past.states is None:
         raise AdaptcError("a cache lost its encoder's states while a step ran: it was reset")
-    fields: dict[str, Any] = {past_name(): past if keeps else None, "encoder_last_hidden_state": past.states}
+    fields: dict[str, Any] = {
+        cache_argument_name(): past if returns_cache else None,
+        "encoder_last_hidden_state": past.states,
+    }
     return Seq2SeqLMOutput(logits=logits, **fields)  # type: ignore[arg-type]

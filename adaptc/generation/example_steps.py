@@ -14,20 +14,20 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
-from adaptc.generation.seq2seq.seq2seq_step import MASK, STATES
-from adaptc.generation.spec import EXACT, NOTHING, STATE, GenerationSpec
+from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK
+from adaptc.generation.spec import EXACT_LENGTH, RECURRENT, UNCACHED, GenerationSpec
 
-_MOST = 7
+_MAX_SIZE = 7
 
 
-def drawn(
-    facts: GenerationSpec,
+def with_example_inputs(
+    spec: GenerationSpec,
     device: torch.device,
     options: Mapping[str, Any],
-    step: Callable[..., dict[str, Tensor]] | None = None,
+    draw_inputs: Callable[..., dict[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
-    """Return the ``options`` of verify with drawn ``inputs`` in the place of the number ``shapes``; ``step`` draws
-    each.
+    """Return the ``options`` of verify with drawn ``inputs`` in the place of the number ``shapes``; ``draw_inputs``
+    draws each.
 
     Given ``inputs`` stay. Raises AdaptcError where ``shapes`` is not a number of at least one.
     """
@@ -40,100 +40,124 @@ def drawn(
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise AdaptcError("shapes: of what generates they are drawn; give how many, or complete inputs with inputs=")
     draw = torch.Generator().manual_seed(options.get("seed") or 0)
-    made = [(step or _step)(facts, draw) for _ in range(count)]
+    made = [(draw_inputs or _draw_step)(spec, draw) for _ in range(count)]
     options["inputs"] = [{name: value.to(device) for name, value in inputs.items()} for inputs in made]
     return options
 
 
-def _number(draw: torch.Generator, least: int, most: int) -> int:
-    return int(torch.randint(least, max(least, most) + 1, (), generator=draw))
+def _draw_size(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, max(low, high) + 1, (), generator=generator))
 
 
-def step_across(
-    facts: Seq2SeqSpec, draw: torch.Generator, values: torch.Generator | None = None, rows: int | None = None
+def draw_seq2seq_step(
+    spec: Seq2SeqSpec,
+    size_generator: torch.Generator,
+    value_generator: torch.Generator | None = None,
+    rows: int | None = None,
 ) -> dict[str, Tensor]:
     """Draw the inputs of an encoder-decoder's program: a step, and independent rows for the encoder.
 
-    ``draw`` draws the sizes, and ``values`` all else; None means ``draw``.
+    ``size_generator`` draws the sizes, and ``value_generator`` all else; None means ``size_generator``.
     """
-    sources, values = rows, draw if values is None else values
+    encoded_rows, value_generator = rows, size_generator if value_generator is None else value_generator
     renamed = {"input_ids", "attention_mask", "position_ids"}
-    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in _step(facts, draw, values, rows).items()}
+    inputs = {
+        f"decoder_{n}" if n in renamed else n: t
+        for n, t in _draw_step(spec, size_generator, value_generator, rows).items()
+    }
     rows = inputs["decoder_input_ids"].shape[0]
-    sources, read = _number(draw, 1, _MOST) if sources is None else sources, _number(draw, 1, 2 * _MOST)
-    if facts.features is None:
-        read = min(read, facts.source or read)
-        inputs[facts.main] = torch.randint(0, facts.vocabulary, (sources, read), generator=values)
-        inputs["attention_mask"] = torch.ones(sources, read, dtype=torch.int64)
-        inputs[MASK] = torch.ones(rows, read, dtype=torch.int64)
+    encoded_rows, source_length = (
+        _draw_size(size_generator, 1, _MAX_SIZE) if encoded_rows is None else encoded_rows,
+        _draw_size(size_generator, 1, 2 * _MAX_SIZE),
+    )
+    if spec.feature_shape is None:
+        source_length = min(source_length, spec.max_source_length or source_length)
+        inputs[spec.main_input_name] = torch.randint(
+            0, spec.vocab_size, (encoded_rows, source_length), generator=value_generator
+        )
+        inputs["attention_mask"] = torch.ones(encoded_rows, source_length, dtype=torch.int64)
+        inputs[STATES_MASK] = torch.ones(rows, source_length, dtype=torch.int64)
     else:
-        read = facts.features[-1] // (facts.strides[0] * facts.strides[1])
-        inputs[facts.main] = torch.randn(sources, *facts.features, generator=values).to(facts.embeds_dtype)
-    inputs[STATES] = torch.randn(rows, read, facts.hidden, generator=values).to(facts.cross.dtype)
-    for name, shape in zip(facts.cross.names, facts.cross.shapes(rows, read), strict=True):
-        inputs[name] = torch.randn(shape, generator=values).to(facts.cross.dtype)
+        source_length = spec.feature_shape[-1] // (spec.conv_strides[0] * spec.conv_strides[1])
+        inputs[spec.main_input_name] = torch.randn(encoded_rows, *spec.feature_shape, generator=value_generator).to(
+            spec.embeds_dtype
+        )
+    inputs[STATES] = torch.randn(rows, source_length, spec.encoder_hidden_size, generator=value_generator).to(
+        spec.cross_layout.dtype
+    )
+    for name, shape in zip(spec.cross_layout.names, spec.cross_layout.shapes(rows, source_length), strict=True):
+        inputs[name] = torch.randn(shape, generator=value_generator).to(spec.cross_layout.dtype)
     return inputs
 
 
-def pair(facts: Any, device: torch.device, step: Callable[..., Any] | None = None) -> list[dict[str, Tensor]]:
+def draw_probe_steps(
+    spec: Any, device: torch.device, draw_inputs: Callable[..., Any] | None = None
+) -> list[dict[str, Tensor]]:
     """Draw the inputs of two steps of three rows, with equal sizes but different tokens and cache contents.
 
-    ``step`` draws each; None means the step of a causal model.
+    ``draw_inputs`` draws each; None means the step of a causal model.
     """
     out = []
     for seed in (1, 2):
         sizes, values = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
-        made = (step or _step)(facts, sizes, values, rows=3)
+        made = (draw_inputs or _draw_step)(spec, sizes, values, rows=3)
         if "embedded" in made:
             made["embedded"] = torch.tensor(False)
         out.append({name: value.to(device) for name, value in made.items()})
     return out
 
 
-def _step(
-    facts: GenerationSpec, draw: torch.Generator, values: torch.Generator | None = None, rows: int | None = None
+def _draw_step(
+    spec: GenerationSpec,
+    size_generator: torch.Generator,
+    value_generator: torch.Generator | None = None,
+    rows: int | None = None,
 ) -> dict[str, Tensor]:
-    """Draw the inputs of a causal model's step: ``draw`` draws the sizes, and ``values`` all else; None means
-    ``draw``."""
-    values = draw if values is None else values
+    """Draw the inputs of a causal model's step.
 
-    def number(least: int, most: int) -> int:
-        return _number(draw, least, most)
+    ``size_generator`` draws the sizes, and ``value_generator`` all else; None means ``size_generator``.
+    """
+    value_generator = size_generator if value_generator is None else value_generator
 
-    rows = number(1, min(facts.max_batch, _MOST)) if rows is None else rows
-    length = number(1, min(facts.max_length, 2 * _MOST))
-    tokens = length if facts.keeps == NOTHING else number(1, min(length, _MOST))
-    before = length - tokens if facts.keeps == EXACT else number(0, length - tokens)
+    def draw_size(low: int, high: int) -> int:
+        return _draw_size(size_generator, low, high)
+
+    rows = draw_size(1, min(spec.max_batch, _MAX_SIZE)) if rows is None else rows
+    length = draw_size(1, min(spec.max_length, 2 * _MAX_SIZE))
+    tokens = length if spec.cache_mode == UNCACHED else draw_size(1, min(length, _MAX_SIZE))
+    before = length - tokens if spec.cache_mode == EXACT_LENGTH else draw_size(0, length - tokens)
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, : before // 2] = 0
     slots = torch.arange(before, before + tokens)
     inputs = {
-        "input_ids": torch.randint(0, facts.vocabulary, (rows, tokens), generator=values),
+        "input_ids": torch.randint(0, spec.vocab_size, (rows, tokens), generator=value_generator),
         "attention_mask": mask,
-        "keep": torch.arange(tokens - number(1, tokens), tokens),
+        "keep": torch.arange(tokens - draw_size(1, tokens), tokens),
     }
-    if facts.keeps == STATE:
-        seen = torch.randint(0, 2, (rows,), generator=values).bool()
-        states = facts.layout.zeros(rows, torch.device("cpu"))
-        drawn = {n: torch.randn(t.shape, generator=values).to(t.dtype) for n, t in states.items()}
+    if spec.cache_mode == RECURRENT:
+        seen = torch.randint(0, 2, (rows,), generator=value_generator).bool()
+        states = spec.layout.zeros(rows, torch.device("cpu"))
+        drawn = {n: torch.randn(t.shape, generator=value_generator).to(t.dtype) for n, t in states.items()}
         one = {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
-        return one | _embedded(facts, values, rows, 1)
-    if facts.keeps != NOTHING:
+        return one | _draw_embeddings(spec, value_generator, rows, 1)
+    if spec.cache_mode != UNCACHED:
         inputs["slots"] = slots
-    if facts.positions:
+    if spec.takes_position_ids:
         inputs["position_ids"] = slots.expand(rows, -1).contiguous()
-    inputs |= _embedded(facts, values, rows, tokens)
-    for name in facts.acts:
-        inputs[name] = torch.randint(0, 2, (rows, tokens), generator=values).bool()
-    ring = None if facts.window is None else min(length, facts.window + tokens - 1)
-    for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length, ring), strict=True):
-        inputs[name] = torch.randn(shape, generator=values).to(facts.layout.dtype)
+    inputs |= _draw_embeddings(spec, value_generator, rows, tokens)
+    for name in spec.token_gate_inputs:
+        inputs[name] = torch.randint(0, 2, (rows, tokens), generator=value_generator).bool()
+    ring = None if spec.sliding_window is None else min(length, spec.sliding_window + tokens - 1)
+    for name, shape in zip(spec.layout.names, spec.layout.shapes(rows, length, ring), strict=True):
+        inputs[name] = torch.randn(shape, generator=value_generator).to(spec.layout.dtype)
     return inputs
 
 
-def _embedded(facts: GenerationSpec, values: torch.Generator, rows: int, tokens: int) -> dict[str, Tensor]:
+def _draw_embeddings(
+    spec: GenerationSpec, value_generator: torch.Generator, rows: int, tokens: int
+) -> dict[str, Tensor]:
     """Draw the embedding inputs that go with tokens; {} where the step takes no embeddings."""
-    if not facts.embeds:
+    if not spec.takes_inputs_embeds:
         return {}
-    drawn = torch.randn(rows, tokens, facts.width, generator=values).to(facts.embeds_dtype)
-    return {"inputs_embeds": drawn, "embedded": torch.randint(0, 2, (), generator=values).bool()}
+    drawn = torch.randn(rows, tokens, spec.hidden_size, generator=value_generator).to(spec.embeds_dtype)
+    return {"inputs_embeds": drawn, "embedded": torch.randint(0, 2, (), generator=value_generator).bool()}

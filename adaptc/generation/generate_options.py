@@ -12,56 +12,56 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptc.errors import ConfigError, shown
+from adaptc.errors import ConfigError, short_repr
 
-_WHOLE = (
+_INTEGER_OPTIONS = (
     "max_length max_new_tokens min_length min_new_tokens num_beams num_return_sequences top_k no_repeat_ngram_size "
     "encoder_no_repeat_ngram_size prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens "
     "prefill_chunk_size"
 )
-_NUMBERS = (
+_NUMBER_OPTIONS = (
     "temperature top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty "
     "length_penalty guidance_scale max_time"
 )
-_FLAGS = (
+_BOOLEAN_OPTIONS = (
     "do_sample use_cache output_scores output_logits return_dict_in_generate renormalize_logits remove_invalid_values "
     "synced_gpus"
 )
-_TOKENS = (
+_TOKEN_OPTIONS = (
     "eos_token_id pad_token_id bos_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id "
     "suppress_tokens begin_suppress_tokens"
 )
 #: options that must be at least one
-_AT_LEAST_ONE = ("num_beams", "num_return_sequences")
+_POSITIVE_OPTIONS = ("num_beams", "num_return_sequences")
 #: options for tokens that are generated, which the vocabulary must therefore have
-_WRITTEN = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+_GENERATED_TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _tokens(value: Any) -> bool:
+def _is_token_ids(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim < 2 and not value.is_floating_point()
-    return _whole(value) or (isinstance(value, (list, tuple)) and all(map(_tokens, value)))
+    return _is_integer(value) or (isinstance(value, (list, tuple)) and all(map(_is_token_ids, value)))
 
 
-def _callables(value: Any) -> bool:
+def _is_callable_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(callable, value))
 
 
 #: (what the option takes, for the message; whether a value is that)
 _Rule = tuple[str, Callable[[Any], bool]]
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(_WHOLE.split(), ("a whole number", _whole)),
+    **dict.fromkeys(_INTEGER_OPTIONS.split(), ("a whole number", _is_integer)),
     **dict.fromkeys(
-        _NUMBERS.split(), ("a number", lambda v: isinstance(v, (Real, Tensor)) and not isinstance(v, bool))
+        _NUMBER_OPTIONS.split(), ("a number", lambda v: isinstance(v, (Real, Tensor)) and not isinstance(v, bool))
     ),
-    **dict.fromkeys(_FLAGS.split(), ("True or False", lambda v: isinstance(v, bool))),
-    **dict.fromkeys(_TOKENS.split(), ("the number of a token, or a list of them", _tokens)),
-    "logits_processor": ("a list of functions of ids and scores", _callables),
-    "stopping_criteria": ("a list of functions of ids and scores", _callables),
+    **dict.fromkeys(_BOOLEAN_OPTIONS.split(), ("True or False", lambda v: isinstance(v, bool))),
+    **dict.fromkeys(_TOKEN_OPTIONS.split(), ("the number of a token, or a list of them", _is_token_ids)),
+    "logits_processor": ("a list of functions of ids and scores", _is_callable_list),
+    "stopping_criteria": ("a list of functions of ids and scores", _is_callable_list),
     "prefix_allowed_tokens_fn": ("a function of a row and its ids", callable),
     "streamer": ("an object with put and end", lambda v: hasattr(v, "put") and hasattr(v, "end")),
     "assistant_model": (
@@ -75,27 +75,28 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-def check_options(given: Mapping[str, Any], config: Any, vocabulary: int) -> None:
+def check_options(kwargs: Mapping[str, Any], generation_config: Any, vocab_size: int) -> None:
     """Raise ConfigError for an option of a wrong type, and for a token to be generated that the vocabulary lacks.
 
-    ``given`` has the options by name, ``config`` is a generation config or None, ``vocabulary`` the number of tokens.
+    ``kwargs`` has the options by name, ``generation_config`` is a generation config or None, ``vocab_size`` the number
+    of tokens.
     """
     from transformers import GenerationConfig
 
-    if config is not None and not isinstance(config, GenerationConfig):
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         raise ConfigError(
-            f"generation_config must be a transformers.GenerationConfig, got {shown(config)}: "
+            f"generation_config must be a transformers.GenerationConfig, got {short_repr(generation_config)}: "
             "GenerationConfig(**options) makes one of a dict"
         )
-    for options in ({} if config is None else vars(config), given):
+    for options in ({} if generation_config is None else vars(generation_config), kwargs):
         for name, (wanted, fits) in _RULES.items():
             value = options.get(name)
             if value is not None and not fits(value):
-                raise ConfigError(f"{name}={shown(value)} is not taken by generate: it must be {wanted}")
-        for name in _AT_LEAST_ONE:
+                raise ConfigError(f"{name}={short_repr(value)} is not taken by generate: it must be {wanted}")
+        for name in _POSITIVE_OPTIONS:
             if (value := options.get(name)) is not None and value < 1:
-                raise ConfigError(f"{name}={shown(value)} is not taken by generate: it must be one or more")
-    for name in _WRITTEN:
-        value = given.get(name)
-        if value is not None and _whole(value) and not 0 <= value < vocabulary:
-            raise ConfigError(f"{name}={shown(value)} is outside the vocabulary of {vocabulary} tokens")
+                raise ConfigError(f"{name}={short_repr(value)} is not taken by generate: it must be one or more")
+    for name in _GENERATED_TOKENS:
+        value = kwargs.get(name)
+        if value is not None and _is_integer(value) and not 0 <= value < vocab_size:
+            raise ConfigError(f"{name}={short_repr(value)} is outside the vocabulary of {vocab_size} tokens")

@@ -18,45 +18,44 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import validate
-from adaptc.generation.adapter_inputs import given_names, taken_from, with_given
+from adaptc.generation.adapter_inputs import pop_step_inputs, with_zero_inputs
 from adaptc.generation.cache.cache_change import CacheChange
 from adaptc.generation.cache.step_cache import StepCache
-from adaptc.generation.cache.token_gates import TokenGates, of_tokens, refuse_acting
-from adaptc.generation.description import carried, described
-from adaptc.generation.example_steps import drawn, pair
+from adaptc.generation.cache.token_gates import TokenGates, gate_names_of_method, refuse_token_gates
+from adaptc.generation.description import files_for_package, spec_to_json
+from adaptc.generation.example_steps import draw_probe_steps, with_example_inputs
 from adaptc.generation.generate_options import check_options
-from adaptc.generation.generator_bank import GeneratorBank, bank_of
+from adaptc.generation.generator_bank import GeneratorBank, make_bank
 from adaptc.generation.model_interface import ModelInterface
-from adaptc.generation.modes.cache_modes import cache_for, run_as, stepping_as
+from adaptc.generation.modes.cache_modes import captured_in_mode, make_cache, run_in_mode
 from adaptc.generation.modes.static_step import token_inputs
-from adaptc.generation.prefix.prefix_arguments import behind_front
-from adaptc.generation.prefix.prefix_for import begins, prefix_for, taken
-from adaptc.generation.spec import NOTHING, GenerationSpec, facts_for, past_name, step_output
+from adaptc.generation.prefix.prefix_arguments import with_prefix_arguments
+from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_for, prefix_input_names
+from adaptc.generation.spec import UNCACHED, GenerationSpec, cache_argument_name, spec_for_passes, step_output
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.wrapper import ProgramWrapper
-from adaptc.runtime.calls.output_form import as_asked
-from adaptc.state.bound import Keeping
-from adaptc.state.overrides import SCALE
+from adaptc.runtime.calls.output_form import apply_return_dict
+from adaptc.state.bound import PinnedRunner
+from adaptc.state.overrides import SCALE_KEYWORD
 
 
-class Generator(ModelInterface, ProgramWrapper):
+class Generator(ModelInterface):
     """A generator over a step program, made by ``adaptc.compile_for_generation``.
 
     ``config`` and ``generation_config`` are copies of the model's.
     """
 
-    def __init__(self, runs: Any, facts: GenerationSpec) -> None:
+    def __init__(self, runner: Any, spec: GenerationSpec) -> None:
         #: a program, a package of one, or an adapter bound to either
-        self._runs, self.facts = runs, facts_for(facts, runs)
-        self.config, self.generation_config = facts.config, facts.generation_config
+        self._runner, self.spec = runner, spec_for_passes(spec, runner)
+        self.config, self.generation_config = spec.config, spec.generation_config
         #: the callable that computes a step, while a generation is running
         self.step: Callable[..., Any] | None = None
         #: the number of cache positions whose tokens are not part of ``input_ids``
         self.offset = 0
         #: the tokens at which an aLoRA adapter acts, while a generation is running
-        self.acting: TokenGates | None = None
+        self.token_gates: TokenGates | None = None
         #: whether this generation has computed a step
-        self.begun = False
+        self.has_run_step = False
 
     # -- the program inside --------------------------------------------------------------------------------------------
 
@@ -67,60 +66,63 @@ class Generator(ModelInterface, ProgramWrapper):
         ``swap``, ``merge``, ``save`` and the other functions of adaptc work on it. Raises AdaptcError for a generator
         that keeps one adapter.
         """
-        if isinstance(self._runs, Keeping):
+        if isinstance(self._runner, PinnedRunner):
             raise AdaptcError(
-                f"this generator keeps {self._runs.binding.source!r}: swap, merge and save the one that it was bound to"
+                f"this generator keeps {self._runner.binding.source!r}: swap, merge and save the one that it was bound "
+                "to"
             )
-        return self._runs
+        return self._runner
 
     @property
-    def runs(self) -> Any:
-        return self._runs
+    def runner(self) -> Any:
+        return self._runner
 
-    def holding(self, program: AdaptedProgram) -> Self:
+    def with_program(self, program: AdaptedProgram) -> Self:
         """Return a generator for another version of the program.
 
         Raises ConfigError where its adapters read token coefficients that this step does not take.
         """
-        reads = {n for a in program.adaptation.attachments for n in of_tokens(a.method)}
-        refuse_acting(sorted(reads - set(self.facts.acts)), "a program that generates would be made")
-        return self.with_runs(program)
+        reads = {n for a in program.adaptation.attachments for n in gate_names_of_method(a.method)}
+        refuse_token_gates(sorted(reads - set(self.spec.token_gate_inputs)), "a program that generates would be made")
+        return self.with_runner(program)
 
-    def with_runs(self, runs: Any) -> Self:
+    def with_runner(self, runner: Any) -> Self:
         """Return a generator with these configs for another program or a bound adapter."""
-        new = type(self)(runs, self.facts)
+        new = type(self)(runner, self.spec)
         new.config, new.generation_config = self.config, self.generation_config
         return new
 
-    def _known(self) -> Any:
-        """Return the facts now."""
-        return replace(self.facts, config=self.config, generation_config=self.generation_config)
+    def _current_spec(self) -> Any:
+        """Return the spec with the current configs."""
+        return replace(self.spec, config=self.config, generation_config=self.generation_config)
 
-    def beside(self) -> dict[str, str]:
-        return described(self._known())
+    def sidecar_texts(self) -> dict[str, str]:
+        return spec_to_json(self._current_spec())
 
-    def divided(self) -> Mapping[str, Sequence[str]] | None:
+    def part_outputs(self) -> Mapping[str, Sequence[str]] | None:
         return None
 
     def notes(self) -> list[str]:
-        return self.facts.notes()
+        return self.spec.notes()
 
-    def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        return carried(self._known(), tokenizer)
+    def package_files(self, tokenizer: Any) -> dict[str, bytes]:
+        return files_for_package(self._current_spec(), tokenizer)
 
-    def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return with_given(self._runs, drawn(self.facts, self.device, options))
+    def example_inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return with_zero_inputs(self._runner, with_example_inputs(self.spec, self.device, options))
 
     def probes(self) -> list[dict[str, Tensor]]:
         """Return the inputs of two steps whose rows differ, which show where the rows lie in each tensor."""
-        return pair(self.facts, self.device)
+        return draw_probe_steps(self.spec, self.device)
 
     @contextlib.contextmanager
     def as_program(self, model: Any) -> Iterator[Any]:
         if not isinstance(model, nn.Module):
             yield model.program if isinstance(model, Generator) else model
             return
-        with stepping_as(model, self.facts.keeps, self.facts.layout.of_passes(1), acts=self.facts.acts):
+        with captured_in_mode(
+            model, self.spec.cache_mode, self.spec.layout.with_passes(1), token_gate_inputs=self.spec.token_gate_inputs
+        ):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
@@ -128,7 +130,7 @@ class Generator(ModelInterface, ProgramWrapper):
 
         ``options`` and errors are those of :meth:`AdaptedProgram.bind`.
         """
-        return self.with_runs(self.program.bind(adapter, **options))
+        return self.with_runner(self.program.bind(adapter, **options))
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
         """Return a bank of adapters by name, of which each prompt of a batch takes its own.
@@ -136,26 +138,21 @@ class Generator(ModelInterface, ProgramWrapper):
         ``gen.bank({...}).generate(ids, adapters=["fr", None, {"de": 0.7, "style": 0.3}])`` generates with it.
         ``limits`` and errors are those of :meth:`AdaptedProgram.bank`.
         """
-        return bank_of(self, adapters, limits)
+        return make_bank(self, adapters, limits)
 
     @property
     def base(self) -> Self:
         """Return a generator for the model without adapters; it shares the weights and needs no further memory for
         them."""
-        return self.with_runs(self.program.base)
-
-    @property
-    def tokenizer(self) -> Any:
-        """Return the tokenizer that came with the package; None where there is none."""
-        return None if self.facts.tokenizer is None else self.facts.tokenizer()
+        return self.with_runner(self.program.base)
 
     @property
     def device(self) -> torch.device:
-        return self._runs.device
+        return self._runner.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.facts.layout.dtype
+        return self.spec.layout.dtype
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -170,89 +167,91 @@ class Generator(ModelInterface, ProgramWrapper):
 
         Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
-        check_options(kwargs, generation_config, self.facts.vocabulary)
-        scale = kwargs.pop(SCALE, None)
-        if begins(self._runs):
-            refuse_acting(self.facts.acts, "tokens of another adapter would stand in front")
-            new = self.pinned(scale=scale)
-            kwargs = behind_front(new, inputs, kwargs)
-            kwargs, new.offset, again = validate.arguments(self.facts, inputs, kwargs)
-            return new.generated(inputs, generation_config, kwargs, again)
-        kwargs, offset, again = validate.arguments(self.facts, inputs, kwargs)
-        new = self.pinned(offset, scale)
-        if new.acting is not None:
+        check_options(kwargs, generation_config, self.spec.vocab_size)
+        scale = kwargs.pop(SCALE_KEYWORD, None)
+        if prefix_attachments(self._runner):
+            refuse_token_gates(self.spec.token_gate_inputs, "tokens of another adapter would stand in front")
+            pinned = self.snapshot_call(scale=scale)
+            kwargs = with_prefix_arguments(pinned, inputs, kwargs)
+            kwargs, pinned.offset, recomputes_last = validate.check_generate_arguments(self.spec, inputs, kwargs)
+            return pinned.run_generate(inputs, generation_config, kwargs, recomputes_last)
+        kwargs, offset, recomputes_last = validate.check_generate_arguments(self.spec, inputs, kwargs)
+        pinned = self.snapshot_call(offset, scale)
+        if pinned.token_gates is not None:
             ids = kwargs.get("input_ids") if inputs is None else inputs
             ids = None if kwargs.get("inputs_embeds") is not None else ids
-            new.acting = new.acting.for_prompt(ids, kwargs.get(past_name()), offset)
-        return new.generated(inputs, generation_config, kwargs, again)
+            pinned.token_gates = pinned.token_gates.for_prompt(ids, kwargs.get(cache_argument_name()), offset)
+        return pinned.run_generate(inputs, generation_config, kwargs, recomputes_last)
 
-    def generated(
-        self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], again: bool = False
+    def run_generate(
+        self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], recomputes_last: bool = False
     ) -> Any:
         """Return what transformers' ``generate`` gives, for a pinned generator.
 
-        ``again`` says that the cache holds the whole prompt. Its last token is then computed again for its logits,
-        which overwrites that position.
+        ``recomputes_last`` says that the cache holds the whole prompt. Its last token is then computed again for its
+        logits, which overwrites that position.
         """
-        past = kwargs.get(past_name())
+        past = kwargs.get(cache_argument_name())
         with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
-            if again and past is not None:
+            if recomputes_last and past is not None:
                 past.crop(-1)
             try:
                 with torch.no_grad():
                     return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
             except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
-                if self.begun or isinstance(error, AdaptcError):
+                if self.has_run_step or isinstance(error, AdaptcError):
                     raise
                 raise ConfigError(str(error)) from error  # transformers refused an argument
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> StepCache:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **adapter_inputs: Any) -> StepCache:
         """Return the cache of a prompt (batch, tokens), from which :meth:`generate` continues.
 
-        Copies of it can be continued any number of times. ``given`` has the inputs that an adapter added, such as
+        Copies of it can be continued any number of times. ``adapter_inputs`` are those that an adapter added, such as
         ``task_ids``.
         """
-        made = self.new_cache(**{n: given.pop(n) for n in taken(self._runs) if n in given})
-        validate.tokens(self.facts, input_ids)
+        past = self.new_cache(
+            **{n: adapter_inputs.pop(n) for n in prefix_input_names(self._runner) if n in adapter_inputs}
+        )
+        validate.check_input_ids(self.spec, input_ids)
         with torch.no_grad():
             positions = None
             if attention_mask is not None:
-                validate.check_mask(attention_mask, input_ids.shape, 0)
-                attention_mask = made.behind(attention_mask)
+                validate.check_attention_mask(attention_mask, input_ids.shape, 0)
+                attention_mask = past.prepend_prefix_mask(attention_mask)
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-                positions = made.positions(positions[:, made.begun :])
-            self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1, **given)
-        return made
+                positions = past.adjust_position_ids(positions[:, past.prefix_length :])
+            self.forward(input_ids, attention_mask, positions, past, logits_to_keep=1, **adapter_inputs)
+        return past
 
-    def new_cache(self, **given: Any) -> StepCache:
+    def new_cache(self, **adapter_inputs: Any) -> StepCache:
         """Return a cache that holds nothing but the virtual tokens of the current adapter.
 
-        ``given`` has the inputs that these depend on, such as ``task_ids`` (batch,). Raises AdaptcError for inputs that
-        the adapter does not take, or lacks.
+        ``adapter_inputs`` has the inputs that these depend on, such as ``task_ids`` (batch,). Raises AdaptcError for
+        inputs that the adapter does not take, or lacks.
         """
-        front = prefix_for(self._runs, self.step, self.facts, self.device, given)
-        return cache_for(self.facts, self.device, front)
+        front = prefix_for(self._runner, self.step, self.spec, self.device, adapter_inputs)
+        return make_cache(self.spec, self.device, front)
 
-    def pinned(self, offset: int = 0, scale: Any = None) -> Self:
+    def snapshot_call(self, offset: int = 0, scale: Any = None) -> Self:
         """Return a generator that keeps the adapter that is current now, for one generation.
 
         ``offset`` is the number of cache positions whose tokens are not part of its ``input_ids``. ``scale`` is the
         ``adapter_scale``.
         """
-        new, runs = self.twin(), self._runs
+        new, runner = self.shallow_copy(), self._runner
         if self.step is None:
-            new.step = runs.pinned(scale)
-            if self.facts.acts and not begins(runs):
-                new.acting = TokenGates.of(self.facts.acts, runs, new.step.binding)  # type: ignore[union-attr]
-        new.offset, new.begun = offset, False
+            new.step = runner.snapshot_call(scale)
+            if self.spec.token_gate_inputs and not prefix_attachments(runner):
+                new.token_gates = TokenGates.from_binding(self.spec.token_gate_inputs, runner, new.step.binding)  # type: ignore[union-attr]
+        new.offset, new.has_run_step = offset, False
         return new
 
     def __copy__(self) -> Self:
         """Return a generator on the same weights whose adapter is swapped independently."""
-        return self.with_runs(copy.copy(self._runs))
+        return self.with_runner(copy.copy(self._runner))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = type(self)(copy.deepcopy(self._runs, memo), copy.deepcopy(self.facts, memo))
+        new = type(self)(copy.deepcopy(self._runner, memo), copy.deepcopy(self.spec, memo))
         new.config, new.generation_config = copy.deepcopy((self.config, self.generation_config), memo)
         return new
 
@@ -277,118 +276,55 @@ class Generator(ModelInterface, ProgramWrapper):
         ``attention_mask`` (batch, positions) covers the positions in the cache and the new ones. Without a cache, a new
         one is made and returned in the output. ``return_dict=False`` gives the output as a tuple.
         """
-        bare = use_cache is False and self.facts.keeps == NOTHING
+        returns_no_cache = use_cache is False and self.spec.cache_mode == UNCACHED
         past = past_key_values if cache is None else cache
-        given = {} if past is not None else {n: others.pop(n) for n in taken(self._runs) if n in others}
+        prefix_inputs = (
+            {} if past is not None else {n: others.pop(n) for n in prefix_input_names(self._runner) if n in others}
+        )
         asked = inputs_embeds if input_ids is None else input_ids
-        extra = taken_from(self._runs, others, asked.shape[0]) if isinstance(asked, Tensor) and asked.ndim else {}
-        validate.forward(input_ids, inputs_embeds, None if bare else use_cache, others)
+        adapter_inputs = (
+            pop_step_inputs(self._runner, others, asked.shape[0]) if isinstance(asked, Tensor) and asked.ndim else {}
+        )
+        validate.check_forward_arguments(input_ids, inputs_embeds, None if returns_no_cache else use_cache, others)
         if inputs_embeds is not None:
-            validate.embeddings(self.facts, inputs_embeds)
+            validate.check_inputs_embeds(self.spec, inputs_embeds)
         elif self.step is None:  # a generation checks its tokens when it begins
-            validate.tokens(self.facts, input_ids)
+            validate.check_input_ids(self.spec, input_ids)
         rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if past is None:
-            past = self.new_cache(**given)
+            past = self.new_cache(**prefix_inputs)
             if isinstance(attention_mask, Tensor) and attention_mask.shape == (rows, tokens):
-                attention_mask = past.behind(attention_mask)
+                attention_mask = past.prepend_prefix_mask(attention_mask)
         else:
-            past = validate.own_cache(self.facts, past, rows)
-            past.check_finished(inside=self.step is not None)
-        before, total = past.length, past.length + tokens
-        validate.fits(self.facts, rows, total, begun=past.begun)
-        validate.check_mask(attention_mask, (rows, tokens), before)
-        validate.step(self.facts, rows, tokens, position_ids, logits_to_keep)
-        now = self.pinned() if self.facts.acts and self.acting is None else self
-        step, acting = now.step or self._runs, now.acting
+            past = validate.as_own_cache(self.spec, past, rows)
+            past.check_finished(is_own_generation=self.step is not None)
+        cached_length, new_length = past.length, past.length + tokens
+        validate.check_cache_size(self.spec, rows, new_length, prefix_length=past.prefix_length)
+        validate.check_attention_mask(attention_mask, (rows, tokens), cached_length)
+        validate.check_step(self.spec, rows, tokens, position_ids, logits_to_keep)
+        now = self.snapshot_call() if self.spec.token_gate_inputs and self.token_gates is None else self
+        step, token_gates = now.step or self._runner, now.token_gates
         with CacheChange(past):
-            past.reserve(rows, total)
+            past.reserve(rows, new_length)
             if attention_mask is None:
-                past.mask[:, before:total] = 1
+                past.mask[:, cached_length:new_length] = 1
             else:
-                past.mask[:, :total] = past.shown(attention_mask)
-            inputs = token_inputs(self.facts, self.device, input_ids, inputs_embeds, rows, tokens) | extra
-            if self.facts.positions:
-                places = past.places(rows, tokens) if position_ids is None else position_ids
+                past.mask[:, :new_length] = past.mask_without_prefix_padding(attention_mask)
+            inputs = token_inputs(self.spec, self.device, input_ids, inputs_embeds, rows, tokens) | adapter_inputs
+            if self.spec.takes_position_ids:
+                places = past.next_position_ids(rows, tokens) if position_ids is None else position_ids
                 inputs["position_ids"] = places.to(past.device).expand(rows, -1).contiguous()
-            if acting is not None:
-                inputs |= acting.inputs(input_ids, past, rows, tokens)
-            self.begun = True
-            logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
-            past.fit(1)
-            return as_asked(step_output(logits, None if bare else past), return_dict)
-
-    # -- what transformers asks of a model -----------------------------------------------------------------------------
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Return the arguments of the next step: the new tokens and their position_ids."""
-        embedded = inputs_embeds is not None and is_first_iteration
-        name, new = ("inputs_embeds", inputs_embeds) if embedded else ("input_ids", input_ids)
-        assert new is not None
-        past = kwargs.get(past_name())
-        if next_sequence_length is None and is_first_iteration and getattr(past, "begun", 0):
-            # transformers takes a text whose mask is longer than its tokens for a new one. Part of it may be in the
-            # cache.
-            next_sequence_length = new.shape[1] + self.offset - past.length  # type: ignore[union-attr]
-        if next_sequence_length is not None:
-            new = new[:, -next_sequence_length:]
-        cut_positions(kwargs, "position_ids", new.shape[1])
-        if getattr(past, "in_places", False):  # transformers counts by the attention_mask
-            kwargs["position_ids"] = past.positions(kwargs.get("position_ids"))  # type: ignore[union-attr]
-        # Arguments of generation modes, such as a tokenizer, are handed on to steps; their names were checked before.
-        return {name: new, **{n: v for n, v in kwargs.items() if n not in validate.MODE}}
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        name, offset = past_name(), self.offset
-        past = model_kwargs.get(name)
-        validate.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, past, offset)
-        if past is None and generation_config.use_cache is False:
-            return  # a program without a cache gets the whole text for each token
-        if past is None:
-            past = model_kwargs[name] = self.new_cache()
-        past.expected = max_cache_length + offset
-
-    def _prepare_attention_mask_for_generation(
-        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
-    ) -> Tensor:
-        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)  # type: ignore[misc]
-        past = model_kwargs.get(past_name())
-        return mask if past is None else past.whole(mask)
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        own = given_names(self._runs).values()
-        super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in own})  # type: ignore[misc]
-
-    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None) -> Any:
-        if tokenizer is None and generation_config.stop_strings is not None:
-            tokenizer = self.tokenizer
-        return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)  # type: ignore[misc]
+            if token_gates is not None:
+                inputs |= token_gates.step_inputs(input_ids, past, rows, tokens)
+            self.has_run_step = True
+            logits = run_in_mode(self.spec, step, past, inputs, tokens, logits_to_keep)
+            past.resize_rings(1)
+            return apply_return_dict(step_output(logits, None if returns_no_cache else past), return_dict)
 
     def __repr__(self) -> str:
-        f = self.facts
-        what = "keeping" if isinstance(self._runs, Keeping) else "of"
-        return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runs!r}"
-
-
-def cut_positions(kwargs: dict[str, Any], name: str, count: int) -> None:
-    """Cut the position_ids ``kwargs[name]``, if given, to those of the last ``count`` tokens."""
-    positions = kwargs.get(name)
-    if positions is not None and positions.shape[-1] != count:
-        kwargs[name] = positions[:, -count:]
+        f = self.spec
+        what = "keeping" if isinstance(self._runner, PinnedRunner) else "of"
+        return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runner!r}"
 
 
 @cache

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from adaptc.bank.bank import Bank
 from adaptc.bank.bank_report import BankReport
-from adaptc.bank.divided_bank import DividedBank
+from adaptc.bank.divided_bank import BankWithParts
 from adaptc.bank.row_adapters import parse_row_adapters
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.step_cache import StepCache
-from adaptc.state.bound import Keeping
+from adaptc.state.bound import PinnedRunner
 from adaptc.state.core import ProgramCore
 
 
@@ -34,21 +34,21 @@ class GeneratorBank:
         self.bank = bank
 
     def assigned(self, adapters: Any) -> Any:
-        """Return a generator that keeps the assignment ``adapters``, with an entry for each prompt."""
-        return self._made(self.bank.assigned(adapters))
+        """Return a generator that keeps the selection ``adapters``, with an entry for each prompt."""
+        return self._with_runner(self.bank.assigned(adapters))
 
-    def carried(self, tokenizer: Any) -> dict[str, bytes]:
+    def package_files(self, tokenizer: Any) -> dict[str, bytes]:
         """Return the files that a package carries beside its code, by path. Raises ConfigError for a tokenizer that
         does not fit."""
-        return self._generator.carried(tokenizer)
+        return self._generator.package_files(tokenizer)
 
     @property
     def tokenizer(self) -> Any:
         """Return the tokenizer that came with the package; None where there is none."""
         return self._generator.tokenizer
 
-    def _made(self, runs: Keeping) -> Any:
-        return self._generator.with_runs(runs)
+    def _with_runner(self, runner: PinnedRunner) -> Any:
+        return self._generator.with_runner(runner)
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any = ..., **kwargs: Any
@@ -62,7 +62,7 @@ class GeneratorBank:
         prompts = inputs
         for name in (self._generator.main_input_name, "inputs_embeds"):
             prompts = kwargs.get(name) if prompts is None else prompts
-        check_count(adapters, prompts)
+        check_entry_count(adapters, prompts)
         return self.assigned(adapters).generate(inputs, generation_config, **kwargs)
 
     def prefill(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> StepCache:
@@ -71,7 +71,7 @@ class GeneratorBank:
         Raises AdaptcError where the number of entries is not that of the prompts.
         """
         given = (kwargs.get(name) for name in (self._generator.main_input_name, "inputs"))
-        check_count(adapters, args[0] if args else next((t for t in given if t is not None), None))
+        check_entry_count(adapters, args[0] if args else next((t for t in given if t is not None), None))
         return self.assigned(adapters).prefill(*args, **kwargs)
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
@@ -138,7 +138,7 @@ class GeneratorBank:
         return f"generates with {self.bank!r}"
 
 
-def check_count(adapters: Any, prompts: Any) -> None:
+def check_entry_count(adapters: Any, prompts: Any) -> None:
     """Raise AdaptcError where there are not as many entries as prompts, before any adapter is loaded for them."""
     count = len(parse_row_adapters(adapters))
     if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != count:
@@ -148,17 +148,17 @@ def check_count(adapters: Any, prompts: Any) -> None:
         )
 
 
-def bank_of(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> GeneratorBank:
+def make_bank(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> GeneratorBank:
     """Return the bank of ``generator``, with ``adapters`` by name and the ``limits`` of :class:`Bank`.
 
     Raises ConfigError for a package, whose code was compiled for one adapter at a time.
     """
-    program, parts, probes = generator.program, generator.divided(), generator.probes()
+    program, part_outputs, probes = generator.program, generator.part_outputs(), generator.probes()
     if not isinstance(program, ProgramCore):
         raise ConfigError(
             "this package has room for one adapter at a time: package a bank instead, with "
             "adaptc.package(gen.bank({...}), path)"
         )
-    if parts is None:
+    if part_outputs is None:
         return GeneratorBank(generator, Bank(program, adapters, probes=probes, **limits))
-    return GeneratorBank(generator, DividedBank(program, parts, adapters, probes=probes, **limits))
+    return GeneratorBank(generator, BankWithParts(program, part_outputs, adapters, probes=probes, **limits))

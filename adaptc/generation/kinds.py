@@ -1,4 +1,4 @@
-"""Choose the class that generates with a program, by the program's facts."""
+"""Choose the class that generates with a program, by the program's spec."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
 from adaptc.generation.spec import GenerationSpec
 
 
-def generator_of(runs: Any, facts: GenerationSpec) -> Generator:
-    """Return the generator that runs ``runs``: a program, or a package of one."""
-    if isinstance(facts, Seq2SeqSpec):
-        return encoder_decoder_class(facts.features is not None)(runs, facts)
-    return generator_class()(runs, facts)
+def make_generator(runner: Any, spec: GenerationSpec) -> Generator:
+    """Return the generator that runs ``runner``: a program, or a package of one."""
+    if isinstance(spec, Seq2SeqSpec):
+        return encoder_decoder_class(spec.feature_shape is not None)(runner, spec)
+    return generator_class()(runner, spec)

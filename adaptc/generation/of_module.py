@@ -14,18 +14,18 @@ from torch import Tensor
 
 from adaptc.generation.compile_generation import compile_for_generation
 from adaptc.generation.generator import Generator
-from adaptc.generation.seq2seq.seq2seq_spec import decoder_positions
-from adaptc.passes.graph.graph_lock import exclusive
-from adaptc.program.recapture import adapter_of, aside, model_of
-from adaptc.program.swap import swapped
+from adaptc.generation.seq2seq.seq2seq_spec import decoder_length
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.program.recapture import adapter_in_memory, isolated_capture, rebuild_model
+from adaptc.program.swap import swap_adapter
 from adaptc.training.pretrained_module import PretrainedModule
 
 #: the most rows, and the most positions where the model numbers none: only memory limits them, as caches grow with a
 #: call
-_MANY = 2**24
+_UNLIMITED = 2**24
 
 
-def generate(module: PretrainedModule, inputs: Tensor | None, generation_config: Any, **kwargs: Any) -> Any:
+def generate_with_module(module: PretrainedModule, inputs: Tensor | None, generation_config: Any, **kwargs: Any) -> Any:
     """Generate with the parameters that ``module`` has now, in eval mode and its own dtype, whatever its mode and
     autocast are.
 
@@ -33,36 +33,39 @@ def generate(module: PretrainedModule, inputs: Tensor | None, generation_config:
     """
     kwargs.pop("labels", None)  # Trainer passes labels, which change nothing in generation
     with torch.autocast(module.device.type, enabled=False):
-        return _bound(module).generate(inputs, generation_config, **kwargs)
+        return _generator_for(module).generate(inputs, generation_config, **kwargs)
 
 
-@exclusive
-def _bound(module: PretrainedModule) -> Generator:
+@with_graph_lock
+def _generator_for(module: PretrainedModule) -> Generator:
     """Return a generator with the module's current adapter; each thread that asks gets one of its own."""
     frozen = [t for t in module.parameters() if not t.requires_grad]
     known = vars(module).get("generator")
     # A frozen weight that was replaced must be captured anew, as the program holds the old tensor.
     if known is None or [*map(id, known[0])] != [*map(id, frozen)]:
-        with aside(module):
-            known = vars(module)["generator"] = frozen, _captured(module)
+        with isolated_capture(module):
+            known = vars(module)["generator"] = frozen, _capture_generator(module)
     made: Generator = known[1]
     binding = module.binding()
     # Adapters of a module may have different sites; the generator has the sites of the current one only.
-    swapped(made.program, binding if binding.values.keys() == made.program.recipes.needed else adapter_of(module))
-    new = made.twin()
+    swap_adapter(
+        made.program,
+        binding if binding.values.keys() == made.program.binding_plans.tensor_names else adapter_in_memory(module),
+    )
+    new = made.shallow_copy()
     new.generation_config = module.generation_config
     return new
 
 
-def _captured(module: PretrainedModule) -> Generator:
+def _capture_generator(module: PretrainedModule) -> Generator:
     program, config = module.program, module.config
     text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-    positions = decoder_positions(text)
+    positions = decoder_length(text)
     return compile_for_generation(
-        model_of(module),
-        adapter_of(module),
-        max_batch=_MANY,
-        max_length=None if positions is not None else _MANY,
+        rebuild_model(module),
+        adapter_in_memory(module),
+        max_batch=_UNLIMITED,
+        max_length=None if positions is not None else _UNLIMITED,
         adapter_name=module.binding().name,
         autocast_adapter_dtype=program.adaptation.autocast,
         fuse=bool(program.options.fuse),

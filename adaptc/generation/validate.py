@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, shown
+from adaptc.errors import AdaptcError, short_repr
 from adaptc.generation.cache.step_cache import StepCache
-from adaptc.generation.spec import NOTHING, STATE, GenerationSpec, past_name
+from adaptc.generation.spec import RECURRENT, UNCACHED, GenerationSpec, cache_argument_name
 from adaptc.runtime.calls.call_names import call_with_tensors
 
 #: arguments that ask for what a step program cannot do -> what to do instead; None and False are let through
-_REFUSED = {
+_UNSUPPORTED = {
     "output_attentions": "its layers give no attention weights: ask the model itself",
     "output_hidden_states": "it gives no hidden states: ask the model itself",
     "cache_implementation": "it has a cache of its own, of the caller's: leave it out",
@@ -29,7 +29,7 @@ _REFUSED = {
 }
 
 #: arguments of generation modes, which transformers hands on to steps
-MODE = frozenset(
+MODE_ARGUMENTS = frozenset(
     {
         "tokenizer",
         "assistant_tokenizer",
@@ -42,8 +42,8 @@ MODE = frozenset(
 )
 
 
-def arguments(
-    facts: GenerationSpec, inputs: Tensor | None, kwargs: Mapping[str, Any]
+def check_generate_arguments(
+    spec: GenerationSpec, inputs: Tensor | None, kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int, bool]:
     """Return the checked arguments of ``generate``, an offset, and whether the last token is computed again.
 
@@ -54,50 +54,56 @@ def arguments(
     kwargs = dict(kwargs)
     past = kwargs.pop("past_key_values", None)
     past = kwargs.pop("cache", None) if past is None else past
-    refuse(kwargs)
-    with_cache(facts, kwargs)
-    ids, given = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
+    refuse_unsupported(kwargs)
+    set_use_cache(spec, kwargs)
+    ids, inputs_embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
-        tokens(facts, ids)
-        if ids.shape[1] == 0 and given is None:
+        check_input_ids(spec, ids)
+        if ids.shape[1] == 0 and inputs_embeds is None:
             raise AdaptcError("input_ids has no tokens: give one at least, or leave it out for bos_token_id")
-    if given is not None:
-        embeddings(facts, given)
-    mask, prompt = kwargs.get("attention_mask"), ids if given is None else given
+    if inputs_embeds is not None:
+        check_inputs_embeds(spec, inputs_embeds)
+    mask, prompt = kwargs.get("attention_mask"), ids if inputs_embeds is None else inputs_embeds
     if past is None:
         if prompt is not None:
-            check_mask(mask, prompt.shape, 0)
+            check_attention_mask(mask, prompt.shape, 0)
         return kwargs, 0, False
     if prompt is None:
         raise AdaptcError("a cache is continued by tokens: give input_ids")
-    own_cache(facts, past, None).check_finished()
-    kwargs[past_name()] = past
-    before, (rows, length, *_) = past.length, prompt.shape
+    as_own_cache(spec, past, None).check_finished()
+    kwargs[cache_argument_name()] = past
+    cached_length, (rows, length, *_) = past.length, prompt.shape
     if past.rows and past.rows % rows:
         raise AdaptcError(f"the cache has {past.rows} rows and this generation {rows}: give a prompt for each")
-    if isinstance(mask, Tensor) and before and given is None and mask.shape == (rows, before + length):
-        kwargs["attention_mask"] = past.shown(mask)
-        return kwargs, before, False
-    front = past.begun
-    if front and given is not None:
+    if (
+        isinstance(mask, Tensor)
+        and cached_length
+        and inputs_embeds is None
+        and mask.shape == (rows, cached_length + length)
+    ):
+        kwargs["attention_mask"] = past.mask_without_prefix_padding(mask)
+        return kwargs, cached_length, False
+    prefix_length = past.prefix_length
+    if prefix_length and inputs_embeds is not None:
         raise AdaptcError(
-            f"inputs_embeds is not taken where the cache begins with {front} tokens of the adapter's: give input_ids"
+            f"inputs_embeds is not taken where the cache begins with {prefix_length} tokens of the adapter's: give "
+            "input_ids"
         )
-    if length < before - front:
+    if length < cached_length - prefix_length:
         raise AdaptcError(
-            f"the cache holds {before - front} positions and the prompt has {length}: give it from its first token on, "
-            f"or the new tokens with an attention_mask for all {before + length}"
+            f"the cache holds {cached_length - prefix_length} positions and the prompt has {length}: give it from its "
+            f"first token on, or the new tokens with an attention_mask for all {cached_length + length}"
         )
-    check_mask(mask, prompt.shape, 0)
-    if mask is not None and front:
-        kwargs["attention_mask"] = past.behind(mask)
-    again = before == length + front and before > front
+    check_attention_mask(mask, prompt.shape, 0)
+    if mask is not None and prefix_length:
+        kwargs["attention_mask"] = past.prepend_prefix_mask(mask)
+    again = cached_length == length + prefix_length and cached_length > prefix_length
     if again:
-        past.check_crop(before - 1)
-    return kwargs, front, again
+        past.check_crop(cached_length - 1)
+    return kwargs, prefix_length, again
 
 
-def with_cache(facts: GenerationSpec, kwargs: dict[str, Any]) -> None:
+def set_use_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> None:
     """Set ``use_cache`` in the arguments of ``generate``, in place, to what the program was captured with.
 
     A generation config that training left with ``use_cache=False`` is overridden. Raises AdaptcError where a caller
@@ -109,51 +115,57 @@ def with_cache(facts: GenerationSpec, kwargs: dict[str, Any]) -> None:
             "come in an object with scores and the cache"
         )
     kwargs.pop("return_dict", None)
-    if facts.keeps == NOTHING:
+    if spec.cache_mode == UNCACHED:
         return
     if kwargs.get("use_cache") is False:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
     kwargs["use_cache"] = True
 
 
-def behind(count: int, mask: Tensor) -> Tensor:
+def prepend_ones(count: int, mask: Tensor) -> Tensor:
     """Prepend ``count`` ones to ``mask`` (batch, tokens); returns (batch, count + tokens)."""
     return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
 
 
-def refuse(given: Mapping[str, Any]) -> None:
+def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
     """Raise AdaptcError for an argument that asks for what the program cannot do."""
-    for name, why in _REFUSED.items():
-        value = given.get(name)
+    for name, why in _UNSUPPORTED.items():
+        value = kwargs.get(name)
         if value is not None and value is not False:
             raise AdaptcError(f"{name} is not taken by a program that generates: {why}")
 
 
-def generation(
-    facts: GenerationSpec, config: Any, mode: Any, batch: int, length: int, past: StepCache | None, offset: int
+def check_generation(
+    spec: GenerationSpec,
+    generation_config: Any,
+    generation_mode: Any,
+    batch: int,
+    length: int,
+    past: StepCache | None,
+    offset: int,
 ) -> None:
     """Check a generation as transformers has prepared it, and raise AdaptcError for what the program cannot do.
 
-    ``config`` is the generation config in use, and ``batch`` the number of rows before beams. ``length`` is the number
-    of positions that the cache needs beside the ``offset`` that it already holds.
+    ``generation_config`` is the generation config in use, and ``batch`` the number of rows before beams. ``length`` is
+    the number of positions that the cache needs beside the ``offset`` that it already holds.
     """
-    refuse({name: getattr(config, name, None) for name in _REFUSED})
-    if config.use_cache is False and facts.keeps != NOTHING:
+    refuse_unsupported({name: getattr(generation_config, name, None) for name in _UNSUPPORTED})
+    if generation_config.use_cache is False and spec.cache_mode != UNCACHED:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
-    if facts.keeps == STATE and getattr(mode, "value", mode) == "assisted_generation":
+    if spec.cache_mode == RECURRENT and getattr(generation_mode, "value", generation_mode) == "assisted_generation":
         raise AdaptcError(
             "assisted decoding takes back what was guessed wrong, and the model keeps a state, which cannot be: leave "
             "out assistant_model and prompt_lookup_num_tokens"
         )
-    beams = max(config.num_beams or 1, config.num_return_sequences or 1)
+    beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     rows = batch * beams
-    begun = 0 if past is None else past.begun
-    if past is not None and begun < past.length and begun and config.prefill_chunk_size:
+    begun = 0 if past is None else past.prefix_length
+    if past is not None and begun < past.length and begun and generation_config.prefill_chunk_size:
         raise AdaptcError(
             f"prefill_chunk_size is not taken where a cache with text in it begins with {begun} tokens of the "
             "adapter's: leave it out"
         )
-    fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "", begun)
+    check_cache_size(spec, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "", begun)
     if past is not None and past.rows and past.rows != rows:
         raise AdaptcError(
             f"the cache has {past.rows} rows and this generation {rows}: cache.batch_repeat_interleave(n) makes n of "
@@ -161,89 +173,97 @@ def generation(
         )
 
 
-def fits(facts: GenerationSpec, rows: int, length: int, of: str = "", begun: int = 0) -> None:
+def check_cache_size(spec: GenerationSpec, rows: int, length: int, rows_note: str = "", prefix_length: int = 0) -> None:
     """Raise AdaptcError where a cache cannot have ``rows`` rows or ``length`` positions.
 
-    ``begun`` is the number of positions that are virtual tokens, and ``of`` explains the rows; both are for the
-    message.
+    ``prefix_length`` is the number of positions that are virtual tokens, and ``rows_note`` explains the rows; both are
+    for the message.
     """
-    if rows > facts.max_batch:
+    if rows > spec.max_batch:
         raise AdaptcError(
-            f"{rows} rows{of} are more than max_batch={facts.max_batch}: give fewer at a time, or compile with more"
+            f"{rows} rows{rows_note} are more than max_batch={spec.max_batch}: give fewer at a time, or compile with "
+            "more"
         )
-    if length > facts.max_length:
-        own = f", {begun} of them of tokens that the adapter has in front," if begun else ""
+    if length > spec.max_length:
+        own = f", {prefix_length} of them of tokens that the adapter has in front," if prefix_length else ""
         raise AdaptcError(
-            f"{length} positions{own} are more than max_length={facts.max_length}: give fewer tokens, ask for fewer "
+            f"{length} positions{own} are more than max_length={spec.max_length}: give fewer tokens, ask for fewer "
             "(max_new_tokens), or compile with more"
         )
 
 
-def tokens(facts: GenerationSpec, ids: Any) -> None:
+def check_input_ids(spec: GenerationSpec, input_ids: Any) -> None:
     """Raise AdaptcError for anything but token ids (batch, tokens), int64 or int32, within the vocabulary."""
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
-        found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-        call = "" if isinstance(ids, Tensor) else f". {call_with_tensors('gen.generate', [], 'input_ids')}"
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
+        found = (
+            f"{tuple(input_ids.shape)} of {input_ids.dtype}"
+            if isinstance(input_ids, Tensor)
+            else f"a {type(input_ids).__name__}"
+        )
+        call = "" if isinstance(input_ids, Tensor) else f". {call_with_tensors('gen.generate', [], 'input_ids')}"
         raise AdaptcError(f"input_ids must be a tensor (batch, tokens) of int64, got {found}{call}")
-    if ids.shape[0] == 0:
+    if input_ids.shape[0] == 0:
         raise AdaptcError("input_ids has no rows")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < facts.vocabulary:
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < spec.vocab_size:
         raise AdaptcError(
-            f"input_ids has tokens from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
-            f"{facts.vocabulary}"
+            f"input_ids has tokens from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
+            f"{spec.vocab_size}"
         )
 
 
-def step(facts: GenerationSpec, rows: int, count: int, positions: Any, keep: Any) -> None:
+def check_step(spec: GenerationSpec, rows: int, tokens: int, position_ids: Any, logits_to_keep: Any) -> None:
     """Raise AdaptcError for a step without tokens, and for position_ids or ``logits_to_keep`` that do not fit its
     tokens.
 
-    The step has ``count`` tokens in each of ``rows`` rows. ``keep`` is the ``logits_to_keep``.
+    The step has ``tokens`` tokens in each of ``rows`` rows.
     """
-    if count == 0:
+    if tokens == 0:
         raise AdaptcError("a step has no tokens: give one at least")
-    if facts.positions and positions is not None:
-        shape = tuple(positions.shape) if isinstance(positions, Tensor) else None
-        if shape not in ((rows, count), (1, count)) or positions.is_floating_point():
-            found = f"a {type(positions).__name__}" if shape is None else f"{shape} of {positions.dtype}"
-            raise AdaptcError(f"position_ids must be a tensor {(rows, count)} of int64, got {found}")
-    if isinstance(keep, Tensor) and keep.ndim == 1 and keep.dtype == torch.int64:
-        if keep.numel() == 0 or (int(keep.min()) >= 0 and int(keep.max()) < count):
+    if spec.takes_position_ids and position_ids is not None:
+        shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else None
+        if shape not in ((rows, tokens), (1, tokens)) or position_ids.is_floating_point():
+            found = f"a {type(position_ids).__name__}" if shape is None else f"{shape} of {position_ids.dtype}"
+            raise AdaptcError(f"position_ids must be a tensor {(rows, tokens)} of int64, got {found}")
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1 and logits_to_keep.dtype == torch.int64:
+        if logits_to_keep.numel() == 0 or (int(logits_to_keep.min()) >= 0 and int(logits_to_keep.max()) < tokens):
             return
-    elif isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0:
+    elif isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool) and logits_to_keep >= 0:
         return
     raise AdaptcError(
-        f"logits_to_keep={shown(keep)} must be a number of tokens, 0 for all, or a tensor (logits,) of int64 of those "
-        f"among {count} that logits are wanted of"
+        f"logits_to_keep={short_repr(logits_to_keep)} must be a number of tokens, 0 for all, or a tensor (logits,) of "
+        f"int64 of those among {tokens} that logits are wanted of"
     )
 
 
-def embeddings(facts: GenerationSpec, given: Any) -> None:
+def check_inputs_embeds(spec: GenerationSpec, inputs_embeds: Any) -> None:
     """Raise AdaptcError for anything but embeddings (batch, tokens, width), or where the step takes none."""
-    if not facts.embeds:
+    if not spec.takes_inputs_embeds:
         raise AdaptcError("inputs_embeds is not taken: a step takes tokens alone")
-    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[-1] != facts.width:
-        found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
-        raise AdaptcError(f"inputs_embeds must be a tensor (batch, tokens, {facts.width}), got {found}")
-    if given.shape[0] == 0:
+    if not isinstance(inputs_embeds, Tensor) or inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != spec.hidden_size:
+        found = tuple(inputs_embeds.shape) if isinstance(inputs_embeds, Tensor) else f"a {type(inputs_embeds).__name__}"
+        raise AdaptcError(f"inputs_embeds must be a tensor (batch, tokens, {spec.hidden_size}), got {found}")
+    if inputs_embeds.shape[0] == 0:
         raise AdaptcError("inputs_embeds has no rows")
 
 
-def check_mask(mask: Any, shape: Sequence[int], before: int) -> None:
-    """Raise AdaptcError for a mask that is not (batch, ``before`` + tokens), for a prompt of ``shape`` (batch, tokens).
+def check_attention_mask(attention_mask: Any, shape: Sequence[int], cached_length: int) -> None:
+    """Raise AdaptcError for a mask that is not (batch, ``cached_length`` + tokens), for a prompt of ``shape`` (batch,
+    tokens).
 
-    ``before`` is the number of positions in the cache. None is no mask, and passes.
+    ``cached_length`` is the number of positions in the cache. None is no mask, and passes.
     """
-    if mask is None:
+    if attention_mask is None:
         return
-    wanted = (shape[0], before + shape[1])
-    if not isinstance(mask, Tensor) or mask.shape != wanted:
-        found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        has = f", {before} of them in the cache" if before else ""
+    wanted = (shape[0], cached_length + shape[1])
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != wanted:
+        found = (
+            tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else f"a {type(attention_mask).__name__}"
+        )
+        has = f", {cached_length} of them in the cache" if cached_length else ""
         raise AdaptcError(f"attention_mask must be a tensor {wanted}, one number for each position{has}; got {found}")
 
 
-def own_cache(facts: GenerationSpec, past: Any, rows: int | None) -> StepCache:
+def as_own_cache(spec: GenerationSpec, past: Any, rows: int | None) -> StepCache:
     """Return ``past`` if it is a cache of this program, or of what is bound to it, with ``rows`` rows; else raise
     AdaptcError.
 
@@ -254,25 +274,25 @@ def own_cache(facts: GenerationSpec, past: Any, rows: int | None) -> StepCache:
             f"a {type(past).__name__} is no cache of this program: gen.prefill(input_ids) and gen.generate(..., "
             "return_dict_in_generate=True) give one"
         )
-    if past.owner is not facts:
+    if past.owner is not spec:
         raise AdaptcError("this cache is of another program: compute the prompt again with gen.prefill(input_ids)")
     if rows is not None and past.rows and past.rows != rows:
         raise AdaptcError(f"the cache has {past.rows} rows, and the step {rows}")
     return past
 
 
-def refuse_strange(given: Mapping[str, Any]) -> None:
+def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
     """Raise AdaptcError for an argument that is not an input of the program."""
-    if strange := [n for n, v in given.items() if v is not None]:
-        raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
+    if strange := [n for n, v in kwargs.items() if v is not None]:
+        raise AdaptcError(f"{short_repr(strange[0])} is not an input of the program")
 
 
-def forward(ids: Any, embeds: Any, use_cache: Any, others: Mapping[str, Any]) -> None:
-    """Raise AdaptcError for arguments of ``forward`` that a step cannot take, and unless one of tokens and embeddings
-    is given."""
-    refuse(others)
+def check_forward_arguments(input_ids: Any, inputs_embeds: Any, use_cache: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise AdaptcError for arguments of ``check_forward_arguments`` that a step cannot take, and unless one of tokens
+    and embeddings is given."""
+    refuse_unsupported(kwargs)
     if use_cache is False:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
-    refuse_strange({n: v for n, v in others.items() if n not in _REFUSED})
-    if (ids is None) == (embeds is None):
+    refuse_unknown({n: v for n, v in kwargs.items() if n not in _UNSUPPORTED})
+    if (input_ids is None) == (inputs_embeds is None):
         raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")

@@ -5,53 +5,59 @@ Other packages import the names below; modules with a leading underscore are pri
 
 from adaptc.methods._shared.adapter_sizes import check_sizes
 from adaptc.methods._shared.config import AdapterConfig, TargetedConfig
-from adaptc.methods._shared.default_targets import OTHER_MEANING, adapts_defaults
-from adaptc.methods._shared.method_parts import MethodPart
+from adaptc.methods._shared.default_targets import NO_GRAPH_DEFAULTS, adds_default_modules
+from adaptc.methods._shared.method_parts import ExpertAdapter
 from adaptc.methods._shared.model_facts import ModelFacts
-from adaptc.methods._shared.name_patterns import check_patterns, endings, pattern_value, value_table
+from adaptc.methods._shared.name_patterns import check_patterns, default_and_pattern, pattern_value, proper_suffixes
 from adaptc.methods._shared.program_config import ProgramConfig
-from adaptc.methods._shared.registry import check_registered, config_class, is_own, method_of, register_method
-from adaptc.methods._shared.saved_modules import TokenRows, Whole
-from adaptc.methods._shared.stacked import Stacked
-from adaptc.methods._shared.union_configs import exactly, united
-from adaptc.methods.lora_family.arrow_experts import names_in, routing
-from adaptc.methods.lora_family.experts import Experts, apart, side_by_side
+from adaptc.methods._shared.registry import (
+    check_registered,
+    config_class,
+    is_builtin,
+    method_from_dict,
+    register_method,
+)
+from adaptc.methods._shared.saved_modules import TokenRows, TrainedParameter
+from adaptc.methods._shared.stacked import PerExpertMethod
+from adaptc.methods._shared.union_configs import exact_names_regex, union_target_fields
+from adaptc.methods.lora_family.arrow_experts import make_arrow_adapter, routed_adapter_names
+from adaptc.methods.lora_family.experts import JoinedExperts, join_experts, split_experts
 from adaptc.methods.prompt.attention_config import AttentionConfig
-from adaptc.methods.prompt.key_values import KeyValueConfig, as_rows
-from adaptc.methods.prompt.virtual_token_method import PROMPT
+from adaptc.methods.prompt.key_values import KVPrefixConfig, rows_from_kv_prefix
+from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS
 from adaptc.methods.prompt.virtual_tokens import VirtualTokens
 
 __all__ = [
-    "OTHER_MEANING",
-    "PROMPT",
+    "NO_GRAPH_DEFAULTS",
+    "PROMPT_EMBEDDINGS",
     "AdapterConfig",
     "AttentionConfig",
-    "Experts",
-    "KeyValueConfig",
+    "JoinedExperts",
+    "KVPrefixConfig",
     "ModelFacts",
-    "MethodPart",
+    "ExpertAdapter",
     "ProgramConfig",
-    "Stacked",
+    "PerExpertMethod",
     "TargetedConfig",
     "TokenRows",
     "VirtualTokens",
-    "Whole",
-    "adapts_defaults",
-    "apart",
-    "as_rows",
+    "TrainedParameter",
+    "adds_default_modules",
+    "split_experts",
+    "rows_from_kv_prefix",
     "check_patterns",
     "check_registered",
     "check_sizes",
     "config_class",
-    "endings",
-    "exactly",
-    "is_own",
-    "method_of",
-    "names_in",
+    "proper_suffixes",
+    "exact_names_regex",
+    "is_builtin",
+    "method_from_dict",
+    "routed_adapter_names",
     "pattern_value",
     "register_method",
-    "routing",
-    "side_by_side",
-    "united",
-    "value_table",
+    "make_arrow_adapter",
+    "join_experts",
+    "union_target_fields",
+    "default_and_pattern",
 ]

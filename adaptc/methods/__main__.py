@@ -9,19 +9,19 @@ import re
 import sys
 from pathlib import Path
 
-from adaptc.methods.overview import markdown
+from adaptc.methods.overview import render_markdown
 
-BLOCK = re.compile(r"(<!-- methods:[^\n]*-->\n).*?(<!-- /methods -->)", re.DOTALL)
+TABLE_MARKERS = re.compile(r"(<!-- methods:[^\n]*-->\n).*?(<!-- /methods -->)", re.DOTALL)
 
 
-def filled(text: str) -> str:
+def insert_table(text: str) -> str:
     """Return ``text`` with the table of methods between its markers."""
-    return BLOCK.sub(lambda m: f"{m[1]}{markdown()}\n{m[2]}", text)
+    return TABLE_MARKERS.sub(lambda m: f"{m[1]}{render_markdown()}\n{m[2]}", text)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         page = Path(sys.argv[1])
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(insert_table(page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
-        print(markdown())
+        print(render_markdown())

@@ -20,17 +20,17 @@ from adaptc.errors import AdaptcError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.program_config import ProgramConfig
 from adaptc.methods._shared.registry import CONFIGS, config_class
-from adaptc.methods._shared.saved_modules import TokenRows, Whole
-from adaptc.methods._shared.stacked import Stacked
+from adaptc.methods._shared.saved_modules import TokenRows, TrainedParameter
+from adaptc.methods._shared.stacked import PerExpertMethod
 from adaptc.methods.prompt.attention_config import AttentionConfig
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method
-from adaptc.tables import table
+from adaptc.tables import render_table
 
 aten = torch.ops.aten
 
 #: heading of a column -> sample ops, with sizes that every default block size divides
-KINDS: dict[str, tuple[Op, ...]] = {
+SAMPLE_OPS: dict[str, tuple[Op, ...]] = {
     "linear": (Op("linear", (512, 768), aten.linear.default), Op("addmm", (512, 768), aten.addmm.default)),
     "embedding": (Op("embedding", (512, 768), aten.embedding.default, (-1, False, False)),),
     "conv": (
@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[Op, ...]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """A row of the table: a method.
 
     ``kinds``: heading -> "around" (the layer), "weight" (in front of it) or "" where the method is refused; empty for a
@@ -62,55 +62,59 @@ class Row:
     shared: bool
 
 
-def overview() -> list[Row]:
+def method_rows() -> list[MethodRow]:
     """Return a row for each sample of each registered config, in the registry's order: first methods of layers."""
     classes = list(dict.fromkeys(map(config_class, CONFIGS)))
-    layers = [_row(c, sample) for c in classes if issubclass(c, TargetedConfig) for sample in c.samples]
+    layers = [_layer_row(c, sample) for c in classes if issubclass(c, TargetedConfig) for sample in c.samples]
     return layers + [_program_row(c) for c in classes if issubclass(c, (ProgramConfig, AttentionConfig))]
 
 
-def _program_row(cls: type[ProgramConfig | AttentionConfig]) -> Row:
+def _program_row(cls: type[ProgramConfig | AttentionConfig]) -> MethodRow:
     config = cls(**cls.samples[0])
     kind = "embedding" if issubclass(cls, ProgramConfig) else "linear"
     method = config.method(kind, kind)
-    free = any(s.free for s in method.slots(KINDS[kind][0]).values())
-    return Row(_called(cls, cls.samples[0]), *_first_line(method.__module__), {}, free, False)
+    free = any(s.free for s in method.slots(SAMPLE_OPS[kind][0]).values())
+    return MethodRow(_constructor_text(cls, cls.samples[0]), *_parse_docstring(method.__module__), {}, free, False)
 
 
-def _row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> Row:
+def _layer_row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> MethodRow:
     config = cls(target_modules=["layer"], **sample)
     method = type(config.method("layer", "linear"))
     # Several configs share Whole and TokenRows: the module of the config says what the method does there.
-    home = CONFIGS[config.peft_type].partition(":")[0] if issubclass(method, (Whole, TokenRows)) else method.__module__
-    title, meaning, source = _first_line(home)
+    home = (
+        CONFIGS[config.peft_type].partition(":")[0]
+        if issubclass(method, (TrainedParameter, TokenRows))
+        else method.__module__
+    )
+    title, meaning, source = _parse_docstring(home)
     kinds: dict[str, str] = {}
-    free = shared = False
-    for heading, ops in KINDS.items():
+    has_free_size = shared = False
+    for heading, ops in SAMPLE_OPS.items():
         forms: list[str] = []
-        if config.unit == "rows":
+        if config.target_unit == "rows":
             ops = tuple(op for op in ops if len(op.shape) == 2)
         for op in ops:
-            method = _method_at(config, op)
+            method = _method_for(config, op)
             if method is None:
                 break
             slots = method.slots(op).values()
-            free, shared = free or any(s.free for s in slots), shared or any(s.shared for s in slots)
+            has_free_size, shared = has_free_size or any(s.free for s in slots), shared or any(s.shared for s in slots)
             forms.append("around" if method.has_apply_form(op) else "weight")
         kinds[heading] = "" if not ops or len(forms) < len(ops) else "/".join(dict.fromkeys(forms))
-    return Row(_called(cls, sample), title, meaning, source, kinds, free, shared)
+    return MethodRow(_constructor_text(cls, sample), title, meaning, source, kinds, has_free_size, shared)
 
 
-def _called(cls: type, sample: Mapping[str, Any]) -> str:
+def _constructor_text(cls: type, sample: Mapping[str, Any]) -> str:
     return f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in sample.items())})" if sample else cls.__name__
 
 
-def _method_at(config: TargetedConfig, op: Op) -> Method | None:
+def _method_for(config: TargetedConfig, op: Op) -> Method | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             method = config.method("layer", op.kind)
             if op.experts and not method.stacks:
-                method = Stacked.of(method)
+                method = PerExpertMethod.wrap(method)
             method = method.at(op)
             method = method.settle_shared_sizes([(method, op)])[0]
             method.slots(op)
@@ -119,7 +123,7 @@ def _method_at(config: TargetedConfig, op: Op) -> Method | None:
     return method
 
 
-def _first_line(module: str) -> tuple[str, str, str]:
+def _parse_docstring(module: str) -> tuple[str, str, str]:
     """Return name, meaning and arXiv number from the module's docstring, ``Name: meaning (source).``"""
     text = " ".join((inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0].split())
     title, _, rest = text.partition(": ")
@@ -128,15 +132,18 @@ def _first_line(module: str) -> tuple[str, str, str]:
     return title, meaning, found.group(1) if found else ""
 
 
-def markdown() -> str:
+def render_markdown() -> str:
     """Return the overview as two Markdown tables: methods of layers, and methods of the program as a whole."""
-    rows = overview()
-    parts = [_markdown([r for r in rows if r.kinds], list(KINDS)), _markdown([r for r in rows if not r.kinds], [])]
+    rows = method_rows()
+    parts = [
+        _markdown_table([r for r in rows if r.kinds], list(SAMPLE_OPS)),
+        _markdown_table([r for r in rows if not r.kinds], []),
+    ]
     between = "These speak of the program, whose token embedding or attentions they find, and not of single weights:"
     return f"\n\n{between}\n\n".join(parts)
 
 
-def _markdown(rows: Sequence[Row], kinds: Sequence[str]) -> str:
+def _markdown_table(rows: Sequence[MethodRow], kinds: Sequence[str]) -> str:
     heads = ["method", "config", "meaning", *kinds, "other sizes by swap", "paper"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for r in rows:
@@ -146,9 +153,10 @@ def _markdown(rows: Sequence[Row], kinds: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def render(width: int) -> str:
+def render_text(width: int) -> str:
     """Return the overview as a table of plain text, ``width`` characters wide."""
     rows = [
-        (r.config, r.meaning, *(r.kinds.get(k) or "-" for k in KINDS), "yes" if r.rank else "no") for r in overview()
+        (r.config, r.meaning, *(r.kinds.get(k) or "-" for k in SAMPLE_OPS), "yes" if r.rank else "no")
+        for r in method_rows()
     ]
-    return table(["config", "meaning", *KINDS, "other sizes"], rows, width=width)
+    return render_table(["config", "meaning", *SAMPLE_OPS, "other sizes"], rows, width=width)

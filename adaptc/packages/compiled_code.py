@@ -1,11 +1,16 @@
-"""Call the compiled code of a package, or of one part of it, like the program that it was made from.
+"""Load the compiled code of a package, and call it, or one part of it, like the program that it was made from.
 
-Calls take any adapter that was fitted to the package. Their arguments are checked against the sizes that the code was
+Calls take any adapter that was padded for the package. Their arguments are checked against the sizes that the code was
 compiled for, and laid out in memory as it takes them.
+
+Private torch use, with the public route that was tried:
+- ``loader`` of the loaded package: calling the package itself parses its tree specs anew each time.
+- ``load_pt2``: ``torch._inductor.aoti_load_package`` loads all models of a package, and gives one of them.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +19,23 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, BackendError
-from adaptc.packages.constants import Constants, Fitted
-from adaptc.packages.manifest import Input
+from adaptc.packages.constants import Constants, PackagedBinding
+from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart
+from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.pytree import pytree
 from adaptc.runtime.calls.call_inputs import Inputs
-from adaptc.runtime.calls.check_indices import check_bounds, check_followed
-from adaptc.runtime.strides import laid, write_back
-from adaptc.safe_pt2.containers import check_registered, read_tree
-from adaptc.safe_pt2.refusal import UnsafeFile, shown_path
+from adaptc.runtime.calls.check_indices import check_index_bounds, check_not_transformed
+from adaptc.runtime.strides import lay_out, write_back
+from adaptc.safe_pt2.containers import check_registered, read_tree_spec
+from adaptc.safe_pt2.refusal import UnsafeFile, printable_path
 
 
-class Code:
+class CompiledCode:
     """The compiled code of a program or of one part, with the checks of its arguments.
 
     ``loader`` is torch's, with its one set of constants. ``shapes`` has the shape and dtype of every constant of the
-    package that adapters fill. ``names`` are the FQNs of the constants that this code has. ``first`` is the adapter
-    that it was compiled with. Raises BackendError for outputs or inputs of types that are not registered here.
+    package that adapters fill. ``constant_names`` are the FQNs of the constants that this code has. ``packaged`` is the
+    adapter that it was compiled with. Raises BackendError for outputs or inputs of types that are not registered here.
     """
 
     def __init__(
@@ -42,65 +48,133 @@ class Code:
         guards: Sequence[str],
         shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         device: torch.device,
-        first: Fitted | None,
+        packaged: PackagedBinding | None,
     ) -> None:
-        self.names = frozenset(loader.get_constant_fqns())
-        own = {fqn: shape for fqn, shape in shapes.items() if fqn in self.names}
-        self.constants, self._device, self._adapted = Constants(loader, own, device, first), device, bool(own)
+        self.constant_names = frozenset(loader.get_constant_fqns())
+        own_shapes = {fqn: shape for fqn, shape in shapes.items() if fqn in self.constant_names}
+        self.constants, self._device, self._has_slots = (
+            Constants(loader, own_shapes, device, packaged),
+            device,
+            bool(own_shapes),
+        )
         specs = loader.get_call_spec()
-        _check_specs(path, specs)
+        _check_tree_types(path, specs)
         spec = pytree.treespec_loads(specs[0])
-        self._inputs = inputs
+        self._input_specs = inputs
         self._out_spec = pytree.treespec_loads(specs[1])
-        self.inputs = checker(spec, inputs, header, ranges, guards, self._out_spec)
+        self.inputs = _make_input_checker(spec, inputs, header, ranges, guards, self._out_spec)
 
-    def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the outputs of a call with an adapter that was fitted to the package.
+    def run(self, adapter: PackagedBinding | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the outputs of a call with an adapter that was padded for the package.
 
         Raises AdaptcError for arguments that do not fit, and BackendError for inputs whose derivatives are followed.
         """
         flat = self.inputs(args, kwargs)
-        check_followed(self.inputs.expected, flat, "Call the program that it was packaged from")
-        given = [(v, i) for v, i in zip(flat, self._inputs, strict=True) if i.tensor is not None]
-        for value, want in given:
+        check_not_transformed(self.inputs.expected, flat, "Call the program that it was packaged from")
+        tensors_and_specs = [(v, i) for v, i in zip(flat, self._input_specs, strict=True) if i.tensor is not None]
+        for value, want in tensors_and_specs:
             if want.bounds is not None:
-                check_bounds(want.name, value, want.bounds)
-        taken = [self._arranged(v, i) for v, i in given]
-        written = [(v, new, i) for (v, i), new in zip(given, taken, strict=True) if i.written and new is not v]
-        out = self.constants.run(adapter if self._adapted else None, taken)
-        for value, new, want in written:
+                check_index_bounds(want.name, value, want.bounds)
+        arranged = [self._arrange(v, i) for v, i in tensors_and_specs]
+        written_back = [
+            (v, new, i) for (v, i), new in zip(tensors_and_specs, arranged, strict=True) if i.written and new is not v
+        ]
+        out = self.constants.run(adapter if self._has_slots else None, arranged)
+        for value, new, want in written_back:
             write_back(value, new, repr(want.name))
-        return self.inputs.calls.as_asked(pytree.tree_unflatten(out, self._out_spec), args, kwargs)
+        return self.inputs.call_names.convert_output(pytree.tree_unflatten(out, self._out_spec), args, kwargs)
 
-    def _arranged(self, value: Tensor, want: Input) -> Tensor:
+    def _arrange(self, value: Tensor, spec: Input) -> Tensor:
         """Return an input in the memory layout of the example inputs, which the code relies on.
 
         Raises AdaptcError for an input on another device type.
         """
         if value.device.type != self._device.type:
-            raise AdaptcError(f"input {want.name!r} is on {value.device}, and the package runs on {self._device}")
-        return laid(value, want.order)
+            raise AdaptcError(f"input {spec.name!r} is on {value.device}, and the package runs on {self._device}")
+        return lay_out(value, spec.order)
 
 
-def checker(
+def load_models(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """Return each compiled model of the package ``path``, by its name. Raises BackendError where it does not run
+    here."""
+    from torch._inductor import aoti_load_package
+    from torch.export.pt2_archive._package import load_pt2
+
+    try:
+        with hold_graph_lock(), tempfile.TemporaryDirectory() as folder:
+            # torch takes UTF-8 paths alone, and a folder above the file may have another name.
+            link = Path(folder, "package.pt2")
+            link.symlink_to(path.absolute())
+            if manifest.parts:
+                return load_pt2(str(link)).aoti_runners
+            return {SINGLE_MODEL: aoti_load_package(str(link))}
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(
+            f"{path} does not load here: {first}. It was compiled by torch {manifest.torch} for {manifest.device}, and "
+            f"this is torch {torch.__version__}; package the program again on a machine like this one."
+        ) from error
+
+
+def divide_code(
+    models: Mapping[str, Any],
+    path: Path,
+    manifest: Manifest,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    packaged: PackagedBinding | None,
+) -> dict[str, CompiledCode]:
+    """Return the code of each part of a package by name, from the ``models`` that :func:`load_models` gave.
+
+    A package that is called as a whole is one part. Raises BackendError where no part has a constant of ``shapes``.
+    """
+    m = manifest
+    parts = m.parts or {SINGLE_MODEL: PackagedPart(m.inputs, m.ranges, m.guards)}
+    header, device = {"fills": {}} if m.parts else m.header, torch.device(m.device)
+    code_by_part = {
+        name: CompiledCode(
+            path, models[name].loader, part.inputs, header, part.ranges, part.guards, shapes, device, packaged
+        )
+        for name, part in parts.items()
+    }
+    missing = sorted(shapes.keys() - {n for code in code_by_part.values() for n in code.constant_names})
+    if missing:
+        raise BackendError(f"{path}: the compiled code has no constant {missing[0]!r}; package it again")
+    return code_by_part
+
+
+def checker_of_whole(manifest: Manifest, code_by_part: Mapping[str, CompiledCode]) -> Inputs:
+    """Return what checks the arguments of a call of all parts."""
+    if not manifest.parts:
+        return code_by_part[SINGLE_MODEL].inputs
+    spec = pytree.tree_structure(((), {i.name: 0 for i in manifest.inputs}))
+    return _make_input_checker(spec, manifest.inputs, manifest.header, manifest.ranges, manifest.guards)
+
+
+def run_part(code: CompiledCode, adapter: PackagedBinding | None, **kwargs: Any) -> Any:
+    """Return the outputs of one part, which takes its inputs by name."""
+    return code.run(adapter, (), kwargs)
+
+
+def _make_input_checker(
     spec: Any,
     inputs: Sequence[Input],
     header: Mapping[str, Any],
     ranges: Mapping[str, tuple[float, float]],
     guards: Sequence[str],
-    gives: Any = None,
+    out_spec: Any = None,
 ) -> Inputs:
-    """Return what flattens and checks arguments of the tree ``spec``; ``gives`` is the tree of the outputs if known."""
+    """Return what flattens and checks arguments of the tree ``spec``; ``out_spec`` is the tree of the outputs if
+    known."""
     expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in inputs]
-    return Inputs(spec, header["fills"], expected, ranges, guards, header.get("takes", ()), gives)
+    return Inputs(spec, header["fills"], expected, ranges, guards, header.get("takes", ()), out_spec)
 
 
-def _check_specs(path: Path, specs: list[str]) -> None:
+def _check_tree_types(path: Path, specs: list[str]) -> None:
     """Import transformers' types in the trees of inputs and outputs, which registers them with torch.
 
     Raises BackendError for a tree that has other types.
     """
     try:
-        check_registered({name for spec in specs for name in read_tree(spec).types})
+        check_registered({name for spec in specs for name in read_tree_spec(spec).types})
     except UnsafeFile as error:
-        raise BackendError(f"{shown_path(path)}: {error}") from error
+        raise BackendError(f"{printable_path(path)}: {error}") from error

@@ -12,28 +12,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.binding.binding import Binding
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.binding_scale import ModuleChoice, check_adapter_names, choose_sites, parse_factor
+from adaptc.binding.check_tensors import finite_scale
 from adaptc.errors import BackendError
-from adaptc.locks import free_in_children
-from adaptc.torch_modes import outside_transforms, plainly
+from adaptc.locks import reset_after_fork
+from adaptc.torch_modes import outside_modes, outside_transforms
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted(Binding):
+class PackagedBinding(Binding):
     """A binding as a package holds it.
 
     ``constants`` has its values as the code takes them, by FQN; nobody writes to these. ``values`` has only the slots
-    that no code reads. ``owner`` is a token of the package that the values fit.
+    that no code reads. ``owner_token`` is a token of the package that the values fit.
     """
 
     constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    owner: object = None
+    owner_token: object = None
 
     @property
     def nbytes(self) -> int:
@@ -52,42 +54,42 @@ class Constants:
         loader: Any,
         shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         device: torch.device,
-        first: Fitted | None,
+        packaged: PackagedBinding | None,
     ) -> None:
         self._loader, self._shapes, self._device = loader, shapes, device
-        self._lock = free_in_children(threading.Lock())
-        self._held: Fitted | None = first
+        self._lock = reset_after_fork(threading.Lock())
+        self._loaded: PackagedBinding | None = packaged
         self._buffers: dict[str, Tensor] = {}
-        self._given: dict[str, Tensor] = {}
-        self._done: Any = None
+        self._passed_buffers: dict[str, Tensor] = {}
+        self._last_call: Any = None
 
-    def run(self, fitted: Fitted | None, inputs: list[Tensor]) -> list[Tensor]:
-        """Return the outputs of the code with the values of ``fitted``; ``inputs`` is emptied.
+    def run(self, binding: PackagedBinding | None, inputs: list[Tensor]) -> list[Tensor]:
+        """Return the outputs of the code with the values of ``binding``; ``inputs`` is emptied.
 
         None leaves the constants as they are: for code without slots, and for a bank.
         """
         with self._lock, outside_transforms(), torch.no_grad():
-            self._wait()
-            if fitted is not self._held and fitted is not None:
-                self._held = None  # set again when all is copied: after an interrupt the next call copies anew
-                with plainly():
-                    self._fill(fitted.constants)
-                self._held = fitted
+            self._wait_for_last_call()
+            if binding is not self._loaded and binding is not None:
+                self._loaded = None  # set again when all is copied: after an interrupt the next call copies anew
+                with outside_modes():
+                    self._load_values(binding.constants)
+                self._loaded = binding
             out = self._loader.boxed_run(inputs)
-            self._note()
+            self._record_call()
             return out
 
-    def write(self, place: int, values: Mapping[str, Tensor]) -> None:
-        """Write the values of one adapter of a bank to its place in the constants of all; no call sees a part of it."""
-        with self._lock, plainly(), torch.no_grad():
-            self._wait()
-            if not self._buffers and self._held is not None:
-                self._fill(self._held.constants)
-                self._held = None  # the buffers have its values now, so the adapter's own copy can be freed
+    def write_member(self, index: int, values: Mapping[str, Tensor]) -> None:
+        """Write the values of one adapter of a bank to its index in the constants of all; no call sees a part of it."""
+        with self._lock, outside_modes(), torch.no_grad():
+            self._wait_for_last_call()
+            if not self._buffers and self._loaded is not None:
+                self._load_values(self._loaded.constants)
+                self._loaded = None  # the buffers have its values now, so the adapter's own copy can be freed
             for fqn, buffer in self._buffers.items():
-                buffer[place].copy_(values[fqn])
+                buffer[index].copy_(values[fqn])
 
-    def _fill(self, values: Mapping[str, Tensor]) -> None:
+    def _load_values(self, values: Mapping[str, Tensor]) -> None:
         """Copy ``values`` into the constants of the code. Raises BackendError where the code does not take them.
 
         The first fill makes the loader read buffers of this object, and later ones write to these buffers. torch keeps
@@ -102,7 +104,7 @@ class Constants:
             for fqn, (shape, dtype) in self._shapes.items()
         }
         # Kept before the load: if that is interrupted, the code may read the buffers, and freeing them would crash it.
-        self._given = buffers
+        self._passed_buffers = buffers
         try:
             self._loader.load_constants(buffers, use_inactive=False, check_full_update=False, user_managed=True)
         except Exception as error:
@@ -110,11 +112,37 @@ class Constants:
             raise BackendError(f"the compiled code does not take an adapter's values: {first}") from error
         self._buffers = buffers
 
-    def _wait(self) -> None:
+    def _wait_for_last_call(self) -> None:
         """Make the current stream wait for the last call, which may still run on another thread's stream."""
-        if self._done is not None:
-            torch.accelerator.current_stream(self._device).wait_event(self._done)
+        if self._last_call is not None:
+            torch.accelerator.current_stream(self._device).wait_event(self._last_call)
 
-    def _note(self) -> None:
+    def _record_call(self) -> None:
         if self._device.type != "cpu":
-            self._done = torch.accelerator.current_stream(self._device).record_event()
+            self._last_call = torch.accelerator.current_stream(self._device).record_event()
+
+
+def multiply_scale(
+    spec: BindingSpec, binding: PackagedBinding, scale: Any, adapter: str | None = None, modules: ModuleChoice = None
+) -> PackagedBinding:
+    """Return ``binding`` with its original scale multiplied by ``scale``. It shares all tensors but the scales.
+
+    ``scale`` is a factor, or factors by adapter name; a name that a mapping lacks counts as 1. ``adapter`` and
+    ``modules``, and the errors, are those of ``AdaptedProgram.set_scale``.
+    """
+    names = list(scale) if isinstance(scale, Mapping) else [] if adapter is None else [adapter]
+    check_adapter_names(binding, names)
+    if isinstance(scale, Mapping):
+        scale = scale.get(binding.name, 1.0)
+    factor = parse_factor(scale)
+    chosen = set(choose_sites(spec, binding, binding.name, modules))
+    constants, factors = dict(binding.constants), dict(binding.scale_factors)
+    for a in spec.attachments:
+        if a.id not in chosen or a.scale_slot is None:
+            continue
+        original_scale: Any = binding.methods[a.id].scale(spec.ops[a.id])
+        old = constants[a.scale_slot]
+        value = finite_scale(original_scale * factor, a, binding.config)
+        constants[a.scale_slot] = torch.tensor(value, dtype=old.dtype, device=old.device)
+        factors[a.id] = factor
+    return replace(binding, constants=constants, scale_factors={i: f for i, f in factors.items() if f != 1})

@@ -1,7 +1,7 @@
 """Write the table of slots by which a C++ program can fill them: a short text in the metadata of a package.
 
-``AOTIModelPackageLoader::get_metadata()`` gives it under the name :data:`ENTRY`. Lines end with a newline and have
-fields with tabs between them, ``-`` where a field is empty:
+``AOTIModelPackageLoader::get_metadata()`` gives it under the name :data:`METADATA_KEY`. Lines end with a newline and
+have fields with tabs between them, ``-`` where a field is empty:
 
     adaptc_slots  1
     input     name  dtype  sizes  axes         a size that may differ has a name; axes from the outermost in memory
@@ -23,54 +23,54 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from adaptc.binding.binding_plan_cache import passes_through
-from adaptc.packages.manifest import Input, Manifest, PackagedSite, Room
+from adaptc.binding.binding_plan_cache import takes_file_tensors
+from adaptc.packages.manifest import Input, Manifest, PackagedSite, SlotCapacity
 from adaptc.tables import dtype_name
 
-ENTRY = "adaptc_slots"
+METADATA_KEY = "adaptc_slots"
 VERSION = 1
 
 
 def slot_table(m: Manifest) -> str:
     """Return the table of a package. A tab or newline in a name is escaped, so that name fits no constant."""
-    lines = [(ENTRY, VERSION), *map(_input, m.inputs)]
-    seen: set[str] = set()
+    lines = [(METADATA_KEY, VERSION), *map(_input_line, m.inputs)]
+    written_slots: set[str] = set()
     for s in m.sites:
-        lines += _site(s, m, seen)
-    return "".join("\t".join(_field(v) for v in line) + "\n" for line in lines)
+        lines += _site_lines(s, m, written_slots)
+    return "".join("\t".join(_format_field(v) for v in line) + "\n" for line in lines)
 
 
-def _input(i: Input) -> tuple[Any, ...]:
+def _input_line(i: Input) -> tuple[Any, ...]:
     if i.tensor is None:
         return "constant", i.name
     return "input", i.name, dtype_name(i.tensor.dtype), i.tensor.shape, i.order
 
 
-def _site(s: PackagedSite, m: Manifest, seen: set[str]) -> Iterator[tuple[Any, ...]]:
+def _site_lines(s: PackagedSite, m: Manifest, written_slots: set[str]) -> Iterator[tuple[Any, ...]]:
     a = s.attachment
-    if reason := _closed(s, m):
+    if reason := _reason_closed(s, m):
         yield "closed", a.fqn, reason
         return
     scale = None if a.scale_slot is None else m.rooms[a.scale_slot]
     yield "site", a.fqn, a.method.name, a.scale_slot, None if scale is None else dtype_name(scale.dtype)
     for name, slot in a.method.slots(s.op).items():
         fqn = a.slots[name]
-        if fqn not in seen:
-            seen.add(fqn)
-            yield "slot", a.file_key(name, slot), fqn, *_room(m.rooms[fqn], slot.free)
+        if fqn not in written_slots:
+            written_slots.add(fqn)
+            yield "slot", a.file_key(name, slot), fqn, *_capacity_fields(m.rooms[fqn], slot.free)
 
 
-def _room(r: Room, free: Iterable[int]) -> tuple[Any, ...]:
+def _capacity_fields(r: SlotCapacity, free_axes: Iterable[int]) -> tuple[Any, ...]:
     padding = r.padding
     if padding is None:
         return dtype_name(r.dtype), r.shape, None, None, None, r.identity
-    return dtype_name(r.dtype), r.shape, tuple(free), padding.blocks, padding.fill, r.identity
+    return dtype_name(r.dtype), r.shape, tuple(free_axes), padding.blocks, padding.fill, r.identity
 
 
-def _closed(s: PackagedSite, m: Manifest) -> str:
+def _reason_closed(s: PackagedSite, m: Manifest) -> str:
     """Return why a file's tensors cannot be copied to the slots of a site as they are; '' where they can."""
     a = s.attachment
-    if not passes_through(a.method, s.op):
+    if not takes_file_tensors(a.method, s.op):
         return f"the method {a.method.name} makes slots of what files hold"
     if any(m.rooms[fqn].unread for fqn in a.tensor_names):
         return "who makes a cache reads its slots, and not the code"
@@ -79,7 +79,7 @@ def _closed(s: PackagedSite, m: Manifest) -> str:
     return ""
 
 
-def _field(value: Any) -> str:
+def _format_field(value: Any) -> str:
     if value is None or value == () or value == []:
         return "-"
     text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

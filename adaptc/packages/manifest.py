@@ -29,34 +29,34 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
-from adaptc.methods import method_of
-from adaptc.passes.graph.ops import TABLE, Op
+from adaptc.methods import method_from_dict
+from adaptc.passes.graph.ops import LAYER_OPS, Op
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.runtime.calls.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
-from adaptc.safe_pt2.archive import Archive, opened
-from adaptc.safe_pt2.json_schema import Each, Length, Maybe, Option, check
-from adaptc.safe_pt2.names import loads
-from adaptc.safe_pt2.refusal import UnsafeFile, reason, shown, shown_path
-from adaptc.state.adaptation import ATTACHMENT, check_header
+from adaptc.safe_pt2.archive import Archive, open_archive
+from adaptc.safe_pt2.json_schema import DictOf, Nullable, OptionalField, Size, check_json
+from adaptc.safe_pt2.names import parse_json
+from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path, short_repr
+from adaptc.state.adaptation import ATTACHMENT_SCHEMA, check_header
 
 FORMAT = 4
 MANIFEST = "data/extra/adaptc.json"
 TENSORS = "data/adaptc/tensors.safetensors"
-CARRIED = "data/adaptc/carried/"
+FILES_PREFIX = "data/adaptc/carried/"
 #: the name of the model in a package of one model, and the pattern of the names of parts
-WHOLE = "model"
-_MODEL = "[a-z]{1,32}"
+SINGLE_MODEL = "model"
+_MODEL_PATTERN = "[a-z]{1,32}"
 
-_MOST_JSON = 64 << 20
-#: the pattern of the path of a carried file: no part of it begins with a dot
-_FILE = r"\w[\w.\-]*(/\w[\w.\-]*){0,3}"
+_MAX_JSON_BYTES = 64 << 20
+#: the pattern of the path of a package file: no part of it begins with a dot
+_FILE_PATTERN = r"\w[\w.\-]*(/\w[\w.\-]*){0,3}"
 # The records that a package may have. torch would unpickle programs and weights that lie beside its code.
-_KNOWN = re.compile(
+_RECORD_PATTERN = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
-    rf"|data/aotinductor/{_MODEL}/[\w.\-]+"
+    rf"|data/aotinductor/{_MODEL_PATTERN}/[\w.\-]+"
     r"|data/adaptc/tensors\.safetensors"
-    rf"|{CARRIED}{_FILE}",
+    rf"|{FILES_PREFIX}{_FILE_PATTERN}",
     re.ASCII,
 )
 
@@ -72,8 +72,8 @@ class PackagedSite:
 
 
 @dataclass(frozen=True)
-class Room:
-    """The room that the compiled code has for one slot.
+class SlotCapacity:
+    """The capacity of the compiled code for one slot.
 
     Values are padded to ``shape`` by ``padding``; where that is None they must have exactly this shape. Where every
     element is ``identity``, the site computes the base. None means that no single value does, so a tensor is stored if
@@ -106,7 +106,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class PartOf:
+class PackagedPart:
     """A part of the program, a model of the package that is called by itself.
 
     It has its flat inputs, the ``ranges`` and ``guards`` of their sizes as a whole program has them, and the names of
@@ -124,7 +124,7 @@ class Manifest:
     """The facts of a packaged program that its compiled code does not tell.
 
     ``header`` is the program's (``Adaptation.header``). ``ranges`` has the least and the greatest value of each free
-    size. ``rooms`` has the room of each slot and scale, by FQN. ``bases`` are the FQNs of base parameters that an
+    size. ``rooms`` has the capacity for each slot and scale, by FQN. ``bases`` are the FQNs of base parameters that an
     adapter may replace. ``parts`` has the models that make up the program, by name and in the order of its outputs; it
     is empty where the program is one model.
     """
@@ -134,7 +134,7 @@ class Manifest:
     inputs: Sequence[Input]
     ranges: Mapping[str, tuple[float, float]]
     sites: Sequence[PackagedSite] = ()
-    rooms: Mapping[str, Room] = field(default_factory=dict)
+    rooms: Mapping[str, SlotCapacity] = field(default_factory=dict)
     bases: Sequence[str] = ()
     #: conditions on sizes that the compiled code relies on, beside ``ranges``
     guards: Sequence[str] = ()
@@ -142,7 +142,7 @@ class Manifest:
     products: Sequence[Mapping[str, Any]] = ()
     #: "count", how many adapters a bank has room for, and "names", of those in it, by place; None for no bank
     bank: Mapping[str, Any] | None = None
-    parts: Mapping[str, PartOf] = field(default_factory=dict)
+    parts: Mapping[str, PackagedPart] = field(default_factory=dict)
     torch: str = torch.__version__
     format: int = FORMAT
 
@@ -151,26 +151,27 @@ class Manifest:
 class Contents:
     """The contents of a package beside its code.
 
-    ``carried`` maps paths to the bytes of files that whoever wrote the package added, and that nothing here reads.
+    ``package_files`` maps paths to the bytes of files that whoever wrote the package added, and that nothing here
+    reads.
     """
 
     manifest: Manifest
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    carried: Mapping[str, bytes] = field(default_factory=dict)
+    package_files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def write(path: Path, contents: Contents) -> None:
     """Add the records of ``contents`` to an archive that AOTInductor wrote."""
-    with opened(path) as archive:
+    with open_archive(path) as archive:
         root, hashes = archive.root, {name: archive.sha256(name) for name in archive.records}
     with zipfile.ZipFile(path, "a") as writer:
-        records = {CARRIED + name: data for name, data in contents.carried.items()}
+        records = {FILES_PREFIX + name: data for name, data in contents.package_files.items()}
         if contents.tensors:
             records[TENSORS] = save({k: t.detach().cpu().contiguous() for k, t in contents.tensors.items()})
         for name, data in records.items():
             hashes[name] = hashlib.sha256(data).hexdigest()
             writer.writestr(f"{root}/{name}", data)
-        plain = _data(contents.manifest) | {"hashes": hashes}
+        plain = _manifest_data(contents.manifest) | {"hashes": hashes}
         writer.writestr(f"{root}/{MANIFEST}", json.dumps(plain | {"sha256": _digest(plain)}))
 
 
@@ -178,9 +179,9 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def can_carry(name: str) -> bool:
-    """Return whether a carried file may have this path in a package."""
-    return re.fullmatch(_FILE, name, re.ASCII) is not None
+def is_package_file_name(name: str) -> bool:
+    """Return whether a file may have this path in a package."""
+    return re.fullmatch(_FILE_PATTERN, name, re.ASCII) is not None
 
 
 def read(path: Path) -> Contents:
@@ -190,8 +191,8 @@ def read(path: Path) -> Contents:
     that holds compiled code but no manifest.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no file {shown_path(path)}")
-    with refusing(path), opened(path) as archive:
+        raise CheckpointError(f"there is no file {printable_path(path)}")
+    with as_checkpoint_errors(path), open_archive(path) as archive:
         return _read(path, archive)
 
 
@@ -207,48 +208,52 @@ def is_package(path: Path) -> bool:
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
+def as_checkpoint_errors(path: Path) -> Iterator[None]:
     """Run the block with every error turned into a CheckpointError that names the file, BackendError excepted."""
     try:
         yield
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged file can break any reader of its fields
-        why = str(error) if isinstance(error, (UnsafeFile, AdaptcError)) else reason(error)
+        why = str(error) if isinstance(error, (UnsafeFile, AdaptcError)) else describe_error(error)
         raise CheckpointError(
-            f"{shown_path(path)} is not a packaged program, or is damaged: {why}. Package or download it again"
+            f"{printable_path(path)} is not a packaged program, or is damaged: {why}. Package or download it again"
         ) from error
 
 
 def _read(path: Path, archive: Archive) -> Contents:
     if MANIFEST not in archive.records:
-        raise _no_manifest(path, list(archive.records))
-    data = loads(archive.read(MANIFEST, _MOST_JSON), infinite=True)  # an input may be the constant inf
+        raise _no_manifest_error(path, list(archive.records))
+    data = parse_json(
+        archive.read_record(MANIFEST, _MAX_JSON_BYTES), allow_nan=True
+    )  # an input may be the constant inf
     if not isinstance(data, dict) or "format" not in data:
         raise UnsafeFile("its manifest has no format number")
     if data["format"] != FORMAT:
         raise CheckpointError(
-            f"{shown_path(path)} has package format {shown(data['format'])}, and this adaptc reads {FORMAT}; package "
-            "the program again"
+            f"{printable_path(path)} has package format {short_repr(data['format'])}, and this adaptc reads {FORMAT}; "
+            "package the program again"
         )
     digest = data.pop("sha256", None)
     try:
-        check(data, FORM)
+        check_json(data, MANIFEST_SCHEMA)
     except UnsafeFile as error:
-        raise error.inside(f"record {MANIFEST!r}, ") from None
+        raise error.prepend_location(f"record {MANIFEST!r}, ") from None
     if digest != _digest(data):
         raise UnsafeFile(f"record {MANIFEST!r} does not have the hash that it says: it was changed or is damaged")
     _check_records(archive, data.pop("hashes"))
-    tensors = load(archive.read(TENSORS, archive.size)) if TENSORS in archive.records else {}
-    manifest = _manifest(data)
+    tensors = load(archive.read_record(TENSORS, archive.size)) if TENSORS in archive.records else {}
+    manifest = _parse_manifest(data)
     _check_sites(manifest)
     _check_parts(manifest, archive.records)
-    names = [name for name in archive.records if name.startswith(CARRIED)]
-    return Contents(manifest, tensors, {n.removeprefix(CARRIED): archive.read(n, archive.size) for n in names})
+    names = [name for name in archive.records if name.startswith(FILES_PREFIX)]
+    return Contents(
+        manifest, tensors, {n.removeprefix(FILES_PREFIX): archive.read_record(n, archive.size) for n in names}
+    )
 
 
 def _check_sites(manifest: Manifest) -> None:
-    """Raise UnsafeFile where sites, rooms, bank and header of a manifest do not fit one another.
+    """Raise UnsafeFile where sites, capacities, bank and header of a manifest do not fit one another.
 
     A forged option that is no number, for example, gives slots without sizes.
     """
@@ -262,21 +267,21 @@ def _check_sites(manifest: Manifest) -> None:
     if manifest.bank is not None:
         names, room = manifest.bank["names"], manifest.bank["count"]
         if len(set(names)) != len(names) or len(names) > room or not manifest.sites:
-            raise UnsafeFile(f"its bank has room for {room} adapters, and has {shown(names)}")
+            raise UnsafeFile(f"its bank has room for {room} adapters, and has {short_repr(names)}")
     if manifest.sites:
         check_header(manifest.header, [s.attachment.id for s in manifest.sites])
     else:  # of a merged or unloaded program
-        check(manifest.header, {"fills": Each([str]), "takes": Option([str])})
+        check_json(manifest.header, {"fills": DictOf([str]), "takes": OptionalField([str])})
 
 
 def _check_parts(manifest: Manifest, records: Iterable[str]) -> None:
     """Raise UnsafeFile where the archive has code of other models than the parts, or a part has an unknown input."""
-    code = {name: name.split("/")[2] for name in records if name.startswith("data/aotinductor/")}
-    wanted = set(manifest.parts) or {WHOLE}
-    if strange := sorted(name for name, model in code.items() if model not in wanted):
+    model_by_record = {name: name.split("/")[2] for name in records if name.startswith("data/aotinductor/")}
+    expected_models = set(manifest.parts) or {SINGLE_MODEL}
+    if strange := sorted(name for name, model in model_by_record.items() if model not in expected_models):
         raise UnsafeFile(f"record {strange[0]!r} is none that a package has")
-    if lost := sorted(wanted - set(code.values())):
-        raise UnsafeFile(f"it has no code of {lost[0]!r}")
+    if missing := sorted(expected_models - set(model_by_record.values())):
+        raise UnsafeFile(f"it has no code of {missing[0]!r}")
     names = {i.name for i in manifest.inputs}
     for part in manifest.parts.values():
         if strange := sorted({i.name for i in part.inputs} - names):
@@ -288,52 +293,55 @@ def _check_records(archive: Archive, hashes: Mapping[str, str]) -> None:
     for name in sorted(others ^ hashes.keys()):
         raise UnsafeFile(f"record {name!r} is {'not in its manifest' if name in others else 'missing'}")
     for name in sorted(others):
-        if not _KNOWN.fullmatch(name):
+        if not _RECORD_PATTERN.fullmatch(name):
             raise UnsafeFile(f"record {name!r} is none that a package has")
         if archive.sha256(name) != hashes[name]:
             raise UnsafeFile(f"record {name!r} does not have the hash of the manifest: it was changed or is damaged")
 
 
-def _no_manifest(path: Path, names: Sequence[str]) -> BackendError | CheckpointError:
+def _no_manifest_error(path: Path, names: Sequence[str]) -> BackendError | CheckpointError:
     if any(n.startswith("data/aotinductor/") for n in names):
         return BackendError(
-            f"{shown_path(path)} was packaged without adaptc, so nothing in it says where adapters go. Run it with "
+            f"{printable_path(path)} was packaged without adaptc, so nothing in it says where adapters go. Run it with "
             "torch._inductor.aoti_load_package, or package the adapted program with adaptc.package."
         )
     if any(n.startswith("models/") for n in names):
-        return CheckpointError(f"{shown_path(path)} is an exported program, not a package; open it with adaptc.load")
-    return CheckpointError(f"{shown_path(path)} is an archive, but not one that adaptc.package wrote")
+        return CheckpointError(
+            f"{printable_path(path)} is an exported program, not a package; open it with adaptc.load"
+        )
+    return CheckpointError(f"{printable_path(path)} is an archive, but not one that adaptc.package wrote")
 
 
-def _data(m: Manifest) -> dict[str, Any]:
-    """Return a manifest as plain JSON values; :func:`_manifest` is the inverse."""
+def _manifest_data(m: Manifest) -> dict[str, Any]:
+    """Return a manifest as plain JSON values; :func:`_parse_manifest` is the inverse."""
     plain = {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
     return plain | {
-        **_called_data(m),
+        **_signature_data(m),
         "sites": [_site_data(s) for s in m.sites],
-        "rooms": {k: _room_data(r) for k, r in m.rooms.items()},
+        "rooms": {k: _capacity_data(r) for k, r in m.rooms.items()},
         "bases": list(m.bases),
-        "parts": {name: {**_called_data(p), "outputs": list(p.outputs)} for name, p in m.parts.items()},
+        "parts": {name: {**_signature_data(p), "outputs": list(p.outputs)} for name, p in m.parts.items()},
     }
 
 
-def _called_data(m: PartOf | Manifest) -> dict[str, Any]:
+def _signature_data(m: PackagedPart | Manifest) -> dict[str, Any]:
     return {
-        "inputs": [_strings(dataclasses.asdict(i)) for i in m.inputs],
+        "inputs": [_dtypes_to_strings(dataclasses.asdict(i)) for i in m.inputs],
         "ranges": {k: [None if isinf(v) else int(v) for v in bounds] for k, bounds in m.ranges.items()},
         "guards": list(m.guards),
     }
 
 
-def _room_data(room: Room) -> dict[str, Any]:
-    """Return a room as plain JSON values. ``unread`` is written only where it is True, so older files stay the same."""
-    plain = _strings(dataclasses.asdict(room))
+def _capacity_data(room: SlotCapacity) -> dict[str, Any]:
+    """Return a capacity as plain JSON values. ``unread`` is written only where it is True, so older files stay the
+    same."""
+    plain = _dtypes_to_strings(dataclasses.asdict(room))
     return plain if room.unread else {k: v for k, v in plain.items() if k != "unread"}
 
 
-def _strings(value: Any) -> Any:
+def _dtypes_to_strings(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _strings(v) for k, v in value.items()}
+        return {k: _dtypes_to_strings(v) for k, v in value.items()}
     return str(value) if isinstance(value, torch.dtype) else value
 
 
@@ -341,21 +349,23 @@ def _site_data(site: PackagedSite) -> dict[str, Any]:
     op = site.op
     return {
         "attachment": site.attachment.to_dict(),
-        "op": {"kind": op.kind, "shape": op.shape, "target": op.target and str(op.target), "rest": op.rest}
-        | ({} if op.bound is None else {"bound": [str(v) for v in op.bound]}),
+        "op": {"kind": op.kind, "shape": op.shape, "target": op.target and str(op.target), "rest": op.other_args}
+        | ({} if op.max_norm is None else {"bound": [str(v) for v in op.max_norm]}),
         "shape": site.shape,
         "dtype": str(site.dtype),
     }
 
 
-def _manifest(data: Mapping[str, Any]) -> Manifest:
+def _parse_manifest(data: Mapping[str, Any]) -> Manifest:
     return Manifest(
         device=data["device"],
         header=data["header"],
-        **_called(data),
-        parts={name: PartOf(**_called(p), outputs=p["outputs"]) for name, p in data.get("parts", {}).items()},
-        sites=[_site(s) for s in data["sites"]],
-        rooms={k: _room(r) for k, r in data["rooms"].items()},
+        **_parse_signature(data),
+        parts={
+            name: PackagedPart(**_parse_signature(p), outputs=p["outputs"]) for name, p in data.get("parts", {}).items()
+        },
+        sites=[_parse_site(s) for s in data["sites"]],
+        rooms={k: _parse_capacity(r) for k, r in data["rooms"].items()},
         bases=data["bases"],
         products=data.get("products", ()),
         bank=data.get("bank"),
@@ -363,90 +373,92 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _called(data: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_signature(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs, ranges and guards of a model, from its entry in a manifest."""
     ranges = {k: (-inf if low is None else low, inf if up is None else up) for k, (low, up) in data["ranges"].items()}
-    return {"inputs": [_input(i) for i in data["inputs"]], "ranges": ranges, "guards": data.get("guards", ())}
+    return {"inputs": [_parse_input(i) for i in data["inputs"]], "ranges": ranges, "guards": data.get("guards", ())}
 
 
-def _input(data: Mapping[str, Any]) -> Input:
+def _parse_input(data: Mapping[str, Any]) -> Input:
     t = data["tensor"]
     # torch writes some fixed sizes as expressions, where tracing found out late that they are fixed.
     shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
-    tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(shape))
+    tensor = None if t is None else TensorInput(_parse_dtype(t["dtype"]), tuple(shape))
     bounds = None if data.get("bounds") is None else (int(data["bounds"][0]), int(data["bounds"][1]))
     return Input(data["name"], tensor, data["constant"], tuple(data["order"]), data.get("written", False), bounds)
 
 
-def _room(data: Mapping[str, Any]) -> Room:
+def _parse_capacity(data: Mapping[str, Any]) -> SlotCapacity:
     padding = None if data["padding"] is None else Padding(**data["padding"])
-    return Room(tuple(data["shape"]), _dtype(data["dtype"]), padding, data["identity"], data.get("unread", False))
+    return SlotCapacity(
+        tuple(data["shape"]), _parse_dtype(data["dtype"]), padding, data["identity"], data.get("unread", False)
+    )
 
 
-def _site(data: Mapping[str, Any]) -> PackagedSite:
-    a = Attachment.from_dict(data["attachment"], method_of)
+def _parse_site(data: Mapping[str, Any]) -> PackagedSite:
+    a = Attachment.from_dict(data["attachment"], method_from_dict)
     op = data["op"]
-    target = None if op["target"] is None else _TARGETS[op["target"]]
+    target = None if op["target"] is None else _TARGET_BY_NAME[op["target"]]
     bound = tuple(map(float, op["bound"])) if "bound" in op else None
-    op = Op(op["kind"], tuple(op["shape"]), target, _tuples(op["rest"]), bound)  # type: ignore[arg-type]
-    return PackagedSite(a, op, tuple(data["shape"]), _dtype(data["dtype"]))
+    op = Op(op["kind"], tuple(op["shape"]), target, _lists_to_tuples(op["rest"]), bound)  # type: ignore[arg-type]
+    return PackagedSite(a, op, tuple(data["shape"]), _parse_dtype(data["dtype"]))
 
 
-_TARGETS = {str(target): target for target in TABLE}
+_TARGET_BY_NAME = {str(target): target for target in LAYER_OPS}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def _lists_to_tuples(value: Any) -> Any:
+    return tuple(_lists_to_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _dtype(name: str) -> torch.dtype:
+def _parse_dtype(name: str) -> torch.dtype:
     found = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name!r} is no dtype")
     return found
 
 
-_CALLED: dict[str, Any] = {
+_SIGNATURE_SCHEMA: dict[str, Any] = {
     "inputs": [
         {
             "name": str,
-            "tensor": Maybe({"dtype": str, "shape": [(Length, str)]}),
+            "tensor": Nullable({"dtype": str, "shape": [(Size, str)]}),
             "constant": object,
-            "order": [Length],
-            "written": Option(bool),
-            "bounds": Option(Maybe([int])),
+            "order": [Size],
+            "written": OptionalField(bool),
+            "bounds": OptionalField(Nullable([int])),
         }
     ],
-    "ranges": Each([Maybe(int)]),
-    "guards": Option([str]),
+    "ranges": DictOf([Nullable(int)]),
+    "guards": OptionalField([str]),
 }
 #: the form of a manifest; a form is a type, a list of one form, or an object of exactly these fields
-FORM: dict[str, Any] = {
-    "format": Length,
+MANIFEST_SCHEMA: dict[str, Any] = {
+    "format": Size,
     "device": str,
     "torch": str,
     "header": dict,  # see adaptc.state.adaptation
-    **_CALLED,
-    "parts": Option(Each({**_CALLED, "outputs": [str]})),
+    **_SIGNATURE_SCHEMA,
+    "parts": OptionalField(DictOf({**_SIGNATURE_SCHEMA, "outputs": [str]})),
     "sites": [
         {
-            "attachment": ATTACHMENT,
-            "op": {"kind": str, "shape": [Length], "target": Maybe(str), "rest": list, "bound": Option([str])},
-            "shape": [Length],
+            "attachment": ATTACHMENT_SCHEMA,
+            "op": {"kind": str, "shape": [Size], "target": Nullable(str), "rest": list, "bound": OptionalField([str])},
+            "shape": [Size],
             "dtype": str,
         }
     ],
-    "rooms": Each(
+    "rooms": DictOf(
         {
-            "shape": [Length],
+            "shape": [Size],
             "dtype": str,
-            "padding": Maybe({"blocks": Length, "fill": (int, float)}),
-            "identity": Maybe((int, float, bool)),
-            "unread": Option(bool),
+            "padding": Nullable({"blocks": Size, "fill": (int, float)}),
+            "identity": Nullable((int, float, bool)),
+            "unread": OptionalField(bool),
         }
     ),
     "bases": [str],
-    "products": Option([{"kind": str, "rows": str, "why": str, "count": Length}]),
-    "bank": Option(Maybe({"count": Length, "names": [str]})),
-    "hashes": Each(str),
+    "products": OptionalField([{"kind": str, "rows": str, "why": str, "count": Size}]),
+    "bank": OptionalField(Nullable({"count": Size, "names": [str]})),
+    "hashes": DictOf(str),
 }

@@ -15,8 +15,8 @@ from adaptc.binding.binding import Binding
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Contents, Manifest
 from adaptc.packages.packaged_program import PackagedProgram
-from adaptc.packages.pad_adapter import Fit
-from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
+from adaptc.packages.pad_adapter import AdapterPadder
+from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, to_json_value, with_count
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class PackageReport(Report):
     strength: str = ""
 
     @classmethod
-    def of(cls, package: PackagedProgram) -> PackageReport:
+    def from_package(cls, package: PackagedProgram) -> PackageReport:
         """Return the report of a package as it is now."""
-        return cls._made(package.path, package.manifest, package.current, package.ranks)
+        return cls._from_manifest(package.path, package.manifest, package.current, package.ranks)
 
     @classmethod
     def read(
@@ -91,43 +91,49 @@ class PackageReport(Report):
         file = Path(path)
         contents = _package_file.read(file)
         manifest = contents.manifest
-        with _package_file.refusing(file):
-            fit = Fit(manifest, contents.tensors, torch.device("cpu"), file)
-            found = cls._made(file, manifest, fit.first(None) if manifest.sites else None, fit.ranks())
+        with _package_file.as_checkpoint_errors(file):
+            fit = AdapterPadder(manifest, contents.tensors, torch.device("cpu"), file)
+            found = cls._from_manifest(
+                file, manifest, fit.packaged_binding(None) if manifest.sites else None, fit.rank_capacities()
+            )
             return found if notes is None else replace(found, notes=tuple(notes(contents)))
 
     @classmethod
-    def _made(cls, path: Path, m: Manifest, now: Binding | None, room: Mapping[str, int]) -> PackageReport:
-        methods = {} if now is None else now.methods
+    def _from_manifest(
+        cls, path: Path, m: Manifest, binding: Binding | None, rank_capacities: Mapping[str, int]
+    ) -> PackageReport:
+        methods = {} if binding is None else binding.methods
         sites = []
         for s in m.sites:
-            a, own = s.attachment, methods.get(s.attachment.id)
-            rank = None if own is None else own.rank()
-            sites.append(PackageSite(a.fqn, a.kind, a.form, a.method.name, rank, room.get(a.fqn), own is not None))
+            a, method = s.attachment, methods.get(s.attachment.id)
+            rank = None if method is None else method.rank()
+            sites.append(
+                PackageSite(a.fqn, a.kind, a.form, a.method.name, rank, rank_capacities.get(a.fqn), method is not None)
+            )
         inputs = tuple(
             PackageInput(i.name, None, (), i.constant)
             if i.tensor is None
             else PackageInput(i.name, i.tensor.dtype, i.tensor.shape)
             for i in m.inputs
         )
-        used = {n for i in inputs for n in i.sizes if isinstance(n, str)}
+        used_sizes = {n for i in inputs for n in i.sizes if isinstance(n, str)}
         return cls(
             path=path,
             device=m.device,
             torch=m.torch,
             nbytes=path.stat().st_size,
-            adapter="" if now is None else now.source,
-            peft_type="" if now is None else now.config.peft_type,
+            adapter="" if binding is None else binding.source,
+            peft_type="" if binding is None else binding.config.peft_type,
             sites=tuple(sites),
             inputs=inputs,
-            ranges={n: bounds for n, bounds in m.ranges.items() if n in used},
+            ranges={n: bounds for n, bounds in m.ranges.items() if n in used_sizes},
             products=tuple(m.products),
-            strength="" if now is None else now.strength(),
+            strength="" if binding is None else binding.describe_scales(),
         )
 
-    def parts(self) -> list[str | Table]:
+    def sections(self) -> list[str | Table]:
         """Return the lines and tables of the report; layers that differ in their number alone share a row."""
-        head = f"package {self.path}: {size(self.nbytes)}, compiled by torch {self.torch} for {self.device}"
+        head = f"package {self.path}: {format_bytes(self.nbytes)}, compiled by torch {self.torch} for {self.device}"
         if not self.sites:
             adapter = "no adapter: it was packaged from a merged or unloaded program"
         else:
@@ -135,8 +141,13 @@ class PackageReport(Report):
             adapter = f"{self.peft_type} adapter ({self.adapter}): {len(self.sites)} sites"
             adapter += f", {absent} of them left at the base" if absent else ""
             adapter += f"; {self.strength}" if self.strength else ""
-        chosen = [f"products: {p['count']} by {p['kind']} at any rows ({p['why']})" for p in self.products]
-        return ["\n".join([head, adapter, *chosen, *self.notes]), self._sites(), self._inputs(), self._ranges()]
+        chosen = [f"matmuls: {p['count']} by {p['kind']} at any rows ({p['why']})" for p in self.products]
+        return [
+            "\n".join([head, adapter, *chosen, *self.notes]),
+            self._sites_table(),
+            self._inputs_table(),
+            self._ranges_table(),
+        ]
 
     def data(self) -> dict[str, Any]:
         """Return the report as plain values.
@@ -153,36 +164,40 @@ class PackageReport(Report):
             "adapter": self.adapter,
             "peft_type": self.peft_type,
             "strength": self.strength,
-            "sites": [plain(vars(s)) for s in self.sites],
+            "sites": [to_json_value(vars(s)) for s in self.sites],
             "inputs": [
-                {"name": i.name, "dtype": None if i.dtype is None else dtype_name(i.dtype), "sizes": plain(i.sizes)}
-                | ({"constant": plain(i.constant)} if i.dtype is None else {})
+                {
+                    "name": i.name,
+                    "dtype": None if i.dtype is None else dtype_name(i.dtype),
+                    "sizes": to_json_value(i.sizes),
+                }
+                | ({"constant": to_json_value(i.constant)} if i.dtype is None else {})
                 for i in self.inputs
             ],
-            "ranges": {n: plain(bounds) for n, bounds in self.ranges.items()},
-            "products": [plain(p) for p in self.products],
+            "ranges": {n: to_json_value(bounds) for n, bounds in self.ranges.items()},
+            "products": [to_json_value(p) for p in self.products],
             "notes": list(self.notes),
         }
 
-    def _sites(self) -> Table:
+    def _sites_table(self) -> Table:
         groups: dict[tuple[Any, ...], list[str]] = {}
         for s in self.sites:
             rank = (s.rank or "-") if s.present else "base"
             groups.setdefault((s.kind, s.form, s.method, rank, s.room or "-"), []).append(s.fqn.removesuffix(".weight"))
-        rows = [(times(text, n), *how) for how, names in groups.items() for text, n in collapse(names)]
-        kept = [Column(name, keep=True) for name in ("kind", "form", "method")]
-        ranks = [Column(name, right=True, keep=True) for name in ("rank", "room for")]
+        rows = [(with_count(text, n), *how) for how, names in groups.items() for text, n in collapse_paths(names)]
+        kept = [Column(name, no_wrap=True) for name in ("kind", "form", "method")]
+        ranks = [Column(name, right=True, no_wrap=True) for name in ("rank", "room for")]
         return Table(["site", *kept, *ranks], rows)
 
-    def _inputs(self) -> Table:
+    def _inputs_table(self) -> Table:
         rows = [
             (i.name, "constant", i.constant)
             if i.dtype is None
             else (i.name, dtype_name(i.dtype), " x ".join(map(str, i.sizes)) or "one element")
             for i in self.inputs
         ]
-        return Table(["input", Column("dtype", keep=True), "sizes"], rows)
+        return Table(["input", Column("dtype", no_wrap=True), "sizes"], rows)
 
-    def _ranges(self) -> Table:
+    def _ranges_table(self) -> Table:
         rows = [(n, f"{low:g}", "any" if up == inf else f"{up:g}") for n, (low, up) in self.ranges.items()]
-        return Table(["size", *(Column(n, right=True, keep=True) for n in ("least", "greatest"))], rows)
+        return Table(["size", *(Column(n, right=True, no_wrap=True) for n in ("least", "greatest"))], rows)

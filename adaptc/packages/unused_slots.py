@@ -11,24 +11,24 @@ from collections.abc import Collection, Iterable
 
 from torch.export import ExportedProgram
 
-from adaptc.passes.graph.lifted import Lifted
-from adaptc.passes.graph.mutation import sweep
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.mutation import erase_dead_nodes
 
 
-def unread(program: ExportedProgram, fqns: Iterable[str]) -> frozenset[str]:
+def find_unused_slots(program: ExportedProgram, fqns: Iterable[str]) -> frozenset[str]:
     """Return the slots in ``fqns`` whose values affect neither an output nor a tensor that a call writes to.
 
     The program is not changed.
     """
-    lifted = Lifted(program)
-    sweep(lifted.graph)
+    lifted = LiftedProgram(program)
+    erase_dead_nodes(lifted.graph)
     return frozenset(f for f in fqns if not lifted.placeholders[f].users)
 
 
-def take_out(lifted: Lifted, fqns: Collection[str]) -> None:
+def remove_slots(lifted: LiftedProgram, fqns: Collection[str]) -> None:
     """Erase the slots ``fqns``, and all nodes without effect, from an opened program."""
     if fqns:
-        sweep(lifted.graph)
+        erase_dead_nodes(lifted.graph)
     for fqn in fqns:
         if fqn in lifted.placeholders:  # a tied slot goes with the first of its names
-            lifted.remove(fqn)
+            lifted.remove_tensor(fqn)

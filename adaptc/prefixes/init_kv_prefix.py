@@ -15,29 +15,29 @@ import torch
 from torch import Tensor
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.past_key_values import check_count, first_of_cache
+from adaptc.adapters.past_key_values import check_token_count, first_cached_tokens
 from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
-from adaptc.binding.combine_bindings import part_of
+from adaptc.binding.combine_bindings import spec_of_adapter
 from adaptc.errors import AdaptcError, ConfigError, listing
 from adaptc.generation import validate
 from adaptc.generation.generator import Generator
-from adaptc.generation.prefix.prefix_for import check_room
-from adaptc.methods import PROMPT, KeyValueConfig, as_rows
-from adaptc.passes.analysis.cache_inputs import first_of_cache as first_of_step
-from adaptc.passes.analysis.tokens.decoder_inputs import decoder_lookup
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.generation.prefix.prefix_for import check_virtual_tokens_fit
+from adaptc.methods import PROMPT_EMBEDDINGS, KVPrefixConfig, rows_from_kv_prefix
+from adaptc.passes.analysis.cache_inputs import first_cache_input as first_cache_input
+from adaptc.passes.analysis.tokens.decoder_inputs import find_decoder_lookup
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.program_method import ProgramMethod
-from adaptc.prefixes.text_ids import ids_of
-from adaptc.prefixes.text_key_values import keys_of_text
+from adaptc.prefixes.text_ids import text_to_ids
+from adaptc.prefixes.text_key_values import compute_text_kv
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.swap import swapped
+from adaptc.program.swap import swap_adapter
 from adaptc.program.wrapper import ProgramWrapper, check_program
-from adaptc.value_types import checked
+from adaptc.value_types import validates_options
 
 
-@checked("adapter_name", "num_virtual_tokens")
+@validates_options("adapter_name", "num_virtual_tokens")
 def initialize_kv_prefix_from_past_key_values(
     program: AdaptedProgram | Generator,
     *,
@@ -58,11 +58,11 @@ def initialize_kv_prefix_from_past_key_values(
     another kind of adapter, and the errors of :func:`prompt_embeddings_from_past_key_values` and ``swap``. Nothing is
     changed then.
     """
-    target = _Target.of(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_past_key_values")
-    return target.begin_with(past_key_values)
+    target = _Target.resolve(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_past_key_values")
+    return target.swap_prefix(past_key_values)
 
 
-@checked("adapter_name", "num_virtual_tokens", "use_chat_template", "max_length")
+@validates_options("adapter_name", "num_virtual_tokens", "use_chat_template", "max_length")
 def initialize_kv_prefix_from_text(
     program: AdaptedProgram | Generator,
     tokenizer: Any = None,
@@ -87,8 +87,8 @@ def initialize_kv_prefix_from_text(
     and for a missing or unneeded tokenizer. Raises AdaptcError for a text that is too long, and for invalid token ids.
     Nothing is changed then.
     """
-    target = _Target.of(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
-    if decoder_lookup(Lifted(target.program, edit=False))[0] is not None:
+    target = _Target.resolve(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
+    if find_decoder_lookup(LiftedProgram(target.program, edit=False))[0] is not None:
         raise ConfigError(
             "initialize_kv_prefix_from_text reads a text as a model of one stack does, and this one has an encoder, "
             "which would have to read something, too: run the model, and give what its decoder's cache holds to "
@@ -96,24 +96,24 @@ def initialize_kv_prefix_from_text(
         )
     if tokenizer is None and isinstance(program, Generator):
         tokenizer = program.tokenizer if isinstance(text, str) else None
-    ids = ids_of(text, tokenizer, use_chat_template, max_length)
+    ids = text_to_ids(text, tokenizer, use_chat_template, max_length)
     if ids.shape[1] < target.count:
         raise ConfigError(
             f"the text has {ids.shape[1]} tokens, and {target.count} are put in front: give a longer one, or "
             f"num_virtual_tokens={ids.shape[1]}"
         )
     if isinstance(program, Generator):
-        return target.begin_with(_read(program, ids[:, : target.count]))
-    found = keys_of_text(target.program, target.attachment(), ids)
-    return target.begin_with(list(zip(found[::2], found[1::2], strict=True)))
+        return target.swap_prefix(_read_base_cache(program, ids[:, : target.count]))
+    found = compute_text_kv(target.program, target.attachment(), ids)
+    return target.swap_prefix(list(zip(found[::2], found[1::2], strict=True)))
 
 
-def _read(generator: Generator, ids: Tensor) -> Any:
+def _read_base_cache(generator: Generator, ids: Tensor) -> Any:
     """Return the base's cache after the tokens ``ids``, which keeps all positions in sliding-window layers, too."""
-    validate.tokens(generator.facts, ids)
+    validate.check_input_ids(generator.spec, ids)
     base = generator.base
     past = base.new_cache()
-    past.expected = ids.shape[1]
+    past.expected_length = ids.shape[1]
     past.activate_past_recording()
     with torch.no_grad():
         base.forward(ids, past_key_values=past, logits_to_keep=1)
@@ -127,64 +127,67 @@ class _Target:
     program: AdaptedProgram
     name: str
     binding: Binding
-    config: KeyValueConfig
+    config: KVPrefixConfig
     count: int
 
     @classmethod
-    def of(cls, program: Any, name: str | None, count: int | None, what: str) -> _Target:
-        inside = program.program if isinstance(program, ProgramWrapper) else program
-        check_program(inside, what)
-        named = {n: b.idle or b for n, b in inside.binding.named.items()}  # as they are when enabled
-        if name is not None and name not in named:
-            raise ConfigError(f"the program has no adapter called {name!r}; it has {listing(map(repr, named))}")
-        mine = [n for n, b in named.items() if isinstance(b.config, KeyValueConfig)]  # at most one of them is active
-        chosen: str = (mine or list(named))[0] if name is None else name
-        config = named[chosen].config
-        if not isinstance(config, KeyValueConfig):
+    def resolve(cls, program: Any, name: str | None, count: int | None, function_name: str) -> _Target:
+        inner = program.program if isinstance(program, ProgramWrapper) else program
+        check_program(inner, function_name)
+        # As they are when enabled.
+        bindings = {n: b.active_form or b for n, b in inner.binding.adapters_by_name.items()}
+        if name is not None and name not in bindings:
+            raise ConfigError(f"the program has no adapter called {name!r}; it has {listing(map(repr, bindings))}")
+        mine = [n for n, b in bindings.items() if isinstance(b.config, KVPrefixConfig)]  # at most one of them is active
+        chosen: str = (mine or list(bindings))[0] if name is None else name
+        config = bindings[chosen].config
+        if not isinstance(config, KVPrefixConfig):
             raise ConfigError(
-                f"{what} is for cartridges and prefix tuning, and {chosen!r} is a {config.peft_type} adapter"
+                f"{function_name} is for cartridges and prefix tuning, and {chosen!r} is a {config.peft_type} adapter"
             )
         if getattr(config, "prefix_projection", False):
             raise ConfigError(
                 f"{chosen!r} makes its keys and values by a network (prefix_projection=True), which no text gives: "
                 "compile with a PrefixTuningConfig without prefix_projection"
             )
-        if config.sides > 1:
+        if config.num_stacks > 1:
             raise ConfigError(
                 f"several layers have one pair of keys and values in {chosen!r}, whose num_transformer_submodules is "
-                f"{config.sides}, and a cache has a pair for each: compile with num_transformer_submodules=1"
+                f"{config.num_stacks}, and a cache has a pair for each: compile with num_transformer_submodules=1"
             )
         count = config.num_virtual_tokens if count is None else count
-        check_count(count)
+        check_token_count(count)
         assert count is not None
         if isinstance(program, Generator):
-            check_room(count, program.facts)
-        elif first_of_step(Lifted(inside, edit=False)) is not None:
-            raise AdaptcError(f"{what} takes what generates, and not the program inside, whose cache is its caller's")
-        return cls(inside, chosen, named[chosen], config, count)
+            check_virtual_tokens_fit(count, program.spec)
+        elif first_cache_input(LiftedProgram(inner, edit=False)) is not None:
+            raise AdaptcError(
+                f"{function_name} takes what generates, and not the program inside, whose cache is its caller's"
+            )
+        return cls(inner, chosen, bindings[chosen], config, count)
 
     def attachment(self) -> Attachment:
         mine = [a for a in self.program.adaptation.attachments if isinstance(a.method, ProgramMethod)]
         return next(a for a in mine if a.id in self.binding.methods)
 
-    def begin_with(self, past: Any) -> Tensor:
+    def swap_prefix(self, past: Any) -> Tensor:
         """Swap the adapter to the KV prefix of the cache ``past`` and return its rows.
 
         Raises ConfigError for a cache of another model: rows of the same width may come from other layers and heads.
         """
-        cached = first_of_cache(past, self.count)
-        _, heads, _, width = cached[0].shape
-        found = {"num_layers": len(cached) // 2, "num_attention_heads": heads, "token_dim": heads * width}
+        key_values = first_cached_tokens(past, self.count)
+        _, heads, _, width = key_values[0].shape
+        found = {"num_layers": len(key_values) // 2, "num_attention_heads": heads, "token_dim": heads * width}
         for name, value in found.items():
             if value != getattr(self.config, name):
                 raise ConfigError(
                     f"the cache has {name}={value}, and the program {getattr(self.config, name)}: it is of another "
                     "model"
                 )
-        rows = as_rows([t[0] for t in cached])
-        several, spec = bool(self.program.binding.parts), self.program.spec()
-        own = file_tensors(part_of(spec, self.name) if several else spec, self.binding)
+        rows = rows_from_kv_prefix([t[0] for t in key_values])
+        several, spec = bool(self.program.binding.joint_adapters), self.program.spec()
+        own = file_tensors(spec_of_adapter(spec, self.name) if several else spec, self.binding)
         config = self.config.replace(num_virtual_tokens=self.count)
-        new = Adapter(config, {**own, PROMPT: rows}, f"a cache of {self.count} tokens")
-        swapped(self.program, {self.name: new} if several else new)
+        new = Adapter(config, {**own, PROMPT_EMBEDDINGS: rows}, f"a cache of {self.count} tokens")
+        swap_adapter(self.program, {self.name: new} if several else new)
         return rows

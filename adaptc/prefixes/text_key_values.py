@@ -13,38 +13,38 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.analysis.attention.attention_for_prefixes import find_attentions, keys_and_values
-from adaptc.passes.analysis.tokens.token_inputs import PER_TOKEN, Lookup, lookups
-from adaptc.passes.graph.graph_lock import on_graphs
-from adaptc.passes.graph.lifted import Lifted, lifted_names, user_inputs
-from adaptc.passes.graph.subprogram import cut_to
+from adaptc.passes.analysis.attention.attention_for_prefixes import find_self_attentions, keys_and_values
+from adaptc.passes.analysis.tokens.token_inputs import PER_TOKEN_INPUTS, Lookup, find_lookups
+from adaptc.passes.graph.graph_lock import hold_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder, user_inputs
+from adaptc.passes.graph.subprogram import reduce_graph_to
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.program.adapted_program import AdaptedProgram
 
 
 @torch.no_grad()
-def keys_of_text(program: AdaptedProgram, a: Attachment, ids: Tensor) -> list[Tensor]:
+def compute_text_kv(program: AdaptedProgram, attachment: Attachment, ids: Tensor) -> list[Tensor]:
     """Return the keys and values of a text at each attention: key, value, key, value, ..., each (1, heads, tokens, head
     width).
 
-    ``a``: the attachment of the KV prefix. ``ids``: the token ids of the text, (1, tokens), int64. The base computes as
-    in inference, without dropout and gradients.
+    ``attachment``: the attachment of the KV prefix. ``ids``: the token ids of the text, (1, tokens), int64. The base
+    computes as in inference, without dropout and gradients.
 
     Raises AdaptcError for more tokens than the program takes, and for ids outside the vocabulary. Raises AdaptcError,
     too, for an input whose value for a text is not known, and MergeError where the program does not know its base.
     """
     base = program.base
-    with on_graphs():
-        opened = Lifted(base.snapshot())
-        weight = opened.placeholders[a.fqn]
-        lookup = next(x for x in lookups(opened) if weight in x.node.all_input_nodes)
-        nodes = keys_and_values(find_attentions(opened, lookup, a.method.name))
-        _check(opened, lookup, ids)
-        cut_to(opened.graph, [n for n, _ in nodes])
-        inputs = _inputs(opened, lookup, ids.to(base.device))
+    with hold_graph_lock():
+        opened = LiftedProgram(base.snapshot())
+        weight = opened.placeholders[attachment.fqn]
+        lookup = next(x for x in find_lookups(opened) if weight in x.node.all_input_nodes)
+        nodes = keys_and_values(find_self_attentions(opened, lookup, attachment.method.name))
+        _check_text(opened, lookup, ids)
+        reduce_graph_to(opened.graph, [n for n, _ in nodes])
+        inputs = _inputs_for_text(opened, lookup, ids.to(base.device))
         module = fx.GraphModule(base.graph_module, opened.graph)
         order = [n.name for n in opened.graph.find_nodes(op="placeholder")]
-    lifted = {name: opened.tensor(f) for name, f in lifted_names(base.graph_signature).items()}
+    lifted = {name: opened.tensor(f) for name, f in fqns_by_placeholder(base.graph_signature).items()}
     try:
         found = module.forward(*({**lifted, **inputs}[n] for n in order))
     except (RuntimeError, IndexError) as error:
@@ -57,9 +57,9 @@ def keys_of_text(program: AdaptedProgram, a: Attachment, ids: Tensor) -> list[Te
     return [(t.mT if turned else t)[:1] for t, (_, turned) in zip(found, nodes, strict=True)]
 
 
-def _check(opened: Lifted, lookup: Lookup, ids: Tensor) -> None:
+def _check_text(lifted_program: LiftedProgram, lookup: Lookup, ids: Tensor) -> None:
     length = lookup.ids.meta["val"].shape[1]
-    known = {str(k): v.upper for k, v in opened.program.range_constraints.items()}
+    known = {str(k): v.upper for k, v in lifted_program.program.range_constraints.items()}
     most = length if isinstance(length, int) else known.get(str(length))
     if most is not None and ids.shape[1] > most:
         raise AdaptcError(
@@ -70,30 +70,30 @@ def _check(opened: Lifted, lookup: Lookup, ids: Tensor) -> None:
         raise AdaptcError(f"the text has ids from {int(ids.min())} to {int(ids.max())}, and there are {there} tokens")
 
 
-def _inputs(opened: Lifted, lookup: Lookup, ids: Tensor) -> Mapping[str, Any]:
+def _inputs_for_text(lifted_program: LiftedProgram, lookup: Lookup, ids: Tensor) -> Mapping[str, Any]:
     """Return the program's inputs by name, for the text ``ids`` (1, tokens) or copies of it where the batch size is
     fixed. Inputs that no node reads are None."""
     rows = lookup.ids.meta["val"].shape[0]
     ids = ids.expand(rows if isinstance(rows, int) else 1, -1)
-    out: dict[str, Any] = {}
-    for name, want in user_inputs(opened.program).items():
-        place, node = PER_TOKEN.get(name), opened.nodes[name]
+    inputs: dict[str, Any] = {}
+    for name, want in user_inputs(lifted_program.program).items():
+        token_input_role, node = PER_TOKEN_INPUTS.get(name), lifted_program.nodes[name]
         if node is lookup.ids:
             value = ids.to(want.dtype)
         elif not node.users:
             value = None
         elif not isinstance(want, Tensor):
             value = want
-        elif place == "attended":
+        elif token_input_role == "attended":
             value = torch.ones_like(ids, dtype=want.dtype)
-        elif place == "positions":
+        elif token_input_role == "positions":
             value = torch.arange(ids.shape[1], dtype=want.dtype, device=ids.device).expand(want.shape[0], -1)
-        elif place == "segments":
+        elif token_input_role == "segments":
             value = torch.zeros_like(ids, dtype=want.dtype)
         else:
             raise AdaptcError(
                 f"the program reads {name!r} beside its tokens, and what that is for a text is not known: run the "
                 "model itself, and give adaptc.initialize_kv_prefix_from_past_key_values its cache"
             )
-        out[name] = value
-    return out
+        inputs[name] = value
+    return inputs

@@ -16,34 +16,36 @@ from torch.export import ExportedProgram
 from adaptc.bank.bank import Bank
 from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.passes.analysis.graph_view import graph_view
-from adaptc.passes.graph.graph_lock import on_graphs
-from adaptc.passes.graph.lifted import Lifted, lifted_names
-from adaptc.passes.graph.module_paths import owners_of
-from adaptc.passes.graph.pass_infra import Trail
-from adaptc.passes.graph.torch_caches import forget_code
-from adaptc.passes.lower.choose_products import Products
-from adaptc.passes.optimize.direct_calls import BindSizes
+from adaptc.passes.analysis.graph_view import format_graph
+from adaptc.passes.graph.graph_lock import hold_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
+from adaptc.passes.graph.module_paths import program_module_paths
+from adaptc.passes.graph.pass_infra import PassTrail
+from adaptc.passes.graph.torch_caches import drop_dead_code
+from adaptc.passes.lower.choose_products import MatmulChoices
+from adaptc.passes.optimize.direct_calls import CallSizesDirectly
 from adaptc.passes.train.split_head import cut_at_head
 from adaptc.passes.train.training_pipeline import fuse_training
-from adaptc.program.program_scale import Strengths
-from adaptc.runtime.hoisted_values import Held
-from adaptc.runtime.options import blocks_at_a_time
+from adaptc.program.program_scale import ScalableProgram
+from adaptc.runtime.hoisted_values import HoistedMemory
+from adaptc.runtime.options import checkpoint_blocks
 from adaptc.runtime.variants import Fusion
-from adaptc.state.bound import Bound
+from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
-from adaptc.state.program_repr import described, sites_at, table_of
-from adaptc.state.unload_program import unloaded
-from adaptc.training.pretrained_module import pretrained
-from adaptc.training.program_module import PRODUCTS, ProgramModule, plain
-from adaptc.tuning.matmul_table import choose, choose_for_gradient, wanted
-from adaptc.tuning.packed_weights import PackedWeights, held_by
+from adaptc.state.merge_program import unload_program
+from adaptc.state.program_repr import attachment_ids_at, describe_as_table, describe_program
+from adaptc.training.pretrained_module import pretrained_class
+from adaptc.training.program_module import MATMULS_META, ProgramModule, plain_class
+from adaptc.tuning.matmul_table import choose_for_gradient, choose_matmul, chooses_matmuls
+from adaptc.tuning.packed_weights import PackedWeights, memory_of_packed
 
 
-class AdaptedProgram(Strengths):
+class AdaptedProgram(ScalableProgram):
     """A program with adapters, made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
 
-    def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
+    def bind(
+        self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any
+    ) -> BoundProgram:
         """Return a callable that keeps this adapter and can be used from any thread.
 
         ``adapter``: a directory, a file or a state dict as ``adaptc.swap`` takes them, or a :class:`Binding`; errors
@@ -61,10 +63,10 @@ class AdaptedProgram(Strengths):
         if adapter is None:
             if said := [name for name, value in options.items() if value is not None]:
                 raise ConfigError(f"the base has no {said[0]}: prog.bind(None) takes no options of adapters")
-            bare = Bound(self.base, None, form, memory_limit)
-            self.memory.join(bare)
+            bare = BoundProgram(self.base, None, form, memory_limit)
+            self.run_state.add_bound_program(bare)
             return bare
-        return Bound(self, bind_adapter(self, adapter, **options), form, memory_limit)
+        return BoundProgram(self, bind_adapter(self, adapter, **options), form, memory_limit)
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
         """Return a bank: adapters by name, of which each row of a batch takes its own.
@@ -84,15 +86,15 @@ class AdaptedProgram(Strengths):
 
     def __repr__(self) -> str:
         """Return three lines: the adapter, the inputs, and the size and options; ``adaptc.report`` says more."""
-        return described(self)
+        return describe_program(self)
 
     def __str__(self) -> str:
         """Return the three lines of ``repr``. ``print(program.graph_view())`` is torch's dump of the graph, with the
         adapters marked."""
-        return described(self)
+        return describe_program(self)
 
     def _repr_html_(self) -> str:
-        return table_of(self).html()
+        return describe_as_table(self).html()
 
     def graph_view(self, site: str | None = None) -> str:
         """Return the graph as text, a line for each node, with a frame that names the site around the nodes of each
@@ -101,9 +103,11 @@ class AdaptedProgram(Strengths):
         ``site``: a parameter with an adapter, or its module, to see only what stands there; None for the whole graph.
         Raises ConfigError where there is no such site.
         """
-        with on_graphs():
+        with hold_graph_lock():
             still = self.snapshot()
-            return graph_view(still.graph_module, lifted_names(still.graph_signature), sites_at(still, site))
+            return format_graph(
+                still.graph_module, fqns_by_placeholder(still.graph_signature), attachment_ids_at(still, site)
+            )
 
     @property
     def base(self) -> AdaptedProgram:
@@ -114,7 +118,7 @@ class AdaptedProgram(Strengths):
         gives a program that is equal to the bit. Raises MergeError as ``adaptc.unload`` does.
         """
         fuse = self.fuse
-        return self.remembered_base(lambda: unloaded(self).with_options(fuse=fuse))
+        return self.cached_base(lambda: unload_program(self).with_options(fuse=fuse))
 
     # -- options -------------------------------------------------------------------------------------------------------
 
@@ -216,44 +220,44 @@ class AdaptedProgram(Strengths):
     # -- what calls do -------------------------------------------------------------------------------------------------
 
     @property
-    def held(self) -> Held:
+    def held(self) -> HoistedMemory:
         """Return the memory of the current binding's hoisted values; nothing before its first call."""
-        arguments = self.running.arguments
-        return Held() if arguments is None else arguments.held
+        arguments = self.call_state.arguments
+        return HoistedMemory() if arguments is None else arguments.hoisted_memory
 
     @property
     def fusion(self) -> Fusion:
         """Return which layers that read the same tensor share a matmul; nothing before the first call."""
-        executor = self.running.executor
+        executor = self.call_state.executor
         return Fusion() if executor is None else executor.fusion
 
     @property
-    def products(self) -> Products:
+    def products(self) -> MatmulChoices:
         """Return what computes the matmuls of the base's linear layers, and why (see ``report``).
 
         It is empty before the first call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
         ``prog.module().products``.
         """
-        executor = self.running.executor
-        return Products() if executor is None else executor.products
+        executor = self.call_state.executor
+        return MatmulChoices() if executor is None else executor.matmuls
 
     @property
     def packed(self) -> PackedWeights:
         """Return the packed copies that calls of the program and of its parts have made so far, where :attr:`pack`
         allows them."""
-        executor = self.running.executor
+        executor = self.call_state.executor
         if executor is None:
             return PackedWeights()
-        parts = list(self.memory.parts.get(executor, {}).values())
-        return held_by(e.packing for e in (executor, *parts))
+        parts = list(self.run_state.part_executors.get(executor, {}).values())
+        return memory_of_packed(e.packed_layers for e in (executor, *parts))
 
     @property
-    def passes(self) -> dict[str, Trail]:
+    def passes(self) -> dict[str, PassTrail]:
         """Return the passes that the program went through, with how much each changed: "program" for its graph.
 
         The other keys are the variants of the graph that calls have made so far.
         """
-        executor = self.running.executor
+        executor = self.call_state.executor
         return {
             "program": tuple((n, c) for n, c in self.adaptation.trail),
             **({} if executor is None else executor.trails),
@@ -297,27 +301,27 @@ class AdaptedProgram(Strengths):
         ``check_guards=False``, which torch's compilers pass, gives the plain ``fx.GraphModule`` that they work on; else
         the result is a :class:`ProgramModule`.
         """
-        with on_graphs():
+        with hold_graph_lock():
             still = self.snapshot()
             if not check_guards:
-                return ModuleOf(False, logits).graph(still)
+                return ProgramModuleFactory(False, logits).make_graph(still)
             again = still.options.checkpoint
             if gradient_checkpointing is not None:
-                again = blocks_at_a_time(gradient_checkpointing, "gradient_checkpointing")
-            made = ModuleOf(check_guards, logits)(still, self)
+                again = checkpoint_blocks(gradient_checkpointing, "gradient_checkpointing")
+            made = ProgramModuleFactory(check_guards, logits)(still, self)
             if again is not None:
                 made.checkpoint(again)
-            forget_code()
+            drop_dead_code()
             return made
 
     def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
         """Return a plain program in other operators, as ``ExportedProgram.run_decompositions`` does."""
-        with on_graphs():
-            return Lifted(self.snapshot()).finish().run_decompositions(*args, **kwargs)
+        with hold_graph_lock():
+            return LiftedProgram(self.snapshot()).finish().run_decompositions(*args, **kwargs)
 
 
 @dataclass(frozen=True)
-class ModuleOf:
+class ProgramModuleFactory:
     """The arguments of :meth:`AdaptedProgram.module` that say how a module is made of a program."""
 
     check_guards: bool
@@ -326,30 +330,32 @@ class ModuleOf:
     def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
         source, inputs = program.adaptation.source, program.adaptation.inputs(program)
         takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
-        kind = plain(*takes) if source is None else pretrained(source.kind, *takes)
-        return kind(program, owner, self.graph(program), self)
+        kind = plain_class(*takes) if source is None else pretrained_class(source.model_class, *takes)
+        return kind(program, owner, self.make_graph(program), self)
 
-    def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
-        """Return the graph module that a :class:`ProgramModule` runs; with ``head``, only as far as the linear layer of
-        that path.
+    def make_graph(self, program: ProgramCore, head_path: str | None = None) -> fx.GraphModule:
+        """Return the graph module that a :class:`ProgramModule` runs; with ``head_path``, only as far as the linear
+        layer of that path.
 
-        Raises AdaptcError where the program does not end in one linear layer ``head``.
+        Raises AdaptcError where the program does not end in one linear layer ``head_path``.
         """
         graph = ExportedProgram.module(program, check_guards=self.check_guards)
         values = {} if program.current is None else program.current.values
         trainable = {id(t) for t in values.values() if t.requires_grad}
         for p in graph.parameters():
             p.requires_grad_(id(p) in trainable)
-        if head is not None and not cut_at_head(graph, head, owners_of(program)):
-            raise AdaptcError(f"the program does not end in one linear layer {head!r}, so it has no part before it")
+        if head_path is not None and not cut_at_head(graph, head_path, program_module_paths(program)):
+            raise AdaptcError(
+                f"the program does not end in one linear layer {head_path!r}, so it has no part before it"
+            )
         fuse = bool(trainable and program.options.fuse)
-        logits = self.logits if head is None else "all"
+        logits = self.logits if head_path is None else "all"
         # Torch's compilers and the writer of packages ask without guards: they can only take torch's own operators.
-        chosen = (choose, choose_for_gradient) if fuse and self.check_guards and wanted() else None
+        chosen = (choose_matmul, choose_for_gradient) if fuse and self.check_guards and chooses_matmuls() else None
         result = fuse_training(graph, fuse=fuse, logits=logits, choose=chosen)
         found = {} if chosen is None else result.data[-1]
         if self.check_guards:  # the graph that a compiler asks for, without guards, keeps its sizes as operators
-            BindSizes()(graph.graph)
+            CallSizesDirectly()(graph.graph)
             graph.recompile()
-        graph.meta[PRODUCTS] = tuple(Products(choices, what) for what, choices in found.items())
+        graph.meta[MATMULS_META] = tuple(MatmulChoices(choices, what) for what, choices in found.items())
         return graph

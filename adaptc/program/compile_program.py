@@ -16,15 +16,15 @@ from torch import nn
 
 from adaptc.adapter_files.directory import AdapterFile
 from adaptc.adapter_files.foreign_file import RawFile
-from adaptc.binding.bind import bind, first_values, joined
+from adaptc.binding.bind import bind_tensors, initial_values, settle_shared_slots
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.combine_bindings import joint_spec, named, part_of, together
-from adaptc.binding.sources.other_formats import components_of
-from adaptc.binding.sources.source import as_config, fitted, read_adapter_source
-from adaptc.capture.capture import Captured, capture
+from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter, stack_bindings, with_settled_sizes
+from adaptc.binding.sources.other_formats import component_names
+from adaptc.binding.sources.source import as_config, read_adapter_source, resolve_for_model
+from adaptc.capture.capture import CapturedProgram, capture
 from adaptc.capture.repeated_layers.replicate_layers import replicate_layers
-from adaptc.capture.where_made import where_made
-from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
+from adaptc.capture.where_made import match_inference_mode
+from adaptc.errors import ConfigError, EntryHandler, refuse_entry, short_repr, warn_of_entry
 from adaptc.methods import (
     AdapterConfig,
     AttentionConfig,
@@ -33,33 +33,33 @@ from adaptc.methods import (
     TargetedConfig,
     check_registered,
     check_sizes,
-    is_own,
+    is_builtin,
 )
 from adaptc.passes.adapt.choose_forms import FORMS
-from adaptc.passes.adapt.embedding_max_norm import bounds_of
-from adaptc.passes.adapt.expose_subgraph_params import OpenBlocks, has_closed_blocks
+from adaptc.passes.adapt.embedding_max_norm import max_norms_of
+from adaptc.passes.adapt.expose_subgraph_params import ExposeSubgraphParams, has_unexposed_params
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.graph.graph_lock import exclusive
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op, op_of
 from adaptc.passes.graph.pass_infra import PassManager
-from adaptc.passes.graph.torch_caches import forget_code, forget_sizes
+from adaptc.passes.graph.torch_caches import drop_dead_code, release_shape_env
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.method_checks import check_promises
 from adaptc.passes.protocol.program_checks import check_program_promises
 from adaptc.passes.protocol.program_method import ProgramMethod
-from adaptc.patterns import limited
+from adaptc.patterns import limit_pattern_time
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.add_adapter import Compiling
+from adaptc.program.add_adapter import CompileFunctions
 from adaptc.progress import stage
 from adaptc.runtime.calls.call_inputs import FULL_LIKE
 from adaptc.runtime.options import RunOptions
-from adaptc.runtime.weight_buffers import alias
+from adaptc.runtime.weight_buffers import remember_tensors
 from adaptc.state.adaptation import Adaptation
 from adaptc.targets.attention_plan import plan_attention
-from adaptc.targets.merge_plans import union
-from adaptc.targets.plan_layers import Plan, plan
+from adaptc.targets.merge_plans import merge_plans
+from adaptc.targets.plan_layers import Plan, plan_layers
 from adaptc.targets.program_plan import plan_program
 
 #: configs that say where a program is to be adapted
@@ -75,44 +75,45 @@ class PlannedAdapter:
     file: AdapterFile | None = None
 
     @property
-    def tell(self) -> Tell:
+    def on_unmatched_entry(self) -> EntryHandler:
         """Return what is called for an entry of the config that binds to nothing: it warns where a file has the config,
         else it raises TargetError."""
-        return refuse_entry if self.file is None or self.file.fresh else warn_of_entry
+        return refuse_entry if self.file is None or self.file.is_new else warn_of_entry
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An adapter before the model is known; the model's weights decide what config and file it has (see :meth:`at`)."""
+class AdapterRequest:
+    """An adapter before the model is known; the model's weights decide what config and file it has (see
+    :meth:`resolve_for`)."""
 
     name: str
     config: PlannedConfig | None
     file: AdapterFile | RawFile | None
     component: str | None = None
     #: whether the caller gave the config, in place of the file's
-    stated: bool = False
+    is_config_given: bool = False
 
-    def at(self, base: Lifted) -> PlannedAdapter:
-        config, file = fitted(self.config, self.file, base.state_dict, self.component, self.stated)
-        return PlannedAdapter(self.name, _targeted(config), file)
+    def resolve_for(self, base: LiftedProgram) -> PlannedAdapter:
+        config, file = resolve_for_model(self.config, self.file, base.state_dict, self.component, self.is_config_given)
+        return PlannedAdapter(self.name, _require_targets(config), file)
 
 
 @dataclass(frozen=True)
-class Planned:
+class CompilePlan:
     """A captured model, and the plan for it: the sites of all adapters, and what bindings must fill."""
 
-    captured: Captured
+    captured: CapturedProgram
     adapters: Sequence[PlannedAdapter]
     plans: Sequence[Plan]
     spec: BindingSpec
     #: whether the adapters came by name, so that each has attachments and values of its own
-    apart: bool
+    are_named: bool
 
 
-@limited()
-@exclusive
-@where_made
-def planned(
+@limit_pattern_time()
+@with_graph_lock
+@match_inference_mode
+def plan_adapters(
     model: Any,
     config: Any,
     options: RunOptions,
@@ -126,69 +127,75 @@ def planned(
     key_mapping: Mapping[str, str] | None = None,
     component: str | None = None,
     override: Any = None,
-) -> Planned:
+) -> CompilePlan:
     """Capture ``model`` and plan its sites: the first half of ``adaptc.compile``, which makes no values yet."""
     if not isinstance(form, str) or form not in FORMS:
-        raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
-    by_name = named(config)
-    asked = _asked(config, by_name, adapter_name, key_mapping, component, override)
-    model = _replicated(model, [a.config for a in asked if a.config is not None])
+        raise ConfigError(f"form={short_repr(form)} is not one of {', '.join(FORMS)}")
+    by_name = adapters_by_name(config)
+    requests = _parse_requests(config, by_name, adapter_name, key_mapping, component, override)
+    model = _replicate_layers(model, [a.config for a in requests if a.config is not None])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
-    if has_closed_blocks(captured.program):
-        captured = replace(captured, program=OpenBlocks(captured.module_types)(captured.program).output)
+    if has_unexposed_params(captured.program):
+        captured = replace(captured, program=ExposeSubgraphParams(captured.module_types)(captured.program).output)
     facts = ModelFacts(
         captured.module_types,
         captured.model_type,
         captured.output_embedding,
         captured.input_embedding,
-        _transposed(model),
-        captured.linear,
-        bare=not isinstance(model, nn.Module),
+        _transposed_experts(model),
+        captured.linear_modules,
+        is_bare_program=not isinstance(model, nn.Module),
         config=None if captured.source is None else captured.source.config,
     )
-    base = Lifted(captured.program, edit=False)
-    adapters = [a.at(base) for a in asked]
-    plans = [_plan(a, captured, facts, base) for a in adapters]
-    adapters = [_of_base(replace(a, config=p.config), captured) for a, p in zip(adapters, plans, strict=True)]
-    attachments = union(plans, training, options.backend, form, apart=by_name is not None)
-    spec = _spec(base, attachments, autocast, _trainable(adapters[0], training), plans)
+    base = LiftedProgram(captured.program, edit=False)
+    adapters = [a.resolve_for(base) for a in requests]
+    plans = [_plan_adapter(a, captured, facts, base) for a in adapters]
+    adapters = [
+        _with_base_model_names(replace(a, config=p.config), captured) for a, p in zip(adapters, plans, strict=True)
+    ]
+    attachments = merge_plans(plans, training, options.backend, form, separate=by_name is not None)
+    spec = _make_binding_spec(base, attachments, autocast, _is_trainable(adapters[0], training), plans)
     for p in plans:
-        ops = {**_ops(base, [a for a in p.attachments if a.id not in spec.ops]), **spec.ops}
-        methods = joined({a.id: a.method for a in p.attachments}, ops)
+        ops = {**_ops_by_site(base, [a for a in p.attachments if a.id not in spec.ops]), **spec.ops}
+        methods = settle_shared_slots({a.id: a.method for a in p.attachments}, ops)
         check_sizes(p.config, [(a, methods[a.id], ops[a.id]) for a in p.attachments])
-    return Planned(captured, adapters, plans, spec, by_name is not None)
+    return CompilePlan(captured, adapters, plans, spec, by_name is not None)
 
 
-@exclusive
-@where_made
-def compiled(
-    model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **planning: Any
+@with_graph_lock
+@match_inference_mode
+def compile_model(
+    model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **plan_options: Any
 ) -> AdaptedProgram:
-    """Compile ``model`` as ``adaptc.compile`` does; ``planning`` as for :func:`planned`."""
-    return adapted(planned(model, config, options, **planning), options, generator)
+    """Compile ``model`` as ``adaptc.compile`` does; ``plan_options`` as for :func:`planned`."""
+    return build_program(plan_adapters(model, config, options, **plan_options), options, generator)
 
 
-@exclusive
-def adapted(p: Planned, options: RunOptions, generator: torch.Generator | None = None) -> AdaptedProgram:
+@with_graph_lock
+def build_program(
+    planned: CompilePlan, options: RunOptions, generator: torch.Generator | None = None
+) -> AdaptedProgram:
     """Return the captured program with its adapters, whose values are made here: the second half of
     ``adaptc.compile``."""
-    spec, captured = p.spec, p.captured
+    spec, captured = planned.spec, planned.captured
     _check_methods(spec)
     name = "the program" if captured.base is None else captured.base.class_name
     with stage(f"making the adapter's values at {len(spec.attachments)} sites of {name}"):
-        if not p.apart:
-            binding = _first_binding(spec, p.plans[0], p.adapters[0], generator)
+        if not planned.are_named:
+            binding = _initial_binding(spec, planned.plans[0], planned.adapters[0], generator)
         else:
-            parts = {a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters}
-            binding = together(parts, spec.attachments)
+            parts = {
+                a.name: _initial_binding(spec_of_adapter(spec, a.name), None, a, generator) for a in planned.adapters
+            }
+            binding = stack_bindings(parts, spec.attachments)
     adaptation = Adaptation(
         spec.attachments,
-        matches={k: v for one in p.plans for k, v in one.matches.items()},
-        left_out=p.plans[0].left_out,
-        fills={**captured.fills, **_added_fills(spec)},
-        takes=captured.takes,
+        matches={k: v for one in planned.plans for k, v in one.matches.items()},
+        left_out=planned.plans[0].left_out,
+        fills={**captured.fills, **_default_inputs(spec)},
+        forward_arg_names=captured.forward_parameters,
         training=captured.training,
-        autocast=spec.autocast,
+        autocast=spec.autocast_adapter_dtype,
         unread=spec.unread,
         source=captured.source,
     )
@@ -196,13 +203,13 @@ def adapted(p: Planned, options: RunOptions, generator: torch.Generator | None =
     with stage(f"inserting adapters at {len(spec.attachments)} sites of {name}"):
         done = PassManager([inject])(captured.program)
     adaptation = replace(adaptation, attachments=done.data[0], trail=done.trail)
-    alias([*captured.program.state_dict.values(), *done.output.state_dict.values()])
-    forget_code()
-    forget_sizes(done.output.graph, captured=captured.base is not None)
+    remember_tensors([*captured.program.state_dict.values(), *done.output.state_dict.values()])
+    drop_dead_code()
+    release_shape_env(done.output.graph, just_captured=captured.base is not None)
     return AdaptedProgram(done.output, adaptation, binding, options)
 
 
-def _added_fills(spec: BindingSpec) -> dict[str, tuple[str, str]]:
+def _default_inputs(spec: BindingSpec) -> dict[str, tuple[str, str]]:
     """Return how inputs that adapters add are made where a caller leaves them out: name -> (how, from which input)."""
     extras = {n: e.fill for a in spec.attachments for n, e in a.method.extras().items() if e.fill is not None}
     return {n: (f"{FULL_LIKE}{fill}", "input_ids") for n, fill in extras.items()}
@@ -214,30 +221,30 @@ def _check_methods(spec: BindingSpec) -> None:
     The promises about values are tried where the weight is smallest, since trying them takes longer for a larger
     weight.
     """
-    foreign: dict[type[Method], dict[tuple[Method, Op, bool], None]] = {}
+    methods_to_check: dict[type[Method], dict[tuple[Method, Op, bool], None]] = {}
     for a in spec.attachments:
         check_registered(a.method)
         method, op = a.method.evaluated().unwrap(spec.ops[a.id])
-        if not is_own(method):
+        if not is_builtin(method):
             if isinstance(method, ProgramMethod):
                 check_program_promises(method, op)
                 continue
             half = spec.weights[a.fqn].dtype.itemsize < 4
-            foreign.setdefault(type(method), {})[(method, op, half)] = None
-    for sites in foreign.values():
+            methods_to_check.setdefault(type(method), {})[(method, op, half)] = None
+    for sites in methods_to_check.values():
         smallest = min(sites, key=lambda site: prod(site[1].shape))
         for site in sites:
-            check_promises(*site, values=site == smallest)
+            check_promises(*site, with_values=site == smallest)
 
 
-def _asked(
+def _parse_requests(
     config: Any,
     by_name: Mapping[str, Any] | None,
     name: str,
     key_mapping: Mapping[str, str] | None,
     component: str | None,
     override: Any,
-) -> list[Asked]:
+) -> list[AdapterRequest]:
     if by_name is not None:
         given = list(by_name.items())
     else:
@@ -260,53 +267,56 @@ def _asked(
     # Of several files some may have no components, and ``component`` is not for those. A single file gets it in any
     # case, and raises itself where it has none.
     alone = component is None or len(parsed) == 1
-    meant = [isinstance(f, RawFile) and (alone or bool(components_of(f))) for *_, f in parsed]
+    meant = [isinstance(f, RawFile) and (alone or bool(component_names(f))) for *_, f in parsed]
     if component is not None and not any(meant):
         raise ConfigError(
             f"component={component!r} chooses from a file of another format than PEFT's whose keys name components, "
             "and there is none; leave it out"
         )
     return [
-        Asked(n, None if c is None else _targeted(c), file, component if its else None, override is not None)
+        AdapterRequest(
+            n, None if c is None else _require_targets(c), file, component if its else None, override is not None
+        )
         for (n, c, file), its in zip(parsed, meant, strict=True)
     ]
 
 
-def _targeted(config: AdapterConfig) -> PlannedConfig:
+def _require_targets(config: AdapterConfig) -> PlannedConfig:
     if not isinstance(config, PlannedConfig):
         raise ConfigError(f"{type(config).__name__} does not choose layers, so it cannot be compiled into a program")
     return config
 
 
-def _of_base(adapter: PlannedAdapter, captured: Captured) -> PlannedAdapter:
+def _with_base_model_names(adapter: PlannedAdapter, captured: CapturedProgram) -> PlannedAdapter:
     """Return a new adapter with a config that names the model it is for, as PEFT's configs do.
 
     An adapter from a file is returned as it is: it says what its file says.
     """
-    if (adapter.file is not None and not adapter.file.fresh) or captured.base is None:
+    if (adapter.file is not None and not adapter.file.is_new) or captured.base is None:
         return adapter
     base = captured.base
-    values: dict[str, Any] = {"base_model_name_or_path": base.name}
+    values: dict[str, Any] = {"base_model_name_or_path": base.name_or_path}
     if adapter.config.task_type is None:
-        values["auto_mapping"] = {"base_model_class": base.class_name, "parent_library": base.library}
-    return replace(adapter, config=adapter.config.completed(values))
+        values["auto_mapping"] = {"base_model_class": base.class_name, "parent_library": base.module_name}
+    return replace(adapter, config=adapter.config.with_missing_filled(values))
 
 
-def _plan(adapter: PlannedAdapter, captured: Captured, facts: ModelFacts, base: Lifted) -> Plan:
-    config, rest = adapter.config, (captured.program, facts, adapter.name, base, adapter.tell)
+def _plan_adapter(adapter: PlannedAdapter, captured: CapturedProgram, facts: ModelFacts, base: LiftedProgram) -> Plan:
+    config, rest = adapter.config, (captured.program, facts, adapter.name, base, adapter.on_unmatched_entry)
     if isinstance(config, AttentionConfig):
         return plan_attention(config, *rest[:-1])
-    return plan_program(config, *rest) if isinstance(config, ProgramConfig) else plan(config, *rest)
+    return plan_program(config, *rest) if isinstance(config, ProgramConfig) else plan_layers(config, *rest)
 
 
-def _replicated(model: Any, configs: Sequence[PlannedConfig]) -> Any:
+def _replicate_layers(model: Any, configs: Sequence[PlannedConfig]) -> Any:
     wanted = {str(c.layer_replication) for c in configs}
     ranges = configs[0].layer_replication if configs else None
     if wanted <= {"None"}:
         return model
     if len(wanted) > 1 or ranges is None:
         raise ConfigError(
-            f"layer_replication differs between the adapters: {shown(sorted(wanted))}; they need programs of their own"
+            f"layer_replication differs between the adapters: {short_repr(sorted(wanted))}; they need programs of "
+            "their own"
         )
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -315,46 +325,48 @@ def _replicated(model: Any, configs: Sequence[PlannedConfig]) -> Any:
     return replicate_layers(model, ranges)
 
 
-def _transposed(model: Any) -> frozenset[str]:
+def _transposed_experts(model: Any) -> frozenset[str]:
     """Return the modules that store stacked experts as (experts, in, out), by transformers' own flag."""
     if not isinstance(model, nn.Module):
         return frozenset()
     return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
 
 
-def _trainable(adapter: PlannedAdapter, training: bool) -> bool:
+def _is_trainable(adapter: PlannedAdapter, training: bool) -> bool:
     """Return whether the adapter's tensors are to be trained.
 
     Files always say inference_mode, so for an adapter from a file the program's purpose decides.
     """
-    new = adapter.file is None or adapter.file.fresh
+    new = adapter.file is None or adapter.file.is_new
     return not adapter.config.inference_mode if new else training
 
 
-def _spec(
-    base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool, plans: Sequence[Plan]
+def _make_binding_spec(
+    base: LiftedProgram, attachments: Sequence[Attachment], autocast: bool, trainable: bool, plans: Sequence[Plan]
 ) -> BindingSpec:
-    ops = _ops(base, attachments)
-    unread = {key: fqn for p in plans for key, fqn in p.unread.items()}
-    bounds = bounds_of(base.graph, base.signature())
-    return joint_spec(BindingSpec(attachments, ops, base.state_dict, autocast, trainable, unread, bounds=bounds))
+    ops = _ops_by_site(base, attachments)
+    unread = {key: fqn for p in plans for key, fqn in p.unread_tensors.items()}
+    bounds = max_norms_of(base.graph, base.signature())
+    return with_settled_sizes(
+        BindingSpec(attachments, ops, base.state_dict, autocast, trainable, unread, max_norms=bounds)
+    )
 
 
-def _ops(base: Lifted, attachments: Sequence[Attachment]) -> dict[str, Op]:
+def _ops_by_site(base: LiftedProgram, attachments: Sequence[Attachment]) -> dict[str, Op]:
     return {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
 
 
-def _first_binding(
-    spec: BindingSpec, first: Plan | None, adapter: PlannedAdapter, generator: torch.Generator | None
+def _initial_binding(
+    spec: BindingSpec, plan: Plan | None, adapter: PlannedAdapter, generator: torch.Generator | None
 ) -> Binding:
-    """Return the binding that an adapter starts with. ``first``: its plan, None where ``spec`` has its sites alone."""
+    """Return the binding that an adapter starts with. ``plan``: its plan, None where ``spec`` has its sites alone."""
     if adapter.file is not None:
-        own = bind(spec, adapter.config, adapter.file.tensors, str(adapter.file.path), fit=False)
+        own = bind_tensors(spec, adapter.config, adapter.file.tensors, str(adapter.file.path), infer_ranks=False)
         return replace(own, origin=adapter.file.origin)
-    if first is None:
-        return first_values(spec, adapter.config, generator)
-    own = joined({a.id: a.method for a in first.attachments}, spec.ops)
-    return first_values(spec, adapter.config, generator, only=own)
+    if plan is None:
+        return initial_values(spec, adapter.config, generator)
+    own = settle_shared_slots({a.id: a.method for a in plan.attachments}, spec.ops)
+    return initial_values(spec, adapter.config, generator, methods_by_id=own)
 
 
-AdaptedProgram.compiling = Compiling(planned, compiled)
+AdaptedProgram.compile_functions = CompileFunctions(plan_adapters, compile_model)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from adaptc.errors import BackendError
-from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.lower.lower_regions import Lower
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.state.core import ProgramCore
@@ -15,7 +15,7 @@ from adaptc.state.core import ProgramCore
 P = TypeVar("P", bound=ProgramCore)
 
 
-def lowered(program: P) -> P:
+def lower_program(program: P) -> P:
     """Return ``program`` with its adapters as fused Triton kernels; ``adaptc.lower`` tells more. Raises BackendError
     where the base is not on a GPU, or triton is not installed."""
     check_triton()
@@ -24,11 +24,11 @@ def lowered(program: P) -> P:
             "the program's weights are not on a GPU, where its kernels would run: move the model there (model.cuda()) "
             "before adaptc.compile, or the program: prog.to('cuda')"
         )
-    return with_kernels(program)
+    return insert_kernels(program)
 
 
-@exclusive
-def with_kernels(program: P) -> P:
+@with_graph_lock
+def insert_kernels(program: P) -> P:
     """Return ``program`` with Triton kernels in its graph, on whatever device its base is."""
     program = program.snapshot()
     a = program.adaptation

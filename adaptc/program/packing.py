@@ -16,49 +16,49 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.graph.graph_lock import exclusive
-from adaptc.passes.train.recomputed import Recomputed
-from adaptc.program.compile_program import compiled
-from adaptc.program.recapture import adapter_of, aside, model_of
-from adaptc.training.packed_calls import BOUNDS
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.train.recomputed import RecomputedSegment
+from adaptc.program.compile_program import compile_model
+from adaptc.program.recapture import adapter_in_memory, isolated_capture, rebuild_model
+from adaptc.training.packed_calls import SEQUENCE_BOUNDS
 from adaptc.training.pretrained_module import PretrainedModule
 
 #: position_ids of three packed sequences in one row
 _POSITIONS = (0, 1, 2, 0, 1, 0, 1, 2, 3)
 
 
-@exclusive
-def packed(module: PretrainedModule, masked: bool) -> PretrainedModule:
+@with_graph_lock
+def make_packed_module(module: PretrainedModule, has_mask: bool) -> PretrainedModule:
     """Return a module of the same model and adapter as ``module`` that takes ``position_ids``, and an
-    ``attention_mask`` where ``masked``. Raises AdaptcError where the program has sites that the current adapter
+    ``attention_mask`` where ``has_mask``. Raises AdaptcError where the program has sites that the current adapter
     lacks."""
     program, binding = module.program, module.binding()
-    with aside(module):
+    with isolated_capture(module):
         rows, count = 3, 7
         ids = torch.arange(rows * count, device=module.device).reshape(rows, count) % module.config.vocab_size
         inputs = {"input_ids": ids, "position_ids": torch.arange(count, device=ids.device).repeat(rows, 1)}
         inputs |= {"labels": ids.clone()} if "labels" in module.inputs.names else {}
-        inputs |= {"attention_mask": torch.ones_like(ids)} if masked else {}
-        made = compiled(
-            model_of(module),
-            adapter_of(module),
+        inputs |= {"attention_mask": torch.ones_like(ids)} if has_mask else {}
+        compiled_program = compile_model(
+            rebuild_model(module),
+            adapter_in_memory(module),
             program.options,
             example_inputs=inputs,
             training=program.adaptation.training,
             adapter_name=binding.name,
             autocast=program.adaptation.autocast,
         )
-    if made.recipes.needed != binding.values.keys():
+    if compiled_program.binding_plans.tensor_names != binding.values.keys():
         raise AdaptcError("position_ids: the program has sites of adapters that are not the current one's")
-    new: PretrainedModule = module.making(bound := made.with_binding(binding), bound)  # type: ignore[assignment]
-    _share(module, new)
+    new: PretrainedModule = module.factory(bound := compiled_program.with_binding(binding), bound)  # type: ignore[assignment]
+    _share_tensors(module, new)
     return new
 
 
-def _share(module: PretrainedModule, new: PretrainedModule) -> None:
+def _share_tensors(module: PretrainedModule, new: PretrainedModule) -> None:
     """Let ``new`` read the parameters and buffers of ``module``, and run the hooks on its input embeddings."""
     for path, holder in [("", module), *module.named_modules()]:
-        theirs = _holder(new, path)
+        theirs = _find_submodule(new, path)
         if theirs is not None:
             for own in (theirs, new.graph_module) if not path else (theirs,):
                 vars(own)["_parameters"] = vars(holder)["_parameters"]
@@ -70,39 +70,41 @@ def _share(module: PretrainedModule, new: PretrainedModule) -> None:
     vars(new)["port"] = port
 
 
-def _holder(new: nn.Module, path: str) -> nn.Module | None:
+def _find_submodule(new: nn.Module, path: str) -> nn.Module | None:
     try:
         found = new.get_submodule(path)
     except AttributeError:
         return None
-    return None if path and isinstance(found, (fx.GraphModule, Recomputed)) else found
+    return None if path and isinstance(found, (fx.GraphModule, RecomputedSegment)) else found
 
 
-@exclusive
-def read_bounds(module: PretrainedModule) -> list[str]:
-    """Return which of :data:`BOUNDS` the model reads: those that change its logits when they are given beside
+@with_graph_lock
+def find_bounds_read(module: PretrainedModule) -> list[str]:
+    """Return which of :data:`SEQUENCE_BOUNDS` the model reads: those that change its logits when they are given beside
     ``position_ids``.
 
     Returns all of them where only several at once change the logits, and where the model refuses them.
     """
-    model, device = model_of(module).train(), module.device
+    model, device = rebuild_model(module).train(), module.device
     positions = torch.tensor([_POSITIONS], device=device)
     ids = torch.arange(len(_POSITIONS), device=device)[None] % module.config.vocab_size
     starts = (positions[0] == 0).nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([len(_POSITIONS)])]).int()
     index = ((positions == 0).cumsum(-1) - 1).int()
     longest = int(ends.diff().max())
-    told: dict[str, Any] = dict(zip(BOUNDS, (ends, ends, longest, longest, index), strict=True))
+    bounds: dict[str, Any] = dict(zip(SEQUENCE_BOUNDS, (ends, ends, longest, longest, index), strict=True))
 
-    def found(**more: Any) -> Tensor:
+    def logits(**more: Any) -> Tensor:
         torch.manual_seed(0)  # both runs draw the same dropout
         return model(input_ids=ids, position_ids=positions, use_cache=False, **more).logits
 
-    with aside(module), torch.no_grad():
-        plain = found()
+    with isolated_capture(module), torch.no_grad():
+        plain = logits()
         try:
-            if torch.equal(plain, found(**told)):
+            if torch.equal(plain, logits(**bounds)):
                 return []
-            return [n for n, value in told.items() if not torch.equal(plain, found(**{n: value}))] or list(BOUNDS)
+            return [n for n, value in bounds.items() if not torch.equal(plain, logits(**{n: value}))] or list(
+                SEQUENCE_BOUNDS
+            )
         except (TypeError, ValueError, RuntimeError):
-            return list(BOUNDS)  # the model does not take them, or not one alone
+            return list(SEQUENCE_BOUNDS)  # the model does not take them, or not one alone

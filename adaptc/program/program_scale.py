@@ -11,18 +11,24 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.binding_scale import factor_of, scaled, with_active, with_scales_multiplied, without
-from adaptc.program.add_adapter import Compiling, added
+from adaptc.binding.binding_scale import (
+    parse_factor,
+    scale_adapter,
+    with_active,
+    with_scales_multiplied,
+    without_adapter,
+)
+from adaptc.program.add_adapter import CompileFunctions, with_added_adapter
 from adaptc.state.core import ProgramCore
-from adaptc.state.overrides import seen
-from adaptc.torch_modes import plainly
+from adaptc.state.overrides import overriding
+from adaptc.torch_modes import outside_modes
 
 
-class Strengths(ProgramCore):
+class ScalableProgram(ProgramCore):
     """A program whose adapters can be scaled, turned on and off, added and deleted."""
 
     #: the functions that compile programs; ``api`` sets it
-    compiling: ClassVar[Compiling | None] = None
+    compile_functions: ClassVar[CompileFunctions | None] = None
 
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
         """Multiply the scale that an adapter was made with (LoRA's alpha / r, and its like) by ``scale``.
@@ -40,7 +46,7 @@ class Strengths(ProgramCore):
         ``adaptc.merge`` and ``adaptc.save`` see the scale. ``adaptc.save_adapter`` writes the adapter as it was made,
         and warns. Callables that were bound before, and modules that were made, keep the scale that they have.
         """
-        self._set(lambda spec, now: scaled(spec, now, scale, adapter, modules))
+        self._update_binding(lambda spec, now: scale_adapter(spec, now, scale, adapter, modules))
 
     def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
         """Let these adapters of the program act, by name, and no others. The layers of the others compute what they
@@ -50,17 +56,17 @@ class Strengths(ProgramCore):
         Raises ConfigError for an unknown name, and as :meth:`set_scale` does. Raises SwapError where the program has no
         base.
         """
-        self._set(lambda spec, now: with_active(spec, now, adapters))
+        self._update_binding(lambda spec, now: with_active(spec, now, adapters))
 
     @property
     def active_adapters(self) -> list[str]:
         """Return the names of the adapters that act."""
-        return [n for n, part in self.binding.named.items() if part.idle is None]
+        return [n for n, part in self.binding.adapters_by_name.items() if part.active_form is None]
 
     @property
     def available_adapters(self) -> list[str]:
         """Return the names of all adapters."""
-        return list(self.binding.named)
+        return list(self.binding.adapters_by_name)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the block with calls that compute the base: those that this thread, or this task of asyncio, begins in
@@ -69,7 +75,7 @@ class Strengths(ProgramCore):
         Other threads, and what is bound, stay as they are, so that one request may ask for the base while others go on.
         Nothing is compiled for it. :attr:`AdaptedProgram.base` is a program of the base, which is faster still.
         """
-        return seen(self, off=True)
+        return overriding(self, off=True)
 
     def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
         """Run the block with the scales of all adapters multiplied, for the calls that :meth:`disabled` would turn to
@@ -78,11 +84,11 @@ class Strengths(ProgramCore):
         The factor is on the scales that hold when a call begins. Raises ConfigError for a multiplier that is not a
         finite number, and where no method has a scale.
         """
-        factor = factor_of(multiplier, "multiplier")
+        factor = parse_factor(multiplier, "multiplier")
         with_scales_multiplied(
             self.spec(), self.binding, factor
         )  # tried now, or a call in the block would be the first to raise
-        return seen(self, factor=factor)
+        return overriding(self, factor=factor)
 
     def delete_adapter(self, name: str) -> None:
         """Take one of several adapters out. Its name is gone, its tensors are let go, and its layers compute what they
@@ -91,7 +97,7 @@ class Strengths(ProgramCore):
         Files that are written from now on are without it. Raises ConfigError for an unknown name, and SwapError for the
         only adapter.
         """
-        self._set(lambda spec, now: without(spec, now, name))
+        self._update_binding(lambda spec, now: without_adapter(spec, now, name))
 
     def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
         """Give the program one more adapter, which acts together with those that it has; returns the program that has
@@ -106,15 +112,15 @@ class Strengths(ProgramCore):
         held only what an adapter made of it. Raises ConfigError for a name that is there, and whatever
         ``adaptc.compile`` raises.
         """
-        assert self.compiling is not None
-        with plainly():
-            return added(self, name, adapter, recompile, self.compiling)
+        assert self.compile_functions is not None
+        with outside_modes():
+            return with_added_adapter(self, name, adapter, recompile, self.compile_functions)
 
-    def _set(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
+    def _update_binding(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
         """Install ``change`` of the current binding. It is made again where another thread installed a binding
         meanwhile."""
         old, new = None, None
-        while old is None or new is None or not self.exchange(old, new):
+        while old is None or new is None or not self.compare_and_swap(old, new):
             old = self.binding
-            with plainly():
-                new = self.recipes.note(change(self.spec(), old))
+            with outside_modes():
+                new = self.binding_plans.remember_fitting(change(self.spec(), old))

@@ -1,6 +1,6 @@
 """Prepare the model and the adapter of a module to be captured once more.
 
-The module is one of a program that was captured for training, whose source has a shell. The model is made on the
+The module is one of a program that was captured for training, whose source has a skeleton. The model is made on the
 tensors that the module has now. The adapter is in a form that ``compile`` takes. The module does not change.
 """
 
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.program.add_adapter import InMemory, as_file
+from adaptc.program.add_adapter import InMemoryAdapter, to_adapter_file
 from adaptc.training.pretrained_module import PretrainedModule
 from adaptc.training.sharded_tensors import mesh_of
 
 
-def model_of(module: PretrainedModule) -> nn.Module:
+def rebuild_model(module: PretrainedModule) -> nn.Module:
     """Return the model of ``module``, on the tensors that the module has now. Raises AdaptcError where it cannot be
     made again, and for a module that FSDP2 shards."""
-    shell = module.source.shell
-    if shell is None or not module.again:
+    shell = module.source.skeleton
+    if shell is None or not module.can_recapture:
         raise AdaptcError(
             "the model of this module cannot be captured again, which generation and packed sequences need: that of "
             "adaptc.compile(model, config, training=True) can, of a model that generates"
@@ -38,24 +38,27 @@ def model_of(module: PretrainedModule) -> nn.Module:
     program = module.program
     constants = {n: t for n, t in program.constants.items() if isinstance(t, Tensor)}
     # ``originals`` come last: an adapter that changes the base (PiSSA) does so again when it is compiled.
-    return shell.filled({**constants, **program.bare_state(), **own, **program.originals})
+    return shell.with_tensors({**constants, **program.base_tensors_or_empty(), **own, **program.originals})
 
 
-def adapter_of(module: PretrainedModule) -> Any:
+def adapter_in_memory(module: PretrainedModule) -> Any:
     """Return the current adapter of ``module`` as an in-memory file; several adapters that act together by name.
 
     Their configs ask for no layer replication, since the model has the repeated layers already. Raises as the binding
     of a module does.
     """
     binding = module.binding()
-    parts = {n: p.idle or p for n, p in binding.parts.items()}
-    files = {n: as_file(module.program, n, p) for n, p in (parts or {binding.name: binding.idle or binding}).items()}
-    made = {n: InMemory(replace(f, config={**f.config, "layer_replication": None})) for n, f in files.items()}
+    parts = {n: p.active_form or p for n, p in binding.joint_adapters.items()}
+    files = {
+        n: to_adapter_file(module.program, n, p)
+        for n, p in (parts or {binding.name: binding.active_form or binding}).items()
+    }
+    made = {n: InMemoryAdapter(replace(f, config={**f.config, "layer_replication": None})) for n, f in files.items()}
     return made if parts else made[binding.name]
 
 
 @contextmanager
-def aside(module: PretrainedModule) -> Iterator[None]:
+def isolated_capture(module: PretrainedModule) -> Iterator[None]:
     """Run the block so that captures in it neither depend on training nor change it: the random state is put back after
     it, and autocast is off, so that it is not written into a graph."""
     with torch.random.fork_rng(), torch.autocast(module.device.type, enabled=False):

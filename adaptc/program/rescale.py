@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.wrapper import of_programs
+from adaptc.program.wrapper import needs_graph
 
 
-@of_programs
+@needs_graph
 def rescale_adapter_scale(program: AdaptedProgram, multiplier: float) -> AbstractContextManager[None]:
     """Run the block with the scales of all adapters of ``program`` multiplied by ``multiplier``, as its calls see them.
 

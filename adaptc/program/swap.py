@@ -13,15 +13,15 @@ from adaptc.binding.sources.source import bind_adapter
 from adaptc.state.core import ProgramCore
 
 
-def swapped(program: ProgramCore, adapter: Any, **options: Any) -> Binding:
+def swap_adapter(program: ProgramCore, adapter: Any, **options: Any) -> Binding:
     """Bind ``adapter`` to ``program``, make that the current binding and return it; ``adaptc.swap`` tells more.
     ``options``: those of :func:`bind_adapter`."""
     trainable = program.adaptation.training
     while True:
         old = program.current
         new = bind_adapter(program, adapter, trainable=trainable, **options)
-        if old is None or not old.parts:
+        if old is None or not old.joint_adapters:
             program.install(new)
             return new
-        if program.exchange(old, new):
+        if program.compare_and_swap(old, new):
             return new

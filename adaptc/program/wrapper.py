@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from adaptc.errors import AdaptcError
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.state.model_directory import write_model_of
+from adaptc.state.model_directory import write_program_model
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,36 +31,36 @@ class ProgramWrapper(ABC):
 
     @property
     @abstractmethod
-    def runs(self) -> Any:
+    def runner(self) -> Any:
         """Return what calls run: the program inside, or what is bound to it."""
 
     @property
     def binding(self) -> Any:
         """Return the adapter that calls use."""
-        return self.runs.binding
+        return self.runner.binding
 
     @abstractmethod
-    def holding(self, program: AdaptedProgram) -> Self:
-        """Return a holder like this one of another version of its program: merged, unloaded, lowered."""
+    def with_program(self, program: AdaptedProgram) -> Self:
+        """Return a wrapper like this one of another version of its program: merged, unloaded, lowered."""
 
     @abstractmethod
-    def beside(self) -> dict[str, str]:
-        """Return name -> text that is saved in the file of the program, from which the holder is made again."""
+    def sidecar_texts(self) -> dict[str, str]:
+        """Return name -> text that is saved in the file of the program, from which the wrapper is made again."""
 
     @abstractmethod
-    def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        """Return path -> file that goes into a package of the program, from which the holder is made again.
+    def package_files(self, tokenizer: Any) -> dict[str, bytes]:
+        """Return path -> file that goes into a package of the program, from which the wrapper is made again.
 
-        Raises ConfigError for a tokenizer that does not fit, and where the holder cannot be packaged.
+        Raises ConfigError for a tokenizer that does not fit, and where the wrapper cannot be packaged.
         """
 
     @abstractmethod
-    def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def example_inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``options`` of verify with inputs added, for a package, which says too little of its inputs to draw
         them."""
 
     @abstractmethod
-    def divided(self) -> Mapping[str, Sequence[str]] | None:
+    def part_outputs(self) -> Mapping[str, Sequence[str]] | None:
         """Return part -> names of its outputs, for a program whose parts are called one at a time, in a package too.
 
         None for a program that is called as a whole.
@@ -68,13 +68,13 @@ class ProgramWrapper(ABC):
 
     @abstractmethod
     def notes(self) -> Sequence[str]:
-        """Return lines of a report that say what the holder does with its program."""
+        """Return lines of a report that say what the wrapper does with its program."""
 
     @abstractmethod
     def as_program(self, model: Any) -> AbstractContextManager[Any]:
-        """Run the block with ``model``, which the holder was made from, changed to take what the program takes."""
+        """Run the block with ``model``, which the wrapper was made from, changed to take what the program takes."""
 
-    def twin(self) -> Self:
+    def shallow_copy(self) -> Self:
         """Return another object with the same attributes, for what one call notes on it."""
         new = object.__new__(type(self))
         vars(new).update(vars(self))
@@ -99,37 +99,37 @@ class ProgramWrapper(ABC):
 
     def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
         """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_active`."""
-        self._inside("set_active").set_active(adapters)
+        self._require_program("set_active").set_active(adapters)
 
     @property
     def active_adapters(self) -> list[str]:
         """Return the names of the adapters that act; see :attr:`AdaptedProgram.active_adapters`."""
-        return self._inside("active_adapters").active_adapters
+        return self._require_program("active_adapters").active_adapters
 
     @property
     def available_adapters(self) -> list[str]:
         """Return the names of all adapters; see :attr:`AdaptedProgram.available_adapters`."""
-        return self._inside("available_adapters").available_adapters
+        return self._require_program("available_adapters").available_adapters
 
     def disabled(self) -> AbstractContextManager[None]:
         """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
-        return self._inside("disabled").disabled()
+        return self._require_program("disabled").disabled()
 
     def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
         """Return a context manager in which calls have the scales of all adapters multiplied; see
         :meth:`AdaptedProgram.rescaled`."""
-        return self._inside("rescaled").rescaled(multiplier)
+        return self._require_program("rescaled").rescaled(multiplier)
 
     def delete_adapter(self, name: str) -> None:
         """Delete one of several adapters; see :meth:`AdaptedProgram.delete_adapter`."""
-        self._inside("delete_adapter").delete_adapter(name)
+        self._require_program("delete_adapter").delete_adapter(name)
 
     def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
-        """Return a holder of the program with one more adapter, which may be this one; see
+        """Return a wrapper of the program with one more adapter, which may be this one; see
         :meth:`AdaptedProgram.add_adapter`."""
-        inside = self._inside("add_adapter")
+        inside = self._require_program("add_adapter")
         new = inside.add_adapter(name, adapter, recompile=recompile)
-        return self if new is inside else self.holding(new)
+        return self if new is inside else self.with_program(new)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write the model of a program that was merged or unloaded as a transformers directory.
@@ -137,37 +137,38 @@ class ProgramWrapper(ABC):
         ``options`` and errors: as for ``adaptc.merge(program).module().save_pretrained``. Raises AdaptcError where the
         program has an adapter.
         """
-        write_model_of(self._inside("save_pretrained"), save_directory, **options)
+        write_program_model(self._require_program("save_pretrained"), save_directory, **options)
 
-    def _inside(self, name: str) -> Any:
+    def _require_program(self, name: str) -> Any:
         """Return the program inside. Raises AdaptcError, in the name of ``name``, where it is a package, which cannot
         do this."""
         check_program(self.program, name)
         return self.program
 
 
-def inside(value: Any) -> Any:
-    """Return what a holder calls; any other ``value`` is returned as it is."""
-    return value.runs if isinstance(value, ProgramWrapper) else value
+def unwrap(value: Any) -> Any:
+    """Return what a wrapper calls; any other ``value`` is returned as it is."""
+    return value.runner if isinstance(value, ProgramWrapper) else value
 
 
-def of_programs(function: F) -> F:
-    """Wrap ``function``, which needs the graph of a program, to take holders too (see :func:`accepts_wrappers`).
+def needs_graph(function: F) -> F:
+    """Wrap ``function``, which needs the graph of a program, to take wrappers too (see :func:`accepts_wrappers`).
 
     The result raises AdaptcError for a package, which has no graph.
     """
 
     @wraps(function)
-    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(program: Any, *args: Any, **kwargs: Any) -> Any:
         check_program(program.program if isinstance(program, ProgramWrapper) else program, function.__name__)
         return function(program, *args, **kwargs)
 
-    return accepts_wrappers(taking)  # type: ignore[return-value]
+    return accepts_wrappers(wrapper)  # type: ignore[return-value]
 
 
-def check_program(program: Any, name: str, *others: type) -> None:
-    """Raise AdaptcError, in the name of the function ``name``, for what is neither a program nor one of ``others``."""
-    if not isinstance(program, (AdaptedProgram, *others)):
+def check_program(program: Any, name: str, *other_types: type) -> None:
+    """Raise AdaptcError, in the name of the function ``name``, for what is neither a program nor one of
+    ``other_types``."""
+    if not isinstance(program, (AdaptedProgram, *other_types)):
         raise AdaptcError(
             f"{name} takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}; of a package or "
             "a bank take the program that it was made from"
@@ -175,28 +176,28 @@ def check_program(program: Any, name: str, *others: type) -> None:
 
 
 def accepts_wrappers(function: F) -> F:
-    """Wrap ``function``, whose first argument is a program, to take holders too.
+    """Wrap ``function``, whose first argument is a program, to take wrappers too.
 
     It works on the program inside, and a program that it returns is held in the same way.
     """
 
     @wraps(function)
-    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(program: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(program, ProgramWrapper):
             return function(program, *args, **kwargs)
         found = function(program.program, *args, **kwargs)
-        return program.holding(found) if isinstance(found, AdaptedProgram) else found
+        return program.with_program(found) if isinstance(found, AdaptedProgram) else found
 
-    return taking  # type: ignore[return-value]
+    return wrapper  # type: ignore[return-value]
 
 
-def noted(function: F) -> F:
-    """Wrap ``function``, which returns a report of a program, to take holders too and add their notes to the report."""
+def adds_notes(function: F) -> F:
+    """Wrap ``function``, which returns a report of a program, to take wrappers too and add their notes to it."""
 
     @wraps(function)
-    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(program: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(program, ProgramWrapper):
             return function(program, *args, **kwargs)
         return replace(function(program.program, *args, **kwargs), notes=tuple(program.notes()))
 
-    return taking  # type: ignore[return-value]
+    return wrapper  # type: ignore[return-value]

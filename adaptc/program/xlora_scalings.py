@@ -12,49 +12,53 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.errors import ConfigError, listing
-from adaptc.passes.graph.graph_lock import on_graphs
+from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import copy_graph
-from adaptc.passes.graph.mutation import sweep
+from adaptc.passes.graph.mutation import erase_dead_nodes
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.coefficients import Coefficient
-from adaptc.passes.protocol.regions import COEFFICIENT, FIRST_PASS, node_tag
+from adaptc.passes.protocol.regions import BASE_PASS_KEY, COEFFICIENT_ROLE, node_tag
 from adaptc.program.wrapper import check_program
-from adaptc.state.bound import Bound
+from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
 
 
-def check_scalings(program: ProgramCore | Bound, adapter_name: str | None) -> None:
-    """Raise what :func:`scalings_of` would raise for this program and name, whatever the inputs. It is ConfigError
+def check_scalings(program: ProgramCore | BoundProgram, adapter_name: str | None) -> None:
+    """Raise what :func:`expert_scalings` would raise for this program and name, whatever the inputs. It is ConfigError
     where the program runs no such adapter, or runs several and ``adapter_name`` chooses none."""
-    check_program(program, "xlora_scalings", Bound)
-    _, executor, binding, _ = program.pinned_to()
-    _chosen(executor.attachments, binding.values, adapter_name)
+    check_program(program, "xlora_scalings", BoundProgram)
+    _, executor, binding, _ = program.snapshot_executor()
+    _find_xlora(executor.attachments, binding.values, adapter_name)
 
 
-def scalings_of(program: ProgramCore | Bound, *args: Any, adapter_name: str | None = None, **inputs: Any) -> Tensor:
+def expert_scalings(
+    program: ProgramCore | BoundProgram, *args: Any, adapter_name: str | None = None, **inputs: Any
+) -> Tensor:
     """Return the weights of the experts, (batch, tokens, adapted layers, experts), for the inputs of a call.
     ``adaptc.xlora_scalings`` tells more."""
-    check_program(program, "xlora_scalings", Bound)
-    _, executor, binding, state = program.pinned_to()
-    a, name, c = _chosen(executor.attachments, binding.values, adapter_name)
-    arguments = executor.own_arguments(binding, state)
-    flat = executor.inputs(args, inputs, arguments.longer)
-    with on_graphs():
-        part = _up_to_first_pass(executor.module, a.reads[name])
-    slots = [binding.values[a.slots[s]].detach() for s in c.slots]
+    check_program(program, "xlora_scalings", BoundProgram)
+    _, executor, binding, state = program.snapshot_executor()
+    attachment, name, c = _find_xlora(executor.attachments, binding.values, adapter_name)
+    arguments = executor.arguments_with_state(binding, state)
+    flat = executor.inputs(args, inputs, arguments.added_tokens)
+    with hold_graph_lock():
+        part = _cut_after_first_pass(executor.module, attachment.reads[name])
+    slots = [binding.values[attachment.slots[s]].detach() for s in c.slots]
     with torch.no_grad():
         hidden = part.forward(*arguments.lifted, *flat)
-        assert c.shown is not None
-        found = c.shown(hidden, *slots)
-    there = sum(b.adapter == a.adapter and name in b.reads and b.id in binding.methods for b in executor.attachments)
+        assert c.make_visible is not None
+        found = c.make_visible(hidden, *slots)
+    there = sum(
+        b.adapter == attachment.adapter and name in b.reads and b.id in binding.methods for b in executor.attachments
+    )
     return found.expand(-1, -1, there, -1) if found.shape[2] == 1 else found
 
 
-def _chosen(attachments: Any, values: Any, adapter_name: str | None) -> tuple[Attachment, str, Coefficient]:
+def _find_xlora(attachments: Any, values: Any, adapter_name: str | None) -> tuple[Attachment, str, Coefficient]:
     found: dict[str, tuple[Attachment, str, Coefficient]] = {}
     for a in attachments:
         for name, c in a.method.coefficients().items():
-            if c.shown is not None and all(a.slots[s] in values for s in c.slots):
+            if c.make_visible is not None and all(a.slots[s] in values for s in c.slots):
                 found.setdefault(a.adapter, (a, name, c))
     if adapter_name is not None:
         found = {n: f for n, f in found.items() if n == adapter_name}
@@ -68,14 +72,14 @@ def _chosen(attachments: Any, values: Any, adapter_name: str | None) -> tuple[At
     return next(iter(found.values()))
 
 
-def _up_to_first_pass(module: fx.GraphModule, coefficient: str) -> fx.GraphModule:
+def _cut_after_first_pass(module: fx.GraphModule, coefficient: str) -> fx.GraphModule:
     """Return a graph that ends in the last hidden state of the first pass that ``coefficient`` is made of."""
     graph = copy_graph(module.graph)
     stack, seen = [n for n in graph.nodes if n.name == coefficient], set[fx.Node]()
     while stack:
         node = stack.pop()
         tag = node_tag(node)
-        if tag is not None and tag.get(FIRST_PASS):
+        if tag is not None and tag.get(BASE_PASS_KEY):
             break
         stack += [n for n in node.all_input_nodes if n not in seen]
         seen |= set(node.all_input_nodes)
@@ -87,7 +91,7 @@ def _up_to_first_pass(module: fx.GraphModule, coefficient: str) -> fx.GraphModul
             break
         # The pass writes to its cache after its result; these nodes stay, or the next call would miss these tokens.
         tag = node_tag(other)
-        if other.op not in ("output", "placeholder") and (tag is None or tag["role"] != COEFFICIENT):
+        if other.op not in ("output", "placeholder") and (tag is None or tag["role"] != COEFFICIENT_ROLE):
             graph.erase_node(other)
-    sweep(graph)
+    erase_dead_nodes(graph)
     return fx.GraphModule(module, graph)

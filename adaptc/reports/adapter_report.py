@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from adaptc.adapter_files.foreign_file import RawFile, of_peft, read_any
-from adaptc.adapter_files.formats.detect import detect
-from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
+from adaptc.adapter_files.foreign_file import RawFile, has_peft_prefix, read_any_format
+from adaptc.adapter_files.formats.detect import detect_format
+from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, to_json_value, with_count
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,29 +28,29 @@ class AdapterReport(Report):
     nbytes: int
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> AdapterReport:
+    def from_path(cls, path: str | os.PathLike[str]) -> AdapterReport:
         """Read the adapter at ``path`` and report it.
 
-        Raises CheckpointError as :func:`adaptc.adapter_files.foreign_file.read_any` does.
+        Raises CheckpointError as :func:`adaptc.adapter_files.foreign_file.read_any_format` does.
         """
-        file = read_any(path)
+        file = read_any_format(path)
         if isinstance(file, RawFile):
-            return cls.of_raw(file)
+            return cls.from_foreign_file(file)
         config = {k: v for k, v in sorted(file.config.items()) if v not in (None, False, {}, [], "")}
         tensors = {k: (tuple(t.shape), t.dtype) for k, t in file.tensors.items()}
         return cls(file.path, config, tensors, file.nbytes)
 
     @classmethod
-    def of_raw(cls, file: RawFile) -> AdapterReport:
+    def from_foreign_file(cls, file: RawFile) -> AdapterReport:
         """Report a file in another format, or in PEFT's without its config. Only a model tells its config, so the
         report has the format, and the number of tensors of each component."""
-        if any(map(of_peft, file.tensors)):
-            form, components = "PEFT, without its config", Counter[str]()
+        if any(map(has_peft_prefix, file.tensors)):
+            format_name, components = "PEFT, without its config", Counter[str]()
         else:
-            found, parts = detect(file.tensors, str(file.path))
-            form, components = found.name, Counter(p.component for p in parts)
-        config = {"format": form} | {f"tensors of {name}": n for name, n in components.items() if name}
-        config |= dict(file.configs or {})
+            found, parts = detect_format(file.tensors, str(file.path))
+            format_name, components = found.name, Counter(p.component for p in parts)
+        config = {"format": format_name} | {f"tensors of {name}": n for name, n in components.items() if name}
+        config |= dict(file.header_configs or {})
         tensors = {k: (tuple(t.shape), t.dtype) for k, t in file.tensors.items()}
         return cls(file.path, config, tensors, file.nbytes)
 
@@ -58,19 +58,19 @@ class AdapterReport(Report):
     def params(self) -> int:
         return sum(prod(shape) for shape, _ in self.tensors.values())
 
-    def parts(self) -> list[str | Table]:
+    def sections(self) -> list[str | Table]:
         """Return the headline, the config and the tensors. Tensors that differ in a layer's number alone share a
         row."""
         groups: dict[tuple[str, str], list[str]] = {}
         for key, (shape, dtype) in self.tensors.items():
             groups.setdefault(("x".join(map(str, shape)), dtype_name(dtype)), []).append(key)
-        rows = [(times(text, n), *how) for how, keys in groups.items() for text, n in collapse(keys)]
+        rows = [(with_count(text, n), *how) for how, keys in groups.items() for text, n in collapse_paths(keys)]
         kind = self.config.get("peft_type") or self.config.get("format", "unknown")
         head = f"{kind} adapter in {self.path}: {len(self.tensors)} tensors, {self.params:,d} parameters"
         return [
-            f"{head}, {size(self.nbytes)}",
-            Table(["field", "value"], [(k, _text(v)) for k, v in self.config.items()]),
-            Table(["tensor", Column("shape", keep=True), Column("dtype", keep=True)], rows),
+            f"{head}, {format_bytes(self.nbytes)}",
+            Table(["field", "value"], [(k, _format_value(v)) for k, v in self.config.items()]),
+            Table(["tensor", Column("shape", no_wrap=True), Column("dtype", no_wrap=True)], rows),
         ]
 
     def data(self) -> dict[str, Any]:
@@ -78,12 +78,12 @@ class AdapterReport(Report):
         tensors = {k: {"shape": list(shape), "dtype": dtype_name(d)} for k, (shape, d) in self.tensors.items()}
         return {
             "path": str(self.path),
-            "config": plain(self.config),
+            "config": to_json_value(self.config),
             "tensors": tensors,
             "parameters": self.params,
             "bytes": self.nbytes,
         }
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -14,33 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.adapter_files.origin import PEFT, FileOrigin
+from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
-from adaptc.passes.graph.graph_lock import exclusive
-from adaptc.passes.graph.pass_infra import Trail
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.storage import storage_key
-from adaptc.passes.lower.choose_products import Products
+from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.reports.norms import Norms
-from adaptc.runtime.hoisted_values import Held
+from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.variants import Fusion
 from adaptc.tables import (
     Column,
     Report,
     Table,
-    collapse,
+    collapse_paths,
     dtype_name,
-    pattern,
-    plain,
+    path_pattern,
     shape_text,
-    shortened,
-    times,
+    shorten_paths,
+    to_json_value,
+    with_count,
 )
 from adaptc.tuning.packed_weights import PackedWeights
 
 #: the most target entries that are full module names and have a row each; more of them share one row
-FEW = 12
+MAX_ENTRY_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class CoverageReport(Report):
     peft_type: str = ""
     source: str = ""
     merged: str = field(default="", repr=False)
-    held: Held = field(default=Held(), repr=False)
+    held: HoistedMemory = field(default=HoistedMemory(), repr=False)
     fusion: Fusion = field(default=Fusion(), repr=False)
-    products: Products = field(default=Products(), repr=False)
-    training: tuple[Products, ...] = field(default=(), repr=False)
+    products: MatmulChoices = field(default=MatmulChoices(), repr=False)
+    training: tuple[MatmulChoices, ...] = field(default=(), repr=False)
     packed: PackedWeights = field(default=PackedWeights(), repr=False)
-    passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
+    passes: Mapping[str, PassTrail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> the format and component of the file that it was read from
     origins: Mapping[str, FileOrigin] = field(default_factory=dict)
@@ -109,34 +109,34 @@ class CoverageReport(Report):
     notes: tuple[str, ...] = ()
 
     @classmethod
-    @exclusive
-    def of(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
-        training = next((m.products for m in list(program.memory.modules) if m.products), ())
+    @with_graph_lock
+    def from_program(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
+        training = next((m.products for m in list(program.run_state.modules) if m.products), ())
         packed = program.packed  # before the snapshot, which knows nothing of the code of the program's parts
         program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
             report = program.merge_report
             source = report.source if report else ""
-            made: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products")}
-            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, packed=packed, **made)
+            fields: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products")}
+            return cls((), {}, (), 0, count_base_parameters(program, ()), merged=source, packed=packed, **fields)
         binding = program.binding
-        seen: set[int] = set()
-        sites = tuple(_site(program, binding, x, seen) for x in a.attachments)
-        adapted = {x.module for x in a.attachments}
-        left_out = tuple((name, why) for name, why in a.left_out if name not in adapted)
+        counted_ids: set[int] = set()
+        sites = tuple(_site_coverage(program, binding, x, counted_ids) for x in a.attachments)
+        adapted_modules = {x.module for x in a.attachments}
+        left_out = tuple((name, why) for name, why in a.left_out if name not in adapted_modules)
         trainable, total = count_parameters(program)
-        parts = binding.named
-        kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
-        names = ", ".join(parts)
-        made = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products")}
-        made["packed"] = packed
-        made["training"] = training
-        made["norms"] = Norms.of(program, changes)
-        made["origins"] = {n: p.origin for n, p in parts.items()}
-        made["strength"] = binding.strength()
-        made["unadapted"] = unadapted(program)
-        return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
+        bindings = binding.adapters_by_name
+        kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in bindings.values()))
+        names = ", ".join(bindings)
+        fields = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products")}
+        fields["packed"] = packed
+        fields["training"] = training
+        fields["norms"] = Norms.from_program(program, changes)
+        fields["origins"] = {n: p.origin for n, p in bindings.items()}
+        fields["strength"] = binding.describe_scales()
+        fields["unadapted"] = unadapted_parameters(program)
+        return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **fields)
 
     @property
     def percentage(self) -> float:
@@ -148,14 +148,14 @@ class CoverageReport(Report):
             f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percentage:.4f}"
         )
 
-    def parts(self) -> list[str | Table]:
+    def sections(self) -> list[str | Table]:
         """Return the sections and tables of the report. In tables, layers that differ in their number alone share a
         row."""
         if not self.sites:
-            how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
+            origin = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
             products = "".join(f"{text}\n" for text in (str(self.products), str(self.packed)) if text)
             return [
-                f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}",
+                f"The program has no adapter: {origin}.\n{products}{self.parameters_line()}{self._passes_text()}",
                 *self.notes,
             ]
         changed = {s.fqn for s in self.sites if s.present}
@@ -164,17 +164,17 @@ class CoverageReport(Report):
         head += f", {absent} of them left at the base" if absent else ""
         head += f"\n{self.strength}" if self.strength else ""
         for o in self.origins.values():
-            head += "" if o == PEFT else f"\nfrom a file in the format {o}"
-            head += f"; not of this program: {o.left}" if o.others else ""
+            head += "" if o == PEFT_ORIGIN else f"\nfrom a file in the format {o}"
+            head += f"; not of this program: {o.describe_others}" if o.other_components else ""
         tables = [
-            self._sites(),
-            self._forms(),
-            self._entries(),
-            self._omitted(),
-            self._unadapted(),
-            *self.norms.parts(),
+            self._sites_table(),
+            self._forms_table(),
+            self._targets_table(),
+            self._left_out_table(),
+            self._unadapted_table(),
+            *self.norms.sections(),
         ]
-        line = self.parameters_line() + self._passes()
+        line = self.parameters_line() + self._passes_text()
         products = [str(p) for p in (self.products, *self.training)]
         return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
 
@@ -203,93 +203,102 @@ class CoverageReport(Report):
             "formats": {name: str(o) for name, o in self.origins.items()},
             "merged": self.merged,
             "sites": [_site_data(s) for s in self.sites],
-            "matches": plain(self.matches),
+            "matches": to_json_value(self.matches),
             "left_out": [{"module": name, "why": why} for name, why in self.left_out],
             "unadapted": [{"parameter": name, "shape": list(shape)} for name, shape in self.unadapted],
             "trainable": self.trainable,
             "total": self.total,
-            "products": self.products.data(),
-            "training": {p.caption: p.data() for p in self.training},
+            "products": self.products.table_rows(),
+            "training": {p.caption: p.table_rows() for p in self.training},
             "packed": {"count": self.packed.count, "bytes": self.packed.nbytes},
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
             "norms": self.norms.data(),
             "notes": list(self.notes),
         }
 
-    def _passes(self) -> str:
+    def _passes_text(self) -> str:
         steps = {where: [f"{name} ({count})" for name, count in trail] for where, trail in self.passes.items()}
         return "".join(f"\npasses, {where}: {', '.join(names)}" for where, names in steps.items() if names)
 
-    def _sites(self) -> Table:
-        several = len({s.adapter for s in self.sites}) > 1
+    def _sites_table(self) -> Table:
+        has_several_adapters = len({s.adapter for s in self.sites}) > 1
         changed = {s.fqn for s in self.sites if s.present}
         groups: dict[Any, list[SiteCoverage]] = {}
         for s in self.sites:
             slots = "\n".join(f"{n} {shape_text(*v)}" for n, v in s.slots.items())
             if not s.present:
                 slots = "(left to the others)" if s.fqn in changed else "(left at the base)"
-            method = f"{s.method} ({s.adapter})" if several else s.method
+            method = f"{s.method} ({s.adapter})" if has_several_adapters else s.method
             method += f" x {s.factor:g}" if s.factor != 1 else ""
-            how = (s.kind, s.form, method, s.rank or "-", slots)
-            groups.setdefault((how, s.params), []).append(s)
+            row = (s.kind, s.form, method, s.rank or "-", slots)
+            groups.setdefault((row, s.params), []).append(s)
         rows = [
-            (times(text, n), *how, f"{params * n:,d}")
+            (with_count(text, n), *how, f"{params * n:,d}")
             for (how, params), members in groups.items()
-            for text, n in collapse(s.fqn.removesuffix(".weight") for s in members)
+            for text, n in collapse_paths(s.fqn.removesuffix(".weight") for s in members)
         ]
-        numbers = [Column(name, right=True, keep=True) for name in ("rank", "params")]
-        kept = [Column(name, keep=True) for name in ("kind", "form", "method", "tensors")]
-        return Table(["site", *kept[:3], numbers[0], kept[3], numbers[1]], rows)
+        number_columns = [Column(name, right=True, no_wrap=True) for name in ("rank", "params")]
+        text_columns = [Column(name, no_wrap=True) for name in ("kind", "form", "method", "tensors")]
+        return Table(["site", *text_columns[:3], number_columns[0], text_columns[3], number_columns[1]], rows)
 
-    def _forms(self) -> Table:
+    def _forms_table(self) -> Table:
         """Return a table of the reasons for the sites' forms, with a row for each reason that was weighed."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for s in self.sites:
             if s.why:
                 groups.setdefault((s.form, s.method, s.why), []).append(s.fqn.removesuffix(".weight"))
         rows = [
-            (form, method, why, shortened([t for t, _ in collapse(names)], sep="\n"))
+            (form, method, why, shorten_paths([t for t, _ in collapse_paths(names)], sep="\n"))
             for (form, method, why), names in groups.items()
         ]
-        return Table([Column("form", keep=True), Column("method", keep=True), "why", "sites"], rows)
+        return Table([Column("form", no_wrap=True), Column("method", no_wrap=True), "why", "sites"], rows)
 
-    def _entries(self) -> Table:
+    def _targets_table(self) -> Table:
         """Return a table of the modules that each target entry selected, out of all modules that are the same layer of
         some block."""
         rows = []
-        full = [entry for entry, modules in self.matches.items() if list(modules) == [entry]]
-        if len(full) > FEW:  # files of other formats name every module
-            rows.append((f"({len(full)} full names)", f"{len(full)} of {len(full)}", shortened(full, sep="\n"), "-"))
+        full_names = [entry for entry, modules in self.matches.items() if list(modules) == [entry]]
+        if len(full_names) > MAX_ENTRY_ROWS:  # files of other formats name every module
+            rows.append(
+                (
+                    f"({len(full_names)} full names)",
+                    f"{len(full_names)} of {len(full_names)}",
+                    shorten_paths(full_names, sep="\n"),
+                    "-",
+                )
+            )
         for entry, modules in self.matches.items():
-            if len(full) > FEW and list(modules) == [entry]:
+            if len(full_names) > MAX_ENTRY_ROWS and list(modules) == [entry]:
                 continue
-            forms = {pattern(m) for m in modules}
-            missed = [name for name, _ in self.left_out if pattern(name) in forms]
+            forms = {path_pattern(m) for m in modules}
+            missed = [name for name, _ in self.left_out if path_pattern(name) in forms]
             of = f"{len(modules)} of {len(modules) + len(missed)}"
-            rows.append((entry, of, shortened(modules, sep="\n"), shortened(missed, sep="\n") or "-"))
-        return Table(["target entry", Column("matches", right=True, keep=True), "modules", "not in"], rows)
+            rows.append((entry, of, shorten_paths(modules, sep="\n"), shorten_paths(missed, sep="\n") or "-"))
+        return Table(["target entry", Column("matches", right=True, no_wrap=True), "modules", "not in"], rows)
 
-    def _omitted(self) -> Table:
+    def _left_out_table(self) -> Table:
         """Return a table of the modules that were left out, with a row for each reason and last path component."""
         groups: dict[tuple[str, str], list[str]] = {}
         for name, why in self.left_out:
             groups.setdefault((name.rpartition(".")[2], why), []).append(name)
-        rows = [(times(tail, len(names)), why, shortened(names, sep="\n")) for (tail, why), names in groups.items()]
+        rows = [
+            (with_count(tail, len(names)), why, shorten_paths(names, sep="\n")) for (tail, why), names in groups.items()
+        ]
         return Table(["left out", "why", "modules"], rows)
 
-    def _unadapted(self) -> Table:
+    def _unadapted_table(self) -> Table:
         """Return a table of the parameters that no adapter changes, the largest first. Those of one shape that differ
         in a layer's number alone share a row."""
         groups: dict[tuple[int, ...], list[str]] = {}
         for name, shape in self.unadapted:
             groups.setdefault(shape, []).append(name)
         rows = [
-            (times(text, n), " x ".join(map(str, shape)), prod(shape) * n)
+            (with_count(text, n), " x ".join(map(str, shape)), prod(shape) * n)
             for shape, names in groups.items()
-            for text, n in collapse(names)
+            for text, n in collapse_paths(names)
         ]
         rows.sort(key=lambda row: -row[2])
-        columns = ["unadapted parameter", Column("shape", keep=True), Column("params", right=True, keep=True)]
+        columns = ["unadapted parameter", Column("shape", no_wrap=True), Column("params", right=True, no_wrap=True)]
         return Table(columns, [(*row[:2], f"{row[2]:,d}") for row in rows])
 
 
@@ -298,12 +307,12 @@ def _site_data(s: SiteCoverage) -> dict[str, Any]:
     return {**vars(s), "slots": slots}
 
 
-def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[int]) -> SiteCoverage:
+def _site_coverage(program: AdaptedProgram, binding: Binding, a: Attachment, counted_ids: set[int]) -> SiteCoverage:
     method = binding.methods.get(a.id)
     specs = (method or a.method).slots(program.ops[a.id])
     slots = {n: binding.values[f] for n, f in a.slots.items() if n in specs}
-    fresh = {id(t): t for n, t in slots.items() if method and specs[n].trainable and id(t) not in seen}
-    seen.update(fresh)
+    uncounted = {id(t): t for n, t in slots.items() if method and specs[n].trainable and id(t) not in counted_ids}
+    counted_ids.update(uncounted)
     return SiteCoverage(
         fqn=a.fqn,
         kind=a.kind,
@@ -311,11 +320,11 @@ def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[in
         method=a.method.name,
         rank=None if method is None else method.rank(),
         slots={n: (tuple(t.shape), t.dtype) for n, t in slots.items()},
-        params=sum(t.numel() for t in fresh.values()),
+        params=sum(t.numel() for t in uncounted.values()),
         present=method is not None,
         why=a.why,
         adapter=a.adapter,
-        factor=binding.factors.get(a.id, 1.0),
+        factor=binding.scale_factors.get(a.id, 1.0),
     )
 
 
@@ -323,8 +332,8 @@ def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
     """Return (trainable, all) parameters of the program with its current adapter. Sites the adapter lacks do not
     count."""
     binding = program.binding
-    own: dict[int, Tensor] = {}  # several slots may be one tensor
-    in_place: set[int] = set()
+    trained_slots: dict[int, Tensor] = {}  # several slots may be one tensor
+    in_place_ids: set[int] = set()
     for a in program.adaptation.attachments:
         method = binding.methods.get(a.id)
         if method is None:
@@ -332,27 +341,27 @@ def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
         for name, slot in method.slots(program.ops[a.id]).items():
             if slot.trainable:
                 value = binding.values[a.slots[name]]
-                own[id(value)] = value
+                trained_slots[id(value)] = value
                 if method.in_place():
-                    in_place.add(id(value))
-    trainable = sum(t.numel() for t in own.values() if t.requires_grad)
-    added = sum(t.numel() for f, t in own.items() if f not in in_place)
-    return trainable, added + base_parameters(program, binding.values)
+                    in_place_ids.add(id(value))
+    trainable = sum(t.numel() for t in trained_slots.values() if t.requires_grad)
+    added_count = sum(t.numel() for f, t in trained_slots.items() if f not in in_place_ids)
+    return trainable, added_count + count_base_parameters(program, binding.values)
 
 
-def unadapted(program: AdaptedProgram) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def unadapted_parameters(program: AdaptedProgram) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Return (name, shape) of each parameter of the base that no adapter changes; a weight with several names counts
     once."""
     slots, state = program.binding.values, program.state_dict
-    taken = {storage_key(state[a.fqn]) for a in program.adaptation.attachments if a.fqn in state}
+    adapted_storages = {storage_key(state[a.fqn]) for a in program.adaptation.attachments if a.fqn in state}
     found: dict[Any, tuple[str, tuple[int, ...]]] = {}
     for fqn, t in state.items():
-        if fqn not in slots and isinstance(t, nn.Parameter) and storage_key(t) not in taken:
+        if fqn not in slots and isinstance(t, nn.Parameter) and storage_key(t) not in adapted_storages:
             found.setdefault(storage_key(t), (fqn, tuple(t.shape)))
     return tuple(found.values())
 
 
-def base_parameters(program: AdaptedProgram, slots: Iterable[str]) -> int:
+def count_base_parameters(program: AdaptedProgram, slots: Iterable[str]) -> int:
     """Return the number of elements in the base's parameters, without those named in ``slots``. A weight with several
     names counts once."""
     skip = set(slots)

@@ -8,12 +8,23 @@ from functools import cached_property
 from math import isnan, nan
 from typing import Any
 
-from adaptc.adapter_files.origin import PEFT, FileOrigin
+from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merge_pass import SiteMerge
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
-from adaptc.tables import WIDTH, Column, Report, Table, as_text, dtype_name, number, plain, shortened, small
+from adaptc.tables import (
+    WIDTH,
+    Column,
+    Report,
+    Table,
+    as_text,
+    dtype_name,
+    format_error,
+    format_error_or_dash,
+    shorten_paths,
+    to_json_value,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,10 +43,10 @@ class SwapReport(Report):
     attachments: Sequence[Attachment] = field(repr=False)
     methods: Mapping[str, Method] = field(repr=False)
     seconds: float = nan
-    origin: FileOrigin = PEFT
+    origin: FileOrigin = PEFT_ORIGIN
 
     @classmethod
-    def of(cls, attachments: Sequence[Attachment], binding: Binding, seconds: float = nan) -> SwapReport:
+    def from_binding(cls, attachments: Sequence[Attachment], binding: Binding, seconds: float = nan) -> SwapReport:
         """Return the report of a swap to ``binding`` in a program with these attachments."""
         return cls(binding.source, attachments, binding.methods, seconds, binding.origin)
 
@@ -52,14 +63,14 @@ class SwapReport(Report):
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted({r for m in self.methods.values() if (r := m.rank()) is not None}))
 
-    def parts(self) -> list[str | Table]:
+    def sections(self) -> list[str | Table]:
         total = len(self.attachments)
         rank = f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
-        took = "" if isnan(self.seconds) else f", {1000 * self.seconds:.1f} ms"
-        rest = f"\nleft at the base: {shortened(self.identity)}" if self.identity else ""
-        rest += f"\nnot of this program: {self.origin.left}" if self.origin.others else ""
-        form = "" if self.origin == PEFT else f" [{self.origin}]"
-        return [f"{self.source}{form}: {self.sites} of {total} sites{rank}{took}{rest}"]
+        duration = "" if isnan(self.seconds) else f", {1000 * self.seconds:.1f} ms"
+        remarks = f"\nleft at the base: {shorten_paths(self.identity)}" if self.identity else ""
+        remarks += f"\nnot of this program: {self.origin.describe_others}" if self.origin.other_components else ""
+        form = "" if self.origin == PEFT_ORIGIN else f" [{self.origin}]"
+        return [f"{self.source}{form}: {self.sites} of {total} sites{rank}{duration}{remarks}"]
 
     def data(self) -> dict[str, Any]:
         """Return ``source``, ``format``, ``sites`` (their number), ``left_at_the_base`` (FQNs), ``ranks`` and
@@ -70,7 +81,7 @@ class SwapReport(Report):
             "sites": self.sites,
             "left_at_the_base": list(self.identity),
             "ranks": list(self.ranks),
-            "seconds": plain(self.seconds),
+            "seconds": to_json_value(self.seconds),
         }
 
 
@@ -100,52 +111,66 @@ class MergeReport(Report):
         """Return the weights that were tied to another name and are weights of their own now."""
         return tuple(s.fqn for s in self.sites if s.untied)
 
-    def worst(self) -> list[SiteMerge]:
+    def sites_by_error(self) -> list[SiteMerge]:
         """Return the sites, largest error first."""
-        return sorted(self.sites, key=lambda s: (s.error, _relative(s)), reverse=True)
+        return sorted(self.sites, key=lambda s: (s.error, _relative_error(s)), reverse=True)
 
     def render(self, width: int = WIDTH, most: int = 20) -> str:
         """Return the report as text, with the ``most`` sites of largest error."""
-        return as_text(self.parts(most), width)
+        return as_text(self.sections(most), width)
 
-    def parts(self, most: int = 20) -> list[str | Table]:
+    def sections(self, max_rows: int = 20) -> list[str | Table]:
         dtypes = ", ".join(sorted({dtype_name(s.dtype) for s in self.sites})) or "nothing"
         untied = f", {len(self.untied)} untied" if self.untied else ""
         head = (
             f"merged {len(self.sites)} weights ({dtypes}) from {self.source}{untied}: "
-            f"largest change {small(self.max_delta)}, largest rounding error {small(self.max_error)}"
+            f"largest change {format_error(self.max_delta)}, largest rounding error {format_error(self.max_error)}"
         )
-        ordered = self.worst()
+        ordered = self.sites_by_error()
         rows = [
-            (s.fqn, dtype_name(s.dtype), number(s.delta), number(s.error), _percent(s), "yes" if s.untied else "-")
-            for s in ordered[:most]
+            (
+                s.fqn,
+                dtype_name(s.dtype),
+                format_error_or_dash(s.delta),
+                format_error_or_dash(s.error),
+                _format_percent(s),
+                "yes" if s.untied else "-",
+            )
+            for s in ordered[:max_rows]
         ]
-        numbers = [Column(n, right=True, keep=True) for n in ("largest change", "rounding error", "relative")]
-        rest = len(ordered) - len(rows)
+        number_columns = [Column(n, right=True, no_wrap=True) for n in ("largest change", "rounding error", "relative")]
+        omitted = len(ordered) - len(rows)
         more = (
-            f"and {rest} more, each with a rounding error of at most {small(ordered[most].error)}" if rest > 0 else ""
+            f"and {omitted} more, each with a rounding error of at most {format_error(ordered[max_rows].error)}"
+            if omitted > 0
+            else ""
         )
-        return [head, Table(["weight", "dtype", *numbers, "untied"], rows), more]
+        return [head, Table(["weight", "dtype", *number_columns, "untied"], rows), more]
 
     def data(self) -> dict[str, Any]:
         """Return ``source``, ``largest_change``, ``largest_error``, ``untied`` (FQNs) and ``weights`` (one dict
         each)."""
         return {
             "source": self.source,
-            "largest_change": plain(self.max_delta),
-            "largest_error": plain(self.max_error),
+            "largest_change": to_json_value(self.max_delta),
+            "largest_error": to_json_value(self.max_error),
             "untied": list(self.untied),
             "weights": [
-                {"weight": s.fqn, "dtype": dtype_name(s.dtype), "change": plain(s.delta), "error": plain(s.error)}
+                {
+                    "weight": s.fqn,
+                    "dtype": dtype_name(s.dtype),
+                    "change": to_json_value(s.delta),
+                    "error": to_json_value(s.error),
+                }
                 for s in self.sites
             ],
         }
 
 
-def _relative(s: SiteMerge) -> float:
+def _relative_error(s: SiteMerge) -> float:
     """Return the rounding error relative to the change; NaN where there is no change to compare with."""
     return s.error / s.delta if s.delta and not isnan(s.delta) else nan
 
 
-def _percent(s: SiteMerge) -> str:
-    return "-" if isnan(_relative(s)) else f"{100 * _relative(s):.3g}%"
+def _format_percent(s: SiteMerge) -> str:
+    return "-" if isnan(_relative_error(s)) else f"{100 * _relative_error(s):.3g}%"

@@ -15,13 +15,13 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.analysis.program_facts import all_module_types
-from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.wrapper import of_programs
-from adaptc.reports.coverage import base_parameters
-from adaptc.state.overrides import view_of
-from adaptc.tables import Column, Table, collapse, times
+from adaptc.program.wrapper import needs_graph
+from adaptc.reports.coverage import count_base_parameters
+from adaptc.state.overrides import override_of
+from adaptc.tables import Column, Table, collapse_paths, with_count
 
 Irregular = Literal["irregular"]
 
@@ -54,12 +54,17 @@ class LayerStatuses(list[LayerStatus]):
     def __repr__(self) -> str:
         groups: dict[tuple[str, ...], list[str]] = {}
         for s in self:
-            how = (s.module_type, _names(s.available_adapters), _names(s.active_adapters), _by_name(s.requires_grad))
-            groups.setdefault((*how, _by_name(s.devices), _by_name(s.scales)), []).append(s.name)
-        rows = [(times(text, n), *how) for how, members in groups.items() for text, n in collapse(members)]
-        on = "" if all(s.enabled for s in self) else "\n(disabled in this block)"
-        columns = ["layer", Column("type", keep=True), "adapters", "active", "requires grad", "devices", "scales"]
-        return Table(columns, rows).text() + on
+            cells = (
+                s.module_type,
+                _join_names(s.available_adapters),
+                _join_names(s.active_adapters),
+                _join_by_name(s.requires_grad),
+            )
+            groups.setdefault((*cells, _join_by_name(s.devices), _join_by_name(s.scales)), []).append(s.name)
+        rows = [(with_count(text, n), *how) for how, members in groups.items() for text, n in collapse_paths(members)]
+        suffix = "" if all(s.enabled for s in self) else "\n(disabled in this block)"
+        columns = ["layer", Column("type", no_wrap=True), "adapters", "active", "requires grad", "devices", "scales"]
+        return Table(columns, rows).text() + suffix
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,120 +92,124 @@ class ModelStatus:
     scales: dict[str, float | Irregular] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        rows = [(f.name, _text(getattr(self, f.name))) for f in fields(self)]
-        return Table([Column("status", keep=True), "value"], rows).text()
+        rows = [(f.name, _format_value(getattr(self, f.name))) for f in fields(self)]
+        return Table([Column("status", no_wrap=True), "value"], rows).text()
 
 
-@of_programs
-@exclusive
+@needs_graph
+@with_graph_lock
 def get_layer_status(program: AdaptedProgram) -> LayerStatuses:
     """Return the status of each adapted module, with the fields of ``peft.get_layer_status``; it prints as a table.
 
     Names are those of the model's modules, without what PEFT's wrapper puts in front of them. Raises AdaptcError where
     the program has no adapter.
     """
-    enabled, still = not view_of(program).off, program.snapshot()
-    binding, types = _binding(still), all_module_types(still)
+    enabled, snapshot = not override_of(program).is_disabled, program.snapshot()
+    binding, module_types = _require_binding(snapshot), all_module_types(snapshot)
     layers: dict[str, list[Attachment]] = {}
-    for a in still.adaptation.attachments:
-        part = binding.named.get(a.adapter)
-        if part is not None and a.id in (part.idle or part).methods:
+    for a in snapshot.adaptation.attachments:
+        part = binding.adapters_by_name.get(a.adapter)
+        if part is not None and a.id in (part.active_form or part).methods:
             layers.setdefault(a.module, []).append(a)
-    active = [n for n, part in binding.named.items() if part.idle is None]
-    out = LayerStatuses()
-    for name, here in layers.items():
+    active = [n for n, part in binding.adapters_by_name.items() if part.active_form is None]
+    statuses = LayerStatuses()
+    for name, attachments in layers.items():
         by_name: dict[str, list[Attachment]] = {}
-        for a in here:
+        for a in attachments:
             by_name.setdefault(a.adapter, []).append(a)
-        kind = types.get(name, "").rpartition(".")[2] or here[0].kind
-        out.append(
+        kind = module_types.get(name, "").rpartition(".")[2] or attachments[0].kind
+        statuses.append(
             LayerStatus(
                 name=name,
-                module_type=f"{binding.named[here[0].adapter].config.peft_type.lower()}.{kind}",
+                module_type=f"{binding.adapters_by_name[attachments[0].adapter].config.peft_type.lower()}.{kind}",
                 enabled=enabled,
                 active_adapters=list(active),
                 merged_adapters=[],
-                requires_grad={n: _trains(still, binding, n, group) for n, group in by_name.items()},
+                requires_grad={n: _requires_grad(snapshot, binding, n, group) for n, group in by_name.items()},
                 available_adapters=sorted(by_name),
                 devices={n: _devices(binding, n, group) for n, group in by_name.items()},
                 scales={n: _scale(binding, n, group) for n, group in by_name.items()},
             )
         )
-    return out
+    return statuses
 
 
-@of_programs
-@exclusive
+@needs_graph
+@with_graph_lock
 def get_model_status(program: AdaptedProgram) -> ModelStatus:
     """Return the status of a program's adapters, with the fields of ``peft.get_model_status``; it prints as a table.
 
     Raises AdaptcError where the program has no adapter.
     """
-    layers, still = get_layer_status(program), program.snapshot()
-    binding = _binding(still)
-    names = list(binding.named)
-    kinds = dict.fromkeys(type(p.config).__name__.removesuffix("Config") for p in binding.named.values())
-    trained = _own(still, {n: p for n, p in binding.named.items() if p.idle is None})
-    added = _own(still, {n: p.idle or p for n, p in binding.named.items()}, in_place=False)
+    layers, snapshot = get_layer_status(program), program.snapshot()
+    binding = _require_binding(snapshot)
+    names = list(binding.adapters_by_name)
+    kinds = dict.fromkeys(type(p.config).__name__.removesuffix("Config") for p in binding.adapters_by_name.values())
+    trained_tensors = _trainable_tensors(
+        snapshot, {n: p for n, p in binding.adapters_by_name.items() if p.active_form is None}
+    )
+    added_tensors = _trainable_tensors(
+        snapshot, {n: p.active_form or p for n, p in binding.adapters_by_name.items()}, in_place=False
+    )
     return ModelStatus(
-        base_model_type=_base_type(still),
+        base_model_type=_base_model_type(snapshot),
         adapter_model_type=" + ".join(f"{k}Model" for k in kinds),
-        peft_types={n: p.config.peft_type for n, p in binding.named.items()},
-        trainable_params=sum(t.numel() for t in trained if t.requires_grad),
-        total_params=sum(t.numel() for t in added) + base_parameters(still, binding.values),
+        peft_types={n: p.config.peft_type for n, p in binding.adapters_by_name.items()},
+        trainable_params=sum(t.numel() for t in trained_tensors if t.requires_grad),
+        total_params=sum(t.numel() for t in added_tensors) + count_base_parameters(snapshot, binding.values),
         num_adapter_layers=len(layers),
         enabled=all(s.enabled for s in layers),
-        active_adapters=[n for n in names if binding.named[n].idle is None],
+        active_adapters=[n for n in names if binding.adapters_by_name[n].active_form is None],
         merged_adapters=[],
-        requires_grad={n: _agreed(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
+        requires_grad={n: _common_value(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
         available_adapters=sorted(names),
         devices={n: sorted({d for s in layers for d in s.devices.get(n, ())}) for n in names},
-        scales={n: _agreed(s.scales[n] for s in layers if n in s.scales) for n in names},
+        scales={n: _common_value(s.scales[n] for s in layers if n in s.scales) for n in names},
     )
 
 
-def _binding(program: AdaptedProgram) -> Binding:
+def _require_binding(program: AdaptedProgram) -> Binding:
     if program.current is None:
         raise AdaptcError("the program has no adapter layers: it was merged or unloaded, and is as a plain model is")
     return program.current
 
 
-def _base_type(program: AdaptedProgram) -> str:
+def _base_model_type(program: AdaptedProgram) -> str:
     if program.adaptation.source is not None:
-        return program.adaptation.source.kind.__name__
+        return program.adaptation.source.model_class.__name__
     return str((program.binding.config.auto_mapping or {}).get("base_model_class", "other"))
 
 
-def _tensors(binding: Binding, name: str, group: Iterable[Attachment]) -> dict[str, Tensor]:
-    part = binding.named[name]
-    values = (part.idle or part).values
+def _slot_tensors(binding: Binding, name: str, group: Iterable[Attachment]) -> dict[str, Tensor]:
+    part = binding.adapters_by_name[name]
+    values = (part.active_form or part).values
     return {fqn: values[fqn] for a in group for fqn in a.slots.values()}
 
 
-def _trains(program: AdaptedProgram, binding: Binding, name: str, group: list[Attachment]) -> bool | Irregular:
-    part = binding.named[name]
-    if part.idle is not None:
+def _requires_grad(program: AdaptedProgram, binding: Binding, name: str, group: list[Attachment]) -> bool | Irregular:
+    part = binding.adapters_by_name[name]
+    if part.active_form is not None:
         return False
     trainable = {a.slots[n] for a in group for n, s in a.method.slots(program.ops[a.id]).items() if s.trainable}
-    found = [t.requires_grad for fqn, t in _tensors(binding, name, group).items() if fqn in trainable]
-    return _agreed(found) if found else False
+    found = [t.requires_grad for fqn, t in _slot_tensors(binding, name, group).items() if fqn in trainable]
+    return _common_value(found) if found else False
 
 
 def _devices(binding: Binding, name: str, group: list[Attachment]) -> list[str]:
-    return sorted({t.device.type for t in _tensors(binding, name, group).values()})
+    return sorted({t.device.type for t in _slot_tensors(binding, name, group).values()})
 
 
 def _scale(binding: Binding, name: str, group: list[Attachment]) -> float | Irregular:
-    part = binding.named[name]
-    return _agreed((part.idle or part).factors.get(a.id, 1.0) for a in group)
+    part = binding.adapters_by_name[name]
+    return _common_value((part.active_form or part).scale_factors.get(a.id, 1.0) for a in group)
 
 
-def _own(program: AdaptedProgram, parts: Mapping[str, Binding], in_place: bool = True) -> list[Tensor]:
-    """Return the trainable tensors of the adapters in ``parts``, each once. Without ``in_place``, return only those
+def _trainable_tensors(program: AdaptedProgram, bindings: Mapping[str, Binding], in_place: bool = True) -> list[Tensor]:
+    """Return the trainable tensors of the adapters in ``bindings``, each once. Without ``in_place``, return only those
     that PEFT adds to the model, and not those that stand for a tensor of the model."""
     out: dict[int, Tensor] = {}  # several slots may be one tensor
     for a in program.adaptation.attachments:
-        part = parts.get(a.adapter)
+        part = bindings.get(a.adapter)
         method: Any = None if part is None else part.methods.get(a.id)
         if part is not None and method is not None and (in_place or not method.in_place()):
             specs = method.slots(program.ops[a.id])
@@ -209,19 +218,19 @@ def _own(program: AdaptedProgram, parts: Mapping[str, Binding], in_place: bool =
     return list(out.values())
 
 
-def _agreed(values: Iterable[Any]) -> Any:
+def _common_value(values: Iterable[Any]) -> Any:
     """Return the value that all ``values`` are; ``"irregular"`` where they differ."""
     found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else "irregular"
 
 
-def _names(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _by_name(values: Mapping[str, Any]) -> str:
+def _join_by_name(values: Mapping[str, Any]) -> str:
     """Return one text where all names have the same value, else one for each name."""
-    texts = {n: _names(v) if isinstance(v, list) else f"{v}" for n, v in values.items()}
+    texts = {n: _join_names(v) if isinstance(v, list) else f"{v}" for n, v in values.items()}
     return (
         next(iter(texts.values()))
         if len(set(texts.values())) == 1
@@ -229,9 +238,9 @@ def _by_name(values: Mapping[str, Any]) -> str:
     )
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
-        return _by_name(value) if value else "-"
+        return _join_by_name(value) if value else "-"
     if isinstance(value, list):
-        return _names(value)
+        return _join_names(value)
     return f"{value:,d}" if type(value) is int else str(value)

@@ -15,38 +15,42 @@ from torch import Tensor, fx
 from adaptc.errors import AdaptcError
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
-from adaptc.passes.protocol.program_method import BEGINS, DECODER_LENGTHS, ProgramMethod
+from adaptc.passes.protocol.program_method import CACHE_PREFIX, DECODER_TOKEN_VALUES, ProgramMethod
 from adaptc.passes.protocol.regions import region_tag
 
 
 @dataclass(frozen=True)
-class Lengths:
+class VirtualTokenLengths:
     """The attachments that lengthen inputs, as pairs of a free size and the attachment that adds to it."""
 
-    found: Sequence[tuple[str, Attachment]] = ()
+    lengthening: Sequence[tuple[str, Attachment]] = ()
     #: the attachments at layers whose method added inputs to the program
-    reading: Sequence[Attachment] = ()
+    reading_inputs: Sequence[Attachment] = ()
 
     @classmethod
-    def of(cls, graph: fx.Graph, attachments: Sequence[Attachment]) -> Lengths:
+    def from_graph(cls, graph: fx.Graph, attachments: Sequence[Attachment]) -> VirtualTokenLengths:
         by_id = {a.id: a for a in attachments if isinstance(a.method, ProgramMethod)}
         names = {n.name: n for n in graph.nodes} if by_id else {}
         found: dict[tuple[str, str], tuple[str, Attachment]] = {}
         for node in graph.nodes if by_id else ():
             tag = region_tag(node)
-            if tag is None or tag["region"] == BEGINS:  # a KV prefix in a cache, which the cache's owner counts
+            if tag is None or tag["region"] == CACHE_PREFIX:  # a KV prefix in a cache, which the cache's owner counts
                 continue
             if tag["site"] in by_id:
-                own = names[tag["base"]] if tag["region"] in DECODER_LENGTHS else _ids(names[tag["node"]], names)
+                own = (
+                    names[tag["base"]]
+                    if tag["region"] in DECODER_TOKEN_VALUES
+                    else _find_token_input(names[tag["node"]], names)
+                )
                 size = str(own.meta["val"].shape[1])
                 found.setdefault((tag["site"], size), (size, by_id[tag["site"]]))
         reading = [a for a in attachments if a.id not in by_id and a.method.extras()]
         return cls(list(found.values()), reading)
 
-    def in_binding(self, values: Mapping[str, Tensor]) -> dict[str, int]:
+    def token_counts(self, values: Mapping[str, Tensor]) -> dict[str, int]:
         """Return free size -> how many virtual tokens are added to it, for the slot values of a binding (by FQN)."""
         out: dict[str, int] = {}
-        for size, a in self.found:
+        for size, a in self.lengthening:
             assert isinstance(a.method, ProgramMethod)
             out[size] = out.get(size, 0) + a.method.lengthens({n: values[f] for n, f in a.slots.items()})
         return out
@@ -57,7 +61,7 @@ class Lengths:
         A check raises AdaptcError for values of these inputs that do not fit the slot ``values``.
         """
         checks: dict[Any, _Check] = {}
-        for a in (*(a for _, a in self.found), *self.reading):
+        for a in (*(a for _, a in self.lengthening), *self.reading_inputs):
             at = {n: names.index(m) for n in a.method.extras() if (m := a.reads.get(n, n)) in names}
             slots = {n: values[f] for n, f in a.slots.items()}
             if at:  # all layers of an adapter make the same check, so it is kept once
@@ -70,25 +74,25 @@ class Lengths:
 class _Check:
     method: Method
     slots: Mapping[str, Tensor]
-    at: Mapping[str, int]
+    input_positions: Mapping[str, int]
 
     def __call__(self, flat: Sequence[Any]) -> None:
-        given = {n: flat[i] for n, i in self.at.items()}
+        given = {n: flat[i] for n, i in self.input_positions.items()}
         # Values on other devices are not checked: reading them would wait for the device, which raises itself.
         if all(t.device.type == "cpu" for t in given.values()) and (why := self.method.why_wrong(self.slots, given)):
             raise AdaptcError(why)
 
 
-def out_of_rows(longer: Mapping[str, int], shapes: str) -> AdaptcError:
+def lookup_error(added_tokens: Mapping[str, int], shapes: str) -> AdaptcError:
     """Return the error for a lookup beyond a table's rows, in a call with inputs of these ``shapes``."""
     return AdaptcError(
-        f"a lookup went beyond the rows of its table: the adapter puts {max(longer.values())} tokens in front of those "
-        f"of the call ({shapes}), which may be more than the model has positions for, or the vocabulary lacks a token. "
-        "Give fewer tokens, or an adapter of fewer"
+        f"a lookup went beyond the rows of its table: the adapter puts {max(added_tokens.values())} tokens in front of "
+        f"those of the call ({shapes}), which may be more than the model has positions for, or the vocabulary lacks a "
+        "token. Give fewer tokens, or an adapter of fewer"
     )
 
 
-def _ids(lookup: fx.Node, names: Mapping[str, fx.Node]) -> fx.Node:
+def _find_token_input(lookup: fx.Node, names: Mapping[str, fx.Node]) -> fx.Node:
     """Return the placeholder of the caller's input that a lookup reads, behind views, casts and adapters' regions."""
     node: Any = lookup.args[1]
     while node.op != "placeholder":

@@ -15,7 +15,7 @@ import torch
 
 
 @cache
-def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` as one that compilers call without tracing it.
 
     It is made when first needed, since that imports much of torch's compiler.

@@ -20,35 +20,35 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
-from adaptc.locks import free_in_children
+from adaptc.locks import reset_after_fork
 from adaptc.passes.analysis.costs import example_sizes
-from adaptc.passes.analysis.index_bounds import index_bounds
-from adaptc.passes.graph.graph_lock import on_graphs
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.analysis.index_bounds import find_index_bounds
+from adaptc.passes.graph.graph_lock import hold_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.graph.pass_infra import Trail
+from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.graph.storage import storage_key
-from adaptc.passes.lower.choose_products import Products
+from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.train.set_mode import set_mode
-from adaptc.runtime.added_lengths import Lengths, out_of_rows
+from adaptc.runtime.added_lengths import VirtualTokenLengths, lookup_error
 from adaptc.runtime.arguments import Arguments
 from adaptc.runtime.calls.call_inputs import Inputs
-from adaptc.runtime.calls.check_indices import check_bounds, check_followed
+from adaptc.runtime.calls.check_indices import check_index_bounds, check_not_transformed
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
-from adaptc.runtime.hoisted_values import Prefix
-from adaptc.runtime.inductor import compile_lifted, with_room
-from adaptc.runtime.mutated_buffers import own_copies, written_to
-from adaptc.runtime.options import PACKS, RunOptions
-from adaptc.runtime.strides import Layouts
-from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
-from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packable, packed
+from adaptc.runtime.hoisted_values import HoistedInputs
+from adaptc.runtime.inductor import compile_lifted, pad_rank_one
+from adaptc.runtime.mutated_buffers import copy_sharing_memory, written_placeholders
+from adaptc.runtime.options import PACK_DTYPES, RunOptions
+from adaptc.runtime.strides import CompiledStrides
+from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
+from adaptc.runtime.weight_buffers import begin_reading, end_reading, find_buffer, is_packable, move_into_buffer
 from adaptc.torch_modes import outside_transforms
 from adaptc.tuning.adapter_speeds import adapter_speed
 from adaptc.tuning.compiled_matmuls import choose_compiled
-from adaptc.tuning.matmul_table import choose, wanted
-from adaptc.tuning.packed_weights import PackedWeights, Packs, held_by
+from adaptc.tuning.matmul_table import choose_matmul, chooses_matmuls
+from adaptc.tuning.packed_weights import PackedLayers, PackedWeights, memory_of_packed
 
 
 class Executor:
@@ -70,100 +70,112 @@ class Executor:
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.options, self.attachments, self.ops = options, attachments, ops
-        opened = Lifted(program)  # not kept: it refers to the program, and so to the program's binding
-        self.module = fx.GraphModule(program.graph_module, opened.graph)
+        lifted_program = LiftedProgram(program)  # not kept: it refers to the program, and so to the program's binding
+        self.module = fx.GraphModule(program.graph_module, lifted_program.graph)
         if training:
             set_mode(self.module, False)
-        self.compiles = options.backend == "inductor"
-        self.differentiable = training and not self.compiles
+        self.uses_inductor = options.backend == "inductor"
+        self.is_differentiable = training and not self.uses_inductor
         signature = program.graph_signature
-        lifted = [s for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
-        self.lifted_names = [s.target for s in lifted]
+        lifted_specs = [s for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
+        self.lifted_names = [s.target for s in lifted_specs]
         # The program holds base weights as its current adapter changed them (PiSSA's residual); other bindings start
         # from the unchanged ones. Slots are left out: the code outlives the binding it was made with.
         known = base or {}
         slots = {f for a in attachments for f in a.tensor_names}
         names = [n for n in self.lifted_names if n is not None and n not in slots]
-        self.base = {n: known[n] if n in known else opened.tensor(n) for n in names}
-        self.inputs = Inputs.of(program, {}) if inputs is None else inputs
+        self.base = {n: known[n] if n in known else lifted_program.tensor(n) for n in names}
+        self.inputs = Inputs.from_program(program, {}) if inputs is None else inputs
         spec = program.call_spec.out_spec
         if spec is None:
             raise AdaptcError("the program has no output spec; export it with torch.export.export")
         self._out_spec = spec
         outs = signature.output_specs
-        self._mutated = [
+        self._mutated_outputs = [
             (i, str(s.target))
             for i, s in enumerate(outs)
             if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
         ]
-        self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
-        self.names = [s.arg.name for s in lifted]
-        written = written_to(self.module.graph)
-        found = {n for n, name in zip(self.lifted_names, self.names, strict=True) if n is not None and name in written}
+        self._user_outputs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
+        self.placeholder_names = [s.arg.name for s in lifted_specs]
+        written = written_placeholders(self.module.graph)
+        found = {
+            n
+            for n, name in zip(self.lifted_names, self.placeholder_names, strict=True)
+            if n is not None and name in written
+        }
         #: base tensors that calls write to
-        self.state = frozenset((found | {n for _, n in self._mutated}) & self.base.keys())
-        small = {name for n, name in zip(self.lifted_names, self.names, strict=True) if n in slots}
-        self._layouts = Layouts(self.module.graph, set(self.names), small, written) if self.compiles else None
-        self._binding = free_in_children(threading.Lock())
-        pack = options.pack if wanted() and not training else None
-        self.packing = None if pack is None else Packs(PACKS[pack])
-        self._packs: dict[str, list[list[str]]] = {}
-        self._training = training
-        self.variants = self._split()
-        self._where = self.inputs.where()
-        bounds = index_bounds(opened, small) if self.compiles else {}
-        self._bounds = [(i, n, bounds[n]) for i, (n, _) in enumerate(self.inputs.expected) if n in bounds]
-        self.lengths = Lengths.of(self.module.graph, attachments)
-        self.fixed_kind = PLAIN if training else self.variants.kind(example_sizes(program))
+        self.written_tensors = frozenset((found | {n for _, n in self._mutated_outputs}) & self.base.keys())
+        small = {name for n, name in zip(self.lifted_names, self.placeholder_names, strict=True) if n in slots}
+        self._strides = (
+            CompiledStrides(self.module.graph, set(self.placeholder_names), small, written)
+            if self.uses_inductor
+            else None
+        )
+        self._arguments_lock = reset_after_fork(threading.Lock())
+        pack = options.pack if chooses_matmuls() and not training else None
+        self.packed_layers = None if pack is None else PackedLayers(PACK_DTYPES[pack])
+        self._sibling_names: dict[str, list[list[str]]] = {}
+        self._is_training = training
+        self.variants = self._make_variants()
+        self._size_locations = self.inputs.size_locations()
+        bounds = find_index_bounds(lifted_program, small) if self.uses_inductor else {}
+        self._index_bounds = [(i, n, bounds[n]) for i, (n, _) in enumerate(self.inputs.expected) if n in bounds]
+        self.virtual_tokens = VirtualTokenLengths.from_graph(self.module.graph, attachments)
+        self.fixed_variant = PLAIN if training else self.variants.cheapest_variant(example_sizes(program))
         self._compiled: Callable[..., Any] | None = None
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
 
-    def _split(self) -> GraphVariants:
+    def _make_variants(self) -> GraphVariants:
         """Return the variants of the graph, told which inputs are frozen and may be hoisted from.
 
         The base is frozen for all bindings, except for tensors that calls write to. Slots are frozen for each binding;
         a program that trains freezes none of them.
         """
-        mutated = {storage_key(self.base[n]) for n in self.state}
-        index = dict(zip(self.lifted_names, self.names, strict=True))
+        mutated = {storage_key(self.base[n]) for n in self.written_tensors}
+        placeholders = dict(zip(self.lifted_names, self.placeholder_names, strict=True))
         slots = {f for a in self.attachments for f in a.tensor_names}
         tensors = {n: t for n, t in self.base.items() if isinstance(t, Tensor)}
-        base = {index[n] for n, t in tensors.items() if storage_key(t) not in mutated}
-        fuse, kernels = self.options.fuse, self.options.kernels
-        names = tensors if isinstance(fuse, bool) else fuse
-        source = LiftedGraph(
+        base = {placeholders[n] for n, t in tensors.items() if storage_key(t) not in mutated}
+        fuse_option, kernels = self.options.fuse, self.options.kernels
+        names = tensors if isinstance(fuse_option, bool) else fuse_option
+        lifted_graph = LiftedGraph(
             self.module,
-            self.names,
+            self.placeholder_names,
             base,
-            slots=set() if self._training else {index[f] for f in slots if f in index},
-            packable={index[n] for n, t in tensors.items() if n in names and packable(t)} & base,
-            limit=self.options.hoist_limit,
-            compiled=self.compiles,
-            fuse=bool(fuse),
-            differentiable=self._training,
-            pack=None if self.packing is None else self.packing.layer,
-            speeds=adapter_speed,
-            choose=None if self._training or not wanted() else choose_compiled if self.compiles else choose,
+            frozen_slots=set() if self._is_training else {placeholders[f] for f in slots if f in placeholders},
+            movable={placeholders[n] for n, t in tensors.items() if n in names and is_packable(t)} & base,
+            hoist_limit=self.options.hoist_limit,
+            is_for_compiler=self.uses_inductor,
+            may_fuse=bool(fuse_option),
+            is_differentiable=self._is_training,
+            make_packed_layer=None if self.packed_layers is None else self.packed_layers.make_layer,
+            speed_of_dtype=adapter_speed,
+            choose_matmul=None
+            if self._is_training or not chooses_matmuls()
+            else choose_compiled
+            if self.uses_inductor
+            else choose_matmul,
         )
         lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels
         if not lowered or not self.attachments:
-            return GraphVariants(source)
-        return GpuVariants(source, self.attachments, self.ops, index)
+            return GraphVariants(lifted_graph)
+        return GpuVariants(lifted_graph, self.attachments, self.ops, placeholders)
 
     @property
-    def trails(self) -> dict[str, Trail]:
+    def trails(self) -> dict[str, PassTrail]:
         """Return the passes that each variant made so far went through, by variant."""
         return self.variants.trails
 
     @property
-    def products(self) -> Products:
+    def matmuls(self) -> MatmulChoices:
         """Return what computes the base's matmuls in the variant that was made first."""
-        return next(iter(self.variants.products.values()), Products())
+        return next(iter(self.variants.matmuls.values()), MatmulChoices())
 
     @property
-    def packed(self) -> PackedWeights:
+    def packed_weights(self) -> PackedWeights:
         """Return the packed copies of weights that calls hold now."""
-        return held_by([self.packing])
+        return memory_of_packed([self.packed_layers])
 
     @property
     def fusion(self) -> Fusion:
@@ -175,153 +187,164 @@ class Executor:
 
         They are made once per binding, and again where base tensors have moved to other memory since.
         """
-        with self._binding:
+        with self._arguments_lock:
             made = self._arguments.get(binding)
-            if made is None or not made.settled():
+            if made is None or not made.has_current_memory():
                 made = self._arguments[binding] = Arguments(self, binding)
             return made
 
-    def own_state(self, binding: Binding) -> dict[str, Tensor]:
+    def copy_written_tensors(self, binding: Binding) -> dict[str, Tensor]:
         """Return copies of the tensors that calls write to, as they are now, for a callable with its own state."""
-        known = {n: t for n, t in {**self.base, **binding.base}.items() if isinstance(t, Tensor)}
-        return own_copies(known, self.state) if self.state else {}
+        known = {n: t for n, t in {**self.base, **binding.changed_base}.items() if isinstance(t, Tensor)}
+        return copy_sharing_memory(known, self.written_tensors) if self.written_tensors else {}
 
-    def own_arguments(self, binding: Binding, state: Mapping[str, Tensor]) -> Arguments:
+    def arguments_with_state(self, binding: Binding, state: Mapping[str, Tensor]) -> Arguments:
         """Return the arguments of a callable that writes to the tensors in ``state`` instead of the program's."""
         return Arguments(self, binding, state) if state else self.arguments(binding)
 
-    def buffers(self, kind: str, own: Collection[str]) -> list[Tensor | None]:
+    def sibling_buffers(self, variant_name: str, own_names: Collection[str]) -> list[Tensor | None]:
         """Return the buffers that one variant reads sibling weights from, and move the weights into them.
 
-        An entry is None, and nothing moves, where a member is in ``own``: the tensors of a base that only one binding
-        has.
+        An entry is None, and nothing moves, where a member is in ``own_names``: the tensors of a base that only one
+        binding has.
         """
-        out: list[Tensor | None] = []
-        for members in self._siblings(kind):
-            if not set(own).isdisjoint(members):
-                out.append(None)
+        buffers: list[Tensor | None] = []
+        for members in self._sibling_fqns(variant_name):
+            if not set(own_names).isdisjoint(members):
+                buffers.append(None)
                 continue
             tensors = [self.base[m] for m in members]
-            found = packed(tensors)
+            found = find_buffer(tensors)
             if found is None:
-                with on_graphs():  # whoever reads weights for long, as a save does, holds this lock too
-                    found = pack(tensors)
-            out.append(found)
-        return out
+                with hold_graph_lock():  # whoever reads weights for long, as a save does, holds this lock too
+                    found = move_into_buffer(tensors)
+            buffers.append(found)
+        return buffers
 
-    def lie_in(self, kind: str, buffers: Sequence[Tensor | None]) -> bool:
+    def are_buffers_current(self, variant_name: str, buffers: Sequence[Tensor | None]) -> bool:
         """Return whether the sibling weights of a variant still lie in the buffers that :meth:`buffers` gave."""
-        pairs = zip(self._siblings(kind), buffers, strict=True)
-        return all(b is None or packed([self.base[m] for m in members]) is b for members, b in pairs)
+        pairs = zip(self._sibling_fqns(variant_name), buffers, strict=True)
+        return all(b is None or find_buffer([self.base[m] for m in members]) is b for members, b in pairs)
 
-    def _siblings(self, kind: str) -> list[list[str]]:
+    def _sibling_fqns(self, variant_name: str) -> list[list[str]]:
         """Return, for each buffer of a variant, the FQNs of the weights that lie in it."""
-        known = self._packs.get(kind)
+        known = self._sibling_names.get(variant_name)
         if known is None:
-            names = dict(zip(self.names, self.lifted_names, strict=True))
-            known = self._packs[kind] = [[str(names[m]) for m in p.members] for p in self.variants.get(kind).packs]
+            names = dict(zip(self.placeholder_names, self.lifted_names, strict=True))
+            known = self._sibling_names[variant_name] = [
+                [str(names[m]) for m in p.parameter_names] for p in self.variants.get(variant_name).sibling_packs
+            ]
         return known
 
-    def prefix(
+    def make_hoisted_inputs(
         self,
         values: Sequence[Any],
-        own: Collection[str],
-        kind: str,
+        own_names: Collection[str],
+        variant_name: str,
         buffers: Sequence[Tensor | None],
-        room: Callable[[], int | None],
+        byte_budget: Callable[[], int | None],
         lock: threading.Lock,
-    ) -> Prefix:
-        """Return the prefix of one variant for ``values`` of the lifted inputs.
+    ) -> HoistedInputs:
+        """Return the hoisted inputs of one variant for ``values`` of the lifted inputs.
 
-        The inputs called ``own`` belong to a base that only this binding has, so values hoisted from them are not
-        shared. ``buffers`` are those that :meth:`buffers` gave. ``room`` and ``lock`` are as for :class:`Prefix`.
+        The inputs called ``own_names`` belong to a base that only this binding has, so values hoisted from them are not
+        shared. ``buffers`` are those that :meth:`buffers` gave. ``byte_budget`` and ``lock`` are as for
+        :class:`HoistedInputs`.
         """
-        variant, names = self.variants.get(kind), self.names
+        variant, names = self.variants.get(variant_name), self.placeholder_names
         at = {n: i for i, n in enumerate(names)}
-        differ = {i for i, n in enumerate(self.lifted_names) if n in own}
+        own_positions = {i for i, n in enumerate(self.lifted_names) if n in own_names}
         values = list(values)
-        for p, buffer in zip(variant.packs, buffers, strict=True):
+        for p, buffer in zip(variant.sibling_packs, buffers, strict=True):
             if buffer is None:
-                buffer = torch.cat([values[at[m]].detach() for m in p.members])
-                differ.add(len(values))
+                buffer = torch.cat([values[at[m]].detach() for m in p.parameter_names])
+                own_positions.add(len(values))
             values.append(buffer)
         moving = any(values[i].requires_grad for i in variant.split.slot_inputs)
-        values = self.detached(values)
+        values = self.detach_values(values)
         lay: Callable[[list[Any]], list[Any]] = list
-        if self.compiles:
-            everything = [*self.lifted_names, *(p.name for p in variant.packs)]
-            lay = partial(self._lay, names=everything)
-        shared = variant.shared if differ.isdisjoint(variant.split.base_inputs) else None
-        return Prefix(variant.split, values, lay, moving, shared, room, lock)
+        if self.uses_inductor:
+            everything = [*self.lifted_names, *(p.name for p in variant.sibling_packs)]
+            lay = partial(self._lay_out, names=everything)
+        shared = variant.shared_values if own_positions.isdisjoint(variant.split.base_inputs) else None
+        return HoistedInputs(variant.split, values, lay, moving, shared, byte_budget, lock)
 
-    def _lay(self, values: list[Any], names: Sequence[str | None]) -> list[Any]:
+    def _lay_out(self, values: list[Any], names: Sequence[str | None]) -> list[Any]:
         """Return the lifted inputs ``names`` with ranks of one padded to two, in the layouts that were compiled for."""
-        assert self._layouts is not None
-        roomy = with_room(values, names=names, attachments=self.attachments, ops=self.ops, training=self._training)
-        return self._layouts.lifted([*self.names, *(str(n) for n in names[len(self.names) :])], roomy)
+        assert self._strides is not None
+        roomy = pad_rank_one(
+            values, names=names, attachments=self.attachments, ops=self.ops, training=self._is_training
+        )
+        return self._strides.lay_out_lifted(
+            [*self.placeholder_names, *(str(n) for n in names[len(self.placeholder_names) :])], roomy
+        )
 
-    def detached(self, values: Sequence[Any]) -> list[Any]:
-        if self.differentiable:
+    def detach_values(self, values: Sequence[Any]) -> list[Any]:
+        if self.is_differentiable:
             return list(values)
         # A tensor without requires_grad stays the same object: ``tensor.data = ...`` must reach the next call.
         return [v.detach() if isinstance(v, Tensor) and v.requires_grad else v for v in values]
 
     def __call__(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        flat = self.inputs(args, kwargs, arguments.longer)
+        flat = self.inputs(args, kwargs, arguments.added_tokens)
         for check in arguments.checks:
             check(flat)
-        if self.compiles:
-            check_followed(self.inputs.expected, flat)
-        for i, name, bounds in self._bounds:
-            check_bounds(name, flat[i], bounds)
-        outermost = begin_reading()
+        if self.uses_inductor:
+            check_not_transformed(self.inputs.expected, flat)
+        for i, name, bounds in self._index_bounds:
+            check_index_bounds(name, flat[i], bounds)
+        is_outermost = begin_reading()
         try:
-            return self.inputs.calls.as_asked(self._run(arguments, flat), args, kwargs)
+            return self.inputs.call_names.convert_output(self._run(arguments, flat), args, kwargs)
         except (RuntimeError, IndexError, ZeroDivisionError) as error:
-            if why := self.inputs.why_zero(flat, error):
+            if why := self.inputs.explain_zero_size(flat, error):
                 raise AdaptcError(why) from error
-            if arguments.longer and "index out of" in str(error):
-                raise out_of_rows(arguments.longer, self.inputs.shapes(flat)) from error
-            if why := self.inputs.why_broken(flat, error):
+            if arguments.added_tokens and "index out of" in str(error):
+                raise lookup_error(arguments.added_tokens, self.inputs.describe_shapes(flat)) from error
+            if why := self.inputs.explain_assertion(flat, error):
                 raise AdaptcError(why) from error
             raise
         finally:
-            if outermost:
+            if is_outermost:
                 end_reading()
 
     def _run(self, arguments: Arguments, flat: Sequence[Any]) -> Any:
-        if self.compiles and not self.inputs.empty(flat):
-            code, layouts = self._compiled or self.compile(), self._layouts
+        if self.uses_inductor and not self.inputs.describe_empty(flat):
+            code, layouts = self._compiled or self.compile(), self._strides
             assert layouts is not None
             with outside_transforms(), torch.no_grad():
-                taken = layouts.users(flat)
-                out = code(*arguments.get(self.fixed_kind).values(), *taken)
+                taken = layouts.lay_out_inputs(flat)
+                outputs = code(*arguments.inputs_for(self.fixed_variant).values(), *taken)
                 layouts.write_back(flat, taken)
-        elif self.compiles or any(map(torch.is_autocast_enabled, self.variants.devices)):
+        elif self.uses_inductor or any(map(torch.is_autocast_enabled, self.variants.autocast_devices)):
             # Compiled code may divide by a size of zero, and variants were made without the caller's autocast.
-            out = self.module.forward(*arguments.lifted, *flat)
+            outputs = self.module.forward(*arguments.lifted, *flat)
         else:
-            kind = PLAIN if arguments.moving else self.variants.kind(sizes_of(flat, self._where))
+            kind = (
+                PLAIN
+                if arguments.slots_may_change
+                else self.variants.cheapest_variant(read_sizes(flat, self._size_locations))
+            )
             if self.options.hoist_limit is not None:
-                kind = arguments.settle(kind)
-            out = self.variants.get(kind).call(*arguments.get(kind).values(), *flat)
-        for i, name in self._mutated:
+                kind = arguments.variant_in_limit(kind)
+            outputs = self.variants.get(kind).call(*arguments.inputs_for(kind).values(), *flat)
+        for i, name in self._mutated_outputs:
             with torch.no_grad():
-                arguments.tensor(name).copy_(out[i])
-        return pytree.tree_unflatten([out[i] for i in self._user_outs], self._out_spec)
+                arguments.tensor(name).copy_(outputs[i])
+        return pytree.tree_unflatten([outputs[i] for i in self._user_outputs], self._out_spec)
 
     def compile(self) -> Callable[..., Any]:
         """Compile now instead of at the first call, and return the compiled code."""
-        with on_graphs():
+        with hold_graph_lock():
             if self._compiled is None:
-                variant = self.variants.get(self.fixed_kind)
-                targets: dict[str, str | None] = {p.name: None for p in variant.packs}
-                targets.update(zip(self.names, self.lifted_names, strict=True))
+                variant = self.variants.get(self.fixed_variant)
+                targets: dict[str, str | None] = {p.name: None for p in variant.sibling_packs}
+                targets.update(zip(self.placeholder_names, self.lifted_names, strict=True))
                 split = variant.split
                 self._compiled = compile_lifted(split.module, split, variant.code, targets, self.attachments, self.ops)
             return self._compiled
 
     @property
-    def compiled(self) -> bool:
+    def is_compiled(self) -> bool:
         """Return whether no call compiles anything any more."""
-        return self._compiled is not None or not self.compiles
+        return self._compiled is not None or not self.uses_inductor

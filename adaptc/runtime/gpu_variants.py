@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import BackendError
-from adaptc.passes.graph.graph_lock import exclusive_property
+from adaptc.passes.graph.graph_lock import graph_locked_property
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.pass_infra import GraphPass
-from adaptc.passes.lower.lower_regions import Lowered, LowerGraph
+from adaptc.passes.lower.lower_regions import LowerGraph, LoweringSummary
 from adaptc.passes.lower.lower_siblings import LowerSiblings
-from adaptc.passes.optimize.sibling_cost import at_most, most_rows
+from adaptc.passes.optimize.sibling_cost import is_at_most, max_row_count
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.runtime.variants import APART, PLAIN, Fusion, GraphVariants, LiftedGraph
 
@@ -39,14 +39,15 @@ def check_triton() -> None:
         raise BackendError("fused kernels need triton, which is not installed: pip install triton")
 
 
-def register_kernels(what: str) -> None:
-    """Register with torch the ops of fused kernels, which ``what`` holds. Raises BackendError where they cannot run."""
+def register_kernels(owner: str) -> None:
+    """Register with torch the ops of fused kernels, which ``owner`` holds. Raises BackendError where they cannot
+    run."""
     check_triton()
     from adaptc.kernels import INTERPRETED  # the import registers all ops
 
     if not torch.cuda.is_available() and not INTERPRETED:
         raise BackendError(
-            f"{what} holds fused kernels, which run on a GPU, and torch finds none here. Load the program that was "
+            f"{owner} holds fused kernels, which run on a GPU, and torch finds none here. Load the program that was "
             "saved before adaptc.lower, or save one on the machine that has it: it is plain ATen"
         )
 
@@ -74,31 +75,31 @@ class GpuVariants(GraphVariants):
     def may_fuse(self, compiled: bool) -> bool:
         return True
 
-    def cleaning(self) -> list[GraphPass]:
-        return [LowerGraph(self.attachments, self.ops, self.placeholders), *super().cleaning()]
+    def cleaning_passes(self) -> list[GraphPass]:
+        return [LowerGraph(self.attachments, self.ops, self.placeholders), *super().cleaning_passes()]
 
-    def fusing(self, kind: str) -> list[GraphPass]:
+    def fusing_passes(self, variant_name: str) -> list[GraphPass]:
         s = self.source
-        return [LowerSiblings(s.packable, s.stages, s.users)]
+        return [LowerSiblings(s.movable, s.frozen_stages, s.user_inputs)]
 
     @property
-    def kinds(self) -> list[str]:
-        return [PLAIN, APART] if self.fuses else [PLAIN]
+    def variant_names(self) -> list[str]:
+        return [PLAIN, APART] if self.is_fused else [PLAIN]
 
-    def kind(self, sizes: Mapping[str, int]) -> str:
-        return PLAIN if not self.fuses or self._few(sizes) else APART
+    def cheapest_variant(self, sizes: Mapping[str, int]) -> str:
+        return PLAIN if not self.is_fused or self._has_few_rows(sizes) else APART
 
-    @exclusive_property
-    def _few(self) -> Callable[[Mapping[str, int]], bool]:
+    @graph_locked_property
+    def _has_few_rows(self) -> Callable[[Mapping[str, int]], bool]:
         from adaptc.kernels import FEW_ROWS
 
-        return at_most(most_rows(self.groups), FEW_ROWS) if self.groups else lambda sizes: True
+        return is_at_most(max_row_count(self.sibling_groups), FEW_ROWS) if self.sibling_groups else lambda sizes: True
 
-    @exclusive_property
+    @graph_locked_property
     def fusion(self) -> Fusion:
         from adaptc.kernels import FEW_ROWS
 
-        groups = self.groups if self.fuses else []
-        layers = sum(len(g.members) for g in groups)
-        lowered: Lowered = self.cleaned.data[0]
-        return Fusion(len(groups), layers, layers, FEW_ROWS, kernels=lowered.regions, others=lowered.others)
+        groups = self.sibling_groups if self.is_fused else []
+        layers = sum(len(g.layers) for g in groups)
+        lowered: LoweringSummary = self.clean_result.data[0]
+        return Fusion(len(groups), layers, layers, FEW_ROWS, kernels=lowered.regions, others=lowered.reasons_by_site)

@@ -1,12 +1,12 @@
 """Compute hoisted values once for a binding, and again when a tensor they were made from has changed.
 
-A lifted graph split by ``Hoist`` and all lifted inputs of one binding give a :class:`Prefix`. It returns the arguments
-of the main graph for every call. Values that depend on the base alone are shared by all bindings.
+A lifted graph split by ``Hoist`` and all lifted inputs of one binding give a :class:`HoistedInputs`. It returns the
+arguments of the main graph for every call. Values that depend on the base alone are shared by all bindings.
 
 Every tensor counts the writes to it (``_version``; torch has no other sign of one). So the next call sees a write that
 went through torch. It does not see writes past that count: through ``tensor.data``, NumPy or a custom kernel. New
-memory of a tensor (``tensor.data = ...``) is seen only when ``settled`` is asked. Optimizers write to slots in ways of
-their own. So values of slots that require grad are never kept: for them the prologue runs in every call.
+memory of a tensor (``tensor.data = ...``) is seen only when ``has_current_memory`` is asked. Optimizers write to slots
+in ways of their own. So values of slots that require grad are never kept: for them the prologue runs in every call.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.locks import free_in_children
-from adaptc.passes.graph.pass_infra import Trail
-from adaptc.passes.graph.storage import memory_of
-from adaptc.passes.optimize.hoist import Hoist, Hoisting, Prologue
-from adaptc.tables import size
-from adaptc.torch_modes import plainly
+from adaptc.locks import reset_after_fork
+from adaptc.passes.graph.pass_infra import PassTrail
+from adaptc.passes.graph.storage import memory_address
+from adaptc.passes.optimize.hoist import Hoist, HoistedGraphs, Prologue
+from adaptc.tables import format_bytes
+from adaptc.torch_modes import outside_modes
 
 aten = torch.ops.aten
 
-_version, _place = attrgetter("_version"), methodcaller("data_ptr")
+_version_of, _address_of = attrgetter("_version"), methodcaller("data_ptr")
 
 
 @dataclass(frozen=True)
-class Held:
+class HoistedMemory:
     """The memory of hoisted values.
 
     ``count`` values hold ``nbytes`` for one binding. ``shared`` values hold ``shared_nbytes`` for all bindings
@@ -47,24 +47,24 @@ class Held:
     shared_nbytes: int = 0
     wide_nbytes: int = 0
 
-    def __add__(self, other: Held) -> Held:
-        return Held(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: HoistedMemory) -> HoistedMemory:
+        return HoistedMemory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         """Return one line; '' where nothing is hoisted."""
         of = [(self.count, self.nbytes, "for this adapter"), (self.shared, self.shared_nbytes, "for all adapters")]
-        shown = [f"{count} values {whom} ({size(nbytes)})" for count, nbytes, whom in of if count]
+        shown = [f"{count} values {whom} ({format_bytes(nbytes)})" for count, nbytes, whom in of if count]
         if self.wide_nbytes:
-            shown.append(f"{size(self.wide_nbytes)} of it in float32, of half precision")
+            shown.append(f"{format_bytes(self.wide_nbytes)} of it in float32, of half precision")
         return f"computed once: {', '.join(shown)}" if shown else ""
 
 
 @dataclass(frozen=True, eq=False)
-class _Made:
+class _StageValues:
     """The hoisted values of one stage, and what tells that they are stale.
 
     They are stale when a tensor in ``watched`` no longer has its version in ``versions``. They are stale, too, when one
-    in ``sources`` no longer has its memory address in ``places``.
+    in ``sources`` no longer has its memory address in ``addresses``.
     """
 
     values: tuple[Any, ...] = ()
@@ -73,13 +73,13 @@ class _Made:
     nbytes: int = 0
     wide_nbytes: int = 0
     sources: tuple[Tensor, ...] = ()
-    places: tuple[int, ...] = ()
+    addresses: tuple[int, ...] = ()
 
-    def fresh(self) -> bool:
-        return tuple(map(_version, self.watched)) == self.versions
+    def is_fresh(self) -> bool:
+        return tuple(map(_version_of, self.watched)) == self.versions
 
-    def settled(self) -> bool:
-        return tuple(map(_place, self.sources)) == self.places
+    def has_current_memory(self) -> bool:
+        return tuple(map(_address_of, self.sources)) == self.addresses
 
 
 class HoistedStage:
@@ -91,37 +91,41 @@ class HoistedStage:
 
     def __init__(self, prologue: Prologue, index: dict[str, int], contiguous: bool) -> None:
         if contiguous:
-            _contiguous(prologue.graph)
+            _make_contiguous(prologue.graph)
         self.module = fx.GraphModule({}, prologue.graph)
         self.inputs = [index[n] for n in prologue.inputs]
         self.sources = [[index[n] for n in names] for names in prologue.sources]
         self.count = len(prologue.outputs)
 
-    def run(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        with plainly(), torch.no_grad():  # what is kept must not depend on the call that happens to make it
+    def run_prologue(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        with outside_modes(), torch.no_grad():  # what is kept must not depend on the call that happens to make it
             # Not the module itself: while any thread traces, torch.fx has patched ``nn.Module.__call__`` for all.
             return self.module.forward(*(values[i] for i in self.inputs))
 
-    def make(self, lifted: Sequence[Any], before: Sequence[Any], originals: Sequence[Any]) -> _Made:
+    def compute_values(
+        self, lifted: Sequence[Any], earlier_values: Sequence[Any], originals: Sequence[Any]
+    ) -> _StageValues:
         """Run the prologue, and note which tensors make its values stale.
 
-        ``before`` are the values of earlier stages. ``originals`` are the tensors that ``lifted`` was laid out from:
-        writes go to these.
+        ``earlier_values`` are the values of earlier stages. ``originals`` are the tensors that ``lifted`` was laid out
+        from: writes go to these.
         """
-        read = sorted({i for s in self.sources for i in s})
+        read_positions = sorted({i for s in self.sources for i in s})
         # Versions are read before the values are made, so that a write in between makes the values stale.
-        versions = {i: originals[i]._version for i in read if not originals[i].is_inference()}
-        out = self.run([*lifted, *before])
-        inputs = {memory_of(lifted[i]) for i in read}
-        own = [n for n, t in enumerate(out) if memory_of(t) not in inputs]
+        versions = {i: originals[i]._version for i in read_positions if not originals[i].is_inference()}
+        outputs = self.run_prologue([*lifted, *earlier_values])
+        inputs = {memory_address(lifted[i]) for i in read_positions}
+        own = [n for n, t in enumerate(outputs) if memory_address(t) not in inputs]
         watch = sorted({i for n in own for i in self.sources[n]} & versions.keys())
-        memory = {memory_of(out[n]): out[n].untyped_storage().nbytes() for n in own}
-        wide = {memory_of(out[n]) for n in own if _widened(out[n], [lifted[i] for i in self.sources[n]])}
+        memory = {memory_address(outputs[n]): outputs[n].untyped_storage().nbytes() for n in own}
+        wide = {
+            memory_address(outputs[n]) for n in own if _is_widened(outputs[n], [lifted[i] for i in self.sources[n]])
+        }
         watched = tuple(originals[i] for i in watch)
-        sources = tuple(originals[i] for i in read)
+        sources = tuple(originals[i] for i in read_positions)
         count = tuple(versions[i] for i in watch)
         nbytes = sum(memory.values()), sum(memory[m] for m in wide)
-        return _Made(out, watched, count, *nbytes, sources, tuple(map(_place, sources)))
+        return _StageValues(outputs, watched, count, *nbytes, sources, tuple(map(_address_of, sources)))
 
 
 class SplitGraph:
@@ -141,156 +145,169 @@ class SplitGraph:
         limit: int | None,
         compiled: bool,
     ) -> None:
-        self.module, self.main, self.stages, self.kept = module, module, [], list(range(len(names)))
+        self.module, self.main, self.stages, self.kept_inputs = module, module, [], list(range(len(names)))
         #: the record of the hoist pass; () where ``limit`` is 0
-        self.trail: Trail = ()
+        self.trail: PassTrail = ()
         #: bytes of the hoisted values, for slots of the sizes that the graph has
         self.nbytes = 0
         if limit == 0:
             return
         users = {n.name for n in module.graph.find_nodes(op="placeholder")}.difference(names)
-        done = Hoist([base, slots], users, limit, views=not compiled, constants=not compiled)(module.graph)
+        done = Hoist([base, slots], users, limit, hoists_views=not compiled, hoists_constants=not compiled)(
+            module.graph
+        )
         self.trail = done.trail
         if done.count:
             self.nbytes = done.data.nbytes
-            self._take(module, names, done.data, compiled)
+            self._set_stages(module, names, done.data, compiled)
 
-    def _take(self, module: fx.GraphModule, names: Sequence[str], split: Hoisting, contiguous: bool) -> None:
+    def _set_stages(self, module: fx.GraphModule, names: Sequence[str], split: HoistedGraphs, contiguous: bool) -> None:
         index = {n: i for i, n in enumerate([*names, *(n for p in split.stages for n in p.outputs)])}
         self.main = fx.GraphModule(module, split.main)
         self.stages = [HoistedStage(p, index, contiguous) for p in split.stages]
-        self.kept = [index[n] for n in split.kept]
+        self.kept_inputs = [index[n] for n in split.kept_placeholders]
 
     @property
     def base_inputs(self) -> set[int]:
         """Return the positions of the lifted inputs that values shared by all bindings are made from."""
-        return self._sources(0)
+        return self._source_positions(0)
 
     @property
     def slot_inputs(self) -> set[int]:
         """Return the positions of the lifted inputs, base weights included, that one binding's values are made from."""
-        return self._sources(1)
+        return self._source_positions(1)
 
-    def _sources(self, stage: int) -> set[int]:
+    def _source_positions(self, stage: int) -> set[int]:
         return {i for names in self.stages[stage].sources for i in names} if self.stages else set()
 
-    def inputs(self, lifted: Sequence[Any]) -> list[Any]:
+    def compute_inputs(self, lifted: Sequence[Any]) -> list[Any]:
         """Return the main graph's lifted and hoisted inputs, computed now and not kept; fake inputs give fake ones."""
         values = list(lifted)
         for stage in self.stages:
             values += stage.module(*(values[i] for i in stage.inputs))
-        return [*(lifted[i] for i in self.kept), *values[len(lifted) :]]
+        return [*(lifted[i] for i in self.kept_inputs), *values[len(lifted) :]]
 
 
-class Shared:
+class SharedValues:
     """The values hoisted from the base alone, for all bindings that do not change the base."""
 
     def __init__(self, stage: HoistedStage) -> None:
         self.stage = stage
-        self._lock = free_in_children(threading.Lock())
-        self._made: _Made | None = None
+        self._lock = reset_after_fork(threading.Lock())
+        self._values: _StageValues | None = None
 
-    def made(self, lifted: Sequence[Any]) -> _Made:
+    def values_for(self, lifted: Sequence[Any]) -> _StageValues:
         with self._lock:
-            if self._made is None or not (self._made.fresh() and self._made.settled()):
-                self._made = self.stage.make(lifted, (), lifted)
-            return self._made
+            if self._values is None or not (self._values.is_fresh() and self._values.has_current_memory()):
+                self._values = self.stage.compute_values(lifted, (), lifted)
+            return self._values
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
-    """The values that a prefix has made, replaced as a whole.
+class _HoistedState:
+    """The values that hoisted inputs have made, replaced as a whole.
 
-    ``inputs`` of the main graph were made of the ``lifted`` inputs. Where ``moving``, they lack the values hoisted from
-    slots, which each call computes.
+    ``inputs`` of the main graph were made of the ``lifted`` inputs. Where ``slots_may_change``, they lack the values
+    hoisted from slots, which each call computes.
     """
 
     lifted: tuple[Any, ...]
     inputs: tuple[Any, ...]
-    base: _Made = _Made()
-    slots: _Made = _Made()
-    fresh: Callable[[], bool] = _Made().fresh
-    moving: bool = False
+    base: _StageValues = _StageValues()
+    slots: _StageValues = _StageValues()
+    is_fresh: Callable[[], bool] = _StageValues().is_fresh
+    slots_may_change: bool = False
 
 
-class Prefix:
+class HoistedInputs:
     """The inputs of the main graph for one binding, without the user's.
 
-    ``originals`` are the binding's lifted tensors, which ``lay`` pads and lays out as the graph takes them. ``moving``
-    says that slots may change at any time. ``shared`` is None where the binding has a base of its own. ``room`` returns
-    how many bytes may be kept now, None for any; where values would exceed it, those of slots are computed in each
-    call. ``lock`` is shared by all prefixes that this room is for.
+    ``originals`` are the binding's lifted tensors, which ``lay_out`` pads and lays out as the graph takes them.
+    ``slots_may_change`` says that slots may change at any time. ``shared`` is None where the binding has a base of its
+    own. ``byte_budget`` returns how many bytes may be kept now, None for any; where values would exceed it, those of
+    slots are computed in each call. ``lock`` is shared by all hoisted inputs that this budget is for.
     """
 
     def __init__(
         self,
-        code: SplitGraph,
+        split: SplitGraph,
         originals: Sequence[Any],
-        lay: Callable[[list[Any]], list[Any]],
-        moving: bool,
-        shared: Shared | None,
-        room: Callable[[], int | None] = lambda: None,
+        lay_out: Callable[[list[Any]], list[Any]],
+        slots_may_change: bool,
+        shared: SharedValues | None,
+        byte_budget: Callable[[], int | None] = lambda: None,
         lock: threading.Lock | None = None,
     ) -> None:
-        self.code, self.originals, self.lay, self.moving = code, tuple(originals), lay, moving
-        self.shared, self.room = shared, room
-        self._lock = free_in_children(threading.Lock()) if lock is None else lock
-        self.lifted = tuple(lay(list(originals)))
-        same = all(new is old for new, old in zip(self.lifted, self.originals, strict=True))
-        self.state: _State | None = None if code.stages or not same else _State(self.lifted, self.lifted)
+        self.split, self.originals, self.lay_out, self.slots_may_change = (
+            split,
+            tuple(originals),
+            lay_out,
+            slots_may_change,
+        )
+        self.shared, self.byte_budget = shared, byte_budget
+        self._lock = reset_after_fork(threading.Lock()) if lock is None else lock
+        self.laid_out = tuple(lay_out(list(originals)))
+        same = all(new is old for new, old in zip(self.laid_out, self.originals, strict=True))
+        self.state: _HoistedState | None = (
+            None if split.stages or not same else _HoistedState(self.laid_out, self.laid_out)
+        )
 
     def values(self) -> tuple[Any, ...]:
         """Return the lifted and hoisted inputs of the main graph; one thread computes stale values anew."""
         state = self.state
-        if state is None or not state.fresh():
-            with self._lock, plainly():
+        if state is None or not state.is_fresh():
+            with self._lock, outside_modes():
                 state = self.state
-                if state is None or not state.fresh():
-                    state = self.state = self._make()
-        if state.moving:
-            return (*state.inputs, *self.code.stages[1].run([*state.lifted, *state.base.values]))
+                if state is None or not state.is_fresh():
+                    state = self.state = self._compute_state()
+        if state.slots_may_change:
+            return (*state.inputs, *self.split.stages[1].run_prologue([*state.lifted, *state.base.values]))
         return state.inputs
 
-    def _make(self) -> _State:
+    def _compute_state(self) -> _HoistedState:
         """Compute the state from the tensors as they are now; raises whatever an op of the prologue raises."""
         counting = [t for t in self.originals if isinstance(t, Tensor) and not t.is_inference()]
         versions = {id(t): t._version for t in counting}
-        lifted = tuple(self.lay(list(self.originals)))
-        laid = [o for o, t in zip(self.originals, lifted, strict=True) if o is not t and id(o) in versions]
-        base = slots = _Made()
-        moving = False
-        if self.code.stages:
-            first, second = self.code.stages
-            base = (self.shared or Shared(first)).made(lifted)
-            slots = _Made() if self.moving else second.make(lifted, base.values, self.originals)
-            room = self.room()
-            moving = self.moving or (room is not None and base.nbytes + slots.nbytes > room)
-            if moving:
-                slots = _Made()
-        watched = (*base.watched, *slots.watched, *laid)
-        versions = (*base.versions, *slots.versions, *(versions[id(o)] for o in laid))
-        inputs = (*(lifted[i] for i in self.code.kept), *base.values, *slots.values)
-        return _State(lifted, inputs, base, slots, _Made((), watched, versions).fresh, moving)
+        lifted = tuple(self.lay_out(list(self.originals)))
+        copied = [o for o, t in zip(self.originals, lifted, strict=True) if o is not t and id(o) in versions]
+        base = slots = _StageValues()
+        slots_may_change = False
+        if self.split.stages:
+            first, second = self.split.stages
+            base = (self.shared or SharedValues(first)).values_for(lifted)
+            slots = (
+                _StageValues() if self.slots_may_change else second.compute_values(lifted, base.values, self.originals)
+            )
+            room = self.byte_budget()
+            slots_may_change = self.slots_may_change or (room is not None and base.nbytes + slots.nbytes > room)
+            if slots_may_change:
+                slots = _StageValues()
+        watched = (*base.watched, *slots.watched, *copied)
+        versions = (*base.versions, *slots.versions, *(versions[id(o)] for o in copied))
+        inputs = (*(lifted[i] for i in self.split.kept_inputs), *base.values, *slots.values)
+        return _HoistedState(
+            lifted, inputs, base, slots, _StageValues((), watched, versions).is_fresh, slots_may_change
+        )
 
-    def settled(self) -> bool:
+    def has_current_memory(self) -> bool:
         """Return whether every tensor that values were made from still has the same memory address."""
         state = self.state
-        return state is None or (state.base.settled() and state.slots.settled())
+        return state is None or (state.base.has_current_memory() and state.slots.has_current_memory())
 
     @property
-    def held(self) -> Held:
+    def memory(self) -> HoistedMemory:
         """Return the memory of the values held now; nothing before the first call."""
         state = self.state
         if state is None:
-            return Held()
+            return HoistedMemory()
         base, slots = state.base, state.slots
         wide = base.wide_nbytes + slots.wide_nbytes
         if self.shared is None:
-            return Held(len(base.values) + len(slots.values), base.nbytes + slots.nbytes, wide_nbytes=wide)
-        return Held(len(slots.values), slots.nbytes, len(base.values), base.nbytes, wide)
+            return HoistedMemory(len(base.values) + len(slots.values), base.nbytes + slots.nbytes, wide_nbytes=wide)
+        return HoistedMemory(len(slots.values), slots.nbytes, len(base.values), base.nbytes, wide)
 
 
-def _widened(value: Tensor, sources: Sequence[Tensor]) -> bool:
+def _is_widened(value: Tensor, sources: Sequence[Tensor]) -> bool:
     """Return whether a value is in float32 and all floating-point tensors it was made from are in half precision.
 
     Scalars do not count.
@@ -299,7 +316,7 @@ def _widened(value: Tensor, sources: Sequence[Tensor]) -> bool:
     return value.dtype == torch.float32 and bool(types) and all(t.itemsize < 4 for t in types)
 
 
-def _contiguous(graph: fx.Graph) -> None:
+def _make_contiguous(graph: fx.Graph) -> None:
     """Make a graph's results contiguous, so that code compiled for them need not know how they were made."""
     output = graph.output_node()
     with graph.inserting_before(output):

@@ -32,14 +32,14 @@ from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.progress import stage
 from adaptc.runtime.hoisted_values import SplitGraph
-from adaptc.runtime.rank_padding import Padding, paddings
-from adaptc.runtime.strides import empty_in, order_of
+from adaptc.runtime.rank_padding import Padding, find_paddings
+from adaptc.runtime.strides import axis_order, empty_in_order
 
 #: the example value of a symbolic size, by which inductor tunes its code
-HINT = 16
+SIZE_HINT = 16
 
 
-def with_room(
+def pad_rank_one(
     values: list[Any],
     *,
     names: Sequence[str | None],
@@ -52,44 +52,44 @@ def with_room(
     Compiled code would be specialised on sizes 0 and 1. ``names`` are the FQNs of ``values``. Raises BackendError where
     the program is ``training``: a padded copy would not follow what training writes to the slots.
     """
-    index = {n: i for i, n in enumerate(names)}
+    position_of = {n: i for i, n in enumerate(names)}
     for a in attachments:
         op = ops[a.id]
         if a.method.exact_sizes:  # their code is right for sizes of one and zero as well, so nothing is padded
             continue
         wanted: dict[str, tuple[int, ...]] = {}
         for slot, spec in a.method.minimal(op).slots(op).items():
-            have = values[index[a.slots[slot]]].shape
+            have = values[position_of[a.slots[slot]]].shape
             wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
-        short = {s: shape for s, shape in wanted.items() if shape != tuple(values[index[a.slots[s]]].shape)}
+        short = {s: shape for s, shape in wanted.items() if shape != tuple(values[position_of[a.slots[s]]].shape)}
         if short and training:
             raise BackendError(
                 f"site {a.fqn!r}: inductor needs a rank of two or more in a program that trains; compile with r=2 "
                 "or more, or with backend='eager'"
             )
-        how = (paddings(a.method, op, a.form) or {}) if short else {}
+        how = (find_paddings(a.method, op, a.form) or {}) if short else {}
         for slot, shape in short.items():
-            i = index[a.slots[slot]]
+            i = position_of[a.slots[slot]]
             values[i] = how.get(slot, Padding())(values[i], shape)
     return values
 
 
 def compile_lifted(
     module: fx.GraphModule,
-    code: SplitGraph,
+    split: SplitGraph,
     main: fx.GraphModule,
     targets: Mapping[str, str | None],
     attachments: Sequence[Attachment],
     ops: Mapping[str, Op],
 ) -> Callable[..., Any]:
-    """Compile ``main``, the part of ``code`` that calls run, and return a callable of the same flat arguments.
+    """Compile ``main``, the part of ``split`` that calls run, and return a callable of the same flat arguments.
 
-    ``code`` was split from ``module``. ``targets`` maps the lifted placeholders of ``module`` to FQNs, None for packed
+    ``split`` was split from ``module``. ``targets`` maps the lifted placeholders of ``module`` to FQNs, None for packed
     buffers. The fake values in ``main`` are replaced. Raises BackendError with inductor's reason in one line.
     """
     from torch._inductor import standalone_compile
 
-    symbols = _Symbols()
+    symbols = _ShapeSymbols()
     free = _free_axes(attachments, ops)
     slots = {f for a in attachments for f in a.tensor_names}
     lifted, users = [], []
@@ -97,9 +97,11 @@ def compile_lifted(
         value = node.meta["val"]
         if isinstance(value, Tensor):
             name = targets.get(node.name) or ""
-            value = symbols.fake(value, free.get(name, {}), range(value.ndim) if name in slots else order_of(value))
+            value = symbols.like_example(
+                value, free.get(name, {}), range(value.ndim) if name in slots else axis_order(value)
+            )
         (lifted if node.name in targets else users).append(value)
-    fakes = [*symbols.inputs(code, lifted), *users]
+    fakes = [*symbols.main_inputs(split, lifted), *users]
     for node, value in zip(main.graph.find_nodes(op="placeholder"), fakes, strict=True):
         node.meta["val"] = value
     for node in main.graph.nodes:
@@ -118,7 +120,7 @@ def compile_lifted(
 
 
 @dataclass(frozen=True)
-class _Free:
+class _FreeSize:
     """An axis whose size is ``times`` the free size called ``name``, which is itself a multiple of ``unit``."""
 
     name: str
@@ -126,9 +128,9 @@ class _Free:
     unit: int = 1
 
 
-def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, _Free]]:
+def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, _FreeSize]]:
     """Return slot FQN -> axis -> how its size follows from a free size, for the free axes of slots."""
-    out: dict[str, dict[int, _Free]] = {}
+    axes_by_slot: dict[str, dict[int, _FreeSize]] = {}
     for n, a in enumerate(attachments):
         op = ops[a.id]
         small = a.method.minimal(op)
@@ -145,50 +147,54 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
         # rank itself, only rank times experts, so the symbol is that multiple of the rank.
         unit = gcd(*(t for axes in times.values() for t in axes.values())) or 1
         for slot, axes in times.items():
-            out.setdefault(a.slots[slot], {i: _Free(f"rank_{n}", t // unit, unit) for i, t in axes.items()})
+            axes_by_slot.setdefault(
+                a.slots[slot], {i: _FreeSize(f"rank_{n}", t // unit, unit) for i, t in axes.items()}
+            )
         for slot, spec in specs.items():
             if spec.apart:
-                out.setdefault(a.slots[slot], {i: _Free(f"size_{n}_{s}", 1) for i, s in spec.size_names(slot).items()})
-    return out
+                axes_by_slot.setdefault(
+                    a.slots[slot], {i: _FreeSize(f"size_{n}_{s}", 1) for i, s in spec.size_names(slot).items()}
+                )
+    return axes_by_slot
 
 
-class _Symbols:
+class _ShapeSymbols:
     """A shape environment with a symbol of its own for each size that was symbolic or is free."""
 
     def __init__(self) -> None:
-        self.env = ShapeEnv(duck_shape=False)
-        self.mode = FakeTensorMode(shape_env=self.env)
+        self.shape_env = ShapeEnv(duck_shape=False)
+        self.fake_mode = FakeTensorMode(shape_env=self.shape_env)
         self.sizes: dict[str, Any] = {}
 
-    def size(self, name: str, hint: int = HINT) -> Any:
+    def symbolic_size(self, name: str, hint: int = SIZE_HINT) -> Any:
         """Return the symbolic size called ``name``, made on first use."""
         from torch._dynamo.source import ConstantSource
 
         if name not in self.sizes:
             source = ConstantSource(f"adaptc_{name}")
-            symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-            self.sizes[name] = self.env.create_symintnode(symbol, hint=hint, source=source)
+            symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            self.sizes[name] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return self.sizes[name]
 
-    def fake(self, old: Tensor, free: Mapping[int, _Free], order: Sequence[int]) -> Tensor:
-        """Return a fake tensor like ``old`` with this environment's symbols.
+    def like_example(self, example: Tensor, free: Mapping[int, _FreeSize], order: Sequence[int]) -> Tensor:
+        """Return a fake tensor like ``example`` with this environment's symbols.
 
         It is contiguous where an axis is free, else it has its axes in memory in the given ``order``.
         """
-        with self.mode:
+        with self.fake_mode:
             if free:
-                sizes = {i: self.size(f.name, HINT * f.unit) * f.times for i, f in free.items()}
-                shape = [sizes[i] if i in sizes else int(s) for i, s in enumerate(old.shape)]
-                return torch.empty(shape, dtype=old.dtype, device=old.device)
-            return empty_in(order, [self._convert(s) for s in old.shape], old)
+                sizes = {i: self.symbolic_size(f.name, SIZE_HINT * f.unit) * f.times for i, f in free.items()}
+                shape = [sizes[i] if i in sizes else int(s) for i, s in enumerate(example.shape)]
+                return torch.empty(shape, dtype=example.dtype, device=example.device)
+            return empty_in_order(order, [self._convert_size(s) for s in example.shape], example)
 
-    def inputs(self, code: SplitGraph, lifted: Sequence[Any]) -> list[Any]:
+    def main_inputs(self, split: SplitGraph, lifted: Sequence[Any]) -> list[Any]:
         """Return fake inputs of the main graph: the ``lifted`` fakes that it reads, and values hoisted from them."""
         # The prologue runs on real sizes at run time, so guards that it asks for here must not bind the compiled code.
-        with self.mode, self.env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
-            return [self._simple(v) if isinstance(v, Tensor) else v for v in code.inputs(lifted)]
+        with self.fake_mode, self.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+            return [self._one_symbol_per_axis(v) if isinstance(v, Tensor) else v for v in split.compute_inputs(lifted)]
 
-    def _simple(self, value: Tensor) -> Tensor:
+    def _one_symbol_per_axis(self, value: Tensor) -> Tensor:
         """Return ``value`` with each sum of ranks in its shape replaced by a symbol of its own.
 
         Inductor reads every symbol off an input axis whose size is that symbol alone.
@@ -196,12 +202,16 @@ class _Symbols:
         sizes: list[Any] = list(value.shape)
         sums = [i for i, s in enumerate(sizes) if not isinstance(s, int) and len(s.node.expr.free_symbols) > 1]
         for i in sums:
-            sizes[i] = self.size(f"({sizes[i].node.expr})", sizes[i].node.hint)
+            sizes[i] = self.symbolic_size(f"({sizes[i].node.expr})", sizes[i].node.hint)
         return torch.empty(sizes, dtype=value.dtype, device=value.device) if sums else value
 
-    def _convert(self, size: Any) -> Any:
+    def _convert_size(self, size: Any) -> Any:
         if isinstance(size, int):
             return size
         expression = size.node.expr
         names = sorted(expression.free_symbols, key=str)
-        return sympy.lambdify(names, expression)(*(self.size(str(s)) for s in names)) if names else int(expression)
+        return (
+            sympy.lambdify(names, expression)(*(self.symbolic_size(str(s)) for s in names))
+            if names
+            else int(expression)
+        )

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from adaptc.errors import BackendError, ConfigError, shown
+from adaptc.errors import BackendError, ConfigError, short_repr
 
 BACKENDS = ("eager", "inductor")
 #: value of ``pack`` -> the dtype of the weights that are packed
-PACKS = {"float32": torch.float32, "bf16": torch.bfloat16}
+PACK_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,34 @@ class RunOptions:
     kernels: bool | None = None
     #: how many repeated blocks of a module to train are recomputed at a time, "auto" for one; None keeps activations
     checkpoint: int | Literal["auto"] | None = None
-    #: the dtype of the weights that calls may read packed copies of, a key of :data:`PACKS`; None packs none
+    #: the dtype of the weights that calls may read packed copies of, a key of :data:`PACK_DTYPES`; None packs none
     pack: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str) or self.backend not in BACKENDS:
-            raise BackendError(f"unknown backend {shown(self.backend)}; choose one of {', '.join(BACKENDS)}")
-        check_limit(self.hoist_limit)
+            raise BackendError(f"unknown backend {short_repr(self.backend)}; choose one of {', '.join(BACKENDS)}")
+        check_byte_limit(self.hoist_limit)
         if not isinstance(self.fuse, bool):
             names = self.fuse if isinstance(self.fuse, Collection) and not isinstance(self.fuse, str) else [None]
             if not all(isinstance(n, str) for n in names):
-                raise ConfigError(f"fuse={shown(self.fuse)} is neither True nor False, nor a set of names of weights")
+                raise ConfigError(
+                    f"fuse={short_repr(self.fuse)} is neither True nor False, nor a set of names of weights"
+                )
             object.__setattr__(self, "fuse", frozenset(self.fuse))
         if self.kernels is not None and not isinstance(self.kernels, bool):
-            raise ConfigError(f"kernels={shown(self.kernels)} must be True, False or None (where the base is on a GPU)")
-        object.__setattr__(self, "checkpoint", blocks_at_a_time(self.checkpoint))
-        if self.pack is not None and (not isinstance(self.pack, str) or self.pack not in PACKS):
-            raise ConfigError(f"pack={shown(self.pack)} is not one of {', '.join(PACKS)}, or None")
+            raise ConfigError(
+                f"kernels={short_repr(self.kernels)} must be True, False or None (where the base is on a GPU)"
+            )
+        object.__setattr__(self, "checkpoint", checkpoint_blocks(self.checkpoint))
+        if self.pack is not None and (not isinstance(self.pack, str) or self.pack not in PACK_DTYPES):
+            raise ConfigError(f"pack={short_repr(self.pack)} is not one of {', '.join(PACK_DTYPES)}, or None")
         if self.pack is not None and self.backend != "eager":
             raise BackendError(
                 f"pack={self.pack!r} is for backend='eager': code for a compiler reads weights as they lie"
             )
 
 
-def blocks_at_a_time(value: Any, name: str = "checkpoint") -> int | Literal["auto"] | None:
+def checkpoint_blocks(value: Any, name: str = "checkpoint") -> int | Literal["auto"] | None:
     """Return how many repeated blocks are recomputed at a time: "auto" for True, None for False.
 
     Raises ConfigError for any other value that is no whole number from 1. ``name`` is the option, for messages.
@@ -65,13 +69,13 @@ def blocks_at_a_time(value: Any, name: str = "checkpoint") -> int | Literal["aut
     if isinstance(value, int) and value > 0:
         return value
     raise ConfigError(
-        f'{name}={shown(value)} is no number of blocks from 1; give "auto" for one at a time, or None to keep all'
+        f'{name}={short_repr(value)} is no number of blocks from 1; give "auto" for one at a time, or None to keep all'
     )
 
 
-def check_limit(value: Any, name: str = "hoist_limit") -> None:
+def check_byte_limit(value: Any, name: str = "hoist_limit") -> None:
     """Raise ConfigError where ``value`` is neither None (no limit) nor a number of bytes from 0."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise ConfigError(
-            f"{name}={shown(value)} is no number of bytes; give None for no limit, or 0 for no memory at all"
+            f"{name}={short_repr(value)} is no number of bytes; give None for no limit, or 0 for no memory at all"
         )

@@ -31,18 +31,18 @@ class Padding:
     blocks: int = 1
     fill: float = 0.0
 
-    def fits(self, have: tuple[int, ...], want: tuple[int, ...]) -> bool:
-        """Return whether shape ``have`` can be padded to ``want``.
+    def can_pad(self, old_shape: tuple[int, ...], new_shape: tuple[int, ...]) -> bool:
+        """Return whether shape ``old_shape`` can be padded to ``new_shape``.
 
         No axis may shrink, and both sizes of an axis that grows must be multiples of ``blocks``.
         """
-        pairs = zip(have, want, strict=False)
+        pairs = zip(old_shape, new_shape, strict=False)
         grows = [h == w or (h < w and not h % self.blocks and not w % self.blocks) for h, w in pairs]
-        return len(have) == len(want) and all(grows)
+        return len(old_shape) == len(new_shape) and all(grows)
 
     def __call__(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return ``tensor`` padded to ``shape``. Raises ValueError where it does not fit."""
-        if not self.fits(tuple(tensor.shape), shape):
+        if not self.can_pad(tuple(tensor.shape), shape):
             raise ValueError(f"{tuple(tensor.shape)} cannot be padded to {shape}")
         for axis, (have, want) in enumerate(zip(tensor.shape, shape, strict=True)):
             if have == want:
@@ -54,7 +54,7 @@ class Padding:
         return tensor
 
 
-def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
+def find_paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
     """Return how to pad each slot of ``method`` that has a free axis from one rank to a larger one, by slot name.
 
     ``form`` is the form the site was injected in, "apply" or "weight". Returns None where the method has no rank, or
@@ -72,10 +72,10 @@ def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
     free = [n for n, s in specs.items() if s.free]
     W = torch.randn(op.shape, generator=generator)
     values = small.identity(op, W, torch.float32)
-    values |= {n: _like(t, generator) for n, t in values.items() if t.is_floating_point()}
-    values = {n: _sized(values[n], s.shape, generator) for n, s in specs.items()}
+    values |= {n: _random_like(t, generator) for n, t in values.items() if t.is_floating_point()}
+    values = {n: _random_if_resized(values[n], s.shape, generator) for n, s in specs.items()}
     scale = None if small.scale(op) is None else torch.tensor(0.7)
-    x = _input(op, generator)
+    x = _random_input(op, generator)
 
     def result(m: Method, slots: Mapping[str, Tensor]) -> Tensor:
         if form == "apply":
@@ -84,7 +84,7 @@ def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
 
     with torch.no_grad():
         expected = result(small, values)
-        for choice in _choices(op, [specs[n].fill for n in free]):
+        for choice in _candidate_paddings(op, [specs[n].fill for n in free]):
             by_slot = dict(zip(free, choice, strict=True))
             try:
                 padded = {n: by_slot[n](t, shapes[n]) if n in by_slot else t for n, t in values.items()}
@@ -96,24 +96,24 @@ def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
     return None
 
 
-def _choices(op: Op, fills: list[float]) -> Iterator[tuple[Padding, ...]]:
+def _candidate_paddings(op: Op, fills: list[float]) -> Iterator[tuple[Padding, ...]]:
     blocks = list(dict.fromkeys([1, max(op.experts, 1), op.groups]))
     return product(*([Padding(b, f) for f in dict.fromkeys([0.0, fill]) for b in blocks] for fill in fills))
 
 
-def _like(t: Tensor, generator: torch.Generator) -> Tensor:
+def _random_like(t: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(t.shape, generator=generator)
 
 
-def _sized(t: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random_if_resized(t: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return t if tuple(t.shape) == shape or not t.is_floating_point() else torch.randn(shape, generator=generator)
 
 
-def _input(op: Op, generator: torch.Generator) -> Any:
+def _random_input(op: Op, generator: torch.Generator) -> Any:
     if not op.callable:
         return None
     if op.kind == "embedding":
         return torch.randint(0, op.in_features, (7,), generator=generator)
-    dilation = op.rest[2] if op.is_conv else ()
+    dilation = op.other_args[2] if op.is_conv else ()
     size = [d * (k - 1) + 3 for k, d in zip(op.kernel, dilation, strict=True)]
     return torch.randn(2, op.in_features, *size, generator=generator)

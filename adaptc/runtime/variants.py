@@ -23,21 +23,28 @@ from typing import Any
 
 from torch import Tensor, dtype, fx
 
-from adaptc.passes.graph.graph_lock import exclusive_property, on_graphs
+from adaptc.passes.graph.graph_lock import graph_locked_property, hold_graph_lock
 from adaptc.passes.graph.lifted import copy_graph
-from adaptc.passes.graph.pass_infra import GraphPass, PassManager, PassResult, Trail
-from adaptc.passes.lower.choose_products import ChooseProducts, MatmulChoice, Products
-from adaptc.passes.lower.pack_products import Make, PackProducts
+from adaptc.passes.graph.pass_infra import GraphPass, PassManager, PassResult, PassTrail
+from adaptc.passes.lower.choose_products import ChooseMatmuls, MatmulChoice, MatmulChoices
+from adaptc.passes.lower.pack_products import MakePackedLayer, PackWeights
 from adaptc.passes.optimize.add_in_place import AddInPlace
 from adaptc.passes.optimize.canonicalize import Canonicalize
-from adaptc.passes.optimize.direct_calls import BindCalls
-from adaptc.passes.optimize.emit_fused_siblings import Pack
+from adaptc.passes.optimize.direct_calls import CallDirectly
+from adaptc.passes.optimize.emit_fused_siblings import StackedWeight
 from adaptc.passes.optimize.fold_scales import FoldScales
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
-from adaptc.passes.optimize.hoist import stages_of
-from adaptc.passes.optimize.sibling_cost import Crossing, Speeds, crossing, speed, stacking, widening
-from adaptc.passes.optimize.sibling_groups import Group
-from adaptc.runtime.hoisted_values import Shared, SplitGraph
+from adaptc.passes.optimize.hoist import stage_by_node
+from adaptc.passes.optimize.sibling_cost import (
+    BreakEven,
+    SpeedByDtype,
+    default_speed,
+    find_break_even,
+    float32_cost_difference,
+    stacked_cost_difference,
+)
+from adaptc.passes.optimize.sibling_groups import SiblingGroup
+from adaptc.runtime.hoisted_values import SharedValues, SplitGraph
 from adaptc.torch_modes import AUTOCAST_DEVICES
 
 PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"
@@ -87,54 +94,56 @@ class Fusion:
 class LiftedGraph:
     """A lifted graph that is about to be called, and which of its inputs are frozen.
 
-    ``names`` are its lifted placeholders, in order. Of these, ``base`` are frozen for all bindings, ``slots`` within
-    each binding, and the tensors of ``packable`` may be moved into a buffer. ``limit`` bounds the bytes of hoisted
-    values, None for any number. ``compiled`` says that a compiler gets the graph, not an interpreter. ``fuse`` lets
-    siblings share matmuls. ``differentiable`` says that gradients flow through the graph. ``choose`` is that of
-    :class:`ChooseProducts`, None to choose nothing. ``pack`` is ``make`` of :class:`PackProducts`, None to pack
-    nothing. ``speeds`` gives the speed of adapter matmuls by dtype.
+    ``names`` are its lifted placeholders, in order. Of these, ``frozen_base`` are frozen for all bindings,
+    ``frozen_slots`` within each binding, and the tensors of ``movable`` may be moved into a buffer. ``hoist_limit``
+    bounds the bytes of hoisted values, None for any number. ``is_for_compiler`` says that a compiler gets the graph,
+    not an interpreter. ``may_fuse`` lets siblings share matmuls. ``is_differentiable`` says that gradients flow through
+    the graph. ``choose_matmul`` is that of :class:`ChooseMatmuls`, None to choose nothing. ``make_packed_layer`` is
+    ``make`` of :class:`PackWeights`, None to pack nothing. ``speed_of_dtype`` gives the speed of adapter matmuls by
+    dtype.
     """
 
     module: fx.GraphModule
     names: Sequence[str]
-    base: Collection[str]
-    slots: Collection[str]
-    packable: Collection[str]
-    limit: int | None = None
-    compiled: bool = False
-    fuse: bool = True
-    differentiable: bool = False
-    choose: Callable[[int, int, dtype], MatmulChoice] | None = None
-    pack: Make | None = None
-    speeds: Speeds = speed
+    frozen_base: Collection[str]
+    frozen_slots: Collection[str]
+    movable: Collection[str]
+    hoist_limit: int | None = None
+    is_for_compiler: bool = False
+    may_fuse: bool = True
+    is_differentiable: bool = False
+    choose_matmul: Callable[[int, int, dtype], MatmulChoice] | None = None
+    make_packed_layer: MakePackedLayer | None = None
+    speed_of_dtype: SpeedByDtype = default_speed
 
     @cached_property
-    def users(self) -> list[str]:
+    def user_inputs(self) -> list[str]:
         """Return the names of the placeholders for the user's inputs."""
         lifted = set(self.names)
         return [n.name for n in self.module.graph.find_nodes(op="placeholder") if n.name not in lifted]
 
     @property
-    def stages(self) -> list[Collection[str]]:
-        return [self.base, self.slots]
+    def frozen_stages(self) -> list[Collection[str]]:
+        return [self.frozen_base, self.frozen_slots]
 
 
 @dataclass(frozen=True, eq=False)
 class GraphVariant:
     """A variant of a graph, ready to be called.
 
-    ``split`` is the graph with its hoisted part taken out. Calls run ``code`` by the callable ``call``. ``packs`` are
-    the inputs that packing adds. ``shared`` holds values hoisted from the base, for all bindings; None where nothing
-    is hoisted. ``trail`` are the passes it went through, ``products`` the matmuls chosen for its base.
+    ``split`` is the graph with its hoisted part taken out. Calls run ``code`` by the callable ``call``.
+    ``sibling_packs`` are the inputs that packing adds. ``shared_values`` holds values hoisted from the base, for all
+    bindings; None where nothing is hoisted. ``trail`` are the passes it went through, ``matmuls`` the matmuls chosen
+    for its base.
     """
 
     split: SplitGraph
     code: fx.GraphModule
-    packs: tuple[Pack, ...]
+    sibling_packs: tuple[StackedWeight, ...]
     call: Callable[..., Any]
-    shared: Shared | None
-    trail: Trail
-    products: Products
+    shared_values: SharedValues | None
+    trail: PassTrail
+    matmuls: MatmulChoices
 
 
 class GraphVariants:
@@ -142,10 +151,10 @@ class GraphVariants:
 
     def __init__(self, source: LiftedGraph) -> None:
         self.source = source
-        self.fuses = source.fuse and self.may_fuse(source.compiled)
+        self.is_fused = source.may_fuse and self.may_fuse(source.is_for_compiler)
         values = (n.meta.get("val") for n in source.module.graph.find_nodes(op="placeholder"))
         #: device types whose autocast would change what the graph computes
-        self.devices = tuple({v.device.type for v in values if isinstance(v, Tensor)} & set(AUTOCAST_DEVICES))
+        self.autocast_devices = tuple({v.device.type for v in values if isinstance(v, Tensor)} & set(AUTOCAST_DEVICES))
         self._variants: dict[str, GraphVariant] = {}
 
     def may_fuse(self, compiled: bool) -> bool:
@@ -156,131 +165,149 @@ class GraphVariants:
         """
         return not compiled
 
-    def get(self, kind: str) -> GraphVariant:
-        """Return the variant ``kind``, made now if it was not."""
-        found = self._variants.get(kind)
+    def get(self, variant_name: str) -> GraphVariant:
+        """Return the variant ``variant_name``, made now if it was not."""
+        found = self._variants.get(variant_name)
         if found is None:
-            with on_graphs():
-                found = self._variants.get(kind)
+            with hold_graph_lock():
+                found = self._variants.get(variant_name)
                 if found is None:
-                    found = self._variants[kind] = self._make(kind)
+                    found = self._variants[variant_name] = self._make_variant(variant_name)
         return found
 
     @property
-    def kinds(self) -> list[str]:
+    def variant_names(self) -> list[str]:
         """Return the kinds of variants that calls may run, over all sizes of calls."""
-        return [*([] if self._wide is None else [WIDE]), STACKED, APART] if self.fuses else [PLAIN]
+        return [*([] if self._wide_crossing is None else [WIDE]), STACKED, APART] if self.is_fused else [PLAIN]
 
-    def kind(self, sizes: Mapping[str, int]) -> str:
+    def cheapest_variant(self, sizes: Mapping[str, int]) -> str:
         """Return the kind of variant that costs least in a call with these sizes (free size -> value)."""
-        if not self.fuses:
+        if not self.is_fused:
             return PLAIN
-        if self._wide is not None and self._wide.below(sizes):
+        if self._wide_crossing is not None and self._wide_crossing.prefers_first(sizes):
             return WIDE
-        return STACKED if self._stacked.below(sizes) else APART
+        return STACKED if self._stacked_crossing.prefers_first(sizes) else APART
 
     @property
-    def trails(self) -> dict[str, Trail]:
+    def trails(self) -> dict[str, PassTrail]:
         """Return the passes that each variant made so far went through, by kind."""
         return {kind: v.trail for kind, v in self._variants.items()}
 
     @property
-    def products(self) -> dict[str, Products]:
+    def matmuls(self) -> dict[str, MatmulChoices]:
         """Return the matmuls chosen in each variant made so far, by kind."""
-        return {kind: v.products for kind, v in self._variants.items()}
+        return {kind: v.matmuls for kind, v in self._variants.items()}
 
-    @exclusive_property
+    @graph_locked_property
     def fusion(self) -> Fusion:
         """Return what is fused, for the report."""
-        if not self.fuses:
+        if not self.is_fused:
             return Fusion()
-        groups = self.groups
-        layers = sum(len(g.members) for g in groups)
-        wide = sum(g.computed(wide=True) != g.adapters for g in groups)
-        wide_rows = inf if self._wide is None else self._wide.rows
+        groups = self.sibling_groups
+        layers = sum(len(g.layers) for g in groups)
+        wide = sum(g.compute_dtype(in_float32=True) != g.adapter_dtype for g in groups)
+        wide_rows = inf if self._wide_crossing is None else self._wide_crossing.rows
         return Fusion(
             len(groups),
             layers,
             sum(len(g.updates) for g in groups),
-            self._stacked.rows,
+            self._stacked_crossing.rows,
             wide,
             wide_rows if wide else 0.0,
         )
 
-    @exclusive_property
-    def _stacked(self) -> Crossing:
-        return crossing(self.groups, stacking, self.source.speeds)
+    @graph_locked_property
+    def _stacked_crossing(self) -> BreakEven:
+        return find_break_even(self.sibling_groups, stacked_cost_difference, self.source.speed_of_dtype)
 
-    @exclusive_property
-    def _wide(self) -> Crossing | None:
+    @graph_locked_property
+    def _wide_crossing(self) -> BreakEven | None:
         """Return where float32 adapters begin to cost more than half precision.
 
-        None where no group has the choice of a dtype (``Group.narrow``).
+        None where no group has the choice of a dtype (``SiblingGroup.has_dtype_choice``).
         """
-        return crossing(self.groups, widening, self.source.speeds) if any(g.narrow for g in self.groups) else None
+        return (
+            find_break_even(self.sibling_groups, float32_cost_difference, self.source.speed_of_dtype)
+            if any(g.has_dtype_choice for g in self.sibling_groups)
+            else None
+        )
 
-    def cleaning(self) -> list[GraphPass]:
+    def cleaning_passes(self) -> list[GraphPass]:
         """Return the passes that clean the graph before variants are made of it."""
-        return [Canonicalize(self.source.users, self.source.differentiable)]
+        return [Canonicalize(self.source.user_inputs, self.source.is_differentiable)]
 
-    def fusing(self, kind: str) -> list[GraphPass]:
-        """Return the passes that make the fused variant ``kind`` of a cleaned graph. The last one fuses."""
+    def fusing_passes(self, variant_name: str) -> list[GraphPass]:
+        """Return the passes that make the fused variant ``variant_name`` of a cleaned graph. The last one fuses."""
         s = self.source
-        return [FoldScales(s.stages), FuseSiblings(s.packable, s.stages, s.users, kind != APART, kind == WIDE)]
+        return [
+            FoldScales(s.frozen_stages),
+            FuseSiblings(s.movable, s.frozen_stages, s.user_inputs, variant_name != APART, variant_name == WIDE),
+        ]
 
-    @exclusive_property
-    def cleaned(self) -> PassResult[fx.Graph]:
-        return PassManager(self.cleaning())(copy_graph(self.source.module.graph))
+    @graph_locked_property
+    def clean_result(self) -> PassResult[fx.Graph]:
+        return PassManager(self.cleaning_passes())(copy_graph(self.source.module.graph))
 
-    @exclusive_property
-    def groups(self) -> list[Group]:
+    @graph_locked_property
+    def sibling_groups(self) -> list[SiblingGroup]:
         """Return the groups of siblings that can be fused, as nodes of a copy of the graph."""
-        *before, last = self.fusing(APART)
+        *before, last = self.fusing_passes(APART)
         assert isinstance(last, FuseSiblings)
-        return last.groups(PassManager(before)(copy_graph(self.cleaned.output)).output)
+        return last.find_groups_in(PassManager(before)(copy_graph(self.clean_result.output)).output)
 
-    def _make(self, kind: str) -> GraphVariant:
-        graph = copy_graph(self.cleaned.output)
-        if kind == PLAIN:
-            return self._variant(graph, (), ())
-        if not self.groups:
+    def _make_variant(self, variant_name: str) -> GraphVariant:
+        graph = copy_graph(self.clean_result.output)
+        if variant_name == PLAIN:
+            return self._hoist_variant(graph, (), ())
+        if not self.sibling_groups:
             return self.get(PLAIN)
         before = {n.name for n in graph.nodes}
-        done = PassManager(self.fusing(kind))(graph)
-        packs: tuple[Pack, ...] = done.data[-1]
-        made = self._variant(done.output, packs, done.trail)
-        if self.source.limit is not None:
-            stages = stages_of(done.output, [{*self.source.base, *(p.name for p in packs)}, self.source.slots])
+        done = PassManager(self.fusing_passes(variant_name))(graph)
+        packs: tuple[StackedWeight, ...] = done.data[-1]
+        made = self._hoist_variant(done.output, packs, done.trail)
+        if self.source.hoist_limit is not None:
+            stages = stage_by_node(
+                done.output, [{*self.source.frozen_base, *(p.name for p in packs)}, self.source.frozen_slots]
+            )
             new = {n.name for n in stages if n.op == "call_function" and n.name not in before}
             # A hoisted value keeps its name, as a placeholder; one that is still computed found no room in the limit.
             if new & {n.name for n in made.split.main.graph.nodes if n.op != "placeholder"}:
-                return self.get(STACKED if kind == WIDE else PLAIN)
+                return self.get(STACKED if variant_name == WIDE else PLAIN)
         return made
 
-    def _variant(self, graph: fx.Graph, packs: tuple[Pack, ...], trail: Trail) -> GraphVariant:
+    def _hoist_variant(self, graph: fx.Graph, packs: tuple[StackedWeight, ...], trail: PassTrail) -> GraphVariant:
         s, names = self.source, [p.name for p in packs]
         module = fx.GraphModule(s.module, graph)
-        split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
-        run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
-        products = Products()
-        passes: list[GraphPass] = [] if s.compiled else [AddInPlace(), BindCalls()]
-        if s.pack is not None:
-            passes = [PackProducts({*s.base, *names}, s.pack), *passes]
-        if s.choose is not None:
-            passes = [ChooseProducts({*s.base, *names}, s.choose, s.compiled), *passes]
+        split = SplitGraph(
+            module, [*s.names, *names], {*s.frozen_base, *names}, s.frozen_slots, s.hoist_limit, s.is_for_compiler
+        )
+        called_graph, trail = split.main, (*self.clean_result.trail, *trail, *split.trail)
+        products = MatmulChoices()
+        passes: list[GraphPass] = [] if s.is_for_compiler else [AddInPlace(), CallDirectly()]
+        if s.make_packed_layer is not None:
+            passes = [PackWeights({*s.frozen_base, *names}, s.make_packed_layer), *passes]
+        if s.choose_matmul is not None:
+            passes = [ChooseMatmuls({*s.frozen_base, *names}, s.choose_matmul, s.is_for_compiler), *passes]
         if passes:
             bound = PassManager(passes)(copy_graph(split.main.graph))
-            run, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
+            called_graph, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
             products = bound.data[0] or products
-        # Not ``run`` itself: while any thread traces, torch.fx has patched ``nn.Module.__call__`` for all threads.
+        # Not ``called_graph`` itself: while any thread traces, torch.fx has patched ``nn.Module.__call__`` for all
+        # threads.
         return GraphVariant(
-            split, run, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
+            split,
+            called_graph,
+            packs,
+            called_graph.forward,
+            SharedValues(split.stages[0]) if split.stages else None,
+            trail,
+            products,
         )
 
 
-def sizes_of(flat: Sequence[Any], where: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+def read_sizes(flat: Sequence[Any], size_locations: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """Return free size -> its value in a call with the inputs ``flat``.
 
-    ``where`` maps a free size to the (flat input, axis) that has it.
+    ``size_locations`` maps a free size to the (flat input, axis) that has it.
     """
-    return {name: flat[i].shape[axis] for name, (i, axis) in where.items() if isinstance(flat[i], Tensor)}
+    return {name: flat[i].shape[axis] for name, (i, axis) in size_locations.items() if isinstance(flat[i], Tensor)}

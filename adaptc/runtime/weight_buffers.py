@@ -2,9 +2,9 @@
 
 Tensors of equal width become views of one tensor with their rows below each other. Their values, and the identity of
 every ``nn.Parameter``, stay what they were. A model shares its parameters with the programs made of it. So all tensors
-known to share a weight's memory (``alias``) move with it, or the old memory would live on. Each tensor gets a storage
-of its own over its part of the buffer (DLPack makes it). Writers of files look at storages: they would take a slice of
-one storage for the whole.
+known to share a weight's memory (``remember_tensors``) move with it, or the old memory would live on. Each tensor gets
+a storage of its own over its part of the buffer (DLPack makes it). Writers of files look at storages: they would take a
+slice of one storage for the whole.
 
 Memory must not be freed while another thread reads it. A program's calls say when they begin and end. Memory that was
 given up stays until all calls that had begun by then have ended. A model that is called itself says nothing. It must
@@ -22,15 +22,15 @@ from threading import get_ident
 import torch
 from torch import Tensor, nn
 
-from adaptc.locks import free_in_children
+from adaptc.locks import reset_after_fork
 from adaptc.passes.graph.storage import storage_key
 
-_lock = free_in_children(threading.Lock())
+_lock = reset_after_fork(threading.Lock())
 #: address of memory -> tensors that share it; entries are checked when used, for other tensors may lie there by now
 _aliases: dict[int, list[weakref.ref[Tensor]]] = {}
 #: the number of entries above which those of dead tensors are dropped
-MOST = 1024
-_bound = [MOST]
+MAX_ALIASES = 1024
+_alias_limit = [MAX_ALIASES]
 #: address of a buffer -> the buffer, while somebody holds it
 _buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -45,7 +45,7 @@ class _Readers:
     def __init__(self) -> None:
         self.calls: dict[int, int] = {}
         self.moves = 0
-        self.old: list[tuple[int, list[Tensor]]] = []
+        self.old_memory: list[tuple[int, list[Tensor]]] = []
 
 
 _readers = _Readers()
@@ -62,47 +62,49 @@ def begin_reading() -> bool:
 
 def end_reading() -> None:
     del _readers.calls[get_ident()]
-    if _readers.old:
+    if _readers.old_memory:
         with _lock:
-            _give_back()
+            _free_old_memory()
 
 
-def _give_back() -> None:
+def _free_old_memory() -> None:
     """Drop old memory that no other thread can be reading: a call reads only memory in use since it began."""
     me = get_ident()
     first = min((n for thread, n in list(_readers.calls.items()) if thread != me), default=math.inf)
-    _readers.old = [(n, memory) for n, memory in _readers.old if n >= first]
+    _readers.old_memory = [(n, memory) for n, memory in _readers.old_memory if n >= first]
 
 
-def alias(tensors: Iterable[Tensor]) -> None:
-    """Remember these tensors, so that :func:`pack` moves them along with other tensors of the same memory."""
+def remember_tensors(tensors: Iterable[Tensor]) -> None:
+    """Remember these tensors, so that :func:`move_into_buffer` moves them along with other tensors of the same
+    memory."""
     with _lock:
         for t in tensors:
-            if packable(t):
-                known = _aliases.setdefault(_start(t), [])
-                known[:] = [r for r in known if (o := r()) is not None and o is not t and _start(o) == _start(t)]
+            if is_packable(t):
+                known = _aliases.setdefault(_address(t), [])
+                known[:] = [r for r in known if (o := r()) is not None and o is not t and _address(o) == _address(t)]
                 known.append(weakref.ref(t))
         _forget_dead()
 
 
-def _forget_dead(*, now: bool = False) -> None:
-    """Drop the entries of dead tensors, if many entries have come since the last time, or in any case if ``now``."""
-    if now or len(_aliases) > _bound[0]:
+def _forget_dead(*, at_once: bool = False) -> None:
+    """Drop the entries of dead tensors, if many entries have come since the last time, or in any case if
+    ``at_once``."""
+    if at_once or len(_aliases) > _alias_limit[0]:
         for start, refs in list(_aliases.items()):
             refs[:] = [r for r in refs if r() is not None]
             if not refs:
                 del _aliases[start]
-        _bound[0] = max(MOST, 2 * len(_aliases))
+        _alias_limit[0] = max(MAX_ALIASES, 2 * len(_aliases))
 
 
-def tidy() -> int:
+def forget_dead_tensors() -> int:
     """Drop the entries of dead tensors now, and return how many entries are left."""
     with _lock:
-        _forget_dead(now=True)
+        _forget_dead(at_once=True)
         return len(_aliases)
 
 
-def packable(t: Tensor) -> bool:
+def is_packable(t: Tensor) -> bool:
     """Return whether a tensor may be moved: a plain contiguous matrix in memory of this process's own."""
     return (
         type(t) in (Tensor, nn.Parameter)
@@ -118,58 +120,58 @@ def packable(t: Tensor) -> bool:
     )
 
 
-def pack(tensors: Sequence[Tensor]) -> Tensor:
+def move_into_buffer(tensors: Sequence[Tensor]) -> Tensor:
     """Move the tensors into one buffer, unless they lie in one already, and return it: (sum of rows, columns)."""
     with _lock, torch.no_grad():
-        found = _packed(tensors)
+        found = _find_buffer(tensors)
         if found is not None:
             return found
-        old: list[Tensor] = []
-        everyone = [_known(t) for t in tensors]
+        old_tensors: list[Tensor] = []
+        everyone = [_tensors_sharing(t) for t in tensors]
         buffer = torch.cat([t.detach() for t in tensors])
         start = 0
         for t, others in zip(tensors, everyone, strict=True):
             rows = t.shape[0]
             for o in others:
-                old.append(o.detach())
+                old_tensors.append(o.detach())
                 o.data = torch.from_dlpack(buffer[start : start + rows])
-            _aliases.setdefault(_start(t), []).extend(map(weakref.ref, others))
+            _aliases.setdefault(_address(t), []).extend(map(weakref.ref, others))
             start += rows
-        _buffers[_start(buffer)] = buffer
-        _readers.old.append((_readers.moves, old))
+        _buffers[_address(buffer)] = buffer
+        _readers.old_memory.append((_readers.moves, old_tensors))
         _readers.moves += 1
-        del old
-        _give_back()
+        del old_tensors
+        _free_old_memory()
         _forget_dead()
         return buffer
 
 
-def packed(tensors: Sequence[Tensor]) -> Tensor | None:
+def find_buffer(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return the buffer that the tensors lie in, one below the other and nothing else; None where there is none."""
     with _lock:
-        return _packed(tensors)
+        return _find_buffer(tensors)
 
 
-def _packed(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return what :func:`packed` does, for a caller that holds the lock."""
-    buffer = _buffers.get(_start(tensors[0]))
-    end = _start(tensors[0])
+def _find_buffer(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return what :func:`find_buffer` does, for a caller that holds the lock."""
+    buffer = _buffers.get(_address(tensors[0]))
+    end = _address(tensors[0])
     for t in tensors:
-        if _start(t) != end:
+        if _address(t) != end:
             return None
         end += t.nbytes
-    return buffer if buffer is not None and end == _start(buffer) + buffer.nbytes else None
+    return buffer if buffer is not None and end == _address(buffer) + buffer.nbytes else None
 
 
-def _known(t: Tensor) -> list[Tensor]:
+def _tensors_sharing(t: Tensor) -> list[Tensor]:
     key = storage_key(t)
     found = {id(t): t}
-    for ref in _aliases.get(_start(t), ()):
+    for ref in _aliases.get(_address(t), ()):
         o = ref()
-        if o is not None and packable(o) and storage_key(o) == key:
+        if o is not None and is_packable(o) and storage_key(o) == key:
             found[id(o)] = o
     return list(found.values())
 
 
-def _start(t: Tensor) -> int:
+def _address(t: Tensor) -> int:
     return t.data_ptr()

@@ -10,27 +10,30 @@ import hashlib
 import zipfile
 from pathlib import Path
 
-from adaptc.safe_pt2.archive import Archive, opened
+from adaptc.safe_pt2.archive import Archive, open_archive
 from adaptc.safe_pt2.refusal import UnsafeFile
 
 #: torch.export.load takes this record for one of the extra files that users put beside a program
-SEAL = "data/extra/adaptc.sha256"
+CHECKSUM_RECORD = "data/extra/adaptc.sha256"
 
 
-def seal(path: Path) -> None:
+def add_checksum(path: Path) -> None:
     """Add the record with the hash to an archive that torch wrote. Raises OSError."""
-    with opened(path) as archive:
-        text, root = _hash(archive), archive.root
+    with open_archive(path) as archive:
+        text, root = _hash_records(archive), archive.root
     with zipfile.ZipFile(path, "a") as writer:
-        writer.writestr(f"{root}/{SEAL}", text)
+        writer.writestr(f"{root}/{CHECKSUM_RECORD}", text)
 
 
-def check_seal(archive: Archive) -> None:
+def verify_checksum(archive: Archive) -> None:
     """Raise UnsafeFile where the archive has a seal, and that is of other records."""
-    if SEAL in archive.records and archive.read(SEAL, 64) != _hash(archive).encode():
-        raise UnsafeFile("it was changed after adaptc.save wrote it, or is damaged", f"record {SEAL!r}")
+    if (
+        CHECKSUM_RECORD in archive.records
+        and archive.read_record(CHECKSUM_RECORD, 64) != _hash_records(archive).encode()
+    ):
+        raise UnsafeFile("it was changed after adaptc.save wrote it, or is damaged", f"record {CHECKSUM_RECORD!r}")
 
 
-def _hash(archive: Archive) -> str:
-    lines = (f"{r.name}\n{r.size} {r.checksum}\n" for r in archive.records.values() if r.name != SEAL)
+def _hash_records(archive: Archive) -> str:
+    lines = (f"{r.name}\n{r.size} {r.checksum}\n" for r in archive.records.values() if r.name != CHECKSUM_RECORD)
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()

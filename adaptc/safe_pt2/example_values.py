@@ -16,46 +16,46 @@ from torch import Tensor, nn
 
 from adaptc.passes.graph.pytree import pytree
 from adaptc.safe_pt2.archive import Archive
-from adaptc.safe_pt2.names import plain
-from adaptc.safe_pt2.refusal import UnsafeFile, reason, shown
+from adaptc.safe_pt2.names import check_plain
+from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, short_repr
 
-_MOST_VALUES = 100_000
-_MOST_DEPTH = 100
-_MOST_PICKLE = 16 << 20
-_MOST_EXPANDED = 1 << 30
-_WAY_OUT = "save the program again with example inputs that are tensors, numbers and texts"
+_MAX_VALUES = 100_000
+_MAX_DEPTH = 100
+_MAX_PICKLE_BYTES = 16 << 20
+_MAX_EXPANDED_BYTES = 1 << 30
+_REMEDY = "save the program again with example inputs that are tensors, numbers and texts"
 
 
-def read_samples(data: bytes) -> Any:
+def read_example_inputs(data: bytes) -> Any:
     """Return (positional inputs, keyword inputs), or None where the record is empty.
 
     Raises UnsafeFile for what could run code, for anything but tensors and plain values, and for decompression bombs.
-    It changes a global table of torch while it runs: hold :data:`~adaptc.passes.graph.graph_lock.GRAPHS`.
+    It changes a global table of torch while it runs: hold :data:`~adaptc.passes.graph.graph_lock.GRAPH_LOCK`.
     """
     if not data:
         return None
     inner = Archive(io.BytesIO(data))
     for name, record in inner.records.items():
-        if name.endswith(".pkl") and record.size > _MOST_PICKLE:
+        if name.endswith(".pkl") and record.size > _MAX_PICKLE_BYTES:
             raise UnsafeFile(f"its pickle has {record.size} bytes; those of example inputs have a few hundred")
-        inner.read(name, record.size)  # compares the checksum
+        inner.read_record(name, record.size)  # compares the checksum
     try:
-        with torch.serialization.safe_globals(list(_classes())):
+        with torch.serialization.safe_globals(list(_allowed_classes())):
             value = torch.load(io.BytesIO(data), weights_only=True)
     except (pickle.UnpicklingError, AttributeError) as error:
         call = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it would call {call[1]}" if call else f"it is no pickle of plain values ({reason(error)})"
-        raise UnsafeFile(f"{why}. A pickle can run code: {_WAY_OUT}") from error
+        why = f"it would call {call[1]}" if call else f"it is no pickle of plain values ({describe_error(error)})"
+        raise UnsafeFile(f"{why}. A pickle can run code: {_REMEDY}") from error
     except Exception as error:  # unpickling forged bytes raises anything
-        raise UnsafeFile(reason(error)) from error
+        raise UnsafeFile(describe_error(error)) from error
     args_kwargs = isinstance(value, tuple) and len(value) == 2
     if not args_kwargs or not isinstance(value[0], tuple) or not isinstance(value[1], dict):
         raise UnsafeFile(f"expected positional and keyword inputs, found a {type(value).__name__}")
-    _Walk().check(value, 0)
+    _ValueChecker().check(value, 0)
     return value
 
 
-def _classes() -> set[type]:
+def _allowed_classes() -> set[type]:
     """Return the classes of containers of tensors that inputs may have.
 
     These are the classes that somebody registered with torch in this process, and those of transformers' caches.
@@ -68,49 +68,47 @@ def _classes() -> set[type]:
     return found
 
 
-class _Walk:
+class _ValueChecker:
     """A check of nested containers with limits, since a pickle may nest them, or use one in many places, without
     end."""
 
     def __init__(self) -> None:
-        self.seen = 0
-        self.classes = _classes()
+        self.value_count = 0
+        self.classes = _allowed_classes()
 
     def check(self, value: Any, depth: int) -> None:
-        self.seen += 1
-        if self.seen > _MOST_VALUES or depth > _MOST_DEPTH:
-            raise UnsafeFile(
-                f"it holds more than {_MOST_VALUES} values, or {_MOST_DEPTH} containers inside one another"
-            )
+        self.value_count += 1
+        if self.value_count > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise UnsafeFile(f"it holds more than {_MAX_VALUES} values, or {_MAX_DEPTH} containers inside one another")
         if isinstance(value, Tensor):
-            _tensor(value)
+            _check_tensor(value)
         elif isinstance(value, dict):
             for key, v in value.items():
-                self._key(key)
+                self._check_key(key)
                 self.check(v, depth + 1)
         elif isinstance(value, (list, tuple, set, frozenset)):
             for v in value:
                 self.check(v, depth + 1)
         elif isinstance(value, str):
-            plain(value)
+            check_plain(value)
         elif type(value) in self.classes:
             self.check(vars(value), depth + 1)
         elif isinstance(value, type) and value in self.classes:
             pass
         elif not isinstance(value, (type(None), bool, int, float, complex, torch.dtype, torch.device, torch.layout)):
-            raise UnsafeFile(f"it holds a {type(value).__name__}; {_WAY_OUT}")
+            raise UnsafeFile(f"it holds a {type(value).__name__}; {_REMEDY}")
 
     @staticmethod
-    def _key(key: Any) -> None:
+    def _check_key(key: Any) -> None:
         # torch prints keys into the source of a module's guards.
         if isinstance(key, str):
-            plain(key)
+            check_plain(key)
         elif not isinstance(key, (type(None), bool, int, float)):
-            raise UnsafeFile(f"expected keys that are texts or numbers, found {shown(key)}")
+            raise UnsafeFile(f"expected keys that are texts or numbers, found {short_repr(key)}")
 
 
-def _tensor(t: Tensor) -> None:
+def _check_tensor(t: Tensor) -> None:
     if type(t) not in (Tensor, nn.Parameter):
-        raise UnsafeFile(f"it holds a {type(t).__name__}; {_WAY_OUT}")
-    if t.layout == torch.strided and not t.is_meta and t.nbytes > t.untyped_storage().nbytes() + _MOST_EXPANDED:
+        raise UnsafeFile(f"it holds a {type(t).__name__}; {_REMEDY}")
+    if t.layout == torch.strided and not t.is_meta and t.nbytes > t.untyped_storage().nbytes() + _MAX_EXPANDED_BYTES:
         raise UnsafeFile(f"it holds a tensor of sizes {list(t.shape)} that has {t.untyped_storage().nbytes()} bytes")

@@ -1,77 +1,77 @@
-"""Check the form of JSON data: the types of all values inside it, so that code that reads it cannot fail on them."""
+"""Check the schema of JSON data: the types of all values inside it, so that code that reads it cannot fail on them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from adaptc.safe_pt2.refusal import UnsafeFile, shown
+from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 
-class Each:
-    """The form of an object with any keys, whose values all have one form."""
+class DictOf:
+    """The schema of an object with any keys, whose values all have one schema."""
 
-    def __init__(self, form: Any) -> None:
-        self.form = form
-
-
-class Maybe(Each):
-    """The form of a value that may be null."""
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
 
 
-class Option(Each):
-    """The form of a field that may be left out."""
+class Nullable(DictOf):
+    """The schema of a value that may be null."""
 
 
-class Length:
-    """The form of a size or of an axis number: an int from 0 to 2**63 - 1."""
+class OptionalField(DictOf):
+    """The schema of a field that may be left out."""
 
 
-def check(value: Any, form: Any) -> None:
-    """Raise UnsafeFile, with the place, where ``value`` does not have this form.
+class Size:
+    """The schema of a size or of an axis number: an int from 0 to 2**63 - 1."""
 
-    A form is a type or a tuple of types. A list has the form of its items, and a dict the forms of exactly these
+
+def check_json(value: Any, schema: Any) -> None:
+    """Raise UnsafeFile, with the place, where ``value`` does not have this schema.
+
+    A schema is a type or a tuple of types. A list has the schema of its items, and a dict the schemas of exactly these
     fields.
     """
-    if isinstance(form, Maybe):
+    if isinstance(schema, Nullable):
         if value is not None:
-            check(value, form.form)
-    elif isinstance(form, Each):
+            check_json(value, schema.schema)
+    elif isinstance(schema, DictOf):
         if not isinstance(value, dict):
-            raise UnsafeFile(f"expected an object, found {shown(value)}")
+            raise UnsafeFile(f"expected an object, found {short_repr(value)}")
         for key, v in value.items():
-            _inside(f"[{shown(key)}]", v, form.form)
-    elif isinstance(form, list):
+            _check_inside(f"[{short_repr(key)}]", v, schema.schema)
+    elif isinstance(schema, list):
         if not isinstance(value, list):
-            raise UnsafeFile(f"expected a list, found {shown(value)}")
+            raise UnsafeFile(f"expected a list, found {short_repr(value)}")
         for at, v in enumerate(value):
-            _inside(f"[{at}]", v, form[0])
-    elif isinstance(form, dict):
-        needed = {key for key, inner in form.items() if not isinstance(inner, Option)}
-        if not isinstance(value, dict) or not needed <= value.keys() <= form.keys():
-            raise UnsafeFile(f"expected an object of {', '.join(form)}, found {shown(value)}")
+            _check_inside(f"[{at}]", v, schema[0])
+    elif isinstance(schema, dict):
+        needed = {key for key, inner in schema.items() if not isinstance(inner, OptionalField)}
+        if not isinstance(value, dict) or not needed <= value.keys() <= schema.keys():
+            raise UnsafeFile(f"expected an object of {', '.join(schema)}, found {short_repr(value)}")
         for key, v in value.items():
-            inner = form[key]
-            _inside(f".{key}", v, inner.form if isinstance(inner, Option) else inner)
-    elif isinstance(form, tuple):
-        if not any(_is(value, f) for f in form):
-            raise UnsafeFile(f"expected {' or '.join(_name(f) for f in form)}, found {shown(value)}")
-    elif not _is(value, form):
-        raise UnsafeFile(f"expected {_name(form)}, found {shown(value)}")
+            inner = schema[key]
+            _check_inside(f".{key}", v, inner.schema if isinstance(inner, OptionalField) else inner)
+    elif isinstance(schema, tuple):
+        if not any(_has_type(value, f) for f in schema):
+            raise UnsafeFile(f"expected {' or '.join(_type_name(f) for f in schema)}, found {short_repr(value)}")
+    elif not _has_type(value, schema):
+        raise UnsafeFile(f"expected {_type_name(schema)}, found {short_repr(value)}")
 
 
-def _inside(step: str, value: Any, form: Any) -> None:
+def _check_inside(location: str, value: Any, schema: Any) -> None:
     try:
-        check(value, form)
+        check_json(value, schema)
     except UnsafeFile as error:
-        raise error.inside(step) from None
+        raise error.prepend_location(location) from None
 
 
-def _is(value: Any, form: type) -> bool:
-    if form is Length:
+def _has_type(value: Any, schema: type) -> bool:
+    if schema is Size:
         return type(value) is int and 0 <= value < 2**63
-    return form is object or type(value) is form
+    return schema is object or type(value) is schema
 
 
-def _name(form: type) -> str:
-    names = {Length: "a size", int: "an integer", float: "a number with a point", str: "a text", bool: "true or false"}
-    return names.get(form, f"a {form.__name__}")
+def _type_name(schema: type) -> str:
+    names = {Size: "a size", int: "an integer", float: "a number with a point", str: "a text", bool: "true or false"}
+    return names.get(schema, f"a {schema.__name__}")

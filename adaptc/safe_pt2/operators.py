@@ -25,15 +25,15 @@ from torch._export.serde.serialize import _SYM_OPS
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload
 
-from adaptc.safe_pt2.names import words
-from adaptc.safe_pt2.refusal import UnsafeFile, shown
+from adaptc.safe_pt2.names import word_set
+from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
-_OP = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
-_HIGHER = re.compile(r"torch\.ops\.higher_order\.([A-Za-z_]\w*)", re.ASCII)
-_VMAP = re.compile(r"torch\._functorch\.predispatch\.([A-Za-z_]\w*)", re.ASCII)
+_OP_TARGET = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
+_HIGHER_ORDER_TARGET = re.compile(r"torch\.ops\.higher_order\.([A-Za-z_]\w*)", re.ASCII)
+_VMAP_TARGET = re.compile(r"torch\._functorch\.predispatch\.([A-Za-z_]\w*)", re.ASCII)
 
 # Namespaces of torch that reach other processes, devices' queues, profilers, memory behind torch's back, or debuggers.
-_REFUSED_SPACES = words(
+_REFUSED_NAMESPACES = word_set(
     """
     c10d c10d_functional _c10d_functional _c10d_functional_autograd symm_mem fsdp rpc _dtensor inductor inductor_prims
     _inductor_test profiler debugprims debug_mode_ops _test prim cuda streams onnx onnx_symbolic static_runtime _native
@@ -42,7 +42,7 @@ _REFUSED_SPACES = words(
 _REFUSED_OPS = frozenset(["aten.from_file"])
 
 # Higher-order operators that hold subgraphs or plain operators, and nothing compiled, packed or printed.
-_HIGHER_ORDER = words(
+_HIGHER_ORDER_OPS = word_set(
     """
     cond map_impl map while_loop while_loop_stack_output scan associative_scan wrap wrap_with_set_grad_enabled
     wrap_with_autocast wrap_activation_checkpoint tag_activation_checkpoint auto_functionalized auto_functionalized_v2
@@ -51,35 +51,36 @@ _HIGHER_ORDER = words(
 )
 
 
-def syntax(target: str) -> str:
+def check_target(target: str) -> str:
     """Return ``target``. Raises UnsafeFile where it names no allowed operator. Nothing is looked up in torch."""
-    if match := _OP.fullmatch(target):
+    if match := _OP_TARGET.fullmatch(target):
         space, name, _ = match.groups()
-        if space in _REFUSED_SPACES or f"{space}.{name}" in _REFUSED_OPS or name.startswith("__import"):
+        if space in _REFUSED_NAMESPACES or f"{space}.{name}" in _REFUSED_OPS or name.startswith("__import"):
             raise UnsafeFile(
-                f"expected an operator on tensors, found {shown(target)}, which reaches beyond the program"
+                f"expected an operator on tensors, found {short_repr(target)}, which reaches beyond the program"
             )
         return target
-    if match := _HIGHER.fullmatch(target):
-        if match[1] not in _HIGHER_ORDER:
+    if match := _HIGHER_ORDER_TARGET.fullmatch(target):
+        if match[1] not in _HIGHER_ORDER_OPS:
             raise UnsafeFile(f"the higher-order operator {match[1]!r} is not one that programs hold subgraphs in")
         return target
-    if target in _on_sizes() or _VMAP.fullmatch(target):
+    if target in _size_functions() or _VMAP_TARGET.fullmatch(target):
         return target
-    raise UnsafeFile(f"expected the name of an operator, found {shown(target)}")
+    raise UnsafeFile(f"expected the name of an operator, found {short_repr(target)}")
 
 
-def check_exists(target: str, names: AbstractSet[str]) -> None:
-    """Refuse a target of :func:`syntax` that torch does not have here as an operator with arguments of these names.
+def check_operator_exists(target: str, argument_names: AbstractSet[str]) -> None:
+    """Refuse a target of :func:`check_target` that torch does not have here as an operator with arguments of these
+    names.
 
     torch would leave out arguments that it does not know.
     """
-    if target in _on_sizes():
+    if target in _size_functions():
         return
-    if match := _VMAP.fullmatch(target):
+    if match := _VMAP_TARGET.fullmatch(target):
         found = getattr(predispatch, match[1], None)
         if not callable(found) or getattr(found, "__module__", None) != predispatch.__name__:
-            raise UnsafeFile(f"this torch has no {shown(target)}")
+            raise UnsafeFile(f"this torch has no {short_repr(target)}")
         return
     parts = target.split(".")[2:]
     found: Any = torch.ops
@@ -88,24 +89,28 @@ def check_exists(target: str, names: AbstractSet[str]) -> None:
     if isinstance(found, HigherOrderOperator):
         return
     if not isinstance(found, OpOverload):
-        raise UnsafeFile(f"there is no operator {shown(target)} here; import the library that registers it, then load")
-    if parts[0] == "aten" and not _in_dispatcher(parts[0], parts[1], parts[2]):
-        raise UnsafeFile(f"expected an operator on tensors, found {shown(target)}, which is one of TorchScript alone")
-    if unknown := names - {a.name for a in found._schema.arguments}:
-        raise UnsafeFile(f"{target} has no argument {shown(min(unknown))}")
+        raise UnsafeFile(
+            f"there is no operator {short_repr(target)} here; import the library that registers it, then load"
+        )
+    if parts[0] == "aten" and not _is_in_dispatcher(parts[0], parts[1], parts[2]):
+        raise UnsafeFile(
+            f"expected an operator on tensors, found {short_repr(target)}, which is one of TorchScript alone"
+        )
+    if unknown := argument_names - {a.name for a in found._schema.arguments}:
+        raise UnsafeFile(f"{target} has no argument {short_repr(min(unknown))}")
 
 
 @functools.cache
-def _on_sizes() -> dict[str, Callable[..., Any]]:
+def _size_functions() -> dict[str, Callable[..., Any]]:
     known = [*_SYM_OPS, operator.getitem]
     return {f"{f.__module__}.{f.__name__}": f for f in known}
 
 
 @functools.cache
-def _dispatched() -> frozenset[str]:
+def _dispatcher_names() -> frozenset[str]:
     return frozenset(_dispatch_get_all_op_names())
 
 
-def _in_dispatcher(space: str, name: str, overload: str) -> bool:
-    own = f"{space}::{name}" + ("" if overload == "default" else f".{overload}")
-    return own in _dispatched()
+def _is_in_dispatcher(namespace: str, name: str, overload: str) -> bool:
+    own = f"{namespace}::{name}" + ("" if overload == "default" else f".{overload}")
+    return own in _dispatcher_names()

@@ -1,8 +1,8 @@
 """Read a ``.pt2`` file as an exported program, without running anything in it.
 
-:func:`read` gives a :class:`SavedProgram`, all of which was checked. Otherwise a CheckpointError names the file, the
-record, the place in it, what was expected and what was found. Nothing is imported, and no operator is looked up, before
-:meth:`SavedProgram.program` makes the program.
+:func:`read_program` gives a :class:`SavedProgram`, all of which was checked. Otherwise a CheckpointError names the
+file, the record, the place in it, what was expected and what was found. Nothing is imported, and no operator is looked
+up, before :meth:`SavedProgram.to_exported_program` makes the program.
 
 Private torch use, with the public route that was tried: ``ExportedProgramDeserializer`` is what ``torch.export.load``
 calls in the end. Before that, ``torch.export.load`` unpickles, loads compiled code and opens the file a second time,
@@ -23,92 +23,92 @@ from torch._export.serde.serialize import ExportedProgramDeserializer
 from torch.export import ExportedProgram
 
 from adaptc.errors import CheckpointError
-from adaptc.passes.graph.graph_lock import on_graphs
+from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.safe_pt2 import archive as records
 from adaptc.safe_pt2 import operators
-from adaptc.safe_pt2.archive import opened
-from adaptc.safe_pt2.check_references import check_consistent
-from adaptc.safe_pt2.checksum import check_seal
+from adaptc.safe_pt2.archive import open_archive
+from adaptc.safe_pt2.check_references import check_references
+from adaptc.safe_pt2.checksum import verify_checksum
 from adaptc.safe_pt2.containers import check_registered
-from adaptc.safe_pt2.example_values import read_samples
-from adaptc.safe_pt2.names import loads
-from adaptc.safe_pt2.refusal import UnsafeFile, reason, shown_path
+from adaptc.safe_pt2.example_values import read_example_inputs
+from adaptc.safe_pt2.names import parse_json
+from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.safe_pt2.schema import SchemaBuilder, schema
 from adaptc.safe_pt2.tensors import read_tensors
 
-_WAY_OUT = "Save or download it again"
-_MOST_JSON = 128 << 20  # SmolLM2's is 5 MB
-_MOST_SAMPLES = 4 << 30
+_REMEDY = "Save or download it again"
+_MAX_JSON_BYTES = 128 << 20  # SmolLM2's is 5 MB
+_MAX_INPUT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class SavedProgram:
     """The content of a program's file, checked except for its example inputs, whose types may have to be imported.
 
-    ``targets`` maps the operators of its nodes to the names of their arguments. ``types`` are those of inputs and
-    outputs.
+    ``targets`` maps the operators of its nodes to the names of their arguments. ``container_types`` are those of inputs
+    and outputs.
     """
 
     path: Path
-    parts: schema.ExportedProgram
+    serialized: schema.ExportedProgram
     weights: dict[str, Tensor]
     constants: dict[str, Tensor]
-    samples: bytes
+    example_inputs: bytes
     targets: Mapping[str, AbstractSet[str]]
-    types: AbstractSet[str]
+    container_types: AbstractSet[str]
 
-    def uses(self, space: str) -> bool:
+    def uses_namespace(self, namespace: str) -> bool:
         """Return whether it calls operators of this namespace of ``torch.ops``."""
-        return any(t.startswith(f"torch.ops.{space}.") for t in self.targets)
+        return any(t.startswith(f"torch.ops.{namespace}.") for t in self.targets)
 
-    def program(self) -> ExportedProgram:
+    def to_exported_program(self) -> ExportedProgram:
         """Return the exported program.
 
         Raises CheckpointError for operators and types that are not known here, and where the graph is no valid one.
         """
-        with _refusals(self.path):
-            check_registered(set(self.types))
+        with _as_checkpoint_error(self.path):
+            check_registered(set(self.container_types))
             for target, names in sorted(self.targets.items()):
-                operators.check_exists(target, names)
-            with on_graphs():
-                with _at(records.SAMPLES):
-                    samples = read_samples(self.samples)
+                operators.check_operator_exists(target, names)
+            with hold_graph_lock():
+                with _in_record(records.EXAMPLE_INPUTS_RECORD):
+                    samples = read_example_inputs(self.example_inputs)
                 return ExportedProgramDeserializer().deserialize(
-                    self.parts,
+                    self.serialized,
                     self.weights,
                     self.constants,  # type: ignore[arg-type]
                     samples,
                 )
 
 
-def read(path: Path) -> SavedProgram:
+def read_program(path: Path) -> SavedProgram:
     """Read and check everything in a file that ``adaptc.save`` or ``torch.export.save`` wrote.
 
     Raises CheckpointError for a file that is missing, damaged, could run code, or is not a program.
     """
-    with _refusals(path), opened(path) as archive:
-        records.check_program(archive)
-        check_seal(archive)
-        with _at(records.MODEL):
-            data = loads(archive.read(records.MODEL, _MOST_JSON))
-            parts = SchemaBuilder(lenient=_is_later(data)).build(schema.ExportedProgram, data)
+    with _as_checkpoint_error(path), open_archive(path) as archive:
+        records.check_records(archive)
+        verify_checksum(archive)
+        with _in_record(records.MODEL_RECORD):
+            data = parse_json(archive.read_record(records.MODEL_RECORD, _MAX_JSON_BYTES))
+            serialized = SchemaBuilder(ignore_new_fields=_is_from_newer_torch(data)).build(schema.ExportedProgram, data)
         tables = {}
-        for name in (records.WEIGHTS, records.CONSTANTS):
-            with _at(name):
-                build = SchemaBuilder(lenient=_is_later(data))
-                tables[name] = build.build(schema.PayloadConfig, loads(archive.read(name, _MOST_JSON)))
-        with _at(records.MODEL):
-            uses = check_consistent(parts, tables[records.WEIGHTS], tables[records.CONSTANTS])
-        with _at(records.SAMPLES):
-            samples = archive.read(records.SAMPLES, _MOST_SAMPLES)
-        with _at(records.WEIGHTS):
-            weights = read_tensors(archive, records.WEIGHTS_FOLDER, tables[records.WEIGHTS])
-        with _at(records.CONSTANTS):
-            constants = read_tensors(archive, records.CONSTANTS_FOLDER, tables[records.CONSTANTS])
-        return SavedProgram(path, parts, weights, constants, samples, uses.targets, uses.types)
+        for name in (records.WEIGHTS_TABLE, records.CONSTANTS_TABLE):
+            with _in_record(name):
+                build = SchemaBuilder(ignore_new_fields=_is_from_newer_torch(data))
+                tables[name] = build.build(schema.PayloadConfig, parse_json(archive.read_record(name, _MAX_JSON_BYTES)))
+        with _in_record(records.MODEL_RECORD):
+            uses = check_references(serialized, tables[records.WEIGHTS_TABLE], tables[records.CONSTANTS_TABLE])
+        with _in_record(records.EXAMPLE_INPUTS_RECORD):
+            samples = archive.read_record(records.EXAMPLE_INPUTS_RECORD, _MAX_INPUT_BYTES)
+        with _in_record(records.WEIGHTS_TABLE):
+            weights = read_tensors(archive, records.WEIGHTS_FOLDER, tables[records.WEIGHTS_TABLE])
+        with _in_record(records.CONSTANTS_TABLE):
+            constants = read_tensors(archive, records.CONSTANTS_FOLDER, tables[records.CONSTANTS_TABLE])
+        return SavedProgram(path, serialized, weights, constants, samples, uses.targets, uses.container_types)
 
 
-def _is_later(data: Any) -> bool:
+def _is_from_newer_torch(data: Any) -> bool:
     """Return whether a newer torch wrote the file; its new fields are meant to be ignored by older versions."""
     version = data.get("schema_version") if isinstance(data, dict) else None
     minor = version.get("minor") if isinstance(version, dict) else None
@@ -116,23 +116,27 @@ def _is_later(data: Any) -> bool:
 
 
 @contextmanager
-def _at(record: str) -> Iterator[None]:
-    """Run the block with the name of ``record`` added to the place of a Refused that it raises."""
+def _in_record(record: str) -> Iterator[None]:
+    """Run the block with the name of ``record`` added to the location of an UnsafeFile that it raises."""
     try:
         yield
     except UnsafeFile as error:
-        raise (error if error.place.startswith("record ") else error.inside(f"record {record!r}, ")) from None
+        raise (
+            error if error.location.startswith("record ") else error.prepend_location(f"record {record!r}, ")
+        ) from None
 
 
 @contextmanager
-def _refusals(path: Path) -> Iterator[None]:
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
     """Run the block, and turn any error of it into a CheckpointError that names the file."""
     try:
         yield
     except CheckpointError:
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise CheckpointError(f"there is no file {shown_path(path)}") from error
+        raise CheckpointError(f"there is no file {printable_path(path)}") from error
     except Exception as error:  # what torch raises on a forged graph can be anything
-        why = str(error) if isinstance(error, UnsafeFile) else reason(error)
-        raise CheckpointError(f"{shown_path(path)} cannot be read as an exported program: {why}. {_WAY_OUT}") from error
+        why = str(error) if isinstance(error, UnsafeFile) else describe_error(error)
+        raise CheckpointError(
+            f"{printable_path(path)} cannot be read as an exported program: {why}. {_REMEDY}"
+        ) from error

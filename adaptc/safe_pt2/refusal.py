@@ -6,39 +6,39 @@ import os
 from pathlib import Path
 from typing import Any
 
-_LONGEST = 400  # the most characters of a place in a message
+_MAX_LOCATION = 400  # the most characters of a place in a message
 
 
 class UnsafeFile(Exception):
-    """An error on a part of a file. ``why`` says what was expected and what was found.
+    """An error on a part of a file. ``problem`` says what was expected and what was found.
 
-    Code that reads an outer part of the file prepends its place with :meth:`inside`.
+    Code that reads an outer part of the file prepends its place with :meth:`prepend_location`.
     """
 
-    def __init__(self, why: str, place: str = "") -> None:
-        super().__init__(why)
-        self.why, self.place = why, place
+    def __init__(self, problem: str, location: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.location = problem, location
 
-    def inside(self, step: str) -> UnsafeFile:
-        self.place = step + self.place
+    def prepend_location(self, outer: str) -> UnsafeFile:
+        self.location = outer + self.location
         return self
 
     def __str__(self) -> str:
-        place = self.place.lstrip(".").replace(", .", ", ").removesuffix(", ")
-        if len(place) > _LONGEST:
-            place = f"{place[: _LONGEST // 2]} ... {place[-_LONGEST // 2 :]}"
-        return f"{place}: {self.why}" if place else self.why
+        place = self.location.lstrip(".").replace(", .", ", ").removesuffix(", ")
+        if len(place) > _MAX_LOCATION:
+            place = f"{place[: _MAX_LOCATION // 2]} ... {place[-_MAX_LOCATION // 2 :]}"
+        return f"{place}: {self.problem}" if place else self.problem
 
 
-def shown(value: Any, most: int = 60) -> str:
+def short_repr(value: Any, max_length: int = 60) -> str:
     """Return a value of a file as text for a message: short, and on one line."""
     if isinstance(value, (dict, list)):
         return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value[: most + 1] if isinstance(value, str) else value)
-    return text if len(text) <= most else f"{text[:most]}..."
+    text = repr(value[: max_length + 1] if isinstance(value, str) else value)
+    return text if len(text) <= max_length else f"{text[:max_length]}..."
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception's type and the first line of its message, since torch puts whole tracebacks into its
     messages."""
     text = str(error).strip()[:2000]
@@ -47,6 +47,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
 
-def shown_path(path: Path) -> str:
+def printable_path(path: Path) -> str:
     """Return a path for a message, with escapes for bytes that are not UTF-8, so that the message can be printed."""
     return os.fsencode(path).decode(errors="backslashreplace")

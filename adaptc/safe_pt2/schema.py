@@ -25,206 +25,206 @@ from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch._export.serde.union import _Union, _UnionTag
 
 from adaptc.safe_pt2 import string_rules
-from adaptc.safe_pt2.refusal import UnsafeFile, shown
+from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 __all__ = ["DTYPES", "SchemaBuilder", "schema"]
 
 #: number in a file -> dtype
 DTYPES: Mapping[int, torch.dtype] = _SERIALIZE_TO_TORCH_DTYPE
 
-_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-_MOST_GRAPHS = 6  # nested in one another; torch repeats the text of each in the errors of all around it
-_MOST_INSIDE = 50  # unions nested in one another
+_NONFINITE_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+_MAX_GRAPH_DEPTH = 6  # nested in one another; torch repeats the text of each in the errors of all around it
+_MAX_UNION_DEPTH = 50  # unions nested in one another
 
-Build = Callable[[Any], Any]
+BuildFunction = Callable[[Any], Any]
 Class = typing.TypeVar("Class")
 
 
 class SchemaBuilder:
-    """A builder of one file's objects. ``lenient`` says that a later torch wrote the file, whose new fields are left
-    out."""
+    """A builder of one file's objects. ``ignore_new_fields`` says that a later torch wrote the file, whose new fields
+    are left out."""
 
-    def __init__(self, lenient: bool = False) -> None:
-        self._lenient = lenient
-        self._depth = self._inside = 0
-        self._known: dict[Any, Build] = {}
+    def __init__(self, ignore_new_fields: bool = False) -> None:
+        self._ignore_new_fields = ignore_new_fields
+        self._graph_depth = self._union_depth = 0
+        self._builders: dict[Any, BuildFunction] = {}
 
     def build(self, cls: type[Class], data: Any) -> Class:
         """Return an object of ``cls`` with this data. Raises UnsafeFile, with the place in the data."""
         try:
-            return self._of_class(cls)(data)
+            return self._class_builder(cls)(data)
         except RecursionError as error:
             raise UnsafeFile("expected a program, found one nested too deeply") from error
 
-    def _of_class(self, cls: Any) -> Build:
-        if cls not in self._known:
+    def _class_builder(self, cls: Any) -> BuildFunction:
+        if cls not in self._builders:
             # A placeholder comes first, since classes refer to one another.
-            self._known[cls] = lambda data: self._known[cls](data)
-            self._known[cls] = self._union(cls) if issubclass(cls, _Union) else self._record(cls)
-        return self._known[cls]
+            self._builders[cls] = lambda data: self._builders[cls](data)
+            self._builders[cls] = self._union_builder(cls) if issubclass(cls, _Union) else self._object_builder(cls)
+        return self._builders[cls]
 
-    def _of_hint(self, hint: Any, owner: str, name: str) -> Build:
+    def _hint_builder(self, hint: Any, owner: str, name: str) -> BuildFunction:
         if typing.get_origin(hint) is Annotated:
             hint = typing.get_args(hint)[0]
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
             (inner,) = [a for a in args if a is not types.NoneType]
-            one = self._of_hint(inner, owner, name)
+            one = self._hint_builder(inner, owner, name)
             return lambda data: None if data is None else one(data)
         if origin is list:
-            return _list(self._of_hint(args[0], owner, name))
+            return _list_builder(self._hint_builder(args[0], owner, name))
         if origin is dict:
-            return _dict(string_rules.KEYS.get((owner, name)), self._values(args[1], owner, name))
+            return _dict_builder(string_rules.KEY_CHECKS.get((owner, name)), self._value_builder(args[1], owner, name))
         if hint is str:
-            return _text(string_rules.FIELDS.get((owner, name)))
-        if hint in _PLAIN:
-            return _PLAIN[hint]
+            return _text_builder(string_rules.FIELD_CHECKS.get((owner, name)))
+        if hint in _SCALAR_BUILDERS:
+            return _SCALAR_BUILDERS[hint]
         if isinstance(hint, type) and issubclass(hint, IntEnum):
-            return _member(hint)
-        return self._of_class(hint)
+            return _enum_builder(hint)
+        return self._class_builder(hint)
 
-    def _values(self, hint: Any, owner: str, name: str) -> Callable[[str], Build]:
-        by_key = string_rules.BY_KEY.get((owner, name))
+    def _value_builder(self, hint: Any, owner: str, name: str) -> Callable[[str], BuildFunction]:
+        by_key = string_rules.CHECKS_BY_KEY.get((owner, name))
         if by_key is not None:
-            return lambda key: _text(by_key(key))
-        one = self._of_hint(hint, owner, name)
+            return lambda key: _text_builder(by_key(key))
+        one = self._hint_builder(hint, owner, name)
         return lambda key: one
 
-    def _union(self, cls: Any) -> Build:
+    def _union_builder(self, cls: Any) -> BuildFunction:
         hints = typing.get_type_hints(cls, globalns=dict(vars(schema)), include_extras=True)
-        builds = {f.name: self._of_hint(hints[f.name], cls.__name__, f.name) for f in dataclasses.fields(cls)}
-        blank, tags = dict.fromkeys(builds), {kind: _UnionTag.create(kind, cls) for kind in builds}
+        builders = {f.name: self._hint_builder(hints[f.name], cls.__name__, f.name) for f in dataclasses.fields(cls)}
+        empty_fields, tags = dict.fromkeys(builders), {kind: _UnionTag.create(kind, cls) for kind in builders}
 
-        def make(data: Any) -> Any:
+        def build_union(data: Any) -> Any:
             if not isinstance(data, dict) or len(data) != 1:
-                raise UnsafeFile(f"expected one kind of {cls.__name__}, found {shown(data)}")
+                raise UnsafeFile(f"expected one kind of {cls.__name__}, found {short_repr(data)}")
             ((kind, value),) = data.items()
-            if kind not in builds:
-                raise UnsafeFile(f"expected a kind of {cls.__name__}, found {shown(kind)}")
-            self._inside += 1
-            if self._inside > _MOST_INSIDE:
+            if kind not in builders:
+                raise UnsafeFile(f"expected a kind of {cls.__name__}, found {short_repr(kind)}")
+            self._union_depth += 1
+            if self._union_depth > _MAX_UNION_DEPTH:
                 raise UnsafeFile("expected a program, found values nested too deeply")
             try:
-                built = builds[kind](value)
+                built = builders[kind](value)
             except UnsafeFile as error:
-                raise error.inside(f".{kind}") from None
-            self._inside -= 1
+                raise error.prepend_location(f".{kind}") from None
+            self._union_depth -= 1
             # The same as cls.create, and ten times as fast, since that lists the fields of the class four times.
             out = object.__new__(cls)
-            vars(out).update(blank)
+            vars(out).update(empty_fields)
             vars(out)[kind], vars(out)["_type"] = built, tags[kind]
             return out
 
-        return make
+        return build_union
 
-    def _record(self, cls: Any) -> Build:
+    def _object_builder(self, cls: Any) -> BuildFunction:
         hints = typing.get_type_hints(cls, globalns=dict(vars(schema)), include_extras=True)
         fields = dataclasses.fields(cls)
-        builds = {f.name: self._of_hint(hints[f.name], cls.__name__, f.name) for f in fields}
-        needed = {
+        builders = {f.name: self._hint_builder(hints[f.name], cls.__name__, f.name) for f in fields}
+        required = {
             f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
-        graph = cls is schema.Graph
+        is_graph = cls is schema.Graph
 
-        def make(data: Any) -> Any:
+        def build_object(data: Any) -> Any:
             if not isinstance(data, dict):
-                raise UnsafeFile(f"expected a {cls.__name__}, found {shown(data)}")
-            if not data.keys() >= needed:
-                raise UnsafeFile(f"a {cls.__name__} lacks {min(needed - data.keys())!r}")
-            if not data.keys() <= builds.keys() and not self._lenient:
-                raise UnsafeFile(f"a {cls.__name__} has no {shown(min(data.keys() - builds.keys()))}")
+                raise UnsafeFile(f"expected a {cls.__name__}, found {short_repr(data)}")
+            if not data.keys() >= required:
+                raise UnsafeFile(f"a {cls.__name__} lacks {min(required - data.keys())!r}")
+            if not data.keys() <= builders.keys() and not self._ignore_new_fields:
+                raise UnsafeFile(f"a {cls.__name__} has no {short_repr(min(data.keys() - builders.keys()))}")
             if cls is schema.Node:
-                string_rules.spoken(data["inputs"])
-            self._depth += graph
-            if self._depth > _MOST_GRAPHS:
-                raise UnsafeFile(f"expected at most {_MOST_GRAPHS} graphs inside one another")
+                string_rules.clean_assert_messages(data["inputs"])
+            self._graph_depth += is_graph
+            if self._graph_depth > _MAX_GRAPH_DEPTH:
+                raise UnsafeFile(f"expected at most {_MAX_GRAPH_DEPTH} graphs inside one another")
             values = {}
-            for name, build in builds.items():
+            for name, build in builders.items():
                 if name in data:
                     try:
                         values[name] = build(data[name])
                     except UnsafeFile as error:
-                        raise error.inside(f".{name}") from None
-            self._depth -= graph
+                        raise error.prepend_location(f".{name}") from None
+            self._graph_depth -= is_graph
             return cls(**values)
 
-        return make
+        return build_object
 
 
-def _list(one: Build) -> Build:
-    def make(data: Any) -> list[Any]:
+def _list_builder(item_builder: BuildFunction) -> BuildFunction:
+    def build_list(data: Any) -> list[Any]:
         if not isinstance(data, list):
-            raise UnsafeFile(f"expected a list, found {shown(data)}")
+            raise UnsafeFile(f"expected a list, found {short_repr(data)}")
         at = 0
         try:
             out = []
             for at, value in enumerate(data):  # noqa: B007
-                out.append(one(value))
+                out.append(item_builder(value))
             return out
         except UnsafeFile as error:
-            raise error.inside(f"[{at}]") from None
+            raise error.prepend_location(f"[{at}]") from None
 
-    return make
+    return build_list
 
 
-def _dict(check: string_rules.Check | None, of: Callable[[str], Build]) -> Build:
-    def make(data: Any) -> dict[str, Any]:
+def _dict_builder(check: string_rules.TextCheck | None, value_builder: Callable[[str], BuildFunction]) -> BuildFunction:
+    def build_dict(data: Any) -> dict[str, Any]:
         if not isinstance(data, dict):
-            raise UnsafeFile(f"expected an object, found {shown(data)}")
+            raise UnsafeFile(f"expected an object, found {short_repr(data)}")
         if data and check is None:
             raise UnsafeFile("this adaptc does not know the field")
         out = {}
         for key, value in data.items():
             try:
                 assert check is not None
-                out[check(key)] = of(key)(value)
+                out[check(key)] = value_builder(key)(value)
             except UnsafeFile as error:
-                raise error.inside(f"[{shown(key)}]") from None
+                raise error.prepend_location(f"[{short_repr(key)}]") from None
         return out
 
-    return make
+    return build_dict
 
 
-def _text(check: string_rules.Check | None) -> Build:
-    def make(data: Any) -> str:
+def _text_builder(check: string_rules.TextCheck | None) -> BuildFunction:
+    def build_text(data: Any) -> str:
         if type(data) is not str:
-            raise UnsafeFile(f"expected a text, found {shown(data)}")
+            raise UnsafeFile(f"expected a text, found {short_repr(data)}")
         if check is None:
             raise UnsafeFile("this adaptc does not know the field")
         return check(data)
 
-    return make
+    return build_text
 
 
-def _member(cls: type[IntEnum]) -> Build:
+def _enum_builder(cls: type[IntEnum]) -> BuildFunction:
     known = {int(m): m.name for m in cls}
 
-    def make(data: Any) -> int:
+    def build_member(data: Any) -> int:
         if type(data) is not int or data not in known or known[data].lower() == "unknown":
-            raise UnsafeFile(f"expected a number of a {cls.__name__}, found {shown(data)}")
+            raise UnsafeFile(f"expected a number of a {cls.__name__}, found {short_repr(data)}")
         return data
 
-    return make
+    return build_member
 
 
-def _int(data: Any) -> int:
+def _check_int(data: Any) -> int:
     if type(data) is not int or not -(2**63) <= data < 2**64:
-        raise UnsafeFile(f"expected an integer of 64 bits, found {shown(data)}")
+        raise UnsafeFile(f"expected an integer of 64 bits, found {short_repr(data)}")
     return data
 
 
-def _bool(data: Any) -> bool:
+def _check_bool(data: Any) -> bool:
     if type(data) is not bool:
-        raise UnsafeFile(f"expected true or false, found {shown(data)}")
+        raise UnsafeFile(f"expected true or false, found {short_repr(data)}")
     return data
 
 
-def _float(data: Any) -> float:
+def _check_float(data: Any) -> float:
     if type(data) is float:
         return data
-    if type(data) is str and data in _FLOATS:
-        return _FLOATS[data]
-    raise UnsafeFile(f"expected a number with a point, found {shown(data)}")
+    if type(data) is str and data in _NONFINITE_FLOATS:
+        return _NONFINITE_FLOATS[data]
+    raise UnsafeFile(f"expected a number with a point, found {short_repr(data)}")
 
 
-_PLAIN: dict[Any, Build] = {int: _int, bool: _bool, float: _float}
+_SCALAR_BUILDERS: dict[Any, BuildFunction] = {int: _check_int, bool: _check_bool, float: _check_float}

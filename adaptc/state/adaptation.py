@@ -14,56 +14,56 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
-from adaptc.capture.capture import Source
+from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import CheckpointError
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
-from adaptc.safe_pt2.json_schema import Each, Length, Maybe, Option, check
-from adaptc.safe_pt2.refusal import UnsafeFile, shown
+from adaptc.safe_pt2.json_schema import DictOf, Nullable, OptionalField, Size, check_json
+from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 #: number of the format of the header and of region tags
 FORMAT = 2
 
 #: form of the dicts that Attachment.to_dict gives
-ATTACHMENT: dict[str, Any] = {
+ATTACHMENT_SCHEMA: dict[str, Any] = {
     **dict.fromkeys(["key", "module", "param", "kind", "method", "adapter", "form", "entry", "name", "why"], str),
     "consumers": [str],
-    "slots": Each(str),
-    "scale_slot": Maybe(str),
+    "slots": DictOf(str),
+    "scale_slot": Nullable(str),
     "tied": bool,
-    "variant": Length,
+    "variant": Size,
     "options": dict,
-    "reads": Option(Each(str)),
+    "reads": OptionalField(DictOf(str)),
 }
-_PART = {"config": dict, "present": [str]}
-_HEADER: dict[str, Any] = _PART | {
-    "factors": Option(Each(float)),
-    "format": Length,
+_PART_SCHEMA = {"config": dict, "present": [str]}
+_HEADER_SCHEMA: dict[str, Any] = _PART_SCHEMA | {
+    "factors": OptionalField(DictOf(float)),
+    "format": Size,
     "residual": [str],
-    "matches": Each([str]),
+    "matches": DictOf([str]),
     "left_out": [[str]],
-    "fills": Each([str]),
-    "takes": Option([str]),
+    "fills": DictOf([str]),
+    "takes": OptionalField([str]),
     "training": bool,
     "autocast": bool,
-    "unread": Each(str),
+    "unread": DictOf(str),
     "carried": [str],
-    "parts": Each(_PART),
+    "parts": DictOf(_PART_SCHEMA),
     "trail": [[(str, int)]],
-    "order": Option([str]),
+    "order": OptionalField([str]),
 }
-_TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {
-    "fused": Option(bool),
-    "first_pass": Option(bool),
-    "given": Option([str]),
+_TAG_SCHEMA: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {
+    "fused": OptionalField(bool),
+    "first_pass": OptionalField(bool),
+    "given": OptionalField([str]),
 }
-_OUT = _TAG | {
+_OUT_TAG_SCHEMA = _TAG_SCHEMA | {
     "region": str,
     "base": str,
     "node": str,
-    "attachment": ATTACHMENT,
-    "header": Option(dict),
+    "attachment": ATTACHMENT_SCHEMA,
+    "header": OptionalField(dict),
 }
 
 
@@ -81,7 +81,7 @@ class Adaptation:
     left_out: Sequence[Sequence[str]] = ()
     fills: Mapping[str, Sequence[str]] = field(default_factory=dict)
     #: names of the inputs that the model's ``forward`` takes, in order; empty where they are not known
-    takes: Sequence[str] = ()
+    forward_arg_names: Sequence[str] = ()
     training: bool = False
     autocast: bool = True
     #: FQNs of base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
@@ -90,7 +90,7 @@ class Adaptation:
     unread: Mapping[str, str] = field(default_factory=dict)
     trail: Sequence[tuple[str, int]] = ()
     #: the model that the program was captured from; None where a file was loaded, since files do not say
-    source: Source | None = None
+    source: PretrainedFacts | None = None
 
     def header(self, binding: Binding) -> dict[str, Any]:
         """Return the header as plain JSON values: this record, the order of its attachments, and what the tensors do
@@ -99,17 +99,19 @@ class Adaptation:
             "format": FORMAT,
             "config": binding.config.to_dict(),
             "present": list(binding.methods),
-            "factors": dict(binding.factors),
-            "residual": list({**dict.fromkeys(self.residual), **binding.base}),
+            "factors": dict(binding.scale_factors),
+            "residual": list({**dict.fromkeys(self.residual), **binding.changed_base}),
             "matches": {k: list(v) for k, v in self.matches.items()},
             "left_out": [list(x) for x in self.left_out],
             "fills": {k: list(v) for k, v in self.fills.items()},
-            "takes": list(self.takes),
+            "takes": list(self.forward_arg_names),
             "training": self.training,
             "autocast": self.autocast,
             "unread": dict(self.unread),
-            "carried": [k for k in binding.carried if k not in self.unread],
-            "parts": {n: {"config": p.config.to_dict(), "present": list(p.methods)} for n, p in binding.parts.items()},
+            "carried": [k for k in binding.extra_tensors if k not in self.unread],
+            "parts": {
+                n: {"config": p.config.to_dict(), "present": list(p.methods)} for n, p in binding.joint_adapters.items()
+            },
             "trail": [list(step) for step in self.trail],
             "order": [a.id for a in self.attachments],
         }
@@ -121,15 +123,17 @@ class Adaptation:
         order = {site: i for i, site in enumerate(stored.get("order", ()))}
         attachments = sorted(attachments, key=lambda a: order.get(a.id, len(order)))
         kept = ("matches", "left_out", "fills", "training", "autocast", "residual", "unread", "trail")
-        return cls(attachments, **{name: stored[name] for name in kept}, takes=stored.get("takes", ()))
+        return cls(attachments, **{name: stored[name] for name in kept}, forward_arg_names=stored.get("takes", ()))
 
     def inputs(self, program: ExportedProgram) -> Inputs:
         """Return what reads the arguments of calls of ``program``, which has this adaptation."""
-        return Inputs.of(program, self.fills, self.takes)
+        return Inputs.from_program(program, self.fills, self.forward_arg_names)
 
-    def bare(self) -> Adaptation:
+    def without_adapters(self) -> Adaptation:
         """Return the adaptation of the program without its adapters."""
-        return Adaptation(fills=self.fills, takes=self.takes, trail=self.trail, source=self.source)
+        return Adaptation(
+            fills=self.fills, forward_arg_names=self.forward_arg_names, trail=self.trail, source=self.source
+        )
 
 
 def check_format(stored: Mapping[str, Any], source: str) -> None:
@@ -145,10 +149,10 @@ def check_format(stored: Mapping[str, Any], source: str) -> None:
 def check_header(stored: Any, sites: Collection[str]) -> None:
     """Raise UnsafeFile where a header does not have the form that :meth:`Adaptation.header` gives, or names a site
     that is not in ``sites`` (ids of attachments)."""
-    check(stored, _HEADER)
+    check_json(stored, _HEADER_SCHEMA)
     for part in (stored, *stored["parts"].values()):
         if strange := [site for site in part["present"] if site not in sites]:
-            raise UnsafeFile(f"the header speaks of the site {shown(strange[0])}, which the program has not")
+            raise UnsafeFile(f"the header speaks of the site {short_repr(strange[0])}, which the program has not")
 
 
 def check_tags(graph: fx.Graph) -> None:
@@ -165,10 +169,10 @@ def check_tags(graph: fx.Graph) -> None:
             continue
         try:
             out = isinstance(tag, dict) and tag.get("role") == "out"
-            check(tag, _OUT if out else _TAG)
+            check_json(tag, _OUT_TAG_SCHEMA if out else _TAG_SCHEMA)
             if strange := [n for n in ((tag["base"], tag["node"]) if out else ()) if n not in names]:
-                raise UnsafeFile(f"it stands in for the node {shown(strange[0])}, which the program has not")
+                raise UnsafeFile(f"it stands in for the node {short_repr(strange[0])}, which the program has not")
             if strange := [n for n in tag.get("given", ()) if n not in inputs]:
-                raise UnsafeFile(f"it was given the input {shown(strange[0])}, which the program has not")
+                raise UnsafeFile(f"it was given the input {short_repr(strange[0])}, which the program has not")
         except UnsafeFile as error:
-            raise error.inside(f"the tag of node {node.name!r}, ") from None
+            raise error.prepend_location(f"the tag of node {node.name!r}, ") from None

@@ -12,22 +12,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adaptc.adapter_files.atomic_write import replacing
-from adaptc.adapter_files.format import SAFE_NAME
+from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.adapter_files.format import SAFETENSORS_WEIGHTS_NAME
 from adaptc.adapter_files.formats.detect import WRITERS
-from adaptc.adapter_files.formats.writing import Adapted, write_file
-from adaptc.binding.bind import embedding_tensors, file_tensors
+from adaptc.adapter_files.formats.writing import AdaptedModule, write_format_file
+from adaptc.binding.bind import embedding_weights, file_tensors
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.combine_bindings import part_of
-from adaptc.binding.sources.read_directory import write_whole
+from adaptc.binding.combine_bindings import spec_of_adapter
+from adaptc.binding.sources.read_directory import write_with_experts
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.state.core import ProgramCore
 
 #: the name under which transformers' Trainer looks for weights when it resumes from a checkpoint
-TRAINER_NAME = "model.safetensors"
+TRAINER_WEIGHTS = "model.safetensors"
 
 
-def write_current(
+def write_adapter(
     program: ProgramCore,
     path: str | os.PathLike[str],
     binding: Binding | None = None,
@@ -44,26 +44,26 @@ def write_current(
     ``binding``: what to write, None for the program's current one.
     """
     binding, spec = program.binding if binding is None else binding, program.spec()
-    if binding.parts:
-        if adapter_name not in binding.parts:
+    if binding.joint_adapters:
+        if adapter_name not in binding.joint_adapters:
             raise ConfigError(
-                f"the program has no adapter called {adapter_name!r}; say which of {list(binding.parts)} to write with "
-                "adapter_name"
+                f"the program has no adapter called {adapter_name!r}; say which of {list(binding.joint_adapters)} to "
+                "write with adapter_name"
             )
-        binding, spec = binding.parts[adapter_name], part_of(spec, adapter_name)
-    binding = as_made(binding)
+        binding, spec = binding.joint_adapters[adapter_name], spec_of_adapter(spec, adapter_name)
+    binding = prepare_for_file(binding)
     if format != "peft":
         asked = {"safe_serialization": not safe_serialization, "save_embedding_layers": save_embedding_layers}
         asked["base_model"] = base_model is not None
-        asked["adapter_name"] = adapter_name != "default" and not program.binding.parts
+        asked["adapter_name"] = adapter_name != "default" and not program.binding.joint_adapters
         if said := [n for n, given in asked.items() if given]:
             raise ConfigError(f"{said[0]}: only files in PEFT's format have that; leave it out with format={format!r}")
-        return write_as(path, spec, binding, format, component)
+        return write_other_format(path, spec, binding, format, component)
     if component is not None:
         raise ConfigError(f"component={component!r}: files in PEFT's format name no component; leave it out")
     tensors: dict[str, Tensor] = file_tensors(spec, binding)
     if save_embedding_layers:
-        found = embedding_tensors(spec, binding)
+        found = embedding_weights(spec, binding)
         if not found:
             raise ConfigError(
                 "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"
@@ -71,7 +71,7 @@ def write_current(
         tensors = {**found, **tensors}
     library = str((binding.config.auto_mapping or {}).get("parent_library", ""))
     of_transformers = program.adaptation.source is not None or library.partition(".")[0] == "transformers"
-    return write_whole(
+    return write_with_experts(
         path,
         binding.config,
         tensors,
@@ -82,22 +82,23 @@ def write_current(
     )
 
 
-def as_made(binding: Binding) -> Binding:
+def prepare_for_file(binding: Binding) -> Binding:
     """Return an adapter as files hold it: turned on, even where it is off. Warns where it is scaled, which no file
     says."""
-    binding = binding.idle or binding
-    if binding.factors:
-        factor = next(iter(binding.factors.values()))
+    binding = binding.active_form or binding
+    if binding.scale_factors:
+        factor = next(iter(binding.scale_factors.values()))
         warnings.warn(
-            f"the adapter {binding.strength()}, and what is written is the adapter as it was made, as PEFT writes it: "
-            f"set the scale again where it is read, or write {factor:g} * adaptc.load_adapter(path), which has it",
+            f"the adapter {binding.describe_scales()}, and what is written is the adapter as it was made, as PEFT "
+            f"writes it: set the scale again where it is read, or write {factor:g} * adaptc.load_adapter(path), which "
+            "has it",
             AdaptcWarning,
             stacklevel=2,
         )
     return binding
 
 
-def write_as(
+def write_other_format(
     path: str | os.PathLike[str], spec: BindingSpec, binding: Binding, format: str, component: str | None
 ) -> Path:
     """Write ``binding`` in a format other than PEFT's.
@@ -107,46 +108,45 @@ def write_as(
     writer = WRITERS.get(format)
     if writer is None:
         raise ConfigError(f"format={format!r} is not one of peft, {', '.join(WRITERS)}")
-    left = file_tensors(spec, binding)
-    modules: list[Adapted] = []
+    remaining = file_tensors(spec, binding)
+    modules: list[AdaptedModule] = []
     for a in spec.attachments:
         method, op = binding.methods.get(a.id), spec.ops[a.id]
         if method is None:
             continue
         keys = {n: a.file_key(n, slot) for n, slot in method.slots(op).items() if slot.saved}
-        own = {n: left.pop(k) for n, k in keys.items() if k == f"{a.key}.{n}" and k in left}
+        own = {n: remaining.pop(k) for n, k in keys.items() if k == f"{a.key}.{n}" and k in remaining}
         scale, rank = method.scale(op), method.rank()
         if own and scale is not None and rank is not None:
-            modules.append(Adapted(a.key, own, scale, rank))
+            modules.append(AdaptedModule(a.key, own, scale, rank))
         else:
-            left |= {keys[n]: t for n, t in own.items()}
-    if left:
+            remaining |= {keys[n]: t for n, t in own.items()}
+    if remaining:
         raise CheckpointError(
-            f"the format {format} cannot hold {next(iter(left))!r}"
-            + (f" and {len(left) - 1} more of the adapter's tensors" if len(left) > 1 else "")
+            f"the format {format} cannot hold {next(iter(remaining))!r}"
+            + (f" and {len(remaining) - 1} more of the adapter's tensors" if len(remaining) > 1 else "")
             + f", which {binding.config.peft_type} has in PEFT's files. Write it as format='peft'."
         )
-    if binding.base:
+    if binding.changed_base:
         raise CheckpointError(
-            f"the format {format} cannot hold an adapter that changed the base ({next(iter(binding.base))!r}): its "
-            f"reader "
-            "would add it to the unchanged one. Write it as format='peft'."
+            f"the format {format} cannot hold an adapter that changed the base ({next(iter(binding.changed_base))!r}): "
+            "its reader would add it to the unchanged one. Write it as format='peft'."
         )
     names = [fqn.removesuffix(".weight") for fqn in spec.weights if fqn.endswith(".weight")]
-    content = writer.content(modules, component, binding.config.said(), names)
-    return write_file(writer.file(Path(path)), content)
+    content = writer.file_content(modules, component, binding.config.non_default_fields(), names)
+    return write_format_file(writer.resolve_path(Path(path)), content)
 
 
 def has_other_model(directory: Path) -> bool:
     """Return whether ``directory`` has a file under the name that Trainer looks for that is not the adapter beside
     it."""
-    weights, name = directory / SAFE_NAME, directory / TRAINER_NAME
+    weights, name = directory / SAFETENSORS_WEIGHTS_NAME, directory / TRAINER_WEIGHTS
     own = weights.is_file() and name.is_file() and cmp(weights, name, shallow=False)
     return os.path.lexists(name) and not own
 
 
 @contextmanager
-def without_link(directory: Path) -> Iterator[None]:
+def without_trainer_name(directory: Path) -> Iterator[None]:
     """Run the block, which writes an adapter into ``directory``, and then remove a second name for its weights.
 
     That name would be of the adapter that was there before. A whole model under that name stays.
@@ -154,18 +154,18 @@ def without_link(directory: Path) -> Iterator[None]:
     old = not has_other_model(directory)
     yield
     if old:
-        (directory / TRAINER_NAME).unlink(missing_ok=True)
+        (directory / TRAINER_WEIGHTS).unlink(missing_ok=True)
 
 
 @contextmanager
-def linked_for_trainer(directory: Path) -> Iterator[None]:
+def with_trainer_name(directory: Path) -> Iterator[None]:
     """Run the block, which writes an adapter into ``directory``, and then give its weights a second name for Trainer to
     find.
 
     The name is a link to the same file, or a copy of it where the filesystem has no links. Raises CheckpointError,
     before anything is written, where something else has that name, such as a whole model.
     """
-    weights, name = directory / SAFE_NAME, directory / TRAINER_NAME
+    weights, name = directory / SAFETENSORS_WEIGHTS_NAME, directory / TRAINER_WEIGHTS
     if has_other_model(directory):
         raise CheckpointError(
             f"{name} is there, and not this adapter's: it would be lost, or Trainer would resume from it. Choose "
@@ -179,5 +179,5 @@ def linked_for_trainer(directory: Path) -> Iterator[None]:
             try:
                 os.link(weights, name)
             except OSError:
-                with replacing(name) as copied:
+                with atomic_replace(name) as copied:
                     shutil.copyfile(weights, copied)

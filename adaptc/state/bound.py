@@ -23,29 +23,29 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError, ConfigError, shown
-from adaptc.passes.analysis.costs import at_sizes, example_sizes, node_work
-from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.errors import AdaptcError, ConfigError, short_repr
+from adaptc.passes.analysis.costs import count_node_operations, evaluate_at_sizes, example_sizes
+from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
 from adaptc.passes.protocol.regions import node_tag
-from adaptc.runtime.dynamo_boundary import outside
+from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.runtime.executor import Arguments, Executor
-from adaptc.runtime.hoisted_values import Held
-from adaptc.runtime.mutated_buffers import own_copies
-from adaptc.runtime.options import RunOptions, check_limit
+from adaptc.runtime.hoisted_values import HoistedMemory
+from adaptc.runtime.mutated_buffers import copy_sharing_memory
+from adaptc.runtime.options import RunOptions, check_byte_limit
 from adaptc.state.core import ProgramCore
-from adaptc.state.merge_program import merged
-from adaptc.state.overrides import SCALE
-from adaptc.tables import size
+from adaptc.state.merge_program import merge_program
+from adaptc.state.overrides import SCALE_KEYWORD
+from adaptc.tables import format_bytes
 
 FORMS = ("apply", "weight", "auto")
 #: share of the adapted layers' own work above which an adapter is worth weights of its own
-SHARE = 0.05
+MAX_OVERHEAD_SHARE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
-class _Now:
+class _CallState:
     """The options, code and arguments that calls read, replaced as a whole; code and arguments are None until they are
     made."""
 
@@ -54,7 +54,7 @@ class _Now:
     arguments: Arguments | None = None
 
 
-class Keeping(ABC):
+class PinnedRunner(ABC):
     """A callable that keeps one adapter, whatever its program is swapped to."""
 
     #: the adapter that calls use
@@ -69,32 +69,32 @@ class Keeping(ABC):
         """Return the device that it runs on."""
 
     @property
-    def adapted(self) -> bool:
+    def has_adapter(self) -> bool:
         """Return whether it has an adapter at any site; the base has none."""
         return bool(self.binding.methods)
 
-    def pinned(self, scale: Any = None) -> Callable[..., Any]:
+    def snapshot_call(self, scale: Any = None) -> Callable[..., Any]:
         """Return the callable itself, which keeps its adapter already; programs return another one here.
 
         Raises ConfigError for a ``scale``: the callable has its own.
         """
-        self._keeps(scale)
+        self._refuse_scale(scale)
         return self
 
-    def _keeps(self, scale: Any) -> None:
+    def _refuse_scale(self, scale: Any) -> None:
         if scale is not None:
             raise ConfigError(
-                f"{SCALE}={shown(scale)}: what is bound keeps its adapter as it is; bind another, with "
+                f"{SCALE_KEYWORD}={short_repr(scale)}: what is bound keeps its adapter as it is; bind another, with "
                 "program.bind(adapter, scale=...)"
             )
 
 
-def program_of(runs: Any) -> Any:
-    """Return the program, or the package, that ``runs`` is, or that it is bound to."""
-    return getattr(runs, "program", runs)
+def program_of(runner: Any) -> Any:
+    """Return the program, or the package, that ``runner`` is, or that it is bound to."""
+    return getattr(runner, "program", runner)
 
 
-class Bound(Keeping):
+class BoundProgram(PinnedRunner):
     """An adapter bound to a program, made by ``AdaptedProgram.bind``. ``form`` is the form that it takes, ``why`` the
     reason.
 
@@ -110,64 +110,68 @@ class Bound(Keeping):
         memory_limit: int | None = None,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        binding = adapter or replace(Binding.none(), source="the base")
+        binding = adapter or replace(Binding.empty(), source="the base")
         self.program, self.binding = program, binding
-        self.form, self.why = choose(program, binding, form, memory_limit)
-        self._weights: tuple[Tensor, ...] = ()
-        self._runs, self._reads = program, binding
+        self.form, self.why = choose_form(program, binding, form, memory_limit)
+        self._own_weights: tuple[Tensor, ...] = ()
+        self._run_program, self._run_binding = program, binding
         if self.form == "weight":
-            self._runs, self._weights = own_weights(program, binding)
-            self._reads = self._runs.current or Binding.none()
-        ready = self._runs.ready()
+            self._run_program, self._own_weights = make_own_weights(program, binding)
+            self._run_binding = self._run_program.current or Binding.empty()
+        ready = self._run_program.compiled_state()
         assert ready.executor is not None
-        self._state = ready.executor.own_state(self._reads) if state is None else own_copies(state, state)
-        self._now = _Now(ready.options, ready.executor, self._arguments(ready.executor))
-        self._called = outside(_called)
-        program.memory.join(self)
+        self._state = (
+            ready.executor.copy_written_tensors(self._run_binding)
+            if state is None
+            else copy_sharing_memory(state, state)
+        )
+        self._call_state = _CallState(ready.options, ready.executor, self._make_arguments(ready.executor))
+        self._untraced_call = not_traced(_call)
+        program.run_state.add_bound_program(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called(self, args, kwargs)
+        return self._untraced_call(self, args, kwargs)
 
-    def pinned_to(self, scale: Any = None) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
+    def snapshot_executor(self, scale: Any = None) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
         """Return what calls run: the program, its code, the binding, and state that is not the program's."""
-        self._keeps(scale)
-        now = self.ready()
+        self._refuse_scale(scale)
+        now = self.compiled_state()
         assert now.executor is not None
-        return self._runs, now.executor, self._reads, self._state
+        return self._run_program, now.executor, self._run_binding, self._state
 
     @property
     def device(self) -> torch.device:
         return self.program.device
 
-    def ready(self) -> _Now:
+    def compiled_state(self) -> _CallState:
         """Return what calls read, with their code, which is made now if it was not."""
         while True:
-            now = self._now
+            now = self._call_state
             if now.arguments is not None:
                 return now
-            executor = self._code(now.options)
-            made = _Now(now.options, executor, self._arguments(executor))
-            with self._runs.held_still():
-                if self._now.options is now.options:
-                    self._now = made
+            executor = self._find_executor(now.options)
+            made = _CallState(now.options, executor, self._make_arguments(executor))
+            with self._run_program.swap_lock():
+                if self._call_state.options is now.options:
+                    self._call_state = made
                     return made
 
-    def _code(self, options: RunOptions) -> Executor:
-        if options == self._runs.options:
-            return self._runs.executor()
-        twin = self._runs.with_options(**vars(options))
-        return self._runs.memory.code(options, twin.executor)
+    def _find_executor(self, options: RunOptions) -> Executor:
+        if options == self._run_program.options:
+            return self._run_program.executor()
+        twin = self._run_program.with_options(**vars(options))
+        return self._run_program.run_state.shared_executor(options, twin.executor)
 
-    def _arguments(self, executor: Executor | None) -> Arguments | None:
-        return None if executor is None else executor.own_arguments(self._reads, self._state)
+    def _make_arguments(self, executor: Executor | None) -> Arguments | None:
+        return None if executor is None else executor.arguments_with_state(self._run_binding, self._state)
 
-    def limit(self, nbytes: int | None) -> None:
+    def set_hoist_limit(self, nbytes: int | None) -> None:
         """Set the limit, in bytes, on the hoisted values; a new limit frees those that are held. Called by its
         program."""
-        if nbytes != self._now.options.hoist_limit:
-            self._now = _Now(replace(self._now.options, hoist_limit=nbytes))
-            if self._runs is not self.program:
-                self._runs.set_options(hoist_limit=nbytes)  # its code holds hoisted values, too
+        if nbytes != self._call_state.options.hoist_limit:
+            self._call_state = _CallState(replace(self._call_state.options, hoist_limit=nbytes))
+            if self._run_program is not self.program:
+                self._run_program.set_options(hoist_limit=nbytes)  # its code holds hoisted values, too
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -176,28 +180,28 @@ class Bound(Keeping):
         return self._state
 
     @property
-    def held(self) -> Held:
+    def held(self) -> HoistedMemory:
         """Return the memory that this binding holds: the weights of the weight form, and hoisted values.
 
         There are no hoisted values before the first call, nor between a change of :attr:`AdaptedProgram.hoist_limit`
         and the next call.
         """
-        own = Held(len(self._weights), sum(t.nbytes for t in self._weights))
-        arguments = self._now.arguments
-        return own if arguments is None else own + arguments.held
+        own = HoistedMemory(len(self._own_weights), sum(t.nbytes for t in self._own_weights))
+        arguments = self._call_state.arguments
+        return own if arguments is None else own + arguments.hoisted_memory
 
-    def __copy__(self) -> Bound:
+    def __copy__(self) -> BoundProgram:
         """Return another callable on the same tensors, whose buffers begin as the program's are now."""
-        return Bound(self.program, self._adapter, self.form)
+        return BoundProgram(self.program, self._adapter_or_none, self.form)
 
     @property
-    def _adapter(self) -> Binding | None:
+    def _adapter_or_none(self) -> Binding | None:
         return self.binding if self.binding.methods or self.binding.values else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundProgram:
         """Return a callable with tensors of its own, whose buffers continue from what this one's calls wrote."""
-        program, adapter = copy.deepcopy(self.program, memo), copy.deepcopy(self._adapter, memo)
-        return Bound(program, adapter, self.form, state=self._state)
+        program, adapter = copy.deepcopy(self.program, memo), copy.deepcopy(self._adapter_or_none, memo)
+        return BoundProgram(program, adapter, self.form, state=self._state)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
@@ -206,19 +210,19 @@ class Bound(Keeping):
         )
 
     def __repr__(self) -> str:
-        memory = f", {size(self.held.nbytes)} of weights" if self._weights else ""
+        memory = f", {format_bytes(self.held.nbytes)} of weights" if self._own_weights else ""
         return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites, {self.form} form{memory})"
 
 
-def _called(bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    now = bound.ready()
+def _call(bound: BoundProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    now = bound.compiled_state()
     return now.executor(now.arguments, args, kwargs)  # type: ignore[misc]
 
 
-@exclusive
-def own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tuple[Tensor, ...]]:
+@with_graph_lock
+def make_own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tuple[Tensor, ...]]:
     """Return the base's program on the weights that ``binding`` makes, and those weights; all others are shared."""
-    made, _ = merged(program.with_binding(binding))
+    made, _ = merge_program(program.with_binding(binding))
     shared = {storage_key(t) for t in program.base_tensors.values() if isinstance(t, Tensor)}
     new = {f: t for f, t in made.state_dict.items() if isinstance(t, Tensor) and storage_key(t) not in shared}
     # Fused siblings move into one buffer. Weights that are shared with the program must stay where they are.
@@ -226,14 +230,14 @@ def own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tu
     return made, tuple({storage_key(t): t for t in new.values()}.values())
 
 
-def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None) -> tuple[str, str]:
+def choose_form(program: ProgramCore, binding: Binding, form: str, memory_limit: int | None) -> tuple[str, str]:
     """Return the form for ``binding``, and why.
 
     Raises ConfigError for a form that does not exist, and for a limit that is no number of bytes.
     """
     if not isinstance(form, str) or form not in FORMS:
-        raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
-    check_limit(limit, "memory_limit")
+        raise ConfigError(f"form={short_repr(form)} is not one of {', '.join(FORMS)}")
+    check_byte_limit(memory_limit, "memory_limit")
     if not program.adaptation.attachments:
         return "apply", "the base has no adapter"
     if form != "auto":
@@ -245,17 +249,17 @@ def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None)
     if any(t.is_floating_point() and t.itemsize < 4 for t in weights.values()):
         return "apply", "weights in half precision would round the change"
     needed = sum(t.nbytes for t in weights.values())
-    if limit is not None and needed > limit:
-        return "apply", f"its own weights would take {needed:,} bytes, over the limit of {limit:,}"
-    share = overhead(program)
-    if share <= SHARE:
+    if memory_limit is not None and needed > memory_limit:
+        return "apply", f"its own weights would take {needed:,} bytes, over the limit of {memory_limit:,}"
+    share = region_overhead(program)
+    if share <= MAX_OVERHEAD_SHARE:
         return "apply", f"the adapter costs {share:.1%} of the adapted layers' own work"
     return "weight", f"the adapter would cost {share:.1%} of the adapted layers' own work in every call"
 
 
-@exclusive
+@with_graph_lock
 @torch.no_grad()
-def overhead(program: ProgramCore) -> float:
+def region_overhead(program: ProgramCore) -> float:
     """Return the work of a program's regions over that of the layers they stand at, for one call at the example sizes.
 
     It is 0 where the regions stand at no such layer.
@@ -267,5 +271,8 @@ def overhead(program: ProgramCore) -> float:
     for node in graph.nodes:
         if node.op == "call_function":
             (regions if node_tag(node) else base if node.name in layers else []).append(node)
-    work = [sum(at_sizes(node_work(n), sizes) for n in nodes) + DISPATCH * len(nodes) for nodes in (regions, base)]
+    work = [
+        sum(evaluate_at_sizes(count_node_operations(n), sizes) for n in nodes) + DISPATCH * len(nodes)
+        for nodes in (regions, base)
+    ]
     return float(work[0] / work[1]) if base else 0.0

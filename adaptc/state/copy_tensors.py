@@ -10,22 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.storage import storage_key
 
 
-def clone_tensors(lifted: Lifted, memo: dict[int, Any]) -> None:
+def clone_tensors(lifted: LiftedProgram, memo: dict[int, Any]) -> None:
     """Replace the tensors of ``lifted`` by clones. ``memo``: that of the ``copy.deepcopy`` that this is part of."""
     for tensors in (lifted.state_dict, lifted.constants):
         clones: dict[Any, Any] = {}
         for name, t in tensors.items():
             if isinstance(t, Tensor):
                 key = storage_key(t)
-                clones[key] = tensors[name] = clones.get(key, memo.get(id(t), mapped(t, Tensor.clone)))
+                clones[key] = tensors[name] = clones.get(key, memo.get(id(t), map_tensor(t, Tensor.clone)))
                 memo[id(t)] = clones[key]
 
 
-def mapped(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def map_tensor(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``function`` of a tensor, as a parameter if the tensor is one."""
     new = function(t.detach())
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new

@@ -1,4 +1,4 @@
-"""Merge the adapter of a program into its weights, and give back the program that a merge came from.
+"""Merge the adapter of a program into its weights, or unload it, and give back the program that a merge came from.
 
 A merged program is a plain program with the adapter folded into its weights. It remembers the program it came from. Its
 graph does not depend on the adapter's values, so it is made once for each set of sites and remembered without its
@@ -7,7 +7,8 @@ weights. A later merge at the same sites computes new weights and no graph.
 The graph is remembered only where a merge changes nothing but weights, and these keep their shapes. It is not
 remembered where biases are merged, grouped convolutions become dense, or the base is given up.
 
-Unmerge returns the original program by reference. Nothing is subtracted, so no rounding error can build up.
+Unmerge returns the original program by reference. Nothing is subtracted, so no rounding error can build up. Unload
+gives the base, in which every tensor is the object that it was before compile.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from torch import Tensor
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.merge_pass import Merge, SiteMerge
-from adaptc.passes.graph.graph_lock import on_graphs
+from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.graph.graph_lock import hold_graph_lock, with_graph_lock
 from adaptc.passes.graph.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.progress import stage
-from adaptc.state.core import MergedFrom, ProgramCore
+from adaptc.state.core import MergeOrigin, ProgramCore
 
 P = TypeVar("P", bound=ProgramCore)
 
 
 @dataclass(frozen=True, eq=False)
-class Remembered:
+class MergeMemo:
     """A merged program without its merged weights.
 
     ``names``: for each merged weight, its names in the state dict. ``order``: all names of the state dict, in order.
@@ -43,14 +45,14 @@ class Remembered:
     untied: Sequence[bool]
 
     @classmethod
-    def of(cls, merged: ProgramCore, rows: Sequence[SiteMerge]) -> Remembered:
+    def from_merged(cls, merged: ProgramCore, rows: Sequence[SiteMerge]) -> MergeMemo:
         state = merged.state_dict
         names = [[n for n, t in state.items() if t is state[r.fqn]] for r in rows]
         gone = {n for group in names for n in group}
         kept = merged.with_tensors({n: t for n, t in state.items() if n not in gone})
         return cls(kept, names, list(state), [r.untied for r in rows])
 
-    def again(self, weights: Sequence[Tensor]) -> ProgramCore:
+    def with_weights(self, weights: Sequence[Tensor]) -> ProgramCore:
         """Return a new program that shares this graph and has ``weights`` as its merged weights, one for each entry of
         ``names``."""
         own = {n: w for names, w in zip(self.names, weights, strict=True) for n in names}
@@ -58,7 +60,7 @@ class Remembered:
         return self.program.with_tensors({n: own[n] if n in own else state[n] for n in self.order})
 
 
-def merged(
+def merge_program(
     program: P,
     *,
     safe: bool = True,
@@ -69,17 +71,17 @@ def merged(
 
     ``progress``: show progress in a terminal from the start. Raises MergeError, and leaves ``program`` unchanged.
     """
-    with on_graphs(), stage(f"merging {len(program.binding.methods)} sites", always=progress) as merging:
+    with hold_graph_lock(), stage(f"merging {len(program.binding.methods)} sites", always=progress) as merging:
         if keep_base:
             still = program.snapshot()
-            return _merged(still, MergedFrom(program, still.binding), None, safe, merging.over)
-        with program.held_still():
-            return _merged(program, None, program.release, safe, merging.over)
+            return _merge(still, MergeOrigin(program, still.binding), None, safe, merging.track)
+        with program.swap_lock():
+            return _merge(program, None, program.release_base_tensor, safe, merging.track)
 
 
-def _merged(
+def _merge(
     program: P,
-    origin: MergedFrom | None,
+    origin: MergeOrigin | None,
     release: Callable[[str], None] | None,
     safe: bool,
     progress: Callable[[Sequence[Any]], Any],
@@ -88,34 +90,34 @@ def _merged(
     binding = program.binding
     present = [a for a in program.adaptation.attachments if a.id in binding.methods]
     rest = tuple(a.id for a in program.adaptation.attachments if a.id not in binding.methods)
-    fold = Merge(present, dict(binding.values), safe, release, progress, rest)
+    merge_pass = Merge(present, dict(binding.values), safe, release, progress, rest)
     del binding  # it may hold base tensors, which ``release`` could not free then
     key = tuple(a.id for a in present)
-    plain = release is None and not any(a.method.has_bias() for a in present)
+    is_reusable = release is None and not any(a.method.has_bias() for a in present)
     shapes = {k: t.shape for k, t in program.base_tensors.items() if isinstance(t, Tensor)}
-    memo = program.memory.merged
-    known: Remembered | None = memo.get(key) if plain else None
+    memo = program.run_state.merged_programs
+    known: MergeMemo | None = memo.get(key) if is_reusable else None
     if known is not None:
-        weights, rows = fold.weights(program)
+        weights, rows = merge_pass.merged_weights(program)
         if all(w.shape == shapes[r.fqn] for w, r in zip(weights, rows, strict=True)):
-            made = known.again(weights)
+            made = known.with_weights(weights)
             rows = [replace(r, untied=u) for r, u in zip(rows, known.untied, strict=True)]
-            return _of(program, made, made.adaptation, origin), rows
-    passes: list[Pass] = [fold, *([SetMode(training=False)] if program.adaptation.training else [])]
+            return _make_program(program, made, made.adaptation, origin), rows
+    passes: list[Pass] = [merge_pass, *([SetMode(training=False)] if program.adaptation.training else [])]
     done = PassManager(passes)(program)
     rows = done.data[0]
-    bare = program.adaptation.bare()
-    new = _of(program, done.output, replace(bare, trail=(*bare.trail, *done.trail)), origin)
-    if plain and all(new.state_dict[r.fqn].shape == shapes[r.fqn] for r in rows):
-        memo[key] = Remembered.of(new, rows)
+    bare = program.adaptation.without_adapters()
+    new = _make_program(program, done.output, replace(bare, trail=(*bare.trail, *done.trail)), origin)
+    if is_reusable and all(new.state_dict[r.fqn].shape == shapes[r.fqn] for r in rows):
+        memo[key] = MergeMemo.from_merged(new, rows)
     return new, rows
 
 
-def _of(program: P, made: Any, adaptation: Any, origin: MergedFrom | None) -> P:
-    return type(program)(made, adaptation, options=replace(program.options, fuse=False), origin=origin)
+def _make_program(program: P, exported: Any, adaptation: Any, origin: MergeOrigin | None) -> P:
+    return type(program)(exported, adaptation, options=replace(program.options, fuse=False), origin=origin)
 
 
-def unmerged(program: ProgramCore) -> ProgramCore:
+def unmerge_program(program: ProgramCore) -> ProgramCore:
     """Return the program that ``program`` was merged from, with the binding it had then, on the device of ``program``.
 
     Raises MergeError where that program was given up (``keep_base=False``) or never known.
@@ -127,3 +129,22 @@ def unmerged(program: ProgramCore) -> ProgramCore:
             "Compile the base again, or keep the adapted program: save() it before merging."
         )
     return origin.program.with_binding(origin.binding).to(program.device)
+
+
+@with_graph_lock
+def unload_program(program: P) -> P:
+    """Return the base of ``program``; ``adaptc.unload`` tells more. Raises MergeError where the base is not known."""
+    program = program.snapshot()
+    record = program.adaptation
+    if record.residual:
+        raise MergeError(
+            f"the file this program came from holds only the adapter's own version of {list(record.residual)[:3]} (its "
+            "initialisation changed the base), so the base cannot be given back. Compile the original model instead."
+        )
+    base = program.base_tensors
+    passes: list[Pass] = [Unload({k: base[k] for k in program.originals})]
+    passes += [SetMode(training=False)] if record.training else []
+    done = PassManager(passes)(program)
+    bare = record.without_adapters()
+    adaptation = replace(bare, trail=(*bare.trail, *done.trail))
+    return type(program)(done.output, adaptation, options=replace(program.options, fuse=False))

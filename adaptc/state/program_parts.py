@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.passes.graph.graph_lock import on_graphs
-from adaptc.passes.graph.subprogram import part_of
-from adaptc.passes.graph.torch_caches import forget_code
+from adaptc.passes.graph.graph_lock import hold_graph_lock
+from adaptc.passes.graph.subprogram import extract_subprogram
+from adaptc.passes.graph.torch_caches import drop_dead_code
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
-from adaptc.runtime.dynamo_boundary import outside
+from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.runtime.executor import Arguments, Executor
-from adaptc.state.bound import Bound
+from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
 
 
@@ -36,18 +36,18 @@ class ProgramPart:
     binding: Any = None
 
 
-def pinned_parts(
-    program: ProgramCore | Bound, parts: Mapping[str, Sequence[str]], scale: Any = None
+def pin_parts(
+    program: ProgramCore | BoundProgram, parts: Mapping[str, Sequence[str]], scale: Any = None
 ) -> dict[str, ProgramPart]:
     """Return a callable for each entry of ``parts`` (name -> names of outputs), all pinned to the adapter of this
     moment.
 
     ``scale``: the ``adapter_scale`` of their calls. Raises ConfigError for a name that is not an output.
     """
-    return _parts(*program.pinned_to(scale), parts)
+    return _make_parts(*program.snapshot_executor(scale), parts)
 
 
-def parts_with(
+def bind_parts(
     program: ProgramCore, binding: Binding, state: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
 ) -> dict[str, ProgramPart]:
     """Return a callable for each entry of ``parts``, pinned to ``binding`` and to the caller's own ``state``.
@@ -55,53 +55,65 @@ def parts_with(
     ``state``: FQN -> a buffer that calls write to, in place of the program's. Raises ConfigError for a name that is not
     an output.
     """
-    return _parts(program, program.executor(), binding, state, parts)
+    return _make_parts(program, program.executor(), binding, state, parts)
 
 
-def codes_of(program: ProgramCore, parts: Mapping[str, Sequence[str]]) -> list[Executor]:
+def executors_of_parts(program: ProgramCore, parts: Mapping[str, Sequence[str]]) -> list[Executor]:
     """Return the code of each of ``parts``, made now where it was not made before."""
     anchor = program.executor()
-    return [_executor(program, anchor, tuple(outputs)) for outputs in parts.values()]
+    return [_part_executor(program, anchor, tuple(outputs)) for outputs in parts.values()]
 
 
-def _parts(
-    runs: ProgramCore,
-    anchor: Executor,
-    reads: Binding,
+def _make_parts(
+    program: ProgramCore,
+    whole_executor: Executor,
+    binding: Binding,
     state: Mapping[str, Tensor],
     parts: Mapping[str, Sequence[str]],
 ) -> dict[str, ProgramPart]:
-    return {name: _pinned(_executor(runs, anchor, tuple(outputs)), reads, state) for name, outputs in parts.items()}
+    return {
+        name: _pin_part(_part_executor(program, whole_executor, tuple(outputs)), binding, state)
+        for name, outputs in parts.items()
+    }
 
 
-def _pinned(executor: Executor, reads: Binding, state: Mapping[str, Tensor]) -> ProgramPart:
+def _pin_part(executor: Executor, binding: Binding, state: Mapping[str, Tensor]) -> ProgramPart:
     own = {n: t for n, t in state.items() if n in executor.base}
-    arguments = executor.own_arguments(reads, own)
+    arguments = executor.arguments_with_state(binding, own)
     # A partial of one function for all parts: torch keeps each function that its compilers leave alone, and a
     # closure would keep executor and arguments alive for as long.
-    return ProgramPart(partial(outside(_called), executor, arguments), frozenset(executor.inputs.names), reads)
+    return ProgramPart(partial(not_traced(_call_part), executor, arguments), frozenset(executor.inputs.names), binding)
 
 
-def _called(executor: Executor, arguments: Arguments, **kwargs: Any) -> dict[str, Tensor]:
+def _call_part(executor: Executor, arguments: Arguments, **kwargs: Any) -> dict[str, Tensor]:
     return executor(arguments, (), kwargs)
 
 
-def _executor(runs: ProgramCore, anchor: Executor, outputs: tuple[str, ...]) -> Executor:
-    """Return the code of the part with ``outputs``, remembered beside ``anchor``, the code of the whole program."""
-    known = runs.memory.parts.setdefault(anchor, {})
+def _part_executor(program: ProgramCore, whole_executor: Executor, outputs: tuple[str, ...]) -> Executor:
+    """Return the code of the part with ``outputs``, remembered beside ``whole_executor``, the code of the whole
+    program."""
+    known = program.run_state.part_executors.setdefault(whole_executor, {})
     made = known.get(outputs)
     if made is None:
-        with on_graphs():
+        with hold_graph_lock():
             made = known.get(outputs)
             if made is None:
-                made = known[outputs] = _made(runs, anchor, outputs)
+                made = known[outputs] = _make_executor(program, whole_executor, outputs)
     return made
 
 
-def _made(runs: ProgramCore, anchor: Executor, outputs: tuple[str, ...]) -> Executor:
-    forget_code()
-    part = part_of(runs.snapshot(), outputs)
+def _make_executor(program: ProgramCore, whole_executor: Executor, outputs: tuple[str, ...]) -> Executor:
+    drop_dead_code()
+    part = extract_subprogram(program.snapshot(), outputs)
     tags = [tag for node in part.graph.nodes if (tag := node_tag(node)) is not None]
     sites = {tag["site"] for tag in tags}
-    attachments = [a for a in anchor.attachments if a.id in sites]
-    return Executor(part, attachments, anchor.ops, anchor.options, Inputs.of(part, {}), False, anchor.base)
+    attachments = [a for a in whole_executor.attachments if a.id in sites]
+    return Executor(
+        part,
+        attachments,
+        whole_executor.ops,
+        whole_executor.options,
+        Inputs.from_program(part, {}),
+        False,
+        whole_executor.base,
+    )

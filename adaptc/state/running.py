@@ -15,32 +15,32 @@ from torch import fx
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
-from adaptc.locks import free_in_children
-from adaptc.passes.graph.graph_lock import on_graphs
+from adaptc.locks import reset_after_fork
+from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
-from adaptc.state.overrides import SCALE, views
+from adaptc.state.overrides import SCALE_KEYWORD, active_overrides
 
 
 @dataclass(frozen=True, eq=False)
-class Running:
+class CallState:
     """The values that a call reads: the binding and the options, and the code and arguments for them once these were
     made.
 
-    ``base``: the program of the base, once it was made. ``others``: what a call asks for -> the binding with these
-    other scales.
+    ``base_program``: the program of the base, once it was made. ``scaled_bindings``: what a call asks for -> the
+    binding with these other scales.
     """
 
     binding: Binding | None
     options: RunOptions
     executor: Executor | None = None
     arguments: Arguments | None = None
-    base: Any = None
-    others: dict[Hashable, Binding] = field(default_factory=dict)
+    base_program: Any = None
+    scaled_bindings: dict[Hashable, Binding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class Exported:
+class ExportedView:
     """The graph and tensors that an exported program shows, and the binding that the tensors belong to; None at first.
 
     The binding is held weakly, so that the values hoisted for it are freed when it is no longer current.
@@ -50,38 +50,38 @@ class Exported:
     tensors: dict[str, Any]
     binding: weakref.ref[Binding] | None = None
 
-    def shows(self, binding: Binding) -> bool:
+    def shows_binding(self, binding: Binding) -> bool:
         return self.binding is not None and self.binding() is binding
 
 
-def called(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_current(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``program`` with the binding that it has when the call begins."""
-    now = program.running
-    if SCALE in kwargs or views():
-        now, kwargs = asked(program, kwargs)
+    now = program.call_state
+    if SCALE_KEYWORD in kwargs or active_overrides():
+        now, kwargs = state_with_overrides(program, kwargs)
     elif now.arguments is None:
-        now = program.ready()
+        now = program.compiled_state()
     return now.executor(now.arguments, args, kwargs)
 
 
-def asked(program: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def state_with_overrides(program: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return what a call that may ask for other scales reads, and the inputs of the model: ``kwargs`` without the
     scale. A model whose own input has that name keeps it."""
-    now, inputs = program.ready(), dict(kwargs)
-    mine = SCALE in now.executor.inputs.names or SCALE in now.executor.inputs.takes
-    return program.ready_for(None if mine else inputs.pop(SCALE, None)), inputs
+    now, inputs = program.compiled_state(), dict(kwargs)
+    mine = SCALE_KEYWORD in now.executor.inputs.names or SCALE_KEYWORD in now.executor.inputs.forward_arg_names
+    return program.compiled_state_for(None if mine else inputs.pop(SCALE_KEYWORD, None)), inputs
 
 
-def called_as(now: Running, *args: Any, **kwargs: Any) -> Any:
-    """Call a program as it was when ``now`` was made ready, whatever it has become since."""
-    assert now.executor is not None
-    assert now.arguments is not None
-    return now.executor(now.arguments, args, kwargs)
+def call_with_state(state: CallState, *args: Any, **kwargs: Any) -> Any:
+    """Call a program as it was when ``state`` was made ready, whatever it has become since."""
+    assert state.executor is not None
+    assert state.arguments is not None
+    return state.executor(state.arguments, args, kwargs)
 
 
-def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise AdaptcError where a base tensor has another shape, dtype or device than ``meant`` says."""
-    for fqn, (shape, dtype, device) in meant.items():
+def check_base_meta(base: Mapping[str, Any], expected_meta: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise AdaptcError where a base tensor has another shape, dtype or device than ``expected_meta`` says."""
+    for fqn, (shape, dtype, device) in expected_meta.items():
         t = base.get(fqn)
         if t is not None and (t.shape, t.dtype, t.device) != (shape, dtype, device):
             raise AdaptcError(
@@ -94,41 +94,45 @@ def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]
 class RunState:
     """The memory of a running program.
 
-    ``traces`` and ``merged``: memos of traced regions and of merged programs. ``modules`` and ``bound``: the modules
-    and callables made of the program that still exist. ``codes``: the code of bound callables whose options are not the
-    program's. ``parts``: for the code of a whole program, the code of its parts. ``lock``: for assignments that depend
-    on the value before them; it is never held for long.
+    ``traced_regions`` and ``merged_programs``: memos of traced regions and of merged programs. ``modules`` and
+    ``bound``: the modules and callables made of the program that still exist. ``bound_executors``: the code of bound
+    callables whose options are not the program's. ``part_executors``: for the code of a whole program, the code of its
+    parts. ``lock``: for assignments that depend on the value before them; it is never held for long.
     """
 
-    now: Running
-    exported: Exported
-    traces: dict[Any, fx.Graph] = field(default_factory=dict)
-    merged: dict[Any, Any] = field(default_factory=dict)
+    call_state: CallState
+    exported: ExportedView
+    traced_regions: dict[Any, fx.Graph] = field(default_factory=dict)
+    merged_programs: dict[Any, Any] = field(default_factory=dict)
     modules: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    bound: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    codes: weakref.WeakValueDictionary[RunOptions, Executor] = field(default_factory=weakref.WeakValueDictionary)
-    parts: weakref.WeakKeyDictionary[Executor, dict[Any, Executor]] = field(default_factory=weakref.WeakKeyDictionary)
-    lock: threading.RLock = field(default_factory=lambda: free_in_children(threading.RLock()))
+    bound_programs: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    bound_executors: weakref.WeakValueDictionary[RunOptions, Executor] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    part_executors: weakref.WeakKeyDictionary[Executor, dict[Any, Executor]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    lock: threading.RLock = field(default_factory=lambda: reset_after_fork(threading.RLock()))
 
-    def switch(self, now: Running) -> None:
-        """Let calls read ``now`` from here on, and make bound callables follow its limit on hoisted values. The caller
-        holds the lock."""
-        self.now = now
-        self.codes.clear()
-        for bound in self.bound:
-            bound.limit(now.options.hoist_limit)
+    def replace_call_state(self, state: CallState) -> None:
+        """Let calls read ``state`` from here on, and make bound callables follow its limit on hoisted values. The
+        caller holds the lock."""
+        self.call_state = state
+        self.bound_executors.clear()
+        for bound in self.bound_programs:
+            bound.set_hoist_limit(state.options.hoist_limit)
 
-    def join(self, bound: Any) -> None:
+    def add_bound_program(self, bound: Any) -> None:
         """Make ``bound`` follow the program's limit on hoisted values from now on."""
         with self.lock:
-            self.bound.add(bound)
-            bound.limit(self.now.options.hoist_limit)
+            self.bound_programs.add(bound)
+            bound.set_hoist_limit(self.call_state.options.hoist_limit)
 
-    def code(self, options: RunOptions, make: Callable[[], Executor]) -> Executor:
+    def shared_executor(self, options: RunOptions, make: Callable[[], Executor]) -> Executor:
         """Return the code for calls with ``options`` other than the program's, shared by all bound callables; ``make``
         makes it."""
-        with on_graphs():
-            made = self.codes.get(options)
+        with hold_graph_lock():
+            made = self.bound_executors.get(options)
             if made is None:
-                made = self.codes[options] = make()
+                made = self.bound_executors[options] = make()
             return made

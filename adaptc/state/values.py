@@ -1,7 +1,7 @@
 """Read what a program with adapters is: the values it was made of, and those it runs by now.
 
 The constructor in ``core`` sets these values. Reading one computes, copies and changes nothing. Values that are
-replaced while a program runs are read here in one place, and are replaced in ``core``.
+replaced while a program runs are read here in one place, and are replaced in ``core`` and ``follow_binding``.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.binding_plan_cache import Recipes
+from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.errors import AdaptcError
-from adaptc.passes.adapt.embedding_max_norm import bounds_of
+from adaptc.passes.adapt.embedding_max_norm import max_norms_of
 from adaptc.passes.graph.ops import Op
 from adaptc.runtime.options import RunOptions
 from adaptc.state.adaptation import Adaptation
-from adaptc.state.running import Running, RunState, check_replaced
+from adaptc.state.running import CallState, RunState, check_base_meta
 
 
-class ProgramValues(ExportedProgram):
+class ProgramProperties(ExportedProgram):
     """An exported program with the values that a program with adapters is made of, to read."""
 
     _adaptation: Adaptation
     _ops: Mapping[str, Op]
-    _recipes: Recipes
-    _run: RunState
-    _base: dict[str, Any]
-    _meant: Mapping[str, Any]
+    _binding_plans: BindingPlanCache
+    _run_state: RunState
+    _base_tensors: dict[str, Any]
+    _expected_meta: Mapping[str, Any]
     #: whether a merge with ``keep_base=False`` took its base tensors
-    given_up: bool
+    base_released: bool
 
     @property
     def adaptation(self) -> Adaptation:
@@ -47,12 +47,12 @@ class ProgramValues(ExportedProgram):
     @property
     def current(self) -> Binding | None:
         """Return the current binding; None where the program has no adapters."""
-        return self._run.now.binding
+        return self._run_state.call_state.binding
 
     @property
     def binding(self) -> Binding:
         """Return the current binding. Raises AdaptcError where the program has no adapters."""
-        binding = self._run.now.binding
+        binding = self._run_state.call_state.binding
         if binding is None:
             raise AdaptcError("the program has no adapter; it was merged or unloaded")
         return binding
@@ -60,18 +60,18 @@ class ProgramValues(ExportedProgram):
     @property
     def options(self) -> RunOptions:
         """Return the options by which the program runs."""
-        return self._run.now.options
+        return self._run_state.call_state.options
 
     @property
     def originals(self) -> Mapping[str, Tensor]:
         """Return the original base parameters, by FQN, that the state dict has in the current adapter's own version."""
         state = self.state_dict
-        return {k: t for k, t in self.bare_state().items() if k in state and state[k] is not t}
+        return {k: t for k, t in self.base_tensors_or_empty().items() if k in state and state[k] is not t}
 
     @property
-    def recipes(self) -> Recipes:
-        """Return the recipes for making bindings, which are remembered from one adapter to the next."""
-        return self._recipes
+    def binding_plans(self) -> BindingPlanCache:
+        """Return the plans for making bindings, which are remembered from one adapter to the next."""
+        return self._binding_plans
 
     @property
     def device(self) -> torch.device:
@@ -83,30 +83,30 @@ class ProgramValues(ExportedProgram):
         return next((t.device for t in state.values() if isinstance(t, Tensor)), torch.device("cpu"))
 
     @property
-    def running(self) -> Running:
+    def call_state(self) -> CallState:
         """Return the values that calls read, with their code where calls have made it."""
-        return self._run.now
+        return self._run_state.call_state
 
     @property
-    def memory(self) -> RunState:
+    def run_state(self) -> RunState:
         """Return the memory of the running program: memos, modules, bound callables and their code."""
-        return self._run
+        return self._run_state
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
         """Return FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do). Raises AdaptcError
         where a merge took the base."""
-        self._check_whole()
-        return self._base
+        self._check_base_kept()
+        return self._base_tensors
 
     @property
-    def meant(self) -> Mapping[str, Any]:
+    def expected_meta(self) -> Mapping[str, Any]:
         """Return FQN -> (shape, dtype, device) of each base tensor when the program was made."""
-        return self._meant
+        return self._expected_meta
 
-    def bare_state(self) -> dict[str, Tensor]:
+    def base_tensors_or_empty(self) -> dict[str, Tensor]:
         """Return :attr:`base_tensors` as far as they are left, also of a program whose base a merge took."""
-        return self._base
+        return self._base_tensors
 
     def spec(self, trainable: bool = False) -> BindingSpec:
         """Return what a binding must fill. Raises AdaptcError where a base tensor is no longer what the program was
@@ -115,16 +115,16 @@ class ProgramValues(ExportedProgram):
         a = self._adaptation
         # Read off the graph that was shown last: no adapter changes the bounds, and an up-to-date graph would have to
         # wait for the lock on graphs.
-        bounds = bounds_of(self._run.exported.module.graph, self._graph_signature)
+        bounds = max_norms_of(self._run_state.exported.module.graph, self._graph_signature)
         base = self.base_tensors
         return BindingSpec(a.attachments, self._ops, base, a.autocast, trainable, a.unread, a.residual, bounds)
 
     def check_base(self) -> None:
         """Raise AdaptcError where a base tensor is no longer what the program was made for."""
-        check_replaced(self._base, self._meant)
+        check_base_meta(self._base_tensors, self._expected_meta)
 
-    def _check_whole(self) -> None:
-        if self.given_up:
+    def _check_base_kept(self) -> None:
+        if self.base_released:
             raise AdaptcError(
                 "this program was merged with keep_base=False, which gave up its base: use the merged program, or "
                 "merge with keep_base=True"

@@ -19,55 +19,55 @@ _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*")
 
 
 @dataclass(frozen=True)
-class Computed:
+class ComputedWeight:
     """A module's ``weight`` that is computed from the tensors ``parts``.
 
-    ``undo``: the call, behind ``torch.nn.utils.``, that makes it a parameter again.
+    ``undo_call``: the call, behind ``torch.nn.utils.``, that makes it a parameter again.
     """
 
     module: str
     weight: str
-    parts: tuple[str, ...]
-    undo: str
+    source_tensors: tuple[str, ...]
+    undo_call: str
 
-    def refusal(self) -> TargetError:
+    def make_error(self) -> TargetError:
         return TargetError(
-            f"site {f'{self.module}.{self.weight}'.removeprefix('.')!r} is computed of {' and '.join(self.parts)}, and "
-            "an adapter changes a weight that is a parameter. Make it one first, with "
-            f"torch.nn.utils.{self.undo}, or leave the module out of the targets."
+            f"site {f'{self.module}.{self.weight}'.removeprefix('.')!r} is computed of "
+            f"{' and '.join(self.source_tensors)}, and an adapter changes a weight that is a parameter. Make it one "
+            f"first, with torch.nn.utils.{self.undo_call}, or leave the module out of the targets."
         )
 
 
-def computed_weights(tensors: Mapping[str, object]) -> dict[str, Computed]:
+def find_computed_weights(tensors: Mapping[str, object]) -> dict[str, ComputedWeight]:
     """Return the computed weights of a model, by module path, found by the names that torch gives their parts.
 
     ``tensors``: the model's tensors by FQN.
     """
-    found: dict[str, Computed] = {}
+    found: dict[str, ComputedWeight] = {}
     for fqn, tensor in tensors.items():
         module, _, name = fqn.rpartition(".")
         path = f"{module}." if module else ""
         inner = _PARAMETRIZED.fullmatch(fqn)
         if inner is not None:
             owner, weight = inner[1] or "", inner[2]
-            undo = f"parametrize.remove_parametrizations(module, {weight!r})"
+            undo_call = f"parametrize.remove_parametrizations(module, {weight!r})"
             before = found.get(owner)
-            parts = (*before.parts, name) if before is not None and before.weight == weight else (name,)
+            parts = (*before.source_tensors, name) if before is not None and before.weight == weight else (name,)
             if before is None or before.weight == weight or weight == "weight":
-                found[owner] = Computed(owner, weight, parts, undo)
-        elif name.endswith("_g") and _same_axes(tensor, tensors.get(f"{path}{name[:-2]}_v")):
+                found[owner] = ComputedWeight(owner, weight, parts, undo_call)
+        elif name.endswith("_g") and _has_same_ndim(tensor, tensors.get(f"{path}{name[:-2]}_v")):
             weight = name[:-2]
-            undo = f"remove_weight_norm(module, {weight!r})"
-            found.setdefault(module, Computed(module, weight, (name, f"{weight}_v"), undo))
+            undo_call = f"remove_weight_norm(module, {weight!r})"
+            found.setdefault(module, ComputedWeight(module, weight, (name, f"{weight}_v"), undo_call))
         elif name.endswith("_orig"):
             weight = name.removesuffix("_orig")
             pruned = f"{path}{weight}_mask" in tensors
-            undo = f"prune.remove(module, {weight!r})" if pruned else f"remove_spectral_norm(module, {weight!r})"
+            undo_call = f"prune.remove(module, {weight!r})" if pruned else f"remove_spectral_norm(module, {weight!r})"
             other = f"{weight}_mask" if pruned else f"{weight}_u"
             if f"{path}{other}" in tensors:
-                found.setdefault(module, Computed(module, weight, (name, other), undo))
+                found.setdefault(module, ComputedWeight(module, weight, (name, other), undo_call))
     return found
 
 
-def _same_axes(g: object, v: object) -> bool:
+def _has_same_ndim(g: object, v: object) -> bool:
     return isinstance(g, Tensor) and isinstance(v, Tensor) and g.ndim == v.ndim

@@ -13,20 +13,24 @@ from typing import Any
 from adaptc.errors import TargetError
 
 #: layer of one expert -> its part of a stacked parameter
-PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+EXPERT_LAYER_PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 #: stacked parameter -> its parts, in the order of its rows; the order is also that in which modules register them
-STACKED = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+STACKED_PARAMETERS = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
 
 
-def refuse_old_targets(targets: Any, modules: Collection[str], weights: Iterable[str]) -> None:
+def check_no_single_experts(targets: Any, modules: Collection[str], weights: Iterable[str]) -> None:
     """Raise TargetError for ``targets`` that name layers of single experts where the model stacks its experts.
 
     ``modules``: the names of the model's modules. ``weights``: the FQNs of its tensors.
     """
     if targets is None or isinstance(targets, str):
         return
-    lost = [t for t in targets if t.rpartition(".")[2] in PARTS and not any(f".{m}".endswith(f".{t}") for m in modules)]
-    stacked = [n for n in STACKED if any(w.endswith(f".{n}") for w in weights)]
+    lost = [
+        t
+        for t in targets
+        if t.rpartition(".")[2] in EXPERT_LAYER_PARTS and not any(f".{m}".endswith(f".{t}") for m in modules)
+    ]
+    stacked = [n for n in STACKED_PARAMETERS if any(w.endswith(f".{n}") for w in weights)]
     if lost and stacked:
         raise TargetError(
             f"target_modules: {lost} are layers of single experts, and this model stacks its experts in parameters. "

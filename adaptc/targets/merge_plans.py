@@ -10,50 +10,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adaptc.passes.adapt.choose_forms import compilable
+from adaptc.passes.adapt.choose_forms import with_compilable_form
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method_checks import check_class
-from adaptc.passes.protocol.program_method import PROGRAM, ProgramMethod
+from adaptc.passes.protocol.program_method import PROGRAM_FORM, ProgramMethod
 from adaptc.targets.plan_layers import Plan
 
 
-def union(
-    plans: Sequence[Plan], training: bool, backend: str, form: str = "auto", *, apart: bool = False
+def merge_plans(
+    plans: Sequence[Plan], training: bool, backend: str, form: str = "auto", *, separate: bool = False
 ) -> list[Attachment]:
     """Return the attachments of all ``plans``, in the order of injection; those of the first plan keep their ids.
 
     First come attachments that replace whole weights, then those at other weights. Last come those that change the
     program as it then is: methods that add to attentions, KV prefixes, and virtual tokens.
 
-    ``form``: the form of attachments that allow any. ``apart``: no two plans share an attachment, since their adapters,
-    which have different names, are to act together.
+    ``form``: the form of attachments that allow any. ``separate``: no two plans share an attachment, since their
+    adapters, which have different names, are to act together.
     """
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
             rivals = [o for o in out if o.fqn == a.fqn and o.method.akin(a.method)]
-            if not apart and any(o.method.structure() == a.method.structure() for o in rivals):
+            if not separate and any(o.method.structure() == a.method.structure() for o in rivals):
                 continue
             a = replace(a, variant=len(rivals))
-            if not apart and (number := _number(a, out, rivals)):
+            if not separate and (number := _name_number(a, out, rivals)):
                 a = replace(a, adapter=f"{a.adapter}_{number}")
             if training:
                 a = replace(a, method=a.method.trained())
             if a.form == "auto":
                 a = replace(a, form=form)
-            out.append(compilable(a, backend))
-    return sorted(out, key=lambda a: (_of_program(a), not a.method.replaces))
+            out.append(with_compilable_form(a, backend))
+    return sorted(out, key=lambda a: (_injection_stage(a), not a.method.replaces))
 
 
-def _of_program(a: Attachment) -> int:
-    if a.form != PROGRAM:
+def _injection_stage(a: Attachment) -> int:
+    if a.form != PROGRAM_FORM:
         return 0
     if not isinstance(a.method, ProgramMethod):
         return 1
     return 2 if a.method.changes("cached") else 3
 
 
-def _number(a: Attachment, others: Sequence[Attachment], rivals: Sequence[Attachment]) -> int:
+def _name_number(a: Attachment, others: Sequence[Attachment], variants: Sequence[Attachment]) -> int:
     """Return a number for the adapter name of ``a``, so that its slots have names of their own; 0 for the plain name.
 
     A method without shared slots needs a name that no rival at its weight has. Sites that share a slot must have one
@@ -61,8 +61,8 @@ def _number(a: Attachment, others: Sequence[Attachment], rivals: Sequence[Attach
     """
     check_class(type(a.method))
     if not a.method.shares():
-        taken = {o.adapter for o in rivals}
-        return next(n for n in range(len(rivals) + 1) if (f"{a.adapter}_{n}" if n else a.adapter) not in taken)
+        taken = {o.adapter for o in variants}
+        return next(n for n in range(len(variants) + 1) if (f"{a.adapter}_{n}" if n else a.adapter) not in taken)
     known = [o.method.structure() for o in others if o.method.akin(a.method)]
     distinct = [s for i, s in enumerate(known) if s not in known[:i]]
     return distinct.index(a.method.structure()) if a.method.structure() in distinct else len(distinct)

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from adaptc.errors import SHOWN, ConfigError, Tell, and_more, did_you_mean, listing, refuse_entry
-from adaptc.patterns import compiled
+from adaptc.errors import MAX_LISTED, ConfigError, EntryHandler, and_more, did_you_mean, listing, refuse_entry
+from adaptc.patterns import compile_pattern
 
 ALL_LINEAR = "all-linear"
 # PEFT writes this into files of adapters that target no module at all, such as trainable tokens only.
@@ -37,25 +37,25 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 class Candidate:
     """A module that could be adapted.
 
-    ``name``: its path in the model. ``type``: its qualified class name. ``kind``: the kind of op that consumes its
-    weight ("linear", "addmm", "embedding", "conv2d", "weight", ...). ``linear``: whether its class derives from a
+    ``name``: its path in the model. ``class_name``: its qualified class name. ``kind``: the kind of op that consumes
+    its weight ("linear", "addmm", "embedding", "conv2d", "weight", ...). ``linear``: whether its class derives from a
     linear layer's, whatever the class is called.
     """
 
     name: str
-    type: str
+    class_name: str
     kind: str
-    linear: bool = False
+    has_linear_base: bool = False
 
     @property
     def is_linear(self) -> bool:
         """Return whether PEFT takes the module for a linear layer."""
-        return self.kind in _LINEAR_KINDS and (self.linear or bool(_LINEAR_CLASS.search(self.type)))
+        return self.kind in _LINEAR_KINDS and (self.has_linear_base or bool(_LINEAR_CLASS.search(self.class_name)))
 
-    def why_not_linear(self) -> str:
+    def not_linear_reason(self) -> str:
         if self.kind not in ("linear", "addmm"):
             return "not a linear layer"
-        return f"a product, but its class{_of_type(self.type)} is no linear layer; name it to adapt it"
+        return f"a matmul, but its class{_class_suffix(self.class_name)} is no linear layer; name it to adapt it"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Selection:
     left_out: tuple[tuple[str, str], ...] = ()
 
 
-def select(
+def select_targets(
     candidates: Sequence[Candidate],
     *,
     target_modules: str | Iterable[str] | None,
@@ -84,7 +84,7 @@ def select(
     task_type: str | None = None,
     all_names: Sequence[str] | Mapping[str, str] = (),
     parameters: Sequence[str] = (),
-    tell: Tell = refuse_entry,
+    tell: EntryHandler = refuse_entry,
 ) -> Selection:
     """Return the candidates that ``target_modules`` selects.
 
@@ -111,40 +111,40 @@ def select(
     known = dict(all_names) if isinstance(all_names, Mapping) else dict.fromkeys(all_names, "")
     names = list(dict.fromkeys(c.name for c in candidates))
     adaptable = set(names)
-    model = _Model(names, {n: t for n, t in known.items() if n and n not in adaptable}, parameters)
+    model = _ModelNames(names, {n: t for n, t in known.items() if n and n not in adaptable}, parameters)
 
-    excluded = _Entries("exclude_modules", exclude_modules or ())
-    _require_used(excluded, model, tell)
-    saved = _saved_rule(_save_entries(modules_to_save, task_type))
+    excluded = _OptionEntries("exclude_modules", exclude_modules or ())
+    _check_exclusions_used(excluded, model, tell)
+    saved_reason = _make_saved_rule(_entries_to_save(modules_to_save, task_type))
     if isinstance(target_modules, str) and target_modules == NO_TARGETS:
         return Selection((), {}, tuple((n, "the adapter targets no module") for n in names))
-    targets = _Entries("target_modules", target_modules)
+    targets = _OptionEntries("target_modules", target_modules)
     if not targets.keys:
         return Selection((), {}, tuple((n, "target_modules is empty") for n in names))
-    layers = _Layers(layers_to_transform, layers_pattern)
-    linear = None
+    layer_filter = _LayerFilter(layers_to_transform, layers_pattern)
+    not_linear_reasons = None
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        linear = {c.name: "" if c.is_linear else c.why_not_linear() for c in candidates}
+        not_linear_reasons = {c.name: "" if c.is_linear else c.not_linear_reason() for c in candidates}
 
     matches: dict[str, list[str]] = {}
-    hit: set[str] = set()
+    used_keys: set[str] = set()
     seen_layers: set[int] = set()
     left_out: list[tuple[str, str]] = []
     chosen: list[str] = []
     for name in names:
-        if linear is None:
-            keys, unmatched = targets.matching(name), "no entry names it"
+        if not_linear_reasons is None:
+            keys, unmatched_reason = targets.matching_keys(name), "no entry names it"
         elif name == output_embedding:
-            keys, unmatched = [], "the output head"
+            keys, unmatched_reason = [], "the output head"
         else:
-            keys, unmatched = [] if linear[name] else list(targets.keys), linear[name]
-        hit.update(keys)
-        if keys and layers.wanted is not None:
-            seen_layers.update(i for i in [layers.index(name)] if i is not None)
-        why = _first(excluded.matching(name), "excluded by {!r}") or saved(name)
-        why = why or (None if keys else unmatched)
-        if why is None and not (linear is None and name in targets.lookup):
-            why = layers.refuses(name)
+            keys, unmatched_reason = [] if not_linear_reasons[name] else list(targets.keys), not_linear_reasons[name]
+        used_keys.update(keys)
+        if keys and layer_filter.indices is not None:
+            seen_layers.update(i for i in [layer_filter.layer_index(name)] if i is not None)
+        why = _format_first(excluded.matching_keys(name), "excluded by {!r}") or saved_reason(name)
+        why = why or (None if keys else unmatched_reason)
+        if why is None and not (not_linear_reasons is None and name in targets.names):
+            why = layer_filter.exclusion_reason(name)
         if why is not None:
             left_out.append((name, why))
             continue
@@ -152,30 +152,34 @@ def select(
         for key in keys:
             matches.setdefault(key, []).append(name)
 
-    missing = [key for key in targets.keys if key not in hit]
+    missing = [key for key in targets.keys if key not in used_keys]
     if missing:
         tell(_explain_missing(targets, missing, model))
-    lost = [] if layers.wanted is None else sorted(layers.wanted - seen_layers)
+    lost = [] if layer_filter.indices is None else sorted(layer_filter.indices - seen_layers)
     if lost:
         tell(
             f"layers_to_transform: no targeted module lies in layer {listing(lost)}; layers with targeted modules "
-            f"are {listing(sorted(seen_layers)) or 'none'}" + layers.hint()
+            f"are {listing(sorted(seen_layers)) or 'none'}" + layer_filter.patterns_hint()
         )
     if not chosen and len(missing) < max(len(targets.keys), 1):  # or all was told
-        tell(_explain_nothing(targets, left_out))
-    if linear is None:
-        for name, type_ in model.others.items():
-            keys = targets.matching(name)
-            if keys and not (targets.regex and name in model.parents) and not (excluded.matching(name) or saved(name)):
-                left_out.append((name, f"named by {keys[0]!r} but not adaptable{_of_type(type_)}"))
+        tell(_explain_empty_selection(targets, left_out))
+    if not_linear_reasons is None:
+        for name, type_ in model.not_adaptable.items():
+            keys = targets.matching_keys(name)
+            if (
+                keys
+                and not (targets.is_single_string and name in model.containers)
+                and not (excluded.matching_keys(name) or saved_reason(name))
+            ):
+                left_out.append((name, f"named by {keys[0]!r} but not adaptable{_class_suffix(type_)}"))
     return Selection(tuple(chosen), {k: tuple(matches.get(k, ())) for k in targets.keys}, tuple(left_out))
 
 
-def select_to_save(
+def select_modules_to_save(
     names: Iterable[str],
     modules_to_save: Iterable[str] | None = None,
     task_type: str | None = None,
-    tell: Tell = refuse_entry,
+    tell: EntryHandler = refuse_entry,
 ) -> list[str]:
     """Return the modules to train and save whole: every name that ends with an entry, in the order of ``names``.
 
@@ -184,28 +188,28 @@ def select_to_save(
     them only one must exist.
     """
     names = [n for n in names if n]
-    entries = _save_entries(modules_to_save, task_type)
+    entries = _entries_to_save(modules_to_save, task_type)
     wanted = _as_list("modules_to_save", modules_to_save)
     endings = {n[i:] for n in names for i in range(len(n))}
     present = {e for e in entries if e in endings}
-    heads = set(TASK_HEADS.get(_task(task_type), ()))
+    heads = set(TASK_HEADS.get(_task_name(task_type), ()))
     optional = heads if heads <= set(wanted) and heads & present else set()
     missing = [e for e in wanted if e not in present and e not in optional]
     if missing:
-        hints = [f"{e!r} ends no module name{did_you_mean(e, names)}" for e in missing[:SHOWN]]
+        hints = [f"{e!r} ends no module name{did_you_mean(e, names)}" for e in missing[:MAX_LISTED]]
         tell("modules_to_save: " + "; ".join(hints) + and_more(missing))
     return [n for n in names if n.endswith(tuple(present))]
 
 
-class _Model:
+class _ModelNames:
     """The names in a model: adaptable modules, other modules with their class, modules that hold others, parameters."""
 
-    def __init__(self, names: list[str], others: dict[str, str], parameters: Sequence[str]):
-        self.names, self.others, self.parameters = names, others, parameters
-        self.parents = {n.rpartition(".")[0] for n in (*names, *others)}
+    def __init__(self, names: list[str], not_adaptable: dict[str, str], parameters: Sequence[str]):
+        self.names, self.not_adaptable, self.parameters = names, not_adaptable, parameters
+        self.containers = {n.rpartition(".")[0] for n in (*names, *not_adaptable)}
 
 
-class _Entries:
+class _OptionEntries:
     """The entries of one option.
 
     A name is looked up in a list by its dotted suffixes, so that long lists are as fast as short ones.
@@ -213,19 +217,19 @@ class _Entries:
 
     def __init__(self, option: str, value: str | Iterable[str]):
         self.option = option
-        self.regex = isinstance(value, str)
+        self.is_single_string = isinstance(value, str)
         self.keys: tuple[str, ...] = (value,) if isinstance(value, str) else tuple(_as_list(option, value))
-        self.lookup = frozenset(() if self.regex else self.keys)
-        is_regex = self.regex and self.keys[0].lower() != ALL_LINEAR
-        self._full = compiled(option, self.keys[0]).fullmatch if is_regex else None
+        self.names = frozenset(() if self.is_single_string else self.keys)
+        is_regex = self.is_single_string and self.keys[0].lower() != ALL_LINEAR
+        self._fullmatch = compile_pattern(option, self.keys[0]).fullmatch if is_regex else None
 
-    def matching(self, name: str) -> list[str]:
-        if self.regex:
-            return [self.keys[0]] if self._full and self._full(name) else []
-        return [s for s in suffixes(name) if s in self.lookup] if self.lookup else []
+    def matching_keys(self, name: str) -> list[str]:
+        if self.is_single_string:
+            return [self.keys[0]] if self._fullmatch and self._fullmatch(name) else []
+        return [s for s in dotted_suffixes(name) if s in self.names] if self.names else []
 
 
-class _Layers:
+class _LayerFilter:
     """The options ``layers_to_transform`` and ``layers_pattern``: the layer of a name, and whether it is wanted."""
 
     def __init__(self, wanted: int | Iterable[int] | None, pattern: str | Iterable[str] | None):
@@ -234,51 +238,55 @@ class _Layers:
         if self.patterns and wanted is None:
             raise ConfigError(f"layers_pattern={pattern!r} needs layers_to_transform: say which layers")
         indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
-        self.wanted = indices or None
-        self._regexes = [compiled("layers_pattern", rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", p) for p in self.patterns]
+        self.indices = indices or None
+        self._regexes = [
+            compile_pattern("layers_pattern", rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", p) for p in self.patterns
+        ]
 
-    def index(self, name: str) -> int | None:
+    def layer_index(self, name: str) -> int | None:
         for regex in self._regexes or [_ANY_LAYER]:
             match = regex.match(name)
             if match:
                 return int(match["idx"])
         return None
 
-    def refuses(self, name: str) -> str | None:
-        if self.wanted is None:
+    def exclusion_reason(self, name: str) -> str | None:
+        if self.indices is None:
             return None
-        index = self.index(name)
+        index = self.layer_index(name)
         if index is None:
-            return "in no numbered layer" + self.hint()
-        return None if index in self.wanted else f"layer {index} not in layers_to_transform"
+            return "in no numbered layer" + self.patterns_hint()
+        return None if index in self.indices else f"layer {index} not in layers_to_transform"
 
-    def hint(self) -> str:
+    def patterns_hint(self) -> str:
         return f" (layers_pattern={self.patterns})" if self.patterns else ""
 
 
-def _saved_rule(entries: Sequence[str]) -> Callable[[str], str | None]:
+def _make_saved_rule(entries: Sequence[str]) -> Callable[[str], str | None]:
     """Return a function that tells why a name must not be adapted: it, or a module above it, is trained whole.
 
     The function returns None for any other name.
     """
-    # By PEFT's rules an entry is a regular expression between dots here, but a plain ending in select_to_save. A module
-    # that only select_to_save picks must not be adapted either, so both rules apply.
-    rules = [(e, compiled("modules_to_save", rf"(^|.*\.){e}($|\..*)", e), f"{e}.") for e in entries]
+    # By PEFT's rules an entry is a regular expression between dots here, but a plain ending in select_modules_to_save.
+    # A module that only select_modules_to_save picks must not be adapted either, so both rules apply.
+    rules = [(e, compile_pattern("modules_to_save", rf"(^|.*\.){e}($|\..*)", e), f"{e}.") for e in entries]
 
-    def why(name: str) -> str | None:
+    def reason_for(name: str) -> str | None:
         for entry, regex, inside in rules:
             if regex.match(name) or name.endswith(entry) or inside in name:
                 return f"under modules_to_save ({entry!r})"
         return None
 
-    return why
+    return reason_for
 
 
-def _save_entries(modules_to_save: Iterable[str] | None, task_type: str | None) -> list[str]:
-    return list(dict.fromkeys((*_as_list("modules_to_save", modules_to_save), *TASK_HEADS.get(_task(task_type), ()))))
+def _entries_to_save(modules_to_save: Iterable[str] | None, task_type: str | None) -> list[str]:
+    return list(
+        dict.fromkeys((*_as_list("modules_to_save", modules_to_save), *TASK_HEADS.get(_task_name(task_type), ())))
+    )
 
 
-def _task(task_type: object) -> str:
+def _task_name(task_type: object) -> str:
     return str(getattr(task_type, "value", task_type))
 
 
@@ -293,7 +301,7 @@ def _as_list(option: str, value: str | Iterable[str] | None) -> list[str]:
     return sorted(items) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(items))
 
 
-def suffixes(name: str) -> Iterable[str]:
+def dotted_suffixes(name: str) -> Iterable[str]:
     """Yield ``name``, and then the part of it behind each of its dots."""
     yield name
     dot = name.find(".")
@@ -302,59 +310,59 @@ def suffixes(name: str) -> Iterable[str]:
         dot = name.find(".", dot + 1)
 
 
-def _require_used(excluded: _Entries, model: _Model, tell: Tell) -> None:
+def _check_exclusions_used(excluded: _OptionEntries, model: _ModelNames, tell: EntryHandler) -> None:
     """Call ``tell`` for an exclusion that names neither a module that could be adapted, nor one without submodules.
 
     An exclusion of a container by name would leave its children adapted, which nobody means.
     """
-    leaves = (n for n in model.others if n not in model.parents)
-    used = {key for name in (*model.names, *leaves) for key in excluded.matching(name)}
+    leaves = (n for n in model.not_adaptable if n not in model.containers)
+    used = {key for name in (*model.names, *leaves) for key in excluded.matching_keys(name)}
     missing = [key for key in excluded.keys if key not in used]
     if missing:
         tell(_explain_missing(excluded, missing, model))
 
 
-def _explain_missing(entries: _Entries, missing: Sequence[str], model: _Model) -> str:
-    lines = [f"{entry!r} {_why_missing(entries, entry, model)}" for entry in missing[:SHOWN]]
+def _explain_missing(entries: _OptionEntries, missing: Sequence[str], model: _ModelNames) -> str:
+    lines = [f"{entry!r} {_missing_reason(entries, entry, model)}" for entry in missing[:MAX_LISTED]]
     return f"{entries.option}: " + "; ".join(lines) + and_more(missing)
 
 
-def _why_missing(entries: _Entries, entry: str, model: _Model) -> str:
-    if entries.regex:
+def _missing_reason(entries: _OptionEntries, entry: str, model: _ModelNames) -> str:
+    if entries.is_single_string:
         if entry.lower() == ALL_LINEAR:
             return "finds no linear layer to adapt"
-        tail = next((n for n in model.names if entry in suffixes(n)), None)
+        tail = next((n for n in model.names if entry in dotted_suffixes(n)), None)
         if tail is not None:
             return f"is a regular expression for whole names; to match endings such as {tail!r} write [{entry!r}]"
-        part = next((n for n in model.names if compiled(entries.option, entry).search(n)), None)
+        part = next((n for n in model.names if compile_pattern(entries.option, entry).search(n)), None)
         if part is not None:
             return f"is a regular expression for whole names and matches only a part of {part!r}"
-    named = [n for n in model.others if entry in entries.matching(n)]
+    named = [n for n in model.not_adaptable if entry in entries.matching_keys(n)]
     if named:
-        what = f"exists but is not adaptable: {named[0]!r}{_of_type(model.others[named[0]])}"
+        what = f"exists but is not adaptable: {named[0]!r}{_class_suffix(model.not_adaptable[named[0]])}"
         inside = [n for n in model.names if n.startswith(named[0] + ".")]
         if inside and entries.option == "exclude_modules":
             below = "(.*\\.)?" + re.escape(entry) + "\\..*"
             return f"{what} is a container, and what it holds stays adapted; to exclude all of it write {below!r}"
         return what + (f"; it holds {listing(map(repr, inside))}" if inside else "")
-    held = next((f for f in model.parameters if entry in entries.matching(f)), None)
+    held = next((f for f in model.parameters if entry in entries.matching_keys(f)), None)
     if held is not None and entries.option == "target_modules":
-        way = repr([held if entries.regex else entry])
+        way = repr([held if entries.is_single_string else entry])
         return f"matches no module, but the parameter {held!r}: name it in target_parameters={way}"
-    if not entries.regex and re.search(r"[*\\|()\[\]^$+?]", entry):
+    if not entries.is_single_string and re.search(r"[*\\|()\[\]^$+?]", entry):
         return "matches nothing: list items are names, not regular expressions; pass one string instead of a list"
     return "matches no module" + did_you_mean(entry, model.names)
 
 
-def _explain_nothing(entries: _Entries, left_out: Sequence[tuple[str, str]]) -> str:
+def _explain_empty_selection(entries: _OptionEntries, left_out: Sequence[tuple[str, str]]) -> str:
     reasons = Counter(why for _, why in left_out if why != "no entry names it")
     listed = "; ".join(f"{n} {why}" for why, n in reasons.most_common(8))
     return f"{entries.option}: everything that {listing(map(repr, entries.keys))} matches was left out: {listed}"
 
 
-def _first(keys: Sequence[str], text: str) -> str | None:
+def _format_first(keys: Sequence[str], text: str) -> str | None:
     return text.format(keys[0]) if keys else None
 
 
-def _of_type(type_: str) -> str:
+def _class_suffix(type_: str) -> str:
     return f" ({type_.rpartition('.')[2]})" if type_ else ""

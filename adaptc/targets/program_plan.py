@@ -11,22 +11,22 @@ from collections.abc import Mapping, Sequence
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.errors import ConfigError, TargetError, Tell, listing, refuse_entry
-from adaptc.methods import ModelFacts, ProgramConfig, Whole
-from adaptc.passes.analysis.attention.attention_for_prefixes import find_attentions
+from adaptc.errors import ConfigError, EntryHandler, TargetError, listing, refuse_entry
+from adaptc.methods import ModelFacts, ProgramConfig, TrainedParameter
+from adaptc.passes.analysis.attention.attention_for_prefixes import find_self_attentions
 from adaptc.passes.analysis.sites import Site, find_sites
-from adaptc.passes.analysis.tokens.decoder_inputs import decoder_lookup, decoder_places
-from adaptc.passes.analysis.tokens.token_inputs import Lookup, find_places, lookups, no_lookup
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.analysis.tokens.decoder_inputs import find_decoder_lookup, find_decoder_values
+from adaptc.passes.analysis.tokens.token_inputs import Lookup, find_lookups, find_program_values, no_lookup_error
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import op_of
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.program_method import PROGRAM
-from adaptc.targets.name_rules import select_to_save
+from adaptc.passes.protocol.program_method import PROGRAM_FORM
+from adaptc.targets.name_rules import select_modules_to_save
 from adaptc.targets.plan_layers import Plan
-from adaptc.targets.whole_and_rows import Trained, outermost
+from adaptc.targets.whole_and_rows import ParameterPlanner, outermost_modules
 
 #: the prefix of the names of a decoder's inputs, in a model with an encoder and a decoder
-_OF_DECODER = "decoder_"
+_DECODER_PREFIX = "decoder_"
 
 
 def plan_program(
@@ -34,8 +34,8 @@ def plan_program(
     program: ExportedProgram,
     facts: ModelFacts,
     adapter: str = "default",
-    lifted: Lifted | None = None,
-    tell: Tell = refuse_entry,
+    lifted: LiftedProgram | None = None,
+    tell: EntryHandler = refuse_entry,
 ) -> Plan:
     """Return the attachments of a method that changes the program as a whole, as a :class:`Plan`.
 
@@ -44,27 +44,27 @@ def plan_program(
     TargetError where the program has no token embedding, or lacks a value that the method changes. Raises ConfigError
     where the virtual tokens leave no room for a call's tokens.
     """
-    lifted = lifted or Lifted(program, edit=False)
-    sites = find_sites(program, dict(facts.types), lifted)
-    site, lookup = token_embedding(config, facts, lifted, sites)
+    lifted = lifted or LiftedProgram(program, edit=False)
+    sites = find_sites(program, dict(facts.module_types), lifted)
+    site, lookup = find_token_embedding(config, facts, lifted, sites)
     op = op_of(site.kind, lifted.tensor(site.fqn), lookup.node)
-    found = find_attentions(lifted, lookup, config.peft_type) if config.reads_attentions else None
-    config = config.resolved(facts, op.out_features, found)
-    config.check_sides(has_encoder(facts, lifted))
+    found = find_self_attentions(lifted, lookup, config.peft_type) if config.reads_attentions else None
+    config = config.with_model_defaults(facts, op.out_features, found)
+    config.check_stacks(has_encoder(facts, lifted))
     method = config.method(site.module, site.kind)
-    find_places(lifted, method, lookup)
+    find_program_values(lifted, method, lookup)
     if method.decodes():
-        decoder_places(lifted, method)
+        find_decoder_values(lifted, method)
     _check_length(config, program, lookup)
     names = (lookup.node.name,)
-    a = Attachment("", site.module, site.param, site.kind, method, adapter, PROGRAM, names, name=site.module)
-    buffers = find_sites(program, dict(facts.types), lifted, InputKind.BUFFER)
-    trained = Trained(lifted, sites, buffers, site.module, adapter)
-    modules = {**dict.fromkeys([s.module for s in sites], ""), **facts.types}
-    saved = outermost(select_to_save(modules, config.modules_to_save, config.task_type, tell))
-    whole = [(m, Whole("")) for m in saved]
-    attachments = [b for m, like in whole for b in trained.whole(m, like)]
-    unread = trained.unread(whole, {b.fqn for b in attachments})
+    a = Attachment("", site.module, site.param, site.kind, method, adapter, PROGRAM_FORM, names, name=site.module)
+    buffers = find_sites(program, dict(facts.module_types), lifted, InputKind.BUFFER)
+    trained = ParameterPlanner(lifted, sites, buffers, site.module, adapter)
+    modules = {**dict.fromkeys([s.module for s in sites], ""), **facts.module_types}
+    saved = outermost_modules(select_modules_to_save(modules, config.modules_to_save, config.task_type, tell))
+    whole = [(m, TrainedParameter("")) for m in saved]
+    attachments = [b for m, like in whole for b in trained.attach_module(m, like)]
+    unread = trained.unread_tensors(whole, {b.fqn for b in attachments})
     return Plan(config, (*attachments, a), {}, (), unread)
 
 
@@ -79,62 +79,64 @@ def _check_length(config: ProgramConfig, program: ExportedProgram, lookup: Looku
         )
 
 
-def has_encoder(facts: ModelFacts, lifted: Lifted) -> bool:
+def has_encoder(facts: ModelFacts, lifted: LiftedProgram) -> bool:
     """Return whether the program has an encoder and a decoder."""
     known = getattr(facts.config, "is_encoder_decoder", False)
-    return bool(known) or any(name.startswith(f"{_OF_DECODER}input_ids") for name in lifted.specs)
+    return bool(known) or any(name.startswith(f"{_DECODER_PREFIX}input_ids") for name in lifted.input_specs)
 
 
-def token_embedding(
-    config: ProgramConfig, facts: ModelFacts, lifted: Lifted, sites: Sequence[Site]
+def find_token_embedding(
+    config: ProgramConfig, facts: ModelFacts, lifted: LiftedProgram, sites: Sequence[Site]
 ) -> tuple[Site, Lookup]:
     """Return the site of the token embedding, and its lookup.
 
     For a KV prefix in a model with an encoder and a decoder, it is the decoder's. Raises TargetError where there is
     none, or more than one.
     """
-    by_node = {c: s for s in sites if s.kind == "embedding" for c in s.consumers}
-    found = [(by_node[x.node.name], x) for x in lookups(lifted) if x.node.name in by_node]
-    there = [f"{s.module!r} (by {x.ids.name!r})" for s, x in found]
+    site_by_consumer = {c: s for s in sites if s.kind == "embedding" for c in s.consumers}
+    all_lookups = [(site_by_consumer[x.node.name], x) for x in find_lookups(lifted) if x.node.name in site_by_consumer]
+    lookup_texts = [f"{s.module!r} (by {x.ids.name!r})" for s, x in all_lookups]
     weight = lifted.placeholders.get(f"{facts.input_embedding}.weight")
-    named = [(s, x) for s, x in found if s.module == facts.input_embedding]
-    if len(named) < 2 and weight is not None:  # T5's embedding is looked up under other names only
-        named = [(s, x) for s, x in found if lifted.placeholders[s.fqn] is weight]
-    if not named and facts.input_embedding is None:
+    chosen = [(s, x) for s, x in all_lookups if s.module == facts.input_embedding]
+    if len(chosen) < 2 and weight is not None:  # T5's embedding is looked up under other names only
+        chosen = [(s, x) for s, x in all_lookups if lifted.placeholders[s.fqn] is weight]
+    if not chosen and facts.input_embedding is None:
         # A bare program does not name its embedding: take lookups of input_ids, or else all lookups.
-        named = [(s, x) for s, x in found if x.ids.name == "input_ids"] or found
+        chosen = [(s, x) for s, x in all_lookups if x.ids.name == "input_ids"] or all_lookups
     if has_encoder(facts, lifted):
-        if not config.takes_encoders:
+        if not config.supports_encoders:
             raise TargetError(f"{config.peft_type} is not supported for models with an encoder and a decoder")
         if config.reads_attentions:
-            return _decoders(config, lifted, by_node)
-        named = [(s, x) for s, x in named if not x.ids.name.startswith(_OF_DECODER)]
-        if not named:
+            return _decoder_embedding(config, lifted, site_by_consumer)
+        chosen = [(s, x) for s, x in chosen if not x.ids.name.startswith(_DECODER_PREFIX)]
+        if not chosen:
             raise TargetError(
                 f"{config.peft_type} puts tokens in front of those that an encoder reads, and the encoder of this "
                 "program reads no token ids"
             )
-    if not named:
-        raise no_lookup(config.peft_type, there, facts.input_embedding)
-    if len(named) > 1:
-        where = listing(f"{s.module!r} (by {x.ids.name!r})" for s, x in named)
+    if not chosen:
+        raise no_lookup_error(config.peft_type, lookup_texts, facts.input_embedding)
+    if len(chosen) > 1:
+        where = listing(f"{s.module!r} (by {x.ids.name!r})" for s, x in chosen)
         raise TargetError(
             f"{config.peft_type} puts tokens in front of those of one stack, and the program looks tokens up "
-            f"{len(named)} times: {where}."
+            f"{len(chosen)} times: {where}."
         )
-    return named[0]
+    return chosen[0]
 
 
-def _decoders(config: ProgramConfig, lifted: Lifted, by_node: Mapping[str, Site]) -> tuple[Site, Lookup]:
+def _decoder_embedding(
+    config: ProgramConfig, lifted: LiftedProgram, site_by_consumer: Mapping[str, Site]
+) -> tuple[Site, Lookup]:
     """Return the site and the lookup of the decoder's token embedding, in a model with an encoder and a decoder.
 
     Raises TargetError where the program has none.
     """
-    lookup, instead = decoder_lookup(lifted)
-    if lookup is None or lookup.node.name not in by_node:
+    lookup, instead = find_decoder_lookup(lifted)
+    if lookup is None or lookup.node.name not in site_by_consumer:
         raise TargetError(
             f"{config.peft_type} puts keys and values in front of those of a decoder's tokens, and "
             f"{instead or 'the program has neither decoder_input_ids nor labels'}. Capture the model with its "
             "decoder_input_ids, or labels, as an input"
         )
-    return by_node[lookup.node.name], lookup
+    return site_by_consumer[lookup.node.name], lookup

@@ -14,38 +14,39 @@ from typing import Any
 from adaptc.errors import AdaptcWarning, ConfigError, TargetError
 from adaptc.methods import TargetedConfig
 from adaptc.passes.analysis.sites import Site
-from adaptc.targets.whole_and_rows import Trained
+from adaptc.targets.whole_and_rows import ParameterPlanner
 
 
 @dataclass(frozen=True)
-class Ties:
+class TiedLayers:
     """The input embedding and the sites that are tied to it.
 
-    ``home``: the module of the embedding, '' where nothing is to be tied. ``followers``: the sites that read its weight
-    under another name.
+    ``embedding_module``: the module of the embedding, '' where nothing is to be tied. ``followers``: the sites that
+    read its weight under another name.
     """
 
-    home: str = ""
+    embedding_module: str = ""
     followers: tuple[Site, ...] = ()
 
     @classmethod
-    def of(cls, config: TargetedConfig, trained: Trained) -> Ties:
+    def find(cls, config: TargetedConfig, planner: ParameterPlanner) -> TiedLayers:
         """Return the ties for ``config``: none without ``ensure_weight_tying`` or without tied layers.
 
         Raises TargetError where the embedding is not known, or is tied to anything but a linear layer.
         """
         if not config.ensure_weight_tying:
             return cls()
-        home = trained.embedding or trained.only_embedding()
-        site = next((s for s in trained.sites if s.module == home and s.param == "weight"), None)
-        if home is None or site is None or site.kind != "embedding":
+        embedding_module = planner.embedding or planner.only_embedding()
+        site = next((s for s in planner.sites if s.module == embedding_module and s.param == "weight"), None)
+        if embedding_module is None or site is None or site.kind != "embedding":
             raise TargetError(
-                f"ensure_weight_tying=True: the program has no one input embedding (found {home!r}); set it to False"
+                f"ensure_weight_tying=True: the program has no one input embedding (found {embedding_module!r}); set "
+                "it to False"
             )
-        followers = tuple(trained.tied_to(site))
+        followers = tuple(planner.sites_tied_to(site))
         if not followers:
             warnings.warn(
-                f"ensure_weight_tying=True has no effect: nothing is tied to the input embedding {home!r}",
+                f"ensure_weight_tying=True has no effect: nothing is tied to the input embedding {embedding_module!r}",
                 AdaptcWarning,
                 stacklevel=2,
             )
@@ -53,19 +54,19 @@ class Ties:
         for f in followers:
             if f.kind != "linear":
                 raise TargetError(
-                    f"ensure_weight_tying=True: {f.fqn!r} is tied to {home!r} and is no linear layer ({f.kind}), which "
-                    "alone can follow an embedding; set it to False"
+                    f"ensure_weight_tying=True: {f.fqn!r} is tied to {embedding_module!r} and is no linear layer "
+                    f"({f.kind}), which alone can follow an embedding; set it to False"
                 )
-        return cls(home, followers)
+        return cls(embedding_module, followers)
 
-    def led(self, names: Sequence[str]) -> tuple[list[str], bool]:
+    def replace_by_embedding(self, names: Sequence[str]) -> tuple[list[str], bool]:
         """Return ``names`` with all tied modules replaced by the embedding, and whether there were any."""
-        tied = {self.home, *(f.module for f in self.followers)} if self.home else set()
+        tied = {self.embedding_module, *(f.module for f in self.followers)} if self.embedding_module else set()
         if tied.isdisjoint(names):
             return list(names), False
-        return [self.home, *(n for n in names if n not in tied)], True
+        return [self.embedding_module, *(n for n in names if n not in tied)], True
 
-    def named(self, entries: Any) -> Any:
+    def add_followers(self, entries: Any) -> Any:
         """Return a list of target entries with the followers added, so that PEFT ties them, too.
 
         ``entries`` of another type are returned as they are.
@@ -74,16 +75,16 @@ class Ties:
             return entries
         return [*entries, *(f.module for f in self.followers if f.module.rpartition(".")[2] not in entries)]
 
-    def check_used(self, used: bool) -> None:
-        if self.home and not used:
-            tied = [self.home, *(f.module for f in self.followers)]
+    def check_used(self, is_used: bool) -> None:
+        if self.embedding_module and not is_used:
+            tied = [self.embedding_module, *(f.module for f in self.followers)]
             warnings.warn(
                 f"ensure_weight_tying=True has no effect: the config trains none of {tied}", AdaptcWarning, stacklevel=2
             )
 
     def check_tokens(self, tokens: Mapping[str, Collection[int]]) -> None:
         """Raise ConfigError where ``tokens`` (module -> token indices) has different rows for tied modules."""
-        tied = {self.home, *(f.module for f in self.followers)} if self.home else set()
+        tied = {self.embedding_module, *(f.module for f in self.followers)} if self.embedding_module else set()
         found = {e: list(rows) for e, rows in tokens.items() if any(m == e or m.endswith(f".{e}") for m in tied)}
         if len({tuple(rows) for rows in found.values()}) > 1:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Make the attachments of parameters that are trained themselves: whole modules, biases, and single rows of tables.
 
-They are attachments of ``Whole`` and ``TokenRows``, for names that the rules have selected, with the keys of PEFT's
-files.
+They are attachments of ``TrainedParameter`` and ``TokenRows``, for names that the rules have selected, with the keys of
+PEFT's files.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptc.errors import ConfigError, TargetError, nearest
-from adaptc.methods import TokenRows, Whole
-from adaptc.passes.analysis.sites import Site, consumers
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.methods import TokenRows, TrainedParameter
+from adaptc.passes.analysis.sites import Site, find_consumers
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import op_of
 from adaptc.passes.protocol.attachment import Attachment
 
 
 @dataclass(frozen=True)
-class Trained:
+class ParameterPlanner:
     """The sites of an opened program, as modules, biases and rows. ``embedding``: the path of the input embedding."""
 
-    lifted: Lifted
+    lifted: LiftedProgram
     sites: Sequence[Site]
     buffers: Sequence[Site]
     embedding: str | None
@@ -30,7 +30,7 @@ class Trained:
 
     # -- whole modules and biases ----------------------------------------------------------------------------------
 
-    def modules(self, names: Iterable[str]) -> dict[str, list[Site]]:
+    def sites_in_modules(self, names: Iterable[str]) -> dict[str, list[Site]]:
         """Return, for each of ``names`` that holds a tensor the program reads, the sites inside."""
         inside: dict[str, list[Site]] = {}
         for site in (*self.sites, *self.buffers):
@@ -40,7 +40,7 @@ class Trained:
                 path = path.rpartition(".")[0]
         return {n: inside[n] for n in names if n in inside}
 
-    def whole(self, module: str, like: Whole) -> list[Attachment]:
+    def attach_module(self, module: str, method: TrainedParameter) -> list[Attachment]:
         """Return the attachments of all tensors of ``module`` that the program reads.
 
         The name of each slot is ``like.slot`` followed by the path inside the module. Raises TargetError where the
@@ -49,46 +49,54 @@ class Trained:
         inside = [s for s in (*self.sites, *self.buffers) if f"{s.module}.".startswith(f"{module}.")]
         if not inside:
             raise TargetError(f"modules_to_save: {module!r} holds no parameter that the program reads")
-        return [self._whole(s, module, s.fqn.removeprefix(f"{module}."), like) for s in inside]
+        return [self._attach_parameter(s, module, s.fqn.removeprefix(f"{module}."), method) for s in inside]
 
-    def follower(self, site: Site, home: str) -> Attachment:
-        """Return the attachment of a ``site`` whose weight is that of ``home``, a module that is trained as a whole."""
-        a = self._whole(site, site.module, site.param, Whole("").following(home))
+    def attach_tied_site(self, site: Site, leader: str) -> Attachment:
+        """Return the attachment of a ``site`` whose weight is that of ``leader``, a module that is trained as a
+        whole."""
+        a = self._attach_parameter(site, site.module, site.param, TrainedParameter("").following(leader))
         return replace(a, consumers=site.consumers)  # the other readers are those of the leader
 
-    def unread(self, whole: Iterable[tuple[str, Whole]], read: Collection[str]) -> dict[str, str]:
-        """Return the tensors of the modules in ``whole`` that are not in ``read``: key in files -> FQN."""
+    def unread_tensors(
+        self, full_modules: Iterable[tuple[str, TrainedParameter]], read_fqns: Collection[str]
+    ) -> dict[str, str]:
+        """Return the tensors of the modules in ``full_modules`` that are not in ``read_fqns``: key in files -> FQN."""
         out: dict[str, str] = {}
-        for module, like in whole:
-            inside = [f for f in self.lifted.state_dict if f.startswith(f"{module}.") and f not in read]
-            out |= {f"{module}.{like.at_path(f.removeprefix(f'{module}.'))}": f for f in inside}
+        for module, like in full_modules:
+            inside = [f for f in self.lifted.state_dict if f.startswith(f"{module}.") and f not in read_fqns]
+            out |= {f"{module}.{like.slot_for_path(f.removeprefix(f'{module}.'))}": f for f in inside}
         return out
 
-    def biases(self, wanted: str, taken: Collection[str], main: Sequence[Attachment]) -> list[Attachment]:
+    def attach_biases(
+        self, bias_option: str, trained_ids: Collection[str], layer_attachments: Sequence[Attachment]
+    ) -> list[Attachment]:
         """Return the attachments of the biases that are trained.
 
-        ``wanted``: "none", "all", or any other value for the biases of the modules of ``main``. ``taken``: the ids of
-        attachments that train a bias already.
+        ``bias_option``: "none", "all", or any other value for the biases of the modules of ``layer_attachments``.
+        ``trained_ids``: the ids of attachments that train a bias already.
         """
-        if wanted == "none":
+        if bias_option == "none":
             return []
-        keys = {a.module: f"{a.key}.base_layer" for a in main}
-        sites = [s for s in self.sites if s.param == "bias" and (wanted == "all" or s.module in keys)]
-        found = [self._whole(s, keys.get(s.module, s.module), "bias", Whole("", place="trained_bias")) for s in sites]
-        return [a for a in found if a.id not in taken]
+        keys = {a.module: f"{a.key}.base_layer" for a in layer_attachments}
+        sites = [s for s in self.sites if s.param == "bias" and (bias_option == "all" or s.module in keys)]
+        found = [
+            self._attach_parameter(s, keys.get(s.module, s.module), "bias", TrainedParameter("", place="trained_bias"))
+            for s in sites
+        ]
+        return [a for a in found if a.id not in trained_ids]
 
-    def _whole(self, site: Site, key: str, inside: str, like: Whole) -> Attachment:
+    def _attach_parameter(self, site: Site, key: str, inner_path: str, template: TrainedParameter) -> Attachment:
         method = replace(
-            like,
-            slot=like.at_path(inside),
+            template,
+            slot=template.slot_for_path(inner_path),
             shape=site.shape,
             dtype=self.lifted.tensor(site.fqn).dtype,
             trainable=site not in self.buffers,
         )
-        names = (*site.consumers, *self._unclaimed(site))
+        names = (*site.consumers, *self._unclaimed_consumers(site))
         return Attachment(key, site.module, site.param, "weight", method, self.adapter, "weight", names)
 
-    def _unclaimed(self, site: Site) -> list[str]:
+    def _unclaimed_consumers(self, site: Site) -> list[str]:
         """Return the names of the weight's consumers that are in no site.
 
         Such a consumer is in a parent module that reads the weight; it must read the trained weight, too.
@@ -96,11 +104,11 @@ class Trained:
         node = self.lifted.placeholders[site.fqn]
         same = [s for s in (*self.sites, *self.buffers) if self.lifted.placeholders[s.fqn] is node]
         claimed = {c for s in same for c in s.consumers}
-        return [n.name for n, _ in consumers(node) if n.name not in claimed]
+        return [n.name for n, _ in find_consumers(node) if n.name not in claimed]
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
-    def tables(self) -> dict[str, list[Site]]:
+    def sites_of_tables(self) -> dict[str, list[Site]]:
         """Return the modules with a weight of two axes: module path -> the sites that read the weight.
 
         A module that only lends its weight to others, such as T5's ``shared``, has their sites.
@@ -116,56 +124,61 @@ class Trained:
                 out[module] = [s for s in found if s.fqn == fqn] or found
         return out
 
-    def tokens(self, tokens: Any) -> list[Attachment]:
+    def attach_tokens(self, tokens: Any) -> list[Attachment]:
         """Return the attachments for ``trainable_token_indices``: a list for the input embedding, or a dict by module.
 
         Raises TargetError where the embedding of a list, or a module of a dict, is not found.
         """
         if not tokens:
             return []
-        tables = self.tables()
+        tables = self.sites_of_tables()
         if not isinstance(tokens, Mapping):
             name = self.embedding or self.only_embedding()
             if name is None:
                 raise TargetError(
-                    f"trainable_token_indices: say for which embedding, as a dict; it may be {self._embeddings()}"
+                    "trainable_token_indices: say for which embedding, as a dict; it may be "
+                    f"{self._embedding_modules()}"
                 )
             tokens = {name: tokens}
-        chosen = [(m, e, TokenRows(tuple(tokens[e]))) for e in tokens for m in self._named(e, tables)]
-        return self.rows(chosen, seen=True)
+        chosen = [(m, e, TokenRows(tuple(tokens[e]))) for e in tokens for m in self._modules_matching(e, tables)]
+        return self.attach_rows(chosen, all_consumers=True)
 
-    def rows(self, chosen: Sequence[tuple[str, str, TokenRows]], *, seen: bool = False) -> list[Attachment]:
+    def attach_rows(
+        self, chosen: Sequence[tuple[str, str, TokenRows]], *, all_consumers: bool = False
+    ) -> list[Attachment]:
         """Return the attachments that train rows of modules.
 
         ``chosen``: (module path, the entry that named it, the method). Sites tied to the input embedding follow it,
-        unless other rows of them are trained. ``seen``: consumers that read the weight outside any site read the
-        trained rows, too. PEFT's wrapper for ``trainable_token_indices`` works that way; PEFT's layer for the method
-        itself does not.
+        unless other rows of them are trained. ``all_consumers``: consumers that read the weight outside any site read
+        the trained rows, too. PEFT's wrapper for ``trainable_token_indices`` works that way; PEFT's layer for the
+        method itself does not.
         """
-        tables, own = self.tables(), {m: like for m, _, like in chosen}
+        tables, method_by_module = self.sites_of_tables(), {m: like for m, _, like in chosen}
         out: dict[str, Attachment] = {}
         for module, entry, like in chosen:
-            mine = [s for s in tables[module] if s.module == module]
-            for site in mine:
+            own_sites = [s for s in tables[module] if s.module == module]
+            for site in own_sites:
                 if site.fqn not in out:
-                    out[site.fqn] = replace(self._rows(site, module, like, seen), entry=entry)
+                    out[site.fqn] = replace(self._attach_row_site(site, module, like, all_consumers), entry=entry)
             # A head follows the embedding that it is tied to; an embedding does not follow its head.
-            leads = self.embedding in (None, module) and (not mine or mine[0].kind == "embedding")
-            followers = self.tied_to(mine[0]) if mine and leads else [] if mine else tables[module]
+            leads = self.embedding in (None, module) and (not own_sites or own_sites[0].kind == "embedding")
+            followers = self.sites_tied_to(own_sites[0]) if own_sites and leads else [] if own_sites else tables[module]
             for site in followers:
-                if own.get(site.module, like).indices == like.indices:
-                    out[site.fqn] = replace(self._rows(site, module, like, seen), entry=entry if not mine else "")
+                if method_by_module.get(site.module, like).indices == like.indices:
+                    out[site.fqn] = replace(
+                        self._attach_row_site(site, module, like, all_consumers), entry=entry if not own_sites else ""
+                    )
         return list(out.values())
 
     def only_embedding(self) -> str | None:
         """Return the module of the program's embedding, None unless there is exactly one."""
-        found = self._embeddings()
+        found = self._embedding_modules()
         return found[0] if len(found) == 1 else None
 
-    def _embeddings(self) -> list[str]:
+    def _embedding_modules(self) -> list[str]:
         return [s.module for s in self.sites if s.kind == "embedding"]
 
-    def _named(self, entry: str, tables: Mapping[str, list[Site]]) -> list[str]:
+    def _modules_matching(self, entry: str, tables: Mapping[str, list[Site]]) -> list[str]:
         """Return the modules that ``entry`` names: those that end with it, preferably at a dot.
 
         As in PEFT, without a match at a dot any name that ends with the entry counts. Raises TargetError where none
@@ -176,25 +189,25 @@ class Trained:
         if not found:
             raise TargetError(
                 f"trainable_token_indices: {entry!r} is no module with rows to train; "
-                f"nearest: {nearest(entry, tables)}, embeddings: {self._embeddings()}"
+                f"nearest: {nearest(entry, tables)}, embeddings: {self._embedding_modules()}"
             )
         return found
 
-    def _rows(self, site: Site, key: str, method: TokenRows, seen: bool) -> Attachment:
+    def _attach_row_site(self, site: Site, key: str, method: TokenRows, all_consumers: bool) -> Attachment:
         try:
             method.slots(op_of(site.kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]]))
         except (TargetError, ConfigError) as error:
             raise type(error)(f"site {site.fqn!r} ({site.module_type or site.kind}): {error}") from error
-        more = self._unclaimed(site) if seen else []
+        more = self._unclaimed_consumers(site) if all_consumers else []
         names, form = (*site.consumers, *more), "weight" if more else "auto"
         return Attachment(key, site.module, site.param, site.kind, method, self.adapter, form, names)
 
-    def tied_to(self, site: Site) -> list[Site]:
+    def sites_tied_to(self, site: Site) -> list[Site]:
         """Return the sites that read the same weight under another name."""
         node = self.lifted.placeholders[site.fqn]
         return [s for s in self.sites if s.fqn != site.fqn and self.lifted.placeholders[s.fqn] is node]
 
 
-def outermost(modules: Sequence[str]) -> list[str]:
+def outermost_modules(modules: Sequence[str]) -> list[str]:
     """Return ``modules`` without those that lie inside another one of them."""
     return [m for m in modules if not any(m.startswith(f"{other}.") for other in modules)]

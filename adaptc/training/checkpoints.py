@@ -16,11 +16,11 @@ from adaptc.adapter_files.directory import read_adapter
 from adaptc.adapter_files.format import check_no_model
 from adaptc.adapter_files.stable_read import OpenedFile
 from adaptc.errors import CheckpointError
-from adaptc.state.adapter_output import TRAINER_NAME, has_other_model
+from adaptc.state.adapter_output import TRAINER_WEIGHTS, has_other_model
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 #: the file of a checkpoint that Trainer writes last
-STATE = "trainer_state.json"
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
@@ -30,17 +30,17 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
     unfinished are passed over. Raises CheckpointError where the directory cannot be read, or a finished checkpoint's
     adapter is damaged.
     """
-    for _, folder in sorted(_checkpoints(Path(directory)).items(), reverse=True):
-        if _finished(folder):
+    for _, folder in sorted(_checkpoints_by_step(Path(directory)).items(), reverse=True):
+        if _is_finished(folder):
             read_adapter(folder)
             return str(folder)
     return None
 
 
-def _checkpoints(directory: Path) -> dict[int, Path]:
+def _checkpoints_by_step(directory: Path) -> dict[int, Path]:
     """Return steps -> folder for the checkpoints in ``directory``; none where it does not exist."""
     try:
-        return {int(m[1]): p for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
+        return {int(m[1]): p for p in directory.iterdir() if (m := _CHECKPOINT_NAME.fullmatch(p.name)) and p.is_dir()}
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -49,27 +49,27 @@ def _checkpoints(directory: Path) -> dict[int, Path]:
 
 def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
     """Return whether a directory has the name of one of Trainer's checkpoints."""
-    return _NAME.fullmatch(Path(directory).name) is not None
+    return _CHECKPOINT_NAME.fullmatch(Path(directory).name) is not None
 
 
-def check_output(directory: str | os.PathLike[str], done: int, last: int) -> None:
+def check_output_dir(directory: str | os.PathLike[str], first_step: int, last_step: int) -> None:
     """Raise CheckpointError where a run that writes to ``directory`` would find a whole model there.
 
-    The run goes from step ``done`` to ``last``. Its adapters would hide that model, or be taken for it.
+    The run goes from step ``first_step`` to ``last_step``. Its adapters would hide that model, or be taken for it.
     """
-    steps = {n: p for n, p in _checkpoints(Path(directory)).items() if done < n <= last}
+    steps = {n: p for n, p in _checkpoints_by_step(Path(directory)).items() if first_step < n <= last_step}
     for folder in (Path(directory), *steps.values()):
         check_no_model(folder)
         if has_other_model(folder):
             raise CheckpointError(
-                f"{folder / TRAINER_NAME} is there, and not an adapter's. The run would write its adapters beside it: "
-                "choose another output_dir, or move that file"
+                f"{folder / TRAINER_WEIGHTS} is there, and not an adapter's. The run would write its adapters beside "
+                "it: choose another output_dir, or move that file"
             )
 
 
-def _finished(folder: Path) -> bool:
+def _is_finished(folder: Path) -> bool:
     try:
-        with OpenedFile(folder / STATE) as file:
-            return isinstance(json.loads(file.bytes()), dict)
+        with OpenedFile(folder / TRAINER_STATE_NAME) as file:
+            return isinstance(json.loads(file.read_bytes()), dict)
     except (CheckpointError, OSError, ValueError, RecursionError):
         return False

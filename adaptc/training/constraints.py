@@ -27,14 +27,14 @@ class Constraints:
             if method is not None and method.constrained(op, {n: binding.values[f] for n, f in a.slots.items()}):  # type: ignore[union-attr]
                 self._sites.append((method, op, a.slots))
 
-    def hold(self, module: nn.Module) -> None:
+    def enforce(self, module: nn.Module) -> None:
         """Move the parameters of ``module`` back, in place; only those that train, and only where gradients are on."""
         if not self._sites or not torch.is_grad_enabled():
             return
         compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             for method, op, fqns in self._sites:
-                slots = {n: _tensor(module, f) for n, f in fqns.items()}
+                slots = {n: _tensor_of(module, f) for n, f in fqns.items()}
                 for name, value in method.constrained(op, slots).items():
                     if slots[name].requires_grad:
                         # A write that autograd counts would fail the backward of an earlier call that read this
@@ -43,6 +43,6 @@ class Constraints:
                         (slots[name] if compiling else slots[name].data).copy_(value)
 
 
-def _tensor(module: nn.Module, fqn: str) -> Tensor:
+def _tensor_of(module: nn.Module, fqn: str) -> Tensor:
     path, _, name = fqn.rpartition(".")
     return getattr(module.get_submodule(path), name)

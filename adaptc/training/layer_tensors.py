@@ -1,7 +1,7 @@
 """Stand in for layers of a program, for code that asks a model for a layer to read its tensors or to hook its output.
 
-:func:`open_port` changes a graph so that the output of the input embeddings passes through such a module. The graph
-computes the same as before.
+:func:`insert_embedding_hook` changes a graph so that the output of the input embeddings passes through such a module.
+The graph computes the same as before.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.graph.module_paths import module_path, owners_of
+from adaptc.passes.graph.module_paths import module_path, program_module_paths
 from adaptc.state.core import ProgramCore
 
 
-class Tensors(nn.Module):
+class LayerStandIn(nn.Module):
     """A stand-in for a layer of a program, with the layer's current ``weight`` and ``bias``.
 
     It returns its input unchanged. Where a graph calls it on the layer's output, hooks on it see and change that
@@ -48,7 +48,7 @@ class Tensors(nn.Module):
         return y
 
 
-class AllDropout(nn.Dropout):
+class DropoutStandIn(nn.Dropout):
     """A stand-in for all dropout layers of a graph, for code that looks for such layers to set their ``p`` to 0.
 
     ``switch`` is called with False when that code turns dropout off.
@@ -79,27 +79,29 @@ class AllDropout(nn.Dropout):
         return f"all dropout, {'as captured' if vars(self)['_on'] else 'off'}"
 
 
-def open_port(graph: fx.GraphModule, program: ProgramCore, port: Tensors | None = None) -> Tensors | None:
-    """Lead the output of the input embeddings through ``port``, or through a new :class:`Tensors`, and return that
-    module.
+def insert_embedding_hook(
+    graph: fx.GraphModule, program: ProgramCore, stand_in: LayerStandIn | None = None
+) -> LayerStandIn | None:
+    """Lead the output of the input embeddings through ``stand_in``, or through a new :class:`LayerStandIn`, and return
+    that module.
 
     Returns None, and changes nothing, where the program does not know its input embeddings or the graph does not look
     up their weight.
     """
     source = program.adaptation.source
     path = None if source is None else source.input_embedding
-    known = owners_of(program)
+    known = program_module_paths(program)
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
         weight = node.args[0]
         if path and module_path(node, known) == path and weight.op == "get_attr":
             holder, _, name = str(weight.target).rpartition(".")
-            port = port or Tensors((graph.get_submodule(holder), name))
+            stand_in = stand_in or LayerStandIn((graph.get_submodule(holder), name))
             target = next(n for i in range(10**6) if not hasattr(graph, n := f"input_embeddings{i or ''}"))
-            graph.add_submodule(target, port)
+            graph.add_submodule(target, stand_in)
             with graph.graph.inserting_after(node):
                 through = graph.graph.call_module(target, (node,))
             through.meta = dict(node.meta)
             node.replace_all_uses_with(through, delete_user_cb=lambda user, through=through: user is not through)
             graph.recompile()
-            return port
+            return stand_in
     return None

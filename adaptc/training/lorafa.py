@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.methods import TokenRows, Whole
+from adaptc.methods import TokenRows, TrainedParameter
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.state.core import ProgramCore
@@ -53,21 +53,21 @@ def lorafa_optimizer(
         "eps": eps < 0,
         "betas": any(not 0 <= b < 1 for b in betas),
     }
-    given = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
+    options = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
     if bad := next((n for n, is_wrong in wrong.items() if is_wrong), None):
         raise ConfigError(
-            f"lorafa_optimizer: {bad}={given[bad]!r} is not possible; betas lie in [0, 1), others from 0 on"
+            f"lorafa_optimizer: {bad}={options[bad]!r} is not possible; betas lie in [0, 1), others from 0 on"
         )
     core = program.program if isinstance(program, ProgramModule) else program
     binding = program.binding() if isinstance(program, ProgramModule) else program.binding
-    pairs, others = _trained(core, binding)
+    pairs, others = _trainable_tensors(core, binding)
     for pair in pairs:
         pair.down.requires_grad_(False)
-    return LoraFA(pairs, others, {**given, "correct_bias": correct_bias})
+    return LoraFA(pairs, others, {**options, "correct_bias": correct_bias})
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraFactors:
     """The LoRA factors of one layer: ``down`` is A, ``up`` is B. ``experts``: the number of experts that the factors
     are stacked for; 0 where the layer has none."""
 
@@ -76,7 +76,7 @@ class Pair:
     scale: Tensor
     experts: int
 
-    def projected(self) -> Tensor:
+    def projected_gradient(self) -> Tensor:
         """Return the gradient of B times (A A^T)^-1 / s^2, in B's shape and dtype. A step of B along it moves the
         weight along the weight's own gradient."""
         grad = self.up.grad
@@ -95,9 +95,9 @@ class LoraFA(torch.optim.Optimizer):
     """A torch optimizer made by :func:`lorafa_optimizer`. Its state for each trainable parameter is two moving averages
     and a step count."""
 
-    def __init__(self, pairs: Iterable[Pair], others: Iterable[Tensor], options: dict[str, Any]) -> None:
-        self._pairs = {id(p.up): p for p in pairs}
-        super().__init__([*(p.up for p in self._pairs.values()), *others], options)
+    def __init__(self, pairs: Iterable[LoraFactors], others: Iterable[Tensor], options: dict[str, Any]) -> None:
+        self._factors_by_up = {id(p.up): p for p in pairs}
+        super().__init__([*(p.up for p in self._factors_by_up.values()), *others], options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -108,11 +108,11 @@ class LoraFA(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    pair = self._pairs.get(id(p))
-                    self._move(p, p.grad if pair is None else pair.projected(), group)
+                    pair = self._factors_by_up.get(id(p))
+                    self._adam_step(p, p.grad if pair is None else pair.projected_gradient(), group)
         return loss
 
-    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _adam_step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, (one, two) = self.state[p], group["betas"]
         if not state:
             state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -127,39 +127,39 @@ class LoraFA(torch.optim.Optimizer):
         p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def _trained(program: ProgramCore, binding: Binding) -> tuple[list[Pair], list[Tensor]]:
+def _trainable_tensors(program: ProgramCore, binding: Binding) -> tuple[list[LoraFactors], list[Tensor]]:
     """Return the A and B pairs of a program's LoRA sites, and its other trainable tensors. Raises AdaptcError for an
     adapter that is not LoRA."""
-    for part in binding.parts.values() or [binding]:
+    for part in binding.joint_adapters.values() or [binding]:
         if part.config.peft_type != "LORA":
             raise AdaptcError(
                 f"lorafa_optimizer is for LoRA, and the program's adapter is of type {part.config.peft_type or 'none'}:"
                 " use an optimizer of torch's"
             )
-    pairs: list[Pair] = []
-    others: dict[int, Tensor] = {}
+    pairs: list[LoraFactors] = []
+    other_tensors: dict[int, Tensor] = {}
     for a in program.adaptation.attachments:
         method = binding.methods.get(a.id)
         if type(method) is Lora:
-            pairs.append(_pair(program, binding, a))
-        elif method is not None and not isinstance(method, (Whole, TokenRows)):
+            pairs.append(_factors_at(program, binding, a))
+        elif method is not None and not isinstance(method, (TrainedParameter, TokenRows)):
             raise AdaptcError(f"lorafa_optimizer is for LoRA, and the adapter at {a.fqn!r} is {method.name}")
         if method is not None:
-            others |= {id(t): t for t in _values(binding, a) if t.requires_grad}
+            other_tensors |= {id(t): t for t in _slot_tensors(binding, a) if t.requires_grad}
     factors = {id(t) for p in pairs for t in (p.down, p.up)}
-    return pairs, [t for i, t in others.items() if i not in factors]
+    return pairs, [t for i, t in other_tensors.items() if i not in factors]
 
 
-def _pair(program: ProgramCore, binding: Binding, a: Attachment) -> Pair:
-    down, up, *_ = _values(binding, a)
+def _factors_at(program: ProgramCore, binding: Binding, attachment: Attachment) -> LoraFactors:
+    down, up, *_ = _slot_tensors(binding, attachment)
     if not up.requires_grad:
-        raise AdaptcError(f"the adapter at {a.key!r} is not trainable: compile it with inference_mode=False")
-    op = program.ops[a.id]
+        raise AdaptcError(f"the adapter at {attachment.key!r} is not trainable: compile it with inference_mode=False")
+    op = program.ops[attachment.id]
     if op.groups > 1:
-        raise AdaptcError(f"lorafa_optimizer has no meaning at {a.fqn!r}, a convolution of {op.groups} groups")
-    assert a.scale_slot is not None
-    return Pair(down, up, binding.values[a.scale_slot], op.experts)
+        raise AdaptcError(f"lorafa_optimizer has no meaning at {attachment.fqn!r}, a convolution of {op.groups} groups")
+    assert attachment.scale_slot is not None
+    return LoraFactors(down, up, binding.values[attachment.scale_slot], op.experts)
 
 
-def _values(binding: Binding, a: Attachment) -> Iterator[Tensor]:
-    return (binding.values[f] for f in a.slots.values())
+def _slot_tensors(binding: Binding, attachment: Attachment) -> Iterator[Tensor]:
+    return (binding.values[f] for f in attachment.slots.values())

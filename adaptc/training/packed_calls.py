@@ -13,40 +13,40 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, listing
-from adaptc.runtime.dynamo_boundary import outside
+from adaptc.runtime.dynamo_boundary import not_traced
 
 #: keywords that say where the sequences of packed rows begin, for kernels that do not read position_ids
-BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+SEQUENCE_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class PackedCalls:
-    """The modules for calls of ``module``, a ``PretrainedModule``, with ``position_ids``. ``modules``: whether a call
-    has an attention_mask -> the module that takes it."""
+    """The modules for calls of ``module``, a ``PretrainedModule``, with ``position_ids``. ``packed_modules``: whether a
+    call has an attention_mask -> the module that takes it."""
 
     #: a function that makes the module that takes ``position_ids``, of a module and whether there is a mask; ``api``
     #: sets it to ``packing.packed``
-    packing: ClassVar[Callable[[Any, bool], Any]]
-    #: a function that returns which of :data:`BOUNDS` a module's model reads; ``packing.read_bounds``
-    reading: ClassVar[Callable[[Any], Collection[str]]]
+    make_packed_module: ClassVar[Callable[[Any, bool], Any]]
+    #: a function that returns which of :data:`SEQUENCE_BOUNDS` a module's model reads; ``packing.find_bounds_read``
+    find_bounds_read: ClassVar[Callable[[Any], Collection[str]]]
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.modules: dict[bool, Any] = {}
-        self._read: Collection[str] | None = None
+        self.packed_modules: dict[bool, Any] = {}
+        self._bounds_read: Collection[str] | None = None
 
-    def taking(self, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def choose_module(self, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return the module for a call with ``kwargs``, and the keywords to call it with.
 
         The keywords lack the bounds of sequences, and ``position_ids`` of one row are expanded to the batch. Raises
         AdaptcError for bounds of sequences that the model reads.
         """
         module, kwargs, positions = self.module, dict(kwargs), kwargs.get("position_ids")
-        if not isinstance(positions, Tensor) or not module.again or module.config.is_encoder_decoder:
+        if not isinstance(positions, Tensor) or not module.can_recapture or module.config.is_encoder_decoder:
             return module, kwargs
-        if told := [n for n in BOUNDS if kwargs.pop(n, None) is not None]:
-            known = self._read
+        if told := [n for n in SEQUENCE_BOUNDS if kwargs.pop(n, None) is not None]:
+            known = self._bounds_read
             if known is None:
-                known = self._read = outside(type(self).reading)(module)
+                known = self._bounds_read = not_traced(type(self).find_bounds_read)(module)
             if read := [n for n in told if n in known]:
                 raise AdaptcError(
                     f"{listing(map(repr, read))} cannot be given: the model computes something else with it than "
@@ -58,13 +58,13 @@ class PackedCalls:
         if isinstance(ids, Tensor) and positions.ndim == ids.ndim and len(positions) == 1 < len(ids):
             kwargs["position_ids"] = positions.expand(len(ids), -1)
         masked = kwargs.get("attention_mask") is not None
-        if masked not in self.modules:
-            self.modules[masked] = outside(type(self).packing)(module, masked)
-        found = self.modules[masked]
-        if found.checkpointed != module.checkpointed:
-            found.keep_activations() if module.checkpointed is None else found.checkpoint(module.checkpointed)
-        if found.drops != module.drops:
-            found.set_dropout(module.drops)
+        if masked not in self.packed_modules:
+            self.packed_modules[masked] = not_traced(type(self).make_packed_module)(module, masked)
+        found = self.packed_modules[masked]
+        if found.checkpoint_every != module.checkpoint_every:
+            found.keep_activations() if module.checkpoint_every is None else found.checkpoint(module.checkpoint_every)
+        if found.is_dropout_on != module.is_dropout_on:
+            found.set_dropout(module.is_dropout_on)
         if found.training != module.training:
             found.train(module.training)
         return found, kwargs

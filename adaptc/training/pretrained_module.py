@@ -7,7 +7,6 @@ takes the arguments of its ``forward`` as far as they change nothing. What would
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
@@ -15,22 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from adaptc.binding.sources.source import bind_adapter
-from adaptc.capture.capture import Source
-from adaptc.errors import AdaptcError, ConfigError, shown
+from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.passes.train.checkpoint import checkpoint
-from adaptc.passes.train.recomputed import Recomputed
+from adaptc.passes.train.recomputed import RecomputedSegment
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.state.core import ProgramCore
-from adaptc.state.model_directory import taken, write_model
-from adaptc.training.checkpoints import is_checkpoint
-from adaptc.training.layer_tensors import Tensors, open_port
-from adaptc.training.module_files import write_module
+from adaptc.training.layer_tensors import LayerStandIn, insert_embedding_hook
+from adaptc.training.module_files import PretrainedFiles
 from adaptc.training.packed_calls import PackedCalls
-from adaptc.training.program_module import Making, ProgramModule, forward_taking, tables_of
+from adaptc.training.program_module import ModuleFactory, ProgramModule, make_forward, shared_tables
 from adaptc.training.reference_model import warn_of_copied_model, warn_of_second_model
-from adaptc.training.sharded_tensors import first_of, mesh_of, reshard, whole
 
 _IGNORED = -100
 
@@ -42,43 +36,45 @@ class Backbone(nn.Module):
     ``whole``.
     """
 
-    def __init__(self, whole: PretrainedModule, graph: fx.GraphModule) -> None:
+    def __init__(self, module: PretrainedModule, graph: fx.GraphModule) -> None:
         super().__init__()
-        share(whole, graph)
-        vars(self).update(tables_of(graph), whole=whole, graph_module=graph)
+        share_tensors(module, graph)
+        vars(self).update(shared_tables(graph), whole=module, graph_module=graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
         whole: PretrainedModule = vars(self)["whole"]
-        other, kwargs = whole.packed_calls.taking(kwargs)
+        other, kwargs = whole.packed_calls.choose_module(kwargs)
         if other is not whole:
             return other.base_model(*args, **kwargs)
-        args, kwargs = whole.inputs.complete(args, kwargs)
-        whole.constraints.hold(whole)
+        args, kwargs = whole.inputs.fill_missing(args, kwargs)
+        whole.constraints.enforce(whole)
         return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](*args, **kwargs))
 
 
-def share(whole: nn.Module, graph: fx.GraphModule) -> None:
-    """Let ``graph`` read the tensors of ``whole``. It keeps the submodules that it runs itself: blocks, and segments
+def share_tensors(module: nn.Module, graph: fx.GraphModule) -> None:
+    """Let ``graph`` read the tensors of ``module``. It keeps the submodules that it runs itself: blocks, and segments
     that the backward computes again."""
-    own = {n: m for n, m in graph.named_children() if isinstance(m, (fx.GraphModule, Recomputed))}
-    vars(graph).update(tables_of(whole))
-    theirs = dict(whole.named_children())
-    vars(graph)["_modules"] = {n: m for n, m in theirs.items() if not isinstance(m, (fx.GraphModule, Recomputed))} | own
+    own = {n: m for n, m in graph.named_children() if isinstance(m, (fx.GraphModule, RecomputedSegment))}
+    vars(graph).update(shared_tables(module))
+    theirs = dict(module.named_children())
+    vars(graph)["_modules"] = {
+        n: m for n, m in theirs.items() if not isinstance(m, (fx.GraphModule, RecomputedSegment))
+    } | own
 
 
-class PretrainedModule(ProgramModule):
-    """A module of a program that was a transformers model. :func:`pretrained` makes the subclasses that are used, which
-    are ``PreTrainedModel`` as well."""
+class PretrainedModule(PretrainedFiles):
+    """A module of a program that was a transformers model. :func:`pretrained_class` makes the subclasses that are used,
+    which are ``PreTrainedModel`` as well."""
 
     #: the model's class
-    kind: ClassVar[type] = nn.Module
+    model_class: ClassVar[type] = nn.Module
     #: a function that generates, of a module and the arguments of its ``generate``; ``api`` sets it
-    generating: ClassVar[Callable[..., Any]]
+    generate_function: ClassVar[Callable[..., Any]]
 
-    def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
-        port = open_port(graph, program)
+    def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: ModuleFactory) -> None:
+        embedding_hook = insert_embedding_hook(graph, program)
         super().__init__(program, owner, graph, making)
         source = self.source
         self.config = copy.deepcopy(source.config)
@@ -89,15 +85,9 @@ class PretrainedModule(ProgramModule):
         self.warnings_issued: dict[str, bool] = {}
         self.all_tied_weights_keys: dict[str, str] = {}
         #: a function whose value is added to each loss; None for no addition
-        self.penalty: Callable[[], Tensor] | None = None
-        vars(self).update(port=port, backbone=None)
+        self.extra_loss: Callable[[], Tensor] | None = None
+        vars(self).update(port=embedding_hook, backbone=None)
         self.packed_calls = PackedCalls(self)
-
-    @property
-    def source(self) -> Source:
-        source = self.program.adaptation.source
-        assert source is not None
-        return source
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -107,12 +97,12 @@ class PretrainedModule(ProgramModule):
         The loss is then the sum over labels divided by that number."""
         aux = bool(getattr(self.config, "output_router_logits", False))
         own = any(m.changes("loss") for m, _ in self._program_methods())
-        return self.source.means_over_next_labels and "labels" in self.inputs.names and not aux and not own
+        return self.source.is_causal_lm_loss and "labels" in self.inputs.names and not aux and not own
 
-    def _check_pad(self) -> None:
+    def _check_pad_token(self) -> None:
         """Raise AdaptcError where a trainer changed the ``pad_token_id`` by which a sequence classifier finds the end
         of a row."""
-        if "SequenceClassification" in self.kind.__name__:
+        if "SequenceClassification" in self.model_class.__name__:
             now, captured = (c.get_text_config().pad_token_id for c in (self.config, self.source.config))
             if now != captured:
                 raise AdaptcError(
@@ -134,15 +124,15 @@ class PretrainedModule(ProgramModule):
         ``num_items_in_batch``: see :attr:`accepts_loss_kwargs`. Raises AdaptcError for inputs that the program was not
         captured for.
         """
-        other, kwargs = self.packed_calls.taking(kwargs)
+        other, kwargs = self.packed_calls.choose_module(kwargs)
         if other is not self:
-            other.penalty = self.penalty
+            other.extra_loss = self.extra_loss
             return other.forward(*args, num_items_in_batch=num_items_in_batch, **kwargs)
-        self._check_pad()
-        out = self._answer(*self.inputs.calls.arranged(args, kwargs), num_items_in_batch)
-        return self.inputs.calls.as_asked(out, args, kwargs)
+        self._check_pad_token()
+        out = self._forward_with_loss(*self.inputs.call_names.arrange_arguments(args, kwargs), num_items_in_batch)
+        return self.inputs.call_names.convert_output(out, args, kwargs)
 
-    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_items_in_batch: Any) -> Any:
+    def _forward_with_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_items_in_batch: Any) -> Any:
         """Return the output for the program's own inputs, with ``num_items_in_batch`` and the penalty worked into its
         loss."""
         labels = kwargs.get("labels")
@@ -158,23 +148,23 @@ class PretrainedModule(ProgramModule):
             count = (labels[..., first:] != _IGNORED).sum()
             # The mean over no labels is NaN: a batch in which none counts adds nothing.
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)
-        if self.penalty is not None:
-            out.loss = out.loss + self.penalty()
+        if self.extra_loss is not None:
+            out.loss = out.loss + self.extra_loss()
         return out
 
     @property
-    def again(self) -> bool:
+    def can_recapture(self) -> bool:
         """Return whether the model can be captured again: the program has adapters, was captured for training, and
         generates."""
-        return self.source.shell is not None and bool(self.program.adaptation.attachments)
+        return self.source.skeleton is not None and bool(self.program.adaptation.attachments)
 
-    def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    def explain_failure(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """Return the likely fault of a call that a layer refused, as the base class does. Token ids and labels outside
         the vocabulary count, too."""
-        if found := super().why_wrong(args, kwargs):
+        if found := super().explain_failure(args, kwargs):
             return found
         port = vars(self)["port"]
-        sizes = {"input_ids": None if port is None else port.num_embeddings, "labels": self._classes()}
+        sizes = {"input_ids": None if port is None else port.num_embeddings, "labels": self._class_count()}
         for name, size in sizes.items():
             t = kwargs.get(name)
             if size is None or not isinstance(t, Tensor) or t.is_floating_point() or t.is_meta:
@@ -186,10 +176,10 @@ class PretrainedModule(ProgramModule):
                 return f"input {name!r} holds {out[0].item()}; expected numbers from 0 to {size - 1}{also}"
         return ""
 
-    def _classes(self) -> int | None:
+    def _class_count(self) -> int | None:
         """Return the number of classes that the loss chooses from where these are tokens, which is the vocabulary size;
         else None."""
-        return getattr(self.config, "vocab_size", None) if self.source.means_over_next_labels else None
+        return getattr(self.config, "vocab_size", None) if self.source.is_causal_lm_loss else None
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -204,14 +194,14 @@ class PretrainedModule(ProgramModule):
         warn_of_copied_model()
         return super().__deepcopy__(memo)
 
-    def get_input_embeddings(self) -> Tensors:
+    def get_input_embeddings(self) -> LayerStandIn:
         """Return a stand-in for the input embeddings; hooks on it change the embeddings of calls (NEFTune). Raises
         AdaptcError where the program does not know its input embeddings."""
         if vars(self)["port"] is None:
             raise AdaptcError("the program does not know its input embeddings")
         return vars(self)["port"]
 
-    def get_output_embeddings(self) -> Tensors:
+    def get_output_embeddings(self) -> LayerStandIn:
         """Return the weight and bias of the output layer, those of ``modules_to_save`` where they are trained.
 
         Raises AdaptcError for a layer with an adapter of another kind: its weight alone is not what the layer computes.
@@ -221,18 +211,18 @@ class PretrainedModule(ProgramModule):
         if path is None or not hasattr(self.get_submodule(path), "weight"):
             raise AdaptcError("the program does not know its output layer")
         layer = self.get_submodule(path)
-        places = {n: (layer, n) for n in ("weight", "bias") if getattr(layer, n, None) is not None}
+        tensor_owners = {n: (layer, n) for n in ("weight", "bias") if getattr(layer, n, None) is not None}
         for a in self.program.adaptation.attachments:
             if a.module != path:
                 continue
-            if not a.method.replaces or len(a.slots) != 1 or a.param not in places:
+            if not a.method.replaces or len(a.slots) != 1 or a.param not in tensor_owners:
                 raise AdaptcError(
                     f"the output layer {path!r} has an adapter, so its weight alone is not what it computes; leave it "
                     "out of target_modules, or train without what asks for it"
                 )
             holder, _, name = next(iter(a.slots.values())).rpartition(".")
-            places[a.param] = self.get_submodule(holder), name
-        return Tensors(places["weight"], places.get("bias"))
+            tensor_owners[a.param] = self.get_submodule(holder), name
+        return LayerStandIn(tensor_owners["weight"], tensor_owners.get("bias"))
 
     @property
     def base_model(self) -> nn.Module:
@@ -240,13 +230,13 @@ class PretrainedModule(ProgramModule):
         :meth:`get_output_embeddings` does, and where the program does not end in one linear layer."""
         self.get_output_embeddings()
         if vars(self)["backbone"] is None:
-            graph = self.making.graph(self.program, self.source.output_embedding)
-            open_port(graph, self.program, vars(self)["port"])
-            if self.checkpointed is not None:
-                checkpoint(graph, self.checkpointed)
+            graph = self.factory.make_graph(self.program, self.source.output_embedding)
+            insert_embedding_hook(graph, self.program, vars(self)["port"])
+            if self.checkpoint_every is not None:
+                checkpoint(graph, self.checkpoint_every)
             vars(self)["backbone"] = Backbone(self, graph)
-            set_mode(graph, self.training, self.drops)
-            self._set_flags(self.training)
+            set_mode(graph, self.training, self.is_dropout_on)
+            self._set_training_flags(self.training)
         return vars(self)["backbone"]
 
     def graph_modules(self) -> Sequence[fx.GraphModule]:
@@ -263,8 +253,8 @@ class PretrainedModule(ProgramModule):
         known["preserve_rng_state"] = (True,)
         if odd := {k: v for k, v in asked.items() if v not in known.get(k, ())}:
             raise ConfigError(
-                f"gradient checkpointing of a program takes no {shown(odd)}: every repeated block is computed again, "
-                "without re-entering autograd (use_reentrant=False)"
+                f"gradient checkpointing of a program takes no {short_repr(odd)}: every repeated block is computed "
+                "again, without re-entering autograd (use_reentrant=False)"
             )
         self.checkpoint()
 
@@ -279,7 +269,7 @@ class PretrainedModule(ProgramModule):
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return self.checkpointed is not None
+        return self.checkpoint_every is not None
 
     is_gradient_checkpointing = is_activation_checkpointing
 
@@ -294,7 +284,7 @@ class PretrainedModule(ProgramModule):
     @classmethod
     def can_generate(cls) -> bool:
         """Return whether the model's class generates, so that :meth:`generate` may."""
-        return bool(getattr(cls.kind, "can_generate", bool)())
+        return bool(getattr(cls.model_class, "can_generate", bool)())
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate as the model's ``generate`` does, with the current adapter, in eval mode whatever mode the module is
@@ -304,80 +294,19 @@ class PretrainedModule(ProgramModule):
         ``adaptc.compile_for_generation`` does. Raises AdaptcError for a module whose program was not captured for
         training. Raises, too, as that function and its ``generate`` do.
         """
-        return type(self).generating(self, inputs, generation_config, **kwargs)
+        return type(self).generate_function(self, inputs, generation_config, **kwargs)
 
     def push_to_hub(self, *_: Any, **__: Any) -> Any:
         raise AdaptcError(
             "a program is not pushed: write the adapter with save_pretrained, and push that with huggingface_hub"
         )
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        safe_serialization: bool = True,
-        save_embedding_layers: bool = False,
-        **options: Any,
-    ) -> None:
-        """Write the adapter as a PEFT directory, where ``is_main_process``; without an adapter, write a transformers
-        directory.
-
-        ``state_dict``: tensors to write instead, in PEFT's keys or in the model's. All processes call it for a module
-        that FSDP2 shards, and the first one writes. Only a program that was merged or unloaded takes ``options``, which
-        are transformers' ``max_shard_size`` and ``save_original_format``.
-
-        In a checkpoint of Trainer's (``checkpoint-10``) the adapter's weights have ``model.safetensors`` as a second
-        name, which Trainer looks for when it resumes.
-
-        Raises ConfigError for other options, and CheckpointError as ``adaptc.save_adapter`` and
-        :func:`adaptc.state.model_directory.write_model` do. Raises CheckpointError, too, where a checkpoint has a
-        ``model.safetensors`` that is something else.
-        """
-        if push_to_hub:
-            raise ConfigError("push_to_hub=True: write the directory, and push it with huggingface_hub")
-        options = {k: v for k, v in options.items() if v is not None}
-        if self.program.current is None:
-            options |= {"safe_serialization": safe_serialization, "save_embedding_layers": save_embedding_layers}
-            self._save_model(save_directory, is_main_process, state_dict, taken(options))
-            return
-        if options:
-            raise ConfigError(
-                f"save_pretrained of a program writes its adapter, and takes no {', '.join(sorted(options))}; "
-                "adaptc.merge(program).module().save_pretrained writes the model"
-            )
-        write_module(
-            self,
-            save_directory,
-            None if state_dict is None else bind_adapter(self.program, state_dict),
-            here=is_main_process,
-            for_trainer=safe_serialization and is_checkpoint(save_directory),
-            safe_serialization=safe_serialization,
-            base_model=self.name_or_path or None,
-            save_embedding_layers=save_embedding_layers,
-        )
-
-    def _save_model(
-        self,
-        path: str | os.PathLike[str],
-        here: bool,
-        state: Mapping[str, Tensor] | None,
-        options: Mapping[str, Any],
-    ) -> None:
-        reshard(self)
-        own = self.tensors()
-        own = {k: own[k] for k in self.program.state_dict if k in own}
-        mesh = next((m for t in own.values() if (m := mesh_of(t)) is not None), None)
-        own = {k: whole(t) for k, t in own.items()} if state is None else dict(state)
-        with first_of(mesh) as first:
-            if first and (here or mesh is not None):
-                write_model(self.source, own, path, **options)
-
 
 @cache
-def pretrained(kind: type, n_args: int, names: tuple[str, ...], optional: frozenset[str]) -> type[PretrainedModule]:
-    """Return the class of modules for programs that were a ``kind`` and take these inputs.
+def pretrained_class(
+    model_class: type, n_args: int, names: tuple[str, ...], optional: frozenset[str]
+) -> type[PretrainedModule]:
+    """Return the class of modules for programs that were a ``model_class`` and take these inputs.
 
     ``n_args``: the number of positional inputs. ``names``: the keyword inputs, of which those in ``optional`` may be
     left out. Trainers read the class's name and the signature of its ``forward``.
@@ -385,13 +314,13 @@ def pretrained(kind: type, n_args: int, names: tuple[str, ...], optional: frozen
     from transformers import PreTrainedModel
 
     own = {
-        "forward": forward_taking(PretrainedModule, n_args, names, optional),
-        "main_input_name": getattr(kind, "main_input_name", "input_ids"),
-        "config_class": getattr(kind, "config_class", None),
-        "kind": kind,
+        "forward": make_forward(PretrainedModule, n_args, names, optional),
+        "main_input_name": getattr(model_class, "main_input_name", "input_ids"),
+        "config_class": getattr(model_class, "config_class", None),
+        "model_class": model_class,
         "__module__": __name__,
     }
-    return type(kind.__name__, (PretrainedModule, PreTrainedModel), own)
+    return type(model_class.__name__, (PretrainedModule, PreTrainedModel), own)
 
 
 def _without_loss(out: Any) -> Any:

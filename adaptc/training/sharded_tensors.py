@@ -22,7 +22,7 @@ def mesh_of(t: Tensor) -> Any:
     return getattr(t, "device_mesh", None) if dist.is_available() and dist.is_initialized() else None
 
 
-def whole(t: Tensor) -> Tensor:
+def gather(t: Tensor) -> Tensor:
     """Return ``t`` gathered from all processes of its mesh, or ``t`` itself where it is whole."""
     return t if mesh_of(t) is None else t.full_tensor()  # type: ignore[attr-defined]
 
@@ -32,19 +32,19 @@ def reshard(module: Any) -> None:
     module.state_dict()  # FSDP2 shards them in its hook that runs before this
 
 
-def as_held(t: Tensor, own: Tensor) -> Tensor:
-    """Return ``t``, a whole tensor that every process has, sharded as ``own`` is. Each process cuts its shard from its
+def shard_like(t: Tensor, like: Tensor) -> Tensor:
+    """Return ``t``, a whole tensor that every process has, sharded as ``like`` is. Each process cuts its shard from its
     own copy."""
-    if mesh_of(own) is None:
+    if mesh_of(like) is None:
         return t
     from torch.distributed.tensor import distribute_tensor
 
-    held: Any = own
-    return distribute_tensor(t.to(own.device), held.device_mesh, held.placements, src_data_rank=None)
+    held: Any = like
+    return distribute_tensor(t.to(like.device), held.device_mesh, held.placements, src_data_rank=None)
 
 
 @contextmanager
-def first_of(mesh: Any) -> Iterator[bool]:
+def is_first_process(mesh: Any) -> Iterator[bool]:
     """Run the block with whether this process is the first of ``mesh``; True where ``mesh`` is None.
 
     All processes of the mesh leave the block together. Where the block raises in one of them, the others raise

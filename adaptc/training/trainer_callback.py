@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.errors import AdaptcError, ConfigError, shown
+from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.methods.lora_family.adalora import AdaLoraConfig
 from adaptc.state.core import ProgramCore
-from adaptc.training.checkpoints import check_output
+from adaptc.training.checkpoints import check_output_dir
 from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
 
 
@@ -33,22 +33,23 @@ def check_gradients(module: nn.Module, scaler: Any = None) -> None:
     cannot help.
     """
     named = {n: p.grad.detach().abs().sum() for n, p in module.named_parameters() if p.grad is not None}
-    if wrong := _not_finite(named):
+    if wrong := _find_not_finite(named):
         wrong = [n for n in wrong if not module.get_parameter(n).grad.isfinite().all()]  # type: ignore[union-attr]
-    _refuse(wrong, len(named), scaler)
+    _raise_not_finite(wrong, len(named), scaler)
 
 
-def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
+def _find_not_finite(sums: Mapping[str, Tensor]) -> list[str]:
     if not sums or torch.stack([s.float().cpu() for s in sums.values()]).isfinite().all():
         return []
     return [n for n, s in sums.items() if not s.isfinite()]
 
 
-def _refuse(wrong: Sequence[str], count: int, scaler: Any) -> None:
-    if wrong and (scaler is None or not scaler.is_enabled() or scaler.get_scale() <= 1):
+def _raise_not_finite(names: Sequence[str], count: int, scaler: Any) -> None:
+    if names and (scaler is None or not scaler.is_enabled() or scaler.get_scale() <= 1):
         raise AdaptcError(
-            f"the gradients of {len(wrong)} of {count} parameters are not finite: {shown(list(wrong[:4]))}. The step "
-            "was not taken, so the adapter is as it was; a smaller learning rate, clipped gradients or float32 may help"
+            f"the gradients of {len(names)} of {count} parameters are not finite: {short_repr(list(names[:4]))}. The "
+            "step was not taken, so the adapter is as it was; a smaller learning rate, clipped gradients or float32 "
+            "may help"
         )
 
 
@@ -62,47 +63,51 @@ def trainer_callback(program: ProgramCore) -> Any:
     When training begins it raises as :class:`RankAllocator` does, and ConfigError for options of the trainer that a
     program cannot serve.
     """
-    return _kind()(program)
+    return _callback_class()(program)
 
 
-class _Between:
+class _CallbackHooks:
     def __init__(self, program: ProgramCore) -> None:
         self.program = program
         self.allocator: RankAllocator | None = None
-        self.sums: dict[str, Tensor] = {}
+        self.gradient_sums: dict[str, Tensor] = {}
         self.hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if getattr(args, "predict_with_generate", False) and not getattr(kwargs["model"], "again", False):
+        if getattr(args, "predict_with_generate", False) and not getattr(kwargs["model"], "can_recapture", False):
             raise ConfigError(
                 "predict_with_generate=True: this module does not generate. Leave it out, or train that of a model "
                 "that does, adaptc.compile(model, config, training=True).module()"
             )
         if args.should_save:
-            check_output(args.output_dir, state.global_step, state.max_steps)
+            check_output_dir(args.output_dir, state.global_step, state.max_steps)
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
-            kwargs["model"].penalty = partial(orthogonal_loss, self.program)
+            kwargs["model"].extra_loss = partial(orthogonal_loss, self.program)
         # Trainer clips gradients before it calls back, so each one is summed by a hook when it is accumulated.
-        self.forget()
+        self.remove_hooks()
         for name, p in kwargs["model"].named_parameters():
             if p.requires_grad:
-                self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.note, name)))
+                self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.record_gradient, name)))
 
-    def note(self, name: str, p: Tensor) -> None:
+    def record_gradient(self, name: str, p: Tensor) -> None:
         if p.grad is not None:
-            self.sums[name] = p.grad.detach().abs().sum()
+            self.gradient_sums[name] = p.grad.detach().abs().sum()
 
-    def forget(self) -> None:
+    def remove_hooks(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.hooks, self.sums = [], {}
+        self.hooks, self.gradient_sums = [], {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.forget()
+        self.remove_hooks()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _refuse(_not_finite(self.sums), len(self.sums), getattr(kwargs.get("optimizer"), "scaler", None))
+        _raise_not_finite(
+            _find_not_finite(self.gradient_sums),
+            len(self.gradient_sums),
+            getattr(kwargs.get("optimizer"), "scaler", None),
+        )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.allocator is not None:
@@ -110,7 +115,7 @@ class _Between:
 
 
 @cache
-def _kind() -> type:
+def _callback_class() -> type:
     from transformers import TrainerCallback
 
-    return type("AdapterCallback", (_Between, TrainerCallback), {"__module__": __name__})
+    return type("AdapterCallback", (_CallbackHooks, TrainerCallback), {"__module__": __name__})

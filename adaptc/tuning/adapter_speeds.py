@@ -13,22 +13,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptc.passes.optimize.sibling_cost import DISPATCH, Speed, speed
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES
-from adaptc.tuning.matmul_table import product_table, wanted
-from adaptc.tuning.matmul_times import ADAPTERS, FACTOR_CLASSES, FACTORS, ROWS, Times, least, measure, operands
+from adaptc.passes.optimize.sibling_cost import DISPATCH, MatmulSpeed, default_speed
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES
+from adaptc.tuning.matmul_table import chooses_matmuls, matmul_table
+from adaptc.tuning.matmul_times import (
+    ADAPTERS,
+    FACTOR_CLASSES,
+    FACTORS,
+    ROWS_OF_CLASS,
+    Times,
+    least_times,
+    make_operands,
+    measure_times,
+)
 
 #: the seconds of one operation, the unit of costs: a dispatch takes four microseconds and costs ``DISPATCH`` operations
-OPERATION = 4e-6 / DISPATCH
+OPERATION_SECONDS = 4e-6 / DISPATCH
 
 
-def adapter_speed(dtype: torch.dtype) -> Speed:
+def adapter_speed(dtype: torch.dtype) -> MatmulSpeed:
     """Return the speed of matmuls with adapter factors of ``dtype``, measured or guessed."""
-    times = product_table(dtype, measure_adapters, ADAPTERS).times if wanted() else {}
-    return speed_of(times) or speed(dtype)
+    times = matmul_table(dtype, measure_adapters, ADAPTERS).times if chooses_matmuls() else {}
+    return fit_speed(times) or default_speed(dtype)
 
 
-def speed_of(times: Times) -> Speed | None:
+def fit_speed(times: Times) -> MatmulSpeed | None:
     """Return the speed that ``times`` give, by a line through few and many rows.
 
     None where times are missing, or where noise makes a fixed cost or the cost of an operation zero or less.
@@ -39,25 +48,25 @@ def speed_of(times: Times) -> Speed | None:
         return None
     few_narrow, few_wide, many_narrow, many_wide = (sum(t) / len(t) for t in found if t is not None)
     numbers = narrow[0] * (wide[1] - narrow[1])
-    rows = dict(zip(ALL_CLASSES, ROWS, strict=True))
+    rows = dict(zip(ALL_ROW_CLASSES, ROWS_OF_CLASS, strict=True))
     read = max(0.0, few_wide - few_narrow) / numbers
     work = max(0.0, (many_wide - many_narrow) / numbers - read) / (2 * rows[many])
     fixed = few_narrow - read * narrow[0] * narrow[1]
     if fixed <= 0 or work <= 0:
         return None
-    return Speed(fixed / OPERATION / DISPATCH, work / OPERATION, read / OPERATION)
+    return MatmulSpeed(fixed / OPERATION_SECONDS / DISPATCH, work / OPERATION_SECONDS, read / OPERATION_SECONDS)
 
 
 def measure_adapters(dtype: torch.dtype) -> Times:
     """Measure both matmuls of an adapter, down and up with its addition, and return their times."""
-    return measure(dtype, _both, ADAPTERS)
+    return measure_times(dtype, _time_factors, ADAPTERS)
 
 
-def _both(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> Sequence[float] | None:
-    x, ups = operands(pool, (size[1], size[0]), rows)  # ups: (rank, width), x: (rows, width)
+def _time_factors(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> Sequence[float] | None:
+    x, ups = make_operands(pool, (size[1], size[0]), rows)  # ups: (rank, width), x: (rows, width)
     low, y = pool[: rows * size[1]].view(rows, size[1]), torch.zeros_like(x)
     downs = [u.view(size) for u in ups]
-    return least(
+    return least_times(
         [lambda n: torch.mm(x, downs[n % len(downs)]), lambda n: y.addmm_(low, ups[n % len(ups)])],
         end,
     )

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.op_rules import batched_by
+from adaptc.op_rules import register_vmap
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, product, takes
-from adaptc.tuning.matmul_table import choose, choose_for_all, spared
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR, ONEDNN, linear_matmul, onednn_supports
+from adaptc.tuning.matmul_table import choose_for_all_rows, choose_matmul, seconds_saved
 
 #: the most seconds that an op of Python costs in compiled code
-CALL = 30e-6
+PYTHON_OP_SECONDS = 30e-6
 
 
 #: the library of ``adaptc::product_called``: ``adaptc::product`` without gradients, for code that is compiled already,
@@ -36,9 +36,9 @@ _library = torch.library.Library("adaptc", "FRAGMENT")
 _library.define(
     "product_called(Tensor x, Tensor weight, Tensor? bias, str kind, int[] classes, int[] columns) -> Tensor"
 )
-_library.impl("product_called", product, "CPU")
+_library.impl("product_called", linear_matmul, "CPU")
 # ``product`` looks for derivatives itself, so calls without any need no autograd op around it.
-_library.impl("product_called", product, "AutogradCPU")
+_library.impl("product_called", linear_matmul, "AutogradCPU")
 
 
 @torch.library.register_fake("adaptc::product_called", lib=_library)
@@ -46,11 +46,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: list[i
     return F.linear(x, weight, bias)
 
 
-batched_by("product_called", lambda x, weight, bias, *_: F.linear(x, weight, bias))
+register_vmap("product_called", lambda x, weight, bias, *_: F.linear(x, weight, bias))
 
 
 @cache
-def teach_inductor() -> bool:
+def register_lowerings() -> bool:
     """Register the lowering of ``adaptc::product`` with inductor; return False where this torch has no way to."""
     try:
         from torch._inductor.ir import TensorBox
@@ -61,7 +61,7 @@ def teach_inductor() -> bool:
     plain = fallback_handler(torch.ops.adaptc.product_called.default, add_to_fallback_set=False)
 
     def lower(x: Any, weight: Any, bias: Any, kind: str, classes: Any, columns: Any) -> Any:
-        if columns or kind != ONEDNN or tuple(classes) != ALL_CLASSES or not takes(x.get_dtype()):
+        if columns or kind != ONEDNN or tuple(classes) != ALL_ROW_CLASSES or not onednn_supports(x.get_dtype()):
             return plain(x, weight, bias, kind, classes, columns)
         *lead, width = x.get_size()
         rows = view(x, cast(Any, [-1, width]))
@@ -81,18 +81,18 @@ def choose_packaged(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """
     if dtype.itemsize < 4:
         return MatmulChoice(LINEAR, (), "another machine may have no half precision")
-    return choose_everywhere(out, width, dtype)
+    return choose_without_python(out, width, dtype)
 
 
 def choose_compiled(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the matmul for a weight (out, width) in code that inductor compiles and Python calls."""
-    if takes(dtype) and spared(out, width, dtype) > CALL:
-        return choose(out, width, dtype)
-    return choose_everywhere(out, width, dtype)
+    if onednn_supports(dtype) and seconds_saved(out, width, dtype) > PYTHON_OP_SECONDS:
+        return choose_matmul(out, width, dtype)
+    return choose_without_python(out, width, dtype)
 
 
-def choose_everywhere(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
+def choose_without_python(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the matmul for a weight (out, width) in code without an op of Python: one kind at any number of rows."""
-    if not takes(dtype) or teach_inductor():
-        return choose_for_all(out, width, dtype)
+    if not onednn_supports(dtype) or register_lowerings():
+        return choose_for_all_rows(out, width, dtype)
     return MatmulChoice(LINEAR, (), "inductor of this torch takes no other")

@@ -17,16 +17,16 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
-from adaptc.locks import free_in_children
-from adaptc.passes.lower.choose_products import MatmulChoice, Products
-from adaptc.passes.protocol.matmul_op import fits, onednn, product
-from adaptc.tables import size
-from adaptc.torch_modes import plainly
-from adaptc.tuning.pack_times import PACKED, choose_packed, packed
+from adaptc.locks import reset_after_fork
+from adaptc.passes.lower.choose_products import MatmulChoice, MatmulChoices
+from adaptc.passes.protocol.matmul_op import can_use_onednn, linear_matmul, onednn_matmul
+from adaptc.tables import format_bytes
+from adaptc.torch_modes import outside_modes
+from adaptc.tuning.pack_times import PACKED, choose_packed, pack_weight
 
-_lock = free_in_children(threading.Lock())
+_lock = reset_after_fork(threading.Lock())
 #: (address, shape, strides, dtype) of a weight -> a packed copy that some layer holds
-_known: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+_copies_by_memory: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class PackedWeights:
         """Return a line for the memory and one for each reason; '' where nothing was to be packed."""
         if not self.choices:
             return ""
-        lines = [f"packed: a second copy of {self.count} weights ({size(self.nbytes)})"]
-        for group in Products(self.choices).data():
+        lines = [f"packed: a second copy of {self.count} weights ({format_bytes(self.nbytes)})"]
+        for group in MatmulChoices(self.choices).table_rows():
             count, why = f"{group['count']} layers", group["why"]
             if group["kind"] == PACKED:
-                ratios = [r for c in self.choices if c.kind == PACKED and c.why == why for r in c.ratios]
+                ratios = [r for c in self.choices if c.kind == PACKED and c.reason == why for r in c.ratios]
                 times = f", {min(ratios):.2f} to {max(ratios):.2f} of its time" if ratios else ""
                 lines.append(f"packed for {count} at {group['rows']} ({why}{times})")
             else:
@@ -56,7 +56,7 @@ class PackedWeights:
         return "\n".join(lines)
 
 
-class Packs:
+class PackedLayers:
     """The layers of one piece of code that read packed weights of ``dtype``, and the choices that were made."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -64,10 +64,11 @@ class Packs:
         self.layers: list[PackedLayer] = []
         self.choices: list[MatmulChoice] = []
 
-    def layer(self, out: int, width: int, dtype: torch.dtype, told: Sequence[Any]) -> PackedLayer | None:
+    def make_layer(self, out: int, width: int, dtype: torch.dtype, matmul_args: Sequence[Any]) -> PackedLayer | None:
         """Return a layer that reads packed copies of a weight (out, width), or None where that is not faster.
 
-        It is the ``make`` of ``passes.lower.pack_products``: ``told`` has the other arguments of ``adaptc::product``.
+        It is the ``make`` of ``passes.lower.pack_products``: ``matmul_args`` has the other arguments of
+        ``adaptc::product``.
         """
         if dtype != self.dtype:
             return None
@@ -75,11 +76,11 @@ class Packs:
         self.choices.append(choice)
         if choice.kind != PACKED:
             return None
-        self.layers.append(PackedLayer(choice.classes, told))
+        self.layers.append(PackedLayer(choice.classes, matmul_args))
         return self.layers[-1]
 
 
-def held_by(packs: Iterable[Packs | None]) -> PackedWeights:
+def memory_of_packed(packs: Iterable[PackedLayers | None]) -> PackedWeights:
     """Return what several pieces of code hold now, a shared copy counted once; None is code that packs nothing."""
     found = [p for p in packs if p is not None]
     made = {id(c): c for p in found for layer in p.layers for c in layer.copies}
@@ -90,45 +91,45 @@ def held_by(packs: Iterable[Packs | None]) -> PackedWeights:
 class PackedLayer:
     """A linear layer: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
 
-    It reads a packed copy of the weight in calls whose number of rows is in one of the classes ``packed``. All other
-    calls, and those that need a gradient, are ``adaptc::product`` with the arguments ``told``.
+    It reads a packed copy of the weight in calls whose number of rows is in one of the classes ``packed_classes``. All
+    other calls, and those that need a gradient, are ``adaptc::product`` with the arguments ``matmul_args``.
     """
 
     __name__ = "packed_layer"
 
-    def __init__(self, packed: Sequence[int], told: Sequence[Any]) -> None:
-        self.packed, self.told = packed, told
+    def __init__(self, packed_classes: Sequence[int], matmul_args: Sequence[Any]) -> None:
+        self.packed_classes, self.matmul_args = packed_classes, matmul_args
         #: id of a weight -> the weight, its address, its version (count of writes), its packed copy
-        self._held: dict[int, tuple[ref[Tensor], int, int, Tensor]] = {}
+        self._copies_by_id: dict[int, tuple[ref[Tensor], int, int, Tensor]] = {}
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if fits(x, weight, bias, self.packed) and not weight.is_inference():
-            return onednn(x, self._copy(weight), bias)
-        return product(x, weight, bias, *self.told)
+        if can_use_onednn(x, weight, bias, self.packed_classes) and not weight.is_inference():
+            return onednn_matmul(x, self._current_copy(weight), bias)
+        return linear_matmul(x, weight, bias, *self.matmul_args)
 
     @property
     def copies(self) -> list[Tensor]:
         """Return the packed copies that are held now."""
-        return [copy for *_, copy in list(self._held.values())]
+        return [copy for *_, copy in list(self._copies_by_id.values())]
 
-    def _copy(self, weight: Tensor) -> Tensor:
-        found = self._held.get(id(weight))
+    def _current_copy(self, weight: Tensor) -> Tensor:
+        found = self._copies_by_id.get(id(weight))
         if found is None:
-            return self._pack(weight)
+            return self._make_copy(weight)
         known, place, version, copy = found
         fresh = known() is weight and place == weight.data_ptr() and version == weight._version
-        return copy if fresh else self._pack(weight)
+        return copy if fresh else self._make_copy(weight)
 
-    def _pack(self, weight: Tensor) -> Tensor:
-        with _lock, plainly(), torch.no_grad():
+    def _make_copy(self, weight: Tensor) -> Tensor:
+        with _lock, outside_modes(), torch.no_grad():
             # Both are read before the copy is made, so that a write in between makes the copy stale.
             place, version = weight.data_ptr(), weight._version
             key = (place, tuple(weight.shape), weight.stride(), weight.dtype)
-            copy = _known.get(key)
+            copy = _copies_by_memory.get(key)
             # The address may belong to another weight by now, or a write may have gone through another tensor object.
             if copy is None or not torch.equal(copy.to_dense(), weight):
-                copy = _known[key] = packed(weight)
-            name, held = id(weight), self._held
+                copy = _copies_by_memory[key] = pack_weight(weight)
+            name, held = id(weight), self._copies_by_id
             gone = ref(weight, lambda r: held.pop(name) if name in held and held[name][0] is r else None)
             held[name] = gone, place, version, copy
             return copy

@@ -24,17 +24,17 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, MethodError, TargetError
 from adaptc.methods import ProgramConfig, TargetedConfig, check_registered
-from adaptc.passes.protocol.method_checks import PROMISES_OF_CODE, PROMISES_OF_VALUES
+from adaptc.passes.protocol.method_checks import TRACED_PROMISES, VALUE_PROMISES
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.compile_program import compiled, planned
+from adaptc.program.compile_program import compile_model, plan_adapters
 from adaptc.program.program_file import load_program, save_program
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
-from adaptc.tables import Column, Report, Table, plain
+from adaptc.tables import Column, Report, Table, to_json_value
 from adaptc.verify.verify import verify_program
 
 #: the largest difference that counts as rounding in float64, relative to the largest output
-CLOSE = 1e-9
+MAX_ERROR = 1e-9
 BATCH = 3
 
 
@@ -50,33 +50,33 @@ class _Parameter(nn.Module):
 
 
 @dataclass(frozen=True)
-class TriedLayer:
+class LayerCase:
     """A kind of layer.
 
-    ``build``: makes the layer for sizes (inputs, outputs). ``sample``: the shape of one sample of its input.
+    ``build``: makes the layer for sizes (inputs, outputs). ``sample_shape``: the shape of one sample of its input.
     ``parameter``: whether it is targeted by ``target_parameters``.
     """
 
     build: Callable[[int, int], nn.Module]
-    sample: Callable[[int], tuple[int, ...]]
-    parameter: bool = False
+    sample_shape: Callable[[int], tuple[int, ...]]
+    is_parameter: bool = False
 
-    def args(self, inputs: int) -> tuple[Tensor]:
-        shape = (BATCH, *self.sample(inputs))
-        if isinstance(self.build(inputs, 1 if self.parameter else inputs), nn.Embedding):
+    def make_args(self, inputs: int) -> tuple[Tensor]:
+        shape = (BATCH, *self.sample_shape(inputs))
+        if isinstance(self.build(inputs, 1 if self.is_parameter else inputs), nn.Embedding):
             return (torch.randint(inputs, shape),)
         return (torch.randn(shape, dtype=torch.float64),)
 
 
-LAYERS: dict[str, TriedLayer] = {
-    "linear": TriedLayer(nn.Linear, lambda i: (4, i)),
-    "embedding": TriedLayer(nn.Embedding, lambda i: (4,)),
-    "conv1d": TriedLayer(lambda i, o: nn.Conv1d(i, o, 3, stride=2, padding=1), lambda i: (i, 7)),
-    "conv2d": TriedLayer(lambda i, o: nn.Conv2d(i, o, (3, 1), bias=False), lambda i: (i, 5, 3)),
-    "groups": TriedLayer(lambda i, o: nn.Conv2d(i, o, 3, groups=2, padding=1), lambda i: (i, 4, 3)),
-    "transposed": TriedLayer(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
-    "parameter": TriedLayer(_Parameter, lambda i: (i,), parameter=True),
-    "experts": TriedLayer(lambda i, o: _Parameter(i, o, 3), lambda i: (i,), parameter=True),
+LAYERS: dict[str, LayerCase] = {
+    "linear": LayerCase(nn.Linear, lambda i: (4, i)),
+    "embedding": LayerCase(nn.Embedding, lambda i: (4,)),
+    "conv1d": LayerCase(lambda i, o: nn.Conv1d(i, o, 3, stride=2, padding=1), lambda i: (i, 7)),
+    "conv2d": LayerCase(lambda i, o: nn.Conv2d(i, o, (3, 1), bias=False), lambda i: (i, 5, 3)),
+    "groups": LayerCase(lambda i, o: nn.Conv2d(i, o, 3, groups=2, padding=1), lambda i: (i, 4, 3)),
+    "transposed": LayerCase(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
+    "parameter": LayerCase(_Parameter, lambda i: (i,), is_parameter=True),
+    "experts": LayerCase(lambda i, o: _Parameter(i, o, 3), lambda i: (i,), is_parameter=True),
 }
 
 
@@ -108,24 +108,24 @@ class MethodReport(Report):
     def failed(self) -> list[MethodCheck]:
         return [c for c in self.checks if c.passed is False]
 
-    def parts(self) -> list[str | Table]:
+    def sections(self) -> list[str | Table]:
         cells = {(c.name, c.layer): {True: "pass", False: "FAIL", None: "-"}[c.passed] for c in self.checks}
         layers = [n for n in LAYERS if n not in self.refused]
         rows = [
             [name, *(cells.get((name, n), "-") for n in layers)] for name in dict.fromkeys(c.name for c in self.checks)
         ]
-        grid = Table([Column("check", keep=True), *(Column(n, keep=True) for n in layers)], rows)
+        checks_table = Table([Column("check", no_wrap=True), *(Column(n, no_wrap=True) for n in layers)], rows)
         failed = []
         for name in dict.fromkeys(c.name for c in self.failed):  # most faults show at every layer
             (first, *rest) = (c for c in self.failed if c.name == name)
             failed.append(f"{name}, at {first.layer}" + (f" and {len(rest)} more" if rest else "") + f": {first.note}")
         refused = [f"{n}: refused. {why}" for n, why in self.refused.items()]
         verdict = "keeps its promises" if self.ok else "does NOT keep its promises" if failed else "could not be tried"
-        return [f"{self.method} {verdict}", grid, "\n".join(failed), "\n".join(refused)]
+        return [f"{self.method} {verdict}", checks_table, "\n".join(failed), "\n".join(refused)]
 
     def data(self) -> dict[str, Any]:
         """Return a dict of ``method``, ``ok``, ``checks`` (one dict each) and ``refused`` (layer -> why)."""
-        checks = [plain(vars(c)) for c in self.checks]
+        checks = [to_json_value(vars(c)) for c in self.checks]
         return {"method": self.method, "ok": self.ok, "checks": checks, "refused": dict(self.refused)}
 
 
@@ -158,11 +158,11 @@ def check_method(
     checks: list[MethodCheck] = []
     refused: dict[str, str] = {}
     text = f"checking the method of {type(config).__name__}"
-    with stage(text, always=progress) as checking, torch.random.fork_rng(devices=[]):
-        for name in checking.over(LAYERS):
+    with stage(text, always=progress) as progress_stage, torch.random.fork_rng(devices=[]):
+        for name in progress_stage.track(LAYERS):
             torch.manual_seed(0)
             try:
-                checks += _Trial(config, name, sizes).run()
+                checks += _LayerTrial(config, name, sizes).run()
             except TargetError as error:
                 refused[name] = _first_line(error)
     report = MethodReport(type(config).__name__, tuple(checks), refused)
@@ -172,39 +172,43 @@ def check_method(
     return report
 
 
-class _Trial:
+class _LayerTrial:
     """A test of a method at one layer."""
 
     def __init__(self, config: TargetedConfig, layer: str, sizes: tuple[int, int]) -> None:
-        kind = LAYERS[layer]
+        layer_case = LAYERS[layer]
         targets: dict[str, Any] = {"target_modules": None, "target_parameters": None, "exclude_modules": None}
-        targets |= {"target_parameters": ["layer.weight"]} if kind.parameter else {"target_modules": ["layer"]}
-        self.config, self.layer, self.args = config.replace(**targets), layer, kind.args(sizes[0])
-        self.model = nn.Sequential(OrderedDict(layer=kind.build(*sizes), tanh=nn.Tanh())).double().eval()
+        targets |= {"target_parameters": ["layer.weight"]} if layer_case.is_parameter else {"target_modules": ["layer"]}
+        self.config, self.layer, self.args = config.replace(**targets), layer, layer_case.make_args(sizes[0])
+        self.model = nn.Sequential(OrderedDict(layer=layer_case.build(*sizes), tanh=nn.Tanh())).double().eval()
 
     def run(self) -> Iterator[MethodCheck]:
         """Yield the checks at this layer; raise TargetError where the method refuses the layer."""
-        spec = planned(self.model, self.config, RunOptions(), example_inputs=self.args).spec
+        spec = plan_adapters(self.model, self.config, RunOptions(), example_inputs=self.args).spec
         (a,) = spec.attachments
         method, op = a.method.evaluated().unwrap(spec.ops[a.id])
-        promises = [self._try("registered", lambda: check_registered(method))]
+        promises = [self._run_check("registered", lambda: check_registered(method))]
         promises += [
-            self._try(promise.__name__.replace("_", " "), partial(promise, method, op))
-            for promise in (*PROMISES_OF_CODE, *PROMISES_OF_VALUES)
+            self._run_check(promise.__name__.replace("_", " "), partial(promise, method, op))
+            for promise in (*TRACED_PROMISES, *VALUE_PROMISES)
         ]
         yield from promises
-        kept = all(c.passed for c in promises)
+        keeps_promises = all(c.passed for c in promises)
         for name, check in (
-            ("trains", self._trains),
-            ("merges and unmerges", self._merges),
-            ("adapter files", self._files),
-            ("swaps to other sizes", self._swaps),
-            ("program files", self._saved),
+            ("trains", self._check_training),
+            ("merges and unmerges", self._check_merge),
+            ("adapter files", self._check_files),
+            ("swaps to other sizes", self._check_swap),
+            ("program files", self._check_program_file),
         ):
             # compile refuses a method that breaks a promise, and each of these would report the same error again.
-            yield self._try(name, check) if kept else MethodCheck(name, self.layer, None, "a promise is broken")
+            yield (
+                self._run_check(name, check)
+                if keeps_promises
+                else MethodCheck(name, self.layer, None, "a promise is broken")
+            )
 
-    def _try(self, name: str, check: Callable[[], str | None]) -> MethodCheck:
+    def _run_check(self, name: str, check: Callable[[], str | None]) -> MethodCheck:
         try:
             note = check()
         except Exception as error:  # whatever goes wrong inside a method is what the report is for
@@ -214,13 +218,13 @@ class _Trial:
 
     # -- what a user does with an adapter ------------------------------------------------------------------------------
 
-    def _compiled(self, adapter: Any, training: bool = False) -> AdaptedProgram:
-        return compiled(self.model, adapter, RunOptions(), example_inputs=self.args, training=training)
+    def _compile(self, adapter: Any, training: bool = False) -> AdaptedProgram:
+        return compile_model(self.model, adapter, RunOptions(), example_inputs=self.args, training=training)
 
     @cached_property
     def program(self) -> AdaptedProgram:
         """Return a program whose adapter changes the layer's output: first values, plus noise on trained slots."""
-        program = self._compiled(self.config)
+        program = self._compile(self.config)
         (a,) = program.adaptation.attachments
         with torch.no_grad():
             for name, slot in a.method.slots(program.ops[a.id]).items():
@@ -229,28 +233,28 @@ class _Trial:
                     value.add_(torch.randn_like(value), alpha=0.05)
         return program
 
-    def _output(self, program: Callable[..., Any]) -> Tensor:
+    def _run_program(self, program: Callable[..., Any]) -> Tensor:
         with torch.no_grad():
             return program(*self.args)
 
-    def _agree(self, what: str, found: Tensor) -> None:
-        expected = self._output(self.program)
+    def _require_equal(self, subject: str, found: Tensor) -> None:
+        expected = self._run_program(self.program)
         error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-        if not error <= CLOSE:
-            raise MethodError(f"{what} differs from the program by {error:.2e}")
+        if not error <= MAX_ERROR:
+            raise MethodError(f"{subject} differs from the program by {error:.2e}")
 
-    def _trains(self) -> str | None:
-        module = self._compiled(self.config, training=True).module()
-        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        if not trained:
+    def _check_training(self) -> str | None:
+        module = self._compile(self.config, training=True).module()
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
             return "nothing is trainable"
         out = module(*self.args)
         (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
-        if not any(p.grad is not None and p.grad.any() for p in trained.values()):
-            raise MethodError(f"no gradient reaches {', '.join(trained)}")
+        if not any(p.grad is not None and p.grad.any() for p in trainable.values()):
+            raise MethodError(f"no gradient reaches {', '.join(trainable)}")
         return None
 
-    def _merges(self) -> str | None:
+    def _check_merge(self) -> str | None:
         report = verify_program(self.program, self.model)
         if not report.ok:
             raise MethodError(
@@ -259,37 +263,40 @@ class _Trial:
         notes = [c.note for c in report.checks if c.passed is None]
         return notes[0] if notes else None
 
-    def _written(self, folder: str) -> Path:
+    def _write_adapter(self, folder: str) -> Path:
         binding = self.program.binding
         return write_adapter(folder, binding.config.to_dict(), file_tensors(self.program.spec(), binding))
 
-    def _files(self) -> None:
+    def _check_files(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            self._agree(
-                "a program compiled from the adapter's file", self._output(self._compiled(self._written(folder)))
+            self._require_equal(
+                "a program compiled from the adapter's file",
+                self._run_program(self._compile(self._write_adapter(folder))),
             )
 
-    def _swaps(self) -> str | None:
+    def _check_swap(self) -> str | None:
         (a,) = self.program.adaptation.attachments
-        inner = a.method.unwrap(self.program.ops[a.id])[0]
-        fields = {f.name for f in dataclasses.fields(self.config)} & inner.swappable
-        numbers = {
+        method = a.method.unwrap(self.program.ops[a.id])[0]
+        fields = {f.name for f in dataclasses.fields(self.config)} & method.swappable
+        size_options = {
             n: v for n in sorted(fields) if isinstance(v := getattr(self.config, n), int) and not isinstance(v, bool)
         }
-        if not numbers:
+        if not size_options:
             return "adapters have no size to choose"
-        other = self._compiled(self.config.replace(**{n: 2 * v for n, v in numbers.items()}))
+        other = self._compile(self.config.replace(**{n: 2 * v for n, v in size_options.items()}))
         with tempfile.TemporaryDirectory() as folder:
-            other.install(bind_adapter(other, self._written(folder)))
-            self._agree(f"a program compiled with twice {', '.join(numbers)} and swapped", self._output(other))
+            other.install(bind_adapter(other, self._write_adapter(folder)))
+            self._require_equal(
+                f"a program compiled with twice {', '.join(size_options)} and swapped", self._run_program(other)
+            )
         return None
 
-    def _saved(self) -> None:
+    def _check_program_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             loaded = load_program(save_program(self.program, Path(folder, "program.pt2")), RunOptions())
             if list(loaded.adaptation.attachments) != list(self.program.adaptation.attachments):
                 raise MethodError("its options are not what they were: options() and from_options() must be inverse")
-            self._agree("the program read from its file", self._output(loaded))
+            self._require_equal("the program read from its file", self._run_program(loaded))
 
 
 def _first_line(error: Exception) -> str:

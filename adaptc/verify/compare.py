@@ -22,25 +22,25 @@ from adaptc.verify.report import Check
 Leaves = dict[str, Any]
 
 
-def leaves(output: Any) -> Leaves:
+def output_leaves(output: Any) -> Leaves:
     """Return the tensors and numbers of an output by their path, copied so that a later call cannot write to them."""
-    named = {_name(path): v for path, v in named_leaves(output)}
-    return {k: copied(v) for k, v in named.items() if isinstance(v, (Tensor, int, float, bool))}
+    named = {_readable_path(path): v for path, v in named_leaves(output)}
+    return {k: clone_tensor(v) for k, v in named.items() if isinstance(v, (Tensor, int, float, bool))}
 
 
-def _name(path: str) -> str:
+def _readable_path(path: str) -> str:
     """Return the readable form of a path in an output: ``pair[1]`` for ``['pair'][1]``."""
     name = re.sub(r"\['([^']*)'\]", r".\1", path).strip(".")
     return f"output{name}" if not name or name[0] == "[" else name
 
 
-def copied(value: Any) -> Any:
+def clone_tensor(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def copied_tree(value: Any) -> Any:
+def clone_tensors(value: Any) -> Any:
     """Return a copy of the inputs in ``value`` for one call, since a model may write to its inputs."""
-    return pytree.tree_map(copied, value)
+    return pytree.tree_map(clone_tensor, value)
 
 
 def difference(want: Any, got: Any) -> tuple[float, float]:
@@ -55,10 +55,10 @@ def difference(want: Any, got: Any) -> tuple[float, float]:
         return inf, 1.0
     if want.numel() == 0:
         return 0.0, 0.0
-    high = torch.complex128 if want.is_complex() or got.is_complex() else torch.float64
-    a, b = want.to(high), got.to(high)
-    same = (a == b) | (a.isnan() & b.isnan())
-    gap = torch.where(same, 0.0, (a - b).abs())
+    wide_dtype = torch.complex128 if want.is_complex() or got.is_complex() else torch.float64
+    a, b = want.to(wide_dtype), got.to(wide_dtype)
+    is_same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(is_same, 0.0, (a - b).abs())
     error = float(torch.where(gap.isnan(), inf, gap).max())
     finite = a[a.isfinite()].abs()
     return error, float(finite.max()) if finite.numel() else 0.0
@@ -72,16 +72,16 @@ def compare(
     The limit is ``atol``, or else ``tolerance`` times the largest magnitude of the output. ``expected`` may have more
     outputs than ``found``, such as a model's cache; every output in ``found`` must be in ``expected``.
     """
-    most, worst = -1.0, Check(name, False, note="there are no outputs to compare")
+    worst_ratio, worst = -1.0, Check(name, False, note="there are no outputs to compare")
     for i, (want, got) in enumerate(zip(expected, found, strict=True), 1):
         if missing := sorted(got.keys() - want.keys()):
             return Check(name, False, note=f"outputs differ in structure: {', '.join(missing[:3])}")
         for key in got:
             error, scale = difference(want[key], got[key])
             limit = tolerance * scale if atol is None else atol
-            used = error / limit if limit else (inf if error else 0.0)
-            if used > most:
-                most, where = used, f"{key}, run {i}" if error else ""
+            ratio = error / limit if limit else (inf if error else 0.0)
+            if ratio > worst_ratio:
+                worst_ratio, where = ratio, f"{key}, run {i}" if error else ""
                 worst = Check(name, error <= limit, error, error / scale if scale else error, limit, where)
     return worst
 
@@ -93,13 +93,13 @@ def differ(a: Leaves, b: Leaves) -> bool:
 
 def digests(state: Mapping[str, Any]) -> dict[str, bytes]:
     """Return a checksum of each tensor's bytes by name: it shows changes in place, too, and no copy is kept."""
-    done: dict[Any, bytes] = {}
+    digest_by_storage: dict[Any, bytes] = {}
     out: dict[str, bytes] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
             key = storage_key(value)
-            if key not in done:
+            if key not in digest_by_storage:
                 data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                done[key] = hashlib.blake2b(data, digest_size=16).digest()
-            out[name] = done[key]
+                digest_by_storage[key] = hashlib.blake2b(data, digest_size=16).digest()
+            out[name] = digest_by_storage[key]
     return out

@@ -20,16 +20,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.capture.inputs import random_inputs
-from adaptc.capture.inputs.random_inputs import DrawnCall
+from adaptc.capture.inputs.random_inputs import CallInputs
 from adaptc.capture.model_state import preserve_state
 from adaptc.errors import SwapError
 from adaptc.packages.packaged_program import PackagedProgram
-from adaptc.passes.graph.graph_lock import GRAPHS
+from adaptc.passes.graph.graph_lock import GRAPH_LOCK
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.verify import package_inputs
-from adaptc.verify.checks import Claims, added
+from adaptc.verify.checks import Verifier, adapter_input_names
 from adaptc.verify.compare import Leaves, compare, differ
-from adaptc.verify.preserve_state import Buffers
+from adaptc.verify.preserve_state import BufferSnapshot
 from adaptc.verify.report import Check, VerifyReport
 from adaptc.verify.verify import NO_BASE, TOLERANCE
 
@@ -62,51 +62,55 @@ def verify_package(
     if isinstance(model, AdaptedProgram):
         model.executor()  # made here, so that the program keeps it: a snapshot's own would be lost with the snapshot
         program = model = model.snapshot()
-    wanted = 3 if shapes is None else shapes
+    requested_shapes = 3 if shapes is None else shapes
     if inputs is not None:
-        runs = random_inputs.given(inputs)
+        runs = random_inputs.calls_from_inputs(inputs)
     elif isinstance(model, ExportedProgram):
-        runs = random_inputs.draw(model, shapes=wanted, seed=seed)
+        runs = random_inputs.draw_inputs(model, shapes=requested_shapes, seed=seed)
     else:
-        runs = package_inputs.draw(package, wanted, seed, model)
+        runs = package_inputs.draw(package, requested_shapes, seed, model)
     exported = model if isinstance(model, ExportedProgram) else None
-    with torch.no_grad(), preserve_state(model, training=False, traced=True), Buffers(exported, model) as buffers:
-        claims = _PackageClaims(package, model, program, runs, atol, seed, buffers)
+    with (
+        torch.no_grad(),
+        preserve_state(model, training=False, only_traced=True),
+        BufferSnapshot(exported, model) as buffers,
+    ):
+        verifier = _PackageVerifier(package, model, program, runs, atol, seed, buffers)
         checks = [
-            claims.tried("package equals program", claims.package_equals_program),
-            claims.tried("base equals model", claims.base_equals_model),
-            claims.tried("swap and back is bitwise", claims.swap_and_back),
+            verifier.run_check("package equals program", verifier.package_equals_program),
+            verifier.run_check("base equals model", verifier.base_equals_model),
+            verifier.run_check("swap and back is bitwise", verifier.swap_and_back),
         ]
-    strength = "" if package.current is None else package.current.strength()
-    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure, strength)
+    strength = "" if package.current is None else package.current.describe_scales()
+    return VerifyReport.from_checks(checks, (r.shapes_text for r in runs), seed, raise_on_failure, strength)
 
 
-class _PackageClaims(Claims):
+class _PackageVerifier(Verifier):
     def __init__(
         self,
         package: PackagedProgram,
         model: Any,
         program: AdaptedProgram | None,
-        runs: list[DrawnCall],
+        runs: list[CallInputs],
         atol: float | None,
         seed: int,
-        buffers: Buffers,
+        buffers: BufferSnapshot,
     ) -> None:
         super().__init__(runs, atol, seed, buffers)
         self.package, self.model, self.program = package, model, program
-        self.now = package.current  # kept, so that a swap by another thread does not change what is verified
+        self.current = package.current  # kept, so that a swap by another thread does not change what is verified
 
     def package_equals_program(self, name: str) -> Check:
         if self.program is None:
             return Check(name, None, note="no program was given")
-        both = self.now is not None and self.program.current is not None
-        call = self.package.bind(self.program.binding) if both else self._with(self.now)
-        return self._compare(name, self.outputs(self.program), self.outputs(call))
+        both_adapted = self.current is not None and self.program.current is not None
+        call = self.package.bind(self.program.binding) if both_adapted else self._call_with(self.current)
+        return self._compare(name, self.run_all(self.program), self.run_all(call))
 
     def base_equals_model(self, name: str) -> Check:
         if self.model is None:
             return Check(name, None, note="no model was given")
-        if self.now is None:
+        if self.current is None:
             return Check(name, None, note=NO_SITES)
         if self.package.adaptation.residual or (self.program and self.program.adaptation.residual):
             return Check(name, None, note=NO_BASE)
@@ -119,42 +123,42 @@ class _PackageClaims(Claims):
             call = self.program.base
         elif isinstance(call, ExportedProgram):
             call = call.module()
-        with GRAPHS:  # a capture in another thread patches torch's module calls for all threads
-            expected = self.outputs(call, added(self.package.adaptation.attachments))
-        return self._compare(name, expected, self.outputs(base))
+        with GRAPH_LOCK:  # a capture in another thread patches torch's module calls for all threads
+            expected = self.run_all(call, adapter_input_names(self.package.adaptation.attachments))
+        return self._compare(name, expected, self.run_all(base))
 
     def swap_and_back(self, name: str) -> Check:
-        if self.now is None:
+        if self.current is None:
             return Check(name, None, note=NO_SITES)
-        current = self._with(self.now)
-        if not self.now.constants:
+        current = self._call_with(self.current)
+        if not self.current.constants:
             return Check(name, None, note="no code reads its slots")
-        before, other, after = self.outputs(current), self.outputs(self._shaken()), self.outputs(current)
-        if not any(map(differ, before, other)):
+        before, perturbed, after = self.run_all(current), self.run_all(self._perturbed_call()), self.run_all(current)
+        if not any(map(differ, before, perturbed)):
             return Check(name, False, note="an adapter of other values gives the same outputs: its slots are not read")
         return compare(name, before, after, 0.0)
 
-    def _with(self, fitted: Any) -> Any:
+    def _call_with(self, fitted: Any) -> Any:
         return lambda *args, **kwargs: self.package.run(fitted, args, kwargs)
 
-    def _shaken(self) -> Any:
+    def _perturbed_call(self) -> Any:
         """Return a call of the package with its current adapter plus noise."""
-        assert self.now is not None
+        assert self.current is not None
         generator = torch.Generator().manual_seed(self.seed)
-        values = dict(self.now.constants)
+        values = dict(self.current.constants)
         for s in self.package.manifest.sites:
             for slot, spec in s.attachment.method.slots(s.op).items():
                 value = values.get(s.attachment.slots[slot])  # None for slots that no code reads
                 if value is not None and spec.trainable and value.is_floating_point():
                     noise = torch.randn(value.shape, generator=generator) * 0.05
                     values[s.attachment.slots[slot]] = value + noise.to(value)
-        return self._with(replace(self.now, constants=values))
+        return self._call_with(replace(self.current, constants=values))
 
     def _compare(self, name: str, expected: list[Leaves], found: list[Leaves]) -> Check:
-        held = [s.dtype for s in self.package.manifest.sites]
+        dtypes = [s.dtype for s in self.package.manifest.sites]
         if isinstance(self.model, ExportedProgram):
-            held += [t.dtype for t in self.model.state_dict.values() if isinstance(t, nn.Parameter)]
+            dtypes += [t.dtype for t in self.model.state_dict.values() if isinstance(t, nn.Parameter)]
         elif isinstance(self.model, nn.Module):
-            held += [p.dtype for p in self.model.parameters()]
-        coarsest = max((d for d in held if d in TOLERANCE), key=TOLERANCE.__getitem__, default=torch.float32)
+            dtypes += [p.dtype for p in self.model.parameters()]
+        coarsest = max((d for d in dtypes if d in TOLERANCE), key=TOLERANCE.__getitem__, default=torch.float32)
         return compare(name, expected, found, TOLERANCE[coarsest], self.atol)

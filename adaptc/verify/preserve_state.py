@@ -8,10 +8,10 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.passes.analysis.program_facts import written_tensors
-from adaptc.state.bound import Bound
+from adaptc.state.bound import BoundProgram
 
 
-class Buffers:
+class BufferSnapshot:
     """The tensors that calls may write to (caches, statistics), with copies of their values.
 
     :meth:`restore` writes the copies back; so does the end of a ``with`` block.
@@ -21,12 +21,12 @@ class Buffers:
         tensors: list[torch.Tensor] = []
         for p in (program, model):
             tensors += written_tensors(p) if isinstance(p, ExportedProgram) else []
-        if isinstance(model, Bound):
+        if isinstance(model, BoundProgram):
             tensors += model.state.values()
-        self.kept = [(t, t.detach().clone()) for t in tensors]
+        self.copies = [(t, t.detach().clone()) for t in tensors]
 
     def restore(self) -> None:
-        for tensor, value in self.kept:
+        for tensor, value in self.copies:
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
 

@@ -8,7 +8,7 @@ from math import nan
 from typing import Any
 
 from adaptc.errors import AdaptcError
-from adaptc.tables import Column, Report, Table, number, plain
+from adaptc.tables import Column, Report, Table, format_error_or_dash, to_json_value
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class VerifyReport(Report):
     strength: str = ""
 
     @classmethod
-    def of(
+    def from_checks(
         cls, checks: Iterable[Check], runs: Iterable[str], seed: int, raise_on_failure: bool, strength: str = ""
     ) -> VerifyReport:
         """Return the report; with ``raise_on_failure``, raise AdaptcError unless it is ``ok``."""
@@ -67,13 +67,21 @@ class VerifyReport(Report):
                 return check
         raise KeyError(name)
 
-    def parts(self) -> list[str | Table]:
+    def sections(self) -> list[str | Table]:
         rows = [
-            (c.name, c.verdict, number(c.error), number(c.relative), number(c.limit), c.where or "-", c.note or "-")
+            (
+                c.name,
+                c.verdict,
+                format_error_or_dash(c.error),
+                format_error_or_dash(c.relative),
+                format_error_or_dash(c.limit),
+                c.where or "-",
+                c.note or "-",
+            )
             for c in self.checks
         ]
-        numbers = [Column(n, right=True, keep=True) for n in ("error", "relative", "allowed")]
-        columns = [Column("check", keep=True), Column("result", keep=True), *numbers, "where", "note"]
+        numbers = [Column(n, right=True, no_wrap=True) for n in ("error", "relative", "allowed")]
+        columns = [Column("check", no_wrap=True), Column("result", no_wrap=True), *numbers, "where", "note"]
         failed = [c.name for c in self.checks if c.passed is False]
         head = "verified" if self.ok else f"NOT verified: {', '.join(failed) or 'nothing could be checked'}"
         runs = "\n".join(f"run {i}: {text}" for i, text in enumerate(self.runs, 1))
@@ -90,5 +98,5 @@ class VerifyReport(Report):
             "seed": self.seed,
             "strength": self.strength,
             "runs": list(self.runs),
-            "checks": [plain(vars(c)) for c in self.checks],
+            "checks": [to_json_value(vars(c)) for c in self.checks],
         }

@@ -21,20 +21,19 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from adaptc.binding.bind import first_values
+from adaptc.binding.bind import initial_values
 from adaptc.capture.inputs import random_inputs
-from adaptc.capture.inputs.random_inputs import DrawnCall
+from adaptc.capture.inputs.random_inputs import CallInputs
 from adaptc.capture.model_state import preserve_state
 from adaptc.errors import AdaptcError
-from adaptc.passes.graph.graph_lock import GRAPHS
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.graph_lock import GRAPH_LOCK
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.regions import added_inputs
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.state.merge_program import merged, unmerged
-from adaptc.state.unload_program import unloaded
-from adaptc.verify.checks import Claims, added
+from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
+from adaptc.verify.checks import Verifier, adapter_input_names
 from adaptc.verify.compare import Leaves, compare, differ, digests
-from adaptc.verify.preserve_state import Buffers
+from adaptc.verify.preserve_state import BufferSnapshot
 from adaptc.verify.report import Check, VerifyReport
 
 #: largest difference allowed, relative to the largest magnitude of an output, by the coarsest dtype of the weights
@@ -70,40 +69,44 @@ def verify_program(
     program.executor()  # made here, so that the program keeps it: a snapshot's own would be lost with the snapshot
     program = program.snapshot()
     if inputs is not None:
-        runs = random_inputs.given(inputs)
+        runs = random_inputs.calls_from_inputs(inputs)
     else:
-        wanted = 3 if shapes is None else shapes
-        runs = random_inputs.draw(program, shapes=wanted, seed=seed, vocabulary=_vocabulary(model))
-    with torch.no_grad(), preserve_state(model, training=False, traced=True), Buffers(program, model) as buffers:
-        checks = _Verifier(program, model, runs, atol, seed, buffers).checks()
-    strength = "" if program.current is None else program.current.strength()
-    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure, strength)
+        requested_shapes = 3 if shapes is None else shapes
+        runs = random_inputs.draw_inputs(program, shapes=requested_shapes, seed=seed, vocab_size=_vocab_size(model))
+    with (
+        torch.no_grad(),
+        preserve_state(model, training=False, only_traced=True),
+        BufferSnapshot(program, model) as buffers,
+    ):
+        checks = _ProgramVerifier(program, model, runs, atol, seed, buffers).checks()
+    strength = "" if program.current is None else program.current.describe_scales()
+    return VerifyReport.from_checks(checks, (r.shapes_text for r in runs), seed, raise_on_failure, strength)
 
 
-class _Verifier(Claims):
+class _ProgramVerifier(Verifier):
     def __init__(
         self,
         program: AdaptedProgram,
         model: Any,
-        runs: list[DrawnCall],
+        runs: list[CallInputs],
         atol: float | None,
         seed: int,
-        buffers: Buffers,
+        buffers: BufferSnapshot,
     ) -> None:
         super().__init__(runs, atol, seed, buffers)
         self.program, self.model = program, model
-        self.adapted = bool(program.adaptation.attachments)
+        self.has_adapter = bool(program.adaptation.attachments)
         #: names of inputs that the base does not take
-        self.added = added(program.adaptation.attachments)
-        self.added |= {n.name for n in added_inputs(Lifted(program, edit=False))}
-        self._base: list[Leaves] | None = None
+        self.adapter_inputs = adapter_input_names(program.adaptation.attachments)
+        self.adapter_inputs |= {n.name for n in added_inputs(LiftedProgram(program, edit=False))}
+        self._base_outputs: list[Leaves] | None = None
 
     def checks(self) -> list[Check]:
         return [
-            self.tried("base equals model", self._base_equals_model),
-            self.tried("identity equals base", self._identity_equals_base),
-            self.tried("merged equals adapted", self._merged_equals_adapted),
-            self.tried("unmerge is bitwise", self._unmerge_is_bitwise),
+            self.run_check("base equals model", self._base_equals_model),
+            self.run_check("identity equals base", self._identity_equals_base),
+            self.run_check("merged equals adapted", self._merged_equals_adapted),
+            self.run_check("unmerge is bitwise", self._unmerge_is_bitwise),
         ]
 
     # -- the four claims -------------------------------------------------------------------------------------------
@@ -114,68 +117,68 @@ class _Verifier(Claims):
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
         call = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
-        with GRAPHS:  # a capture in another thread patches torch's module calls for all threads
-            expected = self.outputs(call, self.added)
-        return self._compare(name, expected, self.base())
+        with GRAPH_LOCK:  # a capture in another thread patches torch's module calls for all threads
+            expected = self.run_all(call, self.adapter_inputs)
+        return self._compare(name, expected, self.base_outputs())
 
     def _identity_equals_base(self, name: str) -> Check:
-        if not self.adapted:
+        if not self.has_adapter:
             return Check(name, None, note=NO_ADAPTER)
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
-        identity = first_values(self.program.spec(), self.program.binding.config, only={})
+        identity = initial_values(self.program.spec(), self.program.binding.config, methods_by_id={})
         # Not program.bind: it has buffers of its own, which are not restored between calls.
-        return self._compare(name, self.base(), self.outputs(self.program.with_binding(identity)))
+        return self._compare(name, self.base_outputs(), self.run_all(self.program.with_binding(identity)))
 
     def _merged_equals_adapted(self, name: str) -> Check:
-        if reason := self._not_mergeable():
+        if reason := self._reason_not_mergeable():
             return Check(name, None, note=reason)
-        program, adapted, note = self.program, self.outputs(self.program), ""
-        if not self.program.adaptation.residual and not any(map(differ, self.base(), adapted)):
+        program, adapted, note = self.program, self.run_all(self.program), ""
+        if not self.program.adaptation.residual and not any(map(differ, self.base_outputs(), adapted)):
             # An adapter that changes nothing would merge into the same weights, and the check could not fail.
-            program, note = self._shaken(), "with random values, since the current adapter changes nothing"
-            adapted = self.outputs(program)
-        check = self._compare(name, adapted, self.outputs(_eager(merged(program, safe=False)[0])))
+            program, note = self._perturbed_program(), "with random values, since the current adapter changes nothing"
+            adapted = self.run_all(program)
+        check = self._compare(name, adapted, self.run_all(_with_eager_backend(merge_program(program, safe=False)[0])))
         return replace(check, note=check.note or note)
 
-    def _shaken(self) -> AdaptedProgram:
+    def _perturbed_program(self) -> AdaptedProgram:
         """Return a copy of the program whose adapter is the current one plus noise."""
-        p, old = self.program, self.program.binding
-        trained = {
+        program, binding = self.program, self.program.binding
+        trainable_fqns = {
             a.slots[n]
-            for a in p.adaptation.attachments
-            if a.id in old.methods
-            for n, slot in old.methods[a.id].slots(p.ops[a.id]).items()
+            for a in program.adaptation.attachments
+            if a.id in binding.methods
+            for n, slot in binding.methods[a.id].slots(program.ops[a.id]).items()
             if slot.trainable
         }
         generator = torch.Generator().manual_seed(self.seed)
-        values = dict(old.values)
-        for fqn in sorted(trained):
+        values = dict(binding.values)
+        for fqn in sorted(trainable_fqns):
             noise = torch.randn(values[fqn].shape, generator=generator) * 0.05
             values[fqn] = nn.Parameter(values[fqn].detach() + noise.to(values[fqn]), requires_grad=False)
-        return _eager(p.with_binding(replace(old, values=values)))
+        return _with_eager_backend(program.with_binding(replace(binding, values=values)))
 
     def _unmerge_is_bitwise(self, name: str) -> Check:
-        if reason := self._not_mergeable():
+        if reason := self._reason_not_mergeable():
             return Check(name, None, note=reason)
         before = digests(self.program.state_dict)
-        back = unmerged(merged(self.program, safe=False)[0])
-        after = digests(back.state_dict)
+        restored = unmerge_program(merge_program(self.program, safe=False)[0])
+        after = digests(restored.state_dict)
         changed = [k for k in before | after if before.get(k) != after.get(k)]
         if changed:
             return Check(name, False, note=f"{len(changed)} tensors are not what they were: {', '.join(changed[:3])}")
-        check = compare(name, self.outputs(self.program), self.outputs(back), 0.0)
+        check = compare(name, self.run_all(self.program), self.run_all(restored), 0.0)
         return replace(check, note=f"{len(before)} tensors equal bit for bit") if check.passed else check
 
     # -- outputs ---------------------------------------------------------------------------------------------------
 
-    def base(self) -> list[Leaves]:
-        if self._base is None:
-            self._base = self.outputs(_eager(unloaded(self.program)), self.added)
-        return self._base
+    def base_outputs(self) -> list[Leaves]:
+        if self._base_outputs is None:
+            self._base_outputs = self.run_all(_with_eager_backend(unload_program(self.program)), self.adapter_inputs)
+        return self._base_outputs
 
-    def _not_mergeable(self) -> str:
-        if not self.adapted:
+    def _reason_not_mergeable(self) -> str:
+        if not self.has_adapter:
             return NO_ADAPTER
         for a in self.program.adaptation.attachments:
             if a.id in self.program.binding.methods and (reason := a.method.check_merge(self.program.ops[a.id])):
@@ -183,15 +186,15 @@ class _Verifier(Claims):
         return ""
 
     def _compare(self, name: str, expected: list[Leaves], found: list[Leaves]) -> Check:
-        return compare(name, expected, found, TOLERANCE[self._coarsest()], self.atol)
+        return compare(name, expected, found, TOLERANCE[self._coarsest_dtype()], self.atol)
 
-    def _coarsest(self) -> torch.dtype:
-        held = [t.dtype for t in self.program.state_dict.values() if isinstance(t, nn.Parameter)]
-        known = [d for d in held if d in TOLERANCE]
-        return max(known, key=TOLERANCE.__getitem__, default=torch.float32)
+    def _coarsest_dtype(self) -> torch.dtype:
+        dtypes = [t.dtype for t in self.program.state_dict.values() if isinstance(t, nn.Parameter)]
+        known_dtypes = [d for d in dtypes if d in TOLERANCE]
+        return max(known_dtypes, key=TOLERANCE.__getitem__, default=torch.float32)
 
 
-def _eager(program: AdaptedProgram) -> AdaptedProgram:
+def _with_eager_backend(program: AdaptedProgram) -> AdaptedProgram:
     """Return ``program`` with the eager backend.
 
     The checks are about graphs, so programs that are only made for a check need not be compiled.
@@ -199,7 +202,7 @@ def _eager(program: AdaptedProgram) -> AdaptedProgram:
     return program.with_options(backend="eager")
 
 
-def _vocabulary(model: Any) -> int | None:
+def _vocab_size(model: Any) -> int | None:
     config = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
     return getattr(config if get is None else get(), "vocab_size", None)

@@ -24,7 +24,7 @@ from typing import Protocol
 import sympy
 
 from adaptc.errors import BackendError, ConfigError, PassError, TargetError
-from adaptc.passes.analysis.costs import Work, at_sizes
+from adaptc.passes.analysis.costs import OperationCount, evaluate_at_sizes
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
 
@@ -35,18 +35,29 @@ FORMS = ("auto", "apply", "weight")
 @dataclass(frozen=True)
 class FormChoice:
     form: str
-    why: str
+    reason: str
 
 
-def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], training: bool) -> FormChoice:
+def choose_cheaper(
+    apply_work: OperationCount,
+    weight_work: OperationCount,
+    layer_work: OperationCount,
+    sizes: Mapping[str, int],
+    training: bool,
+) -> FormChoice:
     """Return the cheaper form for one call with these ``sizes``.
 
-    ``outside`` is the work of the apply form, ``weight`` that of the weight form, ``base`` that of the layer itself.
+    ``apply_work`` is the work of the apply form, ``weight`` that of the weight form, ``layer_work`` that of the layer
+    itself.
     """
     t = sympy.Symbol("t", positive=True)
     passes = 3 if training else 1
-    apply_cost = passes * (at_sizes(outside.moving, sizes) * t + at_sizes(outside.fixed, sizes))
-    weight_cost = passes * at_sizes(weight.fixed, sizes) + at_sizes(base.moving, sizes) * t
+    apply_cost = passes * (
+        evaluate_at_sizes(apply_work.per_call, sizes) * t + evaluate_at_sizes(apply_work.hoistable, sizes)
+    )
+    weight_cost = (
+        passes * evaluate_at_sizes(weight_work.hoistable, sizes) + evaluate_at_sizes(layer_work.per_call, sizes) * t
+    )
     here = [float(e.subs(t, 1)) for e in (apply_cost, weight_cost)]
     form = "apply" if here[0] <= here[1] else "weight"
     text = f"{here[0]:.2g} operations per call around the layer, {here[1]:.2g} on the weight"
@@ -57,24 +68,24 @@ def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], t
     return FormChoice(form, text)
 
 
-class Job(Protocol):
+class FormCandidate(Protocol):
     """An attachment that is about to be injected, as :func:`choose_forms` needs it."""
 
-    a: Attachment
+    attachment: Attachment
     op: Op
     form: str
-    why: str
+    reason: str
 
-    def enclosed(self) -> bool: ...
+    def is_in_subgraph(self) -> bool: ...
 
     def reads_weight(self) -> bool: ...
 
-    def choice(self) -> FormChoice: ...
+    def cheaper_form(self) -> FormChoice: ...
 
-    def drops_outside(self) -> bool: ...
+    def has_dropout_outside(self) -> bool: ...
 
 
-def choose_forms(jobs: Sequence[Job]) -> None:
+def choose_forms(candidates: Sequence[FormCandidate]) -> None:
     """Set ``form`` and ``why`` of every job.
 
     An attachment gets the weight form where a later one at the same weight builds on the weight that it makes. It also
@@ -84,85 +95,93 @@ def choose_forms(jobs: Sequence[Job]) -> None:
     Raises ConfigError where a form asked for does not exist or would lose dropout. Raises TargetError where no form
     exists, and PassError where a site is given twice.
     """
-    by_id = {job.a.id: job for job in jobs}
-    if len(by_id) != len(jobs):
-        raise PassError(f"a site is given twice: {[j.a.id for j in jobs if by_id[j.a.id] is not j]}")
-    count = Counter(job.a.fqn for job in jobs)
-    needed: set[str] = set()
-    around: set[str] = set()
-    for i, job in reversed(list(enumerate(jobs))):
-        a, method = job.a, job.a.method
-        missing = _why_not_around(job, count[a.fqn])
-        if not missing and a.fqn in needed:
-            missing = "a later adapter of this weight builds on the weight it makes"
+    by_id = {job.attachment.id: job for job in candidates}
+    if len(by_id) != len(candidates):
+        raise PassError(
+            f"a site is given twice: {[j.attachment.id for j in candidates if by_id[j.attachment.id] is not j]}"
+        )
+    count = Counter(job.attachment.fqn for job in candidates)
+    weight_form_fqns: set[str] = set()
+    apply_form_fqns: set[str] = set()
+    for i, candidate in reversed(list(enumerate(candidates))):
+        a, method = candidate.attachment, candidate.attachment.method
+        why_no_apply = _why_no_apply_form(candidate, count[a.fqn])
+        if not why_no_apply and a.fqn in weight_form_fqns:
+            why_no_apply = "a later adapter of this weight builds on the weight it makes"
         # In the apply form, a method that looks at the base weight takes the one that the layer reads for it.
-        before = [o for o in jobs[:i] if o.a.fqn == a.fqn]
-        over = method.looks_at_base() and bool(before)
-        if not missing and over and any(_in_front(o, k, count[a.fqn]) for k, o in enumerate(before)):
-            missing = "it looks at the base's weight, and an adapter before it changes the weight that the layer reads"
-        if a.form == "apply" and missing:
-            raise ConfigError(f"site {a.id!r} cannot take the apply form: {missing}. Use form='auto' or 'weight'.")
+        before = [o for o in candidates[:i] if o.attachment.fqn == a.fqn]
+        needs_base_weight = method.looks_at_base() and bool(before)
+        if (
+            not why_no_apply
+            and needs_base_weight
+            and any(_changes_weight(o, k, count[a.fqn]) for k, o in enumerate(before))
+        ):
+            why_no_apply = (
+                "it looks at the base's weight, and an adapter before it changes the weight that the layer reads"
+            )
+        if a.form == "apply" and why_no_apply:
+            raise ConfigError(f"site {a.id!r} cannot take the apply form: {why_no_apply}. Use form='auto' or 'weight'.")
         if a.form == "weight" and not method.has_weight():
             raise ConfigError(
                 f"site {a.id!r} cannot take the weight form: {method.name} has no form on the weight. Use form='auto' "
                 "or 'apply'."
             )
         if a.form != "auto":
-            job.form, job.why = a.form, a.why or "asked for"
-        elif missing and not method.has_weight():
+            candidate.form, candidate.reason = a.form, a.why or "asked for"
+        elif why_no_apply and not method.has_weight():
             raise TargetError(
-                f"site {a.id!r} cannot be adapted by {method.name}, which has no form on the weight: {missing}. Leave "
-                "the module out, or call it outside of the block."
+                f"site {a.id!r} cannot be adapted by {method.name}, which has no form on the weight: {why_no_apply}. "
+                "Leave the module out, or call it outside of the block."
             )
-        elif missing:
-            job.form, job.why = "weight", missing
+        elif why_no_apply:
+            candidate.form, candidate.reason = "weight", why_no_apply
         elif not method.has_weight():
-            job.form, job.why = "apply", f"{method.name} has no form on the weight"
-        elif over or a.fqn in around:
-            job.form, job.why = (
+            candidate.form, candidate.reason = "apply", f"{method.name} has no form on the weight"
+        elif needs_base_weight or a.fqn in apply_form_fqns:
+            candidate.form, candidate.reason = (
                 "apply",
                 "the last adapter of this weight that looks at the base's finds it at the layer",
             )
         else:
-            choice = job.choice()
-            job.form, job.why = choice.form, choice.why
-        if job.form == "weight" and method.has_apply_form(job.op) and job.drops_outside():
+            choice = candidate.cheaper_form()
+            candidate.form, candidate.reason = choice.form, choice.reason
+        if candidate.form == "weight" and method.has_apply_form(candidate.op) and candidate.has_dropout_outside():
             raise ConfigError(
                 f"site {a.id!r} would lose its dropout, which acts on what the layer reads, in the weight form "
-                f"({job.why}). Set the dropout to 0, or leave out what needs this form."
+                f"({candidate.reason}). Set the dropout to 0, or leave out what needs this form."
             )
-        if over and job.form == "apply":
-            around.add(a.fqn)
-        elif count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
-            needed.add(a.fqn)
+        if needs_base_weight and candidate.form == "apply":
+            apply_form_fqns.add(a.fqn)
+        elif count[a.fqn] > 1 and (candidate.form == "weight" or candidate.reads_weight()):
+            weight_form_fqns.add(a.fqn)
 
 
-def _why_not_around(job: Job, count: int) -> str:
+def _why_no_apply_form(candidate: FormCandidate, count: int) -> str:
     """Return why an attachment, one of ``count`` at its weight, can have no apply form; '' if it can.
 
     The forms of the other attachments are not looked at.
     """
-    a, method = job.a, job.a.method
-    if not method.has_apply_form(job.op):
+    a, method = candidate.attachment, candidate.attachment.method
+    if not method.has_apply_form(candidate.op):
         return f"{method.name} has no form around a consumer of kind {a.kind!r}"
-    if job.enclosed():
+    if candidate.is_in_subgraph():
         return "the layer is called inside a block (no_grad, autocast, cond, map, ...), where no adapter can stand"
-    if method.has_input(job.op) and count > 1:
+    if method.has_input(candidate.op) and count > 1:
         return "it would turn the inputs of the other adapters of this weight"
     return ""
 
 
-def _in_front(job: Job, place: int, count: int) -> bool:
+def _changes_weight(job: FormCandidate, place: int, count: int) -> bool:
     """Return whether an attachment changes the weight that the layer reads, or makes those before it do so.
 
     ``place`` is its number among the ``count`` attachments at its weight.
     """
-    if job.a.form == "weight" or _why_not_around(job, count):
+    if job.attachment.form == "weight" or _why_no_apply_form(job, count):
         return True
-    return place > 0 and job.reads_weight() and not job.a.method.looks_at_base()
+    return place > 0 and job.reads_weight() and not job.attachment.method.looks_at_base()
 
 
-def compilable(a: Attachment, backend: str) -> Attachment:
+def with_compilable_form(a: Attachment, backend: str) -> Attachment:
     """Return the attachment in the form that ``backend`` needs.
 
     Inductor fixes the channel counts of convolutions when it compiles. In the apply form of a convolution the rank is

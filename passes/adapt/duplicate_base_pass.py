@@ -19,74 +19,74 @@ from typing import Any
 from torch import fx
 
 from adaptc.errors import TargetError
-from adaptc.passes.analysis.cache_inputs import all_of_cache, pass_prefix, passes_of
-from adaptc.passes.graph.lifted import Lifted
-from adaptc.passes.graph.mutation import memory_groups, written
+from adaptc.passes.analysis.cache_inputs import all_cache_inputs, count_passes, pass_prefix
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.mutation import memory_groups, written_inputs
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag, site_op
-from adaptc.passes.protocol.trace import behind_inputs, inline, region_of
+from adaptc.passes.protocol.trace import inline, output_region_inputs, trace_region
 
 #: the meta that a copy keeps; not its module stack, since the layer is not called a second time
-_KEPT = ("val", "stack_trace", "tensor_meta", "unbacked_bindings")
+_COPIED_META = ("val", "stack_trace", "tensor_meta", "unbacked_bindings")
 
 
-def own_cache(lifted: Lifted) -> dict[fx.Node, fx.Node]:
+def add_second_cache(lifted: LiftedProgram) -> dict[fx.Node, fx.Node]:
     """Add a second cache to the program's inputs, and return each cache input -> its second one.
 
     Gives {} for a program that takes no cache.
     """
     made: dict[fx.Node, fx.Node] = {}
-    prefix = pass_prefix(passes_of(lifted.specs))
-    for node in all_of_cache(lifted):
+    prefix = pass_prefix(count_passes(lifted.input_specs))
+    for node in all_cache_inputs(lifted):
         value = node.meta["val"]
         made[node] = lifted.add_input(f"{prefix}{node.name}", node, range(value.ndim), value.dtype)
     return made
 
 
-def computed_before(
-    lifted: Lifted,
+def duplicate_before_graph(
+    lifted: LiftedProgram,
     node: fx.Node,
     tag: Callable[[str], dict[str, Any]],
-    instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+    replacements: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
 ) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
     """Copy ``node`` and all that it needs to the front of the graph; return its copy, and node -> copy for all of them.
 
-    ``instead`` maps inputs that the program may write to, to those that the copies read and write in their place.
+    ``replacements`` maps inputs that the program may write to, to those that the copies read and write in their place.
     ``tag`` gives the tag of a copy from its number as text. Raises TargetError where the program writes to other memory
     that outlives the call.
     """
-    wanted = _needed(lifted, node, instead)
+    wanted = _required_nodes(lifted, node, replacements)
     first = next(n for n in lifted.graph.nodes if n.op != "placeholder")
     copies: dict[fx.Node, fx.Node] = {}
     with lifted.graph.inserting_before(first):
         for old in [n for n in lifted.graph.nodes if n in wanted]:
-            new = lifted.graph.node_copy(old, lambda n: copies.get(n, instead.get(n, n)))
+            new = lifted.graph.node_copy(old, lambda n: copies.get(n, replacements.get(n, n)))
             custom = old.meta.get("custom")
-            kept = {k: old.meta[k] for k in _KEPT if k in old.meta}
+            kept = {k: old.meta[k] for k in _COPIED_META if k in old.meta}
             new.meta = {**kept, "custom": {**(custom or {}), "adaptc": tag(str(len(copies)))}}
             copies[old] = new
             lifted.nodes[new.name] = new
     return copies[node], copies
 
 
-def _needed(lifted: Lifted, node: fx.Node, free: Collection[fx.Node]) -> set[fx.Node]:
+def _required_nodes(lifted: LiftedProgram, node: fx.Node, writable: Collection[fx.Node]) -> set[fx.Node]:
     """Return the nodes that ``node`` is computed from, inputs excepted, with the in-place writes to their memory.
 
-    ``free`` are the inputs that may be written to; all writes to them are included. Raises TargetError for a write to
-    another input.
+    ``writable`` are the inputs that may be written to; all writes to them are included. Raises TargetError for a write
+    to another input.
     """
     order = {n: i for i, n in enumerate(lifted.graph.nodes)}
     memory = memory_groups(lifted.graph)
     writers: dict[fx.Node, list[fx.Node]] = {}
     for n in lifted.graph.nodes:
-        for value in written(n):
+        for value in written_inputs(n):
             writers.setdefault(memory[value], []).append(n)
     # A later in-place write to the node's memory counts, too: its readers see it. And every write to the cache counts,
     # even one that nothing reads here, since the next call reads it.
-    roots = [node, *(w for n in free for w in writers.get(memory[n], ()))]
+    roots = [node, *(w for n in writable for w in writers.get(memory[n], ()))]
     last = max(order[n] for n in (*roots, *writers.get(memory[node], ())))
-    lasting = {memory[n] for n in lifted.graph.find_nodes(op="placeholder") if n not in free}
-    wanted, stack, seen = set(), roots, set()
+    lasting_memory = {memory[n] for n in lifted.graph.find_nodes(op="placeholder") if n not in writable}
+    required, stack, seen = set(), roots, set()
     while stack:
         n = stack.pop()
         if n in seen or node_tag(n) is not None:
@@ -94,7 +94,7 @@ def _needed(lifted: Lifted, node: fx.Node, free: Collection[fx.Node]) -> set[fx.
         seen.add(n)
         # A program may read an input itself after a write to it, so writers of inputs count as well.
         before = [w for w in writers.get(memory[n], ()) if n.op != "placeholder" or order[w] <= last]
-        if before and memory[n] in lasting:
+        if before and memory[n] in lasting_memory:
             raise TargetError(
                 f"the program computes its last hidden state with {before[0].name!r} ({before[0].target}), which "
                 "writes to what outlives the call, so a first pass of it would change the second. Capture the model "
@@ -102,13 +102,13 @@ def _needed(lifted: Lifted, node: fx.Node, free: Collection[fx.Node]) -> set[fx.
             )
         stack += [w for w in before if order[w] <= last]
         if n.op != "placeholder":
-            wanted.add(n)
+            required.add(n)
             stack += n.all_input_nodes
-    return wanted
+    return required
 
 
-def adapted(
-    lifted: Lifted,
+def adapt_duplicate(
+    lifted: LiftedProgram,
     attachments: Sequence[Attachment],
     copies: Mapping[fx.Node, fx.Node],
     coefficients: Mapping[str, fx.Node],
@@ -119,23 +119,23 @@ def adapted(
     ``copies`` maps nodes to their copies. ``coefficients`` has the nodes of the coefficients that the adapters read
     here, by name. The adapters must be of methods that act on a layer's output.
     """
-    out: dict[fx.Node, fx.Node] = {}
-    there = set(lifted.graph.nodes)
+    adapted_values: dict[fx.Node, fx.Node] = {}
+    existing = set(lifted.graph.nodes)
     for a in attachments:
         scale = [] if a.scale_slot is None else [lifted.placeholders[a.scale_slot]]
         reads = [coefficients[n] for n in a.method.coefficients()]
         slots = [*(lifted.placeholders[f] for f in a.slots.values()), *reads, *scale]
         for copy in [copies[n] for c in a.consumers if (n := lifted.nodes[c]) in copies]:
-            kind, inputs = behind_inputs(copy, copy)
+            kind, inputs = output_region_inputs(copy, copy)
             names = [*a.slots, *a.method.coefficients()]
             fakes = [n.meta["val"] for n in (*inputs, *slots)]
-            region = region_of(a.method, site_op(lifted, a).at(copy), kind, names, bool(scale), fakes)
+            region = trace_region(a.method, site_op(lifted, a).as_called_by(copy), kind, names, bool(scale), fakes)
             users = list(copy.users)
             new = inline(lifted.graph, region, [*inputs, *slots], copy.next, copy, tag)
             for user in users:
                 user.replace_input_with(copy, new)
-            out[copy] = new
-    for node in set(lifted.graph.nodes) - there:
+            adapted_values[copy] = new
+    for node in set(lifted.graph.nodes) - existing:
         node.meta["custom"] = {"adaptc": tag("adapted")}
         lifted.nodes[node.name] = node
-    return out
+    return adapted_values

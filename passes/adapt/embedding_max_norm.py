@@ -25,76 +25,80 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
-from adaptc.passes.adapt.expose_subgraph_params import copy_of, own_bodies
-from adaptc.passes.analysis.sites import consumers
-from adaptc.passes.graph.higher_order import Call, calls
-from adaptc.passes.graph.lifted import Lifted, lifted_names
-from adaptc.passes.graph.ops import CASTS, argument, bound_of, mark_bound
+from adaptc.passes.adapt.expose_subgraph_params import copy_bodies, module_with_graph
+from adaptc.passes.analysis.sites import find_consumers
+from adaptc.passes.graph.higher_order import HigherOrderCall, find_higher_order_calls
+from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
+from adaptc.passes.graph.ops import CASTS, argument, mark_max_norm, max_norm_of
 from adaptc.passes.graph.pass_infra import Pass, PassResult
 
 aten = torch.ops.aten
-RENORM = aten.embedding_renorm_.default
-RENORMED = aten.embedding_renorm.default
+RENORM_IN_PLACE = aten.embedding_renorm_.default
+RENORM_FUNCTIONAL = aten.embedding_renorm.default
 _LOOKUPS = (aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 
 #: (max_norm, norm_type) of an embedding
-Bound = tuple[float, float]
+MaxNorm = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class BoundRows(Pass):
+class RemoveMaxNormWrites(Pass):
     """A pass that removes the writes of ``max_norm`` embeddings; its count is that of the weights.
 
     It returns the program itself where there are none.
     """
 
-    name: ClassVar[str] = "bound_rows"
+    name: ClassVar[str] = "remove_max_norm_writes"
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         modules = [m for m in subject.graph_module.modules() if isinstance(m, fx.GraphModule)]
-        if not any(m.graph.find_nodes(op="call_function", target=t) for m in modules for t in (RENORM, RENORMED)):
+        if not any(
+            m.graph.find_nodes(op="call_function", target=t)
+            for m in modules
+            for t in (RENORM_IN_PLACE, RENORM_FUNCTIONAL)
+        ):
             return PassResult(subject, 0)
-        lifted = Lifted(subject)
-        _undo_functional(lifted)
-        root = copy_of(subject.graph_module, lifted.graph)
-        for call in calls(root):
-            own_bodies(call)
+        lifted = LiftedProgram(subject)
+        _restore_in_place(lifted)
+        root = module_with_graph(subject.graph_module, lifted.graph)
+        for call in find_higher_order_calls(root):
+            copy_bodies(call)
         count = 0
         for source in dict.fromkeys(lifted.placeholders.values()):
-            reads = list(_reads(source, root))
-            if any(n.target is RENORM for n, _ in reads):
-                count += _bound(lifted, source, reads)
+            reads = list(_parameter_reads(source, root))
+            if any(n.target is RENORM_IN_PLACE for n, _ in reads):
+                count += _remove_writes(lifted, source, reads)
         for body in root.modules():
             if isinstance(body, fx.GraphModule) and body is not root:
                 body.recompile()
         return PassResult(lifted.finish(root), count) if count else PassResult(subject, 0)
 
 
-def _undo_functional(lifted: Lifted) -> None:
+def _restore_in_place(lifted: LiftedProgram) -> None:
     """Turn a decomposed program's ``max_norm`` writes, which are outputs there, back into in-place ops."""
-    for spec in list(lifted.outputs):
+    for spec in list(lifted.output_specs):
         if spec.kind != OutputKind.PARAMETER_MUTATION or spec.target is None:
             continue
         source, chain = lifted.placeholders[spec.target], [lifted.nodes[spec.arg.name]]
-        while chain[-1].target is RENORMED and (above := _root(argument(chain[-1], 0))) is not source:
+        while chain[-1].target is RENORM_FUNCTIONAL and (above := _without_casts(argument(chain[-1], 0))) is not source:
             chain.append(above)
-        if chain[-1].target is not RENORMED:
+        if chain[-1].target is not RENORM_FUNCTIONAL:
             continue
-        lifted.write_back_nothing(spec.target)
+        lifted.drop_mutation_outputs(spec.target)
         for node in chain:
             with lifted.graph.inserting_before(node):
                 arguments = [argument(node, i) for i in range(1, 4)]
-                lifted.graph.call_function(RENORM, (source, *arguments)).meta = dict(node.meta)
+                lifted.graph.call_function(RENORM_IN_PLACE, (source, *arguments)).meta = dict(node.meta)
         for node in chain:
             node.replace_all_uses_with(source)
         for node in chain:
             lifted.graph.erase_node(node)
 
 
-def _reads(source: fx.Node, module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _parameter_reads(source: fx.Node, module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield (reader, the node it reads) for the readers of a parameter, inside blocks too."""
-    for node, read in consumers(source):
-        call = Call.of(node, module)
+    for node, read in find_consumers(source):
+        call = HigherOrderCall.from_node(node, module)
         if call is None:
             yield node, read
             continue
@@ -103,54 +107,58 @@ def _reads(source: fx.Node, module: fx.GraphModule) -> Iterator[tuple[fx.Node, f
                 yield node, read
             elif handed is read:
                 for body in call.bodies():
-                    yield from _reads(body.graph.find_nodes(op="placeholder")[at], body)
+                    yield from _parameter_reads(body.graph.find_nodes(op="placeholder")[at], body)
 
 
-def _bound(lifted: Lifted, source: fx.Node, reads: Sequence[tuple[fx.Node, fx.Node]]) -> bool:
+def _remove_writes(lifted: LiftedProgram, source: fx.Node, reads: Sequence[tuple[fx.Node, fx.Node]]) -> bool:
     """Remove the writes to the weight ``source``, whose ``reads`` are given; returns whether that could be done."""
-    fqn = lifted.specs[source.name].target
+    fqn = lifted.input_specs[source.name].target
     assert fqn is not None
-    old = new = lifted.tensor(fqn)
+    old = limited = lifted.tensor(fqn)
     if old.is_meta:
         return False
-    writers = [n for n, _ in reads if n.target is RENORM]
-    lookups: dict[fx.Node, Bound] = {}
-    others = False
+    writers = [n for n, _ in reads if n.target is RENORM_IN_PLACE]
+    lookups: dict[fx.Node, MaxNorm] = {}
+    is_read_elsewhere = False
     for node, read in reads:
-        before = [w for w in writers if w.graph is node.graph and w < node and _indices(node, read) is _indices_of(w)]
+        before = [
+            w
+            for w in writers
+            if w.graph is node.graph and w < node and _lookup_indices(node, read) is _write_indices(w)
+        ]
         if before:
-            lookups[node] = _limit(before[-1])
+            lookups[node] = _max_norm_of_write(before[-1])
         elif node not in writers:
-            others = True
-    limits = sorted({_limit(w) for w in writers})
+            is_read_elsewhere = True
+    limits = sorted({_max_norm_of_write(w) for w in writers})
     for limit in limits:
-        new = shortened(new, limit)
-    if new is not old and (others or len(limits) > 1):
+        limited = limit_row_norms(limited, limit)
+    if limited is not old and (is_read_elsewhere or len(limits) > 1):
         if any(w.graph is not lifted.graph for w in writers):
             return False
-        _in_the_graph(lifted, source, writers)
+        _limit_in_graph(lifted, source, writers)
     else:
         for node, limit in lookups.items():
-            mark_bound(node, limit)
-        if new is not old:
-            lifted.set(fqn, new)
+            mark_max_norm(node, limit)
+        if limited is not old:
+            lifted.set_tensor(fqn, limited)
     for writer in writers:
-        _erase(writer)
+        _erase_write(writer)
     return True
 
 
-def bounds_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Bound]:
+def max_norms_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, MaxNorm]:
     """Return FQN -> (max_norm, norm_type) of each weight whose lookups are marked with a bound.
 
     Lookups that read an adapted weight are left out.
     """
-    marked = [n for t in _LOOKUPS for n in graph.find_nodes(op="call_function", target=t) if bound_of(n) is not None]
-    names = lifted_names(signature) if marked else {}
-    found = {names.get(_root(argument(n, 0)).name): bound_of(n) for n in marked}
+    marked = [n for t in _LOOKUPS for n in graph.find_nodes(op="call_function", target=t) if max_norm_of(n) is not None]
+    names = fqns_by_placeholder(signature) if marked else {}
+    found = {names.get(_without_casts(argument(n, 0)).name): max_norm_of(n) for n in marked}
     return {fqn: limit for fqn, limit in found.items() if fqn is not None and limit is not None}
 
 
-def shortened(weight: Tensor, limit: Bound) -> Tensor:
+def limit_row_norms(weight: Tensor, limit: MaxNorm) -> Tensor:
     """Return a weight (rows, width) with rows beyond ``limit`` shortened by torch's own op; itself where none is."""
     every = torch.arange(weight.shape[0], device=weight.device)
     with torch.no_grad():
@@ -160,22 +168,22 @@ def shortened(weight: Tensor, limit: Bound) -> Tensor:
     return torch.nn.Parameter(new, weight.requires_grad) if isinstance(weight, torch.nn.Parameter) else new
 
 
-def _in_the_graph(lifted: Lifted, source: fx.Node, writers: Sequence[fx.Node]) -> None:
+def _limit_in_graph(lifted: LiftedProgram, source: fx.Node, writers: Sequence[fx.Node]) -> None:
     """Replace the writes by functional ops, which later readers of the weight read instead of it."""
-    graph, now = lifted.graph, source
+    graph, current_weight = lifted.graph, source
     reads = [n for n in graph.nodes if n in source.users or n in writers]
     for node in reads:
         if node in writers:
             with graph.inserting_before(node):
                 arguments = [argument(node, i) for i in range(1, 4)]
-                new = graph.call_function(RENORMED, (now, *arguments))
+                new = graph.call_function(RENORM_FUNCTIONAL, (current_weight, *arguments))
             new.meta = dict(node.meta)
-            now = new
-        elif now is not source:
-            node.replace_input_with(source, now)
+            current_weight = new
+        elif current_weight is not source:
+            node.replace_input_with(source, current_weight)
 
 
-def _erase(writer: fx.Node) -> None:
+def _erase_write(writer: fx.Node) -> None:
     """Erase a write, and the casts before it that nothing else reads."""
     above: Any = argument(writer, 0)
     writer.replace_all_uses_with(above)
@@ -185,22 +193,22 @@ def _erase(writer: fx.Node) -> None:
         erased.graph.erase_node(erased)
 
 
-def _indices(node: fx.Node, read: fx.Node) -> fx.Node | None:
+def _lookup_indices(node: fx.Node, read: fx.Node) -> fx.Node | None:
     """Return the node of the indices by which ``node`` looks up rows of ``read``; None where it does not."""
     if node.target not in _LOOKUPS or argument(node, 0) is not read:
         return None
-    return _root(argument(node, 1))
+    return _without_casts(argument(node, 1))
 
 
-def _indices_of(writer: fx.Node) -> Any:
-    return _root(argument(writer, 1))
+def _write_indices(writer: fx.Node) -> Any:
+    return _without_casts(argument(writer, 1))
 
 
-def _limit(writer: fx.Node) -> Bound:
+def _max_norm_of_write(writer: fx.Node) -> MaxNorm:
     return float(argument(writer, 2)), float(argument(writer, 3))
 
 
-def _root(node: Any) -> Any:
+def _without_casts(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.target in CASTS and node.args:
         node = node.args[0]
     return node

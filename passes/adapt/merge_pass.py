@@ -18,17 +18,17 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import MergeError
-from adaptc.passes.analysis.sites import consumers, readers
-from adaptc.passes.graph.higher_order import bias_of, inside, takes_bias
-from adaptc.passes.graph.lifted import Lifted
-from adaptc.passes.graph.ops import CASTS, TABLE, Op, argument, make_dense
+from adaptc.passes.analysis.sites import find_consumers, isolate_readers
+from adaptc.passes.graph.higher_order import bias_and_reader, subgraph_input_of, takes_bias
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.ops import CASTS, LAYER_OPS, Op, argument, make_dense
 from adaptc.passes.graph.pass_infra import Pass, PassResult
-from adaptc.passes.graph.storage import memory_of
+from adaptc.passes.graph.storage import memory_address
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import remove_regions, site_op
 
 #: a bias placeholder (None where there is none yet), the nodes that add it, and its new value
-_Bias = tuple[fx.Node | None, list[fx.Node], Tensor]
+_MergedBias = tuple[fx.Node | None, list[fx.Node], Tensor]
 
 
 class MergeErrors:
@@ -39,19 +39,19 @@ class MergeErrors:
     """
 
     def __init__(self, exact: Callable[[], Tensor], stored: Tensor, rounded: Tensor) -> None:
-        self._of: Any = exact, stored, rounded
+        self._tensors: Any = exact, stored, rounded
         self._versions = _versions(stored, rounded)
-        self._found = nan, nan
+        self._errors = nan, nan
 
     def __call__(self) -> tuple[float, float]:
-        if self._of is not None:
-            exact, stored, rounded = self._of
-            self._of = None
+        if self._tensors is not None:
+            exact, stored, rounded = self._tensors
+            self._tensors = None
             if _versions(stored, rounded) == self._versions:
                 value = rounded if rounded.dtype.to_real() in (torch.float32, torch.float64) else exact()
-                error = 0.0 if rounded.dtype == value.dtype else _largest(value, rounded)
-                self._found = _largest(value, stored), error
-        return self._found
+                error = 0.0 if rounded.dtype == value.dtype else _largest_difference(value, rounded)
+                self._errors = _largest_difference(value, stored), error
+        return self._errors
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,24 @@ class SiteMerge:
     site: str
     fqn: str
     dtype: torch.dtype
-    errors: Callable[[], tuple[float, float]] = field(repr=False, compare=False)
+    measure_errors: Callable[[], tuple[float, float]] = field(repr=False, compare=False)
     untied: bool = False
 
     @property
     def delta(self) -> float:
-        return self.errors()[0]
+        return self.measure_errors()[0]
 
     @property
     def error(self) -> float:
-        return self.errors()[1]
+        return self.measure_errors()[1]
 
 
 @dataclass(frozen=True)
 class Merge(Pass):
     """A pass that merges adapters into weights; its count is that of the weights, its data a SiteMerge for each.
 
-    ``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite. ``drop`` has the ids
-    of attachments to remove without merging, since the adapter does not have them.
+    ``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite. ``dropped_ids`` has
+    the ids of attachments to remove without merging, since the adapter does not have them.
 
     ``release(fqn)`` is called right after a weight was replaced. A caller who gives up the base can free it then,
     before the next one is made. ``progress`` wraps the sequence of weights.
@@ -91,59 +91,59 @@ class Merge(Pass):
     safe: bool = True
     release: Callable[[str], None] | None = field(default=None, repr=False)
     progress: Callable[[Sequence[Any]], Any] = field(default=iter, repr=False)
-    drop: Sequence[str] = field(default=(), repr=False)
+    dropped_ids: Sequence[str] = field(default=(), repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
-        lifted = Lifted(subject)
+        lifted = LiftedProgram(subject)
         for a in self.attachments:
             reason = a.method.check_merge(site_op(lifted, a))
             if reason is not None:
                 raise MergeError(f"site {a.id!r} cannot be merged: {reason}. Keep it as an adapter, or unload() it.")
-        ops, groups = self._groups(lifted)
-        remove_regions(lifted, [*self.drop, *(a.id for a in self.attachments)])
+        ops, groups = self._attachments_by_weight(lifted)
+        remove_regions(lifted, [*self.dropped_ids, *(a.id for a in self.attachments)])
         if self.release is not None:  # What is given up cannot come back, so nothing may fail later than here.
             for group in groups:
                 self._evaluate(lifted, group, ops)
-        rows = [self._site(lifted, group, ops) for group in self.progress(groups)]
+        rows = [self._merge_weight(lifted, group, ops) for group in self.progress(groups)]
         return PassResult(lifted.finish(), len(rows), data=tuple(rows))
 
-    def weights(self, program: ExportedProgram) -> tuple[list[Tensor], list[SiteMerge]]:
+    def merged_weights(self, program: ExportedProgram) -> tuple[list[Tensor], list[SiteMerge]]:
         """Return the weights that this merge makes, and the row of the report for each; the program is unchanged."""
-        lifted = Lifted(program, edit=False)
-        ops, groups = self._groups(lifted)
+        lifted = LiftedProgram(program, edit=False)
+        ops, groups = self._attachments_by_weight(lifted)
         made = [(g[0].fqn, self._evaluate(lifted, g, ops)) for g in self.progress(groups)]
-        return [_stored(lifted, fqn, value) for fqn, (value, _, _) in made], [row for _, (_, _, row) in made]
+        return [_as_in_program(lifted, fqn, value) for fqn, (value, _, _) in made], [row for _, (_, _, row) in made]
 
-    def changes(self, program: ExportedProgram) -> Iterator[tuple[str, tuple[float, float]]]:
+    def weight_change_norms(self, program: ExportedProgram) -> Iterator[tuple[str, tuple[float, float]]]:
         """Yield the FQN of each weight, with the Frobenius norms of its change and of the old weight.
 
         The program is unchanged. Weights of integers, and those that get another shape, are left out.
         """
-        lifted = Lifted(program, edit=False)
-        ops, groups = self._groups(lifted)
+        lifted = LiftedProgram(program, edit=False)
+        ops, groups = self._attachments_by_weight(lifted)
         for group in groups:
             fqn = group[0].fqn
-            stored, high = lifted.tensor(fqn), _precision(lifted.tensor(fqn))
-            made = self._exact(lifted, group, ops, high)()
+            stored, high = lifted.tensor(fqn), _merge_dtype(lifted.tensor(fqn))
+            made = self._exact_weight(lifted, group, ops, high)()
             if made.shape == stored.shape and (made.is_floating_point() or made.is_complex()):
-                before = _high(stored, high)
+                before = _to_merge_dtype(stored, high)
                 with torch.no_grad():
                     yield fqn, (float(torch.linalg.vector_norm(made - before)), float(torch.linalg.vector_norm(before)))
 
-    def _groups(self, lifted: Lifted) -> tuple[dict[str, Op], list[list[Attachment]]]:
+    def _attachments_by_weight(self, lifted: LiftedProgram) -> tuple[dict[str, Op], list[list[Attachment]]]:
         """Return attachment id -> its op, and the attachments grouped by weight."""
         groups: dict[str, list[Attachment]] = {}
         for a in self.attachments:
             groups.setdefault(a.fqn, []).append(a)
         return {a.id: site_op(lifted, a) for a in self.attachments}, list(groups.values())
 
-    def _site(self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]) -> SiteMerge:
+    def _merge_weight(self, lifted: LiftedProgram, group: list[Attachment], ops: Mapping[str, Op]) -> SiteMerge:
         first = group[0]
         value, biases, row = self._evaluate(lifted, group, ops)
         for old, nodes, bias in biases:
             self._set_bias(lifted, first, old, nodes, bias)
-        before = {f: lifted.tensor(f) for f in lifted.fqns(lifted.placeholders[first.fqn])}
-        untied = self._replace(lifted, first, value)
+        before = {f: lifted.tensor(f) for f in lifted.fqns_of(lifted.placeholders[first.fqn])}
+        untied = self._replace_weight(lifted, first, value)
         if self.release is not None:
             for fqn, old in before.items():
                 if lifted.tensor(fqn) is not old:
@@ -152,34 +152,34 @@ class Merge(Pass):
 
     @torch.no_grad()
     def _evaluate(
-        self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]
-    ) -> tuple[Tensor, list[_Bias], SiteMerge]:
+        self, lifted: LiftedProgram, group: list[Attachment], ops: Mapping[str, Op]
+    ) -> tuple[Tensor, list[_MergedBias], SiteMerge]:
         """Return the weight that these attachments make, the changed biases, and the row of the report.
 
         The program is unchanged. Raises MergeError where a result is not finite, if ``safe``, and where a bias has no
         place.
         """
         first = group[0]
-        stored, high = lifted.tensor(first.fqn), _precision(lifted.tensor(first.fqn))
-        arguments = {a.id: self._arguments(a, high) for a in group}
-        exact = self._exact(lifted, group, ops, high, arguments)
-        rounded = _like(stored, exact().to(stored.dtype))
-        if any(memory_of(rounded) == memory_of(self.values[f]) for a in group for f in a.slots.values()):
+        stored, dtype = lifted.tensor(first.fqn), _merge_dtype(lifted.tensor(first.fqn))
+        arguments = {a.id: self._slots_and_scale(a, dtype) for a in group}
+        exact = self._exact_weight(lifted, group, ops, dtype, arguments)
+        rounded = _with_strides_of(stored, exact().to(stored.dtype))
+        if any(memory_address(rounded) == memory_address(self.values[f]) for a in group for f in a.slots.values()):
             rounded = rounded.clone()  # the merged weight must not change when such a slot is trained further
         self._check_finite(first, first.fqn, rounded)
         errors = MergeErrors(exact, stored, rounded)
         if self.release is not None:
             errors()  # measured now, since the old weight will be freed
         changing = [a for a in group if a.method.has_bias()]
-        biases = list(self._biases(lifted, changing, ops, arguments, high)) if changing else []
+        biases = list(self._changed_biases(lifted, changing, ops, arguments, dtype)) if changing else []
         return rounded, biases, SiteMerge(first.id, first.fqn, stored.dtype, errors)
 
-    def _exact(
+    def _exact_weight(
         self,
-        lifted: Lifted,
+        lifted: LiftedProgram,
         group: Sequence[Attachment],
         ops: Mapping[str, Op],
-        high: torch.dtype,
+        dtype: torch.dtype,
         arguments: Mapping[str, tuple[dict[str, Tensor], Tensor | None]] | None = None,
     ) -> Callable[[], Tensor]:
         """Return a function that computes the weight that these attachments make, in dtype ``high``, before rounding.
@@ -187,11 +187,11 @@ class Merge(Pass):
         ``arguments`` maps attachment ids to (slots, scale) in that dtype; None converts them here.
         """
         stored = lifted.tensor(group[0].fqn)
-        given = {a.id: self._arguments(a, high) for a in group} if arguments is None else arguments
+        given = {a.id: self._slots_and_scale(a, dtype) for a in group} if arguments is None else arguments
 
         @torch.no_grad()
         def exact() -> Tensor:
-            base = value = _high(stored, high)
+            base = value = _to_merge_dtype(stored, dtype)
             for a in group:
                 op, method = ops[a.id], a.method.evaluated()
                 value = op.stored(method.weight_over(op, op.canonical(base), op.canonical(value), *given[a.id]))
@@ -199,9 +199,9 @@ class Merge(Pass):
 
         return exact
 
-    def _arguments(self, a: Attachment, high: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
-        slots = {n: _high(self.values[f], high) for n, f in a.slots.items()}
-        return slots, None if a.scale_slot is None else _high(self.values[a.scale_slot], high)
+    def _slots_and_scale(self, a: Attachment, high: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
+        slots = {n: _to_merge_dtype(self.values[f], high) for n, f in a.slots.items()}
+        return slots, None if a.scale_slot is None else _to_merge_dtype(self.values[a.scale_slot], high)
 
     def _check_finite(self, a: Attachment, what: str, value: Tensor) -> None:
         # The sum needs no memory, and is not finite where a value is not. It may also overflow: then ask each value.
@@ -212,28 +212,28 @@ class Merge(Pass):
                 "into a float32 base, or pass safe=False to keep the values."
             )
 
-    def _replace(self, lifted: Lifted, a: Attachment, value: Tensor) -> bool:
+    def _replace_weight(self, lifted: LiftedProgram, a: Attachment, value: Tensor) -> bool:
         node = lifted.placeholders[a.fqn]
-        read = {n for n, _ in consumers(node)}
-        mine = {n for n in read if n.name in a.consumers}
-        new = _stored(lifted, a.fqn, value)
+        read = {n for n, _ in find_consumers(node)}
+        site_readers = {n for n in read if n.name in a.consumers}
+        new = _as_in_program(lifted, a.fqn, value)
         if value.shape != lifted.tensor(a.fqn).shape:
-            for n in mine:
+            for n in site_readers:
                 make_dense(n, remember=False)
-        if len(mine) == len(read):
-            lifted.set(a.fqn, new)
+        if len(site_readers) == len(read):
+            lifted.set_tensor(a.fqn, new)
             return False
-        lifted.split(a.fqn, readers(lifted.graph, node, mine), new)
+        lifted.untie(a.fqn, isolate_readers(lifted.graph, node, site_readers), new)
         return True
 
-    def _biases(
+    def _changed_biases(
         self,
-        lifted: Lifted,
+        lifted: LiftedProgram,
         changing: Sequence[Attachment],
         ops: Mapping[str, Op],
         arguments: Mapping[str, tuple[dict[str, Tensor], Tensor | None]],
-        high: torch.dtype,
-    ) -> Iterator[_Bias]:
+        dtype: torch.dtype,
+    ) -> Iterator[_MergedBias]:
         """Yield (placeholder, nodes that add it, new value) for each bias of the weight's consumers that changes.
 
         The placeholder is None where there is no bias yet. Raises MergeError for a bias that the program computes, and
@@ -241,14 +241,14 @@ class Merge(Pass):
         """
         first, shared = changing[0], dict[fx.Node | None, list[fx.Node]]()
         for node in (lifted.nodes[c] for c in first.consumers):
-            b, reader = bias_of(lifted.nodes, node) if takes_bias(node) else (None, node)
+            b, reader = bias_and_reader(lifted.nodes, node) if takes_bias(node) else (None, node)
             shared.setdefault(b, []).append(reader)
         for old, nodes in shared.items():
-            source = _parameter(old)
-            target = None if source is None else lifted.specs[source.name].target
-            start = None if target is None else _high(lifted.tensor(target), high)
+            source = _source_parameter(old)
+            target = None if source is None else lifted.input_specs[source.name].target
+            start = None if target is None else _to_merge_dtype(lifted.tensor(target), dtype)
             if old is not None and start is None:  # a computed bias: zeros show whether it would change
-                start = torch.zeros(ops[first.id].out_features, dtype=high, device=lifted.tensor(first.fqn).device)
+                start = torch.zeros(ops[first.id].out_features, dtype=dtype, device=lifted.tensor(first.fqn).device)
             new = start
             for a in changing:
                 new = a.method.bias(ops[a.id], new, *arguments[a.id])
@@ -258,7 +258,7 @@ class Merge(Pass):
                 raise MergeError(
                     f"site {first.id!r}: the bias is computed by {old.name!r}, so nothing can be merged into it"
                 )
-            if old is None and not (takes_bias(nodes[0]) and inside(nodes[0]) is None):
+            if old is None and not (takes_bias(nodes[0]) and subgraph_input_of(nodes[0]) is None):
                 raise MergeError(
                     f"site {first.id!r}: an op of kind {first.kind!r} takes no bias, and the adapter has one"
                 )
@@ -267,7 +267,7 @@ class Merge(Pass):
             yield source, nodes, torch.nn.Parameter(value, requires_grad=False)
 
     def _set_bias(
-        self, lifted: Lifted, a: Attachment, source: fx.Node | None, nodes: list[fx.Node], value: Tensor
+        self, lifted: LiftedProgram, a: Attachment, source: fx.Node | None, nodes: list[fx.Node], value: Tensor
     ) -> None:
         """Put the bias ``value`` in place of ``source``, for ``nodes``.
 
@@ -277,35 +277,35 @@ class Merge(Pass):
             fqn = f"{a.module}.bias".removeprefix(".")
             while fqn in lifted.state_dict:
                 fqn += "_merged"
-            node = lifted.add(fqn, value)
-            at = TABLE[nodes[0].target][3]
+            node = lifted.add_tensor(fqn, value)
+            at = LAYER_OPS[nodes[0].target][3]
             assert at is not None
             for n in nodes:
                 n.args = tuple(node if i == at else argument(n, i) for i in range(max(len(n.args), at + 1)))
             return
         fqn = f"{a.module}.bias".removeprefix(".")
-        target = fqn if lifted.placeholders.get(fqn) is source else lifted.specs[source.name].target
+        target = fqn if lifted.placeholders.get(fqn) is source else lifted.input_specs[source.name].target
         assert target is not None
-        if {n for n, _ in consumers(source)} <= set(nodes):
-            lifted.set(target, value)
+        if {n for n, _ in find_consumers(source)} <= set(nodes):
+            lifted.set_tensor(target, value)
         else:
-            lifted.split(target, readers(lifted.graph, source, nodes), value)
+            lifted.untie(target, isolate_readers(lifted.graph, source, nodes), value)
 
 
-def _stored(lifted: Lifted, fqn: str, value: Tensor) -> Tensor:
+def _as_in_program(lifted: LiftedProgram, fqn: str, value: Tensor) -> Tensor:
     """Return ``value`` as a Parameter where ``fqn`` is one in the program, and as a plain tensor otherwise."""
-    parameter = lifted.specs[lifted.placeholders[fqn].name].kind == InputKind.PARAMETER
+    parameter = lifted.input_specs[lifted.placeholders[fqn].name].kind == InputKind.PARAMETER
     return torch.nn.Parameter(value, requires_grad=False) if parameter else value
 
 
-def _parameter(node: fx.Node | None) -> fx.Node | None:
+def _source_parameter(node: fx.Node | None) -> fx.Node | None:
     """Return the placeholder that a bias comes from, through casts; None when it is computed."""
     while node is not None and node.op != "placeholder":
         node = node.args[0] if node.target in CASTS and isinstance(node.args[0], fx.Node) else None
     return node
 
 
-def _like(stored: Tensor, value: Tensor) -> Tensor:
+def _with_strides_of(stored: Tensor, value: Tensor) -> Tensor:
     """Return ``value`` with the strides of ``stored``: outputs follow a weight's layout, and views rely on theirs."""
     if value.shape != stored.shape:
         return value.contiguous()
@@ -316,7 +316,7 @@ def _versions(*tensors: Tensor) -> list[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
 
 
-def _largest(a: Tensor, b: Tensor) -> float:
+def _largest_difference(a: Tensor, b: Tensor) -> float:
     """Return the largest difference of two elements; NaN for integers, and for tensors of different shapes."""
     if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
         return nan
@@ -328,12 +328,12 @@ def _largest(a: Tensor, b: Tensor) -> float:
     return max(abs(float(low)), abs(float(high)))
 
 
-def _precision(stored: Tensor) -> torch.dtype:
+def _merge_dtype(stored: Tensor) -> torch.dtype:
     """Return the dtype in which a weight is merged: float64 for float64 and complex128, float32 for others."""
     return torch.float64 if stored.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def _high(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_merge_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``t`` in the dtype that a merge computes in, complex where ``t`` is; integers stay as they are."""
     if t.is_complex():
         return t.detach().to(dtype.to_complex())

@@ -15,36 +15,36 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from adaptc.errors import BackendError
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.graph.storage import storage_key
 
 
 @dataclass(frozen=True)
-class Move(Pass):
+class MoveToDevice(Pass):
     """A pass that moves a program to ``device``; its count is that of the tensors moved."""
 
-    name: ClassVar[str] = "move"
+    name: ClassVar[str] = "move_to_device"
 
     device: torch.device
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
-        lifted = Lifted(subject)
+        lifted = LiftedProgram(subject)
         moved: dict[Any, Tensor] = {}
         for tensors in (lifted.state_dict, lifted.constants):
             for name, t in tensors.items():
                 if isinstance(t, Tensor):
                     key = storage_key(t)
-                    moved[key] = tensors[name] = moved[key] if key in moved else self._moved(t)
+                    moved[key] = tensors[name] = moved[key] if key in moved else self._move_tensor(t)
         # The pass changes what it is given: the example inputs too, which the program given shares until here.
         return PassResult(move_to_device_pass(lifted.finish(), self.device), len(moved))
 
-    def _moved(self, t: Tensor) -> Tensor:
+    def _move_tensor(self, t: Tensor) -> Tensor:
         new = t.detach().to(self.device)
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 
-def usable(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
     """Return ``device`` with its index, where it has one. Raises BackendError where it cannot be used."""
     try:
         return torch.empty(0, device=device).device

@@ -14,17 +14,17 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 
 from adaptc.errors import MethodError
-from adaptc.passes.graph.lifted import fake_of
+from adaptc.passes.graph.lifted import fake_maker
 from adaptc.passes.graph.ops import Op, operands
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
-from adaptc.passes.graph.propagate import propagate
+from adaptc.passes.graph.propagate import propagate_fakes
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.program_method import PROGRAM
-from adaptc.passes.protocol.regions import COEFFICIENT, node_tag, slot_nodes
-from adaptc.passes.protocol.trace import behind_inputs, fused_inputs, region_of, signature_of
+from adaptc.passes.protocol.program_method import PROGRAM_FORM
+from adaptc.passes.protocol.regions import COEFFICIENT_ROLE, node_tag, slot_nodes
+from adaptc.passes.protocol.trace import fused_region_inputs, output_region_inputs, trace_key, trace_region
 
 #: the number of traces that are kept; the oldest is dropped first
-MOST = 256
+MAX_TRACES = 256
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Respecialize(GraphPass):
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         names = {n.name: n for n in subject.nodes}
         inputs = {fqn: names[name] for fqn, name in self.placeholders.items()}
-        fake, stale = fake_of(subject), set()
+        fake, stale = fake_maker(subject), set()
         for fqn, tensor in self.tensors.items():
             node = inputs[fqn]
             if tuple(node.meta["val"].shape) != tuple(tensor.shape):
                 node.meta["val"] = fake(tensor)
                 stale.add(fqn)
         # Everything computed from the slots of program methods, or of coefficients, may have another size.
-        programs = {f for a in self.attachments if a.form == PROGRAM for f in a.slots.values()}
+        programs = {f for a in self.attachments if a.form == PROGRAM_FORM for f in a.slots.values()}
         made_of = {a.slots[n] for a in self.attachments for c in a.method.coefficients().values() for n in c.slots}
-        behind = {f for f in stale if f in programs | made_of or _makes_coefficients(inputs[f])}
+        behind = {f for f in stale if f in programs | made_of or _feeds_coefficients(inputs[f])}
         # Regions that read a coefficient of another size also read slots, so all changed slots are propagated at once.
         moved = {inputs[f] for f in (stale if behind - programs else behind)}
-        count = propagate(subject, moved, self.modules) if moved else 0
-        others = [a for a in self.attachments if a.form != PROGRAM]
+        count = propagate_fakes(subject, moved, self.modules) if moved else 0
+        others = [a for a in self.attachments if a.form != PROGRAM_FORM]
         by_id = {a.id: a for a in others if not stale.isdisjoint(a.slots.values())}
         pending: dict[str, list[fx.Node]] = {}
         for node in subject.nodes if by_id else ():
@@ -87,23 +87,23 @@ class Respecialize(GraphPass):
         op, base, consumer = self.ops[a.id], names[tag["base"]], names[tag["node"]]
         inputs, kind = [base], tag["region"]
         if tag.get("fused"):
-            kind, inputs = fused_inputs(consumer)
-            op = op.at(consumer)
+            kind, inputs = fused_region_inputs(consumer)
+            op = op.as_called_by(consumer)
         elif kind == "input":
-            op = op.at(consumer)
+            op = op.as_called_by(consumer)
         elif kind.startswith("apply"):
-            inputs, op = behind_inputs(consumer, base)[1], op.at(consumer)
+            inputs, op = output_region_inputs(consumer, base)[1], op.as_called_by(consumer)
         elif kind == "weight_over":
             inputs = [placeholders[a.fqn], base]
         elif kind == "bias":
             inputs.append(operands(consumer)[2])
         inputs += slot_nodes(a, placeholders, names)
         fakes = [n.meta["val"] for n in inputs]
-        key = (a.method, kind, op, signature_of(fakes))
+        key = (a.method, kind, op, trace_key(fakes))
         if key not in self.traces:
-            while len(self.traces) >= MOST:
+            while len(self.traces) >= MAX_TRACES:
                 del self.traces[next(iter(self.traces))]
-            self.traces[key] = region_of(a.method, op, kind, a.input_names, a.scale_slot is not None, fakes)
+            self.traces[key] = trace_region(a.method, op, kind, a.input_names, a.scale_slot is not None, fakes)
         traced = [n for n in self.traces[key].nodes if n.op == "call_function"]
         if not traced:  # the region is an alias of one of its inputs
             nodes[-1].meta["val"] = nodes[-1].args[0].meta["val"]  # type: ignore[union-attr]
@@ -114,6 +114,6 @@ class Respecialize(GraphPass):
             old.meta["val"] = new.meta["val"]
 
 
-def _makes_coefficients(slot: fx.Node) -> bool:
+def _feeds_coefficients(slot: fx.Node) -> bool:
     """Return whether a coefficient, or a duplicated base pass, reads a slot."""
-    return any(tag["role"] == COEFFICIENT for n in slot.users if (tag := node_tag(n)) is not None)
+    return any(tag["role"] == COEFFICIENT_ROLE for n in slot.users if (tag := node_tag(n)) is not None)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.protocol.regions import region_tag, remove_regions
 
@@ -29,9 +29,9 @@ class Unload(Pass):
     originals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
-        lifted = Lifted(subject)
+        lifted = LiftedProgram(subject)
         tags = [t for n in lifted.graph.nodes if (t := region_tag(n))]
         count = remove_regions(lifted, [t["site"] for t in tags])
         for fqn, tensor in self.originals.items():
-            lifted.set(fqn, tensor)
+            lifted.set_tensor(fqn, tensor)
         return PassResult(lifted.finish(), count)

@@ -1,7 +1,7 @@
 """Find the cache among a program's inputs, from which a step of generation continues.
 
 A program captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the names
-that :func:`cache_name` gives. Models with other caches take states, numbered through.
+that :func:`cache_input_name` gives. Models with other caches take states, numbered through.
 
 A program may contain duplicated base passes (``passes.adapt.duplicate_base_pass``). It then takes a cache for each of
 them, too, under names that begin with :func:`pass_prefix`. The functions here take an opened program and do not change
@@ -16,33 +16,33 @@ from itertools import count, takewhile
 from torch import fx
 from torch.export.graph_signature import InputKind
 
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 
-KINDS = ("keys", "values")
+KV_KINDS = ("keys", "values")
 STATE = "state"
 
 
-def cache_name(kind: str, layer: int, prefix: str = "") -> str:
+def cache_input_name(kind: str, layer: int, prefix: str = "") -> str:
     """Return the name of a cache input: ``kind`` is "keys", "values" or "state", ``layer`` its number."""
     return f"{prefix}{kind}_{layer}"
 
 
-def cache_inputs(lifted: Lifted) -> list[tuple[fx.Node, fx.Node]]:
+def find_kv_inputs(lifted: LiftedProgram) -> list[tuple[fx.Node, fx.Node]]:
     """Return the keys and the values of each layer; empty for a program that takes none."""
-    return list(_pairs(lifted))
+    return list(_kv_pairs(lifted))
 
 
-def all_of_cache(lifted: Lifted) -> list[fx.Node]:
+def all_cache_inputs(lifted: LiftedProgram) -> list[fx.Node]:
     """Return all cache inputs of the program's own pass: keys and values by turns, or states."""
-    if pairs := cache_inputs(lifted):
+    if pairs := find_kv_inputs(lifted):
         return [node for pair in pairs for node in pair]
-    names = takewhile(lambda name: _is_input(lifted, name), (cache_name(STATE, i) for i in count()))
+    names = takewhile(lambda name: _is_input(lifted, name), (cache_input_name(STATE, i) for i in count()))
     return [lifted.nodes[name] for name in names]
 
 
-def first_of_cache(lifted: Lifted) -> fx.Node | None:
+def first_cache_input(lifted: LiftedProgram) -> fx.Node | None:
     """Return the first input of the cache; None for a program that takes none."""
-    names = (cache_name(kind, 0) for kind in (KINDS[0], STATE))
+    names = (cache_input_name(kind, 0) for kind in (KV_KINDS[0], STATE))
     return next((lifted.nodes[n] for n in names if _is_input(lifted, n)), None)
 
 
@@ -54,20 +54,20 @@ def pass_prefix(number: int) -> str:
     return "" if number == 0 else "first_" if number == 1 else f"first{number}_"
 
 
-def passes_of(inputs: Collection[str]) -> int:
+def count_passes(inputs: Collection[str]) -> int:
     """Return the number of passes whose caches are among ``inputs``, the program's own included; 1 without a cache."""
-    firsts = ([cache_name(kind, 0, pass_prefix(i)) for kind in (KINDS[0], STATE)] for i in count(1))
+    firsts = ([cache_input_name(kind, 0, pass_prefix(i)) for kind in (KV_KINDS[0], STATE)] for i in count(1))
     return 1 + sum(1 for _ in takewhile(lambda names: any(n in inputs for n in names), firsts))
 
 
-def _is_input(lifted: Lifted, name: str) -> bool:
-    return name in lifted.specs and lifted.specs[name].kind == InputKind.USER_INPUT
+def _is_input(lifted: LiftedProgram, name: str) -> bool:
+    return name in lifted.input_specs and lifted.input_specs[name].kind == InputKind.USER_INPUT
 
 
-def _pairs(lifted: Lifted) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _kv_pairs(lifted: LiftedProgram) -> Iterator[tuple[fx.Node, fx.Node]]:
     layer = 0
     while True:
-        names = [cache_name(kind, layer) for kind in KINDS]
+        names = [cache_input_name(kind, layer) for kind in KV_KINDS]
         if not all(_is_input(lifted, n) for n in names):
             return
         yield lifted.nodes[names[0]], lifted.nodes[names[1]]

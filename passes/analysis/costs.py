@@ -25,7 +25,7 @@ from adaptc.passes.graph.pytree import pytree
 aten = torch.ops.aten
 
 #: op -> position of the operand whose last axis the op sums over
-_SUMS = {
+_REDUCED_OPERANDS = {
     aten.linear: 0,
     aten.matmul: 0,
     aten.mm: 0,
@@ -56,60 +56,60 @@ _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 
 
 @dataclass(frozen=True)
-class Work:
+class OperationCount:
     """The operations of a piece of code, as sympy expressions in the program's free sizes.
 
-    ``moving`` counts those that depend on a call's inputs, ``fixed`` those on weights and slots alone.
+    ``per_call`` counts those that depend on a call's inputs, ``hoistable`` those on weights and slots alone.
     """
 
-    moving: Any = sympy.S.Zero
-    fixed: Any = sympy.S.Zero
+    per_call: Any = sympy.S.Zero
+    hoistable: Any = sympy.S.Zero
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.moving + other.moving, self.fixed + other.fixed)
+    def __add__(self, other: OperationCount) -> OperationCount:
+        return OperationCount(self.per_call + other.per_call, self.hoistable + other.hoistable)
 
 
-def work(region: fx.Graph, moving: int) -> Work:
-    """Return the operations of a region whose first ``moving`` inputs differ from call to call."""
-    depends: set[fx.Node] = set()
+def count_operations(region: fx.Graph, call_input_count: int) -> OperationCount:
+    """Return the operations of a region whose first ``call_input_count`` inputs differ from call to call."""
+    per_call_nodes: set[fx.Node] = set()
     sums: list[Any] = [sympy.S.Zero, sympy.S.Zero]
     inputs = region.find_nodes(op="placeholder")
-    depends.update(inputs[:moving])
+    per_call_nodes.update(inputs[:call_input_count])
     for node in region.nodes:
         if node.op != "call_function":
             continue
-        if any(n in depends for n in node.all_input_nodes):
-            depends.add(node)
-        sums[node not in depends] += node_work(node)
-    return Work(*sums)
+        if any(n in per_call_nodes for n in node.all_input_nodes):
+            per_call_nodes.add(node)
+        sums[node not in per_call_nodes] += count_node_operations(node)
+    return OperationCount(*sums)
 
 
-def node_work(node: fx.Node) -> Any:
+def count_node_operations(node: fx.Node) -> Any:
     """Return the operations of one node: two per multiplied and summed pair, else one per element, none for a view."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or has_view_schema(node.target):
         return sympy.S.Zero
-    out = _product(value.shape)
+    out = _element_count(value.shape)
     packet = getattr(node.target, "overloadpacket", None)
-    if packet in _SUMS:
-        operand = node.args[_SUMS[packet]].meta["val"]  # type: ignore[union-attr, index]
+    if packet in _REDUCED_OPERANDS:
+        operand = node.args[_REDUCED_OPERANDS[packet]].meta["val"]  # type: ignore[union-attr, index]
         return 2 * out * size_expression(operand.shape[-1])
     if packet in _CONVOLUTIONS:
-        return 2 * out * _product(node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
+        return 2 * out * _element_count(node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
     return out
 
 
-def _product(shape: Sequence[Any]) -> Any:
+def _element_count(shape: Sequence[Any]) -> Any:
     return sympy.Mul(*(size_expression(s) for s in shape))
 
 
 def size_expression(size: Any) -> Any:
     """Return a size, an int or a symbolic one, as a sympy expression of positive integers."""
-    return sympy.Integer(size) if isinstance(size, int) else _parsed(str(size))
+    return sympy.Integer(size) if isinstance(size, int) else _parse_size(str(size))
 
 
 @cache
-def _parsed(text: str) -> Any:
+def _parse_size(text: str) -> Any:
     """Return the text of a symbolic size as an expression of positive integers."""
     parsed: Any = parse_expr(text, local_dict=_FUNCTIONS)
     # Any other function in torch's expression stands for a size of which nothing is known.
@@ -122,17 +122,17 @@ def example_sizes(program: ExportedProgram) -> dict[str, int]:
     """Return the value of each free size in the example inputs; empty for a program that was saved without them."""
     if program.example_inputs is None:
         return {}
-    values, wanted = pytree.tree_leaves(program.example_inputs), user_inputs(program)
-    if len(values) != len(wanted):
+    values, graph_inputs = pytree.tree_leaves(program.example_inputs), user_inputs(program)
+    if len(values) != len(graph_inputs):
         return {}
     out: dict[str, int] = {}
-    for value, fake in zip(values, wanted.values(), strict=True):
+    for value, fake in zip(values, graph_inputs.values(), strict=True):
         if isinstance(value, Tensor) and isinstance(fake, Tensor):
             out |= {str(s): int(n) for s, n in zip(fake.shape, value.shape, strict=True) if not isinstance(s, int)}
     return out
 
 
-def at_sizes(expression: Any, sizes: Mapping[str, int]) -> Any:
+def evaluate_at_sizes(expression: Any, sizes: Mapping[str, int]) -> Any:
     """Return the value of an expression in free sizes at these sizes."""
     # A size that no input has, which the program computes from its data, counts as one.
     return expression.subs({s: sizes.get(str(s), 1) for s in expression.free_symbols})

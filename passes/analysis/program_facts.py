@@ -1,7 +1,7 @@
 """Read facts off an exported program: the types of its modules, its mode, and which inputs can be filled in.
 
 Takes any valid ``ExportedProgram`` in the training dialect, loaded from a file or not. Only
-:func:`call_by_first_name` changes it.
+:func:`use_first_module_names` changes it.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from adaptc.passes.graph.lifted import lifted_names, user_inputs
-from adaptc.passes.graph.module_paths import clean_path, owners_of
-from adaptc.passes.graph.mutation import touched
+from adaptc.passes.graph.lifted import fqns_by_placeholder, user_inputs
+from adaptc.passes.graph.module_paths import clean_path, program_module_paths
+from adaptc.passes.graph.mutation import find_written_nodes
 from adaptc.passes.graph.pytree import pytree
-from adaptc.passes.graph.train_eval import mode_of
+from adaptc.passes.graph.train_eval import training_mode_of
 
-_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
-def qualified(cls: type) -> str:
+def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def call_by_first_name(program: ExportedProgram, model: nn.Module) -> None:
+def use_first_module_names(program: ExportedProgram, model: nn.Module) -> None:
     """Rename modules in the node metadata of ``program``, so that a module with several names goes by its first.
 
     It is one module with one adapter, whichever name a call goes by. PEFT finds and replaces modules in this way, too.
     """
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}
+    first_names: dict[int, str] = {}
+    renames: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         parent, _, attribute = name.rpartition(".")
-        holder = first.get(id(model.get_submodule(parent)), parent)
-        first.setdefault(id(module), name)
+        holder = first_names.get(id(model.get_submodule(parent)), parent)
+        first_names.setdefault(id(module), name)
         if name and holder != parent:
-            names[name] = f"{holder}.{attribute}".removeprefix(".")
-    if not names:
+            renames[name] = f"{holder}.{attribute}".removeprefix(".")
+    if not renames:
         return
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    module_paths = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for node in all_nodes(program):
         stack = node.meta.get("nn_module_stack")
         if stack:
-            renamed = {k: (names.get(clean_path(path, known), path), cls) for k, (path, cls) in stack.items()}
+            renamed = {k: (renames.get(clean_path(path, module_paths), path), cls) for k, (path, cls) in stack.items()}
             node.meta["nn_module_stack"] = renamed
 
 
 def module_types(program: ExportedProgram) -> dict[str, str]:
     """Return module path -> qualified class name for the modules that ran, read off the nodes of all graphs."""
-    known = owners_of(program)
+    module_paths = program_module_paths(program)
     types: dict[str, str] = {}
     for node in all_nodes(program):
         for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-            types.setdefault(clean_path(path, known), cls if isinstance(cls, str) else qualified(cls))
+            types.setdefault(clean_path(path, module_paths), cls if isinstance(cls, str) else qualified_name(cls))
     return types
 
 
@@ -65,13 +65,13 @@ def all_module_types(program: ExportedProgram) -> dict[str, str]:
 
     A module that did not run counts as a plain ``torch.nn.Module``.
     """
-    holders = dict.fromkeys(["", *owners_of(program)], "torch.nn.modules.module.Module")
+    holders = dict.fromkeys(["", *program_module_paths(program)], "torch.nn.modules.module.Module")
     return {**holders, **module_types(program)}
 
 
 def is_training(program: ExportedProgram, default: bool) -> bool:
     """Return whether the program is in training mode, by the nodes that depend on it; ``default`` where none does."""
-    modes = [m for m in map(mode_of, all_nodes(program)) if m is not None]
+    modes = [m for m in map(training_mode_of, all_nodes(program)) if m is not None]
     return any(modes) if modes else default
 
 
@@ -90,35 +90,35 @@ def keyword_inputs(program: ExportedProgram) -> dict[str, Any]:
     return dict(kwargs)
 
 
-def fills_of(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple[str, str]]:
+def input_fills(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple[str, str]]:
     """Return input name -> (kind of filling, input it is made from), for keyword inputs that a caller may leave out.
 
     The fillings mean what transformers models mean by an absent input: no padding, and no labels.
     """
     inputs = {name: value for name, value in keyword_inputs(program).items() if isinstance(value, Tensor)}
-    fills: dict[str, tuple[str, str]] = {}
+    default_fills: dict[str, tuple[str, str]] = {}
     for mask, ids in (("attention_mask", "input_ids"), ("decoder_attention_mask", "decoder_input_ids")):
         if mask in inputs and ids in inputs and inputs[mask].ndim == inputs[ids].ndim:
-            fills[mask] = ("ones_like", ids)
+            default_fills[mask] = ("ones_like", ids)
     labels = inputs.get("labels")
     main = next((name for name in ("input_ids", "pixel_values", "input_features") if name in inputs), None)
     if labels is not None and main is not None and labels.dtype == torch.int64:
         if labels.ndim == 1:
-            fills["labels"] = ("ignore_rows", main)
+            default_fills["labels"] = ("ignore_rows", main)
         elif main == "input_ids" and labels.ndim == inputs[main].ndim and not encoder_decoder:
-            fills["labels"] = ("ignore_like", main)
+            default_fills["labels"] = ("ignore_like", main)
     if labels is not None and main is not None and labels.is_floating_point():
         sizes = [n for n in labels.shape[1:] if isinstance(n, int)]
         if len(sizes) == labels.ndim - 1:
             kind = str(labels.dtype).removeprefix("torch.")
-            fills["labels"] = (f"nan_rows:{','.join(map(str, (kind, *sizes)))}", main)
-    return fills
+            default_fills["labels"] = (f"nan_rows:{','.join(map(str, (kind, *sizes)))}", main)
+    return default_fills
 
 
 def written_tensors(program: ExportedProgram) -> list[Tensor]:
     """Return the parameters and buffers that calls of a program write to."""
-    signature, dirty = program.graph_signature, {n.name for n in touched(program.graph)[0]}
-    names = [fqn for placeholder, fqn in lifted_names(signature).items() if placeholder in dirty]
-    names += [s.target for s in signature.output_specs if s.kind in _WRITES and s.target is not None]
-    held = {**program.constants, **program.state_dict}
-    return [held[fqn] for fqn in dict.fromkeys(names) if isinstance(held.get(fqn), Tensor)]
+    signature, dirty = program.graph_signature, {n.name for n in find_written_nodes(program.graph)[0]}
+    names = [fqn for placeholder, fqn in fqns_by_placeholder(signature).items() if placeholder in dirty]
+    names += [s.target for s in signature.output_specs if s.kind in _MUTATIONS and s.target is not None]
+    tensors = {**program.constants, **program.state_dict}
+    return [tensors[fqn] for fqn in dict.fromkeys(names) if isinstance(tensors.get(fqn), Tensor)]

@@ -14,10 +14,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.program_facts import module_types
-from adaptc.passes.graph.higher_order import inside
-from adaptc.passes.graph.lifted import Lifted, lifted_names
-from adaptc.passes.graph.module_paths import module_path, owners
-from adaptc.passes.graph.ops import CASTS, LINEAR, TABLE, TRANSPOSED, argument
+from adaptc.passes.graph.higher_order import subgraph_input_of
+from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
+from adaptc.passes.graph.module_paths import module_path, module_paths_of
+from adaptc.passes.graph.ops import CASTS, LAYER_OPS, LINEAR_META, TRANSPOSED_CONVS, argument
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Site:
 
     ``kind`` is 'weight' when no table entry fits and only the weight form is defined. ``tied`` says that nodes outside
     of this site read the same placeholder. ``module_type`` is the qualified class name of the owning module, '' when
-    the program does not say. ``linear`` says that this class derives from a class of linear layers.
+    the program does not say. ``is_linear_class`` says that this class derives from a class of linear layers.
     """
 
     module: str
@@ -36,14 +36,14 @@ class Site:
     consumers: tuple[str, ...]
     tied: bool = False
     module_type: str = ""
-    linear: bool = False
+    is_linear_class: bool = False
 
     @property
     def fqn(self) -> str:
         return f"{self.module}.{self.param}" if self.module else self.param
 
 
-def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+def find_consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield (consumer, the node it reads) for the users of a parameter, seen through casts."""
     stack = [placeholder]
     while stack:
@@ -57,34 +57,34 @@ def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def mark_linear(program: ExportedProgram, modules: Collection[str]) -> None:
     """Mark the nodes that read the weights of ``modules``: their classes derive from linear layers."""
-    held = lifted_names(program.graph_signature)
+    fqns = fqns_by_placeholder(program.graph_signature)
     for node in program.graph.find_nodes(op="placeholder"):
-        owner, _, name = held.get(node.name, "").rpartition(".")
+        owner, _, name = fqns.get(node.name, "").rpartition(".")
         if name == "weight" and owner in modules:
-            for reader, _ in consumers(node):
-                reader.meta["custom"] = {**(reader.meta.get("custom") or {}), LINEAR: True}
+            for reader, _ in find_consumers(node):
+                reader.meta["custom"] = {**(reader.meta.get("custom") or {}), LINEAR_META: True}
 
 
 def is_cast(user: fx.Node, source: fx.Node) -> bool:
     """Return whether ``user`` only casts ``source``, so that its own users are the consumers."""
-    return user.target in CASTS and bool(user.args) and user.args[0] is source and inside(user) is None
+    return user.target in CASTS and bool(user.args) and user.args[0] is source and subgraph_input_of(user) is None
 
 
-def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node]:
-    """Return the direct users of ``source`` that lead to the ``wanted`` consumers and to no others.
+def isolate_readers(graph: fx.Graph, source: fx.Node, consumer_nodes: Collection[fx.Node]) -> list[fx.Node]:
+    """Return the direct users of ``source`` that lead to the ``consumer_nodes`` consumers and to no others.
 
     A cast that other consumers share is copied into ``graph`` for the wanted ones.
     """
     found: list[fx.Node] = []
     for user in list(source.users):
-        if user in wanted:
+        if user in consumer_nodes:
             found.append(user)
         elif is_cast(user, source):
-            below = {n for n, _ in consumers(user)}
-            if below.isdisjoint(wanted):
+            reached = {n for n, _ in find_consumers(user)}
+            if reached.isdisjoint(consumer_nodes):
                 continue
-            if not below.issubset(wanted):
-                inner = readers(graph, user, wanted)
+            if not reached.issubset(consumer_nodes):
+                inner = isolate_readers(graph, user, consumer_nodes)
                 with graph.inserting_after(user):
                     twin = graph.node_copy(user, lambda n: n)
                 for reader in inner:
@@ -94,21 +94,21 @@ def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> li
     return found
 
 
-def kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:
+def layer_kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:
     """Return the kind by which ``node`` consumes ``source`` as its weight, which has ``ndim`` axes.
 
     Gives 'weight' where the node does something else with it, or reads only a part of it.
     """
-    through = inside(node)
-    if through is not None:
-        return through.kind
-    if node.target in TABLE:
-        kind, xi, wi, bi, _ = TABLE[node.target]
+    subgraph_input = subgraph_input_of(node)
+    if subgraph_input is not None:
+        return subgraph_input.kind
+    if node.target in LAYER_OPS:
+        kind, xi, wi, bi, _ = LAYER_OPS[node.target]
         read = [argument(node, i) for i in (xi, wi, bi) if i is not None]
         plain = kind != "addmm" or all(argument(node, i) == 1 for i in (3, 4))
         if argument(node, wi) is source and read.count(source) == 1 and plain and ndim >= 2:
             return kind
-    if node.target in TRANSPOSED and argument(node, 1) is source:
+    if node.target in TRANSPOSED_CONVS and argument(node, 1) is source:
         return "conv_transpose"
     return "weight"
 
@@ -116,7 +116,7 @@ def kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:
 def find_sites(
     program: ExportedProgram,
     types: Mapping[str, str] | None = None,
-    lifted: Lifted | None = None,
+    lifted: LiftedProgram | None = None,
     kind: InputKind = InputKind.PARAMETER,
 ) -> list[Site]:
     """Return all sites in graph order of the placeholders, aliases included.
@@ -124,55 +124,57 @@ def find_sites(
     ``types`` (module path -> class name) overrides what the graph's own module stacks say. ``lifted`` is the program
     opened, if the caller has it open; it is only read. ``kind`` is BUFFER for persistent buffers instead of parameters.
     """
-    lifted = lifted or Lifted(program, edit=False)
+    lifted = lifted or LiftedProgram(program, edit=False)
     types = {**module_types(program), **(types or {})}
-    known = owners([*lifted.state_dict, *lifted.constants])
+    module_paths = module_paths_of([*lifted.state_dict, *lifted.constants])
     found: list[Site] = []
     by_node: dict[fx.Node, list[str]] = {}
     for fqn, node in lifted.placeholders.items():
         by_node.setdefault(node, []).append(fqn)
     for node in lifted.graph.find_nodes(op="placeholder"):
-        if lifted.specs[node.name].kind == kind:
+        if lifted.input_specs[node.name].kind == kind:
             fqns = [f for f in by_node.get(node, []) if f in lifted.state_dict]
-            found.extend(_sites_of(lifted, node, fqns, types, known))
+            found.extend(_sites_of(lifted, node, fqns, types, module_paths))
     return found
 
 
 def _sites_of(
-    lifted: Lifted, node: fx.Node, fqns: list[str], types: Mapping[str, str], known: Collection[str]
+    lifted: LiftedProgram, node: fx.Node, fqns: list[str], types: Mapping[str, str], module_paths: Collection[str]
 ) -> Iterator[Site]:
-    used = list(consumers(node))
-    owned: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+    all_consumers = list(find_consumers(node))
+    consumers_by_fqn: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for fqn in fqns:
         owner = fqn.rpartition(".")[0]
-        owned[fqn] = [(n, s) for n, s in used if fqn in rivals(n) or _caller(n, known) == owner]
-    claimed = {n for pairs in owned.values() for n, _ in pairs}
+        consumers_by_fqn[fqn] = [
+            (n, s) for n, s in all_consumers if fqn in possible_fqns(n) or _calling_module(n, module_paths) == owner
+        ]
+    claimed = {n for pairs in consumers_by_fqn.values() for n, _ in pairs}
     for fqn in fqns:
         # Another module may read a parameter for its own one (MultiheadAttention reads the weight of its out_proj).
-        mine = owned[fqn] or ([] if claimed else used)
+        site_consumers = consumers_by_fqn[fqn] or ([] if claimed else all_consumers)
         value = lifted.state_dict[fqn]
-        if mine and isinstance(value, Tensor):
+        if site_consumers and isinstance(value, Tensor):
             module, _, param = fqn.rpartition(".")
-            kinds = {kind_of(n, s, value.ndim) for n, s in mine}
+            kinds = {layer_kind_of(n, s, value.ndim) for n, s in site_consumers}
             yield Site(
                 module=module,
                 param=param,
                 kind=kinds.pop() if len(kinds) == 1 else "weight",
                 shape=tuple(value.shape),
-                consumers=tuple(n.name for n, _ in mine),
-                tied=len({n for n, _ in mine}) != len({n for n, _ in used}),
+                consumers=tuple(n.name for n, _ in site_consumers),
+                tied=len({n for n, _ in site_consumers}) != len({n for n, _ in all_consumers}),
                 module_type=types.get(module, ""),
-                linear=any((n.meta.get("custom") or {}).get(LINEAR) for n, _ in mine),
+                is_linear_class=any((n.meta.get("custom") or {}).get(LINEAR_META) for n, _ in site_consumers),
             )
 
 
-def rivals(node: fx.Node) -> tuple[str, ...]:
+def possible_fqns(node: fx.Node) -> tuple[str, ...]:
     """Return the names of one tied parameter, any of which a layer inside a block may mean; () where it is known."""
-    through = inside(node)
-    return () if through is None else through.rivals
+    subgraph_input = subgraph_input_of(node)
+    return () if subgraph_input is None else subgraph_input.rivals
 
 
-def _caller(node: fx.Node, known: Collection[str]) -> str | None:
+def _calling_module(node: fx.Node, module_paths: Collection[str]) -> str | None:
     """Return the path of the module that a consumer was traced in, also inside a block; None where unknown."""
-    through = inside(node)
-    return module_path(node, known) if through is None else through.owner
+    subgraph_input = subgraph_input_of(node)
+    return module_path(node, module_paths) if subgraph_input is None else subgraph_input.owner

@@ -2,10 +2,10 @@
 
 Programs made of one another share fake tensors, their shape environment and parts of their graphs. Tracing patches
 torch for all threads of the process. So code that traces, rewrites, validates, reads or writes a graph holds one lock,
-:data:`GRAPHS`, all the while. Calls and swaps do without it: they read what was made before.
+:data:`GRAPH_LOCK`, all the while. Calls and swaps do without it: they read what was made before.
 
 Tensors that are made under the lock are kept. So whatever a caller has switched on in torch (transforms, modes,
-autocast, inference mode) is off under :func:`on_graphs`.
+autocast, inference mode) is off under :func:`hold_graph_lock`.
 
 A graph is a million small objects that all stay alive. Python's garbage collector would scan them again and again, for
 a fifth of the time of a capture or more. So it is off under the lock.
@@ -22,60 +22,61 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from adaptc.locks import free_in_children
-from adaptc.torch_modes import plainly
+from adaptc.locks import reset_after_fork
+from adaptc.torch_modes import outside_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 #: the lock on all graphs; free in a forked child, unless the thread that forked holds it
-GRAPHS = free_in_children(threading.RLock())
+GRAPH_LOCK = reset_after_fork(threading.RLock())
 
 
-class _Held:
-    """The thread that took the lock by :func:`on_graphs`. A forked child has none of its parent's threads."""
+class _LockOwner:
+    """The thread that took the lock by :func:`hold_graph_lock`. A forked child has none of its parent's threads."""
 
-    by: int | None = None
+    thread_id: int | None = None
 
 
-_HELD = _Held()
+_LOCK_OWNER = _LockOwner()
 
 
 @contextlib.contextmanager
-def on_graphs() -> Iterator[None]:
-    """Run the block with :data:`GRAPHS` held, Python's garbage collector off, and torch's modes of the caller off.
+def hold_graph_lock() -> Iterator[None]:
+    """Run the block with :data:`GRAPH_LOCK` held, Python's garbage collector off, and torch's modes of the caller off.
 
     A mode that the block itself enters stays on, also in nested uses.
     """
-    with GRAPHS:
-        if _HELD.by == threading.get_ident():
+    with GRAPH_LOCK:
+        if _LOCK_OWNER.thread_id == threading.get_ident():
             yield
             return
-        collects = gc.isenabled()
-        with plainly():
+        gc_was_enabled = gc.isenabled()
+        with outside_modes():
             try:
-                _HELD.by = threading.get_ident()
+                _LOCK_OWNER.thread_id = threading.get_ident()
                 gc.disable()
                 yield
             finally:
-                _HELD.by = None
-                if collects:
+                _LOCK_OWNER.thread_id = None
+                if gc_was_enabled:
                     gc.enable()
 
 
-def exclusive(function: Callable[P, R]) -> Callable[P, R]:
-    """Return ``function`` wrapped to run under :func:`on_graphs`, so that no other thread works on graphs meanwhile."""
+def with_graph_lock(function: Callable[P, R]) -> Callable[P, R]:
+    """Return ``function`` wrapped to run under :func:`hold_graph_lock`, so that no other thread works on graphs
+    meanwhile."""
 
     @functools.wraps(function)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        with on_graphs():
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with hold_graph_lock():
             return function(*args, **kwargs)
 
-    return alone
+    return locked
 
 
-class exclusive_property(Generic[R]):
-    """A property that is computed once per object, under :func:`on_graphs`.
+class graph_locked_property(Generic[R]):
+    """A property that is computed once per object, under :func:`hold_graph_lock`.
 
     It replaces ``functools.cached_property``, which in Python 3.11 would hold a lock of its own besides.
     """
@@ -87,7 +88,7 @@ class exclusive_property(Generic[R]):
         if owner is None:
             return self  # type: ignore[return-value]
         known, name = vars(owner), self.function.__name__
-        with on_graphs():
+        with hold_graph_lock():
             if name not in known:
                 known[name] = self.function(owner)
         return known[name]

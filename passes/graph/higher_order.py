@@ -1,12 +1,12 @@
 """Calls inside blocks: the code that ``torch.no_grad``, autocast, ``torch.cond``, ``map`` and other ops enclose.
 
 A captured block is a graph of its own. A higher-order op calls it, and receives all that the block reads, parameters
-too. The layers are called inside, so the op itself does not say how a parameter is used. :data:`LAYOUTS` lists the ops
-that are known.
+too. The layers are called inside, so the op itself does not say how a parameter is used. :data:`ARGUMENT_LAYOUTS` lists
+the ops that are known.
 
-A *doorway* says how: an ``aten.alias`` in front of the op, through which the weight or bias of one layer enters one
-block and nothing else. Its custom meta describes the layer inside. A doorway therefore stands for the layer's node
-wherever a pass looks for the node that reads a parameter. ``adapt.expose_subgraph_params`` makes the doorways.
+A *subgraph input* says how: an ``aten.alias`` in front of the op, through which the weight or bias of one layer enters
+one block and nothing else. Its custom meta describes the layer inside. A subgraph input therefore stands for the
+layer's node wherever a pass looks for the node that reads a parameter. ``adapt.expose_subgraph_params`` makes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from adaptc.passes.graph.module_paths import module_path
-from adaptc.passes.graph.ops import INSIDE, TABLE, called, operands
+from adaptc.passes.graph.ops import LAYER_OPS, SUBGRAPH_INPUT_META, called_op, operands
 
 #: the name that strict captures give to the root inside a block
 _ROOT = "_export_root"
@@ -29,37 +29,37 @@ _ROOT = "_export_root"
 class ArgumentLayout:
     """The positions of graphs and operands among the arguments of a higher-order op.
 
-    ``bodies`` are the positions of its graphs, and ``lists`` those of its lists of operands, in the order in which the
-    bodies read them. ``fixed`` is the position of the list whose values the bodies read unchanged. For an op without
-    lists, ``rest`` is the position of the first operand.
+    ``bodies`` are the positions of its graphs, and ``operand_lists`` those of its lists of operands, in the order in
+    which the bodies read them. ``unchanged_list`` is the position of the list whose values the bodies read unchanged.
+    For an op without lists, ``rest`` is the position of the first operand.
     """
 
     bodies: tuple[int, ...]
-    lists: tuple[int, ...] = ()
-    fixed: int = 0
-    rest: int = 0
+    operand_lists: tuple[int, ...] = ()
+    unchanged_list: int = 0
+    first_operand: int = 0
 
 
-_HIGHER = torch.ops.higher_order
+_OPS = torch.ops.higher_order
 #: op -> its layout; other higher-order ops are not known
-LAYOUTS: dict[Any, ArgumentLayout] = {
-    _HIGHER.wrap_with_set_grad_enabled: ArgumentLayout((1,), rest=2),
-    _HIGHER.wrap_with_autocast: ArgumentLayout((4,), rest=5),
-    _HIGHER.cond: ArgumentLayout((1, 2), (3,), fixed=3),
-    _HIGHER.map_impl: ArgumentLayout((0,), (1, 2), fixed=2),
-    _HIGHER.while_loop: ArgumentLayout((0, 1), (2, 3), fixed=3),
-    _HIGHER.scan: ArgumentLayout((0,), (1, 2, 3), fixed=3),
+ARGUMENT_LAYOUTS: dict[Any, ArgumentLayout] = {
+    _OPS.wrap_with_set_grad_enabled: ArgumentLayout((1,), first_operand=2),
+    _OPS.wrap_with_autocast: ArgumentLayout((4,), first_operand=5),
+    _OPS.cond: ArgumentLayout((1, 2), (3,), unchanged_list=3),
+    _OPS.map_impl: ArgumentLayout((0,), (1, 2), unchanged_list=2),
+    _OPS.while_loop: ArgumentLayout((0, 1), (2, 3), unchanged_list=3),
+    _OPS.scan: ArgumentLayout((0,), (1, 2, 3), unchanged_list=3),
 }
 
 
 @dataclass(frozen=True)
-class Inside:
-    """The layer behind a doorway.
+class SubgraphInput:
+    """The layer behind a subgraph input.
 
     ``owner`` is the path of the module called inside, None if the capture does not tell. ``rivals`` are FQNs of
-    parameters, any of which may be the one meant. ``bias`` names the doorway of the layer's bias. It is "" for no bias,
-    and None if the block computes what is added. ``op`` is the name and the remaining arguments of the layer's op, None
-    if no layer is behind the doorway.
+    parameters, any of which may be the one meant. ``bias`` names the subgraph input of the layer's bias. It is ""
+    for no bias, and None if the block computes what is added. ``op`` is the name and the remaining arguments of the
+    layer's op, None if no layer is behind the subgraph input.
     """
 
     owner: str | None
@@ -70,52 +70,52 @@ class Inside:
 
     def to_meta(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, which ``ops.called`` reads too."""
-        op = None if self.op is None else [self.op[0], _plain(self.op[1])]
+        op = None if self.op is None else [self.op[0], _as_lists(self.op[1])]
         return {**vars(self), "op": op, "rivals": list(self.rivals)}
 
 
-def inside(node: fx.Node) -> Inside | None:
-    """Return the layer behind a doorway; None for all other nodes."""
+def subgraph_input_of(node: fx.Node) -> SubgraphInput | None:
+    """Return the layer behind a subgraph input; None for all other nodes."""
     custom = node.meta.get("custom")
-    meta: Mapping[str, Any] | None = custom.get(INSIDE) if isinstance(custom, dict) else None
+    meta: Mapping[str, Any] | None = custom.get(SUBGRAPH_INPUT_META) if isinstance(custom, dict) else None
     if meta is None:
         return None
-    target, rest = called(node)
+    target, rest = called_op(node)
     op = None if target is None else (str(target), rest)
-    return Inside(meta["owner"], meta["kind"], op, meta["bias"], tuple(meta["rivals"]))
+    return SubgraphInput(meta["owner"], meta["kind"], op, meta["bias"], tuple(meta["rivals"]))
 
 
 def takes_bias(node: fx.Node) -> bool:
-    """Return whether the op that reads a node's weight can add a bias; the op may be behind a doorway."""
-    target, _ = called(node)
-    return target is not None and TABLE[target][3] is not None
+    """Return whether the op that reads a node's weight can add a bias; the op may be behind a subgraph input."""
+    target, _ = called_op(node)
+    return target is not None and LAYER_OPS[target][3] is not None
 
 
-def bias_of(nodes: Mapping[str, fx.Node], node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+def bias_and_reader(nodes: Mapping[str, fx.Node], node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     """Return the bias node at a node with :func:`takes_bias`, None without a bias, and the node that reads it.
 
     A bias that a block computes inside does not count: :attr:`Inside.bias` is None for it.
     """
-    through = inside(node)
-    if through is None:
+    subgraph_input = subgraph_input_of(node)
+    if subgraph_input is None:
         return operands(node)[2], node
-    if not through.bias:
+    if not subgraph_input.bias:
         return None, node
-    door = nodes[through.bias]
-    return door.args[0], door  # type: ignore[return-value]  # an alias reads a node
+    bias_input = nodes[subgraph_input.bias]
+    return bias_input.args[0], bias_input  # type: ignore[return-value]  # an alias reads a node
 
 
-def called_in(node: fx.Node, known: Collection[str]) -> str | None:
+def subgraph_module_path(node: fx.Node, module_paths: Collection[str]) -> str | None:
     """Return the path of the module in which a node inside a block was traced; None if the capture does not say."""
     if not node.meta.get("nn_module_stack"):
         return None
-    path = module_path(node, known)
+    path = module_path(node, module_paths)
     head, _, rest = path.partition(".")
-    return rest if head == _ROOT and head not in known else path
+    return rest if head == _ROOT and head not in module_paths else path
 
 
 @dataclass(frozen=True)
-class Call:
+class HigherOrderCall:
     """A call of a higher-order op of known layout, in the graph of ``module``."""
 
     node: fx.Node
@@ -123,26 +123,26 @@ class Call:
     layout: ArgumentLayout
 
     @classmethod
-    def of(cls, node: fx.Node, module: fx.GraphModule) -> Call | None:
+    def from_node(cls, node: fx.Node, module: fx.GraphModule) -> HigherOrderCall | None:
         """Return the call that a node is; None for other nodes, unknown layouts, and calls with keyword arguments."""
-        layout = LAYOUTS.get(node.target) if node.op == "call_function" else None
+        layout = ARGUMENT_LAYOUTS.get(node.target) if node.op == "call_function" else None
         return None if layout is None or node.kwargs else cls(node, module, layout)
 
     def bodies(self) -> list[fx.GraphModule]:
         """Return the graph modules that the call runs, in the order of the layout."""
         return [getattr(self.module, str(b.target)) for b in self._body_nodes()]
 
-    def gives_nothing(self) -> bool:
+    def has_no_outputs(self) -> bool:
         """Return whether no value leaves the block: the program did not use its results, but the capture kept it."""
         return not any(b.graph.output_node().args[0] for b in self.bodies())
 
     def is_empty(self) -> bool:
         """Return whether no value leaves the block and its bodies compute nothing."""
-        return self.gives_nothing() and all(
+        return self.has_no_outputs() and all(
             n.op in ("placeholder", "output") for b in self.bodies() for n in b.graph.nodes
         )
 
-    def own_bodies(self, copy: Any) -> None:
+    def copy_bodies(self, copy: Any) -> None:
         """Give this call bodies made by ``copy``, under names that nothing else in its module uses."""
         for i, node in zip(self.layout.bodies, self._body_nodes(), strict=True):
             name, body = str(node.target), copy(getattr(self.module, str(node.target)))
@@ -157,45 +157,45 @@ class Call:
 
     def operands(self) -> Iterator[tuple[int, fx.Node, bool]]:
         """Yield (index among the bodies' operands, node, whether the bodies read it unchanged) for each node given."""
-        at = 0
-        for position in self.layout.lists or (None,):
-            values = self.node.args[self.layout.rest :] if position is None else self.node.args[position]
+        index = 0
+        for position in self.layout.operand_lists or (None,):
+            values = self.node.args[self.layout.first_operand :] if position is None else self.node.args[position]
             for value in values:  # type: ignore[union-attr]
                 if isinstance(value, fx.Node):
-                    yield at, value, position is None or position == self.layout.fixed
-                at += 1
+                    yield index, value, position is None or position == self.layout.unchanged_list
+                index += 1
 
-    def set(self, at: int, value: fx.Node) -> None:
+    def set_operand(self, index: int, value: fx.Node) -> None:
         """Replace the operand at an index; one past the last is appended, and the bodies do not read it yet."""
-        if not self.layout.lists:
-            kept = self.node.args[: self.layout.rest]
-            self.node.args = (*kept, *_put(self.node.args[self.layout.rest :], at, value))
+        if not self.layout.operand_lists:
+            kept = self.node.args[: self.layout.first_operand]
+            self.node.args = (*kept, *_with_item(self.node.args[self.layout.first_operand :], index, value))
             return
-        for position in self.layout.lists:
+        for position in self.layout.operand_lists:
             values: Any = self.node.args[position]
-            if at < len(values) or (position == self.layout.fixed and at == len(values)):
-                self.node.update_arg(position, type(values)(_put(values, at, value)))
+            if index < len(values) or (position == self.layout.unchanged_list and index == len(values)):
+                self.node.update_arg(position, type(values)(_with_item(values, index, value)))
                 return
-            at -= len(values)
+            index -= len(values)
 
-    def count(self) -> int:
+    def operand_count(self) -> int:
         """Return how many operands the bodies read."""
-        if not self.layout.lists:
-            return len(self.node.args) - self.layout.rest
-        return sum(len(self.node.args[p]) for p in self.layout.lists)  # type: ignore[arg-type]
+        if not self.layout.operand_lists:
+            return len(self.node.args) - self.layout.first_operand
+        return sum(len(self.node.args[p]) for p in self.layout.operand_lists)  # type: ignore[arg-type]
 
     def _body_nodes(self) -> list[fx.Node]:
         return [self.node.args[i] for i in self.layout.bodies]  # type: ignore[misc]
 
 
-def calls(module: fx.GraphModule) -> list[Call]:
+def find_higher_order_calls(module: fx.GraphModule) -> list[HigherOrderCall]:
     """Return the calls in a module's own graph, without those inside its blocks."""
-    return [c for n in module.graph.nodes if (c := Call.of(n, module)) is not None]
+    return [c for n in module.graph.nodes if (c := HigherOrderCall.from_node(n, module)) is not None]
 
 
-def _put(values: Any, at: int, value: fx.Node) -> list[Any]:
-    return [*values[:at], value, *values[at + 1 :]]
+def _with_item(values: Any, index: int, value: fx.Node) -> list[Any]:
+    return [*values[:index], value, *values[index + 1 :]]
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(v) for v in value] if isinstance(value, (tuple, list)) else value

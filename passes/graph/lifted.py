@@ -40,13 +40,13 @@ from torch.export.graph_signature import (
 )
 
 from adaptc.errors import CaptureError, ConfigError, PassError
-from adaptc.passes.graph.pytree import pytree, with_inputs
+from adaptc.passes.graph.pytree import pytree, update_call_inputs
 from adaptc.passes.graph.storage import storage_key
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Return a copy of ``graph`` with the same node names, which shares ``meta`` values but not the ``meta`` dicts."""
-    new = empty_like(graph)
+    new = empty_graph_like(graph)
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copied = new.node_copy(node, values.__getitem__)
@@ -56,7 +56,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def empty_like(graph: fx.Graph) -> fx.Graph:
+def empty_graph_like(graph: fx.Graph) -> fx.Graph:
     """Return a graph without nodes that has the tracer class and code generator of ``graph``."""
     new = fx.Graph(tracer_cls=graph._tracer_cls)
     new.set_codegen(graph._codegen)
@@ -65,17 +65,17 @@ def empty_like(graph: fx.Graph) -> fx.Graph:
 
 def user_inputs(program: ExportedProgram) -> dict[str, Any]:
     """Return the graph's values of the user's flat inputs, by name, in order: fake tensors, sizes or constants."""
-    return inputs_of(program.graph, program.graph_signature)
+    return user_inputs_of_graph(program.graph, program.graph_signature)
 
 
-def inputs_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Any]:
+def user_inputs_of_graph(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Any]:
     """Return what :func:`user_inputs` returns, for a graph and its signature."""
     nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
     args = [s.arg for s in signature.input_specs if s.kind == InputKind.USER_INPUT]
     return {a.name: a.value if isinstance(a, ConstantArgument) else nodes[a.name].meta.get("val") for a in args}
 
 
-def lifted_names(signature: ExportGraphSignature) -> dict[str, str]:
+def fqns_by_placeholder(signature: ExportGraphSignature) -> dict[str, str]:
     """Return, for each lifted placeholder, the name of the parameter, buffer or constant that it stands for."""
     return {s.arg.name: s.target for s in signature.input_specs if s.target is not None}  # type: ignore[union-attr]
 
@@ -90,19 +90,19 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
 
 
-def fake_of(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
+def fake_maker(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
     """Return a function that makes fakes of tensors in a graph's own mode, with static shapes."""
     mode = fake_mode_of(graph)
-    return lambda tensor: _fake(mode, tensor)
+    return lambda tensor: _make_fake(mode, tensor)
 
 
-def fake_tensors() -> FakeTensorMode:
+def fake_tensor_mode() -> FakeTensorMode:
     """Return a context in which new tensors have no values and belong to no program."""
     return FakeTensorMode()
 
 
 @contextmanager
-def sizes_stay_free(fakes: Iterable[Any]) -> Iterator[None]:
+def suppress_size_guards(fakes: Iterable[Any]) -> Iterator[None]:
     """Run the block with guards on the symbolic sizes of ``fakes`` suppressed, in the fake mode of these tensors.
 
     Without this, a fake convolution would ask for the batch size to choose its kernel, and the answer would become part
@@ -115,7 +115,7 @@ def sizes_stay_free(fakes: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def _fake(mode: Any, tensor: Tensor) -> Tensor:
+def _make_fake(mode: Any, tensor: Tensor) -> Tensor:
     if mode is None:
         raise CaptureError("the graph has no fake values; capture it with torch.export.export")
     # mode.from_tensor takes ten times as long, since it describes the tensor's storage. Slots are plain tensors.
@@ -124,7 +124,7 @@ def _fake(mode: Any, tensor: Tensor) -> Tensor:
     return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
 
 
-class Lifted:
+class LiftedProgram:
     """An exported program that is open for editing; the module docstring says how to use it.
 
     With ``edit=False`` it is open for reading only: ``graph`` is then the program's own and must not be changed.
@@ -136,22 +136,22 @@ class Lifted:
         self.state_dict: dict[str, Any] = dict(program.state_dict)
         self.constants: dict[str, Any] = dict(program.constants)
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
-        self.specs: dict[str, InputSpec] = {s.arg.name: s for s in program.graph_signature.input_specs}
-        self.outputs: list[OutputSpec] = list(program.graph_signature.output_specs)
+        self.input_specs: dict[str, InputSpec] = {s.arg.name: s for s in program.graph_signature.input_specs}
+        self.output_specs: list[OutputSpec] = list(program.graph_signature.output_specs)
         self.placeholders: dict[str, fx.Node] = {}
-        self._first_user: fx.Node | None = None
+        self._first_user_input: fx.Node | None = None
         for node in self.graph.find_nodes(op="placeholder"):
-            spec = self.specs[node.name]
+            spec = self.input_specs[node.name]
             if spec.kind == InputKind.USER_INPUT:
-                self._first_user = self._first_user or node
+                self._first_user_input = self._first_user_input or node
             elif spec.target is not None:
                 self.placeholders[spec.target] = node
-        self.calls: list[Any] = list(program.module_call_graph)
-        self.examples: Any = program.example_inputs
+        self.module_calls: list[Any] = list(program.module_call_graph)
+        self.example_inputs: Any = program.example_inputs
         self.fake_mode = fake_mode_of(self.graph)
-        self._add_aliases()
+        self._map_tied_names()
 
-    def _add_aliases(self) -> None:
+    def _map_tied_names(self) -> None:
         """Map each FQN of a tied weight whose placeholder is missing or unread to the placeholder with users."""
         by_storage: dict[Any, fx.Node] = {}
         for fqn, node in self.placeholders.items():
@@ -176,15 +176,15 @@ class Lifted:
                 twin = twins.setdefault(id(tensor), torch.nn.Parameter(tensor.detach(), requires_grad=False))
                 self.state_dict[fqn] = twin
 
-    def fqns(self, node: fx.Node) -> list[str]:
+    def fqns_of(self, node: fx.Node) -> list[str]:
         """Return all FQNs that a placeholder stands for; a tied weight has several."""
         return [f for f, n in self.placeholders.items() if n is node]
 
-    def fake(self, tensor: Tensor) -> Tensor:
+    def make_fake(self, tensor: Tensor) -> Tensor:
         """Return ``tensor`` as a fake of this graph's mode, with static shape."""
-        return _fake(self.fake_mode, tensor)
+        return _make_fake(self.fake_mode, tensor)
 
-    def add(self, fqn: str, tensor: Tensor) -> fx.Node:
+    def add_tensor(self, fqn: str, tensor: Tensor) -> fx.Node:
         """Add a lifted input and return its placeholder: a parameter for an ``nn.Parameter``, else a persistent buffer.
 
         Raises ConfigError if the program already has a tensor with this name.
@@ -194,34 +194,34 @@ class Lifted:
                 f"the program already has a tensor named {fqn!r}: another adapter's, or the model's own. Give this "
                 "adapter another adapter_name, or rename the module."
             )
-        return self._placeholder(fqn, tensor)
+        return self._add_placeholder(fqn, tensor)
 
-    def _placeholder(self, fqn: str, tensor: Tensor) -> fx.Node:
+    def _add_placeholder(self, fqn: str, tensor: Tensor) -> fx.Node:
         is_param = isinstance(tensor, torch.nn.Parameter)
         kind = InputKind.PARAMETER if is_param else InputKind.BUFFER
         name = ("p_" if is_param else "b_") + fqn.replace(".", "_")
         # A program without user inputs still has a node that is no placeholder: its output.
-        before = self._first_user or next(n for n in self.graph.nodes if n.op != "placeholder")
+        before = self._first_user_input or next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(before):
             node = self.graph.create_node("placeholder", name, name=name)
         node.target = node.name  # fx may have made the name unique or legal
-        node.meta["val"] = self.fake(tensor)
+        node.meta["val"] = self.make_fake(tensor)
         persistent = None if is_param else True
-        self.specs[node.name] = InputSpec(kind, TensorArgument(node.name), fqn, persistent)
+        self.input_specs[node.name] = InputSpec(kind, TensorArgument(node.name), fqn, persistent)
         self.state_dict[fqn] = tensor
         self.placeholders[fqn] = node
         self.nodes[node.name] = node
         return node
 
     def add_input(
-        self, name: str, like: fx.Node, axes: Sequence[int], dtype: torch.dtype, more: Sequence[int] = ()
+        self, name: str, like: fx.Node, axes: Sequence[int], dtype: torch.dtype, extra_sizes: Sequence[int] = ()
     ) -> fx.Node:
         """Add a keyword input for the caller and return its placeholder.
 
-        Its shape is made of the ``axes`` of the input ``like``, followed by the sizes ``more``. Its example is zeros.
-        Raises ConfigError if an input or a value already has this name.
+        Its shape is made of the ``axes`` of the input ``like``, followed by the sizes ``extra_sizes``. Its example is
+        zeros. Raises ConfigError if an input or a value already has this name.
         """
-        if name in self.specs or any(n.name == name for n in self.graph.nodes):
+        if name in self.input_specs or any(n.name == name for n in self.graph.nodes):
             raise ConfigError(
                 f"the program has an input or a value called {name!r} already, and one of that name is to be added"
             )
@@ -230,127 +230,134 @@ class Lifted:
             node = self.graph.create_node("placeholder", name, name=name)
         model: Tensor = like.meta["val"]
         with nullcontext() if self.fake_mode is None else self.fake_mode:
-            node.meta["val"] = torch.empty([*(model.shape[i] for i in axes), *more], dtype=dtype, device=model.device)
-        self.specs[node.name] = InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None)
+            node.meta["val"] = torch.empty(
+                [*(model.shape[i] for i in axes), *extra_sizes], dtype=dtype, device=model.device
+            )
+        self.input_specs[node.name] = InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None)
         self.nodes[node.name] = node
-        self._retree({name: (axes, more)}, like.name)
+        self._update_call_inputs({name: (axes, extra_sizes)}, like.name)
         return node
 
     def remove_input(self, name: str) -> None:
         """Erase a keyword input that nothing reads any more."""
         self.graph.erase_node(self.nodes.pop(name))
-        del self.specs[name]
-        self._retree()
+        del self.input_specs[name]
+        self._update_call_inputs()
 
-    def _retree(self, new: Mapping[str, tuple[Any, Any]] = MappingProxyType({}), like: str = "") -> None:
+    def _update_call_inputs(
+        self, added_inputs: Mapping[str, tuple[Any, Any]] = MappingProxyType({}), like: str = ""
+    ) -> None:
         names = [n.name for n in self.graph.find_nodes(op="placeholder")]
-        inputs = [self.specs[n].arg for n in names if self.specs[n].kind == InputKind.USER_INPUT]
-        at = list(user_inputs(self.program)).index(like) if new else 0
-        examples = {n: (at, *sizes, self.nodes[n].meta["val"].dtype) for n, sizes in new.items()}
-        self.calls, self.examples = with_inputs(self.calls, self.examples, inputs, examples)
+        inputs = [self.input_specs[n].arg for n in names if self.input_specs[n].kind == InputKind.USER_INPUT]
+        at = list(user_inputs(self.program)).index(like) if added_inputs else 0
+        examples = {n: (at, *sizes, self.nodes[n].meta["val"].dtype) for n, sizes in added_inputs.items()}
+        self.module_calls, self.example_inputs = update_call_inputs(
+            self.module_calls, self.example_inputs, inputs, examples
+        )
 
-    def split(self, fqn: str, users: Iterable[fx.Node], tensor: Tensor) -> fx.Node:
+    def untie(self, fqn: str, users: Iterable[fx.Node], tensor: Tensor) -> fx.Node:
         """Untie ``fqn``: give it a placeholder of its own with value ``tensor``, which only ``users`` read; return it.
 
         The other users keep the old placeholder. If that one went by ``fqn``, it takes another of its names, or a new
         one.
         """
         old = self.placeholders[fqn]
-        spec = self.specs[old.name]
+        spec = self.input_specs[old.name]
         if spec.target == fqn:
-            others = [f for f in self.fqns(old) if f != fqn]
+            others = [f for f in self.fqns_of(old) if f != fqn]
             if not others:  # another module reads this very parameter, as functional heads do
                 others = [f"{fqn}_untied"]
                 self.state_dict[others[0]] = self.state_dict[fqn]
                 self.placeholders[others[0]] = old
-            self.specs[old.name] = replace(spec, target=others[0])
-        node = self._placeholder(fqn, tensor)
+            self.input_specs[old.name] = replace(spec, target=others[0])
+        node = self._add_placeholder(fqn, tensor)
         for user in users:
             user.replace_input_with(old, node)
         return node
 
-    def set(self, fqn: str, tensor: Tensor) -> None:
+    def set_tensor(self, fqn: str, tensor: Tensor) -> None:
         """Give a lifted input another value, under all its FQNs, so that tied weights stay tied."""
         node = self.placeholders[fqn]
-        for name in self.fqns(node):
+        for name in self.fqns_of(node):
             for tensors in (self.state_dict, self.constants):
                 if name in tensors:
                     tensors[name] = tensor
         old = node.meta["val"]
         if (old.shape, old.stride(), old.dtype) != (tensor.shape, tensor.stride(), tensor.dtype):
-            node.meta["val"] = self.fake(tensor)
+            node.meta["val"] = self.make_fake(tensor)
 
-    def remove(self, fqn: str) -> None:
+    def remove_tensor(self, fqn: str) -> None:
         """Erase a lifted input under all its names. Raises PassError if a node still reads it."""
         node = self.placeholders[fqn]
         if node.users:
             raise PassError(f"{fqn!r} is still read by {[u.name for u in node.users]}")
-        names = self.fqns(node)
+        names = self.fqns_of(node)
         for name in names:
             del self.placeholders[name]
             self.state_dict.pop(name, None)
             self.constants.pop(name, None)
         # A tied weight can have a placeholder for each name, although only one of them had users.
-        for spec in [s for s in self.specs.values() if s.target in names]:
+        for spec in [s for s in self.input_specs.values() if s.target in names]:
             self.graph.erase_node(self.nodes.pop(spec.arg.name))
-            del self.specs[spec.arg.name]
+            del self.input_specs[spec.arg.name]
 
-    def write_back_nothing(self, fqn: str) -> None:
+    def drop_mutation_outputs(self, fqn: str) -> None:
         """Drop the outputs that update this parameter or buffer after each call."""
         out = self.graph.output_node()
         values: Any = out.args[0]
-        kept = [(s, v) for s, v in zip(self.outputs, values, strict=True) if s.target != fqn]
-        self.outputs = [s for s, _ in kept]
+        kept = [(s, v) for s, v in zip(self.output_specs, values, strict=True) if s.target != fqn]
+        self.output_specs = [s for s, _ in kept]
         out.args = (tuple(v for _, v in kept),)
 
     def user_outputs(self, indices: Iterable[int]) -> list[fx.Node]:
         """Return the nodes of the user's outputs at these indices."""
         values: Any = self.graph.output_node().args[0]
-        users = [v for v, s in zip(values, self.outputs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
+        users = [v for v, s in zip(values, self.output_specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
         return [users[i] for i in indices]
 
-    def keep(self, nodes: Collection[fx.Node], outputs: Sequence[fx.Node]) -> None:
+    def keep_only(self, nodes: Collection[fx.Node], outputs: Sequence[fx.Node]) -> None:
         """Erase all nodes but ``nodes``, inputs included, and make ``outputs`` the only user outputs.
 
         Other outputs, such as updates of buffers, stay if their nodes are in ``nodes``.
         """
         out_node = self.graph.output_node()
         values: Any = out_node.args[0]
-        pairs = list(zip(values, self.outputs, strict=True))
+        pairs = list(zip(values, self.output_specs, strict=True))
         users = {v: s for v, s in pairs if s.kind == OutputKind.USER_OUTPUT}
         others = [(v, s) for v, s in pairs if s.kind != OutputKind.USER_OUTPUT and v in nodes]
         out_node.args = ((*(v for v, _ in others), *outputs),)
-        self.outputs = [*(s for _, s in others), *(users[v] for v in outputs)]
+        self.output_specs = [*(s for _, s in others), *(users[v] for v in outputs)]
         for node in reversed(list(self.graph.nodes)):
             if node not in nodes and node is not out_node:
                 self.graph.erase_node(node)
-        self.specs = {n.name: self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")}
+        self.input_specs = {n.name: self.input_specs[n.name] for n in self.graph.find_nodes(op="placeholder")}
         self.nodes = {n.name: n for n in self.graph.nodes}
         self.placeholders = {f: n for f, n in self.placeholders.items() if n in nodes}
 
-    def finish_part(self, names: Sequence[str]) -> ExportedProgram:
-        """Return the program that :meth:`keep` left, with outputs of these names and the remaining keyword inputs."""
+    def finish_subprogram(self, names: Sequence[str]) -> ExportedProgram:
+        """Return the program that :meth:`keep_only` left, with outputs of these names and the remaining keyword
+        inputs."""
         old, (first, *_) = self.program, self.program.module_call_graph
         kwargs = old.call_spec.in_spec.children()[1]  # type: ignore[union-attr]
-        left = [n for n, s in zip(kwargs.context, user_inputs(old), strict=True) if s in self.specs]
+        keyword_names = [n for n, s in zip(kwargs.context, user_inputs(old), strict=True) if s in self.input_specs]
         values = {} if old.example_inputs is None else old.example_inputs[1]
-        examples = {n: values[n] for n in left if n in values}
+        examples = {n: values[n] for n in keyword_names if n in values}
         signature = replace(
             first.signature,  # type: ignore[type-var]
-            inputs=[a for a in first.signature.inputs if a.name in self.specs],  # type: ignore[union-attr]
-            in_spec=pytree.tree_structure(((), dict.fromkeys(left, 0))),
+            inputs=[a for a in first.signature.inputs if a.name in self.input_specs],  # type: ignore[union-attr]
+            in_spec=pytree.tree_structure(((), dict.fromkeys(keyword_names, 0))),
             out_spec=pytree.tree_structure(dict.fromkeys(names, 0)),
-            forward_arg_names=left,
+            forward_arg_names=keyword_names,
         )
-        return self._program(None, [replace(first, signature=signature)], ((), examples) if examples else None)
+        return self._build_program(None, [replace(first, signature=signature)], ((), examples) if examples else None)
 
     def signature(self) -> ExportGraphSignature:
         """Return the signature of the graph as it is now."""
-        inputs = [self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
+        inputs = [self.input_specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
         out_node = self.graph.output_node()
         values = out_node.args[0]
         outputs: list[OutputSpec] = []
-        for spec, value in zip(self.outputs, values, strict=True):  # type: ignore[arg-type]
+        for spec, value in zip(self.output_specs, values, strict=True):  # type: ignore[arg-type]
             renamed = isinstance(value, fx.Node) and spec.arg.name != value.name
             outputs.append(replace(spec, arg=replace(spec.arg, name=value.name)) if renamed else spec)
         return ExportGraphSignature(inputs, outputs)
@@ -360,9 +367,9 @@ class Lifted:
 
         ``root`` is the module that holds the graphs of its blocks; None takes that of the opened program.
         """
-        return self._program(root, self.calls, self.examples)
+        return self._build_program(root, self.module_calls, self.example_inputs)
 
-    def _program(self, root: fx.GraphModule | None, calls: Any, examples: Any) -> ExportedProgram:
+    def _build_program(self, root: fx.GraphModule | None, module_calls: Any, examples: Any) -> ExportedProgram:
         old = self.program
         new = ExportedProgram(
             root=old.graph_module if root is None else root,
@@ -370,7 +377,7 @@ class Lifted:
             graph_signature=self.signature(),
             state_dict=self.state_dict,
             range_constraints=old.range_constraints,
-            module_call_graph=calls,
+            module_call_graph=module_calls,
             example_inputs=examples,
             constants=self.constants,
             verifiers=old.verifiers,

@@ -17,7 +17,7 @@ _CALLED_AGAIN = re.compile(r"@\d+$")
 _ROOT = "L['self']"
 
 
-def owners(fqns: Iterable[str]) -> frozenset[str]:
+def module_paths_of(fqns: Iterable[str]) -> frozenset[str]:
     """Return the paths of all modules that hold any of these tensors, at any depth."""
     found: set[str] = set()
     for fqn in fqns:
@@ -28,29 +28,29 @@ def owners(fqns: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def owners_of(program: ExportedProgram) -> frozenset[str]:
+def program_module_paths(program: ExportedProgram) -> frozenset[str]:
     """Return the paths of all modules that hold a parameter, buffer or constant of a program, at any depth."""
-    return owners([*program.state_dict, *program.constants])
+    return module_paths_of([*program.state_dict, *program.constants])
 
 
-def clean_path(path: str, known: Collection[str]) -> str:
+def clean_path(path: str, module_paths: Collection[str]) -> str:
     """Return a path without the root's name in strict captures, and without the marks of further calls.
 
-    ``known`` holds the paths of all modules, since a module may itself have such a name.
+    ``module_paths`` holds the paths of all modules, since a module may itself have such a name.
     """
     head, _, rest = path.partition(".")
-    if head == _ROOT and head not in known:
+    if head == _ROOT and head not in module_paths:
         path = rest
     if "@" not in path:
         return path
-    done = ""
+    cleaned = ""
     for part in path.split("."):
-        whole = f"{done}.{part}" if done else part
-        done = whole if whole in known else _CALLED_AGAIN.sub("", whole)
-    return done
+        candidate = f"{cleaned}.{part}" if cleaned else part
+        cleaned = candidate if candidate in module_paths else _CALLED_AGAIN.sub("", candidate)
+    return cleaned
 
 
-def module_path(node: fx.Node, known: Collection[str]) -> str:
+def module_path(node: fx.Node, module_paths: Collection[str]) -> str:
     """Return the path of the innermost module in which a node was traced; '' for the root."""
     stack = node.meta.get("nn_module_stack")
-    return clean_path(next(reversed(stack.values()))[0], known) if stack else ""
+    return clean_path(next(reversed(stack.values()))[0], module_paths) if stack else ""

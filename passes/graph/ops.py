@@ -24,7 +24,7 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 #: op -> (kind, position of input, weight and bias, position of the first remaining argument)
-TABLE: dict[Any, tuple[str, int, int, int | None, int]] = {
+LAYER_OPS: dict[Any, tuple[str, int, int, int | None, int]] = {
     aten.linear.default: ("linear", 0, 1, 2, 3),
     aten.addmm.default: ("addmm", 1, 2, 0, 3),
     aten.conv1d.default: ("conv1d", 0, 1, 2, 3),
@@ -36,7 +36,7 @@ TABLE: dict[Any, tuple[str, int, int, int | None, int]] = {
     aten.embedding.default: ("embedding", 1, 0, None, 2),
 }
 
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+TRANSPOSED_CONVS = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 #: ops between a parameter and its consumer that only change dtype or identity, never the layout
 CASTS = (
@@ -51,14 +51,14 @@ CASTS = (
 
 
 #: custom meta of a grouped convolution that was made dense: its number of groups, the last argument of its op
-GROUPS = "adaptc_groups"
+GROUPS_META = "adaptc_groups"
 #: custom meta of a lookup in an embedding with max_norm: the largest norm of a row, and the order of the norm
-BOUND = "adaptc_max_norm"
+MAX_NORM_META = "adaptc_max_norm"
 #: custom meta of a node that reads the weight of a module whose class derives from a linear layer class
-LINEAR = "adaptc_linear"
+LINEAR_META = "adaptc_linear"
 #: custom meta of a node that stands for a layer inside a block (see ``blocks``)
-INSIDE = "adaptc_inside"
-_BY_NAME = {str(target): target for target in TABLE}
+SUBGRAPH_INPUT_META = "adaptc_inside"
+_BY_NAME = {str(target): target for target in LAYER_OPS}
 
 
 @dataclass(frozen=True)
@@ -66,26 +66,26 @@ class Op:
     """The op that reads a weight, with all its arguments but input, weight and bias.
 
     ``shape`` is the canonical shape of the weight, and ``rest`` the remaining arguments. ``target`` None means that
-    only the weight is known, and not how it is read. ``bound`` is (largest norm of a row, order of the norm) of an
+    only the weight is known, and not how it is read. ``max_norm`` is (largest norm of a row, order of the norm) of an
     embedding with ``max_norm``, whose weight keeps to it. It is None for all others.
     """
 
     kind: str
     shape: tuple[int, ...]
     target: Any = None
-    rest: tuple[Any, ...] = ()
-    bound: tuple[float, float] | None = None
+    other_args: tuple[Any, ...] = ()
+    max_norm: tuple[float, float] | None = None
 
     @property
     def callable(self) -> bool:
         """Return whether the op can be run as op(x, weight); if not, only the weight form exists."""
         return self.target is not None
 
-    def at(self, consumer: fx.Node) -> Op:
+    def as_called_by(self, consumer: fx.Node) -> Op:
         """Return this op as another node that reads the weight calls it, perhaps with another stride."""
-        if not self.callable or consumer.target not in TABLE:
+        if not self.callable or consumer.target not in LAYER_OPS:
             return self
-        return replace(self, target=consumer.target, rest=_rest(consumer), bound=bound_of(consumer))
+        return replace(self, target=consumer.target, other_args=_other_args(consumer), max_norm=max_norm_of(consumer))
 
     @property
     def is_conv(self) -> bool:
@@ -93,7 +93,7 @@ class Op:
 
     @property
     def groups(self) -> int:
-        return self.rest[3] if self.is_conv and len(self.rest) > 3 else 1
+        return self.other_args[3] if self.is_conv and len(self.other_args) > 3 else 1
 
     @property
     def experts(self) -> int:
@@ -116,7 +116,7 @@ class Op:
         """Return a view of the parameter, given as stored, in canonical layout."""
         if self.kind in ("addmm", "embedding"):
             return weight.t()
-        return weight.transpose(-2, -1) if self.kind == "experts_t" else self._swap(weight)
+        return weight.transpose(-2, -1) if self.kind == "experts_t" else self._swap_channels(weight)
 
     def stored(self, canonical: Tensor) -> Tensor:
         """Return a canonical weight in the parameter's stored layout; the inverse of :meth:`canonical`.
@@ -126,7 +126,7 @@ class Op:
         """
         return self.canonical(canonical)
 
-    def _swap(self, weight: Tensor) -> Tensor:
+    def _swap_channels(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, 1) if self.kind == "conv_transpose" else weight
 
     def __call__(self, x: Tensor, canonical: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -134,53 +134,53 @@ class Op:
         if self.kind in ("linear", "addmm"):
             return F.linear(x, canonical, bias)
         if self.kind == "embedding":
-            return aten.embedding(self.stored(canonical), x, *self.rest)
-        return self._conv(x, canonical, bias, self.groups if canonical.shape[1] == self.shape[1] else 1)
+            return aten.embedding(self.stored(canonical), x, *self.other_args)
+        return self._run_conv(x, canonical, bias, self.groups if canonical.shape[1] == self.shape[1] else 1)
 
-    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        stride, padding, dilation, _ = self.rest
+    def _run_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        stride, padding, dilation, _ = self.other_args
         return self.target(x, weight, bias, stride, padding, dilation, groups)
 
-    def as_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def cast_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``x`` cast to ``dtype``, unless it is a tensor of indices."""
         return x if self.kind == "embedding" else cast(x, dtype)
 
     def down_up(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return op(x, product(a, b)) without forming that weight: project ``x`` down to the rank, then up."""
         if self.kind == "embedding":
-            return F.linear(aten.embedding(a.t(), x, *self.rest), b)
+            return F.linear(aten.embedding(a.t(), x, *self.other_args), b)
         if self.is_conv:
-            return self._pointwise(self._conv(x, a, None, 1), b)
+            return self._pointwise_conv(self._run_conv(x, a, None, 1), b)
         return F.linear(F.linear(x, a), b)
 
-    def bounded(self, canonical: Tensor) -> Tensor:
-        """Return ``canonical`` (any, vocabulary) with each column scaled down to the norm that :attr:`bound` allows.
+    def with_max_norm(self, canonical: Tensor) -> Tensor:
+        """Return ``canonical`` (any, vocabulary) with each column scaled down to the norm that :attr:`max_norm` allows.
 
         This is what an embedding with ``max_norm`` does to a tensor that it looks rows up in. As in torch, the gradient
         passes unchanged.
         """
-        if self.bound is None:
+        if self.max_norm is None:
             return canonical
-        most, order = self.bound
+        limit, order = self.max_norm
         rows = self.stored(canonical)
         constant = rows.detach()
         length = torch.linalg.vector_norm(constant, order, dim=-1, keepdim=True)
-        short = torch.where(length > most, constant * (most / (length + 1e-7)), constant)
+        short = torch.where(length > limit, constant * (limit / (length + 1e-7)), constant)
         return self.canonical(short + (rows - constant))
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """Return op(x, a) for a weight with any number of rows, without bias and with one group."""
         if self.kind == "embedding":
-            return aten.embedding(a.t(), x, *self.rest)
-        return self._conv(x, a, None, 1) if self.is_conv else F.linear(x, a)
+            return aten.embedding(a.t(), x, *self.other_args)
+        return self._run_conv(x, a, None, 1) if self.is_conv else F.linear(x, a)
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """Return the matrix ``b`` (out, channels) applied to ``h``, an output of this op with ``channels`` channels."""
         for _ in self.kernel:
             b = b.unsqueeze(-1)
-        return self._pointwise(h, b) if self.is_conv else F.linear(h, b)
+        return self._pointwise_conv(h, b) if self.is_conv else F.linear(h, b)
 
-    def _pointwise(self, h: Tensor, b: Tensor) -> Tensor:
+    def _pointwise_conv(self, h: Tensor, b: Tensor) -> Tensor:
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel)]
         return conv(h, b, groups=self.groups)
 
@@ -193,7 +193,7 @@ class Op:
             up = _block_diagonal(up, self.groups)
         return (up @ a.flatten(1)).reshape(self.out_features, self.in_features, *self.kernel)
 
-    def plus(self, canonical: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    def add_low_rank(self, canonical: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         """Return dense(canonical) + scale * product(a, b), by one ``addmm`` where shapes and dtypes allow it."""
         weight = self.dense(canonical)
         exact = weight.dtype in (torch.float32, torch.float64)  # the scale must not be rounded with B
@@ -230,7 +230,7 @@ class Op:
         return matrix.reshape(self.shape)
 
     @property
-    def pointwise(self) -> bool:
+    def is_pointwise(self) -> bool:
         """Return whether each output position reads only one input position.
 
         A map of the input's channels can then be applied to the input instead of the weight.
@@ -254,8 +254,9 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    """Return the (input, weight, bias) arguments of a node whose target is in :data:`TABLE`; bias None when absent."""
-    _, xi, wi, bi, _ = TABLE[node.target]
+    """Return the (input, weight, bias) arguments of a node whose target is in :data:`LAYER_OPS`; bias None when
+    absent."""
+    _, xi, wi, bi, _ = LAYER_OPS[node.target]
     return argument(node, xi), argument(node, wi), None if bi is None else argument(node, bi)
 
 
@@ -279,36 +280,36 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
     """Return the :class:`Op` of a site, given ``weight`` as stored (may be fake) and a node that reads it, or None."""
     probe = Op(kind, tuple(weight.shape))
     shape = tuple(int(s) for s in probe.canonical(weight).shape) if weight.ndim > 1 else tuple(weight.shape)
-    target, rest = (None, ()) if consumer is None else called(consumer)
-    known = target in TABLE and TABLE[target][0] == kind
-    bound = None if consumer is None else bound_of(consumer)
-    return Op(kind, shape, target if known else None, rest if known else (), bound)
+    target, rest = (None, ()) if consumer is None else called_op(consumer)
+    matches_kind = target in LAYER_OPS and LAYER_OPS[target][0] == kind
+    max_norm = None if consumer is None else max_norm_of(consumer)
+    return Op(kind, shape, target if matches_kind else None, rest if matches_kind else (), max_norm)
 
 
-def bound_of(consumer: fx.Node) -> tuple[float, float] | None:
+def max_norm_of(consumer: fx.Node) -> tuple[float, float] | None:
     """Return (largest norm, order of the norm) of the rows that a node looks up; None without such a bound."""
-    bound = (consumer.meta.get("custom") or {}).get(BOUND)
-    return None if bound is None else (float(bound[0]), float(bound[1]))
+    max_norm = (consumer.meta.get("custom") or {}).get(MAX_NORM_META)
+    return None if max_norm is None else (float(max_norm[0]), float(max_norm[1]))
 
 
-def mark_bound(consumer: fx.Node, bound: tuple[float, float]) -> None:
-    """Store ``bound`` where :func:`bound_of` reads it, as text, since JSON has no safe form of infinity."""
-    consumer.meta["custom"] = {**(consumer.meta.get("custom") or {}), BOUND: [str(v) for v in bound]}
+def mark_max_norm(consumer: fx.Node, max_norm: tuple[float, float]) -> None:
+    """Store ``max_norm`` where :func:`max_norm_of` reads it, as text, since JSON has no safe form of infinity."""
+    consumer.meta["custom"] = {**(consumer.meta.get("custom") or {}), MAX_NORM_META: [str(v) for v in max_norm]}
 
 
-def called(consumer: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+def called_op(consumer: fx.Node) -> tuple[Any, tuple[Any, ...]]:
     """Return the op by which a node reads a weight, and its remaining arguments; (None, ()) for an unknown op."""
-    meta = (consumer.meta.get("custom") or {}).get(INSIDE)
+    meta = (consumer.meta.get("custom") or {}).get(SUBGRAPH_INPUT_META)
     if meta is not None:
-        return (None, ()) if meta["op"] is None else (_BY_NAME[meta["op"][0]], _frozen(meta["op"][1]))
-    return (consumer.target, _rest(consumer)) if consumer.target in TABLE else (None, ())
+        return (None, ()) if meta["op"] is None else (_BY_NAME[meta["op"][0]], _as_tuples(meta["op"][1]))
+    return (consumer.target, _other_args(consumer)) if consumer.target in LAYER_OPS else (None, ())
 
 
-def _rest(consumer: fx.Node) -> tuple[Any, ...]:
-    first = TABLE[consumer.target][4]
+def _other_args(consumer: fx.Node) -> tuple[Any, ...]:
+    first = LAYER_OPS[consumer.target][4]
     n = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
-    rest = [_frozen(argument(consumer, i)) for i in range(first, n)]
-    groups = (consumer.meta.get("custom") or {}).get(GROUPS)
+    rest = [_as_tuples(argument(consumer, i)) for i in range(first, n)]
+    groups = (consumer.meta.get("custom") or {}).get(GROUPS_META)
     return tuple(rest if groups is None else [*rest[:-1], groups])
 
 
@@ -320,17 +321,17 @@ def make_dense(consumer: fx.Node, remember: bool) -> None:
     count = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
     arguments = [argument(consumer, i) for i in range(count)]
     if remember:
-        consumer.meta["custom"] = {GROUPS: arguments[-1], **(consumer.meta.get("custom") or {})}
+        consumer.meta["custom"] = {GROUPS_META: arguments[-1], **(consumer.meta.get("custom") or {})}
     consumer.args, consumer.kwargs = (*arguments[:-1], 1), {}
 
 
 def make_grouped(consumer: fx.Node) -> None:
     """Undo :func:`make_dense`, if it was done and remembered."""
     custom = dict(consumer.meta.get("custom") or {})
-    if GROUPS in custom:
-        consumer.args = (*consumer.args[:-1], custom.pop(GROUPS))
+    if GROUPS_META in custom:
+        consumer.args = (*consumer.args[:-1], custom.pop(GROUPS_META))
         consumer.meta["custom"] = custom
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value

@@ -16,11 +16,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcError, PassError
-from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.graph_lock import with_graph_lock
 
 T = TypeVar("T")
 #: names of passes, each with its count
-Trail = tuple[tuple[str, int], ...]
+PassTrail = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PassResult(Generic[T]):
     count: int
     notes: tuple[str, ...] = ()
     data: Any = None
-    trail: Trail = ()
+    trail: PassTrail = ()
 
     @property
     def program(self) -> T:
@@ -57,24 +57,24 @@ class PassBase(Generic[T]):
     def apply(self, subject: T) -> PassResult[T]:
         raise AssertionError(f"{type(self).__name__} must define apply()")
 
-    @exclusive
+    @with_graph_lock
     def __call__(self, subject: T) -> PassResult[T]:
-        known = self.before(subject)
+        facts = self.facts_for_check(subject)
         result = self.apply(subject)
         try:
-            self.check(known, result.output)
+            self.check(facts, result.output)
         except Exception as error:
-            raise PassError(f"pass {self.name!r} left an invalid {self.kind}: {error}") from error
+            raise PassError(f"pass {self.name!r} left an invalid {self.subject_kind}: {error}") from error
         return replace(result, trail=(*result.trail, (self.name, result.count)))
 
     #: the kind of its subject, for messages
-    kind: ClassVar[str] = "program"
+    subject_kind: ClassVar[str] = "program"
 
-    def before(self, subject: T) -> Any:
+    def facts_for_check(self, subject: T) -> Any:
         """Return what :meth:`check` has to know of the unchanged subject."""
         return None
 
-    def check(self, before: Any, output: T) -> None:
+    def check(self, facts: Any, output: T) -> None:
         """Raise any exception where the output is not valid."""
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class PassBase(Generic[T]):
 class Pass(PassBase[ExportedProgram]):
     """A rewrite of a program. Its output must have a graph that lints, and must validate."""
 
-    def check(self, before: Any, output: ExportedProgram) -> None:
+    def check(self, facts: Any, output: ExportedProgram) -> None:
         output.graph.lint()
         output.validate()
 
@@ -99,24 +99,24 @@ class GraphPass(PassBase[fx.Graph]):
     unless ``keeps_inputs`` is False.
     """
 
-    kind: ClassVar[str] = "graph"
+    subject_kind: ClassVar[str] = "graph"
     #: whether all inputs stay; further ones may be added
     keeps_inputs: ClassVar[bool] = True
 
-    def before(self, subject: fx.Graph) -> Any:
-        return [n.name for n in subject.find_nodes(op="placeholder")], _results(subject)
+    def facts_for_check(self, subject: fx.Graph) -> Any:
+        return [n.name for n in subject.find_nodes(op="placeholder")], _output_count(subject)
 
-    def check(self, before: Any, output: fx.Graph) -> None:
+    def check(self, facts: Any, output: fx.Graph) -> None:
         output.lint()
-        inputs, results = before
-        have = [n.name for n in output.find_nodes(op="placeholder")]
-        if self.keeps_inputs and [n for n in have if n in set(inputs)] != inputs:
-            raise ValueError(f"inputs are lost: {[n for n in inputs if n not in have] or 'their order'}")
-        if _results(output) != results:
-            raise ValueError(f"it returns {_results(output)} values, and returned {results}")
+        inputs, results = facts
+        new_inputs = [n.name for n in output.find_nodes(op="placeholder")]
+        if self.keeps_inputs and [n for n in new_inputs if n in set(inputs)] != inputs:
+            raise ValueError(f"inputs are lost: {[n for n in inputs if n not in new_inputs] or 'their order'}")
+        if _output_count(output) != results:
+            raise ValueError(f"it returns {_output_count(output)} values, and returned {results}")
 
 
-def _results(graph: fx.Graph) -> int:
+def _output_count(graph: fx.Graph) -> int:
     values = graph.output_node().args[0]
     return len(values) if isinstance(values, (tuple, list)) else 1
 
@@ -136,18 +136,18 @@ class PassManager(Generic[T]):
     observe: Callable[[PassBase[T], PassResult[T]], None] | None = None
     results: list[PassResult[T]] = field(default_factory=list)
 
-    @exclusive
+    @with_graph_lock
     def __call__(self, subject: T) -> PassResult[T]:
         self.results = []
-        done: list[str] = []
+        finished: list[str] = []
         for p in self.passes:
             try:
                 result = p(subject)
             except Exception as error:
-                where = f"(in pass {p.name!r}, after {', '.join(done) or 'no other pass'})"
+                where = f"(in pass {p.name!r}, after {', '.join(finished) or 'no other pass'})"
                 kind = type(error) if isinstance(error, AdaptcError) else PassError
                 raise kind(f"{str(error) or repr(error)} {where}") from error
-            done.append(p.name)
+            finished.append(p.name)
             self.results.append(result)
             if self.observe is not None:
                 self.observe(p, result)

@@ -1,9 +1,10 @@
-"""Update how a program is called after keyword inputs were added or removed: its call signature and example inputs.
+"""Read nested inputs and outputs as flat lists, in the way of ``torch.export``.
 
-Positional inputs stay. Removed keyword inputs are left out, and new ones come last.
+``update_call_inputs`` updates how a program is called after keyword inputs were added or removed: its call signature
+and its example inputs. Positional inputs stay. Removed keyword inputs are left out, and new ones come last.
 
-``with_inputs`` updates how a program is called after keyword inputs were added or removed: its call signature and its
-example inputs. Positional inputs stay. Removed keyword inputs are left out, and new ones come last.
+Private torch use, with the public route that was tried: ``torch.utils._pytree`` knows the classes that torch.export has
+registered, and a program's specs of inputs and outputs are its TreeSpecs. No public module reads them.
 """
 
 from __future__ import annotations
@@ -16,33 +17,35 @@ import torch
 from torch.utils import _pytree as pytree
 
 
-def with_inputs(
-    calls: Sequence[Any],
+def update_call_inputs(
+    module_calls: Sequence[Any],
     examples: Any,
     inputs: Sequence[Any],
-    new: Mapping[str, tuple[int, Sequence[int], Sequence[int], torch.dtype]],
+    added_inputs: Mapping[str, tuple[int, Sequence[int], Sequence[int], torch.dtype]],
 ) -> tuple[list[Any], Any]:
     """Return the module calls of a program, the first of which is its own, and its examples, for the inputs it has now.
 
-    ``inputs`` are the arguments of the graph, in order. ``new`` describes the added keyword inputs: the index of a flat
-    input, axes of it, further sizes, and a dtype. The axes' sizes and the further ones are the shape. Their examples
-    are zeros.
+    ``inputs`` are the arguments of the graph, in order. ``added_inputs`` describes the added keyword inputs: the index
+    of a flat input, axes of it, further sizes, and a dtype. The axes' sizes and the further ones are the shape. Their
+    examples are zeros.
     """
-    first, *rest = calls
-    spec, known = first.signature.in_spec, first.signature.forward_arg_names
+    first, *rest = module_calls
+    spec, arg_names = first.signature.in_spec, first.signature.forward_arg_names
     args, kwargs = pytree.tree_unflatten([0] * spec.num_leaves, spec)
-    have = {a.name for a in inputs}
-    gone = [k for k, v in kwargs.items() if v == 0 and k not in have]
-    leaves = {**{k: v for k, v in kwargs.items() if k not in gone}, **dict.fromkeys(new, 0)}
-    names = None if known is None else [*(n for n in known if n not in gone), *new]
+    input_names = {a.name for a in inputs}
+    removed_names = [k for k, v in kwargs.items() if v == 0 and k not in input_names]
+    leaves = {**{k: v for k, v in kwargs.items() if k not in removed_names}, **dict.fromkeys(added_inputs, 0)}
+    names = None if arg_names is None else [*(n for n in arg_names if n not in removed_names), *added_inputs]
     tree = pytree.tree_structure((args, leaves))
     signature = replace(first.signature, inputs=list(inputs), in_spec=tree, forward_arg_names=names)
     if examples is not None:
         flat = pytree.tree_leaves(examples)
-        own = {k: v for k, v in examples[1].items() if k not in gone}
-        for name, (at, axes, more, dtype) in new.items():
-            own[name] = torch.zeros([*(flat[at].shape[i] for i in axes), *more], dtype=dtype, device=flat[at].device)
-        examples = (examples[0], own)
+        keyword_examples = {k: v for k, v in examples[1].items() if k not in removed_names}
+        for name, (at, axes, more, dtype) in added_inputs.items():
+            keyword_examples[name] = torch.zeros(
+                [*(flat[at].shape[i] for i in axes), *more], dtype=dtype, device=flat[at].device
+            )
+        examples = (examples[0], keyword_examples)
     return [replace(first, signature=signature), *rest], examples
 
 

@@ -17,6 +17,6 @@ def storage_key(t: Tensor) -> Any:
     return (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), t.stride(), t.dtype)
 
 
-def memory_of(t: Tensor) -> int:
+def memory_address(t: Tensor) -> int:
     """Return the address of the memory that a tensor and all its views lie in."""
     return t.untyped_storage().data_ptr()

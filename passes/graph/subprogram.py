@@ -14,92 +14,96 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from adaptc.errors import ConfigError, shown
-from adaptc.passes.graph.lifted import Lifted
-from adaptc.passes.graph.mutation import memory_groups, pure, written
+from adaptc.errors import ConfigError, short_repr
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.mutation import is_pure, memory_groups, written_inputs
 
 
-def outputs_of(program: ExportedProgram) -> list[str]:
+def output_names(program: ExportedProgram) -> list[str]:
     """Return the names of a program's outputs; an empty list unless they are a dict of tensors."""
     spec = program.call_spec.out_spec
     named = spec is not None and spec.type is dict and all(c.is_leaf() for c in spec.children())
     return [str(n) for n in spec.context] if named else []  # type: ignore[union-attr]
 
 
-def part_of(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
+def extract_subprogram(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
     """Return the part of a program that computes the outputs ``names``. Raises ConfigError for an unknown name."""
-    known = outputs_of(program)
-    if lost := [n for n in names if n not in known]:
-        raise ConfigError(f"the program has no output {shown(lost[0])}; it has {known}")
-    opened = Lifted(program)
-    graph, chosen = opened.graph, opened.user_outputs([known.index(n) for n in names])
-    _read_sizes_inside(graph, _needed(graph, chosen, sizes=False))
-    needed = _needed(graph, chosen, sizes=True)
-    opened.keep(needed, chosen)
-    return opened.finish_part(names)
+    all_names = output_names(program)
+    if lost := [n for n in names if n not in all_names]:
+        raise ConfigError(f"the program has no output {short_repr(lost[0])}; it has {all_names}")
+    opened = LiftedProgram(program)
+    graph, output_nodes = opened.graph, opened.user_outputs([all_names.index(n) for n in names])
+    _redirect_size_reads(graph, _find_needed(graph, output_nodes, sizes=False))
+    needed = _find_needed(graph, output_nodes, sizes=True)
+    opened.keep_only(needed, output_nodes)
+    return opened.finish_subprogram(names)
 
 
-def cut_to(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+def reduce_graph_to(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     """Reduce a graph to the computation of these nodes, which become its outputs. All its inputs stay."""
-    _read_sizes_inside(graph, _needed(graph, nodes, sizes=False))
-    kept, last = _needed(graph, nodes, sizes=True), graph.output_node()
+    _redirect_size_reads(graph, _find_needed(graph, nodes, sizes=False))
+    needed, last = _find_needed(graph, nodes, sizes=True), graph.output_node()
     last.args = (tuple(nodes),)
     for node in reversed(list(graph.nodes)):
-        if node.op != "placeholder" and node is not last and node not in kept:
+        if node.op != "placeholder" and node is not last and node not in needed:
             graph.erase_node(node)
 
 
-def _needed(graph: fx.Graph, roots: Collection[fx.Node], sizes: bool) -> set[fx.Node]:
+def _find_needed(graph: fx.Graph, roots: Collection[fx.Node], sizes: bool) -> set[fx.Node]:
     """Return the nodes that ``roots`` depend on; without ``sizes``, not the inputs that only a size is read from."""
-    memory, found = memory_groups(graph), set[fx.Node]()
-    acting = [n for n in graph.nodes if n.op == "call_function" and not pure(n)]
+    memory, needed = memory_groups(graph), set[fx.Node]()
+    effect_nodes = [n for n in graph.nodes if n.op == "call_function" and not is_pure(n)]
 
-    def take(node: fx.Node) -> None:
+    def add_with_inputs(node: fx.Node) -> None:
         todo = [node]
         while todo:
             one = todo.pop()
-            if one not in found:
-                found.add(one)
-                todo += one.all_input_nodes if sizes or not _is_size(one) else ()
+            if one not in needed:
+                needed.add(one)
+                todo += one.all_input_nodes if sizes or not _reads_input_size(one) else ()
 
     for node in roots:
-        take(node)
+        add_with_inputs(node)
     while True:
-        read = {memory[n] for n in found}
-        new = [n for n in acting if n not in found and _belongs(n, found, {memory[w] for w in written(n)} & read)]
+        read = {memory[n] for n in needed}
+        new = [
+            n
+            for n in effect_nodes
+            if n not in needed and _is_needed_effect(n, needed, {memory[w] for w in written_inputs(n)} & read)
+        ]
         if not new:
-            return found
+            return needed
         for node in new:
-            take(node)
+            add_with_inputs(node)
 
 
-def _belongs(node: fx.Node, found: Collection[fx.Node], writes: Collection[Any]) -> bool:
-    """Return whether a node with an effect belongs to a part, given the part's nodes that are ``found`` so far.
+def _is_needed_effect(node: fx.Node, needed: Collection[fx.Node], written_memory: Collection[Any]) -> bool:
+    """Return whether a node with an effect belongs to a part, given the part's nodes that are ``needed`` so far.
 
-    ``writes`` is the memory of the part that it writes to. A node without users that only checks values of the part
-    belongs to it, too.
+    ``written_memory`` is the memory of the part that it writes to. A node without users that only checks values of the
+    part belongs to it, too.
     """
-    if writes:
+    if written_memory:
         return True
     inputs = node.all_input_nodes
-    return not node.users and bool(inputs) and not list(written(node)) and all(n in found for n in inputs)
+    return not node.users and bool(inputs) and not list(written_inputs(node)) and all(n in needed for n in inputs)
 
 
-def _is_size(node: fx.Node) -> bool:
+def _reads_input_size(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.sym_size.int and node.args[0].op == "placeholder"  # type: ignore[union-attr]
 
 
-def _read_sizes_inside(graph: fx.Graph, inside: Collection[fx.Node]) -> None:
-    """Read sizes from inputs in ``inside``, where one of them has the same symbolic size."""
-    where: dict[str, tuple[fx.Node, int]] = {}
+def _redirect_size_reads(graph: fx.Graph, needed: Collection[fx.Node]) -> None:
+    """Read sizes from inputs in ``needed``, where one of them has the same symbolic size."""
+    size_sources: dict[str, tuple[fx.Node, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
-        if node in inside and isinstance(value, Tensor):
+        if node in needed and isinstance(value, Tensor):
             for axis, size in enumerate(value.shape):
                 if not isinstance(size, int):
-                    where.setdefault(str(size), (node, axis))
+                    size_sources.setdefault(str(size), (node, axis))
     for node in graph.nodes:
-        if node in inside and _is_size(node) and node.args[0] not in inside:
-            same = where.get(str(node.meta["val"]))
+        if node in needed and _reads_input_size(node) and node.args[0] not in needed:
+            same = size_sources.get(str(node.meta["val"]))
             if same is not None:
                 node.args = same

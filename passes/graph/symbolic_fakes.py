@@ -2,7 +2,7 @@
 
 The values of a program are symbolic in the sizes of its inputs. An adapter's slots have the sizes of one adapter, which
 would become constants of the traced code. Here both get symbols, in an environment that is thrown away. Only the traced
-code is kept. Its values come from the program that it is put into (``propagate``).
+code is kept. Its values come from the program that it is put into (``propagate_fakes``).
 
 Private torch use, with the public route that was tried: ``FakeTensorMode``, ``ShapeEnv.create_symbol`` and
 ``create_symintnode``. Public: ``make_fx(tracing_mode="symbolic")`` on tensors of example sizes. It needs memory for
@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 #: the example value of every free size
-HINT = 16
+SIZE_HINT = 16
 
 
-class FreeFakes:
+class FreeSizeFakes:
     """An environment of free sizes. Sizes with one name are one size; no two other sizes are known to be equal.
 
     ``sums`` maps a name to the names of the sizes whose sum it is.
@@ -32,8 +32,8 @@ class FreeFakes:
 
     def __init__(self, sums: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
         self.sums = sums
-        self.env = ShapeEnv(duck_shape=False)
-        self.mode = FakeTensorMode(shape_env=self.env)
+        self.shape_env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.shape_env)
         self.sizes: dict[str, Any] = {}
 
     def size(self, name: str) -> Any:
@@ -44,16 +44,18 @@ class FreeFakes:
             return sum(self.size(part) for part in self.sums[name])
         if name not in self.sizes:
             source = ConstantSource(f"adaptc_free_{len(self.sizes)}")
-            symbol = self.env.create_symbol(HINT, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-            self.sizes[name] = self.env.create_symintnode(symbol, hint=HINT, source=source)
+            symbol = self.shape_env.create_symbol(
+                SIZE_HINT, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+            )
+            self.sizes[name] = self.shape_env.create_symintnode(symbol, hint=SIZE_HINT, source=source)
         return self.sizes[name]
 
-    def like(self, value: Tensor, free: Collection[int] | Mapping[int, str] = (), name: str = "") -> Tensor:
-        """Return a fake like ``value`` in which each symbolic size and each axis in ``free`` has a free size.
+    def fake_like(self, value: Tensor, free_axes: Collection[int] | Mapping[int, str] = (), name: str = "") -> Tensor:
+        """Return a fake like ``value`` in which each symbolic size and each axis in ``free_axes`` has a free size.
 
-        The size along a free axis is called ``name``, or as the mapping ``free`` says.
+        The size along a free axis is called ``name``, or as the mapping ``free_axes`` says.
         """
-        names = free if isinstance(free, Mapping) else dict.fromkeys(free, name)
+        names = free_axes if isinstance(free_axes, Mapping) else dict.fromkeys(free_axes, name)
         shape = [
             self.size(names[i]) if i in names else s if isinstance(s, int) else self.size(str(s))
             for i, s in enumerate(value.shape)

@@ -21,28 +21,28 @@ from torch.fx.graph_module import _loader
 
 from adaptc.passes.graph.lifted import fake_mode_of
 
-#: the numbers of texts, and of characters in them, above which :func:`forget_code` looks for dead code
-MOST, LONGEST = 1024, 1 << 25
-_next: list[tuple[int, int]] = [(MOST, LONGEST)]
+#: the numbers of texts, and of characters in them, above which :func:`drop_dead_code` looks for dead code
+MAX_TEXTS, MAX_CHARACTERS = 1024, 1 << 25
+_next_limits: list[tuple[int, int]] = [(MAX_TEXTS, MAX_CHARACTERS)]
 
 
-def forget_sizes(graph: fx.Graph, *, captured: bool) -> None:
+def release_shape_env(graph: fx.Graph, *, just_captured: bool) -> None:
     """Make torch free a graph's shape environment once nothing refers to the graph any more.
 
     Caches of its class hold every environment forever. A cycle through C++ does too: from the environment to the fake
-    inputs that it checks its guards with, and back. No garbage collector sees that cycle. ``captured`` says that the
-    graph was just captured and its guards are made.
+    inputs that it checks its guards with, and back. No garbage collector sees that cycle. ``just_captured`` says that
+    the graph was just captured and its guards are made.
     """
     env = getattr(fake_mode_of(graph), "shape_env", None)
     for function in vars(type(env)).values():
         clear = getattr(function, "cache_clear", None)
         if clear is not None:
             clear()
-    if captured and env is not None and env.tracked_fakes:
+    if just_captured and env is not None and env.tracked_fakes:
         env.tracked_fakes.clear()
 
 
-def _forwards(cls: type) -> Iterator[types.FunctionType]:
+def _forward_functions(cls: type) -> Iterator[types.FunctionType]:
     """Yield the ``forward`` functions of all graph modules that exist; each module has a class of its own.
 
     ``gc.get_objects`` would find them too. But it returns tuples that other threads are still filling, which then fails
@@ -52,24 +52,24 @@ def _forwards(cls: type) -> Iterator[types.FunctionType]:
         forward = vars(sub).get("forward")
         if isinstance(forward, types.FunctionType):
             yield forward
-        yield from _forwards(sub)
+        yield from _forward_functions(sub)
 
 
-def forget_code(*, now: bool = False) -> None:
+def drop_dead_code(*, force: bool = False) -> None:
     """Drop the texts of code that is gone, if many were added since the last time.
 
-    ``now`` drops them in any case. The caller must hold ``GRAPHS``.
+    ``force`` drops them in any case. The caller must hold ``GRAPH_LOCK``.
     """
     texts = _loader.eval_cache
-    most, longest = _next[0]
-    if not now and len(texts) <= most and sum(map(len, list(texts.values()))) <= longest:
+    max_texts, max_characters = _next_limits[0]
+    if not force and len(texts) <= max_texts and sum(map(len, list(texts.values()))) <= max_characters:
         return
     gc.collect()
-    known = list(texts)
-    alive = {f.__code__.co_filename for f in _forwards(fx.GraphModule)}
-    for name in known:
+    names = list(texts)
+    alive = {f.__code__.co_filename for f in _forward_functions(fx.GraphModule)}
+    for name in names:
         if name not in alive:
             texts.pop(name, None)
             linecache.cache.pop(name, None)
     left = list(texts.values())
-    _next[0] = max(MOST, 2 * len(left)), max(LONGEST, 2 * sum(map(len, left)))
+    _next_limits[0] = max(MAX_TEXTS, 2 * len(left)), max(MAX_CHARACTERS, 2 * sum(map(len, left)))

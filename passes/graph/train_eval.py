@@ -20,13 +20,13 @@ SDPA = aten.scaled_dot_product_attention.default
 #: the position of the dropout probability among attention's arguments
 SDPA_DROPOUT = 4
 #: custom meta of a node whose dropout is off: the probability it had
-KEPT = "adaptc_dropout_p"
+DROPOUT_META = "adaptc_dropout_p"
 #: the buffer in which batch norm counts its training batches
-COUNTER = "num_batches_tracked"
+BATCH_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class Flag:
+class ModeFlag:
     """The positions of the arguments that hold an op's mode.
 
     ``position`` is the flag itself. The flag has no effect if the argument at ``probability`` is 0, or that at
@@ -39,11 +39,11 @@ class Flag:
 
 
 #: the flag of dropout layers
-DROPOUT = Flag(2, probability=1)
-_NORM = Flag(5, statistics=3)
+DROPOUT = ModeFlag(2, probability=1)
+_NORM = ModeFlag(5, statistics=3)
 _RNNS = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 
-FLAGS: dict[Any, Flag] = {
+MODE_FLAGS: dict[Any, ModeFlag] = {
     aten.dropout.default: DROPOUT,
     aten.dropout_.default: DROPOUT,
     aten.native_dropout.default: DROPOUT,
@@ -58,26 +58,26 @@ FLAGS: dict[Any, Flag] = {
     aten.native_batch_norm.default: _NORM,
     aten._native_batch_norm_legit.default: _NORM,
     aten._native_batch_norm_legit_functional.default: _NORM,
-    aten.rrelu.default: Flag(3),
-    aten.rrelu_.default: Flag(3),
-    aten.rrelu_with_noise.default: Flag(4),
-    aten.rrelu_with_noise_.default: Flag(4),
-    aten.rrelu_with_noise_functional.default: Flag(4),
-    **{rnn.input: Flag(6, probability=5) for rnn in _RNNS},
+    aten.rrelu.default: ModeFlag(3),
+    aten.rrelu_.default: ModeFlag(3),
+    aten.rrelu_with_noise.default: ModeFlag(4),
+    aten.rrelu_with_noise_.default: ModeFlag(4),
+    aten.rrelu_with_noise_functional.default: ModeFlag(4),
+    **{rnn.input: ModeFlag(6, probability=5) for rnn in _RNNS},
     # for packed sequences
-    **{rnn.data: Flag(7, probability=6) for rnn in _RNNS},
+    **{rnn.data: ModeFlag(7, probability=6) for rnn in _RNNS},
 }
 #: ops that write running statistics in training without saying so in their schemas
-_SILENT = (aten.batch_norm.default, aten.instance_norm.default, aten.native_batch_norm.default)
-WRITES_STATISTICS = dict.fromkeys(_SILENT, (3, 4))
+_WRITES_SILENTLY = (aten.batch_norm.default, aten.instance_norm.default, aten.native_batch_norm.default)
+STATISTICS_ARGUMENTS = dict.fromkeys(_WRITES_SILENTLY, (3, 4))
 
 
-def mode_of(node: fx.Node) -> bool | None:
+def training_mode_of(node: fx.Node) -> bool | None:
     """Return whether the node is set to training; None where it computes the same in either mode."""
     if node.target is SDPA:
-        kept = (node.meta.get("custom") or {}).get(KEPT)
+        kept = (node.meta.get("custom") or {}).get(DROPOUT_META)
         return True if argument(node, SDPA_DROPOUT) else False if kept else None
-    flag = FLAGS.get(node.target)
+    flag = MODE_FLAGS.get(node.target)
     if flag is None:
         return None
     if flag.probability is not None and not argument(node, flag.probability):
@@ -87,6 +87,6 @@ def mode_of(node: fx.Node) -> bool | None:
     return bool(argument(node, flag.position))
 
 
-def drops(region: fx.Graph) -> bool:
+def has_dropout(region: fx.Graph) -> bool:
     """Return whether a region has dropout, so that no other form of the adapter can replace it."""
     return any(node.target is aten.dropout.default for node in region.nodes)

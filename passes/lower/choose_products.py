@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
-from adaptc.passes.protocol.matmul_op import CLASSES, COLUMNS, LINEAR
+from adaptc.passes.protocol.matmul_op import COLUMNS, LINEAR, ROW_CLASS_LIMITS
 
 aten = torch.ops.aten
 
@@ -33,73 +33,74 @@ class MatmulChoice:
 
     kind: str
     classes: tuple[int, ...] = ()
-    why: str = ""
+    reason: str = ""
     ratios: tuple[float, ...] = ()
     columns: tuple[int, ...] = ()
     column_ratios: tuple[float, ...] = ()
 
-    def parts(self) -> list[MatmulChoice]:
+    def split_by_kind(self) -> list[MatmulChoice]:
         """Return this choice split into choices of a single kind, to be shown."""
         if not self.columns:
             return [self]
-        other = MatmulChoice(COLUMNS, self.columns, self.why, self.column_ratios)
-        own = MatmulChoice(self.kind, self.classes, self.why, self.ratios)
+        other = MatmulChoice(COLUMNS, self.columns, self.reason, self.column_ratios)
+        own = MatmulChoice(self.kind, self.classes, self.reason, self.ratios)
         return [own, other] if self.classes else [other]
 
 
 @dataclass(frozen=True)
-class Products:
+class MatmulChoices:
     """The choices for the matmuls of the base, one for each; ``caption`` says in print which matmuls these are."""
 
     choices: tuple[MatmulChoice, ...] = ()
-    caption: str = "products"
+    caption: str = "matmuls"
 
     def __str__(self) -> str:
         """Return a line for each kind, row counts and reason; '' where nothing was chosen."""
-        groups = self._groups()
+        groups = self._counts()
         return "\n".join(
-            f"{self.caption}: {count} by {kind}{_rows(classes)} ({why}{self._times(kind, classes, why)})"
+            f"{self.caption}: {count} by {kind}{_row_counts_text(classes)} "
+            f"({why}{self._time_ratios(kind, classes, why)})"
             for (kind, classes, why), count in groups.most_common()
         )
 
-    def _times(self, *key: Any) -> str:
-        found = [r for c in self._parts() if (c.kind, c.classes, c.why) == key for r in c.ratios]
+    def _time_ratios(self, *key: Any) -> str:
+        found = [r for c in self._single_kinds() if (c.kind, c.classes, c.reason) == key for r in c.ratios]
         return f", {min(found):.2f} to {max(found):.2f} of linear's time" if found else ""
 
-    def data(self) -> list[dict[str, Any]]:
+    def table_rows(self) -> list[dict[str, Any]]:
         """Return ``kind``, ``rows``, ``why`` and ``count`` of each line of the text."""
         return [
-            {"kind": kind, "rows": _rows(classes).removeprefix(" at "), "why": why, "count": count}
-            for (kind, classes, why), count in self._groups().most_common()
+            {"kind": kind, "rows": _row_counts_text(classes).removeprefix(" at "), "why": why, "count": count}
+            for (kind, classes, why), count in self._counts().most_common()
         ]
 
-    def _parts(self) -> list[MatmulChoice]:
-        return [part for c in self.choices for part in c.parts()]
+    def _single_kinds(self) -> list[MatmulChoice]:
+        return [part for c in self.choices for part in c.split_by_kind()]
 
-    def _groups(self) -> Counter[tuple[str, tuple[int, ...], str]]:
-        return Counter((c.kind, c.classes, c.why) for c in self._parts())
+    def _counts(self) -> Counter[tuple[str, tuple[int, ...], str]]:
+        return Counter((c.kind, c.classes, c.reason) for c in self._single_kinds())
 
 
-def _rows(classes: Collection[int]) -> str:
+def _row_counts_text(classes: Collection[int]) -> str:
     """Return the row counts of ``classes`` in words, as in ' at 1, 2 to 4 rows'; '' for no classes."""
-    lows = [1, *(most + 1 for most in CLASSES)]
-    names = [f"{low} to {most}" if low < most else f"{most}" for low, most in zip(lows, CLASSES, strict=False)]
-    names.append(f"more than {CLASSES[-1]}")
+    lows = [1, *(most + 1 for most in ROW_CLASS_LIMITS)]
+    names = [f"{low} to {most}" if low < most else f"{most}" for low, most in zip(lows, ROW_CLASS_LIMITS, strict=False)]
+    names.append(f"more than {ROW_CLASS_LIMITS[-1]}")
     return f" at {', '.join(names[c] for c in classes)} rows" if classes else ""
 
 
 @dataclass(frozen=True)
-class ChooseProducts(GraphPass):
+class ChooseMatmuls(GraphPass):
     """A pass that chooses the matmuls of base layers.
 
-    Its count is that of the layers with a kind other than ``linear``, and its data are the :class:`Products`.
+    Its count is that of the layers with a kind other than ``linear``, and its data are the :class:`MatmulChoices`.
 
     ``base`` has the placeholders of base weights. ``choose`` maps (rows, columns, dtype) of a weight to its choice.
     ``compiled`` is for graphs that a compiler gets. It would copy a weight that is not contiguous, so such a weight
     keeps ``linear``.
     """
 
-    name: ClassVar[str] = "choose_products"
+    name: ClassVar[str] = "choose_matmuls"
 
     base: Collection[str] = field(repr=False)
     choose: Callable[[int, int, torch.dtype], MatmulChoice] = field(repr=False)
@@ -110,7 +111,7 @@ class ChooseProducts(GraphPass):
         for node in subject.find_nodes(op="call_function", target=aten.linear.default):
             x, weight, bias = (argument(node, i) for i in range(3))
             value = weight.meta.get("val")
-            if weight.op != "placeholder" or weight.name not in self.base or not _is_plain(value):
+            if weight.op != "placeholder" or weight.name not in self.base or not _is_cpu_matrix(value):
                 continue
             out, into = map(int, value.shape)
             if self.compiled and not value.is_contiguous():
@@ -122,9 +123,9 @@ class ChooseProducts(GraphPass):
                 node.target, node.kwargs = torch.ops.adaptc.product.default, {}
                 node.args = (x, weight, bias, choice.kind, list(choice.classes), list(choice.columns))
         changed = sum(c.kind != LINEAR for c in choices)
-        return PassResult(subject, changed, data=Products(tuple(choices)))
+        return PassResult(subject, changed, data=MatmulChoices(tuple(choices)))
 
 
-def _is_plain(value: Any) -> bool:
+def _is_cpu_matrix(value: Any) -> bool:
     fits = isinstance(value, Tensor) and value.ndim == 2 and value.device.type == "cpu"
     return fits and all(isinstance(s, int) for s in value.shape)

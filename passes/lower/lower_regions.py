@@ -18,20 +18,20 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import BackendError
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.pass_infra import GraphPass, Pass, PassResult
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag, region_tag, slot_nodes
-from adaptc.passes.protocol.trace import fused_inputs, inline, region_of, signature_of
+from adaptc.passes.protocol.trace import fused_region_inputs, inline, trace_key, trace_region
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """The number of ``regions`` that are kernels now, and site -> why it is not one for the ``others``."""
+class LoweringSummary:
+    """The number of ``regions`` that are kernels now, and site -> why it is not one for the ``reasons_by_site``."""
 
     regions: int
-    others: Mapping[str, str]
+    reasons_by_site: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Lower(Pass):
     """A pass that lowers a program; its count is that of the regions that are kernels now.
 
     ``attachments`` are those of the program, and ``ops`` has the op of each by its id. The notes say which regions are
-    not lowered and why. ``data`` is a :class:`Lowered`.
+    not lowered and why. ``data`` is a :class:`LoweringSummary`.
     """
 
     name: ClassVar[str] = "lower"
@@ -48,7 +48,7 @@ class Lower(Pass):
     ops: Mapping[str, Op] = field(repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
-        lifted = Lifted(subject)
+        lifted = LiftedProgram(subject)
         names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
         done = LowerGraph(self.attachments, self.ops, names)(lifted.graph)
         return PassResult(lifted.finish(), done.count, done.notes, done.data)
@@ -71,16 +71,16 @@ class LowerGraph(GraphPass):
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         by_id = {a.id: a for a in self.attachments}
         regions: dict[fx.Node, list[fx.Node]] = {}
-        pending: dict[str, list[fx.Node]] = {}
+        open_regions: dict[str, list[fx.Node]] = {}
         names = {n.name: n for n in subject.nodes}
         inputs = {fqn: names[name] for fqn, name in self.placeholders.items()}
         for node in subject.nodes:
             tag = node_tag(node)
             if tag is not None:
-                nodes = pending.setdefault(tag["site"], [])
+                nodes = open_regions.setdefault(tag["site"], [])
                 nodes.append(node)
                 if tag["role"] == "out":
-                    regions[node] = pending.pop(tag["site"])
+                    regions[node] = open_regions.pop(tag["site"])
         traces: dict[Any, fx.Graph | str] = {}
         notes: dict[str, str] = {}
         renamed: dict[str, str] = {}
@@ -88,21 +88,23 @@ class LowerGraph(GraphPass):
         for out, nodes in regions.items():
             tag = node_tag(out)
             assert tag is not None
-            a, why = by_id[tag["site"]], ""
+            a, reason = by_id[tag["site"]], ""
             if not tag.get("fused"):
-                why = _lower(subject, a, self.ops[a.id], nodes, names, inputs, traces, renamed)
-            if why:
-                notes[a.id] = why
-            count += not why
+                reason = _lower_region(subject, a, self.ops[a.id], nodes, names, inputs, traces, renamed)
+            if reason:
+                notes[a.id] = reason
+            count += not reason
         # The tag of a later adapter may name the old output of a region that was lowered.
         for out in subject.nodes:
             tag = region_tag(out)
             if tag is not None and tag["base"] in renamed:
                 out.meta["custom"] = {**out.meta["custom"], "adaptc": {**tag, "base": renamed[tag["base"]]}}
-        return PassResult(subject, count, tuple(f"{site}: {why}" for site, why in notes.items()), Lowered(count, notes))
+        return PassResult(
+            subject, count, tuple(f"{site}: {why}" for site, why in notes.items()), LoweringSummary(count, notes)
+        )
 
 
-def _lower(
+def _lower_region(
     graph: fx.Graph,
     a: Attachment,
     op: Op,
@@ -125,21 +127,21 @@ def _lower(
         return "another adapter changes the output of the layer before it"
     if not set(consumer.users) <= set(nodes):
         return "the output of the layer is read without the adapter too"
-    op = op.at(consumer)
-    kind, inputs = fused_inputs(consumer)
+    op = op.as_called_by(consumer)
+    kind, inputs = fused_region_inputs(consumer)
     inputs += slot_nodes(a, placeholders, names)
     fakes = [n.meta["val"] for n in inputs]
-    key = (a.method, kind, op, signature_of(fakes))
+    key = (a.method, kind, op, trace_key(fakes))
     if key not in traces:
-        traces[key] = _region(a, op, kind, fakes)
+        traces[key] = _trace_fused(a, op, kind, fakes)
     region = traces[key]
     if isinstance(region, str):
         return region
 
-    def tagged(role: str) -> dict[str, Any]:
+    def make_tag(role: str) -> dict[str, Any]:
         return {**(tag if role == "out" else a.tag(role)), "fused": True}
 
-    new = inline(graph, region, inputs, out.next, consumer, tagged)
+    new = inline(graph, region, inputs, out.next, consumer, make_tag)
     out.replace_all_uses_with(new)
     for node in reversed(nodes):
         graph.erase_node(node)
@@ -147,11 +149,11 @@ def _lower(
     return ""
 
 
-def _region(a: Attachment, op: Op, kind: str, fakes: Sequence[Any]) -> fx.Graph | str:
+def _trace_fused(a: Attachment, op: Op, kind: str, fakes: Sequence[Any]) -> fx.Graph | str:
     why = a.method.unfused(op)
     if why:
         return why
     try:
-        return region_of(a.method, op, kind, a.input_names, a.scale_slot is not None, fakes)
+        return trace_region(a.method, op, kind, a.input_names, a.scale_slot is not None, fakes)
     except BackendError as error:
         return str(error)

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.passes.graph.mutation import touched
+from adaptc.passes.graph.mutation import find_written_nodes
 from adaptc.passes.graph.ops import argument
-from adaptc.passes.optimize.emit_fused_siblings import Fuser, Pack
+from adaptc.passes.optimize.emit_fused_siblings import SiblingFuser, StackedWeight
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
-from adaptc.passes.optimize.hoist import stages_of
-from adaptc.passes.optimize.sibling_groups import Group, Member, takes_slices
+from adaptc.passes.optimize.hoist import stage_by_node
+from adaptc.passes.optimize.sibling_groups import GroupLayer, SiblingGroup, accepts_strided
 
 aten, ours = torch.ops.aten, torch.ops.adaptc
 
@@ -35,16 +35,20 @@ class LowerSiblings(FuseSiblings):
 
     name: ClassVar[str] = "lower_siblings"
 
-    def groups(self, graph: fx.Graph) -> list[Group]:
-        return find_lowered(graph, self.packable, stages_of(graph, self.stages))
+    def find_groups_in(self, graph: fx.Graph) -> list[SiblingGroup]:
+        return find_lowered_groups(graph, self.stackable, stage_by_node(graph, self.stages))
 
-    def fuser(
-        self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack], made: dict[Any, fx.Node]
-    ) -> Fuser:
-        return LoweredFuser(graph, group, self.inputs, packs, stacked=False, made=made)
+    def make_fuser(
+        self,
+        graph: fx.Graph,
+        group: SiblingGroup,
+        packs: dict[tuple[str, ...], StackedWeight],
+        made: dict[Any, fx.Node],
+    ) -> SiblingFuser:
+        return LoweredFuser(graph, group, self.user_inputs, packs, stacked=False, frozen_nodes=made)
 
 
-def find_lowered(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[Group]:
+def find_lowered_groups(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[SiblingGroup]:
     """Return the groups of lowered layers with LoRA in ``graph`` that read one tensor.
 
     ``base`` has the placeholders of weights that may be packed. ``frozen`` has the nodes that are constant in a
@@ -52,38 +56,38 @@ def find_lowered(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.N
     """
     import adaptc.kernels  # noqa: F401  # makes torch know the ops
 
-    dirty, kept = touched(graph)
-    groups: dict[Any, Group] = {}
+    dirty, kept = find_written_nodes(graph)
+    groups: dict[Any, SiblingGroup] = {}
     for node in graph.find_nodes(op="call_function", target=ours.lora_linear.default):
         x, weight, bias, A, B, scale = node.args
         if weight.name not in base or not weight.meta["val"].is_contiguous() or node in kept or x in dirty:
             continue
-        if not {n for n in (bias, A, B, scale) if n is not None} <= set(frozen) or not takes_slices(node, kept):
+        if not {n for n in (bias, A, B, scale) if n is not None} <= set(frozen) or not accepts_strided(node, kept):
             continue
         kinds = (weight.meta["val"].dtype, A.meta["val"].dtype, scale.meta["val"].dtype, bias is None)
-        group = groups.setdefault((x, *kinds), Group(x))
-        if all(m.weight is not weight for m in group.members):
-            group.members.append(Member(node))
-    return [g for g in groups.values() if g.worth()]
+        group = groups.setdefault((x, *kinds), SiblingGroup(x))
+        if all(m.weight is not weight for m in group.layers):
+            group.layers.append(GroupLayer(node))
+    return [g for g in groups.values() if g.is_worth_fusing()]
 
 
-class LoweredFuser(Fuser):
-    """A writer of a group of :func:`find_lowered`."""
+class LoweredFuser(SiblingFuser):
+    """A writer of a group of :func:`find_lowered_groups`."""
 
-    def read(self) -> list[fx.Node]:
-        return [n for m in self.group.members for n in m.linear.args[2:] if n is not None]  # type: ignore[misc]
+    def input_nodes(self) -> list[fx.Node]:
+        return [n for m in self.group.layers for n in m.linear.args[2:] if n is not None]  # type: ignore[misc]
 
-    def write(self) -> None:
-        from adaptc.kernels import sibling_table_of
+    def emit(self) -> None:
+        from adaptc.kernels import sibling_table_op
 
-        members, x = self.group.members, self.group.x
+        members, x = self.group.layers, self.group.x
         widths = [m.width for m in members]
         A, B, scales = ([argument(m.linear, i) for m in members] for i in (3, 4, 5))
         bias = [] if members[0].bias is None else [self.cat([m.bias for m in members])]  # type: ignore[misc]
-        y = self.call(aten.linear.default, x, self.weights(), *bias)
-        h = self.call(ours.lora_down.default, x, self.cat(A))
-        flat = [self.frozen(aten.reshape.default, self.frozen(aten.t.default, b), [-1]) for b in B]
-        table = self.frozen(sibling_table_of, B)
-        scale = self.frozen(aten.stack.default, scales)
-        y = self.call(ours.lora_up_add_siblings.default, y, h, self.cat(flat), table, scale, widths)
-        self.deal(y, widths)
+        y = self.add_call(aten.linear.default, x, self.weight_node(), *bias)
+        h = self.add_call(ours.lora_down.default, x, self.cat(A))
+        flat = [self.add_frozen(aten.reshape.default, self.add_frozen(aten.t.default, b), [-1]) for b in B]
+        table = self.add_frozen(sibling_table_op, B)
+        scale = self.add_frozen(aten.stack.default, scales)
+        y = self.add_call(ours.lora_up_add_siblings.default, y, h, self.cat(flat), table, scale, widths)
+        self.replace_outputs(y, widths)

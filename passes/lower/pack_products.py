@@ -19,28 +19,28 @@ from adaptc.passes.protocol.matmul_op import LINEAR
 
 #: (rows, columns, dtype of a weight, the remaining arguments of its ``adaptc::product``) -> a callable that takes
 #: (x, weight, bias), or None to leave the layer as it is
-Make = Callable[[int, int, torch.dtype, Sequence[Any]], Callable[..., Tensor] | None]
+MakePackedLayer = Callable[[int, int, torch.dtype, Sequence[Any]], Callable[..., Tensor] | None]
 
 
 @dataclass(frozen=True)
-class PackProducts(GraphPass):
+class PackWeights(GraphPass):
     """A pass that lets layers read packed weights; its count is that of the layers.
 
-    ``base`` has the placeholders of base weights; ``make`` packs them, see :data:`Make`.
+    ``base`` has the placeholders of base weights; ``make_layer`` packs them, see :data:`MakePackedLayer`.
     """
 
-    name: ClassVar[str] = "pack_products"
+    name: ClassVar[str] = "pack_weights"
 
     base: Collection[str] = field(repr=False)
-    make: Make = field(repr=False)
+    make_layer: MakePackedLayer = field(repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         count = 0
-        kinds: dict[Any, Any] = {
+        matmul_arguments: dict[Any, Any] = {
             torch.ops.aten.linear.default: lambda n: (LINEAR, ()),
             torch.ops.adaptc.product.default: lambda n: n.args[3:],
         }
-        for node in [n for n in subject.nodes if n.op == "call_function" and n.target in kinds]:
+        for node in [n for n in subject.nodes if n.op == "call_function" and n.target in matmul_arguments]:
             x, weight, bias = (argument(node, i) for i in range(3))
             value = weight.meta.get("val")
             if weight.op != "placeholder" or weight.name not in self.base or not isinstance(value, Tensor):
@@ -48,7 +48,7 @@ class PackProducts(GraphPass):
             if value.ndim != 2 or value.device.type != "cpu" or not all(isinstance(s, int) for s in value.shape):
                 continue
             out, width = map(int, value.shape)
-            made = self.make(out, width, value.dtype, kinds[node.target](node))
+            made = self.make_layer(out, width, value.dtype, matmul_arguments[node.target](node))
             if made is not None:
                 node.target, node.args, node.kwargs = made, (x, weight, bias), {}
                 count += 1

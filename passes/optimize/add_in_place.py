@@ -1,9 +1,9 @@
 """Add the changes of per-row adapters in place, where nothing else reads the tensor that they are added to.
 
 The graph is one of calls for an interpreter, and its values stay the same. ``adaptc::low_rank_rows`` becomes
-``called_in_place`` if a layer just computed its ``y`` and nothing else reads that. A new tensor for the sum would cost
-as much as the adapters themselves: it is large, so its memory is fresh, and the first touch of each page is a page
-fault.
+``low_rank_rows_in_place`` if a layer just computed its ``y`` and nothing else reads that. A new tensor for the sum
+would cost as much as the adapters themselves: it is large, so its memory is fresh, and the first touch of each page is
+a page fault.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import fx
 import adaptc.passes.protocol.matmul_op  # noqa: F401  # makes torch know its op
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
-from adaptc.passes.protocol.low_rank_rows import called_in_place
+from adaptc.passes.protocol.low_rank_rows import low_rank_rows_in_place
 
 aten, ours = torch.ops.aten, torch.ops.adaptc
 
 #: ops whose result may be overwritten, since no other value of the graph has its memory
-_FRESH: tuple[Any, ...] = (
+_UNALIASED_OPS: tuple[Any, ...] = (
     aten.linear.default,
     aten.addmm.default,
     aten.mm.default,
     ours.product.default,
     ours.low_rank_rows.default,
-    called_in_place,
+    low_rank_rows_in_place,
 )
 
 
@@ -43,7 +43,7 @@ class AddInPlace(GraphPass):
         for node in subject.find_nodes(op="call_function", target=ours.low_rank_rows.default):
             y = argument(node, 1)
             read = [n for n in node.all_input_nodes if n is not y]
-            if y.target in _FRESH and list(y.users) == [node] and len(read) == len(node.args) - 1:
-                node.target = called_in_place
+            if y.target in _UNALIASED_OPS and list(y.users) == [node] and len(read) == len(node.args) - 1:
+                node.target = low_rank_rows_in_place
                 count += 1
         return PassResult(subject, count)

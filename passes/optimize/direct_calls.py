@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
-from adaptc.passes.protocol.low_rank_rows import called
-from adaptc.passes.protocol.matmul_op import product
+from adaptc.passes.protocol.low_rank_rows import low_rank_rows_direct
+from adaptc.passes.protocol.matmul_op import linear_matmul
 from adaptc.torch_modes import in_transform
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     F.scaled_dot_product_attention: ("default",),
 }
 #: overload -> the method of Tensor that does the same
-_METHODS: dict[Any, str] = {
+_TENSOR_METHODS: dict[Any, str] = {
     aten.view.default: "view",
     aten.expand.default: "expand",
     aten.t.default: "t",
@@ -65,58 +65,63 @@ _METHODS: dict[Any, str] = {
     aten.sym_size.int: "size",
 }
 #: dtype -> the method that casts to it, at half the cost of the overload
-_CASTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half", torch.float64: "double"}
+_CAST_METHODS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half", torch.float64: "double"}
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _add_matmul(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Add x y to ``total`` in place and return it. Transforms get an addition, for which vmap has a rule."""
     return total.add_(x @ y) if in_transform() else total.addmm_(x, y)
 
 
-def _table() -> dict[Any, Any]:
+def _direct_functions() -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     for function, overloads in _FUNCTIONS.items():
         packet = getattr(aten, function.__name__)
         out |= {getattr(packet, o): function for o in overloads}
-    out[torch.ops.adaptc.product.default] = product
-    out[aten.addmm_.default] = _add_product
-    out[torch.ops.adaptc.low_rank_rows.default] = called
+    out[torch.ops.adaptc.product.default] = linear_matmul
+    out[aten.addmm_.default] = _add_matmul
+    out[torch.ops.adaptc.low_rank_rows.default] = low_rank_rows_direct
     return out
 
 
-TABLE: dict[Any, Any] = _table()
+DIRECT_FUNCTIONS: dict[Any, Any] = _direct_functions()
 
 
 @dataclass(frozen=True)
-class BindSizes(GraphPass):
+class CallSizesDirectly(GraphPass):
     """A pass that rebinds only the ops that read sizes, for graphs that a compiler may get. The count is theirs."""
 
-    name: ClassVar[str] = "bind_sizes"
+    name: ClassVar[str] = "call_sizes_directly"
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         sizes = list(subject.find_nodes(op="call_function", target=aten.sym_size.int))
         for node in sizes:
-            node.op, node.target = "call_method", _METHODS[aten.sym_size.int]
+            node.op, node.target = "call_method", _TENSOR_METHODS[aten.sym_size.int]
         return PassResult(subject, len(sizes))
 
 
 @dataclass(frozen=True)
-class BindCalls(GraphPass):
+class CallDirectly(GraphPass):
     """A pass that rebinds all overloads in the tables. The count is that of the rebound calls."""
 
-    name: ClassVar[str] = "bind_calls"
+    name: ClassVar[str] = "call_directly"
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         count = 0
         for node in subject.nodes:
             if node.op != "call_function":
                 continue
-            if node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs and node.args[1] in _CASTS:
-                node.op, node.target, node.args = "call_method", _CASTS[node.args[1]], node.args[:1]  # type: ignore[index]
-            elif node.target in TABLE:
-                node.target = TABLE[node.target]
-            elif node.target in _METHODS:
-                node.op, node.target = "call_method", _METHODS[node.target]
+            if (
+                node.target is aten.to.dtype
+                and len(node.args) == 2
+                and not node.kwargs
+                and node.args[1] in _CAST_METHODS
+            ):
+                node.op, node.target, node.args = "call_method", _CAST_METHODS[node.args[1]], node.args[:1]  # type: ignore[index]
+            elif node.target in DIRECT_FUNCTIONS:
+                node.target = DIRECT_FUNCTIONS[node.target]
+            elif node.target in _TENSOR_METHODS:
+                node.op, node.target = "call_method", _TENSOR_METHODS[node.target]
             else:
                 continue
             count += 1

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
-from adaptc.passes.optimize.hoist import stages_of
+from adaptc.passes.optimize.hoist import stage_by_node
 
 aten = torch.ops.aten
 
@@ -34,23 +34,23 @@ class FoldScales(GraphPass):
     stages: Sequence[Collection[str]] = field(repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
-        made = _fold(subject, stages_of(subject, self.stages))
+        made = _fold_scales(subject, stage_by_node(subject, self.stages))
         return PassResult(subject, len(made), data=tuple(made))
 
 
-def _fold(graph: fx.Graph, frozen: Collection[fx.Node]) -> list[fx.Node]:
+def _fold_scales(graph: fx.Graph, frozen: Collection[fx.Node]) -> list[fx.Node]:
     """Fold the scales in ``graph`` and return the nodes of the scaled weights.
 
     ``frozen`` are the nodes that depend on frozen inputs alone.
     """
-    made: list[fx.Node] = []
+    scaled_weights: list[fx.Node] = []
     for node in list(graph.nodes):
-        found = _match(node, frozen)
+        found = _match_scaled_linear(node, frozen)
         if found is None:
             continue
         linear, scale = found
         weight: fx.Node = argument(linear, 1)
-        above(linear, scale)
+        move_before(linear, scale)
         with graph.inserting_before(linear):
             column = scale
             if scale.meta["val"].ndim:
@@ -61,23 +61,23 @@ def _fold(graph: fx.Graph, frozen: Collection[fx.Node]) -> list[fx.Node]:
         linear.update_arg(1, scaled)
         node.replace_all_uses_with(linear)
         graph.erase_node(node)
-        made.append(scaled)
-    return made
+        scaled_weights.append(scaled)
+    return scaled_weights
 
 
-def _match(node: fx.Node, frozen: Collection[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+def _match_scaled_linear(node: fx.Node, frozen: Collection[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """Return (linear without bias, frozen scale) if the node is a multiplication that can be folded; else None."""
     if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args[:2]):
         return None
     for linear, scale in (node.args[:2], node.args[1::-1]):
         assert isinstance(linear, fx.Node)
         assert isinstance(scale, fx.Node)
-        if linear.target is aten.linear.default and len(linear.users) == 1 and _folds(linear, scale, frozen):
+        if linear.target is aten.linear.default and len(linear.users) == 1 and _can_fold(linear, scale, frozen):
             return linear, scale
     return None
 
 
-def _folds(linear: fx.Node, scale: fx.Node, frozen: Collection[fx.Node]) -> bool:
+def _can_fold(linear: fx.Node, scale: fx.Node, frozen: Collection[fx.Node]) -> bool:
     weight, bias = argument(linear, 1), argument(linear, 2)
     if bias is not None or weight not in frozen or scale not in frozen or len(weight.users) > 1:
         return False
@@ -89,9 +89,9 @@ def _folds(linear: fx.Node, scale: fx.Node, frozen: Collection[fx.Node]) -> bool
     return s.dtype == w.dtype and tuple(s.shape) == (w.shape[0],)
 
 
-def above(anchor: fx.Node, node: fx.Node) -> None:
+def move_before(anchor: fx.Node, node: fx.Node) -> None:
     """Move a frozen node, and the nodes it is made from, in front of ``anchor`` if they stand behind it."""
     if node.op != "placeholder" and node > anchor:
         for source in node.all_input_nodes:
-            above(anchor, source)
+            move_before(anchor, source)
         anchor.prepend(node)

@@ -6,7 +6,8 @@ float32, adapters in half precision take casts and slower work.
 
 Every matmul also has a fixed cost, about four microseconds in float32. In half precision it is five times that, since
 each call prepares the matmul anew. The cost of every form is linear in the rows, so any two forms are equally fast at
-one number of rows. Speeds differ between processors, so a caller that has measured them may pass them (``Speeds``).
+one number of rows. Speeds differ between processors, so a caller that has measured them may pass them
+(``SpeedByDtype``).
 """
 
 from __future__ import annotations
@@ -20,94 +21,100 @@ import sympy
 import torch
 
 from adaptc.passes.analysis.costs import size_expression
-from adaptc.passes.optimize.sibling_groups import Group
+from adaptc.passes.optimize.sibling_groups import SiblingGroup
 
 #: the operations that run in the time of one dispatch: about four microseconds at fifty billion operations a second
 DISPATCH = 200_000
 
 
 @dataclass(frozen=True)
-class Speed:
+class MatmulSpeed:
     """The costs of thin matmuls of one dtype.
 
-    ``dispatches`` is the fixed cost of each matmul, in dispatches. ``work`` is the cost of one operation, and ``read``
-    that of reading one number of an adapter, both in operations of float32.
+    ``dispatches`` is the fixed cost of each matmul, in dispatches. ``operation_cost`` is the cost of one operation, and
+    ``read_cost`` that of reading one number of an adapter, both in operations of float32.
     """
 
     dispatches: float
-    work: float
-    read: float = 0.0
+    operation_cost: float
+    read_cost: float = 0.0
 
     @property
-    def fixed(self) -> float:
+    def fixed_cost(self) -> float:
         """Return the fixed cost of one matmul, in operations of float32."""
         return self.dispatches * DISPATCH
 
 
 #: dtype of matmuls -> their speed
-Speeds = Callable[[torch.dtype], Speed]
+SpeedByDtype = Callable[[torch.dtype], MatmulSpeed]
 
 #: HALF was measured on a processor that multiplies bfloat16: 16 to 25 microseconds for a matmul, and 300 billion
 #: operations a second
-FLOAT, HALF = Speed(1, 1.0), Speed(5, 1 / 6)
+FLOAT32_SPEED, HALF_SPEED = MatmulSpeed(1, 1.0), MatmulSpeed(5, 1 / 6)
 
 
-def speed(dtype: torch.dtype) -> Speed:
+def default_speed(dtype: torch.dtype) -> MatmulSpeed:
     """Return the speed that is assumed where nothing was measured."""
-    return HALF if dtype.itemsize < 4 else FLOAT
+    return HALF_SPEED if dtype.itemsize < 4 else FLOAT32_SPEED
 
 
-def stacking(group: Group, rows: Any, speeds: Speeds = speed) -> Any:
+def stacked_cost_difference(group: SiblingGroup, rows: Any, speeds: SpeedByDtype = default_speed) -> Any:
     """Return the cost of the stacked form minus that of the separate form, for ``rows`` rows."""
-    updates = [(m.width, m.update.rank) for m in group.members if m.update is not None]
-    if len(group.members) == 1 or not updates:
+    updates = [(m.width, m.update.rank) for m in group.layers if m.update is not None]
+    if len(group.layers) == 1 or not updates:
         return sympy.S.Zero
-    s = speeds(group.computed())
-    width, rank = sum(m.width for m in group.members), sum(r for _, r in updates)
-    each = 2 * s.work * rows + s.read  # up-projections only: the down-projections cost the same in both forms
-    stacked = 2 * s.fixed + each * width * rank
-    apart = len(updates) * (2 * s.fixed + DISPATCH) + each * sum(w * r for w, r in updates)
+    s = speeds(group.compute_dtype())
+    width, rank = sum(m.width for m in group.layers), sum(r for _, r in updates)
+    each = (
+        2 * s.operation_cost * rows + s.read_cost
+    )  # up-projections only: the down-projections cost the same in both forms
+    stacked = 2 * s.fixed_cost + each * width * rank
+    apart = len(updates) * (2 * s.fixed_cost + DISPATCH) + each * sum(w * r for w, r in updates)
     return stacked - apart
 
 
-def widening(group: Group, rows: Any, speeds: Speeds = speed) -> Any:
+def float32_cost_difference(group: SiblingGroup, rows: Any, speeds: SpeedByDtype = default_speed) -> Any:
     """Return the cost in float32 minus that in the adapters' dtype, both stacked, for ``rows`` rows, or 0.
 
-    It is 0 for a group without a choice; see :attr:`Group.narrow`.
+    It is 0 for a group without a choice; see :attr:`SiblingGroup.has_dtype_choice`.
     """
-    if not group.narrow:
+    if not group.has_dtype_choice:
         return sympy.S.Zero
-    own, wide = speeds(group.adapters), speeds(torch.float32)
+    own, wide = speeds(group.adapter_dtype), speeds(torch.float32)
     numbers = sum(u.rank for u in group.updates) * (
-        sum(m.width for m in group.members) + int(group.x.meta["val"].shape[-1])
+        sum(m.width for m in group.layers) + int(group.x.meta["val"].shape[-1])
     )
     casts = 3 * DISPATCH / 2  # three casts, each cheaper than a matmul
-    fixed = 2 * (wide.fixed - own.fixed) + casts + (wide.read - own.read) * numbers
-    return fixed + 2 * (wide.work - own.work) * rows * numbers
+    fixed = 2 * (wide.fixed_cost - own.fixed_cost) + casts + (wide.read_cost - own.read_cost) * numbers
+    return fixed + 2 * (wide.operation_cost - own.operation_cost) * rows * numbers
 
 
 @dataclass(frozen=True)
-class Crossing:
+class BreakEven:
     """The point where two forms of all groups cost the same.
 
     ``below(sizes)`` returns whether the first form costs no more than the second at these values of the free sizes.
     ``rows`` is the number of rows per group up to which that holds.
     """
 
-    below: Callable[[Mapping[str, int]], bool]
+    prefers_first: Callable[[Mapping[str, int]], bool]
     rows: float
 
 
-def crossing(groups: Sequence[Group], cost: Callable[[Group, Any, Speeds], Any], speeds: Speeds = speed) -> Crossing:
+def find_break_even(
+    groups: Sequence[SiblingGroup],
+    cost: Callable[[SiblingGroup, Any, SpeedByDtype], Any],
+    speeds: SpeedByDtype = default_speed,
+) -> BreakEven:
     """Return the crossing of two forms, where ``cost`` gives the first form's cost minus the second's for one group."""
     rows = sympy.Symbol("rows", positive=True)
     alike = sympy.expand(sympy.Add(*(cost(g, rows, speeds) for g in groups)))
     slope = float(alike.coeff(rows, 1))
     limit = max(0.0, float(-alike.coeff(rows, 0)) / slope) if slope else inf
-    return Crossing(at_most(sympy.Add(*(cost(g, size_expression(g.rows), speeds) for g in groups)), 0), limit)
+    return BreakEven(is_at_most(sympy.Add(*(cost(g, size_expression(g.rows), speeds) for g in groups)), 0), limit)
 
 
-def at_most(expression: Any, limit: int) -> Callable[[Mapping[str, int]], bool]:
+def is_at_most(expression: Any, limit: int) -> Callable[[Mapping[str, int]], bool]:
     """Return a function of the free sizes that tells whether the expression is at most ``limit``."""
     symbols = sorted(expression.free_symbols, key=str)
     names = [str(s) for s in symbols]
@@ -116,6 +123,6 @@ def at_most(expression: Any, limit: int) -> Callable[[Mapping[str, int]], bool]:
     return lambda sizes: bool(value(*(sizes.get(n, 2**20) for n in names)) <= limit)
 
 
-def most_rows(groups: Sequence[Group]) -> Any:
+def max_row_count(groups: Sequence[SiblingGroup]) -> Any:
     """Return the largest number of rows of any group, as an expression in the free sizes."""
     return sympy.Max(*(size_expression(g.rows) for g in groups))

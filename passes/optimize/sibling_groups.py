@@ -15,24 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.graph.mutation import is_view, touched
+from adaptc.passes.graph.mutation import find_written_nodes, is_view
 from adaptc.passes.graph.ops import argument
-from adaptc.passes.protocol.matmul_op import takes
+from adaptc.passes.protocol.matmul_op import onednn_supports
 
 aten = torch.ops.aten
 
 #: ops that depend on the strides of their input
-_STRIDED = (aten.as_strided.default, aten.view_as_real.default, aten.view_as_complex.default, aten.view.dtype)
+_STRIDE_DEPENDENT_OPS = (
+    aten.as_strided.default,
+    aten.view_as_real.default,
+    aten.view_as_complex.default,
+    aten.view.dtype,
+)
 
 
 @dataclass(frozen=True)
-class Update:
+class LoraUpdate:
     """An adapter's change of a layer's output: ``out`` = y + linear(linear(low, down), up)."""
 
-    low: fx.Node
+    adapter_input: fx.Node
     down: fx.Node
     up: fx.Node
-    out: fx.Node
+    output: fx.Node
 
     @property
     def rank(self) -> int:
@@ -41,16 +46,16 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Member:
+class GroupLayer:
     """A layer of a group: its ``linear``, and the ``update`` that an adapter adds to its output, if one does."""
 
     linear: fx.Node
-    update: Update | None = None
+    update: LoraUpdate | None = None
 
     @property
-    def result(self) -> fx.Node:
+    def output(self) -> fx.Node:
         """Return the node of the layer's output with its update."""
-        return self.linear if self.update is None else self.update.out
+        return self.linear if self.update is None else self.update.output
 
     @property
     def width(self) -> int:
@@ -69,16 +74,16 @@ class Member:
 
 
 @dataclass
-class Group:
+class SiblingGroup:
     """The layers that read the tensor ``x``."""
 
     x: fx.Node
-    members: list[Member] = field(default_factory=list)
+    layers: list[GroupLayer] = field(default_factory=list)
 
     @property
-    def updates(self) -> list[Update]:
+    def updates(self) -> list[LoraUpdate]:
         """Return the updates of the members that have one."""
-        return [m.update for m in self.members if m.update is not None]
+        return [m.update for m in self.layers if m.update is not None]
 
     @property
     def rows(self) -> Any:
@@ -89,58 +94,62 @@ class Group:
         return out
 
     @property
-    def adapters(self) -> torch.dtype:
+    def adapter_dtype(self) -> torch.dtype:
         """Return the dtype of the updates; that of x where there are none."""
         return self.updates[0].up.meta["val"].dtype if self.updates else self.x.meta["val"].dtype
 
     @property
-    def narrow(self) -> bool:
+    def has_dtype_choice(self) -> bool:
         """Return whether there is a choice between half precision and float32 for the updates.
 
         There is one if the adapters are in half precision and the processor can multiply their dtype. Either is faster
         for some numbers of rows.
         """
-        return self._half_on_cpu and takes(self.adapters)
+        return self._is_half_on_cpu and onednn_supports(self.adapter_dtype)
 
-    def computed(self, wide: bool = False) -> torch.dtype:
-        """Return the dtype in which updates are computed; ``wide`` asks for float32 where there is a choice."""
-        return torch.float32 if self._half_on_cpu and (wide or not takes(self.adapters)) else self.adapters
+    def compute_dtype(self, in_float32: bool = False) -> torch.dtype:
+        """Return the dtype in which updates are computed; ``in_float32`` asks for float32 where there is a choice."""
+        return (
+            torch.float32
+            if self._is_half_on_cpu and (in_float32 or not onednn_supports(self.adapter_dtype))
+            else self.adapter_dtype
+        )
 
     @property
-    def _half_on_cpu(self) -> bool:
-        half = bool(self.updates) and self.adapters.itemsize < 4
+    def _is_half_on_cpu(self) -> bool:
+        half = bool(self.updates) and self.adapter_dtype.itemsize < 4
         return half and self.x.meta["val"].device.type == "cpu"
 
-    def worth(self) -> bool:
+    def is_worth_fusing(self) -> bool:
         """Return whether fusing gains anything: the group has several members or an update."""
-        return len(self.members) > 1 or bool(self.updates)
+        return len(self.layers) > 1 or bool(self.updates)
 
 
-def find_groups(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[Group]:
+def find_groups(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[SiblingGroup]:
     """Return the groups of ``graph`` that can be fused, with their updates.
 
     ``base`` are the names of placeholders with base weights, and ``frozen`` the nodes that depend on frozen inputs
     alone.
     """
-    dirty, kept = touched(graph)
-    groups: dict[Any, Group] = {}
+    dirty, written_or_returned = find_written_nodes(graph)
+    groups: dict[Any, SiblingGroup] = {}
     for node in graph.nodes:
         # If x is written to, also through a view, the next layer may read other values.
         if not _is_layer(node, base, frozen) or node.args[0] in dirty:
             continue
-        member = _with_update(node, frozen)
-        if member.result in kept:
-            member = Member(node)
-        if node in kept or not takes_slices(member.result, kept):
+        layer = _match_layer(node, frozen)
+        if layer.output in written_or_returned:
+            layer = GroupLayer(node)
+        if node in written_or_returned or not accepts_strided(layer.output, written_or_returned):
             continue
         x: fx.Node = node.args[0]  # type: ignore[assignment]
-        key = (x, member.weight.meta["val"].dtype, member.bias is None)
-        group = groups.setdefault(key, Group(x))
-        if any(m.weight is member.weight for m in group.members):
+        key = (x, layer.weight.meta["val"].dtype, layer.bias is None)
+        group = groups.setdefault(key, SiblingGroup(x))
+        if any(m.weight is layer.weight for m in group.layers):
             continue
-        if member.update is None or all(u.low is member.update.low for u in group.updates):
-            group.members.append(member)
-    return [g for g in groups.values() if g.worth()]
+        if layer.update is None or all(u.adapter_input is layer.update.adapter_input for u in group.updates):
+            group.layers.append(layer)
+    return [g for g in groups.values() if g.is_worth_fusing()]
 
 
 def _is_layer(node: fx.Node, base: Collection[str], frozen: Collection[fx.Node]) -> bool:
@@ -156,33 +165,42 @@ def _is_layer(node: fx.Node, base: Collection[str], frozen: Collection[fx.Node])
     return w.ndim == 2 and isinstance(value, Tensor) and value.ndim > 1 and value.dtype == w.dtype and w.is_contiguous()
 
 
-def _with_update(node: fx.Node, frozen: Collection[fx.Node]) -> Member:
+def _match_layer(node: fx.Node, frozen: Collection[fx.Node]) -> GroupLayer:
     """Return the layer with what is added to it: y + linear(linear(x, A), B), cast to y's dtype if the sum is wider."""
-    plain = Member(node)
+    plain = GroupLayer(node)
     if len(node.users) != 1:
         return plain
-    (total,) = node.users
-    if total.target is not aten.add.Tensor or argument(total, 2) != 1:
+    (sum_node,) = node.users
+    if sum_node.target is not aten.add.Tensor or argument(sum_node, 2) != 1:
         return plain
-    up = _projection(total.args[1] if total.args[0] is node else total.args[0], frozen)
-    down = None if up is None else _projection(up.args[0], frozen)
+    up = _match_projection(sum_node.args[1] if sum_node.args[0] is node else sum_node.args[0], frozen)
+    down = None if up is None else _match_projection(up.args[0], frozen)
     if up is None or down is None:
         return plain
     x, y = node.args[0], node.meta["val"]
-    low, down, up = down.args[0], argument(down, 1), argument(up, 1)
-    assert isinstance(low, fx.Node)
-    if low is x:
-        return Member(node, Update(low, down, up, total)) if total.meta["val"].dtype == y.dtype else plain
+    adapter_input, down, up = down.args[0], argument(down, 1), argument(up, 1)
+    assert isinstance(adapter_input, fx.Node)
+    if adapter_input is x:
+        return (
+            GroupLayer(node, LoraUpdate(adapter_input, down, up, sum_node))
+            if sum_node.meta["val"].dtype == y.dtype
+            else plain
+        )
     # Adapters of half-precision layers may be float32: x is cast before the adapter, and the sum after it.
-    casts = [u for u in total.users if u.target is aten.to.dtype and u.args[1] == y.dtype]
-    if low.target is not aten.to.dtype or low.args[0] is not x or len(total.users) != 1 or not casts:
+    casts = [u for u in sum_node.users if u.target is aten.to.dtype and u.args[1] == y.dtype]
+    if (
+        adapter_input.target is not aten.to.dtype
+        or adapter_input.args[0] is not x
+        or len(sum_node.users) != 1
+        or not casts
+    ):
         return plain
-    if total.meta["val"].dtype != up.meta["val"].dtype:  # the sum has a wider dtype than its two terms
+    if sum_node.meta["val"].dtype != up.meta["val"].dtype:  # the sum has a wider dtype than its two terms
         return plain
-    return Member(node, Update(low, down, up, casts[0]))
+    return GroupLayer(node, LoraUpdate(adapter_input, down, up, casts[0]))
 
 
-def _projection(node: Any, frozen: Collection[fx.Node]) -> fx.Node | None:
+def _match_projection(node: Any, frozen: Collection[fx.Node]) -> fx.Node | None:
     """Return the node if it is a matmul with a frozen matrix and has one user; else None."""
     if not isinstance(node, fx.Node) or node.target is not aten.linear.default or len(node.users) != 1:
         return None
@@ -191,15 +209,19 @@ def _projection(node: Any, frozen: Collection[fx.Node]) -> fx.Node | None:
     return node if fits else None
 
 
-def takes_slices(value: fx.Node, kept: Collection[fx.Node]) -> bool:
+def accepts_strided(value: fx.Node, written_or_returned: Collection[fx.Node]) -> bool:
     """Return whether all readers of ``value`` accept memory that is not contiguous, once views are reshapes."""
     todo, seen = [value], {value}
     while todo:
         node = todo.pop()
-        if node in kept:
+        if node in written_or_returned:
             return False
         for user in node.users:
-            if user.target in _STRIDED or user.op != "call_function" or not hasattr(user.target, "_schema"):
+            if (
+                user.target in _STRIDE_DEPENDENT_OPS
+                or user.op != "call_function"
+                or not hasattr(user.target, "_schema")
+            ):
                 return False
             if user not in seen and is_view(user):
                 seen.add(user)

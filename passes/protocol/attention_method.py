@@ -8,8 +8,8 @@ all sizes at once:
     attend(query, keys, values, slots, scored)     the change of the output: (batch, heads, length, value width)
 
 ``query`` is that of the attention, (batch, heads, length, width), after all that the model does to it. ``keys`` and
-``values`` are (heads, count, width), of the virtual tokens, as the projections make them. ``scored`` turns the matmul
-of queries and keys into scores as the attention does, by its scale and its cap, before anything is added.
+``values`` are (heads, count, width), of the virtual tokens, as the projections make them. ``to_scores`` turns the
+matmul of queries and keys into scores as the attention does, by its scale and its cap, before anything is added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adaptc.passes.protocol.method import Initial, Method
 from adaptc.passes.protocol.method_hooks import Slots
 
 #: matmul of queries and keys -> scores
-Scored = Callable[[Tensor], Tensor]
+ScoreFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AttentionMethod(Method):
         """Return the virtual tokens (count, width)."""
         raise AssertionError(f"{type(self).__name__} must define tokens()")
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scored: Scored) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, to_scores: ScoreFunction) -> Tensor:
         """Return the change of the attention's output, (batch, heads, length, value width)."""
         raise AssertionError(f"{type(self).__name__} must define attend()")
 

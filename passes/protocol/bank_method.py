@@ -18,34 +18,34 @@ import torch
 from torch import Tensor
 
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.coefficients import Extra, Given
+from adaptc.passes.protocol.coefficients import Extra, ExtraValues
 from adaptc.passes.protocol.method import Method, Scale, Slot, Slots
 
 #: how the rows of a batch lie along an axis: the axis is the rows; or each row is repeated in one stretch, as in
 #: (batch x sequence); or the whole list of rows is repeated
-ORDERS = ("rows", "rows outside", "rows inside")
+ROW_LAYOUTS = ("rows", "rows outside", "rows inside")
 
 
 #: the slot that says where the ranks of each adapter begin and end, at sites that GPU kernels compute
-STARTS = "starts"
+RANK_STARTS = "starts"
 
 
 @dataclass(frozen=True)
 class RowAxis:
-    """The position of a batch's rows in a value: an axis, and one of :data:`ORDERS`."""
+    """The position of a batch's rows in a value: an axis, and one of :data:`ROW_LAYOUTS`."""
 
     axis: int
-    order: str = "rows"
+    layout: str = "rows"
 
-    def rows(self, places: Any, size: int, count: int) -> Any:
-        """Return the row, out of ``count``, of each of the indices ``places`` along an axis of this ``size``."""
-        if self.order == "rows outside":
-            return places // (size // count)
-        return places % count if self.order == "rows inside" else places
+    def row_indices(self, indices: Any, axis_size: int, row_count: int) -> Any:
+        """Return the row, out of ``count``, of each of the indices ``indices`` along an axis of this ``axis_size``."""
+        if self.layout == "rows outside":
+            return indices // (axis_size // row_count)
+        return indices % row_count if self.layout == "rows inside" else indices
 
 
 @dataclass(frozen=True)
-class InRows(Method):
+class PerRowMethod(Method):
     """A method for ``count`` adapters of one method at a site; its slots and scale have a leading axis of adapters."""
 
     name: ClassVar[str] = "rows"
@@ -56,17 +56,17 @@ class InRows(Method):
     grouped: bool = False
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        starts = {STARTS: Slot((2 * self.count + 1,), dtype=torch.int32, trainable=False)} if self.grouped else {}
-        return {n: self._in_front(s) for n, s in self.inner.slots(op).items()} | starts
+        starts = {RANK_STARTS: Slot((2 * self.count + 1,), dtype=torch.int32, trainable=False)} if self.grouped else {}
+        return {n: self._with_adapter_axis(s) for n, s in self.inner.slots(op).items()} | starts
 
-    def _in_front(self, slot: Slot) -> Slot:
+    def _with_adapter_axis(self, slot: Slot) -> Slot:
         axes = {k: tuple(i + 1 for i in getattr(slot, k)) for k in ("free", "shared_axes_cut")}
         return replace(slot, shape=(self.count, *slot.shape), **axes)
 
     def scale(self, op: Op) -> float | None:
         return self.inner.scale(op)
 
-    def minimal(self, op: Op) -> InRows:
+    def minimal(self, op: Op) -> PerRowMethod:
         return replace(self, inner=self.inner.minimal(op))
 
     def rank(self) -> int | None:
@@ -75,94 +75,99 @@ class InRows(Method):
     def extras(self) -> Mapping[str, Extra]:
         return self.inner.extras()
 
-    def why_wrong(self, slots: Slots, given: Given) -> str:
+    def why_wrong(self, slots: Slots, given: ExtraValues) -> str:
         # Any adapter's slots will do for the check, since all adapters have the same sizes.
-        return self.inner.why_wrong({n: t[0] for n, t in slots.items() if n != STARTS}, given)
+        return self.inner.why_wrong({n: t[0] for n, t in slots.items() if n != RANK_STARTS}, given)
 
 
 @dataclass(frozen=True)
 class BankSite:
-    """A method and its op where per-row adapters act, as regions are traced with. ``names`` are its slots, in order."""
+    """A method and its op where per-row adapters act, as regions are traced with. ``slot_names`` are its slots, in
+    order."""
 
     method: Method
     op: Op
-    names: tuple[str, ...]
-    scaled: bool
-    count: int
+    slot_names: tuple[str, ...]
+    has_scale: bool
+    adapter_count: int
     #: whether dedicated operators for per-row adapters may replace plain ones
-    at_once: bool = False
-    #: whether slots are laid out for GPU kernels (:func:`grouped`), with :data:`STARTS` as one more slot
-    grouped: bool = False
+    uses_fused_ops: bool = False
+    #: whether slots are laid out for GPU kernels (:func:`grouped`), with :data:`RANK_STARTS` as one more slot
+    uses_kernel: bool = False
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    def split_tensors(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the slots by name and the scale, from the tensors that a region reads last."""
-        return dict(zip(self.names, tensors, strict=False)), tensors[-1] if self.scaled else None
+        return dict(zip(self.slot_names, tensors, strict=False)), tensors[-1] if self.has_scale else None
 
-    def each(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Tensor], Scale]]:
+    def values_by_adapter(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Tensor], Scale]]:
         """Yield (index, slots, scale) for each adapter in turn."""
-        slots, scale = self.split(tensors)
-        for k in range(self.count):
+        slots, scale = self.split_tensors(tensors)
+        for k in range(self.adapter_count):
             yield k, {n: t.select(0, k) for n, t in slots.items()}, None if scale is None else scale.select(0, k)
 
     @property
-    def tensors(self) -> int:
+    def tensor_count(self) -> int:
         """Return how many slots and scales a region reads."""
-        return len(self.names) + self.scaled + self.grouped
+        return len(self.slot_names) + self.has_scale + self.uses_kernel
 
 
-def spread(c: Tensor, y: Tensor, where: RowAxis) -> Tensor:
+def expand_coefficients(c: Tensor, y: Tensor, row_axis: RowAxis) -> Tensor:
     """Return the coefficients (rows, count) as (*1, n, *1, count), with n on the axis of ``y`` that has the rows."""
-    n = y.shape[where.axis]
-    if where.order == "rows outside":
+    n = y.shape[row_axis.axis]
+    if row_axis.layout == "rows outside":
         c = c.unsqueeze(1).expand(-1, n // c.shape[0], -1).flatten(0, 1)
-    elif where.order == "rows inside":
+    elif row_axis.layout == "rows inside":
         c = c.unsqueeze(0).expand(n // c.shape[0], -1, -1).flatten(0, 1)
-    for _ in range(where.axis):
+    for _ in range(row_axis.axis):
         c = c.unsqueeze(0)
-    for _ in range(y.ndim - where.axis - 1):
+    for _ in range(y.ndim - row_axis.axis - 1):
         c = c.unsqueeze(-2)
     return c
 
 
-def grouped(method: Method, op: Op, where: RowAxis) -> bool:
+def uses_bank_kernel(method: Method, op: Op, row_axis: RowAxis) -> bool:
     """Return whether GPU kernels compute per-row adapters of a method at a layer with its rows at ``where``."""
-    return method.has_rows() and method.groups(op) and where.axis == 0 and where.order != ORDERS[2]
+    return method.has_rows() and method.groups(op) and row_axis.axis == 0 and row_axis.layout != ROW_LAYOUTS[2]
 
 
-def input_of(site: BankSite, where: RowAxis) -> Callable[..., Tensor]:
+def make_input_function(site: BankSite, row_axis: RowAxis) -> Callable[..., Tensor]:
     """Return the function (x, c, slots...) -> x changed by each row's adapters, for use in front of a layer."""
 
-    def before(x: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
-        c = spread(c, x, where)
-        return _sum(x, x, ((c[..., k], site.method.input(site.op, x, s, z)) for k, s, z in site.each(slots)))
+    def change_input(x: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
+        c = expand_coefficients(c, x, row_axis)
+        return _add_weighted_changes(
+            x, x, ((c[..., k], site.method.input(site.op, x, s, z)) for k, s, z in site.values_by_adapter(slots))
+        )
 
-    return before
+    return change_input
 
 
-def output_of(site: BankSite, where: RowAxis, biased: bool) -> Callable[..., Tensor]:
+def make_output_function(site: BankSite, row_axis: RowAxis, has_bias: bool) -> Callable[..., Tensor]:
     """Return the function (x, y, W[, b], c, slots...) -> y changed by each row's adapters, for use behind a layer."""
     op, method = site.op, site.method
 
-    def behind(x: Tensor, y: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
-        b, (c, *slots) = (rest[0], rest[1:]) if biased else (None, rest)
-        if site.grouped:
-            own, scale = site.split(slots[:-1])
+    def change_output(x: Tensor, y: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+        b, (c, *slots) = (rest[0], rest[1:]) if has_bias else (None, rest)
+        if site.uses_kernel:
+            own, scale = site.split_tensors(slots[:-1])
             return method.rows_grouped(op, x, y, own, scale, slots[-1], c)
-        if site.at_once and method.has_rows() and where.axis == 0 and where.order != ORDERS[2]:
-            made = method.rows_at_once(op, x, y, *site.split(slots), c)
+        if site.uses_fused_ops and method.has_rows() and row_axis.axis == 0 and row_axis.layout != ROW_LAYOUTS[2]:
+            made = method.rows_at_once(op, x, y, *site.split_tensors(slots), c)
             if made is not None:
                 return made
-        w, c = op.canonical(w), spread(c, y, where)
-        together = method.rows(op, x, y, w, b, *site.split(slots), c) if method.has_rows() else None
+        w, c = op.canonical(w), expand_coefficients(c, y, row_axis)
+        together = method.rows(op, x, y, w, b, *site.split_tensors(slots), c) if method.has_rows() else None
         if together is not None:
             return together
-        return _sum(y, y, ((c[..., k], method.apply(op, x, y, w, b, s, z)) for k, s, z in site.each(slots)))
+        return _add_weighted_changes(
+            y, y, ((c[..., k], method.apply(op, x, y, w, b, s, z)) for k, s, z in site.values_by_adapter(slots))
+        )
 
-    return behind
+    return change_output
 
 
 @dataclass(frozen=True)
-class Replaced:
+class ReplacedParameter:
     """A parameter that adapters replace in a call: its site, and its index among the call's arguments.
 
     ``bias`` is None, unless the method also changes the layer's bias. Then it is the bias's index, -1 for a layer
@@ -170,15 +175,15 @@ class Replaced:
     """
 
     site: BankSite
-    place: int
-    bias: int | None = None
+    position: int
+    bias_position: int | None = None
 
 
-def call_of(
+def make_call_function(
     call: Callable[[Mapping[int, Tensor], Sequence[Tensor]], Tensor],
-    sites: Sequence[Replaced],
-    where: RowAxis,
-    own: int,
+    sites: Sequence[ReplacedParameter],
+    row_axis: RowAxis,
+    tensor_count: int,
 ) -> Callable[..., Tensor]:
     """Return a function that repeats a call once for each adapter, with parameters that the adapter changed.
 
@@ -186,64 +191,64 @@ def call_of(
     changes added. ``call`` takes new values by index, and the ``own`` tensors of the call.
     """
 
-    def again(latest: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
-        tensors, rest = rest[:own], rest[own:]
+    def repeat_call(latest: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+        tensors, rest = rest[:tensor_count], rest[tensor_count:]
         parameters, (c, *slots) = rest[: len(sites)], rest[len(sites) :]
-        c = spread(c, y, where)
-        parts: list[list[tuple[int, dict[str, Tensor], Scale]]] = []
+        c = expand_coefficients(c, y, row_axis)
+        site_values: list[list[tuple[int, dict[str, Tensor], Scale]]] = []
         for one in sites:
-            parts.append(list(one.site.each(slots[: one.site.tensors])))
-            slots = slots[one.site.tensors :]
+            site_values.append(list(one.site.values_by_adapter(slots[: one.site.tensor_count])))
+            slots = slots[one.site.tensor_count :]
 
         def adapted(k: int) -> Tensor:
             new: dict[int, Tensor] = {}
             shifts = []
-            for one, p, mine in zip(sites, parameters, parts, strict=True):
+            for one, p, mine in zip(sites, parameters, site_values, strict=True):
                 _, s, z = mine[k]
-                new[one.place] = changed(one.site, p, s, z)
-            for one, mine in zip(sites, parts, strict=True):
-                if one.bias is not None:
-                    b = None if one.bias < 0 else new.get(one.bias, tensors[one.bias])
+                new[one.position] = change_parameter(one.site, p, s, z)
+            for one, mine in zip(sites, site_values, strict=True):
+                if one.bias_position is not None:
+                    b = None if one.bias_position < 0 else new.get(one.bias_position, tensors[one.bias_position])
                     made = one.site.method.bias(one.site.op, b, *mine[k][1:])
                     if made is not None:
                         shifts.append(one.site.op.along_out(made if b is None else made - b, y))
             return sum(shifts, call(new, tensors))
 
-        return _sum(latest, y, ((c[..., k], adapted(k)) for k in range(sites[0].site.count)))
+        return _add_weighted_changes(latest, y, ((c[..., k], adapted(k)) for k in range(sites[0].site.adapter_count)))
 
-    return again
+    return repeat_call
 
 
-def bias_of(site: BankSite, where: RowAxis, layer: Op) -> Callable[..., Tensor]:
+def make_bias_function(site: BankSite, row_axis: RowAxis, layer: Op) -> Callable[..., Tensor]:
     """Return the function (y, b, c, slots...) -> y with each row's own bias in place of b."""
 
-    def behind(y: Tensor, b: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
-        c, none = spread(c, y, where), torch.zeros_like(b)
-        shifts = ((k, changed(site, b, s, z) - b) for k, s, z in site.each(slots))
-        return _sum(y, none, ((c[..., k], layer.along_out(shift, y)) for k, shift in shifts))
+    def change_bias(y: Tensor, b: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
+        c, none = expand_coefficients(c, y, row_axis), torch.zeros_like(b)
+        shifts = ((k, change_parameter(site, b, s, z) - b) for k, s, z in site.values_by_adapter(slots))
+        return _add_weighted_changes(y, none, ((c[..., k], layer.along_out(shift, y)) for k, shift in shifts))
 
-    return behind
+    return change_bias
 
 
-def changed(site: BankSite, p: Tensor, slots: Slots, scale: Scale) -> Tensor:
+def change_parameter(site: BankSite, p: Tensor, slots: Slots, scale: Scale) -> Tensor:
     """Return the parameter ``p``, in its stored layout, as one adapter changes it."""
     op, many = site.op, p.ndim > 1
     new = site.method.weight(op, op.canonical(p) if many else p, slots, scale)
     return op.stored(new) if many else new
 
 
-def _sum(y: Tensor, base: Tensor, terms: Any) -> Tensor:
+def _add_weighted_changes(y: Tensor, base: Tensor, terms: Any) -> Tensor:
     """Return y + the sum of c * (adapted - base), computed in float32 where y is in half precision.
 
     Where a coefficient is zero, the adapter's term is left out and not multiplied, since it may be infinite or NaN.
     """
-    wide = y.dtype if y.dtype.itemsize >= 4 else torch.float32
-    out, base = cast(y, wide), cast(base, wide)
+    compute_dtype = y.dtype if y.dtype.itemsize >= 4 else torch.float32
+    out, base = cast(y, compute_dtype), cast(base, compute_dtype)
     for c, adapted in terms:
-        change = cast(adapted, wide) - base if base.ndim == adapted.ndim else cast(adapted, wide)
-        out = out + torch.where(c == 0, torch.zeros_like(change), cast(c, _real(wide)) * change)
+        change = cast(adapted, compute_dtype) - base if base.ndim == adapted.ndim else cast(adapted, compute_dtype)
+        out = out + torch.where(c == 0, torch.zeros_like(change), cast(c, _real_dtype(compute_dtype)) * change)
     return cast(out, y.dtype)
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
+def _real_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype

@@ -5,8 +5,8 @@ whether the invocation tokens have occurred. Such a value is a *coefficient*. A 
 (:meth:`~adaptc.passes.protocol.method_hooks.Hooks.coefficients`) and finds them among its slots, under these names. The
 program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
 
-Some coefficients follow from what the model itself computes in a call. Such a coefficient has a :class:`FirstPass`. The
-program then first runs a duplicated base pass to compute its last hidden state
+Some coefficients follow from what the model itself computes in a call. Such a coefficient has a
+:class:`DuplicatedPass`. The program then first runs a duplicated base pass to compute its last hidden state
 (``passes.adapt.duplicate_base_pass``). The coefficient is made of that state.
 
 Other values cannot be computed by a program, and a caller gives them with each call, such as the task of each row. A
@@ -26,19 +26,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Given = Mapping[str, Tensor]
+ExtraValues = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class FirstPass:
+class DuplicatedPass:
     """A duplicated base pass that runs before the program's own pass.
 
-    ``width`` is the size of its last hidden state, (batch, length, width), which has no gradient. ``make`` None runs
-    the base as it is. Otherwise ``make`` computes a coefficient for this pass from token ids and the same slots. The
-    adapter then acts in the pass, weighed by it.
+    ``hidden_size`` is the size of its last hidden state, (batch, length, width), which has no gradient. ``make`` None
+    runs the base as it is. Otherwise ``make`` computes a coefficient for this pass from token ids and the same slots.
+    The adapter then acts in the pass, weighed by it.
     """
 
-    width: int
+    hidden_size: int
     make: Callable[..., Tensor] | None = None
 
 
@@ -46,15 +46,15 @@ class FirstPass:
 class Coefficient:
     """A function that makes a coefficient: ``make(ids, *slots)`` is a tensor (batch, length) or (batch, length, any).
 
-    ``ids`` are the token ids (batch, length) of a call. ``slots`` names slots that all sites share. With ``first`` the
-    call is ``make(hidden, *slots)``, where ``hidden`` is the last hidden state of that pass. ``shown``, called with the
-    same arguments, gives what a caller may ask to see.
+    ``ids`` are the token ids (batch, length) of a call. ``slots`` names slots that all sites share. With ``base_pass``
+    the call is ``make(hidden, *slots)``, where ``hidden`` is the last hidden state of that pass. ``make_visible``,
+    called with the same arguments, gives what a caller may ask to see.
     """
 
     make: Callable[..., Tensor]
     slots: tuple[str, ...] = ()
-    first: FirstPass | None = None
-    shown: Callable[..., Tensor] | None = None
+    base_pass: DuplicatedPass | None = None
+    make_visible: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)

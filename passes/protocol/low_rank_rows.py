@@ -12,7 +12,8 @@ and no row pays for another's adapter. It makes one matmul for each stretch of r
 have another adapter than the row before, one batched matmul computes all consecutive rows with one adapter each.
 
 The operator is for inference on any device. Programs that are exported or trained have plain operators instead. Calls
-of graphs go to :func:`called` and to :func:`called_in_place`, which writes to ``y`` and returns it.
+of graphs go to :func:`low_rank_rows_direct` and to :func:`low_rank_rows_in_place`, which writes to ``y`` and returns
+it.
 
 The second way reads ``c`` and ``scale`` as Python numbers. Where a derivative needs them, and in transforms of
 ``torch.func`` and forward mode, the first way runs, which torch can follow.
@@ -29,11 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.op_rules import plain_in_transforms
-from adaptc.torch_modes import followed
+from adaptc.op_rules import decompose_in_transforms
+from adaptc.torch_modes import has_transform_or_tangent
 
 #: the most positions of a row, times adapters, at which one matmul with all factors is faster; plain operators are too
-SIDE_BY_SIDE = 16
+MAX_STACKED_POSITIONS = 16
 
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("low_rank_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor")
@@ -44,65 +45,70 @@ def low_rank_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: 
     return torch.ops.adaptc.low_rank_rows(x, y, A, B, scale, c)
 
 
-def weighted(h: Tensor, mix: Tensor) -> Tensor:
+def multiply_or_zero(h: Tensor, mix: Tensor) -> Tensor:
     """Return h * mix, and zero where ``mix`` is zero, so that an adapter's overflow stays in the rows that use it."""
     return (h * mix).masked_fill(mix == 0, 0)
 
 
-def side_by_side(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+def stacked_matmul(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """Return the operator's result by one matmul with the factors of all adapters."""
     h = F.linear(x.to(A.dtype), A.flatten(0, 1))
     each = h.shape[0] // c.shape[0]
     mix = c.to(torch.promote_types(A.dtype, torch.float32)) * scale  # half precision would round c * scale
     mix = mix if each == 1 else mix.repeat_interleave(each, 0)
-    h = weighted(h.view(*h.shape[:-1], A.shape[0], -1), mix.view(mix.shape[0], *([1] * (h.ndim - 2)), -1, 1))
+    h = multiply_or_zero(h.view(*h.shape[:-1], A.shape[0], -1), mix.view(mix.shape[0], *([1] * (h.ndim - 2)), -1, 1))
     h = h.to(A.dtype)
     return (y + F.linear(h.flatten(-2), B.transpose(0, 1).flatten(1))).to(y.dtype)
 
 
-def by_stretches(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+def matmuls_by_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """Return the operator's result by matmuls for the rows of each adapter alone."""
     wide = torch.promote_types(y.dtype, A.dtype)
     out = y.to(wide, copy=True) if wide != y.dtype else y.clone(memory_format=torch.contiguous_format)
-    _add_stretches(x, out, A, B, scale, c)
+    _add_by_adapter(x, out, A, B, scale, c)
     return out.to(y.dtype)
 
 
-def _add_stretches(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> None:
+def _add_by_adapter(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> None:
     """Add the adapters' changes to ``out``, which must be contiguous and of the wider dtype, adapter by adapter."""
     rows = c.shape[0]
     x, flat = x.to(A.dtype).reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
     positions = flat.shape[0] // rows if rows else 0
-    factors = _scales(scale)
-    stretches, runs = _read(c)
-    for first, adapters, weights in runs:
-        mixed = [w * factors[k % len(factors)] for k, w in zip(adapters, weights, strict=True)]
-        alike = all(w == mixed[0] for w in mixed)
-        if not alike and A.dtype.itemsize < 4:  # h * weights would round the weights to half precision
+    scales = _scale_values(scale)
+    uniform_runs, mixed_runs = _read_runs(c)
+    for first, adapters, weights in mixed_runs:
+        alphas = [w * scales[k % len(scales)] for k, w in zip(adapters, weights, strict=True)]
+        same_alpha = all(w == alphas[0] for w in alphas)
+        if not same_alpha and A.dtype.itemsize < 4:  # h * weights would round the weights to half precision
             own = enumerate(zip(adapters, weights, strict=True), first)
-            stretches = [*stretches, *((i, i + 1, k, w) for i, (k, w) in own)]
+            uniform_runs = [*uniform_runs, *((i, i + 1, k, w) for i, (k, w) in own)]
             continue
         last = first + len(adapters)
-        h = torch.bmm(x[first * positions : last * positions].view(-1, positions, x.shape[-1]), _of(A, adapters).mT)
-        if not alike:
-            h.mul_(torch.tensor(mixed, dtype=h.dtype, device=h.device).view(-1, 1, 1))
-        alpha = mixed[0] if alike else 1.0
-        target, up = flat[first * positions : last * positions].view(-1, positions, flat.shape[-1]), _of(B, adapters).mT
+        h = torch.bmm(
+            x[first * positions : last * positions].view(-1, positions, x.shape[-1]), _factors_of(A, adapters).mT
+        )
+        if not same_alpha:
+            h.mul_(torch.tensor(alphas, dtype=h.dtype, device=h.device).view(-1, 1, 1))
+        alpha = alphas[0] if same_alpha else 1.0
+        target, up = (
+            flat[first * positions : last * positions].view(-1, positions, flat.shape[-1]),
+            _factors_of(B, adapters).mT,
+        )
         if h.dtype == target.dtype:
             target.baddbmm_(h, up, alpha=alpha)
         else:
             target.add_(torch.bmm(h, up), alpha=alpha)
-    for first, last, k, weight in stretches:
+    for first, last, k, weight in uniform_runs:
         rows_of = slice(first * positions, last * positions)
         h = torch.mm(x[rows_of], A[k].t())
         target = flat[rows_of]
         if h.dtype == target.dtype:
-            target.addmm_(h, B[k].t(), alpha=weight * factors[k % len(factors)])
+            target.addmm_(h, B[k].t(), alpha=weight * scales[k % len(scales)])
         else:
-            target.add_(torch.mm(h, B[k].t()), alpha=weight * factors[k % len(factors)])
+            target.add_(torch.mm(h, B[k].t()), alpha=weight * scales[k % len(scales)])
 
 
-def _of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
+def _factors_of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
     """Return the factors of some adapters, as a view if the adapters are consecutive."""
     first = adapters[0]
     if list(adapters) == list(range(first, first + len(adapters))):
@@ -110,34 +116,36 @@ def _of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
     return factors[list(adapters)]
 
 
-def _few(x: Tensor, c: Tensor) -> bool:
+def _prefers_stacked(x: Tensor, c: Tensor) -> bool:
     """Return whether one matmul with all factors is the better way: few positions, or another device than the CPU."""
     rows, width = c.shape[0], x.shape[-1]
     positions = x.numel() // (rows * width) if rows and width else 0
-    return positions * c.shape[1] <= SIDE_BY_SIDE or c.device.type != "cpu"
+    return positions * c.shape[1] <= MAX_STACKED_POSITIONS or c.device.type != "cpu"
 
 
-def _computed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    return (side_by_side if _few(x, c) else by_stretches)(x, y, A, B, scale, c)
+def _compute(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    return (stacked_matmul if _prefers_stacked(x, c) else matmuls_by_adapter)(x, y, A, B, scale, c)
 
 
-def _as_numbers(*tensors: Tensor) -> bool:
+def _may_read_values(*tensors: Tensor) -> bool:
     """Return whether ``scale`` and ``c``, the last two tensors, may be read as numbers: no derivative needs them."""
-    return not (followed(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors[-2:])))
+    return not (
+        has_transform_or_tangent(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors[-2:]))
+    )
 
 
-def called(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+def low_rank_rows_direct(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """Return the operator's result without its dispatch."""
-    return (_computed if _as_numbers(x, y, A, B, scale, c) else side_by_side)(x, y, A, B, scale, c)
+    return (_compute if _may_read_values(x, y, A, B, scale, c) else stacked_matmul)(x, y, A, B, scale, c)
 
 
-def called_in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+def low_rank_rows_in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """Return the operator's result, written to the memory of ``y``; a new tensor where a derivative needs both."""
-    if not _as_numbers(x, y, A, B, scale, c):
-        return side_by_side(x, y, A, B, scale, c)
-    if _few(x, c) or y.dtype != torch.promote_types(y.dtype, A.dtype) or not y.is_contiguous():
-        return y.copy_(_computed(x, y, A, B, scale, c))
-    _add_stretches(x, y, A, B, scale, c)
+    if not _may_read_values(x, y, A, B, scale, c):
+        return stacked_matmul(x, y, A, B, scale, c)
+    if _prefers_stacked(x, c) or y.dtype != torch.promote_types(y.dtype, A.dtype) or not y.is_contiguous():
+        return y.copy_(_compute(x, y, A, B, scale, c))
+    _add_by_adapter(x, y, A, B, scale, c)
     return y
 
 
@@ -145,67 +153,67 @@ def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) 
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-_LIBRARY.impl("low_rank_rows", _computed, "CompositeExplicitAutograd")
+_LIBRARY.impl("low_rank_rows", _compute, "CompositeExplicitAutograd")
 torch.library.register_fake("adaptc::low_rank_rows", _fake, lib=_LIBRARY)
-plain_in_transforms("low_rank_rows", side_by_side, constant=range(6))
+decompose_in_transforms("low_rank_rows", stacked_matmul, nondifferentiable=range(6))
 
 
 #: (first row, row after the last, adapter, weight) of consecutive rows with one weight of one adapter
-Stretches = list[tuple[int, int, int, float]]
+UniformRuns = list[tuple[int, int, int, float]]
 #: (first row, the adapter of each row from there, its weight): consecutive rows that have one adapter each
-Runs = list[tuple[int, list[int], list[float]]]
+MixedRuns = list[tuple[int, list[int], list[float]]]
 
 
-class _Kept(threading.local):
+class _LastRead(threading.local):
     """The result of reading the last coefficients, which are the same tensor at all layers of a call."""
 
     def __init__(self) -> None:
         self.c: Any = None
-        self.found: tuple[Stretches, Runs] = [], []
+        self.runs: tuple[UniformRuns, MixedRuns] = [], []
         self.version = -1
 
 
-_KEPT = _Kept()
+_LAST_READ = _LastRead()
 
 
-def _read(c: Tensor) -> tuple[Stretches, Runs]:
-    """Return the division of the rows by :func:`divided`, remembered for the last tensor ``c``."""
-    if _KEPT.c is not None and _KEPT.c() is c and _KEPT.version == c._version:
-        return _KEPT.found
-    found = divided(c.tolist())
-    _KEPT.c, _KEPT.found, _KEPT.version = ref(c), found, c._version
+def _read_runs(c: Tensor) -> tuple[UniformRuns, MixedRuns]:
+    """Return the division of the rows by :func:`divide_rows`, remembered for the last tensor ``c``."""
+    if _LAST_READ.c is not None and _LAST_READ.c() is c and _LAST_READ.version == c._version:
+        return _LAST_READ.runs
+    found = divide_rows(c.tolist())
+    _LAST_READ.c, _LAST_READ.runs, _LAST_READ.version = ref(c), found, c._version
     return found
 
 
-def divided(rows: Sequence[Sequence[float]]) -> tuple[Stretches, Runs]:
+def divide_rows(rows: Sequence[Sequence[float]]) -> tuple[UniformRuns, MixedRuns]:
     """Return the stretches and runs of rows that add each row's adapters once, given the coefficients (rows, count).
 
     Runs are used only where most stretches would hold a single row.
     """
-    stretches: Stretches = []
+    uniform_runs: UniformRuns = []
     for k in range(len(rows[0]) if rows else 0):
         start = 0
         for row in range(1, len(rows) + 1):
             if row == len(rows) or rows[row][k] != rows[start][k]:
                 if rows[start][k]:
-                    stretches.append((start, row, k, rows[start][k]))
+                    uniform_runs.append((start, row, k, rows[start][k]))
                 start = row
-    alone = sum(last - first == 1 for first, last, _, _ in stretches)
-    if 2 * alone <= len(stretches) or len(stretches) < 2:
-        return stretches, []
-    runs: Runs = []
-    owned = {i: k for i, row in enumerate(rows) if len(k := [j for j, w in enumerate(row) if w]) == 1}
-    for i in sorted(owned):
-        (k,) = owned[i]
-        if not runs or runs[-1][0] + len(runs[-1][1]) != i:
-            runs.append((i, [], []))
-        runs[-1][1].append(k)
-        runs[-1][2].append(rows[i][k])
-    runs = [run for run in runs if len(run[1]) > 1]
-    inside = {i for first, adapters, _ in runs for i in range(first, first + len(adapters))}
-    rest = [(i, i + 1, k, w) for i, row in enumerate(rows) if i not in inside for k, w in enumerate(row) if w]
-    return rest, runs
+    single_rows = sum(last - first == 1 for first, last, _, _ in uniform_runs)
+    if 2 * single_rows <= len(uniform_runs) or len(uniform_runs) < 2:
+        return uniform_runs, []
+    mixed_runs: MixedRuns = []
+    adapter_of_row = {i: k for i, row in enumerate(rows) if len(k := [j for j, w in enumerate(row) if w]) == 1}
+    for i in sorted(adapter_of_row):
+        (k,) = adapter_of_row[i]
+        if not mixed_runs or mixed_runs[-1][0] + len(mixed_runs[-1][1]) != i:
+            mixed_runs.append((i, [], []))
+        mixed_runs[-1][1].append(k)
+        mixed_runs[-1][2].append(rows[i][k])
+    mixed_runs = [run for run in mixed_runs if len(run[1]) > 1]
+    rows_in_runs = {i for first, adapters, _ in mixed_runs for i in range(first, first + len(adapters))}
+    rest = [(i, i + 1, k, w) for i, row in enumerate(rows) if i not in rows_in_runs for k, w in enumerate(row) if w]
+    return rest, mixed_runs
 
 
-def _scales(scale: Tensor) -> list[float]:
+def _scale_values(scale: Tensor) -> list[float]:
     return scale.tolist() if scale.ndim else [float(scale)]

@@ -158,8 +158,10 @@ class Method(Hooks):
         A class that overrides ``apply``, ``input`` or ``bias`` of a class with kernels loses the kernels, since they do
         not match its forms.
         """
-        owner = _owner(type(self), "fused")
-        if owner is not Method and all(issubclass(owner, _owner(type(self), n)) for n in ("apply", "input", "bias")):
+        owner = _defining_class(type(self), "fused")
+        if owner is not Method and all(
+            issubclass(owner, _defining_class(type(self), n)) for n in ("apply", "input", "bias")
+        ):
             return ""
         return f"{self.name} has no kernels"
 
@@ -169,8 +171,8 @@ class Method(Hooks):
 
     def has_rows(self) -> bool:
         """Return whether :meth:`rows` matches :meth:`apply`: no subclass has overridden only the latter."""
-        owner = _owner(type(self), "rows")
-        return owner is not Method and issubclass(owner, _owner(type(self), "apply"))
+        owner = _defining_class(type(self), "rows")
+        return owner is not Method and issubclass(owner, _defining_class(type(self), "apply"))
 
     def call_adapted(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         """Return op(x, W, b) adapted by the form around the layer."""
@@ -180,6 +182,6 @@ class Method(Hooks):
         return self.apply(op, x, y, W, b, slots, scale) if self.has_apply(op) else y
 
 
-def _owner(method: type[Method], name: str) -> type:
+def _defining_class(method: type[Method], name: str) -> type:
     """Return the class that defines a function of the protocol."""
     return next(c for c in method.__mro__ if name in vars(c))

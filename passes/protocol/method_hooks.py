@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Coefficient, Extra, Given
+from adaptc.passes.protocol.coefficients import Coefficient, Extra, ExtraValues
 from adaptc.passes.protocol.low_rank import LowRank
 
 Slots = Mapping[str, Tensor]
@@ -60,7 +60,7 @@ class Slot:
         return {i: f"{slot}_{i}" for i in self.free}
 
 
-class OptionPlace(Protocol):
+class SiteDescription(Protocol):
     """A place where a method is used, with what a config needs to choose the options there."""
 
     @property
@@ -243,7 +243,7 @@ class Hooks:
 
     # -- lifecycle -----------------------------------------------------------------------------------------------------
 
-    def rebind(self, config: Any, place: OptionPlace) -> Any:
+    def rebind(self, config: Any, place: SiteDescription) -> Any:
         """Return the method that another adapter's ``config`` gives at this site; this one if that is not akin."""
         make = getattr(config, "method", None)
         new: Any = None if make is None else make(place.name or place.module, place.kind)
@@ -313,7 +313,7 @@ class Hooks:
         """Return the inputs that it adds to the program, by name. A method at a layer finds them among its slots."""
         return {}
 
-    def why_wrong(self, slots: Slots, given: Given) -> str:
+    def why_wrong(self, slots: Slots, given: ExtraValues) -> str:
         """Return what is wrong with the values of the inputs it added, checked before they are used; '' for nothing."""
         return ""
 

@@ -17,7 +17,7 @@ from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method_checks import first_values_fit
 from adaptc.passes.protocol.program_method import ProgramMethod
 
-_ROWS, _MORE, _TOKENS = 3, 2, 5
+_ROWS, _EXTRA_SIZE, _TOKENS = 3, 2, 5
 
 
 def check_program_promises(method: ProgramMethod, op: Op) -> None:
@@ -27,16 +27,16 @@ def check_program_promises(method: ProgramMethod, op: Op) -> None:
         first_values_fit(method, op)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            _nothing_is_the_base(method, op, name)
+            _check_identity(method, op, name)
             if method.opening() == "prompt":
-                _prompts(method, op, name)
+                _check_prompt(method, op, name)
     except AdaptcError:
         raise
     except Exception as error:  # the method's own code may raise anything
         raise MethodError(f"{name} failed where it was tried: {type(error).__name__}: {error}") from error
 
 
-def _nothing_is_the_base(method: ProgramMethod, op: Op, name: str) -> None:
+def _check_identity(method: ProgramMethod, op: Op, name: str) -> None:
     """Raise MethodError if identity values put a virtual token in front, since the base must stay what it was."""
     W = torch.randn(op.shape, dtype=torch.float64)
     count = method.lengthens(method.identity(op, W, W.dtype))
@@ -46,32 +46,32 @@ def _nothing_is_the_base(method: ProgramMethod, op: Op, name: str) -> None:
         )
 
 
-def _prompts(method: ProgramMethod, op: Op, name: str) -> None:
+def _check_prompt(method: ProgramMethod, op: Op, name: str) -> None:
     """Raise MethodError unless prompt() and embedded() agree, for slots of the method's sizes and for larger ones."""
-    given = {n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
-    for more in (0, _MORE):
-        slots = _slots(method, op, more)
+    extra_inputs = {n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
+    for extra_size in (0, _EXTRA_SIZE):
+        slots = _random_slots(method, op, extra_size)
         count = method.lengthens(slots)
-        rows = method.prompt(slots, given)
+        rows = method.prompt(slots, extra_inputs)
         if rows.shape[-2:] != (count, op.out_features):
             raise MethodError(
                 f"{name}.prompt() must give rows (..., {count}, {op.out_features}), as many as lengthens() says for "
                 f"slots of these sizes, and gave {tuple(rows.shape)}. Read sizes off slots, and not off fields"
             )
         value = torch.randn(_ROWS, count + _TOKENS, op.out_features)
-        wanted = torch.cat([rows.to(value.dtype).expand(_ROWS, -1, -1), value[:, count:]], 1)
-        if not torch.allclose(method.embedded(value, slots, given), wanted):
+        expected = torch.cat([rows.to(value.dtype).expand(_ROWS, -1, -1), value[:, count:]], 1)
+        if not torch.allclose(method.embedded(value, slots, extra_inputs), expected):
             raise MethodError(
                 f"{name}.embedded() must change the first rows to those of prompt(), and no others: what a cache "
                 "begins with is all that a program which generates has of them"
             )
 
 
-def _slots(method: ProgramMethod, op: Op, more: int) -> Mapping[str, Tensor]:
-    """Return random slot values (zeros for integers), longer by ``more`` along free axes than the method says."""
+def _random_slots(method: ProgramMethod, op: Op, extra_size: int) -> Mapping[str, Tensor]:
+    """Return random slot values (zeros for integers), longer by ``extra_size`` along free axes than the method says."""
     out: dict[str, Tensor] = {}
     for name, slot in method.slots(op).items():
-        shape = [n + more if i in slot.free else n for i, n in enumerate(slot.shape)]
-        whole = slot.dtype is not None and not slot.dtype.is_floating_point
-        out[name] = torch.zeros(shape, dtype=slot.dtype) if whole else torch.randn(shape)
+        shape = [n + extra_size if i in slot.free else n for i, n in enumerate(slot.shape)]
+        is_integer = slot.dtype is not None and not slot.dtype.is_floating_point
+        out[name] = torch.zeros(shape, dtype=slot.dtype) if is_integer else torch.randn(shape)
     return out

@@ -1,9 +1,9 @@
 """Methods that change the program and not one weight: its tokens, its attention_mask, its labels.
 
 Such a method is attached to the site where the program looks its tokens up. Its slots are bound, saved and swapped as
-all slots are. It does not define a function on the weight, but one function per *place*. A place is a value of the
-program that graph analysis finds and names (``passes.analysis.tokens.token_inputs``). A method has a function for each
-place that it changes, with the place's name:
+all slots are. It does not define a function on the weight, but one function per *program value*, which graph
+analysis finds and names (``passes.analysis.tokens.token_inputs``). A method has a function for each program value that
+it changes, with the value's name:
 
     tokens(value, slots, given, plain) -> value'      token ids (batch, length), for all their readers; ``plain`` is
                                                       an id with no special meaning in the program (no padding)
@@ -18,9 +18,9 @@ place that it changes, with the place's name:
     prompt(slots, given)                              embeddings of virtual tokens: (count, width), or
                                                       (batch, count, width) where rows of a batch differ
 
-In a program with an encoder and a decoder these are the encoder's places. A method that :meth:`~ProgramMethod.decodes`
+In a program with an encoder and a decoder these are the encoder's values. A method that :meth:`~ProgramMethod.decodes`
 also puts virtual tokens in front of the decoder's tokens (``passes.analysis.tokens.decoder_inputs``). It has functions
-for the decoder's places:
+for the decoder's values:
 
     decoder_tokens, decoder_attended, decoder_labels, decoder_embedded: called as tokens() and so on
     decoder_shifted(value, slots, given) -> value'    token ids (batch, length as of decoder_labels()) that the program
@@ -30,8 +30,8 @@ A method with ``cached`` has no ``labels``, ``embedded`` or ``loss``. The tokens
 what the attentions compute sees a longer attention_mask, position_ids and token_type_ids
 (``passes.virtual_tokens.insert_kv_prefix``).
 
-If the caller gives the program its cache, ``cached`` or ``prompt`` gives the beginning of that cache. No place is
-changed then (``passes.virtual_tokens.insert_cache_prefix``). So ``prompt`` must give all that ``embedded`` changes.
+If the caller gives the program its cache, ``cached`` or ``prompt`` gives the beginning of that cache. No program value
+is changed then (``passes.virtual_tokens.insert_cache_prefix``). So ``prompt`` must give all that ``embedded`` changes.
 
 All functions are pure and plain PyTorch. They are traced for all sizes at once. A size read from a slot's free axis, as
 in ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` holds the inputs that the
@@ -48,39 +48,39 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Given
+from adaptc.passes.protocol.coefficients import ExtraValues
 from adaptc.passes.protocol.method import Initial, Method
 from adaptc.passes.protocol.method_hooks import Slots
 
 #: the form of a program method's attachments, which stand neither around a layer nor in front of a weight
-PROGRAM = "program"
-#: all places of a program, in the order in which they are changed
-PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss", "cached")
-#: the places of a decoder in a program that also has an encoder
-DECODER_PLACES = ("decoder_tokens", "decoder_attended", "decoder_labels", "decoder_shifted", "decoder_embedded")
-#: the decoder's places that are inputs of the same length as its tokens
-DECODER_LENGTHS = ("decoder_tokens", "decoder_labels")
+PROGRAM_FORM = "program"
+#: all program values, in the order in which they are changed
+PROGRAM_VALUES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss", "cached")
+#: the program values of a decoder in a program that also has an encoder
+DECODER_VALUES = ("decoder_tokens", "decoder_attended", "decoder_labels", "decoder_shifted", "decoder_embedded")
+#: the decoder's program values that are inputs of the same length as its tokens
+DECODER_TOKEN_VALUES = ("decoder_tokens", "decoder_labels")
 #: the kind of the region that computes the beginning of a cache
-BEGINS = "begins"
+CACHE_PREFIX = "begins"
 #: the functions that give the beginning of a cache
-OPENINGS = ("cached", "prompt")
+PREFIX_FUNCTIONS = ("cached", "prompt")
 #: the name of the size that an adapter may choose: its number of virtual tokens
-FREE = "free"
+TOKEN_COUNT_SIZE = "free"
 
 
 @dataclass(frozen=True)
-class ProgramPlace:
+class ProgramValue:
     """A value of a program that a method changes.
 
-    ``node`` has the value, and ``readers`` are the nodes that will read the changed one. ``options`` are further
-    constant arguments of the place's function. ``reads`` are nodes whose values the function gets after ``given``.
+    ``node`` has the value, and ``readers`` are the nodes that will read the changed one. ``constants`` are further
+    constant arguments of the value's function. ``read_nodes`` are nodes whose values the function gets after ``given``.
     """
 
     name: str
     node: fx.Node
     readers: tuple[fx.Node, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    reads: tuple[fx.Node, ...] = ()
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    read_nodes: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,51 +96,52 @@ class ProgramMethod(Method):
         """Return how many virtual tokens these slots put in front of a call's tokens."""
         return 0
 
-    def tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
+    def tokens(self, value: Tensor, slots: Slots, given: ExtraValues, plain: int) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no tokens()")
 
-    def attended(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def attended(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no attended()")
 
-    def positions(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def positions(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no positions()")
 
-    def segments(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def segments(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no segments()")
 
-    def labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def labels(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no labels()")
 
-    def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def embedded(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no embedded()")
 
-    def cached(self, slots: Slots, given: Given) -> Tensor:
+    def cached(self, slots: Slots, given: ExtraValues) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no cached()")
 
-    def prompt(self, slots: Slots, given: Given) -> Tensor:
+    def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no prompt()")
 
     def decodes(self) -> bool:
         """Return whether the method also puts virtual tokens in front of a decoder's tokens.
 
-        It then has functions for the decoder's places.
+        It then has functions for the decoder's program values.
         """
         return False
 
     def opening(self) -> str:
-        """Return which of its functions gives the beginning of a cache: one of :data:`OPENINGS`, or '' for none."""
-        return next((name for name in OPENINGS if self.changes(name)), "")
+        """Return which of its functions gives the beginning of a cache: one of :data:`PREFIX_FUNCTIONS`, or '' for
+        none."""
+        return next((name for name in PREFIX_FUNCTIONS if self.changes(name)), "")
 
     def free_size(self, slot: str) -> str:
         """Return the name of the size along a slot's free axes; sizes with one name are equal in all slots."""
-        return FREE
+        return TOKEN_COUNT_SIZE
 
-    def loss(self, value: Tensor, slots: Slots, given: Given, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, value: Tensor, slots: Slots, given: ExtraValues, logits: Tensor, labels: Tensor) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no loss()")
 
-    def changes(self, place: str) -> bool:
-        """Return whether the method has a function for a place."""
-        return getattr(type(self), place) is not getattr(ProgramMethod, place)
+    def changes(self, value_name: str) -> bool:
+        """Return whether the method has a function for a program value."""
+        return getattr(type(self), value_name) is not getattr(ProgramMethod, value_name)
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         raise AssertionError(f"{type(self).__name__} must define init()")

@@ -5,7 +5,7 @@ a role. The node that carries the result has role "out", and its tag holds more.
 was saved to a file and loaded elsewhere:
 
     attachment   Attachment.to_dict()
-    region       the kind of region, one that ``trace.region_of`` knows or a place of the program; "beside" for a value
+    region the kind of region, one that ``trace.trace_region`` knows or a place of the program; "beside" for a value
                  that is computed once more, with the virtual tokens
     base         the node it replaces: an output, a parameter, or an input of the node that reads the weight
     node         the node that reads the weight, where the region stands
@@ -14,8 +14,8 @@ was saved to a file and loaded elsewhere:
     header       in the first region of a program: the record of the program as a whole
 
 Nodes that compute a coefficient (``passes.protocol.coefficients``) belong to no region, since all sites of an adapter
-read it. Their tags have the role :data:`COEFFICIENT`. The key :data:`FIRST_PASS` in such a tag marks the hidden state
-that a coefficient is made of. That tag also lists the inputs added for it under "given".
+read it. Their tags have the role :data:`COEFFICIENT_ROLE`. The key :data:`BASE_PASS_KEY` in such a tag marks the hidden
+state that a coefficient is made of. That tag also lists the inputs added for it under "given".
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 
 from torch import fx
 
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op, make_grouped, op_of
-from adaptc.passes.graph.propagate import propagate
+from adaptc.passes.graph.propagate import propagate_fakes
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
-from adaptc.passes.protocol.program_method import PROGRAM
+from adaptc.passes.protocol.program_method import PROGRAM_FORM
 
-COEFFICIENT = "coefficient"
+COEFFICIENT_ROLE = "coefficient"
 #: the key in the tag of a first pass's last hidden state, of which a coefficient is made
-FIRST_PASS = "first_pass"
+BASE_PASS_KEY = "first_pass"
 
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:
@@ -55,19 +55,19 @@ def slot_nodes(a: Attachment, placeholders: Mapping[str, fx.Node], nodes: Mappin
     return [*(placeholders[f] for f in a.slots.values()), *(nodes[n] for n in a.reads.values()), *scale]
 
 
-def site_op(lifted: Lifted, a: Attachment) -> Op:
+def site_op(lifted: LiftedProgram, a: Attachment) -> Op:
     """Return the op of an attachment's site in an opened program."""
     first = lifted.nodes.get(a.consumers[0]) if a.consumers else None
     return op_of(a.kind, lifted.tensor(a.fqn), first)
 
 
-def added_inputs(lifted: Lifted) -> list[fx.Node]:
+def added_inputs(lifted: LiftedProgram) -> list[fx.Node]:
     """Return the inputs that methods added to an opened program."""
     names = dict.fromkeys(n for node in lifted.graph.nodes if (t := node_tag(node)) for n in t.get("given", ()))
     return [lifted.nodes[n] for n in names]
 
 
-def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:
+def replaced_value_key(tag: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a key for what a region replaces: a node's output, a parameter as read by one site, or a layer's input."""
     if tag["region"] in ("weight", "weight_over"):
         return (tag["base"], tag["attachment"]["module"], tag["attachment"]["param"])
@@ -76,7 +76,7 @@ def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:
     return (tag["node"], "input") if tag["region"] == "input" else (tag["base"],)
 
 
-def header(graph: fx.Graph) -> dict[str, Any] | None:
+def program_record(graph: fx.Graph) -> dict[str, Any] | None:
     """Return the record of the program as a whole (its configs), kept in the first region's tag; None without one."""
     for node in graph.nodes:
         tag = region_tag(node)
@@ -85,7 +85,7 @@ def header(graph: fx.Graph) -> dict[str, Any] | None:
     return None
 
 
-def set_header(graph: fx.Graph, value: Mapping[str, Any]) -> None:
+def set_program_record(graph: fx.Graph, value: Mapping[str, Any]) -> None:
     """Store ``value`` as the record that :func:`header` returns."""
     for node in graph.nodes:
         tag = region_tag(node)
@@ -94,7 +94,7 @@ def set_header(graph: fx.Graph, value: Mapping[str, Any]) -> None:
             return
 
 
-def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method]) -> list[Attachment]:
+def read_attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method]) -> list[Attachment]:
     """Return the attachments of a graph in injection order; ``method_of`` is that of ``Attachment.from_dict``."""
     found: dict[str, Attachment] = {}
     for node in graph.nodes:
@@ -104,50 +104,50 @@ def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method
     return list(found.values())
 
 
-def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
+def remove_regions(lifted: LiftedProgram, ids: Iterable[str]) -> int:
     """Remove the regions and the slots of these attachments from an opened program; return the number of regions."""
-    wanted = set(ids)
-    outs: list[tuple[fx.Node, fx.Node]] = []
-    inner: list[fx.Node] = []
-    slots: dict[str, None] = {}
-    given: dict[str, None] = {}
+    removed_sites = set(ids)
+    results: list[tuple[fx.Node, fx.Node]] = []
+    region_nodes: list[fx.Node] = []
+    slot_fqns: dict[str, None] = {}
+    input_names: dict[str, None] = {}
     for node in lifted.graph.nodes:
         tag = node_tag(node)
-        if tag is None or tag["site"] not in wanted:
+        if tag is None or tag["site"] not in removed_sites:
             continue
-        inner.append(node)
+        region_nodes.append(node)
         if tag["role"] == "out":
-            outs.append((node, lifted.nodes[tag["base"]]))
+            results.append((node, lifted.nodes[tag["base"]]))
             a = tag["attachment"]
-            given.update(dict.fromkeys(tag.get("given", ())))
-            slots.update(dict.fromkeys([*a["slots"].values(), *([a["scale_slot"]] if a["scale_slot"] else [])]))
-    base_of = {out.name: base.name for out, base in outs}
+            input_names.update(dict.fromkeys(tag.get("given", ())))
+            slot_fqns.update(dict.fromkeys([*a["slots"].values(), *([a["scale_slot"]] if a["scale_slot"] else [])]))
+    base_of = {out.name: base.name for out, base in results}
     for node in lifted.graph.nodes:
         tag = region_tag(node)
-        if tag is not None and tag["base"] in base_of and tag["site"] not in wanted:
+        if tag is not None and tag["base"] in base_of and tag["site"] not in removed_sites:
             name = tag["base"]
             while name in base_of:
                 name = base_of[name]
             node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "base": name}}
-    resized = {base for out, base in outs if region_tag(out)["attachment"]["form"] == PROGRAM}  # type: ignore[index]
-    for out, base in reversed(outs):
+    resized = {base for out, base in results if region_tag(out)["attachment"]["form"] == PROGRAM_FORM}  # type: ignore[index]
+    for out, base in reversed(results):
         out.replace_all_uses_with(base)
         for name in region_tag(out)["attachment"]["consumers"]:  # type: ignore[index]  # outs are nodes that have one
             make_grouped(lifted.nodes[name])
-    for node in reversed(inner):
+    for node in reversed(region_nodes):
         lifted.graph.erase_node(node)
         lifted.nodes.pop(node.name, None)
-    propagate(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
+    propagate_fakes(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
     for node in reversed(lifted.graph.nodes):
         tag = node_tag(node)
-        if tag is not None and tag["role"] == COEFFICIENT and not node.users:
-            given.update(dict.fromkeys(tag.get("given", ())))
+        if tag is not None and tag["role"] == COEFFICIENT_ROLE and not node.users:
+            input_names.update(dict.fromkeys(tag.get("given", ())))
             lifted.graph.erase_node(node)
             lifted.nodes.pop(node.name, None)
-    for name in given:
+    for name in input_names:
         if not lifted.nodes[name].users:
             lifted.remove_input(name)
-    for fqn in slots:
+    for fqn in slot_fqns:
         if fqn in lifted.placeholders and not lifted.placeholders[fqn].users:
-            lifted.remove(fqn)
-    return len(outs)
+            lifted.remove_tensor(fqn)
+    return len(results)

@@ -1,7 +1,7 @@
 """Trace a pure function, and put its graph into a program as a tagged region.
 
-``trace`` runs a function on fake tensors of the graph's own mode and returns its ATen graph. ``inline`` copies that
-graph behind a node. Symbolic sizes stay symbolic because the fakes share the program's shape environment. A region
+``trace_function`` runs a function on fake tensors of the graph's own mode and returns its ATen graph. ``inline`` copies
+that graph behind a node. Symbolic sizes stay symbolic because the fakes share the program's shape environment. A region
 holds nothing but ATen ops on its inputs. A function that closes over a tensor is refused.
 """
 
@@ -16,20 +16,20 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError
-from adaptc.passes.graph.graph_lock import exclusive
-from adaptc.passes.graph.lifted import sizes_stay_free
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.lifted import suppress_size_guards
 from adaptc.passes.graph.ops import Op, cast, operands
 from adaptc.passes.protocol.method import Method
 
 
-@exclusive
-def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
+@with_graph_lock
+def trace_function(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
     """Return ``fn`` as a graph whose placeholders are ``fakes``, in the training dialect (composite ops kept).
 
     Raises MethodError if ``fn`` reads a tensor that is not an argument.
     """
     # With gradients off, as the caller may have them, the region would lack what training needs.
-    with torch.enable_grad(), sizes_stay_free(fakes):
+    with torch.enable_grad(), suppress_size_guards(fakes):
         graph = make_fx(fn, pre_dispatch=True)(*fakes).graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
@@ -38,10 +38,10 @@ def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
     return graph
 
 
-def region_of(
-    method: Method, op: Op, kind: str, names: Sequence[str], scaled: bool, fakes: Sequence[Tensor]
+def trace_region(
+    method: Method, op: Op, region_kind: str, slot_names: Sequence[str], has_scale: bool, fakes: Sequence[Tensor]
 ) -> fx.Graph:
-    """Return a method's region at a site, as a graph. ``kind`` decides what it reads and computes:
+    """Return a method's region at a site, as a graph. ``region_kind`` decides what it reads and computes:
 
         input                  x               the changed input of the layer
         apply, apply_bias      x, y, W[, b]    the changed output of the layer
@@ -51,74 +51,74 @@ def region_of(
         bias_value             b               the changed bias itself
         fused, fused_bias      x, W[, b]       the layer and its adapter in one
 
-    After these inputs come the slots called ``names``, then the scale if ``scaled``. Equal arguments give graphs that
-    are equal node by node.
+    After these inputs come the slots called ``slot_names``, then the scale if ``has_scale``. Equal arguments give
+    graphs that are equal node by node.
     """
 
     def split(tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        return dict(zip(names, tensors, strict=False)), tensors[-1] if scaled else None
+        return dict(zip(slot_names, tensors, strict=False)), tensors[-1] if has_scale else None
 
-    def before(x: Tensor, *slots: Tensor) -> Tensor:
+    def change_input(x: Tensor, *slots: Tensor) -> Tensor:
         return method.input(op, x, *split(slots))
 
-    def behind(x: Tensor, y: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
+    def change_output(x: Tensor, y: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
         return method.apply(op, x, y, op.canonical(w), None, *split(slots))
 
-    def behind_biased(x: Tensor, y: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
+    def change_output_with_bias(x: Tensor, y: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
         return method.apply(op, x, y, op.canonical(w), b, *split(slots))
 
     def fused(x: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
         return method.fused(op, x, op.canonical(w), None, *split(slots))
 
-    def fused_biased(x: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
+    def fused_with_bias(x: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
         return method.fused(op, x, op.canonical(w), b, *split(slots))
 
-    def in_front(w: Tensor, *slots: Tensor) -> Tensor:
+    def change_weight(w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight(op, op.canonical(w), *split(slots)))
 
-    def over(base: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
+    def change_weight_over_base(base: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight_over(op, op.canonical(base), op.canonical(w), *split(slots)))
 
-    def changed(y: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
+    def change_bias(y: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
         new = method.bias(op, b, *split(slots))
         return y if new is b or new is None else cast(y + op.along_out(new - b, y), y.dtype)
 
-    def added(y: Tensor, *slots: Tensor) -> Tensor:
+    def add_new_bias(y: Tensor, *slots: Tensor) -> Tensor:
         new = method.bias(op, None, *split(slots))
         return y if new is None else cast(y + op.along_out(new, y), y.dtype)
 
-    def instead(b: Tensor, *slots: Tensor) -> Tensor:
+    def replace_bias(b: Tensor, *slots: Tensor) -> Tensor:
         new = method.bias(op, b, *split(slots))
         return b if new is None else cast(new, b.dtype)
 
     functions = {
-        "input": before,
-        "apply": behind,
-        "apply_bias": behind_biased,
+        "input": change_input,
+        "apply": change_output,
+        "apply_bias": change_output_with_bias,
         "fused": fused,
-        "fused_bias": fused_biased,
-        "weight": in_front,
-        "weight_over": over,
-        "bias": changed,
-        "new_bias": added,
-        "bias_value": instead,
+        "fused_bias": fused_with_bias,
+        "weight": change_weight,
+        "weight_over": change_weight_over_base,
+        "bias": change_bias,
+        "new_bias": add_new_bias,
+        "bias_value": replace_bias,
     }
-    return trace(functions[kind], fakes)
+    return trace_function(functions[region_kind], fakes)
 
 
-def behind_inputs(node: fx.Node, y: fx.Node) -> tuple[str, list[fx.Node]]:
+def output_region_inputs(node: fx.Node, y: fx.Node) -> tuple[str, list[fx.Node]]:
     """Return the kind of a region behind ``node``, and its inputs before the slots; ``y`` is the output so far."""
     x, w, b = operands(node)
     return ("apply", [x, y, w]) if b is None else ("apply_bias", [x, y, w, b])
 
 
-def fused_inputs(consumer: fx.Node) -> tuple[str, list[fx.Node]]:
+def fused_region_inputs(consumer: fx.Node) -> tuple[str, list[fx.Node]]:
     """Return the kind of a fused region in the place of a layer, and its inputs before the slots."""
     x, w, b = operands(consumer)
     return ("fused", [x, w]) if b is None else ("fused_bias", [x, w, b])
 
 
-def signature_of(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def trace_key(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return a key that is equal for inputs which trace to the same region."""
     return tuple(
         None if t is None else (str(tuple(t.size())), str(t.stride()), t.dtype, t.device, t.requires_grad)
@@ -126,28 +126,28 @@ def signature_of(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-def difference(one: fx.Graph, other: fx.Graph) -> tuple[str, str] | None:
+def first_difference(one: fx.Graph, other: fx.Graph) -> tuple[str, str] | None:
     """Return the texts of the first two nodes in which two regions differ; None for equal regions.
 
     The sizes of values are not compared: they may differ.
     """
-    number: dict[fx.Node, int] = {}
+    node_numbers: dict[fx.Node, int] = {}
     for a, b in zip_longest(one.nodes, other.nodes):
-        if a is None or b is None or _computed(a, number) != _computed(b, number):
-            return tuple("nothing more" if n is None else _text(n) for n in (a, b))  # type: ignore[return-value]
-        number[a] = number[b] = len(number)
+        if a is None or b is None or _node_key(a, node_numbers) != _node_key(b, node_numbers):
+            return tuple("nothing more" if n is None else _node_text(n) for n in (a, b))  # type: ignore[return-value]
+        node_numbers[a] = node_numbers[b] = len(node_numbers)
     return None
 
 
-def _computed(node: fx.Node, number: Mapping[fx.Node, int]) -> tuple[Any, ...]:
+def _node_key(node: fx.Node, node_numbers: Mapping[fx.Node, int]) -> tuple[Any, ...]:
     """Return a key without names, equal for nodes that compute the same from the same inputs."""
     if node.op == "placeholder":
         return (node.op,)
-    args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+    args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{node_numbers[n]}")
     return (node.op, None if node.op == "output" else node.target, str(args))
 
 
-def _text(node: fx.Node) -> str:
+def _node_text(node: fx.Node) -> str:
     if node.op != "call_function":
         return node.op
     return f"{node.target}({', '.join(map(str, [*node.args, *(f'{k}={v}' for k, v in node.kwargs.items())]))})"

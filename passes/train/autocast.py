@@ -26,53 +26,53 @@ from torch import Tensor, fx
 from adaptc.errors import AdaptcError
 from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.graph.module_paths import module_path
-from adaptc.passes.graph.mutation import is_metadata_assert, touched
+from adaptc.passes.graph.mutation import find_written_nodes, is_metadata_assert
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 
 aten = torch.ops.aten
 
 #: op -> the position of the fill value among its arguments
-_FILLS: dict[Any, int] = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
+_FILL_VALUE_POSITIONS: dict[Any, int] = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
 
 
 @dataclass(frozen=True)
 class FollowAutocast(GraphPass):
     """A pass that makes a graph follow autocast.
 
-    ``inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks removed and
-    of the fill values that follow their tensors' dtypes.
+    ``user_inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks removed
+    and of the fill values that follow their tensors' dtypes.
     """
 
     name: ClassVar[str] = "follow_autocast"
 
-    inputs: Collection[str] = field(default=(), repr=False)
+    user_inputs: Collection[str] = field(default=(), repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
-        dirty, _ = touched(subject)
+        dirty, _ = find_written_nodes(subject)
         module, count = subject.owning_module, 0
         for node in list(subject.nodes):
             inner = getattr(module, node.target, None) if node.op == "get_attr" else None
             if isinstance(inner, fx.GraphModule):
-                count += _inside(module, node.target, inner)
+                count += _follow_in_subgraph(module, node.target, inner)
             elif is_metadata_assert(node):
                 source, dtype = node.args[0], argument(node, 3)
-                if source.name in self.inputs or dtype is None or not dtype.is_floating_point:  # type: ignore[union-attr]
+                if source.name in self.user_inputs or dtype is None or not dtype.is_floating_point:  # type: ignore[union-attr]
                     continue
                 if source in dirty:
                     with subject.inserting_before(node):
-                        subject.call_function(same_type, (source, dtype, _place(node)))
+                        subject.call_function(check_dtype, (source, dtype, _location(node)))
                 subject.erase_node(node)
                 count += 1
             elif node.target is aten.view.dtype:
                 with subject.inserting_before(node):
-                    subject.call_function(same_type, (node.args[0], node.args[0].meta["val"].dtype, _place(node)))
-            elif node.target in _FILLS:
-                count += _follow(node)
+                    subject.call_function(check_dtype, (node.args[0], node.args[0].meta["val"].dtype, _location(node)))
+            elif node.target in _FILL_VALUE_POSITIONS:
+                count += _follow_in_fill(node)
         return PassResult(subject, count)
 
 
-def _inside(module: Any, name: str, inner: fx.GraphModule) -> int:
+def _follow_in_subgraph(module: Any, name: str, inner: fx.GraphModule) -> int:
     """Make the graph of a block follow autocast, and return the count.
 
     Several programs may share the block, so a copy of it is changed and put in its place.
@@ -85,39 +85,39 @@ def _inside(module: Any, name: str, inner: fx.GraphModule) -> int:
     return count
 
 
-def _follow(node: fx.Node) -> bool:
+def _follow_in_fill(node: fx.Node) -> bool:
     """Let a fill with the least or greatest number of a dtype follow the tensor's dtype at run time.
 
     Returns whether the node is such a fill.
     """
-    value, number = node.args[0].meta.get("val"), argument(node, _FILLS[node.target])  # type: ignore[union-attr]
+    value, number = node.args[0].meta.get("val"), argument(node, _FILL_VALUE_POSITIONS[node.target])  # type: ignore[union-attr]
     if not isinstance(value, Tensor) or not value.is_floating_point() or not isinstance(number, float):
         return False
     if abs(number) != torch.finfo(value.dtype).max:
         return False
     with node.graph.inserting_before(node):
-        bound = node.graph.call_function(extreme, (node.args[0], number > 0))
-    node.update_arg(_FILLS[node.target], bound)
+        bound = node.graph.call_function(dtype_limit, (node.args[0], number > 0))
+    node.update_arg(_FILL_VALUE_POSITIONS[node.target], bound)
     return True
 
 
-def _place(node: fx.Node) -> str:
+def _location(node: fx.Node) -> str:
     """Return the name of the innermost module of a node, and that of the tensor it reads, for errors."""
     return f"{module_path(node, ()) or 'the model'} ({node.args[0]})"
 
 
-def extreme(x: Tensor, greatest: bool) -> float:
+def dtype_limit(x: Tensor, greatest: bool) -> float:
     """Return the greatest or the least number of x's dtype."""
     info = torch.finfo(x.dtype)
     return info.max if greatest else info.min
 
 
-def same_type(x: Tensor, dtype: torch.dtype, place: str) -> None:
+def check_dtype(x: Tensor, dtype: torch.dtype, location: str) -> None:
     """Raise AdaptcError where x does not have the ``dtype`` of the capture, without which the result would differ."""
     if x.dtype != dtype:
         raise AdaptcError(
-            f"{place}: the model writes to a tensor, or reads its bits, that was {dtype} when it was captured and is "
-            f"{x.dtype} under autocast, where it would do something else. Train outside of torch.autocast, with "
+            f"{location}: the model writes to a tensor, or reads its bits, that was {dtype} when it was captured and "
+            f"is {x.dtype} under autocast, where it would do something else. Train outside of torch.autocast, with "
             "model.to(torch.bfloat16) before adaptc.compile for half precision"
         )
 
@@ -148,5 +148,5 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _off(kind: str) -> AbstractContextManager[Any]:
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+def _off(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -1,7 +1,7 @@
 """Gradient checkpointing: repeated blocks of a training graph as segments that the backward computes again.
 
 Takes the module that ``ExportedProgram.module()`` makes, fused or not. Parameters, buffers, outputs and gradients stay
-the same. Each segment becomes one call of a :class:`Recomputed` submodule, which gets the parameters it reads as
+the same. Each segment becomes one call of a :class:`RecomputedSegment` submodule, which gets the parameters it reads as
 arguments. Between forward and backward only the values that flow from segment to segment are kept.
 
 Blocks are those of ``analysis.block_chains``. A block that writes to memory it did not make itself (the running
@@ -21,22 +21,22 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from adaptc.errors import SHOWN, AdaptcError, AdaptcWarning, ConfigError, and_more, shown
-from adaptc.passes.analysis.block_chains import Block, Chain, context, find_chains
-from adaptc.passes.graph.mutation import memory_groups, written
+from adaptc.errors import MAX_LISTED, AdaptcError, AdaptcWarning, ConfigError, and_more, short_repr
+from adaptc.passes.analysis.block_chains import Block, BlockChain, find_block_chains, gradient_free_nodes
+from adaptc.passes.graph.mutation import memory_groups, written_inputs
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
-from adaptc.passes.graph.train_eval import WRITES_STATISTICS
+from adaptc.passes.graph.train_eval import STATISTICS_ARGUMENTS
 from adaptc.passes.train.base_products import frozen_linear
-from adaptc.passes.train.fused_cross_entropy import loss_of_layer
-from adaptc.passes.train.fused_gated_activation import gated
-from adaptc.passes.train.fused_lora_linear import layers_with_lora
-from adaptc.passes.train.recomputed import Recomputed
+from adaptc.passes.train.fused_cross_entropy import linear_cross_entropy
+from adaptc.passes.train.fused_gated_activation import gated_activation
+from adaptc.passes.train.fused_lora_linear import lora_linears
+from adaptc.passes.train.recomputed import RecomputedSegment
 
 #: functions in a fused graph whose results share no memory with their inputs
-FRESH = (layers_with_lora, gated, loss_of_layer, frozen_linear)
+UNALIASED_FUNCTIONS = (lora_linears, gated_activation, linear_cross_entropy, frozen_linear)
 #: the prefix of the submodules' names, before their number
-NAME = "recomputed"
+SEGMENT_PREFIX = "recomputed"
 
 
 def checkpoint(module: fx.GraphModule, every: int | Literal["auto"] = "auto") -> PassResult[fx.Graph]:
@@ -53,16 +53,16 @@ def checkpoint(module: fx.GraphModule, every: int | Literal["auto"] = "auto") ->
     be computed twice, or where the module has segments already. The module is unchanged then.
     """
     if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ConfigError(f'every={shown(every)} is neither "auto" nor a number of blocks from 1')
+        raise ConfigError(f'every={short_repr(every)} is neither "auto" nor a number of blocks from 1')
     result = Checkpoint(1 if every == "auto" else every)(module.graph)
     module.recompile()
     if result.notes:
-        warnings.warn(f"in gradient checkpointing {_first(result.notes)}", AdaptcWarning, stacklevel=2)
+        warnings.warn(f"in gradient checkpointing {_shown_notes(result.notes)}", AdaptcWarning, stacklevel=2)
     return result
 
 
-def _first(notes: Sequence[str]) -> str:
-    return "; ".join(notes[:SHOWN]) + and_more(notes)
+def _shown_notes(notes: Sequence[str]) -> str:
+    return "; ".join(notes[:MAX_LISTED]) + and_more(notes)
 
 
 def set_checkpointing(module: fx.GraphModule, on: bool) -> int:
@@ -70,9 +70,9 @@ def set_checkpointing(module: fx.GraphModule, on: bool) -> int:
 
     This sets flags only, so it takes no time.
     """
-    segments = [m for m in module.modules() if isinstance(m, Recomputed)]
+    segments = [m for m in module.modules() if isinstance(m, RecomputedSegment)]
     for segment in segments:
-        segment.on = on
+        segment.is_enabled = on
     return len(segments)
 
 
@@ -86,67 +86,67 @@ class Checkpoint(GraphPass):
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         module: Any = subject.owning_module
-        if any(isinstance(m, Recomputed) for m in module.modules()):
+        if any(isinstance(m, RecomputedSegment) for m in module.modules()):
             raise AdaptcError("the module has checkpoints already: turn them on and off, or make a new module")
-        chains = find_chains(module, FRESH)
+        chains = find_block_chains(module, UNALIASED_FUNCTIONS)
         if not chains:
             raise AdaptcError(
                 "gradient checkpointing found no repeated block: no part of the graph with parameters repeats itself "
                 "in a chain, and no counted modules do (layers.0, layers.1, ...). Train without it, or wrap parts of "
                 "the model in torch.utils.checkpoint around its module"
             )
-        segments, notes = self._segments(subject, chains)
+        segments, notes = self._find_segments(subject, chains)
         if not segments:
-            raise AdaptcError(f"gradient checkpointing can compute no block twice: {_first(notes)}")
-        movable = context(module, FRESH)
+            raise AdaptcError(f"gradient checkpointing can compute no block twice: {_shown_notes(notes)}")
+        movable = gradient_free_nodes(module, UNALIASED_FUNCTIONS)
         names = [tuple(n.name for n in segment) for segment in segments]
         for i, segment in enumerate(segments):
-            _outline(module, segment, movable, f"{NAME}_{i}")
+            _outline(module, segment, movable, f"{SEGMENT_PREFIX}_{i}")
         return PassResult(subject, len(segments), notes, names)
 
-    def _segments(self, graph: fx.Graph, chains: Sequence[Chain]) -> tuple[list[Block], tuple[str, ...]]:
-        why_not = _Writes(graph)
+    def _find_segments(self, graph: fx.Graph, chains: Sequence[BlockChain]) -> tuple[list[Block], tuple[str, ...]]:
+        why_not = _RecomputeCheck(graph)
         segments: list[Block] = []
         notes: list[str] = []
         for chain in chains:
-            run: list[Block] = []
+            consecutive: list[Block] = []
             for block in chain.blocks:
                 reason = why_not(block)
                 if reason is None:
-                    run.append(block)
+                    consecutive.append(block)
                 else:
                     notes.append(f"the block from {block[0].name} to {block[-1].name} is left as it is: {reason}")
-                if run and (len(run) == self.every or reason is not None or block is chain.blocks[-1]):
-                    segments.append(tuple(n for b in run for n in b))
-                    run = []
+                if consecutive and (len(consecutive) == self.every or reason is not None or block is chain.blocks[-1]):
+                    segments.append(tuple(n for b in consecutive for n in b))
+                    consecutive = []
         return segments, tuple(notes)
 
 
-class _Writes:
+class _RecomputeCheck:
     """A test of one graph that returns why a block must not run twice, or None where it may."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {n: i for i, n in enumerate(graph.nodes)}
-        self.memory = memory_groups(graph, FRESH)
-        self.members: dict[fx.Node, list[fx.Node]] = {}
-        self.writers: dict[fx.Node, list[fx.Node]] = {}
+        self.memory_groups = memory_groups(graph, UNALIASED_FUNCTIONS)
+        self.nodes_by_memory: dict[fx.Node, list[fx.Node]] = {}
+        self.writers_by_memory: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            self.members.setdefault(self.memory[node], []).append(node)
-            for target in written(node):
-                self.writers.setdefault(self.memory[target], []).append(node)
+            self.nodes_by_memory.setdefault(self.memory_groups[node], []).append(node)
+            for target in written_inputs(node):
+                self.writers_by_memory.setdefault(self.memory_groups[target], []).append(node)
 
     def __call__(self, block: Block) -> str | None:
         inside = set(block)
         end = self.order[block[-1]]
         for node in block:
-            statistics = [argument(node, i) for i in _statistics(node.target)]
+            statistics = [argument(node, i) for i in _statistics_positions(node.target)]
             if any(isinstance(s, fx.Node) for s in statistics):
                 return f"{node.name} writes to running statistics in training"
-        touched = {self.memory[n] for node in block for n in (node, *node.all_input_nodes)}
-        for group in touched & self.writers.keys():
-            for writer in self.writers[group]:
+        touched = {self.memory_groups[n] for node in block for n in (node, *node.all_input_nodes)}
+        for group in touched & self.writers_by_memory.keys():
+            for writer in self.writers_by_memory[group]:
                 if writer in inside:
-                    old = [n for n in self.members[group] if n not in inside and self.order[n] < end]
+                    old = [n for n in self.nodes_by_memory[group] if n not in inside and self.order[n] < end]
                     if old:
                         return f"{writer.name} writes to {old[0].name}, which is not of the block"
                 elif self.order[writer] > end:
@@ -154,8 +154,8 @@ class _Writes:
         return None
 
 
-def _statistics(target: Any) -> Sequence[int]:
-    return WRITES_STATISTICS.get(target, ())
+def _statistics_positions(target: Any) -> Sequence[int]:
+    return STATISTICS_ARGUMENTS.get(target, ())
 
 
 def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name: str) -> None:
@@ -164,10 +164,10 @@ def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name
     Nodes that stand between them but are not of the segment move before it.
     """
     graph, inside = module.graph, set(segment)
-    _move_to_front(segment, inside, movable)
+    _move_before_segment(segment, inside, movable)
     outside = dict.fromkeys(n for node in segment for n in node.all_input_nodes if n not in inside)
-    blocks = [n for n in outside if n.op == "get_attr" and isinstance(_attribute(module, n), fx.GraphModule)]
-    inputs = [n for n in outside if n not in set(blocks)]
+    subgraphs = [n for n in outside if n.op == "get_attr" and isinstance(_attribute(module, n), fx.GraphModule)]
+    inputs = [n for n in outside if n not in set(subgraphs)]
     outputs = [n for n in segment if any(u not in inside for u in n.users)]
 
     body = fx.Graph()
@@ -175,11 +175,11 @@ def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name
     for node in inputs:
         copies[node] = body.placeholder(node.name)
         copies[node].meta = dict(node.meta)
-    for node in (*blocks, *segment):
+    for node in (*subgraphs, *segment):
         copies[node] = body.node_copy(node, copies.__getitem__)
     body.output(tuple(copies[n] for n in outputs))
     body.lint()
-    made = Recomputed(fx.GraphModule({str(n.target): _attribute(module, n) for n in blocks}, body, "Segment"))
+    made = RecomputedSegment(fx.GraphModule({str(n.target): _attribute(module, n) for n in subgraphs}, body, "Segment"))
     made.train(module.training)
     module.add_submodule(name, made)
 
@@ -192,12 +192,12 @@ def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name
         node.replace_all_uses_with(piece)
     for node in reversed(segment):
         graph.erase_node(node)
-    for node in blocks:
+    for node in subgraphs:
         if not node.users:
             graph.erase_node(node)
 
 
-def _move_to_front(segment: Block, inside: set[fx.Node], movable: set[fx.Node]) -> None:
+def _move_before_segment(segment: Block, inside: set[fx.Node], movable: set[fx.Node]) -> None:
     """Move the nodes between the segment's nodes before it, in their order; they read nothing of the segment."""
     node, last = segment[0], segment[-1]
     while node is not last:

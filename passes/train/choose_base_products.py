@@ -21,13 +21,13 @@ from torch import fx, nn
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.protocol.matmul_op import LINEAR
-from adaptc.passes.train.base_products import Kinds, frozen_linear
-from adaptc.passes.train.fused_lora_linear import layers_with_lora
-from adaptc.passes.train.head_loss import loss_of_layer
+from adaptc.passes.train.base_products import DtypeKinds, frozen_linear
+from adaptc.passes.train.fused_lora_linear import lora_linears
+from adaptc.passes.train.head_loss import linear_cross_entropy
 
 aten = torch.ops.aten
 
-FORWARD, GRADIENTS = "products in training", "gradients of inputs"
+FORWARD, GRADIENTS = "matmuls in training", "gradients of inputs"
 
 
 class ChosenMatmul(Protocol):
@@ -40,65 +40,70 @@ class ChosenMatmul(Protocol):
 
 
 #: (rows, columns, dtype of a weight) -> the kind of matmul with it
-Choose = Callable[[int, int, torch.dtype], ChosenMatmul]
+ChooseMatmul = Callable[[int, int, torch.dtype], ChosenMatmul]
 
 
 @dataclass(frozen=True)
-class ChooseBaseProducts(GraphPass):
+class ChooseBaseMatmuls(GraphPass):
     """A pass that writes kinds of matmul into a graph.
 
-    ``forward`` and ``gradient`` choose for the forward and for the gradient of the input. The count is that of the
-    weights with a kind that is not torch's own. ``data`` maps a caption, with direction and dtype, to the choices for
-    all weights.
+    ``choose_forward`` and ``choose_gradient`` choose for the forward and for the gradient of the input. The count is
+    that of the weights with a kind that is not torch's own. ``data`` maps a caption, with direction and dtype, to the
+    choices for all weights.
     """
 
-    name: ClassVar[str] = "choose_base_products"
+    name: ClassVar[str] = "choose_base_matmuls"
 
-    forward: Choose = field(repr=False)
-    gradient: Choose = field(repr=False)
+    choose_forward: ChooseMatmul = field(repr=False)
+    choose_gradient: ChooseMatmul = field(repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         module: Any = subject.owning_module
-        found: dict[str, list[ChosenMatmul]] = {}
+        choices_by_caption: dict[str, list[ChosenMatmul]] = {}
         count = 0
         for node in subject.nodes:
-            if node.target is layers_with_lora:
-                told = [self._told(module, w, b, found) for w, b in zip(node.args[2], node.args[3], strict=True)]
-                node.kwargs = {**node.kwargs, "told": tuple(told)} if any(told) else node.kwargs
-                count += sum(map(bool, told))
-            elif node.target in (loss_of_layer, aten.linear.default):
+            if node.target is lora_linears:
+                kinds = [
+                    self._choose_kinds(module, w, b, choices_by_caption)
+                    for w, b in zip(node.args[2], node.args[3], strict=True)
+                ]
+                node.kwargs = {**node.kwargs, "kinds": tuple(kinds)} if any(kinds) else node.kwargs
+                count += sum(map(bool, kinds))
+            elif node.target in (linear_cross_entropy, aten.linear.default):
                 x, w, b = (argument(node, i) if node.target is aten.linear.default else node.args[i] for i in range(3))
-                told = self._told(module, w, b, found)
-                count += bool(told)
-                if told and node.target is loss_of_layer:
-                    node.kwargs = {**node.kwargs, "told": told}
-                elif told:
-                    node.target, node.args, node.kwargs = frozen_linear, (x, w, b, told), {}
-        return PassResult(subject, count, data={what: tuple(choices) for what, choices in found.items()})
+                kinds = self._choose_kinds(module, w, b, choices_by_caption)
+                count += bool(kinds)
+                if kinds and node.target is linear_cross_entropy:
+                    node.kwargs = {**node.kwargs, "kinds": kinds}
+                elif kinds:
+                    node.target, node.args, node.kwargs = frozen_linear, (x, w, b, kinds), {}
+        return PassResult(subject, count, data={what: tuple(choices) for what, choices in choices_by_caption.items()})
 
-    def _told(self, module: Any, weight: Any, bias: Any, found: dict[str, list[ChosenMatmul]]) -> tuple[Kinds, ...]:
-        w = _parameter(module, weight)
+    def _choose_kinds(
+        self, module: Any, weight: Any, bias: Any, choices_by_caption: dict[str, list[ChosenMatmul]]
+    ) -> tuple[DtypeKinds, ...]:
+        w = _find_parameter(module, weight)
         if w is None or w.ndim != 2 or w.device.type != "cpu" or w.requires_grad:
             return ()
-        if bias is not None and ((b := _parameter(module, bias)) is None or b.requires_grad):
+        if bias is not None and ((b := _find_parameter(module, bias)) is None or b.requires_grad):
             return ()
         out, width = w.shape
-        told: list[Kinds] = []
-        for dtype in _types(w.dtype):
+        kinds: list[DtypeKinds] = []
+        for dtype in _dtypes_in_training(w.dtype):
             name = str(dtype).removeprefix("torch.")
-            one, other = self.forward(out, width, dtype), self.gradient(out, width, dtype)
-            found.setdefault(f"{FORWARD}, {name}", []).append(one)
-            found.setdefault(f"{GRADIENTS}, {name}", []).append(other)
+            one, other = self.choose_forward(out, width, dtype), self.choose_gradient(out, width, dtype)
+            choices_by_caption.setdefault(f"{FORWARD}, {name}", []).append(one)
+            choices_by_caption.setdefault(f"{GRADIENTS}, {name}", []).append(other)
             if (one.kind, other.kind) != (LINEAR, LINEAR):
-                told.append((dtype, one.kind, one.classes, other.kind, other.classes))
-        return tuple(told)
+                kinds.append((dtype, one.kind, one.classes, other.kind, other.classes))
+        return tuple(kinds)
 
 
-def _types(dtype: torch.dtype) -> Sequence[torch.dtype]:
+def _dtypes_in_training(dtype: torch.dtype) -> Sequence[torch.dtype]:
     return (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
 
 
-def _parameter(module: Any, node: Any) -> nn.Parameter | None:
+def _find_parameter(module: Any, node: Any) -> nn.Parameter | None:
     """Return the parameter that a node reads; None for anything else."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.torch_modes import followed
+from adaptc.torch_modes import has_transform_or_tangent
 
 
-def plain_only(*tensors: Tensor | None) -> bool:
+def needs_plain_ops(*tensors: Tensor | None) -> bool:
     """Return whether a transform of ``torch.func`` or a forward-mode derivative follows these tensors.
 
     A backward of our own does not support them. Under a compiler this is False, since it handles such cases itself.
     """
-    return not torch.compiler.is_compiling() and followed(*tensors)
+    return not torch.compiler.is_compiling() and has_transform_or_tangent(*tensors)
 
 
-def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def first_order_only(step_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the backward of a step called ``what``.
 
     The backward then runs without recording. Its results raise AdaptcError when they are differentiated.
@@ -42,7 +42,9 @@ def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             # The results depend on all that they were made from, so that a derivative by any of it reaches the error.
             ties = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
             at = [i for i, t in enumerate(out) if isinstance(t, Tensor)]
-            new = list(_Refused.apply(what, [out[i] for i in at], torch.ones((), requires_grad=True), *ties))
+            new = list(
+                _RaisingBackward.apply(step_name, [out[i] for i in at], torch.ones((), requires_grad=True), *ties)
+            )
             return tuple(new.pop(0) if isinstance(t, Tensor) else t for t in out)
 
         return run
@@ -50,7 +52,7 @@ def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return decorate
 
 
-class _Refused(torch.autograd.Function):
+class _RaisingBackward(torch.autograd.Function):
     """The identity on ``grads``, with a backward that raises.
 
     Its results depend on ``ties``, of which at least one requires grad.

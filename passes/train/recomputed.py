@@ -13,19 +13,19 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Recomputed(nn.Module):
+class RecomputedSegment(nn.Module):
     """A segment ``body`` that runs in the forward, and again in the backward.
 
-    It runs only once where ``on`` is False, in evaluation mode, and without gradients. The body holds no parameters:
-    it gets all that it reads as inputs.
+    It runs only once where ``is_enabled`` is False, in evaluation mode, and without gradients. The body holds no
+    parameters: it gets all that it reads as inputs.
     """
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
         self.body = body
-        self.on = True
+        self.is_enabled = True
 
     def forward(self, *inputs: Any) -> Any:
-        if self.on and self.training and torch.is_grad_enabled():
+        if self.is_enabled and self.training and torch.is_grad_enabled():
             return checkpoint(self.body, *inputs, use_reentrant=False)
         return self.body(*inputs)

@@ -14,11 +14,19 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from adaptc.passes.graph.lifted import Lifted, copy_graph
+from adaptc.passes.graph.lifted import LiftedProgram, copy_graph
 from adaptc.passes.graph.ops import argument, set_argument
 from adaptc.passes.graph.pass_infra import GraphPass, Pass, PassResult
-from adaptc.passes.graph.train_eval import COUNTER, DROPOUT, FLAGS, KEPT, SDPA, SDPA_DROPOUT, mode_of
-from adaptc.passes.train.recomputed import Recomputed
+from adaptc.passes.graph.train_eval import (
+    BATCH_COUNTER,
+    DROPOUT,
+    DROPOUT_META,
+    MODE_FLAGS,
+    SDPA,
+    SDPA_DROPOUT,
+    training_mode_of,
+)
+from adaptc.passes.train.recomputed import RecomputedSegment
 
 aten = torch.ops.aten
 
@@ -32,7 +40,7 @@ class SetMode(Pass):
     training: bool = False
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
-        new = Lifted(subject).finish()
+        new = LiftedProgram(subject).finish()
         return PassResult(new, set_mode(new.graph_module, self.training))
 
 
@@ -54,7 +62,7 @@ class SetGraphMode(GraphPass):
         module, count = subject.owning_module, 0
         for node in subject.nodes:
             inner = getattr(module, node.target, None) if node.op in ("get_attr", "call_module") else None
-            holder, name = (inner, "body") if isinstance(inner, Recomputed) else (module, node.target)
+            holder, name = (inner, "body") if isinstance(inner, RecomputedSegment) else (module, node.target)
             body = getattr(holder, name, None) if inner is not None else None
             if isinstance(body, fx.GraphModule):
                 copied = fx.GraphModule(body, copy_graph(body.graph))
@@ -63,21 +71,21 @@ class SetGraphMode(GraphPass):
                     setattr(holder, name, copied)
                 count += changed
             elif node.target is SDPA:
-                count += self._attention(node)
-            elif mode_of(node) is not None:
-                flag = FLAGS[node.target]
-                count += _set(node, flag.position, self.training and (self.dropout or flag is not DROPOUT))
-            elif node.target is aten.add_.Tensor and str(getattr(node.args[0], "target", "")).endswith(COUNTER):
-                count += _set(node, 1, int(self.training))
+                count += self._set_attention_dropout(node)
+            elif training_mode_of(node) is not None:
+                flag = MODE_FLAGS[node.target]
+                count += _update_argument(node, flag.position, self.training and (self.dropout or flag is not DROPOUT))
+            elif node.target is aten.add_.Tensor and str(getattr(node.args[0], "target", "")).endswith(BATCH_COUNTER):
+                count += _update_argument(node, 1, int(self.training))
         return PassResult(subject, count)
 
-    def _attention(self, node: fx.Node) -> bool:
+    def _set_attention_dropout(self, node: fx.Node) -> bool:
         p, custom = argument(node, SDPA_DROPOUT), dict(node.meta.get("custom") or {})
-        if self.training and not p and custom.get(KEPT):
-            return _set(node, SDPA_DROPOUT, custom[KEPT])
+        if self.training and not p and custom.get(DROPOUT_META):
+            return _update_argument(node, SDPA_DROPOUT, custom[DROPOUT_META])
         if not self.training and p:
-            node.meta["custom"] = {**custom, KEPT: p}
-            return _set(node, SDPA_DROPOUT, 0.0)
+            node.meta["custom"] = {**custom, DROPOUT_META: p}
+            return _update_argument(node, SDPA_DROPOUT, 0.0)
         return False
 
 
@@ -92,7 +100,7 @@ def set_mode(module: fx.GraphModule, training: bool, dropout: bool = True) -> in
     return count
 
 
-def _set(node: fx.Node, position: int, value: Any) -> bool:
+def _update_argument(node: fx.Node, position: int, value: Any) -> bool:
     if argument(node, position) == value:
         return False
     set_argument(node, position, value)

@@ -15,18 +15,19 @@ import torch
 from torch import fx
 
 from adaptc.passes.graph.module_paths import module_path
-from adaptc.passes.graph.mutation import sweep
+from adaptc.passes.graph.mutation import erase_dead_nodes
 from adaptc.passes.graph.pytree import pytree
 
 
-def cut_at_head(module: fx.GraphModule, head: str, known: Collection[str]) -> bool:
+def cut_at_head(module: fx.GraphModule, head: str, module_paths: Collection[str]) -> bool:
     """Rewrite ``module`` in place; returns False, and changes nothing, where the head's input is not one tensor.
 
-    ``head`` is the path of the output layer's module, which must be linear. ``known`` has the paths of all modules.
+    ``head`` is the path of the output layer's module, which must be linear. ``module_paths`` has the paths of all
+    modules.
     """
     graph = module.graph
     found = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    heads = {n.args[0] for n in found if module_path(n, known) == head}
+    heads = {n.args[0] for n in found if module_path(n, module_paths) == head}
     if len(heads) != 1:
         return False
     (hidden,) = heads
@@ -40,6 +41,6 @@ def cut_at_head(module: fx.GraphModule, head: str, known: Collection[str]) -> bo
             break
         if node.op in ("call_function", "get_attr") and not node.users:
             graph.erase_node(node)
-    sweep(graph)
+    erase_dead_nodes(graph)
     module.recompile()
     return True

@@ -13,23 +13,23 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError
-from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.graph.symbolic_fakes import FreeFakes
-from adaptc.passes.protocol.program_method import ProgramMethod, ProgramPlace
+from adaptc.passes.graph.symbolic_fakes import FreeSizeFakes
+from adaptc.passes.protocol.program_method import ProgramMethod, ProgramValue
 
 
-def values_of(nodes: Mapping[str, fx.Node]) -> dict[str, Tensor]:
+def fake_values_of(nodes: Mapping[str, fx.Node]) -> dict[str, Tensor]:
     return {name: n.meta["val"] for name, n in nodes.items()}
 
 
-def traced(
+def trace_place(
     method: ProgramMethod,
-    place: ProgramPlace,
+    place: ProgramValue,
     value: Tensor,
     slots: Mapping[str, Tensor],
-    given: Mapping[str, Tensor],
-    reads: Sequence[Tensor],
+    extra_inputs: Mapping[str, Tensor],
+    other_values: Sequence[Tensor],
     op: Op,
     sums: Mapping[str, Sequence[str]],
 ) -> fx.Graph:
@@ -37,56 +37,70 @@ def traced(
 
     Its placeholders are the place's value, the slots, the inputs that the method adds (``given``), and what else the
     place reads. ``sums`` maps sizes that are the sum of others to these, by name; a slot's free size is called
-    :data:`~adaptc.passes.protocol.program_method.FREE`.
+    :data:`~adaptc.passes.protocol.program_method.TOKEN_COUNT_SIZE`.
     """
-    fakes = FreeFakes(sums)
-    inputs = [fakes.like(value), *_own(fakes, method, slots, given, op), *(fakes.like(t) for t in reads)]
+    fakes = FreeSizeFakes(sums)
+    inputs = [
+        fakes.fake_like(value),
+        *_fake_method_inputs(fakes, method, slots, extra_inputs, op),
+        *(fakes.fake_like(t) for t in other_values),
+    ]
 
     def function(x: Tensor, *rest: Tensor) -> Tensor:
         own, rest = dict(zip(slots, rest, strict=False)), rest[len(slots) :]
-        more = dict(zip(given, rest, strict=False))
-        return getattr(method, place.name)(x, own, more, *rest[len(more) :], **place.options)
+        more = dict(zip(extra_inputs, rest, strict=False))
+        return getattr(method, place.name)(x, own, more, *rest[len(more) :], **place.constants)
 
-    return code_of(function, fakes, inputs, f"{method.name}.{place.name}()")
+    return trace_for_all_sizes(function, fakes, inputs, f"{method.name}.{place.name}()")
 
 
-def traced_opening(method: ProgramMethod, slots: Mapping[str, Tensor], op: Op) -> fx.Graph:
+def trace_cache_prefix(method: ProgramMethod, slots: Mapping[str, Tensor], op: Op) -> fx.Graph:
     """Return the method's function for the beginning of a cache, as a graph whose placeholders are the slots.
 
     Inputs that the method adds to a program are zero.
     """
-    fakes, name = FreeFakes(), method.opening()
+    fakes, name = FreeSizeFakes(), method.opening()
 
     def function(*rest: Tensor) -> Tensor:
         given = {n: torch.zeros([1] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
         return getattr(method, name)(dict(zip(slots, rest, strict=True)), given)
 
-    return code_of(function, fakes, _own(fakes, method, slots, {}, op), f"{method.name}.{name}()")
+    return trace_for_all_sizes(
+        function, fakes, _fake_method_inputs(fakes, method, slots, {}, op), f"{method.name}.{name}()"
+    )
 
 
-def traced_cached(method: ProgramMethod, slots: Mapping[str, Tensor], given: Mapping[str, Tensor], op: Op) -> fx.Graph:
+def trace_kv_prefix(
+    method: ProgramMethod, slots: Mapping[str, Tensor], extra_inputs: Mapping[str, Tensor], op: Op
+) -> fx.Graph:
     """Return ``method.cached`` as a graph; its placeholders are the slots and the inputs that the method adds."""
-    fakes = FreeFakes()
+    fakes = FreeSizeFakes()
 
     def function(*rest: Tensor) -> Tensor:
-        return method.cached(dict(zip(slots, rest, strict=False)), dict(zip(given, rest[len(slots) :], strict=True)))
+        return method.cached(
+            dict(zip(slots, rest, strict=False)), dict(zip(extra_inputs, rest[len(slots) :], strict=True))
+        )
 
-    return code_of(function, fakes, _own(fakes, method, slots, given, op), f"{method.name}.cached()")
+    return trace_for_all_sizes(
+        function, fakes, _fake_method_inputs(fakes, method, slots, extra_inputs, op), f"{method.name}.cached()"
+    )
 
 
-def _own(
-    fakes: FreeFakes, method: ProgramMethod, slots: Mapping[str, Tensor], given: Mapping[str, Tensor], op: Op
+def _fake_method_inputs(
+    fakes: FreeSizeFakes, method: ProgramMethod, slots: Mapping[str, Tensor], extra_inputs: Mapping[str, Tensor], op: Op
 ) -> list[Tensor]:
     specs = method.slots(op)
-    own = [fakes.like(t, specs[n].free, method.free_size(n)) for n, t in slots.items()]
-    return [*own, *(fakes.like(t) for t in given.values())]
+    own = [fakes.fake_like(t, specs[n].free, method.free_size(n)) for n, t in slots.items()]
+    return [*own, *(fakes.fake_like(t) for t in extra_inputs.values())]
 
 
-@exclusive
-def code_of(function: Callable[..., Tensor], fakes: FreeFakes, inputs: Sequence[Tensor], what: str) -> fx.Graph:
+@with_graph_lock
+def trace_for_all_sizes(
+    function: Callable[..., Tensor], fakes: FreeSizeFakes, inputs: Sequence[Tensor], function_name: str
+) -> fx.Graph:
     """Return ``function`` as a graph without values, traced on ``inputs``, which belong to the mode of ``fakes``.
 
-    ``what`` names the function in errors. Raises MethodError where it reads anything but its arguments.
+    ``function_name`` names the function in errors. Raises MethodError where it reads anything but its arguments.
     """
     # In the mode, so that an arange is one of its fakes and not a tensor.
     with fakes.mode:
@@ -94,6 +108,6 @@ def code_of(function: Callable[..., Tensor], fakes: FreeFakes, inputs: Sequence[
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
-            raise MethodError(f"{what} may only use its arguments, but reads {node.target!r}")
+            raise MethodError(f"{function_name} may only use its arguments, but reads {node.target!r}")
         node.meta["val"] = None  # its symbolic sizes belong to the shape environment of ``fakes`` alone
     return graph

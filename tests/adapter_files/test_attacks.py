@@ -21,7 +21,7 @@ from torch import nn
 
 from adaptc.adapter_files.directory import check_finite, file_key, read_adapter, read_config, write_adapter
 from adaptc.errors import CheckpointError
-from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors
+from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, some_tensors, tensors_are_equal
 from tests.support.cover import examples
 
 # --- damage and attacks -----------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_old_torch_format_is_read(good: Path) -> None:
     stored = {file_key(k, "LORA"): nn.Parameter(t) for k, t in some_tensors(6).items()}
     torch.save(stored, good / BIN, _use_new_zipfile_serialization=False)
     got = read_adapter(good).tensors
-    assert same(got, some_tensors(6))
+    assert tensors_are_equal(got, some_tensors(6))
     assert not any(t.requires_grad for t in got.values())
 
 
@@ -202,7 +202,7 @@ def test_missing_files_are_listed(good: Path, tmp_path: Path) -> None:
 
 def test_prefers_safetensors(good: Path) -> None:
     torch.save({"base_model.model.other.w": torch.ones(2)}, good / BIN)
-    assert same(read_adapter(good).tensors, some_tensors())
+    assert tensors_are_equal(read_adapter(good).tensors, some_tensors())
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptc.adapter_files.directory import bare_key, file_key, read_adapter, read_config, write_adapter
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
-from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
+from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, some_tensors, tensors_are_equal, tree
 from tests.support.cover import examples
 
 
@@ -90,11 +90,11 @@ def test_reads_what_peft_saves(name: str, safe: bool, tmp_path: Path) -> None:
     peft_save(model, tmp_path, safe_serialization=safe)
     got = read_adapter(tmp_path)
     kind = got.config["peft_type"]
-    assert same({file_key(k, kind): t for k, t in got.tensors.items()}, state(model))
+    assert tensors_are_equal({file_key(k, kind): t for k, t in got.tensors.items()}, state(model))
     assert not any(k.startswith("base_model.") for k in got.tensors)
     assert got.config == json.loads((tmp_path / CONFIG).read_text())
     assert got.path == tmp_path
-    assert got.weights == (SAFE if safe else BIN)
+    assert got.weights_name == (SAFE if safe else BIN)
     assert got.nbytes == sum(t.nbytes for t in state(model).values())
 
 
@@ -112,7 +112,7 @@ def test_peft_loads_what_is_written(name: str, safe: bool, tmp_path: Path) -> No
         loaded = peft.PeftModel.from_pretrained(make_net(), str(tmp_path / "out"))
     complaints = [str(w.message) for w in said if re.search("missing|unexpected|ignored", str(w.message), re.I)]
     assert complaints == []
-    assert same(state(loaded), state(model))
+    assert tensors_are_equal(state(loaded), state(model))
     ids = torch.randint(0, 11, (2, 7))
     model.requires_grad_(False)  # torch picks another convolution kernel for weights that want a gradient
     assert torch.equal(loaded(ids), model(ids))
@@ -130,22 +130,22 @@ def test_several_adapters_have_pefts_layout(tmp_path: Path) -> None:
     model.add_adapter("fr", peft.LoraConfig(r=2, target_modules=["l1"]))
     peft_save(model, tmp_path / "ref")
     default, fr = read_adapter(tmp_path / "ref"), read_adapter(tmp_path / "ref", adapter_name="fr")
-    assert same({file_key(k, "LORA"): t for k, t in fr.tensors.items()}, state(model, "fr"))
+    assert tensors_are_equal({file_key(k, "LORA"): t for k, t in fr.tensors.items()}, state(model, "fr"))
     assert fr.path == tmp_path / "ref" / "fr"
     assert read_config(tmp_path / "ref", adapter_name="fr")["r"] == 2
-    assert same(read_adapter(tmp_path / "ref" / "fr", adapter_name="fr").tensors, fr.tensors)
-    assert same(read_adapter(tmp_path, subfolder="ref/fr").tensors, fr.tensors)
+    assert tensors_are_equal(read_adapter(tmp_path / "ref" / "fr", adapter_name="fr").tensors, fr.tensors)
+    assert tensors_are_equal(read_adapter(tmp_path, subfolder="ref/fr").tensors, fr.tensors)
     write_adapter(tmp_path / "out", default.config, default.tensors)
     assert write_adapter(tmp_path / "out", fr.config, fr.tensors, adapter_name="fr") == tmp_path / "out" / "fr"
     assert sorted(tree(tmp_path / "out")) == sorted(tree(tmp_path / "ref"))
     back = peft.PeftModel.from_pretrained(make_net(), str(tmp_path / "out"))
     back.load_adapter(str(tmp_path / "out" / "fr"), adapter_name="fr")
-    assert same(state(back, "fr"), state(model, "fr"))
+    assert tensors_are_equal(state(back, "fr"), state(model, "fr"))
 
 
 def test_which_adapter_is_meant(tmp_path: Path) -> None:
     write_adapter(tmp_path, LORA, some_tensors(1), adapter_name="de")
-    assert same(read_adapter(tmp_path).tensors, some_tensors(1))  # the only one there is
+    assert tensors_are_equal(read_adapter(tmp_path).tensors, some_tensors(1))  # the only one there is
     write_adapter(tmp_path, LORA, some_tensors(2), adapter_name="fr")
     with pytest.raises(CheckpointError, match=r"\['de', 'fr'\].*adapter_name"):
         read_adapter(tmp_path)
@@ -153,7 +153,7 @@ def test_which_adapter_is_meant(tmp_path: Path) -> None:
         read_adapter(tmp_path, adapter_name="default")
     with pytest.raises(CheckpointError, match=r"no adapter 'es'.*'de', 'fr'"):
         read_adapter(tmp_path, adapter_name="es")
-    assert same(read_adapter(tmp_path, adapter_name="fr").tensors, some_tensors(2))
+    assert tensors_are_equal(read_adapter(tmp_path, adapter_name="fr").tensors, some_tensors(2))
     for name in ("../de", "a/b", "", ".", "..", ".hid", "x\\y", "x\0"):
         with pytest.raises(CheckpointError, match="plain name"):
             read_adapter(tmp_path, adapter_name=name)
@@ -190,9 +190,9 @@ def test_model_level_keys_are_pefts() -> None:
         top = {k.split(".")[1] for k in state(model) if not k.startswith("base_model.model.")}
         if top:
             found[kind] = top
-    from adaptc.adapter_files.format import MODEL_LEVEL
+    from adaptc.adapter_files.format import MODEL_LEVEL_KEYS
 
-    assert found == {k: set(MODEL_LEVEL[k]) for k in ("VERA", "VBLORA", "TINYLORA", "RANDLORA")}
+    assert found == {k: set(MODEL_LEVEL_KEYS[k]) for k in ("VERA", "VBLORA", "TINYLORA", "RANDLORA")}
 
 
 def test_prompt_adapters_have_no_prefix(tmp_path: Path) -> None:
@@ -200,13 +200,13 @@ def test_prompt_adapters_have_no_prefix(tmp_path: Path) -> None:
     tensors = {"prompt_embeddings": torch.randn(5, 7), "score.weight": torch.randn(3, 7)}
     write_adapter(tmp_path, config, tensors)
     assert sorted(load_file(tmp_path / SAFE)) == ["base_model.score.weight", "prompt_embeddings"]
-    assert same(read_adapter(tmp_path).tensors, tensors)
+    assert tensors_are_equal(read_adapter(tmp_path).tensors, tensors)
 
 
 def test_unprefixed_files(tmp_path: Path) -> None:
     write_adapter(tmp_path, LORA, some_tensors())
     save_file(some_tensors(5), tmp_path / SAFE)
-    assert same(read_adapter(tmp_path).tensors, some_tensors(5))
+    assert tensors_are_equal(read_adapter(tmp_path).tensors, some_tensors(5))
     save_file(some_tensors(5) | {"base_model.model.x.lora_A.weight": torch.ones(2)}, tmp_path / SAFE)
     with pytest.raises(CheckpointError, match=r"2 of 3 keys.*l1\.lora_A\.weight"):
         read_adapter(tmp_path)
@@ -221,7 +221,7 @@ def test_key_mapping_is_pefts(tmp_path: Path) -> None:
     mapping = {r"^l(\d)": r"layers.\1", "l1": "never", "vera_lambda": "lam", "vera_A$": "shared_A"}
     ref = peft.utils.save_and_load.load_peft_weights(str(tmp_path), device="cpu", key_mapping=mapping)
     got = read_adapter(tmp_path, key_mapping=mapping).tensors
-    assert same(got, {re.sub(r"^base_model\.(model\.)?", "", k): t for k, t in ref.items()})
+    assert tensors_are_equal(got, {re.sub(r"^base_model\.(model\.)?", "", k): t for k, t in ref.items()})
     assert {"layers.1.vera_lambda_b", "head.lam_b", "shared_A", "vera_B"} <= set(got)
 
 

@@ -11,9 +11,9 @@ from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key, _may
 from safetensors.torch import save_file
 from torch import nn
 
-from adaptc.adapter_files.atomic_write import staging
-from adaptc.adapter_files.foreign_file import RawFile, read_any
-from adaptc.adapter_files.formats.detect import detect, foreign, of_component
+from adaptc.adapter_files.atomic_write import open_stage
+from adaptc.adapter_files.foreign_file import RawFile, read_any_format
+from adaptc.adapter_files.formats.detect import detect_format, is_foreign_key, starts_with_component
 from adaptc.adapter_files.formats.ldm import original_names
 from adaptc.errors import CheckpointError
 from tests.support.adapter_files import some_tensors
@@ -49,7 +49,7 @@ KEYS = {
 
 @pytest.mark.parametrize("name", KEYS)
 def test_keys_say_component_and_slot(name: str) -> None:
-    form, parts = detect(KEYS[name], "file")
+    form, parts = detect_format(KEYS[name], "file")
     assert form.name == name
     assert {p.key: (p.component, p.slot) for p in parts} == KEYS[name]
 
@@ -61,10 +61,13 @@ def test_pefts_keys_are_not_taken_for_others() -> None:
         "classifier.weight",
         "a.ia3_l",
     ):
-        assert not foreign(key)
-        assert not of_component(key)
+        assert not is_foreign_key(key)
+        assert not starts_with_component(key)
     assert all(
-        foreign(k) or of_component(k) for keys in KEYS.values() for k in keys if k != "proj_out.lora_magnitude_vector"
+        is_foreign_key(k) or starts_with_component(k)
+        for keys in KEYS.values()
+        for k in keys
+        if k != "proj_out.lora_magnitude_vector"
     )
 
 
@@ -138,7 +141,7 @@ def test_known_names() -> None:
 def test_while_a_directory_is_written_nothing_else_in_it_is_the_adapter(tmp_path: Path) -> None:
     """Trainer has a second name for the weights, which is the old ones' until the write is done."""
     save_file(some_tensors(), tmp_path / "model.safetensors")
-    assert isinstance(read_any(tmp_path), RawFile)
-    with staging(tmp_path), pytest.raises(CheckpointError, match="being written"):
-        read_any(tmp_path)
-    assert isinstance(read_any(tmp_path), RawFile)
+    assert isinstance(read_any_format(tmp_path), RawFile)
+    with open_stage(tmp_path), pytest.raises(CheckpointError, match="being written"):
+        read_any_format(tmp_path)
+    assert isinstance(read_any_format(tmp_path), RawFile)

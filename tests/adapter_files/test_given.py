@@ -16,7 +16,7 @@ from adaptc import AdaptcError, CheckpointError, LoraConfig
 from adaptc.adapter_files.directory import read_adapter
 from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES
-from tests.support.subject import FILE, randomized, subject
+from tests.support.subject import FILE, save_random_adapter, subject
 
 A, B = "up.lora_A.weight", "up.lora_B.weight"
 
@@ -138,7 +138,7 @@ def test_a_config_beside_a_file_is_used(tmp_path: Path) -> None:
 def test_no_method_takes_numbers_of_another_kind(entry: str, tmp_path: Path) -> None:
     s = subject(entry, "linear")
     program = s.compile(s.config())
-    tensors = load_file(randomized(s, s.config(), tmp_path, seed=1) / FILE)
+    tensors = load_file(save_random_adapter(s, s.config(), tmp_path, seed=1) / FILE)
     for key, t in tensors.items():
         kinds = [torch.bool, torch.complex64] + ([torch.int32] if t.is_floating_point() else [torch.float64])
         if (

@@ -16,9 +16,9 @@ from torch import nn
 
 import adaptc
 from adaptc import AdaptcError, LoraConfig
-from adaptc.binding.sources.source import config_of
+from adaptc.binding.sources.source import read_config_file
 from adaptc.capture.model_files import is_gguf, read_model
-from tests.support.hurried import hurried
+from tests.support.hurried import time_limit
 from tests.test_cli import call, refused
 
 
@@ -47,7 +47,7 @@ def test_configs_without_a_bottom(prog: adaptc.AdaptedProgram, depth: int, tmp_p
         lambda: adaptc.compile(model, tmp_path / "a", example_inputs=x),
         lambda: adaptc.load_adapter(tmp_path / "a"),
         lambda: adaptc.combine({str(tmp_path / "a"): 1.0}),
-        lambda: config_of(file),
+        lambda: read_config_file(file),
     ]
     for read in calls:
         with pytest.raises(AdaptcError, match=r"adapter_config.json .*(nested deeper than 32|RecursionError)"):
@@ -87,14 +87,14 @@ def test_what_is_no_plain_file(prog: adaptc.AdaptedProgram, make: Callable[[Path
         (odd / name).unlink()
         make(odd / name)
         for read in (adaptc.load_adapter, lambda p: adaptc.swap(prog, p)):
-            with hurried(), pytest.raises(AdaptcError):
+            with time_limit(), pytest.raises(AdaptcError):
                 read(odd)
     file = tmp_path / "config.json"
     make(file)
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     make(tmp_path / "run" / "checkpoint-1" / "trainer_state.json")
-    with hurried():
-        for read in (config_of, adaptc.load, adaptc.load_package):
+    with time_limit():
+        for read in (read_config_file, adaptc.load, adaptc.load_package):
             with pytest.raises(AdaptcError):
                 read(file)
         with pytest.raises(AdaptcError, match=r"config.json|no model"):

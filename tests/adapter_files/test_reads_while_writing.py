@@ -18,7 +18,7 @@ import adaptc
 from adaptc import CheckpointError
 from adaptc.adapter_files import stable_read
 from adaptc.adapter_files.directory import read_adapter, write_adapter
-from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors
+from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, some_tensors, tensors_are_equal
 from tests.support.custom_models import UpDown
 
 CONFIG_OF = adaptc.LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
@@ -101,7 +101,7 @@ def between(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -
 
     def opens(path: Any, flags: int, *more: Any, **kw: Any) -> int:
         fd = real(path, flags, *more, **kw)
-        if str(path).endswith((CONFIG, SAFE, BIN)) and flags == stable_read._FLAGS:
+        if str(path).endswith((CONFIG, SAFE, BIN)) and flags == stable_read._OPEN_FLAGS:
             opened.append(path)
             if len(opened) == at:
                 act()
@@ -119,7 +119,7 @@ def test_an_adapter_that_is_replaced_under_a_read(
     between(monkeypatch, at, lambda: write_adapter(tmp_path, LORA | {"r": 9}, some_tensors(2), safe_serialization=safe))
     got = read_adapter(tmp_path)
     assert got.config["r"] == 9
-    assert same(got.tensors, some_tensors(2))
+    assert tensors_are_equal(got.tensors, some_tensors(2))
 
 
 @pytest.mark.parametrize("name", [SAFE, BIN])
@@ -133,14 +133,14 @@ def test_a_file_that_is_cut_short_under_a_read(name: str, tmp_path: Path, monkey
 
 def test_a_file_that_never_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_adapter(tmp_path, LORA, some_tensors(1))
-    monkeypatch.setattr(stable_read, "PAUSES", (0.001, 0.001))
-    real = stable_read.OpenedFile.check
+    monkeypatch.setattr(stable_read, "RETRY_DELAYS", (0.001, 0.001))
+    real = stable_read.OpenedFile.check_unchanged
 
     def check(self: stable_read.OpenedFile) -> None:
         self.path.write_bytes(self.path.read_bytes() + b" ")
         real(self)
 
-    monkeypatch.setattr(stable_read.OpenedFile, "check", check)
+    monkeypatch.setattr(stable_read.OpenedFile, "check_unchanged", check)
     with pytest.raises(CheckpointError, match="kept changing while it was read"):
         read_adapter(tmp_path)
 
@@ -157,7 +157,7 @@ def test_no_other_adapter_is_taken_for_one_that_a_write_hides(tmp_path: Path, mo
         except CheckpointError as error:
             said.append(str(error))
 
-    monkeypatch.setattr(stable_read, "PAUSES", (0.001,))
+    monkeypatch.setattr(stable_read, "RETRY_DELAYS", (0.001,))
     with monkeypatch.context() as m:
         m.setattr(os, "replace", replace)
         write_adapter(tmp_path, LORA | {"r": 9}, some_tensors(2))
@@ -248,6 +248,6 @@ def test_links_and_permissions_of_an_adapter_stay(tmp_path: Path) -> None:
             assert (here / SAFE).is_symlink()
             assert (tmp_path / "dir").is_symlink()
             for place in (here, far, tmp_path / "dir"):
-                assert same(read_adapter(place).tensors, some_tensors(2))
+                assert tensors_are_equal(read_adapter(place).tensors, some_tensors(2))
                 assert read_adapter(place).config["r"] == config["r"]
     assert (far / SAFE).stat().st_mode & 0o777 == 0o604

@@ -21,7 +21,7 @@ from torch import Tensor
 from adaptc.adapter_files import safe_load as _safefile
 from adaptc.adapter_files.directory import read_adapter, read_config, write_adapter
 from adaptc.errors import AdaptcWarning, CheckpointError
-from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
+from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, some_tensors, tensors_are_equal, tree
 from tests.support.cover import examples
 
 # --- round trips ------------------------------------------------------------------------------------------------------
@@ -59,11 +59,11 @@ def test_any_tensors_round_trip(tensors: dict[str, Tensor], safe: bool, kind: st
     before = {k: t.clone() for k, t in tensors.items()}
     write_adapter(tmp_path, {"peft_type": kind}, tensors, safe_serialization=safe)
     got = read_adapter(tmp_path)
-    assert same(got.tensors, tensors)
+    assert tensors_are_equal(got.tensors, tensors)
     assert all(got.tensors[k].shape == t.shape for k, t in tensors.items())
-    assert got.weights == (SAFE if safe else BIN)  # even though the last example may have left the other format
+    assert got.weights_name == (SAFE if safe else BIN)  # even though the last example may have left the other format
     assert got.nbytes == sum(t.numel() * t.element_size() for t in tensors.values())
-    assert same(tensors, before)
+    assert tensors_are_equal(tensors, before)
 
 
 def test_a_view_is_written_alone(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_model_card(tmp_path: Path) -> None:
     with pytest.warns(AdaptcWarning, match=r"README\.md left as it is"):
         write_adapter(tmp_path, config, some_tensors(3))
     assert (tmp_path / "README.md").read_text() == broken
-    assert same(read_adapter(tmp_path).tensors, some_tensors(3))
+    assert tensors_are_equal(read_adapter(tmp_path).tensors, some_tensors(3))
 
 
 # --- a failed or killed write -----------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_failing_rename_changes_nothing(
         assert tree(tmp_path) == before
     else:
         got = read_adapter(tmp_path)
-        assert same(got.tensors, some_tensors(2))
+        assert tensors_are_equal(got.tensors, some_tensors(2))
         assert got.config["r"] == config["r"]
         assert len([c for c in calls if "README" not in str(c)]) < fail_at or "README" in str(calls[fail_at - 1])
     monkeypatch.undo()
@@ -247,9 +247,9 @@ def test_a_killed_write_never_mixes_two_adapters(tmp_path: Path) -> None:
             assert list(where.glob(".adaptc-write-*/old/" + CONFIG))
         else:
             got = read_adapter(where)
-            assert (got.config["r"], same(got.tensors, some_tensors(seed))) == ((3, 9)[seed - 1], True)
+            assert (got.config["r"], tensors_are_equal(got.tensors, some_tensors(seed))) == ((3, 9)[seed - 1], True)
         write_adapter(where, LORA, some_tensors(4))
-        assert same(read_adapter(where).tensors, some_tensors(4))
+        assert tensors_are_equal(read_adapter(where).tensors, some_tensors(4))
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:
@@ -278,11 +278,11 @@ def test_reading_survives_an_overwrite(tmp_path: Path) -> None:
     write_adapter(tmp_path, LORA, some_tensors(1))
     old = read_adapter(tmp_path)
     write_adapter(tmp_path, old.config, {k: t * 2 for k, t in old.tensors.items()})
-    assert same(old.tensors, some_tensors(1))
+    assert tensors_are_equal(old.tensors, some_tensors(1))
     write_adapter(tmp_path, old.config, old.tensors)  # a file onto itself
-    assert same(read_adapter(tmp_path).tensors, some_tensors(1))
+    assert tensors_are_equal(read_adapter(tmp_path).tensors, some_tensors(1))
     old.tensors["l1.lora_A.weight"].fill_(3.0)  # private memory: the file does not see it
-    assert same(read_adapter(tmp_path).tensors, some_tensors(1))
+    assert tensors_are_equal(read_adapter(tmp_path).tensors, some_tensors(1))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.adapters.from_program import as_object
-from tests.support.combining import IDS, TARGETS, Net, changes, loaded, net, peft_model, saved
+from adaptc.adapters.from_program import as_adapter_object
+from tests.support.combining import IDS, TARGETS, Net, changes, load_peft_adapter, net, peft_model, save_adapters
 from tests.support.subject import adapter_parameters
 
 KINDS = ["up", "mix", "turned", "down"]
@@ -24,7 +24,7 @@ def made(seed: int, r: int, **options: Any) -> adaptc.Adapter:
     """An adapter of the small model with random factors."""
     prog = adaptc.compile(net(), adaptc.LoraConfig(**{"r": r, "target_modules": KINDS, **options}), example_inputs=IDS)
     randomize(prog, seed)
-    return as_object(prog)
+    return as_adapter_object(prog)
 
 
 def randomize(prog: adaptc.AdaptedProgram, seed: int) -> None:
@@ -79,7 +79,9 @@ def test_the_sum_is_exact_whatever_differs(adapters: Any, tmp_path: Path):
         again = adaptc.load_adapter(adaptc.save_adapter(found, tmp_path / options["method"]))
         close(deltas(again), want, 3e-5)
         prog = adaptc.compile(net(), found, example_inputs=IDS)
-        torch.testing.assert_close(loaded(tmp_path / options["method"])(IDS), prog(IDS), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            load_peft_adapter(tmp_path / options["method"])(IDS), prog(IDS), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
@@ -139,7 +141,7 @@ def test_experts_and_groups_are_blocks_of_their_own(method: str):
         options: dict[str, Any] = {"target_modules": ["grouped"], "target_parameters": ["experts.weight"]}
         prog = adaptc.compile(model, adaptc.LoraConfig(r=r, **options), example_inputs=x)
         randomize(prog, seed)
-        return as_object(prog)
+        return as_adapter_object(prog)
 
     def of(a: adaptc.Adapter) -> dict[str, Tensor]:
         merged = adaptc.merge(adaptc.compile(model, a, example_inputs=x)).state_dict
@@ -201,13 +203,13 @@ def test_methods_that_are_linear_in_a_tensor_are_summed(name: str, tmp_path: Pat
 
 def test_tensors_trained_whole_are_averaged(tmp_path: Path):
     config = peft.LoraConfig(r=2, target_modules=["up"], modules_to_save=["down"])
-    paths = saved(peft_model([config, config]), tmp_path)
+    paths = save_adapters(peft_model([config, config]), tmp_path)
     one, other = map(adaptc.load_adapter, paths)
     found = adaptc.combine([(one, 0.25), (other, 0.75)])
     key = "down.weight"
     torch.testing.assert_close(found.tensors[key], 0.25 * one.tensors[key] + 0.75 * other.tensors[key])
     prog = adaptc.compile(net(), found, example_inputs=IDS)
-    theirs = loaded(adaptc.save_adapter(found, tmp_path / "mix"))
+    theirs = load_peft_adapter(adaptc.save_adapter(found, tmp_path / "mix"))
     torch.testing.assert_close(prog(IDS), theirs(IDS), rtol=1e-4, atol=1e-5)
     with pytest.raises(adaptc.ConfigError, match=r"'down.weight' is trained whole.*sum to 2"):
         one + other

@@ -13,8 +13,8 @@ import adaptc
 from adaptc import CartridgeConfig
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from tests.support.families import FAMILIES
-from tests.support.oracle import assert_same, base, file_tensors, load_peft, quiet
-from tests.support.prompts import SAID, called, prompt_oracle, text
+from tests.support.oracle import assert_same, file_tensors, load_peft, quiet, shared_base_program
+from tests.support.prompts import PROMPT_WARNINGS, prompt_oracle, run_quietly, text
 
 CARTRIDGE = "CartridgeConfig"
 
@@ -37,21 +37,21 @@ def test_as_peft(name, tmp_path):
     stored = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("ours", "peft")]
     assert {**stored[0], "inference_mode": stored[1]["inference_mode"]} == stored[1]
     assert (stored[0]["num_virtual_tokens"], stored[0]["num_frozen_tokens"]) == (10, 2)
-    program = adaptc.compile(base(name), paths[0])
-    called(program, text(2, 5))
-    with quiet(*SAID):
-        expected = called(load_peft(FAMILIES[name].build(), tmp_path / "ours"), text(3, 7))
+    program = adaptc.compile(shared_base_program(name), paths[0])
+    run_quietly(program, text(2, 5))
+    with quiet(*PROMPT_WARNINGS):
+        expected = run_quietly(load_peft(FAMILIES[name].build(), tmp_path / "ours"), text(3, 7))
     with adaptc.assert_no_recompiles():
         for adapter in (made, tmp_path / "peft"):
             adaptc.swap(program, adapter)
-            assert_same(called(program, text(3, 7)), expected)
+            assert_same(run_quietly(program, text(3, 7)), expected)
     assert program.binding.config.num_frozen_tokens == 2
 
 
 def test_of_programs_and_objects(tmp_path):
     """A program, what is bound to one, an object; and what was composed once more, in the order they are given."""
     paths = [cartridge(tmp_path / str(n), count=n) for n in (3, 5)]
-    program = adaptc.compile(base("llama"), paths[0])
+    program = adaptc.compile(shared_base_program("llama"), paths[0])
     rows = [file_tensors(p)["prompt_embeddings"] for p in paths]
     given = [program.bind(paths[1]), adaptc.load_adapter(paths[0]), program]
     twice = adaptc.compose_cartridge_adapters([adaptc.compose_cartridge_adapters(given), paths[1]])

@@ -11,7 +11,7 @@ from torch import nn
 
 import adaptc
 from tests.adapters.test_combine import close, deltas, randomize, weighted
-from tests.support.combining import IDS, loaded, net
+from tests.support.combining import IDS, load_peft_adapter, net
 
 TARGETS = ["up", "down"]
 CONFIGS: dict[str, Any] = {
@@ -41,7 +41,7 @@ def test_at_full_rank_it_is_the_adapter(name: str, tmp_path: Path):
     want = prog(IDS)
     assert not torch.allclose(want, net()(IDS), atol=1e-3)
     torch.testing.assert_close(adaptc.compile(net(), found, example_inputs=IDS)(IDS), want, rtol=1e-4, atol=1e-4)
-    theirs = loaded(adaptc.save_adapter(found, tmp_path / "lora"))
+    theirs = load_peft_adapter(adaptc.save_adapter(found, tmp_path / "lora"))
     torch.testing.assert_close(theirs(IDS), want, rtol=1e-4, atol=1e-4)
     of_file = adaptc.convert_to_lora(path, net(), rank=99, example_inputs=IDS)
     close(deltas(of_file), deltas(found), 1e-4)
@@ -93,8 +93,8 @@ def test_tensors_trained_whole_stay(tmp_path: Path):
     prog = adaptc.compile(net(), config, example_inputs=IDS)
     randomize(prog, 4)
     found = adaptc.convert_to_lora(prog, rank=7)
-    assert found.report.whole == ("down",)
-    theirs = loaded(adaptc.save_adapter(found, tmp_path / "lora"))
+    assert found.report.saved_modules == ("down",)
+    theirs = load_peft_adapter(adaptc.save_adapter(found, tmp_path / "lora"))
     torch.testing.assert_close(theirs(IDS), prog(IDS), rtol=1e-4, atol=1e-4)
 
 

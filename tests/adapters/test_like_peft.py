@@ -11,7 +11,16 @@ import torch
 
 import adaptc
 from adaptc.adapters.combining.combine_options import METHODS
-from tests.support.combining import IDS, SAID, TARGETS, changes, loaded, net, peft_model, saved
+from tests.support.combining import (
+    EXPECTED_WARNINGS,
+    IDS,
+    TARGETS,
+    changes,
+    load_peft_adapter,
+    net,
+    peft_model,
+    save_adapters,
+)
 from tests.support.oracle import quiet
 
 WEIGHTS = (0.5, -0.3, 1.2)
@@ -38,7 +47,7 @@ def three(rank: int = 3) -> list[peft.LoraConfig]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[peft.PeftModel, list[Path]]:
     wrapped = peft_model(three())
-    return wrapped, saved(wrapped, tmp_path_factory.mktemp("three"))
+    return wrapped, save_adapters(wrapped, tmp_path_factory.mktemp("three"))
 
 
 def theirs(
@@ -46,7 +55,7 @@ def theirs(
 ) -> dict[str, torch.Tensor]:
     """What PEFT's combination adds, by module."""
     names = {"svd_full_matrices": False, **options}
-    with quiet(*SAID):
+    with quiet(*EXPECTED_WARNINGS):
         wrapped.add_weighted_adapter(
             [n for n in wrapped.peft_config if n != "mix"][: len(weights)], list(weights), "mix", method, **names
         )
@@ -57,7 +66,7 @@ def theirs(
 
 def ours(path: Path) -> dict[str, torch.Tensor]:
     """What PEFT makes of our file, which it loads without a word."""
-    return changes(loaded(path), "default")
+    return changes(load_peft_adapter(path), "default")
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=lambda v: v if isinstance(v, str) else "")
@@ -92,7 +101,7 @@ def test_outputs_are_equal_in_both(made: Any, method: str, tmp_path: Path):
     _, paths = made
     found = adaptc.combine(dict(zip(paths, WEIGHTS, strict=True)), method=method, **OPTIONS[method])
     prog = adaptc.compile(net(), found, example_inputs=IDS)
-    peft_out = loaded(adaptc.save_adapter(found, tmp_path / "mix"))(IDS)
+    peft_out = load_peft_adapter(adaptc.save_adapter(found, tmp_path / "mix"))(IDS)
     torch.testing.assert_close(prog(IDS), peft_out, rtol=1e-4, atol=1e-5)
     other = adaptc.compile(net(), paths[0], example_inputs=IDS)
     adaptc.swap(other, found)
@@ -112,12 +121,12 @@ def test_ia3_is_the_weighted_sum(tmp_path: Path):
     config = peft.IA3Config(target_modules=["up", "mix", "down"], feedforward_modules=["down"])
     other = peft.IA3Config(target_modules=["up", "turned"], feedforward_modules=["turned"], fan_in_fan_out=True)
     wrapped = peft_model([config, other])
-    paths = saved(wrapped, tmp_path)
-    with quiet(*SAID):
+    paths = save_adapters(wrapped, tmp_path)
+    with quiet(*EXPECTED_WARNINGS):
         wrapped.add_weighted_adapter(["0", "1"], [0.7, -0.4], "mix")
     wrapped.set_adapter("mix")
     found = adaptc.combine(dict(zip(paths, (0.7, -0.4), strict=True)))
-    again = loaded(adaptc.save_adapter(found, tmp_path / "sum"))
+    again = load_peft_adapter(adaptc.save_adapter(found, tmp_path / "sum"))
     torch.testing.assert_close(again(IDS), wrapped(IDS), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         adaptc.compile(net(), found, example_inputs=IDS)(IDS), wrapped(IDS), rtol=1e-5, atol=1e-6

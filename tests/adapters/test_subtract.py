@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.adapters import model_tensors
-from tests.support.combining import IDS, loaded, net
-from tests.support.oracle import SAID, quiet
+from tests.support.combining import IDS, load_peft_adapter, net
+from tests.support.oracle import EXPECTED_WARNINGS, quiet
 
 
 def tuned(base: nn.Module, rank: int, names: str, seed: int = 0) -> nn.Module:
@@ -43,7 +43,7 @@ def test_a_change_of_low_rank_comes_back(tmp_path: Path):
     assert found.config.lora_bias
     prog = adaptc.compile(net(), found, example_inputs=IDS)
     torch.testing.assert_close(prog(IDS), other(IDS), rtol=1e-4, atol=1e-4)
-    peft_model = loaded(adaptc.save_adapter(found, tmp_path / "diff"))
+    peft_model = load_peft_adapter(adaptc.save_adapter(found, tmp_path / "diff"))
     torch.testing.assert_close(peft_model(IDS), other(IDS), rtol=1e-4, atol=1e-4)
     table = adaptc.subtract_adapter(tuned(base, 2, "table"), base, rank=2)
     torch.testing.assert_close(
@@ -57,7 +57,7 @@ def test_a_rank_or_a_part_of_the_energy_is_kept():
     few = adaptc.subtract_adapter(other, base, rank=1)
     part = adaptc.subtract_adapter(other, base, rank=0.9, target_modules=["up"])
     assert 0 < few.report.error < 1
-    assert part.report.kept >= 0.9
+    assert part.report.kept_energy >= 0.9
     (site,) = part.report.sites
     delta = other.up.weight - base.up.weight
     s = torch.linalg.svdvals(delta.double()).square()
@@ -79,7 +79,7 @@ def test_directories_of_transformers(tied: bool, tmp_path: Path):
     other = tuned(base, 3, "q_proj down_proj embed_tokens norm")
     base.save_pretrained(tmp_path / "base", max_shard_size="6KB")
     other.save_pretrained(tmp_path / "tuned", max_shard_size="9KB")
-    assert (tmp_path / "base" / model_tensors.INDEX).is_file()
+    assert (tmp_path / "base" / model_tensors.SAFE_WEIGHTS_INDEX_NAME).is_file()
     found = adaptc.subtract_adapter(tmp_path / "tuned", tmp_path / "base", rank=3)
     assert found.report.error < 1e-5
     assert len(found.report.whole) == 5
@@ -88,8 +88,8 @@ def test_directories_of_transformers(tied: bool, tmp_path: Path):
     prog = adaptc.compile(llama(tie_word_embeddings=tied), found)
     torch.testing.assert_close(prog(input_ids=ids).logits, want, rtol=1e-3, atol=1e-4)
     adaptc.save_adapter(found, tmp_path / "diff")
-    with quiet(*SAID):
-        theirs = loaded(tmp_path / "diff", llama(tie_word_embeddings=tied))
+    with quiet(*EXPECTED_WARNINGS):
+        theirs = load_peft_adapter(tmp_path / "diff", llama(tie_word_embeddings=tied))
     torch.testing.assert_close(theirs(input_ids=ids).logits, want, rtol=1e-3, atol=1e-4)
     again = adaptc.subtract_adapter(other, tmp_path / "base", rank=3)
     assert again.tensors.keys() == found.tensors.keys()
@@ -102,7 +102,7 @@ def test_one_tensor_of_each_model_is_held(tmp_path: Path, monkeypatch: pytest.Mo
     save_file(one, tmp_path / "a.safetensors")
     save_file(other, tmp_path / "b.safetensors")
     alive: list[Any] = []
-    read = model_tensors._OnDisk.__getitem__
+    read = model_tensors._TensorsOnDisk.__getitem__
 
     def reading(self: Any, key: str) -> Any:
         import weakref
@@ -112,7 +112,7 @@ def test_one_tensor_of_each_model_is_held(tmp_path: Path, monkeypatch: pytest.Mo
         assert sum(r() is not None for r in alive) <= 4
         return t
 
-    monkeypatch.setattr(model_tensors._OnDisk, "__getitem__", reading)
+    monkeypatch.setattr(model_tensors._TensorsOnDisk, "__getitem__", reading)
     found = adaptc.subtract_adapter(tmp_path / "b.safetensors", tmp_path / "a.safetensors", rank=1)
     assert found.report.error < 1e-5
     assert len(alive) == 12
@@ -142,10 +142,14 @@ def broken(kind: str, tmp_path: Path) -> tuple[Any, Any, dict[str, Any]]:
         (tmp_path / "x.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
         other = tmp_path / "x.safetensors"
     elif kind == "index":
-        (tmp_path / model_tensors.INDEX).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+        (tmp_path / model_tensors.SAFE_WEIGHTS_INDEX_NAME).write_text(
+            json.dumps({"weight_map": {"a": "gone.safetensors"}})
+        )
         other = tmp_path
     elif kind == "elsewhere":
-        (tmp_path / model_tensors.INDEX).write_text(json.dumps({"weight_map": {"a": "../gone.safetensors"}}))
+        (tmp_path / model_tensors.SAFE_WEIGHTS_INDEX_NAME).write_text(
+            json.dumps({"weight_map": {"a": "../gone.safetensors"}})
+        )
         other = tmp_path
     elif kind == "whole":
         other = dict(state) | {"norm.weight": torch.ones(3)}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.bank.row_adapters import check_known, coefficients, parse_row_adapters, used
+from adaptc.bank.row_adapters import adapter_names_in, check_adapter_names, make_coefficients, parse_row_adapters
 
 NAMES = ("de", "fr", "style")
 WEIGHTS = st.floats(-1e3, 1e3, width=32)
@@ -22,16 +22,16 @@ ENTRIES = st.one_of(st.none(), st.sampled_from(NAMES), st.dictionaries(st.sample
 @given(st.lists(ENTRIES, max_size=7), st.integers(3, 5))
 def test_coefficients_say_what_callers_said(entries: list[Any], count: int) -> None:
     mixes = parse_row_adapters(entries)
-    found = coefficients(mixes, NAMES, count, torch.device("cpu"))
+    found = make_coefficients(mixes, NAMES, count, torch.device("cpu"))
     assert (found.shape, found.dtype) == ((len(entries), count), torch.float32)
     for row, entry in enumerate(entries):
         want = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry
         assert found[row].tolist() == [want.get(n, 0.0) for n in NAMES] + [0.0] * (count - 3)
-    assert set(used(mixes)) == {n for row in found for n, c in zip(NAMES, row.tolist(), strict=False) if c}
+    assert set(adapter_names_in(mixes)) == {n for row in found for n, c in zip(NAMES, row.tolist(), strict=False) if c}
 
 
 def test_names_are_in_the_order_in_which_they_come_first() -> None:
-    assert used(parse_row_adapters(["fr", None, {"de": 1, "fr": 2}, {"style": 0.0}])) == ("fr", "de")
+    assert adapter_names_in(parse_row_adapters(["fr", None, {"de": 1, "fr": 2}, {"style": 0.0}])) == ("fr", "de")
 
 
 @pytest.mark.parametrize("weight", [2, 0.5, -1e3, np.float32(0.5), np.float16(0.5), np.int64(3), Fraction(1, 3), 3e38])
@@ -67,4 +67,4 @@ def test_what_is_no_assignment_is_refused(adapters: Any, message: str) -> None:
 
 def test_an_unknown_name_comes_with_those_nearest() -> None:
     with pytest.raises(adaptc.AdaptcError, match=r"no adapter 'styl'; it has 'de', 'fr', 'style'; nearest are 'style'"):
-        check_known(["fr", "styl"], NAMES)
+        check_adapter_names(["fr", "styl"], NAMES)

@@ -23,17 +23,17 @@ ORDER = ["b", "a", "c"]
 
 def test_the_one_used_least_recently_goes_first() -> None:
     limits = Limits(capacity=3, evict=True)
-    assert limits.leaving(TABLE, ORDER, "d", binding(), ()) == ["b"]
-    assert limits.leaving(TABLE, ORDER, "d", binding(), {"b"}) == ["a"]
-    assert limits.leaving(TABLE, ORDER, "b", binding(), ()) == []  # in its own place
-    assert Limits(capacity=1, evict=True).leaving(TABLE, ORDER, "d", binding(), ()) == ["b", "a", "c"]
+    assert limits.choose_evicted(TABLE, ORDER, "d", binding(), ()) == ["b"]
+    assert limits.choose_evicted(TABLE, ORDER, "d", binding(), {"b"}) == ["a"]
+    assert limits.choose_evicted(TABLE, ORDER, "b", binding(), ()) == []  # in its own place
+    assert Limits(capacity=1, evict=True).choose_evicted(TABLE, ORDER, "d", binding(), ()) == ["b", "a", "c"]
 
 
 def test_bytes_are_counted_once_for_what_is_shared() -> None:
     shared = binding(8)
     table = {"a": shared, "b": Binding({"y": shared.values["x"]}, {}, AdapterConfig())}
-    assert Limits(max_bytes=48).leaving(table, ["a", "b"], "c", binding(), ()) == []
-    assert Limits(max_bytes=40, evict=True).leaving(table, ["a", "b"], "c", binding(), ()) == ["a", "b"]
+    assert Limits(max_bytes=48).choose_evicted(table, ["a", "b"], "c", binding(), ()) == []
+    assert Limits(max_bytes=40, evict=True).choose_evicted(table, ["a", "b"], "c", binding(), ()) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_bytes_are_counted_once_for_what_is_shared() -> None:
 )
 def test_no_room(limits: Limits, needed: Any, message: str) -> None:
     with pytest.raises(adaptc.ConfigError, match=message):
-        limits.leaving(TABLE, ORDER, "d", binding(), needed)
+        limits.choose_evicted(TABLE, ORDER, "d", binding(), needed)
 
 
 @pytest.mark.parametrize("name", ["capacity", "max_rank", "max_bytes"])
@@ -70,8 +70,8 @@ def test_a_call_that_needs_more_than_there_may_be_is_refused() -> None:
 
 def test_what_rows_cannot_have_is_refused() -> None:
     with pytest.raises(adaptc.CheckpointError, match=r"'p' brings a base of its own .'w'.*convert_to_lora"):
-        Limits().check("p", binding(base={"w": torch.zeros(1)}))
+        Limits().check_adapter("p", binding(changed_base={"w": torch.zeros(1)}))
     with pytest.raises(adaptc.ConfigError, match="'p' is 2 adapters that act together"):
-        Limits().check("p", binding(parts=dict.fromkeys("xy", binding())))
+        Limits().check_adapter("p", binding(joint_adapters=dict.fromkeys("xy", binding())))
     with pytest.raises(adaptc.CheckpointError, match="'p' is not finite: 'x' has NaN or infinity"):
-        Limits().check("p", Binding({"x": torch.full((2,), float("nan"))}, {}, AdapterConfig()))
+        Limits().check_adapter("p", Binding({"x": torch.full((2,), float("nan"))}, {}, AdapterConfig()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.bank.find_batch_axis import locate, rows_of
+from adaptc.bank.find_batch_axis import find_batch, find_row_axes
 from adaptc.passes.protocol.bank_method import RowAxis
 
 B = torch.export.Dim("b", max=9)
@@ -61,7 +61,7 @@ def found(model: nn.Module, x: Any, free: Any = B) -> tuple[RowAxis | None, str]
     shapes = None if free is None else tuple({0: free} if a.ndim and a.shape[0] > 1 else {} for a in args)
     program = torch.export.export(model.eval(), args, dynamic_shapes=shapes)
     (name,) = [n.name for n in program.graph.nodes if "linear" in str(n.target)]
-    where, why = locate(program, rows_of(program), [name])
+    where, why = find_row_axes(program, find_batch(program), [name])
     assert set(where) | set(why) == {name}
     return where.get(name), why.get(name, "")
 
@@ -137,9 +137,9 @@ def test_the_batch_is_the_first_axis_that_is_free() -> None:
 
     shapes = ({}, {0: B}, {0: B})
     args = (torch.randn(5), torch.randn(4, 5), torch.randn(4, 5))
-    rows = rows_of(torch.export.export(Scaled(), args, dynamic_shapes=shapes))
+    rows = find_batch(torch.export.export(Scaled(), args, dynamic_shapes=shapes))
     assert rows.inputs == {"x": 0, "y": 0}
-    assert rows.of == ("x", 0)
+    assert rows.first_input == ("x", 0)
 
 
 def test_a_program_without_an_axis_has_no_rows() -> None:
@@ -149,7 +149,7 @@ def test_a_program_without_an_axis_has_no_rows() -> None:
 
     program = torch.export.export(Number(), (torch.tensor(1.0),))
     with pytest.raises(adaptc.TargetError, match="no input of the program has an axis of rows"):
-        rows_of(program)
+        find_batch(program)
 
 
 def test_looking_writes_to_no_buffer() -> None:
@@ -165,5 +165,5 @@ def test_looking_writes_to_no_buffer() -> None:
 
     program = torch.export.export(Counting(), (torch.randn(4, 5),), dynamic_shapes=({0: B},))
     (name,) = [n.name for n in program.graph.nodes if "linear" in str(n.target)]
-    locate(program, rows_of(program), [name])
+    find_row_axes(program, find_batch(program), [name])
     assert float(program.state_dict["count"]) == 0

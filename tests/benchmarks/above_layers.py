@@ -25,8 +25,8 @@ from torch import nn
 import adaptc
 from tests.benchmarks.harness import Row, interleave, machine, markdown
 from tests.benchmarks.model import RANK, smollm2, tokens
-from tests.support.prompts import peft_generated
-from tests.support.xlora import saved
+from tests.support.prompts import generate_with_peft
+from tests.support.xlora import save_xlora_adapter
 
 PROMPT, NEW, SAID = 16, 32, 512
 #: ids of no meaning, which invoke aLoRA
@@ -64,7 +64,7 @@ def _mixed(base: Any, folder: Path, rounds: int) -> list[Row]:
     without = copy.deepcopy(base)
     without.config.use_cache = False  # as PEFT wants it
     theirs = _peft(without, "XLoraConfig", {"hidden_size": base.config.hidden_size, "adapters": adapters})
-    path = saved(theirs, folder / "mixed")
+    path = save_xlora_adapter(theirs, folder / "mixed")
     gen = adaptc.compile_for_generation(base, path, max_batch=1, max_length=1024)
     name = "X-LoRA"
     return [
@@ -137,7 +137,7 @@ def _same(theirs: Any, gen: Any, text: torch.Tensor) -> None:
 def _generated(model: Any, text: torch.Tensor, count: int) -> Callable[[], object]:
     """With a cache, also of PEFT's prompts, which look for it under the name that transformers gave it once."""
     write = (
-        partial(peft_generated, model)
+        partial(generate_with_peft, model)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         else model.generate
     )

@@ -79,7 +79,7 @@ def call_path(sides: Sides, rounds: int) -> list[Row]:
         variants, kept = dict(codes._variants), {}
         flat = program.executor().inputs((), inputs)
         for kind, variant in variants.items():
-            prefix = program.running.arguments.get(kind)  # type: ignore[union-attr]
+            prefix = program.call_state.arguments.inputs_for(kind)  # type: ignore[union-attr]
             out = variant.call(*prefix.values(), *flat)
             kept[kind] = variant.call
             object.__setattr__(variant, "call", lambda *_, out=out: out)

@@ -22,7 +22,7 @@ import torch
 import adaptc
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.step_cache import cache_class
-from adaptc.tables import size
+from adaptc.tables import format_bytes
 from tests.benchmarks.against_peft import Sides
 from tests.benchmarks.harness import Row, interleave, machine, markdown
 from tests.benchmarks.model import tokens
@@ -145,14 +145,17 @@ def memory(positions: int = 8192) -> str:
         small: dict[str, Any] = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 8}
         config = getattr(transformers, f"{family}Config")(**small, **cache, max_position_embeddings=positions)
         model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).to(torch.bfloat16)
-        layout = CacheLayout.of(model)
+        layout = CacheLayout.from_model(model)
         theirs = transformers.StaticCache(config=config, max_cache_len=positions)
         heads, dim = cache["num_key_value_heads"], cache["head_dim"]
         theirs.early_initialization(1, heads, dim, torch.bfloat16, torch.device("cpu"))
-        ours = cache_class()(layout, None, positions, torch.device("cpu"), layout.window)
+        ours = cache_class()(layout, None, positions, torch.device("cpu"), layout.sliding_window)
         ours.reserve(1, positions)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
-        lines.append(f"| {name} | {size(layout.nbytes(1, positions))} | {size(held)} | {size(ours.nbytes)} |")
+        lines.append(
+            f"| {name} | {format_bytes(layout.nbytes(1, positions))} | {format_bytes(held)} | "
+            f"{format_bytes(ours.nbytes)} |"
+        )
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import adaptc
-from tests.support.component_nets import net, wide_program
+from tests.support.component_nets import net, program_with_all_sites
 
 
 @pytest.fixture(scope="module")
@@ -16,4 +16,4 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def wide() -> adaptc.AdaptedProgram:
-    return wide_program()
+    return program_with_all_sites()

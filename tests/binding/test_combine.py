@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 import adaptc
-from tests.support.subject import adapter_parameters, close, sound
+from tests.support.subject import adapter_parameters, assert_close, assert_valid
 
 
 class Net(nn.Module):
@@ -72,14 +72,14 @@ def test_what_is_added_adds_up(model: nn.Module, pair: str, tmp_path: Path):
     """PEFT feeds the outputs of one C3A adapter to the next."""
     one, two = (saved(model, c, tmp_path / str(i), i) for i, c in enumerate(PAIRS[pair]))
     program = adaptc.compile(model, {"one": one, "two": two}, example_inputs=X)
-    sound(program)
+    assert_valid(program)
     twin = Net().double()
     base = model.state_dict()
     a, b = weights(model, one), weights(model, two)
     twin.load_state_dict({k: a[k] + b[k] - v if k in a else v for k, v in base.items()})
-    close(program(X), twin(X), 1e-9)
+    assert_close(program(X), twin(X), 1e-9)
     merged = adaptc.merge(program)
-    close(merged(X), twin(X), 1e-9)
+    assert_close(merged(X), twin(X), 1e-9)
     back = adaptc.unmerge(merged)
     assert torch.equal(back(X), program(X))
     assert torch.equal(adaptc.unload(back)(X), torch.export.export(model, (X,)).module()(X))
@@ -97,8 +97,8 @@ def test_rotations_follow_one_another(model: nn.Module, tmp_path: Path):
     middle = Net().double()
     middle.load_state_dict(dict(first.state_dict))
     after = adaptc.compile(middle, two, example_inputs=X)
-    close(program(X), after(X), 1e-9)
-    close(adaptc.merge(program)(X), after(X), 1e-9)
+    assert_close(program(X), after(X), 1e-9)
+    assert_close(adaptc.merge(program)(X), after(X), 1e-9)
     other = adaptc.compile(model, {"two": two, "one": one}, example_inputs=X)
     assert not torch.allclose(other(X), program(X), rtol=1e-3, atol=1e-3)
 
@@ -117,7 +117,7 @@ def test_as_peft_where_peft_is_right(model: nn.Module, tmp_path: Path):
     theirs = peft.PeftModel.from_pretrained(twin, str(tmp_path / "style"), adapter_name="style")
     theirs.load_adapter(str(tmp_path / "task"), adapter_name="task")
     theirs.base_model.set_adapter(["style", "task"])
-    close(program(X), theirs(X), 1e-9)
+    assert_close(program(X), theirs(X), 1e-9)
     with pytest.raises(adaptc.ConfigError, match=r"no adapter called 'default'.*'style', 'task'"):
         adaptc.save_adapter(program, tmp_path)
 
@@ -130,18 +130,18 @@ def test_one_of_them_swaps_or_goes(model: nn.Module, tmp_path: Path):
     program = adaptc.compile(model, {"turn": turn, "style": style}, example_inputs=X)
     both = program(X)
     adaptc.swap(program, {"style": style2})
-    sound(program)
-    close(program(X), adaptc.compile(model, {"turn": turn, "style": style2}, example_inputs=X)(X), 1e-9)
+    assert_valid(program)
+    assert_close(program(X), adaptc.compile(model, {"turn": turn, "style": style2}, example_inputs=X)(X), 1e-9)
     adaptc.swap(program, {"turn": None})
-    close(program(X), adaptc.compile(model, style2, example_inputs=X)(X), 1e-9)
+    assert_close(program(X), adaptc.compile(model, style2, example_inputs=X)(X), 1e-9)
     adaptc.swap(program, {"turn": turn, "style": style})
-    close(program(X), both, 1e-9)
+    assert_close(program(X), both, 1e-9)
     bound = program.bind({"style": None})
-    close(bound(X), adaptc.compile(model, turn, example_inputs=X)(X), 1e-9)
+    assert_close(bound(X), adaptc.compile(model, turn, example_inputs=X)(X), 1e-9)
     for bad in (style, {"tone": style}, {}):
         with pytest.raises(adaptc.SwapError, match=r"name the one to change.*'turn', 'style'"):
             adaptc.swap(program, bad)
-    close(program(X), both, 1e-9)
+    assert_close(program(X), both, 1e-9)
 
 
 def test_options_of_a_swap_are_of_one_of_them(model: nn.Module, tmp_path: Path):
@@ -151,10 +151,10 @@ def test_options_of_a_swap_are_of_one_of_them(model: nn.Module, tmp_path: Path):
         adaptc.save_adapter(program, tmp_path, adapter_name=name)
     both = program(X)
     adaptc.swap(program, {"b": tmp_path}, adapter_name="b")
-    close(program(X), both, 1e-9)
+    assert_close(program(X), both, 1e-9)
     wider = config.replace(r=2, lora_alpha=32)
     adaptc.swap(program, {"b": tmp_path / "b"}, config=wider)
-    assert program.binding.parts["b"].config.lora_alpha == 32
+    assert program.binding.joint_adapters["b"].config.lora_alpha == 32
     assert not torch.allclose(program(X), both)
     now = program.binding
     with pytest.raises(adaptc.ConfigError, match="config= is of one adapter, and 2 are given"):
@@ -172,7 +172,7 @@ def test_read_from_a_file(model: nn.Module, tmp_path: Path):
     randomized(program)
     loaded = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))
     assert torch.equal(loaded(X), program(X))
-    assert list(loaded.binding.parts) == ["a", "b", "c"]
+    assert list(loaded.binding.joint_adapters) == ["a", "b", "c"]
     for name in configs:
         adaptc.save_adapter(loaded, tmp_path, adapter_name=name)
     adaptc.swap(program, {n: tmp_path / n for n in configs})
@@ -252,7 +252,7 @@ def test_what_only_one_of_them_can_train_is_refused(first: str, second: str, wha
             module.set_adapter(list(module.trainable_tokens_delta))
         elif isinstance(module, ModulesToSaveWrapper):
             module.set_adapter("one")
-    close(program(IDS), theirs(IDS), 1e-9)
+    assert_close(program(IDS), theirs(IDS), 1e-9)
 
 
 def test_a_swap_to_what_the_other_trains_is_refused(tmp_path: Path):

@@ -19,55 +19,55 @@ from tests.support.component_nets import (
     SHAPES,
     TO_OUT,
     TO_Q,
-    check,
+    check_program_output,
     image,
     kohya,
     kohya_changes,
-    lora,
     lora_change,
+    output_with_changes,
     peft_keys,
     program,
-    saved,
-    with_weights,
+    random_lora_factors,
+    write_safetensors,
 )
 
 # --- where a file is taken --------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_taken_wherever_a_directory_is(model: nn.Module, wide: adaptc.AdaptedProgram, tmp_path: Path) -> None:
-    file, changes = saved(tmp_path / "some.safetensors", kohya()), kohya_changes()
+    file, changes = write_safetensors(tmp_path / "some.safetensors", kohya()), kohya_changes()
     made = program(model, file)
-    check(made, model, changes)
+    check_program_output(made, model, changes)
     assert "kohya (unet)" in str(adaptc.report(made))
     report = adaptc.swap(wide, str(file))
-    check(wide, model, changes)
+    check_program_output(wide, model, changes)
     assert (report.origin.format, report.origin.component, report.sites) == ("kohya", "unet", len(SHAPES))
     assert "[kohya (unet)]" in str(report)
     bound = wide.bind(file)
-    wanted = with_weights(model, changes)
+    wanted = output_with_changes(model, changes)
     with torch.no_grad():
         torch.testing.assert_close(bound(image()), wanted, rtol=1e-5, atol=1e-5)
         both = program(model, [LoraConfig(target_modules=["conv_in"]), file])
         adaptc.swap(both, file)
-        check(both, model, changes)
+        check_program_output(both, model, changes)
         together = program(model, {"one": file, "two": LoraConfig(target_modules=["conv_in"])})
-        check(together, model, changes)
+        check_program_output(together, model, changes)
     assert "kohya" in str(adaptc.report(together))
-    check(adaptc.merge(made), model, changes)
+    check_program_output(adaptc.merge(made), model, changes)
     assert adaptc.verify(made, model).ok
 
 
 def test_a_directory_with_one_file_is_that_file(model: nn.Module, tmp_path: Path) -> None:
-    saved(tmp_path / "anything.safetensors", kohya())
-    check(program(model, tmp_path), model, kohya_changes())
-    saved(tmp_path / "more.safetensors", kohya())
+    write_safetensors(tmp_path / "anything.safetensors", kohya())
+    check_program_output(program(model, tmp_path), model, kohya_changes())
+    write_safetensors(tmp_path / "more.safetensors", kohya())
     with pytest.raises(CheckpointError, match=r"several files of tensors.*anything.safetensors.*more.safetensors"):
         program(model, tmp_path)
 
 
 def test_files_of_torch_save_are_read_and_never_run(model: nn.Module, tmp_path: Path) -> None:
     torch.save(kohya(), tmp_path / "some.pt")
-    check(program(model, tmp_path / "some.pt"), model, kohya_changes())
+    check_program_output(program(model, tmp_path / "some.pt"), model, kohya_changes())
 
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -84,16 +84,16 @@ def test_a_state_dict_is_read_as_a_file_and_owned(model: nn.Module, wide: adaptc
     adaptc.swap(wide, given)
     for t in given.values():
         t.fill_(7)
-    check(made, model, kohya_changes())
-    check(wide, model, kohya_changes())
+    check_program_output(made, model, kohya_changes())
+    check_program_output(wide, model, kohya_changes())
 
 
 def test_what_a_file_says_may_be_said_instead(model: nn.Module, wide: adaptc.AdaptedProgram) -> None:
     given = kohya(rank=3, alpha=None)
-    scaled = {m: lora_change(*lora(m, 3), 5 / 3) for m in SHAPES}
-    check(program(model, given, config=LoraConfig(r=3, lora_alpha=5)), model, scaled)
+    scaled = {m: lora_change(*random_lora_factors(m, 3), 5 / 3) for m in SHAPES}
+    check_program_output(program(model, given, config=LoraConfig(r=3, lora_alpha=5)), model, scaled)
     adaptc.swap(wide, given, config=LoraConfig(r=3, lora_alpha=5))
-    check(wide, model, scaled)
+    check_program_output(wide, model, scaled)
     with pytest.raises(ConfigError, match="goes with one directory, file or state dict"):
         program(model, LoraConfig(target_modules=["conv_in"]), config=LoraConfig())
     with pytest.raises(CheckpointError, match=r"shape \(3, .*expected \(4"):
@@ -106,10 +106,10 @@ def test_pefts_keys_alone_need_a_scale_and_give_the_targets(
     prefix: str, as_file: bool, model: nn.Module, tmp_path: Path
 ) -> None:
     given: object = peft_keys(prefix)
-    given = saved(tmp_path / "w.safetensors", peft_keys(prefix)) if as_file else given
-    changes = {m: lora_change(*lora(m, 3), 5 / 3) for m in (TO_Q, CONV)}
+    given = write_safetensors(tmp_path / "w.safetensors", peft_keys(prefix)) if as_file else given
+    changes = {m: lora_change(*random_lora_factors(m, 3), 5 / 3) for m in (TO_Q, CONV)}
     made = program(model, given, config=LoraConfig(r=3, lora_alpha=5))
-    check(made, model, changes)
+    check_program_output(made, model, changes)
     assert set(made.binding.config.target_modules) == {TO_Q, CONV}
     with pytest.raises(CheckpointError, match=r"config="):
         program(model, given)
@@ -119,7 +119,7 @@ def test_pefts_keys_alone_need_a_scale_and_give_the_targets(
 def test_pefts_keys_name_no_component(
     as_file: bool, model: nn.Module, wide: adaptc.AdaptedProgram, tmp_path: Path
 ) -> None:
-    given: object = saved(tmp_path / "w.safetensors", peft_keys("")) if as_file else peft_keys("")
+    given: object = write_safetensors(tmp_path / "w.safetensors", peft_keys("")) if as_file else peft_keys("")
     options = {"config": LoraConfig(r=3), "component": "unet"}
     for call in (lambda: program(model, given, **options), lambda: adaptc.swap(wide, given, **options)):
         with pytest.raises(ConfigError, match=r"component=.unet.: .*name no component"):
@@ -130,7 +130,7 @@ def test_a_config_for_a_directory_leaves_the_targets_to_the_keys(model: nn.Modul
     config = LoraConfig(r=3, lora_alpha=3, target_modules=[TO_Q, CONV])
     folder = write_adapter(tmp_path / "d", config.to_dict(), peft_keys(""))
     made = program(model, folder, config=LoraConfig(r=3, lora_alpha=5))
-    check(made, model, {m: lora_change(*lora(m, 3), 5 / 3) for m in (TO_Q, CONV)})
+    check_program_output(made, model, {m: lora_change(*random_lora_factors(m, 3), 5 / 3) for m in (TO_Q, CONV)})
     assert set(made.binding.config.target_modules) == {TO_Q, CONV}
 
 
@@ -149,7 +149,7 @@ def test_other_methods_take_their_targets_from_keys_too(model: nn.Module) -> Non
 def test_a_file_of_pefts_weights_is_its_directory(model: nn.Module, tmp_path: Path) -> None:
     made = program(model, kohya())
     adaptc.save_adapter(made, tmp_path / "peft")
-    check(program(model, tmp_path / "peft" / "adapter_model.safetensors"), model, kohya_changes())
+    check_program_output(program(model, tmp_path / "peft" / "adapter_model.safetensors"), model, kohya_changes())
 
 
 # --- which component, which module ------------------------------------------------------------------------------------
@@ -179,10 +179,10 @@ def test_of_several_components_the_models_own_is_taken_and_the_others_are_told(
     model: nn.Module, wide: adaptc.AdaptedProgram, tmp_path: Path
 ) -> None:
     both = kohya() | text_tensors("lora_te1_", 6) | text_tensors("lora_te2_", 9)
-    file = saved(tmp_path / "sdxl.safetensors", both)
+    file = write_safetensors(tmp_path / "sdxl.safetensors", both)
     report = adaptc.swap(wide, file)
-    check(wide, model, kohya_changes())
-    assert report.origin.others == {"text_encoder": 2, "text_encoder_2": 2}
+    check_program_output(wide, model, kohya_changes())
+    assert report.origin.other_components == {"text_encoder": 2, "text_encoder_2": 2}
     assert "not of this program: text_encoder (2 tensors), text_encoder_2 (2 tensors)" in str(report)
     assert "text_encoder_2 (2 tensors)" in str(adaptc.report(wide))
     for width, name, prefix in ((6, "text_encoder", "lora_te1_"), (9, "text_encoder_2", "lora_te2_")):
@@ -232,7 +232,7 @@ def test_of_several_files_a_component_is_of_those_that_have_some(tmp_path: Path)
     with torch.no_grad():
         made = adaptc.compile(encoder, files, example_inputs=x, component="text_encoder_2")
         torch.testing.assert_close(made(x), second(x) + change)
-        assert [p.origin.component for p in made.binding.parts.values()] == ["text_encoder_2", ""]
+        assert [p.origin.component for p in made.binding.joint_adapters.values()] == ["text_encoder_2", ""]
         listed = adaptc.compile(encoder, [both, plain], example_inputs=x, component="text_encoder_2")
         torch.testing.assert_close(listed(x), second(x))
         adaptc.swap(made, files, component="text_encoder")
@@ -283,19 +283,19 @@ def test_original_names_of_a_unet(model: nn.Module) -> None:
     }
     given = {}
     for module, name in original.items():
-        a, b = lora(module, 3)
+        a, b = random_lora_factors(module, 3)
         given |= {f"lora_unet_{name}.lora_down.weight": a, f"lora_unet_{name}.lora_up.weight": b}
-    check(program(model, given), model, kohya_changes(3, None))
+    check_program_output(program(model, given), model, kohya_changes(3, None))
 
 
 def test_key_mapping_is_for_the_keys_of_the_file(model: nn.Module, wide: adaptc.AdaptedProgram, tmp_path: Path) -> None:
     odd = {k.replace("lora_unet_conv_in", "lora_unet_first"): t for k, t in kohya().items()}
-    file = saved(tmp_path / "odd.safetensors", odd)
+    file = write_safetensors(tmp_path / "odd.safetensors", odd)
     with pytest.raises(CheckpointError, match=r"lora_unet_first.*name no module|name no module.*lora_unet_first"):
         program(model, file)
-    check(program(model, file, key_mapping={"unet_first": "unet_conv_in"}), model, kohya_changes())
+    check_program_output(program(model, file, key_mapping={"unet_first": "unet_conv_in"}), model, kohya_changes())
     adaptc.swap(wide, file, key_mapping={"unet_first": "unet_conv_in"})
-    check(wide, model, kohya_changes())
+    check_program_output(wide, model, kohya_changes())
 
 
 def test_layers_that_are_several_in_diffusers_are_refused_with_the_way_out(model: nn.Module) -> None:

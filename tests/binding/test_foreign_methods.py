@@ -19,18 +19,18 @@ from tests.support.component_nets import (
     LINEAR,
     SHAPES,
     TO_Q,
-    check,
+    check_program_output,
     flat,
     image,
     loha,
     lokr,
-    lora,
     lora_change,
     net,
-    prefixed,
+    output_with_changes,
     program,
-    wide_program,
-    with_weights,
+    program_with_all_sites,
+    random_lora_factors,
+    with_kohya_names,
 )
 from tests.support.cover import examples
 
@@ -40,12 +40,12 @@ from tests.support.cover import examples
 @given(st.data())
 @settings(max_examples=examples(15), deadline=None)
 def test_every_module_has_its_own_rank_and_alpha(data: st.DataObject) -> None:
-    model, wide = net(), wide_program()
+    model, wide = net(), program_with_all_sites()
     tensors, changes = {}, {}
     for module in data.draw(st.lists(st.sampled_from(sorted(SHAPES)), min_size=1, unique=True)):
         rank = data.draw(st.integers(1, 4))
         alpha = data.draw(st.none() | st.sampled_from([1.0, 2.5, 0.3, 7.0]))
-        a, b = lora(module, rank)
+        a, b = random_lora_factors(module, rank)
         tensors |= {f"{flat(module)}.lora_down.weight": a, f"{flat(module)}.lora_up.weight": b}
         if alpha is not None:
             tensors[f"{flat(module)}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_every_module_has_its_own_rank_and_alpha(data: st.DataObject) -> None:
     keys = data.draw(st.permutations(list(tensors)))
     adaptc.swap(wide, {k: tensors[k] for k in keys})
     with torch.no_grad():
-        torch.testing.assert_close(wide(image()), with_weights(model, changes), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(wide(image()), output_with_changes(model, changes), rtol=1e-5, atol=1e-5)
 
 
 def test_names_that_end_as_another_keep_their_own_rank_and_stay_alone() -> None:
@@ -98,14 +98,14 @@ def test_names_that_end_as_another_keep_their_own_rank_and_stay_alone() -> None:
 @pytest.mark.parametrize("module", [LINEAR, CONV])
 def test_loha_is_lycoris_formula(module: str, model: nn.Module) -> None:
     tensors, change = loha(module, 2)
-    made = program(model, prefixed(module, tensors, 3.0))
+    made = program(model, with_kohya_names(module, tensors, 3.0))
     assert type(made.binding.config) is LoHaConfig
-    check(made, model, {module: change * 1.5})
+    check_program_output(made, model, {module: change * 1.5})
 
 
 def test_loha_with_a_factor_for_the_kernel(model: nn.Module) -> None:
     tensors, change = loha(CONV, 2, kernel=True)
-    check(program(model, prefixed(CONV, tensors, 3.0)), model, {CONV: change * 1.5})
+    check_program_output(program(model, with_kohya_names(CONV, tensors, 3.0)), model, {CONV: change * 1.5})
 
 
 def test_loha_of_pefts_own_tensors(tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_lokr_is_lycoris_formula(
     module: str, r: int | None, split: tuple[int, int], both: int | None, model: nn.Module
 ) -> None:
     tensors, change = lokr(module, r, split, both)
-    made = program(model, prefixed(module, tensors, 3.0))
+    made = program(model, with_kohya_names(module, tensors, 3.0))
     assert type(made.binding.config) is LoKrConfig
     # Two whole factors are not scaled, whatever the alpha.
-    check(made, model, {module: change * (1.0 if r is None else 3.0 / r)})
+    check_program_output(made, model, {module: change * (1.0 if r is None else 3.0 / r)})
 
 
 @pytest.mark.parametrize("options", [{"r": 2}, {"r": 2, "decompose_both": True, "decompose_factor": 4}, {"r": 64}])
@@ -168,9 +168,9 @@ def test_lokr_of_pefts_own_tensors(options: dict[str, object]) -> None:
 def test_three_factors_of_a_convolution_are_two(model: nn.Module) -> None:
     torch.manual_seed(2)
     down, mid, up = torch.randn(2, 7, 1, 1), torch.randn(2, 2, 3, 3), torch.randn(10, 2, 1, 1)
-    given = prefixed(CONV, {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}, 3.0)
+    given = with_kohya_names(CONV, {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}, 3.0)
     change = torch.einsum("or,rikl,ij->ojkl", up.flatten(1), mid, down.flatten(1)) * 1.5
-    check(program(model, given), model, {CONV: change})
+    check_program_output(program(model, given), model, {CONV: change})
     given[f"{flat(CONV)}.lora_mid.weight"] = torch.randn(2, 3, 3, 3)
     with pytest.raises(CheckpointError, match=r"lora_mid \(2, 3, 3, 3\) does not go with lora_down \(2, 7, 1, 1\) at"):
         program(model, given)
@@ -178,18 +178,20 @@ def test_three_factors_of_a_convolution_are_two(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("module", [TO_Q, CONV])
 def test_dora(module: str, model: nn.Module) -> None:
-    a, b = lora(module, 2)
+    a, b = random_lora_factors(module, 2)
     weight = model.get_submodule(module).weight.detach()
     lengths = torch.rand(weight.shape[0]) + 0.5
     scale = lengths.reshape(-1, *[1] * (weight.ndim - 1))
-    given = prefixed(module, {"lora_down.weight": a, "lora_up.weight": b, "dora_scale": scale}, 3.0)
+    given = with_kohya_names(module, {"lora_down.weight": a, "lora_up.weight": b, "dora_scale": scale}, 3.0)
     full = (weight + lora_change(a, b, 1.5).reshape(weight.shape)).flatten(1)
     turned = full * (lengths / full.norm(dim=1)).unsqueeze(1)
-    check(program(model, given), model, {module: turned - weight.flatten(1)})
+    check_program_output(program(model, given), model, {module: turned - weight.flatten(1)})
     columns = torch.rand(1, weight.shape[1], *[1] * (weight.ndim - 2))
     with pytest.raises(CheckpointError, match=r"dora_scale.*lengths of columns"):
         program(model, given | {f"{flat(module)}.dora_scale": columns})
-    alone = given | prefixed(LINEAR, dict(zip(("lora_down.weight", "lora_up.weight"), lora(LINEAR, 2), strict=True)))
+    alone = given | with_kohya_names(
+        LINEAR, dict(zip(("lora_down.weight", "lora_up.weight"), random_lora_factors(LINEAR, 2), strict=True))
+    )
     with pytest.raises(ConfigError, match="1 of 2 modules have 'lora_magnitude_vector'"):
         program(model, alone)
 
@@ -198,11 +200,11 @@ def test_kernels_of_one_position_and_linear_layers_are_exchanged(model: nn.Modul
     proj = "down_blocks.0.attentions.0.proj_in"
     given, changes = {}, {}
     for module, axes in ((proj, 2), (TO_Q, 4)):
-        a, b = lora(module, 2)
+        a, b = random_lora_factors(module, 2)
         changes[module] = lora_change(a, b, 1.0)
         a, b = (t.flatten(1) if axes == 2 else t[..., None, None] for t in (a, b))
-        given |= prefixed(module, {"lora_down.weight": a, "lora_up.weight": b})
-    check(program(model, given), model, changes)
+        given |= with_kohya_names(module, {"lora_down.weight": a, "lora_up.weight": b})
+    check_program_output(program(model, given), model, changes)
 
 
 # --- torchtune --------------------------------------------------------------------------------------------------------

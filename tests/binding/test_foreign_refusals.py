@@ -23,10 +23,10 @@ from tests.support.component_nets import (
     kohya,
     loha,
     peft_keys,
-    prefixed,
     program,
-    saved,
-    wide_program,
+    program_with_all_sites,
+    with_kohya_names,
+    write_safetensors,
 )
 from tests.support.cover import examples
 
@@ -52,9 +52,12 @@ BROKEN = {
         {**{k.replace("lora_unet_", "lora_prior_unet_"): t for k, t in kohya().items()}, **kohya()},
         "both lora_A.weight of|both alpha of",
     ),
-    "two methods": (kohya(modules={LINEAR: 0}) | prefixed(TO_Q, loha(TO_Q, 2)[0]), "LORA and LOHA|LOHA and LORA"),
+    "two methods": (
+        kohya(modules={LINEAR: 0}) | with_kohya_names(TO_Q, loha(TO_Q, 2)[0]),
+        "LORA and LOHA|LOHA and LORA",
+    ),
     "rank beyond need": (
-        prefixed(
+        with_kohya_names(
             CONV,
             {
                 "lora_down.weight": torch.ones(1, 7, 1, 1),
@@ -70,7 +73,7 @@ BROKEN = {
         "expected a matrix",
     ),
     "both in one": (
-        prefixed(TO_Q, loha(TO_Q, 2)[0]) | {UP: torch.ones(12, 2), DOWN: torch.ones(2, 6)},
+        with_kohya_names(TO_Q, loha(TO_Q, 2)[0]) | {UP: torch.ones(12, 2), DOWN: torch.ones(2, 6)},
         "of several methods",
     ),
 }
@@ -82,7 +85,7 @@ def test_what_is_no_adapter_is_refused_by_name(
 ) -> None:
     tensors, match = BROKEN[name]
     before = wide.binding
-    file = saved(tmp_path / "broken.safetensors", tensors)
+    file = write_safetensors(tmp_path / "broken.safetensors", tensors)
     for call in (lambda: program(model, file), lambda: adaptc.swap(wide, file)):
         with pytest.raises(AdaptcError, match=match):
             call()
@@ -97,9 +100,9 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=examples(60), deadline=None)
 def test_damage_is_an_error_or_what_the_file_says(where: Path, seed: int) -> None:
-    rng, wide = random.Random(seed), wide_program()
+    rng, wide = random.Random(seed), program_with_all_sites()
     header = {"lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.lora_alpha": 2})}
-    file = saved(where / "x.safetensors", kohya(), header)
+    file = write_safetensors(where / "x.safetensors", kohya(), header)
     data = bytearray(file.read_bytes())
     for _ in range(rng.randint(1, 4)):
         data[rng.randrange(len(data) if rng.random() < 0.3 else 2000)] = rng.randrange(256)
@@ -130,7 +133,7 @@ def test_damage_is_an_error_or_what_the_file_says(where: Path, seed: int) -> Non
 )
 def test_configs_in_headers_are_checked(text: str, match: str, wide: adaptc.AdaptedProgram, tmp_path: Path) -> None:
     tensors = {f"unet.{k}": t for k, t in peft_keys().items()}
-    file = saved(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": text})
+    file = write_safetensors(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": text})
     before = wide.binding
     with pytest.raises(AdaptcError, match=match):
         adaptc.swap(wide, file)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import CheckpointError, ConfigError, LoraConfig, SwapError
 from adaptc.adapter_files.directory import read_adapter, write_adapter
-from adaptc.binding.suggest_mapping import mappings_for
+from adaptc.binding.suggest_mapping import suggest_mappings
 
 CONFIG = LoraConfig(r=3, target_modules=["up", "down"])
 EXAMPLE = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
@@ -235,7 +235,7 @@ paths = st.lists(st.sampled_from(["a", "b.c", "net", "x+y", "0", "model"]), max_
 def test_a_mapping_makes_all_keys_known_ones(sites, ours, theirs):
     known = [f"{ours}{site}" for site in sorted(sites)]
     keys = [f"{theirs}{site}.{tail}" for site in sorted(sites) for tail in TAILS]
-    found = mappings_for(keys, known, TAILS)
+    found = suggest_mappings(keys, known, TAILS)
     if ours == theirs:
         assert found == []
         return
@@ -255,16 +255,16 @@ def _renamed(key: str, mapping: dict[str, str]) -> str:
 def test_parts_of_a_model_have_beginnings_of_their_own():
     sites = ["unet.mid.q", "unet.up.0.q", "text.layers.0.q", "text.layers.1.q"]
     keys = ["lora_unet.mid.q.t", "lora_unet.up.0.q.t", "lora_te.layers.0.q.t", "lora_te.layers.1.q.t"]
-    (mapping,) = mappings_for(keys, sites, ["t"])
+    (mapping,) = suggest_mappings(keys, sites, ["t"])
     assert [_renamed(k, mapping) for k in keys] == [f"{s}.t" for s in sites]
 
 
 def test_tensors_of_the_model_itself_follow_the_others():
     keys = ["net.t", "net.a.q.t"]
-    assert mappings_for(keys, ["a.q", ""], ["t"]) == [{r"^net\.": ""}]
-    assert mappings_for(["net.t"], ["a.q", ""], ["t"]) == []
+    assert suggest_mappings(keys, ["a.q", ""], ["t"]) == [{r"^net\.": ""}]
+    assert suggest_mappings(["net.t"], ["a.q", ""], ["t"]) == []
 
 
 def test_every_mapping_is_named_where_several_fit():
     sites = ["text.layers.0.q", "vision.layers.0.q"]
-    assert mappings_for(["layers.0.q.t"], sites, ["t"]) == [{"^": "text."}, {"^": "vision."}]
+    assert suggest_mappings(["layers.0.q.t"], sites, ["t"]) == [{"^": "text."}, {"^": "vision."}]

@@ -8,7 +8,7 @@ import torch
 
 import adaptc
 from adaptc.errors import CheckpointError, SwapError
-from tests.support.oracle import base, file_tensors
+from tests.support.oracle import file_tensors, shared_base_program
 
 TOKENS = {"num_virtual_tokens": 3}
 TARGETS = {"target_modules": ["q_proj"]}
@@ -39,8 +39,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_options_are_named(name, tmp_path):
     config, other, message = OTHERS[name]
-    folder = adaptc.save_adapter(adaptc.compile(base("llama"), other), tmp_path)
-    program = adaptc.compile(base("llama"), config)
+    folder = adaptc.save_adapter(adaptc.compile(shared_base_program("llama"), other), tmp_path)
+    program = adaptc.compile(shared_base_program("llama"), config)
     with pytest.raises(SwapError, match=message) as raised:
         adaptc.swap(program, folder)
     for key in file_tensors(adaptc.save_adapter(program, tmp_path / "own")):
@@ -49,7 +49,10 @@ def test_options_are_named(name, tmp_path):
 
 def test_a_config_that_says_another_width_of_the_model():
     """What would be written of it could not be read."""
-    program, rows = adaptc.compile(base("llama"), adaptc.PromptTuningConfig(**TOKENS)), torch.randn(5, 24)
+    program, rows = (
+        adaptc.compile(shared_base_program("llama"), adaptc.PromptTuningConfig(**TOKENS)),
+        torch.randn(5, 24),
+    )
     other, own = (adaptc.PromptTuningConfig(num_virtual_tokens=5, token_dim=width) for width in (99, 24))
     before = program.binding
     with pytest.raises(CheckpointError, match="token_dim=99, and the program has 24"):

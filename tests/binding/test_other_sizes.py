@@ -14,7 +14,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, CheckpointError
-from tests.support.oracle import base, file_tensors
+from tests.support.oracle import file_tensors, shared_base_program
 
 PROMPTS = {
     "prompt": adaptc.PromptTuningConfig(num_virtual_tokens=3),
@@ -58,7 +58,7 @@ def refused(program: adaptc.AdaptedProgram, folder: Path, tensors: dict[str, Ten
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", [*PROMPTS, *LAYERS])
 def test_other_axes(name, tmp_path):
-    program = adaptc.compile(base("llama"), {**PROMPTS, **LAYERS}[name])
+    program = adaptc.compile(shared_base_program("llama"), {**PROMPTS, **LAYERS}[name])
     folder = adaptc.save_adapter(program, tmp_path / "adapter")
     good = file_tensors(folder)
     for key, tensor in list(good.items())[:4]:
@@ -71,7 +71,7 @@ def test_other_axes(name, tmp_path):
 @pytest.mark.parametrize("name", ["prompt", "p_tuning", "multitask"])
 def test_other_axes_for_two_stacks(name, tmp_path):
     """Of an encoder and a decoder, whose rows lie one behind the other in files."""
-    program = adaptc.compile(base("t5"), PROMPTS[name].replace(task_type="SEQ_2_SEQ_LM"))
+    program = adaptc.compile(shared_base_program("t5"), PROMPTS[name].replace(task_type="SEQ_2_SEQ_LM"))
     folder = adaptc.save_adapter(program, tmp_path / "adapter")
     good = file_tensors(folder)
     for key in good.keys() & {"prompt_embeddings", "prefix_task_cols"}:
@@ -84,7 +84,7 @@ def test_other_axes_for_two_stacks(name, tmp_path):
 def test_no_rows(name, tmp_path):
     """An adapter that would do nothing, and whose config could not be read again."""
     config = {**PROMPTS, **LAYERS}[name]
-    program = adaptc.compile(base("llama"), config)
+    program = adaptc.compile(shared_base_program("llama"), config)
     folder = adaptc.save_adapter(program, tmp_path / "adapter")
     good = file_tensors(folder)
     if name in PROMPTS:

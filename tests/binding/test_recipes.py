@@ -18,14 +18,14 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.adapter_files import safetensors_reader as _layouts
 from adaptc.adapter_files.stable_read import OpenedFile
-from adaptc.binding.binding_plan_cache import MOST
+from adaptc.binding.binding_plan_cache import MAX_STRUCTURES
 from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import CheckpointError, SwapError
 from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES
-from tests.support.subject import FILE, randomized, subject
+from tests.support.subject import FILE, save_random_adapter, subject
 
-LONG = "adaptc.binding.sources.source.bind"
+LONG = "adaptc.binding.sources.source.bind_tensors"
 
 
 def same(found: Any, expected: Any) -> None:
@@ -40,7 +40,11 @@ def same(found: Any, expected: Any) -> None:
         expected.name,
         expected.config.to_dict(),
     )
-    assert (found.base, found.carried, found.parts) == (expected.base, expected.carried, expected.parts)
+    assert (found.changed_base, found.extra_tensors, found.joint_adapters) == (
+        expected.changed_base,
+        expected.extra_tensors,
+        expected.joint_adapters,
+    )
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -51,7 +55,7 @@ def never(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES])
 def test_every_method(entry: str, tmp_path: Path) -> None:
     s = subject(entry, "linear")
-    paths = [randomized(s, s.config(), tmp_path / str(i), seed=i) for i in range(3)]
+    paths = [save_random_adapter(s, s.config(), tmp_path / str(i), seed=i) for i in range(3)]
     program, fresh = s.compile(s.config()), [s.compile(s.config()) for _ in paths]
     for path, other in zip(paths, fresh, strict=True):
         same(bind_adapter(program, path), bind_adapter(other, path))
@@ -191,10 +195,10 @@ def test_training_takes_tensors_of_its_own(tmp_path: Path) -> None:
 
 def test_few_are_kept() -> None:
     program = compiled()
-    for rank in range(1, MOST + 4):
+    for rank in range(1, MAX_STRUCTURES + 4):
         adaptc.swap(program, state(1, rank))
-    known = program.recipes.known
-    assert len(known) == MOST
+    known = program.binding_plans.plans
+    assert len(known) == MAX_STRUCTURES
     assert all(known.values())
 
 
@@ -209,7 +213,7 @@ def test_a_binding_of_another_program_is_refused() -> None:
 
 def loaded(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
     with OpenedFile(path) as file:
-        return _layouts.load(file)
+        return _layouts.load_tensors(file)
 
 
 def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -231,7 +235,7 @@ def test_files_of_one_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for i, file in enumerate(files):
         save_file(mixed(i), file)
     equal(loaded(files[0])[0], load_file(files[0]))
-    monkeypatch.setattr(_layouts, "_layout", never)
+    monkeypatch.setattr(_layouts, "_parse_layout", never)
     for file in files:
         found, runs = loaded(file)
         equal(found, load_file(file))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import adaptc
-from tests.support.gated_net import SITES, X, compiled, net, state
+from tests.support.gated_net import SITES, X, adapter_tensors, compile_net, net
 
 KINDS: dict[str, Any] = {
     "lora": (adaptc.LoraConfig, {"init_lora_weights": False}),
@@ -48,8 +48,8 @@ def test_another_rank_is_read_again(kind: str, tmp_path: Path) -> None:
 
 
 def test_several_ranks_are_a_pattern(tmp_path: Path) -> None:
-    mine, wide = compiled(3), state(5)
-    adapter = {k: wide[k] if k.startswith("down") else t for k, t in state(2).items()}
+    mine, wide = compile_net(3), adapter_tensors(5)
+    adapter = {k: wide[k] if k.startswith("down") else t for k, t in adapter_tensors(2).items()}
     adaptc.swap(mine, adapter)
     y = mine(X)
     adaptc.save_adapter(mine, tmp_path / "a")
@@ -59,14 +59,14 @@ def test_several_ranks_are_a_pattern(tmp_path: Path) -> None:
     assert torch.equal(mine(X), y)
     theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path / "a")).eval()
     torch.testing.assert_close(theirs(X), y, rtol=1e-4, atol=1e-5)
-    adaptc.swap(mine, state(4))
+    adaptc.swap(mine, adapter_tensors(4))
     assert (mine.binding.config.r, mine.binding.config.rank_pattern) == (4, {})  # type: ignore[attr-defined]
     assert len(SITES) == 3
 
 
 def test_a_merge_or_a_saved_program_has_it_too(tmp_path: Path) -> None:
-    mine = compiled(3)
-    adaptc.swap(mine, state(7))
+    mine = compile_net(3)
+    adaptc.swap(mine, adapter_tensors(7))
     y = mine(X)
     loaded = adaptc.load(adaptc.save(mine, tmp_path / "p.pt2"))
     adaptc.save_adapter(loaded, tmp_path / "a")

@@ -11,7 +11,7 @@ from adaptc import LoraConfig
 from adaptc.capture.capture import capture
 from adaptc.errors import CaptureError
 from tests.support.families import FAMILIES
-from tests.support.model_state import changes, state_of
+from tests.support.model_state import changed_paths, state_of
 
 
 class Narrow(nn.Module):
@@ -51,4 +51,4 @@ def test_a_model_that_fails_itself_does_not_generate(family: str) -> None:
     before = state_of(model)
     with pytest.raises(CaptureError, match=r"ForC\w+ itself fails, before anything is captured: RuntimeError: mat1"):
         adaptc.compile_for_generation(model, LoraConfig(r=2, target_modules="all-linear"), max_length=20)
-    assert changes(before, state_of(model)) == []
+    assert changed_paths(before, state_of(model)) == []

@@ -11,7 +11,7 @@ import torch
 from adaptc.capture.capture import capture
 from adaptc.errors import AdaptcWarning
 from tests.support.families import FAMILIES
-from tests.support.model_state import changes, state_of
+from tests.support.model_state import changed_paths, state_of
 
 # Its scan is a Python loop over the sequence, one graph node per step.
 FIXED_SEQUENCE = {"mamba": 7}
@@ -43,7 +43,7 @@ def test_program_equals_model_at_other_sizes(name: str) -> None:
     assert len(told) == (1 if name in FIXED_SEQUENCE else 0), told
 
     assert not captured.training
-    assert changes(before, state_of(model)) == []
+    assert changed_paths(before, state_of(model)) == []
     assert captured.model_type == config["model_type"]
     for key, parameter in model.named_parameters():
         assert captured.program.state_dict[key] is parameter
@@ -70,7 +70,7 @@ def test_training_program_has_the_model_s_loss_and_gradients(name: str) -> None:
     before = state_of(model)
     captured = capture(model, training=True)
     assert captured.training
-    assert changes(before, state_of(model)) == []
+    assert changed_paths(before, state_of(model)) == []
 
     batch, seq = 4, 5
     inputs = family.inputs(batch, seq)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.capture.capture import capture
 from adaptc.errors import AdaptcWarning, CaptureError
-from tests.support.other_models import MODELS, Other
+from tests.support.other_models import MODELS, MultiInputModel
 
 CACHES = {"past_key_values", "cache"}
 
@@ -40,7 +40,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.few(3)
-@pytest.mark.parametrize("name", [name for name, other in MODELS.items() if other.made])
+@pytest.mark.parametrize("name", [name for name, other in MODELS.items() if other.cached_model])
 @pytest.mark.parametrize("given", ["made", "given"])
 def test_one_export_without_example_inputs(name: str, given: str, exports: list[Any]) -> None:
     other = MODELS[name]
@@ -153,7 +153,7 @@ def test_an_object_among_the_inputs_is_named() -> None:
 
 @pytest.mark.slow
 def test_a_dual_encoder_has_no_loss_and_says_how_to_have_one() -> None:
-    other: Other = MODELS["clip"]
+    other: MultiInputModel = MODELS["clip"]
     model = other.build()
     with pytest.warns(AdaptcWarning, match="return_loss=True"):
         captured = capture(model, training=True)

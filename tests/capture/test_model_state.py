@@ -23,7 +23,7 @@ from adaptc.capture.capture import capture
 from adaptc.capture.model_state import preserve_state
 from adaptc.errors import AdaptcError
 from tests.support.families import FAMILIES
-from tests.support.model_state import changes, state_of
+from tests.support.model_state import changed_paths, state_of
 
 LORA = {"r": 2, "target_modules": "all-linear"}
 
@@ -132,7 +132,7 @@ def unchanged(model: nn.Module, use: Callable[[], object]) -> None:
         warnings.simplefilter("ignore")
         with suppress(AdaptcError):
             use()
-    assert changes(before, state_of(model)) == []
+    assert changed_paths(before, state_of(model)) == []
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -220,10 +220,10 @@ def test_windows_of_swin_are_as_they_were(name: str) -> None:
     with preserve_state(model), torch.no_grad():
         with suppress(RuntimeError):  # DonutSwin has no bias for such windows
             model(x[..., :8, :8])
-        assert changes(before, state_of(model))
-    assert changes(before, state_of(model)) == []
+        assert changed_paths(before, state_of(model))
+    assert changed_paths(before, state_of(model)) == []
     program = adaptc.compile(model, lora, example_inputs=x, dynamic_shapes=({0: Dim("images")},))
-    assert changes(before, state_of(model)) == ["random.torch"]  # the adapter's first values
+    assert changed_paths(before, state_of(model)) == ["random.torch"]  # the adapter's first values
     torch.testing.assert_close(program(x).last_hidden_state, expected)
 
 

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
 
 from adaptc import AdaptcError
-from adaptc.capture.inputs.random_inputs import draw
+from adaptc.capture.inputs.random_inputs import draw_inputs
 from tests.support.families import FAMILIES
 
 
@@ -46,7 +46,7 @@ LOOKUPS = lookups()
 
 @given(seed=st.integers(0, 10**6))
 def test_integers_stay_below_what_they_are_looked_up_in(seed: int) -> None:
-    for run in draw(LOOKUPS, seed=seed):
+    for run in draw_inputs(LOOKUPS, seed=seed):
         words, kinds, labels, mask = run.args
         assert words.shape[0] == 2 * kinds.shape[0] == 2 * labels.shape[0] == 2 * mask.shape[0]
         assert 2 <= kinds.shape[0] <= 40
@@ -59,13 +59,13 @@ def test_integers_stay_below_what_they_are_looked_up_in(seed: int) -> None:
 
 
 def test_integers_reach_the_whole_table() -> None:
-    words = torch.cat([r.args[0] for r in draw(LOOKUPS, shapes=40)])
+    words = torch.cat([r.args[0] for r in draw_inputs(LOOKUPS, shapes=40)])
     assert set(words.tolist()) == set(range(37))
 
 
 @given(seed=st.integers(0, 10**6))
 def test_masks_pad_the_left_or_the_right(seed: int) -> None:
-    mask = draw(LOOKUPS, shapes=[{"mask": (40, 9)}], seed=seed)[0].args[3]
+    mask = draw_inputs(LOOKUPS, shapes=[{"mask": (40, 9)}], seed=seed)[0].args[3]
     assert set(mask.unique().tolist()) == {0, 1}
     for row in mask.tolist():
         kept = "".join(map(str, row)).strip("0")
@@ -87,7 +87,7 @@ def test_every_kind_of_input_is_made() -> None:
     extra = {"z": torch.randn(2, dtype=torch.complex64), "none": None}
     b = Dim("b", min=3, max=8)
     program = exported(Shapes(), (*args, extra), ({0: b}, {0: b}, None, None, {"z": None, "none": None}))
-    runs = draw(program, shapes=30)
+    runs = draw_inputs(program, shapes=30)
     assert tuple(runs[0].args[0].shape) == (6, 5)  # as captured
     assert {r.args[0].shape[0] for r in runs} == {3, 4, 5, 6}  # within the range, and not above the capture
     for run in runs:
@@ -98,7 +98,7 @@ def test_every_kind_of_input_is_made() -> None:
         assert n == 3
         assert (extra["z"].dtype, extra["none"]) == (torch.complex64, None)
         program.module()(*run.args)
-    assert "4" in runs[0].text
+    assert "4" in runs[0].shapes_text
 
 
 def test_shapes_the_program_cannot_take_are_refused() -> None:
@@ -110,16 +110,16 @@ def test_shapes_the_program_cannot_take_are_refused() -> None:
         ({"mask": (41, 9)}, "no sizes found"),
     ):
         with pytest.raises(AdaptcError, match=said):
-            draw(LOOKUPS, shapes=[bad])
+            draw_inputs(LOOKUPS, shapes=[bad])
     with pytest.raises(AdaptcError, match="at least one"):
-        draw(LOOKUPS, shapes=[])
+        draw_inputs(LOOKUPS, shapes=[])
     with pytest.raises(AdaptcError, match="at least one"):
-        draw(LOOKUPS, shapes=0)
+        draw_inputs(LOOKUPS, shapes=0)
 
 
 def test_equal_seeds_give_equal_inputs_and_leave_torch_alone() -> None:
     state = torch.get_rng_state()
-    a, b, c = (draw(LOOKUPS, seed=s)[2].args for s in (3, 3, 4))
+    a, b, c = (draw_inputs(LOOKUPS, seed=s)[2].args for s in (3, 3, 4))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, c, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
@@ -131,7 +131,7 @@ def test_families_take_what_is_drawn(family: str) -> None:
 
     model = FAMILIES[family].build()
     program = capture(model).program
-    for run in draw(program, vocabulary=model.config.vocab_size):
+    for run in draw_inputs(program, vocab_size=model.config.vocab_size):
         with torch.no_grad():
             model(**run.kwargs)
         for name, value in run.kwargs.items():
@@ -145,7 +145,7 @@ def test_ids_without_a_table_use_the_vocabulary() -> None:
             return input_ids * 2 + flags + position_ids
 
     ids = torch.zeros(50, 40, dtype=torch.int64)
-    run = draw(exported(Plain(), (ids, ids, ids), None), shapes=1, vocabulary=91)[0]
+    run = draw_inputs(exported(Plain(), (ids, ids, ids), None), shapes=1, vocab_size=91)[0]
     ids, flags, positions = run.args
     assert set(ids.unique().tolist()) == set(range(91))
     assert set(flags.unique().tolist()) == {0, 1}

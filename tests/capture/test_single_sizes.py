@@ -110,7 +110,7 @@ def test_named_sizes_are_a_promise_that_the_model_breaks() -> None:
 def test_large_models_and_those_without_values_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     program = quietly(Doubles().to("meta"), torch.randn(3, 4, 5, device="meta"))
     assert not any("!= 1" in g for g in guards_of(program))
-    monkeypatch.setattr(check_size_one, "LARGEST", 100)
+    monkeypatch.setattr(check_size_one, "MAX_BYTES", 100)
     program = quietly(Doubles(), torch.randn(3, 4, 5))
     assert not any("!= 1" in g for g in guards_of(program))
 

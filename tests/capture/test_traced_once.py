@@ -36,7 +36,7 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    found, real = Counted(), dynamic_shapes.traced_once
+    found, real = Counted(), dynamic_shapes.copy_equal_layers
 
     @contextlib.contextmanager
     def traced_once(model: Any) -> Iterator[Any]:
@@ -45,10 +45,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
             return
         with real(model) as once:
             yield once
-        found.copies += once.copies
-        found.sound = found.sound and once.sound()
+        found.copies += once.copy_count
+        found.sound = found.sound and once.is_sound()
 
-    monkeypatch.setattr(dynamic_shapes, "traced_once", traced_once)
+    monkeypatch.setattr(dynamic_shapes, "copy_equal_layers", traced_once)
     return found
 
 

@@ -15,10 +15,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from adaptc.chat import loop, terminal
-from adaptc.chat.active_adapter import Voices
+from adaptc.chat.active_adapter import ChatAdapters
 from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.cli import app
-from tests.support.chats import Chats, silent
+from tests.support.chats import ChatModel, no_output
 
 GREEDY = TokenChoice(max_new_tokens=6, greedy=True)
 
@@ -33,9 +33,9 @@ def call(model: Path, *args: Any, typed: str = "", code: int = 0) -> Result:
 
 
 @pytest.fixture
-def chat(chats: Chats, monkeypatch: pytest.MonkeyPatch) -> Any:
+def chat(chats: ChatModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``chat(typed, *options)``: with the adapters one and two, on a program that was captured before."""
-    monkeypatch.setattr(loop, "opened", lambda path, how: chats.opened)
+    monkeypatch.setattr(loop, "open_model", lambda path, how: chats.opened_model)
     named = [f"--adapter={name}={path}" for name, path in chats.adapters.items()]
 
     def run(typed: str, *options: Any, greedy: bool = True) -> Result:
@@ -45,17 +45,20 @@ def chat(chats: Chats, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def answers(chats: Chats, said: list[tuple[str | None, str]], system: str | None = None) -> list[str]:
+def answers(chats: ChatModel, said: list[tuple[str | None, str]], system: str | None = None) -> list[str]:
     """Of one conversation: (adapter, line)."""
-    voices, conversation = Voices(chats.opened, chats.adapters, silent), Conversation(chats.opened.tokenizer, system)
+    voices, conversation = (
+        ChatAdapters(chats.opened_model, chats.adapters, no_output),
+        Conversation(chats.opened_model.tokenizer, system),
+    )
     found = []
     for name, line in said:
-        voice = voices.base() if name is None else voices.use(name)
+        voice = voices.activate_base() if name is None else voices.activate(name)
         found.append(conversation.ask(voice, line, GREEDY).text)
     return found
 
 
-def test_a_conversation_with_swaps(chats: Chats, chat: Any) -> None:
+def test_a_conversation_with_swaps(chats: ChatModel, chat: Any) -> None:
     first, second, third = answers(chats, [("one", "w9 w12"), ("two", "w30"), (None, "w8")])
     result = chat("w9 w12\n/adapter two\nw30\n\n/base\nw8\n/quit\nw9 is not read\n")
     lines = result.stdout.splitlines()
@@ -67,17 +70,17 @@ def test_a_conversation_with_swaps(chats: Chats, chat: Any) -> None:
     assert len(re.findall("cut here: --max-new-tokens", result.stderr)) == 3
 
 
-def test_a_system_text_and_the_end_of_the_input(chats: Chats, chat: Any) -> None:
+def test_a_system_text_and_the_end_of_the_input(chats: ChatModel, chat: Any) -> None:
     (expected,) = answers(chats, [("one", "w9")], "w20 w21")
     assert chat("w9", "--system", "w20 w21").stdout.splitlines() == [expected]
 
 
-def test_reset_begins_anew(chats: Chats, chat: Any) -> None:
+def test_reset_begins_anew(chats: ChatModel, chat: Any) -> None:
     (expected,) = answers(chats, [("one", "w9")])
     assert chat("w9\n/reset\nw9\n").stdout.splitlines() == [expected, "a new conversation", expected]
 
 
-def test_adapters_and_help_list_what_there_is(chats: Chats, chat: Any) -> None:
+def test_adapters_and_help_list_what_there_is(chats: ChatModel, chat: Any) -> None:
     two = str(chats.folder / "two")
     lines = chat(f"/adapters\n/adapter {two}\n/adapters\n/base\n/adapters\n/help\n").stdout.splitlines()
     assert [line.split() for line in lines[:3]] == [
@@ -91,7 +94,7 @@ def test_adapters_and_help_list_what_there_is(chats: Chats, chat: Any) -> None:
         assert any(line.startswith(f"{command} ") for line in lines), command
 
 
-def test_the_chat_goes_on_after_errors(chats: Chats, chat: Any) -> None:
+def test_the_chat_goes_on_after_errors(chats: ChatModel, chat: Any) -> None:
     first, last = answers(chats, [("one", "w9"), ("one", "w30")])
     wrong = {
         "/adapter tow": "there is no adapter 'tow'.*nearest are 'two'",
@@ -117,7 +120,7 @@ def test_sampling_follows_its_seed(chat: Any) -> None:
     assert said(3) == said(3) != said(4)
 
 
-def test_wrong_usage(chats: Chats, chat: Any, tmp_path: Path) -> None:
+def test_wrong_usage(chats: ChatModel, chat: Any, tmp_path: Path) -> None:
     model = chats.folder / "model"
     for pair in ("one", "=x", "a="):
         assert "expected NAME=PATH" in call(model, "--adapter", pair, code=2).stderr
@@ -156,7 +159,7 @@ def pressed(monkeypatch: pytest.MonkeyPatch, at: list[int]) -> None:
     monkeypatch.setattr(terminal.Screen, "write", write)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(chats: ChatModel, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = answers(chats, [("one", "w9")])
     pressed(monkeypatch, [1])
     before = signal.getsignal(signal.SIGINT)
@@ -169,7 +172,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chats: Chats, chat: Any, monke
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_ctrl_c_does_not_wait(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_does_not_wait(chats: ChatModel, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = answers(chats, [("one", "w9")])
     usual, count = terminal.Screen.write, iter(range(1000))
 
@@ -186,7 +189,7 @@ def test_a_second_ctrl_c_does_not_wait(chats: Chats, chat: Any, monkeypatch: pyt
     assert "stopped" in result.stderr
 
 
-def test_keys_at_the_prompt(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_at_the_prompt(chats: ChatModel, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a terminal: ctrl-C forgets the line, ctrl-D ends the chat."""
     (expected,) = answers(chats, [("one", "w9")])
     keys = iter([KeyboardInterrupt, "w9", EOFError])
@@ -201,7 +204,7 @@ def test_keys_at_the_prompt(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyP
 
     def at_a_terminal(self: Any) -> None:
         usual(self)
-        self._typed = True
+        self._is_terminal = True
 
     monkeypatch.setattr(terminal.Screen, "__init__", at_a_terminal)
     monkeypatch.setattr("builtins.input", typed)
@@ -218,7 +221,7 @@ def test_what_a_model_says_does_not_steer_the_terminal(capsys: pytest.CaptureFix
 # -- a process of its own ----------------------------------------------------------------------------------------------
 
 
-def test_a_process_of_its_own(chats: Chats) -> None:
+def test_a_process_of_its_own(chats: ChatModel) -> None:
     """From files alone: capturing, piped lines, a swap, an adapter that needs a program of its own."""
     model = chats.folder / "model"
     command = [sys.executable, "-m", "adaptc.cli", "chat", model, "--adapter", f"one={chats.folder / 'one'}"]

@@ -12,9 +12,9 @@ import torch
 
 import adaptc
 from adaptc.chat import models
-from adaptc.chat.active_adapter import Voices
-from adaptc.chat.models import How, opened
-from tests.support.chats import SIZES, SPECIAL, Chats, silent
+from adaptc.chat.active_adapter import ChatAdapters
+from adaptc.chat.models import ModelOptions, open_model
+from tests.support.chats import SIZES, SPECIAL, ChatModel, no_output
 from tests.support.families import FAMILIES, VOCAB
 
 
@@ -31,11 +31,11 @@ def logits(model: Any) -> Any:
         return model(input_ids=torch.tensor([[9, 12, 41]])).logits
 
 
-def test_a_model_directory(chats: Chats, captured: list[Any]) -> None:
-    found = opened(chats.folder / "model", How(max_length=33, backend="inductor"))
-    assert found.made == ()
+def test_a_model_directory(chats: ChatModel, captured: list[Any]) -> None:
+    found = open_model(chats.folder / "model", ModelOptions(max_length=33, backend="inductor"))
+    assert found.generators == ()
     assert found.tokenizer("w9 w12")["input_ids"] == [9, 12]
-    assert found.tokenizer.chat_template == chats.opened.tokenizer.chat_template
+    assert found.tokenizer.chat_template == chats.opened_model.tokenizer.chat_template
     assert found.capture is not None
     found.capture(None)
     found.capture("a directory")
@@ -46,9 +46,9 @@ def test_a_model_directory(chats: Chats, captured: list[Any]) -> None:
     assert options == {"max_batch": 1, "max_length": 33, "backend": "inductor"}
 
 
-def test_the_dtype_is_that_of_the_file_or_the_one_asked_for(chats: Chats, captured: list[Any]) -> None:
+def test_the_dtype_is_that_of_the_file_or_the_one_asked_for(chats: ChatModel, captured: list[Any]) -> None:
     for dtype in (None, "bfloat16"):
-        capture = opened(chats.folder / "model", How(dtype=dtype, device="cpu")).capture
+        capture = open_model(chats.folder / "model", ModelOptions(dtype=dtype, device="cpu")).capture
         assert capture is not None
         capture(None)
     assert [m.dtype for m, _, _ in captured] == [torch.float32, torch.bfloat16]
@@ -56,7 +56,7 @@ def test_the_dtype_is_that_of_the_file_or_the_one_asked_for(chats: Chats, captur
 
 def test_a_gguf_file(tmp_path: Path, captured: list[Any]) -> None:
     written = write_gguf(tmp_path / "tiny.gguf")
-    found = opened(tmp_path / "tiny.gguf", How())
+    found = open_model(tmp_path / "tiny.gguf", ModelOptions())
     assert found.tokenizer("w9 w12", add_special_tokens=False)["input_ids"]
     assert found.capture is not None
     found.capture(None)
@@ -65,7 +65,7 @@ def test_a_gguf_file(tmp_path: Path, captured: list[Any]) -> None:
     torch.testing.assert_close(model.lm_head.weight.detach(), written)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF and nothing else")
     with pytest.raises(adaptc.CheckpointError, match=r"tiny\.gguf"):
-        opened(tmp_path / "tiny.gguf", How())
+        open_model(tmp_path / "tiny.gguf", ModelOptions())
 
 
 def write_gguf(path: Path) -> torch.Tensor:
@@ -122,60 +122,60 @@ def test_a_gguf_file_without_the_package_that_reads_it(tmp_path: Path, monkeypat
         read_gguf(tmp_path / "tiny.gguf")
 
 
-def test_a_program_that_generates(chats: Chats, tmp_path: Path) -> None:
-    generator = chats.opened.made[0]
+def test_a_program_that_generates(chats: ChatModel, tmp_path: Path) -> None:
+    generator = chats.opened_model.generators[0]
     adaptc.swap(generator, chats.folder / "one")
     file = adaptc.save(generator, tmp_path / "program.pt2")
     with pytest.raises(adaptc.CheckpointError, match=r"no tokenizer in .* --tokenizer"):
-        opened(file, How())
-    found = opened(file, How(tokenizer=chats.folder / "model"))
-    (made,) = found.made
+        open_model(file, ModelOptions())
+    found = open_model(file, ModelOptions(tokenizer=chats.folder / "model"))
+    (made,) = found.generators
     assert found.capture is None
-    assert list(found.own) == ["own"]
-    own = Voices(found, {}, silent).current
+    assert list(found.bundled_adapters) == ["own"]
+    own = ChatAdapters(found, {}, no_output).current
     assert own.name == "own"
     ids = torch.tensor([[9, 12, 41, 30]])
     answer = own.generator.generate(ids, max_new_tokens=6, do_sample=False)
-    assert answer[0, 4:].tolist() == chats.recomputed("one", ids[0].tolist())
+    assert answer[0, 4:].tolist() == chats.uncached_answer("one", ids[0].tolist())
     assert made.new_cache().max_length == SIZES["max_length"]
-    for how in (How(max_length=9), How(dtype="float16")):
+    for how in (ModelOptions(max_length=9), ModelOptions(dtype="float16")):
         with pytest.raises(adaptc.ConfigError, match="is part of a saved program"):
-            opened(file, how)
+            open_model(file, how)
 
 
-def test_what_is_missing_is_named(chats: Chats, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(chats: ChatModel, tmp_path: Path) -> None:
     with pytest.raises(adaptc.CheckpointError, match=r"there is no model at .*none: give a transformers model dir"):
-        opened(tmp_path / "none", How())
+        open_model(tmp_path / "none", ModelOptions())
     shutil.copytree(chats.folder / "model", tmp_path / "m")
     (tmp_path / "m" / "config.json").unlink()
     with pytest.raises(adaptc.CheckpointError, match="there is no model in"):
-        opened(tmp_path / "m", How())
+        open_model(tmp_path / "m", ModelOptions())
     bare = tmp_path / "bare"
     chats.model.save_pretrained(bare)
     wanted = r"there is no tokenizer in .*bare.*save_pretrained.*--tokenizer"
     with pytest.raises(adaptc.CheckpointError, match=wanted) as said:
-        opened(bare, How())
+        open_model(bare, ModelOptions())
     assert "no file of one is there" in str(said.value)
     assert "sentencepiece" not in str(said.value), "what transformers says of its own installation"
-    assert opened(bare, How(tokenizer=tmp_path / "m")).tokenizer("w9")["input_ids"] == [9]
+    assert open_model(bare, ModelOptions(tokenizer=tmp_path / "m")).tokenizer("w9")["input_ids"] == [9]
     with pytest.raises(adaptc.CheckpointError, match="does not generate"):
-        opened(adaptc.save(chats.whole, tmp_path / "p.pt2"), How())
+        open_model(adaptc.save(chats.uncached_program, tmp_path / "p.pt2"), ModelOptions())
     (tmp_path / "text").write_text("no program")
     with pytest.raises(adaptc.CheckpointError, match="cannot be read as an exported program"):
-        opened(tmp_path / "text", How())
+        open_model(tmp_path / "text", ModelOptions())
 
 
-def test_models_with_an_encoder_do_not_talk(chats: Chats, tmp_path: Path) -> None:
-    chats.opened.tokenizer.save_pretrained(tmp_path)
+def test_models_with_an_encoder_do_not_talk(chats: ChatModel, tmp_path: Path) -> None:
+    chats.opened_model.tokenizer.save_pretrained(tmp_path)
     FAMILIES["t5"].build().save_pretrained(tmp_path)
     with pytest.raises(adaptc.CheckpointError, match=r"holds a model with an encoder \(t5\)"):
-        opened(tmp_path, How(max_length=33))
+        open_model(tmp_path, ModelOptions(max_length=33))
 
 
-def test_options_are_checked_before_anything_is_read(chats: Chats) -> None:
+def test_options_are_checked_before_anything_is_read(chats: ChatModel) -> None:
     with pytest.raises(adaptc.BackendError, match="eagre"):
-        How(backend="eagre")
+        ModelOptions(backend="eagre")
     with pytest.raises(adaptc.ConfigError, match="float3"):
-        How(dtype="float3")
+        ModelOptions(dtype="float3")
     with pytest.raises(adaptc.ConfigError, match="device='nowhere'"):
-        opened(chats.folder / "model", How(device="nowhere"))
+        open_model(chats.folder / "model", ModelOptions(device="nowhere"))

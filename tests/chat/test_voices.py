@@ -12,42 +12,42 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.chat.active_adapter import Voice, Voices
+from adaptc.chat.active_adapter import ActiveAdapter, ChatAdapters
 from adaptc.chat.models import OpenedModel
-from tests.support.chats import SIZES, Chats, silent
+from tests.support.chats import SIZES, ChatModel, no_output
 
 IDS = torch.tensor([[9, 12, 41, 30]])
 
 
-def said(voice: Voice) -> list[int]:
+def said(voice: ActiveAdapter) -> list[int]:
     return voice.generator.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 4:].tolist()
 
 
-def test_names_directories_and_the_base(chats: Chats) -> None:
-    voices = Voices(chats.opened, {"one": chats.folder / "one"}, silent)
+def test_names_directories_and_the_base(chats: ChatModel) -> None:
+    voices = ChatAdapters(chats.opened_model, {"one": chats.folder / "one"}, no_output)
     assert voices.current.name == "one"
-    expected: dict[str | None, Any] = {n: chats.recomputed(n, IDS[0].tolist()) for n in ("one", "two", None)}
+    expected: dict[str | None, Any] = {n: chats.uncached_answer(n, IDS[0].tolist()) for n in ("one", "two", None)}
     assert len({tuple(e) for e in expected.values()}) == 3
     assert said(voices.current) == expected["one"]
     path = str(chats.folder / "two")
-    voice = voices.use(path)
+    voice = voices.activate(path)
     assert (voice.name, said(voice)) == (path, expected["two"])
-    assert voice.seconds is not None
-    assert voice.seconds > 0
-    assert said(voices.base()) == expected[None]
+    assert voice.swap_seconds is not None
+    assert voice.swap_seconds > 0
+    assert said(voices.activate_base()) == expected[None]
     assert voices.current.name is None
-    assert said(voices.use("one")) == expected["one"]
+    assert said(voices.activate("one")) == expected["one"]
     assert list(voices.adapters) == ["one", path]
 
 
-def test_without_adapters_the_base_answers(chats: Chats) -> None:
-    voices = Voices(chats.opened, {}, silent)
+def test_without_adapters_the_base_answers(chats: ChatModel) -> None:
+    voices = ChatAdapters(chats.opened_model, {}, no_output)
     assert voices.current.name is None
-    assert said(voices.current) == chats.recomputed(None, IDS[0].tolist())
+    assert said(voices.current) == chats.uncached_answer(None, IDS[0].tolist())
 
 
-def test_failures_change_nothing(chats: Chats, tmp_path: Path) -> None:
-    voices = Voices(chats.opened, chats.adapters, silent)
+def test_failures_change_nothing(chats: ChatModel, tmp_path: Path) -> None:
+    voices = ChatAdapters(chats.opened_model, chats.adapters, no_output)
     before, expected = voices.current, said(voices.current)
     (tmp_path / "empty").mkdir()
     for name, message in {
@@ -57,7 +57,7 @@ def test_failures_change_nothing(chats: Chats, tmp_path: Path) -> None:
         str(chats.folder / "head"): "lm_head",
     }.items():
         with pytest.raises(adaptc.AdaptcError, match=message):
-            voices.use(name)
+            voices.activate(name)
         assert voices.current is before
         assert list(voices.adapters) == ["one", "two"]
         assert said(voices.current) == expected
@@ -66,17 +66,17 @@ def test_failures_change_nothing(chats: Chats, tmp_path: Path) -> None:
 class Captures:
     """An opened model whose captures are counted."""
 
-    def __init__(self, chats: Chats, own: dict[str, Any] | None = None) -> None:
+    def __init__(self, chats: ChatModel, own: dict[str, Any] | None = None) -> None:
         self.chats, self.asked, self.told = chats, [], []
         self.refused: list[Path] = []
-        self.opened = OpenedModel(chats.opened.tokenizer, self.capture, (), own or {})
+        self.opened = OpenedModel(chats.opened_model.tokenizer, self.capture, (), own or {})
 
     def capture(self, adapter: Any) -> adaptc.Generator:
         self.asked.append(adapter)
         if adapter is None or isinstance(adapter, list):
             if adapter == self.refused:
                 raise adaptc.ConfigError("these do not go together")
-            return self.chats.opened.made[0]
+            return self.chats.opened_model.generators[0]
         return adaptc.compile_for_generation(self.chats.model, adapter, **SIZES)
 
     @contextlib.contextmanager
@@ -85,75 +85,77 @@ class Captures:
         yield
 
 
-def test_a_program_more_for_an_adapter_that_does_not_fit(chats: Chats) -> None:
+def test_a_program_more_for_an_adapter_that_does_not_fit(chats: ChatModel) -> None:
     captures = Captures(chats)
-    voices = Voices(captures.opened, {}, captures.working)
+    voices = ChatAdapters(captures.opened, {}, captures.working)
     assert captures.asked == [None]
-    ia3 = voices.use(str(chats.folder / "ia3"))
+    ia3 = voices.activate(str(chats.folder / "ia3"))
     assert captures.asked == [None, chats.folder / "ia3"]
     assert captures.told == ["capturing the model", "preparing", f"capturing the model for {ia3.name}", "preparing"]
-    assert ia3.seconds is None
-    plain = chats.recomputed(None, IDS[0].tolist())
+    assert ia3.swap_seconds is None
+    plain = chats.uncached_answer(None, IDS[0].tolist())
     own = adaptc.compile(chats.model, str(chats.folder / "ia3"))
     tokens = IDS
     for _ in range(6):
         tokens = torch.cat([tokens, own(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
     assert said(ia3) == tokens[0, 4:].tolist() != plain
     # Both programs stay: to and fro, none is captured again.
-    one = voices.use(str(chats.folder / "one"))
-    assert said(one) == chats.recomputed("one", IDS[0].tolist())
-    assert said(voices.use(str(chats.folder / "ia3"))) == tokens[0, 4:].tolist()
-    assert said(voices.base()) == plain
+    one = voices.activate(str(chats.folder / "one"))
+    assert said(one) == chats.uncached_answer("one", IDS[0].tolist())
+    assert said(voices.activate(str(chats.folder / "ia3"))) == tokens[0, 4:].tolist()
+    assert said(voices.activate_base()) == plain
     assert len(captures.asked) == 2
 
 
-def test_one_program_for_all_adapters_that_are_named(chats: Chats) -> None:
+def test_one_program_for_all_adapters_that_are_named(chats: ChatModel) -> None:
     captures, paths = Captures(chats), list(chats.adapters.values())
-    voices = Voices(captures.opened, chats.adapters, captures.working)
+    voices = ChatAdapters(captures.opened, chats.adapters, captures.working)
     assert captures.asked == [paths]
     assert captures.told == [f"capturing the model for {paths[0]}, {paths[1]}", "preparing"]
     for name in ("one", "two", "one"):
-        assert said(voices.use(name)) == chats.recomputed(name, IDS[0].tolist())
+        assert said(voices.activate(name)) == chats.uncached_answer(name, IDS[0].tolist())
     assert len(captures.asked) == 1
 
 
-def test_adapters_that_no_program_takes_together(chats: Chats) -> None:
+def test_adapters_that_no_program_takes_together(chats: ChatModel) -> None:
     """The first gets one of its own, and so do the others when they are asked for."""
     adapters = {"ia3": chats.folder / "ia3", "none": chats.folder / "empty"}
     captures, notes = Captures(chats), []
     captures.refused = list(adapters.values())
-    voices = Voices(captures.opened, adapters, captures.working, notes.append)
+    voices = ChatAdapters(captures.opened, adapters, captures.working, notes.append)
     assert captures.asked == [captures.refused, adapters["ia3"]]
     assert voices.current.name == "ia3"
     (note,) = notes
     assert note.endswith("these do not go together")
     before = said(voices.current)
     with pytest.raises(adaptc.AdaptcError, match="empty"):
-        voices.use("none")
+        voices.activate("none")
     assert said(voices.current) == before
 
 
-def test_a_capture_that_fails_leaves_the_voice(chats: Chats) -> None:
-    voices = Voices(chats.opened, {}, silent)
+def test_a_capture_that_fails_leaves_the_voice(chats: ChatModel) -> None:
+    voices = ChatAdapters(chats.opened_model, {}, no_output)
 
     def capture(adapter: Any) -> adaptc.Generator:
         raise adaptc.TargetError("nothing of this name")
 
-    failing = Voices(OpenedModel(chats.opened.tokenizer, capture, chats.opened.made), {}, silent)
+    failing = ChatAdapters(
+        OpenedModel(chats.opened_model.tokenizer, capture, chats.opened_model.generators), {}, no_output
+    )
     with pytest.raises(adaptc.TargetError):
-        failing.use(str(chats.folder / "ia3"))
+        failing.activate(str(chats.folder / "ia3"))
     assert failing.current.name is None
     assert said(failing.current) == said(voices.current)
 
 
-def test_what_came_with_a_program_answers_first_and_can_be_come_back_to(chats: Chats) -> None:
-    generator = chats.opened.made[0]
+def test_what_came_with_a_program_answers_first_and_can_be_come_back_to(chats: ChatModel) -> None:
+    generator = chats.opened_model.generators[0]
     adaptc.swap(generator, chats.folder / "two")
-    opened = OpenedModel(chats.opened.tokenizer, None, (generator,), {"own": generator.program.binding})
-    voices = Voices(opened, {}, silent)
+    opened = OpenedModel(chats.opened_model.tokenizer, None, (generator,), {"own": generator.program.binding})
+    voices = ChatAdapters(opened, {}, no_output)
     assert voices.current.name == "own"
-    expected = chats.recomputed("two", IDS[0].tolist())
+    expected = chats.uncached_answer("two", IDS[0].tolist())
     assert said(voices.current) == expected
-    voices.use(str(chats.folder / "one"))
-    assert said(voices.use("own")) == expected
-    assert Voices(opened, {"one": chats.folder / "one"}, silent).current.name == "one"
+    voices.activate(str(chats.folder / "one"))
+    assert said(voices.activate("own")) == expected
+    assert ChatAdapters(opened, {"one": chats.folder / "one"}, no_output).current.name == "one"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.adapter_files.formats.ldm import original_names
 from tests.support import diffusion
-from tests.support.diffusion import COMPONENTS, adapted, out
+from tests.support.diffusion import COMPONENTS, model_with_peft_adapter, output_tensor
 
 PIPELINES = {
     "unet": lora_pipeline.StableDiffusionLoraLoaderMixin,
@@ -42,13 +42,13 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def close(got: Tensor, wanted: Tensor, name: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    assert (wanted - out(diffusion.model(name), name)).abs().max() > 1e-2, "the adapter does nothing"
+    assert (wanted - output_tensor(diffusion.model(name), name)).abs().max() > 1e-2, "the adapter does nothing"
 
 
 def swapped(name: str, adapter: Any, **options: Any) -> Tensor:
     program = diffusion.program(name)
     adaptc.swap(program, adapter, **options)
-    return out(program, name)
+    return output_tensor(program, name)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -68,37 +68,37 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_save_lora_adapter(name: str, variant: str, tmp_path: Path) -> None:
-    theirs = adapted(name, **VARIANTS[variant])
+    theirs = model_with_peft_adapter(name, **VARIANTS[variant])
     theirs.save_lora_adapter(tmp_path)
-    close(swapped(name, tmp_path), out(theirs, name), name)
+    close(swapped(name, tmp_path), output_tensor(theirs, name), name)
 
 
 @pytest.mark.parametrize("metadata", [True, False])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_save_lora_weights_of_a_pipeline(name: str, metadata: bool, tmp_path: Path) -> None:
-    theirs, component = adapted(name), COMPONENTS[name]
-    text = adapted("clip", r=2)
+    theirs, component = model_with_peft_adapter(name), COMPONENTS[name]
+    text = model_with_peft_adapter("clip", r=2)
     layers = {f"{component}_lora_layers": state(theirs), "text_encoder_lora_layers": state(text)}
     said = {f"{component}_lora_adapter_metadata": theirs.peft_config["default"].to_dict()} if metadata else {}
     PIPELINES[name].save_lora_weights(tmp_path, **layers, **said)
     wanted, wanted_text = theirs, text
     if not metadata:  # then a scale is one, to diffusers too
-        wanted, wanted_text = (adapted(n, r=r, lora_alpha=r) for n, r in ((name, 3), ("clip", 2)))
+        wanted, wanted_text = (model_with_peft_adapter(n, r=r, lora_alpha=r) for n, r in ((name, 3), ("clip", 2)))
     else:
-        wanted_text = adapted("clip", r=2, lora_alpha=2)
+        wanted_text = model_with_peft_adapter("clip", r=2, lora_alpha=2)
     program = diffusion.program(name)
     report = adaptc.swap(program, tmp_path / "pytorch_lora_weights.safetensors")
-    close(out(program, name), out(wanted, name), name)
+    close(output_tensor(program, name), output_tensor(wanted, name), name)
     assert (report.origin.format, report.origin.component) == ("diffusers", component)
-    assert report.origin.others == {"text_encoder": len(state(text))}
-    close(swapped("clip", tmp_path), out(wanted_text, "clip"), "clip")
+    assert report.origin.other_components == {"text_encoder": len(state(text))}
+    close(swapped("clip", tmp_path), output_tensor(wanted_text, "clip"), "clip")
 
 
 def test_dora_of_a_unet(tmp_path: Path) -> None:
-    theirs = adapted("unet", use_dora=True, target_modules=["to_q", "conv1"])
+    theirs = model_with_peft_adapter("unet", use_dora=True, target_modules=["to_q", "conv1"])
     theirs.save_lora_adapter(tmp_path)
     made = adaptc.compile(diffusion.model("unet"), tmp_path, example_inputs=diffusion.inputs("unet"))
-    close(out(made, "unet"), out(theirs, "unet"), "unet")
+    close(output_tensor(made, "unet"), output_tensor(theirs, "unet"), "unet")
 
 
 # --- read by diffusers ------------------------------------------------------------------------------------------------
@@ -107,14 +107,14 @@ def test_dora_of_a_unet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_load_lora_adapter_reads_what_is_written(name: str, prefix: bool, tmp_path: Path) -> None:
-    adapted(name, **VARIANTS["patterns"]).save_lora_adapter(tmp_path / "theirs")
+    model_with_peft_adapter(name, **VARIANTS["patterns"]).save_lora_adapter(tmp_path / "theirs")
     wanted = swapped(name, tmp_path / "theirs")
     component = COMPONENTS[name] if prefix else None
     file = adaptc.save_adapter(diffusion.program(name), tmp_path / "ours", format="diffusers", component=component)
     assert file == tmp_path / "ours" / "pytorch_lora_weights.safetensors"
     model = diffusion.model(name)
     model.load_lora_adapter(str(tmp_path / "ours"), prefix=component, use_safetensors=True)
-    close(out(model, name), wanted, name)
+    close(output_tensor(model, name), wanted, name)
     close(swapped(name, tmp_path / "ours"), wanted, name)
     front = f"{component}." if prefix else ""
     ours, theirs = load_file(file), load_file(tmp_path / "theirs" / "pytorch_lora_weights.safetensors")
@@ -124,16 +124,16 @@ def test_load_lora_adapter_reads_what_is_written(name: str, prefix: bool, tmp_pa
 
 @pytest.mark.parametrize("name", ["unet", "sd3"])
 def test_pipelines_read_a_text_encoder_that_is_written(name: str, tmp_path: Path) -> None:
-    theirs = adapted("clip")
+    theirs = model_with_peft_adapter("clip")
     wanted = swapped("clip", state(theirs), config=theirs.peft_config["default"])
-    close(wanted, out(theirs, "clip"), "clip")
+    close(wanted, output_tensor(theirs, "clip"), "clip")
     adaptc.save_adapter(diffusion.program("clip"), tmp_path, format="diffusers", component="text_encoder")
     model, loader = diffusion.model("clip"), PIPELINES[name]
     tensors, *_, metadata = loader.lora_state_dict(str(tmp_path), return_lora_metadata=True)
     loader.load_lora_into_text_encoder(
         tensors, network_alphas=None, text_encoder=model, prefix="text_encoder", metadata=metadata
     )
-    close(out(model, "clip"), wanted, "clip")
+    close(output_tensor(model, "clip"), wanted, "clip")
 
 
 # --- kohya ------------------------------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ def test_kohya_files_mean_what_diffusers_makes_of_them(te: str, tmp_path: Path) 
     converted, alphas = loader.lora_state_dict(str(tmp_path / "kohya.safetensors"))
     unet, text = diffusion.model("unet"), diffusion.model("clip")
     loader.load_lora_into_unet(converted, network_alphas=alphas, unet=unet)
-    close(swapped("unet", tmp_path / "kohya.safetensors"), out(unet, "unet"), "unet")
+    close(swapped("unet", tmp_path / "kohya.safetensors"), output_tensor(unet, "unet"), "unet")
     loader.load_lora_into_text_encoder(converted, network_alphas=alphas, text_encoder=text)
-    close(swapped("clip", tmp_path / "kohya.safetensors"), out(text, "clip"), "clip")
+    close(swapped("clip", tmp_path / "kohya.safetensors"), output_tensor(text, "clip"), "clip")
     # What its converter gives is taken as a state dict too, without the alphas that it gives apart.
     again = swapped("unet", converted)
     plain = diffusion.model("unet")
     loader.load_lora_into_unet(converted, network_alphas=None, unet=plain)
-    close(again, out(plain, "unet"), "unet")
+    close(again, output_tensor(plain, "unet"), "unet")
 
 
 def test_kohya_files_with_original_names(tmp_path: Path) -> None:
@@ -187,12 +187,12 @@ def test_kohya_files_with_original_names(tmp_path: Path) -> None:
     loader = PIPELINES["unet"]
     converted, alphas = loader.lora_state_dict(str(tmp_path / "ldm.safetensors"), unet_config=model.config)
     loader.load_lora_into_unet(converted, network_alphas=alphas, unet=model)
-    close(swapped("unet", tmp_path / "ldm.safetensors"), out(model, "unet"), "unet")
+    close(swapped("unet", tmp_path / "ldm.safetensors"), output_tensor(model, "unet"), "unet")
 
 
 @pytest.mark.parametrize("name", ["unet", "clip"])
 def test_kohya_files_that_are_written(name: str, tmp_path: Path) -> None:
-    theirs = adapted(name, r=4, lora_alpha=3)
+    theirs = model_with_peft_adapter(name, r=4, lora_alpha=3)
     config = theirs.peft_config["default"]
     wanted = swapped(name, state(theirs), config=config)
     component = COMPONENTS[name]
@@ -205,17 +205,17 @@ def test_kohya_files_that_are_written(name: str, tmp_path: Path) -> None:
         loader.load_lora_into_unet(converted, network_alphas=alphas, unet=model)
     else:
         loader.load_lora_into_text_encoder(converted, network_alphas=alphas, text_encoder=model)
-    close(out(model, name), wanted, name)
+    close(output_tensor(model, name), wanted, name)
     before = {k: t.clone() for k, t in program.binding.values.items()}
     adaptc.swap(program, file)
     assert all(torch.equal(program.binding.values[k], t) for k, t in before.items())
 
 
 def test_diffusers_own_kohya_writer(tmp_path: Path) -> None:
-    theirs = adapted("unet", r=3, lora_alpha=3)
+    theirs = model_with_peft_adapter("unet", r=3, lora_alpha=3)
     kohya = convert_state_dict_to_kohya({f"unet.{k}": t for k, t in state(theirs).items()})
     save_file({k: t.contiguous() for k, t in kohya.items()}, tmp_path / "x.safetensors")
-    close(swapped("unet", tmp_path / "x.safetensors"), out(theirs, "unet"), "unet")
+    close(swapped("unet", tmp_path / "x.safetensors"), output_tensor(theirs, "unet"), "unet")
 
 
 # --- older names ------------------------------------------------------------------------------------------------------
@@ -233,21 +233,21 @@ def old_unet_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_processor_names(tmp_path: Path) -> None:
-    theirs = adapted("unet", r=3, lora_alpha=3)
+    theirs = model_with_peft_adapter("unet", r=3, lora_alpha=3)
     old = old_unet_keys(state(theirs))
     assert any(".processor.to_out_lora.down.weight" in k for k in old)
     save_file({k: t.contiguous() for k, t in old.items()}, tmp_path / "pytorch_lora_weights.safetensors")
-    close(swapped("unet", tmp_path), out(theirs, "unet"), "unet")
+    close(swapped("unet", tmp_path), output_tensor(theirs, "unet"), "unet")
     model = diffusion.model("unet")
     model.load_lora_adapter(str(tmp_path), prefix="unet", use_safetensors=True)
-    close(out(model, "unet"), out(theirs, "unet"), "unet")
+    close(output_tensor(model, "unet"), output_tensor(theirs, "unet"), "unet")
     bare = {k.removeprefix("unet."): t for k, t in old.items()}
-    close(swapped("unet", bare), out(theirs, "unet"), "unet")
+    close(swapped("unet", bare), output_tensor(theirs, "unet"), "unet")
 
 
 @pytest.mark.parametrize("outer", ["", "text_model."])
 def test_text_encoder_names(outer: str, tmp_path: Path) -> None:
-    theirs = adapted("clip", r=3, lora_alpha=3)
+    theirs = model_with_peft_adapter("clip", r=3, lora_alpha=3)
     middle = convert_state_dict_to_diffusers({outer + k: t for k, t in state(theirs).items()})
     oldest = {}
     for key, t in middle.items():
@@ -257,11 +257,11 @@ def test_text_encoder_names(outer: str, tmp_path: Path) -> None:
     assert any(".to_out_lora." in k for k in oldest)
     for tensors in (middle, oldest):
         save_file({f"text_encoder.{k}": t for k, t in tensors.items()}, tmp_path / "pytorch_lora_weights.safetensors")
-        close(swapped("clip", tmp_path), out(theirs, "clip"), "clip")
+        close(swapped("clip", tmp_path), output_tensor(theirs, "clip"), "clip")
 
 
 def test_metadata_is_written_as_diffusers_reads_it(tmp_path: Path) -> None:
-    theirs = adapted("sd3")
+    theirs = model_with_peft_adapter("sd3")
     swapped("sd3", state(theirs), config=theirs.peft_config["default"])
     program = diffusion.program("sd3")
     file = adaptc.save_adapter(program, tmp_path / "x.safetensors", format="diffusers", component="transformer")

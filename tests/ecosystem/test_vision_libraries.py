@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import adaptc
 from tests.support.families import perturb
-from tests.support.other_models import MODELS, Other
+from tests.support.other_models import MODELS, MultiInputModel
 
 LIBRARIES = [pytest.param("unet", marks=pytest.mark.slow), "flux", "timm_vit", "timm_resnet", "open_clip"]
 
@@ -29,7 +29,7 @@ def close(found: list[Any], expected: list[Any]) -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
 
 
-def peft_model(other: Other, folder: Path, **options: Any) -> Any:
+def peft_model(other: MultiInputModel, folder: Path, **options: Any) -> Any:
     """PEFT on the same model, with an adapter that does something, and the adapter written to ``folder``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # models that are not of transformers have no card
@@ -48,7 +48,7 @@ def test_a_model_is_adapted_called_swapped_and_merged(name: str, tmp_path: Path)
     model, inputs = other.build(), other.inputs(3)
     before = run(model, inputs)
     config = adaptc.LoraConfig(r=3, target_modules=other.targets)
-    program = adaptc.compile(model, config, example_inputs=None if other.made else inputs)
+    program = adaptc.compile(model, config, example_inputs=None if other.cached_model else inputs)
     close(run(program, inputs), before)
     for rank, rows in ((2, 2), (5, 4)):
         theirs = peft_model(other, tmp_path / str(rank), r=rank, lora_alpha=3 * rank + 1)

@@ -155,7 +155,7 @@ def test_text_is_generated_in_every_way_that_is_shown(
 ) -> None:
     monkeypatch.setitem(sys.modules, "quickstart", quickstart)
     generate = load("generate", monkeypatch)
-    model: Any = chats.answering()
+    model: Any = chats.model_that_answers()
     model.config.max_position_embeddings = 512
     for name in ("pirate", "telegram"):
         made = adaptc.LoraConfig(r=3, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
@@ -182,7 +182,7 @@ def test_one_batch_is_answered_by_many_adapters(
     monkeypatch.setitem(sys.modules, "quickstart", quickstart)
     script = load("many_adapters", monkeypatch)
     monkeypatch.setattr(script, "QUESTIONS", ("w9 w12", "w9", "w12 w9 w12", "w11 w5"))
-    model: Any = chats.answering()
+    model: Any = chats.model_that_answers()
     model.config.max_position_embeddings = 512
     for name in ("pirate", "telegram"):
         made = adaptc.LoraConfig(r=3, target_modules=["v_proj", "down_proj"], init_lora_weights=False)

@@ -12,8 +12,17 @@ import peft
 import pytest
 
 import adaptc
-from adaptc.binding.sources.source import from_peft
-from tests.support.oracle import Oracle, assert_differs, assert_same, base, load_peft, quiet, randomize, run
+from adaptc.binding.sources.source import config_from_peft
+from tests.support.oracle import (
+    Oracle,
+    assert_differs,
+    assert_same,
+    load_peft,
+    quiet,
+    randomize,
+    run,
+    shared_base_program,
+)
 
 CPU_OFFLOAD = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
 #: A value for every field that is refused, as PEFT's own config takes it.
@@ -46,7 +55,7 @@ PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    return Oracle.of("llama", peft.LoraConfig(**PLAIN), tmp_path_factory.mktemp("adapter"))
+    return Oracle.wrap_and_save("llama", peft.LoraConfig(**PLAIN), tmp_path_factory.mktemp("adapter"))
 
 
 def peft_config(**options: Any) -> peft.LoraConfig:
@@ -54,7 +63,7 @@ def peft_config(**options: Any) -> peft.LoraConfig:
         return peft.LoraConfig(**{"target_modules": ["q_proj"], **options})
 
 
-@pytest.mark.parametrize("name", sorted(adaptc.LoraConfig.refused))
+@pytest.mark.parametrize("name", sorted(adaptc.LoraConfig.unsupported_fields))
 def test_what_is_not_supported_is_refused_by_name(name: str, oracle: Oracle, tmp_path: Path):
     """As a config of peft's, and in a file. ``loftq`` objects need scipy, so that one comes as a mapping."""
     options = REFUSED[name]
@@ -72,15 +81,15 @@ def test_what_is_not_supported_is_refused_by_name(name: str, oracle: Oracle, tmp
         else peft_config(**options)
     )
     with pytest.raises(adaptc.ConfigError, match=rf"LoraConfig\.{name}=.* is not supported: "):
-        adaptc.compile(base("llama"), config)
+        adaptc.compile(shared_base_program("llama"), config)
     if name == "runtime_config":  # PEFT never writes it
         return
     path = Path(shutil.copytree(oracle.path, tmp_path / "adapter"))
     stored = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**stored, name: plain}))
     for call in (
-        lambda: adaptc.compile(base("llama"), path),
-        lambda: adaptc.swap(adaptc.compile(base("llama"), oracle.path), path),
+        lambda: adaptc.compile(shared_base_program("llama"), path),
+        lambda: adaptc.swap(adaptc.compile(shared_base_program("llama"), oracle.path), path),
     ):
         with pytest.raises(adaptc.ConfigError, match=rf"LoraConfig\.{name}=.* is not supported: "):
             call()
@@ -89,7 +98,9 @@ def test_what_is_not_supported_is_refused_by_name(name: str, oracle: Oracle, tmp
 @pytest.mark.parametrize("scheme", ["eva", "corda", "loftq", "lora_ga", "nonsense"])
 def test_initialisations_that_do_not_exist_are_refused_by_name(scheme: str):
     with pytest.raises(adaptc.ConfigError, match=rf"init_lora_weights.*{scheme}"):
-        adaptc.compile(base("llama"), adaptc.LoraConfig(target_modules=["q_proj"], init_lora_weights=scheme))
+        adaptc.compile(
+            shared_base_program("llama"), adaptc.LoraConfig(target_modules=["q_proj"], init_lora_weights=scheme)
+        )
 
 
 def test_the_fields_and_defaults_are_pefts():
@@ -116,10 +127,10 @@ def test_the_fields_and_defaults_are_pefts():
 def test_a_config_of_peft_is_taken_as_it_is(options: dict[str, Any], tmp_path: Path):
     """The same object for both, before PEFT has used it; equal values then give equal outputs."""
     config = peft.LoraConfig(init_lora_weights=False, **options)
-    program = adaptc.compile(base("llama"), config)
+    program = adaptc.compile(shared_base_program("llama"), config)
     with quiet("Adapter 'default': .* LoRA tensor.s. have invalid shape.*"):  # PEFT's check does not know lora_bias
-        oracle = Oracle.of("llama", config, tmp_path / "peft")
-    oracle.fill(program)
+        oracle = Oracle.wrap_and_save("llama", config, tmp_path / "peft")
+    oracle.module_with_peft_values(program)
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     saved = adaptc.save_adapter(program, tmp_path / "adaptc")
     assert_same(run(load_peft(oracle.family.build(), saved), oracle.family, 3, 7), oracle(3, 7))
@@ -140,7 +151,7 @@ def test_unknown_keys_warn(oracle: Oracle, tmp_path: Path):
     stored = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**stored, "lora_alfa": 3, "invented_later": [1]}))
     with pytest.warns(adaptc.AdaptcWarning, match=r"invented_later.*lora_alfa.*lora_alpha"):
-        program = adaptc.compile(base("llama"), path)
+        program = adaptc.compile(shared_base_program("llama"), path)
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     with pytest.warns(adaptc.AdaptcWarning, match="invented_later"):
         adaptc.swap(program, path)
@@ -154,7 +165,7 @@ def test_a_file_of_an_adapter_that_eva_began(oracle: Oracle, tmp_path: Path):
     (path / "adapter_config.json").write_text(json.dumps(stored))
     with quiet(".*eva.*", ".*EVA.*"):
         theirs = load_peft(oracle.family.build(), path)
-    program = adaptc.compile(base("llama"), path)
+    program = adaptc.compile(shared_base_program("llama"), path)
     assert_same(run(program, oracle.family, 3, 7), run(theirs, oracle.family, 3, 7))
     adaptc.swap(program, path)
     again = load_peft(oracle.family.build(), adaptc.save_adapter(program, tmp_path / "saved"))
@@ -176,7 +187,7 @@ def test_named_adapters_in_one_directory(tmp_path: Path):
         wrapped.set_adapter(name)
         expected[name] = run(wrapped, family, 3, 7)
     assert_differs(expected["fr"], expected["de"])
-    program = adaptc.compile(base("llama"), [tmp_path / "fr", tmp_path / "de"])
+    program = adaptc.compile(shared_base_program("llama"), [tmp_path / "fr", tmp_path / "de"])
     assert_same(run(program, family, 3, 7), expected["fr"])
     adaptc.swap(program, tmp_path, adapter_name="de")
     assert_same(run(program, family, 3, 7), expected["de"])
@@ -192,7 +203,7 @@ def test_named_adapters_in_one_directory(tmp_path: Path):
 
 def test_the_name_of_the_adapter_in_the_program(oracle: Oracle, tmp_path: Path):
     """Any name in the state dict; files never hold it."""
-    program = adaptc.compile(base("llama"), oracle.path, adapter_name="lora_A")
+    program = adaptc.compile(shared_base_program("llama"), oracle.path, adapter_name="lora_A")
     assert "model.layers.1.self_attn.v_proj.lora_A.lora_A.weight" in program.state_dict
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     loaded = load_peft(oracle.family.build(), adaptc.save_adapter(program, tmp_path / "a"))
@@ -201,10 +212,12 @@ def test_the_name_of_the_adapter_in_the_program(oracle: Oracle, tmp_path: Path):
 
 def test_a_state_dict_of_peft(oracle: Oracle):
     """With and without the prefix, with PEFT's config for the scale."""
-    program = adaptc.compile(base("llama"), adaptc.LoraConfig(target_modules="all-linear"))
+    program = adaptc.compile(shared_base_program("llama"), adaptc.LoraConfig(target_modules="all-linear"))
     tensors = peft.get_peft_model_state_dict(oracle.model)
     config = oracle.model.peft_config["default"]
     adaptc.swap(program, tensors, config=config)
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
-    adaptc.swap(program, {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, config=from_peft(config))
+    adaptc.swap(
+        program, {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, config=config_from_peft(config)
+    )
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))

@@ -61,7 +61,7 @@ def case(
 ) -> tuple[Oracle, Family, torch.dtype]:
     name, dtype = request.param[0], HALF[request.param[1]]
     config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, target_modules=TARGETS.get(name, "all-linear"))
-    oracle = Oracle.of(name, config, tmp_path_factory.mktemp("adapter"), model=model(name, dtype))
+    oracle = Oracle.wrap_and_save(name, config, tmp_path_factory.mktemp("adapter"), model=model(name, dtype))
     return oracle, in_dtype(FAMILIES[name], dtype), dtype
 
 
@@ -93,7 +93,7 @@ def test_gradients_and_files(case: tuple[Oracle, Family, torch.dtype], tmp_path:
     options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
     config = adaptc.LoraConfig(target_modules=TARGETS.get(oracle.name, "all-linear"), **options)
     program = adaptc.compile(half(oracle.name, dtype), config)
-    module = oracle.fill(program)
+    module = oracle.module_with_peft_values(program)
     got = gradients(module, module(**family.inputs(3, 7)))
     expected = gradients(oracle.model, oracle.model(**family.inputs(3, 7)))
     assert sorted(got) == sorted(expected)
@@ -113,7 +113,7 @@ def test_merged_weights_are_rounded_once(case: tuple[Oracle, Family, torch.dtype
     """PEFT rounds the change and then the sum. Here only the sum is, so that weights lie nearer to the exact ones."""
     oracle, family, dtype = case
     merged = adaptc.merge(adaptc.compile(half(oracle.name, dtype), oracle.path))
-    theirs, before = oracle.merged().state_dict(), model(oracle.name, dtype).state_dict()
+    theirs, before = oracle.merge_copy().state_dict(), model(oracle.name, dtype).state_dict()
     assert sorted(merged.state_dict) == sorted(theirs)
     exact_model = FAMILIES[oracle.name].build()
     exact_model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in before.items()})
@@ -130,7 +130,7 @@ def test_merged_weights_are_rounded_once(case: tuple[Oracle, Family, torch.dtype
         assert bool((ours_off <= exact[key].abs() * torch.finfo(dtype).eps * 0.501 + 1e-7).all()), key
         # Where both round the same sum, its last bit in float32 decides.
         assert float(ours_off.mean()) <= float(theirs_off.mean()) * (1 + 1e-5), key
-    assert adapted == len(oracle.modules())
+    assert adapted == len(oracle.adapted_modules())
     out = run(merged, family, 3, 7)
     assert {k: v.dtype for k, v in tensors_of(out).items()} == {
         k: v.dtype for k, v in tensors_of(run(oracle.model, family)).items()

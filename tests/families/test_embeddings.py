@@ -12,7 +12,16 @@ from safetensors.torch import save_file
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, quiet, run
+from tests.support.oracle import (
+    Oracle,
+    assert_differs,
+    assert_same,
+    file_tensors,
+    load_peft,
+    quiet,
+    run,
+    shared_base_program,
+)
 
 pytestmark = pytest.mark.few(3)
 
@@ -43,15 +52,15 @@ def config_of(kind: type, options: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module", params=ALL)
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     name, options = ALL[request.param]
-    made = Oracle.of(name, config_of(peft.LoraConfig, options), tmp_path_factory.mktemp("adapter"))
+    made = Oracle.wrap_and_save(name, config_of(peft.LoraConfig, options), tmp_path_factory.mktemp("adapter"))
     made.options = options  # type: ignore[attr-defined]
     return made
 
 
 def test_loaded(oracle: Oracle):
     """PEFT writes the base weights of adapted embeddings to the file, too; they are the base's own here."""
-    program = adaptc.compile(base(oracle.name), oracle.path)
-    assert program.binding.base == {}
+    program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
+    assert program.binding.changed_base == {}
     for batch, seq in ((2, 5), (3, 7)):
         assert_same(run(program, oracle.family, batch, seq), oracle(batch, seq))
     assert_differs(oracle(), oracle.base_output())
@@ -59,11 +68,11 @@ def test_loaded(oracle: Oracle):
 
 def test_merged(oracle: Oracle):
     """A tied weight that one of its modules is adapted on is untied, as PEFT does."""
-    oracle.check_merged(adaptc.compile(base(oracle.name), oracle.path))
+    oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
-    program = adaptc.compile(base(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
+    program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
 
 
@@ -81,12 +90,12 @@ def with_other_base(oracle: Oracle, directory: Path) -> Path:
 def test_base_weights_in_the_file_are_part_of_the_adapter(name: str, tmp_path: Path):
     """PEFT loads them into the base. Here they come and go with the binding, also under the name of a tied head."""
     config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
-    oracle = Oracle.of(name, config, tmp_path / "adapter")
+    oracle = Oracle.wrap_and_save(name, config, tmp_path / "adapter")
     other = with_other_base(oracle, tmp_path / "other")
     family = oracle.family
     expected = load_peft(family.build(), other)
     assert_differs(run(expected, family, 3, 7), oracle(3, 7))
-    program = adaptc.compile(base(name), oracle.path)
+    program = adaptc.compile(shared_base_program(name), oracle.path)
     adaptc.swap(program, other)
     assert_same(run(program, family, 3, 7), run(expected, family, 3, 7))
     loaded = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))
@@ -101,8 +110,8 @@ def test_base_weights_in_the_file_are_part_of_the_adapter(name: str, tmp_path: P
 
 def test_base_weights_of_another_vocabulary_are_refused(tmp_path: Path):
     config = peft.LoraConfig(r=3, target_modules=["embed_tokens"], init_lora_weights=False)
-    oracle = Oracle.of("llama", config, tmp_path / "adapter")
-    program = adaptc.compile(base("llama"), oracle.path)
+    oracle = Oracle.wrap_and_save("llama", config, tmp_path / "adapter")
+    program = adaptc.compile(shared_base_program("llama"), oracle.path)
     path = with_other_base(oracle, tmp_path / "other")
     tensors = file_tensors(path)
     key = "base_model.model.model.embed_tokens.base_layer.weight"
@@ -126,14 +135,14 @@ def test_an_adapter_of_a_resized_model(tmp_path: Path):
         trained.get_input_embeddings().weight[61:] += 1.0
         trained.get_output_embeddings().weight[61:] -= 0.5
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    oracle = Oracle.of("llama", config, tmp_path / "adapter", model=trained)
+    oracle = Oracle.wrap_and_save("llama", config, tmp_path / "adapter", model=trained)
     oracle.model.save_pretrained(str(tmp_path / "resized"), save_embedding_layers=True)
     assert "base_model.model.lm_head.weight" in file_tensors(tmp_path / "resized")
     ids = torch.tensor([[5, 66, 61, 7], [62, 8, 65, 64]])
     program = adaptc.compile(model, tmp_path / "resized")
     with torch.no_grad():
         assert_same(program(input_ids=ids), oracle.model(input_ids=ids))
-        assert_same(adaptc.merge(program)(input_ids=ids), oracle.merged()(input_ids=ids))
+        assert_same(adaptc.merge(program)(input_ids=ids), oracle.merge_copy()(input_ids=ids))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama", "gpt2"])
@@ -142,17 +151,19 @@ def test_trained_tokens(name: str, tmp_path: Path):
     entry = "wte" if name == "gpt2" else "embed_tokens"
     targets = "c_attn" if name == "gpt2" else "q_proj"
     options = {"target_modules": [targets], "trainable_token_indices": {entry: [7, 3, 60]}}
-    oracle = Oracle.of(name, config_of(peft.LoraConfig, options), tmp_path / "adapter")
-    program = adaptc.compile(base(name), oracle.path)
+    oracle = Oracle.wrap_and_save(name, config_of(peft.LoraConfig, options), tmp_path / "adapter")
+    program = adaptc.compile(shared_base_program(name), oracle.path)
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     assert_differs(oracle(3, 7), oracle.base_output(3, 7))
     with quiet(".*[Tt]ied.*"):
-        theirs = oracle.merged()
+        theirs = oracle.merge_copy()
     assert_same(run(adaptc.merge(program), oracle.family, 3, 7), run(theirs, oracle.family, 3, 7))
-    oracle.check_trained(adaptc.compile(base(name), config_of(adaptc.LoraConfig, options)), tmp_path / "saved")
+    oracle.check_trained(
+        adaptc.compile(shared_base_program(name), config_of(adaptc.LoraConfig, options)), tmp_path / "saved"
+    )
 
 
 def test_a_module_the_program_never_calls_is_no_target():
     """t5 reads the shared embedding through its stacks; PEFT adapts the module that nobody calls, without effect."""
     with pytest.raises(adaptc.TargetError, match="'shared'"):
-        adaptc.compile(base("t5"), adaptc.LoraConfig(target_modules=["shared"]))
+        adaptc.compile(shared_base_program("t5"), adaptc.LoraConfig(target_modules=["shared"]))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, run
+from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, load_peft, run, shared_base_program
 
 pytestmark = pytest.mark.few(3)
 
@@ -45,24 +45,24 @@ def config_of(kind: type, options: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module", params=CASES)
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     name, options = CASES[request.param]
-    made = Oracle.of(name, config_of(peft.LoraConfig, options), tmp_path_factory.mktemp("adapter"))
+    made = Oracle.wrap_and_save(name, config_of(peft.LoraConfig, options), tmp_path_factory.mktemp("adapter"))
     made.options = options  # type: ignore[attr-defined]
     return made
 
 
 def test_loaded(oracle: Oracle):
-    program = adaptc.compile(base(oracle.name), oracle.path)
+    program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
     for batch, seq in ((2, 5), (3, 7)):
         assert_same(run(program, oracle.family, batch, seq), oracle(batch, seq))
-    assert_differs(oracle(), run(base(oracle.name), oracle.family))
+    assert_differs(oracle(), run(shared_base_program(oracle.name), oracle.family))
 
 
 def test_merged(oracle: Oracle):
-    oracle.check_merged(adaptc.compile(base(oracle.name), oracle.path))
+    oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
-    program = adaptc.compile(base(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
+    program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
 
 
@@ -120,11 +120,11 @@ def test_a_file_from_before_experts_were_stacked(name: str, options: dict[str, A
     family = FAMILIES[name]
     scale = 5 / 3**0.5 if options else 5 / 3
     expected = run(with_experts_changed(name, old, scale), family, 3, 7)
-    program = adaptc.compile(base(name), old)
+    program = adaptc.compile(shared_base_program(name), old)
     assert_same(run(program, family, 3, 7), expected, tol=2e-5)
-    assert_differs(expected, run(base(name), family, 3, 7))
+    assert_differs(expected, run(shared_base_program(name), family, 3, 7))
     other = adaptc.compile(
-        base(name),
+        shared_base_program(name),
         config_of(adaptc.LoraConfig, {"target_parameters": ["gate.weight", *BOTH], "target_modules": ["q_proj"]}),
     )
     adaptc.swap(other, old)
@@ -141,7 +141,7 @@ def test_an_old_file_of_some_experts_layers(skip: str, tmp_path: Path):
     old = old_adapter("mixtral", tmp_path / "old", skip)
     family = FAMILIES["mixtral"]
     expected = run(with_experts_changed("mixtral", old, 5 / 3), family, 3, 7)
-    program = adaptc.compile(base("mixtral"), old)
+    program = adaptc.compile(shared_base_program("mixtral"), old)
     assert_same(run(program, family, 3, 7), expected, tol=2e-5)
     saved = adaptc.save_adapter(program, tmp_path / "new")
     assert_same(run(load_peft(family.build(), saved), family, 3, 7), expected, tol=2e-5)
@@ -154,15 +154,15 @@ def test_old_files_that_do_not_fit_are_refused(tmp_path: Path):
     }
     for i, (skip, message) in enumerate(cases.items()):
         with pytest.raises(adaptc.CheckpointError, match=message):
-            adaptc.compile(base("mixtral"), old_adapter("mixtral", tmp_path / str(i), skip))
+            adaptc.compile(shared_base_program("mixtral"), old_adapter("mixtral", tmp_path / str(i), skip))
     path = old_adapter("mixtral", tmp_path / "ranks", rank_pattern={"w1": 2})
     with pytest.raises(adaptc.ConfigError, match=r"rank_pattern=.*single experts"):
-        adaptc.compile(base("mixtral"), path)
+        adaptc.compile(shared_base_program("mixtral"), path)
     path = old_adapter("mixtral", tmp_path / "dropout", lora_dropout=0.1)
     with pytest.warns(adaptc.AdaptcWarning, match=r"lora_dropout=0\.1 .* is dropped"):
-        adaptc.compile(base("mixtral"), path)
+        adaptc.compile(shared_base_program("mixtral"), path)
 
 
 def test_old_targets_are_refused_by_name():
     with pytest.raises(adaptc.TargetError, match=r"\['w1', 'w3'\].*target_parameters=\['experts\.gate_up_proj'"):
-        adaptc.compile(base("mixtral"), adaptc.LoraConfig(target_modules=["q_proj", "w1", "w3"]))
+        adaptc.compile(shared_base_program("mixtral"), adaptc.LoraConfig(target_modules=["q_proj", "w1", "w3"]))

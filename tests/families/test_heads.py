@@ -15,7 +15,16 @@ from torch import nn
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, run, with_head
+from tests.support.oracle import (
+    Oracle,
+    assert_differs,
+    assert_same,
+    file_tensors,
+    load_peft,
+    run,
+    shared_base_program,
+    with_head,
+)
 
 pytestmark = pytest.mark.few(3)
 
@@ -92,7 +101,7 @@ def bare(name: str) -> adaptc.AdaptedProgram:
     """The task's program without an adapter; captured once."""
     task = CASES[name]
     if task.model_class is None and task.family not in ("deberta_v2", "roberta"):
-        return base(task.family)
+        return shared_base_program(task.family)
     return adaptc.unload(adaptc.compile(task.model(), adaptc.LoraConfig(target_modules=task.config["target_modules"])))
 
 
@@ -100,7 +109,7 @@ def bare(name: str) -> adaptc.AdaptedProgram:
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     task = CASES[request.param]
     config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **task.config)
-    made = Oracle.of(task.family, config, tmp_path_factory.mktemp("adapter"), model=task.model())
+    made = Oracle.wrap_and_save(task.family, config, tmp_path_factory.mktemp("adapter"), model=task.model())
     made.case = request.param  # type: ignore[attr-defined]
     return made
 
@@ -169,7 +178,7 @@ def test_trained_biases(bias: str, tmp_path: Path):
         "target_modules": ["query_proj", "dense"],
         "bias": bias,
     }
-    oracle = Oracle.of("deberta_v2", peft.LoraConfig(**config), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save("deberta_v2", peft.LoraConfig(**config), tmp_path / "peft")
     program = adaptc.compile(bare("deberta sequence"), oracle.path)
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     oracle.check_merged(program)
@@ -179,11 +188,11 @@ def test_trained_biases(bias: str, tmp_path: Path):
 def test_a_trained_bias_with_two_names(tmp_path: Path):
     """PEFT writes it under both; either will do, but not two values."""
     config = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, "target_modules": ["query"], "bias": "all"}
-    oracle = Oracle.of("bert", peft.LoraConfig(**config), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save("bert", peft.LoraConfig(**config), tmp_path / "peft")
     tensors = file_tensors(oracle.path)
     one, two = (f"base_model.model.cls.predictions.{n}" for n in ("bias", "decoder.bias"))
     assert torch.equal(tensors[one], tensors[two])
-    program = adaptc.compile(base("bert"), oracle.path)
+    program = adaptc.compile(shared_base_program("bert"), oracle.path)
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     loaded = load_peft(FAMILIES["bert"].build(), adaptc.save_adapter(program, tmp_path / "adaptc"))
     assert_same(run(loaded, oracle.family, 3, 7), oracle(3, 7))

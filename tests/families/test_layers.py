@@ -10,7 +10,7 @@ import pytest
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.oracle import Oracle, assert_differs, assert_same, base, load_peft, run
+from tests.support.oracle import Oracle, assert_differs, assert_same, load_peft, run, shared_base_program
 
 pytestmark = pytest.mark.few(4)
 
@@ -49,37 +49,37 @@ def config_of(kind: type, options: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module", params=CASES)
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     name, options = CASES[request.param]
-    made = Oracle.of(name, config_of(peft.LoraConfig, options), tmp_path_factory.mktemp("adapter"))
+    made = Oracle.wrap_and_save(name, config_of(peft.LoraConfig, options), tmp_path_factory.mktemp("adapter"))
     made.options = options  # type: ignore[attr-defined]
     return made
 
 
 def test_loaded(oracle: Oracle):
-    program = adaptc.compile(base(oracle.name), oracle.path)
-    assert {a.key for a in program.adaptation.attachments} == oracle.modules()
+    program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
+    assert {a.key for a in program.adaptation.attachments} == oracle.adapted_modules()
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     assert_differs(oracle(), oracle.base_output())
     oracle.check_merged(program)
 
 
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
-    program = adaptc.compile(base(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
+    program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
 
 
 def test_the_first_pattern_that_matches_rules_in_files_too(tmp_path: Path):
     """PEFT sorts the keys when it saves, and then another one comes first: it cannot load such files of its own."""
     options = {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"h.1.attn.c_proj": 2, "c_proj": 6}}
-    oracle = Oracle.of("gpt2", config_of(peft.LoraConfig, options), tmp_path / "peft")
-    program = adaptc.compile(base("gpt2"), config_of(adaptc.LoraConfig, options))
+    oracle = Oracle.wrap_and_save("gpt2", config_of(peft.LoraConfig, options), tmp_path / "peft")
+    program = adaptc.compile(shared_base_program("gpt2"), config_of(adaptc.LoraConfig, options))
     oracle.check_trained(program, tmp_path / "adaptc")
-    again = adaptc.compile(base("gpt2"), tmp_path / "adaptc")
+    again = adaptc.compile(shared_base_program("gpt2"), tmp_path / "adaptc")
     assert_same(run(again, oracle.family, 3, 7), oracle(3, 7))
     loaded = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))
     adaptc.swap(loaded, tmp_path / "adaptc")
     assert list(loaded.binding.config.rank_pattern) == list(options["rank_pattern"])
     with pytest.raises(adaptc.CheckpointError, match=r"h\.1\.attn\.c_proj.*\(2, 24\), expected \(6, 24\)"):
-        adaptc.compile(base("gpt2"), oracle.path)
+        adaptc.compile(shared_base_program("gpt2"), oracle.path)
 
 
 @pytest.mark.few(1)
@@ -88,9 +88,9 @@ def test_replicated_layers(name: str, tmp_path: Path):
     """Layers repeated over shared weights, each with an adapter of its own. PEFT merges all of one into one weight."""
     targets = {"llama": ["q_proj", "down_proj"], "bert": ["query", "dense"]}[name]
     options = {"target_modules": targets, "layer_replication": [(0, 1), (0, 2), (1, 2)]}
-    oracle = Oracle.of(name, config_of(peft.LoraConfig, options), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save(name, config_of(peft.LoraConfig, options), tmp_path / "peft")
     program = adaptc.compile(oracle.family.build(), oracle.path)
-    assert {a.key for a in program.adaptation.attachments} == oracle.modules()
+    assert {a.key for a in program.adaptation.attachments} == oracle.adapted_modules()
     for batch, seq in ((2, 5), (3, 7)):
         assert_same(run(program, oracle.family, batch, seq), oracle(batch, seq))
     assert_differs(oracle(), oracle.base_output())
@@ -103,4 +103,4 @@ def test_replicated_layers(name: str, tmp_path: Path):
 def test_replication_needs_the_model():
     config = adaptc.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
     with pytest.raises(adaptc.ConfigError, match=r"layer_replication.*nn\.Module"):
-        adaptc.compile(base("llama"), config)
+        adaptc.compile(shared_base_program("llama"), config)

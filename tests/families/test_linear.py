@@ -10,7 +10,16 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.oracle import TARGETS, Oracle, assert_differs, assert_same, base, first, quiet, run
+from tests.support.oracle import (
+    TARGETS,
+    Oracle,
+    assert_differs,
+    assert_same,
+    quiet,
+    run,
+    shared_base_program,
+    shared_lora_program,
+)
 
 pytestmark = pytest.mark.few(5)
 
@@ -22,11 +31,11 @@ SIZES = [(2, 5), (3, 7), (1, 11)]
 def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     targets = TARGETS.get(request.param, "all-linear")
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
-    return Oracle.of(request.param, config, tmp_path_factory.mktemp(request.param))
+    return Oracle.wrap_and_save(request.param, config, tmp_path_factory.mktemp(request.param))
 
 
 def test_an_adapter_of_peft_loads(oracle: Oracle):
-    program = adaptc.compile(base(oracle.name), oracle.path)
+    program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
     for batch, seq in SIZES:
         expected = oracle(batch, seq)
         assert_same(run(program, oracle.family, batch, seq), expected)
@@ -34,39 +43,39 @@ def test_an_adapter_of_peft_loads(oracle: Oracle):
 
 
 def test_the_same_modules_are_adapted(oracle: Oracle):
-    assert {a.key for a in first(oracle.name).adaptation.attachments} == oracle.modules()
+    assert {a.key for a in shared_lora_program(oracle.name).adaptation.attachments} == oracle.adapted_modules()
 
 
 def test_an_adapter_of_peft_is_swapped_in_and_out(oracle: Oracle):
-    program = first(oracle.name)
-    before = adaptc.compile(base(oracle.name), program.binding.config).binding
+    program = shared_lora_program(oracle.name)
+    before = adaptc.compile(shared_base_program(oracle.name), program.binding.config).binding
     report = adaptc.swap(program, oracle.path)
-    assert report.sites == len(oracle.modules())
+    assert report.sites == len(oracle.adapted_modules())
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     adaptc.swap(program, before)  # B is zero
     assert_same(run(program, oracle.family, 3, 7), oracle.base_output(3, 7))
 
 
 def test_merged_weights(oracle: Oracle):
-    oracle.check_merged(adaptc.compile(base(oracle.name), oracle.path))
+    oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     targets = TARGETS.get(oracle.name, "all-linear")
     config = adaptc.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
-    oracle.check_trained(adaptc.compile(base(oracle.name), config), tmp_path / "adapter")
+    oracle.check_trained(adaptc.compile(shared_base_program(oracle.name), config), tmp_path / "adapter")
 
 
 def test_the_program_without_adapter_is_the_model(oracle: Oracle):
     model = oracle.family.build()
-    assert_same(run(base(oracle.name), oracle.family, 3, 7), run(model, oracle.family, 3, 7))
+    assert_same(run(shared_base_program(oracle.name), oracle.family, 3, 7), run(model, oracle.family, 3, 7))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mixtral", "resnet")])
 def test_default_targets(name: str):
     model = FAMILIES[name].build()
     kind = model.config.model_type
-    chosen = {a.key for a in adaptc.compile(base(name), adaptc.LoraConfig()).adaptation.attachments}
+    chosen = {a.key for a in adaptc.compile(shared_base_program(name), adaptc.LoraConfig()).adaptation.attachments}
     if kind not in PEFT_DEFAULTS:
         assert {c.rpartition(".")[2] for c in chosen} == {"q_proj", "v_proj"}
         return

@@ -12,7 +12,7 @@ import torch
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.oracle import Oracle, assert_differs, assert_same, base, load_peft, run
+from tests.support.oracle import Oracle, assert_differs, assert_same, load_peft, run, shared_base_program
 
 #: method -> PEFT's config and its options for layers whose sizes are multiples of eight
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,11 +63,11 @@ def test_as_peft(family: str, method: str, tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
-        oracle = Oracle.of(family, getattr(peft, name)(**options(family, method)), tmp_path / "peft")
+        oracle = Oracle.wrap_and_save(family, getattr(peft, name)(**options(family, method)), tmp_path / "peft")
         expected, untouched = oracle(3, 7), oracle.base_output(3, 7)
     assert_differs(expected, untouched, 1e-3)
-    program = adaptc.compile(base(family), tmp_path / "peft")
-    assert {a.key for a in program.adaptation.attachments} == oracle.modules()
+    program = adaptc.compile(shared_base_program(family), tmp_path / "peft")
+    assert {a.key for a in program.adaptation.attachments} == oracle.adapted_modules()
     assert_same(run(program, oracle.family, 3, 7), expected, TOLERANCE)
     merged = adaptc.merge(program)
     assert_same(run(merged, oracle.family, 3, 7), expected, TOLERANCE)
@@ -84,12 +84,12 @@ def test_as_peft(family: str, method: str, tmp_path: Path):
 def test_a_fresh_adapter_swaps_for_peft_s(method: str, tmp_path: Path):
     """A program compiled from a config takes the file of PEFT, and what it reports names the method."""
     name = METHODS[method][0]
-    program = adaptc.compile(base("llama"), getattr(adaptc, name)(**options("llama", method)))
+    program = adaptc.compile(shared_base_program("llama"), getattr(adaptc, name)(**options("llama", method)))
     assert str(adaptc.report(program)).startswith(f"{getattr(adaptc, name).peft_type} adapter 'default'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
-        oracle = Oracle.of("llama", getattr(peft, name)(**options("llama", method)), tmp_path / "peft")
+        oracle = Oracle.wrap_and_save("llama", getattr(peft, name)(**options("llama", method)), tmp_path / "peft")
         expected = oracle(3, 7)
     adaptc.swap(program, tmp_path / "peft")
     assert_same(run(program, oracle.family, 3, 7), expected, TOLERANCE)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import adaptc
 from tests.support.families import FAMILIES, VOCAB
-from tests.support.model_state import changes, state_of
+from tests.support.model_state import changed_paths, state_of
 
 #: positions that the tiny models have
 POSITIONS = 64
@@ -66,7 +66,7 @@ def generator(family: str = "llama", backend: str = "eager", adapter: str = "fir
     gen = adaptc.compile_for_generation(
         found.model, found.adapters[adapter], max_batch=12, max_length=48, backend=backend
     )
-    assert changes(before, state_of(found.model)) == []
+    assert changed_paths(before, state_of(found.model)) == []
     return gen
 
 

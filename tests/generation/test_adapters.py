@@ -97,7 +97,7 @@ def test_files(tmp_path: Path, how: str) -> None:
     assert isinstance(loaded, adaptc.Generator)
     assert torch.equal(generated(loaded, text), found.expected("first", text))
     assert loaded.config.to_dict() == gen.config.to_dict()
-    assert (loaded.facts.layout, loaded.facts.max_length) == (gen.facts.layout, gen.facts.max_length)
+    assert (loaded.spec.layout, loaded.spec.max_length) == (gen.spec.layout, gen.spec.max_length)
     if how == "adapted":
         adaptc.swap(loaded, found.adapters["second"])
         assert torch.equal(generated(loaded, text), found.expected("second", text))

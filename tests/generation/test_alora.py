@@ -22,7 +22,7 @@ from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import generated
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
-from tests.support.invoked import alora_oracle, config_of, invoking
+from tests.support.invoked import alora_oracle, config_of, inputs_with_invocations
 from tests.support.oracle import Oracle
 
 CALL, OTHER = (5, 7), (6, 8, 9)
@@ -41,7 +41,7 @@ def generator(family: str, backend: str = "eager") -> Any:
 
 
 def text(batch: int, length: int, padding: str | None = "left", tokens: tuple[int, ...] = CALL) -> dict[str, Tensor]:
-    inputs = invoking(tokens, batch, length, padding)
+    inputs = inputs_with_invocations(tokens, batch, length, padding)
     return {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
 
 
@@ -69,7 +69,7 @@ def test_any_prompt(rows: int, length: int, padding: str | None, chunk: int | No
 @pytest.mark.parametrize("how", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 3}, {}])
 def test_rows_are_as_alone(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beams and samples of a row are invoked as the row is; prompts in pieces, too. (PEFT has no beams.)"""
-    monkeypatch.setattr(chunked_prefill, "PIECE", 4)
+    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 4)
     gen, inputs, count = generator("llama"), text(4, 9), how.get("num_return_sequences", 1)
     together = generated(gen, inputs, **how) if not how.get("do_sample") else None
     for row in range(4):
@@ -92,8 +92,8 @@ def test_it_goes_on_from_a_cache_of_the_base(family: str, monkeypatch: pytest.Mo
     said = gen.base.prefill(inputs["input_ids"][:, :8])
     before = said.copy()
     counted: list[int] = []
-    original = generators.run_as
-    monkeypatch.setattr(generators, "run_as", lambda *a: (counted.append(a[4]), original(*a))[1])
+    original = generators.run_in_mode
+    monkeypatch.setattr(generators, "run_in_mode", lambda *a: (counted.append(a[4]), original(*a))[1])
     expected = generated(peft, inputs)
     assert torch.equal(generated(gen, inputs, past_key_values=said.copy()), expected)
     assert counted == [6, *[1] * 8]
@@ -103,7 +103,7 @@ def test_it_goes_on_from_a_cache_of_the_base(family: str, monkeypatch: pytest.Mo
     # Where the cache has their first token, the others know of it. The second row is invoked once more.
     longer = gen.base.prefill(inputs["input_ids"][:, :9])
     generated(gen, inputs, past_key_values=longer)
-    assert longer.since["alora_acts"].tolist() == [9, 12, 9]
+    assert longer.active_from["alora_acts"].tolist() == [9, 12, 9]
 
 
 def test_a_conversation_stays_adapted() -> None:
@@ -136,11 +136,11 @@ def test_steps_of_ones_own() -> None:
         past = out.past_key_values
         found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
-    assert past.since["alora_acts"].tolist()[:2] == [4, 7]
+    assert past.active_from["alora_acts"].tolist()[:2] == [4, 7]
     past.batch_select_indices(torch.tensor([2, 0]))
     past.batch_repeat_interleave(2)
-    assert past.copy().since["alora_acts"].tolist() == past.since["alora_acts"].tolist()
-    on = [s < 9 for s in past.since["alora_acts"].tolist()]
+    assert past.copy().active_from["alora_acts"].tolist() == past.active_from["alora_acts"].tolist()
+    on = [s < 9 for s in past.active_from["alora_acts"].tolist()]
     assert on == [False, False, True, True]
 
 
@@ -168,7 +168,7 @@ def test_swaps_bind_and_files(backend: str, tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     gen, config = generator("llama"), LoraConfig(**config_of("llama", CALL))
     with pytest.raises(ConfigError, match=r"give input_ids, or use gen.base"):
-        gen.generate(inputs_embeds=torch.zeros(1, 3, gen.facts.width), max_new_tokens=2)
+        gen.generate(inputs_embeds=torch.zeros(1, 3, gen.spec.hidden_size), max_new_tokens=2)
     plain = adaptc.compile_for_generation(FAMILIES["llama"].build(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="a program that generates would be made with an adapter that acts"):
         plain.add_adapter("late", config, recompile=True)

@@ -13,13 +13,13 @@ import torch
 import adaptc
 from adaptc import ArrowConfig
 from tests.generation.models import generated
-from tests.support.arrow import lora, peft_model
+from tests.support.arrow import peft_model, save_random_lora
 from tests.support.families import FAMILIES
 
 
 @cache
 def directory(family: str, seed: int) -> Path:
-    return lora(family, Path(mkdtemp()), seed, lora_alpha=4 + seed)
+    return save_random_lora(family, Path(mkdtemp()), seed, lora_alpha=4 + seed)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

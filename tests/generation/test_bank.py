@@ -10,7 +10,7 @@ from torch import Tensor
 
 import adaptc
 from tests.generation.models import case, generated, generator, prompt
-from tests.support.builds import noted
+from tests.support.builds import record_builds
 
 NAMES: list[Any] = ["first", None, "second", {"first": 0.6, "second": -0.4}]
 
@@ -114,7 +114,7 @@ def test_a_call_of_other_rows_loads_nothing():
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_warm_bank_makes_nothing_while_it_generates(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, built = bank(family), noted(monkeypatch)
+    made, built = bank(family), record_builds(monkeypatch)
     made.warm()
     assert built
     before = len(built)

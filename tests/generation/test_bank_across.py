@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.bank.divided_bank import DividedBank
+from adaptc.bank.divided_bank import BankWithParts
 from tests.generation.models import case, generator, prompt
 from tests.generation.test_bank import NAMES, Mixed, row
 from tests.generation.test_encoder_decoders import WITH_ENCODER, expected, read, said
@@ -99,7 +99,7 @@ def test_refused_by_name() -> None:
         made.prefill(given["input_ids"][:2], adapters=NAMES)
     with pytest.raises(adaptc.ConfigError, match="give a row a weight"):
         said(Mixed(made, NAMES), given, adapter_scale=0.5)
-    assert isinstance(made.bank, DividedBank)
+    assert isinstance(made.bank, BankWithParts)
     for call in (made.bank.exported, lambda: made.bank(**given, adapters=NAMES), made.bank.assigned(NAMES)):
         with pytest.raises(adaptc.AdaptcError, match="part by part"):
             call()

@@ -71,7 +71,7 @@ def test_caches_of_prompts_are_continued() -> None:
     gen, bank, inputs = invoked.generator(FAMILY), alora_bank(), alora_text()
     expected = generated(Mixed(bank, ROWS), inputs)
     past = bank.prefill(inputs["input_ids"][:, :6], inputs["attention_mask"][:, :6], adapters=ROWS)
-    assert [n < 6 for n in past.since["alora_acts"].tolist()] == [True, False, False, False, True, True]
+    assert [n < 6 for n in past.active_from["alora_acts"].tolist()] == [True, False, False, False, True, True]
     assert torch.equal(generated(Mixed(bank, ROWS), inputs, past_key_values=past), expected)
     past = gen.base.prefill(inputs["input_ids"][:, :4], inputs["attention_mask"][:, :4])
     assert torch.equal(generated(Mixed(bank, ROWS), inputs, past_key_values=past), expected)

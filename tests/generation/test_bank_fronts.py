@@ -14,12 +14,12 @@ from safetensors.torch import load, save
 
 import adaptc
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import generated
 from tests.generation.test_bank import Mixed, row
 from tests.generation.test_prefixes import continued
 from tests.generation.test_virtual_tokens import TASKS, peft_said, said
-from tests.support.archives import read_records, with_hashes, write_records
+from tests.support.archives import read_records, with_right_hashes, write_records
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle
 from tests.support.prompts import prompt_oracle, text
@@ -89,7 +89,7 @@ def test_caches_are_continued(family: str, cls: str) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     mixed, expected = Mixed(made, ROWS), said(Mixed(made, ROWS), inputs)
     past = made.prefill(ids[:, :5], mask[:, :5], adapters=ROWS)
-    assert (past.length, past.begun, past.ahead.tolist()) == (12, 7, [0, 7, 5, 0])
+    assert (past.length, past.prefix_length, past.left_padding.tolist()) == (12, 7, [0, 7, 5, 0])
     for one in (past.copy(), made.assigned(ROWS).new_cache(), made.prefill(ids, mask, adapters=ROWS)):
         assert torch.equal(said(mixed, inputs, past_key_values=one), expected)
     whole = torch.cat([torch.ones(4, 7, dtype=torch.int64), mask], 1)
@@ -100,7 +100,7 @@ def test_caches_are_continued(family: str, cls: str) -> None:
     assert torch.equal(said(Mixed(made, ["two", "seven"]), turned, past_key_values=past), expected[[2, 0]])
     out = said(mixed, inputs, new=3, return_dict_in_generate=True)
     longer = {"input_ids": out.sequences, "attention_mask": torch.cat([mask, torch.ones_like(ids[:, :3])], 1)}
-    assert torch.equal(said(mixed, longer, new=4, past_key_values=out[past_name()]), expected)
+    assert torch.equal(said(mixed, longer, new=4, past_key_values=out[cache_argument_name()]), expected)
     logits = made.assigned(ROWS)(ids, attention_mask=mask).logits
     for i, name in enumerate(ROWS):
         own = alone(family, cls, name)(ids[i : i + 1], attention_mask=mask[i : i + 1]).logits
@@ -215,4 +215,4 @@ def test_packages(cls: str, tmp_path: Path) -> None:
     key = next(n for n in tensors if n.startswith("member.1."))
     records[name] = save({**tensors, key: tensors[key][0].contiguous()})
     with pytest.raises(CheckpointError, match=r"'member.1.* of another shape or dtype"):
-        adaptc.load_package(write_records(tmp_path / "forged.pt2", with_hashes(records)))
+        adaptc.load_package(write_records(tmp_path / "forged.pt2", with_right_hashes(records)))

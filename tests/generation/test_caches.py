@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.generation.cache.cache_layout import cache_of
-from adaptc.generation.spec import past_name
+from adaptc.generation.cache.cache_layout import cache_from_output
+from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import case, generated, generator, prompt
 
 
@@ -99,8 +99,8 @@ def test_one_cache_serves_what_is_bound_and_the_base() -> None:
         ids = torch.cat([text["input_ids"], torch.tensor([[9, 5]])], 1)
         with torch.no_grad():
             oracle.set_adapter("first")
-            theirs = cache_of(oracle(**text, use_cache=True))
-        expected = found.expected(name, ids, **{past_name(): theirs})
+            theirs = cache_from_output(oracle(**text, use_cache=True))
+        expected = found.expected(name, ids, **{cache_argument_name(): theirs})
         assert torch.equal(generated(after, ids, past_key_values=past), expected)
 
 
@@ -128,10 +128,10 @@ def test_several_sequences_of_one_prefix() -> None:
 def test_caches_take_what_a_call_needs_and_go_with_it() -> None:
     gen, text = generator(), prompt(2, 6)
     out = generated(gen, text, new=5, return_dict_in_generate=True)
-    past = cache_of(out)
+    past = cache_from_output(out)
     assert past.length == 10  # the last token needs none
-    assert past.room == 16  # which goes by eights
-    assert past.nbytes == gen.facts.layout.nbytes(2, 16)
+    assert past.allocated_length == 16  # which goes by eights
+    assert past.nbytes == gen.spec.layout.nbytes(2, 16)
     gone = weakref.ref(past)
     del out, past
     gc.collect()
@@ -141,7 +141,7 @@ def test_caches_take_what_a_call_needs_and_go_with_it() -> None:
 def test_caches_grow() -> None:
     gen = generator()
     past = gen.prefill(prompt(1, 3)["input_ids"])
-    past.expected = None
+    past.expected_length = None
     text = prompt(1, 40)["input_ids"]
     assert torch.equal(
         generated(gen, text, past_key_values=gen.prefill(text[:, :3]), new=8), generated(gen, text, new=8)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, CaptureError
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import case, generated, generator, prompt
 from tests.support.families import FAMILIES, VOCAB
 
@@ -240,7 +240,7 @@ def test_a_step_alone() -> None:
     with torch.no_grad():
         found, other = gen.forward(**given, use_cache=False), gen.forward(**given)
     assert torch.equal(found.logits, other.logits)
-    name = past_name()
+    name = cache_argument_name()
     assert name not in found  # outputs of transformers leave out what is None
     assert other[name].length == 1
     with pytest.raises(AdaptcError, match="use_cache=False is not taken"):

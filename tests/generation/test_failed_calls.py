@@ -40,7 +40,7 @@ def made(kind: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def all_of(past: StepCache) -> tuple[Any, ...]:
-    rings = past.length, past.rows, past.first, past.top, past.begun
+    rings = past.length, past.rows, past.ring_start, past.ring_high_water, past.prefix_length
     return (*rings, past.mask.tolist(), [t.clone() for t in past.tensors])
 
 
@@ -64,13 +64,13 @@ def test_a_cache_of_an_encoder_is_as_it_was() -> None:
     """Beams have rows of their own in it, which a call that failed before has not made."""
     gen, ids = generator("t5"), torch.tensor([[5, 9, 11], [7, 4, 20]])
     past, start = gen.prefill(ids), torch.ones(2, 1, dtype=torch.int64)
-    facts = past.rows, past.length, past.states.shape, [t.shape for t in past.cross]
+    facts = past.rows, past.length, past.states.shape, [t.shape for t in past.cross_tensors]
     for what, how in {**BAD, "beams": {"num_beams": 2, "logits_processor": 3}, "several": {"num_beams": 99}}.items():
         how = {"max_new_tokens": 3, "do_sample": False, **how}
         how["max_new_tokens"] = how.pop("new", how["max_new_tokens"])
         with pytest.raises((adaptc.AdaptcError, AttributeError, TypeError)):
             gen.generate(past_key_values=past, decoder_input_ids=start, **how)
-        assert (past.rows, past.length, past.states.shape, [t.shape for t in past.cross]) == facts, what
+        assert (past.rows, past.length, past.states.shape, [t.shape for t in past.cross_tensors]) == facts, what
     how = {"max_new_tokens": 3, "do_sample": False, "decoder_start_token_id": 1, "num_beams": 2}
     found = gen.generate(past_key_values=past, decoder_input_ids=start, **how)
     assert torch.equal(found, gen.generate(ids, **how))
@@ -93,7 +93,7 @@ def test_a_step_of_a_decoder_that_cannot_be_is_refused(monkeypatch: pytest.Monke
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoder_decoder, "_run", fail)
+        patch.setattr(encoder_decoder, "_run_part", fail)
         mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
         with pytest.raises(RuntimeError, match="out of memory"):
             gen.forward(decoder_input_ids=new, decoder_attention_mask=mask, past_key_values=past)

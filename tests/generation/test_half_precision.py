@@ -16,7 +16,7 @@ import adaptc
 from tests.generation.models import case, generated, prompt
 from tests.generation.test_encoder_decoders import read, said
 from tests.support.families import VOCAB
-from tests.support.rounding import no_further
+from tests.support.rounding import assert_no_less_accurate
 
 HALF = torch.bfloat16
 FAMILIES = ["qwen3", "gemma2", "mistral", "gpt2", "phi3", "t5", "whisper"]
@@ -59,7 +59,7 @@ def test_logits_are_as_near_to_float64_as_those_of_peft(family: str) -> None:
             found.append(gen.forward(**{name: tokens[:, start:end]}, past_key_values=past).logits)
     assert past.tensors[0].dtype == HALF
     theirs, right = logits(oracle, family, given, tokens), logits(exact, family, best, tokens)
-    no_further(torch.cat(found, 1), theirs, right, times=1.25)
+    assert_no_less_accurate(torch.cat(found, 1), theirs, right, factor=1.25)
 
 
 @pytest.mark.few(3)

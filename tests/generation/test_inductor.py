@@ -27,7 +27,7 @@ def test_one_step_is_compiled(family: str) -> None:
                 assert torch.equal(
                     generated(gen, text, num_beams=2)[:, : text["input_ids"].shape[1]], text["input_ids"]
                 )
-            with patch.object(chunked_prefill, "PIECE", 4):
+            with patch.object(chunked_prefill, "CHUNK_SIZE", 4):
                 assert torch.equal(generated(gen, texts[2]), expected[name][2])
         bound = gen.bind(found.adapters["second"])
         assert torch.equal(generated(bound, texts[1]), expected["second"][1])

@@ -23,7 +23,7 @@ from tests.generation.models import case, generated, generator, prompt
 from tests.generation.test_states import both
 from tests.generation.test_without_a_cache import whole
 from tests.support.families import FAMILIES
-from tests.support.interrupts import Lines
+from tests.support.interrupts import LineInterrupt
 
 TEXT = prompt(2, 9, (3, 0))
 NEW = torch.tensor([[5, 7], [9, 4]])
@@ -84,7 +84,7 @@ def again(gen: Any, past: StepCache) -> Any:
     return generated(gen.base if gen.__class__.__name__ == "Generator" else gen, TEXT, past_key_values=past, new=3)
 
 
-class GraphLines(Lines):
+class GraphLines(LineInterrupt):
     """Those of the code of graphs, too."""
 
     def _counts(self, name: str) -> bool:
@@ -121,7 +121,7 @@ def interrupted(kind: str, deed: Callable[..., Any], points: int) -> tuple[int, 
         if found is None:
             assert answered(gen, past) is None
             past.reset()
-            assert past.length == past.begun
+            assert past.length == past.prefix_length
             refused += 1
         else:
             assert found.shape == expected.shape, f"line {n} of {lines.count}"
@@ -182,11 +182,11 @@ def test_rows_are_changed_or_as_they_were(kind: str) -> None:
         before, after = start.copy(), start.copy()
         change(after)
         other = start.copy()
-        with Lines() as lines:
+        with LineInterrupt() as lines:
             change(other)
         for n in range(1, lines.count + 1):
             past = start.copy()
-            with pytest.raises(KeyboardInterrupt), Lines(n):
+            with pytest.raises(KeyboardInterrupt), LineInterrupt(n):
                 change(past)
             expected = before if state_of(past) == state_of(before) else after
             assert state_of(past) == state_of(expected), (what, n)
@@ -195,13 +195,13 @@ def test_rows_are_changed_or_as_they_were(kind: str) -> None:
 
 def state_of(past: StepCache) -> Any:
     """All that answers follow from."""
-    sides = [past.since, {"ahead": past.ahead, "states": getattr(past, "states", None)}]
+    sides = [past.active_from, {"ahead": past.left_padding, "states": getattr(past, "states", None)}]
     values = [[t if t is None else t.tolist() for t in side.values()] for side in sides]
-    cross = [t.tolist() for t in getattr(past, "cross", ())]
+    cross = [t.tolist() for t in getattr(past, "cross_tensors", ())]
     mask = past.mask[:, : past.length].tolist()
     tensors: list[Tensor] = []
     if past.length:
-        tensors = past.tensors if isinstance(past, StateCache) else past.seen(past.length)
+        tensors = past.tensors if isinstance(past, StateCache) else past.view_up_to(past.length)
     return past.length, past.rows, values, cross, mask, [t.tolist() for t in tensors]
 
 

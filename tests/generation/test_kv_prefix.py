@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation.cache.cache_layout import State, StateLayout, cache_of
+from adaptc.generation.cache.cache_layout import State, StateLayout, cache_from_output
 from adaptc.generation.modes.recurrent_step import state_cache_class
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.support.chats import tokenizer
 from tests.support.cover import examples
 from tests.support.families import FAMILIES, VOCAB
-from tests.support.oracle import assert_same, base, file_tensors, load_peft, quiet, with_head
-from tests.support.prompts import SAID, called, prompt_oracle, text
+from tests.support.oracle import assert_same, file_tensors, load_peft, quiet, shared_base_program, with_head
+from tests.support.prompts import PROMPT_WARNINGS, prompt_oracle, run_quietly, text
 
 CARTRIDGE, PREFIX = "CartridgeConfig", "PrefixTuningConfig"
 WORDS = " ".join(f"w{i}" for i in (9, 31, 17, 44, 8, 25, 60, 12, 33, 50, 21))
@@ -36,7 +36,7 @@ def words(count, seed=0):
 
 def cache_after(name, ids):
     with torch.no_grad():
-        return cache_of(FAMILIES[name].build()(input_ids=ids, use_cache=True))
+        return cache_from_output(FAMILIES[name].build()(input_ids=ids, use_cache=True))
 
 
 def expected_rows(name, ids, count):
@@ -55,21 +55,23 @@ def test_from_text_as_peft(name, kind, tmp_path):
     """The same values in PEFT's model and in programs of both kinds, then logits, and files both ways."""
     more = {"num_frozen_tokens": 2} if kind == CARTRIDGE else {}
     oracle = prompt_oracle(name, tmp_path / "peft", kind, num_virtual_tokens=5, **more)
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         # No more than a window: of longer texts PEFT takes later tokens in layers that have one.
         options = {"text": WORDS, **({"max_length": 5} if name == "gemma3_text" else {})}
         want = peft.initialize_kv_prefix_from_text(oracle.model, tokenizer(), **options)
-    program = adaptc.compile(base(name), tmp_path / "peft")
-    called(program, text(2, 5))
+    program = adaptc.compile(shared_base_program(name), tmp_path / "peft")
+    run_quietly(program, text(2, 5))
     with adaptc.assert_no_recompiles():
         got = adaptc.initialize_kv_prefix_from_text(program, tokenizer(), **options)
         close(got, want)
-        assert_same(called(program, text(3, 7)), called(oracle.model, text(3, 7)))
+        assert_same(run_quietly(program, text(3, 7)), run_quietly(oracle.model, text(3, 7)))
     saved = adaptc.save_adapter(program, tmp_path / "ours")
     assert torch.equal(file_tensors(saved)["prompt_embeddings"], got)
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         oracle.model.save_pretrained(str(tmp_path / "again"))
-        assert_same(called(load_peft(FAMILIES[name].build(), saved), text(3, 7)), called(oracle.model, text(3, 7)))
+        assert_same(
+            run_quietly(load_peft(FAMILIES[name].build(), saved), text(3, 7)), run_quietly(oracle.model, text(3, 7))
+        )
     stored = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("ours", "again")]
     assert stored[0] == stored[1]
     adaptc.swap(program, tmp_path / "peft")
@@ -79,7 +81,7 @@ def test_from_text_as_peft(name, kind, tmp_path):
     plain = {"use_chat_template": False, **options, "max_length": 5}
     close(adaptc.initialize_kv_prefix_from_text(program, tokenizer(), **plain), again)
     close(adaptc.initialize_kv_prefix_from_text(program, tokenizer(None), text=WORDS, max_length=5), again)
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         close(peft.initialize_kv_prefix_from_text(oracle.model, tokenizer(), **plain), again)
 
 
@@ -91,7 +93,7 @@ def generator(name):
 
 @cache
 def program(name):
-    return adaptc.compile(base(name), CartridgeConfig(num_virtual_tokens=3))
+    return adaptc.compile(shared_base_program(name), CartridgeConfig(num_virtual_tokens=3))
 
 
 @pytest.mark.few(2)
@@ -111,8 +113,8 @@ def test_generators(name):
         want = gen.base.generate(whole, max_new_tokens=5, **GREEDY)
         assert torch.equal(gen.generate(tail, max_new_tokens=5, **GREEDY), want[:, count:])
         torch.testing.assert_close(
-            called(program(name), {"input_ids": tail}).logits,
-            called(base(name), {"input_ids": whole}).logits[:, count:],
+            run_quietly(program(name), {"input_ids": tail}).logits,
+            run_quietly(shared_base_program(name), {"input_ids": whole}).logits[:, count:],
         )
 
 
@@ -163,7 +165,7 @@ def half(model, ids):
     """A cache of fixed room, most of which is empty."""
     room = transformers.StaticCache(model.config, max_cache_len=11)
     with torch.no_grad():
-        model(input_ids=ids, **{past_name(): room})
+        model(input_ids=ids, **{cache_argument_name(): room})
     return room
 
 
@@ -250,12 +252,12 @@ def test_training_goes_on_from_a_text(tmp_path):
 def test_beside_other_adapters():
     """The base reads the text, not LoRA; and LoRA stays as it is."""
     lora = LoraConfig(r=3, target_modules=["k_proj", "embed_tokens"], init_lora_weights=False)
-    prog = adaptc.compile(base("llama"), {"style": lora, "task": CartridgeConfig(num_virtual_tokens=3)})
-    style = prog.binding.parts["style"]
+    prog = adaptc.compile(shared_base_program("llama"), {"style": lora, "task": CartridgeConfig(num_virtual_tokens=3)})
+    style = prog.binding.joint_adapters["style"]
     rows = adaptc.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="task", num_virtual_tokens=6)
     close(rows, expected_rows("llama", words(7), 6))
-    assert prog.binding.parts["style"] is style
-    assert prog.binding.parts["task"].config.num_virtual_tokens == 6
+    assert prog.binding.joint_adapters["style"] is style
+    assert prog.binding.joint_adapters["task"].config.num_virtual_tokens == 6
     close(adaptc.initialize_kv_prefix_from_text(prog, text=words(7)), rows)
     prog.set_active("style")
     close(adaptc.initialize_kv_prefix_from_text(prog, text=words(7)), rows)  # a swap turns it on
@@ -328,6 +330,6 @@ def test_texts_that_do_not_fit():
         start(FAMILIES["llama"].build(), text=words(5))
     projected = PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True)
     with pytest.raises(ConfigError, match="makes its keys and values by a network"):
-        start(adaptc.compile(base("llama"), projected), text=words(5))
+        start(adaptc.compile(shared_base_program("llama"), projected), text=words(5))
     with pytest.raises(ConfigError, match="is a LORA adapter"):
-        start(adaptc.compile(base("llama"), LoraConfig(r=3)), text=words(5))
+        start(adaptc.compile(shared_base_program("llama"), LoraConfig(r=3)), text=words(5))

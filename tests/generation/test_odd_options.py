@@ -13,7 +13,7 @@ import torch
 from transformers import BatchEncoding, GenerationConfig
 
 import adaptc
-from adaptc.generation.description import NAME, facts_of
+from adaptc.generation.description import SPEC_FILE, facts_of
 from tests.generation.models import case, generated, generator, prompt
 
 IDS = prompt(2, 5)["input_ids"]
@@ -102,7 +102,7 @@ def test_a_config_that_training_left_without_a_cache() -> None:
 def understood(files: dict[str, bytes]) -> Any:
     """The generation config in what a package carries."""
     inputs = generator().program.adaptation.inputs(generator().program).names
-    return facts_of(json.loads(files[NAME]), inputs).generation_config
+    return facts_of(json.loads(files[SPEC_FILE]), inputs).generation_config
 
 
 def test_what_was_added_to_a_generation_config_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_what_was_added_to_a_generation_config_is_kept(tmp_path: Path, monkeypat
     monkeypatch.setattr(gen, "generation_config", config)
     for other in (gen.bind(None), gen.base, copy.copy(gen), copy.deepcopy(gen), gen.bank({}).assigned([None])):
         assert other.generation_config.retries == 7
-    files = gen.carried(None)
+    files = gen.package_files(None)
     read = understood(files)
     for found in (adaptc.load(adaptc.save(gen, tmp_path / "gen.pt2")).generation_config, read):
         assert (found.house_rules, found.retries) == ({"tone": ["kind", "short"]}, 7)

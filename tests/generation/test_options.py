@@ -9,7 +9,7 @@ import torch
 
 import adaptc
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.passes.protocol.matmul_op import CLASSES, LINEAR, takes
+from adaptc.passes.protocol.matmul_op import LINEAR, ROW_CLASS_LIMITS, onednn_supports
 from adaptc.runtime import executor
 from adaptc.tuning import packed_weights
 from tests.generation.models import case, generated, generator, prompt
@@ -21,8 +21,8 @@ from tests.support.families import FAMILIES
 def test_packed_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all parts of a program; what is bound to it keeps them, and setting the program's option frees them."""
     monkeypatch.delenv("ADAPTC_PRODUCTS")
-    monkeypatch.setattr(executor, "choose", lambda *_: MatmulChoice(LINEAR, (), "for a test"))
-    always = MatmulChoice("packed", tuple(range(len(CLASSES) + 1)), "for a test", (0.5,))
+    monkeypatch.setattr(executor, "choose_matmul", lambda *_: MatmulChoice(LINEAR, (), "for a test"))
+    always = MatmulChoice("packed", tuple(range(len(ROW_CLASS_LIMITS) + 1)), "for a test", (0.5,))
     monkeypatch.setattr(packed_weights, "choose_packed", lambda *_: always)
     found, text = case(family), prompt(2, 5)
     call, alone = (generated, found.expected) if family == "llama" else (said, lambda *a: expected(family, *a))
@@ -31,7 +31,7 @@ def test_packed_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = gen.bind(found.adapters["second"])
     for one, name in ((gen, "first"), (bound, "second"), (gen.base, None)):
         assert torch.equal(call(one, text), alone(name, text))
-    if takes(torch.float32):
+    if onednn_supports(torch.float32):
         assert gen.program.packed.count > 0
         assert "packed: a second copy of" in str(adaptc.report(gen))
     gen.program.pack = None

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import adaptc
-from adaptc.packages.manifest import CARRIED
+from adaptc.packages.manifest import FILES_PREFIX
 from adaptc.packages.packaged_program import PackagedProgram
 from tests.generation.models import generator, prompt
 from tests.generation.packaged import packaged, tokenizer, written
-from tests.support.archives import read_records, with_hashes, write_records
+from tests.support.archives import read_records, with_right_hashes, write_records
 from tests.support.families import VOCAB
 
-GENERATION = CARRIED + "adaptc.generation.json"
+GENERATION = FILES_PREFIX + "adaptc.generation.json"
 
 
 def test_each_is_told_from_the_other(tmp_path: Path) -> None:
@@ -55,8 +55,10 @@ def test_a_directory_of_a_tokenizer(tmp_path: Path) -> None:
     """Only its own files are taken."""
     tokenizer().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
-    files = generator().carried(tmp_path)
-    assert {n for n in files if n.startswith("tokenizer/")} == {n for n in generator().carried(tokenizer()) if "/" in n}
+    files = generator().package_files(tmp_path)
+    assert {n for n in files if n.startswith("tokenizer/")} == {
+        n for n in generator().package_files(tokenizer()) if "/" in n
+    }
     assert "tokenizer/model.safetensors" not in files
 
 
@@ -77,7 +79,7 @@ def refused(path: Path, said: str) -> None:
 
 
 @pytest.mark.usefixtures("no_code")
-@pytest.mark.parametrize("name", [GENERATION, CARRIED + "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", [GENERATION, FILES_PREFIX + "tokenizer/tokenizer.json"])
 def test_files_that_were_changed(name: str, tmp_path: Path) -> None:
     records = read_records(written("llama"))
     changed = records | {name: records[name][:-1] + bytes([records[name][-1] ^ 1])}
@@ -101,34 +103,34 @@ def test_facts_that_were_forged(field: str, tmp_path: Path) -> None:
     records, (value, said) = read_records(written("llama")), FORGED[field]
     stored = json.loads(records[GENERATION])
     records[GENERATION] = json.dumps(stored | {field: value}).encode()
-    refused(write_records(tmp_path / "bad.pt2", with_hashes(records)), f"adaptc.generation.json.*{said}")
+    refused(write_records(tmp_path / "bad.pt2", with_right_hashes(records)), f"adaptc.generation.json.*{said}")
     layers = [*stored["layers"], stored["layers"][0]]
     records[GENERATION] = json.dumps(stored | {"layers": layers}).encode()
-    refused(write_records(tmp_path / "more.pt2", with_hashes(records)), "its program has no such cache")
+    refused(write_records(tmp_path / "more.pt2", with_right_hashes(records)), "its program has no such cache")
 
 
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("name", ["../x", ".x", "tokenizer/.x", "tokenizer/a/../../x", "x y", "/x"])
 def test_paths_that_no_file_has(name: str, tmp_path: Path) -> None:
-    records = read_records(written("llama")) | {CARRIED + name: b"x"}
+    records = read_records(written("llama")) | {FILES_PREFIX + name: b"x"}
     with pytest.raises(adaptc.CheckpointError):
-        adaptc.load_package(write_records(tmp_path / "bad.pt2", with_hashes(records)))
+        adaptc.load_package(write_records(tmp_path / "bad.pt2", with_right_hashes(records)))
 
 
 @pytest.mark.usefixtures("no_code")
 def test_files_of_nobody(tmp_path: Path) -> None:
     records = read_records(written("llama"))
-    with_more = with_hashes(records | {CARRIED + "strange.json": b"{}"})
+    with_more = with_right_hashes(records | {FILES_PREFIX + "strange.json": b"{}"})
     refused(write_records(tmp_path / "more.pt2", with_more), "'strange.json', which is none of what generates")
-    without = with_hashes({k: v for k, v in records.items() if k != GENERATION})
+    without = with_right_hashes({k: v for k, v in records.items() if k != GENERATION})
     refused(write_records(tmp_path / "less.pt2", without), "which is of no program")
 
 
 def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
     """Tokens are generated anyhow."""
     records = read_records(written("llama"))
-    records[CARRIED + "tokenizer/tokenizer.json"] = b"{}"
-    package = adaptc.load_package(write_records(tmp_path / "bad.pt2", with_hashes(records)))
+    records[FILES_PREFIX + "tokenizer/tokenizer.json"] = b"{}"
+    package = adaptc.load_package(write_records(tmp_path / "bad.pt2", with_right_hashes(records)))
     assert package.generate(**prompt(1, 3), max_new_tokens=2, pad_token_id=0).shape == (1, 5)
     with pytest.raises(adaptc.CheckpointError, match="the tokenizer in the package cannot be read here"):
         _ = package.tokenizer

@@ -86,10 +86,12 @@ def test_alora_goes_on_from_a_cache_of_the_base() -> None:
         found = []
         for one in (package, gen):
             past = (one.base if count == 9 else one).prefill(inputs["input_ids"][:, :count])
-            found.append((generated(one, inputs, past_key_values=past).tolist(), past.since["alora_acts"].tolist()))
+            found.append(
+                (generated(one, inputs, past_key_values=past).tolist(), past.active_from["alora_acts"].tolist())
+            )
         assert found[0] == found[1]
     with pytest.raises(ConfigError, match=r"give input_ids, or use gen.base"):
-        package.generate(inputs_embeds=torch.zeros(1, 3, package.facts.width), max_new_tokens=2)
+        package.generate(inputs_embeds=torch.zeros(1, 3, package.spec.hidden_size), max_new_tokens=2)
     with pytest.raises(SwapError, match=r"rank 7.*room for 5"):
         adaptc.swap(package, alora_oracle("llama", Path(mkdtemp()), invoked.CALL, r=7).path)
     assert adaptc.verify(package, invoked.generator("llama")).ok

@@ -21,7 +21,7 @@ from tests.generation.packaged import tokenizer
 from tests.generation.test_prefixes import continued
 from tests.generation.test_prompted_encoders import said as said_across
 from tests.generation.test_virtual_tokens import HOWS, METHODS, TASKS, peft_said, said
-from tests.support.archives import MANIFEST, read_records, with_hashes, write_records
+from tests.support.archives import MANIFEST, read_records, with_right_hashes, write_records
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle
 from tests.support.prompts import prompt_oracle, text
@@ -88,7 +88,7 @@ def test_prefixes_say_what_peft_says() -> None:
         assert torch.equal(generated(package, ids, new=6), continued(theirs.model, ids, 6))
         assert torch.equal(generated(package.base, ids, new=6), continued(FAMILIES["gpt2"].build(), ids, 6))
     past = package.prefill(ids[:, :3])
-    assert (past.begun, past.length) == (13, 16)
+    assert (past.prefix_length, past.length) == (13, 16)
     for one in (past.copy(), past):
         assert torch.equal(generated(package, ids, new=6, past_key_values=one), continued(theirs.model, ids, 6))
 
@@ -133,7 +133,7 @@ def test_damage_and_forgery(tmp_path: Path) -> None:
         ({"unread": False}, BackendError, "has no constant 'prompt_encoder"),
     ):
         changed = {**data, "rooms": {name: {**data["rooms"][name], **change}}}
-        forged = with_hashes({**records, MANIFEST: json.dumps(changed).encode()})
+        forged = with_right_hashes({**records, MANIFEST: json.dumps(changed).encode()})
         with pytest.raises(error, match=message):
             adaptc.load_package(write_records(tmp_path / "forged.pt2", forged))
     tensors = next(n for n in records if n.endswith(".safetensors"))

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.chat.active_adapter import Voices
-from adaptc.chat.models import How, opened
+from adaptc.chat.active_adapter import ChatAdapters
+from adaptc.chat.models import ModelOptions, open_model
 from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import ROOM, packaged, tokenizer, written
@@ -75,7 +75,7 @@ def test_caches_go_on(rows: int, length: int, cut: int, fork: bool) -> None:
 @pytest.mark.parametrize("piece", [2, 3])
 def test_prompts_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees a part of the cache, which is copied for compiled code: what it writes comes back."""
-    monkeypatch.setattr(chunked_prefill, "PIECE", piece)
+    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", piece)
     package, text = loaded(), prompt(2, 9, (3, 0))
     assert torch.equal(generated(package, text), case("llama").expected("first", text))
 
@@ -239,15 +239,24 @@ def test_a_merged_program(tmp_path: Path) -> None:
 
 def test_a_chat_with_a_package() -> None:
     """With the tokenizer and the adapter that came with it; what is settled in it is refused by name."""
-    found = opened(written("llama"), How())
+    found = open_model(written("llama"), ModelOptions())
     assert found.capture is None
     assert found.tokenizer("w7 w2")["input_ids"] == [7, 2]
     case_ = case("llama")
-    voices = Voices(found, {"second": Path(case_.adapters["second"])}, lambda what: nullcontext())
+    voices = ChatAdapters(found, {"second": Path(case_.adapters["second"])}, lambda what: nullcontext())
     text = prompt(1, 5)
-    turns = ((lambda: voices.current, "second"), (lambda: voices.use("own"), "first"), (voices.base, None))
+    turns = (
+        (lambda: voices.current, "second"),
+        (lambda: voices.activate("own"), "first"),
+        (voices.activate_base, None),
+    )
     for turn, name in turns:
         assert torch.equal(generated(turn().generator, text), case_.expected(name, text))
-    for how in (How(backend="inductor"), How(device="cpu"), How(dtype="float32"), How(max_length=9)):
+    for how in (
+        ModelOptions(backend="inductor"),
+        ModelOptions(device="cpu"),
+        ModelOptions(dtype="float32"),
+        ModelOptions(max_length=9),
+    ):
         with pytest.raises(adaptc.ConfigError, match="is part of a saved program"):
-            opened(written("llama"), how)
+            open_model(written("llama"), how)

@@ -14,13 +14,13 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.chat.models import How, opened
+from adaptc.chat.models import ModelOptions, open_model
 from adaptc.packages.manifest import MANIFEST
 from adaptc.packages.packaged_program import PackagedProgram
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import packaged, written
 from tests.generation.test_encoder_decoders import WITH_ENCODER, expected, read, said
-from tests.support.archives import read_records, with_hashes, write_records
+from tests.support.archives import read_records, with_right_hashes, write_records
 from tests.support.families import FAMILIES
 
 FAMILY = "t5"
@@ -51,7 +51,7 @@ def test_tokens_are_those_of_peft(family: str) -> None:
 
 def test_a_chat_is_refused() -> None:
     with pytest.raises(adaptc.CheckpointError, match="holds a model with an encoder"):
-        opened(written(FAMILY), How())
+        open_model(written(FAMILY), ModelOptions())
 
 
 def test_what_was_encoded_is_decoded_again() -> None:
@@ -168,6 +168,6 @@ def test_parts_that_were_forged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for said_, change in changes.items():
         manifest = json.loads(records[MANIFEST])
         manifest["parts"] = change(manifest["parts"])
-        forged = with_hashes(records | {MANIFEST: json.dumps(manifest).encode()})
+        forged = with_right_hashes(records | {MANIFEST: json.dumps(manifest).encode()})
         with pytest.raises(adaptc.CheckpointError, match=said_):
             adaptc.load_package(write_records(tmp_path / "bad.pt2", forged))

@@ -22,7 +22,7 @@ def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool
     new: dict[str, Any] = {"input_ids": ids[:, before:]}
     if embeds:
         draw = torch.Generator().manual_seed(length)
-        new = {"inputs_embeds": torch.randn(2, length, gen.facts.width, generator=draw)}
+        new = {"inputs_embeds": torch.randn(2, length, gen.spec.hidden_size, generator=draw)}
 
     def run() -> tuple[torch.Tensor, Any, int]:
         past = gen.new_cache()
@@ -39,15 +39,15 @@ def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool
 
     logits, whole, filled = run()
     with (
-        patch.object(chunked_prefill, "PIECE", 4),
-        patch.object(chunked_prefill, "_call", wraps=chunked_prefill._call) as call,
+        patch.object(chunked_prefill, "CHUNK_SIZE", 4),
+        patch.object(chunked_prefill, "_call_step", wraps=chunked_prefill._call_step) as call,
     ):
         found = run()
     assert (call.call_count > 1 + bool(before)) == (length > 4 and 0 < keep <= 4)
     seen = mask[:, before:].bool()[:, -keep:] if keep else mask[:, before:].bool()
     torch.testing.assert_close(found[0][seen], logits[seen], rtol=1e-4, atol=1e-5)
-    kept = torch.arange(max(whole.first, found[1].first), filled)
-    assert len(kept) == min(filled, gen.facts.window)
+    kept = torch.arange(max(whole.ring_start, found[1].ring_start), filled)
+    assert len(kept) == min(filled, gen.spec.sliding_window)
     valid = mask.bool()[:, kept]
     for a, b in zip(found[1].tensors, whole.tensors, strict=True):
         a, b = (t[:, :, kept % t.shape[2]].transpose(1, 2)[valid] for t in (a, b))

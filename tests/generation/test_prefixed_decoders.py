@@ -15,8 +15,8 @@ from adaptc.errors import AdaptcError, ConfigError
 from tests.generation.test_prompted_encoders import said
 from tests.support.families import VOCAB
 from tests.support.oracle import quiet
-from tests.support.prefixed import SEQ, behind, build, oracle, rows
-from tests.support.prompts import SAID, peft_generated, text
+from tests.support.prefixed import TASK_OPTIONS, build, prefix_oracle, random_prefix, run_with_cache_prefix
+from tests.support.prompts import PROMPT_WARNINGS, generate_with_peft, text
 
 START = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": VOCAB - 1, "do_sample": False}
 HOWS: list[dict[str, Any]] = [{}, {"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}]
@@ -30,7 +30,7 @@ CASES = {
 @cache
 def theirs(family: str, case: str, count: int) -> Any:
     cls, options = CASES[case]
-    return oracle(family, Path(mkdtemp()), cls, num_virtual_tokens=count, seed=count, **options)
+    return prefix_oracle(family, Path(mkdtemp()), cls, num_virtual_tokens=count, seed=count, **options)
 
 
 @cache
@@ -42,10 +42,10 @@ def generator(family: str, case: str = "prefix", each: int = 2) -> Any:
 
 
 def peft_said(family: str, case: str, count: int, inputs: Any, **how: Any) -> Any:
-    with quiet(*SAID), torch.no_grad(), torch.random.fork_rng():
+    with quiet(*PROMPT_WARNINGS), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(5)
         model = theirs(family, case, count).model
-        return peft_generated(model, **inputs, max_new_tokens=7, **{**START, **how})
+        return generate_with_peft(model, **inputs, max_new_tokens=7, **{**START, **how})
 
 
 @pytest.mark.few(6)
@@ -80,22 +80,22 @@ def test_caches(family):
     expected = peft_said(family, "prefix", 5, inputs)
     past = gen.prefill(inputs["input_ids"], inputs["attention_mask"])
     start = torch.ones(2, 1, dtype=torch.int64)
-    assert (past.get_seq_length(), past.decoded, past.length, past.begun) == (0, 0, 5, 5)
-    with quiet(*SAID):
+    assert (past.get_seq_length(), past.decoded_length, past.length, past.prefix_length) == (0, 0, 5, 5)
+    with quiet(*PROMPT_WARNINGS):
         how = {**START, "max_new_tokens": 3}
         for one in (past.copy(), past):  # BART ends its answers, however long they may be
             begun = gen.generate(past_key_values=one, decoder_input_ids=start, **how)
             assert torch.equal(begun[:, :3], expected[:, :3])
-        assert past.decoded == past.get_seq_length() == 3
+        assert past.decoded_length == past.get_seq_length() == 3
         again = past.copy()
         given = {"decoder_input_ids": expected[:, :4], "max_new_tokens": 4}
         assert torch.equal(gen.generate(past_key_values=past, **{**how, **given}), expected)
         again.crop(-2)
-        assert (again.decoded, again.length) == (1, 6)
+        assert (again.decoded_length, again.length) == (1, 6)
         rest = gen.generate(past_key_values=again, decoder_input_ids=expected[:, :3], **{**how, "max_new_tokens": 5})
         assert torch.equal(rest, expected)
         again.crop(1)
-        assert again.decoded == 1
+        assert again.decoded_length == 1
     again.reset()
     assert (again.length, again.states) == (5, None)
     whole = gen(**inputs, decoder_input_ids=expected[:, :-1]).logits
@@ -110,18 +110,18 @@ def test_whisper():
     model, gen = build("whisper"), generator("whisper", each=1)
     c, made = model.config, torch.Generator().manual_seed(2)
     features = torch.randn(3, c.num_mel_bins, 2 * c.max_source_positions, generator=made)
-    fronts = {"four": rows(model, 4, 4), "one": rows(model, 1, 1)}
+    fronts = {"four": random_prefix(model, 4, 4), "one": random_prefix(model, 1, 1)}
 
     def alone(front: Any) -> torch.Tensor:
         ids = torch.full((3, 1), c.decoder_start_token_id)
         for _ in range(5):
             given = {"input_features": features, "decoder_input_ids": ids}
-            logits = (model(**given) if front is None else behind(model, front, given)).logits[:, -1]
+            logits = (model(**given) if front is None else run_with_cache_prefix(model, front, given)).logits[:, -1]
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         return ids[:, 1:]
 
     def generated(runs: Any, **how: Any) -> torch.Tensor:
-        with quiet(*SAID):
+        with quiet(*PROMPT_WARNINGS):
             return runs.generate(input_features=features, max_new_tokens=5, do_sample=False, **how)
 
     with torch.no_grad():
@@ -140,7 +140,8 @@ def test_rows_that_begin_at_several_places():
     """A model that counts positions by itself has one number of them for all rows."""
     gen, inputs = generator("bart"), text(3, 7, "left")
     fronts = {
-        name: {"prompt_embeddings": rows(build("bart"), n, n)} for name, n in (("two", 2), ("four", 4), ("more", 4))
+        name: {"prompt_embeddings": random_prefix(build("bart"), n, n)}
+        for name, n in (("two", 2), ("four", 4), ("more", 4))
     }
     bank = gen.bank(fronts)
     with pytest.raises(ConfigError, match="several numbers of tokens in front, up to 4"):
@@ -161,7 +162,7 @@ def test_packages(tmp_path):
     gen, inputs = generator("bart"), text(3, 7, "left")
     adaptc.swap(gen, theirs("bart", "prefix", 5).path)
     package = adaptc.load_package(adaptc.package(gen, tmp_path / "package.pt2"))
-    assert package.facts.source == build("bart").config.max_position_embeddings
+    assert package.spec.max_source_length == build("bart").config.max_position_embeddings
     for count in (5, 1, 9):
         adaptc.swap(package, theirs("bart", "prefix", count).path)
         for how in HOWS:
@@ -171,6 +172,6 @@ def test_packages(tmp_path):
 
 
 def test_defaults_are_those_of_the_task():
-    gen = adaptc.compile_for_generation(build("bart"), adaptc.PrefixTuningConfig(**SEQ, num_virtual_tokens=3))
+    gen = adaptc.compile_for_generation(build("bart"), adaptc.PrefixTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3))
     assert gen.program.binding.config.num_transformer_submodules == 2
     assert adaptc.verify(gen, build("bart")).ok

@@ -11,10 +11,10 @@ import transformers
 import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
 from adaptc.errors import AdaptcError, ConfigError, MergeError, TargetError
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.support.families import FAMILIES
-from tests.support.oracle import base, file_tensors, quiet
-from tests.support.prompts import SAID, called, prompt_oracle, text
+from tests.support.oracle import file_tensors, quiet, shared_base_program
+from tests.support.prompts import PROMPT_WARNINGS, prompt_oracle, run_quietly, text
 
 #: grouped queries, absolute positions, rings, rings in some layers
 NAMES = ["llama", "gpt2", "mistral", "gemma3_text"]
@@ -31,7 +31,7 @@ def generator(name):
 def continued(model, ids, tokens):
     """Greedy, by whole texts."""
     for _ in range(tokens):
-        ids = torch.cat([ids, called(model, {"input_ids": ids}).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        ids = torch.cat([ids, run_quietly(model, {"input_ids": ids}).logits[:, -1].argmax(-1, keepdim=True)], 1)
     return ids
 
 
@@ -48,13 +48,15 @@ def test_tokens(name, tmp_path):
             ids = text(2, 5, None)["input_ids"]
             expected = continued(oracle.model, ids, 9)
             assert torch.equal(gen.generate(ids, max_new_tokens=9, **GREEDY), expected)
-        if past_name() == "past_key_values":  # what PEFT looks for: with others it forgets the text
-            with quiet(*SAID):
+        if cache_argument_name() == "past_key_values":  # what PEFT looks for: with others it forgets the text
+            with quiet(*PROMPT_WARNINGS):
                 assert torch.equal(oracle.model.generate(input_ids=ids, max_new_tokens=9, **GREEDY), expected)
         padded = torch.nn.functional.pad(ids, (4, 0))
         mask = (padded != 0).long()
         got = gen.generate(padded, attention_mask=mask, max_new_tokens=9, **GREEDY)
-        if gen.facts.window is None:  # padding lies between the keys in front and the text, where a window sees it
+        if (
+            gen.spec.sliding_window is None
+        ):  # padding lies between the keys in front and the text, where a window sees it
             assert torch.equal(got[:, 4:], expected)
     assert torch.equal(
         gen.bind(None).generate(ids, max_new_tokens=9, **GREEDY), continued(FAMILIES[name].build(), ids, 9)
@@ -100,7 +102,7 @@ def test_caches_are_continued(tmp_path):
     found = gen.generate(ids[:, 4:], past_key_values=cache, attention_mask=mask, max_new_tokens=6, **GREEDY)
     assert torch.equal(found, expected[:, 4:])
     out = gen.generate(ids, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
-    again = gen.generate(out.sequences, past_key_values=out[past_name()], max_new_tokens=3, **GREEDY)
+    again = gen.generate(out.sequences, past_key_values=out[cache_argument_name()], max_new_tokens=3, **GREEDY)
     assert torch.equal(again, expected)
     beams = gen.generate(ids, max_new_tokens=6, num_beams=3, **GREEDY)
     whole = adaptc.compile_for_generation(FAMILIES["llama"].build(), oracle.path)
@@ -116,7 +118,7 @@ def test_cartridges_and_lora(tmp_path):
     made = torch.Generator().manual_seed(1)
     gen = adaptc.compile_for_generation(model, adapters, generator=made)
     saved = {name: adaptc.save_adapter(gen, tmp_path / name, adapter_name=name) for name in adapters}
-    program = adaptc.compile(base("qwen3"), saved)
+    program = adaptc.compile(shared_base_program("qwen3"), saved)
     ids = text(2, 5, None)["input_ids"]
     assert torch.equal(gen.generate(ids, max_new_tokens=6, **GREEDY), continued(program, ids, 6))
 

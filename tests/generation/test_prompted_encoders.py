@@ -9,7 +9,7 @@ import adaptc
 from adaptc.errors import AdaptcError, TargetError
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import file_tensors, quiet
-from tests.support.prompts import SAID, prompt_oracle, text
+from tests.support.prompts import PROMPT_WARNINGS, prompt_oracle, text
 
 CASES = {
     "prompt": ("PromptTuningConfig", {}),
@@ -20,7 +20,7 @@ OPTIONS = {"do_sample": False, "pad_token_id": 0, "eos_token_id": VOCAB - 1, "de
 
 
 def said(model, inputs, **how):
-    with quiet(*SAID, ".*should not be passed.*"), torch.no_grad(), torch.random.fork_rng():
+    with quiet(*PROMPT_WARNINGS, ".*should not be passed.*"), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(5)
         return model.generate(**inputs, max_new_tokens=7, **{**OPTIONS, **how})
 

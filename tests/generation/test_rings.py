@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.chat.active_adapter import Voice
+from adaptc.chat.active_adapter import ActiveAdapter
 from adaptc.chat.conversation import Conversation, TokenChoice
+from adaptc.generation.cache import sliding_window
 from adaptc.generation.cache.cache_layout import CacheLayout
-from adaptc.generation.cache.step_cache import cache_class, sliding_window
-from adaptc.generation.spec import ROOM, WINDOW
+from adaptc.generation.cache.step_cache import cache_class
+from adaptc.generation.spec import SLIDING_WINDOW, STATIC
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer
 from tests.support.families import FAMILIES, VOCAB
@@ -40,24 +41,26 @@ def static_bytes(config: Any, rows: int, positions: int) -> int:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "phi3", "gpt2", "cohere"])
 def test_bytes_are_those_of_the_static_cache(family: str, positions: int) -> None:
     model = FAMILIES[family].build()
-    layout = CacheLayout.of(model)
-    made = cache_class()(layout, None, 64, torch.device("cpu"), layout.window)
-    made.expected = positions
+    layout = CacheLayout.from_model(model)
+    made = cache_class()(layout, None, 64, torch.device("cpu"), layout.sliding_window)
+    made.expected_length = positions
     made.reserve(3, positions)
     most = -(-positions // 8) * 8  # rooms are of whole eights
     assert static_bytes(model.config, 3, positions) <= made.nbytes <= static_bytes(model.config, 3, most)
-    assert made.nbytes == layout.nbytes(3, most, None if layout.window is None else min(layout.window, most))
+    assert made.nbytes == layout.nbytes(
+        3, most, None if layout.sliding_window is None else min(layout.sliding_window, most)
+    )
 
 
 @pytest.mark.parametrize("family", ["mistral", FAMILY])
 def test_a_generation_holds_no_more(family: str) -> None:
     """After a prompt longer than the window, and at the end."""
     gen, text = generator(family), prompt(3, 9, (4, 0, 1))
-    assert gen.facts.keeps == WINDOW
+    assert gen.spec.cache_mode == SLIDING_WINDOW
     cache = gen.prefill(text["input_ids"], text["attention_mask"])
     for _ in range(2):
-        assert cache.ring == WINDOW_OF_IT
-        assert cache.nbytes <= static_bytes(case(family).model.config, 3, cache.room)
+        assert cache.ring_length == WINDOW_OF_IT
+        assert cache.nbytes <= static_bytes(case(family).model.config, 3, cache.allocated_length)
         assert torch.equal(generated(gen, text, past_key_values=cache.copy()), case(family).expected("first", text))
         generated(gen, text, past_key_values=cache, new=1)
 
@@ -77,7 +80,7 @@ def test_pieces_and_steps_back_are_one_text(pieces: list[int], back: list[int], 
     if kept:
         cache.activate_past_recording()
     for tokens, steps in zip(pieces, back, strict=False):
-        tokens = min(tokens, gen.facts.max_length - cache.length)
+        tokens = min(tokens, gen.spec.max_length - cache.length)
         if tokens == 0:
             break
         text = torch.cat([text, torch.randint(4, VOCAB, (2, tokens), generator=draw)], 1)
@@ -94,7 +97,7 @@ def test_pieces_and_steps_back_are_one_text(pieces: list[int], back: list[int], 
             with pytest.raises(adaptc.AdaptcError, match=f"layers that look back on {WINDOW_OF_IT} keep those from"):
                 cache.crop(left - before)
             assert cache.length == before
-    assert (cache.ring or 0) <= (cache.room if kept else WINDOW_OF_IT)
+    assert (cache.ring_length or 0) <= (cache.allocated_length if kept else WINDOW_OF_IT)
 
 
 def test_what_single_steps_write_over_is_lost() -> None:
@@ -103,7 +106,7 @@ def test_what_single_steps_write_over_is_lost() -> None:
     cache = gen.prefill(text[:, :9])
     for i in range(9, 13):
         gen.forward(text[:, i : i + 1], past_key_values=cache)
-    assert (cache.ring, cache.first) == (WINDOW_OF_IT, 13 - WINDOW_OF_IT)
+    assert (cache.ring_length, cache.ring_start) == (WINDOW_OF_IT, 13 - WINDOW_OF_IT)
     with pytest.raises(adaptc.AdaptcError, match="keep those from 7 on"):
         cache.crop(-2)
     cache.crop(-1)
@@ -125,11 +128,11 @@ def test_a_conversation_that_is_changed_begins_anew() -> None:
     """What was forgotten is computed again."""
     gen = generator(FAMILY)
     talk, choice = Conversation(tokenizer()), TokenChoice(max_new_tokens=3, greedy=True)
-    voice = Voice(gen, "first")
+    voice = ActiveAdapter(gen, "first")
     talk.ask(voice, "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15", choice)
     talk.messages = []
     answer = talk.ask(voice, "w5 w6 w20 w21 w22 w23 w24 w25 w26", choice)
-    assert answer.computed >= 9
+    assert answer.computed_tokens >= 9
     alone = Conversation(tokenizer()).ask(voice, "w5 w6 w20 w21 w22 w23 w24 w25 w26", choice)
     assert answer.text == alone.text
 
@@ -138,10 +141,10 @@ def test_a_model_whose_masks_are_made_otherwise_keeps_all(monkeypatch: pytest.Mo
     def refuses(*args: Any, **how: Any) -> Any:
         raise adaptc.CaptureError("no such mask")
 
-    monkeypatch.setattr(sliding_window.Masks, "__call__", refuses)
+    monkeypatch.setattr(sliding_window.RingMasks, "__call__", refuses)
     found, text = case("mistral"), prompt(2, 9, (3, 0))
     gen = adaptc.compile_for_generation(found.model, found.adapters["first"], max_length=48)
-    assert (gen.facts.keeps, gen.facts.layout.window) == (ROOM, WINDOW_OF_IT)
+    assert (gen.spec.cache_mode, gen.spec.layout.sliding_window) == (STATIC, WINDOW_OF_IT)
     assert torch.equal(generated(gen, text), found.expected("first", text))
     assert "those that look back on a window among them: MistralForCausalLM cannot" in str(adaptc.report(gen))
 
@@ -149,8 +152,8 @@ def test_a_model_whose_masks_are_made_otherwise_keeps_all(monkeypatch: pytest.Mo
 def test_files_know_of_rings(tmp_path: Path) -> None:
     gen, text = generator(FAMILY), prompt(2, 9, (3, 0))
     again = adaptc.load(adaptc.save(gen, tmp_path / "rings.pt2"))
-    assert again.facts.keeps == WINDOW
-    assert again.prefill(text["input_ids"]).ring == WINDOW_OF_IT
+    assert again.spec.cache_mode == SLIDING_WINDOW
+    assert again.prefill(text["input_ids"]).ring_length == WINDOW_OF_IT
     assert torch.equal(generated(again, text), case(FAMILY).expected("first", text))
     assert adaptc.verify(gen, case(FAMILY).model).ok
     assert "at most 768 B for each row in layers that keep the last 6" in str(adaptc.report(gen))

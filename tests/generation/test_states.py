@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.chat.active_adapter import Voice
+from adaptc.chat.active_adapter import ActiveAdapter
 from adaptc.chat.conversation import Conversation, TokenChoice
 from tests.generation.models import generated, prompt
 from tests.generation.packaged import tokenizer
@@ -89,7 +89,7 @@ def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
     start = gen.prefill(text["input_ids"][:, :5], text["attention_mask"][:, :5])
     for _ in range(2):
         assert torch.equal(generated(gen, text, past_key_values=start.copy()), alone)
-    assert (start.length, start.nbytes) == (5, gen.facts.layout.nbytes(2, 5))
+    assert (start.length, start.nbytes) == (5, gen.spec.layout.nbytes(2, 5))
     assert gen.prefill(text["input_ids"]).nbytes == start.nbytes
     assert "state: 2.8 KiB for each row" in str(adaptc.report(gen))
     again = adaptc.load(adaptc.save(gen, tmp_path / "state.pt2"))
@@ -117,7 +117,7 @@ def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
 def test_a_conversation() -> None:
     """One that goes on computes what is new, and one that was changed begins anew."""
     gen, choice = both()[1], TokenChoice(max_new_tokens=3, greedy=True)
-    talk, voice = Conversation(tokenizer()), Voice(gen, "first")
+    talk, voice = Conversation(tokenizer()), ActiveAdapter(gen, "first")
     talk.ask(voice, "w5 w6 w7", choice)
     talk.messages = []
     answer = talk.ask(voice, "w5 w20", choice)

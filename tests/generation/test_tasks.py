@@ -29,7 +29,7 @@ def oracle(family: str, seed: int = 0, **sizes: int) -> Oracle:
     task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
     sizes = {"r": 3, "n_tasks": 5, "n_skills": 4, "n_splits": 2, **sizes}
     config = peft.PolyConfig(target_modules=TARGETS[family], task_type=task, **sizes)  # type: ignore[arg-type]
-    made = Oracle.of(family, config, Path(mkdtemp()), seed=seed)
+    made = Oracle.wrap_and_save(family, config, Path(mkdtemp()), seed=seed)
     with torch.no_grad():  # tasks that answer otherwise
         for n, p in made.model.named_parameters():
             if "poly_" in n:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 import adaptc
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.test_bank_fronts import ROWS, bank
 from tests.generation.test_virtual_tokens import generator as prompted
@@ -36,7 +36,7 @@ def test_rows_that_ended_are_not_seen_further(family: str, padding: tuple[int, .
     for turn in range(3):
         how: dict[str, Any] = {"new": 5, "eos_token_id": ends}
         out = generated(gen, inputs, past_key_values=ours, **how)
-        assert torch.equal(out, found.expected("first", inputs, **how, **{past_name(): theirs}))
+        assert torch.equal(out, found.expected("first", inputs, **how, **{cache_argument_name(): theirs}))
         if turn == 0:
             assert (out[0, -3:] == 0).all()
             assert not (out[:, -3:] == 0).all()

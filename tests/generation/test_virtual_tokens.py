@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 
 import adaptc
 from adaptc import CPTConfig, LoraConfig, MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from adaptc.chat.active_adapter import Voice
+from adaptc.chat.active_adapter import ActiveAdapter
 from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.errors import AdaptcError, ConfigError, MergeError
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import generated
 from tests.generation.test_prefixes import continued
 from tests.generation.test_without_a_cache import first_gpt
 from tests.support.chats import tokenizer
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
-from tests.support.oracle import base, file_tensors, quiet
-from tests.support.prompts import SAID, peft_generated, prompt_oracle, text
+from tests.support.oracle import file_tensors, quiet, shared_base_program
+from tests.support.prompts import PROMPT_WARNINGS, generate_with_peft, prompt_oracle, text
 
 #: absolute positions, rings in some layers, grouped queries, states
 NAMES = ["gpt2", "gemma3_text", "llama"]
@@ -57,7 +57,7 @@ def said(gen, inputs, new=7, **how):
 
 
 def peft_said(model, inputs, new=7, **how):
-    return peft_generated(model, **inputs, max_new_tokens=new, **{**OPTIONS, **how})
+    return generate_with_peft(model, **inputs, max_new_tokens=new, **{**OPTIONS, **how})
 
 
 @settings(max_examples=examples(12))
@@ -110,14 +110,14 @@ def test_what_is_written_to_is_read_again():
     model = FAMILIES["llama"].build()
     gen = adaptc.compile_for_generation(model, oracle("llama", 7).path, max_length=40)
     inputs = text(2, 5, None)
-    before = gen.new_cache().front.tensors
-    assert gen.new_cache().front.tensors is before
+    before = gen.new_cache().prefix.tensors
+    assert gen.new_cache().prefix.tensors is before
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.3)
     again = adaptc.compile_for_generation(model, oracle("llama", 7).path, max_length=40)
     torch.testing.assert_close(gen.prefill(**inputs).tensors, again.prefill(**inputs).tensors)
-    assert not torch.equal(gen.new_cache().front.tensors[0], before[0])
+    assert not torch.equal(gen.new_cache().prefix.tensors[0], before[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -129,17 +129,17 @@ def test_caches_are_continued(name):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     expected = peft_said(theirs.model, inputs)
     past = gen.prefill(ids[:, :5], mask[:, :5])
-    assert (past.length, past.begun) == (12, 7)
+    assert (past.length, past.prefix_length) == (12, 7)
     for one in (past.copy(), past, gen.new_cache(), gen.prefill(ids, mask)):
         assert torch.equal(said(gen, inputs, past_key_values=one), expected)
     out = said(gen, inputs, new=3, return_dict_in_generate=True)
     longer = torch.cat([mask, torch.ones(3, 3, dtype=torch.int64)], 1)
     more = {"input_ids": out.sequences, "attention_mask": longer}
-    assert torch.equal(said(gen, more, new=4, past_key_values=out[past_name()]), expected)
+    assert torch.equal(said(gen, more, new=4, past_key_values=out[cache_argument_name()]), expected)
     one = {n: t[:1] for n, t in inputs.items()}
     assert torch.equal(said(gen, one, prompt_lookup_num_tokens=3), said(gen, one))
     logits = gen(ids, attention_mask=mask).logits
-    program = adaptc.compile(base(name), theirs.path)
+    program = adaptc.compile(shared_base_program(name), theirs.path)
     seen = mask.bool()
     torch.testing.assert_close(logits[seen], program(**inputs).logits[:, 7:][seen])
 
@@ -177,7 +177,7 @@ def test_tasks(tmp_path):
     past = gen.prefill(inputs["input_ids"][:, :4], inputs["attention_mask"][:, :4], task_ids=tasks)
     assert torch.equal(said(gen, inputs, past_key_values=past), expected)
     logits = gen(**inputs, task_ids=tasks).logits
-    program = adaptc.compile(base("llama"), theirs.path)
+    program = adaptc.compile(shared_base_program("llama"), theirs.path)
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[seen], program(**inputs, task_ids=tasks).logits[:, 5:][seen])
     many = said(gen, {**inputs, "task_ids": tasks}, num_beams=3, num_return_sequences=2)
@@ -208,7 +208,7 @@ def test_beside_lora(tmp_path):
         FAMILIES["qwen3"].build(), adapters, max_length=40, generator=torch.Generator().manual_seed(1)
     )
     saved = {name: adaptc.save_adapter(gen, tmp_path / name, adapter_name=name) for name in adapters}
-    program = adaptc.compile(base("qwen3"), saved)
+    program = adaptc.compile(shared_base_program("qwen3"), saved)
     ids = text(2, 5, None)["input_ids"]
     assert torch.equal(said(gen, {"input_ids": ids}), continued(program, ids, 7))
     for name in adapters:
@@ -231,7 +231,7 @@ def test_states(tmp_path):
     past = gen.prefill(ids[:, :3])
     assert torch.equal(said(gen, {"input_ids": ids}, 6, past_key_values=past.copy()), expected)
     past.reset()
-    assert (past.length, past.begun) == (5, 5)
+    assert (past.length, past.prefix_length) == (5, 5)
     assert torch.equal(said(gen, {"input_ids": ids}, 6, past_key_values=past), expected)
 
 
@@ -239,12 +239,16 @@ def test_a_conversation():
     """Tokens in front are read once, and count among the positions that a conversation has."""
     gen = generator("llama")
     adaptc.swap(gen, oracle("llama", 7).path)
-    talk, voice, choice = Conversation(tokenizer()), Voice(gen, "task"), TokenChoice(max_new_tokens=6, greedy=True)
+    talk, voice, choice = (
+        Conversation(tokenizer()),
+        ActiveAdapter(gen, "task"),
+        TokenChoice(max_new_tokens=6, greedy=True),
+    )
     first = talk.ask(voice, "w5 w6 w7", choice)
     # All tokens of the text, and of those that were chosen all but the last.
-    assert first.computed == 6 + len(first.text.split()) - first.cut
+    assert first.computed_tokens == 6 + len(first.text.split()) - first.is_cut
     second = talk.ask(voice, "w20", choice)
-    assert second.computed == 4 + first.cut + len(second.text.split()) - second.cut
+    assert second.computed_tokens == 4 + first.is_cut + len(second.text.split()) - second.is_cut
     again = Conversation(tokenizer())
     again.messages = talk.messages[:2]
     assert again.ask(voice, "w20", choice).text == second.text
@@ -268,7 +272,7 @@ def test_room_and_refusals():
         adaptc.merge(gen)
     with pytest.raises(AdaptcError, match="inputs_embeds is not taken"):
         gen.generate(inputs_embeds=torch.zeros(1, 3, 24), attention_mask=torch.ones(1, 3), max_new_tokens=2)
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         model = first_gpt().model
     with (
         pytest.warns(adaptc.AdaptcWarning, match="generates without a cache"),

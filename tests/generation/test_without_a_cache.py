@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.chat.active_adapter import Voice
+from adaptc.chat.active_adapter import ActiveAdapter
 from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import Case, case, generated, generator, prompt
@@ -83,7 +83,7 @@ def test_what_goes_on_from_a_cache_goes_on_from_the_text(tmp_path: Path) -> None
     assert start.length == 5
     talk = Conversation(tokenizer())
     for said in ("w5 w6", "w9"):
-        talk.ask(Voice(gen, "first"), said, TokenChoice(max_new_tokens=4, greedy=True))
+        talk.ask(ActiveAdapter(gen, "first"), said, TokenChoice(max_new_tokens=4, greedy=True))
     written = adaptc.load(adaptc.save(gen, tmp_path / "whole.pt2"))
     assert torch.equal(generated(written, text), alone)
     assert adaptc.report(written).notes == adaptc.report(gen).notes
@@ -101,10 +101,10 @@ def test_caches_that_end_with_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     gen, found, text = generator("gpt_neo"), case("gpt_neo"), prompt(2, 9, (3, 0))
     alone = found.expected("first", text)
     start = gen.prefill(text["input_ids"][:, :5], text["attention_mask"][:, :5])
-    assert start.room > 5
+    assert start.allocated_length > 5
     assert torch.equal(generated(gen, text, past_key_values=start.copy()), alone)
     assert torch.equal(generated(gen, prompt(1, 7), prompt_lookup_num_tokens=3), found.expected("first", prompt(1, 7)))
-    monkeypatch.setattr(chunked_prefill, "PIECE", 4)
+    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 4)
     assert torch.equal(generated(gen, text), alone)
     assert adaptc.verify(gen, found.model).ok
     whole_text = adaptc.compile_for_generation(found.model, found.adapters["first"], max_length=63)

@@ -18,7 +18,7 @@ import adaptc
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import generator as generators
 from adaptc.generation.modes import chunked_prefill
-from adaptc.generation.spec import ROOM, STATE, WINDOW
+from adaptc.generation.spec import RECURRENT, SLIDING_WINDOW, STATIC
 from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.safe_pt2.refusal import UnsafeFile
@@ -28,8 +28,8 @@ from tests.generation.test_without_a_cache import Forgetful
 from tests.support import invoked
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
-from tests.support.invoked import alora_oracle, invoking
-from tests.support.xlora import OTHERS, config_of, experts, peft_model, saved, scalings_of
+from tests.support.invoked import alora_oracle, inputs_with_invocations
+from tests.support.xlora import OTHERS, config_of, experts, peft_model, save_xlora_adapter, scalings_of
 
 #: rotary and learned positions, and layers that look back on a window: all of them, or every other one
 FAMILY = ["llama", "gpt2", "mistral", "gemma3_text"]
@@ -45,7 +45,7 @@ class Oracle:
         folder = Path(mkdtemp())
         self.experts = experts(family, folder / "experts", OTHERS[family] if others else ())
         self.model = peft_model(family, self.experts, seed=int(others), **options)
-        self.path = saved(self.model, folder / "adapter")
+        self.path = save_xlora_adapter(self.model, folder / "adapter")
 
 
 @cache
@@ -91,7 +91,7 @@ def close(got: Tensor, text: dict[str, Tensor], model: Any) -> None:
 def test_what_peft_generates(family: str, acting: bool) -> None:
     """Greedy, drawn and in beams, of rows that differ in length, longer than windows; and the base's own answers."""
     peft, gen = oracle(family, acting=acting).model, generator(family, acting)
-    assert gen.facts.keeps == (WINDOW if family in ("mistral", "gemma3_text") else ROOM)
+    assert gen.spec.cache_mode == (SLIDING_WINDOW if family in ("mistral", "gemma3_text") else STATIC)
     for text in (prompt(3, 9, PADDED), prompt(1, 1)):
         for how in ({}, {"do_sample": True}, {"num_beams": 3, "num_return_sequences": 2}):
             expected = generated(peft, text, **how)
@@ -117,8 +117,8 @@ def test_steps_are_the_whole_text(rows: int, cuts: list[int], padding: tuple[int
 
 def test_a_step_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
-    original = generators.run_as
-    monkeypatch.setattr(generators, "run_as", lambda *a: (counted.append(a[4]), original(*a))[1])
+    original = generators.run_in_mode
+    monkeypatch.setattr(generators, "run_in_mode", lambda *a: (counted.append(a[4]), original(*a))[1])
     generated(generator(), prompt(2, 7), new=5)
     assert counted == [7, 1, 1, 1, 1]
 
@@ -129,9 +129,9 @@ def test_both_caches_go_along(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     gen, peft, text = generator(family), oracle(family).model, prompt(3, 15, PADDED)
     half = {n: t[:, :9] for n, t in text.items()}
     past = gen.prefill(**half)
-    layers, bare = len(gen.facts.layout.layers), gen.base.prefill(**half)
+    layers, bare = len(gen.spec.layout.layers), gen.base.prefill(**half)
     assert (len(past), past.nbytes) == (layers, 2 * bare.nbytes)
-    assert past.nbytes == gen.facts.layout.nbytes(3, past.room, past.ring)
+    assert past.nbytes == gen.spec.layout.nbytes(3, past.allocated_length, past.ring_length)
     held = [t.clone() for t in past.tensors]
     for fork in (past.copy(), copy.deepcopy(past)):
         assert torch.equal(generated(gen, text, past_key_values=fork), generated(peft, text))
@@ -142,7 +142,7 @@ def test_both_caches_go_along(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     fork.batch_repeat_interleave(2)
     rows = {n: t[order].repeat_interleave(2, 0) for n, t in text.items()}
     close(torch.cat([in_steps(gen, rows, [9])[0], in_steps(gen, rows, [12, 15], fork)[0]], 1), rows, peft)
-    monkeypatch.setattr(chunked_prefill, "PIECE", 4)
+    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 4)
     assert torch.equal(generated(gen, text), generated(peft, text))
     fork = gen.new_cache()
     fork.activate_past_recording()
@@ -200,7 +200,7 @@ def test_files_reports_and_verification(tmp_path: Path) -> None:
     loaded = adaptc.load(adaptc.save(gen, tmp_path / "gen.pt2"))
     expected = generated(oracle("mistral").model, text)
     assert torch.equal(generated(loaded, text), expected)
-    assert loaded.facts.layout == gen.facts.layout
+    assert loaded.spec.layout == gen.spec.layout
     assert "layers in 2 passes, " in str(adaptc.report(gen))
     assert adaptc.report(gen).notes == adaptc.report(loaded).notes
     checks = {c.name: c.passed for c in adaptc.verify(gen, FAMILIES["mistral"].build()).checks}
@@ -266,13 +266,13 @@ def test_an_adapter_that_comes_later() -> None:
     """A generator of LoRA gets a first pass, and one of X-LoRA another that differs."""
     first, acting, text = oracle("llama"), oracle("llama", acting=True), prompt(2, 7, (2, 0))
     gen = made("llama", adaptc.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert gen.facts.layout.passes == 1
+    assert gen.spec.layout.passes == 1
     gen = gen.add_adapter("x", first.path, recompile=True)
-    assert gen.facts.layout.passes == 2
+    assert gen.spec.layout.passes == 2
     gen.set_active("x")
     assert torch.equal(generated(gen, text), generated(first.model, text))
     gen = gen.add_adapter("y", acting.path, recompile=True)
-    assert gen.facts.layout.passes == 3
+    assert gen.spec.layout.passes == 3
     for name, found in (("y", acting), ("x", first)):
         gen.set_active(name)
         assert torch.equal(generated(gen, text, num_beams=2), generated(found.model, text, num_beams=2))
@@ -285,7 +285,7 @@ def test_beside_an_adapter_that_acts_from_a_token_on() -> None:
     other, found = alora_oracle("llama", Path(mkdtemp()), (5, 7), seed=2), oracle("llama")
     gen = made("llama", {"x": config_of("llama", found.experts, **LAYERWISE), "a": config})
     adaptc.swap(gen, {"x": found.path, "a": other.path})
-    text = invoking((5, 7), 3, 9, "left")
+    text = inputs_with_invocations((5, 7), 3, 9, "left")
     for name, model in (("x", found.model), ("a", other.model)):
         gen.set_active(name)
         assert torch.equal(generated(gen, text), generated(model, text))
@@ -317,7 +317,7 @@ def test_half_precision() -> None:
 def test_states() -> None:
     """Two of them, of which PEFT has none: the whole text for each token."""
     gen, peft, text = generator("mamba"), oracle("mamba").model, prompt(2, 7)
-    assert gen.facts.keeps == STATE
+    assert gen.spec.cache_mode == RECURRENT
     assert torch.equal(generated(gen, text), generated(peft, text))
     assert torch.equal(generated(gen, text, num_beams=2), generated(peft, text, num_beams=2))
     past = gen.prefill(text["input_ids"][:, :4])

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.kernels.dora_linear import dora_norm
-from adaptc.kernels.grouped_lora import chunks, grouped_lora, rows_per_chunk
+from adaptc.kernels.grouped_lora import cut_into_chunks, grouped_lora, rows_per_chunk
 from adaptc.kernels.grouped_rows import grouped_rows
 from adaptc.kernels.lora_epilogue import lora_down
 from adaptc.kernels.lora_linear import lora_linear
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from adaptc.kernels.merge_weight import merge_
-from adaptc.passes.protocol.low_rank_rows import side_by_side
+from adaptc.passes.protocol.low_rank_rows import stacked_matmul
 from tests.gpu.roofline import Work, adapter_work, length_work, linear_work, lora_work, merge_work, norm_work
 
 Output = Tensor | Sequence[Tensor]
@@ -171,7 +171,7 @@ class Maker:
         starts = torch.arange(n + 1, device=self.device, dtype=torch.int32) * rank
         chunk, scales = rows_per_chunk(rows), torch.full((n,), SCALE, device=self.device)
         # Layers of one batch share it.
-        table = chunks(index, n, chunk)
+        table = cut_into_chunks(index, n, chunk)
         own = [slice(i * rank, (i + 1) * rank) for i in range(n)]
         used = sorted(set(index.tolist()))
         groups = [((index == i).nonzero()[:, 0], A[own[i]], B[own[i]].T.contiguous()) for i in used]
@@ -218,7 +218,7 @@ class Maker:
             return grouped_rows(x, F.linear(x, W), A, B, starts, scale, c)
 
         def stacked() -> Output:
-            return side_by_side(x, F.linear(x, W), A, flat, scale[::2], c)
+            return stacked_matmul(x, F.linear(x, W), A, flat, scale[::2], c)
 
         return [
             self._base(x, W),

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from adaptc.kernels._launch import runs_kernels
 from adaptc.kernels._row_chunks import reference_grouped_expand, reference_grouped_outer, reference_grouped_shrink
-from adaptc.kernels.grouped_lora import chunks, grouped_expand, grouped_outer, grouped_shrink, reference_grouped_lora
+from adaptc.kernels.grouped_lora import (
+    cut_into_chunks,
+    grouped_expand,
+    grouped_outer,
+    grouped_shrink,
+    reference_grouped_lora,
+)
 from tests.gpu.cases import BF16, DEVICE, TYPES, bits, type_name
 from tests.kernels.grouped_lora_cases import Case, check_close, gradients, make_case, numbers
 
@@ -82,7 +88,7 @@ def test_rows_in_another_order_get_the_same_bits(types) -> None:
 def test_three_products(group, types) -> None:
     c = _case(group, types)
     n, size, top = c.n_adapters, c.size(), max(GROUPS[group][0])
-    table = chunks(c.index, n, size)
+    table = cut_into_chunks(c.index, n, size)
     doubles, magnitudes = _doubles(c)
     ranks = torch.cat([torch.diff(c.starts), c.starts.new_zeros(1)])[c.index[table.order]]
     own = torch.arange(top, device=DEVICE) < ranks[:, None]

@@ -27,7 +27,7 @@ def run(
     model: nn.Module, device: torch.device, dtype: torch.dtype, works: Mapping[str, tuple[int, int]],
     rounds: int, compiled: Compile,
 ) -> list[Row]:  # fmt: skip
-    """``works``: name -> rows and length of the input. Raises AssertionError where outputs differ."""
+    """``check_works``: name -> rows and length of the input. Raises AssertionError where outputs differ."""
     base: Any = model.to(device, dtype)
     vocabulary = int(base.config.vocab_size)
     # All of it in the base's type. By default PEFT, and adaptc as PEFT, would keep the adapter in float32.

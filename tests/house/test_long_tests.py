@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.long_tests import chosen, function, is_long, known, times_of
+from tests.support.long_tests import choose_long_tests, function, is_long, read_long_tests, times_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,8 +31,8 @@ def functions(path: Path) -> set[str]:
 
 
 def test_every_name_is_of_a_test() -> None:
-    assert known()
-    for name in known():
+    assert read_long_tests()
+    for name in read_long_tests():
         file, _, rest = name.partition("::")
         assert (ROOT / file).is_file(), name
         found = functions(ROOT / file)
@@ -40,7 +40,7 @@ def test_every_name_is_of_a_test() -> None:
 
 
 def test_parameters_do_not_matter() -> None:
-    name = sorted(known())[0]
+    name = sorted(read_long_tests())[0]
     assert is_long(name)
     assert is_long(f"{name}[1-a[b]]")
     assert not is_long(f"{name}_too")
@@ -52,7 +52,7 @@ def test_parameters_do_not_matter() -> None:
 )
 def test_the_longest_are_chosen(drawn: dict[tuple[str, int], float], budget: float) -> None:
     seconds = {f"t.py::test_{name}[{i}]": s for (name, i), s in drawn.items()}
-    found = chosen(seconds, budget)
+    found = choose_long_tests(seconds, budget)
 
     def mean(name: str) -> float:
         own = [s for n, s in seconds.items() if function(n) == name]

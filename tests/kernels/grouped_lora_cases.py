@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptc.kernels._launch import INTERPRETED
-from adaptc.kernels.grouped_lora import chunks, grouped_lora, grouped_outer, grouped_shrink, rows_per_chunk
+from adaptc.kernels.grouped_lora import cut_into_chunks, grouped_lora, grouped_outer, grouped_shrink, rows_per_chunk
 
 # The interpreter takes milliseconds for each program of a grid.
 fewer = settings(max_examples=settings().max_examples // 2)
@@ -237,7 +237,7 @@ def test_zero_keeps_its_sign_without_an_adapter() -> None:
 @given(cases())
 def test_shrink_writes_the_own_columns_alone(c: Case) -> None:
     top = max(torch.diff(c.starts).tolist(), default=0) + 2
-    table = chunks(c.index, c.n_adapters, c.size())
+    table = cut_into_chunks(c.index, c.n_adapters, c.size())
     h = grouped_shrink(c.x, c.A, c.starts, *table, c.size(), top)
     for p, t in enumerate(table.order.tolist()):
         rank = c.slot(t).stop - c.slot(t).start
@@ -283,5 +283,5 @@ def test_no_rows_no_columns_no_adapters() -> None:
     for T, K, N, ranks in ((0, 5, 7, [3]), (5, 0, 7, [3]), (5, 7, 0, [3]), (5, 7, 3, []), (5, 7, 3, [0])):
         c = make_case(ranks, [len(ranks) - 1] * T, K, N)
         assert torch.equal(c.run(), c.y)
-        table = chunks(c.index, c.n_adapters, 16)
+        table = cut_into_chunks(c.index, c.n_adapters, 16)
         assert grouped_outer(torch.zeros(T, 3), c.x, c.starts, *table, 16, 9).shape == (9, K)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from adaptc import kernels
 from adaptc.errors import BackendError
-from adaptc.kernels._compile_ahead import Ahead, Compiled, compile_ahead
+from adaptc.kernels._compile_ahead import AotKernel, CompiledKernel, compile_ahead
 
 #: Bytes of shared memory that one program may have, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -25,33 +25,33 @@ def _launched(module: ModuleType) -> list[str]:
 
 MODULES = {m.name: importlib.import_module(f"adaptc.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)}
 #: Modules with kernels, or with records of them.
-FAMILIES = {n: m for n, m in MODULES.items() if hasattr(m, "AHEAD") or _launched(m)}
+FAMILIES = {n: m for n, m in MODULES.items() if hasattr(m, "AOT_KERNELS") or _launched(m)}
 #: Each record once: a module may hand on those of another.
-RECORDS = list({id(a): a for m in FAMILIES.values() for a in getattr(m, "AHEAD", ())}.values())
+RECORDS = list({id(a): a for m in FAMILIES.values() for a in getattr(m, "AOT_KERNELS", ())}.values())
 #: One of each kernel with matrix instructions, and one without.
 FIRST = list({(a.kernel, a.mma): a for a in reversed(RECORDS)}.values())
 
 
-def _within_limits(a: Ahead, capability: int, *, aligned: bool) -> None:
+def _within_limits(a: AotKernel, capability: int, *, aligned: bool) -> None:
     c = compile_ahead(a, capability, aligned=aligned)
     assert not c.n_spills, f"{c.n_spills} bytes spilled with {c.n_regs} registers"
-    assert c.shared <= SHARED[capability]
+    assert c.shared_bytes <= SHARED[capability]
     # One of float32 factors would round them to ten bits, where exact products were promised.
     assert _multiplies(c) == a.mma
 
 
-def _multiplies(c: Compiled) -> bool:
+def _multiplies(c: CompiledKernel) -> bool:
     """Whether there are matrix instructions."""
     return "mma.sync" in c.ptx or "wgmma.mma_async" in c.ptx
 
 
 def test_there_are_families() -> None:
-    assert {"dora", "merge"} <= set(FAMILIES)
+    assert {"dora_linear", "merge_weight"} <= set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kernel_has_a_record(name) -> None:
-    records = FAMILIES[name].AHEAD
+    records = FAMILIES[name].AOT_KERNELS
     assert records
     missing = set(_launched(FAMILIES[name])) - {a.kernel.__name__ for a in records}
     assert not missing
@@ -80,10 +80,12 @@ def _square(x_ptr, n, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("capability", SHARED)
 def test_what_breaks_a_limit_is_seen(capability) -> None:
     # A tile that is too large for the registers of one warp, and factors that are rounded to tf32.
-    c = compile_ahead(Ahead.of(_square, "square", {"x_ptr": "fp32"}, (), True, num_warps=1, BLOCK=64), capability)
+    c = compile_ahead(
+        AotKernel.from_pointers(_square, "square", {"x_ptr": "fp32"}, (), True, num_warps=1, BLOCK=64), capability
+    )
     assert c.n_spills > 0
     assert c.n_regs > 200
-    assert c.shared >= 64 * 64 * 4
+    assert c.shared_bytes >= 64 * 64 * 4
     assert _multiplies(c)
 
 
@@ -98,9 +100,9 @@ def test_what_breaks_a_limit_is_seen(capability) -> None:
 )
 def test_a_record_that_does_not_fit_its_kernel_is_refused(signature, values) -> None:
     with pytest.raises(BackendError, match=r"odd: the signature has .*expected the kernel's arguments \['x_ptr'"):
-        compile_ahead(Ahead(_square, signature, values, name="odd"), 90)
+        compile_ahead(AotKernel(_square, signature, values, name="odd"), 90)
 
 
 def test_what_is_no_kernel_is_refused() -> None:
     with pytest.raises(BackendError, match=r"expected a triton kernel, found function.*unset TRITON_INTERPRET"):
-        compile_ahead(Ahead(lambda x: x, {}, {}, name="odd"), 90)
+        compile_ahead(AotKernel(lambda x: x, {}, {}, name="odd"), 90)

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptc.errors import BackendError
 from adaptc.kernels._grouped_products import launch_expand, launch_shrink
-from adaptc.kernels._row_chunks import adapter_at, adapter_begins, chunk_count
+from adaptc.kernels._row_chunks import adapter_edges, chunk_count, position_adapters
 from adaptc.kernels.grouped_lora import (
     Chunks,
-    chunks,
+    cut_into_chunks,
     grouped_expand,
     grouped_lora,
     grouped_outer,
@@ -37,7 +37,7 @@ def test_kernels_interpreted() -> None:
 @given(st.integers(0, 6).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(-3, n + 2)))), st.integers(1, 9))
 def test_chunks_have_each_row_once_beside_rows_of_its_adapter(case: tuple[int, list[int]], size: int) -> None:
     n, index = case
-    table = chunks(torch.tensor(index, dtype=torch.int64), n, size)
+    table = cut_into_chunks(torch.tensor(index, dtype=torch.int64), n, size)
     groups = [i if -1 <= i < n else n for i in index]
     assert {t.dtype for t in table} == {torch.int32}
     assert [len(t) for t in table[1:]] == [chunk_count(len(index), n, size)] * 3
@@ -50,22 +50,22 @@ def test_chunks_have_each_row_once_beside_rows_of_its_adapter(case: tuple[int, l
     # Sorted, and rows of one adapter in their own order.
     assert table.order.tolist() == sorted(range(len(index)), key=groups.__getitem__)
     assert table.adapter.tolist() == sorted(table.adapter.tolist())
-    assert adapter_at(table).tolist() == sorted(groups)
-    assert adapter_begins(table, n).tolist() == [sum(g < i for g in groups) for i in range(n + 1)]
+    assert position_adapters(table).tolist() == sorted(groups)
+    assert adapter_edges(table, n).tolist() == [sum(g < i for g in groups) for i in range(n + 1)]
 
 
 def test_as_many_chunks_as_there_may_be_are_needed() -> None:
     """One row of the base, of each adapter but the last, and of none; the rest of the last one."""
     index = torch.tensor([-1, 0, 1, 3] + [2] * 9)
-    assert chunks(index, 3, 4).length.tolist() == [1, 1, 1, 4, 4, 1, 1, 0]
+    assert cut_into_chunks(index, 3, 4).length.tolist() == [1, 1, 1, 4, 4, 1, 1, 0]
     assert chunk_count(14, 3, 4) == 8
-    assert (chunks(torch.cat([index, index[-1:]]), 3, 4).length > 0).sum() == 7
+    assert (cut_into_chunks(torch.cat([index, index[-1:]]), 3, 4).length > 0).sum() == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_chunks_do_not_look_at_the_index(dtype: torch.dtype) -> None:
     with FakeTensorMode():
-        table = chunks(torch.empty(37, dtype=dtype), 5, 16)
+        table = cut_into_chunks(torch.empty(37, dtype=dtype), 5, 16)
     assert [t.shape[0] for t in table] == [37, *[chunk_count(37, 5, 16)] * 3]
 
 
@@ -132,7 +132,7 @@ def test_each_gradient_is_the_same_without_the_others(which: int) -> None:
 def test_ops_are_what_their_schemas_say() -> None:
     c = make_case([2, 0, 3, 1], [2, 0, 0, -1, 3, 1, 2] * 5, 4, 3, torch.bfloat16)
     x, y, A, B, scales = (t.detach().clone().requires_grad_() for t in _inputs(c))
-    starts, table = c.starts - 1, chunks(c.index, 4, 16)
+    starts, table = c.starts - 1, cut_into_chunks(c.index, 4, 16)
     h = torch.randn(35, 3, requires_grad=True)
     torch.library.opcheck(grouped_shrink, (x, A, starts, *table, 16, 3))
     torch.library.opcheck(grouped_expand, (y, h, B, starts, scales, *table, 16))
@@ -197,7 +197,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "flat": ({"x": torch.ones(4, 1, 7)}, "two dimensions"),
     "chunk": ({"chunk": 65}, "chunks of 1 to 64 rows"),
     "none": ({"chunk": 0}, "chunk: expected at least 1"),
-    "cut": ({"index": chunks(torch.zeros(4, dtype=torch.int64), 2, 1), "chunk": 16}, "chunks, as chunks"),
+    "cut": (
+        {"index": cut_into_chunks(torch.zeros(4, dtype=torch.int64), 2, 1), "chunk": 16},
+        "chunks, as cut_into_chunks",
+    ),
 }
 
 

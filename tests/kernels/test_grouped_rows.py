@@ -33,10 +33,10 @@ def test_banks_off_the_gpu(tmp_path: Path) -> None:
 def test_kernels_are_for_a_gpu_unless_they_are_asked_for(tmp_path: Path) -> None:
     """Nowhere else does a bank take them by itself; nor for an export, nor where it is compiled."""
     program, _, grouped = bank_of(tmp_path, kernels=None)
-    assert not grouped.grouped
+    assert not grouped.kernel_sites
     program.kernels = True
     asked = program.bank(grouped.adapters)
-    assert asked.grouped
+    assert asked.kernel_sites
     targets = {str(n.target) for n in asked.exported().graph.nodes}
     assert not [t for t in targets if t.startswith("adaptc")]
     ids = torch.randint(0, 11, (5, 3))
@@ -49,8 +49,8 @@ def test_what_rows_go_together_is_worked_out_once(monkeypatch: pytest.MonkeyPatc
     """For all layers of a call, and anew where coefficients changed, were it in place."""
     rows = importlib.import_module("adaptc.kernels.grouped_rows")
     made: list[int] = []
-    real = rows._made
-    monkeypatch.setattr(rows, "_made", lambda c, T: (made.append(T), real(c, T))[1])
+    real = rows._make_passes
+    monkeypatch.setattr(rows, "_make_passes", lambda c, T: (made.append(T), real(c, T))[1])
     case = make_case([3, 2], [{0: 1.0}, {}, {1: 1.0}])
     first = case.run()
     case.run()
@@ -93,5 +93,5 @@ def test_methods_without_kernels_stay_as_they_are() -> None:
         plain = program.bank({"a": program.binding})(ids, adapters=["a", None, {"a": 0.5}])
         program.kernels = True
         bank = program.bank({"a": program.binding})
-        assert not bank.grouped
+        assert not bank.kernel_sites
         torch.testing.assert_close(bank(ids, adapters=["a", None, {"a": 0.5}]), plain)

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.errors import BackendError
-from adaptc.kernels import sibling_table_of
-from adaptc.kernels._row_chunks import chunks
+from adaptc.kernels import sibling_table_op
+from adaptc.kernels._row_chunks import cut_into_chunks
 from adaptc.kernels.lora_siblings import sibling_factors, sibling_table
-from adaptc.op_rules import RULES
+from adaptc.op_rules import OPS_WITH_RULES
 from adaptc.passes.protocol import low_rank_rows
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES, ONEDNN
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, ONEDNN
 from adaptc.tuning import compiled_matmuls as compiled_products
 
 # torch's own, in make_dual
@@ -64,7 +64,7 @@ def siblings(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, wid
 
 # Of a bank of two adapters, of ranks 2 and 1; of the four rows the third is the base's.
 STARTS, INDEX = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([1, 0, -1, 0])
-TABLE = tuple(chunks(INDEX, 2, 16))
+TABLE = tuple(cut_into_chunks(INDEX, 2, 16))
 SORTED, OWN = torch.tensor([-1, 0, 0, 1]), torch.tensor([[0, 0], [1, 1], [1, 1], [1, 0]]).bool()
 BANKS = [torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([2, 2])]
 
@@ -95,9 +95,11 @@ C = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -0.5]], dtype=torch.float64)
 NARROW = {"dtype": torch.float32}
 CASES = {
     "product": Case(
-        (of(3, 7, **NARROW), of(5, 7, **NARROW), of(5, **NARROW), ONEDNN, ALL_CLASSES, []), range(3), linear
+        (of(3, 7, **NARROW), of(5, 7, **NARROW), of(5, **NARROW), ONEDNN, ALL_ROW_CLASSES, []), range(3), linear
     ),
-    "product_called": Case((of(3, 7, **NARROW), of(5, 7, **NARROW), None, ONEDNN, ALL_CLASSES, []), range(2), linear),
+    "product_called": Case(
+        (of(3, 7, **NARROW), of(5, 7, **NARROW), None, ONEDNN, ALL_ROW_CLASSES, []), range(2), linear
+    ),
     # Of many positions, whose products are those of each adapter alone.
     "low_rank_rows": Case((of(3, 9, 7), of(3, 9, 5), of(2, 2, 7), of(2, 5, 2), of(2), C), range(6), rows),
     "lora_linear": Case(
@@ -216,11 +218,11 @@ def test_refused_by_name(name: str, way: str) -> None:
 
 def test_what_is_made_of_shapes() -> None:
     a, b = SHAPES["sibling_table"][0]
-    expected = sibling_table_of([a, b])
+    expected = sibling_table_op([a, b])
     made: list[Tensor] = []
-    grad(lambda t: (made.append(sibling_table_of([t, b]) + 0), t.sum())[1])(a)
-    jvp(lambda t: (made.append(sibling_table_of([t, b]) + 0), t.sum())[1], (a,), (a,))
-    found = vmap(lambda t: sibling_table_of([t, b]))(both(a))
+    grad(lambda t: (made.append(sibling_table_op([t, b]) + 0), t.sum())[1])(a)
+    jvp(lambda t: (made.append(sibling_table_op([t, b]) + 0), t.sum())[1], (a,), (a,))
+    found = vmap(lambda t: sibling_table_op([t, b]))(both(a))
     assert torch.equal(found, both(expected) // torch.tensor([1, 2])[:, None, None])
     assert len(made) == 2
 
@@ -231,4 +233,4 @@ def test_every_op_has_a_case() -> None:
             importlib.import_module(module.name)
     names = {n.removeprefix("adaptc::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("adaptc::")}
     assert names == {*CASES, *CONSTANT, *REFUSED, *SHAPES}
-    assert names == RULES
+    assert names == OPS_WITH_RULES

@@ -8,11 +8,11 @@ import torch
 import adaptc
 from tests.support.custom_models import Attention
 from tests.support.site_cases import ATTENTION, floats
-from tests.support.site_checks import close, every_check, sound, subject
+from tests.support.site_checks import assert_close, assert_valid, parametrize_checks, subject
 
 
 @pytest.mark.few(9)
-@every_check(ATTENTION)
+@parametrize_checks(ATTENTION)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)
 
@@ -30,7 +30,7 @@ def test_captured_in_either_mode(training, mode):
     """PEFT's eval mode takes a fast path of torch, its train mode does not; the program is one and the same."""
     s = subject("mha")
     program = adaptc.compile(s.base, s.directory, example_inputs=s.case.args(3), training=training)
-    sound(program)
+    assert_valid(program)
     x = s.case.args(4)
     getattr(s.oracle.model, mode)()
     try:
@@ -40,8 +40,8 @@ def test_captured_in_either_mode(training, mode):
     module = program.module()
     if training:
         getattr(module, mode)()
-    close(module(*x), expected)
-    close(program(*x), expected)
+    assert_close(module(*x), expected)
+    assert_close(program(*x), expected)
 
 
 def test_dropout_acts_on_the_input_of_each_projection():
@@ -55,4 +55,4 @@ def test_dropout_acts_on_the_input_of_each_projection():
     assert not torch.allclose(module(*x), module(*x))
     module.eval()
     assert torch.equal(module(*x), module(*x))
-    close(adaptc.merge(program)(*x), module(*x))
+    assert_close(adaptc.merge(program)(*x), module(*x))

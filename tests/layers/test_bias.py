@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.support.site_cases import BIASES
-from tests.support.site_checks import every_check, subject
+from tests.support.site_checks import parametrize_checks, subject
 
 
 @pytest.mark.few(12)
-@every_check(BIASES)
+@parametrize_checks(BIASES)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)

@@ -10,24 +10,24 @@ from torch import nn
 
 import adaptc
 from tests.support.cover import examples
-from tests.support.custom_models import One
+from tests.support.custom_models import OneLayer
 from tests.support.site_cases import CONV, CONV_BY_HAND
-from tests.support.site_checks import close, every_check, subject
+from tests.support.site_checks import assert_close, parametrize_checks, subject
 
 
 @pytest.mark.few(12)
-@every_check(CONV)
+@parametrize_checks(CONV)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)
 
 
 @pytest.mark.few(12)
-@every_check(CONV_BY_HAND)
+@parametrize_checks(CONV_BY_HAND)
 def test_site_by_hand(name, check, tmp_path):
     check(subject(name), tmp_path)
 
 
-@pytest.mark.parametrize("name", [c.name for c in CONV if not c.merges])
+@pytest.mark.parametrize("name", [c.name for c in CONV if not c.peft_merge])
 def test_a_grouped_convolution_is_merged_into_a_dense_one(name):
     """A reads every channel, so the change does not fit the groups; PEFT cannot merge these."""
     s = subject(name)
@@ -42,10 +42,10 @@ def test_a_grouped_convolution_is_merged_into_a_dense_one(name):
     for g in range(groups):
         dense[g * out : (g + 1) * out, g * width : (g + 1) * width] += layer.weight[g * out : (g + 1) * out]
     merged = adaptc.merge(s.program)
-    close(merged.state_dict["layer.weight"].detach(), dense.detach())
+    assert_close(merged.state_dict["layer.weight"].detach(), dense.detach())
     again = adaptc.compile(merged, adaptc.LoraConfig(r=7, target_modules=["layer"]))
     x = s.case.args(4)
-    close(again(*x), s.program(*x))
+    assert_close(again(*x), s.program(*x))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -68,10 +68,10 @@ def test_any_convolution_is_its_merged_weight(axes, groups, channels, r, kernel,
     options["stride"] = 1 if padding == "same" else stride[:axes]
     inner, outer = (c * groups for c in channels)
     layer = getattr(nn, f"Conv{axes}d")(inner, outer, groups=groups, **options)
-    model = One(layer).double().eval()
+    model = OneLayer(layer).double().eval()
     x = torch.randn(2, inner, *(7, 9, 6)[:axes], dtype=torch.float64)
     config = adaptc.LoraConfig(r=r * groups, lora_alpha=5, target_modules=["layer"], init_lora_weights=False)
     program = adaptc.compile(model, config, example_inputs=x, dynamic_shapes=None)
     found = program(x)
     assert not torch.allclose(found, model(x), rtol=1e-6)
-    close(adaptc.merge(program)(x), found)
+    assert_close(adaptc.merge(program)(x), found)

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 import adaptc
 from tests.support.cover import examples
-from tests.support.custom_models import Autocast, CastLinear, One
+from tests.support.custom_models import Autocast, CastLinear, OneLayer
 from tests.support.oracle import assert_differs
-from tests.support.site_checks import adapter_parameters, bare, sound
+from tests.support.site_checks import adapter_parameters, assert_valid, without_prefix
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYERS = {
@@ -29,13 +29,13 @@ LAYERS = {
 
 def pair(layer, dtype, autocast, **options):
     """PEFT's model, and the program bound to its adapter."""
-    model = One(layer()).to(dtype).eval()
+    model = OneLayer(layer()).to(dtype).eval()
     config = {"target_modules": ["layer"], "init_lora_weights": False, **options}
     wrapped = peft.get_peft_model(
-        One(layer()).to(dtype).eval(), peft.LoraConfig(**config), autocast_adapter_dtype=autocast
+        OneLayer(layer()).to(dtype).eval(), peft.LoraConfig(**config), autocast_adapter_dtype=autocast
     ).eval()
     wrapped.base_model.model.layer.base_layer.load_state_dict(model.layer.state_dict())
-    return model, wrapped, bare(peft.get_peft_model_state_dict(wrapped)), adaptc.LoraConfig(**config)
+    return model, wrapped, without_prefix(peft.get_peft_model_state_dict(wrapped)), adaptc.LoraConfig(**config)
 
 
 def inputs(shape, batch, dtype):
@@ -53,7 +53,7 @@ def test_as_peft_to_the_last_bit(name, dtype, autocast):
     program = adaptc.compile(
         model, config, example_inputs=inputs(shape, 3, dtype), autocast_adapter_dtype=autocast, fuse=False
     )
-    sound(program)
+    assert_valid(program)
     adaptc.swap(program, tensors)
     slots = adapter_parameters(program)
     assert {k: (t.dtype, t.shape) for k, t in slots.items()} == {k: (t.dtype, t.shape) for k, t in tensors.items()}
@@ -121,12 +121,12 @@ def test_layers_in_an_autocast_region():
     for name in ("up", "down"):
         getattr(wrapped.base_model.model, name).base_layer.load_state_dict(getattr(model, name).state_dict())
     program = adaptc.compile(model, adaptc.LoraConfig(**config), example_inputs=torch.randn(3, 7))
-    sound(program)
-    adaptc.swap(program, bare(peft.get_peft_model_state_dict(wrapped)))
+    assert_valid(program)
+    adaptc.swap(program, without_prefix(peft.get_peft_model_state_dict(wrapped)))
     x = torch.randn(5, 7)
     torch.testing.assert_close(program(x), wrapped(x), rtol=0.02, atol=0.02)
     assert_differs(program(x), model(x), at_least=0.1)
     merged = adaptc.merge(program)
-    sound(merged)
+    assert_valid(merged)
     assert torch.equal(merged(x), program(x))
     assert torch.equal(adaptc.unload(program)(x), model(x))

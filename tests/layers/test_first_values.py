@@ -14,7 +14,7 @@ from adaptc.errors import ConfigError
 from tests.support.custom_models import Attention, FunctionalHead, Mixture, Net, Shared, Tied
 from tests.support.oracle import assert_differs
 from tests.support.site_cases import ids
-from tests.support.site_checks import adapter_parameters, close, quiet, sound
+from tests.support.site_checks import adapter_parameters, assert_close, assert_valid, quiet
 
 SCHEMES = [True, "gaussian", "orthogonal", "pissa", "PiSSA_niter_5", "olora"]
 CHANGING = [s for s in SCHEMES if str(s).lower().startswith(("pissa", "olora"))]
@@ -45,25 +45,25 @@ def test_the_program_starts_as_the_base(scheme, tmp_path):
     model, x = both(), torch.randn(5, 7, dtype=torch.float64)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     program = adaptc.compile(model, LoraConfig(**config(scheme)), example_inputs=torch.randn(3, 7).double())
-    sound(program)
+    assert_valid(program)
     # The orthogonal scheme draws float32 numbers, orthogonal to that precision.
     tolerance = 1e-7 if scheme == "orthogonal" else 1e-10
-    close(program(x), model(x), tolerance)
+    assert_close(program(x), model(x), tolerance)
     slots = adapter_parameters(program)
     assert scheme in (True, "gaussian") or all(bool(t.abs().max() > 0) for t in slots.values())
     assert all(t.requires_grad for t in slots.values())
     merged = adaptc.merge(program)
-    close(merged(x), model(x), tolerance)
+    assert_close(merged(x), model(x), tolerance)
     unloaded = adaptc.unload(program)
-    sound(unloaded)
+    assert_valid(unloaded)
     assert all(torch.equal(unloaded.state_dict[k], v) for k, v in state.items())
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
     for p in slots.values():
         p.data.add_(torch.randn_like(p))
     assert_differs(program(x), model(x), at_least=0.1)
-    close(program.module()(x), program(x))
+    assert_close(program.module()(x), program(x))
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
-    close(loaded(x), program(x))
+    assert_close(loaded(x), program(x))
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if "niter" not in str(s)])
@@ -81,14 +81,14 @@ def test_trained_files_both_ways(scheme, tmp_path):
         wrapped.save_pretrained(str(tmp_path / "a"))
         model = both(torch.float32)
         program = adaptc.compile(model, tmp_path / "a", example_inputs=torch.randn(3, 7))
-        close(program(x), wrapped(x), 2e-5)
+        assert_close(program(x), wrapped(x), 2e-5)
         adaptc.save_adapter(program, tmp_path / "b")
         again = peft.PeftModel.from_pretrained(both(torch.float32), str(tmp_path / "b")).eval()
-    close(again(x), wrapped(x), 2e-5)
+    assert_close(again(x), wrapped(x), 2e-5)
     plain = adaptc.compile(model, LoraConfig(**config(True, r=7)), example_inputs=x[:3])
     adaptc.swap(plain, tmp_path / "a")
-    sound(plain)
-    close(plain(x), wrapped(x), 2e-5)
+    assert_valid(plain)
+    assert_close(plain(x), wrapped(x), 2e-5)
     assert torch.equal(adaptc.unload(plain)(x), model(x))
 
 
@@ -108,7 +108,7 @@ def test_a_base_weight_that_others_read_is_not_changed(scheme, build, target, in
     if inputs is None:
         program = adaptc.compile(model, options, example_inputs=ids(5, 29)(3))
         x = ids(5, 29)(2)[0]
-        close(program(x), model(x), 1e-4)
+        assert_close(program(x), model(x), 1e-4)
         return
     with pytest.raises(ConfigError, match=r"other layers read|embedding"):
         adaptc.compile(model, options, example_inputs=inputs)
@@ -121,7 +121,7 @@ def test_attention_and_experts(scheme):
     program = adaptc.compile(
         model, LoraConfig(**config(scheme, target_modules=["self_attn"])), example_inputs=x.clone()
     )
-    close(program(x), model(x), 1e-9)
+    assert_close(program(x), model(x), 1e-9)
     with pytest.raises(ConfigError, match="one weight matrix"):
         adaptc.compile(
             Mixture(False).eval(),

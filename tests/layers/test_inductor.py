@@ -7,7 +7,7 @@ import torch
 
 import adaptc
 from tests.support.site_cases import CASES
-from tests.support.site_checks import adapter_parameters, close, sound, subject
+from tests.support.site_checks import adapter_parameters, assert_close, assert_valid, subject
 
 NAMES = [
     "linear_rank_one",
@@ -36,7 +36,7 @@ def test_compiled_once_for_every_rank(name):
     if "trainable_token_indices" in config:
         config["trainable_token_indices"] = {"embed": [0, 1, 2, 4, 6]}
     program = adaptc.compile(s.base, adaptc.LoraConfig(**config), example_inputs=s.case.args(3), backend="inductor")
-    close(program(*args), s.base(*args), 1e-9)
+    assert_close(program(*args), s.base(*args), 1e-9)
     smallest = {**s.case.config, "r": groups}
     if "trainable_token_indices" in config:
         smallest["trainable_token_indices"] = {"embed": [3]}
@@ -47,10 +47,10 @@ def test_compiled_once_for_every_rank(name):
                 p.copy_(torch.rand_like(p))
     with adaptc.assert_no_recompiles():
         adaptc.swap(program, s.directory)
-        close(program(*args), s.program(*args), 1e-9)
+        assert_close(program(*args), s.program(*args), 1e-9)
         adaptc.swap(program, adapter_parameters(one), config=adaptc.LoraConfig(**smallest))
-        close(program(*args), one(*args), 1e-9)
-    sound(program)
+        assert_close(program(*args), one(*args), 1e-9)
+    assert_valid(program)
 
 
 def test_every_name_is_a_case():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adaptc
-from tests.support.subject import FILE, close, loss, quiet
+from tests.support.subject import FILE, assert_close, loss, quiet
 
 ROWS, WIDTH, OUT = 11, 7, 5
 EVERY = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3)).reshape(1, ROWS)
@@ -95,9 +95,9 @@ def test_beside_adapted_layers(options):
         assert torch.equal(model.emb.weight, before)
         ids = EVERY if given_ is model else EVERY[:, :6].reshape(2, 3)
         held = {k: t.clone() for k, t in program.state_dict.items()}
-        close(program(ids), twin(model)(ids))
-        close(adaptc.merge(program)(ids), twin(model)(ids))
-        close(program.base(ids), twin(model)(ids))
+        assert_close(program(ids), twin(model)(ids))
+        assert_close(adaptc.merge(program)(ids), twin(model)(ids))
+        assert_close(program.base(ids), twin(model)(ids))
         assert all(torch.equal(held[k], t) for k, t in program.state_dict.items())
     assert torch.equal(model.emb.weight, before)
     assert not expected.isnan().any()
@@ -134,17 +134,17 @@ def test_adapters_of_it_are_pefts(name, options, tmp_path):
     expected = theirs(EVERY).detach()
     assert float((expected - twin(model)(EVERY)).detach().abs().max()) > 1e-2
     program = adaptc.compile(model, tmp_path / "peft", example_inputs=IDS)
-    close(program(EVERY), expected, 1e-6)
-    close(adaptc.merge(program)(EVERY), program(EVERY).detach(), 1e-6)
-    close(adaptc.unmerge(adaptc.merge(program))(EVERY), program(EVERY).detach(), 0)
-    close(adaptc.unload(program)(EVERY), twin(model)(EVERY))
+    assert_close(program(EVERY), expected, 1e-6)
+    assert_close(adaptc.merge(program)(EVERY), program(EVERY).detach(), 1e-6)
+    assert_close(adaptc.unmerge(adaptc.merge(program))(EVERY), program(EVERY).detach(), 0)
+    assert_close(adaptc.unload(program)(EVERY), twin(model)(EVERY))
     adaptc.save(program, tmp_path / "x.pt2")
     loaded = adaptc.load(tmp_path / "x.pt2")
-    close(loaded(EVERY), program(EVERY).detach(), 1e-12)
-    close(adaptc.merge(loaded)(EVERY), program(EVERY).detach(), 1e-6)
+    assert_close(loaded(EVERY), program(EVERY).detach(), 1e-12)
+    assert_close(adaptc.merge(loaded)(EVERY), program(EVERY).detach(), 1e-6)
     other = adaptc.compile(model, configs(name), example_inputs=IDS)
     adaptc.swap(other, tmp_path / "peft")
-    close(other(EVERY), expected, 1e-6)
+    assert_close(other(EVERY), expected, 1e-6)
     report = adaptc.verify(program, model)
     assert report.ok, report
     ours = load_file(adaptc.save_adapter(program, tmp_path / "ours") / FILE)
@@ -177,7 +177,7 @@ def test_a_file_with_the_base_is_shortened_too(tmp_path):
         model.head.load_state_dict(grown.head.state_dict())
         program = adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules=targets), example_inputs=IDS)
         adaptc.swap(program, tmp_path)
-        close(program(EVERY), theirs(EVERY).detach(), 1e-5)
+        assert_close(program(EVERY), theirs(EVERY).detach(), 1e-5)
 
 
 @given(
@@ -210,7 +210,7 @@ def test_forms_agree(name, most, order, rows, width):
         torch.manual_seed(6)
         with quiet():
             program = adaptc.compile(model, classes[name](), example_inputs=torch.arange(2).reshape(1, 2), form=form)
-        close(program.base(ids), base)
+        assert_close(program.base(ids), base)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for _, t in sorted(program.binding.values.items()):
@@ -218,7 +218,7 @@ def test_forms_agree(name, most, order, rows, width):
                     t.add_(torch.randn(t.shape, generator=generator, dtype=torch.float64))
         found += [program(ids), adaptc.merge(program)(ids)]
     for other in found[1:]:
-        close(other, found[0].detach(), 1e-7)
+        assert_close(other, found[0].detach(), 1e-7)
 
 
 def steps(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -252,9 +252,9 @@ def test_training_is_pefts(name, options, tmp_path):
     module = program.module()
     ours = steps(module, torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.03))
     expected = steps(theirs, torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], 0.03))
-    close(ours, expected, 1e-6)
+    assert_close(ours, expected, 1e-6)
     assert not torch.allclose(expected[0], expected[-1])
-    close(module(EVERY).detach(), theirs(EVERY).detach(), 1e-6)
+    assert_close(module(EVERY).detach(), theirs(EVERY).detach(), 1e-6)
 
 
 def test_a_tied_head_reads_what_the_lookup_left(tmp_path):
@@ -264,7 +264,7 @@ def test_a_tied_head_reads_what_the_lookup_left(tmp_path):
     last = nn.Sequential(model, nn.Linear(ROWS, 3).double())
     program = adaptc.compile(last, adaptc.LoraConfig(r=2, target_modules=["1"]), example_inputs=IDS)
     for ids, value in zip((IDS, EVERY), expected, strict=True):
-        close(program(ids), last[1](value))
+        assert_close(program(ids), last[1](value))
     assert torch.equal(model.emb.weight, before)
     with pytest.raises(adaptc.TargetError, match=r"emb\.weight' is changed by aten\.embedding_renorm.*max_norm"):
         adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules=["emb"]), example_inputs=IDS)
@@ -272,7 +272,7 @@ def test_a_tied_head_reads_what_the_lookup_left(tmp_path):
         torch.embedding_renorm_(model.emb.weight.detach(), torch.arange(ROWS), 1.5, 2.0)
     theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["emb"], init_lora_weights=False), tmp_path)
     program = adaptc.compile(model, tmp_path, example_inputs=IDS)
-    close(program(EVERY), theirs(EVERY).detach(), 1e-6)
+    assert_close(program(EVERY), theirs(EVERY).detach(), 1e-6)
 
 
 class Twice(Net):
@@ -307,7 +307,7 @@ def test_other_uses(kind):
     before = model.emb.weight.detach().clone()
     program = adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules=["head"]), example_inputs=IDS)
     for ids in (IDS, EVERY, IDS):
-        close(program(ids), twin(model)(ids))
+        assert_close(program(ids), twin(model)(ids))
     assert torch.equal(model.emb.weight, before)
 
 
@@ -315,8 +315,8 @@ def test_inside_a_block(tmp_path):
     model = Quiet().eval()
     theirs = wrapped(model, configs("lora"), tmp_path)
     program = adaptc.compile(model, tmp_path, example_inputs=IDS)
-    close(program(EVERY), theirs(EVERY).detach(), 1e-6)
-    close(adaptc.merge(program)(EVERY), theirs(EVERY).detach(), 1e-6)
+    assert_close(program(EVERY), theirs(EVERY).detach(), 1e-6)
+    assert_close(adaptc.merge(program)(EVERY), theirs(EVERY).detach(), 1e-6)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
@@ -326,12 +326,12 @@ def test_bags(mode, tmp_path):
     both = torch.cat([EVERY, EVERY.flip(1) // 2])
     before, expected = model.emb.weight.detach().clone(), twin(model)(both)
     program = adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules=["head"]), example_inputs=IDS)
-    close(program(both), expected)
+    assert_close(program(both), expected)
     assert torch.equal(model.emb.weight, before)
     theirs = wrapped(model, configs("saved"), tmp_path)
-    close(adaptc.compile(model, tmp_path, example_inputs=IDS)(both), theirs(both).detach(), 1e-6)
+    assert_close(adaptc.compile(model, tmp_path, example_inputs=IDS)(both), theirs(both).detach(), 1e-6)
     own = adaptc.compile(model, adaptc.LoHaConfig(r=2, target_modules=["emb"], init_weights=False), example_inputs=IDS)
-    close(adaptc.merge(own)(both), own(both).detach(), 1e-7)
+    assert_close(adaptc.merge(own)(both), own(both).detach(), 1e-7)
 
 
 @pytest.mark.parametrize("kind", [Net, Twice])
@@ -341,11 +341,11 @@ def test_a_decomposed_program(kind, tmp_path):
     exported = torch.export.export(twin(model), (IDS,)).run_decompositions({})
     program = adaptc.compile(exported, adaptc.LoraConfig(r=2, target_modules=["head"]))
     held = {k: t.clone() for k, t in program.state_dict.items()}
-    close(program(IDS), twin(model)(IDS))
+    assert_close(program(IDS), twin(model)(IDS))
     assert all(torch.equal(held[k], t) for k, t in program.state_dict.items())
     if kind is Net:
         theirs = wrapped(model, configs("lora"), tmp_path)
-        close(adaptc.compile(exported, tmp_path)(IDS), theirs(IDS).detach(), 1e-6)
+        assert_close(adaptc.compile(exported, tmp_path)(IDS), theirs(IDS).detach(), 1e-6)
 
 
 @pytest.mark.slow
@@ -353,7 +353,7 @@ def test_compiled(tmp_path):
     model = Net().eval().float()
     theirs = wrapped(model, configs("lora"), tmp_path)
     program = adaptc.compile(model, tmp_path, example_inputs=IDS, backend="inductor")
-    close(program(EVERY), theirs.float()(EVERY).detach(), 1e-5)
+    assert_close(program(EVERY), theirs.float()(EVERY).detach(), 1e-5)
 
 
 @pytest.mark.slow
@@ -366,4 +366,4 @@ def test_packaged(tmp_path):
     package = adaptc.load_package(tmp_path / "x.pt2")
     assert [op.bound for op in package.ops.values()] == [(1.5, float("inf"))]
     adaptc.swap(package, tmp_path / "peft")
-    close(package(IDS), theirs(IDS).detach(), 1e-6)
+    assert_close(package(IDS), theirs(IDS).detach(), 1e-6)

@@ -12,24 +12,24 @@ from torch import nn
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, SwapError, TargetError
-from tests.support.custom_models import Attention, Bilinear, Mixture, Net, One, Recurrent, Within
+from tests.support.custom_models import Attention, Bilinear, Mixture, Net, OneLayer, Recurrent, WeightInsideBlock
 from tests.support.oracle import assert_same
 from tests.support.site_cases import LORA, floats, ids
-from tests.support.site_checks import adapter_parameters, bare, close, quiet, sound
+from tests.support.site_checks import adapter_parameters, assert_close, assert_valid, quiet, without_prefix
 
 #: its time, in a loop
 pytestmark = pytest.mark.filterwarnings("ignore:Recurrent was captured for some sizes alone")
 
 DROPPED = {
     "lstm": (lambda: Recurrent(nn.LSTM(7, 5, batch_first=True)), floats(3, 7), {"target_modules": ["rnn"]}),
-    "transposed": (lambda: One(nn.ConvTranspose1d(5, 7, 3)), floats(5, 11), {"target_modules": ["layer"]}),
+    "transposed": (lambda: OneLayer(nn.ConvTranspose1d(5, 7, 3)), floats(5, 11), {"target_modules": ["layer"]}),
     "bilinear": (
         Bilinear,
         lambda b: (torch.randn(b, 5).double(), torch.randn(b, 7).double()),
         {"target_modules": ["layer"]},
     ),
     "experts": (lambda: Mixture(True), floats(7), {"target_modules": [], "target_parameters": ["experts.down"]}),
-    "function": (Within, floats(7), {"target_modules": [], "target_parameters": ["by_matmul"]}),
+    "function": (WeightInsideBlock, floats(7), {"target_modules": [], "target_parameters": ["by_matmul"]}),
 }
 
 
@@ -75,7 +75,7 @@ REFUSED = {
         "'embed.weight' is adapted twice",
     ),
     "a rank that groups do not divide": (
-        lambda: One(nn.Conv1d(6, 9, 3, groups=3)),
+        lambda: OneLayer(nn.Conv1d(6, 9, 3, groups=3)),
         floats(6, 11),
         {"target_modules": ["layer"], "r": 4},
         "r=6 fits",
@@ -138,19 +138,19 @@ def test_combined_as_in_peft(name, tmp_path):
                     p.copy_(torch.randn_like(p))
         wrapped.save_pretrained(str(tmp_path / "a"))
         program = adaptc.compile(model, tmp_path / "a", example_inputs=inputs(3))
-        sound(program)
-        close(program(*x), wrapped(*x), 1e-9)
+        assert_valid(program)
+        assert_close(program(*x), wrapped(*x), 1e-9)
         assert not torch.allclose(program(*x), model(*x), rtol=0.01)
         merged = adaptc.merge(program)
-        sound(merged)
-        close(merged(*x), program(*x), 1e-9)
+        assert_valid(merged)
+        assert_close(merged(*x), program(*x), 1e-9)
         # Weights that want gradients take other kernels.
         assert torch.equal(adaptc.unload(program)(*x), copy.deepcopy(model).requires_grad_(False)(*x))
         adaptc.save_adapter(program, tmp_path / "b")
         fresh = build().double().eval()
         fresh.load_state_dict(model.state_dict())
         again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "b")).eval()
-    close(again(*x), wrapped(*x), 1e-9)
+    assert_close(again(*x), wrapped(*x), 1e-9)
 
 
 def test_a_bias_that_two_layers_share_is_untied_by_a_merge():
@@ -169,8 +169,8 @@ def test_a_bias_that_two_layers_share_is_untied_by_a_merge():
     )
     adapted = program(x)
     merged = adaptc.merge(program)
-    sound(merged)
-    close(merged(x), adapted)
+    assert_valid(merged)
+    assert_close(merged(x), adapted)
     assert torch.equal(merged.state_dict["second.bias"], model.second.bias)
     assert not torch.equal(merged.state_dict["first.bias"], model.first.bias)
 
@@ -181,10 +181,10 @@ def test_a_bias_of_the_adapter_becomes_one_of_the_layer():
         model, LoraConfig(**LORA, target_modules=["down"], lora_bias=True), example_inputs=ids(5, 29)(3)
     )
     merged = adaptc.merge(program)
-    sound(merged)
+    assert_valid(merged)
     change = adapter_parameters(program)["down.lora_B.bias"] * 5 / 3
-    close(merged.state_dict["down.bias"].detach(), change.detach())
-    close(merged(*x), program(*x))
+    assert_close(merged.state_dict["down.bias"].detach(), change.detach())
+    assert_close(merged(*x), program(*x))
     assert "down.bias" not in adaptc.unload(program).state_dict
 
 
@@ -203,7 +203,7 @@ def test_experts_in_half_precision_are_rounded_once(dtype, transposed):
     twin = Mixture(transposed).to(dtype).eval()
     twin.load_state_dict(model.state_dict())
     wrapped = peft.get_peft_model(twin, peft.LoraConfig(**config)).eval()
-    tensors = bare(peft.get_peft_model_state_dict(wrapped))
+    tensors = without_prefix(peft.get_peft_model_state_dict(wrapped))
     x = torch.randn(5, 7).to(dtype)
     program = adaptc.compile(model, LoraConfig(**config), example_inputs=x[:3])
     adaptc.swap(program, tensors)
@@ -240,9 +240,9 @@ def test_adapters_that_treat_one_weight_differently_share_a_program():
             for p in adapter_parameters(alone).values():
                 p.copy_(torch.randn_like(p))
         adaptc.swap(program, {k: v.detach() for k, v in adapter_parameters(alone).items()}, config=config)
-        sound(program)
-        close(program(*x), alone(*x))
-        close(adaptc.merge(program)(*x), alone(*x))
+        assert_valid(program)
+        assert_close(program(*x), alone(*x))
+        assert_close(adaptc.merge(program)(*x), alone(*x))
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from tests.support.site_cases import PARAMETERS, UNUSUAL
-from tests.support.site_checks import every_check, subject
+from tests.support.site_checks import parametrize_checks, subject
 
 #: its time, in a loop
 pytestmark = pytest.mark.filterwarnings("ignore:Recurrent was captured for some sizes alone")
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
-@every_check(UNUSUAL)
+@parametrize_checks(UNUSUAL)
 def test_site_by_hand(name, check, tmp_path):
     check(subject(name), tmp_path)
 
 
-@every_check(PARAMETERS)
+@parametrize_checks(PARAMETERS)
 def test_parameter(name, check, tmp_path):
     check(subject(name), tmp_path)

@@ -13,10 +13,18 @@ from adaptc.errors import ConfigError, TargetError
 from tests.support.custom_models import Autocast, Net
 from tests.support.oracle import assert_differs
 from tests.support.site_cases import LORA, WHOLE, ids
-from tests.support.site_checks import adapter_parameters, bare, close, every_check, quiet, sound, subject
+from tests.support.site_checks import (
+    adapter_parameters,
+    assert_close,
+    assert_valid,
+    parametrize_checks,
+    quiet,
+    subject,
+    without_prefix,
+)
 
 
-@every_check(WHOLE)
+@parametrize_checks(WHOLE)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)
 
@@ -62,27 +70,27 @@ def test_rows_of_embeddings_and_heads(tokens, tied, tmp_path):
     wrapped = with_random_adapter(llama(tied), tmp_path, trainable_token_indices=tokens)
     model, x = llama(tied), torch.tensor([[3, 8, 36, 1, 3], [0, 2, 8, 5, 8]])
     program = adaptc.compile(model, tmp_path)
-    sound(program)
+    assert_valid(program)
     expected = wrapped(input_ids=x).logits
-    close(program(input_ids=x).logits, expected, 2e-5)
+    assert_close(program(input_ids=x).logits, expected, 2e-5)
     assert_differs(expected, model(input_ids=x).logits, at_least=0.1)
     merged = adaptc.merge(program)
-    close(merged(input_ids=x).logits, expected, 2e-5)
-    sound(merged)
+    assert_close(merged(input_ids=x).logits, expected, 2e-5)
+    assert_valid(merged)
     adaptc.save_adapter(program, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(llama(tied), str(tmp_path / "again")).eval()
-    close(again(input_ids=x).logits, expected, 2e-5)
+    assert_close(again(input_ids=x).logits, expected, 2e-5)
 
 
 def test_other_rows_and_other_counts_swap(tmp_path):
     program = adaptc.compile(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2, 3]))
     x = torch.tensor([[3, 8, 36, 1]])
-    close(program(input_ids=x).logits, llama()(input_ids=x).logits, 1e-5)
+    assert_close(program(input_ids=x).logits, llama()(input_ids=x).logits, 1e-5)
     for n, tokens in enumerate(([36], [8, 1, 0, 3, 36], {"embed_tokens": [3, 8]})):
         wrapped = with_random_adapter(llama(), tmp_path / str(n), trainable_token_indices=tokens)
         adaptc.swap(program, tmp_path / str(n))
-        sound(program)
-        close(program(input_ids=x).logits, wrapped(input_ids=x).logits, 2e-5)
+        assert_valid(program)
+        assert_close(program(input_ids=x).logits, wrapped(input_ids=x).logits, 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -128,23 +136,23 @@ def test_running_statistics_are_trained_apart_from_the_model(tmp_path):
     module = program.module()
     module.train()
     for _ in range(3):
-        close(module(x), wrapped(x), 1e-5)
+        assert_close(module(x), wrapped(x), 1e-5)
     found = bare_file(program, tmp_path)
-    expected = bare(peft.get_peft_model_state_dict(wrapped))
+    expected = without_prefix(peft.get_peft_model_state_dict(wrapped))
     statistics = {k for k in expected if k.startswith("batch.")}
     assert len(statistics) == 5
     for key in statistics:
-        close(found[key], expected[key], 1e-5)
+        assert_close(found[key], expected[key], 1e-5)
     assert found["batch.num_batches_tracked"] == 3
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     module.eval()
-    close(module(x), wrapped.eval()(x), 1e-5)
+    assert_close(module(x), wrapped.eval()(x), 1e-5)
 
 
 def bare_file(program, directory):
     from safetensors.torch import load_file
 
-    return bare(load_file(adaptc.save_adapter(program, directory) / "adapter_model.safetensors"))
+    return without_prefix(load_file(adaptc.save_adapter(program, directory) / "adapter_model.safetensors"))
 
 
 class WithUnused(Autocast):
@@ -173,7 +181,7 @@ def test_what_the_program_does_not_read_is_kept_in_files(tmp_path):
     wrapped = with_random_adapter(WithUnused().eval(), tmp_path / "a", **config)
     program = adaptc.compile(WithUnused().eval(), LoraConfig(**{**LORA, **config}), example_inputs=x)
     adaptc.swap(program, tmp_path / "a")
-    expected = bare(peft.get_peft_model_state_dict(wrapped))
+    expected = without_prefix(peft.get_peft_model_state_dict(wrapped))
     found = bare_file(program, tmp_path / "b")
     assert set(found) == set(expected) > {"head.spare.weight"}
     assert all(torch.equal(found[k], expected[k]) for k in found)
@@ -194,7 +202,9 @@ def test_files_with_the_weights_of_adapted_embeddings(changed, tmp_path):
     x = torch.tensor([[3, 8, 36, 1]])
     base = model(input_ids=x).logits
     program = adaptc.compile(model, tmp_path)
-    close(program(input_ids=x).logits, wrapped(input_ids=x).logits, 1e-5)
-    close(program.module()(input_ids=x, attention_mask=torch.ones_like(x)).logits, wrapped(input_ids=x).logits, 1e-5)
+    assert_close(program(input_ids=x).logits, wrapped(input_ids=x).logits, 1e-5)
+    assert_close(
+        program.module()(input_ids=x, attention_mask=torch.ones_like(x)).logits, wrapped(input_ids=x).logits, 1e-5
+    )
     assert torch.equal(model.lm_head.weight, before)
-    close(adaptc.unload(program)(input_ids=x).logits, base, 1e-5)
+    assert_close(adaptc.unload(program)(input_ids=x).logits, base, 1e-5)

@@ -327,7 +327,9 @@ def test_the_allocator_says_what_it_needs():
 def test_what_was_cut_is_not_cut_again(tmp_path: Path):
     program = compiled(**SCHEDULE, init_lora_weights=False)
     program.install(program.binding)
-    adaptc.RankAllocator(program)._note({f"{m}.lora_E": [True, False, True, False, False] for m in TARGETS})
+    adaptc.RankAllocator(program)._store_rank_pattern(
+        {f"{m}.lora_E": [True, False, True, False, False] for m in TARGETS}
+    )
     directory = adaptc.save_adapter(program, tmp_path)
     again = adaptc.compile(net(), directory, example_inputs=torch.zeros(3, 7).double(), training=True)
     with pytest.raises(AdaptcError, match="'up' has rank 2 of init_r=5"):

@@ -23,9 +23,15 @@ from transformers import (
 
 import adaptc
 from adaptc import AdaptionPromptConfig, LoraConfig
-from tests.support.extra_tokens import apart, by_head, drawn, extra_tokens, one_behind_the_other
+from tests.support.extra_tokens import (
+    draw_adaption_prompts,
+    from_interleaved_layer,
+    from_packed_layer,
+    from_separate_layers,
+    with_adaption_prompts,
+)
 from tests.support.families import FAMILIES, VOCAB, perturb
-from tests.support.subject import FILE, quiet, short, sound
+from tests.support.subject import FILE, assert_valid, file_key_of, quiet
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -100,7 +106,7 @@ def gradients(module: Any) -> dict[str, Tensor]:
     out = module(input_ids=ids())
     weights = torch.linspace(-1, 2, out.logits.numel()).reshape(out.logits.shape)
     (out.logits * weights).sum().backward()
-    return {short(n): p.grad for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+    return {file_key_of(n): p.grad for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,9 +116,9 @@ def test_first_values_are_those_of_peft_and_change_nothing(name: str) -> None:
     theirs = wrapped(built(name), None)
     torch.manual_seed(9)
     program = adaptc.compile(base, AdaptionPromptConfig(**OPTIONS))
-    sound(program)
-    expected = {short(n): p for n, p in theirs.named_parameters() if p.requires_grad}
-    found = {short(n): t for n, t in program.binding.values.items()}
+    assert_valid(program)
+    expected = {file_key_of(n): p for n, p in theirs.named_parameters() if p.requires_grad}
+    found = {file_key_of(n): t for n, t in program.binding.values.items()}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], p) for k, p in expected.items())
     assert torch.equal(logits(program, ids()), logits(plain(name), ids()))
@@ -125,7 +131,7 @@ def test_outputs_gradients_and_files_are_those_of_peft(name: str, tmp_path: Path
     theirs = wrapped(built(name))
     theirs.save_pretrained(str(tmp_path / "theirs"))
     program = adaptc.compile(built(name), tmp_path / "theirs", training=True)
-    sound(program)
+    assert_valid(program)
     for inputs in (padded(), padded(2, 11), ids(1, 2)):
         same(logits(program, inputs), logits(theirs, inputs))
         apart_from(logits(theirs, inputs), logits(built(name), inputs))
@@ -154,32 +160,32 @@ def test_other_lengths_and_fewer_layers_run_through_the_same_code(name: str, tmp
         for path, theirs in (("two", two), ("one", one), ("two", two)):
             adaptc.swap(program, tmp_path / path)
             same(logits(program, padded()), logits(theirs, padded()))
-            sound(program)
+            assert_valid(program)
         bound = program.bind(tmp_path / "one")
         same(logits(bound, padded()), logits(one, padded()))
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
     assert torch.equal(logits(loaded, padded()), logits(program, padded()))
     adaptc.swap(loaded, tmp_path / "one")
     same(logits(loaded, padded()), logits(one, padded()))
-    sound(loaded)
+    assert_valid(loaded)
     narrow = adaptc.compile(plain(name), tmp_path / "two")
     with pytest.raises(adaptc.SwapError, match="adaption_gate"):
         adaptc.swap(narrow, tmp_path / "one")
     unloaded = adaptc.unload(program)
-    sound(unloaded)
+    assert_valid(unloaded)
     assert torch.equal(logits(unloaded, padded()), logits(plain(name), padded()))
 
 
 #: how the layers of a family make keys and values
 MADE: dict[str, Any] = {
-    "llama": apart,  # whose heads are wider than the model together, which PEFT gets wrong
-    "qwen2": apart,  # biases
-    "qwen3": apart,  # queries are normed
-    "gemma3_text": apart,
-    "opt": apart,  # queries are scaled before
-    "phi": apart,  # half of a head is turned
-    "phi3": one_behind_the_other("qkv_proj"),
-    "gpt_neox": by_head("query_key_value"),
+    "llama": from_separate_layers,  # whose heads are wider than the model together, which PEFT gets wrong
+    "qwen2": from_separate_layers,  # biases
+    "qwen3": from_separate_layers,  # queries are normed
+    "gemma3_text": from_separate_layers,
+    "opt": from_separate_layers,  # queries are scaled before
+    "phi": from_separate_layers,  # half of a head is turned
+    "phi3": from_packed_layer("qkv_proj"),
+    "gpt_neox": from_interleaved_layer("query_key_value"),
 }
 
 
@@ -189,9 +195,9 @@ def test_any_model_by_the_formula(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     program = adaptc.compile(model, AdaptionPromptConfig(**OPTIONS), example_inputs=family.inputs(2, 6))
-    slots = drawn(program)
+    slots = draw_adaption_prompts(program)
     inputs = family.inputs(3, 9)
-    with extra_tokens(model, slots, MADE[name]):
+    with with_adaption_prompts(model, slots, MADE[name]):
         expected = logits(model, inputs)
     apart_from(expected, logits(model, inputs))
     same(logits(program, inputs), expected)
@@ -211,7 +217,7 @@ def test_beside_lora_of_the_same_layers(tmp_path: Path) -> None:
     """Queries and the projection behind are those that LoRA made, keys and values of the tokens the base's."""
     config = LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
     program = adaptc.compile(built("llama"), {"task": config, "prompt": AdaptionPromptConfig(**OPTIONS)})
-    sound(program)
+    assert_valid(program)
     torch.manual_seed(4)
     slots, model = {}, copy.deepcopy(built("llama"))
     with torch.no_grad():
@@ -224,7 +230,7 @@ def test_beside_lora_of_the_same_layers(tmp_path: Path) -> None:
             else:
                 scale = program.binding.values[a.scale_slot]  # type: ignore[index]
                 model.get_submodule(a.module).weight += scale * values["lora_B.weight"] @ values["lora_A.weight"]
-    with extra_tokens(model, slots):
+    with with_adaption_prompts(model, slots):
         expected = logits(model, padded())
     same(logits(program, padded()), expected)
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))

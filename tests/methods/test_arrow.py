@@ -22,10 +22,18 @@ from adaptc import ArrowConfig, LoraConfig
 from adaptc.errors import CheckpointError, ConfigError, MergeError, SwapError, TargetError
 from adaptc.methods.lora_family.arrow import Arrow, top_right_singular_vector
 from adaptc.passes.graph.ops import Op
-from tests.support.arrow import lora, lora_of, peft_model, peft_rule, targets
+from tests.support.arrow import peft_arrow_layer_output, peft_model, random_lora_adapter, save_random_lora, targets
 from tests.support.families import FAMILIES
-from tests.support.oracle import SAID, assert_differs, assert_same, base, file_tensors, quiet, run
-from tests.support.subject import sound
+from tests.support.oracle import (
+    EXPECTED_WARNINGS,
+    assert_differs,
+    assert_same,
+    file_tensors,
+    quiet,
+    run,
+    shared_base_program,
+)
+from tests.support.subject import assert_valid
 
 NAMES = ["llama", "gpt2"]
 LINEAR = Op("linear", (5, 7), torch.ops.aten.linear.default, ())
@@ -53,7 +61,7 @@ def inputs(batch: int, length: int, seed: int = 0) -> Tensor:
 
 def drawn(number: int, seed: int = 0) -> list[adaptc.Adapter]:
     """Adapters of other ranks and scales."""
-    return [lora_of(1 + (i + seed) % 4, 2.0 + 3 * i - seed % 2, 10 * seed + i) for i in range(number)]
+    return [random_lora_adapter(1 + (i + seed) % 4, 2.0 + 3 * i - seed % 2, 10 * seed + i) for i in range(number)]
 
 
 @cache
@@ -67,7 +75,7 @@ def program(backend: str = "eager", number: int = 3) -> adaptc.AdaptedProgram:
 
 @cache
 def directory(family: str, seed: int, r: int = 3, gap: bool = False) -> Path:
-    return lora(family, Path(mkdtemp()), seed, r, gap, lora_alpha=4 + seed)
+    return save_random_lora(family, Path(mkdtemp()), seed, r, gap, lora_alpha=4 + seed)
 
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
@@ -107,12 +115,12 @@ def test_what_each_token_gets(number, top_k, temperature, batch, length, seed):
     with adaptc.assert_no_recompiles(), torch.no_grad():
         adaptc.swap(prog, adaptc.arrow_adapter(adapters, ArrowConfig(top_k, temperature)))
         got = prog(x)
-    expected = net()(x) + peft_rule(adapters, x, top_k, temperature)
+    expected = net()(x) + peft_arrow_layer_output(adapters, x, top_k, temperature)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_of_equal_ones_the_first_are_chosen():
-    one, other = drawn(1)[0], lora_of(2, 5.0, 77)
+    one, other = drawn(1)[0], random_lora_adapter(2, 5.0, 77)
     twice = adaptc.Adapter(one.config.replace(lora_alpha=50), dict(one.tensors), "the same, stronger")
     x = inputs(2, 5)
     for pair in ([one, twice, other], [twice, one, other]):
@@ -138,7 +146,7 @@ def test_gradients_of_inputs():
     adaptc.swap(prog, adaptc.arrow_adapter(adapters, ArrowConfig(2, 0.4)))
     weights = torch.linspace(-1, 2, 60, dtype=torch.float64).reshape(3, 4, 5)
     found = []
-    for call in (prog.module(), lambda t: net()(t) + peft_rule(adapters, t, 2, 0.4)):
+    for call in (prog.module(), lambda t: net()(t) + peft_arrow_layer_output(adapters, t, 2, 0.4)):
         mine = x.clone().requires_grad_()
         (call(mine) * weights).sum().backward()
         assert mine.grad is not None
@@ -156,7 +164,9 @@ def test_compiled_code_takes_any_number(number):
         with adaptc.assert_no_recompiles():
             adaptc.swap(prog, adaptc.arrow_adapter(drawn(number, 4), config))
             got = prog(x)
-    torch.testing.assert_close(got, net()(x) + peft_rule(drawn(number, 4), x, 2, 0.6), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        got, net()(x) + peft_arrow_layer_output(drawn(number, 4), x, 2, 0.6), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_a_package(tmp_path):
@@ -165,7 +175,7 @@ def test_a_package(tmp_path):
     packaged = adaptc.load_package(adaptc.package(prog, tmp_path / "arrow.pt2", max_rank=20))
     for number in (5, 1, 3):
         adaptc.swap(packaged, adaptc.arrow_adapter(drawn(number, 2), config))
-        expected = net()(x) + peft_rule(drawn(number, 2), x, 3, 0.6)
+        expected = net()(x) + peft_arrow_layer_output(drawn(number, 2), x, 3, 0.6)
         torch.testing.assert_close(packaged(x), expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(SwapError, match="has shape"):
         adaptc.swap(packaged, adaptc.arrow_adapter(drawn(6), config))
@@ -179,8 +189,8 @@ def test_a_package(tmp_path):
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_outputs(name, top_k):
     paths, options = [directory(name, s) for s in range(3)], {"top_k": top_k, "router_temperature": 0.7}
-    prog = adaptc.create_arrow_model(base(name), paths, ArrowConfig(**options))
-    sound(prog)
+    prog = adaptc.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
+    assert_valid(prog)
     theirs = peft_model(name, paths, **options)
     for batch, length in ((3, 7), (1, 5), (2, 2)):
         assert_same(run(prog, FAMILIES[name], batch, length), run(theirs, FAMILIES[name], batch, length))
@@ -194,8 +204,8 @@ def test_outputs(name, top_k):
 def test_outputs_where_power_iteration_converges():
     """Nothing of PEFT's is changed here."""
     paths = [directory("llama", s, gap=True) for s in range(4)]
-    theirs = peft_model("llama", paths, exact=False, top_k=2, rng_seed=5)
-    prog = adaptc.create_arrow_model(base("llama"), paths, peft.ArrowConfig(top_k=2, rng_seed=5))
+    theirs = peft_model("llama", paths, exact_prototypes=False, top_k=2, rng_seed=5)
+    prog = adaptc.create_arrow_model(shared_base_program("llama"), paths, peft.ArrowConfig(top_k=2, rng_seed=5))
     assert_same(run(prog, FAMILIES["llama"]), run(theirs, FAMILIES["llama"]), 5e-5)
 
 
@@ -204,10 +214,10 @@ def test_general_knowledge_is_taken_away():
     theirs = peft_model("llama", tasks, general, use_gks=True)
     objects = [adaptc.load_adapter(p) for p in (*tasks, *general)]
     before = [{k: t.clone() for k, t in o.tensors.items()} for o in objects]
-    prog = adaptc.create_arrow_model(base("llama"), objects[:3], ArrowConfig(use_gks=True), objects[3:])
+    prog = adaptc.create_arrow_model(shared_base_program("llama"), objects[:3], ArrowConfig(use_gks=True), objects[3:])
     assert_same(run(prog, FAMILIES["llama"]), run(theirs, FAMILIES["llama"]))
     assert all(torch.equal(t, o.tensors[k]) for o, b in zip(objects, before, strict=True) for k, t in b.items())
-    plain = adaptc.create_arrow_model(base("llama"), tasks, ArrowConfig())
+    plain = adaptc.create_arrow_model(shared_base_program("llama"), tasks, ArrowConfig())
     assert_differs(run(prog, FAMILIES["llama"]), run(plain, FAMILIES["llama"]))
 
 
@@ -220,7 +230,7 @@ def test_half_precision(autocast):
     wanted = torch.float32 if autocast else torch.bfloat16
     slots = [t for f, t in prog.binding.values.items() if "lora_" in f and t.is_floating_point()]
     assert {t.dtype for t in slots} == {wanted}
-    with quiet(*SAID):
+    with quiet(*EXPECTED_WARNINGS):
         options: dict[str, Any] = {"autocast_adapter_dtype": autocast}
         theirs = peft.create_arrow_model(
             FAMILIES["llama"].build().bfloat16(), [str(p) for p in paths], peft.ArrowConfig(3), **options
@@ -232,33 +242,41 @@ def test_half_precision(autocast):
 
 def test_rows_of_a_batch_and_adapters_beside_it():
     one, other = (adaptc.arrow_adapter(drawn(n, n), ArrowConfig(k)) for n, k in ((2, 1), (5, 3)))
-    x, style = inputs(3, 4), lora_of(2, 3.0, 50)
+    x, style = inputs(3, 4), random_lora_adapter(2, 3.0, 50)
     prog = program()
     bank = prog.bank({"one": one, "other": other})
     got = bank(x, adapters=["other", None, {"one": 0.5}])
     plain = net()(x)
-    deltas = [peft_rule(drawn(5, 5), x, 3, 1.0), 0 * plain, 0.5 * peft_rule(drawn(2, 2), x, 1, 1.0)]
+    deltas = [
+        peft_arrow_layer_output(drawn(5, 5), x, 3, 1.0),
+        0 * plain,
+        0.5 * peft_arrow_layer_output(drawn(2, 2), x, 1, 1.0),
+    ]
     expected = torch.stack([plain[i] + d[i] for i, d in enumerate(deltas)])
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     both = adaptc.compile(net(), {"routed": one, "style": style}, example_inputs=(x,))
     added = (
-        peft_rule(drawn(2, 2), x, 1, 1.0)
+        peft_arrow_layer_output(drawn(2, 2), x, 1, 1.0)
         + 1.5 * x @ (style.tensors["layer.lora_B.weight"] @ style.tensors["layer.lora_A.weight"]).T
     )
     torch.testing.assert_close(both(x), plain + added, rtol=1e-9, atol=1e-9)
     mixed = adaptc.compile(net(), [style, one], example_inputs=(x,))
     adaptc.swap(mixed, one)
-    torch.testing.assert_close(mixed(x), plain + peft_rule(drawn(2, 2), x, 1, 1.0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mixed(x), plain + peft_arrow_layer_output(drawn(2, 2), x, 1, 1.0), rtol=1e-9, atol=1e-9)
     assert_close_half(prog, one, x)
 
 
 def assert_close_half(prog: adaptc.AdaptedProgram, adapter: adaptc.Adapter, x: Tensor) -> None:
     adaptc.swap(prog, adapter, scale=0.5)
-    torch.testing.assert_close(prog(x), net()(x) + 0.5 * peft_rule(drawn(2, 2), x, 1, 1.0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        prog(x), net()(x) + 0.5 * peft_arrow_layer_output(drawn(2, 2), x, 1, 1.0), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_verify_report_save_and_status(tmp_path):
-    prog = adaptc.create_arrow_model(base("llama"), [directory("llama", s) for s in range(3)], ArrowConfig(2))
+    prog = adaptc.create_arrow_model(
+        shared_base_program("llama"), [directory("llama", s) for s in range(3)], ArrowConfig(2)
+    )
     assert adaptc.verify(prog).ok
     assert "arrow" in str(adaptc.report(prog))
     assert adaptc.get_model_status(prog).trainable_params == 0
@@ -277,7 +295,7 @@ def test_verify_report_save_and_status(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_both_ways(name, tmp_path):
     paths, options = [directory(name, s, 2 + s % 2) for s in range(3)], {"top_k": 2, "router_temperature": 0.5}
-    prog = adaptc.create_arrow_model(base(name), paths, ArrowConfig(**options))
+    prog = adaptc.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
     written = adaptc.save_adapter(prog, tmp_path / "ours")
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
         "README.md",
@@ -292,7 +310,7 @@ def test_files_both_ways(name, tmp_path):
     for again in (written, adaptc.load_adapter(written)):
         adaptc.swap(prog, adaptc.arrow_adapter(paths[:1], ArrowConfig()))
         adaptc.swap(prog, again)
-        fresh = adaptc.create_arrow_model(base(name), paths, ArrowConfig(**options))
+        fresh = adaptc.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
         assert_same(run(prog, FAMILIES[name]), run(fresh, FAMILIES[name]))
     # One adapter's own file, but for the zeros of a smaller rank.
     mine, given_ = file_tensors(tasks[1]), file_tensors(paths[1])
@@ -302,11 +320,11 @@ def test_files_both_ways(name, tmp_path):
 @pytest.mark.parametrize("use_gks", [False, True])
 def test_what_peft_saves(use_gks, tmp_path):
     tasks, general = [directory("llama", s) for s in range(2)], [directory("llama", 5)] if use_gks else None
-    with quiet(*SAID):
-        theirs = peft_model("llama", tasks, general, exact=False, top_k=1, use_gks=use_gks)
+    with quiet(*EXPECTED_WARNINGS):
+        theirs = peft_model("llama", tasks, general, exact_prototypes=False, top_k=1, use_gks=use_gks)
         theirs.save_pretrained(str(tmp_path))
-    prog = adaptc.compile(base("llama"), tmp_path / "arrow_router")
-    again = adaptc.create_arrow_model(base("llama"), tasks, ArrowConfig(1, use_gks=use_gks), general)
+    prog = adaptc.compile(shared_base_program("llama"), tmp_path / "arrow_router")
+    again = adaptc.create_arrow_model(shared_base_program("llama"), tasks, ArrowConfig(1, use_gks=use_gks), general)
     assert_same(run(prog, FAMILIES["llama"]), run(again, FAMILIES["llama"]))
     stored = json.loads((adaptc.save_adapter(prog, tmp_path / "ours") / "adapter_config.json").read_text())
     # What was taken away is gone, and would be again.
@@ -379,14 +397,18 @@ def test_configs_are_those_of_peft():
 )
 def test_adapters_that_do_not_go_together(tasks, general, config, match):
     def made(given_: Any) -> Any:
-        return [lora_of(r, 3, i, **o) for i, (r, o) in enumerate(given_)] if isinstance(given_, list) else given_
+        return (
+            [random_lora_adapter(r, 3, i, **o) for i, (r, o) in enumerate(given_)]
+            if isinstance(given_, list)
+            else given_
+        )
 
     with pytest.raises(ConfigError, match=match):
         adaptc.arrow_adapter(made(tasks), ArrowConfig(**config), made(general))
 
 
 def test_adapters_of_other_modules_and_shapes():
-    one, wide = lora_of(2, 3, 0), lora_of(2, 3, 1, columns=9)
+    one, wide = random_lora_adapter(2, 3, 0), random_lora_adapter(2, 3, 1, columns=9)
     elsewhere = adaptc.Adapter(one.config, {k.replace("layer", "head"): t for k, t in one.tensors.items()}, "elsewhere")
     for other, match in ((wide, "of different models"), (elsewhere, "same modules")):
         with pytest.raises(CheckpointError, match=match):
@@ -403,10 +425,10 @@ def test_what_it_has_no_meaning_for():
     with pytest.raises(SwapError, match="have no slot"):
         adaptc.swap(prog, drawn(1)[0])
     with pytest.raises(ConfigError, match="create_arrow_model"):
-        adaptc.compile(base("llama"), LoraConfig(arrow_config=ArrowConfig(), target_modules=["q_proj"]))
+        adaptc.compile(shared_base_program("llama"), LoraConfig(arrow_config=ArrowConfig(), target_modules=["q_proj"]))
     named = {"task_adapter_names": ["task_0"]}
     with pytest.raises(ConfigError, match="create_arrow_model"):
-        adaptc.compile(base("llama"), LoraConfig(arrow_config=named, target_modules=targets("llama")))
+        adaptc.compile(shared_base_program("llama"), LoraConfig(arrow_config=named, target_modules=targets("llama")))
     for op in (Op("embedding", (5, 7), torch.ops.aten.embedding.default), Op("weight", (5, 7))):
         with pytest.raises(TargetError, match="linear layer"):
             Arrow().slots(op)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import AdaptionPromptConfig, LoraConfig, MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig
 from adaptc.errors import ConfigError
-from tests.support.extra_tokens import extra_tokens
+from tests.support.extra_tokens import with_adaption_prompts
 from tests.support.families import FAMILIES
-from tests.support.oracle import assert_differs, assert_same, base, file_tensors, load_peft, quiet
-from tests.support.prompts import SAID, called, text
+from tests.support.oracle import assert_differs, assert_same, file_tensors, load_peft, quiet, shared_base_program
+from tests.support.prompts import PROMPT_WARNINGS, run_quietly, text
 
 COUNT = {"prompt": 3, "prefix": 5}
 CONFIGS: dict[str, Any] = {
@@ -35,7 +35,7 @@ TOGETHER = [*itertools.combinations(CONFIGS, 2), tuple(CONFIGS)]
 def random(path: Path, kind: str, seed: int = 0, **options: Any) -> Path:
     """An adapter of random values in a directory."""
     generator = torch.Generator().manual_seed(seed)
-    program = adaptc.compile(base("llama"), CONFIGS[kind].replace(**options), generator=generator)
+    program = adaptc.compile(shared_base_program("llama"), CONFIGS[kind].replace(**options), generator=generator)
     with torch.no_grad():
         for t in program.binding.values.values():
             if t.is_floating_point() and t.ndim:
@@ -59,7 +59,7 @@ def differentiable(
     }
     model = plain = FAMILIES["llama"].build().to(dtype).requires_grad_(False)
     if "lora" in parts:
-        with quiet(*SAID):
+        with quiet(*PROMPT_WARNINGS):
             model = load_peft(model, parts["lora"])
         plain = model.get_base_model()
         model.to(dtype)
@@ -90,7 +90,7 @@ def differentiable(
         found = [getattr(x, "base_layer", x)(tokens).unflatten(-1, (-1, width)) for x in layers]
         return found[0], found[1]
 
-    with extra_tokens(plain, slots, made), quiet(*SAID):
+    with with_adaption_prompts(plain, slots, made), quiet(*PROMPT_WARNINGS):
         return model(**given, attention_mask=mask).logits, leaves
 
 
@@ -98,7 +98,7 @@ def check(program: Any, parts: dict[str, Path]) -> None:
     for size, padding in (((3, 7), "left"), ((1, 2), None), ((2, 11), "right")):
         inputs = text(*size, padding)
         # Rounding: both are up to 4e-5 from float64, in which they agree (the next test).
-        assert_same({"y": called(program, inputs).logits}, {"y": formula(parts, inputs)}, 5e-5)
+        assert_same({"y": run_quietly(program, inputs).logits}, {"y": formula(parts, inputs)}, 5e-5)
 
 
 @pytest.mark.parametrize("kinds", TOGETHER, ids="+".join)
@@ -107,7 +107,7 @@ def test_in_float64(kinds: tuple[str, ...], tmp_path: Path) -> None:
     program = adaptc.compile(FAMILIES["llama"].build().double(), parts)
     for size, padding in (((3, 7), "left"), ((1, 2), None), ((2, 11), "right")):
         inputs = text(*size, padding)
-        found, expected = called(program, inputs).logits, formula(parts, inputs, torch.float64)
+        found, expected = run_quietly(program, inputs).logits, formula(parts, inputs, torch.float64)
         assert_same({"y": found}, {"y": expected}, 1e-12)
 
 
@@ -117,7 +117,7 @@ def test_swaps_files_and_parts(kinds: tuple[str, ...], tmp_path: Path) -> None:
     one = {k: random(tmp_path / f"one {k}", k, 1) for k in kinds}
     more = {"num_virtual_tokens": 6} if kinds[-1] in COUNT else {}
     other = random(tmp_path / "other", kinds[-1], 2, **more)
-    program = adaptc.compile(base("llama"), one)
+    program = adaptc.compile(shared_base_program("llama"), one)
     program.validate()
     check(program, one)
     changed = {**one, kinds[-1]: other}
@@ -139,8 +139,8 @@ def test_swaps_files_and_parts(kinds: tuple[str, ...], tmp_path: Path) -> None:
     adaptc.swap(program, {first: changed[first]})
     check(program, changed)
     unloaded = adaptc.unload(program)
-    assert len(unloaded.graph.nodes) == len(base("llama").graph.nodes)
-    assert_same(called(unloaded, text(3, 7)), called(base("llama"), text(3, 7)))
+    assert len(unloaded.graph.nodes) == len(shared_base_program("llama").graph.nodes)
+    assert_same(run_quietly(unloaded, text(3, 7)), run_quietly(shared_base_program("llama"), text(3, 7)))
 
 
 @pytest.mark.parametrize("kinds", [("prompt", "prefix"), ("prefix", "tokens", "lora")], ids="+".join)
@@ -148,8 +148,8 @@ def test_the_order_of_adding_is_no_matter(kinds: tuple[str, ...], tmp_path: Path
     """In one call, or one after the other; keys and values come before all tokens."""
     parts = {k: random(tmp_path / k, k, 1) for k in kinds}
     for order in itertools.permutations(kinds):
-        check(adaptc.compile(base("llama"), {k: parts[k] for k in order}), parts)
-    program = adaptc.compile(base("llama"), {kinds[0]: parts[kinds[0]]})
+        check(adaptc.compile(shared_base_program("llama"), {k: parts[k] for k in order}), parts)
+    program = adaptc.compile(shared_base_program("llama"), {kinds[0]: parts[kinds[0]]})
     for kind in kinds[1:]:
         program = program.add_adapter(kind, parts[kind], recompile=True)
     check(program, parts)
@@ -182,7 +182,7 @@ def test_training(kinds: tuple[str, ...], tmp_path: Path) -> None:
         for p in trained.values():
             p.sub_(p.grad, alpha=1e-4)
     saved = {k: adaptc.save_adapter(module, tmp_path / f"trained {k}", adapter_name=k) for k in kinds}
-    assert_same({"y": called(module, inputs).logits}, {"y": formula(saved, inputs)}, 1e-5)
+    assert_same({"y": run_quietly(module, inputs).logits}, {"y": formula(saved, inputs)}, 1e-5)
     assert_differs({"y": formula(parts, inputs)}, {"y": formula(saved, inputs)}, 1e-4)
 
 
@@ -219,14 +219,14 @@ def test_tasks_behind_keys(tmp_path: Path) -> None:
     """A prompt that asks a caller for something, behind keys that do not; both in a cache."""
     tasks = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=2)
     prefix, both = random(tmp_path / "prefix", "prefix", 1), torch.Generator().manual_seed(4)
-    program = adaptc.compile(base("llama"), {"task": tasks, "prefix": prefix}, generator=both)
+    program = adaptc.compile(shared_base_program("llama"), {"task": tasks, "prefix": prefix}, generator=both)
     gen = adaptc.compile_for_generation(FAMILIES["llama"].build(), {"task": tasks, "prefix": prefix}, max_length=40)
     saved = adaptc.save_adapter(program, tmp_path / "task", adapter_name="task")
     adaptc.swap(gen, {"task": saved})
     ids, task = text(3, 5, None)["input_ids"], torch.tensor([1, 0, 1])
     out = ids
     for _ in range(4):
-        logits = called(program, {"input_ids": out, "task_ids": task}).logits
+        logits = run_quietly(program, {"input_ids": out, "task_ids": task}).logits
         out = torch.cat([out, logits[:, -1].argmax(-1, keepdim=True)], 1)
     how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(gen.generate(ids, task_ids=task, **how), out)
@@ -279,16 +279,19 @@ def test_attention_that_masks_by_order() -> None:
 def test_two_of_a_kind_are_refused(kind: str) -> None:
     """Which one came first would be no adapter's to say: PEFT has no word for it, and files have no place."""
     with pytest.raises(ConfigError, match=r"'a' and 'b' both train the first tokens"):
-        adaptc.compile(base("llama"), {n: CONFIGS[kind].replace(num_virtual_tokens=i) for i, n in enumerate("ab", 2)})
+        adaptc.compile(
+            shared_base_program("llama"),
+            {n: CONFIGS[kind].replace(num_virtual_tokens=i) for i, n in enumerate("ab", 2)},
+        )
 
 
 def test_each_is_peft_s_alone(tmp_path: Path) -> None:
     """A directory written from a program of several is one that PEFT loads."""
     parts = {k: random(tmp_path / k, k, 1) for k in ("lora", "prompt")}
-    program = adaptc.compile(base("llama"), parts)
+    program = adaptc.compile(shared_base_program("llama"), parts)
     saved = adaptc.save_adapter(program, tmp_path / "saved", adapter_name="prompt")
     folder = saved if (saved / "adapter_config.json").exists() else saved / "prompt"
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         theirs = load_peft(FAMILIES["llama"].build(), folder)
     assert isinstance(theirs, peft.PeftModel)
-    assert_same({"y": called(theirs, text(3, 7)).logits}, {"y": formula({"prompt": parts["prompt"]}, text(3, 7))})
+    assert_same({"y": run_quietly(theirs, text(3, 7)).logits}, {"y": formula({"prompt": parts["prompt"]}, text(3, 7))})

@@ -18,7 +18,7 @@ import adaptc
 import tests.support.block_diagonal  # noqa: F401  # PEFT has several factors only with its extension
 from adaptc.methods.orthogonal.boft import Boft
 from adaptc.passes.graph.ops import Op
-from tests.support.custom_models import One
+from tests.support.custom_models import OneLayer
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "linear": (lambda: nn.Linear(24, 11), torch.linspace(-2, 3, 72).reshape(3, 24)),
@@ -26,9 +26,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 
 
-def model(layer: str = "linear") -> One:
+def model(layer: str = "linear") -> OneLayer:
     torch.manual_seed(3)
-    return One(LAYERS[layer][0]()).eval()
+    return OneLayer(LAYERS[layer][0]()).eval()
 
 
 def options(**changes: Any) -> dict[str, Any]:

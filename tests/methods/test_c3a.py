@@ -17,7 +17,7 @@ from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
 from tests.support.pass_checks import attach, export, random_values
-from tests.support.spectral import mismatches
+from tests.support.spectral import differing_fields
 
 BAD = [
     {"block_size": 0},
@@ -57,7 +57,7 @@ def test_illegal_options_are_named(bad):
 
 
 def test_fields_and_defaults_are_pefts():
-    assert mismatches(peft.C3AConfig(), adaptc.C3AConfig()) == {}
+    assert differing_fields(peft.C3AConfig(), adaptc.C3AConfig()) == {}
 
 
 def test_block_sizes_that_do_not_divide():

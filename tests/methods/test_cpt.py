@@ -10,8 +10,8 @@ import adaptc
 from adaptc import CPTConfig
 from adaptc.errors import ConfigError
 from tests.support.families import FAMILIES
-from tests.support.oracle import assert_same, base, file_tensors, load_peft, quiet
-from tests.support.prompts import SAID, called, text
+from tests.support.oracle import assert_same, file_tensors, load_peft, quiet, shared_base_program
+from tests.support.prompts import PROMPT_WARNINGS, run_quietly, text
 
 #: two examples of a context: templates, inputs, templates and labels
 IDS = [7, 30, 31, 8, 50, 9, 33, 8, 51, 52]
@@ -39,7 +39,7 @@ def batch(types=True):
 @pytest.mark.parametrize("types", [True, False])
 def test_training(decay, types, tmp_path):
     """Steps of an optimizer: losses, gradients and bounded steps are PEFT's, and files both ways."""
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         theirs = peft.get_peft_model(FAMILIES["llama"].build(), peft.CPTConfig(**options(decay))).eval()
     program = adaptc.compile(FAMILIES["llama"].build(), CPTConfig(**options(decay)), training=True)
     module = program.module().eval()
@@ -68,10 +68,10 @@ def test_training(decay, types, tmp_path):
     torch.testing.assert_close(
         file_tensors(saved)["prompt_embeddings"], file_tensors(tmp_path / "peft")["prompt_embeddings"]
     )
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         loaded = load_peft(FAMILIES["llama"].build(), saved)
-    read = adaptc.compile(base("llama"), tmp_path / "peft")
-    assert_same(called(read, text(2, 5)), called(loaded, text(2, 5)))
+    read = adaptc.compile(shared_base_program("llama"), tmp_path / "peft")
+    assert_same(run_quietly(read, text(2, 5)), run_quietly(loaded, text(2, 5)))
     again = adaptc.compile(FAMILIES["llama"].build(), saved, training=True)
     for name, value in again.binding.values.items():
         want = dict(module.named_parameters()).get(name, program.binding.values[name])
@@ -80,18 +80,18 @@ def test_training(decay, types, tmp_path):
 
 def test_swaps_and_the_base(tmp_path):
     """Other contexts, of other lengths, in a program without labels, which takes no types."""
-    program = adaptc.compile(base("gpt2"), CPTConfig(**options()))
+    program = adaptc.compile(shared_base_program("gpt2"), CPTConfig(**options()))
     assert adaptc.verify(program, FAMILIES["gpt2"].build()).ok
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         short = {"cpt_token_ids": [7, 8, 9], "cpt_mask": [1] * 3, "cpt_tokens_type_mask": [1, 2, 4]}
         theirs = peft.get_peft_model(FAMILIES["gpt2"].build(), peft.CPTConfig(**{**options(), **short})).eval()
         theirs.save_pretrained(str(tmp_path))
     with adaptc.assert_no_recompiles():
         adaptc.swap(program, tmp_path)
-        assert_same(called(program, text(2, 5)), called(theirs, text(2, 5)))
+        assert_same(run_quietly(program, text(2, 5)), run_quietly(theirs, text(2, 5)))
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
-    assert_same(called(loaded, text(3, 4)), called(theirs, text(3, 4)))
-    assert_same(called(adaptc.unload(program), text(2, 5)), called(FAMILIES["gpt2"].build(), text(2, 5)))
+    assert_same(run_quietly(loaded, text(3, 4)), run_quietly(theirs, text(3, 4)))
+    assert_same(run_quietly(adaptc.unload(program), text(2, 5)), run_quietly(FAMILIES["gpt2"].build(), text(2, 5)))
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_bad_options(more, message):
 
 def test_tokens_that_there_are_not():
     with pytest.raises(ConfigError, match=r"cpt_token_ids has 61, and .* rows 0 to 60"):
-        adaptc.compile(base("llama"), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 61]))
+        adaptc.compile(shared_base_program("llama"), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 61]))

@@ -18,7 +18,7 @@ from torch import nn
 
 import adaptc
 from adaptc.methods._shared import registry as _registry
-from tests.support.custom_models import One
+from tests.support.custom_models import OneLayer
 from tests.support.method_checks import CHECKS, check_rows
 from tests.support.method_table import Entry
 from tests.support.subject import Subject
@@ -95,7 +95,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_method.py"
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered is registered for one test."""
-    for table in ("CONFIGS", "METHODS", "_registered"):
+    for table in ("CONFIGS", "METHODS", "_registered_classes"):
         monkeypatch.setattr(_registry, table, dict(getattr(_registry, table)))
 
 
@@ -134,7 +134,7 @@ def test_the_script_runs_in_few_lines(tmp_path: Path) -> None:
 )
 def test_its_forms_agree(example: ModuleType, layer: nn.Module, x: torch.Tensor, tmp_path: Path) -> None:
     adaptc.register_method(example.GainConfig, example.Gain)
-    net = One(layer).eval()
+    net = OneLayer(layer).eval()
     config = example.GainConfig(r=3, target_modules=["layer"])
     program = adaptc.compile(net, config, example_inputs=x, training=True)
     torch.testing.assert_close(program(x), net(x))
@@ -176,7 +176,7 @@ def checked(
 ) -> None:
     adaptc.register_method(example.GainConfig, example.Gain)
     monkeypatch.setattr(adaptc, "GainConfig", example.GainConfig, raising=False)
-    subject = Subject(Entry("gain", "GainConfig", {"r": 4}, peft=(), other={"r": 3}), layer)
+    subject = Subject(Entry("gain", "GainConfig", {"r": 4}, peft=(), other_config={"r": 3}), layer)
     assert subject.directory.is_dir()
     try:
         check(subject, tmp_path)
@@ -198,7 +198,7 @@ def test_names_that_are_taken(example: ModuleType) -> None:
 
 def test_a_method_without_a_weight_is_not_merged_and_says_so(registry: None) -> None:
     adaptc.register_method(BehindConfig, Behind)
-    net, x = One(nn.Linear(5, 7)).eval(), torch.randn(3, 5)
+    net, x = OneLayer(nn.Linear(5, 7)).eval(), torch.randn(3, 5)
     program = adaptc.compile(net, BehindConfig(target_modules=["layer"]), example_inputs=x)
     with pytest.raises(adaptc.MergeError, match=r"'layer.weight\|behind' cannot be merged: behind has no form"):
         adaptc.merge(program)

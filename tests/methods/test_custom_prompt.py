@@ -14,8 +14,8 @@ from adaptc.errors import ConfigError, MethodError
 from adaptc.methods._shared import registry as _registry
 from tests.generation.test_prefixes import continued
 from tests.support.families import FAMILIES
-from tests.support.oracle import assert_same, base
-from tests.support.prompts import called, text
+from tests.support.oracle import assert_same, shared_base_program
+from tests.support.prompts import run_quietly, text
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -51,7 +51,7 @@ class LeanedConfig(ProgramConfig):
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
     """Registered for one test."""
-    for table in ("CONFIGS", "METHODS", "_registered"):
+    for table in ("CONFIGS", "METHODS", "_registered_classes"):
         monkeypatch.setattr(_registry, table, dict(getattr(_registry, table)))
 
 
@@ -63,14 +63,14 @@ def test_it_computes_trains_and_generates(tmp_path):
     module(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad.abs().max() > 0 for p in module.parameters() if p.requires_grad)
     adapter = adaptc.save_adapter(made, tmp_path / "adapter")
-    program = adaptc.compile(base("llama"), adapter)
+    program = adaptc.compile(shared_base_program("llama"), adapter)
     values = {n.rpartition(".")[2]: t for n, t in program.binding.values.items()}
     rows = next(t for n, t in program.binding.values.items() if "sides" not in n)
     for side in (0, 1):
-        plain = adaptc.compile(base("llama"), PromptTuningConfig(num_virtual_tokens=5))
+        plain = adaptc.compile(shared_base_program("llama"), PromptTuningConfig(num_virtual_tokens=5))
         adaptc.swap(plain, {"prompt_embeddings": (rows * values["sides"][side]).detach()})
         one = {n: t[:1] for n, t in inputs.items() if n != "side"}
-        assert_same(called(program, {**one, "side": torch.tensor([side])}), called(plain, one))
+        assert_same(run_quietly(program, {**one, "side": torch.tensor([side])}), run_quietly(plain, one))
     gen = adaptc.compile_for_generation(FAMILIES["llama"].build(), LeanedConfig(num_virtual_tokens=2), max_length=40)
     adaptc.swap(gen, adapter)
     loaded = adaptc.load(adaptc.save(gen, tmp_path / "gen.pt2"))
@@ -118,7 +118,7 @@ def test_what_it_promises():
 
         adaptc.register_method(Config, cls)
         with pytest.raises(MethodError, match=message):
-            adaptc.compile(base("llama"), Config(num_virtual_tokens=3))
+            adaptc.compile(shared_base_program("llama"), Config(num_virtual_tokens=3))
 
 
 def test_what_cannot_be_registered():
@@ -129,7 +129,7 @@ def test_what_cannot_be_registered():
         def slots(self, op):
             return {}
 
-    with pytest.raises(ConfigError, match="must define what it makes of a place: tokens, attended"):
+    with pytest.raises(ConfigError, match="must define what it makes of a program value: tokens, attended"):
         adaptc.register_method(LeanedConfig, Nothing)
     with pytest.raises(ConfigError, match="are not of one kind"):
         adaptc.register_method(adaptc.LoraConfig, Leaned)

@@ -14,7 +14,12 @@ from peft.utils import constants
 import adaptc
 from adaptc.adapter_files.directory import read_config
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._shared.default_targets import OTHER_MEANING, TABLES, adapts_defaults, defaults
+from adaptc.methods._shared.default_targets import (
+    DEFAULT_TABLES,
+    NO_GRAPH_DEFAULTS,
+    adds_default_modules,
+    default_modules,
+)
 from adaptc.methods._shared.registry import CONFIGS, config_class
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_same, file_tensors, load_peft, run
@@ -50,30 +55,30 @@ def names(entry: Any) -> Any:
 @pytest.mark.parametrize(("kind", "field", "table"), list(tables()), ids=lambda v: v if isinstance(v, str) else "")
 def test_tables(kind, field, table):
     """An entry per model type where a method means other layers than query and value, else only where it differs."""
-    ours = TABLES.get(kind, {}).get(field, {})
+    ours = DEFAULT_TABLES.get(kind, {}).get(field, {})
     assert set(ours) <= set(table)
     for model_type, entry in table.items():
-        found = defaults(kind, model_type).get(field)
-        if found is None and kind not in OTHER_MEANING:
+        found = default_modules(kind, model_type).get(field)
+        if found is None and kind not in NO_GRAPH_DEFAULTS:
             found = LORA.get(model_type)
         assert (names(found) == names(entry)) != ((kind, model_type) in EXPLAINED), model_type
 
 
 def test_every_table_is_peft_s():
     known = {(kind, field) for kind, field, _ in tables()}
-    assert {(kind, field) for kind, fields in TABLES.items() for field in fields} <= known
-    assert {kind for kind, _ in known} >= OTHER_MEANING - {"TRAINABLE_TOKENS"}
+    assert {(kind, field) for kind, fields in DEFAULT_TABLES.items() for field in fields} <= known
+    assert {kind for kind, _ in known} >= NO_GRAPH_DEFAULTS - {"TRAINABLE_TOKENS"}
 
 
 def test_names_a_variant_lacks_are_left_out():
     """T5's gated feed-forward layers are not called wi."""
     paths = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wi_0", "x.kwi"]
-    assert defaults("ADALORA", "t5", paths) == {"target_modules": ["q"]}
-    assert defaults("ADALORA", "t5", ["nothing"]) == {}
-    assert defaults("IA3", "llama", ["model.layers.0.mlp.down_proj"]).get("feedforward_modules") == ["down_proj"]
-    assert defaults("IA3", "mt5").get("feedforward_modules") == []
-    assert defaults("IA3", "smollm3").get("feedforward_modules") is None
-    assert defaults("IA3", None).get("feedforward_modules") is None
+    assert default_modules("ADALORA", "t5", paths) == {"target_modules": ["q"]}
+    assert default_modules("ADALORA", "t5", ["nothing"]) == {}
+    assert default_modules("IA3", "llama", ["model.layers.0.mlp.down_proj"]).get("feedforward_modules") == ["down_proj"]
+    assert default_modules("IA3", "mt5").get("feedforward_modules") == []
+    assert default_modules("IA3", "smollm3").get("feedforward_modules") is None
+    assert default_modules("IA3", None).get("feedforward_modules") is None
 
 
 #: what a method's config needs beside its defaults to be planned for a family
@@ -100,17 +105,17 @@ def base(name: str) -> adaptc.AdaptedProgram:
 
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
-@pytest.mark.parametrize("kind", [k for k in TABLES if k in CONFIGS])
+@pytest.mark.parametrize("kind", [k for k in DEFAULT_TABLES if k in CONFIGS])
 def test_completed_configs(kind, name):
     """What is planned, and saved, has the names that PEFT fills in."""
     from adaptc.methods import ModelFacts
-    from adaptc.targets.plan_layers import plan
+    from adaptc.targets.plan_layers import plan_layers
 
     model = FAMILIES[name].build()
     types = {n: f"{type(m).__module__}.{type(m).__qualname__}" for n, m in model.named_modules()}
     facts = ModelFacts(types, model.config.model_type)
     config = config_class(kind)(**NEEDED.get(kind, {}))
-    found = plan(config, base(name), facts).config
+    found = plan_layers(config, base(name), facts).config
     peft_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     model_class = peft.PEFT_TYPE_TO_TUNER_MAPPING[kind]
     wanted = model_class._prepare_adapter_config(
@@ -125,7 +130,7 @@ def test_completed_configs(kind, name):
     assert config.target_modules is None
 
 
-@pytest.mark.parametrize("kind", sorted(k for k in OTHER_MEANING if k in CONFIGS))
+@pytest.mark.parametrize("kind", sorted(k for k in NO_GRAPH_DEFAULTS if k in CONFIGS))
 def test_unknown_types_are_asked_for(kind):
     extra = {"token_indices": [1]} if kind == "TRAINABLE_TOKENS" else {}
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 7))
@@ -158,7 +163,7 @@ def test_default_layers_are_adapted_beside_tokens_modules_and_parameters(name, o
     program = adaptc.compile(FAMILIES[name].build(), adaptc.LoraConfig(**given))
     known = name != "smollm3"
     targets = {} if known else {"target_modules": program.binding.config.target_modules}
-    oracle = Oracle.of(name, peft.LoraConfig(**given, **targets), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save(name, peft.LoraConfig(**given, **targets), tmp_path / "peft")
     adaptc.swap(program, tmp_path / "peft")
     assert_same(run(program, oracle.family), oracle())
     adaptc.save_adapter(program, tmp_path / "ours")
@@ -166,12 +171,14 @@ def test_default_layers_are_adapted_beside_tokens_modules_and_parameters(name, o
 
 
 def test_the_types_with_defaults_beside_parameters_are_those_of_peft_s_table():
-    assert {t for t in {*LORA, *TABLES["IA3"]["target_modules"], "gpt_oss"} if adapts_defaults(t)} == set(LORA)
-    assert not adapts_defaults(None)
+    assert {t for t in {*LORA, *DEFAULT_TABLES["IA3"]["target_modules"], "gpt_oss"} if adds_default_modules(t)} == set(
+        LORA
+    )
+    assert not adds_default_modules(None)
 
 
 def test_ia3_by_default(tmp_path):
-    oracle = Oracle.of("llama", peft.IA3Config(), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save("llama", peft.IA3Config(), tmp_path / "peft")
     program = adaptc.compile(FAMILIES["llama"].build(), adaptc.IA3Config())
     config = program.binding.config
     assert set(config.target_modules) == {"k_proj", "v_proj", "down_proj"}
@@ -184,7 +191,7 @@ def test_ia3_by_default(tmp_path):
 
 def test_ia3_with_targets_of_one_s_own(tmp_path):
     """The default feed-forward layers need not be among them; PEFT writes a config then that it cannot read again."""
-    oracle = Oracle.of("gpt2", peft.IA3Config(target_modules=["c_proj"]), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save("gpt2", peft.IA3Config(target_modules=["c_proj"]), tmp_path / "peft")
     program = adaptc.compile(FAMILIES["gpt2"].build(), adaptc.IA3Config(target_modules=["c_proj"]))
     tensors = {k.removeprefix("base_model.model."): v for k, v in file_tensors(tmp_path / "peft").items()}
     assert {v.shape[0] == 1 for k, v in tensors.items() if ".attn." in k} == {False}

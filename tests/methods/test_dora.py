@@ -23,7 +23,7 @@ from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
-from tests.support.oracle import Oracle, base
+from tests.support.oracle import Oracle, shared_base_program
 
 TARGETS = ["emb", "up", "conv", "mix", "down"]
 
@@ -143,8 +143,8 @@ def test_a_fresh_adapter_of_a_half_precision_base_changes_no_bit():
 
 def test_gradients_and_files_of_a_language_model(tmp_path: Path):
     config = peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=["q_proj", "down_proj", "embed_tokens"])
-    oracle = Oracle.of("llama", config, tmp_path / "peft")
-    program = adaptc.compile(base("llama"), config)
+    oracle = Oracle.wrap_and_save("llama", config, tmp_path / "peft")
+    program = adaptc.compile(shared_base_program("llama"), config)
     oracle.check_trained(program, tmp_path / "adaptc")
     oracle.check_merged(program, 2e-5)
 

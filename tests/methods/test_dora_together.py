@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.errors import ConfigError
-from tests.support.subject import close, sound
+from tests.support.subject import assert_close, assert_valid
 
 
 class Net(nn.Module):
@@ -80,19 +80,19 @@ def test_as_peft(names: tuple[str, ...], form: str, tmp_path: Path) -> None:
     program = together(names, form=form)
     wrapped = by_peft(program, names, tmp_path)
     want = wrapped(X)
-    close(program(X), want, 1e-9)
+    assert_close(program(X), want, 1e-9)
     alone = adaptc.compile(net(), tmp_path / names[0], example_inputs=X)
     assert not torch.allclose(alone(X), want, rtol=1e-2)
     module = program.module().eval()
     ours, theirs = gradients(module, module(X)), gradients(wrapped, want)
     assert len(ours) == len(theirs) > 6 * (len(names) - 1)
     for mine, other in zip(ours, theirs, strict=True):
-        close(mine, other, 1e-7)
+        assert_close(mine, other, 1e-7)
     merged = adaptc.merge(program)
-    close(merged(X), want, 1e-9)
+    assert_close(merged(X), want, 1e-9)
     assert torch.equal(adaptc.unmerge(merged)(X), program(X))
-    close(wrapped.merge_and_unload()(X), want, 1e-9)
-    sound(program)
+    assert_close(wrapped.merge_and_unload()(X), want, 1e-9)
+    assert_valid(program)
 
 
 @pytest.mark.parametrize("form", ["auto", "weight"])
@@ -101,13 +101,13 @@ def test_ranks_change_and_files_are_understood(form: str, tmp_path: Path) -> Non
     wider = adaptc.LoraConfig(**{**OPTIONS["dora"], "r": 5})
     other = adaptc.save_adapter(adaptc.compile(net(), wider, example_inputs=X), tmp_path / "wider")
     adaptc.swap(program, {"dora": other})
-    sound(program)
+    assert_valid(program)
     loaded = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))
     wrapped = by_peft(program, ("plain", "dora"), tmp_path)
     for one in (program, loaded, adaptc.merge(loaded)):
-        close(one(X), wrapped(X), 1e-9)
+        assert_close(one(X), wrapped(X), 1e-9)
     adaptc.swap(program, {"plain": None})
-    close(program(X), adaptc.compile(net(), other, example_inputs=X)(X), 1e-9)
+    assert_close(program(X), adaptc.compile(net(), other, example_inputs=X)(X), 1e-9)
 
 
 def test_with_dropout_it_reads_the_base_around_the_layer() -> None:
@@ -124,7 +124,7 @@ def test_an_earlier_one_that_changes_the_weight_has_it_do_so_too() -> None:
     dora = adaptc.LoraConfig(**{**OPTIONS["dora"], "target_modules": ["up"]})
     program = adaptc.compile(net(), {"turn": turn, "dora": dora}, example_inputs=X)
     assert [a.form for a in program.adaptation.attachments] == ["weight", "weight"]
-    close(adaptc.merge(program)(X), program(X), 1e-9)
+    assert_close(adaptc.merge(program)(X), program(X), 1e-9)
     dropped = dora.replace(lora_dropout=0.5)
     with pytest.raises(ConfigError, match=r"would lose its dropout.*looks at the base's weight"):
         adaptc.compile(net(), {"turn": turn, "dora": dropped}, example_inputs=X, training=True)

@@ -54,7 +54,8 @@ def values(entry: Entry, method: Method, op: Op, W: Tensor) -> dict[str, Tensor]
         first = method.init(op, W, torch.float64).slots
     specs = method.slots(op)
     return {
-        n: entry.fill(f"layer.{n}", t) if specs[n].trainable and t.is_floating_point() else t for n, t in first.items()
+        n: entry.random_tensor(f"layer.{n}", t) if specs[n].trainable and t.is_floating_point() else t
+        for n, t in first.items()
     }
 
 
@@ -65,7 +66,7 @@ def both(method: Method, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: 
     return op(x, method.weight(op, W, slots, scale), bias), method.call_adapted(op, x, W, b, slots, scale)
 
 
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.weight], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.has_weight_form], ids=lambda e: e.name)
 @settings(max_examples=examples(12))
 @given(
     kind=st.sampled_from(sorted(OPS)),
@@ -102,7 +103,7 @@ def test_forms_agree(entry: Entry, kind: str, times: tuple[int, int], biased: bo
         assert float((found.double() - exact).abs().max()) <= bound
 
 
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.weight], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.has_weight_form], ids=lambda e: e.name)
 def test_identity_values_compute_the_base(entry: Entry):
     """Exactly up to rounding, at every op, and with finite gradients: padding to a capacity relies on both."""
     tried = 0

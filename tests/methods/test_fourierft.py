@@ -13,7 +13,7 @@ import adaptc
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods.sparse.fourierft import FourierFT
 from adaptc.passes.graph.ops import Op
-from tests.support.spectral import blocks, compiled, mismatches, wrapped
+from tests.support.spectral import compile_blocks, differing_fields, make_blocks, peft_wrapped
 
 BAD = [
     {"n_frequency": 0},
@@ -33,22 +33,22 @@ def test_illegal_options_are_named(bad):
 
 
 def test_fields_and_defaults_are_pefts():
-    assert mismatches(peft.FourierFTConfig(), adaptc.FourierFTConfig()) == {}
+    assert differing_fields(peft.FourierFTConfig(), adaptc.FourierFTConfig()) == {}
 
 
 def test_more_frequencies_than_entries():
     with pytest.raises(ConfigError, match=r"site 'layers\.0\.up\.weight'.*n_frequency=78 is more than the 77 entries"):
-        compiled(adaptc.FourierFTConfig(target_modules=["up"], n_frequency=78))
-    compiled(adaptc.FourierFTConfig(target_modules=["up"], n_frequency=77))
+        compile_blocks(adaptc.FourierFTConfig(target_modules=["up"], n_frequency=78))
+    compile_blocks(adaptc.FourierFTConfig(target_modules=["up"], n_frequency=77))
 
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_first_values_and_places_are_pefts(zeros):
     options = {"target_modules": ["up"], "n_frequency": 13, "random_loc_seed": 3, "init_weights": zeros}
-    theirs = wrapped(peft.FourierFTConfig(**options), seed=4)
+    theirs = peft_wrapped(peft.FourierFTConfig(**options), seed=4)
     after = torch.rand(3)
     torch.manual_seed(4)
-    program = compiled(adaptc.FourierFTConfig(**options))
+    program = compile_blocks(adaptc.FourierFTConfig(**options))
     assert torch.equal(torch.rand(3), after)
     for a, layer in zip(program.adaptation.attachments, theirs.base_model.model.layers, strict=True):
         spectrum, places = (program.binding.values[f] for f in a.slots.values())
@@ -72,13 +72,13 @@ PATTERNS = [
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_patterns_are_read_as_peft_reads_them(pattern):
     options = {"target_modules": ["up", "down", "head"], "n_frequency": 9, "n_frequency_pattern": pattern}
-    theirs = wrapped(peft.FourierFTConfig(**options))
+    theirs = peft_wrapped(peft.FourierFTConfig(**options))
     expected = {
         n: m.fourierft_n_frequency["default"]
         for n, m in theirs.base_model.model.named_modules()
         if hasattr(m, "fourierft_n_frequency")
     }
-    program = compiled(adaptc.FourierFTConfig(**options))
+    program = compile_blocks(adaptc.FourierFTConfig(**options))
     assert {a.module: a.method.r for a in program.adaptation.attachments} == expected
     assert len(set(expected.values())) > 1
 
@@ -87,14 +87,14 @@ def test_patterns_are_read_as_peft_reads_them(pattern):
 def test_patterns_that_would_be_ignored(key):
     """PEFT's keys follow a dot, and it says nothing of those that match no module."""
     with pytest.raises(TargetError, match=r"n_frequency_pattern: .*matches no adapted module"):
-        compiled(
+        compile_blocks(
             adaptc.FourierFTConfig(target_modules=["up", "head"], n_frequency=9, n_frequency_pattern={"up": 3, key: 5})
         )
 
 
 def test_bad_expression():
     with pytest.raises(ConfigError, match="not a valid regular expression"):
-        compiled(adaptc.FourierFTConfig(target_modules=["up"], n_frequency=9, n_frequency_pattern={"(up": 3}))
+        compile_blocks(adaptc.FourierFTConfig(target_modules=["up"], n_frequency=9, n_frequency_pattern={"(up": 3}))
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (6, 4), (5, 3, 2, 3), (1, 9)])
@@ -126,14 +126,14 @@ def test_places_belong_to_the_adapter(tmp_path):
     """Two adapters with seeds of their own in one program; saved configs keep their seeds."""
     one = adaptc.FourierFTConfig(target_modules=["up"], n_frequency=13)
     two = dataclasses.replace(one, random_loc_seed=5, scaling=9.0, n_frequency=20)
-    programs = [compiled(c) for c in (one, two)]
+    programs = [compile_blocks(c) for c in (one, two)]
     paths = [adaptc.save_adapter(p, tmp_path / str(i)) for i, p in enumerate(programs)]
-    x = blocks()[1]
+    x = make_blocks()[1]
     for i in (1, 0, 1):
         adaptc.swap(programs[0], paths[i])
-        expected = compiled(paths[i])(x)
+        expected = compile_blocks(paths[i])(x)
         torch.testing.assert_close(programs[0](x), expected, rtol=1e-6, atol=1e-6)
-        assert not torch.allclose(expected, compiled(paths[1 - i])(x), atol=1e-3)
+        assert not torch.allclose(expected, compile_blocks(paths[1 - i])(x), atol=1e-3)
 
 
 def test_a_vector_is_no_matrix():

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.methods.orthogonal.hra import Hra
 from adaptc.passes.graph.ops import Op
-from tests.support.custom_models import One
+from tests.support.custom_models import OneLayer
 
 X = torch.linspace(-2, 3, 45).reshape(3, 15)
 LINEAR = torch.ops.aten.linear.default
 
 
-def model() -> One:
+def model() -> OneLayer:
     torch.manual_seed(3)
-    return One(nn.Linear(15, 11)).eval()
+    return OneLayer(nn.Linear(15, 11)).eval()
 
 
 def options(**changes: Any) -> dict[str, Any]:

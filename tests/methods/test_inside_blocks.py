@@ -12,7 +12,7 @@ from torch._higher_order_ops.map import map as map_rows
 
 import adaptc
 from tests.support.method_table import ENTRIES, LAYERS
-from tests.support.subject import FILE, Subject, close, sound, subject, targets
+from tests.support.subject import FILE, Subject, assert_close, assert_valid, subject, targets
 
 BLOCKS = ("no_grad", "autocast", "cond", "map", "cond_in_no_grad")
 #: torch's own, while it captures branches
@@ -65,11 +65,11 @@ def dense(s: Subject) -> bool:
 
 
 #: every method with a meaning for weights at every layer, each in one of the blocks
-WEIGHTS = [e for e in ENTRIES if e.weight]
+WEIGHTS = [e for e in ENTRIES if e.has_weight_form]
 CASES = [(e.name, n, BLOCKS[(i + j) % len(BLOCKS)]) for i, e in enumerate(WEIGHTS) for j, n in enumerate(e.layers())]
 
 
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.weight], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.has_weight_form], ids=lambda e: e.name)
 def test_a_method_without_a_weight_has_no_place_there(entry):
     s = subject(entry.name, "linear")
     with pytest.raises(adaptc.TargetError, match=r"no form on the weight.*called inside a block"):
@@ -88,26 +88,26 @@ def test_as_outside(entry, layer, block, tmp_path):
             adaptc.compile(base, s.directory)
         return
     program = adaptc.compile(base, s.directory)
-    sound(program)
+    assert_valid(program)
     (a,), (outside,) = program.adaptation.attachments, s.program.adaptation.attachments
     assert (a.kind, program.ops[a.id]) == (outside.kind, s.program.ops[outside.id])
     merged = adaptc.merge(program)
-    sound(merged)
+    assert_valid(merged)
     assert merged.state_dict.keys() == adaptc.merge(s.program).state_dict.keys()
     for name, value in adaptc.merge(s.program).state_dict.items():
         assert torch.equal(merged.state_dict[name], value), name
     back = adaptc.unmerge(merged)
     unloaded = adaptc.unload(program)
-    sound(unloaded)
+    assert_valid(unloaded)
     assert all(unloaded.state_dict[n].data_ptr() == t.data_ptr() for n, t in base.state_dict.items())
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
-    other = adaptc.compile(base, s.config(**s.entry.other))
+    other = adaptc.compile(base, s.config(**s.entry.other_config))
     adaptc.swap(other, s.directory)
-    sound(other)
+    assert_valid(other)
     for batch in (2, 5):
         args, expected = s.args(batch), s.program(*s.args(batch))
         for runs in (program, program.module(), merged, back, loaded, adaptc.merge(loaded), other):
-            close(runs(*args), expected, 1e-9)
+            assert_close(runs(*args), expected, 1e-9)
         assert torch.equal(unloaded(*args), base(*args))
     found = load_file(adaptc.save_adapter(program, tmp_path / "adapter") / FILE)
     given = load_file(s.directory / FILE)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import LilyConfig
 from adaptc.methods.lora_family.lily import Lily
-from tests.support.subject import FILE, close, loss, quiet, short, sound
+from tests.support.subject import FILE, assert_close, assert_valid, file_key_of, loss, quiet
 
 #: more layers than have one digit, so that order by name is not order in the model
 LAYERS = 11
@@ -89,8 +89,8 @@ def test_first_values_and_groups_are_those_of_peft(net: Net, plain: Any) -> None
     theirs = wrapped(net)
     torch.manual_seed(7)
     program = adaptc.compile(plain, LilyConfig(**OPTIONS), training=True)
-    sound(program)
-    close(program(inputs(5)), theirs(inputs(5)))
+    assert_valid(program)
+    assert_close(program(inputs(5)), theirs(inputs(5)))
     module = program.module()
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
     status = adaptc.get_model_status(program)
@@ -110,9 +110,9 @@ def test_other_groups_run_through_the_same_code(how: str, net: Net, plain: Any, 
     program(x)
     with adaptc.assert_no_recompiles(), torch.no_grad():
         adaptc.swap(program, tmp_path / "theirs")
-        close(program(x), theirs(x))
+        assert_close(program(x), theirs(x))
     assert not torch.allclose(theirs(x), net(x), rtol=1e-3, atol=1e-3)
-    sound(program)
+    assert_valid(program)
     assert adaptc.get_model_status(program).trainable_params == theirs.get_nb_trainable_parameters()[0]
     written = adaptc.save_adapter(program, tmp_path / "ours")
     ours, given = load_file(written / FILE), load_file(tmp_path / "theirs" / FILE)
@@ -120,7 +120,7 @@ def test_other_groups_run_through_the_same_code(how: str, net: Net, plain: Any, 
     assert all(torch.equal(ours[k], t) for k, t in given.items())
     with quiet():
         back = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(written)).eval()
-    close(back(x), theirs(x))
+    assert_close(back(x), theirs(x))
 
 
 def gradients_of(program: adaptc.AdaptedProgram, x: Tensor) -> dict[str, Tensor | None]:
@@ -135,14 +135,14 @@ def test_gradients_of_what_layers_have_in_common_add_up(net: Net, plain: Any, tm
     theirs, x = wrapped(net, 5), inputs(3)
     theirs.save_pretrained(str(tmp_path))
     loss(theirs(x)).backward()
-    expected = {short(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    expected = {file_key_of(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     program = adaptc.compile(plain, tmp_path, training=True)
     found = gradients_of(program, x)
     assert len(found) == len(expected)
     for name, grad in found.items():
         theirs_ = expected[name.replace(".default", "")]
         assert grad is not None
-        close(grad / theirs_.abs().max(), theirs_.reshape(grad.shape) / theirs_.abs().max(), 1e-9)
+        assert_close(grad / theirs_.abs().max(), theirs_.reshape(grad.shape) / theirs_.abs().max(), 1e-9)
     before = {f: t.detach().clone() for f, t in program.binding.values.items()}
     optimizer = torch.optim.AdamW([p for p in program.module().parameters() if p.requires_grad], lr=0.01)
     optimizer.step()
@@ -169,7 +169,7 @@ def test_a_program_that_was_loaded_or_copied_trains_one_tensor(plain: Any, tmp_p
         found = gradients_of(other, x)
         assert found.keys() == expected.keys(), how
         for name, grad in found.items():
-            close(grad, expected[name])
+            assert_close(grad, expected[name])
     module = program.module()
     state = {k: v.clone() for k, v in module.state_dict().items()}
     other = copy.deepcopy(module)
@@ -178,7 +178,7 @@ def test_a_program_that_was_loaded_or_copied_trains_one_tensor(plain: Any, tmp_p
             if p.requires_grad:
                 p.zero_()
     other.load_state_dict(state)
-    close(other(x), module(x))
+    assert_close(other(x), module(x))
 
 
 def test_copies_that_differ_are_refused(plain: Any, tmp_path: Any) -> None:
@@ -213,7 +213,7 @@ def test_another_number_of_factors_needs_other_code(net: Net, plain: Any, tmp_pa
     both = adaptc.compile(plain, [LilyConfig(**OPTIONS), LilyConfig(**{**OPTIONS, "num_B": 2})])
     adaptc.swap(both, tmp_path)
     with torch.no_grad():
-        close(both(inputs(3)), wrapped(net, num_B=2)(inputs(3)))
+        assert_close(both(inputs(3)), wrapped(net, num_B=2)(inputs(3)))
 
 
 def test_a_row_depends_on_its_batch_as_in_peft(net: Net, plain: Any) -> None:
@@ -221,7 +221,7 @@ def test_a_row_depends_on_its_batch_as_in_peft(net: Net, plain: Any) -> None:
     torch.manual_seed(7)
     program = adaptc.compile(plain, LilyConfig(**OPTIONS))
     with torch.no_grad():
-        close(program(x[:1]), theirs(x[:1]))
+        assert_close(program(x[:1]), theirs(x[:1]))
         assert float((program(x)[:1] - program(x[:1])).abs().max()) > 1e-5
     with pytest.raises(adaptc.TargetError, match="what lily does to a row depends on the whole batch"):
         program.bank({})

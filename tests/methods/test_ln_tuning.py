@@ -13,7 +13,7 @@ from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from tests.support.custom_models import Attention, Net
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, run
-from tests.support.site_checks import bare, close, quiet, sound
+from tests.support.site_checks import assert_close, assert_valid, quiet, without_prefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
@@ -39,10 +39,10 @@ def net():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_default_norms_of_families(name, tmp_path):
-    oracle = Oracle.of(name, peft.LNTuningConfig(), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save(name, peft.LNTuningConfig(), tmp_path / "peft")
     model = FAMILIES[name].build()
     program = adaptc.compile(model, LNTuningConfig())
-    sound(program)
+    assert_valid(program)
     assert set(program.binding.config.target_modules) == set(oracle.model.peft_config["default"].target_modules)
     assert_same(run(program, oracle.family), oracle.base_output())
     oracle.check_trained(program, tmp_path / "ours")
@@ -73,23 +73,23 @@ def test_modules_of_any_type(config, tmp_path):
     model.save_pretrained(str(tmp_path / "peft"))
     base, expected = net()(X), model(X)
     program = adaptc.compile(net(), LNTuningConfig(**config), example_inputs=X)
-    sound(program)
-    close(program(X), base, 1e-6)
+    assert_valid(program)
+    assert_close(program(X), base, 1e-6)
     ours = file_tensors(adaptc.save_adapter(program, tmp_path / "fresh"))
     theirs = file_tensors(tmp_path / "peft")
     assert ours.keys() == theirs.keys()
     adaptc.swap(program, tmp_path / "peft")
-    sound(program)
-    close(program(X), expected, 1e-5)
+    assert_valid(program)
+    assert_close(program(X), expected, 1e-5)
     assert not torch.allclose(expected, base, atol=1e-2)
     merged = adaptc.merge(program)
-    close(merged(X), expected, 1e-5)
+    assert_close(merged(X), expected, 1e-5)
     ours = file_tensors(adaptc.save_adapter(program, tmp_path / "ours"))
     assert all(torch.equal(ours[k], v) for k, v in theirs.items())
     again = peft.PeftModel.from_pretrained(net(), str(tmp_path / "ours")).eval()
-    close(again(X), expected, 1e-5)
+    assert_close(again(X), expected, 1e-5)
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
-    close(loaded(X), expected, 1e-5)
+    assert_close(loaded(X), expected, 1e-5)
     assert file_tensors(adaptc.save_adapter(loaded, tmp_path / "loaded")).keys() == theirs.keys()
 
 
@@ -98,20 +98,20 @@ def test_modules_that_own_projections(tmp_path):
     torch.manual_seed(0)
     model, x = Attention().eval(), torch.randn(4, 5, 15)
     program = adaptc.compile(model, LNTuningConfig(target_modules=["self_attn"]), example_inputs=x)
-    close(program(x), model(x), 1e-6)
+    assert_close(program(x), model(x), 1e-6)
     twin = wrapped(Attention().eval(), target_modules=["self_attn"])
-    values = {k: torch.randn_like(v) for k, v in bare(peft.get_peft_model_state_dict(twin)).items()}
+    values = {k: torch.randn_like(v) for k, v in without_prefix(peft.get_peft_model_state_dict(twin)).items()}
     assert len(values) == 4
     adaptc.swap(program, values)
     inner = {k.replace(".ln_tuning_layers", "").replace(".default", ""): v for k, v in values.items()}
-    close(program(x), torch.func.functional_call(model, inner, (x,)), 1e-5)
+    assert_close(program(x), torch.func.functional_call(model, inner, (x,)), 1e-5)
 
 
 def test_one_tensor_under_two_names(tmp_path):
     """BERT's head has its bias under two names. PEFT trains such a head, and cannot save it."""
     family, config = FAMILIES["bert"], {"target_modules": ["cls.predictions", "attention.output.LayerNorm"]}
     model = wrapped(family.build(), **config)
-    tensors = bare(peft.get_peft_model_state_dict(model))
+    tensors = without_prefix(peft.get_peft_model_state_dict(model))
     program = adaptc.compile(family.build(), LNTuningConfig(**config))
     assert {k for k in tensors if k.endswith(("predictions.ln_tuning_layers.bias", "decoder.bias"))}
     adaptc.swap(program, tensors)
@@ -133,12 +133,12 @@ def test_running_statistics_are_trained_apart_from_the_model(tmp_path):
     module = program.module()
     module.train()
     for _ in range(3):
-        close(module(x), twin(x), 1e-5)
+        assert_close(module(x), twin(x), 1e-5)
     found = load_file(adaptc.save_adapter(program, tmp_path) / "adapter_model.safetensors")
     expected = peft.get_peft_model_state_dict(twin)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        close(found[key], value, 1e-5)
+        assert_close(found[key], value, 1e-5)
     assert found["base_model.model.batch.ln_tuning_layers.num_batches_tracked"] == 3
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -150,12 +150,12 @@ def test_adapters_of_other_modules(tmp_path):
     program = adaptc.compile(net(), [tmp_path / "norm", tmp_path / "batch"], example_inputs=X)
     for name in ("norm", "batch", "norm"):
         adaptc.swap(program, tmp_path / name)
-        sound(program)
-        close(program(X), expected[name], 1e-5)
+        assert_valid(program)
+        assert_close(program(X), expected[name], 1e-5)
     alone = adaptc.compile(net(), tmp_path / "norm", example_inputs=X)
     with pytest.raises(SwapError, match="batch"):
         adaptc.swap(alone, tmp_path / "batch")
-    close(alone(X), expected["norm"], 1e-5)
+    assert_close(alone(X), expected["norm"], 1e-5)
 
 
 def test_half_precision_stays():

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.runtime.rank_padding import paddings
-from tests.support.custom_models import One
+from adaptc.runtime.rank_padding import find_paddings
+from tests.support.custom_models import OneLayer
 
 X = torch.linspace(-2, 3, 5 * 15).reshape(5, 15)
 FILE = "adapter_model.safetensors"
@@ -22,7 +22,7 @@ FILE = "adapter_model.safetensors"
 
 def net(inputs: int = 15, outputs: int = 21) -> nn.Module:
     torch.manual_seed(3)
-    return One(nn.Linear(inputs, outputs)).eval()
+    return OneLayer(nn.Linear(inputs, outputs)).eval()
 
 
 def config(**options: Any) -> adaptc.MissConfig:
@@ -154,7 +154,7 @@ def test_packages_may_pad_the_rank():
     program = compile(config(r=4))
     (a,) = program.adaptation.attachments
     for form in ("apply", "weight"):
-        assert paddings(a.method, program.ops[a.id], form)
+        assert find_paddings(a.method, program.ops[a.id], form)
 
 
 def test_refusals():

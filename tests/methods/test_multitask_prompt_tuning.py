@@ -13,14 +13,14 @@ from tests.support.families import FAMILIES
 from tests.support.oracle import (
     assert_differs,
     assert_same,
-    base,
+    assert_same_gradients,
     file_tensors,
     gradients,
     load_peft,
     quiet,
-    same_gradients,
+    shared_base_program,
 )
-from tests.support.prompts import SAID, called, labels, prompt_oracle, text
+from tests.support.prompts import PROMPT_WARNINGS, labels, prompt_oracle, run_quietly, text
 
 NAME = "MultitaskPromptTuningConfig"
 OPTIONS = {"task_type": "CAUSAL_LM", "num_tasks": 3, "num_ranks": 2}
@@ -35,7 +35,7 @@ def test_training(tmp_path):
     oracle = prompt_oracle("llama", tmp_path / "peft", NAME, num_virtual_tokens=5, **OPTIONS)
     config = MultitaskPromptTuningConfig(num_virtual_tokens=5, **OPTIONS)
     program = adaptc.compile(FAMILIES["llama"].build(), config, training=True)
-    module = oracle.fill(program).eval()
+    module = oracle.module_with_peft_values(program).eval()
     given = inputs(4, 11)
     given["labels"] = labels(given)
     got, want = module(**given), oracle.model(**given)
@@ -43,32 +43,32 @@ def test_training(tmp_path):
     assert_same(got, want)
     ours, theirs = gradients(module, got), gradients(oracle.model, want)
     assert len(ours) == 3
-    same_gradients(ours, theirs)
+    assert_same_gradients(ours, theirs)
     with pytest.raises(AdaptcError, match="task_ids has 5, and the adapter has tasks from 0 to 2"):
         module(**{**given, "task_ids": torch.tensor([0, 5, 1, 2])})
     saved = adaptc.save_adapter(program, tmp_path / "ours")
     mine, peers = file_tensors(saved), file_tensors(oracle.path)
     assert mine.keys() == peers.keys()
     assert all(torch.equal(t, peers[n]) for n, t in mine.items())
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         loaded = load_peft(FAMILIES["llama"].build(), saved)
-    assert_same(called(loaded, inputs(2, 5)), called(oracle.model, inputs(2, 5)))
+    assert_same(run_quietly(loaded, inputs(2, 5)), run_quietly(oracle.model, inputs(2, 5)))
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps(backend, tmp_path):
     program = adaptc.compile(
-        base("gpt2"), MultitaskPromptTuningConfig(num_virtual_tokens=3, **OPTIONS), backend=backend
+        shared_base_program("gpt2"), MultitaskPromptTuningConfig(num_virtual_tokens=3, **OPTIONS), backend=backend
     )
-    called(program, inputs(2, 5))
+    run_quietly(program, inputs(2, 5))
     with adaptc.assert_no_recompiles():
         for n in (1, 8):
             oracle = prompt_oracle("gpt2", tmp_path / str(n), NAME, seed=n, num_virtual_tokens=n, **OPTIONS)
             adaptc.swap(program, oracle.path)
             for size in ((4, 11), (1, 3)):
-                assert_same(called(program, inputs(*size)), called(oracle.model, inputs(*size)), 1e-5)
+                assert_same(run_quietly(program, inputs(*size)), run_quietly(oracle.model, inputs(*size)), 1e-5)
     other = {**inputs(4, 5), "task_ids": torch.tensor([0, 0, 1, 2])}
-    assert_differs(called(program, inputs(4, 5)), called(program, other))
+    assert_differs(run_quietly(program, inputs(4, 5)), run_quietly(program, other))
     for bad in (3, -1):
         with pytest.raises(AdaptcError, match=f"task_ids has {bad}, and the adapter has tasks from 0 to 2"):
             program(**{**inputs(2, 5), "task_ids": torch.tensor([0, bad])})
@@ -78,19 +78,19 @@ def test_swaps(backend, tmp_path):
 
 def test_saved_programs_and_the_base(tmp_path):
     oracle = prompt_oracle("llama", tmp_path / "peft", NAME, num_virtual_tokens=5, **OPTIONS)
-    program = adaptc.compile(base("llama"), oracle.path)
+    program = adaptc.compile(shared_base_program("llama"), oracle.path)
     program.validate()
     assert adaptc.verify(program).ok
     loaded = adaptc.load(adaptc.save(program, tmp_path / "ours.pt2"))
-    assert_same(called(loaded, inputs(4, 5)), called(oracle.model, inputs(4, 5)))
+    assert_same(run_quietly(loaded, inputs(4, 5)), run_quietly(oracle.model, inputs(4, 5)))
     torch.export.save(program, tmp_path / "torch.pt2")
     with torch.no_grad():
         again = torch.export.load(tmp_path / "torch.pt2").module()(**inputs(4, 5))
-    assert_same(again, called(oracle.model, inputs(4, 5)))
+    assert_same(again, run_quietly(oracle.model, inputs(4, 5)))
     plain = adaptc.unload(loaded)
     plain.validate()
-    assert_same(called(plain, text(2, 5)), called(FAMILIES["llama"].build(), text(2, 5)))
-    assert_same(called(program.bind(None), text(2, 5)), called(FAMILIES["llama"].build(), text(2, 5)))
+    assert_same(run_quietly(plain, text(2, 5)), run_quietly(FAMILIES["llama"].build(), text(2, 5)))
+    assert_same(run_quietly(program.bind(None), text(2, 5)), run_quietly(FAMILIES["llama"].build(), text(2, 5)))
 
 
 @pytest.mark.parametrize("how", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
@@ -104,9 +104,9 @@ def test_first_values_of_a_source(how, tmp_path):
         "prompt_tuning_init_state_dict_path": str(source.path / "adapter_model.safetensors"),
         "prompt_tuning_init_task": 2,
     }
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         theirs = peft.get_peft_model(FAMILIES["llama"].build(), peft.MultitaskPromptTuningConfig(**config))
-    ours = adaptc.compile(base("llama"), MultitaskPromptTuningConfig(**config)).binding.values
+    ours = adaptc.compile(shared_base_program("llama"), MultitaskPromptTuningConfig(**config)).binding.values
     compared = ["embedding.weight"]
     compared += [] if how == "ONLY_SOURCE_SHARED" else ["prefix_task_cols", "prefix_task_rows"]
     for name in compared:
@@ -114,7 +114,7 @@ def test_first_values_of_a_source(how, tmp_path):
         assert torch.equal(ours[f"prompt_encoder.default.{name}"], want)
     if how != "ONLY_SOURCE_SHARED":
         with pytest.raises(ConfigError, match="num_tasks 1 where"):
-            adaptc.compile(base("llama"), MultitaskPromptTuningConfig(**{**config, "num_tasks": 2}))
+            adaptc.compile(shared_base_program("llama"), MultitaskPromptTuningConfig(**{**config, "num_tasks": 2}))
 
 
 @pytest.mark.parametrize(
@@ -137,4 +137,4 @@ def test_bad_sources(tmp_path):
         prompt_tuning_init_state_dict_path=str(tmp_path / "none.safetensors"),
     )
     with pytest.raises(ConfigError, match="cannot be read as a file of tensors"):
-        adaptc.compile(base("llama"), config)
+        adaptc.compile(shared_base_program("llama"), config)

@@ -20,7 +20,7 @@ from adaptc.methods.orthogonal.oft import Oft
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.graph.ops import Op
-from tests.support.custom_models import One
+from tests.support.custom_models import OneLayer
 from tests.support.pass_checks import attach, export, random_values
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -31,9 +31,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 
 
-def model(layer: str) -> One:
+def model(layer: str) -> OneLayer:
     torch.manual_seed(3)
-    return One(LAYERS[layer][0]()).eval()
+    return OneLayer(LAYERS[layer][0]()).eval()
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def test_rotations_are_pefts(b, terms, share, coft):
     op = Op("linear", (7, 4 * b))
     x = torch.randn(3, 4 * b, dtype=torch.float64)
     mine = values.clone().requires_grad_()
-    found = method.turn(op, x, {"oft_R.weight": mine})
+    found = method.rotate(op, x, {"oft_R.weight": mine})
     expected = module(x)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     if b > 1:
@@ -174,9 +174,9 @@ def test_the_exact_rotation_turns_the_other_way():
     op, x = Op("linear", (7, 10)), torch.randn(3, 10, dtype=torch.float64)
     slots = {"oft_R.weight": rows(2, 5, 0.1)}
     exact, series = Oft(size=5, terms=0), Oft(size=5, terms=40)
-    torch.testing.assert_close(exact.turn(op, x, slots), series.turn(op, x, slots, back=True))
-    assert not torch.allclose(exact.turn(op, x, slots), series.turn(op, x, slots), rtol=1e-2, atol=1e-2)
-    there_and_back = exact.turn(op, exact.turn(op, x, slots), slots, back=True)
+    torch.testing.assert_close(exact.rotate(op, x, slots), series.rotate(op, x, slots, transpose=True))
+    assert not torch.allclose(exact.rotate(op, x, slots), series.rotate(op, x, slots), rtol=1e-2, atol=1e-2)
+    there_and_back = exact.rotate(op, exact.rotate(op, x, slots), slots, transpose=True)
     torch.testing.assert_close(there_and_back, x)
 
 
@@ -189,8 +189,8 @@ def test_weights_of_grouped_convolutions(groups, kernel, b):
     op = Op("conv1d", (5 * groups, 12, *kernel), target, (one, [0] * len(kernel), one, groups))
     method = Oft(size=b if groups == 1 else 3 * b)
     W = torch.randn(op.shape, dtype=torch.float64)
-    size = method.block(op)
-    R = rows(method.width(op) // size, size)
+    size = method.block_size(op)
+    R = rows(method.rotation_size(op) // size, size)
     found = op.dense(method.weight(op, W, {"oft_R.weight": R}, None)) if op.matrix_shape[1] % size == 0 else None
     dense = op.dense(W)
     wide = Op("linear", (dense.shape[0], dense[0].numel()))
@@ -243,8 +243,8 @@ def test_two_on_one_layer_compose_as_merges_do(fqn):
 def test_module_dropout_leaves_blocks_as_they_are():
     method = Oft(size=3, dropout=0.4, training=True)
     op, values = Op("linear", (7, 1500)), rows(500, 3)
-    R = method.rotations(3, values)
-    full = method.evaluated().rotations(3, values)
+    R = method.rotation_blocks(3, values)
+    full = method.evaluated().rotation_blocks(3, values)
     dropped = torch.eye(3, dtype=R.dtype).eq(R).all(-1).all(-1)
     assert 0.3 < float(dropped.double().mean()) < 0.5
     assert torch.equal(R[~dropped], full[~dropped])

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 import adaptc
 from adaptc.cli import app
 from adaptc.methods import TargetedConfig
-from adaptc.methods.__main__ import filled
+from adaptc.methods.__main__ import insert_table
 from adaptc.methods._shared.registry import CONFIGS, config_class
-from adaptc.methods.overview import KINDS, markdown, overview
+from adaptc.methods.overview import SAMPLE_OPS, method_rows, render_markdown
 from tests.support.method_table import ENTRIES
 
 PAGE = Path(__file__).parents[2] / "examples" / "methods.md"
@@ -20,18 +20,18 @@ PAGE = Path(__file__).parents[2] / "examples" / "methods.md"
 
 def test_the_guide_has_the_table_of_the_registry():
     text = PAGE.read_text(encoding="utf-8")
-    assert markdown() in text, "run: python -m adaptc.methods examples/methods.md"
-    assert filled(text) == text
+    assert render_markdown() in text, "run: python -m adaptc.methods examples/methods.md"
+    assert insert_table(text) == text
 
 
 def test_every_config_has_a_row_and_a_name_of_its_own():
-    rows = overview()
+    rows = method_rows()
     assert {r.config.partition("(")[0] for r in rows} == {config_class(k).__name__ for k in CONFIGS}
     assert len({r.method for r in rows}) == len(rows)
     assert all(r.meaning for r in rows)
     for r in rows:
         if r.kinds:
-            assert list(r.kinds) == list(KINDS)
+            assert list(r.kinds) == list(SAMPLE_OPS)
             assert r.kinds["linear"], r.method
         assert hasattr(adaptc, r.config.partition("(")[0])
 
@@ -44,18 +44,21 @@ def test_every_config_is_in_the_table_of_tests():
     assert missing <= {"LNTuningConfig", "PolyConfig", "XLoraConfig"}
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(SAMPLE_OPS))
 def test_what_the_table_says_of_a_layer_is_what_tests_see(kind: str):
     """A dash stands where the generic tests expect a refusal, and nowhere else."""
     layers = {"linear": "linear", "embedding": "embedding", "conv": "conv2d", "any other": "functional"}
     if kind not in layers:
         layers[kind] = {"grouped conv": "conv2d_groups", "experts": "experts"}[kind]
-    for row in overview():
+    for row in method_rows():
         if not row.kinds:
             continue
         entries = [e for e in ENTRIES if e.cls == row.config.partition("(")[0] and e.cls != "LoraConfig"]
         if entries:
-            assert bool(row.kinds[kind]) == any(layers[kind] not in e.refused for e in entries), (row.method, kind)
+            assert bool(row.kinds[kind]) == any(layers[kind] not in e.refused_layers for e in entries), (
+                row.method,
+                kind,
+            )
 
 
 def test_the_command_prints_it():

@@ -22,11 +22,11 @@ from tests.support.oracle import (
     Oracle,
     assert_differs,
     assert_same,
-    base,
-    file_name,
+    file_key_of,
     file_tensors,
     gradients,
     load_peft,
+    shared_base_program,
 )
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "t5": ["q", "v", "wo"], "gpt2": ["c_attn", "c_proj"]}
@@ -45,7 +45,7 @@ def config_of(name: str, **options: Any) -> dict[str, Any]:
 
 
 def oracle_of(name: str, path: Path, seed: int = 0, **options: Any) -> Oracle:
-    return Oracle.of(name, peft.PolyConfig(**config_of(name, **options)), path, seed=seed)
+    return Oracle.wrap_and_save(name, peft.PolyConfig(**config_of(name, **options)), path, seed=seed)
 
 
 def inputs(name: str, batch: int, length: int, tasks: int = 5, seed: int = 0) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def called(module: Any, given: dict[str, Tensor]) -> Any:
 def pair(request: Any, tmp_path_factory: Any) -> tuple[str, Oracle, adaptc.AdaptedProgram]:
     name = request.param
     oracle = oracle_of(name, tmp_path_factory.mktemp(name))
-    return name, oracle, adaptc.compile(base(name), oracle.path)
+    return name, oracle, adaptc.compile(shared_base_program(name), oracle.path)
 
 
 @given(data=st.data(), batch=st.integers(1, 5), length=st.integers(1, 9))
@@ -122,7 +122,7 @@ def test_training(name, how, tmp_path):
     want = theirs(**given)
     assert_same(got, want)
     theirs.zero_grad()
-    expected = {file_name(n): g for n, g in gradients(theirs, want).items()}
+    expected = {file_key_of(n): g for n, g in gradients(theirs, want).items()}
     found = gradients(module, got)
     assert sorted(found) == sorted(expected)
     for key, value in expected.items():
@@ -150,18 +150,18 @@ def test_first_values_are_those_of_peft(fresh):
     torch.manual_seed(3)
     theirs = peft.get_peft_model(FAMILIES["llama"].build(), peft.PolyConfig(**options)).eval()
     torch.manual_seed(3)
-    program = adaptc.compile(base("llama"), PolyConfig(**options))
+    program = adaptc.compile(shared_base_program("llama"), PolyConfig(**options))
     assert_same(called(program, inputs("llama", 3, 5)), called(theirs, inputs("llama", 3, 5)))
     assert adaptc.report(program).trainable == theirs.get_nb_trainable_parameters()[0]
-    values = {file_name(n): t for n, t in program.binding.values.items()}
+    values = {file_key_of(n): t for n, t in program.binding.values.items()}
     for name, p in theirs.named_parameters():
         if p.requires_grad:
-            assert torch.equal(values[file_name(name)].reshape(p.shape), p)
+            assert torch.equal(values[file_key_of(name)].reshape(p.shape), p)
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps_to_other_tasks_skills_and_ranks(backend, tmp_path):
-    program = adaptc.compile(base("llama"), PolyConfig(**config_of("llama")), backend=backend)
+    program = adaptc.compile(shared_base_program("llama"), PolyConfig(**config_of("llama")), backend=backend)
     called(program, inputs("llama", 2, 5))
     with adaptc.assert_no_recompiles():
         for i, options in enumerate(OTHERS):
@@ -183,7 +183,7 @@ def test_swaps_to_other_tasks_skills_and_ranks(backend, tmp_path):
 def test_saved_programs(tmp_path):
     one = oracle_of("t5", tmp_path / "one")
     other = oracle_of("t5", tmp_path / "other", seed=1, **OTHERS[0])
-    program = adaptc.compile(base("t5"), one.path)
+    program = adaptc.compile(shared_base_program("t5"), one.path)
     assert adaptc.verify(program, FAMILIES["t5"].build()).ok
     adaptc.swap(program, other.path)
     torch.export.save(program, tmp_path / "torch.pt2")
@@ -202,14 +202,16 @@ def test_beside_another_adapter(tmp_path):
     """Two adapters of one program read one input; a site that one of them lacks has its number of tasks."""
     oracle = oracle_of("llama", tmp_path, target_modules=["q_proj"])
     more = [PolyConfig(**config_of("llama", target_modules=["k_proj"], n_tasks=3, n_splits=1, init_weights=False))]
-    program = adaptc.compile(base("llama"), [PolyConfig(**config_of("llama", target_modules=["q_proj"])), *more])
+    program = adaptc.compile(
+        shared_base_program("llama"), [PolyConfig(**config_of("llama", target_modules=["q_proj"])), *more]
+    )
     adaptc.swap(program, oracle.path)
     given = inputs("llama", 3, 5)
     assert_same(called(program, given), called(oracle.model, given))
     for a in program.adaptation.attachments:  # a site that the adapter lacks has its tasks, and splits of its own
         down, _, logits = (program.binding.values[f] for f in a.slots.values())
         assert (len(down), len(logits)) == (1 if a.module.endswith("k_proj") else 2, 5)
-    both = adaptc.compile(base("llama"), {"one": oracle.path, "two": more[0].replace(n_tasks=5)})
+    both = adaptc.compile(shared_base_program("llama"), {"one": oracle.path, "two": more[0].replace(n_tasks=5)})
     assert_differs(called(both, given), called(oracle.model, given))
     both.set_active(["one"])
     assert_same(called(both, given), called(oracle.model, given))
@@ -303,7 +305,7 @@ def test_conv1d_of_transformers(tmp_path):
 def test_rows_with_adapters_of_their_own(tmp_path):
     """In a bank a row has its adapter and its task; adapters of other sizes cannot share a call."""
     oracles = {n: oracle_of("llama", tmp_path / n, seed=i) for i, n in enumerate(["fr", "de"])}
-    program = adaptc.compile(base("llama"), PolyConfig(**config_of("llama")))
+    program = adaptc.compile(shared_base_program("llama"), PolyConfig(**config_of("llama")))
     bank = program.bank({n: o.path for n, o in oracles.items()})
     given = inputs("llama", 4, 6)
     with torch.no_grad():
@@ -321,7 +323,7 @@ def test_rows_with_adapters_of_their_own(tmp_path):
 
 
 def test_a_state_dict_whose_config_does_not_fit(tmp_path):
-    program = adaptc.compile(base("llama"), PolyConfig(**config_of("llama")))
+    program = adaptc.compile(shared_base_program("llama"), PolyConfig(**config_of("llama")))
     tensors = file_tensors(oracle_of("llama", tmp_path / "one", r=7).path)
     adaptc.swap(program, tensors)
     assert program.binding.config.r == 7
@@ -348,4 +350,4 @@ def test_sites_without_a_meaning():
         ({"n_splits": 5}, "n_splits=5 cuts the 24 inputs"),
     ):
         with pytest.raises(TargetError, match=message):
-            adaptc.compile(base("llama"), PolyConfig(**config_of("llama", **options)))
+            adaptc.compile(shared_base_program("llama"), PolyConfig(**config_of("llama", **options)))

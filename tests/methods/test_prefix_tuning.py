@@ -22,15 +22,15 @@ from tests.support.oracle import (
     Oracle,
     assert_differs,
     assert_same,
-    base,
+    assert_same_gradients,
     file_tensors,
     gradients,
     load_peft,
     quiet,
-    same_gradients,
+    shared_base_program,
     with_head,
 )
-from tests.support.prompts import CALLS, SAID, called, check_saved, labels, prompt_oracle, text
+from tests.support.prompts import CALLS, PROMPT_WARNINGS, check_saved_program, labels, prompt_oracle, run_quietly, text
 
 #: grouped queries, absolute positions, windows, normed keys, windows in some layers, positions by the mask, experts
 NAMES = ["llama", "gpt2", "mistral", "qwen3", "gemma3_text", "opt", "mixtral"]
@@ -43,14 +43,14 @@ CONFIGS = {PREFIX: PrefixTuningConfig, CARTRIDGE: CartridgeConfig}
 @pytest.mark.parametrize("padding", ["right", "left", None])
 def test_outputs(name, padding, tmp_path):
     oracle = prompt_oracle(name, tmp_path, PREFIX, num_virtual_tokens=5)
-    program = adaptc.compile(base(name), tmp_path)
+    program = adaptc.compile(shared_base_program(name), tmp_path)
     program.validate()
     for batch, length in ((3, 11), (1, 7), (2, 3)):
         inputs = text(batch, length, padding)
-        expected = called(oracle.model, inputs)
-        assert_same(called(program, inputs), expected)
-        assert_differs(expected, called(base(name), inputs))
-    assert_same(called(adaptc.unload(program), text(3, 11)), called(FAMILIES[name].build(), text(3, 11)))
+        expected = run_quietly(oracle.model, inputs)
+        assert_same(run_quietly(program, inputs), expected)
+        assert_differs(expected, run_quietly(shared_base_program(name), inputs))
+    assert_same(run_quietly(adaptc.unload(program), text(3, 11)), run_quietly(FAMILIES[name].build(), text(3, 11)))
 
 
 @pytest.mark.few(3)
@@ -62,8 +62,8 @@ def test_training(name, cls, more, tmp_path):
     """Losses and gradients with labels, what trains, and files both ways."""
     options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5, **more}
     oracle = prompt_oracle(name, tmp_path / "peft", cls, **options)
-    program = adaptc.compile(base(name), CONFIGS[cls](**options))
-    module = oracle.fill(program).eval()
+    program = adaptc.compile(shared_base_program(name), CONFIGS[cls](**options))
+    module = oracle.module_with_peft_values(program).eval()
     if cls == CARTRIDGE:  # what does not train, too
         frozen = oracle.model.prompt_encoder["default"].frozen_embedding
         own = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -73,11 +73,11 @@ def test_training(name, cls, more, tmp_path):
     saved = adaptc.save_adapter(program, tmp_path / "ours")
     adaptc.swap(captured, saved)
     out = captured.module().eval()
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         got, want = out(**inputs), oracle.model(**inputs)
     torch.testing.assert_close(got.loss, want.loss)
     ours, theirs = gradients(out, got), gradients(oracle.model, want)
-    same_gradients(ours, theirs)
+    assert_same_gradients(ours, theirs)
     # Files: the same keys of PEFT's, and the network of a projection beside them.
     own_, theirs_ = file_tensors(saved), file_tensors(oracle.path)
     for key, value in theirs_.items():
@@ -86,42 +86,42 @@ def test_training(name, cls, more, tmp_path):
     stored = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("ours", "peft")]
     assert {**stored[0], "inference_mode": True} == stored[1]
     inputs.pop("labels")
-    expected = called(oracle.model, inputs)
-    with quiet(*SAID):
-        assert_same(called(load_peft(FAMILIES[name].build(), saved), inputs), expected)
-    assert_same(called(adaptc.compile(base(name), oracle.path), inputs), expected)
+    expected = run_quietly(oracle.model, inputs)
+    with quiet(*PROMPT_WARNINGS):
+        assert_same(run_quietly(load_peft(FAMILIES[name].build(), saved), inputs), expected)
+    assert_same(run_quietly(adaptc.compile(shared_base_program(name), oracle.path), inputs), expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
     """From a directory, a state dict and a binding; one token, and the base, are numbers as all others."""
-    program = adaptc.compile(base("llama"), PrefixTuningConfig(num_virtual_tokens=3), backend=backend)
+    program = adaptc.compile(shared_base_program("llama"), PrefixTuningConfig(num_virtual_tokens=3), backend=backend)
     counts = (1, 2, 13)
     oracles = {n: prompt_oracle("llama", tmp_path / str(n), PREFIX, num_virtual_tokens=n, seed=n) for n in counts}
-    called(program, text(2, 5))
+    run_quietly(program, text(2, 5))
     with adaptc.assert_no_recompiles():
         for n, oracle in oracles.items():
             adaptc.swap(program, oracle.path)
             for size in ((3, 11), (1, 2)):
-                assert_same(called(program, text(*size)), called(oracle.model, text(*size)))
+                assert_same(run_quietly(program, text(*size)), run_quietly(oracle.model, text(*size)))
             bound = program.bind(file_tensors(oracle.path))
             assert bound.binding.config.num_virtual_tokens == n
-            assert_same(called(bound, text(3, 7, "left")), called(oracle.model, text(3, 7, "left")))
+            assert_same(run_quietly(bound, text(3, 7, "left")), run_quietly(oracle.model, text(3, 7, "left")))
     built = FAMILIES["llama"].build()
-    assert_same(called(program.bind(None), text(3, 7)), called(built, text(3, 7)))
+    assert_same(run_quietly(program.bind(None), text(3, 7)), run_quietly(built, text(3, 7)))
     assert adaptc.verify(program, built).ok
     program.validate()
 
 
 def test_cartridges_swap(tmp_path):
     """Other numbers of tokens, and of frozen ones among them."""
-    program = adaptc.compile(base("qwen3"), CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=2))
+    program = adaptc.compile(shared_base_program("qwen3"), CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=2))
     with adaptc.assert_no_recompiles():
         for n, frozen in ((1, 1), (7, 0), (11, 3)):
             options = {"num_virtual_tokens": n, "num_frozen_tokens": frozen}
             oracle = prompt_oracle("qwen3", tmp_path / str(n), CARTRIDGE, seed=n, **options)
             adaptc.swap(program, oracle.path)
-            assert_same(called(program, text(3, 7)), called(oracle.model, text(3, 7)))
+            assert_same(run_quietly(program, text(3, 7)), run_quietly(oracle.model, text(3, 7)))
             saved = adaptc.save_adapter(program, tmp_path / f"saved{n}")
             assert json.loads((saved / "adapter_config.json").read_text())["num_frozen_tokens"] == frozen
             assert torch.equal(file_tensors(saved)["prompt_embeddings"], file_tensors(oracle.path)["prompt_embeddings"])
@@ -129,8 +129,8 @@ def test_cartridges_swap(tmp_path):
 
 def test_saved_programs(tmp_path):
     one, other = (prompt_oracle("gpt2", tmp_path / str(n), PREFIX, num_virtual_tokens=n) for n in (3, 8))
-    unloaded = check_saved(one, other, text(3, 5, "left"), tmp_path)
-    assert len(unloaded.graph.nodes) == len(base("gpt2").graph.nodes)
+    unloaded = check_saved_program(one, other, text(3, 5, "left"), tmp_path)
+    assert len(unloaded.graph.nodes) == len(shared_base_program("gpt2").graph.nodes)
 
 
 @pytest.mark.slow
@@ -139,14 +139,14 @@ def test_packages(tmp_path):
         prompt_oracle("llama", tmp_path / f"{n}{s}", PREFIX, num_virtual_tokens=n, seed=s)
         for n, s in ((5, 0), (5, 1), (6, 0))
     )
-    program = adaptc.compile(base("llama"), one.path)
+    program = adaptc.compile(shared_base_program("llama"), one.path)
     runner = adaptc.load_package(adaptc.package(program, tmp_path / "package.pt2"))
-    assert_same(called(runner, text(3, 11)), called(one.model, text(3, 11)))
+    assert_same(run_quietly(runner, text(3, 11)), run_quietly(one.model, text(3, 11)))
     runner.swap(other.path)
-    assert_same(called(runner, text(2, 3)), called(other.model, text(2, 3)))
+    assert_same(run_quietly(runner, text(2, 3)), run_quietly(other.model, text(2, 3)))
     with pytest.raises(SwapError, match=r"shape \(6, 64\), and the compiled code takes \(5, 64\) alone"):
         runner.swap(longer.path)
-    assert_same(called(runner, text(2, 3)), called(other.model, text(2, 3)))
+    assert_same(run_quietly(runner, text(2, 3)), run_quietly(other.model, text(2, 3)))
 
 
 @pytest.mark.few(2)
@@ -163,26 +163,29 @@ def test_encoders_and_heads(head, tmp_path):
     model = with_head(getattr(transformers, kind[head]), name, num_labels=3)
     if head == "features":
         config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5)
-        oracle = Oracle.of("bert", config, tmp_path, model=with_head(transformers.BertModel, "bert"))
+        oracle = Oracle.wrap_and_save("bert", config, tmp_path, model=with_head(transformers.BertModel, "bert"))
         program = adaptc.compile(model, tmp_path)
         for padding in ("right", "left", None):
-            assert_same(called(program, text(3, 7, padding)), called(oracle.model, text(3, 7, padding)))
+            assert_same(run_quietly(program, text(3, 7, padding)), run_quietly(oracle.model, text(3, 7, padding)))
         return
     program = adaptc.compile(model, PrefixTuningConfig(num_virtual_tokens=4))
     inputs = text(3, 7)
     inputs["input_ids"] *= inputs["attention_mask"]
-    out = called(program, inputs).logits
+    out = run_quietly(program, inputs).logits
     assert out.shape == (3, 3)
     for row, (ids, mask) in enumerate(zip(*inputs.values(), strict=True)):
-        alone = called(program, {"input_ids": ids[mask.bool()][None]}).logits[0]
+        alone = run_quietly(program, {"input_ids": ids[mask.bool()][None]}).logits[0]
         torch.testing.assert_close(out[row], alone)
-    assert_differs({"logits": out}, {"logits": called(model, inputs).logits})
+    assert_differs({"logits": out}, {"logits": run_quietly(model, inputs).logits})
 
 
 @cache
 def programs():
     config = PrefixTuningConfig(num_virtual_tokens=3)
-    return {name: (FAMILIES[name].build(), adaptc.compile(base(name), config)) for name in ("llama", "gpt2", "mistral")}
+    return {
+        name: (FAMILIES[name].build(), adaptc.compile(shared_base_program(name), config))
+        for name in ("llama", "gpt2", "mistral")
+    }
 
 
 @settings(max_examples=examples(25))
@@ -208,19 +211,19 @@ def test_any_sizes(name, calls, seed):
             "attention_mask": nn.functional.pad(mask, (count, 0), value=1),
             "past_key_values": cache,
         }
-        expected = called(model, longer).logits
+        expected = run_quietly(model, longer).logits
         bound = program.bind({"prompt_embeddings": rows})
-        torch.testing.assert_close(called(bound, inputs).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run_quietly(bound, inputs).logits, expected, rtol=0, atol=1e-5)
         adaptc.swap(program, {"prompt_embeddings": rows})
-        torch.testing.assert_close(called(program, inputs).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run_quietly(program, inputs).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_projections_go_on_from_files(tmp_path):
     """Training goes on from a file of ours; of PEFT's there are the rows alone, which do not train."""
     options = {"num_virtual_tokens": 5, "prefix_projection": True}
-    first = adaptc.compile(base("llama"), PrefixTuningConfig(**options, init_weights=None))
+    first = adaptc.compile(shared_base_program("llama"), PrefixTuningConfig(**options, init_weights=None))
     saved = adaptc.save_adapter(first, tmp_path / "ours")
-    again = adaptc.compile(base("llama"), saved, training=True)
+    again = adaptc.compile(shared_base_program("llama"), saved, training=True)
     one, two = (dict(p.module().named_parameters()) for p in (first, again))
     trained = {n: p for n, p in two.items() if p.requires_grad}
     assert (
@@ -237,24 +240,26 @@ def test_projections_go_on_from_files(tmp_path):
     for name, value in trained.items():
         assert torch.equal(one[name], value)
     theirs = prompt_oracle("llama", tmp_path / "peft", PREFIX, **options)
-    program = adaptc.compile(base("llama"), theirs.path)
-    assert_same(called(program, text(3, 7)), called(theirs.model, text(3, 7)))
+    program = adaptc.compile(shared_base_program("llama"), theirs.path)
+    assert_same(run_quietly(program, text(3, 7)), run_quietly(theirs.model, text(3, 7)))
     with pytest.raises(CheckpointError, match="a PrefixTuningConfig without prefix_projection"):
-        adaptc.compile(base("llama"), theirs.path, training=True)
+        adaptc.compile(shared_base_program("llama"), theirs.path, training=True)
 
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_first_values(projection):
     """Zeros where they are asked for: keys of score zero, and values of nothing."""
     config = PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=projection, init_weights="zero")
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         options = {"num_virtual_tokens": 5, "prefix_projection": projection, "init_weights": "zero"}
         theirs = peft.get_peft_model(
             FAMILIES["llama"].build(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", **options)
         ).eval()
-    assert_same(called(adaptc.compile(base("llama"), config), text(3, 7)), called(theirs, text(3, 7)))
+    assert_same(
+        run_quietly(adaptc.compile(shared_base_program("llama"), config), text(3, 7)), run_quietly(theirs, text(3, 7))
+    )
     if not projection:
-        random = adaptc.compile(base("llama"), config.replace(init_weights=None, num_virtual_tokens=300))
+        random = adaptc.compile(shared_base_program("llama"), config.replace(init_weights=None, num_virtual_tokens=300))
         (rows,) = random.binding.values.values()
         assert abs(float(rows.detach().std()) - 1) < 0.03
 
@@ -294,21 +299,21 @@ def test_attention_that_masks_by_order():
 def test_beside_other_adapters(tmp_path):
     """LoRA at projections and at the tokens' embedding acts as it does alone; one at positions is refused."""
     config = peft.LoraConfig(r=3, target_modules=["k_proj", "v_proj", "embed_tokens"], init_lora_weights=False)
-    with quiet(*SAID, ".*embedding layers.*"):
-        Oracle.of("llama", config, tmp_path / "lora")
+    with quiet(*PROMPT_WARNINGS, ".*embedding layers.*"):
+        Oracle.wrap_and_save("llama", config, tmp_path / "lora")
         wrapped = load_peft(FAMILIES["llama"].build(), tmp_path / "lora")
         prefix = prompt_oracle("llama", tmp_path / "prefix", PREFIX, num_virtual_tokens=5)
-    program = adaptc.compile(base("llama"), {"style": tmp_path / "lora", "task": prefix.path})
+    program = adaptc.compile(shared_base_program("llama"), {"style": tmp_path / "lora", "task": prefix.path})
     inputs = text(3, 7)
     cache = prefix.model.get_prompt(3)
     mask = nn.functional.pad(inputs["attention_mask"], (5, 0), value=1)
-    expected = called(wrapped, {**inputs, "attention_mask": mask, "past_key_values": cache}).logits
-    torch.testing.assert_close(called(program, inputs).logits, expected)
+    expected = run_quietly(wrapped, {**inputs, "attention_mask": mask, "past_key_values": cache}).logits
+    torch.testing.assert_close(run_quietly(program, inputs).logits, expected)
     adaptc.swap(program, {"task": None})
-    assert_same(called(program, inputs), called(wrapped, inputs))
+    assert_same(run_quietly(program, inputs), run_quietly(wrapped, inputs))
     with pytest.raises(TargetError, match=r"lora adapter 'style' changes .*beside the tokens"):
         adaptc.compile(
-            base("gpt2"),
+            shared_base_program("gpt2"),
             {"style": LoraConfig(r=3, target_modules=["wpe"]), "task": PrefixTuningConfig(num_virtual_tokens=3)},
         )
 
@@ -316,24 +321,26 @@ def test_beside_other_adapters(tmp_path):
 def test_one_program_for_several_methods(tmp_path):
     """An adapter of one method leaves the other's places alone."""
     configs = PromptTuningConfig(num_virtual_tokens=3), PrefixTuningConfig(num_virtual_tokens=5)
-    alone = [adaptc.compile(base("llama"), c, generator=torch.Generator().manual_seed(1)) for c in configs]
+    alone = [
+        adaptc.compile(shared_base_program("llama"), c, generator=torch.Generator().manual_seed(1)) for c in configs
+    ]
     saved = [adaptc.save_adapter(p, tmp_path / str(i)) for i, p in enumerate(alone)]
-    both = adaptc.compile(base("llama"), saved)
+    both = adaptc.compile(shared_base_program("llama"), saved)
     for path, program in zip([*saved, saved[0]], [*alone, alone[0]], strict=True):
         adaptc.swap(both, path)
-        assert_same(called(both, text(3, 7)), called(program, text(3, 7)))
+        assert_same(run_quietly(both, text(3, 7)), run_quietly(program, text(3, 7)))
 
 
 def test_reports_and_refusals():
-    program = adaptc.compile(base("llama"), PrefixTuningConfig(num_virtual_tokens=5))
+    program = adaptc.compile(shared_base_program("llama"), PrefixTuningConfig(num_virtual_tokens=5))
     assert "prompt_embeddings 5x64" in str(adaptc.report(program))
     with pytest.raises(MergeError, match="prefix_tuning changes what the program reads"):
         adaptc.merge(program)
     with pytest.raises(CheckpointError, match=r"prompt_embeddings.*\(5, 63\)"):
         adaptc.swap(program, {"prompt_embeddings": torch.zeros(5, 63)})
     with pytest.raises(ConfigError, match=r"num_layers=3, and the program has 2"):
-        adaptc.compile(base("llama"), PrefixTuningConfig(num_virtual_tokens=5, num_layers=3))
-    gpt2 = adaptc.compile(base("gpt2"), PrefixTuningConfig(num_virtual_tokens=50))
+        adaptc.compile(shared_base_program("llama"), PrefixTuningConfig(num_virtual_tokens=5, num_layers=3))
+    gpt2 = adaptc.compile(shared_base_program("gpt2"), PrefixTuningConfig(num_virtual_tokens=50))
     with pytest.raises(AdaptcError, match="50 tokens in front"):
         gpt2(**text(2, 15))
     assert gpt2(**text(2, 14)).logits.shape == (2, 14, VOCAB)

@@ -14,9 +14,17 @@ from adaptc import CartridgeConfig, LoraConfig, MultitaskPromptTuningConfig, Pre
 from adaptc.errors import AdaptcError, ConfigError, MergeError, SwapError, TargetError
 from tests.support.cover import examples
 from tests.support.families import VOCAB
-from tests.support.oracle import assert_differs, assert_same, file_tensors, gradients, load_peft, quiet, same_gradients
-from tests.support.prefixed import SEQ, behind, build, oracle, rows
-from tests.support.prompts import SAID, called, text
+from tests.support.oracle import (
+    assert_differs,
+    assert_same,
+    assert_same_gradients,
+    file_tensors,
+    gradients,
+    load_peft,
+    quiet,
+)
+from tests.support.prefixed import TASK_OPTIONS, build, prefix_oracle, random_prefix, run_with_cache_prefix
+from tests.support.prompts import PROMPT_WARNINGS, run_quietly, text
 
 CASES = {
     "prefix": ("PrefixTuningConfig", {}),
@@ -36,27 +44,29 @@ def inputs(batch=3, length=7, padding="left", decoded=5, name="decoder_input_ids
 def test_training(family, case, tmp_path):
     """Losses and gradients by labels alone, which the model moves on by one itself; and files both ways."""
     cls, options = CASES[case]
-    theirs = oracle(family, tmp_path / "peft", cls, num_virtual_tokens=5, **options)
-    program = adaptc.compile(build(family), getattr(adaptc, cls)(**SEQ, num_virtual_tokens=5, **options), training=True)
-    module = theirs.fill(program).eval()
+    theirs = prefix_oracle(family, tmp_path / "peft", cls, num_virtual_tokens=5, **options)
+    program = adaptc.compile(
+        build(family), getattr(adaptc, cls)(**TASK_OPTIONS, num_virtual_tokens=5, **options), training=True
+    )
+    module = theirs.module_with_peft_values(program).eval()
     if case == "cartridge":  # what does not train, too
         own = dict(module.named_parameters()) | dict(module.named_buffers())
         frozen = theirs.model.prompt_encoder["default"].frozen_embedding
         own["prompt_encoder.default.frozen_embedding"].copy_(frozen)
     given_ = inputs(name="labels")
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         got, want = module(**given_), theirs.model(**given_)
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
-    assert_differs(want.logits, called(build(family), given_).logits)
-    same_gradients(gradients(module, got), gradients(theirs.model, want))
+    assert_differs(want.logits, run_quietly(build(family), given_).logits)
+    assert_same_gradients(gradients(module, got), gradients(theirs.model, want))
     saved = adaptc.save_adapter(program, tmp_path / "ours")
     torch.testing.assert_close(file_tensors(saved)["prompt_embeddings"], file_tensors(theirs.path)["prompt_embeddings"])
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         loaded = load_peft(build(family), saved)
-    expected = called(theirs.model, inputs())
-    assert_same(called(loaded, inputs()), expected)
-    assert_same(called(adaptc.compile(build(family), theirs.path), inputs()), expected)
+    expected = run_quietly(theirs.model, inputs())
+    assert_same(run_quietly(loaded, inputs()), expected)
+    assert_same(run_quietly(adaptc.compile(build(family), theirs.path), inputs()), expected)
 
 
 @cache
@@ -85,14 +95,14 @@ def recording(batch, decoded):
 def test_any_sizes(family, each, count, size, padding):
     """transformers' own cache with those keys and values in it says what is right."""
     model, (batch, length, decoded), found = build(family), size, program(family, each)
-    front = rows(model, count, count)
+    front = random_prefix(model, count, count)
     given_ = recording(batch, decoded) if family == "whisper" else inputs(batch, length, padding, decoded)
-    expected = behind(model, front, given_, each).logits
-    assert_same(called(found.bind({"prompt_embeddings": front}), given_).logits, expected)
+    expected = run_with_cache_prefix(model, front, given_, each).logits
+    assert_same(run_quietly(found.bind({"prompt_embeddings": front}), given_).logits, expected)
     with adaptc.assert_no_recompiles():
         adaptc.swap(found, {"prompt_embeddings": front})
-        assert_same(called(found, given_).logits, expected)
-    assert_same(called(found.bind(None), given_).logits, called(model, given_).logits)
+        assert_same(run_quietly(found, given_).logits, expected)
+    assert_same(run_quietly(found.bind(None), given_).logits, run_quietly(model, given_).logits)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -101,26 +111,26 @@ def test_a_mask_of_decoded_tokens(family):
     model, given_ = build(family), {**inputs(), "decoder_attention_mask": torch.ones(3, 5, dtype=torch.int64)}
     given_["decoder_attention_mask"][1, 3:] = 0
     found = adaptc.compile(model, PrefixTuningConfig(num_virtual_tokens=3), example_inputs=given_)
-    front = rows(model, 4)
+    front = random_prefix(model, 4)
     adaptc.swap(found, {"prompt_embeddings": front})
     longer = torch.nn.functional.pad(given_["decoder_attention_mask"], (4, 0), value=1)
-    expected = behind(model, front, {**given_, "decoder_attention_mask": longer}).logits
-    assert_same(called(found, given_).logits, expected)
-    assert_differs(expected[1, 4:], behind(model, front, inputs()).logits[1, 4:])
+    expected = run_with_cache_prefix(model, front, {**given_, "decoder_attention_mask": longer}).logits
+    assert_same(run_quietly(found, given_).logits, expected)
+    assert_differs(expected[1, 4:], run_with_cache_prefix(model, front, inputs()).logits[1, 4:])
 
 
 def test_saved_programs(tmp_path):
-    theirs = oracle("bart", tmp_path / "peft", num_virtual_tokens=5)
+    theirs = prefix_oracle("bart", tmp_path / "peft", num_virtual_tokens=5)
     found = adaptc.compile(build("bart"), theirs.path)
     found.validate()
     assert adaptc.verify(found, build("bart")).ok
     loaded = adaptc.load(adaptc.save(found, tmp_path / "ours.pt2"))
-    assert_same(called(loaded, inputs()).logits, called(theirs.model, inputs()).logits)
-    other = oracle("bart", tmp_path / "other", num_virtual_tokens=2, seed=1)
+    assert_same(run_quietly(loaded, inputs()).logits, run_quietly(theirs.model, inputs()).logits)
+    other = prefix_oracle("bart", tmp_path / "other", num_virtual_tokens=2, seed=1)
     adaptc.swap(loaded, other.path)
-    assert_same(called(loaded, inputs()).logits, called(other.model, inputs()).logits)
+    assert_same(run_quietly(loaded, inputs()).logits, run_quietly(other.model, inputs()).logits)
     bare = adaptc.unload(loaded)
-    assert_same(called(bare, inputs()).logits, called(build("bart"), inputs()).logits)
+    assert_same(run_quietly(bare, inputs()).logits, run_quietly(build("bart"), inputs()).logits)
     assert len(bare.graph.nodes) == len(adaptc.unload(adaptc.compile(build("bart"), CONFIG)).graph.nodes)
 
 
@@ -129,7 +139,7 @@ CONFIG = PrefixTuningConfig(num_virtual_tokens=3)
 
 def test_beside_others(tmp_path):
     """LoRA in both stacks, and tokens in front of what the encoder reads: all of them at once."""
-    model, front = build("bart"), rows(build("bart"), 4)
+    model, front = build("bart"), random_prefix(build("bart"), 4)
     names = {"front": CONFIG, "lora": LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)}
     found = adaptc.compile(model, {**names, "prompt": PromptTuningConfig(num_virtual_tokens=2)})
     lora = adaptc.compile(model, {n: c for n, c in names.items() if n == "lora"})
@@ -140,18 +150,18 @@ def test_beside_others(tmp_path):
     mask = torch.nn.functional.pad(inputs()["attention_mask"], (6, 0), value=1)
     embedded = torch.cat([prompt.expand(3, -1, -1), model.get_input_embeddings()(inputs()["input_ids"])], 1)
     longer = {"inputs_embeds": embedded, "attention_mask": mask, "decoder_input_ids": inputs()["decoder_input_ids"]}
-    assert_same(called(both, inputs()).logits, behind(model, front, longer).logits)
+    assert_same(run_quietly(both, inputs()).logits, run_with_cache_prefix(model, front, longer).logits)
     adaptc.swap(found, {**alone, "lora": adaptc.save_adapter(lora, tmp_path, adapter_name="lora")})
     twin, merged = build("bart"), adaptc.merge(lora).state_dict
     own = twin.state_dict()
     assert sum(n in own and not torch.equal(own[n], t) for n, t in merged.items()) == 6
     twin.load_state_dict({**own, **{n: t for n, t in merged.items() if n in own}})
-    expected = behind(twin, front, longer).logits
-    assert_same(called(found, inputs()).logits, expected, 2e-5)  # a product is added, or is in the weight
-    assert_differs(expected, called(both, inputs()).logits)
+    expected = run_with_cache_prefix(twin, front, longer).logits
+    assert_same(run_quietly(found, inputs()).logits, expected, 2e-5)  # a product is added, or is in the weight
+    assert_differs(expected, run_quietly(both, inputs()).logits)
 
 
-TASKS = MultitaskPromptTuningConfig(**SEQ, num_virtual_tokens=3, num_tasks=2, num_ranks=2)
+TASKS = MultitaskPromptTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3, num_tasks=2, num_ranks=2)
 
 
 @pytest.mark.few(3)
@@ -166,7 +176,7 @@ def test_beside_tokens_of_the_decoders(family, order, name):
     found = adaptc.compile(model, {n: configs[n] for n in order}, example_inputs=given_)
     shapes = {"prompt_embeddings": (6, 24), "prefix_task_cols": (2, 6, 2), "prefix_task_rows": (2, 2, 24)}
     tasks = {n: torch.randn(shape, generator=made) for n, shape in shapes.items()}
-    front, ids = rows(model, 4), torch.tensor([1, 0, 1])
+    front, ids = random_prefix(model, 4), torch.tensor([1, 0, 1])
     adaptc.swap(found, {"front": {"prompt_embeddings": front}, "tasks": tasks})
     first, second = (tasks[f"prefix_task_{n}"][ids] for n in ("cols", "rows"))
     prompts = (tasks["prompt_embeddings"] * (first @ second)).split(3, 1)
@@ -177,7 +187,9 @@ def test_beside_tokens_of_the_decoders(family, order, name):
         "attention_mask": torch.nn.functional.pad(given_["attention_mask"], (3, 0), value=1),
         "decoder_inputs_embeds": torch.cat([prompts[1], table(decoded)], 1),
     }
-    assert_same(called(found, {**given_, "task_ids": ids}).logits, behind(model, front, longer).logits)
+    assert_same(
+        run_quietly(found, {**given_, "task_ids": ids}).logits, run_with_cache_prefix(model, front, longer).logits
+    )
 
 
 def test_first_values_from_a_cache():
@@ -187,9 +199,9 @@ def test_first_values_from_a_cache():
     with torch.no_grad():
         past = model(**read)
     adaptc.initialize_kv_prefix_from_past_key_values(found, past_key_values=past[1], num_virtual_tokens=4)
-    expected = called(model, {**read, "decoder_input_ids": dec}).logits[:, 4:]
-    assert_same(called(found, {**read, "decoder_input_ids": dec[:, 4:]}).logits, expected)
-    two = adaptc.compile(build("bart"), PrefixTuningConfig(**SEQ, num_virtual_tokens=3))
+    expected = run_quietly(model, {**read, "decoder_input_ids": dec}).logits[:, 4:]
+    assert_same(run_quietly(found, {**read, "decoder_input_ids": dec[:, 4:]}).logits, expected)
+    two = adaptc.compile(build("bart"), PrefixTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3))
     with pytest.raises(ConfigError, match="compile with num_transformer_submodules=1"):
         adaptc.initialize_kv_prefix_from_past_key_values(two, past_key_values=past[1])
     with pytest.raises(ConfigError, match="this one has an encoder, which would have to read something, too"):
@@ -198,18 +210,18 @@ def test_first_values_from_a_cache():
 
 def test_a_swap_with_a_config_that_leaves_sizes_to_the_model(tmp_path):
     found = adaptc.compile(build("bart"), CONFIG)
-    front = rows(build("bart"), 5)
+    front = random_prefix(build("bart"), 5)
     adaptc.swap(found, {"prompt_embeddings": front}, config=PrefixTuningConfig(num_virtual_tokens=5))
-    assert_same(called(found, inputs()).logits, behind(build("bart"), front, inputs()).logits)
+    assert_same(run_quietly(found, inputs()).logits, run_with_cache_prefix(build("bart"), front, inputs()).logits)
     again = adaptc.compile(build("bart"), adaptc.save_adapter(found, tmp_path))
-    assert_same(called(again, inputs()).logits, called(found, inputs()).logits)
+    assert_same(run_quietly(again, inputs()).logits, run_quietly(found, inputs()).logits)
     assert again.binding.config.num_layers == 2
 
 
 def test_refusals(tmp_path):
     found = adaptc.compile(build("bart"), CONFIG)
-    other = adaptc.compile(build("bart"), PrefixTuningConfig(**SEQ, num_virtual_tokens=3))
-    before = called(found, inputs()).logits
+    other = adaptc.compile(build("bart"), PrefixTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3))
+    before = run_quietly(found, inputs()).logits
     with pytest.raises(SwapError, match="was compiled for submodules=1, and the adapter has submodules=2"):
         adaptc.swap(found, adaptc.save_adapter(other, tmp_path))
     with pytest.raises(MergeError, match="prefix_tuning changes what the program reads"):
@@ -223,5 +235,5 @@ def test_refusals(tmp_path):
     with pytest.raises(TargetError, match="in front the model makes another first token: capture it with decoder_inp"):
         adaptc.compile(build("mbart"), TASKS, example_inputs=inputs(name="labels"))
     with pytest.raises(AdaptcError, match="40 tokens in front"):
-        found.bind({"prompt_embeddings": rows(build("bart"), 40)})(**inputs(decoded=25))
-    assert torch.equal(called(found, inputs()).logits, before)
+        found.bind({"prompt_embeddings": random_prefix(build("bart"), 40)})(**inputs(decoded=25))
+    assert torch.equal(run_quietly(found, inputs()).logits, before)

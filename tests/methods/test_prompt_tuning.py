@@ -18,14 +18,14 @@ from tests.support.oracle import (
     Oracle,
     assert_differs,
     assert_same,
-    base,
+    assert_same_gradients,
     file_tensors,
     gradients,
     load_peft,
     quiet,
-    same_gradients,
+    shared_base_program,
 )
-from tests.support.prompts import SAID, called, check_saved, labels, prompt_oracle, text
+from tests.support.prompts import PROMPT_WARNINGS, check_saved_program, labels, prompt_oracle, run_quietly, text
 
 NAMES = ["llama", "gpt2", "qwen3", "mistral"]
 
@@ -35,14 +35,14 @@ NAMES = ["llama", "gpt2", "qwen3", "mistral"]
 @pytest.mark.parametrize("padding", ["right", "left", None])
 def test_outputs(name, padding, tmp_path):
     oracle = prompt_oracle(name, tmp_path, num_virtual_tokens=5)
-    program = adaptc.compile(base(name), tmp_path)
+    program = adaptc.compile(shared_base_program(name), tmp_path)
     program.validate()
     for batch, length in ((3, 11), (1, 7), (2, 3)):
         inputs = text(batch, length, padding)
-        expected = called(oracle.model, inputs)
+        expected = run_quietly(oracle.model, inputs)
         assert expected.logits.shape == (batch, 5 + length, VOCAB)
-        assert_same(called(program, inputs), expected)
-    assert_same(called(adaptc.unload(program), text(3, 11)), called(FAMILIES[name].build(), text(3, 11)))
+        assert_same(run_quietly(program, inputs), expected)
+    assert_same(run_quietly(adaptc.unload(program), text(3, 11)), run_quietly(FAMILIES[name].build(), text(3, 11)))
 
 
 @pytest.mark.few(2)
@@ -51,15 +51,15 @@ def test_training(name, tmp_path):
     """Losses and gradients with labels, all parameters that train, and files both ways."""
     oracle = prompt_oracle(name, tmp_path / "peft", num_virtual_tokens=5)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         oracle.check_trained(adaptc.compile(FAMILIES[name].build(), config), tmp_path / "ours")
-    module = oracle.fill(adaptc.compile(FAMILIES[name].build(), config, training=True)).eval()
+    module = oracle.module_with_peft_values(adaptc.compile(FAMILIES[name].build(), config, training=True)).eval()
     inputs = text(3, 11)
     inputs["labels"] = labels(inputs)
     got, want = module(**inputs), oracle.model(**inputs)
     torch.testing.assert_close(got.loss, want.loss)
     ours, theirs = gradients(module, got), gradients(oracle.model, want)
-    same_gradients(ours, theirs)
+    assert_same_gradients(ours, theirs)
     stored = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("ours", "peft")]
     assert {**stored[0], "inference_mode": True} == stored[1]
 
@@ -68,25 +68,25 @@ def test_training(name, tmp_path):
 def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
     """From a directory, a state dict and a binding; one token, and the base, are numbers as all others."""
     family = FAMILIES["llama"]
-    program = adaptc.compile(base("llama"), PromptTuningConfig(num_virtual_tokens=3), backend=backend)
+    program = adaptc.compile(shared_base_program("llama"), PromptTuningConfig(num_virtual_tokens=3), backend=backend)
     oracles = {n: prompt_oracle("llama", tmp_path / str(n), num_virtual_tokens=n, seed=n) for n in (1, 2, 7, 13)}
-    called(program, text(2, 5))
+    run_quietly(program, text(2, 5))
     with adaptc.assert_no_recompiles():
         for n, oracle in oracles.items():
             adaptc.swap(program, oracle.path)
             for size in ((3, 11), (1, 2)):
-                assert_same(called(program, text(*size)), called(oracle.model, text(*size)))
+                assert_same(run_quietly(program, text(*size)), run_quietly(oracle.model, text(*size)))
             bound = program.bind(file_tensors(oracle.path))
             assert bound.binding.config.num_virtual_tokens == n
-            assert_same(called(bound, text(3, 7)), called(oracle.model, text(3, 7)))
-    assert_same(called(program.bind(None), text(3, 7)), called(family.build(), text(3, 7)))
+            assert_same(run_quietly(bound, text(3, 7)), run_quietly(oracle.model, text(3, 7)))
+    assert_same(run_quietly(program.bind(None), text(3, 7)), run_quietly(family.build(), text(3, 7)))
     assert adaptc.verify(program, family.build()).ok
     program.validate()
 
 
 def test_saved_programs(tmp_path):
     one, other = (prompt_oracle("gpt2", tmp_path / str(n), num_virtual_tokens=n) for n in (3, 8))
-    check_saved(one, other, text(3, 5), tmp_path)
+    check_saved_program(one, other, text(3, 5), tmp_path)
 
 
 @pytest.mark.slow
@@ -94,18 +94,18 @@ def test_packages(tmp_path):
     one, other, longer = (
         prompt_oracle("llama", tmp_path / f"{n}{s}", num_virtual_tokens=n, seed=s) for n, s in ((5, 0), (5, 1), (6, 0))
     )
-    program = adaptc.compile(base("llama"), one.path)
+    program = adaptc.compile(shared_base_program("llama"), one.path)
     runner = adaptc.load_package(adaptc.package(program, tmp_path / "package.pt2"))
-    assert_same(called(runner, text(3, 11)), called(one.model, text(3, 11)))
+    assert_same(run_quietly(runner, text(3, 11)), run_quietly(one.model, text(3, 11)))
     runner.swap(other.path)
-    assert_same(called(runner, text(2, 3)), called(other.model, text(2, 3)))
+    assert_same(run_quietly(runner, text(2, 3)), run_quietly(other.model, text(2, 3)))
     with pytest.raises(SwapError, match=r"shape \(6, 24\), and the compiled code takes \(5, 24\) alone"):
         runner.swap(longer.path)
-    assert_same(called(runner, text(2, 3)), called(other.model, text(2, 3)))
+    assert_same(run_quietly(runner, text(2, 3)), run_quietly(other.model, text(2, 3)))
 
 
 def test_reports_and_refusals():
-    program = adaptc.compile(base("llama"), PromptTuningConfig(num_virtual_tokens=5))
+    program = adaptc.compile(shared_base_program("llama"), PromptTuningConfig(num_virtual_tokens=5))
     report = str(adaptc.report(program))
     assert "model.embed_tokens" in report
     assert "prompt_embeddings 5x24" in report
@@ -140,29 +140,29 @@ def test_first_values_of_a_text(count, tmp_path):
         "prompt_tuning_init_text": "w9 w40 w7",
         "tokenizer_name_or_path": str(tmp_path),
     }
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         theirs = peft.get_peft_model(
             FAMILIES["llama"].build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", **config)
         )
-    program = adaptc.compile(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM", **config))
+    program = adaptc.compile(shared_base_program("llama"), PromptTuningConfig(task_type="CAUSAL_LM", **config))
     (ours,) = program.binding.values.values()
     assert torch.equal(ours, theirs.prompt_encoder["default"].embedding.weight)
     # Files say how the rows began, and nobody needs the tokenizer to read them.
     saved = adaptc.save_adapter(program, tmp_path / "saved")
     (tmp_path / "tokenizer.json").unlink()
-    again = adaptc.compile(base("llama"), saved)
+    again = adaptc.compile(shared_base_program("llama"), saved)
     assert torch.equal(next(iter(again.binding.values.values())), ours)
     with pytest.raises(ConfigError, match="tokenizer_name_or_path"):
-        adaptc.compile(base("llama"), PromptTuningConfig(**config))
+        adaptc.compile(shared_base_program("llama"), PromptTuningConfig(**config))
 
 
 def test_first_values_by_chance():
     """Rows of the vocabulary, or normal numbers; the same for the same generator."""
-    table = base("llama").state_dict["model.embed_tokens.weight"]
+    table = shared_base_program("llama").state_dict["model.embed_tokens.weight"]
     found = []
     for scheme in ("SAMPLE_VOCAB", "SAMPLE_VOCAB", "RANDOM"):
         config = PromptTuningConfig(num_virtual_tokens=300, prompt_tuning_init=scheme)
-        program = adaptc.compile(base("llama"), config, generator=torch.Generator().manual_seed(3))
+        program = adaptc.compile(shared_base_program("llama"), config, generator=torch.Generator().manual_seed(3))
         found.append(next(iter(program.binding.values.values())).detach())
     assert torch.equal(found[0], found[1])
     rows = [(row == table).all(1).nonzero() for row in found[0]]
@@ -176,21 +176,21 @@ def test_beside_lora(tmp_path):
     """Prompt tuning and LoRA act together; LoRA sees virtual tokens as all others, and not at their lookup."""
     family = FAMILIES["llama"]
     lora = peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
-    with quiet(*SAID, ".*embedding layers.*"):
-        Oracle.of("llama", lora, tmp_path / "lora")
+    with quiet(*PROMPT_WARNINGS, ".*embedding layers.*"):
+        Oracle.wrap_and_save("llama", lora, tmp_path / "lora")
         wrapped = load_peft(family.build(), tmp_path / "lora")
         prompt = prompt_oracle("llama", tmp_path / "prompt", num_virtual_tokens=5)
-    program = adaptc.compile(base("llama"), {"style": tmp_path / "lora", "task": prompt.path})
+    program = adaptc.compile(shared_base_program("llama"), {"style": tmp_path / "lora", "task": prompt.path})
     inputs = text(3, 7)
     rows = prompt.model.prompt_encoder["default"].embedding.weight
     table = wrapped.get_input_embeddings()(inputs["input_ids"])
     embeds = torch.cat([rows.expand(3, -1, -1), table], 1)
     mask = nn.functional.pad(inputs["attention_mask"], (5, 0), value=1)
-    expected = called(wrapped, {"inputs_embeds": embeds, "attention_mask": mask})
-    assert_same(called(program, inputs), expected)
-    assert_differs(expected, called(prompt.model, inputs))
+    expected = run_quietly(wrapped, {"inputs_embeds": embeds, "attention_mask": mask})
+    assert_same(run_quietly(program, inputs), expected)
+    assert_differs(expected, run_quietly(prompt.model, inputs))
     adaptc.swap(program, {"task": None})
-    assert_same(called(program, inputs), called(wrapped, inputs))
+    assert_same(run_quietly(program, inputs), run_quietly(wrapped, inputs))
 
 
 class Ids(nn.Module):
@@ -230,14 +230,14 @@ def test_no_place():
 
 def test_more_tokens_than_positions(tmp_path):
     """At compile where the model says how many it takes, else in the call; the next call is as before."""
-    bert = base("bert")
+    bert = shared_base_program("bert")
     with pytest.raises(ConfigError, match=r"num_virtual_tokens=64 leaves no room.*64 in all"):
         adaptc.compile(bert, PromptTuningConfig(num_virtual_tokens=64))
     program = adaptc.compile(bert, PromptTuningConfig(num_virtual_tokens=50))
     with pytest.raises(AdaptcError, match=r"size 15 and the adapter puts 50 tokens in front.*14 tokens at most"):
         program(**text(2, 15))
     assert program(**text(2, 14)).logits.shape == (2, 64, VOCAB)
-    gpt2 = adaptc.compile(base("gpt2"), PromptTuningConfig(num_virtual_tokens=50))
+    gpt2 = adaptc.compile(shared_base_program("gpt2"), PromptTuningConfig(num_virtual_tokens=50))
     with pytest.raises(AdaptcError, match="50 tokens in front"):
         gpt2(**text(2, 15))
     assert gpt2(**text(2, 14)).logits.shape == (2, 64, VOCAB)
@@ -260,7 +260,7 @@ def test_bad_options(options, message):
 
 def test_lora_programs_refuse_prompts(tmp_path):
     oracle = prompt_oracle("llama", tmp_path, num_virtual_tokens=5)
-    program = adaptc.compile(base("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
+    program = adaptc.compile(shared_base_program("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     with pytest.raises(SwapError, match="prompt_embeddings"):
         adaptc.swap(program, oracle.path)
 
@@ -269,7 +269,7 @@ def test_as_many_tokens_as_a_table_of_positions_leaves_room_for():
     """BERT cuts positions from a buffer of fixed length; the capture's example with so many tokens goes beyond it."""
     model = FAMILIES["bert"].build()
     for first in (5, 63):
-        program = adaptc.compile(base("bert"), PromptTuningConfig(num_virtual_tokens=first))
+        program = adaptc.compile(shared_base_program("bert"), PromptTuningConfig(num_virtual_tokens=first))
         for count in (59, 63, 1):
             rows = torch.randn(count, 24, generator=torch.Generator().manual_seed(count))
             adaptc.swap(program, {"prompt_embeddings": rows})
@@ -277,7 +277,7 @@ def test_as_many_tokens_as_a_table_of_positions_leaves_room_for():
             for length in (1, 64 - count):
                 inputs = text(2, length, None)
                 table = model.get_input_embeddings()(inputs["input_ids"])
-                expected = called(model, {"inputs_embeds": torch.cat([rows.expand(2, -1, -1), table], 1)}).logits
-                assert_same(called(program, inputs).logits, expected)
+                expected = run_quietly(model, {"inputs_embeds": torch.cat([rows.expand(2, -1, -1), table], 1)}).logits
+                assert_same(run_quietly(program, inputs).logits, expected)
         with pytest.raises(AdaptcError, match="Give 63 tokens at most, or an adapter of fewer"):
-            called(program, text(2, 64, None))
+            run_quietly(program, text(2, 64, None))

@@ -14,8 +14,8 @@ from adaptc import CPTConfig, MultitaskPromptTuningConfig, PromptTuningConfig
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from tests.support.cover import examples
 from tests.support.families import FAMILIES, VOCAB
-from tests.support.oracle import assert_same, base, file_tensors, load_peft, quiet
-from tests.support.prompts import SAID, called, prompt_oracle, text
+from tests.support.oracle import assert_same, file_tensors, load_peft, quiet, shared_base_program
+from tests.support.prompts import PROMPT_WARNINGS, prompt_oracle, run_quietly, text
 
 SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 LSTM = {"encoder_hidden_size": 13, "encoder_reparameterization_type": "LSTM"}
@@ -66,14 +66,14 @@ def test_training(family, case, tmp_path):
     for name, tensor in peers.items():
         torch.testing.assert_close(mine[name], tensor)
     if not case.startswith("tasks"):
-        with quiet(*SAID):
+        with quiet(*PROMPT_WARNINGS):
             loaded = load_peft(FAMILIES[family].build(), saved)
-        assert_same(called(loaded, inputs(2, 5, "left")), called(oracle.model, inputs(2, 5, "left")))
+        assert_same(run_quietly(loaded, inputs(2, 5, "left")), run_quietly(oracle.model, inputs(2, 5, "left")))
 
 
 @cache
 def program(family):
-    return adaptc.compile(base(family), PromptTuningConfig(**SEQ, num_virtual_tokens=3))
+    return adaptc.compile(shared_base_program(family), PromptTuningConfig(**SEQ, num_virtual_tokens=3))
 
 
 @settings(max_examples=examples(12))
@@ -97,19 +97,21 @@ def test_any_sizes(family, count, size, padding):
     }
     bound = program(family).bind({"prompt_embeddings": rows})
     full = {**given_, "attention_mask": mask}
-    assert_same(called(bound, full).logits, called(model, longer).logits)
+    assert_same(run_quietly(bound, full).logits, run_quietly(model, longer).logits)
     adaptc.swap(program(family), {"prompt_embeddings": rows})
-    assert_same(called(program(family), full).logits, called(model, longer).logits)
-    assert_same(called(program(family).bind(None), full).logits, called(model, full).logits)
+    assert_same(run_quietly(program(family), full).logits, run_quietly(model, longer).logits)
+    assert_same(run_quietly(program(family).bind(None), full).logits, run_quietly(model, full).logits)
 
 
 def test_saved_programs(tmp_path):
     oracle = prompt_oracle("bart", tmp_path / "peft", **SEQ, num_virtual_tokens=5)
-    found = adaptc.compile(base("bart"), oracle.path)
+    found = adaptc.compile(shared_base_program("bart"), oracle.path)
     found.validate()
     assert adaptc.verify(found, FAMILIES["bart"].build()).ok
     loaded = adaptc.load(adaptc.save(found, tmp_path / "ours.pt2"))
-    assert_same(called(loaded, inputs(3, 7, "left")).logits, called(oracle.model, inputs(3, 7, "left")).logits)
+    assert_same(
+        run_quietly(loaded, inputs(3, 7, "left")).logits, run_quietly(oracle.model, inputs(3, 7, "left")).logits
+    )
     with pytest.raises(CheckpointError, match=r"'prompt_embeddings' has 7 rows, and .* as many for each of 2 stacks"):
         adaptc.swap(loaded, {"prompt_embeddings": torch.zeros(7, 24)})
 
@@ -120,9 +122,9 @@ TASKS = {**SEQ, "num_tasks": 3, "num_ranks": 2}
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_rows_in_front_of_decoders(family, tmp_path):
     """With the decoder's ids given, padded or not, through swaps to other numbers; PEFT takes their embeddings."""
-    program = adaptc.compile(base(family), MultitaskPromptTuningConfig(**TASKS, num_virtual_tokens=3))
+    program = adaptc.compile(shared_base_program(family), MultitaskPromptTuningConfig(**TASKS, num_virtual_tokens=3))
     program.validate()
-    called(program, {**inputs(2, 5, None), "task_ids": torch.tensor([0, 1])})
+    run_quietly(program, {**inputs(2, 5, None), "task_ids": torch.tensor([0, 1])})
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
     with adaptc.assert_no_recompiles():
         for count in (1, 4, 7):
@@ -136,13 +138,13 @@ def test_rows_in_front_of_decoders(family, tmp_path):
                     mine = {**inputs(batch, length, padding, decoded), "task_ids": torch.arange(batch) % 3}
                     theirs = {**mine, "decoder_inputs_embeds": None}
                     theirs["decoder_inputs_embeds"] = oracle.model.word_embeddings(theirs.pop("decoder_input_ids"))
-                    expected = called(oracle.model, theirs).logits
+                    expected = run_quietly(oracle.model, theirs).logits
                     assert expected.shape == (batch, count + decoded, VOCAB)
-                    assert_same({"y": called(p, mine).logits}, {"y": expected})
+                    assert_same({"y": run_quietly(p, mine).logits}, {"y": expected})
             p.validate()
     plain = inputs(3, 7, "left")
     for p in (program.bind(None), adaptc.unload(program)):
-        assert_same(called(p, plain).logits, called(FAMILIES[family].build(), plain).logits)
+        assert_same(run_quietly(p, plain).logits, run_quietly(FAMILIES[family].build(), plain).logits)
     with pytest.raises(CheckpointError, match="as many for each of 2 stacks"):
         adaptc.swap(program, {**file_tensors(path), "prompt_embeddings": torch.zeros(7, 24)})
 
@@ -169,10 +171,12 @@ def test_decoders_that_are_not_understood():
 
 def test_refusals():
     with pytest.raises(TargetError, match="CPT is not supported for models with an encoder and a decoder"):
-        adaptc.compile(base("t5"), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[4, 5]))
+        adaptc.compile(shared_base_program("t5"), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[4, 5]))
     with pytest.raises(TargetError, match="the encoder of this program reads no token ids"):
-        adaptc.compile(base("whisper"), PromptTuningConfig(num_virtual_tokens=3))
+        adaptc.compile(shared_base_program("whisper"), PromptTuningConfig(num_virtual_tokens=3))
     with pytest.raises(ConfigError, match="num_transformer_submodules=2 is not supported for a model of one stack"):
-        adaptc.compile(base("llama"), PromptTuningConfig(**SEQ, num_virtual_tokens=3))
+        adaptc.compile(shared_base_program("llama"), PromptTuningConfig(**SEQ, num_virtual_tokens=3))
     with pytest.raises(ConfigError, match="num_transformer_submodules=3 is not supported"):
-        adaptc.compile(base("t5"), PromptTuningConfig(num_virtual_tokens=3, num_transformer_submodules=3))
+        adaptc.compile(
+            shared_base_program("t5"), PromptTuningConfig(num_virtual_tokens=3, num_transformer_submodules=3)
+        )

@@ -60,9 +60,9 @@ SOURCE = textwrap.dedent(
 @pytest.fixture(autouse=True)
 def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is registered here is forgotten again."""
-    for name in ("CONFIGS", "METHODS", "_registered"):
+    for name in ("CONFIGS", "METHODS", "_registered_classes"):
         monkeypatch.setattr(_registry, name, dict(getattr(_registry, name)))
-    monkeypatch.setattr(_registry, "_searched", list(_registry._searched))
+    monkeypatch.setattr(_registry, "_entry_points_loaded", list(_registry._entry_points_loaded))
     yield
     sys.modules.pop("signed_method", None)
 
@@ -99,7 +99,7 @@ def test_a_cell_that_runs_again_takes_the_place_of_the_first(tmp_path: Path) -> 
     weight = module.weight - 3.0 * 0.5 * module.weight.sign()
     torch.testing.assert_close(output(second), nn.functional.linear(X, weight, module.bias))
     # What is made again from a file is made by the method that is registered now.
-    assert type(adaptc.load(path).adaptation.attachments[0].method) is _registry._registered["__main__:Signed"]
+    assert type(adaptc.load(path).adaptation.attachments[0].method) is _registry._registered_classes["__main__:Signed"]
 
 
 def test_a_reloaded_module_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_an_installed_package_is_found_by_its_entry_point(
     saved: Path, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A module, or a function that registers; it is looked for where a name is not known."""
-    monkeypatch.setattr(_registry, "_searched", [])
+    monkeypatch.setattr(_registry, "_entry_points_loaded", [])
     (tmp_path / "signed_method.py").write_text(SOURCE, encoding="utf-8")
     (tmp_path / "signed_entry.py").write_text("def register():\n    import signed_method\n", encoding="utf-8")
     info = tmp_path / "signed-1.0.dist-info"

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from tests.support.custom_models import One
+from tests.support.custom_models import OneLayer
 
 X = torch.linspace(-2, 3, 15).reshape(3, 5)
 
 
 def net(outputs: int = 12) -> nn.Module:
     torch.manual_seed(3)
-    return One(nn.Linear(5, outputs)).eval()
+    return OneLayer(nn.Linear(5, outputs)).eval()
 
 
 def compile(adapter: Any, outputs: int = 12) -> adaptc.AdaptedProgram:

@@ -11,7 +11,7 @@ import torch
 import adaptc
 from adaptc import ConfigError
 from tests.support.method_table import ENTRIES
-from tests.support.subject import close, quiet, sound, subject
+from tests.support.subject import assert_close, assert_valid, quiet, subject
 
 #: which float32 holds exactly, as PEFT's scales of LoHa are then
 FACTOR = -0.375
@@ -51,22 +51,22 @@ def test_a_factor_is_peft_s(entry: str, layer: str) -> None:
     with quiet(), torch.no_grad():
         theirs = scaled_by_peft(s.wrapped, FACTOR)
         expected = theirs(*args)
-        merged = theirs.merge_and_unload()(*args) if s.entry.weight else None
+        merged = theirs.merge_and_unload()(*args) if s.entry.has_weight_form else None
     assert not torch.allclose(before, expected, rtol=1e-3, atol=1e-3)
     with adaptc.assert_no_recompiles():
         program.set_scale(99.0)
         program.set_scale(FACTOR)  # what counts is the last one
-        close(program(*args), expected, s.tolerance)
-    sound(program)
+        assert_close(program(*args), expected, s.tolerance)
+    assert_valid(program)
     if merged is not None:
-        close(adaptc.merge(program)(*args), merged, s.tolerance * 10)
-    close(program.bind(s.directory, scale=FACTOR)(*args), expected, s.tolerance)
+        assert_close(adaptc.merge(program)(*args), merged, s.tolerance * 10)
+    assert_close(program.bind(s.directory, scale=FACTOR)(*args), expected, s.tolerance)
     program.set_scale(1)
     assert torch.equal(program(*args), before)
-    close(program(*args, adapter_scale=FACTOR), expected, s.tolerance)
+    assert_close(program(*args, adapter_scale=FACTOR), expected, s.tolerance)
     assert torch.equal(program(*args), before)
     adaptc.swap(program, s.directory, scale=FACTOR)
-    close(program(*args), expected, s.tolerance)
+    assert_close(program(*args), expected, s.tolerance)
 
 
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES if e.name.startswith(WITHOUT)])
@@ -100,12 +100,12 @@ def test_on_and_off(entry: str, layer: str) -> None:
     on, base = program(*args), s.base(*args)
     assert not torch.allclose(on, base, rtol=1e-3, atol=1e-3)
     with program.disabled():
-        close(program(*args), base, 1e-9)
+        assert_close(program(*args), base, 1e-9)
     assert torch.equal(program(*args), on)
     program.set_active([])
-    close(program(*args), base, 1e-9)
+    assert_close(program(*args), base, 1e-9)
     assert program.active_adapters == []
-    sound(program)
-    close(adaptc.merge(program)(*args), base, 1e-9)
+    assert_valid(program)
+    assert_close(adaptc.merge(program)(*args), base, 1e-9)
     program.set_active("default")
     assert torch.equal(program(*args), on)

@@ -15,7 +15,7 @@ import adaptc
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods.sparse.shira import Shira
 from adaptc.passes.graph.ops import Op
-from tests.support.spectral import blocks, compiled, mismatches, wrapped
+from tests.support.spectral import compile_blocks, differing_fields, make_blocks, peft_wrapped
 
 FILE = "adapter_model.safetensors"
 BAD = [{"r": 0}, {"r": True}, {"r": 1.5}, {"random_seed": "x"}]
@@ -29,12 +29,12 @@ def test_illegal_options_are_named(bad):
 
 
 def test_fields_and_defaults_are_pefts():
-    assert mismatches(peft.ShiraConfig(), adaptc.ShiraConfig()) == {}
+    assert differing_fields(peft.ShiraConfig(), adaptc.ShiraConfig()) == {}
 
 
 def test_more_entries_than_the_matrix_has():
     with pytest.raises(ConfigError, match=r"site 'head\.weight'.*r=4 means 64 entries.*of the 55|r=3 is the most"):
-        compiled(adaptc.ShiraConfig(r=4, target_modules=["up", "head"]))
+        compile_blocks(adaptc.ShiraConfig(r=4, target_modules=["up", "head"]))
     with pytest.raises(ConfigError, match="no r fits: leave this layer out"):
         Shira(r=1).at(Op("weight", (1, 9)))
     with pytest.raises(TargetError, match="two axes"):
@@ -45,10 +45,10 @@ def test_more_entries_than_the_matrix_has():
 @pytest.mark.parametrize("zeros", [True, False])
 def test_masks_and_first_values_are_pefts(seed, zeros):
     options = {"r": 3, "target_modules": ["up", "down", "head"], "random_seed": seed, "init_weights": zeros}
-    theirs = wrapped(peft.ShiraConfig(**options), seed=4)
+    theirs = peft_wrapped(peft.ShiraConfig(**options), seed=4)
     after = torch.rand(3)
     torch.manual_seed(4)
-    program = compiled(adaptc.ShiraConfig(**options))
+    program = compile_blocks(adaptc.ShiraConfig(**options))
     assert torch.equal(torch.rand(3), after)
     layers = dict(theirs.base_model.model.named_modules())
     for a in program.adaptation.attachments:
@@ -74,20 +74,20 @@ def test_masks_of_ones_own(tmp_path):
     with pytest.warns(UserWarning, match="mask_type"):
         config = peft.ShiraConfig(**options)
     config.mask_fn = largest
-    theirs = wrapped(config)
+    theirs = peft_wrapped(config)
     ours = adaptc.ShiraConfig(**options)
     with pytest.raises(ConfigError, match="mask_type='largest' is not 'random', and the config has no mask_fn"):
-        compiled(ours)
+        compile_blocks(ours)
     ours.mask_fn = largest
-    x = blocks()[1]
+    x = make_blocks()[1]
     torch.manual_seed(4)
-    program = compiled(copy.copy(ours).replace(base_model_name_or_path="there"))
+    program = compile_blocks(copy.copy(ours).replace(base_model_name_or_path="there"))
     torch.testing.assert_close(program(x), theirs(x), rtol=1e-6, atol=1e-6)
     torch.manual_seed(4)
-    assert torch.equal(compiled(config)(x), program(x))
+    assert torch.equal(compile_blocks(config)(x), program(x))
     adaptc.save_adapter(program, tmp_path)
     assert "mask_fn" not in json.loads((tmp_path / "adapter_config.json").read_text())
-    for again in (compiled(tmp_path), adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))):
+    for again in (compile_blocks(tmp_path), adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))):
         torch.testing.assert_close(again(x), theirs(x), rtol=1e-6, atol=1e-6)
         adaptc.swap(again, tmp_path)
 
@@ -95,9 +95,9 @@ def test_masks_of_ones_own(tmp_path):
 def test_a_mask_function_gets_the_seed_of_random_masks():
     config = adaptc.ShiraConfig(r=2, target_modules=["up"], random_seed=5)
     config.mask_fn = random_mask
-    found = compiled(config).binding.values
-    expected = compiled(config.replace()).binding.values
-    plain = compiled(adaptc.ShiraConfig(r=2, target_modules=["up"], random_seed=5)).binding.values
+    found = compile_blocks(config).binding.values
+    expected = compile_blocks(config.replace()).binding.values
+    plain = compile_blocks(adaptc.ShiraConfig(r=2, target_modules=["up"], random_seed=5)).binding.values
     indices = [k for k in found if "indices" in k]
     assert indices
     assert all(torch.equal(found[k], expected[k]) and torch.equal(found[k], plain[k]) for k in indices)
@@ -116,19 +116,19 @@ def test_masks_that_are_none(mask, message):
     config = adaptc.ShiraConfig(r=2, target_modules=["up"])
     config.mask_fn = mask
     with pytest.raises(ConfigError, match=message):
-        compiled(config)
+        compile_blocks(config)
 
 
 def test_indices_in_a_file(tmp_path):
     """Floats, as PEFT writes them on Windows, are read; places outside the matrix are refused by name."""
-    program = compiled(adaptc.ShiraConfig(r=2, target_modules=["head"], init_weights=False))
+    program = compile_blocks(adaptc.ShiraConfig(r=2, target_modules=["head"], init_weights=False))
     adaptc.save_adapter(program, tmp_path)
     tensors = load_file(tmp_path / FILE)
     (key,) = [k for k in tensors if "indices" in k]
     save_file({**tensors, key: tensors[key].float()}, tmp_path / FILE)
-    other = compiled(adaptc.ShiraConfig(r=1, target_modules=["head"]))
+    other = compile_blocks(adaptc.ShiraConfig(r=1, target_modules=["head"]))
     adaptc.swap(other, tmp_path)
-    assert torch.equal(other(blocks()[1]), program(blocks()[1]))
+    assert torch.equal(other(make_blocks()[1]), program(make_blocks()[1]))
     for axis, word in ((0, "row 5"), (1, "column 11")):
         wrong = tensors[key].clone()
         wrong[axis, 3] = (5, 11)[axis]
@@ -138,7 +138,7 @@ def test_indices_in_a_file(tmp_path):
     save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / FILE)
     with pytest.raises((CheckpointError, SwapError), match="shira_indices"):
         adaptc.swap(other, tmp_path)
-    assert torch.equal(other(blocks()[1]), program(blocks()[1]))
+    assert torch.equal(other(make_blocks()[1]), program(make_blocks()[1]))
 
 
 def test_places_that_are_named_twice_add_up():

@@ -9,7 +9,7 @@ import torch
 
 import adaptc
 from adaptc import AdaLoraConfig, LoraConfig
-from adaptc.methods import Stacked
+from adaptc.methods import PerExpertMethod
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.protocol.method_hooks import Hooks
 from tests.support.method_table import Experts
@@ -29,7 +29,7 @@ OWN = {
 
 def test_every_hook_is_handed_to_the_inner_method() -> None:
     hooks = {n for n in vars(Hooks) if not n.startswith("_")}
-    handed = {n for n in vars(Stacked) if not n.startswith("_")}
+    handed = {n for n in vars(PerExpertMethod) if not n.startswith("_")}
     assert hooks - handed - OWN == set()
     assert not handed & OWN - {"name"}
 
@@ -64,6 +64,6 @@ def test_what_the_inner_method_says_is_said_of_the_whole(hook: str, monkeypatch:
     }
     inner = type("Saying", (Lora,), {hook: answers[hook]})()
     asked: dict[str, Any] = {"check_merge": (op,), "has_weight": (), "in_place": (), "inner_path": ("x",)}
-    found = getattr(Stacked.of(inner), hook)
+    found = getattr(PerExpertMethod.wrap(inner), hook)
     found = found(*asked[hook]) if hook in asked else found
     assert found == {"check_merge": "not at (5, 7)", "has_weight": False, "inner_path": "inner.x"}.get(hook, True)

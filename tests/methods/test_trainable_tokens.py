@@ -12,7 +12,7 @@ from adaptc.errors import ConfigError, TargetError
 from tests.support.custom_models import FunctionalHead, Net
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, run
-from tests.support.site_checks import close, sound
+from tests.support.site_checks import assert_close, assert_valid
 
 TOKENS = [5, 9, 20, 60]
 
@@ -21,10 +21,10 @@ TOKENS = [5, 9, 20, 60]
 @pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
 def test_families(name, tmp_path):
     """Heads that are tied or not, embeddings that scale (gemma), one that lends its weight to three (t5)."""
-    oracle = Oracle.of(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path / "peft")
     assert_differs(oracle(3, 7), oracle.base_output(3, 7))
     program = adaptc.compile(FAMILIES[name].build(), TrainableTokensConfig(token_indices=TOKENS))
-    sound(program)
+    assert_valid(program)
     assert program.binding.config.target_modules == oracle.model.peft_config["default"].target_modules
     assert_same(run(program, oracle.family, 3, 7), oracle.base_output(3, 7))
     oracle.check_trained(program, tmp_path / "ours")
@@ -35,9 +35,9 @@ def test_families(name, tmp_path):
 @pytest.mark.parametrize("name", ["bert"])
 def test_heads_keep_their_bias(name, tmp_path):
     """PEFT forgets the bias of a tied head in forward, and has it again once merged."""
-    oracle = Oracle.of(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path)
+    oracle = Oracle.wrap_and_save(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path)
     program = adaptc.compile(FAMILIES[name].build(), tmp_path)
-    merged = oracle.merged()
+    merged = oracle.merge_copy()
     assert_same(run(program, oracle.family, 3, 7), run(merged, oracle.family, 3, 7))
     assert_differs(oracle(3, 7), run(merged, oracle.family, 3, 7))
 
@@ -57,12 +57,12 @@ def test_heads_keep_their_bias(name, tmp_path):
 def test_other_modules(name, targets, tmp_path):
     """The input embedding alone is followed by what is tied to it."""
     config = {"token_indices": list(range(0, 61, 3)), "target_modules": targets}
-    oracle = Oracle.of(name, peft.TrainableTokensConfig(**config), tmp_path / "peft")
+    oracle = Oracle.wrap_and_save(name, peft.TrainableTokensConfig(**config), tmp_path / "peft")
     assert_differs(oracle(3, 7), oracle.base_output(3, 7))
     program = adaptc.compile(FAMILIES[name].build(), TrainableTokensConfig(**config))
     assert_same(run(program, oracle.family, 3, 7), oracle.base_output(3, 7))
     adaptc.swap(program, tmp_path / "peft")
-    sound(program)
+    assert_valid(program)
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     assert_same(run(adaptc.merge(program), oracle.family, 3, 7), oracle(3, 7))
     ours = file_tensors(adaptc.save_adapter(program, tmp_path / "ours"))
@@ -72,7 +72,7 @@ def test_other_modules(name, targets, tmp_path):
 @pytest.mark.parametrize(("name", "targets"), [("gemma", ["lm_head", "embed_tokens"]), ("t5", ["shared", "lm_head"])])
 def test_embeddings_named_with_what_is_tied_to_them(name, targets, tmp_path):
     """PEFT fails here. The tied layer has the embedding's rows, whoever is named first."""
-    oracle = Oracle.of(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path)
+    oracle = Oracle.wrap_and_save(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path)
     config = TrainableTokensConfig(token_indices=TOKENS, target_modules=targets)
     program = adaptc.compile(FAMILIES[name].build(), config)
     assert sum(p.requires_grad for p in program.module().parameters()) == 1
@@ -83,9 +83,11 @@ def test_embeddings_named_with_what_is_tied_to_them(name, targets, tmp_path):
 def test_other_tokens_swap(tmp_path):
     program = adaptc.compile(FAMILIES["gemma"].build(), TrainableTokensConfig(token_indices=[7, 8, 30]))
     for n, tokens in enumerate(([60], [8, 9, 5, 20, 33, 7], [20, 30])):
-        oracle = Oracle.of("gemma", peft.TrainableTokensConfig(token_indices=tokens), tmp_path / str(n), seed=n)
+        oracle = Oracle.wrap_and_save(
+            "gemma", peft.TrainableTokensConfig(token_indices=tokens), tmp_path / str(n), seed=n
+        )
         adaptc.swap(program, oracle.path)
-        sound(program)
+        assert_valid(program)
         assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
         assert program.binding.config.token_indices == tokens
 
@@ -93,12 +95,12 @@ def test_other_tokens_swap(tmp_path):
 def test_next_to_the_rows_of_a_lora(tmp_path):
     """One program for both: the keys differ, so each adapter finds its own."""
     lora = peft.LoraConfig(r=4, target_modules=["q"], trainable_token_indices=[5, 9])
-    first = Oracle.of("t5", lora, tmp_path / "lora")
-    second = Oracle.of("t5", peft.TrainableTokensConfig(token_indices=[20, 9, 4]), tmp_path / "tokens")
+    first = Oracle.wrap_and_save("t5", lora, tmp_path / "lora")
+    second = Oracle.wrap_and_save("t5", peft.TrainableTokensConfig(token_indices=[20, 9, 4]), tmp_path / "tokens")
     program = adaptc.compile(FAMILIES["t5"].build(), [first.path, second.path])
     for oracle in (first, second, first):
         adaptc.swap(program, oracle.path)
-        sound(program)
+        assert_valid(program)
         assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
         ours = file_tensors(adaptc.save_adapter(program, tmp_path / "ours"))
         assert ours.keys() == file_tensors(oracle.path).keys()
@@ -119,7 +121,7 @@ def test_random_first_values(dtype):
 
 
 def test_tied_names_must_agree(tmp_path):
-    oracle = Oracle.of("gemma", peft.TrainableTokensConfig(token_indices=[5, 9]), tmp_path)
+    oracle = Oracle.wrap_and_save("gemma", peft.TrainableTokensConfig(token_indices=[5, 9]), tmp_path)
     program = adaptc.compile(FAMILIES["gemma"].build(), tmp_path)
     tensors = {k.removeprefix("base_model.model."): v for k, v in file_tensors(tmp_path).items()}
     one = {k: v for k, v in tensors.items() if "embed" in k}
@@ -137,12 +139,12 @@ def test_a_bare_program_with_one_embedding():
     program = torch.export.export(model, (x,))
     adapted = adaptc.compile(program, TrainableTokensConfig(token_indices=[3, 28]))
     assert adapted.binding.config.target_modules == ["embed"]
-    close(adapted(x), model(x), 1e-6)
+    assert_close(adapted(x), model(x), 1e-6)
     new = torch.randn(2, 7)
     adaptc.swap(adapted, {"embed.trainable_tokens_delta": new})
     with torch.no_grad():
         model.embed.weight[[3, 28]] = new
-    close(adapted(x), model(x), 1e-6)
+    assert_close(adapted(x), model(x), 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 import adaptc
 from adaptc.errors import AdaptcWarning
-from tests.support.oracle import base
+from tests.support.oracle import shared_base_program
 
 UNUSED = {
     "layers of an MLP": (adaptc.PromptEncoderConfig, {"encoder_num_layers": 3}, {}),
@@ -44,11 +44,11 @@ def test_told_of(name, tmp_path):
     (warning,) = told
     assert issubclass(warning.category, AdaptcWarning)
     assert f"{cls.__name__}: {option}={value!r} has no effect" in str(warning.message)
-    folder = adaptc.save_adapter(adaptc.compile(base("llama"), config), tmp_path / "adapter")
+    folder = adaptc.save_adapter(adaptc.compile(shared_base_program("llama"), config), tmp_path / "adapter")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), option: value}))
     with pytest.warns(AdaptcWarning, match=f"{option}=.* has no effect"):
-        program = adaptc.compile(base("llama"), folder)
+        program = adaptc.compile(shared_base_program("llama"), folder)
     assert getattr(program.binding.config, option) == value
 
 

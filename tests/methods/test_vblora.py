@@ -12,19 +12,19 @@ import adaptc
 from adaptc import CheckpointError, ConfigError, TargetError, VBLoRAConfig
 from adaptc.methods.lora_family.vblora import VBLoRA
 from adaptc.passes.graph.ops import Op
-from adaptc.runtime.rank_padding import paddings
+from adaptc.runtime.rank_padding import find_paddings
 from tests.support.chain import (
     FILE,
     TARGETS,
     as_stored,
-    by_peft,
-    compiled,
+    compile_chain,
+    copy_adapter_with,
     inputs,
+    load_peft_chain,
+    peft_chain,
     peft_config,
-    reloaded,
-    rewritten,
-    same_files,
-    slots,
+    slots_by_file_key,
+    tensor_files_are_equal,
 )
 
 SIZES = {"r": 5, "num_vectors": 7, "vector_length": 4, "topk": 3}
@@ -33,20 +33,20 @@ WEIGHTS = "base_model.model.k.vblora_logits_A_topk_weights"
 
 
 def test_layers_of_different_sizes_share_a_bank(tmp_path):
-    model = by_peft(peft_config("VBLoRAConfig", **SIZES), tmp_path / "a")
-    program = compiled(tmp_path / "a")
+    model = peft_chain(peft_config("VBLoRAConfig", **SIZES), tmp_path / "a")
+    program = compile_chain(tmp_path / "a")
     torch.testing.assert_close(program(inputs(5)), model(inputs(5)), rtol=1e-10, atol=1e-10)
     adaptc.save_adapter(program, tmp_path / "b")
-    assert same_files(tmp_path / "a", tmp_path / "b")
-    torch.testing.assert_close(reloaded(tmp_path / "b")(inputs(5)), model(inputs(5)))
+    assert tensor_files_are_equal(tmp_path / "a", tmp_path / "b")
+    torch.testing.assert_close(load_peft_chain(tmp_path / "b")(inputs(5)), model(inputs(5)))
 
 
 def test_the_bank_is_trained_by_all_its_sites(tmp_path):
-    model = by_peft(peft_config("VBLoRAConfig", **SIZES), tmp_path)
-    program, x = compiled(tmp_path, training=True), inputs(5)
+    model = peft_chain(peft_config("VBLoRAConfig", **SIZES), tmp_path)
+    program, x = compile_chain(tmp_path, training=True), inputs(5)
     model(x).square().sum().backward()
     program.module()(x).square().sum().backward()
-    bank = slots(program)["vblora_vector_bank"]
+    bank = slots_by_file_key(program)["vblora_vector_bank"]
     expected = model.base_model.vblora_vector_bank["default"].grad
     assert float(expected.abs().max()) > 0.01
     torch.testing.assert_close(bank.grad, expected, rtol=1e-10, atol=1e-10)
@@ -58,20 +58,20 @@ def test_swaps_to_other_ranks_and_sites(tmp_path):
         peft_config("VBLoRAConfig", **{**SIZES, "r": 2, "target_modules": ["k"]}),
         peft_config("VBLoRAConfig", **{**SIZES, "r": 3, "num_vectors": 9, "target_modules": ["q", "v"]}),
     ]
-    models = [by_peft(c, tmp_path / str(i)) for i, c in enumerate(configs)]
-    program = compiled([tmp_path / str(i) for i in range(3)])
+    models = [peft_chain(c, tmp_path / str(i)) for i, c in enumerate(configs)]
+    program = compile_chain([tmp_path / str(i) for i in range(3)])
     for i in (1, 0, 2, 1, 2):
         adaptc.swap(program, tmp_path / str(i))
         program.validate()
         torch.testing.assert_close(program(inputs(2)), models[i](inputs(2)), rtol=1e-10, atol=1e-10)
         adaptc.save_adapter(program, tmp_path / f"again{i}")
-        assert same_files(tmp_path / str(i), tmp_path / f"again{i}")
+        assert tensor_files_are_equal(tmp_path / str(i), tmp_path / f"again{i}")
 
 
 def test_padded_ranks_count_for_nothing():
     method, op = VBLoRA(r=2, vectors=7, length=2, topk=2), Op("linear", (6, 4), torch.ops.aten.linear.default, ())
-    assert paddings(method, op, "apply")
-    assert paddings(method, op, "weight")
+    assert find_paddings(method, op, "apply")
+    assert find_paddings(method, op, "weight")
 
 
 # -- the best weights alone -------------------------------------------------------------------------------------------
@@ -79,13 +79,13 @@ def test_padded_ranks_count_for_nothing():
 
 def topk_file(path, **options):
     config = peft_config("VBLoRAConfig", **{**SIZES, "save_only_topk_weights": True, **options})
-    return by_peft(config, path, torch.float32)
+    return peft_chain(config, path, torch.float32)
 
 
 @pytest.mark.parametrize("topk", [1, 3, 7])
 def test_files_of_the_best_weights(tmp_path, topk):
     model, x = topk_file(tmp_path / "a", topk=topk), inputs(5, torch.float32)
-    program = compiled(tmp_path / "a", torch.float32)
+    program = compile_chain(tmp_path / "a", torch.float32)
     torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(adaptc.merge(program)(x), model(x), rtol=1e-5, atol=1e-5)
     adaptc.save_adapter(program, tmp_path / "b")
@@ -94,14 +94,14 @@ def test_files_of_the_best_weights(tmp_path, topk):
     assert not any(k.endswith(("logits_A", "logits_B")) for k in found)
     for key, t in given.items():
         torch.testing.assert_close(found[key], t, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(reloaded(tmp_path / "b", torch.float32)(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_peft_chain(tmp_path / "b", torch.float32)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_vector_of_weight_zero_is_no_nan(tmp_path):
     """The last weight is what the others leave. PEFT takes its logarithm even where rounding left less than nothing."""
     topk_file(tmp_path / "a")
-    file = rewritten(tmp_path / "a", tmp_path / "b", lambda t: t[WEIGHTS].copy_(torch.tensor([0.6, 0.4000001])))
-    assert compiled(file, torch.float32)(inputs(5, torch.float32)).isfinite().all()
+    file = copy_adapter_with(tmp_path / "a", tmp_path / "b", lambda t: t[WEIGHTS].copy_(torch.tensor([0.6, 0.4000001])))
+    assert compile_chain(file, torch.float32)(inputs(5, torch.float32)).isfinite().all()
 
 
 @pytest.mark.parametrize(("vectors", "dtype"), [(255, torch.uint8), (256, torch.int16), (2**15, torch.int32)])
@@ -118,9 +118,9 @@ def test_indices_have_peft_s_dtype(vectors, dtype):
 def test_the_best_weights_cannot_be_trained(tmp_path):
     topk_file(tmp_path)
     with pytest.raises(CheckpointError, match=r"save_only_topk_weights=True.* cannot be trained"):
-        compiled(tmp_path, torch.float32, training=True)
+        compile_chain(tmp_path, torch.float32, training=True)
     config = VBLoRAConfig(**SIZES, target_modules=TARGETS, save_only_topk_weights=True)
-    adaptc.save_adapter(compiled(config, training=True), tmp_path / "b")
+    adaptc.save_adapter(compile_chain(config, training=True), tmp_path / "b")
     assert INDICES in load_file(tmp_path / "b" / FILE)
 
 
@@ -135,10 +135,10 @@ def test_the_best_weights_cannot_be_trained(tmp_path):
 )
 def test_broken_files_are_refused(tmp_path, change, match):
     topk_file(tmp_path / "a")
-    program = compiled(tmp_path / "a", torch.float32)
+    program = compile_chain(tmp_path / "a", torch.float32)
     before = program(inputs(2, torch.float32))
     with pytest.raises(CheckpointError, match=match):
-        adaptc.swap(program, rewritten(tmp_path / "a", tmp_path / "b", change))
+        adaptc.swap(program, copy_adapter_with(tmp_path / "a", tmp_path / "b", change))
     assert torch.equal(program(inputs(2, torch.float32)), before)
 
 
@@ -147,15 +147,15 @@ def test_broken_files_are_refused(tmp_path, change, match):
 
 def test_first_values_are_peft_s(tmp_path):
     options = {**SIZES, "target_modules": ["k"], "init_logits_std": 0.3, "init_vector_bank_bound": 0.5}
-    by_peft(peft_config("VBLoRAConfig", **options), tmp_path / "a", torch.float32, randomly=False, seed=1)
+    peft_chain(peft_config("VBLoRAConfig", **options), tmp_path / "a", torch.float32, random_values=False, seed=1)
     generator = torch.Generator().manual_seed(1)
-    adaptc.save_adapter(compiled(VBLoRAConfig(**options), torch.float32, generator=generator), tmp_path / "b")
-    assert same_files(tmp_path / "a", tmp_path / "b")
+    adaptc.save_adapter(compile_chain(VBLoRAConfig(**options), torch.float32, generator=generator), tmp_path / "b")
+    assert tensor_files_are_equal(tmp_path / "a", tmp_path / "b")
 
 
 def test_dropout_acts_on_the_input_and_in_training_only(tmp_path):
-    model = by_peft(peft_config("VBLoRAConfig", **SIZES, vblora_dropout=0.5), tmp_path)
-    program, x = compiled(tmp_path, training=True), inputs(4)
+    model = peft_chain(peft_config("VBLoRAConfig", **SIZES, vblora_dropout=0.5), tmp_path)
+    program, x = compile_chain(tmp_path, training=True), inputs(4)
     torch.testing.assert_close(program(x), model(x), rtol=1e-10, atol=1e-10)
     module, model = program.module(), model.train()
     torch.manual_seed(0)

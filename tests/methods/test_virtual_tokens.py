@@ -16,14 +16,25 @@ from adaptc import MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTunin
 from adaptc.errors import ConfigError, TargetError
 from tests.support.cover import examples
 from tests.support.families import FAMILIES, VOCAB
-from tests.support.oracle import Oracle, assert_same, base, gradients, quiet, same_gradients, with_head
-from tests.support.prompts import CALLS, SAID, called, text
+from tests.support.oracle import (
+    Oracle,
+    assert_same,
+    assert_same_gradients,
+    gradients,
+    quiet,
+    shared_base_program,
+    with_head,
+)
+from tests.support.prompts import CALLS, PROMPT_WARNINGS, run_quietly, text
 
 
 @cache
 def programs():
     config = PromptTuningConfig(num_virtual_tokens=3)
-    return {name: (FAMILIES[name].build(), adaptc.compile(base(name), config)) for name in ("llama", "gpt2", "bert")}
+    return {
+        name: (FAMILIES[name].build(), adaptc.compile(shared_base_program(name), config))
+        for name in ("llama", "gpt2", "bert")
+    }
 
 
 @settings(max_examples=examples(25))
@@ -46,11 +57,11 @@ def test_any_sizes(name, calls, seed):
             "inputs_embeds": torch.cat([rows.expand(batch, -1, -1), table], 1),
             "attention_mask": nn.functional.pad(mask, (count, 0), value=1),
         }
-        expected = called(model, longer)
+        expected = run_quietly(model, longer)
         bound = program.bind({"prompt_embeddings": rows})
-        assert_same(called(bound, inputs), expected)
+        assert_same(run_quietly(bound, inputs), expected)
         adaptc.swap(program, {"prompt_embeddings": rows})
-        assert_same(called(program, inputs), expected)
+        assert_same(run_quietly(program, inputs), expected)
 
 
 HEADS = {
@@ -71,7 +82,7 @@ def test_task_heads(head, tmp_path):
     name, task = HEADS[head]
     family = {"tokens": "bert", "features": "bert"}.get(head, head)
     kind = getattr(transformers, name)
-    oracle = Oracle.of(
+    oracle = Oracle.wrap_and_save(
         family,
         peft.PromptTuningConfig(task_type=task, num_virtual_tokens=5),
         tmp_path,
@@ -82,14 +93,14 @@ def test_task_heads(head, tmp_path):
     inputs = {"labels": torch.tensor([0, 2, 1])} if task == "SEQ_CLS" else {}
     for padding in ("right", "left") if family != "roberta" else (None,):
         given_ = {**text(3, 7, padding), **inputs}
-        assert_same(called(program, given_), called(oracle.model, given_))
+        assert_same(run_quietly(program, given_), run_quietly(oracle.model, given_))
     if task == "TOKEN_CLS":  # PEFT leaves labels as short as they were, and fails
         return
     module = program.module().eval()
-    with quiet(*SAID):
+    with quiet(*PROMPT_WARNINGS):
         got, want = gradients(module, module(**given_)), gradients(oracle.model, oracle.model(**given_))
     want = {key.removeprefix("base_model."): value for key, value in want.items()}
-    same_gradients(got, want)
+    assert_same_gradients(got, want)
 
 
 def test_labels_in_all_batches_of_a_step():
@@ -122,10 +133,10 @@ def test_classifiers_find_their_last_token():
     program = adaptc.compile(model, PromptTuningConfig(num_virtual_tokens=4))
     inputs = text(3, 7)
     inputs["input_ids"] *= inputs["attention_mask"]  # its padding is zero
-    out = called(program, inputs).logits
+    out = run_quietly(program, inputs).logits
     for row, (ids, mask) in enumerate(zip(*inputs.values(), strict=True)):
         kept = ids[mask.bool()][None]
-        torch.testing.assert_close(out[row], called(program, {"input_ids": kept}).logits[0])
+        torch.testing.assert_close(out[row], run_quietly(program, {"input_ids": kept}).logits[0])
 
 
 def test_labels_of_tokens():
@@ -144,18 +155,21 @@ def test_labels_of_tokens():
 def test_one_program_for_several_methods(tmp_path):
     """An adapter of one method leaves the other's places alone."""
     one, other = PromptTuningConfig(num_virtual_tokens=3), PromptEncoderConfig(num_virtual_tokens=5)
-    alone = [adaptc.compile(base("llama"), c, generator=torch.Generator().manual_seed(1)) for c in (one, other)]
+    alone = [
+        adaptc.compile(shared_base_program("llama"), c, generator=torch.Generator().manual_seed(1))
+        for c in (one, other)
+    ]
     saved = [adaptc.save_adapter(p, tmp_path / str(i)) for i, p in enumerate(alone)]
-    both = adaptc.compile(base("llama"), saved)
+    both = adaptc.compile(shared_base_program("llama"), saved)
     for path, program in zip([*saved, saved[0]], [*alone, alone[0]], strict=True):
         adaptc.swap(both, path)
-        assert_same(called(both, text(3, 7)), called(program, text(3, 7)))
+        assert_same(run_quietly(both, text(3, 7)), run_quietly(program, text(3, 7)))
 
 
 def test_two_prompts_do_not_act_together():
     configs = {f"of_{n}": PromptTuningConfig(num_virtual_tokens=n) for n in (2, 5)}
     with pytest.raises(ConfigError, match="the first tokens"):
-        adaptc.compile(base("llama"), configs)
+        adaptc.compile(shared_base_program("llama"), configs)
 
 
 class Scaled(nn.Embedding):

@@ -23,7 +23,7 @@ from adaptc.errors import AdaptcWarning, ConfigError, SwapError
 from adaptc.methods.sparse.waveft import FAMILIES, WaveFT
 from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
-from tests.support.spectral import blocks, compiled, mismatches, wrapped
+from tests.support.spectral import compile_blocks, differing_fields, make_blocks, peft_wrapped
 
 BAD = [
     {"n_frequency": 0},
@@ -43,7 +43,7 @@ def test_illegal_options_are_named(bad):
 
 
 def test_fields_and_defaults_are_pefts():
-    assert mismatches(peft.WaveFTConfig(), adaptc.WaveFTConfig()) == {}
+    assert differing_fields(peft.WaveFTConfig(), adaptc.WaveFTConfig()) == {}
 
 
 def test_without_pywavelets(monkeypatch):
@@ -51,7 +51,7 @@ def test_without_pywavelets(monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install 'adaptc\[wavelets\]'"):
         adaptc.WaveFTConfig()
     config = adaptc.WaveFTConfig(target_modules=["up"], n_frequency=5, use_idwt=False, init_weights=False)
-    assert compiled(config)(blocks()[1]).isfinite().all()
+    assert compile_blocks(config)(make_blocks()[1]).isfinite().all()
 
 
 # -- wavelets ---------------------------------------------------------------------------------------------------------
@@ -116,10 +116,10 @@ def test_transform_is_pefts(family, rows, columns, seed, data):
 @pytest.mark.parametrize("zeros", [True, False])
 def test_first_values_are_pefts(zeros):
     options = {"target_modules": ["up"], "n_frequency": 13, "init_weights": zeros}
-    theirs = wrapped(peft.WaveFTConfig(**options), seed=4)
+    theirs = peft_wrapped(peft.WaveFTConfig(**options), seed=4)
     after = torch.rand(3)
     torch.manual_seed(4)
-    program = compiled(adaptc.WaveFTConfig(**options))
+    program = compile_blocks(adaptc.WaveFTConfig(**options))
     assert torch.equal(torch.rand(3), after)
     for a, layer in zip(program.adaptation.attachments, theirs.base_model.model.layers, strict=True):
         spectrum = program.binding.values[a.slots["waveft_spectrum"]]
@@ -137,18 +137,18 @@ def test_share_of_each_layer(tmp_path, proportional):
         "proportional_parameters": proportional,
         "wavelet_family": "db2",
     }
-    theirs = wrapped(peft.WaveFTConfig(**options), random=True)
+    theirs = peft_wrapped(peft.WaveFTConfig(**options), random=True)
     expected = {
         n: m.waveft_n_frequency["default"]
         for n, m in theirs.base_model.model.named_modules()
         if hasattr(m, "waveft_n_frequency")
     }
     assert len(set(expected.values())) > 1
-    config, x = adaptc.WaveFTConfig(**options), blocks()[1]
-    program = compiled(config)
+    config, x = adaptc.WaveFTConfig(**options), make_blocks()[1]
+    program = compile_blocks(config)
     assert {a.module: a.method.r for a in program.adaptation.attachments} == expected
     theirs.save_pretrained(str(tmp_path / "peft"))
-    for p in (compiled(tmp_path / "peft"), compiled(config.replace(n_frequency=3, n_frequency_pattern={}))):
+    for p in (compile_blocks(tmp_path / "peft"), compile_blocks(config.replace(n_frequency=3, n_frequency_pattern={}))):
         adaptc.swap(p, tmp_path / "peft")
         torch.testing.assert_close(p(x), theirs(x), rtol=1e-4, atol=1e-4)
         loaded = adaptc.load(adaptc.save(p, tmp_path / "program.pt2"))
@@ -159,25 +159,25 @@ def test_share_of_each_layer(tmp_path, proportional):
 def test_more_frequencies_than_entries():
     options = {"target_modules": ["up", "head"], "n_frequency": 56}
     with pytest.raises(ConfigError, match=r"site 'head\.weight'.*n_frequency=56 is more than the 55 entries"):
-        compiled(adaptc.WaveFTConfig(**options))
-    compiled(adaptc.WaveFTConfig(**options, proportional_parameters=True))
+        compile_blocks(adaptc.WaveFTConfig(**options))
+    compile_blocks(adaptc.WaveFTConfig(**options, proportional_parameters=True))
     with pytest.raises(ConfigError, match="more than the"):
-        compiled(adaptc.WaveFTConfig(**{**options, "n_frequency": 75}, proportional_parameters=True))
+        compile_blocks(adaptc.WaveFTConfig(**{**options, "n_frequency": 75}, proportional_parameters=True))
 
 
 def test_families_of_one_length_share_code(tmp_path):
     """Another wavelet of the same length swaps; one of another length, or none, is refused, or has code of its own."""
     base = adaptc.WaveFTConfig(target_modules=["up"], n_frequency=13, init_weights=False, wavelet_family="sym4")
     changes = ({"wavelet_family": "db4"}, {"wavelet_family": "db2"}, {"use_idwt": False})
-    paths = [adaptc.save_adapter(compiled(base.replace(**c)), tmp_path / str(i)) for i, c in enumerate(changes)]
-    x, program = blocks()[1], compiled(base)
+    paths = [adaptc.save_adapter(compile_blocks(base.replace(**c)), tmp_path / str(i)) for i, c in enumerate(changes)]
+    x, program = make_blocks()[1], compile_blocks(base)
     adaptc.swap(program, paths[0])
-    torch.testing.assert_close(program(x), compiled(paths[0])(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(program(x), compile_blocks(paths[0])(x), rtol=1e-6, atol=1e-6)
     for path in paths[1:]:
         with pytest.raises(SwapError):
             adaptc.swap(program, path)
-    several = compiled([base, *paths])
+    several = compile_blocks([base, *paths])
     assert len(several.adaptation.attachments) == 2 * 3
     for path in (*paths, paths[0]):
         adaptc.swap(several, path)
-        torch.testing.assert_close(several(x), compiled(path)(x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(several(x), compile_blocks(path)(x), rtol=1e-6, atol=1e-6)

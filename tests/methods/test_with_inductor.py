@@ -8,7 +8,7 @@ import pytest
 
 import adaptc
 from tests.support.method_table import ENTRIES
-from tests.support.subject import close, randomized, sound, subject
+from tests.support.subject import assert_close, assert_valid, save_random_adapter, subject
 
 CASES = [(e.name, layer) for e in ENTRIES for layer in ("linear",) if layer in e.layers()]
 CASES += [(n, "conv2d") for n in ("loha", "hra", "ia3_inputs", "vera")] + [("oft", "embedding"), ("lokr", "experts")]
@@ -21,14 +21,14 @@ def test_compiled_once(entry: str, layer: str, tmp_path):
     args = s.args(5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = s.compile(s.config(**s.entry.other), backend="inductor")
-        other = randomized(s, s.config(**s.entry.other), tmp_path, seed=9)
+        program = s.compile(s.config(**s.entry.other_config), backend="inductor")
+        other = save_random_adapter(s, s.config(**s.entry.other_config), tmp_path, seed=9)
     program(*s.args(2))
     eager = s.compile(other)
     with adaptc.assert_no_recompiles():
         adaptc.swap(program, s.directory)
-        close(program(*args), s.expected(5), max(1e-8, s.tolerance))
+        assert_close(program(*args), s.expected(5), max(1e-8, s.tolerance))
         adaptc.swap(program, other)
-        close(program(*args), eager(*args), 1e-8)
-    sound(program)
-    close(adaptc.unload(program)(*args), s.base(*args))
+        assert_close(program(*args), eager(*args), 1e-8)
+    assert_valid(program)
+    assert_close(adaptc.unload(program)(*args), s.base(*args))

@@ -17,10 +17,19 @@ from torch import Tensor
 import adaptc
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
 from adaptc.methods.routed.xlora_classifier import ScalingRule
-from adaptc.passes.protocol.regions import COEFFICIENT, node_tag
+from adaptc.passes.protocol.regions import COEFFICIENT_ROLE, node_tag
 from tests.support.families import FAMILIES, VOCAB
-from tests.support.oracle import SAID, assert_differs, assert_same, base, file_tensors, load_peft, loss, quiet
-from tests.support.training import the_same_with_checkpoints
+from tests.support.oracle import (
+    EXPECTED_WARNINGS,
+    assert_differs,
+    assert_same,
+    file_tensors,
+    load_peft,
+    loss,
+    quiet,
+    shared_base_program,
+)
+from tests.support.training import check_gradient_checkpointing
 from tests.support.xlora import (
     OTHERS,
     build,
@@ -28,7 +37,7 @@ from tests.support.xlora import (
     config_of,
     experts,
     peft_model,
-    saved,
+    save_xlora_adapter,
     scalings_of,
 )
 
@@ -70,7 +79,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_outputs(name, options, adapters, tmp_path):
     """Outputs and scalings are PEFT's, for other sizes than those that were captured, too."""
     wrapped = peft_model(name, adapters(name), **OPTIONS[options])
-    program = adaptc.compile(base(name), saved(wrapped, tmp_path))
+    program = adaptc.compile(shared_base_program(name), save_xlora_adapter(wrapped, tmp_path))
     program.validate()
     for batch, length in ((2, 7), (3, 2), (1, 5)):
         ids = tokens(batch, length)
@@ -85,18 +94,18 @@ def test_outputs(name, options, adapters, tmp_path):
         assert_differs(called(without, ids), called(program, ids), 1e-3)
     bare = adaptc.unload(program)
     assert_same(called(bare, ids), plain)
-    assert len(bare.graph.nodes) == len(base(name).graph.nodes)
+    assert len(bare.graph.nodes) == len(shared_base_program(name).graph.nodes)
 
 
 def test_a_head_that_reads_less_than_the_layers_give(adapters, tmp_path):
     """OPT projects the last hidden state before its head; PEFT's classifier is given what the head is."""
     wrapped = peft_model("opt", adapters("opt"))
-    program = adaptc.compile(base("opt"), saved(wrapped, tmp_path))
+    program = adaptc.compile(shared_base_program("opt"), save_xlora_adapter(wrapped, tmp_path))
     ids = tokens(3, 7)
     assert_same(called(program, ids), called(wrapped, ids), 2e-5)  # sums in another order, of large weights
     assert_differs(called(program, ids), called(FAMILIES["opt"].build(), ids))
     with pytest.raises(TargetError, match="give hidden_size=20"):
-        adaptc.compile(base("opt"), config_of("opt", adapters("opt")).replace(hidden_size=24))
+        adaptc.compile(shared_base_program("opt"), config_of("opt", adapters("opt")).replace(hidden_size=24))
 
 
 @given(st.data())
@@ -111,21 +120,21 @@ def test_what_experts_count(data):
     rows = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 2.0]), min_size=6 * layers * count, max_size=6 * layers * count)
     scalings = torch.tensor(data.draw(rows)).reshape(2, 3, layers, count)
     config = type("Config", (), {"top_k_lora": k, "enable_softmax_topk": softmax_topk})()
-    got = ScalingRule(False, k, softmax_topk).chosen(scalings)
+    got = ScalingRule(False, k, softmax_topk).zero_unselected(scalings)
     for i in range(layers):
         theirs = XLoraLayer(None, None, None, i, config)  # type: ignore[arg-type]
         torch.testing.assert_close(got[:, :, i], theirs.get_maybe_topk_scalings(scalings))
 
 
 def test_one_first_pass_serves_all_sites(adapters):
-    program = adaptc.compile(base("llama"), config_of("llama", adapters("llama")))
-    tags = {n: t for n in program.graph.nodes if (t := node_tag(n)) and t["role"] == COEFFICIENT}
+    program = adaptc.compile(shared_base_program("llama"), config_of("llama", adapters("llama")))
+    tags = {n: t for n in program.graph.nodes if (t := node_tag(n)) and t["role"] == COEFFICIENT_ROLE}
     (made,) = [n for n in tags if any(u not in tags for u in n.users)]
     assert len({node_tag(u)["site"] for u in made.users}) == len(program.adaptation.attachments)
     assert sum(bool(t.get("first_pass")) for t in tags.values()) == 1
     products = [n for n in tags if n.target is torch.ops.aten.linear.default]
     # Those of the base once more, all but the head's, and the classifier's.
-    plain = base("llama").graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    plain = shared_base_program("llama").graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     assert len(products) == len(plain) - 1 + 1
 
 
@@ -167,7 +176,7 @@ def test_training(name, trained, adapters, tmp_path):
     }
     if name == "llama":  # PEFT itself does not know experts of others
         assert_same(called(load_peft(build(name), tmp_path), ids), called(wrapped, ids))
-    again = adaptc.compile(base(name), tmp_path)
+    again = adaptc.compile(shared_base_program(name), tmp_path)
     assert_same(called(again, ids), called(program, ids))
     for i, path in adapters(name).items():
         before, after = file_tensors(Path(path)), file_tensors(tmp_path / i)
@@ -175,7 +184,7 @@ def test_training(name, trained, adapters, tmp_path):
         assert sorted(after) == sorted(kept)
         assert all(torch.equal(after[k], t) for k, t in kept.items())
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    with quiet(*SAID):
+    with quiet(*EXPECTED_WARNINGS):
         wrapped.save_pretrained(str(tmp_path / "peft"))
     assert sorted(stored) == sorted(json.loads((tmp_path / "peft" / "adapter_config.json").read_text()))
 
@@ -186,7 +195,7 @@ def test_a_training_step_with_dropout_and_checkpoints(tmp_path):
     config = config_of("llama", found, xlora_depth=2, xlora_size=9, xlora_dropout_p=0.5, use_trainable_adapters=True)
     program = adaptc.compile(build("llama"), config, training=True)
     ids = tokens(3, 7)
-    module, grads = the_same_with_checkpoints(program, input_ids=ids, labels=ids)
+    module, grads = check_gradient_checkpointing(program, input_ids=ids, labels=ids)
     module.eval()
     module(input_ids=ids, labels=ids).loss.backward()
     assert any(not torch.allclose(p.grad, grads[n]) for n, p in module.named_parameters() if p.grad is not None)
@@ -198,8 +207,8 @@ def test_a_training_step_with_dropout_and_checkpoints(tmp_path):
 def test_swaps_to_other_experts(backend, options, adapters, tmp_path):
     """Another number of experts, other ranks, other layers among the compiled ones, another classifier."""
     models = [peft_model("llama", adapters("llama", o), seed=int(o), **OPTIONS[options]) for o in (False, True)]
-    paths = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
-    program = adaptc.compile(base("llama"), paths[0], backend=backend)
+    paths = [save_xlora_adapter(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    program = adaptc.compile(shared_base_program("llama"), paths[0], backend=backend)
     called(program, tokens(2, 5))
     with adaptc.assert_no_recompiles():
         for i in (1, 0):
@@ -219,11 +228,11 @@ def test_swaps_to_other_experts(backend, options, adapters, tmp_path):
 
 def test_saved_programs(adapters, tmp_path):
     one, other = (peft_model("gpt2", adapters("gpt2", o), **OPTIONS["top k"]) for o in (False, True))
-    program = adaptc.compile(base("gpt2"), saved(one, tmp_path / "one"))
+    program = adaptc.compile(shared_base_program("gpt2"), save_xlora_adapter(one, tmp_path / "one"))
     ids = tokens(3, 6)
     loaded = adaptc.load(adaptc.save(program, tmp_path / "ours.pt2"))
     assert_same(called(loaded, ids), called(one, ids))
-    adaptc.swap(loaded, saved(other, tmp_path / "other"))
+    adaptc.swap(loaded, save_xlora_adapter(other, tmp_path / "other"))
     assert_same(called(loaded, ids), called(other, ids))
     torch.export.save(loaded, tmp_path / "torch.pt2")
     again = torch.export.load(tmp_path / "torch.pt2").module()
@@ -233,15 +242,15 @@ def test_saved_programs(adapters, tmp_path):
 
 def test_rows_with_adapters_of_their_own(adapters, tmp_path):
     models = [peft_model("llama", adapters("llama"), seed=i) for i in range(2)]
-    paths = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
-    program = adaptc.compile(base("llama"), paths[0])
+    paths = [save_xlora_adapter(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    program = adaptc.compile(shared_base_program("llama"), paths[0])
     bank = program.bank({"a": paths[0], "b": paths[1]}, capacity=3)
     ids = tokens(3, 6)
     got = called(bank, ids, adapters=["b", None, "a"]).logits
     rows = [called(models[1], ids), called(FAMILIES["llama"].build(), ids), called(models[0], ids)]
     for i, want in enumerate(rows):
         torch.testing.assert_close(got[i], want.logits[i], rtol=0, atol=2e-5)
-    other = saved(peft_model("llama", adapters("llama", True)), tmp_path / "other")
+    other = save_xlora_adapter(peft_model("llama", adapters("llama", True)), tmp_path / "other")
     bank = program.bank({"a": paths[0], "c": other})
     with pytest.raises(AdaptcError, match=r"layers and experts can be filled up.*agree in them"):
         called(bank, ids, adapters=["a", "c", "a"])
@@ -250,20 +259,22 @@ def test_rows_with_adapters_of_their_own(adapters, tmp_path):
 def test_half_precision(adapters, tmp_path):
     model = FAMILIES["llama"].build().bfloat16()
     wrapped = peft_model("llama", adapters("llama"))
-    program = adaptc.compile(model, saved(wrapped, tmp_path))
+    program = adaptc.compile(model, save_xlora_adapter(wrapped, tmp_path))
     assert_same(called(program, tokens(2, 5)).logits.float(), called(wrapped, tokens(2, 5)).logits, 6e-2)
 
 
 @pytest.mark.slow
 def test_packages(adapters, tmp_path):
     wrapped = peft_model("llama", adapters("llama"))
-    program = adaptc.compile(base("llama"), saved(wrapped, tmp_path / "a"))
+    program = adaptc.compile(shared_base_program("llama"), save_xlora_adapter(wrapped, tmp_path / "a"))
     runner = adaptc.load_package(adaptc.package(program, tmp_path / "package.pt2"))
     assert_same(called(runner, tokens(2, 5)), called(wrapped, tokens(2, 5)))
     model = FAMILIES["llama"].build()
     assert_same(called(runner.base, tokens(2, 5)), called(model, tokens(2, 5)))
     assert adaptc.verify(runner, model).ok
-    other = saved(peft_model("llama", experts("llama", tmp_path / "one", [(3, ["q_proj"])])), tmp_path / "b")
+    other = save_xlora_adapter(
+        peft_model("llama", experts("llama", tmp_path / "one", [(3, ["q_proj"])])), tmp_path / "b"
+    )
     with pytest.raises(SwapError, match="the compiled code takes"):
         adaptc.swap(runner, other)
 
@@ -287,30 +298,30 @@ def test_packages(adapters, tmp_path):
 )
 def test_configs(options, message, adapters):
     with pytest.raises((ConfigError, CheckpointError, TargetError), match=message):
-        adaptc.compile(base("llama"), config_of("llama", adapters("llama")).replace(**options))
+        adaptc.compile(shared_base_program("llama"), config_of("llama", adapters("llama")).replace(**options))
 
 
 def test_refusals(adapters, tmp_path):
     wrapped = peft_model("llama", adapters("llama"), **OPTIONS["layerwise"])
-    path = saved(wrapped, tmp_path / "a")
-    program = adaptc.compile(base("llama"), path)
+    path = save_xlora_adapter(wrapped, tmp_path / "a")
+    program = adaptc.compile(shared_base_program("llama"), path)
     before = called(program, tokens(2, 5))
     with pytest.raises(MergeError, match="weighs its experts token by token"):
         adaptc.merge(program)
     with pytest.raises(ConfigError, match="xlora acts on activations"):
         adaptc.convert_to_lora(path, program, rank=2)
     with pytest.raises(ConfigError, match="one X-LoRA adapter that a program runs, and of such this one has none"):
-        adaptc.xlora_scalings(base("llama"), input_ids=tokens(2, 5))
-    with quiet(*SAID):
+        adaptc.xlora_scalings(shared_base_program("llama"), input_ids=tokens(2, 5))
+    with quiet(*EXPECTED_WARNINGS):
         wrapped.save_pretrained(str(tmp_path / "lossy"))
     with pytest.raises(CheckpointError, match=r"no 'internal_xlora_classifier.layers.0.weight'. PEFT 0.21 leaves out"):
         adaptc.swap(program, tmp_path / "lossy")
-    other = saved(peft_model("llama", adapters("llama"), **OPTIONS["top k"]), tmp_path / "b")
+    other = save_xlora_adapter(peft_model("llama", adapters("llama"), **OPTIONS["top k"]), tmp_path / "b")
     with pytest.raises(SwapError):
         adaptc.swap(program, other)
     dora = experts("llama", tmp_path / "dora", [(2, ["q_proj"])], use_dora=True)
     with pytest.raises(ConfigError, match="of plain LoRA adapters"):
-        adaptc.compile(base("llama"), config_of("llama", dora))
+        adaptc.compile(shared_base_program("llama"), config_of("llama", dora))
     uneven = experts("llama", tmp_path / "x", [(2, ["q_proj"])], lora_dropout=0.1)
     config = config_of("llama", {**adapters("llama"), "3": uneven["0"]})
     with pytest.raises(ConfigError, match="lora_dropouts that differ"):

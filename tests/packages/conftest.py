@@ -35,5 +35,5 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     assert {k: v.tolist() for k, v in program.state_dict.items()} == {k: v.tolist() for k, v in state.items()}
     assert [p.name for p in path.parent.iterdir()] == ["net.pt2"]
     packaged = Packaged(program, adaptc.load_package(path), path, model)
-    packaged.same()
+    packaged.check_same_outputs()
     return packaged

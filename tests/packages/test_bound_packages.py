@@ -60,7 +60,7 @@ def test_each_computes_its_own_adapter_in_any_order(net: Packaged, bound: Any) -
     for i, size in zip(order, SIZES * 2, strict=True):
         ours, theirs = bound[i]
         close(run(ours, size), run(theirs, size))
-        net.same(size)
+        net.check_same_outputs(size)
     outputs = [run(ours) for ours, _ in bound]
     assert all((a - b).abs().max() > 1e-2 for n, a in enumerate(outputs) for b in outputs[:n])
 
@@ -180,8 +180,8 @@ def test_an_interrupt_while_values_are_copied(net: Packaged, bound: Any, monkeyp
     run(bound[3][0])
     run(bound[0][0])
     with monkeypatch.context() as m:
-        fill = Constants._fill
-        m.setattr(Constants, "_fill", lambda self, values: fill(self, Cut(values)))
+        fill = Constants._load_values
+        m.setattr(Constants, "_load_values", lambda self, values: fill(self, Cut(values)))
         with pytest.raises(KeyboardInterrupt):
             run(bound[3][0])
     assert torch.equal(run(bound[0][0]), wanted)

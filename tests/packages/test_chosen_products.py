@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import ConfigError, LoraConfig
 from adaptc.passes.lower.choose_products import MatmulChoice
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR, ONEDNN, onednn_supports
 from adaptc.tuning import compiled_matmuls as compiled_products
 from tests.support.archives import read_records
-from tests.support.rounding import to_rounding
+from tests.support.rounding import assert_close_to_rounding
 
 WHY, NOTHING = "measured: faster here, at no rows slower", "nothing else was measured here"
 
@@ -45,15 +45,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[adaptc.AdaptedProgra
         patch.delenv("ADAPTC_PRODUCTS")
 
         def choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
-            compiled_products.teach_inductor()
-            can = takes(dtype)  # as whoever measures finds
+            compiled_products.register_lowerings()
+            can = onednn_supports(dtype)  # as whoever measures finds
             return (
-                MatmulChoice(ONEDNN, ALL_CLASSES, WHY, (0.5, 0.75, 0.9, 1.0))
+                MatmulChoice(ONEDNN, ALL_ROW_CLASSES, WHY, (0.5, 0.75, 0.9, 1.0))
                 if can
                 else MatmulChoice(LINEAR, (), NOTHING)
             )
 
-        patch.setattr(compiled_products, "choose_everywhere", choose)
+        patch.setattr(compiled_products, "choose_without_python", choose)
         path = adaptc.package(program, tmp_path_factory.mktemp("products") / "p.pt2")
     return program, path
 
@@ -78,22 +78,22 @@ def test_torch_alone_runs_it(made: tuple[adaptc.AdaptedProgram, Path], tmp_path:
     )
     assert done.returncode == 0, done.stderr
     for x, found in zip(inputs, torch.load(out), strict=True):
-        to_rounding(found, program(x), torch.bfloat16)  # there is a layer of it in the middle
+        assert_close_to_rounding(found, program(x), torch.bfloat16)  # there is a layer of it in the middle
     code = b"".join(data for name, data in read_records(path).items() if "data/aotinductor" in name)
     assert b"adaptc::" not in code
-    assert (b"aoti_torch_cpu__linear_pointwise" in code) == takes(torch.float32)
+    assert (b"aoti_torch_cpu__linear_pointwise" in code) == onednn_supports(torch.float32)
 
 
 def test_the_report_tells_what_was_chosen(made: tuple[adaptc.AdaptedProgram, Path]) -> None:
     program, path = made
     runner = adaptc.load_package(path)
     adaptc.swap(program, program.binding)
-    to_rounding(runner(example(9)), program(example(9)), torch.bfloat16)
+    assert_close_to_rounding(runner(example(9)), program(example(9)), torch.bfloat16)
     report = adaptc.report(runner)
-    can = takes(torch.float32)
+    can = onednn_supports(torch.float32)
     kind, why = (ONEDNN, WHY) if can else (LINEAR, NOTHING)
-    assert f"products: 2 by {kind} at any rows ({why})" in str(report)
-    assert "products: 1 by linear at any rows (another machine may have no half precision)" in str(report)
+    assert f"matmuls: 2 by {kind} at any rows ({why})" in str(report)
+    assert "matmuls: 1 by linear at any rows (another machine may have no half precision)" in str(report)
     assert [(p["kind"], p["count"]) for p in report.data()["products"]] == [(kind, 2), (LINEAR, 1)]
     assert not any("adaptc" in str(n.target) for n in program.graph.nodes)
 

@@ -17,8 +17,8 @@ from torch import nn
 import adaptc
 from adaptc import AdaptcError, BackendError, CheckpointError, LoraConfig
 from adaptc.packages.packaged_program import PackagedProgram
-from tests.support.archives import MANIFEST, read_records, with_hashes, write_records
-from tests.support.damage import BLOCK, mutated_bytes, mutated_json
+from tests.support.archives import MANIFEST, read_records, with_right_hashes, write_records
+from tests.support.damage import BLOCK, mutate_bytes, mutate_json
 
 INPUT = torch.linspace(-1, 2, 20).view(4, 5)
 
@@ -54,7 +54,7 @@ def edit(package: Path, target: Path, change: Callable[[Any], Any], *, hashed: b
     data = json.loads(records[MANIFEST])
     change(data)
     records[MANIFEST] = json.dumps(data).encode()
-    return write_records(target, with_hashes(records) if hashed else records)
+    return write_records(target, with_right_hashes(records) if hashed else records)
 
 
 @pytest.mark.usefixtures("no_code")
@@ -76,7 +76,7 @@ def test_a_record_too_many(package: Path, tmp_path: Path, name: str) -> None:
     """What torch would unpickle, or load as code of its own, is none of a package's, with hashes or without."""
     records = read_records(package) | {name: b"x"}
     refused(write_records(tmp_path / "bad.pt2", records), "is not in its manifest")
-    refused(write_records(tmp_path / "forged.pt2", with_hashes(records)), "none that a package has")
+    refused(write_records(tmp_path / "forged.pt2", with_right_hashes(records)), "none that a package has")
 
 
 @pytest.mark.usefixtures("no_code")
@@ -132,7 +132,7 @@ def test_any_damage(package: Path, tmp_path: Path, block: int) -> None:
     manifest = json.loads(records[MANIFEST])
     for case in range(block * BLOCK, block * BLOCK + BLOCK):
         rng = random.Random(case)
-        bad = mutated_bytes(data, rng)
+        bad = mutate_bytes(data, rng)
         if bad != data:
             (tmp_path / "bad.pt2").write_bytes(bad)
             try:
@@ -141,7 +141,7 @@ def test_any_damage(package: Path, tmp_path: Path, block: int) -> None:
                 assert str(tmp_path) in str(error), case  # noqa: PT017
             except AssertionError:
                 assert _same_records(tmp_path / "bad.pt2", records), f"{case}: changed code would be loaded"
-        forged, _ = mutated_json(manifest, rng)
+        forged, _ = mutate_json(manifest, rng)
         if forged != manifest:
             records_of = records | {MANIFEST: json.dumps(forged).encode()}
             refused(write_records(tmp_path / "forged.pt2", records_of))
@@ -159,10 +159,12 @@ def test_a_forged_manifest_raises_nothing_else(package: Path, tmp_path: Path, bl
     records = read_records(package)
     manifest = json.loads(records[MANIFEST])
     for case in range(block * BLOCK // 4, (block + 1) * BLOCK // 4):
-        forged, where = mutated_json(manifest, random.Random(50_000 + case))
+        forged, where = mutate_json(manifest, random.Random(50_000 + case))
         if not isinstance(forged, dict):
             continue
-        path = write_records(tmp_path / "forged.pt2", with_hashes(records | {MANIFEST: json.dumps(forged).encode()}))
+        path = write_records(
+            tmp_path / "forged.pt2", with_right_hashes(records | {MANIFEST: json.dumps(forged).encode()})
+        )
         try:
             adaptc.load_package(path)
         except AdaptcError as error:

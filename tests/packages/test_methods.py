@@ -6,18 +6,18 @@ from __future__ import annotations
 import pytest
 
 import adaptc
-from tests.support.subject import close, randomized, subject
+from tests.support.subject import assert_close, save_random_adapter, subject
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera", "lily"])
 def test_packaged(entry: str, tmp_path):
     s = subject(entry, "linear")
-    other = randomized(s, s.config(**s.entry.other), tmp_path / "other", seed=9)
+    other = save_random_adapter(s, s.config(**s.entry.other_config), tmp_path / "other", seed=9)
     room = {"hra": 6, "lily": 7}.get(entry)  # the other adapter has a larger rank
     runner = adaptc.load_package(adaptc.package(s.program, tmp_path / "adapted.pt2", max_rank=room))
-    close(runner(*s.args(5)), s.expected(5), 1e-12)
+    assert_close(runner(*s.args(5)), s.expected(5), 1e-12)
     runner.swap(other)
-    close(runner(*s.args(2)), s.compile(other)(*s.args(2)), 1e-12)
+    assert_close(runner(*s.args(2)), s.compile(other)(*s.args(2)), 1e-12)
     runner.swap(s.directory)
-    close(runner(*s.args(5)), s.expected(5), 1e-12)
+    assert_close(runner(*s.args(5)), s.expected(5), 1e-12)

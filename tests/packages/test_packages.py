@@ -20,7 +20,7 @@ from torch import nn
 import adaptc
 from adaptc import AdaptcError, BackendError, CheckpointError, ConfigError, SwapError
 from adaptc.adapter_files.directory import write_adapter
-from tests.support.archives import MANIFEST, read_records, with_hashes, write_records
+from tests.support.archives import MANIFEST, read_records, with_right_hashes, write_records
 from tests.support.packaged_nets import NET_CONFIG, Packaged, adapter, net_inputs
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ def test_swap_at_all_sites(net: Packaged, rank: int, alpha: float) -> None:
     config = NET_CONFIG.replace(r=rank, lora_alpha=alpha)
     report = net.swap(adapter(net.program, config, seed=rank), config)
     assert (report.sites, report.identity, report.ranks) == (6, (), (rank,))
-    net.same()
+    net.check_same_outputs()
 
 
 def test_a_swap_renames_keys(net: Packaged, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_swap_of_some_sites_leaves_the_rest_at_the_base(net: Packaged, rank: int
     report = net.swap(adapter(net.program, config, lambda fqn: fqn == chosen, rank), config)
     assert report.sites == 1
     assert len(report.identity) == 5
-    net.same()
+    net.check_same_outputs()
 
 
 def test_each_site_takes_part(net: Packaged) -> None:
@@ -81,14 +81,14 @@ def test_each_site_takes_part(net: Packaged) -> None:
             tensors = {k: v for k, v in adapter(net.program, config).items() if not k.startswith("head")}
         net.swap(tensors, config)
         assert (net.runner(*args, **kwargs)["y"] - full).abs().max() > 1e-2, left_out
-        net.same((3, 7))
+        net.check_same_outputs((3, 7))
 
 
 def test_ranks_may_differ_between_sites(net: Packaged) -> None:
     config = NET_CONFIG.replace(rank_pattern={"conv": 6, "lin": 1, "experts": 5}, alpha_pattern={"lin": 7})
     report = net.swap(adapter(net.program, config), config)
     assert report.ranks == (1, 3, 5, 6)
-    net.same()
+    net.check_same_outputs()
 
 
 def test_a_state_dict_without_config_takes_the_rank_of_its_tensors(net: Packaged) -> None:
@@ -97,7 +97,7 @@ def test_a_state_dict_without_config_takes_the_rank_of_its_tensors(net: Packaged
     adaptc.swap(net.program, tensors, config=config)
     net.runner.swap(adapter(net.program, NET_CONFIG), config=NET_CONFIG)
     assert net.runner.swap({f"base_model.model.{k}": v for k, v in tensors.items()}).ranks == (5,)
-    net.same()
+    net.check_same_outputs()
 
 
 def test_directories_and_bindings(net: Packaged, tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_directories_and_bindings(net: Packaged, tmp_path: Path) -> None:
     adaptc.save_adapter(net.program, tmp_path / "a")
     net.runner.swap(adapter(net.program, NET_CONFIG), config=NET_CONFIG)
     assert net.runner.swap(tmp_path / "a").source == str(tmp_path / "a")
-    net.same()
+    net.check_same_outputs()
     net.runner.swap(adapter(net.program, NET_CONFIG), config=NET_CONFIG)
     net.runner.swap(net.program.binding)
-    net.same()
+    net.check_same_outputs()
 
 
 def test_the_runner_copies_what_it_is_given(net: Packaged) -> None:
@@ -119,7 +119,7 @@ def test_the_runner_copies_what_it_is_given(net: Packaged) -> None:
     adaptc.swap(net.program, {k: v.clone() for k, v in tensors.items()}, config=config)
     for t in tensors.values():
         t.fill_(float("nan"))
-    net.same()
+    net.check_same_outputs()
 
 
 def test_a_loaded_package_is_neither_copied_nor_pickled(net: Packaged) -> None:
@@ -169,7 +169,7 @@ def test_a_refused_adapter_changes_nothing(net: Packaged, change: Any, error: ty
     with pytest.raises(error, match=match):
         net.runner.swap(bad, config=NET_CONFIG)
     assert net.runner.binding is binding
-    net.same()
+    net.check_same_outputs()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_rank_above_the_capacity(net: Packaged, pattern: dict[str, int], site:
     message = rf"{site}.*rank {rank}, and the package has room for 6; package again with max_rank={rank}"
     with pytest.raises(SwapError, match=message):
         net.runner.swap(adapter(net.program, config), config=config)
-    net.same()
+    net.check_same_outputs()
 
 
 def test_adapters_that_change_the_base_are_refused(net: Packaged) -> None:
@@ -228,7 +228,7 @@ def _copied(
     records = {name: data for name, data in read_records(source).items() if keep(name)}
     if edit is not None:
         records[MANIFEST] = edit(records[MANIFEST])
-    return write_records(target, with_hashes(records))
+    return write_records(target, with_right_hashes(records))
 
 
 def test_files_that_are_no_packages(net: Packaged, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_factor_is_that_of_the_program(both: tuple[Any, Any], net: Packaged) -
         for p in both:
             p.set_scale(*how)
         same(ours, package)
-        assert package.binding.factors == ours.binding.factors
+        assert package.binding.scale_factors == ours.binding.scale_factors
     assert not torch.allclose(run(package), before, rtol=1e-2)
     same(ours, package, adapter_scale=2)
     same(ours, package)
@@ -52,8 +52,8 @@ def test_a_factor_is_that_of_the_program(both: tuple[Any, Any], net: Packaged) -
         adaptc.swap(p, tensors, config=CONFIG, scale=0.7)
     same(ours, package)
     bound = package.bind(package.binding, scale=1)
-    assert not bound.binding.factors
-    assert package.binding.factors
+    assert not bound.binding.scale_factors
+    assert package.binding.scale_factors
     for p in both:
         p.set_scale(1)
     same(ours, bound)
@@ -82,7 +82,7 @@ def test_a_package_is_made_with_the_factors_of_its_program(both: tuple[Any, Any]
     ours.set_scale(2, modules="conv")
     package = adaptc.load_package(adaptc.package(ours, tmp_path / "scaled.pt2", max_rank=3))
     same(ours, package)
-    assert package.binding.factors == ours.binding.factors
+    assert package.binding.scale_factors == ours.binding.scale_factors
     said = "'default' is scaled by -0.5 at 1 site, 'default' is scaled by 2 at 1 site"
     assert adaptc.report(package).data()["strength"] == said
     assert said in str(adaptc.report(package))

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from adaptc.packages.cpp_slot_table import ENTRY, slot_table
+from adaptc.packages.cpp_slot_table import METADATA_KEY, slot_table
 from tests.support.packaged_nets import Packaged
 
 
 def test_it_is_in_the_metadata_and_has_every_constant_once(net: Packaged) -> None:
-    text = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(net.path), "model")[ENTRY]
+    text = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(net.path), "model")[METADATA_KEY]
     manifest = net.runner.manifest
     assert text == slot_table(manifest)
     head, *lines = [line.split("\t") for line in text.splitlines()]

@@ -16,7 +16,7 @@ import adaptc
 from adaptc import ConfigError, LoraConfig, SwapError
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.graph.ops import Op
-from adaptc.runtime.rank_padding import Padding, paddings
+from adaptc.runtime.rank_padding import Padding, find_paddings
 from tests.support import odd_methods
 from tests.support.families import FAMILIES
 from tests.support.packaged_nets import Packaged, adapter
@@ -182,7 +182,7 @@ def test_padding_leaves_lora_unchanged(kind: str, rank: int, more: int, with_bia
     op = OPS[kind]
     method = Lora(alpha=7, with_bias=with_bias and kind == "linear").with_rank(op, rank)
     large = method.with_rank(op, rank + more)
-    found = paddings(method, op, "apply" if method.has_apply(op) else "weight")
+    found = find_paddings(method, op, "apply" if method.has_apply(op) else "weight")
     W = torch.randn(op.shape, dtype=torch.float64)
     slots = {n: torch.randn(s.shape, dtype=torch.float64) for n, s in method.slots(op).items()}
     shapes = {n: s.shape for n, s in large.slots(op).items()}
@@ -193,5 +193,5 @@ def test_padding_leaves_lora_unchanged(kind: str, rank: int, more: int, with_bia
 
 
 def test_no_padding_is_better_than_a_wrong_one() -> None:
-    assert paddings(odd_methods.Softmaxed(), OPS["linear"], "weight") is None
-    assert paddings(Lora(), OPS["linear"], "weight") == {n: Padding() for n in Lora().slots(OPS["linear"])}
+    assert find_paddings(odd_methods.Softmaxed(), OPS["linear"], "weight") is None
+    assert find_paddings(Lora(), OPS["linear"], "weight") == {n: Padding() for n in Lora().slots(OPS["linear"])}

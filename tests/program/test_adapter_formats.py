@@ -23,8 +23,8 @@ from tests.support.component_nets import (
     net,
     peft_keys,
     program,
-    saved,
-    wide_program,
+    program_with_all_sites,
+    write_safetensors,
 )
 
 CONFIGS = {
@@ -70,7 +70,7 @@ def test_what_is_written_is_read_bit_for_bit(name: str, form: str, tmp_path: Pat
 
 
 def test_the_published_layout_is_written(tmp_path: Path) -> None:
-    wide = wide_program()
+    wide = program_with_all_sites()
     adaptc.swap(wide, kohya())
     written = load_file(adaptc.save_adapter(wide, tmp_path / "x.safetensors", format="kohya", component="unet"))
     assert written.keys() == kohya().keys()
@@ -78,7 +78,7 @@ def test_the_published_layout_is_written(tmp_path: Path) -> None:
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    wide = wide_program()
+    wide = program_with_all_sites()
     adaptc.swap(wide, kohya())
     for _ in range(2):
         adaptc.save_adapter(wide, tmp_path / "deep" / "er", format="diffusers", component="unet")
@@ -92,7 +92,7 @@ def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) 
 
 
 def test_a_failed_write_leaves_no_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = wide_program()
+    wide = program_with_all_sites()
     adaptc.swap(wide, kohya())
 
     def full(*_: object, **__: object) -> None:
@@ -124,7 +124,7 @@ def test_what_a_format_cannot_hold_is_refused_by_name(config: object, form: str,
 
 
 def test_options_are_taken_or_refused(tmp_path: Path) -> None:
-    wide, to = wide_program(), tmp_path / "x.safetensors"
+    wide, to = program_with_all_sites(), tmp_path / "x.safetensors"
     adaptc.swap(wide, kohya())
     with pytest.raises(ConfigError, match=r"format='onnx' is not one of peft, kohya, diffusers"):
         adaptc.save_adapter(wide, to, format="onnx")
@@ -161,10 +161,10 @@ def test_names_that_underscores_make_one_are_not_written(tmp_path: Path) -> None
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    wide = wide_program()
+    wide = program_with_all_sites()
     adaptc.swap(wide, peft_keys(), config=LoraConfig(r=3, lora_alpha=3))
     adaptc.save(wide, tmp_path / "p.pt2")
-    file = saved(tmp_path / "k.safetensors", kohya())
+    file = write_safetensors(tmp_path / "k.safetensors", kohya())
 
     def run(*args: object) -> str:
         result = CliRunner().invoke(app, [str(a) for a in args])
@@ -187,10 +187,10 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_package_takes_them_too(tmp_path: Path) -> None:
-    wide = wide_program()
+    wide = program_with_all_sites()
     adaptc.swap(wide, kohya())
     runner = adaptc.load_package(adaptc.package(wide, tmp_path / "p.pt2"))
-    file = saved(tmp_path / "k.safetensors", kohya(rank=2, alpha=3.0))
+    file = write_safetensors(tmp_path / "k.safetensors", kohya(rank=2, alpha=3.0))
     with torch.no_grad():
         report = runner.swap(file)
         adaptc.swap(wide, file)

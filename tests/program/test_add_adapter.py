@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, IA3Config, LoraConfig, MergeError, OFTConfig, SwapError, TargetError
-from tests.support.subject import close, sound
+from tests.support.subject import assert_close, assert_valid
 
 
 class Net(nn.Module):
@@ -63,20 +63,20 @@ def test_another_program_has_both(model: nn.Module, folder: Path, first: str) ->
         old.add_adapter("two", folder / "lora")
     new = old.add_adapter("two", folder / "lora", recompile=True)
     assert new is not old
-    sound(new)
+    assert_valid(new)
     both = adaptc.compile(model, {"one": folder / first, "two": folder / "lora"}, example_inputs=X)
     if scaled:
         both.set_scale(0.5, "one")
-    close(new(X), both(X), 1e-9)
+    assert_close(new(X), both(X), 1e-9)
     assert new.available_adapters == ["one", "two"]
     assert old.binding is binding
     assert torch.equal(old(X), before)
     new.set_active(["one"])
-    close(new(X), before, 1e-9)
+    assert_close(new(X), before, 1e-9)
     third = new.add_adapter("three", folder / "ia3", recompile=True)
     assert third.active_adapters == ["one", "three"]
     third.set_active(["one", "two"])
-    close(third(X), both(X), 1e-9)
+    assert_close(third(X), both(X), 1e-9)
     assert adaptc.verify(third, model).ok
 
 

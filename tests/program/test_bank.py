@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
-from tests.support.gated_net import X, compiled, config, net, state
+from tests.support.gated_net import X, adapter_tensors, compile_net, config, net
 
 RANKS = {"a": 2, "b": 5, "c": 3}
 
 
 @pytest.fixture(scope="module")
 def program() -> adaptc.AdaptedProgram:
-    return compiled(2)
+    return compile_net(2)
 
 
 @pytest.fixture(scope="module")
 def singles(program: adaptc.AdaptedProgram) -> dict[str | None, Tensor]:
     with torch.no_grad():
-        return {None: net()(X), **{n: program.bind(state(r))(X) for n, r in RANKS.items()}}
+        return {None: net()(X), **{n: program.bind(adapter_tensors(r))(X) for n, r in RANKS.items()}}
 
 
 def bank_of(program: adaptc.AdaptedProgram, names: str = "ab", **options: Any) -> Any:
-    return program.bank({n: state(RANKS[n]) for n in names}, **options)
+    return program.bank({n: adapter_tensors(RANKS[n]) for n in names}, **options)
 
 
 def rows(singles: dict[str | None, Tensor], *names: str | None) -> Tensor:
@@ -74,7 +74,7 @@ def test_a_row_is_no_business_of_other_rows_adapters() -> None:
     """Were what an adapter makes of a row that does not want it not finite."""
     for options in ({"use_dora": True}, {}):
         made = adaptc.compile(net(), config(2, init_lora_weights=False, **options), example_inputs=X[:2])
-        huge = {k: torch.full_like(t, 1e25) for k, t in state(2).items()}
+        huge = {k: torch.full_like(t, 1e25) for k, t in adapter_tensors(2).items()}
         bank = made.bank({"a": made.binding, "huge": huge}) if not options else made.bank({"a": made.binding})
         if options:
             huge |= {
@@ -117,7 +117,7 @@ def test_the_rows_of_nested_inputs() -> None:
 )
 def test_programs_with_options(options: dict[str, Any], singles: dict[str | None, Tensor]) -> None:
     kernels = options.pop("kernels", None)
-    made = compiled(2, **options)
+    made = compile_net(2, **options)
     made.kernels = kernels
     close(bank_of(made)(X, adapters=["a", None, "b"]), rows(singles, "a", None, "b"))
 
@@ -125,11 +125,11 @@ def test_programs_with_options(options: dict[str, Any], singles: dict[str | None
 def test_whatever_becomes_of_the_program(singles: dict[str | None, Tensor]) -> None:
     """It is swapped, merged, given up: the bank keeps what it was made of."""
     for first in (True, False):
-        made = compiled(2)
+        made = compile_net(2)
         bank = bank_of(made)
         if first:
             bank(X, adapters=["a", None, "b"])
-        adaptc.swap(made, state(7))
+        adaptc.swap(made, adapter_tensors(7))
         adaptc.merge(made, keep_base=False)
         for chosen in (("a", None, "b"), ("b", "b", "b"), (None, None, None)):
             close(bank(X, adapters=list(chosen)), rows(singles, *chosen))
@@ -140,9 +140,9 @@ def test_copies(program: Any, singles: dict[str | None, Tensor]) -> None:
     for made in (copy.copy(bank), copy.deepcopy(bank)):
         made.remove("a")
         assert (list(bank), list(made)) == (["a", "b"], ["b"])
-        made.add("c", state(RANKS["c"]))
+        made.add("c", adapter_tensors(RANKS["c"]))
         with pytest.raises(adaptc.ConfigError, match="no more than 2"):
-            made.add("a", state(2))
+            made.add("a", adapter_tensors(2))
         close(made(X, adapters=["c", None, "b"]), rows(singles, "c", None, "b"))
     assert copy.copy(bank)["a"].values["up.lora_A.default.weight"] is bank["a"].values["up.lora_A.default.weight"]
     deep = copy.deepcopy(bank)["a"].values["up.lora_A.default.weight"]
@@ -161,7 +161,7 @@ def test_modes_of_torch(program: Any, singles: dict[str | None, Tensor]) -> None
     found = torch.compile(lambda x: 2 * bank(x, adapters=["a", "b", None]))(X)
     close(found, 2 * rows(singles, "a", "b", None))
     with torch.autocast("cpu", torch.bfloat16):
-        half, a, none = bank(X, adapters=["a", None, None]), program.bind(state(2))(X), program.base(X)
+        half, a, none = bank(X, adapters=["a", None, None]), program.bind(adapter_tensors(2))(X), program.base(X)
     assert half.dtype == a.dtype == torch.bfloat16
     torch.testing.assert_close(half, torch.stack([a[0], none[1], none[2]]), rtol=0.02, atol=0.02)
 
@@ -174,9 +174,9 @@ def test_nothing_is_made_again_for_another_assignment(program: Any, monkeypatch:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("made again")
 
-    monkeypatch.setattr("adaptc.bank.compile_bank.RowsSource.code", fail)
+    monkeypatch.setattr("adaptc.bank.compile_bank.RowProgram.make_executor", fail)
     bank(X, adapters=["c", "b", "b"])
-    monkeypatch.setattr("adaptc.bank.bank.stacked", fail)
+    monkeypatch.setattr("adaptc.bank.bank.stack_adapters", fail)
     bank(X, adapters=[{"b": 0.5}, {"c": 2.0}, None])
     bank(X[:2], adapters=["c", None])
 
@@ -187,10 +187,10 @@ def test_nothing_is_made_again_for_another_assignment(program: Any, monkeypatch:
 def test_adapters_come_and_go(program: Any, singles: dict[str | None, Tensor], tmp_path: Path) -> None:
     bank = bank_of(program, "a")
     bank(X, adapters=["a", None, None])
-    adaptc.swap(program, state(RANKS["b"]))
+    adaptc.swap(program, adapter_tensors(RANKS["b"]))
     bank.add("b", adaptc.save_adapter(program, tmp_path))
     close(bank(X, adapters=["a", "b", None]), rows(singles, "a", "b", None))
-    bank.replace("a", state(RANKS["c"]))
+    bank.replace("a", adapter_tensors(RANKS["c"]))
     close(bank(X, adapters=["a", "b", "a"]), rows(singles, "c", "b", "c"))
     bank.remove("b")
     assert ("b" in bank, len(bank), list(bank)) == (False, 1, ["a"])
@@ -206,7 +206,7 @@ def test_who_is_used_least_goes_and_comes_again_from_the_loader(program: Any, si
 
     def loader(name: str) -> Any:
         asked.append(name)
-        return state(RANKS[name]) if name in RANKS else None
+        return adapter_tensors(RANKS[name]) if name in RANKS else None
 
     bank = program.bank(capacity=2, evict=True, loader=loader)
     close(bank(X, adapters=["a", "b", None]), rows(singles, "a", "b", None))
@@ -227,10 +227,10 @@ def test_faults_of_a_loader_are_its_own(program: Any) -> None:
     def gone(name: str) -> Any:
         raise OSError("the disk is gone")
 
-    bank = program.bank({"a": state(2)}, loader=gone)
+    bank = program.bank({"a": adapter_tensors(2)}, loader=gone)
     with pytest.raises(OSError, match="the disk is gone"):
         bank(X, adapters=["b", "a", None])
-    bank.loader = lambda name: {**state(3), "up.extra": torch.ones(2)}
+    bank.loader = lambda name: {**adapter_tensors(3), "up.extra": torch.ones(2)}
     with pytest.raises(adaptc.SwapError, match=r"no slot in the program: 'up\.extra'") as error:
         bank(X, adapters=["b", "a", None])
     assert error.value.__notes__ == ["It is adapter 'b' of the bank."]
@@ -239,8 +239,8 @@ def test_faults_of_a_loader_are_its_own(program: Any) -> None:
 
 def test_the_memory_of_a_bank(program: Any) -> None:
     """Its adapters, and the stacks of those in use, which go with them."""
-    one = sum(t.nbytes for t in program.bind(state(3)).binding.values.values())
-    bank = program.bank({f"n{i}": state(3) for i in range(6)})
+    one = sum(t.nbytes for t in program.bind(adapter_tensors(3)).binding.values.values())
+    bank = program.bank({f"n{i}": adapter_tensors(3) for i in range(6)})
     assert bank.nbytes == 6 * one
     assert bank.held == 0
     bank(X, adapters=["n0", "n1", None])
@@ -251,10 +251,10 @@ def test_the_memory_of_a_bank(program: Any) -> None:
     assert bank.report().stacks == (("n3", "n4"), ("n4", "n5"))
     bank.remove("n3")
     assert bank.held == 2 * one
-    bank.replace("n5", state(3))
+    bank.replace("n5", adapter_tensors(3))
     assert bank.held == 0
     with pytest.raises(adaptc.ConfigError, match="no room for 'more'"):
-        program.bank({"n": state(3)}, max_bytes=2 * one - 1).add("more", state(3))
+        program.bank({"n": adapter_tensors(3)}, max_bytes=2 * one - 1).add("more", adapter_tensors(3))
 
 
 def test_the_report(program: Any) -> None:
@@ -276,7 +276,7 @@ def test_the_report(program: Any) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 OTHERS = {"nope.lora_A.weight": torch.randn(2, 5), "nope.lora_B.weight": torch.randn(5, 2)}
-BROKEN = {k: t.where(t != t.max(), float("nan")) for k, t in state(2).items()}
+BROKEN = {k: t.where(t != t.max(), float("nan")) for k, t in adapter_tensors(2).items()}
 
 
 def broken(binding: Any) -> Any:
@@ -297,15 +297,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "input": (lambda b: b(X, adapters=["a", "b", None], y=3), "'y' is not an input of the program"),
     "no input": (lambda b: b(adapters=["a", "b", None]), "missing input 'x'"),
     "other model": (lambda b: b.add("c", OTHERS), "compiled without the sites"),
-    "other shapes": (lambda b: b.add("c", {k: t[..., :-1] for k, t in state(3).items()}), "has shape"),
+    "other shapes": (lambda b: b.add("c", {k: t[..., :-1] for k, t in adapter_tensors(3).items()}), "has shape"),
     "not finite": (lambda b: b.add("c", BROKEN), "NaN or infinite"),
     "a binding that is not finite": (lambda b: b.replace("b", broken(b["b"])), "'b' is not finite"),
-    "rank": (lambda b: b.add("c", state(6)), "'c' has rank 6, and the bank takes ranks up to 5"),
-    "taken": (lambda b: b.add("a", state(3)), "has an adapter 'a': bank.replace"),
-    "not there": (lambda b: b.replace("c", state(3)), "no adapter 'c'"),
+    "rank": (lambda b: b.add("c", adapter_tensors(6)), "'c' has rank 6, and the bank takes ranks up to 5"),
+    "taken": (lambda b: b.add("a", adapter_tensors(3)), "has an adapter 'a': bank.replace"),
+    "not there": (lambda b: b.replace("c", adapter_tensors(3)), "no adapter 'c'"),
     "nothing to remove": (lambda b: b.remove("c"), "no adapter 'c'"),
-    "no room": (lambda b: b.add("c", state(3)), "no room for 'c': it holds no more than 2.*evict=True"),
-    "no name": (lambda b: b.add("", state(3)), "the name of an adapter is a string"),
+    "no room": (lambda b: b.add("c", adapter_tensors(3)), "no room for 'c': it holds no more than 2.*evict=True"),
+    "no name": (lambda b: b.add("", adapter_tensors(3)), "the name of an adapter is a string"),
     "no file": (lambda b: b.add("c", "/nowhere/at/all"), "nowhere"),
     "nothing": (lambda b: b.add("c", None), "None is no adapter"),
     "exported": (lambda b: b.exported(["a", "q"]), "no adapter 'q'"),
@@ -325,7 +325,7 @@ def test_a_refusal_changes_nothing(case: str, program: Any, singles: dict[str | 
 
 def test_options_that_there_are_not(program: Any) -> None:
     with pytest.raises(adaptc.ConfigError, match=r"scale is of one adapter: bank\.add"):
-        program.bank({"a": state(2)}, scale=0.5)
+        program.bank({"a": adapter_tensors(2)}, scale=0.5)
     for option in ("capacty", "form"):
         with pytest.raises(adaptc.ConfigError, match=f"a bank has no option '{option}'"):
             program.bank(**{option: 3})
@@ -365,8 +365,8 @@ def test_a_base_of_its_own_is_refused_and_others_of_that_program_are_not() -> No
     made = adaptc.compile(net(), config(2, **options), example_inputs=X[:2])
     with pytest.raises(adaptc.CheckpointError, match="'a' brings a base of its own"):
         made.bank({"a": made.binding})
-    bank = made.bank({"a": state(3)}, config=config(3))
-    want = compiled(2).bind(state(3), config=config(3))(X)
+    bank = made.bank({"a": adapter_tensors(3)}, config=config(3))
+    want = compile_net(2).bind(adapter_tensors(3), config=config(3))(X)
     close(bank(X, adapters=["a", None, "a"]), torch.stack([want[0], net()(X)[1], want[2]]))
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import LoraConfig
 from adaptc.methods.lora_family.lora import Lora
-from tests.support.builds import noted
-from tests.support.gated_net import compiled as gated
-from tests.support.gated_net import state
+from tests.support.builds import record_builds
+from tests.support.gated_net import adapter_tensors
+from tests.support.gated_net import compile_net as gated
 
 NAMES = [f"n{i}" for i in range(11)]
 
@@ -53,7 +53,7 @@ def chosen(count: int, rows: int = 12) -> list[str | None]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return noted(monkeypatch)
+    return record_builds(monkeypatch)
 
 
 def check(bank: Any, made: adaptc.AdaptedProgram, adapters: dict[str, Any], count: int, length: int) -> None:
@@ -71,14 +71,14 @@ def test_of_adapters_side_by_side_there_is_one_code_for_all_numbers(options: dic
     bank = made.bank(adapters)
     for length in (1, 30):
         check(bank, made, adapters, 3, length)
-    codes = len(bank.codes.made)
+    codes = len(bank.code_cache.executors)
     assert codes <= 2
     for length in (1, 30):
         for count in (2, 5, 11, 7, 4):
             bank(inputs(length), adapters=chosen(count))
         check(bank, made, adapters, 11, length)
         check(bank, made, adapters, 2, length)
-    assert len(bank.codes.made) <= 2
+    assert len(bank.code_cache.executors) <= 2
     before = len(built)
     for count in range(1, 12):
         bank(inputs(2), adapters=chosen(count))
@@ -91,11 +91,11 @@ def test_of_adapters_one_after_the_other_there_is_one_for_each_power_of_two(opti
     bank = made.bank(adapters)
     for count in (3, 5, 4, 7, 2):
         check(bank, made, adapters, count, 2)
-    assert {s.count for s in bank._now.stacks} <= {2, 4, 8}
-    assert len(bank.codes.made) == 3
+    assert {s.capacity for s in bank._contents.stacks} <= {2, 4, 8}
+    assert len(bank.code_cache.executors) == 3
     small = made.bank({n: adapters[n] for n in NAMES[:5]}, capacity=5)
     check(small, made, adapters, 5, 2)
-    assert [s.count for s in small._now.stacks] == [5]
+    assert [s.capacity for s in small._contents.stacks] == [5]
 
 
 def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: py
     monkeypatch.setattr(Lora, "rows_at_once", lambda *args: None)
     made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"]))
     bank = made.bank(adapters)
-    assert not bank.codes.any_number
+    assert not bank.code_cache.serves_any_count
     for count in (2, 3):
         check(bank, made, adapters, count, 2)
 
@@ -148,7 +148,7 @@ def test_a_bank_that_is_empty_is_warmed_for_as_many_as_it_may_hold(built: list[s
 
 @pytest.mark.parametrize("wrong", [0, 5, True, "many", 2.0])
 def test_what_is_no_number_of_adapters_is_refused(wrong: Any, built: list[str]) -> None:
-    bank = gated(2).bank({"a": state(2)}, capacity=4)
+    bank = gated(2).bank({"a": adapter_tensors(2)}, capacity=4)
     before = len(built)
     with pytest.raises(adaptc.ConfigError, match="is no number of adapters from 1 to 4, which the bank may hold"):
         bank.warm(wrong)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import adaptc
-from tests.support.banks import adapters, alone, check_rows
+from tests.support.banks import check_rows, outputs_by_adapter, save_random_adapters
 from tests.support.families import FAMILIES
-from tests.support.oracle import base, run, with_head
+from tests.support.oracle import run, shared_base_program, with_head
 
 #: family -> layers to adapt; of modules with a weight per channel
 TARGETS = {
@@ -40,7 +40,9 @@ CASES = [(f, m) for f, (_, norms) in TARGETS.items() for m in METHODS if norms o
 def compiled(family: str, method: str) -> adaptc.AdaptedProgram:
     layers, norms = TARGETS[family]
     cls, options = METHODS[method]
-    return adaptc.compile(base(family), cls(target_modules=norms if method == "norms" else layers, **options))
+    return adaptc.compile(
+        shared_base_program(family), cls(target_modules=norms if method == "norms" else layers, **options)
+    )
 
 
 @pytest.mark.few(9)
@@ -49,7 +51,7 @@ def compiled(family: str, method: str) -> adaptc.AdaptedProgram:
 def test_each_row_is_what_its_adapter_makes_alone(family: str, method: str, tmp_path: Path) -> None:
     """Of other batches and lengths than the capture's, padded."""
     program = compiled(family, method)
-    a, b = adapters(program, tmp_path)
+    a, b = save_random_adapters(program, tmp_path)
     made = {"a": a, "b": b}
     bank = program.bank(made)
     for rows, length in ((["a", None, "b", "a"], 9), ([None, "b"], 4)):
@@ -57,12 +59,16 @@ def test_each_row_is_what_its_adapter_makes_alone(family: str, method: str, tmp_
         def call(f: Any, rows: Any = rows, length: int = length) -> Any:
             return run(f, FAMILIES[family], len(rows), length)
 
-        check_rows(call(lambda rows=rows, **inputs: bank(**inputs, adapters=rows)), alone(program, made, call), rows)
+        check_rows(
+            call(lambda rows=rows, **inputs: bank(**inputs, adapters=rows)),
+            outputs_by_adapter(program, made, call),
+            rows,
+        )
 
 
 def test_a_norm_whose_weight_is_computed_is_refused() -> None:
     """Gemma adds one to it, so that what reads the parameter has no rows."""
-    program = adaptc.compile(base("gemma2"), adaptc.LNTuningConfig(target_modules=["input_layernorm"]))
+    program = adaptc.compile(shared_base_program("gemma2"), adaptc.LNTuningConfig(target_modules=["input_layernorm"]))
     with pytest.raises(adaptc.TargetError, match=r"input_layernorm\.weight.*has no axis for the .* rows"):
         program.bank()
 
@@ -73,20 +79,20 @@ def test_heads_trained_as_a_whole(tmp_path: Path) -> None:
     model = with_head(transformers.BertForSequenceClassification, "bert", num_labels=3)
     config = adaptc.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
     program = adaptc.compile(model, config)
-    a, b = adapters(program, tmp_path)
+    a, b = save_random_adapters(program, tmp_path)
     bank, rows = program.bank({"a": a, "b": b}), [None, "b", "a"]
 
     def call(f: Any) -> Any:
         return run(f, FAMILIES["bert"], 3, 7)
 
-    single = alone(program, {"a": a, "b": b}, call)
+    single = outputs_by_adapter(program, {"a": a, "b": b}, call)
     check_rows(call(lambda **inputs: bank(**inputs, adapters=rows)), single, rows)
 
 
 def test_trainable_tokens(tmp_path: Path) -> None:
     config = adaptc.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[5, 7, 11, 12, 13, 30])
-    program = adaptc.compile(base("llama"), config)
-    a, b = adapters(program, tmp_path, size=2.0)
+    program = adaptc.compile(shared_base_program("llama"), config)
+    a, b = save_random_adapters(program, tmp_path, size=2.0)
     bank, rows = program.bank({"a": a, "b": b}), ["a", "b", None, "b"]
     ids = torch.tensor([[5, 7, 9], [11, 5, 6], [30, 5, 7], [8, 12, 13]])
 
@@ -94,7 +100,7 @@ def test_trainable_tokens(tmp_path: Path) -> None:
         with torch.no_grad():
             return f(input_ids=ids)
 
-    single = alone(program, {"a": a, "b": b}, call)
+    single = outputs_by_adapter(program, {"a": a, "b": b}, call)
     check_rows(call(lambda **inputs: bank(**inputs, adapters=rows)), single, rows)
 
 
@@ -112,14 +118,14 @@ def test_windows_of_images(tmp_path: Path) -> None:
     config = adaptc.LoraConfig(r=2, target_modules=[t for t in targets if t in named], init_lora_weights=False)
     free = {"pixel_values": {0: torch.export.Dim("batch", max=64)}}
     program = adaptc.compile(model, config, example_inputs={"pixel_values": images[:2]}, dynamic_shapes=free)
-    a, b = adapters(program, tmp_path)
+    a, b = save_random_adapters(program, tmp_path)
     bank, rows = program.bank({"a": a, "b": b}), ["a", "b", None]
 
     def call(f: Any) -> Any:
         with torch.no_grad():
             return f(pixel_values=images)
 
-    single = alone(program, {"a": a, "b": b}, call)
+    single = outputs_by_adapter(program, {"a": a, "b": b}, call)
     check_rows(call(lambda **inputs: bank(**inputs, adapters=rows)), single, rows)
 
 

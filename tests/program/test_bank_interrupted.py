@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import adaptc
-from tests.support.gated_net import X, compiled, state
-from tests.support.interrupts import at_every_line
+from tests.support.gated_net import X, adapter_tensors, compile_net
+from tests.support.interrupts import interrupt_at_every_line
 
 RANKS = {"a": 2, "b": 5, "c": 3, "d": 7}
 #: the files that say what a bank holds
@@ -23,7 +23,7 @@ class Subject:
     """A bank of two adapters, "a" used before "b", and what rows of each are."""
 
     def __init__(self, program: adaptc.AdaptedProgram) -> None:
-        self.ready = {n: program.bind(state(r)).binding for n, r in RANKS.items()}
+        self.ready = {n: program.bind(adapter_tensors(r)).binding for n, r in RANKS.items()}
         with torch.no_grad():
             self.alone = {n: program.bind(b)(X) for n, b in self.ready.items()}
         self.bank: Any = program.bank(capacity=2, evict=True, loader=self.ready.__getitem__)
@@ -61,7 +61,7 @@ def interrupted(subject: Subject, deed: Callable[[Any], Any]) -> int:
         names = list(subject.bank)
         subject.rows(names[0], None, names[-1])
 
-    return at_every_line(lambda: deed(subject.bank), subject.reset, subject.seen, works, FILES)
+    return interrupt_at_every_line(lambda: deed(subject.bank), subject.reset, subject.seen, works, FILES)
 
 
 def free_for_other_threads(bank: Any) -> None:
@@ -74,7 +74,7 @@ def free_for_other_threads(bank: Any) -> None:
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return Subject(compiled(2))
+    return Subject(compile_net(2))
 
 
 def test_evicting_for_another(subject: Subject) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.oracle import assert_same, base, load_peft, randomize
+from tests.support.oracle import assert_same, load_peft, randomize, shared_base_program
 
 ROWS = ["one", "__base__", "two", "one", "two"]
 
@@ -43,7 +43,7 @@ def test_as_adapter_names(family: str, tmp_path: Path) -> None:
         inputs = FAMILIES[family].inputs(len(ROWS), 9)
         with torch.no_grad():
             expected = theirs(**inputs, adapter_names=ROWS)
-    program = adaptc.compile(base(family), [paths["two"], paths["one"]])
+    program = adaptc.compile(shared_base_program(family), [paths["two"], paths["one"]])
     bank = program.bank(paths)
     ours = [None if n == "__base__" else n for n in ROWS]
     with torch.no_grad():
@@ -59,6 +59,6 @@ def test_as_adapter_names(family: str, tmp_path: Path) -> None:
 
 
 def test_a_call_with_peft_s_keyword_says_what_is_there(tmp_path: Path) -> None:
-    program = adaptc.compile(base("llama"), adaptc.LoraConfig(r=2, target_modules=["q_proj"]))
+    program = adaptc.compile(shared_base_program("llama"), adaptc.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(adaptc.AdaptcError, match=r"'adapter_names' is not taken: rows.*prog\.bank"):
         program(**FAMILIES["llama"].inputs(2, 5), adapter_names=["a", "b"])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import adaptc
 from tests.support.cover import examples
-from tests.support.gated_net import X, compiled, net, state
+from tests.support.gated_net import X, adapter_tensors, compile_net, net
 
 NAMES = ("a", "b", "c", "d")
 RANKS = (2, 3, 5, 7)
@@ -28,9 +28,9 @@ class Reference:
     """What an adapter of each rank computes alone, on one program for all tests."""
 
     def __init__(self) -> None:
-        self.program = compiled(2)
+        self.program = compile_net(2)
         with torch.no_grad():
-            self.alone = {r: self.program.bind(state(r))(X) for r in RANKS}
+            self.alone = {r: self.program.bind(adapter_tensors(r))(X) for r in RANKS}
             self.base = net()(X)
 
     def row(self, i: int, rank: int | None) -> Tensor:
@@ -65,9 +65,9 @@ class Banks(RuleBasedStateMachine):
         full = self.capacity is not None and len(self.held) >= self.capacity
         if name in self.held or (full and not self.evict):
             with pytest.raises(adaptc.ConfigError):
-                self.bank.add(name, state(rank))
+                self.bank.add(name, adapter_tensors(rank))
             return
-        self.bank.add(name, state(rank))
+        self.bank.add(name, adapter_tensors(rank))
         if full:
             del self.held[next(iter(self.held))]
         self.held[name] = rank
@@ -76,9 +76,9 @@ class Banks(RuleBasedStateMachine):
     def replace(self, name: str, rank: int) -> None:
         if name not in self.held:
             with pytest.raises(adaptc.AdaptcError):
-                self.bank.replace(name, state(rank))
+                self.bank.replace(name, adapter_tensors(rank))
             return
-        self.bank.replace(name, state(rank))
+        self.bank.replace(name, adapter_tensors(rank))
         self.held[name] = rank
         self.used(name)
 
@@ -109,7 +109,7 @@ class Banks(RuleBasedStateMachine):
 
     @rule(rank=st.sampled_from(RANKS))
     def swap(self, rank: int) -> None:
-        adaptc.swap(self.program, state(rank))
+        adaptc.swap(self.program, adapter_tensors(rank))
 
     @rule()
     def merge_and_unload_beside(self) -> None:
@@ -123,7 +123,7 @@ class Banks(RuleBasedStateMachine):
         name, rank = next(iter(self.held.items()))
         chosen = self.bank.assigned([name, None, name])
         self.used(name)
-        self.bank.replace(name, state(RANKS[0] if rank != RANKS[0] else RANKS[1]))
+        self.bank.replace(name, adapter_tensors(RANKS[0] if rank != RANKS[0] else RANKS[1]))
         self.held[name] = RANKS[0] if rank != RANKS[0] else RANKS[1]
         with torch.no_grad():
             want = torch.stack([self.reference.row(i, r) for i, r in enumerate((rank, None, rank))])
@@ -151,7 +151,7 @@ def test_any_order() -> None:
 def everything_at_once(reference: Reference, seconds: float, threads: int, **options: Any) -> int:
     """Calls beside others that replace, remove and add: each row is of one of the versions its name has had."""
     versions = {"a": (2, 3), "b": (5, 7), "c": (3, 5)}
-    bank = reference.program.bank({n: state(v[0]) for n, v in versions.items()}, **options)
+    bank = reference.program.bank({n: adapter_tensors(v[0]) for n, v in versions.items()}, **options)
     began, faults, calls = time.monotonic(), [], [0] * threads
 
     def goes_on() -> bool:
@@ -169,10 +169,10 @@ def everything_at_once(reference: Reference, seconds: float, threads: int, **opt
     def change(rng: random.Random) -> None:
         name = rng.choice(list(versions))
         if rng.random() < 0.5:
-            bank.replace(name, state(rng.choice(versions[name])))
+            bank.replace(name, adapter_tensors(rng.choice(versions[name])))
         else:
             bank.remove(name)
-            bank.add(name, state(rng.choice(versions[name])))
+            bank.add(name, adapter_tensors(rng.choice(versions[name])))
 
     def work(number: int) -> None:
         rng = random.Random(number)
@@ -206,7 +206,7 @@ def test_threads_see_whole_adapters(reference: Reference) -> None:
 def test_threads_share_a_bank_that_evicts(reference: Reference) -> None:
     """With a loader no call fails, however few adapters it holds at once."""
     ranks = {"a": 2, "b": 3, "c": 5, "d": 7}
-    bank = reference.program.bank(capacity=2, evict=True, loader=lambda name: state(ranks[name]))
+    bank = reference.program.bank(capacity=2, evict=True, loader=lambda name: adapter_tensors(ranks[name]))
     faults: list[str] = []
 
     def work(number: int) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
-from tests.support.gated_net import X, compiled, config, net, state
-from tests.support.rounding import no_further
+from tests.support.gated_net import X, adapter_tensors, compile_net, config, net
+from tests.support.rounding import assert_no_less_accurate
 
 CHOSEN = ["a", None, {"a": 0.5, "b": -2.0}]
 
@@ -32,7 +32,7 @@ def test_gradients_reach_the_adapters_of_each_row(options: dict[str, Any]) -> No
         if not options
         else {f"{n}.lora_magnitude_vector": torch.rand(o) + 0.5 for n, o in (("up", 7), ("side", 7), ("down", 3))}
     )
-    bank = made.bank({n: {**state(r), **more} for n, r in named.items()})
+    bank = made.bank({n: {**adapter_tensors(r), **more} for n, r in named.items()})
     rows = ["a", None, "b"]
     out = bank(X, adapters=rows)
     (out * weight(out)).sum().backward()
@@ -51,7 +51,7 @@ def test_gradients_reach_the_adapters_of_each_row(options: dict[str, Any]) -> No
 
 def test_rows_of_one_adapter_alone_train_it_too() -> None:
     made = adaptc.compile(net(), config(2), example_inputs=torch.randn(2, 5), training=True)
-    bank = made.bank({"a": state(2)})
+    bank = made.bank({"a": adapter_tensors(2)})
     before = bank(X, adapters=["a"] * 3).detach()
     parameters = [t for t in bank["a"].values.values() if t.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
@@ -70,20 +70,22 @@ def test_half_precision_rounds_no_more_than_an_adapter_alone(dtype: torch.dtype,
     options = {"autocast_adapter_dtype": autocast}
     made = adaptc.compile(net().to(dtype), config(2), example_inputs=x[:2], **options)
     exact = adaptc.compile(net().to(dtype).double(), config(2), example_inputs=x[:2].double())
-    adapters = {n: {k: (0.5 * t).to(dtype).float() for k, t in state(r).items()} for n, r in (("a", 2), ("b", 5))}
+    adapters = {
+        n: {k: (0.5 * t).to(dtype).float() for k, t in adapter_tensors(r).items()} for n, r in (("a", 2), ("b", 5))
+    }
     bank, rows = made.bank(adapters), ["a", "b"] * 32
     found = bank(x, adapters=rows)
     assert found.dtype == dtype
     for i, name in enumerate(("a", "b")):
         alone, want = made.bind(adapters[name])(x), exact.bind(adapters[name])(x.double())
         # One adapter in half precision is held in float32 for few rows, and several side by side are not.
-        no_further(found[i::2], alone[i::2], want[i::2], times=1.2 if autocast else 1.6)
+        assert_no_less_accurate(found[i::2], alone[i::2], want[i::2], factor=1.2 if autocast else 1.6)
 
 
 def test_inductor_compiles_once(tmp_path: Path) -> None:
-    made = compiled(2, backend="inductor")
-    bank = made.bank({"a": state(2), "b": state(5)}, capacity=4)
-    eager = compiled(2).bank({"a": state(2), "b": state(5), "c": state(3)})
+    made = compile_net(2, backend="inductor")
+    bank = made.bank({"a": adapter_tensors(2), "b": adapter_tensors(5)}, capacity=4)
+    eager = compile_net(2).bank({"a": adapter_tensors(2), "b": adapter_tensors(5), "c": adapter_tensors(3)})
 
     def close(adapters: Any, x: torch.Tensor = X) -> None:
         torch.testing.assert_close(bank(x, adapters=adapters), eager(x, adapters=adapters), rtol=1e-4, atol=1e-4)
@@ -93,10 +95,10 @@ def test_inductor_compiles_once(tmp_path: Path) -> None:
         close(["a"] * 3)
         close(["a", None, "b"])
         close(CHOSEN)
-        bank.add("c", state(3))
+        bank.add("c", adapter_tensors(3))
         close(["c", "b", "a"])
         close(["c", {"a": 1e-3}, None])
-        bank.replace("c", state(3))
+        bank.replace("c", adapter_tensors(3))
         bank.remove("b")
         close(["c", "c", "a"])
         close(["c", "c", "a", None, "a"], torch.randn(5, 5))
@@ -115,7 +117,7 @@ assert not any(m.split(".")[0] == "adaptc" for m in sys.modules)
 
 @pytest.mark.parametrize("names", [["a", "b"], ["b"]])
 def test_an_exported_bank_needs_no_adaptc(names: list[str], tmp_path: Path) -> None:
-    bank = compiled(2).bank({"a": state(2), "b": state(5)})
+    bank = compile_net(2).bank({"a": adapter_tensors(2), "b": adapter_tensors(5)})
     x = torch.randn(4, 5)
     mixes = [{names[0]: 1.0}, {}, {n: 0.5 * i - 0.2 for i, n in enumerate(names)}, {names[-1]: 1.0}]
     want = bank(x, adapters=mixes)
@@ -126,7 +128,7 @@ def test_an_exported_bank_needs_no_adaptc(names: list[str], tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "-c", SCRIPT, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with pytest.raises(adaptc.ConfigError, match="the bank is empty"):
-        compiled(2).bank().exported()
+        compile_net(2).bank().exported()
 
 
 @pytest.mark.parametrize("names", ["a", [None], [3]])
@@ -137,9 +139,9 @@ def test_what_is_exported_is_named_in_a_list(names: Any) -> None:
 
 
 def test_a_program_read_from_a_file_has_banks(tmp_path: Path) -> None:
-    made = compiled(2)
+    made = compile_net(2)
     loaded = adaptc.load(adaptc.save(made, tmp_path / "program.pt2"))
-    adapters = {"a": state(2), "b": state(5)}
+    adapters = {"a": adapter_tensors(2), "b": adapter_tensors(5)}
     want = made.bank(adapters)(X, adapters=CHOSEN)
     torch.testing.assert_close(loaded.bank(adapters)(X, adapters=CHOSEN), want, rtol=1e-5, atol=1e-5)
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.passes.graph.torch_caches import forget_code
+from adaptc.passes.graph.torch_caches import drop_dead_code
 from adaptc.runtime import weight_buffers
-from tests.support.gated_net import X, compiled, config, net, state
+from tests.support.gated_net import X, adapter_tensors, compile_net, config, net
 
 CONFIG = config(3, init_lora_weights=False)
 
 
 def objects() -> Counter[str]:
     """All that the garbage collector knows, by type, and the texts of generated code."""
-    forget_code(now=True)
-    weight_buffers.tidy()
+    drop_dead_code(force=True)
+    weight_buffers.forget_dead_tensors()
     gc.collect()
     found = Counter(type(o).__name__ for o in gc.get_objects())
     return found | Counter(texts=sum(name.startswith("<eval_with_key>") for name in linecache.cache))
@@ -34,7 +34,7 @@ class Deeds:
 
     def __init__(self, folder: Path) -> None:
         self.net, self.count = net(), 0
-        self.program = compiled(3)
+        self.program = compile_net(3)
         self.file = adaptc.save(self.program, folder / "p.pt2")
         self.adapter = adaptc.save_adapter(self.program, folder / "adapter")
 
@@ -54,7 +54,7 @@ class Deeds:
 
     def swapping_ranks(self) -> None:
         self.count += 1
-        adaptc.swap(self.program, state(1 + self.count % 40))
+        adaptc.swap(self.program, adapter_tensors(1 + self.count % 40))
         self.program(X)
         self.program.validate()
 
@@ -121,10 +121,10 @@ def test_a_thousand_cycles_are_flat(tmp_path: Path) -> None:
 
 
 def test_addresses_of_tensors_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_buffers, "MOST", 8)
-    before = weight_buffers.tidy()
+    monkeypatch.setattr(weight_buffers, "MAX_ALIASES", 8)
+    before = weight_buffers.forget_dead_tensors()
     kept = [torch.randn(3, 5) for _ in range(4)]
     for n in range(300):
         gone = [torch.randn(3, 5 + n) for _ in range(6)]
-        weight_buffers.alias([*kept, *gone])
-    assert weight_buffers.tidy() <= before + len(kept) + len(gone)
+        weight_buffers.remember_tensors([*kept, *gone])
+    assert weight_buffers.forget_dead_tensors() <= before + len(kept) + len(gone)

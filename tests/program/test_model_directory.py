@@ -285,14 +285,14 @@ def test_a_write_that_fails_leaves_the_old_model(
     prog, first = usual()
     first.module().save_pretrained(tmp_path)
     module = adaptc.unload(prog).module()
-    put = atomic_write.put
+    put = atomic_write.move_file
 
     def full(new: Path, target: Path) -> None:
         if fails_at in target.name:
             raise OSError(28, os.strerror(28))
         put(new, target)
 
-    monkeypatch.setattr(atomic_write, "put", full)
+    monkeypatch.setattr(atomic_write, "move_file", full)
     with pytest.raises(CheckpointError, match="What was there before is unchanged"):
         module.save_pretrained(tmp_path, max_shard_size="10KB")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]

@@ -332,10 +332,10 @@ def test_another_number_of_blocks_needs_another_module() -> None:
     trained.checkpoint(2)
     trained.keep_activations()
     trained.checkpoint()
-    assert trained.checkpointed == 2
+    assert trained.checkpoint_every == 2
     with pytest.raises(adaptc.AdaptcError, match=r"computes 2 blocks at a time again, and cannot change to 1"):
         trained.checkpoint(1)
-    assert trained.checkpointed == 2
+    assert trained.checkpoint_every == 2
 
 
 def test_the_part_before_the_head_is_in_the_mode_of_the_whole() -> None:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.passes.graph.graph_lock import GRAPHS
+from adaptc.passes.graph.graph_lock import GRAPH_LOCK
 from adaptc.passes.protocol.regions import node_tag
 from tests.support.families import FAMILIES
 
@@ -82,7 +82,7 @@ def test_adapters_that_act_together_are_named():
 def test_nothing_is_waited_for(prog):
     """A debugger shows a program while another thread works on its graph."""
     said: list[str] = []
-    with GRAPHS, prog.held_still():
+    with GRAPH_LOCK, prog.swap_lock():
         thread = threading.Thread(target=lambda: said.append(repr(prog)))
         thread.start()
         thread.join(10)

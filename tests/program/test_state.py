@@ -204,7 +204,7 @@ def test_what_is_bound_is_copied_and_not_pickled(program: adaptc.AdaptedProgram,
 def devices(program: adaptc.AdaptedProgram) -> set[str]:
     """Of everything a program holds, and of the values in its graph."""
     held = [*program.state_dict.values(), *program.constants.values(), *program.originals.values()]
-    held += [*program.binding.values.values(), *program.binding.base.values()]
+    held += [*program.binding.values.values(), *program.binding.changed_base.values()]
     in_graph = [n.meta["val"] for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
     return {t.device.type for t in [*held, *in_graph] if isinstance(t, Tensor)}
 
@@ -266,14 +266,14 @@ def test_who_looks_while_another_thread_follows_a_swap_sees_all_of_it(
     other = adaptc.compile(net(), CONFIG.replace(r=11), example_inputs=IDS)
     program.state_dict  # noqa: B018  # follows what it was compiled with
     adaptc.swap(program, other.binding)
-    begun, go_on, follow = threading.Event(), threading.Event(), ProgramCore._follow
+    begun, go_on, follow = threading.Event(), threading.Event(), ProgramCore._export_binding
 
     def slow(self: ProgramCore, old: Any, binding: Any) -> Any:
         begun.set()
         assert go_on.wait(20)
         return follow(self, old, binding)
 
-    monkeypatch.setattr(ProgramCore, "_follow", slow)
+    monkeypatch.setattr(ProgramCore, "_export_binding", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(lambda: program.state_dict)
         assert begun.wait(20)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, AdaptcWarning, CheckpointError, ConfigError, LoraConfig, SwapError
-from tests.support.subject import close, quiet, sound
+from tests.support.subject import assert_close, assert_valid, quiet
 
 
 class Block(nn.Module):
@@ -84,7 +84,7 @@ class Twins:
 
     def check(self) -> None:
         with torch.no_grad():
-            close(self.ours(IDS), self.theirs(IDS), 1e-9)
+            assert_close(self.ours(IDS), self.theirs(IDS), 1e-9)
 
     def scale(self, factor: float, name: str, part: str = "") -> None:
         for path, module in self.theirs.named_modules():
@@ -106,7 +106,7 @@ def test_factors_as_peft(twins: Twins) -> None:
     twins.ours.set_scale(3, "task", modules="layers.1")
     twins.scale(3, "task", ".layers.1.")
     twins.check()
-    assert len(twins.ours.binding.factors) == 13 + 2  # layers.1 is none of layers.10 and layers.11
+    assert len(twins.ours.binding.scale_factors) == 13 + 2  # layers.1 is none of layers.10 and layers.11
     twins.ours.set_scale(0.25, adapter="task", modules=["layers.10.down", "layers.3"])
     twins.scale(0.25, "task", ".layers.10.down.")
     twins.scale(0.25, "task", ".layers.3.")
@@ -115,7 +115,7 @@ def test_factors_as_peft(twins: Twins) -> None:
     for i in range(5):
         twins.scale(7, "style", f".layers.{i}.up.")
     twins.check()
-    sound(twins.ours)
+    assert_valid(twins.ours)
 
 
 def test_the_active_ones_as_peft(twins: Twins) -> None:
@@ -153,10 +153,10 @@ def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
             twins.check()
             with ours.disabled(), theirs.disable_adapter():
                 twins.check()
-                close(ours(IDS), model(IDS), 1e-9)
+                assert_close(ours(IDS), model(IDS), 1e-9)
                 with ours.disabled():
-                    close(ours(IDS), model(IDS), 1e-9)
-                close(ours(IDS), model(IDS), 1e-9)
+                    assert_close(ours(IDS), model(IDS), 1e-9)
+                assert_close(ours(IDS), model(IDS), 1e-9)
             twins.check()
     assert torch.equal(ours(IDS), before)
 
@@ -177,7 +177,7 @@ def test_calls_and_what_is_bound(twins: Twins, folder: Path) -> None:
     both = ours(IDS, adapter_scale=0.5)
     bound = ours.bind({"style": folder / "style"}, scale=0.5)(IDS)
     named = ours.bind(ours, scale={"style": 0.5})
-    close(ours.bind(ours, scale={"style": 0.5}, form="weight")(IDS), bound, 1e-9)
+    assert_close(ours.bind(ours, scale={"style": 0.5}, form="weight")(IDS), bound, 1e-9)
     assert torch.equal(ours(IDS), before)
     assert torch.equal(ours(IDS, adapter_scale=None), before)
     ours.set_active({"task": 0.3})
@@ -197,9 +197,9 @@ def test_what_calls_ask_for_is_remembered_and_let_go(twins: Twins) -> None:
     ours = twins.ours
     for factor in range(9):
         ours(IDS, adapter_scale=factor)
-    assert len(ours.running.others) == 4
+    assert len(ours.call_state.scaled_bindings) == 4
     ours.set_scale(2, "task")
-    assert not ours.running.others
+    assert not ours.call_state.scaled_bindings
 
 
 @pytest.mark.parametrize("factor", [np.float16(0.5), np.float32(0.5), np.int64(2)])
@@ -241,9 +241,9 @@ def test_a_model_s_own_input_of_that_name() -> None:
     inputs = {"x": torch.randn(2, 5), "adapter_scale": torch.tensor(3.0)}
     program = adaptc.compile(Own(), LoraConfig(target_modules=["layer"]), example_inputs=inputs)
     with torch.no_grad():
-        close(program(**inputs), 3 * program(inputs["x"], torch.tensor(1.0)), 1e-6)
+        assert_close(program(**inputs), 3 * program(inputs["x"], torch.tensor(1.0)), 1e-6)
         with program.disabled():
-            close(program(**inputs), 3 * program(inputs["x"], adapter_scale=torch.tensor(1.0)), 1e-6)
+            assert_close(program(**inputs), 3 * program(inputs["x"], adapter_scale=torch.tensor(1.0)), 1e-6)
 
 
 def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Path, tmp_path: Path) -> None:
@@ -254,8 +254,8 @@ def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Pat
         twins.theirs.delete_adapter("style")
     twins.scale(0.5, "task")
     twins.check()
-    sound(ours)
-    close(adaptc.merge(ours)(IDS), ours(IDS), 1e-9)
+    assert_valid(ours)
+    assert_close(adaptc.merge(ours)(IDS), ours(IDS), 1e-9)
     assert adaptc.verify(ours, model).ok
     assert "style" not in adaptc.report(ours).adapter
     assert ours.available_adapters == ["task"]
@@ -280,7 +280,7 @@ def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Pat
     with adaptc.assert_no_recompiles():
         assert ours.add_adapter("style", folder / "style") is ours
         assert ours.available_adapters == ["style", "task"]
-    close(ours(IDS), Twins(model, folder).ours(IDS), 1e-9)
+    assert_close(ours(IDS), Twins(model, folder).ours(IDS), 1e-9)
 
 
 def test_adapter_files_have_what_was_made(twins: Twins, folder: Path, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_adapter_files_have_what_was_made(twins: Twins, folder: Path, tmp_path: 
         assert one.keys() == two.keys()
         assert all(torch.equal(one[k], two[k]) for k in one)
     half = adaptc.compile(ours.base, 0.5 * adaptc.load_adapter(tmp_path / "task"))  # what the warning tells to do
-    close(half(IDS), ours(IDS), 1e-9)
+    assert_close(half(IDS), ours(IDS), 1e-9)
 
 
 def test_program_files_have_what_calls_compute(twins: Twins, tmp_path: Path) -> None:
@@ -304,9 +304,9 @@ def test_program_files_have_what_calls_compute(twins: Twins, tmp_path: Path) -> 
     ours.set_active({"style": 0.5, "task": 2})
     loaded = adaptc.load(adaptc.save(ours, tmp_path / "program.pt2"))
     assert torch.equal(loaded(IDS), ours(IDS))
-    close(torch.export.load(tmp_path / "program.pt2").module()(IDS), ours(IDS), 1e-9)  # without adaptc
+    assert_close(torch.export.load(tmp_path / "program.pt2").module()(IDS), ours(IDS), 1e-9)  # without adaptc
     loaded.set_active({"style": 1, "task": 1})
-    close(loaded(IDS), before, 1e-9)
+    assert_close(loaded(IDS), before, 1e-9)
     ours.set_active(["style"])
     with pytest.raises(CheckpointError, match=r"'task' would be lost.*set_active"):
         adaptc.save(ours, tmp_path / "other.pt2")
@@ -318,7 +318,7 @@ def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
     ours.set_active({"task": 0.5})
     expected = ours(IDS)
     merged = adaptc.merge(ours)
-    close(merged(IDS), expected, 1e-9)
+    assert_close(merged(IDS), expected, 1e-9)
     ours.set_active({"style": 3})
     assert torch.equal(adaptc.unmerge(merged)(IDS), expected)
     for block in (ours.disabled(), ours.rescaled(2)):

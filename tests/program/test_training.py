@@ -235,14 +235,14 @@ def test_a_module_that_trains_takes_layers_gates_and_the_loss_in_one_step_each(l
     layers = len(trained.adaptation.attachments)
     # q_proj and v_proj read one tensor, down_proj another; a gate per block, and one loss.
     blocks = layers // 3
-    assert names(module).count("layers_with_lora") == 2 * blocks
-    assert names(module).count("gated") == blocks
-    assert names(module).count("loss_of_layer") == 1
-    assert "layers_with_lora" not in names(trained)
+    assert names(module).count("lora_linears") == 2 * blocks
+    assert names(module).count("gated_activation") == blocks
+    assert names(module).count("linear_cross_entropy") == 1
+    assert "lora_linears" not in names(trained)
     plain = adaptc.compile(llama, LoraConfig(**KW, task_type="CAUSAL_LM"), training=True, fuse=False)
     adaptc.swap(plain, adapter_of(trained))
     other = plain.module()
-    assert not {"layers_with_lora", "gated", "loss_of_layer"} & set(names(other))
+    assert not {"lora_linears", "gated_activation", "linear_cross_entropy"} & set(names(other))
     found = []
     for m in (module, other):
         m.zero_grad()
@@ -254,7 +254,7 @@ def test_a_module_that_trains_takes_layers_gates_and_the_loss_in_one_step_each(l
 
 def test_a_module_with_nothing_to_train_is_left_as_it_is(llama):
     frozen = adaptc.compile(llama, LoraConfig(**KW, inference_mode=True), training=True).module()
-    assert "layers_with_lora" not in names(frozen)
+    assert "lora_linears" not in names(frozen)
 
 
 def test_weights_that_are_made_trainable_later_get_their_gradients(llama, trained):

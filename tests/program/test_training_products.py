@@ -13,17 +13,17 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.passes.protocol import matmul_op as op
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.train.base_products import frozen_linear
 from adaptc.program import adapted_program as adapted
 from tests.program.test_training import KW, batch, peft_twin, randomised, steps
 from tests.support.families import FAMILIES
 
-FORWARD, GRADIENTS = "products in training", "gradients of inputs"
+FORWARD, GRADIENTS = "matmuls in training", "gradients of inputs"
 
 
 def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
-    return MatmulChoice(ONEDNN, ALL_CLASSES, "measured: faster here", (0.5, 0.75))
+    return MatmulChoice(ONEDNN, ALL_ROW_CLASSES, "measured: faster here", (0.5, 0.75))
 
 
 def _choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
@@ -35,7 +35,7 @@ def _choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> MatmulChoi
 @pytest.fixture(autouse=True)
 def fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTC_PRODUCTS")
-    monkeypatch.setattr(adapted, "choose", _choose)
+    monkeypatch.setattr(adapted, "choose_matmul", _choose)
     monkeypatch.setattr(adapted, "choose_for_gradient", _choose_for_gradient)
 
 
@@ -52,7 +52,7 @@ def compiled(model: nn.Module, **options: object) -> adaptc.AdaptedProgram:
 def told(module: nn.Module) -> int:
     """How many steps of a module's graph are told what computes their products."""
     nodes = module.graph.nodes  # type: ignore[union-attr]
-    return sum(bool(n.kwargs.get("told")) or n.target is frozen_linear for n in nodes)
+    return sum(bool(n.kwargs.get("kinds")) or n.target is frozen_linear for n in nodes)
 
 
 def test_fifty_steps_are_pefts(llama: nn.Module) -> None:
@@ -125,9 +125,9 @@ def test_heads_that_train_are_left_alone(llama: nn.Module, monkeypatch: pytest.M
     module = program.module()
     monkeypatch.setenv("ADAPTC_PRODUCTS", "plain")
     plain = program.module()
-    heads = [n for n in module.graph.nodes if getattr(n.target, "__name__", "") == "loss_of_layer"]
+    heads = [n for n in module.graph.nodes if getattr(n.target, "__name__", "") == "linear_cross_entropy"]
     assert heads
-    assert not any(n.kwargs.get("told") for n in heads)
+    assert not any(n.kwargs.get("kinds") for n in heads)
     found = []
     for m in (module, plain):
         m.zero_grad()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adaptc
 from adaptc import LoraConfig
-from tests.support.gated_net import X, compiled, config, net, state
+from tests.support.gated_net import X, adapter_tensors, compile_net, config, net
 
 # torch's own, in make_dual
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -47,7 +47,7 @@ def written_out(x: Tensor, *adapters: Any) -> Tensor:
 
 def scaled(rank: int) -> dict[str, Tensor]:
     """What ``state(rank)`` is in a program, whose scale is that of its own rank."""
-    return {k: t * (2 / rank if "lora_B" in k else 1) for k, t in state(rank).items()}
+    return {k: t * (2 / rank if "lora_B" in k else 1) for k, t in adapter_tensors(rank).items()}
 
 
 def cubed(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -81,27 +81,29 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 @cache
 def program() -> adaptc.AdaptedProgram:
-    return compiled(2)
+    return compile_net(2)
 
 
 @cache
 def training() -> adaptc.AdaptedProgram:
     made = adaptc.compile(net(), config(2), example_inputs=torch.randn(2, 5), training=True)
-    adaptc.swap(made, state(2))
+    adaptc.swap(made, adapter_tensors(2))
     return made
 
 
 @cache
 def bank_of(example: Tensor) -> Callable[[Tensor], Tensor]:
-    bank = adaptc.compile(net(), config(2), example_inputs=example).bank({"a": state(2), "b": state(5)})
+    bank = adaptc.compile(net(), config(2), example_inputs=example).bank(
+        {"a": adapter_tensors(2), "b": adapter_tensors(5)}
+    )
     return lambda x: bank(x, adapters=ROWS)
 
 
 #: what can be called, with one adapter or with ``ROWS``
 KINDS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "program": program,
-    "bound": lambda: program().bind(state(2)),
-    "weights of its own": lambda: program().bind(state(2), form="weight"),
+    "bound": lambda: program().bind(adapter_tensors(2)),
+    "weights of its own": lambda: program().bind(adapter_tensors(2), form="weight"),
     "training": training,
     "module": lambda: training().module(),
     "merged": lambda: adaptc.merge(program()),
@@ -127,7 +129,7 @@ def test_as_plain_operators(kind: str, way: str) -> None:
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_gradient_for_each_sample_by_the_parameters_of_a_module(fuse: bool) -> None:
     made = adaptc.compile(net(), config(2), example_inputs=torch.randn(2, 5), training=True)
-    adaptc.swap(made, state(2))
+    adaptc.swap(made, adapter_tensors(2))
     made.fuse = fuse
     module = made.module()
     learned = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
@@ -178,13 +180,13 @@ MODES: dict[str, Callable[[Callable[[Tensor], Any]], Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_made_inside_is_as_if_made_outside(mode: str) -> None:
     """First calls, swaps, bindings, banks, scales, merges and modules: all of them remember tensors."""
-    adapter, model, base, example = state(5), net(), program(), X[:2]
+    adapter, model, base, example = adapter_tensors(5), net(), program(), X[:2]
     with torch.no_grad():
         expected, half = base.bind(adapter)(X), base.bind(adapter, scale=0.5)(X)
         rows = torch.stack([expected[0], base.base(X)[1], base(X)[2]])
     called, swapped, strong, of_bank = (copy.deepcopy(program()) for _ in range(4))
     called(X)
-    adapters, kept = {"a": adapter, "b": state(2)}, {}
+    adapters, kept = {"a": adapter, "b": adapter_tensors(2)}, {}
     bank = of_bank.bank(adapters)
 
     def inside(x: Tensor) -> Any:
@@ -222,7 +224,7 @@ def test_what_is_made_inside_is_as_if_made_outside(mode: str) -> None:
 def test_what_ends_with_a_transform_is_not_kept(mode: str) -> None:
     """Tensors and models of a transform are refused; the program stays as it was."""
     made = copy.deepcopy(program())
-    before, bank = made(X), made.bank({"a": state(2)})
+    before, bank = made(X), made.bank({"a": adapter_tensors(2)})
     ways: dict[str, Callable[[dict[str, Tensor]], Any]] = {
         "swap": lambda s: adaptc.swap(made, s),
         "bind": made.bind,
@@ -242,7 +244,7 @@ def test_what_ends_with_a_transform_is_not_kept(mode: str) -> None:
             adaptc.compile(layer, LoraConfig(r=2, target_modules="all-linear"), example_inputs=X[:2])
         return x
 
-    adapter, layer = state(5), nn.Linear(5, 3)
+    adapter, layer = adapter_tensors(5), nn.Linear(5, 3)
     del layer.weight
     MODES[mode](inside)
     assert seen == list(ways)
@@ -252,7 +254,7 @@ def test_what_ends_with_a_transform_is_not_kept(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["grad", "jvp", "vmap", "dual numbers"])
 def test_compiled_code_is_not_followed(mode: str) -> None:
-    made = compiled(2, backend="inductor")
+    made = compile_net(2, backend="inductor")
     expected = made(X)
     with pytest.raises(adaptc.BackendError, match=r"input 'x' is followed by .*prog.backend = 'eager'"):
         MODES[mode](made)

@@ -93,7 +93,7 @@ def test_a_thousand_cycles(dtype: torch.dtype) -> None:
 def test_unmerge_gives_the_program_back() -> None:
     """Also when the program has moved on: what was merged is what comes back."""
     program = compiled()
-    before, out, old = Snapshot.of(program), program(IDS), program.binding
+    before, out, old = Snapshot.record(program), program(IDS), program.binding
     merged = adaptc.merge(program)
     adaptc.swap(program, compiled(r=5).binding)
     back = adaptc.unmerge(merged)
@@ -147,7 +147,7 @@ def test_bases_are_given_up_one_at_a_time(monkeypatch: pytest.MonkeyPatch, safe:
     program = adaptc.compile(model, LoraConfig(**options), example_inputs=x)
     expected = program(x)
     del model
-    changed = [weakref.ref(t) for t in program.binding.base.values()]
+    changed = [weakref.ref(t) for t in program.binding.changed_base.values()]
     assert len(changed) == (depth if scheme else 0)
     real, alive = Lora.weight, list[int]()
 
@@ -196,7 +196,7 @@ def test_tied_bases_are_given_up_under_all_names() -> None:
 def test_a_merge_that_fails_changes_nothing(keep_base: bool) -> None:
     """Even at the last site, and when the base would have been given up on the way."""
     program = compiled(r=5)
-    before, out = Snapshot.of(program), program(IDS)
+    before, out = Snapshot.record(program), program(IDS)
     good = program.binding
     values = dict(good.values)
     values["down.lora_B.default.weight"] = nn.Parameter(torch.full((7, 5), 1e38))

@@ -298,17 +298,17 @@ def test_many_killed_saves(tmp_path: Path) -> None:
 
 
 def test_leftovers_go_and_what_is_alive_stays(tmp_path: Path) -> None:
-    dead = tmp_path / f"{atomic_write.STAGE_PREFIX}{atomic_write._boot()}-0"
+    dead = tmp_path / f"{atomic_write.STAGE_PREFIX}{atomic_write._boot_id()}-0"
     strange = tmp_path / f"{atomic_write.STAGE_PREFIX}0123456789ab-0"  # of another machine, a moment ago
     old = tmp_path / f"{atomic_write.STAGE_PREFIX}0123456789ab-1"
-    commit = tmp_path / f"{atomic_write.STAGE_PREFIX}{atomic_write._boot()}-1"  # with the only copy of an adapter
-    for p in (dead, strange, old, commit / atomic_write.OLD):
+    commit = tmp_path / f"{atomic_write.STAGE_PREFIX}{atomic_write._boot_id()}-1"  # with the only copy of an adapter
+    for p in (dead, strange, old, commit / atomic_write.OLD_FILES_DIR):
         p.mkdir(parents=True)
         (p / "half").write_bytes(b"x")
     for p in (old / "half", old):
         os.utime(p, (1e9, 1e9))
     program = net()
-    with atomic_write.staging(tmp_path) as alive:
+    with atomic_write.open_stage(tmp_path) as alive:
         (alive / "mine").write_bytes(b"y")
         adaptc.save(program, tmp_path / "a.pt2")
         assert {p.name for p in tmp_path.iterdir()} == {"a.pt2", strange.name, alive.name, commit.name}

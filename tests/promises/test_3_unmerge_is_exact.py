@@ -7,7 +7,7 @@ import torch
 
 import adaptc
 from tests.support.method_table import BY_NAME
-from tests.support.subject import Subject, captured, randomized
+from tests.support.subject import Subject, base_model_and_program, save_random_adapter
 
 METHODS = ["lora", "dora", "oft", "ia3", "fourierft", "lokr", "shira"]
 
@@ -26,8 +26,8 @@ def test_every_bit_comes_back(method: str, layer: str, dtype: torch.dtype, tmp_p
     if layer not in entry.layers():
         layer = "linear"
     s = Subject(entry, layer)
-    adapter = randomized(s, s.config(), tmp_path)
-    program = adaptc.compile(captured(layer, entry.widths, dtype)[1], adapter)
+    adapter = save_random_adapter(s, s.config(), tmp_path)
+    program = adaptc.compile(base_model_and_program(layer, entry.widths, dtype)[1], adapter)
     args = tuple(a.to(dtype) if a.is_floating_point() else a for a in s.args(3))
     before, expected = {k: v.clone() for k, v in program.state_dict.items()}, program(*args)
     current, outputs = program, []

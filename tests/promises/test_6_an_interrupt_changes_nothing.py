@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.adapter_files.atomic_write import replacing
-from adaptc.passes.graph.graph_lock import GRAPHS
-from tests.support.gated_net import X, compiled, state
-from tests.support.interrupts import Lines
+from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.passes.graph.graph_lock import GRAPH_LOCK
+from tests.support.gated_net import X, adapter_tensors, compile_net
+from tests.support.interrupts import LineInterrupt
 
 
 def swapping(p: adaptc.AdaptedProgram, folder: Path) -> None:
-    adaptc.swap(p, state(5))
+    adaptc.swap(p, adapter_tensors(5))
 
 
 def following(p: adaptc.AdaptedProgram, folder: Path) -> None:
-    adaptc.swap(p, state(5))
+    adaptc.swap(p, adapter_tensors(5))
     p.validate()
 
 
 def calling(p: adaptc.AdaptedProgram, folder: Path) -> None:
-    adaptc.swap(p, state(5))
+    adaptc.swap(p, adapter_tensors(5))
     p(X)
 
 
@@ -42,7 +42,7 @@ def merging(p: adaptc.AdaptedProgram, folder: Path) -> None:
 
 
 def binding(p: adaptc.AdaptedProgram, folder: Path) -> None:
-    p.bind(state(5), form="weight")(X)
+    p.bind(adapter_tensors(5), form="weight")(X)
 
 
 def saving(p: adaptc.AdaptedProgram, folder: Path) -> None:
@@ -88,17 +88,17 @@ def check(program: adaptc.AdaptedProgram, outputs: dict[int, Tensor], folder: Pa
 
 def interrupted(deed: Callable[..., None], points: int, folder: Path, first: int = 0) -> int:
     """Interrupt at ``points`` lines, spread over all; how many interrupts came."""
-    program = compiled()
-    outputs = {2: program(X), 5: program.bind(state(5))(X)}
-    with Lines() as lines:
+    program = compile_net()
+    outputs = {2: program(X), 5: program.bind(adapter_tensors(5))(X)}
+    with LineInterrupt() as lines:
         deed(copy.copy(program), folder)
     came = 0
     for n in range(1 + first, lines.count + 1, max(1, lines.count // points)):
-        fresh = compiled() if deed is merging or deed is calling else copy.deepcopy(program)
+        fresh = compile_net() if deed is merging or deed is calling else copy.deepcopy(program)
         if n % 2:
             fresh(X)
         try:
-            with Lines(n):
+            with LineInterrupt(n):
                 deed(fresh, folder)
         except KeyboardInterrupt:
             came += 1
@@ -107,7 +107,9 @@ def interrupted(deed: Callable[..., None], points: int, folder: Path, first: int
         check(fresh, outputs, folder)
     assert not list(folder.glob(".*")), "something was left behind"
     free: list[bool] = []
-    thread = threading.Thread(target=lambda: free.append(GRAPHS.acquire(timeout=20) and GRAPHS.release() is None))
+    thread = threading.Thread(
+        target=lambda: free.append(GRAPH_LOCK.acquire(timeout=20) and GRAPH_LOCK.release() is None)
+    )
     thread.start()
     thread.join()
     assert free == [True], "other threads wait for ever"
@@ -119,17 +121,17 @@ def test_an_interrupt_at_any_line_of_a_write_leaves_one_file(tmp_path: Path) -> 
     """Of all lines, since few of them make or move something."""
 
     def written(text: str) -> None:
-        with replacing(tmp_path / "file") as new:
+        with atomic_replace(tmp_path / "file") as new:
             new.write_text(text)
 
-    with Lines() as lines:
+    with LineInterrupt() as lines:
         written("0")
     came = 0
     for n in range(1, lines.count + 1):
         old = (tmp_path / "file").read_text()
         with contextlib.suppress(KeyboardInterrupt):
             came += 1
-            with Lines(n):
+            with LineInterrupt(n):
                 written(str(n))
             came -= 1
         assert (tmp_path / "file").read_text() in (old, str(n))

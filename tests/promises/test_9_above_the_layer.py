@@ -18,9 +18,9 @@ from torch import Tensor
 
 import adaptc
 from tests.support.families import FAMILIES, VOCAB
-from tests.support.oracle import base
+from tests.support.oracle import shared_base_program
 from tests.support.prompts import prompt_oracle
-from tests.support.xlora import OTHERS, experts, peft_model, saved
+from tests.support.xlora import OTHERS, experts, peft_model, save_xlora_adapter
 
 IDS = torch.randint(4, VOCAB, (2, 7), generator=torch.Generator().manual_seed(3))
 SECONDS, THREADS = 3, 4
@@ -35,7 +35,7 @@ def _prompts(path: Path, cls: str, **more: Any) -> list[Path]:
 
 def _routers(path: Path) -> list[Path]:
     sets = [experts("llama", path / "some"), experts("llama", path / "others", OTHERS["llama"])]
-    return [saved(peft_model("llama", e, seed=i), path / f"x{i}") for i, e in enumerate(sets)]
+    return [save_xlora_adapter(peft_model("llama", e, seed=i), path / f"x{i}") for i, e in enumerate(sets)]
 
 
 def _invoked(path: Path) -> list[Path]:
@@ -49,7 +49,7 @@ def _invoked(path: Path) -> list[Path]:
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(i)
-        program = adaptc.compile(base("llama"), config)
+        program = adaptc.compile(shared_base_program("llama"), config)
         out.append(adaptc.save_adapter(program, path / f"a{i}"))
     return out
 
@@ -65,7 +65,7 @@ KINDS: dict[str, Callable[[Path], list[Path]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_see_whole_adapters(kind: str, tmp_path: Path) -> None:
     paths = KINDS[kind](tmp_path)
-    program = adaptc.compile(base("llama"), str(paths[0]))
+    program = adaptc.compile(shared_base_program("llama"), str(paths[0]))
     with torch.no_grad():
         outputs = [program.bind(str(p))(input_ids=IDS).logits for p in paths]
         plain = FAMILIES["llama"].build()(input_ids=IDS).logits

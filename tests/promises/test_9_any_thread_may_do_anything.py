@@ -26,8 +26,8 @@ from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.graph.graph_lock import GRAPHS
-from tests.support.gated_net import X, compiled, config, net, state
+from adaptc.passes.graph.graph_lock import GRAPH_LOCK
+from tests.support.gated_net import X, adapter_tensors, compile_net, config, net
 
 RANKS = (2, 7, 3)
 #: of adapter values: so large that the outputs are far apart
@@ -48,10 +48,10 @@ class Stage:
 
     @classmethod
     def of(cls, scratch: Path, backend: str) -> Stage:
-        program = compiled(4, backend=backend)
+        program = compile_net(4, backend=backend)
         bindings, folders, outputs = [], [], []
         for rank in RANKS:
-            adaptc.swap(program, state(rank, SIZE), config=config(rank))
+            adaptc.swap(program, adapter_tensors(rank, SIZE), config=config(rank))
             bindings.append(program.binding)
             folders.append(adaptc.save_adapter(program, scratch / f"rank{rank}"))
             outputs.append(program(X))
@@ -229,7 +229,7 @@ def test_calls_and_swaps_do_not_wait_for_work_on_graphs(tmp_path: Path) -> None:
     """While a thread compiles, or saves, for minutes, others go on: with adapters of any rank, in any form."""
     stage = Stage.of(tmp_path, "eager")
     stage.program(X)
-    tensors = state(5, SIZE)  # of a rank that the program has not had
+    tensors = adapter_tensors(5, SIZE)  # of a rank that the program has not had
     done: list[int] = []
 
     def serve() -> None:
@@ -239,7 +239,7 @@ def test_calls_and_swaps_do_not_wait_for_work_on_graphs(tmp_path: Path) -> None:
             stage.program.bind(adapter)(X)
             done.append(1)
 
-    with GRAPHS:
+    with GRAPH_LOCK:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         thread.join(60)

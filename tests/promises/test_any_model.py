@@ -19,8 +19,8 @@ from torch import Tensor
 
 import adaptc
 from tests.support.method_table import ENTRIES, Entry
-from tests.support.random_models import RandomModel, blocks_of, nested
-from tests.support.subject import adapter_parameters, quiet, sound
+from tests.support.random_models import RandomModel, blocks_of, has_nested_blocks
+from tests.support.subject import adapter_parameters, assert_valid, quiet
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
@@ -38,8 +38,8 @@ def values(entry: Entry, program: adaptc.AdaptedProgram, seed: int) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
         for key, p in adapter_parameters(program).items():
-            if entry.values is not None and p.is_floating_point():
-                p.copy_(entry.fill(key, p))
+            if entry.random_values is not None and p.is_floating_point():
+                p.copy_(entry.random_tensor(key, p))
             elif p.is_floating_point() or p.is_complex():
                 p.add_(torch.randn(p.shape, dtype=torch.float64).to(p.dtype) * 0.2)
                 if p.is_complex():
@@ -85,7 +85,7 @@ def compiled(model: RandomModel, config: Any) -> adaptc.AdaptedProgram | adaptc.
 def check(seed: int, branches: bool) -> str:
     """One random model and method; returns what became of it."""
     draw = Random(seed)
-    dtype, entry = draw.choice(DTYPES), draw.choice([e for e in ENTRIES if e.weight])
+    dtype, entry = draw.choice(DTYPES), draw.choice([e for e in ENTRIES if e.has_weight_form])
     model = RandomModel(seed, dtype, branches)
     names = list(model.kinds)
     targets = draw.sample(names, draw.randint(1, len(names)))
@@ -99,23 +99,23 @@ def check(seed: int, branches: bool) -> str:
         assert not isinstance(program, adaptc.PassError), str(program)
         assert any(n in str(program) for n in targets), str(program)
         return "refused"
-    sound(program)
+    assert_valid(program)
     assert {a.module for a in program.adaptation.attachments} == set(targets)
     values(entry, program, seed)
     with tempfile.TemporaryDirectory() as folder:
         first = Path(adaptc.save_adapter(program, Path(folder) / "first"))
         adaptc.swap(program, first)
-        reference = model.reference(made(program, model))
+        reference = model.with_call_parameters(made(program, model))
         loose = torch.bfloat16 if dtype == torch.float32 and "autocast" in blocks_of(model.steps) else dtype
         # A captured program may be fixed to the sizes of its example.
         args = model.inputs(3, 5)
         with torch.no_grad():
-            widened = [a if model.ids else a.to(WIDE[dtype]) for a in args]
+            widened = [a if model.takes_ids else a.to(WIDE[dtype]) for a in args]
             expected, out = reference(*widened), program(*args)
             close(out, expected, loose, "program")
             close(program.module()(*args), expected, loose, "module")
             merged = adaptc.merge(program)
-            sound(merged)
+            assert_valid(merged)
             close(merged(*args), expected, loose, "merged")
             back = adaptc.unmerge(merged)
             assert torch.equal(back(*args), out)
@@ -124,20 +124,20 @@ def check(seed: int, branches: bool) -> str:
             second = Path(adaptc.save_adapter(program, Path(folder) / "second"))
             for path in (second, first, second, first):
                 adaptc.swap(program, path)
-            sound(program)
+            assert_valid(program)
             assert torch.equal(program(*args), out)
-            if draw.random() < 0.2 and not nested(model.steps):
+            if draw.random() < 0.2 and not has_nested_blocks(model.steps):
                 loaded = adaptc.load(adaptc.save(program, Path(folder) / "program.pt2"))
                 # Up to rounding: kernels depend on how a file's tensors lie in memory.
                 torch.testing.assert_close(loaded(*args), out)
                 close(adaptc.merge(loaded)(*args), expected, loose, "merged after loading")
             unloaded = adaptc.unload(program)
-            close(unloaded(*args), model.reference({})(*widened), loose, "unloaded")
+            close(unloaded(*args), model.with_call_parameters({})(*widened), loose, "unloaded")
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         if has_peft(entry, model, targets, dtype):
             with quiet(), torch.no_grad():
                 twin = copy.deepcopy(model)
-                twin.plain = True
+                twin.python_branches = True
                 theirs = peft.PeftModel.from_pretrained(twin, str(first)).eval()
                 close(out, theirs(*args).to(expected.dtype), loose, "PEFT")
             return "as PEFT"

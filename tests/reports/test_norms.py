@@ -30,7 +30,7 @@ def test_norms_are_those_of_tensors_and_of_changes(name: str, layer: str) -> Non
     real = {n: float(t.double().norm()) for n, t in slots.items() if t.is_floating_point()}
     assert dict(site.slots) == pytest.approx(real, rel=1e-5)
     old = prog.base_tensors[site.fqn]
-    merged = adaptc.merge(prog).state_dict[site.fqn] if s.entry.weight else None
+    merged = adaptc.merge(prog).state_dict[site.fqn] if s.entry.has_weight_form else None
     if merged is None:
         assert site.change is None
     elif merged.shape == old.shape:
@@ -42,14 +42,16 @@ def test_norms_are_those_of_tensors_and_of_changes(name: str, layer: str) -> Non
 
 def test_sites_that_were_not_trained_show() -> None:
     prog = adaptc.compile(model(), LoraConfig(**CONFIG), training=True)
-    assert all(s.slots["lora_B.weight"] == 0 and s.relative == 0 for s in adaptc.report(prog, changes=True).norms.sites)
+    assert all(
+        s.slots["lora_B.weight"] == 0 and s.relative_change == 0 for s in adaptc.report(prog, changes=True).norms.sites
+    )
     module = prog.module()
     optimizer = torch.optim.SGD([p for n, p in module.named_parameters() if p.requires_grad and "q_proj" in n], lr=1.0)
     ids = torch.randint(VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
     module(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     report = adaptc.report(prog, changes=True)
-    trained = {s.fqn: s.slots["lora_B.weight"] > 0 and (s.relative or 0) > 0 for s in report.norms.sites}
+    trained = {s.fqn: s.slots["lora_B.weight"] > 0 and (s.relative_change or 0) > 0 for s in report.norms.sites}
     assert trained == {fqn: "q_proj" in fqn for fqn in trained}
     assert any(trained.values())
     assert all(s.change is None for s in adaptc.report(prog).norms.sites), "not computed unasked"
@@ -92,7 +94,7 @@ def test_adapters_that_act_together_are_told_apart() -> None:
     assert [(s["fqn"], s["adapter"], s["rank"]) for s in data["sites"]] == [("0.weight", "a", 3), ("0.weight", "b", 2)]
     assert list(data["norms"]) == ["0.weight (a)", "0.weight (b)"]
     for name, norms in data["norms"].items():
-        values = program.binding.parts[name[-2]].values
+        values = program.binding.joint_adapters[name[-2]].values
         wanted = next(t for k, t in values.items() if "lora_A" in k).detach().norm()
         assert norms["slots"]["lora_A.weight"] == pytest.approx(float(wanted))
     text = str(report)

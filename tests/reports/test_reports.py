@@ -217,7 +217,7 @@ def test_the_data_of_every_report_is_json(partial: adaptc.AdaptedProgram, what: 
         "swap": lambda: adaptc.swap(partial, partial.binding),
         "merge": lambda: merged.merge_report,
         "verify": lambda: adaptc.verify(partial, shapes=1),
-        "adapter": lambda: AdapterReport.of(adaptc.save_adapter(partial, tmp_path)),
+        "adapter": lambda: AdapterReport.from_path(adaptc.save_adapter(partial, tmp_path)),
     }[what]()
     data = json.loads(json.dumps(report.data(), allow_nan=False))
     expected = {
@@ -270,7 +270,7 @@ def site_merge(n: int, delta: float, error: float) -> SiteMerge:
 def test_merge_report_puts_the_worst_first_and_counts_the_rest() -> None:
     sites = [site_merge(i, 0.5, (i * 37 % 101) / 1000) for i in range(97)]
     report = MergeReport([*sites, site_merge(97, nan, 0.5)], "x")
-    worst = report.worst()
+    worst = report.sites_by_error()
     assert worst[0].fqn == "layers.97.weight"
     assert [s.error for s in worst] == sorted((s.error for s in report.sites), reverse=True)
     text = str(report)

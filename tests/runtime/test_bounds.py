@@ -13,9 +13,9 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import AdaptcError
 from adaptc.packages.manifest import read
-from adaptc.passes.analysis.index_bounds import index_bounds
-from adaptc.passes.graph.lifted import Lifted
-from adaptc.runtime.calls.check_indices import check_bounds
+from adaptc.passes.analysis.index_bounds import find_index_bounds
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.runtime.calls.check_indices import check_index_bounds
 
 ROWS = 11
 
@@ -67,12 +67,12 @@ def test_one_of_several_copies_is_looked_up() -> None:
 
     given = {n: t for n, t in inputs().items() if n in ("ids",)} | {"other": inputs()["ids"]}
     exported = torch.export.export(Copies(), (), given, strict=False)
-    assert index_bounds(Lifted(exported)) == {"ids": (-ROWS, ROWS - 1)}
+    assert find_index_bounds(LiftedProgram(exported)) == {"ids": (-ROWS, ROWS - 1)}
 
 
 def test_what_a_program_looks_up() -> None:
     made = program()
-    assert index_bounds(Lifted(made)) == {"ids": (0, ROWS - 1), "places": (0, 6), "kinds": (-3, 2)}
+    assert find_index_bounds(LiftedProgram(made)) == {"ids": (0, ROWS - 1), "places": (0, 6), "kinds": (-3, 2)}
     # Plain PyTorch says it itself.
     with pytest.raises(IndexError):
         made(**inputs() | {"ids": torch.full((3, 4), ROWS)})
@@ -103,5 +103,5 @@ def test_the_manifest_says_it(tmp_path: Path) -> None:
 
 
 def test_of_nothing_and_of_other_devices() -> None:
-    check_bounds("ids", torch.zeros(0, 3, dtype=torch.int64), (0, 1))
-    check_bounds("ids", torch.zeros(2, dtype=torch.int64, device="meta"), (0, 1))
+    check_index_bounds("ids", torch.zeros(0, 3, dtype=torch.int64), (0, 1))
+    check_index_bounds("ids", torch.zeros(2, dtype=torch.int64, device="meta"), (0, 1))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, BackendError, LoraConfig
-from adaptc.runtime.strides import laid, order_of
+from adaptc.runtime.strides import axis_order, lay_out
 from tests.support.cover import examples
 
 
@@ -126,7 +126,7 @@ def test_base_tensors_of_any_strides(model: Net, backend: str, strides: str) -> 
     # Given other memory later, in yet another order.
     weight = prog.state_dict["lin.weight"]
     weight.data = _transposed(2 * weight.detach())
-    prog.follow()
+    prog.resync_base_tensors()
     found = prog(images("contiguous", 3))
     other.lin.weight.data = weight.detach().clone()
     torch.testing.assert_close(found, other(images("contiguous", 3)), rtol=1e-4, atol=1e-4)
@@ -140,7 +140,7 @@ def test_a_copy_follows_what_is_written_to_the_tensor(model: Net, limit: int | N
     # Compiled for its order; what comes now has to be copied.
     weight = prog.state_dict["lin.weight"]
     weight.data = weight.detach().contiguous()
-    prog.follow()
+    prog.resync_base_tensors()
     prog(images("contiguous"))
     with torch.no_grad():
         weight.mul_(3)
@@ -224,6 +224,6 @@ def test_layouts(shape: list[int], strides: str, seed: Any) -> None:
     order = list(range(len(shape)))
     seed.shuffle(order)
     value = torch.randn([shape[i] for i in order]).permute(sorted(order, key=order.index) if order else [])
-    assert torch.equal(laid(value, order_of(value)), value)
-    assert laid(value, order_of(value)) is value
-    assert torch.equal(laid(value, order), value)
+    assert torch.equal(lay_out(value, axis_order(value)), value)
+    assert lay_out(value, axis_order(value)) is value
+    assert torch.equal(lay_out(value, order), value)

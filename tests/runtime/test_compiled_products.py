@@ -14,19 +14,19 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.passes.protocol import matmul_op as op
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR, ONEDNN, onednn_supports
 from adaptc.runtime import executor
 from adaptc.tuning import compiled_matmuls as compiled_products
 from adaptc.tuning import matmul_table as product_table
-from tests.support.rounding import to_rounding
-from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows
+from tests.support.rounding import assert_close_to_rounding
+from tests.support.sibling_nets import LAYERS, adapter, block, compile_block, random_rows
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
-CHOICE = MatmulChoice(ONEDNN, ALL_CLASSES, "measured: faster here, at no rows slower", (0.5, 0.6, 0.75, 1.0))
+CHOICE = MatmulChoice(ONEDNN, ALL_ROW_CLASSES, "measured: faster here, at no rows slower", (0.5, 0.6, 0.75, 1.0))
 
 
 def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
-    compiled_products.teach_inductor()
+    compiled_products.register_lowerings()
     return CHOICE if out > 4 else MatmulChoice(LINEAR, (), "too thin for a test")
 
 
@@ -49,37 +49,41 @@ class Ops(TorchDispatchMode):
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    to_rounding(found, expected, times=16 if found.dtype == FLOAT else 1)
+    assert_close_to_rounding(found, expected, factor=16 if found.dtype == FLOAT else 1)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
 def test_every_size_and_adapter_runs_the_same_code(dtype: torch.dtype) -> None:
-    program = compiled(dtype=dtype, backend="inductor")
-    program(rows(2, dtype))
-    layouts = [rows(9, dtype)[:, :1], rows(5, dtype).transpose(0, 1).contiguous().transpose(0, 1), rows(1, dtype)]
+    program = compile_block(dtype=dtype, backend="inductor")
+    program(random_rows(2, dtype))
+    layouts = [
+        random_rows(9, dtype)[:, :1],
+        random_rows(5, dtype).transpose(0, 1).contiguous().transpose(0, 1),
+        random_rows(1, dtype),
+    ]
     with adaptc.assert_no_recompiles():
         for rank in (3, 1, 5):
             adaptc.swap(program, {k: v.to(dtype) for k, v in adapter(rank, rank).items()})
             with Ops() as ops:
-                for x in (*(rows(n, dtype) for n in (1, 2, 7, 100)), *layouts):
+                for x in (*(random_rows(n, dtype) for n in (1, 2, 7, 100)), *layouts):
                     close(program(x), program.module()(x))
             # q, v and out, and no op of Python in between; where a processor cannot, the op, which then is linear.
-            assert ops.onednn == (3 * 7 if takes(dtype) else 0)
-    assert dict(program.passes["plain"])["choose_products"] == 3
+            assert ops.onednn == (3 * 7 if onednn_supports(dtype) else 0)
+    assert dict(program.passes["plain"])["choose_matmuls"] == 3
 
 
 def test_the_report_says_what_was_chosen_and_why() -> None:
-    program = compiled(dtype=FLOAT, backend="inductor")
+    program = compile_block(dtype=FLOAT, backend="inductor")
     assert not program.products.choices
-    program(rows(7, FLOAT))
+    program(random_rows(7, FLOAT))
     text = str(adaptc.report(program))
     rows_of_all = "1, 2 to 4, 5 to 16, 17 to 256, more than 256 rows"
-    assert f"products: 3 by onednn at {rows_of_all} (measured: faster here, at no rows slower, 0.50 to 1.00 of" in text
-    assert "products: 1 by linear (too thin for a test)" in text
+    assert f"matmuls: 3 by onednn at {rows_of_all} (measured: faster here, at no rows slower, 0.50 to 1.00 of" in text
+    assert "matmuls: 1 by linear (too thin for a test)" in text
 
 
 def test_graphs_and_files_stay_plain(tmp_path: Path) -> None:
-    program, x = compiled(dtype=FLOAT, backend="inductor"), rows(7, FLOAT)
+    program, x = compile_block(dtype=FLOAT, backend="inductor"), random_rows(7, FLOAT)
     expected = program(x)
     adaptc.save(program, tmp_path / "p.pt2")
     loaded = adaptc.load(tmp_path / "p.pt2")
@@ -91,48 +95,48 @@ def test_graphs_and_files_stay_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["plain", "hidden", "untaught", "training", "float64"])
 def test_where_it_computes_as_before(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "choose_compiled", compiled_products.choose_compiled)
-    monkeypatch.setattr(product_table, "THIN", 1)
-    monkeypatch.setattr(product_table, "_known", {})
+    monkeypatch.setattr(product_table, "MIN_SIZE", 1)
+    monkeypatch.setattr(product_table, "_tables", {})
     if how == "plain":
         monkeypatch.setenv("ADAPTC_PRODUCTS", "plain")
     elif how == "hidden":
         monkeypatch.setattr(op, "_pointwise", None)
     elif how == "untaught":
-        monkeypatch.setattr(compiled_products, "teach_inductor", lambda: False)
+        monkeypatch.setattr(compiled_products, "register_lowerings", lambda: False)
     dtype = torch.float64 if how == "float64" else FLOAT
-    program = compiled(dtype=dtype, backend="inductor", training=how == "training")
-    program(rows(2, dtype))
+    program = compile_block(dtype=dtype, backend="inductor", training=how == "training")
+    program(random_rows(2, dtype))
     with Ops() as ops:
-        close(program(rows(7, dtype)), program.module()(rows(7, dtype)))
+        close(program(random_rows(7, dtype)), program.module()(random_rows(7, dtype)))
     assert ops.onednn == 0
     assert {c.kind for c in program.products.choices} <= {LINEAR}
 
 
 def test_a_choice_for_some_rows_alone_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "choose_compiled", lambda *_: MatmulChoice(ONEDNN, (0, 2), columns=(1,)))
-    compiled_products.teach_inductor()
-    program = compiled(dtype=FLOAT, backend="inductor")
-    program(rows(2, FLOAT))
+    compiled_products.register_lowerings()
+    program = compile_block(dtype=FLOAT, backend="inductor")
+    program(random_rows(2, FLOAT))
     called, looked_at = [], op._class_of
     monkeypatch.setattr(op, "_class_of", lambda x, *rest: called.append(x.shape) or looked_at(x, *rest))
     for n in (1, 7):
-        close(program(rows(n, FLOAT)), program.module()(rows(n, FLOAT)))
+        close(program(random_rows(n, FLOAT)), program.module()(random_rows(n, FLOAT)))
     assert len(called) == 8
 
 
 def test_columns_are_an_op_of_python_where_they_save_more_than_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = compiled_products.CALL
+    call = compiled_products.PYTHON_OP_SECONDS
     times = {(256, 256, 0): (9 * call, 8 * call, 6.5 * call), (256, 256, 3): (1.0, 0.5)}
-    table = product_table.ProductTable(times)
-    monkeypatch.setattr(product_table, "product_table", lambda *_: table)
-    monkeypatch.setattr(compiled_products, "takes", lambda dtype: True)
-    monkeypatch.setattr(compiled_products, "teach_inductor", lambda: True)
-    whole = table.choice(256, 256)
+    table = product_table.MatmulTable(times)
+    monkeypatch.setattr(product_table, "matmul_table", lambda *_: table)
+    monkeypatch.setattr(compiled_products, "onednn_supports", lambda dtype: True)
+    monkeypatch.setattr(compiled_products, "register_lowerings", lambda: True)
+    whole = table.choose_by_class(256, 256)
     assert (whole.classes, whole.columns) == ((3,), (0,))
-    for size, choice in (((256, 256), whole), ((128, 256), table.choice_for_all(256, 256))):
+    for size, choice in (((256, 256), whole), ((128, 256), table.choose_for_all_rows(256, 256))):
         assert compiled_products.choose_compiled(*size, FLOAT) == choice
         # A package runs where there is no Python.
-        assert compiled_products.choose_packaged(*size, FLOAT) == table.choice_for_all(256, 256)
+        assert compiled_products.choose_packaged(*size, FLOAT) == table.choose_for_all_rows(256, 256)
 
 
 class Turned(nn.Module):
@@ -150,17 +154,17 @@ class Turned(nn.Module):
 def test_a_weight_that_lies_otherwise_is_left_alone() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["two"], init_lora_weights=False)
-    program = adaptc.compile(Turned(), config, example_inputs=rows(3, FLOAT), backend="inductor")
-    program(rows(2, FLOAT))
+    program = adaptc.compile(Turned(), config, example_inputs=random_rows(3, FLOAT), backend="inductor")
+    program(random_rows(2, FLOAT))
     with Ops() as ops:
-        close(program(rows(5, FLOAT)), program.module()(rows(5, FLOAT)))
-    assert ops.onednn == takes(FLOAT)
-    assert sorted(c.why for c in program.products.choices)[1] == "the weight does not lie row by row"
+        close(program(random_rows(5, FLOAT)), program.module()(random_rows(5, FLOAT)))
+    assert ops.onednn == onednn_supports(FLOAT)
+    assert sorted(c.reason for c in program.products.choices)[1] == "the weight does not lie row by row"
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_bound_callables_and_the_base(own: bool) -> None:
-    program, x = compiled(dtype=FLOAT, backend="inductor"), rows(7, FLOAT)
+    program, x = compile_block(dtype=FLOAT, backend="inductor"), random_rows(7, FLOAT)
     program(x)
     tensors = {k: v.float() for k, v in adapter(4, 6, LAYERS).items()}
     bound = program.bind(tensors, form="weight" if own else "apply")

@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import BackendError
-from adaptc.program.lower import with_kernels
+from adaptc.program.lower import insert_kernels
 from adaptc.runtime.gpu_variants import runs_on_gpu
 from tests.kernels import run_cases
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
-from tests.support.sibling_nets import LAYERS, adapter, block, close, rows
+from tests.support.sibling_nets import LAYERS, adapter, assert_close, block, random_rows
 
 Pair = tuple[adaptc.AdaptedProgram, adaptc.AdaptedProgram]
 
@@ -36,7 +36,7 @@ def compiled(model: nn.Module, kernels: bool, dora: bool = False, **options: Any
         r=3, lora_alpha=5, target_modules=list(LAYERS), init_lora_weights=False, use_dora=dora, inference_mode=frozen
     )
     torch.manual_seed(2)
-    program = adaptc.compile(model, config, example_inputs=rows(4), form="apply", fuse=kernels, **options)
+    program = adaptc.compile(model, config, example_inputs=random_rows(4), form="apply", fuse=kernels, **options)
     program.kernels = kernels or None
     return program
 
@@ -70,7 +70,7 @@ def test_every_adapter_and_size(pair: Pair, n: int, rank: int, seed: int, layers
     tensors = adapter(rank, seed, tuple(sorted(layers)))
     for program in pair:
         adaptc.swap(program, tensors)
-    close(fused(rows(n)), plain(rows(n)))
+    assert_close(fused(random_rows(n)), plain(random_rows(n)))
 
 
 def test_few_rows_take_a_kernel_per_layer_and_many_share_one(pair: Pair) -> None:
@@ -80,7 +80,7 @@ def test_few_rows_take_a_kernel_per_layer_and_many_share_one(pair: Pair) -> None
     fused.kernels = True
     kinds = []
     for n in (5, 6):  # 15 and 18 rows
-        close(fused(rows(n)), plain(rows(n)))
+        assert_close(fused(random_rows(n)), plain(random_rows(n)))
         kinds.append(list(fused.executor().variants.trails))
     assert kinds == [["plain"], ["plain", "apart"]]
     assert ops(fused, "plain") == ["lora_linear"] * 4
@@ -91,7 +91,7 @@ def test_few_rows_take_a_kernel_per_layer_and_many_share_one(pair: Pair) -> None
 
 def test_the_report_says_what_runs_as_kernels() -> None:
     program = compiled(block(), True)
-    program(rows(2))
+    program(random_rows(2))
     text = str(adaptc.report(program))
     assert "fused: 3 layers in 1 products, 3 with an adapter (above 16 rows)" in text
     assert "fused kernels: 4 regions" in text
@@ -106,9 +106,9 @@ def test_the_report_says_what_runs_as_kernels() -> None:
 
 def test_without_fuse_each_layer_keeps_a_kernel_of_its_own() -> None:
     program = compiled(block(), True)
-    expected = program(rows(7))
+    expected = program(random_rows(7))
     program.fuse = False
-    close(program(rows(7)), expected)
+    assert_close(program(random_rows(7)), expected)
     assert (program.fusion.kernels, program.fusion.groups) == (4, 0)
 
 
@@ -117,15 +117,15 @@ def test_without_fuse_each_layer_keeps_a_kernel_of_its_own() -> None:
 def test_inductor_compiles_kernels_once_for_all_ranks(dora: bool) -> None:
     model = block()
     plain, fused = compiled(model, False, dora), compiled(model, True, dora, backend="inductor")
-    fused(rows(8))
+    fused(random_rows(8))
     assert fused.fusion.kernels == 4
     for rank in (1, 6):
         adaptc.swap(plain, state(rank, dora))
         with adaptc.assert_no_recompiles():
             adaptc.swap(fused, state(rank, dora))
-            found = fused(rows(8)), fused(rows(3))
-        for a, b in zip(found, (plain(rows(8)), plain(rows(3))), strict=True):
-            close(a, b)
+            found = fused(random_rows(8)), fused(random_rows(3))
+        for a, b in zip(found, (plain(random_rows(8)), plain(random_rows(3))), strict=True):
+            assert_close(a, b)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -134,7 +134,7 @@ def test_gradients_of_a_program_that_trains(dora: bool) -> None:
     found = []
     for kernels in (False, True):
         program = compiled(model, kernels, dora, training=True)
-        x = rows(7).requires_grad_()
+        x = random_rows(7).requires_grad_()
         out = program(x)
         (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
         slots = [t for t in program.binding.values.values() if t.requires_grad]
@@ -143,7 +143,7 @@ def test_gradients_of_a_program_that_trains(dora: bool) -> None:
         assert bool(ops(program, "plain")) == kernels
     assert len(found[0]) == 2 + len(LAYERS) * (3 if dora else 2)
     for a, b in zip(*found, strict=True):
-        close(a, b)
+        assert_close(a, b)
 
 
 def test_calls_of_a_program_that_trains_with_dropout_take_kernels() -> None:
@@ -151,10 +151,12 @@ def test_calls_of_a_program_that_trains_with_dropout_take_kernels() -> None:
     for kernels in (False, True):
         config = LoraConfig(r=3, target_modules=list(LAYERS), init_lora_weights=False, lora_dropout=0.4)
         torch.manual_seed(2)
-        program = adaptc.compile(block(), config, example_inputs=rows(4), form="apply", training=True, fuse=kernels)
+        program = adaptc.compile(
+            block(), config, example_inputs=random_rows(4), form="apply", training=True, fuse=kernels
+        )
         program.kernels = kernels or None
-        found.append(program(rows(7)))
-    close(found[1], found[0])
+        found.append(program(random_rows(7)))
+    assert_close(found[1], found[0])
     assert ops(program, "plain") == ["lora_linear"] * 4
 
 
@@ -186,7 +188,7 @@ def test_without_triton_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("adaptc.runtime.gpu_variants.find_spec", lambda name: None)
     program.kernels = True
     with pytest.raises(BackendError, match="need triton, which is not installed"):
-        program(rows(2))
+        program(random_rows(2))
     with pytest.raises(BackendError, match="need triton"):
         adaptc.lower(program)
     with FakeTensorMode():
@@ -203,30 +205,30 @@ def test_lower_wants_a_gpu() -> None:
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_lowered_program_swaps_merges_and_unloads(dora: bool) -> None:
     program = compiled(block(), False, dora)
-    low = with_kernels(program)
+    low = insert_kernels(program)
     assert [n for n in low.graph.nodes if str(n.target).startswith("adaptc.")]
     assert low.adaptation.attachments == program.adaptation.attachments
     for rank in (1, 6):
         for p in (program, low):
             adaptc.swap(p, state(rank, dora))
         low.validate()
-        expected = program(rows(5))
-        close(low(rows(5)), expected)
-        close(low.module()(rows(5)), expected)
+        expected = program(random_rows(5))
+        assert_close(low(random_rows(5)), expected)
+        assert_close(low.module()(random_rows(5)), expected)
         merged = adaptc.merge(low)
-        assert torch.equal(merged(rows(5)), adaptc.merge(program)(rows(5)))
+        assert torch.equal(merged(random_rows(5)), adaptc.merge(program)(random_rows(5)))
         assert not [n for n in merged.graph.nodes if str(n.target).startswith("adaptc.")]
-        close(adaptc.unmerge(merged)(rows(5)), expected)
-    assert torch.equal(adaptc.unload(low)(rows(5)), adaptc.unload(program)(rows(5)))
+        assert_close(adaptc.unmerge(merged)(random_rows(5)), expected)
+    assert torch.equal(adaptc.unload(low)(random_rows(5)), adaptc.unload(program)(random_rows(5)))
 
 
 def test_its_file_is_refused_without_a_gpu(tmp_path: Path) -> None:
     program = compiled(block(), False)
-    adaptc.save(with_kernels(program), tmp_path / "low.pt2")
+    adaptc.save(insert_kernels(program), tmp_path / "low.pt2")
     with pytest.raises(BackendError, match=r"low\.pt2 holds fused kernels, which run on a GPU.*before adaptc\.lower"):
         adaptc.load(tmp_path / "low.pt2")
     adaptc.save(program, tmp_path / "plain.pt2")
-    close(adaptc.load(tmp_path / "plain.pt2")(rows(2)), program(rows(2)))
+    assert_close(adaptc.load(tmp_path / "plain.pt2")(random_rows(2)), program(random_rows(2)))
 
 
 def test_where_kernels_run() -> None:

@@ -19,7 +19,7 @@ from adaptc import ConfigError, LoraConfig
 from adaptc.methods import TargetedConfig
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method, Slot
-from adaptc.runtime.hoisted_values import Held, HoistedStage, Prefix
+from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory, HoistedStage
 from adaptc.runtime.variants import PLAIN
 from tests.support.families import FAMILIES
 from tests.support.odd_methods import registered
@@ -73,10 +73,10 @@ def adapter(rank: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def prefix_of(program: adaptc.AdaptedProgram) -> Prefix:
+def prefix_of(program: adaptc.AdaptedProgram) -> HoistedInputs:
     """What the current binding gives to the one code that was called."""
-    assert program.running.arguments is not None
-    (prefix,) = program.running.arguments.prefixes.values()
+    assert program.call_state.arguments is not None
+    (prefix,) = program.call_state.arguments.hoisted_inputs.values()
     return prefix
 
 
@@ -111,7 +111,7 @@ def test_families_compute_the_same_bit_for_bit(name: str) -> None:
         x = family.inputs(batch, seq)
         assert equal(program(**x), plain(**x))
     assert program.held.count >= len(program.adaptation.attachments)
-    assert plain.held == Held()
+    assert plain.held == HoistedMemory()
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
@@ -121,7 +121,7 @@ def test_a_swap_takes_the_values_along(rank: int) -> None:
     adaptc.swap(program, adapter(rank, rank))
     assert equal(program(IDS), without(program)(IDS))
     bound = program.bind(adapter(rank + 1, 7))
-    assert bound.held == Held()
+    assert bound.held == HoistedMemory()
     assert equal(bound(IDS), without(program.with_binding(bound.binding))(IDS))
     assert bound.held.nbytes == (11 * 7 + 5 * 11) * 4
     assert bound.held.shared_nbytes == (7 + 5) * 4
@@ -129,13 +129,13 @@ def test_a_swap_takes_the_values_along(rank: int) -> None:
 
 def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[HoistedStage] = []
-    real = HoistedStage.run
+    real = HoistedStage.run_prologue
 
     def run(self: HoistedStage, values: Any) -> Any:
         runs.append(self)
         return real(self, values)
 
-    monkeypatch.setattr(HoistedStage, "run", run)
+    monkeypatch.setattr(HoistedStage, "run_prologue", run)
     program = compiled()
     bound = program.bind(adapter(2, 1))
     assert runs == []
@@ -221,7 +221,7 @@ def test_training_keeps_its_gradients() -> None:
             t.grad = None
     assert gradients[0].keys() == gradients[1].keys() == slots.keys()
     assert all(torch.equal(g, gradients[1][k]) for k, g in gradients[0].items())
-    assert program.held == Held(shared=2, shared_nbytes=(7 + 5) * 4)
+    assert program.held == HoistedMemory(shared=2, shared_nbytes=(7 + 5) * 4)
     optimizer = torch.optim.SGD(slots.values(), lr=0.1)
     before = program(IDS)
     before.square().sum().backward()
@@ -234,7 +234,7 @@ def test_a_base_of_its_own_has_values_of_its_own() -> None:
     expected = program(IDS)
     embedding = torch.randn(13, 7, generator=torch.Generator().manual_seed(9))
     other = program.bind({**adapter(3, 6), "emb.base_layer.weight": embedding})
-    assert "emb.weight" in other.binding.base
+    assert "emb.weight" in other.binding.changed_base
     assert equal(other(IDS), without(program.with_binding(other.binding))(IDS))
     assert (other.held.count, other.held.shared) == (4, 0)
     assert torch.equal(program(IDS), expected)
@@ -261,7 +261,7 @@ def test_views_are_neither_counted_nor_watched() -> None:
     program = adaptc.compile(net(Viewing), config, example_inputs=IDS, form="apply")
     before = program(IDS)
     # What is held of the adapter is its A, and its scaled B, as calls read them.
-    assert program.held == Held(2, (7 * 2 + 11 * 2) * 4, shared=1)
+    assert program.held == HoistedMemory(2, (7 * 2 + 11 * 2) * 4, shared=1)
     state = prefix_of(program).state
     assert state is not None
     assert state.base.watched == ()
@@ -313,16 +313,16 @@ def test_the_limit_holds_and_changes_no_output() -> None:
         held = program.held
         total = held.nbytes + held.shared_nbytes
         assert total == full if limit in (None, full) else total <= limit
-        assert limit != 0 or held == Held()
+        assert limit != 0 or held == HoistedMemory()
     assert compiled(hoist_limit=100).hoist_limit == 100
 
 
 def test_a_call_never_mixes_code_and_values_of_two_limits() -> None:
     program = compiled()
     expected = program(IDS)
-    old = program.running.arguments
+    old = program.call_state.arguments
     program.hoist_limit = 0
-    program._run.arguments = old  # as a call in another thread may have left it
+    program._run_state.arguments = old  # as a call in another thread may have left it
     assert torch.equal(program(IDS), expected)
 
 
@@ -354,7 +354,7 @@ def test_only_calls_see_it(tmp_path: Path) -> None:
     merged = adaptc.merge(program)
     torch.testing.assert_close(merged(IDS), expected, rtol=1e-5, atol=1e-5)
     assert merged.hoist_limit == adaptc.unload(program).hoist_limit == 500
-    assert merged.held == Held(shared=2, shared_nbytes=(7 + 5) * 4)
+    assert merged.held == HoistedMemory(shared=2, shared_nbytes=(7 + 5) * 4)
     assert torch.equal(adaptc.unmerge(merged)(IDS), expected)  # type: ignore[operator]
 
 

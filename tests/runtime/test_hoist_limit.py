@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.runtime.hoisted_values import Held
+from adaptc.runtime.hoisted_values import HoistedMemory
 from tests.support import gated_net
 from tests.support.gated_net import X
 
@@ -21,11 +21,11 @@ RANKS = (2, 5, 9)
 
 def program(**options: Any) -> adaptc.AdaptedProgram:
     """Its adapter is frozen, and its layers fused: with two variants, each of which holds values of its own."""
-    return gated_net.compiled(4, **options)
+    return gated_net.compile_net(4, **options)
 
 
 def bound(prog: adaptc.AdaptedProgram, **options: Any) -> list[Any]:
-    return [prog.bind(gated_net.state(r), config=gated_net.config(r), **options) for r in RANKS]
+    return [prog.bind(gated_net.adapter_tensors(r), config=gated_net.config(r), **options) for r in RANKS]
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -33,13 +33,13 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
 
 
-def nbytes(held: Held) -> int:
+def nbytes(held: HoistedMemory) -> int:
     return held.nbytes + held.shared_nbytes
 
 
 def values(arguments: Any) -> list[Tensor]:
     """Everything that one binding's prefixes hold and its own inputs are not."""
-    states = [p.state for p in arguments.prefixes.values()]
+    states = [p.state for p in arguments.hoisted_inputs.values()]
     inputs = {t.untyped_storage().data_ptr() for s in states for t in s.lifted if isinstance(t, Tensor)}
     made = [t for s in states for t in (*s.base.values, *s.slots.values)]
     return [t for t in made if t.untyped_storage().data_ptr() not in inputs]
@@ -49,7 +49,7 @@ def test_setting_it_frees_what_is_held() -> None:
     prog = program()
     calls = [prog, *bound(prog)]
     before = [[call(x) for x in ROWS] for call in calls]
-    held = [prog.running.arguments, *(b._now.arguments for b in calls[1:])]
+    held = [prog.call_state.arguments, *(b._call_state.arguments for b in calls[1:])]
     gone = [weakref.ref(t) for a in held for t in values(a)]
     assert len(gone) >= 2 * len(calls)
     assert all(nbytes(call.held) > 0 for call in calls)
@@ -78,7 +78,7 @@ def test_no_binding_holds_more(order: Any) -> None:
     some = set()
     for limit in (most, most - 1, 730, least, least // 2 + 1, 200, 100, 20, 0):
         prog.hoist_limit = limit
-        late = prog.bind(gated_net.state(9), config=gated_net.config(9))
+        late = prog.bind(gated_net.adapter_tensors(9), config=gated_net.config(9))
         for call, out in zip([*calls, late], [*wanted, wanted[-1]], strict=True):
             for x, w in zip(order, out, strict=True):
                 close(call(x), w)
@@ -98,19 +98,19 @@ def test_other_options_stay_those_of_the_time_it_was_bound() -> None:
     prog.hoist_limit = 300
     for call in (*calls, *later):
         call(X)
-    assert {b._now.options.hoist_limit for b in (*calls, *later)} == {300}
-    assert [b._now.executor.fusion.groups for b in calls] == [1] * 3
-    assert len({id(b._now.executor) for b in calls}) == 1
-    assert {id(b._now.executor) for b in later} == {id(prog.executor())}
+    assert {b._call_state.options.hoist_limit for b in (*calls, *later)} == {300}
+    assert [b._call_state.executor.fusion.groups for b in calls] == [1] * 3
+    assert len({id(b._call_state.executor) for b in calls}) == 1
+    assert {id(b._call_state.executor) for b in later} == {id(prog.executor())}
 
 
 def test_the_weight_form_keeps_its_weights_and_no_more() -> None:
     prog = program()
-    own, out = prog.bind(gated_net.state(3), config=gated_net.config(3), form="weight"), []
+    own, out = prog.bind(gated_net.adapter_tensors(3), config=gated_net.config(3), form="weight"), []
     for limit in (None, 0):
         prog.hoist_limit = limit
         out.append(own(X))
-        weights = sum(t.nbytes for t in own._weights)
+        weights = sum(t.nbytes for t in own._own_weights)
         assert own.held.nbytes + own.held.shared_nbytes >= weights
         assert limit is None or nbytes(own.held) == weights
     close(*out)

@@ -98,7 +98,7 @@ def test_what_was_moved_is_followed(
     close(adaptc.merge(program)(X), now)
     close(adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))(X), now)
     binding = program.binding
-    program.follow()
+    program.resync_base_tensors()
     close(program(X), now)
     move(10)
     adaptc.swap(program, binding)
@@ -123,8 +123,8 @@ def test_what_the_program_was_not_made_for_is_refused(made: tuple[Net, adaptc.Ad
         with pytest.raises(AdaptcError, match=r"'up\.weight' was replaced by a tensor"):
             deed()
     with pytest.raises(AdaptcError, match="compile the model again"):
-        program.follow()
+        program.resync_base_tensors()
     assert program.binding is bound
     own.data = kept
-    program.follow()
+    program.resync_base_tensors()
     close(program(X), before)

@@ -15,13 +15,13 @@ import adaptc
 from adaptc import BackendError, ConfigError, LoraConfig
 from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.passes.protocol import matmul_op as op
-from adaptc.passes.protocol.matmul_op import LINEAR, takes
+from adaptc.passes.protocol.matmul_op import LINEAR, onednn_supports
 from adaptc.runtime import executor
-from adaptc.tables import size
+from adaptc.tables import format_bytes
 from adaptc.tuning import matmul_table as product_table
 from adaptc.tuning import pack_times, packed_weights
-from tests.support.rounding import to_rounding
-from tests.support.sibling_nets import adapter, block, compiled, rows
+from tests.support.rounding import assert_close_to_rounding
+from tests.support.sibling_nets import adapter, block, compile_block, random_rows
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 #: at up to 16 rows, and above 256
@@ -31,7 +31,7 @@ NAMES = {FLOAT: "float32", BFLOAT: "bf16"}
 
 def packs(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """What is packed where these are to be: nothing on a machine that cannot."""
-    return list(shapes) if takes(dtype) else []
+    return list(shapes) if onednn_supports(dtype) else []
 
 
 def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
@@ -41,9 +41,9 @@ def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTC_PRODUCTS")
-    monkeypatch.setattr(executor, "choose", lambda *_: MatmulChoice(LINEAR, (), "for a test"))
+    monkeypatch.setattr(executor, "choose_matmul", lambda *_: MatmulChoice(LINEAR, (), "for a test"))
     monkeypatch.setattr(packed_weights, "choose_packed", _choose)
-    monkeypatch.setattr(packed_weights, "_known", WeakValueDictionary())  # other tests' programs may live on
+    monkeypatch.setattr(packed_weights, "_copies_by_memory", WeakValueDictionary())  # other tests' programs may live on
 
 
 @pytest.fixture
@@ -53,59 +53,63 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def packed(weight: Tensor) -> Tensor:
         seen.append(tuple(weight.shape))
-        return pack_times.packed(weight)
+        return pack_times.pack_weight(weight)
 
-    monkeypatch.setattr(packed_weights, "packed", packed)
+    monkeypatch.setattr(packed_weights, "pack_weight", packed)
     return seen
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    to_rounding(found, expected, times=16 if found.dtype == FLOAT else 1)
+    assert_close_to_rounding(found, expected, factor=16 if found.dtype == FLOAT else 1)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_it_computes_what_its_graph_says(fuse: bool, dtype: torch.dtype, made: list[Any]) -> None:
-    program = compiled(dtype=dtype, fuse=fuse, pack=NAMES[dtype])
-    program(rows(7, dtype))  # 21 rows: in no class that is packed for
+    program = compile_block(dtype=dtype, fuse=fuse, pack=NAMES[dtype])
+    program(random_rows(7, dtype))  # 21 rows: in no class that is packed for
     assert made == []
     assert program.packed.count == 0
-    for x in (*(rows(n, dtype) for n in (0, 1, 2, 5, 7, 100)), rows(9, dtype)[:, :1], rows(6, dtype).transpose(0, 1)):
+    for x in (
+        *(random_rows(n, dtype) for n in (0, 1, 2, 5, 7, 100)),
+        random_rows(9, dtype)[:, :1],
+        random_rows(6, dtype).transpose(0, 1),
+    ):
         close(program(x), program.module()(x))
     shape = (20, 7) if fuse else (10, 7)
     assert made == packs(dtype, shape)
     assert program.packed.nbytes == len(made) * shape[0] * 7 * dtype.itemsize
     adaptc.swap(program, {k: v.to(dtype) for k, v in adapter(5, 5).items()})
-    close(program(rows(2, dtype)), program.module()(rows(2, dtype)))
-    close(program.base(rows(2, dtype)), block(dtype)(rows(2, dtype)))
+    close(program(random_rows(2, dtype)), program.module()(random_rows(2, dtype)))
+    close(program.base(random_rows(2, dtype)), block(dtype)(random_rows(2, dtype)))
     assert len(made) == len(packs(dtype, shape))  # the base shares it
 
 
 def test_the_report_and_what_frees_it() -> None:
-    program = compiled(dtype=FLOAT)
-    program(rows(1, FLOAT))
+    program = compile_block(dtype=FLOAT)
+    program(random_rows(1, FLOAT))
     assert "packed" not in str(adaptc.report(program))
     program.pack = "float32"
-    program(rows(1, FLOAT))
+    program(random_rows(1, FLOAT))
     report, count = adaptc.report(program), len(packs(FLOAT, (20, 7)))
-    assert f"packed: a second copy of {count} weights ({size(560 * count)})" in str(report)
+    assert f"packed: a second copy of {count} weights ({format_bytes(560 * count)})" in str(report)
     why = "measured: faster than the weight as it lies, 0.50 to 0.90 of its time"
     assert f"packed for 1 layers at 1, 2 to 4, 5 to 16, more than 256 rows ({why})" in str(report)
     assert "not packed for 1 layers (too thin for a test)" in str(report)
     assert report.data()["packed"] == {"count": count, "bytes": 560 * count}
-    assert len(packed_weights._known) == count
+    assert len(packed_weights._copies_by_memory) == count
     program.pack = None
     gc.collect()
     assert program.packed.count == 0
-    program(rows(1, FLOAT))
+    program(random_rows(1, FLOAT))
     gc.collect()
-    assert not len(packed_weights._known)
+    assert not len(packed_weights._copies_by_memory)
 
 
 def test_writes_and_moves_are_followed(made: list[Any]) -> None:
     model = block(FLOAT)
-    program = compiled(model, dtype=FLOAT, fuse=False, pack="float32")
-    x = rows(2, FLOAT)
+    program = compile_block(model, dtype=FLOAT, fuse=False, pack="float32")
+    x = random_rows(2, FLOAT)
     first = program(x)
     with torch.no_grad():
         model.v.weight.mul_(2)
@@ -114,7 +118,7 @@ def test_writes_and_moves_are_followed(made: list[Any]) -> None:
     close(found, program.module()(x))
     weight = program.state_dict["v.weight"]
     weight.data = weight.data.clone() * 3
-    program.follow()
+    program.resync_base_tensors()
     close(program(x), program.module()(x))
     assert made == packs(FLOAT, *[(10, 7)] * 3)
     assert program.packed.count == len(packs(FLOAT, (10, 7)))
@@ -123,18 +127,18 @@ def test_writes_and_moves_are_followed(made: list[Any]) -> None:
 def test_a_write_through_another_object_is_not_missed(made: list[Any]) -> None:
     """Programs share copies by where a weight lies, and another counter of writes may have counted."""
     model = block(FLOAT)
-    first = compiled(model, dtype=FLOAT, fuse=False, pack="float32")
-    x = rows(2, FLOAT)
+    first = compile_block(model, dtype=FLOAT, fuse=False, pack="float32")
+    x = random_rows(2, FLOAT)
     first(x)
     with torch.no_grad():
         model.v.weight.data.mul_(2)  # which nobody counts
-    second = compiled(model, dtype=FLOAT, fuse=False, pack="float32")
+    second = compile_block(model, dtype=FLOAT, fuse=False, pack="float32")
     close(second(x), second.module()(x))
     assert made == packs(FLOAT, *[(10, 7)] * 2)
 
 
 def test_bound_callables(made: list[Any]) -> None:
-    program, x = compiled(dtype=FLOAT, fuse=False, pack="float32"), rows(2, FLOAT)
+    program, x = compile_block(dtype=FLOAT, fuse=False, pack="float32"), random_rows(2, FLOAT)
     tensors = {k: v.float() for k, v in adapter(4, 6).items()}
     shared, own = program.bind(tensors), program.bind(tensors, form="weight")
     program(x)
@@ -148,7 +152,7 @@ def test_bound_callables(made: list[Any]) -> None:
 
 
 def test_all_threads_share_a_copy(made: list[Any]) -> None:
-    program, x, found = compiled(dtype=FLOAT, fuse=False, pack="float32"), rows(2, FLOAT), []
+    program, x, found = compile_block(dtype=FLOAT, fuse=False, pack="float32"), random_rows(2, FLOAT), []
     expected = program.module()(x)
     threads = [threading.Thread(target=lambda: found.append(program(x))) for _ in range(6)]
     for t in threads:
@@ -162,27 +166,27 @@ def test_all_threads_share_a_copy(made: list[Any]) -> None:
 
 
 def test_gradients_and_a_machine_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = compiled(dtype=FLOAT, pack="float32")
-    x = rows(2, FLOAT).requires_grad_()
+    program = compile_block(dtype=FLOAT, pack="float32")
+    x = random_rows(2, FLOAT).requires_grad_()
     (found,) = torch.autograd.grad(program(x).square().sum(), x)
     (expected,) = torch.autograd.grad(program.module()(x).square().sum(), x)
     close(found, expected)
-    expected = program(rows(2, FLOAT))
+    expected = program(random_rows(2, FLOAT))
     monkeypatch.setattr(op, "_pointwise", None)
-    close(program(rows(2, FLOAT)), expected)
+    close(program(random_rows(2, FLOAT)), expected)
 
 
 def test_values_without_a_meaning() -> None:
     for bad in ("bfloat16", True, 16, ["bf16"]):
         with pytest.raises(ConfigError, match=r"pack=.* is not one of float32, bf16, or None"):
-            compiled(dtype=FLOAT, pack=bad)
+            compile_block(dtype=FLOAT, pack=bad)
     with pytest.raises(ConfigError, match=r"packs weights of torch\.bfloat16, and those of the base are"):
-        compiled(dtype=FLOAT, pack="bf16")
+        compile_block(dtype=FLOAT, pack="bf16")
     with pytest.raises(ConfigError, match="is for inference"):
-        compiled(dtype=FLOAT, pack="float32", training=True)
+        compile_block(dtype=FLOAT, pack="float32", training=True)
     with pytest.raises(BackendError, match="is for backend='eager'"):
-        compiled(dtype=FLOAT, pack="float32", backend="inductor")
-    program = compiled(dtype=FLOAT, pack="float32")
+        compile_block(dtype=FLOAT, pack="float32", backend="inductor")
+    program = compile_block(dtype=FLOAT, pack="float32")
     with pytest.raises(BackendError, match="is for backend='eager'"):
         program.backend = "inductor"
     assert (program.backend, program.pack) == ("eager", "float32")
@@ -190,23 +194,21 @@ def test_values_without_a_meaning() -> None:
 
 def test_where_it_is_no_faster(monkeypatch: pytest.MonkeyPatch, made: list[Any]) -> None:
     monkeypatch.setattr(packed_weights, "choose_packed", pack_times.choose_packed)
-    monkeypatch.setattr(pack_times, "THIN", 1)
-    monkeypatch.setattr(product_table, "THIN", 1)
-    monkeypatch.setattr(product_table, "_known", {})
-    monkeypatch.setattr(
-        pack_times, "product_table", lambda *_: product_table.ProductTable({(256, 256, 0): (1.0, 0.97)})
-    )
-    program = compiled(dtype=FLOAT, pack="float32")
-    program(rows(1, FLOAT))
+    monkeypatch.setattr(pack_times, "MIN_SIZE", 1)
+    monkeypatch.setattr(product_table, "MIN_SIZE", 1)
+    monkeypatch.setattr(product_table, "_tables", {})
+    monkeypatch.setattr(pack_times, "matmul_table", lambda *_: product_table.MatmulTable({(256, 256, 0): (1.0, 0.97)}))
+    program = compile_block(dtype=FLOAT, pack="float32")
+    program(random_rows(1, FLOAT))
     assert made == []
     assert "not packed for 2 layers (measured: no faster here)" in str(adaptc.report(program))
 
 
 def test_measuring_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not takes(FLOAT):
+    if not onednn_supports(FLOAT):
         assert pack_times.choose_packed(512, 512, FLOAT) == MatmulChoice(LINEAR, (), "nothing else was measured here")
         return
-    monkeypatch.setattr(pack_times.measure.__globals__["time"], "perf_counter", _Clock())
+    monkeypatch.setattr(pack_times.measure_times.__globals__["time"], "perf_counter", _Clock())
     times = pack_times.measure_packed(FLOAT)
     assert times
     assert all(plain > 0 and packed > 0 for plain, packed in times.values())
@@ -236,7 +238,7 @@ class Tied(nn.Module):
 def test_a_weight_that_is_read_twice_is_packed_once(made: list[Any]) -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["two"], init_lora_weights=False)
-    program = adaptc.compile(Tied(), config, example_inputs=rows(3, FLOAT), pack="float32")
-    close(program(rows(2, FLOAT)), program.module()(rows(2, FLOAT)))
+    program = adaptc.compile(Tied(), config, example_inputs=random_rows(3, FLOAT), pack="float32")
+    close(program(random_rows(2, FLOAT)), program.module()(random_rows(2, FLOAT)))
     assert sorted(made) == packs(FLOAT, (7, 11), (11, 7))
     assert program.packed.count == len(made)

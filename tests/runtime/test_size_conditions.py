@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaptc.runtime.calls.size_conditions import condition, expression, solved, symbols
+from adaptc.runtime.calls.size_conditions import parse_condition, parse_expression, solve_for_symbol, symbol_names
 
 NAMES = ["x", "cache_k", "cache_v_0"]
 
@@ -24,9 +24,9 @@ NAMES = ["x", "cache_k", "cache_v_0"]
     ],
 )
 def test_what_breaks_them(text: str, shapes: list[tuple[int, ...]], broken: bool) -> None:
-    found = condition(text, NAMES)
+    found = parse_condition(text, NAMES)
     assert found is not None
-    assert found.broken(shapes) is broken
+    assert found.is_broken_by(shapes) is broken
     assert "L[" not in found.text
 
 
@@ -47,15 +47,15 @@ def test_what_breaks_them(text: str, shapes: list[tuple[int, ...]], broken: bool
     ],
 )
 def test_what_is_left_to_the_graph(text: str) -> None:
-    assert condition(text, NAMES) is None
+    assert parse_condition(text, NAMES) is None
 
 
 def test_sizes_made_of_others() -> None:
-    made = expression("2*half + 1")
+    made = parse_expression("2*half + 1")
     assert made is not None
     assert made({"half": 3}) == 7
-    assert symbols("2*half + Mod(s0, 3)") == ["half", "s0"]
-    assert solved("2*half + 1", {}, "half", 7) == 3
-    assert solved("2*half + 1", {}, "half", 8) is None
-    assert solved("(s0//2)", {}, "s0", 3) is None
-    assert solved("s0*n", {"n": 3}, "s0", 6) == 2
+    assert symbol_names("2*half + Mod(s0, 3)") == ["half", "s0"]
+    assert solve_for_symbol("2*half + 1", {}, "half", 7) == 3
+    assert solve_for_symbol("2*half + 1", {}, "half", 8) is None
+    assert solve_for_symbol("(s0//2)", {}, "s0", 3) is None
+    assert solve_for_symbol("s0*n", {"n": 3}, "s0", 6) == 2

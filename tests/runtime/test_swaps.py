@@ -230,7 +230,7 @@ def test_a_prepared_binding_is_laid_out_once(program):
     executor = program.executor()
     assert executor.arguments(binding) is executor.arguments(binding)
     adaptc.swap(program, binding)
-    assert program.running.arguments is executor.arguments(binding)
+    assert program.call_state.arguments is executor.arguments(binding)
 
 
 def test_training_with_rank_one_is_refused_by_inductor(model):

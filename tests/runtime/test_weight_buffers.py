@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packed
+from adaptc.runtime.weight_buffers import begin_reading, end_reading, find_buffer, move_into_buffer
 
 
 def weights() -> list[Tensor]:
@@ -48,10 +48,10 @@ def alive(t: Tensor, start: int) -> bool:
 def test_values_and_objects_stay() -> None:
     tensors = weights()
     before = [t.clone() for t in tensors]
-    buffer = pack(tensors)
+    buffer = move_into_buffer(tensors)
     assert buffer.shape == (10, 5)
-    assert packed(tensors) is buffer
-    assert pack(tensors) is buffer
+    assert find_buffer(tensors) is buffer
+    assert move_into_buffer(tensors) is buffer
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
     assert tensors[1].data_ptr() == buffer.data_ptr() + 3 * 5 * 4
 
@@ -61,7 +61,7 @@ def test_old_memory_goes_when_the_last_reader_has_left(readers: int) -> None:
     tensors = weights()
     start = tensors[1].data_ptr()
     reading = [Reader() for _ in range(readers)]
-    pack(tensors)
+    move_into_buffer(tensors)
     for reader in reading:
         assert alive(tensors[1], start), "a running call reads memory that is gone"
         reader.end()
@@ -72,7 +72,7 @@ def test_who_comes_later_keeps_nothing() -> None:
     tensors = weights()
     start = tensors[0].data_ptr()
     first = Reader()
-    pack(tensors)
+    move_into_buffer(tensors)
     second = Reader()
     first.end()
     assert not alive(tensors[0], start)
@@ -84,7 +84,7 @@ def test_the_thread_that_moves_them_does_not_keep_them_itself() -> None:
     start = tensors[0].data_ptr()
     assert begin_reading()
     try:
-        pack(tensors)
+        move_into_buffer(tensors)
         assert not alive(tensors[0], start)
     finally:
         end_reading()

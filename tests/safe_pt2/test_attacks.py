@@ -16,7 +16,7 @@ import torch
 
 import adaptc
 from adaptc import CheckpointError
-from tests.support.archives import CONSTANTS, MODEL, SAMPLES, WEIGHTS, edited, read_records, write_records
+from tests.support.archives import CONSTANTS, MODEL, SAMPLES, WEIGHTS, edit_json_record, read_records, write_records
 from tests.support.saved_programs import save_small
 
 
@@ -284,7 +284,7 @@ ROUTES: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
 @pytest.mark.parametrize("route", list(ROUTES))
 def test_texts_of_the_graph(good: Path, marker: Path, tmp_path: Path, route: str) -> None:
     change, said = ROUTES[route]
-    refused(edited(good, MODEL, lambda d: change(d, marker), tmp_path / "bad.pt2"), marker, said)
+    refused(edit_json_record(good, MODEL, lambda d: change(d, marker), tmp_path / "bad.pt2"), marker, said)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -294,7 +294,7 @@ def test_a_cache_of_transformers_names_no_other_class(good: Path, marker: Path, 
 
     register_pytree_node(DynamicCache)
     context = json.dumps({"_t": "seq", "p": "subprocess:Popen", "v": [["touch", str(marker)]]})
-    bad = edited(
+    bad = edit_json_record(
         good, MODEL, lambda d: root(d).update(out_spec=_out("transformers.cache_utils:DynamicCache", context)),
         tmp_path / "bad.pt2",
     )  # fmt: skip
@@ -309,7 +309,7 @@ def test_words_for_people_lose_their_line_ends(good: Path, marker: Path, tmp_pat
             stack_trace=f"File 'a'\r{code(marker)}\n next", torch_fn=f"a\n{code(marker)};b"
         )
 
-    loaded = adaptc.load(edited(good, MODEL, change, tmp_path / "odd.pt2"))
+    loaded = adaptc.load(edit_json_record(good, MODEL, change, tmp_path / "odd.pt2"))
     metas = [n.meta for n in loaded.graph.nodes if "File 'a'" in n.meta.get("stack_trace", "")]
     assert metas[0]["stack_trace"].count("\n") == 1
     assert "\r" not in metas[0]["stack_trace"]

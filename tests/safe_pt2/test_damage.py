@@ -16,8 +16,17 @@ import torch
 
 import adaptc
 from adaptc import CheckpointError
-from tests.support.archives import CONSTANTS, MODEL, SAMPLES, SEAL, WEIGHTS, edited, read_records, write_records
-from tests.support.saved_programs import outputs, same, save_small
+from tests.support.archives import (
+    CONSTANTS,
+    MODEL,
+    SAMPLES,
+    SEAL,
+    WEIGHTS,
+    edit_json_record,
+    read_records,
+    write_records,
+)
+from tests.support.saved_programs import outputs, outputs_are_equal, save_small
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def refused(path: Path, said: str) -> None:
 
 def test_the_forger_of_these_tests_changes_nothing(good: Path, tmp_path: Path) -> None:
     again = write_records(tmp_path / "again.pt2", read_records(good))
-    assert same(outputs(adaptc.load(again)), outputs(adaptc.load(good)))
+    assert outputs_are_equal(outputs(adaptc.load(again)), outputs(adaptc.load(good)))
     assert SEAL in read_records(good)
 
 
@@ -116,7 +125,7 @@ TABLES: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("case", list(TABLES))
 def test_the_table_of_weights(good: Path, tmp_path: Path, case: str) -> None:
     change, said = TABLES[case]
-    refused(edited(good, WEIGHTS, lambda d: change(d) and None, tmp_path / "bad.pt2"), said)
+    refused(edit_json_record(good, WEIGHTS, lambda d: change(d) and None, tmp_path / "bad.pt2"), said)
 
 
 def test_an_expanded_weight_that_is_a_bomb(good: Path, tmp_path: Path) -> None:
@@ -125,7 +134,10 @@ def test_an_expanded_weight_that_is_a_bomb(good: Path, tmp_path: Path) -> None:
         entry["tensor_meta"].update(sizes=_sizes(2**40, 2**10), strides=_sizes(0, 0))
         data["config"]["unread"] = entry
 
-    refused(edited(good, WEIGHTS, change, tmp_path / "bad.pt2"), r"\['unread'\]: sizes .* are 4503599627370496 bytes")
+    refused(
+        edit_json_record(good, WEIGHTS, change, tmp_path / "bad.pt2"),
+        r"\['unread'\]: sizes .* are 4503599627370496 bytes",
+    )
 
 
 def test_a_truth_value_is_zero_or_one(tmp_path: Path) -> None:
@@ -170,7 +182,7 @@ def test_a_record_too_many(good: Path, tmp_path: Path, name: str, said: str) -> 
 def test_files_beside_the_program_are_not_read(good: Path, tmp_path: Path) -> None:
     extra = {"data/extra/notes.txt": b"\xff\xfe not UTF-8"}
     path = write_records(tmp_path / "extra.pt2", read_records(good) | extra)
-    assert same(outputs(adaptc.load(path)), outputs(adaptc.load(good)))
+    assert outputs_are_equal(outputs(adaptc.load(path)), outputs(adaptc.load(good)))
 
 
 def test_compressed_records(good: Path, tmp_path: Path) -> None:
@@ -255,7 +267,7 @@ def test_a_file_that_was_edited_after_it_was_saved(good: Path, tmp_path: Path) -
     """Another weight with the right checksum: what adaptc.save wrote has a hash of all records."""
     records = read_records(good)
     records["data/weights/weight_0"] = bytes(140)
-    refused(write_records(tmp_path / "edited.pt2", records, sealed=True), "was changed after adaptc.save wrote it")
+    refused(write_records(tmp_path / "edited.pt2", records, keep_seal=True), "was changed after adaptc.save wrote it")
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------------
@@ -374,7 +386,7 @@ GRAPHS: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("case", list(GRAPHS))
 def test_the_graph(good: Path, tmp_path: Path, case: str) -> None:
     change, said = GRAPHS[case]
-    refused(edited(good, MODEL, lambda d: change(d) and None, tmp_path / "bad.pt2"), said)
+    refused(edit_json_record(good, MODEL, lambda d: change(d) and None, tmp_path / "bad.pt2"), said)
 
 
 def test_what_a_program_of_a_later_torch_has_more_is_left_out(good: Path, tmp_path: Path) -> None:
@@ -382,9 +394,9 @@ def test_what_a_program_of_a_later_torch_has_more_is_left_out(good: Path, tmp_pa
         data["later"] = 1
         data["schema_version"]["minor"] += 1
 
-    path = edited(good, MODEL, later, tmp_path / "later.pt2")
-    assert same(outputs(adaptc.load(path)), outputs(adaptc.load(good)))
-    refused(edited(good, MODEL, lambda d: d.update(later=1), tmp_path / "bad.pt2"), "has no 'later'")
+    path = edit_json_record(good, MODEL, later, tmp_path / "later.pt2")
+    assert outputs_are_equal(outputs(adaptc.load(path)), outputs(adaptc.load(good)))
+    refused(edit_json_record(good, MODEL, lambda d: d.update(later=1), tmp_path / "bad.pt2"), "has no 'later'")
 
 
 def _tags(data: Any) -> list[dict[str, Any]]:
@@ -404,13 +416,13 @@ def test_the_header_of_the_adapter(good: Path, tmp_path: Path, field: str, value
             custom["adaptc"]["header"][field] = value
             metadata["custom"] = json.dumps(custom)
 
-    path = edited(good, MODEL, change, tmp_path / "bad.pt2")
+    path = edit_json_record(good, MODEL, change, tmp_path / "bad.pt2")
     try:
         loaded = adaptc.load(path)
     except CheckpointError as error:
         assert str(path) in str(error)  # noqa: PT017
     else:
-        assert same(outputs(loaded), outputs(adaptc.load(good)))
+        assert outputs_are_equal(outputs(loaded), outputs(adaptc.load(good)))
 
 
 # -- example inputs --------------------------------------------------------------------------------------------------

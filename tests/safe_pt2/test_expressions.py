@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._sympy import functions as F
 from torch.utils._sympy.numbers import int_oo
 
-from adaptc.safe_pt2.expressions import guard, sizes
+from adaptc.safe_pt2.expressions import check_guard, check_size_expression
 from adaptc.safe_pt2.refusal import UnsafeFile
 from tests.support.cover import examples
 
@@ -30,8 +30,8 @@ MADE = [
 @pytest.mark.parametrize("made", MADE, ids=str)
 def test_what_torch_writes(made: sympy.Basic) -> None:
     written = sympy.printing.repr.srepr(made)
-    assert sizes(written) == written
-    assert sizes(str(made)) == str(made)
+    assert check_size_expression(written) == written
+    assert check_size_expression(str(made)) == str(made)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_what_torch_writes(made: sympy.Basic) -> None:
 )  # fmt: skip
 def test_what_it_does_not(text: str) -> None:
     with pytest.raises(UnsafeFile):
-        sizes(text)
+        check_size_expression(text)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_what_it_does_not(text: str) -> None:
 )  # fmt: skip
 def test_what_takes_for_ever(text: str) -> None:
     with pytest.raises(UnsafeFile):
-        sizes(text)
+        check_size_expression(text)
 
 
 @given(st.text(alphabet="s7u0123()+-*/%<>=,.'\"_ abcdefMaxIntegerSymbol\n\\[]{}:;#@", max_size=60))
 @settings(max_examples=examples(300), deadline=None)
 def test_any_text_is_read_or_refused(text: str) -> None:
-    for read in (sizes, guard):
+    for read in (check_size_expression, check_guard):
         with contextlib.suppress(UnsafeFile):
             assert read(text) == text
 
@@ -86,7 +86,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     ],
 )  # fmt: skip
 def test_guards(text: str) -> None:
-    assert guard(text) == text
+    assert check_guard(text) == text
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_guards(text: str) -> None:
 )  # fmt: skip
 def test_no_guards(text: str) -> None:
     with pytest.raises(UnsafeFile):
-        guard(text)
+        check_guard(text)

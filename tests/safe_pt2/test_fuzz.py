@@ -16,8 +16,8 @@ import pytest
 import adaptc
 from adaptc import CheckpointError
 from tests.support.archives import CONSTANTS, MODEL, WEIGHTS, read_records, write_records
-from tests.support.damage import BLOCK, mutated_bytes, mutated_json
-from tests.support.saved_programs import outputs, same, save_small
+from tests.support.damage import BLOCK, mutate_bytes, mutate_json
+from tests.support.saved_programs import outputs, outputs_are_equal, save_small
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def outcome(path: Path, want: Any, case: object) -> str:
         return "refused"
     finally:
         assert time.perf_counter() - start < 20, f"{case}: it hangs"
-    assert same(outputs(loaded), want), f"{case}: accepted with other numbers"
+    assert outputs_are_equal(outputs(loaded), want), f"{case}: accepted with other numbers"
     return "same"
 
 
@@ -48,7 +48,7 @@ BLOCKS = [pytest.param(b, marks=() if b < 2 else pytest.mark.slow) for b in rang
 def test_damaged_bytes(good: tuple[Path, Any], tmp_path: Path, block: int) -> None:
     data = good[0].read_bytes()
     for case in range(block * BLOCK, block * BLOCK + BLOCK):
-        (tmp_path / "bad.pt2").write_bytes(mutated_bytes(data, random.Random(case)))
+        (tmp_path / "bad.pt2").write_bytes(mutate_bytes(data, random.Random(case)))
         outcome(tmp_path / "bad.pt2", good[1], f"bytes {case}")
 
 
@@ -61,9 +61,9 @@ def test_json_of_other_types(good: tuple[Path, Any], tmp_path: Path, block: int)
     for case in range(block * BLOCK, block * BLOCK + BLOCK):
         rng = random.Random(10_000 + case)
         record = rng.choice([MODEL, MODEL, WEIGHTS, CONSTANTS])
-        data, where = mutated_json(json.loads(records[record]), rng)
+        data, where = mutate_json(json.loads(records[record]), rng)
         forged = records | {record: json.dumps(data).encode()}
-        path = write_records(tmp_path / "sealed.pt2", forged, sealed=True)
+        path = write_records(tmp_path / "sealed.pt2", forged, keep_seal=True)
         assert outcome(path, good[1], f"sealed {case} {where}") == ("same" if forged == records else "refused")
         path = write_records(tmp_path / "bad.pt2", forged)
         seen.add(outcome(path, good[1], f"json {case} {record} {where}"))

@@ -17,7 +17,7 @@ def some_tensors(seed: int = 0) -> dict[str, Tensor]:
     return {"l1.lora_A.weight": torch.randn(3, 8), "l1.lora_B.weight": torch.randn(12, 3)}
 
 
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+def tensors_are_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return sorted(a) == sorted(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 

@@ -23,25 +23,25 @@ def read_records(path: Path) -> dict[str, bytes]:
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
-def write_records(path: Path, records: Mapping[str, bytes], *, sealed: bool = False, root: str = "forged") -> Path:
-    """An archive of these records. The seal of adaptc.save goes, unless ``sealed``: a forger leaves it out."""
+def write_records(path: Path, records: Mapping[str, bytes], *, keep_seal: bool = False, root: str = "forged") -> Path:
+    """An archive of these records. The seal of adaptc.save goes, unless ``keep_seal``: a forger leaves it out."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records.items():
-            if sealed or name != SEAL:
+            if keep_seal or name != SEAL:
                 archive.writestr(f"{root}/{name}", data)
     return path
 
 
-def edited(path: Path, record: str, change: Callable[[Any], Any], target: Path) -> Path:
-    """A copy in which the JSON of a record was changed, in place or by what ``change`` returns."""
+def edit_json_record(path: Path, record: str, edit: Callable[[Any], Any], target: Path) -> Path:
+    """A copy in which the JSON of a record was changed, in place or by what ``edit`` returns."""
     records = read_records(path)
     data = json.loads(records[record])
-    out = change(data)
+    out = edit(data)
     records[record] = json.dumps(data if out is None else out).encode()
     return write_records(target, records)
 
 
-def with_hashes(records: Mapping[str, bytes]) -> dict[str, bytes]:
+def with_right_hashes(records: Mapping[str, bytes]) -> dict[str, bytes]:
     """A package's records, with a manifest that has the right hashes of them and of itself."""
     out = dict(records)
     if MANIFEST in out:

@@ -76,12 +76,12 @@ def operands(program: ExportedProgram) -> list[tuple[tuple[str, ...], ...]]:
     return [(a.query, a.key, a.value) for a in find_attention(program)]
 
 
-def plain(m: Any, x: Tensor) -> Tensor:
+def causal_attention(m: Any, x: Tensor) -> Tensor:
     return m.o(join(sdpa(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)), is_causal=True)))
 
 
 class Block(nn.Module):
-    def __init__(self, forward: Callable[..., Tensor] = plain) -> None:
+    def __init__(self, forward: Callable[..., Tensor] = causal_attention) -> None:
         super().__init__()
         self.attn = Net(forward, **qkv())
         self.norm = nn.LayerNorm(WIDTH)

@@ -10,17 +10,17 @@ from adaptc.runtime.executor import Executor
 from adaptc.runtime.variants import GraphVariants
 
 
-def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def record_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry for each, as it is built."""
-    out: list[str] = []
-    for owner, name in ((Executor, "__init__"), (GraphVariants, "_make")):
-        monkeypatch.setattr(owner, name, _noting(getattr(owner, name), out))
-    return out
+    built: list[str] = []
+    for owner, name in ((Executor, "__init__"), (GraphVariants, "_make_variant")):
+        monkeypatch.setattr(owner, name, _recording(getattr(owner, name), built))
+    return built
 
 
-def _noting(plain: Any, out: list[str]) -> Any:
+def _recording(original: Any, out: list[str]) -> Any:
     def build(*args: Any, **kwargs: Any) -> Any:
-        out.append(plain.__qualname__)
-        return plain(*args, **kwargs)
+        out.append(original.__qualname__)
+        return original(*args, **kwargs)
 
     return build

@@ -55,8 +55,8 @@ def peft_config(name: str, **options: Any) -> Any:
         return getattr(peft, name)(**{"target_modules": TARGETS, **options})
 
 
-def by_peft(
-    config: Any, path: Path, dtype: torch.dtype = torch.float64, randomly: bool = True, seed: int | None = None
+def peft_chain(
+    config: Any, path: Path, dtype: torch.dtype = torch.float64, random_values: bool = True, seed: int | None = None
 ) -> Any:
     """PEFT's model of the chain, with random tensors unless told otherwise, saved to ``path``."""
     base = chain(dtype)
@@ -65,13 +65,13 @@ def by_peft(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base, config).eval()
-        if randomly:
+        if random_values:
             randomize({n: p for n, p in model.named_parameters() if p.requires_grad})
         model.save_pretrained(str(path))
     return model
 
 
-def reloaded(path: Path, dtype: torch.dtype = torch.float64) -> Any:
+def load_peft_chain(path: Path, dtype: torch.dtype = torch.float64) -> Any:
     """What PEFT makes of an adapter directory; no key may be unexpected, and none missing by PEFT's own rule."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,11 +81,11 @@ def reloaded(path: Path, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
-def compiled(adapter: Any, dtype: torch.dtype = torch.float64, **options: Any) -> adaptc.AdaptedProgram:
+def compile_chain(adapter: Any, dtype: torch.dtype = torch.float64, **options: Any) -> adaptc.AdaptedProgram:
     return adaptc.compile(chain(dtype), adapter, example_inputs=inputs(3, dtype), **options)
 
 
-def slots(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
+def slots_by_file_key(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
     """Key in files -> value, of all slots of the program."""
     found = program.binding.values
     return {
@@ -95,7 +95,7 @@ def slots(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
     }
 
 
-def rewritten(path: Path, new: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+def copy_adapter_with(path: Path, new: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """A copy of an adapter directory with other tensors."""
     tensors = copy.deepcopy(load_file(path / FILE))
     change(tensors)
@@ -111,7 +111,7 @@ def as_stored(config: Any) -> dict[str, Any]:
     return {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in values.items() if v is not None}
 
 
-def same_files(a: Path, b: Path) -> bool:
+def tensor_files_are_equal(a: Path, b: Path) -> bool:
     left, right = load_file(a / FILE), load_file(b / FILE)
     return left.keys() == right.keys() and all(
         torch.equal(t, right[k]) and t.dtype == right[k].dtype for k, t in left.items()

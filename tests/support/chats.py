@@ -40,31 +40,31 @@ def tokenizer(template: str | None = TEMPLATE, end: str = "<eos>") -> Any:
 
 
 @dataclass(frozen=True)
-class Chats:
-    """``opened``: with one program, captured once, for LoRA on all linear layers; ``whole``: the same as
-    ``adaptc.compile`` captures it, which computes whole texts. ``folder`` holds ``model`` and its
-    tokenizer, and the adapters ``one`` and ``two`` (other ranks and layers), ``head`` (LoRA on a layer that the program
-    lacks) and ``ia3``."""
+class ChatModel:
+    """``opened_model``: with one program, captured once, for LoRA on all linear layers; ``uncached_program``: the same
+    as ``adaptc.compile`` captures it, which computes whole texts. ``folder`` holds ``model`` and its tokenizer, and the
+    adapters ``one`` and ``two`` (other ranks and layers), ``head`` (LoRA on a layer that the program lacks) and
+    ``ia3``."""
 
     folder: Path
     model: Any
-    opened: OpenedModel
-    whole: adaptc.AdaptedProgram
+    opened_model: OpenedModel
+    uncached_program: adaptc.AdaptedProgram
 
     @property
     def adapters(self) -> dict[str, Path]:
         return {name: self.folder / name for name in ("one", "two")}
 
-    def recomputed(self, adapter: str | None, ids: list[int], new: int = 6) -> list[int]:
+    def uncached_answer(self, adapter: str | None, ids: list[int], new: int = 6) -> list[int]:
         """The greedy answer, the whole text computed for each token."""
-        runs = self.whole.bind(None if adapter is None else self.folder / adapter)
-        said = list(ids)
-        while len(said) < len(ids) + new:
-            said.append(int(runs(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
-        return said[len(ids) :]
+        bound = self.uncached_program.bind(None if adapter is None else self.folder / adapter)
+        tokens = list(ids)
+        while len(tokens) < len(ids) + new:
+            tokens.append(int(bound(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tokens[len(ids) :]
 
 
-def answering() -> Any:
+def model_that_answers() -> Any:
     """A model whose answers are words, and end where they are cut."""
     model: Any = FAMILIES["llama"].build()
     with torch.no_grad():
@@ -72,8 +72,8 @@ def answering() -> Any:
     return model
 
 
-def chats(folder: Path) -> Chats:
-    model = answering()
+def make_chat_model(folder: Path) -> ChatModel:
+    model = model_that_answers()
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     usual = adaptc.LoraConfig(r=3, target_modules="all-linear")
@@ -86,9 +86,9 @@ def chats(folder: Path) -> Chats:
         "ia3": adaptc.IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=[], init_ia3_weights=False),
     }.items():
         adaptc.save_adapter(adaptc.compile(model, config), folder / name)
-    return Chats(folder, model, OpenedModel(tokenizer(), None, (generator,)), adaptc.compile(model, usual))
+    return ChatModel(folder, model, OpenedModel(tokenizer(), None, (generator,)), adaptc.compile(model, usual))
 
 
 @contextlib.contextmanager
-def silent(what: str) -> Iterator[None]:
+def no_output(what: str) -> Iterator[None]:
     yield

@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.support.oracle import SAID as USUAL
+from tests.support.oracle import EXPECTED_WARNINGS as USUAL
 from tests.support.oracle import quiet
 
 #: PEFT has one such option for all layers of an adapter, and sets it for each
-SAID = (*USUAL, "fan_in_fan_out is set to True.*")
+EXPECTED_WARNINGS = (*USUAL, "fan_in_fan_out is set to True.*")
 TARGETS = ["table", "up", "mix", "turned", "down"]
 
 
@@ -48,7 +48,7 @@ def net() -> nn.Module:
 
 def peft_model(configs: Sequence[Any], model: nn.Module | None = None) -> peft.PeftModel:
     """Adapters "0", "1", ... with random values, in one model."""
-    with quiet(*SAID):
+    with quiet(*EXPECTED_WARNINGS):
         wrapped = peft.get_peft_model(net() if model is None else model, configs[0], adapter_name="0")
         for i, config in enumerate(configs[1:], 1):
             wrapped.add_adapter(str(i), config)
@@ -61,9 +61,9 @@ def peft_model(configs: Sequence[Any], model: nn.Module | None = None) -> peft.P
     return wrapped.eval()
 
 
-def saved(wrapped: peft.PeftModel, root: Path) -> list[Path]:
+def save_adapters(wrapped: peft.PeftModel, root: Path) -> list[Path]:
     """A directory for each adapter."""
-    with quiet(*SAID):
+    with quiet(*EXPECTED_WARNINGS):
         for i in wrapped.peft_config:
             wrapped.save_pretrained(str(root), selected_adapters=[i])
     return [root / i for i in wrapped.peft_config]
@@ -78,6 +78,6 @@ def changes(wrapped: peft.PeftModel, name: str) -> dict[str, Tensor]:
     return found
 
 
-def loaded(path: Path, model: nn.Module | None = None) -> peft.PeftModel:
-    with quiet(*SAID[1:]):
+def load_peft_adapter(path: Path, model: nn.Module | None = None) -> peft.PeftModel:
+    with quiet(*EXPECTED_WARNINGS[1:]):
         return peft.PeftModel.from_pretrained(net() if model is None else copy.deepcopy(model), str(path)).eval()

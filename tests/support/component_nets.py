@@ -72,7 +72,7 @@ def program(model: nn.Module, adapter: object, **options: object) -> adaptc.Adap
     return adaptc.compile(model, adapter, example_inputs=image(), **options)
 
 
-def with_weights(model: nn.Module, changes: Mapping[str, Tensor]) -> Tensor:
+def output_with_changes(model: nn.Module, changes: Mapping[str, Tensor]) -> Tensor:
     """What the model gives for :func:`image` with these added to the weights of its modules."""
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for module, change in changes.items():
@@ -87,7 +87,7 @@ def flat(module: str, prefix: str = "lora_unet_") -> str:
     return prefix + module.replace(".", "_")
 
 
-def lora(module: str, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def random_lora_factors(module: str, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(A, B), none of them zero, in the shapes of the module's kind."""
     g = torch.Generator().manual_seed(seed + sum(map(ord, module)))
     out, *rest = SHAPES[module]
@@ -103,7 +103,7 @@ def lora_change(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def kohya(rank: int = 3, alpha: float | None = 2.0, modules: Mapping[str, object] = SHAPES) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for module in modules:
-        a, b = lora(module, rank)
+        a, b = random_lora_factors(module, rank)
         out |= {f"{flat(module)}.lora_down.weight": a, f"{flat(module)}.lora_up.weight": b}
         if alpha is not None:
             out[f"{flat(module)}.alpha"] = torch.tensor(alpha)
@@ -112,10 +112,10 @@ def kohya(rank: int = 3, alpha: float | None = 2.0, modules: Mapping[str, object
 
 def kohya_changes(rank: int = 3, alpha: float | None = 2.0) -> dict[str, Tensor]:
     scale = 1.0 if alpha is None else alpha / rank
-    return {m: lora_change(*lora(m, rank), scale) for m in SHAPES}
+    return {m: lora_change(*random_lora_factors(m, rank), scale) for m in SHAPES}
 
 
-def saved(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> Path:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> Path:
     save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata={"format": "pt", **(header or {})})
     return path
 
@@ -128,11 +128,11 @@ def loha(module: str, r: int, kernel: bool = False) -> tuple[dict[str, Tensor], 
     g = torch.Generator().manual_seed(5)
     out, into, *size = SHAPES[module]
 
-    def made(*shape: int) -> Tensor:
+    def random_tensor(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g) / 2
 
     if kernel:
-        halves = [(made(r, r, *size), made(r, out), made(r, into)) for _ in range(2)]
+        halves = [(random_tensor(r, r, *size), random_tensor(r, out), random_tensor(r, into)) for _ in range(2)]
         change = torch.ones(out, into, *size)
         tensors = {}
         for i, (t, a, b) in enumerate(halves, 1):
@@ -140,61 +140,67 @@ def loha(module: str, r: int, kernel: bool = False) -> tuple[dict[str, Tensor], 
             tensors |= {f"hada_t{i}": t, f"hada_w{i}_a": a, f"hada_w{i}_b": b}
         return tensors, change
     width = into * (size[0] * size[1] if size else 1)
-    tensors = dict(zip(LOHA, (made(out, r), made(r, width), made(out, r), made(r, width)), strict=True))
+    tensors = dict(
+        zip(
+            LOHA,
+            (random_tensor(out, r), random_tensor(r, width), random_tensor(out, r), random_tensor(r, width)),
+            strict=True,
+        )
+    )
     change = (tensors[LOHA[0]] @ tensors[LOHA[1]]) * (tensors[LOHA[2]] @ tensors[LOHA[3]])
     return tensors, change
 
 
 def lokr(
-    module: str, r: int | None, split: tuple[int, int], both: int | None = None
+    module: str, r: int | None, split: tuple[int, int], first_rank: int | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """With ``split`` (l, m); ``r`` None for a whole second factor."""
     g = torch.Generator().manual_seed(6)
     (out, into, *size), (l, m) = SHAPES[module], split  # noqa: E741  # the paper's names
     k, n = out // l, into // m
 
-    def made(*shape: int) -> Tensor:
+    def random_tensor(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g) / 2
 
-    if both:
-        tensors = {"lokr_w1_a": made(l, both), "lokr_w1_b": made(both, m)}
+    if first_rank:
+        tensors = {"lokr_w1_a": random_tensor(l, first_rank), "lokr_w1_b": random_tensor(first_rank, m)}
         first = tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     else:
-        tensors = {"lokr_w1": made(l, m)}
+        tensors = {"lokr_w1": random_tensor(l, m)}
         first = tensors["lokr_w1"]
     if r is None:
-        tensors["lokr_w2"] = made(k, n, *size)
+        tensors["lokr_w2"] = random_tensor(k, n, *size)
         second = tensors["lokr_w2"]
     else:
         area = size[0] * size[1] if size else 1
-        tensors |= {"lokr_w2_a": made(k, r), "lokr_w2_b": made(r, n * area)}
+        tensors |= {"lokr_w2_a": random_tensor(k, r), "lokr_w2_b": random_tensor(r, n * area)}
         second = (tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]).reshape(k, n, *size)
     first = first.reshape(l, m, *[1] * len(size))
     return tensors, torch.kron(first, second).reshape(SHAPES[module])
 
 
-def prefixed(module: str, tensors: dict[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
+def with_kohya_names(module: str, tensors: dict[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
     out = {f"{flat(module)}.{n}": t for n, t in tensors.items()}
     return out if alpha is None else {**out, f"{flat(module)}.alpha": torch.tensor(alpha)}
 
 
 @lru_cache
-def wide_program() -> adaptc.AdaptedProgram:
+def program_with_all_sites() -> adaptc.AdaptedProgram:
     """A program with LoRA at every site, to swap files into."""
     return program(net(), adaptc.LoraConfig(target_modules=list(SHAPES)))
 
 
 @torch.no_grad()
-def check(made: adaptc.AdaptedProgram, model: nn.Module, changes: Mapping[str, Tensor]) -> None:
+def check_program_output(program: adaptc.AdaptedProgram, model: nn.Module, changes: Mapping[str, Tensor]) -> None:
     """That the program computes what the model does with these changes, which are some."""
-    wanted = with_weights(model, changes)
-    torch.testing.assert_close(made(image()), wanted, rtol=1e-5, atol=1e-5)
-    assert (wanted - model(image())).abs().max() > 1e-3, "the adapter does nothing, so nothing was compared"
+    expected = output_with_changes(model, changes)
+    torch.testing.assert_close(program(image()), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - model(image())).abs().max() > 1e-3, "the adapter does nothing, so nothing was compared"
 
 
 def peft_keys(prefix: str = "") -> dict[str, Tensor]:
     out = {}
     for module in (TO_Q, CONV):
-        a, b = lora(module, 3)
+        a, b = random_lora_factors(module, 3)
         out |= {f"{prefix}{module}.lora_A.weight": a, f"{prefix}{module}.lora_B.weight": b}
     return out

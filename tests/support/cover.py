@@ -34,17 +34,17 @@ def cover(items: Sequence[Any]) -> list[bool]:
     tests: dict[str, list[int]] = {}
     for i, item in enumerate(items):
         tests.setdefault(item.nodeid.partition("[")[0], []).append(i)
-    kept = {i for places in tests.values() for i in _chosen(items, places)}
-    return [i in kept for i in range(len(items))]
+    chosen = {i for places in tests.values() for i in _choose_indices(items, places)}
+    return [i in chosen for i in range(len(items))]
 
 
-def _chosen(items: Sequence[Any], places: list[int]) -> list[int]:
+def _choose_indices(items: Sequence[Any], indices: list[int]) -> list[int]:
     """Of the places of one test's items those that run."""
-    first = items[places[0]]
+    first = items[indices[0]]
     few = first.get_closest_marker("few")
     # By the file and the parameters: tests of one file, which may share what is built for a parameter, choose alike.
     home = first.nodeid.partition("::")[0]
-    order = sorted(places, key=lambda i: zlib.crc32((home + items[i].nodeid.partition("[")[2]).encode()))
+    order = sorted(indices, key=lambda i: zlib.crc32((home + items[i].nodeid.partition("[")[2]).encode()))
     picked = pairwise({i: axes_of(items[i]) for i in order if items[i].get_closest_marker("slow") is None})
     return picked if few is None else picked[: few.args[0]]
 
@@ -60,22 +60,24 @@ def axes_of(item: Any) -> Axes:
 def pairwise(points: dict[int, Axes]) -> list[int]:
     """Points that together have every pair of values of two axes that any point has (every value, where there is one
     axis). Those that show most values not seen before come first, then those that show most pairs."""
-    picked = _greedy({i: set(axes.items()) or {None} for i, axes in points.items()}, [])
-    return _greedy({i: set(combinations(sorted(axes.items(), key=_name), 2)) for i, axes in points.items()}, picked)
+    picked = _choose_greedily({i: set(axes.items()) or {None} for i, axes in points.items()}, [])
+    return _choose_greedily(
+        {i: set(combinations(sorted(axes.items(), key=_axis_name), 2)) for i, axes in points.items()}, picked
+    )
 
 
-def _greedy(shown: dict[int, set[Any]], picked: list[int]) -> list[int]:
+def _choose_greedily(features_by_point: dict[int, set[Any]], picked: list[int]) -> list[int]:
     """``picked`` and more, until all that is shown by any is shown by these; those that add most come first."""
-    seen: set[Any] = set().union(*(shown[i] for i in picked))
-    for wanted in range(max(map(len, shown.values()), default=0), 0, -1):
-        for i, own in shown.items():
-            if len(own - seen) >= wanted:
-                seen |= own
+    covered: set[Any] = set().union(*(features_by_point[i] for i in picked))
+    for gain in range(max(map(len, features_by_point.values()), default=0), 0, -1):
+        for i, features in features_by_point.items():
+            if len(features - covered) >= gain:
+                covered |= features
                 picked.append(i)
     return picked
 
 
-def _name(entry: tuple[str, Any]) -> str:
+def _axis_name(entry: tuple[str, Any]) -> str:
     return entry[0]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class One(nn.Module):
+class OneLayer(nn.Module):
     """One layer, with something nonlinear behind it so that gradients depend on the outputs."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -21,7 +21,7 @@ class One(nn.Module):
         return torch.tanh(self.layer(x))
 
 
-class Behind(nn.Module):
+class LayerAfterTanh(nn.Module):
     """A layer, and a linear one behind it."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -33,7 +33,7 @@ class Behind(nn.Module):
         return self.mid(torch.tanh(self.embed(x)))
 
 
-class Twice(nn.Module):
+class SharedLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(7, 11)
@@ -58,7 +58,7 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.mid(self.embed(x))))
 
 
-class Direct(nn.Module):
+class DirectTiedHead(nn.Module):
     """A tied head right behind its embedding."""
 
     def __init__(self) -> None:
@@ -214,7 +214,7 @@ class Functions(nn.Module):
         return torch.einsum("bi,io->bo", x, self.by_einsum)
 
 
-class Within(nn.Module):
+class WeightInsideBlock(nn.Module):
     """A module that owns functions' parameters, one level down."""
 
     def __init__(self) -> None:

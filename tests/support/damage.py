@@ -15,7 +15,7 @@ _VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
+def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     """A file with one of the kinds of damage that disks, transfers and careless tools do."""
     out = bytearray(data)
     at, other = sorted(rng.randrange(len(out)) for _ in range(2))
@@ -44,19 +44,19 @@ def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def _json_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] + [p for key, v in inner for p in _places(v, (*path, key))]
+    return [path] + [p for key, v in inner for p in _json_paths(v, (*path, key))]
 
 
-def _kind(value: Any) -> str:
+def _json_type(value: Any) -> str:
     return type(value).__name__
 
 
-def mutated_json(data: Any, rng: random.Random) -> tuple[Any, str]:
+def mutate_json(data: Any, rng: random.Random) -> tuple[Any, str]:
     """The data with a value of another type, or a field or an item less or more; and where."""
     data = json.loads(json.dumps(data))
-    path = rng.choice(_places(data))
+    path = rng.choice(_json_paths(data))
     if not path:
         return rng.choice(_VALUES), "all of it"
     holder = data
@@ -71,5 +71,5 @@ def mutated_json(data: Any, rng: random.Random) -> tuple[Any, str]:
     elif kind == 2 and isinstance(holder, dict):
         holder["more"] = rng.choice(_VALUES)
     else:
-        holder[last] = rng.choice([v for v in _VALUES if _kind(v) != _kind(holder[last])])
+        holder[last] = rng.choice([v for v in _VALUES if _json_type(v) != _json_type(holder[last])])
     return data, f"{'.'.join(map(str, path))} kind {kind}"

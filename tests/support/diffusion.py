@@ -105,7 +105,7 @@ COMPONENTS = {"unet": "unet", "sd3": "transformer", "flux": "transformer", "clip
 
 
 @lru_cache
-def _made(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def _build_model(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(5)
     make, inputs, _ = MODELS[name]
     return make().eval(), inputs()
@@ -113,11 +113,11 @@ def _made(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def model(name: str) -> nn.Module:
     """A fresh copy: diffusers' loaders change the models they load into."""
-    return copy.deepcopy(_made(name)[0])
+    return copy.deepcopy(_build_model(name)[0])
 
 
 def inputs(name: str) -> dict[str, Tensor]:
-    return _made(name)[1]
+    return _build_model(name)[1]
 
 
 @lru_cache
@@ -128,12 +128,12 @@ def program(name: str) -> adaptc.AdaptedProgram:
 
 
 @torch.no_grad()
-def out(subject: Any, name: str) -> Tensor:
+def output_tensor(subject: Any, name: str) -> Tensor:
     made = subject(**inputs(name))
     return made[0] if isinstance(made, tuple) else next(iter(made.values()))
 
 
-def adapted(name: str, **options: Any) -> nn.Module:
+def model_with_peft_adapter(name: str, **options: Any) -> nn.Module:
     """The model with an adapter of peft's, by diffusers' own ``add_adapter`` where it has one."""
     made = model(name)
     torch.manual_seed(8)

@@ -38,15 +38,15 @@ def config(rank: int, **options: Any) -> LoraConfig:
     return LoraConfig(r=rank, target_modules=list(SITES), **options)
 
 
-def state(rank: int, size: float = 1.0) -> dict[str, Tensor]:
+def adapter_tensors(rank: int, size: float = 1.0) -> dict[str, Tensor]:
     """An adapter that its rank seeds, with PEFT's keys; values of about ``size``."""
     g = torch.Generator().manual_seed(rank)
     a = {f"{n}.lora_A.weight": torch.randn(rank, i, generator=g) * size for n, (_, i) in SITES.items()}
     return a | {f"{n}.lora_B.weight": torch.randn(o, rank, generator=g) * size for n, (o, _) in SITES.items()}
 
 
-def compiled(rank: int = 2, **options: Any) -> adaptc.AdaptedProgram:
+def compile_net(rank: int = 2, **options: Any) -> adaptc.AdaptedProgram:
     """A program of the net with the adapter ``state(rank)``."""
     program = adaptc.compile(net(), config(rank, init_lora_weights=False), example_inputs=torch.randn(2, 5), **options)
-    adaptc.swap(program, state(rank))
+    adaptc.swap(program, adapter_tensors(rank))
     return program

@@ -9,13 +9,13 @@ from typing import Any
 
 
 @contextmanager
-def hurried(seconds: int = 60) -> Iterator[None]:
+def time_limit(seconds: int = 60) -> Iterator[None]:
     """Raises AssertionError where the block is not done by then."""
 
-    def late(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise AssertionError(f"not done after {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(seconds)
     try:
         yield

@@ -15,27 +15,27 @@ import adaptc.passes
 from adaptc.adapter_files import safe_torch_save
 
 #: folders of the code that is interrupted
-OURS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))
+ADAPTC_FOLDERS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))
 
 
-class Lines:
+class LineInterrupt:
     """Counts the lines of adaptc that run in a block, and stops it at one of them. ``files``: ends of the names of the
     files that count, all by default."""
 
     def __init__(self, stop: int | None = None, files: tuple[str, ...] = ("",)) -> None:
-        self.count, self.stop, self.files = 0, stop, files
+        self.count, self.stop_at, self.files = 0, stop, files
 
     def __enter__(self) -> Self:
-        self.old = sys.gettrace()
+        self.old_trace = sys.gettrace()
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(self.old)
+        sys.settrace(self.old_trace)
 
     def _counts(self, name: str) -> bool:
         # C++ calls the writer, and ends the process for what is raised there.
-        return name.startswith(OURS) and name != safe_torch_save.__file__ and name.endswith(self.files)
+        return name.startswith(ADAPTC_FOLDERS) and name != safe_torch_save.__file__ and name.endswith(self.files)
 
     def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._line if self._counts(frame.f_code.co_filename) else None
@@ -44,34 +44,34 @@ class Lines:
         # The line of a `with` comes again just before its block is left, where Python handles no signal.
         if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
             self.count += 1
-            if self.count == self.stop:
+            if self.count == self.stop_at:
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self._line
 
 
-def at_every_line(
-    deed: Callable[[], Any],
+def interrupt_at_every_line(
+    action: Callable[[], Any],
     reset: Callable[[], Any],
-    seen: Callable[[], Any],
-    works: Callable[[], Any],
+    observe: Callable[[], Any],
+    check_works: Callable[[], Any],
     files: tuple[str, ...],
 ) -> int:
-    """Interrupt a deed at every line of some files: what is ``seen`` afterwards is what was before it, or what is after
-    it, and it ``works``. ``reset`` makes what was before. How many interrupts came."""
+    """Interrupt a deed at every line of some files: what is ``observe`` afterwards is what was before it, or what is
+    after it, and it ``check_works``. ``reset`` makes what was before. How many interrupts came."""
     reset()
-    old = seen()
-    with Lines(files=files) as lines:
-        deed()
-    new, came = seen(), 0
+    old = observe()
+    with LineInterrupt(files=files) as lines:
+        action()
+    new, interrupt_count = observe(), 0
     for n in range(1, lines.count + 1):
         reset()
-        assert seen() == old
+        assert observe() == old
         try:
-            with Lines(n, files):
-                deed()
+            with LineInterrupt(n, files):
+                action()
         except KeyboardInterrupt:
-            came += 1
-        assert seen() in (old, new), f"line {n}"
-        works()
-    return came
+            interrupt_count += 1
+        assert observe() in (old, new), f"line {n}"
+        check_works()
+    return interrupt_count

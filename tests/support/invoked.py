@@ -30,10 +30,10 @@ def config_of(name: str, tokens: Sequence[int], **options: Any) -> dict[str, Any
 
 def alora_oracle(name: str, path: Path, tokens: Sequence[int], seed: int = 0, **options: Any) -> Oracle:
     """A family with an aLoRA of PEFT's, of random values, saved to ``path``."""
-    return Oracle.of(name, peft.LoraConfig(**config_of(name, tokens, **options)), path, seed=seed)
+    return Oracle.wrap_and_save(name, peft.LoraConfig(**config_of(name, tokens, **options)), path, seed=seed)
 
 
-def invoking(
+def inputs_with_invocations(
     tokens: Sequence[int], batch: int, length: int, padding: str | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
     """Inputs whose rows have the tokens twice, at the end, only in part, or not at all, as they have room; padded as
@@ -42,8 +42,8 @@ def invoking(
     ids, n = torch.randint(20, VOCAB, (batch, length), generator=generator), len(tokens)
     mask = torch.ones_like(ids)
     for row in range(batch):
-        places = [[0, length // 2], [length - n], [length - n + 1], []][row % 4]
-        for start in places:
+        starts = [[0, length // 2], [length - n], [length - n + 1], []][row % 4]
+        for start in starts:
             for i, token in enumerate(tokens):
                 if 0 <= start + i < length:
                     ids[row, start + i] = token

@@ -2,7 +2,7 @@
 
 ``make test`` leaves them out, so that it stays a matter of minutes, and ``make test-long`` runs them; ``--full`` runs
 all. The list is of test functions, with all their combinations of parameters, whose tests take most time each, as few
-as leave the others within :data:`BUDGET`. Anew, after tests have become more or faster:
+as leave the others within :data:`BUDGET_SECONDS`. Anew, after tests have become more or faster:
 
     make test PYTEST_ARGS=--junitxml=build/short.xml
     make test-long PYTEST_ARGS=--junitxml=build/long.xml
@@ -30,16 +30,16 @@ def function(nodeid: str) -> str:
 
 
 @cache
-def known() -> frozenset[str]:
+def read_long_tests() -> frozenset[str]:
     """The functions that take long."""
     return frozenset(LIST.read_text().split())
 
 
 def is_long(nodeid: str) -> bool:
-    return function(nodeid) in known()
+    return function(nodeid) in read_long_tests()
 
 
-def chosen(seconds: Mapping[str, float], budget: float = BUDGET) -> list[str]:
+def choose_long_tests(seconds: Mapping[str, float], budget: float = BUDGET) -> list[str]:
     """Of tests and their times the functions that take most for each test, until the others are within ``budget``."""
     times: dict[str, list[float]] = defaultdict(list)
     for nodeid, took in seconds.items():
@@ -66,6 +66,6 @@ def times_of(files: Iterable[Path]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    names = chosen(times_of(map(Path, sys.argv[1:])))
+    names = choose_long_tests(times_of(map(Path, sys.argv[1:])))
     LIST.write_text("".join(f"{name}\n" for name in names))
     print(f"{len(names)} functions take long, of which {LIST} has the names")

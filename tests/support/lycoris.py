@@ -16,7 +16,7 @@ import adaptc
 CONFIGS = ("LoHaConfig", "LoKrConfig")
 
 
-class Named(nn.Module):
+class NamedLayers(nn.Module):
     """Layers in a row, called a, b, ..."""
 
     def __init__(self, *layers: nn.Module) -> None:
@@ -30,18 +30,18 @@ class Named(nn.Module):
         return x
 
 
-def named(*layers: nn.Module) -> Named:
+def make_layers(*layers: nn.Module) -> NamedLayers:
     torch.manual_seed(2)
     for p in (p for layer in layers for p in layer.parameters()):
         nn.init.normal_(p, std=0.3)
-    return Named(*layers).double().eval()
+    return NamedLayers(*layers).double().eval()
 
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def wrapped(model: nn.Module, cls: str, seed: int = 4, **config: Any) -> Any:
+def peft_wrapped(model: nn.Module, cls: str, seed: int = 4, **config: Any) -> Any:
     """PEFT's model, its adapter as PEFT makes it from this seed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -49,9 +49,9 @@ def wrapped(model: nn.Module, cls: str, seed: int = 4, **config: Any) -> Any:
         return peft.get_peft_model(copy.deepcopy(model), getattr(peft, cls)(**config)).eval()
 
 
-def saved(model: nn.Module, cls: str, path: Path, **config: Any) -> Any:
+def save_peft_adapter(model: nn.Module, cls: str, path: Path, **config: Any) -> Any:
     """PEFT's model with random adapter tensors, which are also at ``path``."""
-    out = wrapped(model, cls, **config)
+    out = peft_wrapped(model, cls, **config)
     with torch.no_grad():
         for p in out.parameters():
             if p.requires_grad:
@@ -62,11 +62,11 @@ def saved(model: nn.Module, cls: str, path: Path, **config: Any) -> Any:
     return out
 
 
-def close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def slots(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
+def slots_by_file_key(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
     """Key in files -> the program's own tensor."""
     return {
         a.file_key(n, s): program.binding.values[a.slots[n]]
@@ -78,6 +78,6 @@ def slots(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
 def randomize(program: adaptc.AdaptedProgram) -> adaptc.AdaptedProgram:
     torch.manual_seed(8)
     with torch.no_grad():
-        for t in slots(program).values():
+        for t in slots_by_file_key(program).values():
             t.normal_(std=0.6)
     return program

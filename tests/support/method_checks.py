@@ -15,28 +15,28 @@ import torch
 from safetensors.torch import load_file
 
 import adaptc
-from adaptc.binding.bind import first_values
+from adaptc.binding.bind import initial_values
 from tests.support.method_table import ENTRIES
 from tests.support.subject import (
     FILE,
     Subject,
     adapter_parameters,
-    captured,
-    close,
-    key_of,
+    assert_close,
+    assert_valid,
+    base_model_and_program,
+    find_file_key,
     loss,
     quiet,
-    randomized,
-    sound,
+    save_random_adapter,
 )
 
 
 def check_outputs(s: Subject, tmp_path: Path) -> None:
     """The program compiled from the file computes what the oracle does, at other batch sizes than it saw."""
-    sound(s.program)
+    assert_valid(s.program)
     for batch in (2, 5):
         expected = s.expected(batch)
-        close(s.program(*s.args(batch)), expected, s.tolerance)
+        assert_close(s.program(*s.args(batch)), expected, s.tolerance)
         assert not torch.allclose(expected, s.base(*s.args(batch)), rtol=1e-3, atol=1e-3)
 
 
@@ -50,10 +50,12 @@ def check_gradients(s: Subject, tmp_path: Path) -> None:
     loss(module(*s.args(5))).backward()
     found = {k: t.grad for k, t in slots.items() if t.grad is not None}
     assert found
-    assert set(found) == {key_of(found, k) for k in expected}
+    assert set(found) == {find_file_key(found, k) for k in expected}
     for key, grad in expected.items():
-        scale, own = max(1.0, float(grad.abs().max())), found[key_of(found, key)]
-        close(own / scale, grad.to(own.dtype).reshape(own.shape) / scale, s.tolerance * 10)  # files may have it flat
+        scale, own = max(1.0, float(grad.abs().max())), found[find_file_key(found, key)]
+        assert_close(
+            own / scale, grad.to(own.dtype).reshape(own.shape) / scale, s.tolerance * 10
+        )  # files may have it flat
     trained = {id(p) for p in slots.values()}
     assert all(id(p) in trained for p in module.parameters() if p.requires_grad)
 
@@ -61,10 +63,10 @@ def check_gradients(s: Subject, tmp_path: Path) -> None:
 def check_first_values(s: Subject, tmp_path: Path) -> None:
     """A fresh adapter leaves the layer as it is, if the method says so, and trains; slots have the config's shapes."""
     program = s.compile(s.config())
-    sound(program)
+    assert_valid(program)
     found, base = program(*s.args(5)), s.base(*s.args(5))
-    if s.entry.neutral:
-        close(found, base, max(1e-9, s.entry.tolerance))
+    if s.entry.is_identity_at_init:
+        assert_close(found, base, max(1e-9, s.entry.tolerance))
     assert found.isfinite().all()
     a, op = s.attachment, s.program.ops[s.attachment.id]
     for name, slot in a.method.slots(op).items():
@@ -74,35 +76,35 @@ def check_first_values(s: Subject, tmp_path: Path) -> None:
 def check_absent(s: Subject, tmp_path: Path) -> None:
     """The method's identity values leave the layer as it is, exactly up to rounding, and have finite gradients."""
     program = s.compile(s.config())
-    identity = first_values(program.spec(trainable=True), s.config(), only={})
+    identity = initial_values(program.spec(trainable=True), s.config(), methods_by_id={})
     assert not identity.methods
     module = adaptc.AdaptedProgram.bind(program, identity)
-    close(module(*s.args(5)), s.base(*s.args(5)), 1e-9)
+    assert_close(module(*s.args(5)), s.base(*s.args(5)), 1e-9)
     adaptc.swap(program, identity)
-    sound(program)
+    assert_valid(program)
 
 
 def check_swap(s: Subject, tmp_path: Path) -> None:
     """A program compiled for an adapter with other sizes and options computes the oracle's outputs after a swap."""
-    program = s.compile(s.config(**s.entry.other))
+    program = s.compile(s.config(**s.entry.other_config))
     before = {k: v.clone() for k, v in s.base.state_dict().items()}
     report = adaptc.swap(program, s.directory)
     assert str(report)
-    sound(program)
+    assert_valid(program)
     args = s.args(5)
-    close(program(*args), s.expected(5), s.tolerance)
-    close(program.module()(*args), s.expected(5), s.tolerance)
+    assert_close(program(*args), s.expected(5), s.tolerance)
+    assert_close(program.module()(*args), s.expected(5), s.tolerance)
     assert all(torch.equal(v, before[k]) for k, v in s.base.state_dict().items())
-    back = randomized(s, s.config(**s.entry.other), tmp_path, seed=9)
+    back = save_random_adapter(s, s.config(**s.entry.other_config), tmp_path, seed=9)
     adaptc.swap(program, back)
-    sound(program)
-    close(program(*args), s.compile(back)(*args))
+    assert_valid(program)
+    assert_close(program(*args), s.compile(back)(*args))
 
 
 def check_forms(s: Subject, tmp_path: Path) -> None:
     """What a method does to the weight is what its cheaper form does around the layer, in values and gradients."""
     a, op = s.attachment, s.program.ops[s.attachment.id]
-    if not s.entry.weight:
+    if not s.entry.has_weight_form:
         with pytest.raises(adaptc.ConfigError, match=f"{a.method.name} has no form on the weight"):
             s.compile(form="weight")
         return
@@ -111,8 +113,8 @@ def check_forms(s: Subject, tmp_path: Path) -> None:
     assert [p.adaptation.attachments[0].form for p in programs] == ["apply" if outside else "weight", "weight"]
     grads = []
     for p in programs:
-        sound(p)
-        close(p(*s.args(5)), s.expected(5), s.tolerance)
+        assert_valid(p)
+        assert_close(p(*s.args(5)), s.expected(5), s.tolerance)
         module = p.module()
         module.eval()
         loss(module(*s.args(5))).backward()
@@ -122,14 +124,14 @@ def check_forms(s: Subject, tmp_path: Path) -> None:
         assert (g is None) == (grads[1][key] is None), key
         if g is not None:
             scale = max(1.0, float(g.abs().max()))
-            close(grads[1][key] / scale, g / scale, s.tolerance * 10)
+            assert_close(grads[1][key] / scale, g / scale, s.tolerance * 10)
 
 
 def check_merge(s: Subject, tmp_path: Path) -> None:
     """Merged weights and outputs are the oracle's; unmerge and unload give every bit back."""
     args = s.args(5)
     adapted = s.program(*args)
-    if not s.entry.weight:
+    if not s.entry.has_weight_form:
         with pytest.raises(adaptc.MergeError, match="cannot be merged"):
             adaptc.merge(s.program)
         with pytest.raises(adaptc.AdaptcError, match="cannot be merged"):
@@ -137,16 +139,16 @@ def check_merge(s: Subject, tmp_path: Path) -> None:
         assert torch.equal(s.program(*args), adapted)
         return
     merged = adaptc.merge(s.program)
-    sound(merged)
-    close(merged(*args), adapted, s.tolerance)
+    assert_valid(merged)
+    assert_close(merged(*args), adapted, s.tolerance)
     for key, value in s.merged().items():
-        close(merged.state_dict[key].double(), value.double(), s.tolerance)
+        assert_close(merged.state_dict[key].double(), value.double(), s.tolerance)
     back = adaptc.unmerge(merged)
-    sound(back)
+    assert_valid(back)
     assert torch.equal(back(*args), adapted)
     assert all(torch.equal(back.state_dict[k], v) for k, v in s.program.state_dict.items())
     unloaded = adaptc.unload(back)
-    sound(unloaded)
+    assert_valid(unloaded)
     base = s.base.state_dict()
     assert set(unloaded.state_dict) == set(base)
     assert all(v.data_ptr() == base[k].data_ptr() for k, v in unloaded.state_dict.items())
@@ -160,7 +162,7 @@ def check_files(s: Subject, tmp_path: Path) -> None:
     found, given = load_file(written / FILE), load_file(s.directory / FILE)
     assert set(found) == set(given)
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in given.items())
-    if not s.by_peft:
+    if not s.has_peft_oracle:
         return
     with quiet():
         model = s.kind.model(s.entry.widths)
@@ -177,20 +179,20 @@ def check_files(s: Subject, tmp_path: Path) -> None:
     ]
     assert not result.unexpected_keys
     assert not [k for k in own if any(p in k for p in ("lora", "vera", "hada", "lokr", "oft", "ia3", ".default"))]
-    close(loaded(*s.args(5)), s.program(*s.args(5)), s.tolerance)
+    assert_close(loaded(*s.args(5)), s.program(*s.args(5)), s.tolerance)
 
 
 def check_reload(s: Subject, tmp_path: Path) -> None:
     """A program read from disk is understood from its graph: it runs, swaps, merges and unloads as before."""
     args = s.args(5)
     loaded = adaptc.load(adaptc.save(s.program, tmp_path / "program.pt2"))
-    sound(loaded)
+    assert_valid(loaded)
     assert list(loaded.adaptation.attachments) == list(s.program.adaptation.attachments)
     assert torch.equal(loaded(*args), s.program(*args))
-    if s.entry.weight:
+    if s.entry.has_weight_form:
         assert torch.equal(adaptc.merge(loaded)(*args), adaptc.merge(s.program)(*args))
     adaptc.swap(loaded, s.directory)
-    sound(loaded)
+    assert_valid(loaded)
     assert torch.equal(loaded(*args), s.program(*args))
 
 
@@ -198,10 +200,10 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
     """Above a half-precision base, slots are float32 and outputs have the base's dtype and its rounding."""
     exact, scale = s.expected(5), 1.0
     for dtype, autocast in ((torch.bfloat16, True), (torch.float32, True), (torch.bfloat16, False)):
-        plain = captured(s.layer, s.entry.widths, dtype)[1]
+        plain = base_model_and_program(s.layer, s.entry.widths, dtype)[1]
         args = tuple(a.to(dtype) if a.is_floating_point() else a for a in s.args(5))
         program = adaptc.compile(plain, s.directory, autocast_adapter_dtype=autocast)
-        sound(program)
+        assert_valid(program)
         slot = torch.float32 if autocast else dtype
         for key, p in adapter_parameters(program).items():
             assert p.dtype == slot or not p.is_floating_point(), key
@@ -210,7 +212,7 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
         # What rounding every weight, input and adapter tensor once can do; an omitted factor does far more.
         bound = (60 if dtype == torch.bfloat16 else 2000) * torch.finfo(dtype).eps * scale
         assert float((out.double() - exact).abs().max()) < bound
-        if not s.entry.weight:
+        if not s.entry.has_weight_form:
             continue
         merged = adaptc.merge(program)
         assert all(v.dtype == dtype for v in merged.state_dict.values() if v.is_floating_point())
@@ -220,8 +222,8 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
 def check_rows(s: Subject, tmp_path: Path) -> None:
     """In a bank of two adapters each row of a batch computes what its adapter alone does, none the base, and a mix the
     weighted sum of what they change; or the layer is refused by name."""
-    program = s.compile(s.config(**s.entry.other))
-    two = randomized(s, s.config(**s.entry.other), tmp_path, seed=9)
+    program = s.compile(s.config(**s.entry.other_config))
+    two = save_random_adapter(s, s.config(**s.entry.other_config), tmp_path, seed=9)
     if s.layer in ("functional", "experts") or not s.entry.rows:
         with pytest.raises(adaptc.TargetError, match="another adapter for each row"):
             program.bank({"one": s.directory})
@@ -235,7 +237,7 @@ def check_rows(s: Subject, tmp_path: Path) -> None:
     assert told.any()
     mix = torch.tanh(behind[0] + 0.5 * (behind[1] - behind[0]) - 0.25 * (behind[2] - behind[0]))
     mix = torch.where(told, mix, found[3])
-    close(found, torch.stack([one[0], base[1], other[2], mix, one[4]]), 1e-8)
+    assert_close(found, torch.stack([one[0], base[1], other[2], mix, one[4]]), 1e-8)
 
 
 CHECKS = [
@@ -260,4 +262,4 @@ def cases(names: list[str] | None = None) -> list[Any]:
 
 
 def refusals() -> list[tuple[str, str]]:
-    return [(e.name, n) for e in ENTRIES for n in e.refused]
+    return [(e.name, n) for e in ENTRIES for n in e.refused_layers]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tests.support.block_diagonal  # noqa: F401  # for BOFT with several factors
-from tests.support.custom_models import One
+from tests.support.custom_models import OneLayer
 
 #: words that ids of embedding layers are drawn from
 BATCHES = (3, 2, 5)
@@ -29,7 +29,7 @@ class Layer:
 
     def model(self, widths: tuple[int, int]) -> nn.Module:
         torch.manual_seed(11)
-        return One(self.build(*widths)).double().eval()
+        return OneLayer(self.build(*widths)).double().eval()
 
     def args(self, widths: tuple[int, int], batch: int) -> tuple[Tensor, ...]:
         torch.manual_seed(batch)
@@ -85,36 +85,37 @@ class Entry:
     """A method in one variant.
 
     ``config``: the fields of its config but for the targets, for adaptc and PEFT alike; ``cls`` the name of both
-    classes. ``peft``: the layers on which PEFT's own is the oracle; on all others but the ``refused`` ones it is the
-    layer with the weight that the method's ``weight`` makes. ``other``: fields in which another adapter differs that
-    must run through the same code. ``widths``: inputs and outputs of the layers. ``neutral``: whether a fresh adapter
-    leaves the layer as it is. ``values``: legal random values of a tensor by its key, where normal ones are not.
-    ``tolerance``: for methods that PEFT computes in float32 whatever the dtype. ``only``: layers enough for a variant
-    of a method that another entry has on all of them. ``weight``: whether it means something for a weight, so that it
-    can be merged; ``rows``: whether a row of a batch depends on that row alone.
+    classes. ``peft``: the layers on which PEFT's own is the oracle; on all others but the ``refused_layers`` ones it is
+    the layer with the weight that the method's ``has_weight_form`` makes. ``other_config``: fields in which another
+    adapter differs that must run through the same code. ``widths``: inputs and outputs of the layers.
+    ``is_identity_at_init``: whether a fresh adapter leaves the layer as it is. ``random_values``: legal random values
+    of a tensor by its key, where normal ones are not. ``tolerance``: for methods that PEFT computes in float32 whatever
+    the dtype. ``tested_layers``: layers enough for a variant of a method that another entry has on all of them.
+    ``has_weight_form``: whether it means something for a weight, so that it can be merged; ``rows``: whether a row of a
+    batch depends on that row alone.
     """
 
     name: str
     cls: str
     config: Mapping[str, Any]
     peft: tuple[str, ...] = ("linear", "linear_nobias")
-    refused: tuple[str, ...] = ()
-    other: Mapping[str, Any] = field(default_factory=dict)
+    refused_layers: tuple[str, ...] = ()
+    other_config: Mapping[str, Any] = field(default_factory=dict)
     widths: tuple[int, int] = (15, 21)
-    neutral: bool = True
-    values: Callable[[str, Tensor], Tensor] | None = None
+    is_identity_at_init: bool = True
+    random_values: Callable[[str, Tensor], Tensor] | None = None
     tolerance: float = 1e-9
-    only: tuple[str, ...] = tuple(LAYERS)
-    weight: bool = True
+    tested_layers: tuple[str, ...] = tuple(LAYERS)
+    has_weight_form: bool = True
     rows: bool = True
 
     def layers(self) -> list[str]:
-        return [n for n in self.only if n not in self.refused]
+        return [n for n in self.tested_layers if n not in self.refused_layers]
 
-    def fill(self, key: str, like: Tensor) -> Tensor:
+    def random_tensor(self, key: str, like: Tensor) -> Tensor:
         """Random values for a tensor of the adapter, in float64."""
-        if self.values is not None:
-            return self.values(key, like)
+        if self.random_values is not None:
+            return self.random_values(key, like)
         return torch.randn(like.shape, dtype=torch.float64) * 0.5
 
 
@@ -122,23 +123,23 @@ CONVS = ("conv1d", "conv1d_same", "conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_
 #: where methods for matrices alone are PEFT's
 MATRICES = ("linear", "linear_nobias", "addmm")
 #: where LoHa and LoKr are PEFT's
-FLAT = (
+LYCORIS_PEFT_LAYERS = (
     *("linear", "linear_nobias", "conv1d", "conv1d_same"),
     *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_groups"),
 )
 #: convolutions whose kernels may have factors of their own
 KERNELS = ("conv1d", "conv2d_odd", "conv2d_groups", "conv3d", "conv_transpose")
 #: where IA3 is PEFT's
-SCALED = (
+IA3_PEFT_LAYERS = (
     *("linear", "linear_nobias", "addmm"),
     *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_circular", "conv2d_groups", "conv3d"),
 )
 
 #: layers whose inputs, outputs and weights are turned
-ROTATED = ("linear", "embedding", "conv2d_1x1", "conv2d_groups", "experts")
+ROTATION_LAYERS = ("linear", "embedding", "conv2d_1x1", "conv2d_groups", "experts")
 
 
-def apart(key: str, like: Tensor) -> Tensor:
+def distinct_logits(key: str, like: Tensor) -> Tensor:
     """Logits that rounding keeps in their order, since another order is another choice of vectors."""
     if "logits" not in key:
         return torch.randn(like.shape, dtype=torch.float64) * 0.5
@@ -146,7 +147,16 @@ def apart(key: str, like: Tensor) -> Tensor:
 
 
 #: enough for methods that see of a layer but the matrix its weight is
-FLATTENED = ("linear", "addmm", "embedding", "conv2d_odd", "conv2d_groups", "conv_transpose", "functional", "experts")
+MATRIX_VIEW_LAYERS = (
+    "linear",
+    "addmm",
+    "embedding",
+    "conv2d_odd",
+    "conv2d_groups",
+    "conv_transpose",
+    "functional",
+    "experts",
+)
 
 ENTRIES: list[Entry] = [
     Entry(
@@ -154,49 +164,49 @@ ENTRIES: list[Entry] = [
         "LoraConfig",
         {"r": 6, "lora_alpha": 5},
         peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
-        other={"r": 3, "lora_alpha": 7, "use_rslora": True},
+        other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
     ),
     Entry(
         "dora",
         "LoraConfig",
         {"r": 6, "lora_alpha": 5, "use_dora": True},
         peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
-        other={"r": 3, "lora_alpha": 7, "use_rslora": True},
+        other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
     ),
     Entry(
         "adalora",
         "AdaLoraConfig",
         {"init_r": 6, "lora_alpha": 5, "total_step": 10},
         peft=("linear", "linear_nobias", "addmm", "conv2d", "conv2d_1x1", "conv2d_odd"),
-        other={"init_r": 3, "lora_alpha": 0},
+        other_config={"init_r": 3, "lora_alpha": 0},
     ),
     Entry(
         "oft",
         "OFTConfig",
         {"oft_block_size": 3},
         peft=("linear", "linear_nobias", "embedding", "conv2d_1x1"),
-        other={"module_dropout": 0.1, "init_weights": False},
+        other_config={"module_dropout": 0.1, "init_weights": False},
     ),
     Entry(
         "oft_cayley",
         "OFTConfig",
         {"r": 3, "oft_block_size": 0, "use_cayley_neumann": False},
         peft=("linear", "embedding", "conv2d_1x1"),
-        only=ROTATED,
+        tested_layers=ROTATION_LAYERS,
     ),
     Entry(
         "oft_shared",
         "OFTConfig",
         {"oft_block_size": 3, "block_share": True, "num_cayley_neumann_terms": 7},
         peft=("linear", "embedding", "conv2d_1x1"),
-        only=ROTATED,
+        tested_layers=ROTATION_LAYERS,
     ),
     Entry(
         "oft_constrained",
         "OFTConfig",
         {"oft_block_size": 3, "coft": True, "eps": 0.25},
         peft=("linear", "embedding", "conv2d_1x1"),
-        only=ROTATED,
+        tested_layers=ROTATION_LAYERS,
         tolerance=1e-7,  # PEFT rounds the radius to float32
     ),
     Entry(
@@ -204,8 +214,8 @@ ENTRIES: list[Entry] = [
         "BOFTConfig",
         {"boft_block_size": 3},
         peft=("linear", "conv2d_1x1"),
-        other={"boft_dropout": 0.1, "init_weights": False},
-        only=ROTATED,
+        other_config={"boft_dropout": 0.1, "init_weights": False},
+        tested_layers=ROTATION_LAYERS,
     ),
     Entry(
         "boft_butterfly",
@@ -219,88 +229,114 @@ ENTRIES: list[Entry] = [
         "HRAConfig",
         {"r": 4},
         peft=("linear", "linear_nobias", "conv2d", "conv2d_1x1"),
-        other={"r": 6},
+        other_config={"r": 6},
     ),
     Entry(
         "hra_gs",
         "HRAConfig",
         {"r": 4, "apply_GS": True, "init_weights": False},
         peft=("linear", "conv2d_1x1"),
-        only=ROTATED,
-        other={"r": 3},
-        neutral=False,
+        tested_layers=ROTATION_LAYERS,
+        other_config={"r": 3},
+        is_identity_at_init=False,
     ),
     # PEFT rounds LoHa's alpha / r to float32, and ignores the padding mode of convolutions.
-    Entry("loha", "LoHaConfig", {"r": 4, "alpha": 6}, peft=FLAT, other={"r": 3, "alpha": 7, "rank_dropout": 0.2}),
+    Entry(
+        "loha",
+        "LoHaConfig",
+        {"r": 4, "alpha": 6},
+        peft=LYCORIS_PEFT_LAYERS,
+        other_config={"r": 3, "alpha": 7, "rank_dropout": 0.2},
+    ),
     Entry(
         "loha_kernel",
         "LoHaConfig",
         {"r": 4, "alpha": 6, "use_effective_conv2d": True},
         peft=(),  # where PEFT's gradients of hada_w1_a and hada_w2_a are those of other tensors
-        other={"r": 3, "init_weights": False},
-        only=KERNELS,
+        other_config={"r": 3, "init_weights": False},
+        tested_layers=KERNELS,
     ),
-    Entry("lokr", "LoKrConfig", {"r": 2, "alpha": 5}, peft=FLAT, other={"r": 3, "alpha": 7, "module_dropout": 0.2}),
+    Entry(
+        "lokr",
+        "LoKrConfig",
+        {"r": 2, "alpha": 5},
+        peft=LYCORIS_PEFT_LAYERS,
+        other_config={"r": 3, "alpha": 7, "module_dropout": 0.2},
+    ),
     Entry(
         "lokr_whole",
         "LoKrConfig",
         {"r": 4, "alpha": 7},
-        peft=FLAT,
-        other={"r": 9, "init_weights": "lycoris"},
-        only=("linear", "embedding", "conv2d", *KERNELS),
+        peft=LYCORIS_PEFT_LAYERS,
+        other_config={"r": 9, "init_weights": "lycoris"},
+        tested_layers=("linear", "embedding", "conv2d", *KERNELS),
     ),
     Entry(
         "lokr_both",
         "LoKrConfig",
         {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 5},
-        peft=FLAT,
-        other={"r": 1, "init_weights": False, "rank_dropout": 0.2, "rank_dropout_scale": True},
-        only=("linear", "embedding", "conv2d", "experts"),
+        peft=LYCORIS_PEFT_LAYERS,
+        other_config={"r": 1, "init_weights": False, "rank_dropout": 0.2, "rank_dropout_scale": True},
+        tested_layers=("linear", "embedding", "conv2d", "experts"),
     ),
     Entry(
         "lokr_kernel",
         "LoKrConfig",
         {"r": 2, "alpha": 5, "use_effective_conv2d": True, "init_weights": "lycoris"},
-        peft=FLAT,
-        other={"r": 3, "init_weights": True},
-        only=KERNELS,
+        peft=LYCORIS_PEFT_LAYERS,
+        other_config={"r": 3, "init_weights": True},
+        tested_layers=KERNELS,
     ),
-    Entry("ia3", "IA3Config", {"feedforward_modules": []}, peft=SCALED, other={"init_ia3_weights": False}),
-    Entry("ia3_inputs", "IA3Config", {"feedforward_modules": "layer.*"}, peft=SCALED),
-    Entry("road", "RoadConfig", {"group_size": 14}, widths=(15, 42), other={"init_weights": False}),
-    Entry("road_2", "RoadConfig", {"variant": "road_2", "group_size": 6}, widths=(15, 42), only=FLATTENED),
+    Entry(
+        "ia3", "IA3Config", {"feedforward_modules": []}, peft=IA3_PEFT_LAYERS, other_config={"init_ia3_weights": False}
+    ),
+    Entry("ia3_inputs", "IA3Config", {"feedforward_modules": "layer.*"}, peft=IA3_PEFT_LAYERS),
+    Entry("road", "RoadConfig", {"group_size": 14}, widths=(15, 42), other_config={"init_weights": False}),
+    Entry(
+        "road_2",
+        "RoadConfig",
+        {"variant": "road_2", "group_size": 6},
+        widths=(15, 42),
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
     Entry(
         "road_4",
         "RoadConfig",
         {"variant": "road_4", "group_size": 2, "init_weights": False},
         widths=(15, 42),
-        only=FLATTENED,
-        neutral=False,
+        tested_layers=MATRIX_VIEW_LAYERS,
+        is_identity_at_init=False,
     ),
-    Entry("miss", "MissConfig", {"r": 4}, other={"r": 7, "init_weights": False}),
-    Entry("miss_mini", "MissConfig", {"r": 5, "init_weights": "mini", "mini_r": 7}, other={"r": 2}, only=FLATTENED),
-    Entry("miss_bat", "MissConfig", {"r": 3, "init_weights": "bat"}, only=FLATTENED),
+    Entry("miss", "MissConfig", {"r": 4}, other_config={"r": 7, "init_weights": False}),
+    Entry(
+        "miss_mini",
+        "MissConfig",
+        {"r": 5, "init_weights": "mini", "mini_r": 7},
+        other_config={"r": 2},
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    Entry("miss_bat", "MissConfig", {"r": 3, "init_weights": "bat"}, tested_layers=MATRIX_VIEW_LAYERS),
     Entry(
         "vera",
         "VeraConfig",
         {"r": 6},
         peft=MATRICES,
-        other={"r": 3, "projection_prng_key": 7, "save_projection": False, "d_initial": 0.3},
+        other_config={"r": 3, "projection_prng_key": 7, "save_projection": False, "d_initial": 0.3},
     ),
     Entry(
         "vera_drawn",
         "VeraConfig",
         {"r": 4, "save_projection": False},
         peft=MATRICES,
-        other={"init_weights": False},
-        only=FLATTENED,
+        other_config={"init_weights": False},
+        tested_layers=MATRIX_VIEW_LAYERS,
     ),
     Entry(
         "randlora",
         "RandLoraConfig",
         {"r": 4, "randlora_alpha": 5},
         peft=MATRICES,
-        other={"randlora_alpha": 7, "projection_prng_key": 3, "very_sparse": True},
+        other_config={"randlora_alpha": 7, "projection_prng_key": 3, "very_sparse": True},
     ),
     Entry(
         "randlora_drawn",
@@ -308,75 +344,75 @@ ENTRIES: list[Entry] = [
         {"r": 7, "randlora_alpha": 3, "sparse": True, "save_projection": False},
         peft=MATRICES,
         widths=(21, 15),
-        other={"save_projection": True, "init_weights": False},
-        only=FLATTENED,
+        other_config={"save_projection": True, "init_weights": False},
+        tested_layers=MATRIX_VIEW_LAYERS,
     ),
     Entry(
         "vblora",
         "VBLoRAConfig",
         {"r": 4, "num_vectors": 11, "vector_length": 3, "topk": 2},
         peft=MATRICES,
-        other={"r": 3, "init_logits_std": 0.7, "save_only_topk_weights": True},
-        neutral=False,
-        values=apart,
+        other_config={"r": 3, "init_logits_std": 0.7, "save_only_topk_weights": True},
+        is_identity_at_init=False,
+        random_values=distinct_logits,
     ),
     Entry(
         "fourierft",
         "FourierFTConfig",
         {"n_frequency": 40},
         peft=MATRICES,
-        other={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": True},
-        neutral=False,
+        other_config={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": True},
+        is_identity_at_init=False,
         tolerance=1e-5,
-        only=FLATTENED,
+        tested_layers=MATRIX_VIEW_LAYERS,
     ),
     Entry(
         "waveft",
         "WaveFTConfig",
         {"n_frequency": 40},
         peft=MATRICES,
-        other={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": False},
-        only=FLATTENED,
+        other_config={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": False},
+        tested_layers=MATRIX_VIEW_LAYERS,
     ),
     Entry(
         "waveft_sym4",
         "WaveFTConfig",
         {"n_frequency": 40, "wavelet_family": "sym4"},
         peft=MATRICES,
-        other={"n_frequency": 50, "wavelet_family": "db4"},
-        only=("linear", "conv2d_odd"),
+        other_config={"n_frequency": 50, "wavelet_family": "db4"},
+        tested_layers=("linear", "conv2d_odd"),
     ),
     Entry(
         "waveft_sparse",
         "WaveFTConfig",
         {"n_frequency": 40, "use_idwt": False},
         peft=MATRICES,
-        other={"n_frequency": 50, "wavelet_family": "db4"},
-        only=("linear", "conv2d_odd"),
+        other_config={"n_frequency": 50, "wavelet_family": "db4"},
+        tested_layers=("linear", "conv2d_odd"),
     ),
     Entry(
         "c3a",
         "C3AConfig",
         {"block_size": 3},
-        other={"init_weights": True},
-        neutral=False,
+        other_config={"init_weights": True},
+        is_identity_at_init=False,
         tolerance=1e-5,
-        only=(*FLATTENED, "linear_nobias"),
+        tested_layers=(*MATRIX_VIEW_LAYERS, "linear_nobias"),
     ),
     Entry(
         "shira",
         "ShiraConfig",
         {"r": 3, "random_seed": 4},
-        other={"r": 2, "random_seed": 9, "init_weights": False},
-        only=FLATTENED,
+        other_config={"r": 2, "random_seed": 9, "init_weights": False},
+        tested_layers=MATRIX_VIEW_LAYERS,
     ),
     Entry(
         "lily",
         "LilyConfig",
         {"r": 4, "num_B": 3, "scaling": 0.7},
-        refused=tuple(n for n in LAYERS if n not in MATRICES),
-        other={"r": 7, "stride_A": 2, "scaling": 1.3, "init_weights": False},
-        weight=False,
+        refused_layers=tuple(n for n in LAYERS if n not in MATRICES),
+        other_config={"r": 7, "stride_A": 2, "scaling": 1.3, "init_weights": False},
+        has_weight_form=False,
         rows=False,
     ),
     # PEFT forgets the bias of a linear layer whose rows are trained.
@@ -385,8 +421,8 @@ ENTRIES: list[Entry] = [
         "TrainableTokensConfig",
         {"token_indices": [2, 5, 11]},
         peft=("linear_nobias", "embedding"),
-        refused=(*CONVS, "conv_transpose", "experts"),
-        other={"token_indices": [1, 5], "init_weights": False},
+        refused_layers=(*CONVS, "conv_transpose", "experts"),
+        other_config={"token_indices": [1, 5], "init_weights": False},
     ),
 ]
 

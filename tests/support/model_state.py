@@ -22,28 +22,32 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "random.numpy": str(numpy.random.get_state()),
     }
     seen: dict[int, str] = {}
-    todo: list[tuple[str, Any]] = [("model", model)]
-    while todo:
-        path, value = todo.pop()
+    pending: list[tuple[str, Any]] = [("model", model)]
+    while pending:
+        path, value = pending.pop()
         if isinstance(value, (FunctionType, MethodType, ModuleType, type)):
             out[path] = id(value.__func__ if isinstance(value, MethodType) else value)
             continue
-        inside = _inside(value)
-        if not isinstance(value, Tensor) and inside is None:
+        children = _children_of(value)
+        if not isinstance(value, Tensor) and children is None:
             out[path] = (type(value).__name__, value if isinstance(value, (int, float, str, bytes)) else repr(value))
             continue
         if id(value) in seen:
             out[path] = f"is {seen[id(value)]}"
             continue
         seen[id(value)] = path
-        out[path] = (id(value), type(value).__name__, _values(value) if isinstance(value, Tensor) else len(inside))
+        out[path] = (
+            id(value),
+            type(value).__name__,
+            _tensor_facts(value) if isinstance(value, Tensor) else len(children),
+        )
         if isinstance(value, Tensor):
-            inside = {} if not value.is_leaf or value.grad is None else {"grad": value.grad}
-        todo += [(f"{path}.{name}", v) for name, v in inside.items()]
+            children = {} if not value.is_leaf or value.grad is None else {"grad": value.grad}
+        pending += [(f"{path}.{name}", v) for name, v in children.items()]
     return out
 
 
-def _inside(value: Any) -> dict[Any, Any] | None:
+def _children_of(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, dict):
         return {f"{i}:{k}": v for i, (k, v) in enumerate(value.items())}
     if isinstance(value, (list, tuple, deque)):
@@ -57,11 +61,11 @@ def _inside(value: Any) -> dict[Any, Any] | None:
     return vars(value) if hasattr(value, "__dict__") and not isinstance(value, Tensor) else None
 
 
-def _values(t: Tensor) -> Any:
+def _tensor_facts(t: Tensor) -> Any:
     data = hashlib.sha256(repr(t.detach().tolist()).encode()).hexdigest()
     return tuple(t.shape), t.stride(), t.dtype, t.requires_grad, t.data_ptr(), data
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def changed_paths(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Where two states differ."""
     return sorted(k for k in before | after if before.get(k) != after.get(k))

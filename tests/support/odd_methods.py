@@ -81,7 +81,7 @@ class SoftmaxedConfig(TargetedConfig):
 
 def registered(monkeypatch: pytest.MonkeyPatch, config: type[TargetedConfig], method: type[Method]) -> None:
     """Make a method known for one test."""
-    for table in (_registry.CONFIGS, _registry.METHODS, _registry._registered):
+    for table in (_registry.CONFIGS, _registry.METHODS, _registry._registered_classes):
         monkeypatch.setattr(_registry, next(n for n, v in vars(_registry).items() if v is table), dict(table))
     adaptc.register_method(config, method)
 

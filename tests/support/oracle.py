@@ -36,7 +36,7 @@ TARGETS: Mapping[str, Any] = {
 }
 
 #: What PEFT says of targets that are on purpose; the patterns it speaks of match parameters, and are not ignored.
-SAID = (
+EXPECTED_WARNINGS = (
     "Setting `save_embedding_layers` to `True` as embedding layers found.*",
     "fan_in_fan_out is set to False but the target module is `Conv1D`.*",
     ".*[Tt]ied .*",
@@ -57,7 +57,7 @@ def quiet(*messages: str) -> Iterator[None]:
 
 
 @cache
-def first(name: str) -> adaptc.AdaptedProgram:
+def shared_lora_program(name: str) -> adaptc.AdaptedProgram:
     """The family's one capture, made from the model, with an adapter on every layer the tests adapt.
 
     Shared by all tests of a process: they may swap what it is bound to, and must not rely on what they find.
@@ -67,9 +67,9 @@ def first(name: str) -> adaptc.AdaptedProgram:
 
 
 @cache
-def base(name: str) -> adaptc.AdaptedProgram:
+def shared_base_program(name: str) -> adaptc.AdaptedProgram:
     """The family's program without an adapter: what to compile further adapters into. Nothing may change it."""
-    return adaptc.unload(first(name))
+    return adaptc.unload(shared_lora_program(name))
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def run(call: Callable[..., Any], family: Family, batch: int = 2, seq: int = 5) 
         return call(**family.inputs(batch, seq))
 
 
-def file_name(parameter: str) -> str:
+def file_key_of(parameter: str) -> str:
     """A parameter of a wrapped model or of a program, by the key it has in a file (adapter name "default")."""
     name = parameter.removeprefix(PREFIX)
     return re.sub(r"\.(modules_to_save|trained_bias)(?=\.default\.)|\.default(?=\.|$)", "", name)
@@ -150,17 +150,17 @@ def gradients(module: nn.Module, out: Any) -> dict[str, Tensor]:
     """File key -> gradient of :func:`loss`, of every trainable parameter of ``module``; ``out`` is its output."""
     module.zero_grad()
     loss(out).backward()
-    found = {file_name(n): p.grad for n, p in module.named_parameters() if p.requires_grad}
+    found = {file_key_of(n): p.grad for n, p in module.named_parameters() if p.requires_grad}
     missing = [n for n, g in found.items() if g is None]
     assert not missing, f"no gradient for {missing}"
     return found  # type: ignore[return-value]
 
 
-def same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """By file key, of the same parameters: sums in another order, whose rounding goes with the largest of a tensor."""
-    assert sorted(ours) == sorted(theirs)
-    for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    assert sorted(found) == sorted(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
 def file_tensors(directory: Path) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def file_tensors(directory: Path) -> dict[str, Tensor]:
 
 def load_peft(model: nn.Module, path: Path, name: str = "default") -> peft.PeftModel:
     """The adapter in ``path`` loaded by PEFT into ``model``. Missing and unexpected keys are errors."""
-    with quiet(*SAID[1:]):
+    with quiet(*EXPECTED_WARNINGS[1:]):
         return peft.PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
 
 
@@ -182,11 +182,11 @@ class Oracle:
     path: Path
 
     @classmethod
-    def of(
+    def wrap_and_save(
         cls, name: str, config: peft.PeftConfig, path: Path, *, model: nn.Module | None = None, seed: int = 0
     ) -> Oracle:
         """``model`` replaces the family's own (a task head, another dtype)."""
-        with quiet(*SAID):
+        with quiet(*EXPECTED_WARNINGS):
             wrapped = peft.get_peft_model(FAMILIES[name].build() if model is None else model, config).eval()
             randomize(wrapped, seed)
             wrapped.save_pretrained(str(path))
@@ -203,14 +203,14 @@ class Oracle:
         with self.model.disable_adapter():
             return run(self.model, self.family, batch, seq)
 
-    def modules(self) -> set[str]:
+    def adapted_modules(self) -> set[str]:
         """Paths of the modules PEFT put an adapter into, as its files name them."""
         return {n.removeprefix(PREFIX) for n, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
 
     def gradients(self, batch: int = 2, seq: int = 5) -> dict[str, Tensor]:
         return gradients(self.model, self.model(**self.family.inputs(batch, seq)))
 
-    def merged(self) -> nn.Module:
+    def merge_copy(self) -> nn.Module:
         """PEFT's merge of a copy of the model.
 
         Merging in place changes whatever a weight is tied to, and with it the outputs, so that PEFT advises to untie
@@ -225,26 +225,26 @@ class Oracle:
             weight = getattr(layer, "weight", None)
             if owners.get(id(weight), 0) > 1:
                 layer.weight = nn.Parameter(weight.detach().clone())
-        with quiet(*SAID):
+        with quiet(*EXPECTED_WARNINGS):
             return wrapped.merge_and_unload()
 
-    def fill(self, program: adaptc.AdaptedProgram) -> nn.Module:
+    def module_with_peft_values(self, program: adaptc.AdaptedProgram) -> nn.Module:
         """``program.module()``, with PEFT's values written into its parameters as an optimizer writes them."""
         module = program.module()
         named = self.model.named_parameters(remove_duplicate=False)
-        values = {file_name(n): p for n, p in named if p.requires_grad}
+        values = {file_key_of(n): p for n, p in named if p.requires_grad}
         with torch.no_grad():
             for name, p in module.named_parameters():
                 if p.requires_grad:
-                    p.copy_(values[file_name(name)])
+                    p.copy_(values[file_key_of(name)])
         return module
 
-    def _tied(self) -> list[set[str]]:
+    def _tied_file_keys(self) -> list[set[str]]:
         """The file keys of each trainable parameter that has several."""
         names: dict[int, set[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
             if p.requires_grad:
-                names.setdefault(id(p), set()).add(file_name(name))
+                names.setdefault(id(p), set()).add(file_key_of(name))
         return [n for n in names.values() if len(n) > 1]
 
     def check_trained(self, program: adaptc.AdaptedProgram, directory: Path, model: nn.Module | None = None) -> None:
@@ -252,10 +252,10 @@ class Oracle:
 
         ``program`` was compiled from a config; ``model`` is a fresh base for PEFT, by default the family's own.
         """
-        module = self.fill(program)
+        module = self.module_with_peft_values(program)
         got = gradients(module, module(**self.family.inputs(3, 7)))
         expected = self.gradients(3, 7)
-        for names in self._tied():  # parameters() knows one name of each, and not always the same
+        for names in self._tied_file_keys():  # parameters() knows one name of each, and not always the same
             expected |= {n: expected[m] for n in names if n in got for m in names if m in expected}
             for name in names - got.keys():
                 expected.pop(name, None)
@@ -279,7 +279,7 @@ class Oracle:
 
     def check_merged(self, program: adaptc.AdaptedProgram, tol: float = 2e-6) -> None:
         """``adaptc.merge`` gives the state dict and the outputs of PEFT's merge."""
-        theirs, ours = self.merged(), adaptc.merge(program)
+        theirs, ours = self.merge_copy(), adaptc.merge(program)
         expected = theirs.state_dict()
         assert sorted(ours.state_dict) == sorted(expected)
         for name, want in expected.items():

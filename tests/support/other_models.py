@@ -18,13 +18,13 @@ from tests.support.families import perturb
 
 
 @dataclass(frozen=True)
-class Other:
-    """``targets``: for a LoRA. ``made``: adaptc makes the inputs itself."""
+class MultiInputModel:
+    """``targets``: for a LoRA. ``cached_model``: adaptc makes the inputs itself."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     targets: list[str] = field(default_factory=list)
-    made: bool = True
+    cached_model: bool = True
 
     def build(self) -> Any:
         torch.manual_seed(0)
@@ -54,7 +54,7 @@ _IMAGE = {**_LAYERS, "image_size": 14, "patch_size": 7}
 _CLIP_IMAGE = {**_IMAGE, "projection_dim": 11}
 
 
-def _of(name: str, config: str, **fields: Any) -> Callable[[], nn.Module]:
+def transformers_model(name: str, config: str, **fields: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import transformers
 
@@ -194,39 +194,47 @@ def _open_clip() -> nn.Module:
 _SIGLIP_TEXT = {**_TEXT, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 _QV = ["q_proj", "v_proj"]
 
-MODELS: dict[str, Other] = {
-    "clip": Other(
-        _of("CLIPModel", "CLIPConfig", text_config=_CLIP_TEXT, vision_config=_CLIP_IMAGE, projection_dim=11),
+MODELS: dict[str, MultiInputModel] = {
+    "clip": MultiInputModel(
+        transformers_model(
+            "CLIPModel", "CLIPConfig", text_config=_CLIP_TEXT, vision_config=_CLIP_IMAGE, projection_dim=11
+        ),
         lambda n: {**_text(n), **_image(n + 1)},
         _QV,
     ),
-    "clip_text": Other(_of("CLIPTextModel", "CLIPTextConfig", **_CLIP_TEXT), _text, _QV),
-    "clip_vision": Other(_of("CLIPVisionModel", "CLIPVisionConfig", **_CLIP_IMAGE), _image, _QV),
-    "siglip": Other(
-        _of("SiglipModel", "SiglipConfig", text_config=_SIGLIP_TEXT, vision_config=_IMAGE),
+    "clip_text": MultiInputModel(transformers_model("CLIPTextModel", "CLIPTextConfig", **_CLIP_TEXT), _text, _QV),
+    "clip_vision": MultiInputModel(
+        transformers_model("CLIPVisionModel", "CLIPVisionConfig", **_CLIP_IMAGE), _image, _QV
+    ),
+    "siglip": MultiInputModel(
+        transformers_model("SiglipModel", "SiglipConfig", text_config=_SIGLIP_TEXT, vision_config=_IMAGE),
         lambda n: {**_text(n), **_image(n + 1)},
         _QV,
     ),
-    "sam": Other(_of("SamModel", "SamConfig", **_SAM), lambda n: {"pixel_values": _floats(n, 3, 32, 32)}, ["qkv"]),
-    "whisper": Other(
-        _of("WhisperForConditionalGeneration", "WhisperConfig", **_WHISPER),
+    "sam": MultiInputModel(
+        transformers_model("SamModel", "SamConfig", **_SAM), lambda n: {"pixel_values": _floats(n, 3, 32, 32)}, ["qkv"]
+    ),
+    "whisper": MultiInputModel(
+        transformers_model("WhisperForConditionalGeneration", "WhisperConfig", **_WHISPER),
         lambda n: {"input_features": _floats(n, 11, 26), "decoder_input_ids": _ids(n, n + 2)},
         _QV,
     ),
-    "unet": Other(_unet, _unet_inputs, ["to_q", "to_v", "conv1"]),
-    "sdxl": Other(_sdxl, _sdxl_inputs, ["to_q", "to_v"]),
-    "flux": Other(_flux, _flux_inputs, ["to_q", "to_v"]),
-    "timm_vit": Other(
+    "unet": MultiInputModel(_unet, _unet_inputs, ["to_q", "to_v", "conv1"]),
+    "sdxl": MultiInputModel(_sdxl, _sdxl_inputs, ["to_q", "to_v"]),
+    "flux": MultiInputModel(_flux, _flux_inputs, ["to_q", "to_v"]),
+    "timm_vit": MultiInputModel(
         _timm("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3),
         lambda n: _floats(n, 3, 32, 32),
         ["qkv", "fc1"],
-        made=False,
+        cached_model=False,
     ),
-    "timm_resnet": Other(_timm("resnet10t"), lambda n: _floats(n, 3, 32, 32), ["conv2", "fc"], made=False),
-    "open_clip": Other(
+    "timm_resnet": MultiInputModel(
+        _timm("resnet10t"), lambda n: _floats(n, 3, 32, 32), ["conv2", "fc"], cached_model=False
+    ),
+    "open_clip": MultiInputModel(
         _open_clip,
         lambda n: {"image": _floats(n, 3, 16, 16), "text": _ids(n, 9)},
         ["c_fc", "c_proj"],
-        made=False,
+        cached_model=False,
     ),
 }

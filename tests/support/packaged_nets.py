@@ -48,13 +48,13 @@ NET_CONFIG = LoraConfig(
 
 
 def adapter(
-    program: Any, config: LoraConfig, only: Callable[[str], bool] = lambda fqn: True, seed: int = 1
+    program: Any, config: LoraConfig, keeps_site: Callable[[str], bool] = lambda fqn: True, seed: int = 1
 ) -> dict[str, Tensor]:
-    """Random tensors, none of them zero, for the sites that ``only`` picks, with the options of ``config``."""
+    """Random tensors, none of them zero, for the sites that ``keeps_site`` picks, with the options of ``config``."""
     g = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
     for a in program.adaptation.attachments:
-        if only(a.fqn):
+        if keeps_site(a.fqn):
             for name, spec in a.method.rebind(config, a).slots(program.ops[a.id]).items():
                 out[f"{a.key}.{name}" if a.key else name] = 0.5 * torch.randn(spec.shape, generator=g)
     return out
@@ -67,7 +67,7 @@ class Packaged:
     path: Path
     model: Any = None
 
-    def same(self, *sizes: tuple[int, int]) -> None:
+    def check_same_outputs(self, *sizes: tuple[int, int]) -> None:
         """The runner computes what the program does, at several sizes."""
         for size in sizes or SIZES:
             args, kwargs = net_inputs(*size)

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.analysis.sites import Site, find_sites
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import node_tag, site_op
@@ -28,7 +28,7 @@ def export(model: nn.Module, *args: Any, strict: bool = False, **options: Any) -
     return torch.export.export(model, args, strict=strict, **options)
 
 
-def reloaded(program: ExportedProgram) -> ExportedProgram:
+def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
     """The program after a trip to a file."""
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -36,7 +36,7 @@ def reloaded(program: ExportedProgram) -> ExportedProgram:
     return torch.export.load(file)
 
 
-def sound(program: ExportedProgram) -> None:
+def assert_valid(program: ExportedProgram) -> None:
     program.graph.lint()
     program.validate()
 
@@ -56,7 +56,7 @@ def attach(program: ExportedProgram, fqn: str, method: Method | None = None, **c
 def random_values(program: ExportedProgram, attachments: Iterable[Attachment], seed: int = 0) -> dict[str, Tensor]:
     """A random tensor for every trainable slot, in float32 above half precision, and the scale."""
     generator = torch.Generator().manual_seed(seed)
-    lifted = Lifted(program)
+    lifted = LiftedProgram(program)
     out: dict[str, Tensor] = {}
     for a in attachments:
         op, base = site_op(lifted, a), lifted.tensor(a.fqn).dtype
@@ -65,7 +65,7 @@ def random_values(program: ExportedProgram, attachments: Iterable[Attachment], s
         for name, slot in a.method.slots(op).items():
             value = torch.randn(slot.shape, generator=generator, dtype=torch.float64).to(slot.dtype or dtype)
             value = value if slot.trainable else identity[name]
-            out[a.method.fqn(a.place, name, a.adapter)] = value
+            out[a.method.fqn(a.slot_path, name, a.adapter)] = value
         scale = a.method.scale(op)
         if scale is not None:
             out[a.scale_fqn] = torch.tensor(scale, dtype=dtype)
@@ -115,7 +115,7 @@ class Snapshot:
     flags: dict[str, bool]
 
     @classmethod
-    def of(cls, program: ExportedProgram) -> Snapshot:
+    def record(cls, program: ExportedProgram) -> Snapshot:
         state, constants = dict(program.state_dict), dict(program.constants)
         flags = {k: t.requires_grad for k, t in state.items()}
         nodes = [describe(n) for n in program.graph.nodes]
@@ -123,7 +123,7 @@ class Snapshot:
 
     def check(self, program: ExportedProgram) -> None:
         """``program`` is node by node, and tensor object by tensor object, what was recorded."""
-        now = Snapshot.of(program)
+        now = Snapshot.record(program)
         assert now.nodes == self.nodes
         assert now.code == self.code
         assert now.signature == self.signature
@@ -133,10 +133,11 @@ class Snapshot:
             assert all(new[k] is v for k, v in old.items())
 
 
-def outside(program: ExportedProgram, added: Iterable[str] = ()) -> list[tuple[Any, ...]]:
-    """Descriptions of the nodes that are in no region and read no lifted input of ``added``, as if there were none."""
-    copy = Lifted(program)
-    names = {copy.placeholders[f].name for f in added}
+def base_node_facts(program: ExportedProgram, added_inputs: Iterable[str] = ()) -> list[tuple[Any, ...]]:
+    """Descriptions of the nodes that are in no region and read no lifted input of ``added_inputs``, as if there were
+    none."""
+    copy = LiftedProgram(program)
+    names = {copy.placeholders[f].name for f in added_inputs}
     for node in copy.graph.nodes:
         tag = node_tag(node)
         if tag is not None and tag["role"] == "out":

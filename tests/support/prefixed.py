@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import Oracle
 
-SEQ = {"task_type": "SEQ_2_SEQ_LM"}
+TASK_OPTIONS = {"task_type": "SEQ_2_SEQ_LM"}
 
 
 def build(name: str) -> Any:
@@ -30,9 +30,11 @@ def build(name: str) -> Any:
         return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes, **ids)).eval()
 
 
-def oracle(name: str, path: Path, cls: str = "PrefixTuningConfig", seed: int = 0, **config: Any) -> Oracle:
+def prefix_oracle(name: str, path: Path, cls: str = "PrefixTuningConfig", seed: int = 0, **config: Any) -> Oracle:
     """PEFT's model with random keys and values that matter, saved to ``path``."""
-    found = Oracle.of(name, getattr(peft, cls)(**{**SEQ, **config}), path, model=build(name), seed=seed)
+    found = Oracle.wrap_and_save(
+        name, getattr(peft, cls)(**{**TASK_OPTIONS, **config}), path, model=build(name), seed=seed
+    )
     with torch.no_grad():
         for parameter in found.model.prompt_encoder.parameters():
             parameter.mul_(3)
@@ -40,7 +42,7 @@ def oracle(name: str, path: Path, cls: str = "PrefixTuningConfig", seed: int = 0
     return found
 
 
-def shape(model: Any) -> tuple[int, int, int]:
+def decoder_sizes(model: Any) -> tuple[int, int, int]:
     """Layers, heads and the width of all heads, of a decoder."""
     c = model.config
     if c.model_type == "t5":
@@ -48,18 +50,18 @@ def shape(model: Any) -> tuple[int, int, int]:
     return c.decoder_layers, c.decoder_attention_heads, c.d_model
 
 
-def rows(model: Any, count: int, seed: int = 0) -> Tensor:
+def random_prefix(model: Any, count: int, seed: int = 0) -> Tensor:
     """(count, 2 * layers * width)"""
-    layers, _, width = shape(model)
+    layers, _, width = decoder_sizes(model)
     return 2 * torch.randn(count, 2 * layers * width, generator=torch.Generator().manual_seed(seed))
 
 
-def behind(model: Any, front: Tensor, inputs: dict[str, Tensor], each: int = 1) -> Any:
-    """What transformers computes where the decoder's cache begins with ``front``; layer i has pair ``each`` * i."""
-    layers, heads, _ = shape(model)
+def run_with_cache_prefix(model: Any, prefix: Tensor, inputs: dict[str, Tensor], stride: int = 1) -> Any:
+    """What transformers computes where the decoder's cache begins with ``prefix``; layer i has pair ``stride`` * i."""
+    layers, heads, _ = decoder_sizes(model)
     batch = next(iter(inputs.values())).shape[0]
-    pairs = front.view(len(front), layers, 2, heads, -1).permute(1, 2, 3, 0, 4).unsqueeze(2)
+    pairs = prefix.view(len(prefix), layers, 2, heads, -1).permute(1, 2, 3, 0, 4).unsqueeze(2)
     pairs = pairs.expand(-1, -1, batch, -1, -1, -1)
-    own = DynamicCache([tuple(pairs[each * i % layers].contiguous()) for i in range(layers)])
+    prefix_cache = DynamicCache([tuple(pairs[stride * i % layers].contiguous()) for i in range(layers)])
     with torch.no_grad():
-        return model(**inputs, **{past_name(): EncoderDecoderCache(own, DynamicCache())})
+        return model(**inputs, **{cache_argument_name(): EncoderDecoderCache(prefix_cache, DynamicCache())})

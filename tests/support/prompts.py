@@ -11,18 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptc
-from adaptc.generation.spec import past_name
+from adaptc.generation.spec import cache_argument_name
 from tests.support.families import FAMILIES, VOCAB
-from tests.support.oracle import Oracle, assert_same, base, quiet
+from tests.support.oracle import Oracle, assert_same, quiet, shared_base_program
 
 #: what PEFT says of prompts, which is on purpose
-SAID = ("`is_gradient_checkpointing` is deprecated.*", "Position ids are not supported.*", ".*past_key_values.*")
+PROMPT_WARNINGS = (
+    "`is_gradient_checkpointing` is deprecated.*",
+    "Position ids are not supported.*",
+    ".*past_key_values.*",
+)
 
 
 def prompt_oracle(name: str, path: Path, cls: str = "PromptTuningConfig", seed: int = 0, **config: Any) -> Oracle:
     """A family with a prompt of PEFT's, of random values, saved to ``path``."""
     config = {"task_type": "CAUSAL_LM", **config}
-    return Oracle.of(name, getattr(peft, cls)(**config), path, seed=seed)
+    return Oracle.wrap_and_save(name, getattr(peft, cls)(**config), path, seed=seed)
 
 
 def text(batch: int, length: int, padding: str | None = "right", seed: int = 0) -> dict[str, Tensor]:
@@ -48,30 +52,30 @@ def labels(inputs: dict[str, Tensor]) -> Tensor:
     return out
 
 
-def called(module: Any, inputs: dict[str, Tensor]) -> Any:
-    with torch.no_grad(), quiet(*SAID):
+def run_quietly(module: Any, inputs: dict[str, Tensor]) -> Any:
+    with torch.no_grad(), quiet(*PROMPT_WARNINGS):
         return module(**inputs)
 
 
-def peft_generated(model: Any, **how: Any) -> Any:
+def generate_with_peft(model: Any, **options: Any) -> Any:
     """``model.generate`` of PEFT, which finds the cache under the name that transformers gave it once."""
-    now, then = past_name(), "past_key_values"
+    current_name, old_name = cache_argument_name(), "past_key_values"
     inner, outer = model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation
 
     def renamed(out: dict[str, Any], old: str, new: str) -> dict[str, Any]:
         return {new if n == old else n: v for n, v in out.items()}
 
-    def below(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        return renamed(inner(*args, **kwargs), now, then)
+    def base_inputs(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return renamed(inner(*args, **kwargs), current_name, old_name)
 
-    def above(*args: Any, task_ids: Any = None, **kwargs: Any) -> dict[str, Any]:
-        return renamed(outer(*args, task_ids=task_ids, **kwargs), then, now)
+    def wrapped_inputs(*args: Any, task_ids: Any = None, **kwargs: Any) -> dict[str, Any]:
+        return renamed(outer(*args, task_ids=task_ids, **kwargs), old_name, current_name)
 
-    model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation = below, above
+    model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation = base_inputs, wrapped_inputs
     try:
-        with torch.no_grad(), quiet(*SAID), torch.random.fork_rng():
+        with torch.no_grad(), quiet(*PROMPT_WARNINGS), torch.random.fork_rng():
             torch.manual_seed(5)
-            return model.generate(**how)
+            return model.generate(**options)
     finally:
         model.base_model_prepare_inputs_for_generation = inner
         del model.prepare_inputs_for_generation
@@ -85,20 +89,22 @@ CALLS = st.lists(
 )
 
 
-def check_saved(one: Oracle, other: Oracle, inputs: dict[str, Tensor], folder: Path) -> adaptc.AdaptedProgram:
+def check_saved_program(
+    first: Oracle, second: Oracle, inputs: dict[str, Tensor], folder: Path
+) -> adaptc.AdaptedProgram:
     """A program that torch or adaptc saved takes other numbers of tokens, too; sizes in its graph follow a swap. Of
     GPT-2; gives its base again."""
-    program = adaptc.compile(base("gpt2"), one.path)
-    adaptc.swap(program, other.path)
+    program = adaptc.compile(shared_base_program("gpt2"), first.path)
+    adaptc.swap(program, second.path)
     torch.export.save(program, folder / "torch.pt2")
     with torch.no_grad():
         again = torch.export.load(folder / "torch.pt2").module()(**inputs)
-    assert_same(again, called(other.model, inputs))
-    adaptc.swap(program, one.path)
+    assert_same(again, run_quietly(second.model, inputs))
+    adaptc.swap(program, first.path)
     loaded = adaptc.load(adaptc.save(program, folder / "ours.pt2"))
-    assert_same(called(loaded, inputs), called(one.model, inputs))
-    adaptc.swap(loaded, other.path)
-    assert_same(called(loaded, inputs), called(other.model, inputs))
+    assert_same(run_quietly(loaded, inputs), run_quietly(first.model, inputs))
+    adaptc.swap(loaded, second.path)
+    assert_same(run_quietly(loaded, inputs), run_quietly(second.model, inputs))
     unloaded = adaptc.unload(loaded)
-    assert_same(called(unloaded, inputs), called(FAMILIES["gpt2"].build(), inputs))
+    assert_same(run_quietly(unloaded, inputs), run_quietly(FAMILIES["gpt2"].build(), inputs))
     return unloaded

@@ -20,31 +20,31 @@ Step = tuple[Any, ...]
 VOCABULARY = 21
 WIDTHS = (6, 9, 15, 21)
 #: blocks that torch captures at once, and those whose branches it compiles
-FAST, BRANCHES = ("no_grad", "autocast"), ("cond", "map")
+SIMPLE_BLOCKS, BRANCH_BLOCKS = ("no_grad", "autocast"), ("cond", "map")
 
 
 class RandomModel(nn.Module):
-    """``made``: layer -> parameters its calls use instead of its own. ``plain``: branches are Python's own, since torch
-    compiles its blocks to run them, and cannot for whatever a layer is wrapped in."""
+    """``made``: layer -> parameters its calls use instead of its own. ``python_branches``: branches are Python's own,
+    since torch compiles its blocks to run them, and cannot for whatever a layer is wrapped in."""
 
     def __init__(self, seed: int, dtype: torch.dtype, branches: bool) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.draw, self.count, self.kinds = Random(seed), 0, dict[str, str]()
-        self.blocks = (*FAST, *(BRANCHES if branches else ()))
-        self.made: dict[str, dict[str, Tensor]] = {}
-        self.plain = False
-        self.ids = not dtype.is_complex and self.draw.random() < 0.4
+        self.blocks = (*SIMPLE_BLOCKS, *(BRANCH_BLOCKS if branches else ()))
+        self.call_parameters: dict[str, dict[str, Tensor]] = {}
+        self.python_branches = False
+        self.takes_ids = not dtype.is_complex and self.draw.random() < 0.4
         width = self.draw.choice(WIDTHS)
-        self.first, self.complex = width, dtype.is_complex
+        self.input_width, self.complex = width, dtype.is_complex
         self.steps: list[Step] = []
-        if self.ids:
+        if self.takes_ids:
             self.steps.append(("call", self._layer("embedding", VOCABULARY, width)))
         steps, width = self._steps(width, self.draw.randint(2, 4), 0)
         self.steps += steps
         if not self.kinds:
             self.steps.append(("call", self._layer("linear", width, self.draw.choice(WIDTHS))))
-        elif self.ids and width == self.first and self.draw.random() < 0.5:
+        elif self.takes_ids and width == self.input_width and self.draw.random() < 0.5:
             name = self._layer("linear", width, VOCABULARY)
             self.get_submodule(name).weight = self.layer0.weight  # type: ignore[union-attr]
             self.steps.append(("call", name))
@@ -56,9 +56,9 @@ class RandomModel(nn.Module):
         del self.draw
 
     def inputs(self, batch: int, length: int) -> tuple[Tensor, ...]:
-        if self.ids:
+        if self.takes_ids:
             return (torch.randint(VOCABULARY, (batch, length)),)
-        return (torch.randn(batch, length, self.first).to(next(self.parameters()).dtype),)
+        return (torch.randn(batch, length, self.input_width).to(next(self.parameters()).dtype),)
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class RandomModel(nn.Module):
 
     def _step(self, width: int, depth: int) -> tuple[Step, int]:
         draw = self.draw
-        again = [n for n in self.kinds if self._sizes(n) == (width, width)]
+        again = [n for n in self.kinds if self._square_size(n) == (width, width)]
         roll = draw.random()
         if roll < 0.12 and again:
             return ("call", draw.choice(again)), width
@@ -107,21 +107,25 @@ class RandomModel(nn.Module):
             if kind != "cond":
                 steps, new = self._steps(width, draw.randint(1, 2), depth + 1)
                 return (kind, steps), new
-            left, _ = self._same(width, depth)
-            right, _ = self._same(width, depth)
+            left, _ = self._width_preserving_steps(width, depth)
+            right, _ = self._width_preserving_steps(width, depth)
             return ("cond", left, right, draw.random() < 0.5), width
         if roll < 0.66 and depth < 2:
-            return ("add", self._same(width, depth)[0], self._same(width, depth)[0]), width
+            return (
+                "add",
+                self._width_preserving_steps(width, depth)[0],
+                self._width_preserving_steps(width, depth)[0],
+            ), width
         kinds = ["linear", "linear", "conv1d", "conv2d", *([] if self.complex else ["addmm"])]
         new = draw.choice(WIDTHS)
         return ("call", self._layer(draw.choice(kinds), width, new)), new
 
-    def _same(self, width: int, depth: int) -> tuple[list[Step], int]:
+    def _width_preserving_steps(self, width: int, depth: int) -> tuple[list[Step], int]:
         """Steps that end at the width they began with."""
         steps, new = self._steps(width, 1, depth + 1)
         return [*steps, ("call", self._layer("linear", new, width))], width
 
-    def _sizes(self, name: str) -> tuple[int, int] | None:
+    def _square_size(self, name: str) -> tuple[int, int] | None:
         shape = self.get_submodule(name).weight.shape  # type: ignore[union-attr]
         ok = self.kinds[name] not in ("embedding", "conv1d_groups")
         return (shape[0], shape[1]) if ok and shape[0] == shape[1] else None  # type: ignore[return-value]
@@ -133,13 +137,13 @@ class RandomModel(nn.Module):
 
     def run(self, steps: list[Step], x: Tensor) -> Tensor:
         for step in steps:
-            x = self.one(step, x)
+            x = self.run_step(step, x)
         return x
 
-    def one(self, step: Step, x: Tensor) -> Tensor:
+    def run_step(self, step: Step, x: Tensor) -> Tensor:
         kind = step[0]
         if kind == "call":
-            return self.bounded(self.call(step[1], x))
+            return self.bound_activations(self.call(step[1], x))
         if kind == "norm":
             return self.get_submodule(step[1])(x)
         if kind == "read":
@@ -156,22 +160,22 @@ class RandomModel(nn.Module):
             with torch.autocast("cpu", torch.bfloat16):
                 y = self.run(step[1], x)
             return y.to(x.dtype)
-        if kind == "map" and self.plain:
+        if kind == "map" and self.python_branches:
             return torch.cat([self.run(step[1], row) for row in x.split(1)])
         if kind == "map":
             return map_rows(lambda row: self.run(step[1], row.unsqueeze(0)).squeeze(0), x)
-        if self.plain:
+        if self.python_branches:
             return self.run(step[1] if step[3] else step[2], x)
         taken = x.sum() > -(10**6) if step[3] else x.sum() > 10**6
         return torch.cond(taken, lambda t: self.run(step[1], t), lambda t: self.run(step[2], t), (x,))
 
-    def bounded(self, y: Tensor) -> Tensor:
+    def bound_activations(self, y: Tensor) -> Tensor:
         return y * 0.5 if self.complex else torch.tanh(y)
 
     def call(self, name: str, x: Tensor) -> Tensor:
         layer: Any = self.get_submodule(name)
-        if self.made:
-            layer = Changed(layer, self.made.get(name, {}))
+        if self.call_parameters:
+            layer = LayerWithParameters(layer, self.call_parameters.get(name, {}))
         kind = self.kinds[name]
         if kind.startswith("conv1d"):
             return layer(x.mT).mT
@@ -179,32 +183,32 @@ class RandomModel(nn.Module):
             return layer(x.mT.unsqueeze(-1)).squeeze(-1).mT
         return layer(x.contiguous() if kind == "addmm" else x)
 
-    def reference(self, made: Mapping[str, dict[str, Tensor]]) -> RandomModel:
+    def with_call_parameters(self, call_parameters: Mapping[str, dict[str, Tensor]]) -> RandomModel:
         """This model in the widest dtype, whose calls use other weights; what is read beside calls stays the base's."""
         twin = copy.deepcopy(self).to(torch.complex128 if self.complex else torch.float64)
-        twin.made = {n: made.get(n, {}) for n in self.kinds}
-        twin.plain = True
+        twin.call_parameters = {n: call_parameters.get(n, {}) for n in self.kinds}
+        twin.python_branches = True
         return twin
 
 
-class Changed:
+class LayerWithParameters:
     """A layer called with other parameters; a dense weight of a grouped convolution makes it one group."""
 
     def __init__(self, layer: nn.Module, made: Mapping[str, Tensor]) -> None:
-        self.layer, self.made = layer, dict(made)
+        self.layer, self.parameters = layer, dict(made)
         if "weight" in made and made["weight"].shape != layer.weight.shape:  # type: ignore[union-attr]
             self.layer = copy.deepcopy(layer)
             self.layer.groups = 1  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.func.functional_call(self.layer, self.made, (x,))
+        return torch.func.functional_call(self.layer, self.parameters, (x,))
 
 
-def nested(steps: list[Step], inside: bool = False) -> bool:
+def has_nested_blocks(steps: list[Step], inside: bool = False) -> bool:
     """Whether a block stands inside another one. torch writes such programs to files, and cannot read them."""
     for step in steps:
-        block = step[0] in (*FAST, *BRANCHES)
-        if (block and inside) or any(nested(p, inside or block) for p in step[1:] if isinstance(p, list)):
+        block = step[0] in (*SIMPLE_BLOCKS, *BRANCH_BLOCKS)
+        if (block and inside) or any(has_nested_blocks(p, inside or block) for p in step[1:] if isinstance(p, list)):
             return True
     return False
 

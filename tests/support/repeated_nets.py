@@ -44,32 +44,32 @@ class Chained(nn.Module):
         return (self.last(h), *others) if others else self.last(h)
 
 
-def chained(make: Callable[[], nn.Module] = Block, count: int = 5) -> nn.Module:
+def make_block_chain(make: Callable[[], nn.Module] = Block, count: int = 5) -> nn.Module:
     torch.manual_seed(8)
     return Chained([make() for _ in range(count)])
 
 
-def given(rows: int = 3) -> Tensor:
+def random_input(rows: int = 3) -> Tensor:
     return torch.randn(rows, 2, 5, generator=torch.Generator().manual_seed(rows))
 
 
 def step(module: nn.Module, inputs: dict[str, Any] | Tensor, seed: int = 3) -> Step:
     """A forward and a backward. Bytes are those of the storages that autograd saves, but for parameters and buffers."""
     module.zero_grad()
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Tensor] = {}
+    parameter_storages = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    saved_tensors: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
         # Branches of torch.cond are traced with fakes when they run.
-        if type(t) in (Tensor, nn.Parameter) and t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t
+        if type(t) in (Tensor, nn.Parameter) and t.untyped_storage().data_ptr() not in parameter_storages:
+            saved_tensors[t.untyped_storage().data_ptr()] = t
         return t
 
     torch.manual_seed(seed)
     with saved_tensors_hooks(pack, lambda t: t):
         out = module(**inputs) if isinstance(inputs, dict) else module(inputs)
         loss = loss_of(out)
-    size = sum(t.untyped_storage().nbytes() for t in kept.values())
+    size = sum(t.untyped_storage().nbytes() for t in saved_tensors.values())
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, size
 
@@ -82,7 +82,7 @@ def loss_of(out: Any) -> Tensor:
     return torch.stack([(p.float().square() * torch.linspace(0.5, 2, p.shape[-1])).mean() for p in parts]).sum()
 
 
-def same_step(found: Step, expected: Step) -> None:
+def assert_same_step(found: Step, expected: Step) -> None:
     """Equal to the bit."""
     assert torch.equal(found[0], expected[0])
     assert found[1].keys() == expected[1].keys()

@@ -47,5 +47,5 @@ def outputs(program: Any, rows: int = 11) -> list[Any]:
     return [out["y"].detach(), int(out["rows"])]
 
 
-def same(a: list[Any], b: list[Any]) -> bool:
+def outputs_are_equal(a: list[Any], b: list[Any]) -> bool:
     return a[0].shape == b[0].shape and torch.equal(a[0], b[0]) and a[1] == b[1]

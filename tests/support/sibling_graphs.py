@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.optimize.canonicalize import Canonicalize
-from adaptc.passes.optimize.emit_fused_siblings import Pack
+from adaptc.passes.optimize.emit_fused_siblings import StackedWeight
 from adaptc.passes.optimize.fold_scales import FoldScales
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from tests.support.pass_checks import export
@@ -46,7 +46,7 @@ class Layers(nn.Module):
     def shapes(i: int, widths: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         return [("a", (LOW + i, 5)), ("b", (widths[i], LOW + i)), ("s", ())]
 
-    def y(self, i: int, x: Tensor) -> Tensor:
+    def layer_output(self, i: int, x: Tensor) -> Tensor:
         y = self.layers[i](x)
         if i not in self.adapted:
             return y
@@ -59,7 +59,7 @@ class Layers(nn.Module):
 
 
 class Fused:
-    """A program of ``Layers``, its graph, and the graph fused in one way."""
+    """A program of ``ModelLayers``, its graph, and the graph fused in one way."""
 
     def __init__(self, model: Layers, x: Tensor, stacked: bool, wide: bool = False) -> None:
         self.program = export(
@@ -72,12 +72,12 @@ class Fused:
         base = {s.arg.name for s in specs} - slots
         FoldScales([base, slots])(self.graph)
         fuse = FuseSiblings(base, [base, slots], {"x"}, stacked, wide)
-        self.groups = fuse.groups(self.graph)
-        self.packs: tuple[Pack, ...] = fuse(self.graph).data
+        self.groups = fuse.find_groups_in(self.graph)
+        self.packs: tuple[StackedWeight, ...] = fuse(self.graph).data
         self.values: dict[str, Tensor] = {s.arg.name: self.program.state_dict[s.target] for s in specs}  # type: ignore[index]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        packed = {p.name: torch.cat([self.values[m] for m in p.members]) for p in self.packs}
+        packed = {p.name: torch.cat([self.values[m] for m in p.parameter_names]) for p in self.packs}
         names = [n.name for n in self.graph.find_nodes(op="placeholder")]
         with torch.no_grad():
             return fx.GraphModule({}, self.graph)(*({**self.values, **packed, "x": x}[n] for n in names))
@@ -86,13 +86,13 @@ class Fused:
         return sum(str(n.target) == f"aten.{op}" for n in self.graph.nodes)
 
 
-def whole(m: Any, x: Tensor) -> Tensor:
+def read_all_layers(m: Any, x: Tensor) -> Tensor:
     """Reads every layer, through views too."""
-    ys = [m.y(i, x) for i in range(len(m.layers))]
+    ys = [m.layer_output(i, x) for i in range(len(m.layers))]
     first = ys[0].view(*ys[0].shape[:-1], 1, -1).transpose(-1, -2).sum((-1, -2))
     return first + sum(y.sin().sum(-1) for y in ys)
 
 
-def columns(m: Any, x: Tensor) -> Tensor:
+def concat_outputs(m: Any, x: Tensor) -> Tensor:
     """What every layer gives, side by side."""
-    return torch.cat([m.y(i, x) for i in range(len(m.layers))], -1)
+    return torch.cat([m.layer_output(i, x) for i in range(len(m.layers))], -1)

@@ -30,7 +30,7 @@ def block(dtype: torch.dtype = torch.float64) -> Block:
     return Block().to(dtype).eval()
 
 
-def rows(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_rows(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(n, 3, 7, generator=torch.Generator().manual_seed(n)).to(dtype)
 
 
@@ -44,14 +44,14 @@ def adapter(rank: int, seed: int, layers: tuple[str, ...] = LAYERS) -> dict[str,
     return out
 
 
-def compiled(
+def compile_block(
     model: nn.Module | None = None, targets: tuple[str, ...] = LAYERS, **options: Any
 ) -> adaptc.AdaptedProgram:
     dtype = options.pop("dtype", torch.float64)
     config = LoraConfig(r=3, lora_alpha=5, target_modules=list(targets), init_lora_weights=False, inference_mode=True)
     torch.manual_seed(2)
-    return adaptc.compile(model or block(dtype), config, example_inputs=rows(2, dtype), **options)
+    return adaptc.compile(model or block(dtype), config, example_inputs=random_rows(2, dtype), **options)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)

@@ -18,25 +18,25 @@ from transformers.pytorch_utils import Conv1D
 from tests.support.custom_models import (
     Attention,
     Bagged,
-    Behind,
     Bilinear,
-    Direct,
+    DirectTiedHead,
     FunctionalHead,
+    LayerAfterTanh,
     Mixture,
     Net,
-    One,
+    OneLayer,
     Recurrent,
     Shared,
+    SharedLayers,
     SplitAttention,
     Strides,
     Tied,
-    Twice,
-    Within,
+    WeightInsideBlock,
 )
 
 
 @dataclass(frozen=True)
-class Hand:
+class ManualMerge:
     """A weight whose adapter is known by hand: its ``key`` in files and how its factors make a weight.
 
     ``layout``: "plain" (rows are outputs) or "swap" (axes 0 and 1 exchanged). ``times``: a factor on the scale.
@@ -51,18 +51,18 @@ class Hand:
 class Case:
     """A model, its ``inputs`` for a batch size, a config, and how to know what is right.
 
-    ``hand``: parameters for which PEFT is no oracle; with it, a model with these weights merged is one.
-    ``merges``: where PEFT's merged weights come from, "whole" a merged model, "layers" each of its layers (a model with
-    tied weights merges them into one another), "" nowhere. ``factors``: gradients PEFT gets wrong, by the end of their
-    key, and by how much.
+    ``manual_merges``: parameters for which PEFT is no oracle; with it, a model with these weights merged is one.
+    ``peft_merge``: where PEFT's merged weights come from, "whole" a merged model, "layers" each of its layers (a model
+    with tied weights merges them into one another), "" nowhere. ``factors``: gradients PEFT gets wrong, by the end of
+    their key, and by how much.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Tensor, ...]]
     config: Mapping[str, Any]
-    hand: Mapping[str, Hand] = field(default_factory=dict)
-    merges: str = "whole"
+    manual_merges: Mapping[str, ManualMerge] = field(default_factory=dict)
+    peft_merge: str = "whole"
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
@@ -86,14 +86,18 @@ LORA = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
 
 
 def one(name: str, layer: Callable[[], nn.Module], inputs: Any, *, merges: str = "whole", **config: Any) -> Case:
-    return Case(name, lambda: One(layer()), inputs, {**LORA, "target_modules": ["layer"], **config}, merges=merges)
+    return Case(
+        name, lambda: OneLayer(layer()), inputs, {**LORA, "target_modules": ["layer"], **config}, peft_merge=merges
+    )
 
 
 def tied(name: str, build: Callable[[], nn.Module], inputs: Any, targets: list[str]) -> Case:
-    return Case(name, build, inputs, {**LORA, "target_modules": targets}, merges="layers")
+    return Case(name, build, inputs, {**LORA, "target_modules": targets}, peft_merge="layers")
 
 
-def by_hand(name: str, build: Callable[[], nn.Module], inputs: Any, hand: Mapping[str, Hand], **config: Any) -> Case:
+def manual_case(
+    name: str, build: Callable[[], nn.Module], inputs: Any, hand: Mapping[str, ManualMerge], **config: Any
+) -> Case:
     return Case(name, build, inputs, {**LORA, **config}, hand)
 
 
@@ -107,12 +111,12 @@ LINEAR = [
     one("embedding", lambda: nn.Embedding(29, 7), ids(5, 29)),
     one("embedding_padding", lambda: nn.Embedding(29, 7, padding_idx=3), ids(9, 5)),
     one("embedding_scaled", lambda: Gemma3TextScaledWordEmbedding(29, 7, 0, embed_scale=7**0.5), ids(5, 29)),
-    Case("twice", Twice, floats(7), {**LORA, "target_modules": ["up", "down"]}),
+    Case("twice", SharedLayers, floats(7), {**LORA, "target_modules": ["up", "down"]}),
     tied("tied_head", Tied, ids(5, 29), ["head"]),
     tied("tied_embedding", Tied, ids(5, 29), ["embed"]),
     tied("tied_both", Tied, ids(5, 29), ["embed", "head"]),
-    tied("direct_head", Direct, ids(5, 29), ["head"]),
-    tied("direct_both", Direct, ids(5, 29), ["embed", "head"]),
+    tied("direct_head", DirectTiedHead, ids(5, 29), ["head"]),
+    tied("direct_both", DirectTiedHead, ids(5, 29), ["embed", "head"]),
     tied("functional_head", FunctionalHead, ids(5, 29), ["embed", "mid"]),
     tied("shared_first", Shared, floats(7), ["first"]),
     tied("shared_second", Shared, floats(7), ["second", "back"]),
@@ -133,27 +137,35 @@ CONV = [
 ]
 
 # Where PEFT drops an option of the layer: dilation, padding_mode.
-WEIGHT = {"layer.weight": Hand("layer")}
+WEIGHT = {"layer.weight": ManualMerge("layer")}
 LAYER = {"target_modules": ["layer"]}
 CONV_BY_HAND = [
-    by_hand("conv1d_dilation", lambda: One(nn.Conv1d(5, 7, 3, dilation=2, stride=2)), floats(5, 17), WEIGHT, **LAYER),
-    by_hand(
-        "conv2d_dilation", lambda: One(nn.Conv2d(3, 7, (3, 5), dilation=(2, 1))), floats(3, 11, 13), WEIGHT, **LAYER
+    manual_case(
+        "conv1d_dilation", lambda: OneLayer(nn.Conv1d(5, 7, 3, dilation=2, stride=2)), floats(5, 17), WEIGHT, **LAYER
     ),
-    by_hand(
-        "conv3d_dilation", lambda: One(nn.Conv3d(3, 5, (1, 2, 3), dilation=2)), floats(3, 5, 7, 7), WEIGHT, **LAYER
+    manual_case(
+        "conv2d_dilation",
+        lambda: OneLayer(nn.Conv2d(3, 7, (3, 5), dilation=(2, 1))),
+        floats(3, 11, 13),
+        WEIGHT,
+        **LAYER,
     ),
-    by_hand(
+    manual_case(
+        "conv3d_dilation", lambda: OneLayer(nn.Conv3d(3, 5, (1, 2, 3), dilation=2)), floats(3, 5, 7, 7), WEIGHT, **LAYER
+    ),
+    manual_case(
         "conv2d_same_dilation",
-        lambda: One(nn.Conv2d(3, 7, (3, 1), dilation=3, padding="same")),
+        lambda: OneLayer(nn.Conv2d(3, 7, (3, 1), dilation=3, padding="same")),
         floats(3, 11, 13),
         WEIGHT,
         **LAYER,
     ),
     *[
-        by_hand(
+        manual_case(
             f"conv{n}d_{mode}",
-            lambda n=n, mode=mode: One(getattr(nn, f"Conv{n}d")(3, 7, (3, 5, 1)[:n], padding=1, padding_mode=mode)),
+            lambda n=n, mode=mode: OneLayer(
+                getattr(nn, f"Conv{n}d")(3, 7, (3, 5, 1)[:n], padding=1, padding_mode=mode)
+            ),
             floats(3, *(7, 9, 5)[:n]),
             WEIGHT,
             **LAYER,
@@ -162,59 +174,59 @@ CONV_BY_HAND = [
     ],
 ]
 
-CONV_BY_HAND.append(by_hand("conv1d_strides", lambda: One(Strides(3, 5, 5)), floats(3, 13), WEIGHT, **LAYER))
+CONV_BY_HAND.append(manual_case("conv1d_strides", lambda: OneLayer(Strides(3, 5, 5)), floats(3, 13), WEIGHT, **LAYER))
 
 RNN = {"target_modules": ["rnn"]}
 UNUSUAL = [
-    by_hand(
+    manual_case(
         "lstm",
         lambda: Recurrent(nn.LSTM(7, 5, num_layers=2, bidirectional=True, batch_first=True)),
         floats(3, 7),
         {
-            f"rnn.weight_{w}_l{n}{d}": Hand(f"rnn.weight_{w}_l{n}{d}")
+            f"rnn.weight_{w}_l{n}{d}": ManualMerge(f"rnn.weight_{w}_l{n}{d}")
             for w in ("ih", "hh")
             for n in (0, 1)
             for d in ("", "_reverse")
         },
         **RNN,
     ),
-    by_hand(
+    manual_case(
         "gru",
         lambda: Recurrent(nn.GRU(7, 5, batch_first=True, bias=False)),
         floats(3, 7),
-        {f"rnn.weight_{w}_l0": Hand(f"rnn.weight_{w}_l0") for w in ("ih", "hh")},
+        {f"rnn.weight_{w}_l0": ManualMerge(f"rnn.weight_{w}_l0") for w in ("ih", "hh")},
         **RNN,
     ),
-    by_hand(
+    manual_case(
         "conv_transpose1d",
-        lambda: One(nn.ConvTranspose1d(5, 7, 3, stride=2)),
+        lambda: OneLayer(nn.ConvTranspose1d(5, 7, 3, stride=2)),
         floats(5, 11),
-        {"layer.weight": Hand("layer", "swap")},
+        {"layer.weight": ManualMerge("layer", "swap")},
         **LAYER,
     ),
-    by_hand(
+    manual_case(
         "conv_transpose2d",
-        lambda: One(nn.ConvTranspose2d(6, 10, (3, 2), stride=2, groups=2, dilation=2)),
+        lambda: OneLayer(nn.ConvTranspose2d(6, 10, (3, 2), stride=2, groups=2, dilation=2)),
         floats(6, 5, 7),
-        {"layer.weight": Hand("layer", "swap")},
+        {"layer.weight": ManualMerge("layer", "swap")},
         **LAYER,
     ),
-    by_hand(
+    manual_case(
         "bilinear",
         Bilinear,
         lambda b: (torch.randn(b, 5, dtype=torch.float64), torch.randn(b, 7, dtype=torch.float64)),
         WEIGHT,
         **LAYER,
     ),
-    by_hand("embedding_bag", Bagged, ids(5, 29), WEIGHT, **LAYER),
-    by_hand(
+    manual_case("embedding_bag", Bagged, ids(5, 29), WEIGHT, **LAYER),
+    manual_case(
         "functions",
-        Within,
+        WeightInsideBlock,
         floats(7),
         {
-            "inner.by_matmul": Hand("inner.base_layer.base_layer"),
-            "inner.by_t": Hand("inner.base_layer"),
-            "inner.by_einsum": Hand("inner"),
+            "inner.by_matmul": ManualMerge("inner.base_layer.base_layer"),
+            "inner.by_t": ManualMerge("inner.base_layer"),
+            "inner.by_einsum": ManualMerge("inner"),
         },
         target_modules=[],
         target_parameters=["inner.by_matmul", "by_t", "by_einsum"],
@@ -222,10 +234,15 @@ UNUSUAL = [
 ]
 
 PARAMETERS = [
-    Case("functions_peft", Within, floats(7), {**LORA, "target_modules": [], "target_parameters": ["inner.by_t"]}),
+    Case(
+        "functions_peft",
+        WeightInsideBlock,
+        floats(7),
+        {**LORA, "target_modules": [], "target_parameters": ["inner.by_t"]},
+    ),
     Case(
         "linear_parameter",
-        lambda: One(nn.Linear(7, 11)),
+        lambda: OneLayer(nn.Linear(7, 11)),
         floats(7),
         {**LORA, "target_modules": [], "target_parameters": ["layer.weight"]},
     ),
@@ -268,19 +285,19 @@ ATTENTION = [
         {**LORA, "target_modules": ["self_attn", "linear1"]},
         factors=TWICE,
     ),
-    by_hand(
+    manual_case(
         "mha_split",
         SplitAttention,
         floats(5, 15),
-        {f"self_attn.{x}_proj_weight": Hand(f"self_attn.{x}_proj_weight") for x in "qkv"}
-        | {"self_attn.out_proj.weight": Hand("self_attn.base_layer.out_proj", times=2)},
+        {f"self_attn.{x}_proj_weight": ManualMerge(f"self_attn.{x}_proj_weight") for x in "qkv"}
+        | {"self_attn.out_proj.weight": ManualMerge("self_attn.base_layer.out_proj", times=2)},
         target_modules=["self_attn"],
     ),
 ]
 
 
 def net(name: str, *targets: str, merges: str = "whole", **config: Any) -> Case:
-    return Case(name, Net, ids(5, 29), {**LORA, "target_modules": list(targets), **config}, merges=merges)
+    return Case(name, Net, ids(5, 29), {**LORA, "target_modules": list(targets), **config}, peft_merge=merges)
 
 
 BIASES = [
@@ -292,7 +309,7 @@ BIASES = [
     one("lora_bias_conv", lambda: nn.Conv2d(3, 7, (3, 5)), floats(3, 7, 11), lora_bias=True),
     one("lora_bias_groups", lambda: nn.Conv1d(6, 9, 3, groups=3), floats(6, 11), merges="", lora_bias=True),
     one("lora_bias_addmm", lambda: Conv1D(11, 7), floats(5, 7), fan_in_fan_out=True, lora_bias=True),
-    Case("lora_bias_twice", Twice, floats(7), {**LORA, "target_modules": ["down"], "lora_bias": True}),
+    Case("lora_bias_twice", SharedLayers, floats(7), {**LORA, "target_modules": ["down"], "lora_bias": True}),
     net("patterns", "up", "down", "dense", rank_pattern={"up": 5, "classifier.dense": 2}, alpha_pattern={"down": 9.5}),
 ]
 
@@ -311,7 +328,7 @@ WHOLE = [
     ),
     Case(
         "tokens_scaled",
-        lambda: Behind(Gemma3TextScaledWordEmbedding(29, 7, 5, embed_scale=7**0.5)),
+        lambda: LayerAfterTanh(Gemma3TextScaledWordEmbedding(29, 7, 5, embed_scale=7**0.5)),
         ids(9, 29),
         {**LORA, "target_modules": ["mid"], "trainable_token_indices": {"embed": [5, 2, 0]}},
     ),

@@ -24,14 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.binding.bind import first_values
+from adaptc.binding.bind import initial_values
 from adaptc.binding.binding import BindingSpec
 from adaptc.methods import ModelFacts
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import op_of
 from adaptc.state.adaptation import Adaptation
-from adaptc.targets.plan_layers import plan
+from adaptc.targets.plan_layers import plan_layers
 from tests.support.site_cases import CASES, Case
 
 PREFIX = "base_model.model."
@@ -47,7 +47,7 @@ def quiet(*messages: str) -> Iterator[None]:
 
 
 #: what PEFT says of tied weights, of target_parameters, and of saving a model it cannot name
-SAID = (
+EXPECTED_WARNINGS = (
     ".*tied.*",
     ".*tie_word_embeddings.*",
     "LoRA adapter added to ConvNd layer with groups.*",
@@ -61,7 +61,7 @@ def loss(out: Tensor) -> Tensor:
     return (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)).sum()
 
 
-def bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(PREFIX): v for k, v in tensors.items()}
 
 
@@ -70,7 +70,7 @@ class PeftOracle:
 
     def __init__(self, case: Case, directory: Path) -> None:
         self.case = case
-        with quiet(*SAID):
+        with quiet(*EXPECTED_WARNINGS):
             self.model = peft.get_peft_model(case.model(), peft.LoraConfig(**case.config)).eval()
             self.randomize()
             self.model.save_pretrained(str(directory))
@@ -89,14 +89,14 @@ class PeftOracle:
         self.model.zero_grad()
         loss(self.model(*args)).backward()
         named = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad and p.grad is not None}
-        out = bare({n.replace(".default", "").replace(".modules_to_save", ""): g for n, g in named.items()})
+        out = without_prefix({n.replace(".default", "").replace(".modules_to_save", ""): g for n, g in named.items()})
         for key in out:
             out[key] *= next((f for end, f in self.case.factors.items() if key.endswith(end)), 1.0)
         return out
 
     def merged(self) -> dict[str, Tensor]:
-        if self.case.merges == "whole":
-            with quiet(*SAID):
+        if self.case.peft_merge == "whole":
+            with quiet(*EXPECTED_WARNINGS):
                 return copy.deepcopy(self.model).merge_and_unload().state_dict()
         state = {k: v.clone() for k, v in self.case.model().state_dict().items()}
         for name, layer in self.model.base_model.model.named_modules():
@@ -105,20 +105,20 @@ class PeftOracle:
         return state
 
 
-class HandOracle:
+class ManualOracle:
     """The case's model with W + s B A computed here, one weight at a time."""
 
     def __init__(self, case: Case, directory: Path) -> None:
         self.case = case
         program = adaptc.compile(case.model(), adaptc.LoraConfig(**case.config), example_inputs=case.args(3))
         adaptc.save_adapter(program, directory)
-        self.tensors = bare(load_file(directory / "adapter_model.safetensors"))
+        self.tensors = without_prefix(load_file(directory / "adapter_model.safetensors"))
         self.model = case.model()
         r = case.config["r"]
         self.scale = case.config["lora_alpha"] / (r**0.5 if case.config.get("use_rslora") else r)
-        expected = {f"{h.key}.lora_{x}.weight" for h in case.hand.values() for x in "AB"}
+        expected = {f"{h.key}.lora_{x}.weight" for h in case.manual_merges.values() for x in "AB"}
         assert set(self.tensors) == expected, set(self.tensors) ^ expected
-        for fqn in case.hand:
+        for fqn in case.manual_merges:
             with torch.no_grad():
                 self.parameter(fqn).add_(self.change(fqn))
 
@@ -126,17 +126,17 @@ class HandOracle:
         return self.model.get_parameter(fqn)
 
     def factors(self, fqn: str) -> tuple[Tensor, Tensor]:
-        key = self.case.hand[fqn].key
+        key = self.case.manual_merges[fqn].key
         A, B = (self.tensors[f"{key}.lora_{x}.weight"] for x in "AB")
         return A.flatten(1), B.flatten(1)
 
-    def turned(self, fqn: str, t: Tensor) -> Tensor:
-        return t.transpose(0, 1) if self.case.hand[fqn].layout == "swap" else t
+    def transposed(self, fqn: str, t: Tensor) -> Tensor:
+        return t.transpose(0, 1) if self.case.manual_merges[fqn].layout == "swap" else t
 
     def change(self, fqn: str) -> Tensor:
         A, B = self.factors(fqn)
-        shape = self.turned(fqn, self.parameter(fqn)).shape
-        return self.turned(fqn, (B @ A * self.scale * self.case.hand[fqn].times).reshape(shape))
+        shape = self.transposed(fqn, self.parameter(fqn)).shape
+        return self.transposed(fqn, (B @ A * self.scale * self.case.manual_merges[fqn].times).reshape(shape))
 
     def __call__(self, *args: Tensor) -> Tensor:
         return self.model(*args)
@@ -146,11 +146,11 @@ class HandOracle:
         self.model.zero_grad()
         loss(self.model(*args)).backward()
         out = {}
-        for fqn, hand in self.case.hand.items():
+        for fqn, hand in self.case.manual_merges.items():
             A, B = self.factors(fqn)
             grad = self.parameter(fqn).grad
             assert grad is not None
-            g = self.turned(fqn, grad).flatten(1) * self.scale * hand.times
+            g = self.transposed(fqn, grad).flatten(1) * self.scale * hand.times
             out[f"{hand.key}.lora_A.weight"] = B.T @ g
             out[f"{hand.key}.lora_B.weight"] = g @ A.T
         return {k: g.reshape(self.tensors[k].shape) for k, g in out.items()}
@@ -168,7 +168,7 @@ class Subject:
     @cached_property
     def oracle(self) -> Any:
         self._temporary = tempfile.TemporaryDirectory()
-        return (HandOracle if self.case.hand else PeftOracle)(self.case, Path(self._temporary.name))
+        return (ManualOracle if self.case.manual_merges else PeftOracle)(self.case, Path(self._temporary.name))
 
     @property
     def directory(self) -> Path:
@@ -194,22 +194,22 @@ def subject(name: str) -> Subject:
     return Subject(CASES[name])
 
 
-def close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def sound(program: torch.export.ExportedProgram) -> None:
+def assert_valid(program: torch.export.ExportedProgram) -> None:
     program.graph.lint()
     program.validate()
 
 
 def check_outputs(s: Subject, tmp_path: Path) -> None:
     """The program compiled from the file computes what the oracle does, at other batch sizes than it saw."""
-    sound(s.program)
+    assert_valid(s.program)
     for batch in (2, 5):
         args = s.case.args(batch)
         expected = s.oracle(*args)
-        close(s.program(*args), expected)
+        assert_close(s.program(*args), expected)
         assert not torch.allclose(expected, s.base(*args), rtol=1e-3, atol=1e-3)
 
 
@@ -224,7 +224,7 @@ def check_gradients(s: Subject, tmp_path: Path) -> None:
     loss(module(*args)).backward()
     assert {k for k, t in slots.items() if t.grad is not None} == set(expected)
     for key, grad in expected.items():
-        close(slots[key].grad, grad, 1e-9)
+        assert_close(slots[key].grad, grad, 1e-9)
     trained = {id(p) for p in slots.values()}
     assert all(id(p) in trained for p in module.parameters() if p.requires_grad)
 
@@ -244,13 +244,13 @@ def check_swap(s: Subject, tmp_path: Path) -> None:
     config = adaptc.LoraConfig(**{**s.case.config, "init_lora_weights": True, "r": 2 * s.case.config["r"]})
     program = adaptc.compile(s.base, config, example_inputs=s.case.args(3))
     args = s.case.args(5)
-    close(program(*args), s.base(*args))
+    assert_close(program(*args), s.base(*args))
     with torch.no_grad():
         before = {k: v.clone() for k, v in s.base.state_dict().items()}
     adaptc.swap(program, s.directory)
-    sound(program)
-    close(program(*args), s.oracle(*args))
-    close(program.module()(*args), s.oracle(*args))
+    assert_valid(program)
+    assert_close(program(*args), s.oracle(*args))
+    assert_close(program.module()(*args), s.oracle(*args))
     assert all(torch.equal(v, before[k]) for k, v in s.base.state_dict().items())
 
 
@@ -259,19 +259,19 @@ def check_merge(s: Subject, tmp_path: Path) -> None:
     args = s.case.args(5)
     adapted = s.program(*args)
     merged = adaptc.merge(s.program)
-    sound(merged)
-    close(merged(*args), adapted)
-    if s.case.merges:
+    assert_valid(merged)
+    assert_close(merged(*args), adapted)
+    if s.case.peft_merge:
         expected = s.oracle.merged()
         state = merged.state_dict
         for key, value in state.items():
-            close(value, expected[key] if key in expected else s.base.get_parameter(key.removesuffix("_untied")))
+            assert_close(value, expected[key] if key in expected else s.base.get_parameter(key.removesuffix("_untied")))
     back = adaptc.unmerge(merged)
-    sound(back)
+    assert_valid(back)
     assert torch.equal(back(*args), adapted)
     assert all(torch.equal(back.state_dict[k], v) for k, v in s.program.state_dict.items())
     unloaded = adaptc.unload(back)
-    sound(unloaded)
+    assert_valid(unloaded)
     base = s.base.state_dict()
     assert set(unloaded.state_dict) <= set(base)
     assert all(torch.equal(v, base[k]) and v.data_ptr() == base[k].data_ptr() for k, v in unloaded.state_dict.items())
@@ -285,18 +285,18 @@ def check_files(s: Subject, tmp_path: Path) -> None:
     found = load_file(written / "adapter_model.safetensors")
     assert set(found) == set(s.file)
     assert all(torch.equal(found[k], v) for k, v in s.file.items())
-    if not s.case.hand:
-        with quiet(*SAID):
+    if not s.case.manual_merges:
+        with quiet(*EXPECTED_WARNINGS):
             model = peft.PeftModel.from_pretrained(s.case.model(), str(tmp_path)).eval()
         args = s.case.args(5)
-        close(model(*args), s.program(*args))
+        assert_close(model(*args), s.program(*args))
 
 
 def check_reload(s: Subject, tmp_path: Path) -> None:
     """A program read from disk is understood from its graph: it runs, swaps, merges and unloads as before."""
     args = s.case.args(5)
     loaded = adaptc.load(adaptc.save(s.program, tmp_path / "program.pt2"))
-    sound(loaded)
+    assert_valid(loaded)
     found, expected = ({a.id: a for a in p.adaptation.attachments} for p in (loaded, s.program))
     assert found == expected
     assert torch.equal(loaded(*args), s.program(*args))
@@ -304,7 +304,7 @@ def check_reload(s: Subject, tmp_path: Path) -> None:
     assert torch.equal(merged(*args), adaptc.merge(s.program)(*args))
     assert torch.equal(adaptc.unload(loaded)(*args), adaptc.unload(s.program)(*args))
     adaptc.swap(loaded, s.directory)
-    sound(loaded)
+    assert_valid(loaded)
     assert torch.equal(loaded(*args), s.program(*args))
 
 
@@ -312,35 +312,37 @@ def check_weight_form(s: Subject, tmp_path: Path) -> None:
     """What a method does to the weight is what its cheaper form does to the outputs, at any rank it swaps to."""
     r = s.case.config["r"] * 2
     config = adaptc.LoraConfig(**{**s.case.config, "r": r})
-    base = torch.export.export(s.base, s.case.args(3), dynamic_shapes=batch_free(s.case.args(3)))
-    facts = ModelFacts(transposed=frozenset(n for n, m in s.base.named_modules() if getattr(m, "is_transposed", False)))
-    planned = plan(config, base, facts)
+    base = torch.export.export(s.base, s.case.args(3), dynamic_shapes=dynamic_batch(s.case.args(3)))
+    facts = ModelFacts(
+        transposed_experts=frozenset(n for n, m in s.base.named_modules() if getattr(m, "is_transposed", False))
+    )
+    planned = plan_layers(config, base, facts)
     attachments = [replace(a, form="weight") for a in planned.attachments]
-    lifted = Lifted(base)
+    lifted = LiftedProgram(base)
     ops = {a.id: op_of(a.kind, lifted.tensor(a.fqn), lifted.nodes[a.consumers[0]]) for a in attachments}
-    binding = first_values(BindingSpec(attachments, ops, base.state_dict, unread=planned.unread), config)
-    adaptation = Adaptation(attachments, unread=planned.unread)
+    binding = initial_values(BindingSpec(attachments, ops, base.state_dict, unread=planned.unread_tensors), config)
+    adaptation = Adaptation(attachments, unread=planned.unread_tensors)
     injected = Inject(attachments, binding.values, adaptation.header(binding))(base)
     adaptation = replace(adaptation, attachments=injected.data)
     program = adaptc.AdaptedProgram(injected.program, adaptation, binding)
     assert {a.form for a in program.adaptation.attachments} == {"weight"}
     adaptc.swap(program, s.directory)
-    sound(program)
+    assert_valid(program)
     args = s.case.args(5)
-    close(program(*args), s.program(*args))
+    assert_close(program(*args), s.program(*args))
     assert torch.equal(adaptc.unload(program)(*args), adaptc.unload(s.program)(*args))
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
     assert torch.equal(loaded(*args), program(*args))
 
 
-def batch_free(args: tuple[Tensor, ...]) -> Any:
+def dynamic_batch(args: tuple[Tensor, ...]) -> Any:
     return tuple({0: torch.export.Dim.DYNAMIC} for _ in args)
 
 
 CHECKS = [check_outputs, check_gradients, check_swap, check_merge, check_files, check_reload, check_weight_form]
 
 
-def every_check(cases: list[Case]) -> Any:
+def parametrize_checks(cases: list[Case]) -> Any:
     """Parametrizes ``test(name, check)``; the checks of one case come together, since they share what is built. Where
     not all of them run, each case has two of the checks, and each check comes at least once."""
 

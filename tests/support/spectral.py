@@ -35,18 +35,18 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
-def blocks() -> tuple[nn.Module, Tensor]:
+def make_blocks() -> tuple[nn.Module, Tensor]:
     """The model, always with the same weights, and an input."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         return Blocks().eval(), torch.randn(3, 11)
 
 
-def wrapped(config: Any, seed: int = 4, random: bool = False) -> Any:
+def peft_wrapped(config: Any, seed: int = 4, random: bool = False) -> Any:
     """PEFT's model, its adapter as PEFT makes it from this seed, or random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = blocks()[0]
+        model = make_blocks()[0]
         torch.manual_seed(seed)
         out = peft.get_peft_model(model, config).eval()
     for p in out.parameters() if random else ():
@@ -55,14 +55,14 @@ def wrapped(config: Any, seed: int = 4, random: bool = False) -> Any:
     return out
 
 
-def compiled(adapter: Any, **options: Any) -> adaptc.AdaptedProgram:
-    model, x = blocks()
+def compile_blocks(adapter: Any, **options: Any) -> adaptc.AdaptedProgram:
+    model, x = make_blocks()
     return adaptc.compile(model, adapter, example_inputs=x, **options)
 
 
-def mismatches(theirs: Any, ours: Any) -> dict[str, Any]:
+def differing_fields(peft_config: Any, config: Any) -> dict[str, Any]:
     """Fields of two configs that are not the same; what only says which library made them, and where, is left out."""
-    a, b = ({f.name: getattr(c, f.name) for f in dataclasses.fields(c)} for c in (theirs, ours))
+    a, b = ({f.name: getattr(c, f.name) for f in dataclasses.fields(c)} for c in (peft_config, config))
     names = (a.keys() | b.keys()) - {"peft_type", "peft_version"}
     missing = object()
     out = {n: (a.get(n, missing), b.get(n, missing)) for n in names}

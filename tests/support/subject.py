@@ -41,11 +41,11 @@ def loss(out: Tensor) -> Tensor:
     return (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)).sum()
 
 
-def close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def sound(program: torch.export.ExportedProgram) -> None:
+def assert_valid(program: torch.export.ExportedProgram) -> None:
     program.graph.lint()
     program.validate()
 
@@ -65,7 +65,9 @@ def adapter_parameters(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
 
 
 @cache
-def captured(layer: str, widths: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Module, adaptc.AdaptedProgram]:
+def base_model_and_program(
+    layer: str, widths: tuple[int, int], dtype: torch.dtype
+) -> tuple[nn.Module, adaptc.AdaptedProgram]:
     """A model of one layer, and its program without an adapter: captured once for all methods."""
     model = LAYERS[layer].model(widths).to(dtype)
     args = tuple(a.to(dtype) if a.is_floating_point() else a for a in LAYERS[layer].args(widths, 3))
@@ -85,19 +87,19 @@ class Subject:
         return LAYERS[self.layer]
 
     @property
-    def by_peft(self) -> bool:
+    def has_peft_oracle(self) -> bool:
         return self.layer in self.entry.peft
 
     @property
     def tolerance(self) -> float:
-        return self.entry.tolerance if self.by_peft else 1e-9
+        return self.entry.tolerance if self.has_peft_oracle else 1e-9
 
     def args(self, batch: int) -> tuple[Tensor, ...]:
         return self.kind.args(self.entry.widths, batch)
 
     @property
     def base(self) -> nn.Module:
-        return captured(self.layer, self.entry.widths, torch.float64)[0]
+        return base_model_and_program(self.layer, self.entry.widths, torch.float64)[0]
 
     def config(self, **changes: Any) -> Any:
         cls = getattr(adaptc, self.entry.cls)
@@ -105,7 +107,9 @@ class Subject:
 
     def compile(self, adapter: Any = None, **options: Any) -> adaptc.AdaptedProgram:
         adapter = self.directory if adapter is None else adapter
-        return adaptc.compile(captured(self.layer, self.entry.widths, torch.float64)[1], adapter, **options)
+        return adaptc.compile(
+            base_model_and_program(self.layer, self.entry.widths, torch.float64)[1], adapter, **options
+        )
 
     @cached_property
     def wrapped(self) -> Any:
@@ -116,14 +120,14 @@ class Subject:
             model = peft.get_peft_model(
                 self.kind.model(self.entry.widths), cls(**{**targets(self.layer), **self.entry.config})
             )
-            saved = {short(k) for k in peft.get_peft_model_state_dict(model)}
+            saved = {file_key_of(k) for k in peft.get_peft_model_state_dict(model)}
         torch.manual_seed(5)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 # PEFT may train what no file of its holds (AdaLoRA's number of ranks above a float64 base).
-                p.requires_grad_(p.requires_grad and not saved.isdisjoint(keys_of(short(name))))
+                p.requires_grad_(p.requires_grad and not saved.isdisjoint(possible_file_keys(file_key_of(name))))
                 if p.requires_grad:
-                    p.copy_(self.entry.fill(name, p))
+                    p.copy_(self.entry.random_tensor(name, p))
         return model.eval()
 
     @cached_property
@@ -131,11 +135,11 @@ class Subject:
         """An adapter written by PEFT, or by adaptc where PEFT has none."""
         self._temporary = tempfile.TemporaryDirectory()
         path = Path(self._temporary.name)
-        if self.by_peft:
+        if self.has_peft_oracle:
             with quiet():
                 self.wrapped.save_pretrained(str(path))
             return path
-        return randomized(self, self.config(), path)
+        return save_random_adapter(self, self.config(), path)
 
     @cached_property
     def program(self) -> adaptc.AdaptedProgram:
@@ -148,19 +152,19 @@ class Subject:
 
     # -- the oracle's answers -----------------------------------------------------------------------------------------
 
-    def named(self, slots: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    def slots_and_scale(self, slots: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """The slots and the scale of the site, with these in their place."""
         a, values = self.attachment, self.program.binding.values
-        found = {
+        slot_values = {
             n: slots.get(n, values[f].double() if values[f].is_floating_point() else values[f])
             for n, f in a.slots.items()
         }
-        return found, None if a.scale_slot is None else values[a.scale_slot].double()
+        return slot_values, None if a.scale_slot is None else values[a.scale_slot].double()
 
-    def made(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapted_parameters(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's parameters as the method makes them of the base's and of these slots."""
         a, op = self.attachment, self.program.ops[self.attachment.id]
-        (named, scale), method, layer = self.named(slots), a.method, self.base.layer
+        (named, scale), method, layer = self.slots_and_scale(slots), a.method, self.base.layer
         weight = getattr(layer, a.param)
         out = {a.param: op.stored(method.weight(op, op.canonical(weight.detach()), named, scale))}
         bias = getattr(layer, "bias", None)
@@ -172,21 +176,21 @@ class Subject:
 
     def forward(self, slots: dict[str, Tensor], *args: Tensor) -> Tensor:
         """The model with those parameters, or with what the method makes of the layer's output, run by torch."""
-        if not self.entry.weight:
-            return self.behind(slots, *args)
-        made, model = self.made(slots), self.base
+        if not self.entry.has_weight_form:
+            return self.forward_with_hook(slots, *args)
+        made, model = self.adapted_parameters(slots), self.base
         if any(t.shape != getattr(model.layer, n).shape for n, t in made.items()):  # dense where there were groups
             model = copy.deepcopy(model)
             model.layer.groups = 1
         return torch.func.functional_call(model, {f"layer.{n}": t for n, t in made.items()}, args)
 
-    def behind(self, slots: dict[str, Tensor], *args: Tensor) -> Tensor:
+    def forward_with_hook(self, slots: dict[str, Tensor], *args: Tensor) -> Tensor:
         a, op = self.attachment, self.program.ops[self.attachment.id]
-        (named, scale), layer = self.named(slots), self.base.layer
+        (named, scale), layer = self.slots_and_scale(slots), self.base.layer
         weight = op.canonical(getattr(layer, a.param).detach())
 
-        def hook(_: nn.Module, given: tuple[Tensor], y: Tensor) -> Tensor:
-            return a.method.apply(op, given[0], y, weight, layer.bias, named, scale)
+        def hook(_: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+            return a.method.apply(op, inputs[0], y, weight, layer.bias, named, scale)
 
         handle = layer.register_forward_hook(hook)
         try:
@@ -197,15 +201,15 @@ class Subject:
     def expected(self, batch: int) -> Tensor:
         args = self.args(batch)
         with torch.no_grad():
-            return self.wrapped(*args) if self.by_peft else self.forward({}, *args)
+            return self.wrapped(*args) if self.has_peft_oracle else self.forward({}, *args)
 
     def gradients(self, batch: int) -> dict[str, Tensor]:
         args = self.args(batch)
-        if self.by_peft:
+        if self.has_peft_oracle:
             self.wrapped.zero_grad()
             loss(self.wrapped(*args)).backward()
             named = {n: p.grad for n, p in self.wrapped.named_parameters() if p.requires_grad and p.grad is not None}
-            return {short(n): g for n, g in named.items()}
+            return {file_key_of(n): g for n, g in named.items()}
         a, op = self.attachment, self.program.ops[self.attachment.id]
         specs = a.method.slots(op)
         leaves = {
@@ -217,13 +221,13 @@ class Subject:
         return {a.file_key(n, specs[n]): t.grad for n, t in leaves.items() if t.grad is not None}
 
     def merged(self) -> dict[str, Tensor]:
-        if not self.by_peft:
-            return {f"layer.{n}": t for n, t in self.made({}).items()}
+        if not self.has_peft_oracle:
+            return {f"layer.{n}": t for n, t in self.adapted_parameters({}).items()}
         with quiet():
             return copy.deepcopy(self.wrapped).merge_and_unload().state_dict()
 
 
-def short(name: str) -> str:
+def file_key_of(name: str) -> str:
     """The key in files of a parameter of PEFT's model."""
     for prefix in ("base_model.model.", "base_model."):
         name = name.removeprefix(prefix)
@@ -231,23 +235,23 @@ def short(name: str) -> str:
     return ".".join(parts)
 
 
-def keys_of(name: str) -> tuple[str, ...]:
+def possible_file_keys(name: str) -> tuple[str, ...]:
     """PEFT drops ``weight`` from some keys of its files, and the site from those of tensors that all sites share."""
     return (name, name.removesuffix(".weight"), name.rpartition(".")[2])
 
 
-def key_of(found: dict[str, Tensor], name: str) -> str:
-    return next((n for n in keys_of(name) if n in found), name)
+def find_file_key(found: dict[str, Tensor], name: str) -> str:
+    return next((n for n in possible_file_keys(name) if n in found), name)
 
 
-def randomized(s: Subject, config: Any, path: Path, seed: int = 5) -> Path:
+def save_random_adapter(s: Subject, config: Any, path: Path, seed: int = 5) -> Path:
     """An adapter of this config with random tensors, written by adaptc."""
     torch.manual_seed(seed)
     program = s.compile(config)
     with torch.no_grad():
         for key, p in adapter_parameters(program).items():
             if p.is_floating_point():
-                p.copy_(s.entry.fill(key, p))
+                p.copy_(s.entry.random_tensor(key, p))
     return Path(adaptc.save_adapter(program, path))
 
 

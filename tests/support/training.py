@@ -53,7 +53,7 @@ def first_values() -> dict[str, Tensor]:
 
 
 def module(config: dict[str, Any] = CONFIG) -> Any:
-    """A module of a program of its own, with :func:`first_values`."""
+    """A module of a program of its own, with :func:`initial_values`."""
     own = program() if config is CONFIG else adaptc.compile(model(), adaptc.LoraConfig(**config), training=True)
     made = copy.deepcopy(own).module()
     made.load_state_dict(first_values())
@@ -127,7 +127,7 @@ def optimizer_of(trained: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(trained), lr=1e-2)
 
 
-def the_same_with_checkpoints(program: adaptc.AdaptedProgram, **inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+def check_gradient_checkpointing(program: adaptc.AdaptedProgram, **inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
     """A module in training, and its gradients of one step: with blocks that are computed again they are the same."""
     grads: list[dict[str, Tensor]] = []
     found: Any = None

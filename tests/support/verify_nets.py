@@ -38,7 +38,7 @@ def net(dtype: torch.dtype = torch.float32) -> Net:
     return Net().to(dtype).eval()
 
 
-def compiled(model: Net, init: Any = False, **options: Any) -> adaptc.AdaptedProgram:
+def compile_net(model: Net, init: Any = False, **options: Any) -> adaptc.AdaptedProgram:
     example = {"ids": torch.randint(0, 23, (3, 9)), "mask": torch.ones(3, 9, dtype=torch.int64)}
     config = LoraConfig(r=3, target_modules=["up", "head"], init_lora_weights=init, **options)
     return adaptc.compile(model, config, example_inputs=example)

@@ -21,7 +21,7 @@ from torch import Tensor
 import adaptc
 from adaptc.methods.routed.xlora import CLASSIFIER
 from tests.support.families import FAMILIES
-from tests.support.oracle import SAID, quiet, randomize
+from tests.support.oracle import EXPECTED_WARNINGS, quiet, randomize
 
 #: experts of each family: rank and targets, of which no two are alike
 EXPERTS: Mapping[str, Sequence[tuple[int, list[str]]]] = {
@@ -39,7 +39,7 @@ OTHERS: Mapping[str, Sequence[tuple[int, list[str]]]] = {
     "mistral": ((1, ["q_proj"]), (4, ["v_proj", "down_proj"]), (2, ["o_proj"])),
     "gemma3_text": ((4, ["v_proj", "q_proj"]), (1, ["k_proj", "up_proj", "o_proj"])),
 }
-_read = theirs.set_peft_model_state_dict
+_original_set_state_dict = theirs.set_peft_model_state_dict
 
 
 def build(name: str) -> Any:
@@ -48,7 +48,7 @@ def build(name: str) -> Any:
     return model
 
 
-def width(name: str) -> int:
+def classifier_width(name: str) -> int:
     """Of what the head reads, which some models project the last hidden state to."""
     config = build(name).config
     return getattr(config, "word_embed_proj_dim", config.hidden_size)
@@ -59,7 +59,7 @@ def experts(name: str, path: Path, specs: Sequence[tuple[int, list[str]]] = (), 
     out: dict[str, str] = {}
     for i, (r, targets) in enumerate(specs or EXPERTS[name]):
         config = peft.LoraConfig(r=r, target_modules=targets, lora_alpha=5, use_rslora=bool(i % 2), **options)
-        with quiet(*SAID):
+        with quiet(*EXPECTED_WARNINGS):
             wrapped = peft.get_peft_model(build(name), config)
             randomize(wrapped, seed=i + 7 * r)
             wrapped.save_pretrained(str(path / str(i)))
@@ -67,16 +67,21 @@ def experts(name: str, path: Path, specs: Sequence[tuple[int, list[str]]] = (), 
     return out
 
 
-def _known(model: Any, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+def _set_state_dict(model: Any, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
     parts = ("transformer", "backbone")
     found = {re.sub(f"^model.model.({'|'.join(parts)})", r"model.\1", k): t for k, t in tensors.items()}
-    return _read(model, found, *args, **kwargs)
+    return _original_set_state_dict(model, found, *args, **kwargs)
 
 
 def peft_model(name: str, adapters: Mapping[str, str], seed: int = 0, model: Any = None, **options: Any) -> Any:
     """PEFT's, in evaluation, with a random classifier that prefers some experts clearly."""
-    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=width(name), adapters=dict(adapters), **options)
-    with quiet(*SAID, ".*enable_softmax.*"), mock.patch.object(theirs, "set_peft_model_state_dict", _known):
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=classifier_width(name), adapters=dict(adapters), **options
+    )
+    with (
+        quiet(*EXPECTED_WARNINGS, ".*enable_softmax.*"),
+        mock.patch.object(theirs, "set_peft_model_state_dict", _set_state_dict),
+    ):
         wrapped = peft.get_peft_model(build(name) if model is None else model, config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -93,12 +98,12 @@ def classifier_of(wrapped: Any) -> dict[str, Tensor]:
 
 
 def config_of(name: str, adapters: Mapping[str, str], **options: Any) -> adaptc.XLoraConfig:
-    return adaptc.XLoraConfig(hidden_size=width(name), adapters=dict(adapters), **options)
+    return adaptc.XLoraConfig(hidden_size=classifier_width(name), adapters=dict(adapters), **options)
 
 
-def saved(wrapped: Any, path: Path) -> Path:
+def save_xlora_adapter(wrapped: Any, path: Path) -> Path:
     """PEFT's adapter as PEFT writes it, but with all of its classifier."""
-    with quiet(*SAID):
+    with quiet(*EXPECTED_WARNINGS):
         wrapped.save_pretrained(str(path))
     tensors = {f"base_model.{k}": t.contiguous() for k, t in classifier_of(wrapped).items()}
     save_file(tensors, path / "adapter_model.safetensors")

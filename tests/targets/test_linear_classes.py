@@ -69,7 +69,7 @@ def test_all_linear_finds_what_peft_s_isinstance_does(tmp_path: Any) -> None:
     adaptc.swap(program, tmp_path)
     torch.testing.assert_close(program(x), oracle(x), rtol=1e-5, atol=1e-5)
     why = dict(program.adaptation.left_out)["router"]
-    assert why.startswith("a product, but its class (Router) is no linear layer")
+    assert why.startswith("a matmul, but its class (Router) is no linear layer")
 
 
 def test_programs_know_it_too(tmp_path: Any) -> None:

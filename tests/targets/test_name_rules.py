@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import TargetError
 from adaptc.methods._shared.name_patterns import check_patterns, pattern_value, unused_patterns
-from adaptc.targets.name_rules import Candidate, select, select_to_save
+from adaptc.targets.name_rules import Candidate, select_modules_to_save, select_targets
 from tests.support.cover import examples
 
 # No word ends another one: modules_to_save compares whole words in one place and endings in another.
@@ -169,9 +169,9 @@ def test_selection_equals_peft(problem):
     event("refused" if refused else "selected")
     if refused:
         with pytest.raises(TargetError):
-            select(candidates_of(model), **options, all_names=names_of(model))
+            select_targets(candidates_of(model), **options, all_names=names_of(model))
         return
-    got = select(candidates_of(model), **options, all_names=names_of(model))
+    got = select_targets(candidates_of(model), **options, all_names=names_of(model))
     assert got.names == tuple(n for n in adaptable if oracle(n, **options))
     left = [n for n, _ in got.left_out if n in adaptable]
     assert sorted([*got.names, *left]) == sorted(adaptable)
@@ -190,7 +190,7 @@ def test_selection_equals_injection(problem):
     # PEFT refuses the whole call when a container or a norm is among the matches.
     assume(not any(oracle(n, **options) for n in names_of(model) if n and not tree.get(n)))
     try:
-        got = select(candidates_of(model), **options, all_names=names_of(model))
+        got = select_targets(candidates_of(model), **options, all_names=names_of(model))
     except TargetError:
         assume(False)
     assert got.names == adapted_by_peft(model, **options)
@@ -205,7 +205,7 @@ def test_all_linear_equals_injection(tree, word, data):
     assume(not any(other.endswith(f".{n}") for n in linear for other in names_of(model) if other not in linear))
     exclude = data.draw(st.none() | suffixes({n: k for n, k in tree.items() if k} or tree).map(lambda n: [n]))
     assume(any(oracle(n, target_modules=[n], exclude_modules=exclude) for n in linear))
-    got = select(candidates_of(model), target_modules=word, exclude_modules=exclude, all_names=names_of(model))
+    got = select_targets(candidates_of(model), target_modules=word, exclude_modules=exclude, all_names=names_of(model))
     assert got.names == adapted_by_peft(model, target_modules=word, exclude_modules=exclude)
     assert got.matches == {word: got.names}
 
@@ -213,7 +213,7 @@ def test_all_linear_equals_injection(tree, word, data):
 def test_all_linear_does_not_reach_other_layers_of_the_same_name():
     tree = {"proj": "linear", "visual.proj": "conv2d", "visual.out": "linear"}
     model = build(tree)
-    assert select(candidates_of(model), target_modules="all-linear").names == ("proj", "visual.out")
+    assert select_targets(candidates_of(model), target_modules="all-linear").names == ("proj", "visual.out")
     assert "visual.proj" in adapted_by_peft(model, target_modules="all-linear")
 
 
@@ -224,7 +224,7 @@ def test_all_linear_leaves_the_output_head():
             num_key_value_heads=1,
         )
     )  # fmt: skip
-    got = select(
+    got = select_targets(
         candidates_of(model), target_modules="all-linear", output_embedding="lm_head", all_names=names_of(model)
     )
     assert ("lm_head", "the output head") in got.left_out
@@ -237,8 +237,8 @@ def test_all_linear_leaves_the_output_head():
 def test_task_head_is_trained_whole(target, given_heads):
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, vocab_size=19)
     model = BertForSequenceClassification(config)
-    got = select(candidates_of(model), target_modules=target, task_type="SEQ_CLS", modules_to_save=given_heads)
-    saved = select_to_save(names_of(model), given_heads, "SEQ_CLS")
+    got = select_targets(candidates_of(model), target_modules=target, task_type="SEQ_CLS", modules_to_save=given_heads)
+    saved = select_modules_to_save(names_of(model), given_heads, "SEQ_CLS")
     assert "classifier" in saved
     assert ("classifier", "under modules_to_save ('classifier')") in got.left_out
     wrapped = peft.get_peft_model(
@@ -251,7 +251,7 @@ def test_task_head_is_trained_whole(target, given_heads):
 def test_token_classification_head_is_not_adapted_and_saved_at_once():
     # PEFT adapts the head, then fails to save it.
     linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in ("layer.0.query", "classifier")]
-    assert select(linear, target_modules="all-linear", task_type="TOKEN_CLS").names == ("layer.0.query",)
+    assert select_targets(linear, target_modules="all-linear", task_type="TOKEN_CLS").names == ("layer.0.query",)
 
 
 @settings(max_examples=examples(30))
@@ -261,9 +261,9 @@ def test_saved_modules_equal_peft(tree, entries):
     names = list(names_of(model))
     if not all(any(n.endswith(e) for n in names) for e in entries):
         with pytest.raises(TargetError, match="modules_to_save"):
-            select_to_save(names, entries)
+            select_modules_to_save(names, entries)
         return
-    got = select_to_save(names, entries)
+    got = select_modules_to_save(names, entries)
     # PEFT replaces modules while it walks, so one below another that it saved is lost to it.
     assume(not any(a.startswith(b + ".") for a in got for b in got))
     model.add_module("first", nn.Linear(3, 5))
@@ -273,18 +273,18 @@ def test_saved_modules_equal_peft(tree, entries):
 
 def test_saved_heads_need_not_exist_unless_named():
     names = ["bert.pooler", "score_head", "qa_outputs"]
-    assert select_to_save(["bert", "classifier"], None, "SEQ_CLS") == ["classifier"]
-    assert select_to_save(["bert"], None, "TOKEN_CLS") == []
-    assert select_to_save(names, None, peft.TaskType.QUESTION_ANS) == ["qa_outputs"]
+    assert select_modules_to_save(["bert", "classifier"], None, "SEQ_CLS") == ["classifier"]
+    assert select_modules_to_save(["bert"], None, "TOKEN_CLS") == []
+    assert select_modules_to_save(names, None, peft.TaskType.QUESTION_ANS) == ["qa_outputs"]
     # As PEFT writes it to disk: its own heads appended to the user's list.
-    assert select_to_save(["bert", "classifier"], ["classifier", "score"], "SEQ_CLS") == ["classifier"]
+    assert select_modules_to_save(["bert", "classifier"], ["classifier", "score"], "SEQ_CLS") == ["classifier"]
     for entries, task in (
         (["score"], "SEQ_CLS"),
         (["classifier", "score"], None),
         (["classifier", "score"], "SEQ_CLS"),
     ):
         with pytest.raises(TargetError, match="score"):
-            select_to_save(["bert", "klassifier"], entries, task)
+            select_modules_to_save(["bert", "klassifier"], entries, task)
 
 
 pattern_keys = st.one_of(
@@ -317,7 +317,7 @@ def test_a_full_name_is_not_filtered_by_layer():
     names = ["model.layers.0.q_proj", "model.layers.2.q_proj"]
     linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
     options = {"target_modules": names, "layers_to_transform": [2]}
-    assert select(linear, **options).names == tuple(names)
+    assert select_targets(linear, **options).names == tuple(names)
     assert all(oracle(n, **options) for n in names)
 
 
@@ -329,4 +329,4 @@ def test_the_first_index_is_the_layer(layer, pattern):
     options = {"target_modules": ["fc1"], "layers_to_transform": layer, "layers_pattern": pattern}
     expected = tuple(n for n in names if oracle(n, **options))
     assert 0 < len(expected) < len(names)
-    assert select(linear, **options).names == expected
+    assert select_targets(linear, **options).names == expected

@@ -13,7 +13,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, TargetError
 from adaptc.methods._shared.name_patterns import pattern_value, unused_patterns
-from adaptc.targets.name_rules import Candidate, select, select_to_save
+from adaptc.targets.name_rules import Candidate, select_modules_to_save, select_targets
 
 MODEL = {
     "model": "Body",
@@ -53,7 +53,7 @@ SMALL = [
 )
 def test_what_matches_nothing_is_refused(options, message):
     with pytest.raises(TargetError, match=message):
-        select(SMALL, **options, all_names=MODEL)
+        select_targets(SMALL, **options, all_names=MODEL)
 
 
 def test_an_adapter_of_another_model_says_that_it_may_be(tmp_path):
@@ -83,7 +83,7 @@ def test_options_that_do_not_go_together_are_refused_as_by_peft(options, message
     with pytest.raises(ValueError, match="layers_"):
         peft.LoraConfig(**options)
     with pytest.raises(ConfigError, match=message):
-        select(SMALL, **options)
+        select_targets(SMALL, **options)
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,20 @@ def test_options_that_do_not_go_together_are_refused_as_by_peft(options, message
 )
 def test_malformed_options_are_config_errors(options):
     with pytest.raises(ConfigError):
-        select(SMALL, **options)
+        select_targets(SMALL, **options)
     with pytest.raises(AdaptcError):
         pattern_value({"(": 1}, "a", 2)
 
 
 def test_empty_and_dummy_targets_select_nothing():
     for target in ([], set(), "dummy-target-modules"):
-        got = select(SMALL, target_modules=target)
+        got = select_targets(SMALL, target_modules=target)
         assert got.names == ()
         assert len(got.left_out) == len(SMALL)
 
 
 def test_reasons_are_told():
-    got = select(
+    got = select_targets(
         SMALL,
         target_modules=["q_proj", "v_proj", "embed"],
         exclude_modules=["layers.0.q_proj", "norm"],
@@ -133,7 +133,7 @@ def test_reasons_are_told():
 
 
 def test_a_module_that_an_entry_names_in_vain_is_reported():
-    got = select(SMALL, target_modules=".*layers.*", all_names=MODEL)
+    got = select_targets(SMALL, target_modules=".*layers.*", all_names=MODEL)
     assert [n for n, why in got.left_out if "not adaptable (LayerNorm)" in why] == [
         f"model.layers.{i}.norm" for i in range(3)
     ]
@@ -142,22 +142,22 @@ def test_a_module_that_an_entry_names_in_vain_is_reported():
 def test_linear_means_the_layer_not_the_product():
     router = Candidate("router", "some.TopKRouter", "linear")
     proj = Candidate("out_proj", "torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "linear")
-    assert select([router, proj], target_modules="all-linear").names == ("out_proj",)
+    assert select_targets([router, proj], target_modules="all-linear").names == ("out_proj",)
 
 
 def test_cost_does_not_grow_with_the_product_of_names_and_entries():
     names = [f"model.blocks.{i // 8}.attn.{i % 8}.proj" for i in range(5000)]
     linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
     start = time.process_time()
-    got = select(linear, target_modules=names, exclude_modules=names[:2500], all_names=names)
+    got = select_targets(linear, target_modules=names, exclude_modules=names[:2500], all_names=names)
     assert time.process_time() - start < 1.5
     assert got.names == tuple(names[2500:])
 
 
 def test_a_saved_ending_is_not_adapted_either():
     linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in ("my_head", "my_head.fc", "fc")]
-    assert select_to_save(["my_head", "my_head.fc", "fc"], ["head"]) == ["my_head"]
-    assert select(linear, target_modules=["fc", "my_head"], modules_to_save=["head"]).names == ("fc",)
+    assert select_modules_to_save(["my_head", "my_head.fc", "fc"], ["head"]) == ["my_head"]
+    assert select_targets(linear, target_modules=["fc", "my_head"], modules_to_save=["head"]).names == ("fc",)
 
 
 def test_pattern_value_takes_any_type_and_no_pattern():

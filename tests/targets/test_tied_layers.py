@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import adaptc
 from adaptc import AdaptcWarning, CheckpointError, ConfigError, LoraConfig, SwapError, TargetError
 from tests.support.oracle import randomize
-from tests.support.subject import close, sound
+from tests.support.subject import assert_close, assert_valid
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.*fan_in_fan_out.*", "ignore:.*tied.*")
 X = torch.tensor([[3, 8, 36, 1, 3], [0, 2, 8, 5, 8]])
@@ -78,13 +78,13 @@ def test_as_peft(model: str, kind: str, tmp_path: Path) -> None:
     adaptc.swap(program, tmp_path / "peft")
     loaded = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))
     for one in (read, program, loaded, adaptc.merge(program)):
-        close(one(input_ids=X).logits, want, 3e-5)
-    sound(program)
+        assert_close(one(input_ids=X).logits, want, 3e-5)
+    assert_valid(program)
     ours, theirs = tensors(Path(adaptc.save_adapter(read, tmp_path / "ours"))), tensors(tmp_path / "peft")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(t, theirs[k]) for k, t in ours.items())
     again = peft.PeftModel.from_pretrained(build(), str(tmp_path / "ours")).eval()
-    close(again(input_ids=X).logits, want, 3e-5)
+    assert_close(again(input_ids=X).logits, want, 3e-5)
 
 
 @pytest.mark.parametrize("kind", ["both", "the head whole"])
@@ -118,7 +118,7 @@ def test_one_parameter_takes_both_gradients(kind: str, tmp_path: Path) -> None:
 
 def test_first_values_change_nothing_and_learn() -> None:
     program = adaptc.compile(llama(), LoraConfig(**options("llama", "both")))
-    close(program(input_ids=X).logits, llama()(input_ids=X).logits, 1e-5)
+    assert_close(program(input_ids=X).logits, llama()(input_ids=X).logits, 1e-5)
     values = {k: t for k, t in program.binding.values.items() if "embedding" in k}
     assert sorted(bool(t.any()) for t in values.values()) == [False, True]
 
@@ -128,8 +128,8 @@ def test_ranks_change(tmp_path: Path) -> None:
     other = LoraConfig(**{**options("llama", "both"), "r": 5, "init_lora_weights": False})
     wider = adaptc.compile(llama(), other)
     adaptc.swap(program, adaptc.save_adapter(wider, tmp_path))
-    close(program(input_ids=X).logits, wider(input_ids=X).logits, 1e-5)
-    sound(program)
+    assert_close(program(input_ids=X).logits, wider(input_ids=X).logits, 1e-5)
+    assert_valid(program)
 
 
 def test_files_that_are_not_tied(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Turned(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
         A, B = slots["turned_A"], slots["turned_B"]
-        return (y + op.down_up(op.as_input(x, A.dtype), A, B) * scale).to(y.dtype)
+        return (y + op.down_up(op.cast_input(x, A.dtype), A, B) * scale).to(y.dtype)
 
 
 def config(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> Any:

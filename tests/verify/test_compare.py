@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from adaptc.verify.compare import compare, difference, digests, leaves
+from adaptc.verify.compare import compare, difference, digests, output_leaves
 
 
 def test_differences() -> None:
@@ -27,10 +27,10 @@ def test_differences() -> None:
 
 
 def test_the_worst_output_is_reported() -> None:
-    runs = [leaves((torch.tensor([1.0]), {"k": torch.tensor([100.0])})) for _ in range(2)]
+    runs = [output_leaves((torch.tensor([1.0]), {"k": torch.tensor([100.0])})) for _ in range(2)]
     found = [
-        leaves((torch.tensor([1.0]), {"k": torch.tensor([100.0])})),
-        leaves((torch.tensor([1.1]), {"k": torch.tensor([101.0])})),
+        output_leaves((torch.tensor([1.0]), {"k": torch.tensor([100.0])})),
+        output_leaves((torch.tensor([1.1]), {"k": torch.tensor([101.0])})),
     ]
     check = compare("x", runs, found, 0.5)
     assert check.passed
@@ -59,5 +59,5 @@ def test_outputs_whose_parts_have_no_names_are_numbered() -> None:
             self.parts = parts
 
     pytree.register_pytree_node(Pair, lambda p: (list(p.parts), None), lambda parts, _: Pair(*parts))
-    found = leaves({"a": Pair(torch.ones(3), torch.zeros(2))})
+    found = output_leaves({"a": Pair(torch.ones(3), torch.zeros(2))})
     assert [(k, v.shape[0]) for k, v in found.items()] == [("output[0]", 3), ("output[1]", 2)]

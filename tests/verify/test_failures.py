@@ -13,12 +13,12 @@ import adaptc
 from adaptc import AdaptcError
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.verify import verify
-from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compiled, failed, net
+from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compile_net, failed, net
 
 
 def test_a_changed_model_is_seen() -> None:
     model = net()
-    program = compiled(model)
+    program = compile_net(model)
     with torch.no_grad():
         model.head.weight = nn.Parameter(model.head.weight.clone())  # no longer the program's own
         model.head.weight[4, 7] += 0.01
@@ -34,7 +34,7 @@ def test_a_changed_model_is_seen() -> None:
 def test_a_wrong_merge_is_seen(monkeypatch: pytest.MonkeyPatch, init: bool) -> None:
     """Also when the current adapter is at its first values, which change nothing."""
     model = net()
-    program = compiled(model, init)
+    program = compile_net(model, init)
     right = Lora.weight
     monkeypatch.setattr(Lora, "weight", lambda self, op, W, slots, scale: right(self, op, W, slots, scale * 1.01))
     assert failed(adaptc.verify(program, model)) == [MERGED]
@@ -42,7 +42,7 @@ def test_a_wrong_merge_is_seen(monkeypatch: pytest.MonkeyPatch, init: bool) -> N
 
 def test_a_wrong_identity_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
-    program = compiled(model)
+    program = compile_net(model)
     right = Lora.identity
 
     def wrong(self: Lora, op: Any, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -54,8 +54,8 @@ def test_a_wrong_identity_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_merge_that_writes_to_the_base_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
-    program = compiled(model)
-    right = verify.merged
+    program = compile_net(model)
+    right = verify.merge_program
 
     def wrong(program: adaptc.AdaptedProgram, **options: Any) -> Any:
         result = right(program, **options)
@@ -65,15 +65,15 @@ def test_a_merge_that_writes_to_the_base_is_seen(monkeypatch: pytest.MonkeyPatch
             )
         return result
 
-    monkeypatch.setattr(verify, "merged", wrong)
+    monkeypatch.setattr(verify, "merge_program", wrong)
     report = adaptc.verify(program)
     assert failed(report) == [UNMERGE]
     assert "embed.weight" in report[UNMERGE].note
 
 
 def test_an_unmerge_that_loses_a_tensor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "unmerged", verify.unloaded)
-    program = compiled(net())
+    monkeypatch.setattr(verify, "unmerge_program", verify.unload_program)
+    program = compile_net(net())
     report = adaptc.verify(program)
     assert failed(report) == [UNMERGE]
     assert "lora_A" in report[UNMERGE].note
@@ -83,24 +83,24 @@ def test_errors_inside_are_failures_with_a_note() -> None:
     def broken(ids: Tensor, mask: Tensor) -> Tensor:
         raise RuntimeError("no such thing\nand more")
 
-    report = adaptc.verify(compiled(net()), broken)
+    report = adaptc.verify(compile_net(net()), broken)
     assert failed(report) == [BASE]
     assert report[BASE].note == "RuntimeError: no such thing"
-    report = adaptc.verify(compiled(net()), lambda ids, mask: {"other": ids})
+    report = adaptc.verify(compile_net(net()), lambda ids, mask: {"other": ids})
     assert "structure" in report[BASE].note
 
 
 def test_failures_raise_on_request() -> None:
     model, other = net(), net()
     nn.init.zeros_(other.head.weight)
-    adaptc.verify(compiled(model), model, raise_on_failure=True)
+    adaptc.verify(compile_net(model), model, raise_on_failure=True)
     with pytest.raises(AdaptcError, match="NOT verified: base equals model"):
-        adaptc.verify(compiled(model), other, raise_on_failure=True)
+        adaptc.verify(compile_net(model), other, raise_on_failure=True)
 
 
 def test_the_tolerance_is_what_was_asked_for() -> None:
     model = net()
-    program = compiled(model)
+    program = compile_net(model)
     default = adaptc.verify(program, model)
     error = default[MERGED].error
     assert error > 0

@@ -13,7 +13,7 @@ import adaptc
 from adaptc import AdaptcError, LoraConfig
 from adaptc.verify.compare import digests
 from tests.support.families import FAMILIES
-from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compiled, failed, net
+from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compile_net, failed, net
 
 # -- passes ------------------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def test_transformers_models_verify(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_dtype_verifies_within_its_own_rounding(dtype: torch.dtype) -> None:
     model = net(dtype)
-    report = adaptc.verify(compiled(model), model)
+    report = adaptc.verify(compile_net(model), model)
     assert report.ok, report
     assert report[MERGED].relative < {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
 
@@ -45,7 +45,7 @@ def test_every_dtype_verifies_within_its_own_rounding(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("init", ["pissa", "olora", True])
 def test_initialisations_that_change_the_base_verify(init: Any) -> None:
     model = net()
-    report = adaptc.verify(compiled(model, init), model)
+    report = adaptc.verify(compile_net(model, init), model)
     assert report.ok, report
     assert [c.passed for c in report.checks] == [True] * 4
 
@@ -61,7 +61,7 @@ def test_training_programs_verify_in_eval_mode() -> None:
 
 def test_programs_without_adapter_and_without_model() -> None:
     model = net()
-    program = compiled(model)
+    program = compile_net(model)
     report = adaptc.verify(adaptc.unload(program), model)
     assert report.ok
     assert [c.passed for c in report.checks] == [True, None, None, None]
@@ -75,21 +75,21 @@ def test_programs_without_adapter_and_without_model() -> None:
 
 def test_a_merged_program_is_not_its_base() -> None:
     model = net()
-    assert failed(adaptc.verify(adaptc.merge(compiled(model)), model)) == [BASE]
+    assert failed(adaptc.verify(adaptc.merge(compile_net(model)), model)) == [BASE]
 
 
 def test_loaded_programs_verify(tmp_path: Any) -> None:
     model = net()
-    adaptc.save(compiled(model), tmp_path / "p.pt2")
+    adaptc.save(compile_net(model), tmp_path / "p.pt2")
     assert adaptc.verify(adaptc.load(tmp_path / "p.pt2"), model).ok
-    adaptc.save(compiled(model, "pissa"), tmp_path / "p.pt2")
+    adaptc.save(compile_net(model, "pissa"), tmp_path / "p.pt2")
     report = adaptc.verify(adaptc.load(tmp_path / "p.pt2"), model)
     assert [c.passed for c in report.checks] == [None, None, True, True]
 
 
 def test_models_may_be_programs_or_functions() -> None:
     model = net()
-    program = compiled(model)
+    program = compile_net(model)
     assert adaptc.verify(program, adaptc.unload(program)).ok
     assert adaptc.verify(program, lambda ids, mask: model(ids, mask)).ok
 
@@ -157,7 +157,7 @@ def test_runs_do_not_see_what_the_ones_before_them_wrote() -> None:
 def test_neither_program_nor_model_nor_random_state_change() -> None:
     model = net().train()
     model.drop.eval()
-    program = compiled(model)
+    program = compile_net(model)
     binding, held, weights = program.binding, digests(program.state_dict), digests(model.state_dict())
     nodes, torch_state = [n.name for n in program.graph.nodes], torch.get_rng_state()
     assert adaptc.verify(program, model).ok
@@ -179,7 +179,7 @@ def test_own_inputs_and_shapes_are_used() -> None:
         seen.append((ids.clone(), mask.shape))
         return model(ids, mask)
 
-    program = compiled(model)
+    program = compile_net(model)
     ids = torch.randint(0, 23, (2, 5))
     one = {"ids": ids, "mask": torch.ones_like(ids)}
     assert adaptc.verify(program, spy, inputs=one).runs == ("ids/mask 2x5",)
@@ -202,7 +202,7 @@ def test_equal_seeds_give_equal_reports() -> None:
         seen.append(ids.clone())
         return model(ids, mask)
 
-    program = compiled(model)
+    program = compile_net(model)
     a, b, _ = (adaptc.verify(program, spy, seed=s, shapes=1) for s in (7, 7, 8))
     assert str(a) == str(b)
     assert torch.equal(seen[0], seen[1])
@@ -210,7 +210,7 @@ def test_equal_seeds_give_equal_reports() -> None:
 
 
 def test_reports_answer_by_name_only() -> None:
-    report = adaptc.verify(compiled(net()))
+    report = adaptc.verify(compile_net(net()))
     assert isnan(report[BASE].error)
     with pytest.raises(KeyError):
         report["no such check"]

@@ -14,19 +14,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptc.adapter_files.format import jsonable
-from adaptc.adapter_files.formats.parts import COMPONENTS, LYCORIS, MAGNITUDE, SLOTS, KeyPart, component_of, split
-from adaptc.adapter_files.formats.writing import Adapted, Content, slot_names
+from adaptc.adapter_files.format import to_json_value
+from adaptc.adapter_files.formats.parts import (
+    COMMON_SLOTS,
+    COMPONENTS,
+    LYCORIS_SLOTS,
+    MAGNITUDE,
+    ParsedKey,
+    split_component,
+    split_key,
+)
+from adaptc.adapter_files.formats.writing import AdaptedModule, FileContent, rename_slots
 from adaptc.errors import CheckpointError
 
 #: names of the file in a directory
-SAFE, BIN = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
+LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 #: the field of a safetensors header with the configs
-METADATA = "lora_adapter_metadata"
+LORA_ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 #: slots that can be written, all under PEFT's names
-NAMES = {n: n for n in ("lora_A.weight", "lora_B.weight", "lora_B.bias", MAGNITUDE, *LYCORIS) if "hada" not in n}
+WRITTEN_NAMES = {
+    n: n for n in ("lora_A.weight", "lora_B.weight", "lora_B.bias", MAGNITUDE, *LYCORIS_SLOTS) if "hada" not in n
+}
 _SLOTS = {
-    **SLOTS,
+    **COMMON_SLOTS,
     **{
         f"{old}.{way}.weight": new
         for old in ("lora", "lora_linear_layer")
@@ -34,38 +44,38 @@ _SLOTS = {
     },
 }
 #: a projection of an attention processor
-_PROCESSOR = re.compile(r"(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
-_WAYS = {"down": "lora_A.weight", "up": "lora_B.weight"}
+_PROCESSOR_KEY = re.compile(r"(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+_PROCESSOR_SLOTS = {"down": "lora_A.weight", "up": "lora_B.weight"}
 
 
 class Diffusers:
     """The format of diffusers, as the module tells."""
 
     name = "diffusers"
-    scale_is_one = True
+    has_default_scale = True
 
-    def part(self, key: str) -> KeyPart | None:
-        if old := _PROCESSOR.fullmatch(key):
+    def parse_key(self, key: str) -> ParsedKey | None:
+        if old := _PROCESSOR_KEY.fullmatch(key):
             names = (f"to_{old[3]}.0" if old[3] == "out" else f"to_{old[3]}", f"{old[3]}_proj")
-            names, slot = tuple(f"{old[1]}.{n}" for n in names), _WAYS[old[4]]
-        elif found := split(key, _SLOTS):
+            names, slot = tuple(f"{old[1]}.{n}" for n in names), _PROCESSOR_SLOTS[old[4]]
+        elif found := split_key(key, _SLOTS):
             # A processor's `to_out` is the first layer of the list of that name.
             name, slot = found[0].replace(".processor.", "."), found[1]
             names = (name, f"{name}.0") if name.endswith(".to_out") else (name,)
         else:
             return None
-        component = component_of(names[0])[0]
-        return KeyPart(key, component, names, slot)
+        component = split_component(names[0])[0]
+        return ParsedKey(key, component, names, slot)
 
-    def way_out(self, module: str) -> str:
+    def missing_module_hint(self, module: str) -> str:
         return ""
 
-    def file(self, path: Path) -> Path:
-        return path if path.suffix == ".safetensors" else path / SAFE
+    def resolve_path(self, path: Path) -> Path:
+        return path if path.suffix == ".safetensors" else path / LORA_WEIGHT_NAME_SAFE
 
-    def content(
-        self, modules: Sequence[Adapted], component: str | None, config: Mapping[str, Any], names: Sequence[str]
-    ) -> Content:
+    def file_content(
+        self, modules: Sequence[AdaptedModule], component: str | None, config: Mapping[str, Any], names: Sequence[str]
+    ) -> FileContent:
         if component is not None and component not in COMPONENTS:
             raise CheckpointError(
                 f"component={component!r} is none that diffusers has: {', '.join(COMPONENTS)}; or leave it out, as "
@@ -74,7 +84,9 @@ class Diffusers:
             )
         front = f"{component}." if component else ""
         out = {
-            f"{front}{one.module}.{name}": t for one in modules for name, t in slot_names(self.name, NAMES, one).items()
+            f"{front}{one.module}.{name}": t
+            for one in modules
+            for name, t in rename_slots(self.name, WRITTEN_NAMES, one).items()
         }
         fields = {f"{front}{k}": v for k, v in config.items()}
-        return Content(out, {METADATA: json.dumps(fields, indent=2, default=jsonable)})
+        return FileContent(out, {LORA_ADAPTER_METADATA_KEY: json.dumps(fields, indent=2, default=to_json_value)})

@@ -17,12 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.formats.parts import ALPHA, DORA_SCALE, LYCORIS, MAGNITUDE, MID, SLOTS, KeyPart, split
-from adaptc.adapter_files.formats.writing import Adapted, Content, slot_names
+from adaptc.adapter_files.formats.parts import (
+    ALPHA,
+    COMMON_SLOTS,
+    DORA_SCALE,
+    LORA_MID,
+    LYCORIS_SLOTS,
+    MAGNITUDE,
+    ParsedKey,
+    split_key,
+)
+from adaptc.adapter_files.formats.writing import AdaptedModule, FileContent, rename_slots
 from adaptc.errors import CheckpointError
 
 #: prefix -> component; a prefix that begins with another one comes before it
-PREFIXES = {
+COMPONENT_PREFIXES = {
     "lora_unet_": "unet",
     "lora_transformer_": "transformer",
     "lora_te1_": "text_encoder",
@@ -33,23 +42,23 @@ PREFIXES = {
     "lycoris_": "",
 }
 #: component -> the prefix under which it is written
-WRITTEN = {c: p for p, c in reversed(PREFIXES.items()) if p not in ("lora_te_", "lora_prior_unet_")}
+WRITTEN_PREFIXES = {c: p for p, c in reversed(COMPONENT_PREFIXES.items()) if p not in ("lora_te_", "lora_prior_unet_")}
 #: PEFT's name -> the name that is written
-NAMES = {
+WRITTEN_NAMES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
     MAGNITUDE: DORA_SCALE,
-    **LYCORIS,
+    **LYCORIS_SLOTS,
 }
 _SLOTS = {
-    **SLOTS,
+    **COMMON_SLOTS,
     "lora_down.weight": "lora_A.weight",
     "lora_up.weight": "lora_B.weight",
-    "lora_mid.weight": MID,
+    "lora_mid.weight": LORA_MID,
     DORA_SCALE: DORA_SCALE,
 }
-_OUTER, _INNER = "text_model_", "encoder.layers."
-_ORIGINAL = re.compile(r"(^|_)(double_blocks|single_blocks|joint_blocks|double_stream|x_block|qkv)(_|$)")
+_TEXT_MODEL, _ENCODER_LAYERS = "text_model_", "encoder.layers."
+_ORIGINAL_NAME = re.compile(r"(^|_)(double_blocks|single_blocks|joint_blocks|double_stream|x_block|qkv)(_|$)")
 
 
 class Kohya:
@@ -57,80 +66,83 @@ class Kohya:
     has one."""
 
     name = "kohya"
-    scale_is_one = True
+    has_default_scale = True
 
-    def part(self, key: str) -> KeyPart | None:
-        prefix = next((p for p in PREFIXES if key.startswith(p)), None)
-        found = split(key, _SLOTS)
+    def parse_key(self, key: str) -> ParsedKey | None:
+        prefix = next((p for p in COMPONENT_PREFIXES if key.startswith(p)), None)
+        found = split_key(key, _SLOTS)
         if prefix is None or found is None or "." in found[0]:
             return None
-        return KeyPart(key, PREFIXES[prefix], (found[0].removeprefix(prefix),), found[1], flat=True)
+        return ParsedKey(key, COMPONENT_PREFIXES[prefix], (found[0].removeprefix(prefix),), found[1], is_flattened=True)
 
-    def way_out(self, module: str) -> str:
-        if _ORIGINAL.search(module):
+    def missing_module_hint(self, module: str) -> str:
+        if _ORIGINAL_NAME.search(module):
             return (
                 "These are names of the model's original code, in which one layer is several of diffusers'. diffusers "
                 "converts such files: give what its pipeline's lora_state_dict(file) returns as a state dict."
             )
         return ""
 
-    def file(self, path: Path) -> Path:
+    def resolve_path(self, path: Path) -> Path:
         if path.suffix != ".safetensors":
             raise CheckpointError(
                 f"the format kohya is a single file: give a path that ends in .safetensors, not {path}"
             )
         return path
 
-    def content(
-        self, modules: Sequence[Adapted], component: str | None, config: Mapping[str, Any], names: Sequence[str]
-    ) -> Content:
-        if component not in WRITTEN:
+    def file_content(
+        self, modules: Sequence[AdaptedModule], component: str | None, config: Mapping[str, Any], names: Sequence[str]
+    ) -> FileContent:
+        if component not in WRITTEN_PREFIXES:
             raise CheckpointError(
                 f"the format kohya has the component in every key: say component=, one of "
-                f"{', '.join(filter(None, WRITTEN))}"
+                f"{', '.join(filter(None, WRITTEN_PREFIXES))}"
             )
         spelled = Counter(n.replace(".", "_") for n in names)
-        out: dict[str, Tensor] = {}
-        for one in modules:
-            if spelled[flat := one.module.replace(".", "_")] > 1:
+        tensors: dict[str, Tensor] = {}
+        for adapted in modules:
+            if spelled[flat := adapted.module.replace(".", "_")] > 1:
                 raise CheckpointError(
-                    f"the format kohya cannot tell {one.module!r} from another module, as it has underscores for "
+                    f"the format kohya cannot tell {adapted.module!r} from another module, as it has underscores for "
                     f"dots. Write "
                     "it as format='peft' or 'diffusers'."
                 )
             # transformers dropped the outer name of text encoders, and other programs still use it.
-            outer = _OUTER if component.startswith("text_encoder") and one.module.startswith(_INNER) else ""
-            key = f"{WRITTEN[component]}{outer}{flat}"
-            for name, t in slot_names(self.name, NAMES, one).items():
-                out[f"{key}.{name}"] = _by_axes(t, one) if name == DORA_SCALE else t
-            out[f"{key}.{ALPHA}"] = _alpha(one)
-        return Content(out, {})
+            outer = (
+                _TEXT_MODEL
+                if component.startswith("text_encoder") and adapted.module.startswith(_ENCODER_LAYERS)
+                else ""
+            )
+            key = f"{WRITTEN_PREFIXES[component]}{outer}{flat}"
+            for name, t in rename_slots(self.name, WRITTEN_NAMES, adapted).items():
+                tensors[f"{key}.{name}"] = _add_axes(t, adapted) if name == DORA_SCALE else t
+            tensors[f"{key}.{ALPHA}"] = _alpha_for_scale(adapted)
+        return FileContent(tensors, {})
 
 
-def _by_axes(t: Tensor, one: Adapted) -> Tensor:
+def _add_axes(t: Tensor, adapted: AdaptedModule) -> Tensor:
     """Return the magnitudes (rows,) as (rows, 1, ...), with as many axes as the weight has."""
-    axes = one.tensors["lora_A.weight"].ndim
+    axes = adapted.tensors["lora_A.weight"].ndim
     return t.reshape(-1, *[1] * (axes - 1))
 
 
-def _alpha(one: Adapted) -> Tensor:
+def _alpha_for_scale(adapted: AdaptedModule) -> Tensor:
     """Return the alpha that, divided by the rank that a reader sees, is exactly the scale.
 
     Raises CheckpointError where there is no such number.
     """
-    if {"lokr_w1", "lokr_w2"} <= one.tensors.keys():
-        if one.scale != 1:
+    if {"lokr_w1", "lokr_w2"} <= adapted.tensors.keys():
+        if adapted.scale != 1:
             raise CheckpointError(
-                f"the format kohya cannot hold the scale {one.scale} of {one.module!r}: a LoKr of two whole factors "
-                f"is not "
-                "scaled there. Write it as format='peft'."
+                f"the format kohya cannot hold the scale {adapted.scale} of {adapted.module!r}: a LoKr of two whole "
+                "factors is not scaled there. Write it as format='peft'."
             )
-        return torch.tensor(float(max(one.tensors["lokr_w2"].shape[:2])))
-    alpha = one.scale * one.rank
-    if alpha / one.rank != one.scale:
+        return torch.tensor(float(max(adapted.tensors["lokr_w2"].shape[:2])))
+    alpha = adapted.scale * adapted.rank
+    if alpha / adapted.rank != adapted.scale:
         raise CheckpointError(
-            f"the format kohya cannot hold the scale {one.scale} of {one.module!r}, as no alpha over the rank "
-            f"{one.rank} is "
+            f"the format kohya cannot hold the scale {adapted.scale} of {adapted.module!r}, as no alpha over the rank "
+            f"{adapted.rank} is "
             "it to the bit (with use_rslora it is over the root). Write it as format='peft'."
         )
     small = torch.tensor(alpha, dtype=torch.float32)

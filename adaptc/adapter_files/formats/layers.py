@@ -13,7 +13,7 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.formats.parts import ALPHA, DORA_SCALE, MAGNITUDE, MID
+from adaptc.adapter_files.formats.parts import ALPHA, DORA_SCALE, LORA_MID, MAGNITUDE
 from adaptc.errors import CheckpointError
 
 
@@ -21,29 +21,31 @@ from adaptc.errors import CheckpointError
 class FileLayer:
     """The tensors of one module as PEFT has them.
 
-    ``kind`` is PEFT's name of the method. ``alpha`` is None where the file has none for this module.
+    ``peft_type`` is PEFT's name of the method. ``alpha`` is None where the file has none for this module.
     """
 
-    kind: str
+    peft_type: str
     tensors: Mapping[str, Tensor]
     rank: int
     alpha: float | None
 
 
-def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], source: str) -> FileLayer:
+def convert_layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], source: str) -> FileLayer:
     """Return the layer that ``tensors``, by slot, make at a weight of ``shape``. Raises CheckpointError where they make
     none."""
-    found = dict(tensors)
-    alpha = _number(found.pop(ALPHA), f"{source}: the alpha of {module!r}") if ALPHA in found else None
-    where = f"{source}: module {module!r}"
-    families = dict.fromkeys(n.partition("_")[0] for n in found if n != DORA_SCALE and n != MAGNITUDE)
+    slots = dict(tensors)
+    alpha = _scalar_value(slots.pop(ALPHA), f"{source}: the alpha of {module!r}") if ALPHA in slots else None
+    location = f"{source}: module {module!r}"
+    families = dict.fromkeys(n.partition("_")[0] for n in slots if n != DORA_SCALE and n != MAGNITUDE)
     if len(families) > 1:
-        raise CheckpointError(f"{where} has tensors of several methods: {', '.join(found)}; drop those of all but one")
-    if "lora" in families:
-        return FileLayer("LORA", *_lora(where, found, shape), alpha)
-    if DORA_SCALE in found or MAGNITUDE in found:
         raise CheckpointError(
-            f"{where} has dora_scale, lengths of rows, beside LoHa or LoKr; PEFT has these for LoRA alone, and so "
+            f"{location} has tensors of several methods: {', '.join(slots)}; drop those of all but one"
+        )
+    if "lora" in families:
+        return FileLayer("LORA", *_convert_lora(location, slots, shape), alpha)
+    if DORA_SCALE in slots or MAGNITUDE in slots:
+        raise CheckpointError(
+            f"{location} has dora_scale, lengths of rows, beside LoHa or LoKr; PEFT has these for LoRA alone, and so "
             f"has adaptc"
         )
     if "hada" in families:
@@ -52,49 +54,49 @@ def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], sour
             "hada_w1_b",
             "hada_w2_a",
             "hada_w2_b",
-            *(("hada_t1", "hada_t2") if "hada_t1" in found else ()),
+            *(("hada_t1", "hada_t2") if "hada_t1" in slots else ()),
         )
-        _complete(where, found, need)
-        return FileLayer("LOHA", found, _size(where, found, "hada_w1_b", 0), alpha)
-    if not found:
-        raise CheckpointError(f"{where} has an alpha and nothing else; drop it, or complete the file")
-    return FileLayer("LOKR", found, *_lokr(where, found, alpha))
+        _check_complete(location, slots, need)
+        return FileLayer("LOHA", slots, _axis_size(location, slots, "hada_w1_b", 0), alpha)
+    if not slots:
+        raise CheckpointError(f"{location} has an alpha and nothing else; drop it, or complete the file")
+    return FileLayer("LOKR", slots, *_lokr_rank_alpha(location, slots, alpha))
 
 
-def _lora(where: str, found: dict[str, Tensor], shape: Sequence[int]) -> tuple[dict[str, Tensor], int]:
-    _complete(where, found, ("lora_A.weight", "lora_B.weight"))
-    a, b = found["lora_A.weight"], found["lora_B.weight"]
-    if MID in found:
-        a = _two_of_three(where, found.pop(MID), a, shape)
+def _convert_lora(location: str, slots: dict[str, Tensor], shape: Sequence[int]) -> tuple[dict[str, Tensor], int]:
+    _check_complete(location, slots, ("lora_A.weight", "lora_B.weight"))
+    a, b = slots["lora_A.weight"], slots["lora_B.weight"]
+    if LORA_MID in slots:
+        a = _merge_mid_factor(location, slots.pop(LORA_MID), a, shape)
     # A kernel of one position may be left out: files are exchanged between models with linear layers and with
     # convolutions.
-    a, b = (_with_axes(t, len(shape)) for t in (a, b))
-    found |= {"lora_A.weight": a, "lora_B.weight": b}
-    if DORA_SCALE in found:
-        found[MAGNITUDE] = _lengths(where, found.pop(DORA_SCALE), b.shape[0] if b.ndim else 0, len(shape))
-    return found, _size(where, found, "lora_A.weight", 0)
+    a, b = (_match_axes(t, len(shape)) for t in (a, b))
+    slots |= {"lora_A.weight": a, "lora_B.weight": b}
+    if DORA_SCALE in slots:
+        slots[MAGNITUDE] = _convert_magnitudes(location, slots.pop(DORA_SCALE), b.shape[0] if b.ndim else 0, len(shape))
+    return slots, _axis_size(location, slots, "lora_A.weight", 0)
 
 
-def _lokr(where: str, found: Mapping[str, Tensor], alpha: float | None) -> tuple[int, float | None]:
+def _lokr_rank_alpha(location: str, slots: Mapping[str, Tensor], alpha: float | None) -> tuple[int, float | None]:
     """Return (rank, alpha) of a LoKr.
 
     Where both factors are whole, LyCORIS scales by 1, whatever the alpha. PEFT has whole factors where the rank is
     large.
     """
     for i in ("1", "2"):
-        if f"lokr_w{i}" not in found:
-            _complete(where, found, (f"lokr_w{i}_a", f"lokr_w{i}_b"))
-    for n, t in found.items():
+        if f"lokr_w{i}" not in slots:
+            _check_complete(location, slots, (f"lokr_w{i}_a", f"lokr_w{i}_b"))
+    for n, t in slots.items():
         if t.ndim < 2:
-            raise CheckpointError(f"{where}: {n!r} has shape {tuple(t.shape)}, expected a matrix")
-    ranked = next((n for n in ("lokr_w2_b", "lokr_w1_b") if n in found), None)
+            raise CheckpointError(f"{location}: {n!r} has shape {tuple(t.shape)}, expected a matrix")
+    ranked = next((n for n in ("lokr_w2_b", "lokr_w1_b") if n in slots), None)
     if ranked is not None:
-        return found[ranked].shape[0], alpha
-    rank = max(found["lokr_w2"].shape[:2])
+        return slots[ranked].shape[0], alpha
+    rank = max(slots["lokr_w2"].shape[:2])
     return rank, rank
 
 
-def _two_of_three(where: str, mid: Tensor, down: Tensor, shape: Sequence[int]) -> Tensor:
+def _merge_mid_factor(location: str, mid: Tensor, down: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the first two of three factors as one: ``mid`` (r, i, *kernel) applied to ``down`` (i, in, 1...).
 
     The result (r, in, *kernel) is larger than they are. So a rank that no weight of this shape needs is refused first.
@@ -102,51 +104,53 @@ def _two_of_three(where: str, mid: Tensor, down: Tensor, shape: Sequence[int]) -
     whole = mid.ndim >= 3 and down.ndim >= 2 and all(n == 1 for n in down.shape[2:])
     if not whole or mid.shape[1] != down.shape[0] or (down.shape[1], *mid.shape[2:]) != tuple(shape[1:]):
         raise CheckpointError(
-            f"{where}: lora_mid {tuple(mid.shape)} does not go with lora_down {tuple(down.shape)} at a weight of shape "
-            f"{tuple(shape)}; expected (r, i, *kernel) and (i, in, 1...)"
+            f"{location}: lora_mid {tuple(mid.shape)} does not go with lora_down {tuple(down.shape)} at a weight of "
+            f"shape {tuple(shape)}; expected (r, i, *kernel) and (i, in, 1...)"
         )
     if mid.shape[0] > (most := max(shape[0], prod(shape[1:]))):
         raise CheckpointError(
-            f"{where}: lora_mid has the rank {mid.shape[0]}, and no change of a weight of shape {tuple(shape)} has one "
-            f"above {most}"
+            f"{location}: lora_mid has the rank {mid.shape[0]}, and no change of a weight of shape {tuple(shape)} has "
+            f"one above {most}"
         )
     return torch.einsum("ri...,ij->rj...", mid.float(), down.flatten(1).float()).contiguous()
 
 
-def _with_axes(t: Tensor, axes: int) -> Tensor:
+def _match_axes(t: Tensor, axes: int) -> Tensor:
     while t.ndim > axes and t.ndim > 2 and t.shape[-1] == 1:
         t = t.squeeze(-1)
     return t.reshape(*t.shape, *[1] * (axes - t.ndim)) if 2 <= t.ndim < axes else t
 
 
-def _lengths(where: str, t: Tensor, rows: int, axes: int) -> Tensor:
+def _convert_magnitudes(location: str, t: Tensor, rows: int, axes: int) -> Tensor:
     """Return the magnitudes in PEFT's shape, from (rows, 1...): (rows,), or (1, rows, 1...) for a convolution.
 
     Raises CheckpointError for another shape, such as LyCORIS's magnitudes of columns.
     """
     if t.shape[:1] != (rows,) or t.numel() != rows:
         raise CheckpointError(
-            f"{where}: dora_scale has shape {tuple(t.shape)}, expected one length for each of {rows} rows. LyCORIS has "
-            "lengths of columns too (wd_on_output=False), which are another method than DoRA, and adaptc does not "
+            f"{location}: dora_scale has shape {tuple(t.shape)}, expected one length for each of {rows} rows. LyCORIS "
+            "has lengths of columns too (wd_on_output=False), which are another method than DoRA, and adaptc does not "
             "have it."
         )
     return t.reshape(1, rows, *[1] * (axes - 2)) if axes > 2 else t.reshape(rows)
 
 
-def _complete(where: str, found: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    if missing := [n for n in names if n not in found]:
-        raise CheckpointError(f"{where} has {', '.join(found)} and no {', '.join(missing)}; the file is not complete")
+def _check_complete(location: str, slots: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    if missing := [n for n in names if n not in slots]:
+        raise CheckpointError(
+            f"{location} has {', '.join(slots)} and no {', '.join(missing)}; the file is not complete"
+        )
 
 
-def _size(where: str, found: Mapping[str, Tensor], name: str, axis: int) -> int:
-    if found[name].ndim < 2:
-        raise CheckpointError(f"{where}: {name!r} has shape {tuple(found[name].shape)}, expected a matrix")
-    return found[name].shape[axis]
+def _axis_size(location: str, slots: Mapping[str, Tensor], name: str, axis: int) -> int:
+    if slots[name].ndim < 2:
+        raise CheckpointError(f"{location}: {name!r} has shape {tuple(slots[name].shape)}, expected a matrix")
+    return slots[name].shape[axis]
 
 
-def _number(t: Tensor, what: str) -> float:
+def _scalar_value(t: Tensor, description: str) -> float:
     """Return the number that a tensor holds, as an int where it is whole. Raises CheckpointError for anything else."""
     value = t.item() if t.numel() == 1 and not t.is_complex() and t.dtype is not torch.bool else None
     if value is None or not isfinite(value):
-        raise CheckpointError(f"{what} is no finite number, but a tensor {tuple(t.shape)} of {t.dtype}: {value}")
+        raise CheckpointError(f"{description} is no finite number, but a tensor {tuple(t.shape)} of {t.dtype}: {value}")
     return int(value) if float(value).is_integer() else float(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-_PLAIN = {
+_SINGLE_LAYERS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
@@ -18,7 +18,7 @@ _PLAIN = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_RESNET = {
+_RESNET_LAYERS = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -30,38 +30,40 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 def original_names(modules: Collection[str]) -> dict[str, str]:
     """Return original name -> diffusers' name of the modules that have one; empty for a model that is no such UNet."""
-    layers = {"down": _layers(modules, "down"), "up": _layers(modules, "up")}
+    layers = {"down": _layers_per_block(modules, "down"), "up": _layers_per_block(modules, "up")}
     if not all(layers.values()):
         return {}
-    attended = {
+    attention_blocks = {
         int(m[2]) for name in modules if (m := _BLOCK.fullmatch(name)) and m[1] == "up" and m[3] == "attentions"
     }
     out: dict[str, str] = {}
     for name in modules:
-        if name in _PLAIN:
-            out[_PLAIN[name]] = name
+        if name in _SINGLE_LAYERS:
+            out[_SINGLE_LAYERS[name]] = name
         elif m := _MIDDLE.fullmatch(name):
             place = 2 * int(m[2]) + (m[1] == "attentions")
-            out[f"middle_block.{place}.{_inside(m[1], m[3])}"] = name
+            out[f"middle_block.{place}.{_original_inner_name(m[1], m[3])}"] = name
         elif m := _BLOCK.fullmatch(name):
-            way, block, kind, layer = m[1], int(m[2]), m[3], int(m[4])
+            direction, block, kind, layer = m[1], int(m[2]), m[3], int(m[4])
             # A downsampler is an input block of its own. An upsampler is the last module of its level's last output
             # block.
-            first = 1 + block * (layers["down"] + 1) if way == "down" else block * layers["up"]
+            first = 1 + block * (layers["down"] + 1) if direction == "down" else block * layers["up"]
             if kind == "downsamplers":
                 out[f"input_blocks.{first + layers['down']}.0.op"] = name
             elif kind == "upsamplers":
-                out[f"output_blocks.{first + layers['up'] - 1}.{1 + (block in attended)}.{m[5]}"] = name
+                out[f"output_blocks.{first + layers['up'] - 1}.{1 + (block in attention_blocks)}.{m[5]}"] = name
             else:
-                side = "input" if way == "down" else "output"
-                out[f"{side}_blocks.{first + layer}.{int(kind == 'attentions')}.{_inside(kind, m[5])}"] = name
+                side = "input" if direction == "down" else "output"
+                out[f"{side}_blocks.{first + layer}.{int(kind == 'attentions')}.{_original_inner_name(kind, m[5])}"] = (
+                    name
+                )
     return out
 
 
-def _inside(kind: str, rest: str) -> str:
-    return _RESNET.get(rest, rest) if kind == "resnets" else rest
+def _original_inner_name(kind: str, name: str) -> str:
+    return _RESNET_LAYERS.get(name, name) if kind == "resnets" else name
 
 
-def _layers(modules: Collection[str], way: str) -> int:
-    found = (m for name in modules if (m := _BLOCK.fullmatch(name)) and m[1] == way and m[3] == "resnets")
+def _layers_per_block(modules: Collection[str], direction: str) -> int:
+    found = (m for name in modules if (m := _BLOCK.fullmatch(name)) and m[1] == direction and m[3] == "resnets")
     return max((int(m[4]) + 1 for m in found), default=0)

@@ -1,7 +1,7 @@
-"""Define what all formats share: the parts of a file's key, and the protocol of a format.
+"""Define what all formats share: the parsed key of a file, and the protocol of a format.
 
-A key becomes a :class:`KeyPart` with component, module and slot, whose slot has PEFT's name. Where a key is unknown the
-result is None, and the caller names the key in an error.
+A key becomes a :class:`ParsedKey` with component, module and slot, whose slot has PEFT's name. Where a key is unknown
+the result is None, and the caller names the key in an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 #: slot of a module's scale times its rank, one number
 ALPHA = "alpha"
 #: slot of the middle one of a convolution's three factors
-MID = "lora_mid.weight"
+LORA_MID = "lora_mid.weight"
 MAGNITUDE = "lora_magnitude_vector"
 #: slot of DoRA's magnitudes with an axis for each axis of the weight
 DORA_SCALE = "dora_scale"
@@ -33,7 +33,7 @@ COMPONENTS = (
 )
 
 #: slots of LoHa and LoKr, which have LyCORIS's names in every format
-LYCORIS: Mapping[str, str] = MappingProxyType(
+LYCORIS_SLOTS: Mapping[str, str] = MappingProxyType(
     {
         name: name
         for name in (
@@ -43,7 +43,7 @@ LYCORIS: Mapping[str, str] = MappingProxyType(
     }
 )
 #: end of a key -> PEFT's name of the tensor
-SLOTS: Mapping[str, str] = MappingProxyType(
+COMMON_SLOTS: Mapping[str, str] = MappingProxyType(
     {
         "lora_A.weight": "lora_A.weight",
         "lora_B.weight": "lora_B.weight",
@@ -51,25 +51,25 @@ SLOTS: Mapping[str, str] = MappingProxyType(
         "lora_magnitude_vector": MAGNITUDE,
         "lora_magnitude_vector.weight": MAGNITUDE,
         "alpha": ALPHA,
-        **LYCORIS,
+        **LYCORIS_SLOTS,
     }
 )
 
 
 @dataclass(frozen=True)
-class KeyPart:
+class ParsedKey:
     """The parsed key of a file.
 
-    ``modules`` are the possible names of its module, the likeliest first. With ``flat`` their dots have become
-    underscores. ``component`` is that of a pipeline, '' where the key names none. ``slot`` is PEFT's name of the
+    ``module_names`` are the possible names of its module, the likeliest first. With ``is_flattened`` their dots have
+    become underscores. ``component`` is that of a pipeline, '' where the key names none. ``slot`` is PEFT's name of the
     tensor.
     """
 
     key: str
     component: str
-    modules: tuple[str, ...]
+    module_names: tuple[str, ...]
     slot: str
-    flat: bool = False
+    is_flattened: bool = False
 
 
 class Format(Protocol):
@@ -81,21 +81,21 @@ class Format(Protocol):
         ...
 
     @property
-    def scale_is_one(self) -> bool:
+    def has_default_scale(self) -> bool:
         """Return whether a module without an alpha has the scale 1. Where it is False, such files do not state the
         scale."""
         ...
 
-    def part(self, key: str) -> KeyPart | None:
+    def parse_key(self, key: str) -> ParsedKey | None:
         """Return the parsed key, or None for one that this format does not have."""
         ...
 
-    def way_out(self, module: str) -> str:
+    def missing_module_hint(self, module: str) -> str:
         """Return a sentence for the error that the model has no such module, or '' where there is nothing to add."""
         ...
 
 
-def split(key: str, slots: Mapping[str, str]) -> tuple[str, str] | None:
+def split_key(key: str, slots: Mapping[str, str]) -> tuple[str, str] | None:
     """Return (rest of the key, PEFT's name of the slot) by the longest ending that is in ``slots``, or None."""
     pieces = key.split(".")
     for n in (3, 2, 1):
@@ -105,7 +105,7 @@ def split(key: str, slots: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def component_of(name: str) -> tuple[str, str]:
+def split_component(name: str) -> tuple[str, str]:
     """Return (component, rest) of a dotted name, or ('', ``name``) where its first part is no component."""
     first, _, rest = name.partition(".")
     return (first, rest) if first in COMPONENTS and rest else ("", name)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 
-from adaptc.adapter_files.formats.parts import MAGNITUDE, KeyPart, split
+from adaptc.adapter_files.formats.parts import MAGNITUDE, ParsedKey, split_key
 
 _SLOTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": MAGNITUDE}
 _LAYER = re.compile(r"layers\.(\d+)\.(attn|mlp)\.(\w+)")
-_TRANSFORMERS = {
+_TRANSFORMERS_NAMES = {
     "attn.v_proj": "self_attn.v_proj",
     "attn.output_proj": "self_attn.o_proj",
     "mlp.w1": "mlp.gate_proj",
@@ -26,22 +26,22 @@ class Torchtune:
     """The format of torchtune, as the module tells."""
 
     name = "torchtune"
-    scale_is_one = False
+    has_default_scale = False
 
-    def part(self, key: str) -> KeyPart | None:
-        found = split(key, _SLOTS)
+    def parse_key(self, key: str) -> ParsedKey | None:
+        found = split_key(key, _SLOTS)
         if found is None:
             return None
         name, slot = found
         names = [name]
         if m := _LAYER.fullmatch(name):
-            theirs = _TRANSFORMERS.get(f"{m[2]}.{m[3]}")
+            theirs = _TRANSFORMERS_NAMES.get(f"{m[2]}.{m[3]}")
             names += [f"model.layers.{m[1]}.{theirs}"] if theirs else []
         elif name == "output":
             names.append("lm_head")
-        return KeyPart(key, "", tuple(names), slot)
+        return ParsedKey(key, "", tuple(names), slot)
 
-    def way_out(self, module: str) -> str:
+    def missing_module_hint(self, module: str) -> str:
         if module.endswith((".q_proj", ".k_proj")):
             return (
                 "torchtune has the rows of q_proj and k_proj in another order than transformers. Use the directory "

@@ -18,7 +18,7 @@ from adaptc.errors import CheckpointError
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
+class AdaptedModule:
     """A module with an adapter.
 
     ``tensors`` has PEFT's slots. ``scale`` is the factor on the adapter's update.
@@ -31,7 +31,7 @@ class Adapted:
 
 
 @dataclass(frozen=True, eq=False)
-class Content:
+class FileContent:
     """The content of a file: its tensors by key, and the texts of its header."""
 
     tensors: Mapping[str, Tensor]
@@ -44,13 +44,13 @@ class Writer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def file(self, path: Path) -> Path:
+    def resolve_path(self, path: Path) -> Path:
         """Return the file that ``path`` means. Raises CheckpointError for a path that means none."""
         ...
 
-    def content(
-        self, modules: Sequence[Adapted], component: str | None, config: Mapping[str, Any], names: Sequence[str]
-    ) -> Content:
+    def file_content(
+        self, modules: Sequence[AdaptedModule], component: str | None, config: Mapping[str, Any], names: Sequence[str]
+    ) -> FileContent:
         """Return the content of a file with these modules.
 
         ``component`` is the pipeline's, where there is one. ``config`` is as PEFT stores it. ``names`` are all modules
@@ -59,27 +59,27 @@ class Writer(Protocol):
         ...
 
 
-def slot_names(form: str, names: Mapping[str, str], one: Adapted) -> dict[str, Tensor]:
+def rename_slots(format_name: str, names: Mapping[str, str], adapted: AdaptedModule) -> dict[str, Tensor]:
     """Return the tensors of a module under a format's names. Raises CheckpointError for a tensor without a name
     there."""
-    if odd := [n for n in one.tensors if n not in names]:
+    if odd := [n for n in adapted.tensors if n not in names]:
         raise CheckpointError(
-            f"the format {form} cannot hold {odd[0]!r} of {one.module!r}: it has no name for it. Write it as "
-            f"format='peft'."
+            f"the format {format_name} cannot hold {odd[0]!r} of {adapted.module!r}: it has no name for it. Write it "
+            "as format='peft'."
         )
-    return {names[n]: t for n, t in one.tensors.items()}
+    return {names[n]: t for n, t in adapted.tensors.items()}
 
 
-def write_file(path: Path, content: Content) -> Path:
+def write_format_file(path: Path, content: FileContent) -> Path:
     """Write a safetensors file aside and move it into place. Raises CheckpointError, and leaves the old file as it
     was."""
     try:
-        data = safe_load.dense(content.tensors)
+        data = safe_load.to_dense(content.tensors)
         made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with atomic_write.replacing(path, "new.safetensors") as new:
-                safe_load.save_tensors(data, new, safe=True, header=content.header)
+            with atomic_write.atomic_replace(path, "new.safetensors") as new:
+                safe_load.save_tensors(data, new, safe_serialization=True, metadata=content.header)
         except BaseException:
             for p in made:
                 p.rmdir()

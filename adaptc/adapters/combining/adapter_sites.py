@@ -37,14 +37,15 @@ class AdapterLike(Protocol):
 class AdapterSite:
     """The tensors of an adapter at one module or parameter.
 
-    ``key`` is the prefix of its tensors' keys. ``names`` is the name of the module, or of the parameters that it may
-    be; the config has one method for all of them. ``whole`` says that the site is the module, and not a parameter.
+    ``key`` is the prefix of its tensors' keys. ``target_names`` is the name of the module, or of the parameters that it
+    may be; the config has one method for all of them. ``is_module`` says that the site is the module, and not a
+    parameter.
     """
 
     key: str
     method: Method
-    names: Sequence[str]
-    whole: bool
+    target_names: Sequence[str]
+    is_module: bool
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def low_rank(self, source: str) -> LowRank | None:
@@ -60,13 +61,13 @@ class AdapterSite:
 
 
 #: the advice in errors for adapters whose tensors alone do not tell their change
-AS_LORA = (
+CONVERT_HINT = (
     "give model=, the model they are for, and a method that ends in svd: their changes of its weights are then "
     "combined, into an adapter of LoRA. adaptc.convert_to_lora(adapter, model, rank=...) makes LoRA of one of them"
 )
 
 
-def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, AdapterSite], dict[str, Tensor]]:
+def split_sites(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, AdapterSite], dict[str, Tensor]]:
     """Return the sites by key, and the other tensors by key, all on ``device``.
 
     Floating tensors become float32, or stay float64. Raises CheckpointError and ConfigError.
@@ -74,29 +75,29 @@ def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Adap
     config, source = adapter.config, adapter.source
     if not isinstance(config, TargetedConfig):
         raise ConfigError(f"{source}: a {type(config).__name__} chooses no layers, so there is nothing to combine")
-    if config.unit == "matrices" and not config.method("", "linear").file_names:
+    if config.target_unit == "matrices" and not config.method("", "linear").file_names:
         raise ConfigError(
             f"{source}: what {config.peft_type} adapters do together does not follow from their tensors alone; "
-            f"{AS_LORA}"
+            f"{CONVERT_HINT}"
         )
     sites: dict[str, AdapterSite] = {}
-    others: dict[str, Tensor] = {}
+    other_tensors: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
-        value = in_full(key, tensor, source).to(device)
-        found = _part(key, config)
+        value = to_sum_precision(key, tensor, source).to(device)
+        found = _split_key(key, config)
         if found is None:
-            others[key] = value
+            other_tensors[key] = value
             continue
         path, name = found
         if path not in sites:
-            sites[path] = _site(path, config, source)
+            sites[path] = _make_site(path, config, source)
         sites[path].tensors[name] = value
-    if not sites and not others:
+    if not sites and not other_tensors:
         raise CheckpointError(f"{source} has no tensors, so there is nothing to combine")
-    return sites, others
+    return sites, other_tensors
 
 
-def _site(key: str, config: TargetedConfig, source: str) -> AdapterSite:
+def _make_site(key: str, config: TargetedConfig, source: str) -> AdapterSite:
     module = key.partition(_WRAPPER)[0]  # the module's name before PEFT wraps it
     ends = [(e, f"{module}.{e.rpartition('.')[2]}".removeprefix(".")) for e in config.target_parameters or ()]
     parameters = [n for e, n in ends if n == e or n.endswith(f".{e}")]
@@ -105,12 +106,12 @@ def _site(key: str, config: TargetedConfig, source: str) -> AdapterSite:
     if any(m != first for m in others):
         raise ConfigError(
             f"{source}: {key!r} is one of the parameters {', '.join(methods)}, which have different options by the "
-            f"patterns of the config, and which of them is known with the model alone; {AS_LORA}"
+            f"patterns of the config, and which of them is known with the model alone; {CONVERT_HINT}"
         )
     return AdapterSite(key, first, list(methods), not parameters)
 
 
-def in_full(key: str, tensor: Tensor, source: str) -> Tensor:
+def to_sum_precision(key: str, tensor: Tensor, source: str) -> Tensor:
     """Return a tensor without gradient, in the precision of sums: float32, or float64 where it was. Integers stay.
 
     Raises CheckpointError for complex tensors.
@@ -122,7 +123,7 @@ def in_full(key: str, tensor: Tensor, source: str) -> Tensor:
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
-def _part(key: str, config: TargetedConfig) -> tuple[str, str] | None:
+def _split_key(key: str, config: TargetedConfig) -> tuple[str, str] | None:
     """Return (site, tensor name) of a key, or None where it is no tensor of the adapter's method."""
     for name in config.method("", "linear").file_names:
         if key == name or key.endswith(f".{name}"):

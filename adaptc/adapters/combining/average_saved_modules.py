@@ -12,60 +12,60 @@ import torch
 from torch import Tensor
 
 from adaptc.adapters.combining.adapter_sites import AdapterLike
-from adaptc.binding.builder import EMBEDDINGS
+from adaptc.binding.builder import EMBEDDING_NAMES
 from adaptc.errors import CheckpointError, ConfigError
 
 #: how far from one a sum of rounded weights may be
 _ROUNDING = 1e-6
 
 
-def averaged(
+def average_saved(
     adapters: Sequence[AdapterLike],
     weights: Sequence[float],
-    others: Sequence[Mapping[str, Tensor]],
-    base: Mapping[str, Tensor] | None = None,
+    saved_tensors: Sequence[Mapping[str, Tensor]],
+    base_values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the weighted average of each tensor that adapters train whole, by key.
 
-    ``others`` has, for each adapter, the tensors that are not of its method. ``base`` has the base values by the same
-    keys, where they are known. Raises ConfigError where only a model could tell the base value, and CheckpointError for
-    shapes that differ.
+    ``saved_tensors`` has, for each adapter, the tensors that are not of its method. ``base_values`` has the base values
+    by the same keys, where they are known. Raises ConfigError where only a model could tell the base value, and
+    CheckpointError for shapes that differ.
     """
     out: dict[str, Tensor] = {}
-    for key in dict.fromkeys(k for one in others for k in one):
-        has = [i for i, one in enumerate(others) if key in one]
-        first = others[has[0]][key]
-        for i in has[1:]:
-            if others[i][key].shape != first.shape:
+    for key in dict.fromkeys(k for one in saved_tensors for k in one):
+        holders = [i for i, one in enumerate(saved_tensors) if key in one]
+        first = saved_tensors[holders[0]][key]
+        for i in holders[1:]:
+            if saved_tensors[i][key].shape != first.shape:
                 raise CheckpointError(
-                    f"{key!r} has shape {tuple(first.shape)} in {adapters[has[0]].source} and "
-                    f"{tuple(others[i][key].shape)} in {adapters[i].source}: they are of different models"
+                    f"{key!r} has shape {tuple(first.shape)} in {adapters[holders[0]].source} and "
+                    f"{tuple(saved_tensors[i][key].shape)} in {adapters[i].source}: they are of different models"
                 )
-        _check_tokens(key, [adapters[i] for i in has])
-        same = all(torch.equal(others[i][key], first) for i in has)
-        if same and (_of_base(key) or not first.is_floating_point()):
+        _check_same_tokens(key, [adapters[i] for i in holders])
+        same = all(torch.equal(saved_tensors[i][key], first) for i in holders)
+        if same and (_is_base_embedding(key) or not first.is_floating_point()):
             out[key] = first
             continue
-        total = sum(weights[i] for i in has)
-        before = None if base is None else base.get(key)
-        if not first.is_floating_point() or (abs(total - 1) > _ROUNDING and before is None):
+        total = sum(weights[i] for i in holders)
+        base_value = None if base_values is None else base_values.get(key)
+        if not first.is_floating_point() or (abs(total - 1) > _ROUNDING and base_value is None):
             raise ConfigError(
                 f"{key!r} is trained whole, and without the model only weights that sum to one say what is between its "
-                f"values; those of {', '.join(adapters[i].source for i in has)} sum to {total:g}. Give such weights, "
-                "or adapters without it (modules_to_save, bias or trainable tokens)"
+                f"values; those of {', '.join(adapters[i].source for i in holders)} sum to {total:g}. Give such "
+                "weights, or adapters without it (modules_to_save, bias or trainable tokens)"
             )
-        value = torch.stack([others[i][key] * weights[i] for i in has]).sum(0)
-        out[key] = value if before is None else value + (1 - total) * before.to(value)
+        value = torch.stack([saved_tensors[i][key] * weights[i] for i in holders]).sum(0)
+        out[key] = value if base_value is None else value + (1 - total) * base_value.to(value)
     return out
 
 
-def _of_base(key: str) -> bool:
+def _is_base_embedding(key: str) -> bool:
     """Return whether a key is that of a base embedding or head, which PEFT may write beside an adapter."""
     module, _, param = key.removesuffix(".base_layer.weight").rpartition(".")
-    return key.endswith(".base_layer.weight") or (param == "weight" and module.rpartition(".")[2] in EMBEDDINGS)
+    return key.endswith(".base_layer.weight") or (param == "weight" and module.rpartition(".")[2] in EMBEDDING_NAMES)
 
 
-def _check_tokens(key: str, adapters: Sequence[AdapterLike]) -> None:
+def _check_same_tokens(key: str, adapters: Sequence[AdapterLike]) -> None:
     """Raise ConfigError where adapters train rows of different tokens. The tensor does not tell its tokens, the config
     does."""
     rows = [getattr(a.config, "trainable_token_indices", None) for a in adapters]

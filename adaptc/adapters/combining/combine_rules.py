@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adaptc.adapters.combining.combine_options import Options
+from adaptc.adapters.combining.combine_options import CombineOptions
 
 
-def mixed(tensors: Sequence[Tensor], weights: Sequence[float], options: Options) -> Tensor:
+def combine_by_rule(tensors: Sequence[Tensor], weights: Sequence[float], options: CombineOptions) -> Tensor:
     """Return the combined tensor. Where sizes differ, as ranks may, shorter tensors are padded with zeros."""
-    if options.prunes and options.density is not None and options.density < 1:
-        tensors = [_pruned(t, options.density, options) for t in tensors]
+    if options.pruning and options.density is not None and options.density < 1:
+        tensors = [_prune(t, options.density, options) for t in tensors]
     largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-    stack = torch.stack([_filled(t, largest) for t in tensors])
+    stack = torch.stack([_pad_to_shape(t, largest) for t in tensors])
     weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).reshape(-1, *[1] * len(largest))
-    if not options.elects:
+    if not options.elects_signs:
         return weighted.sum(0)
     signs = stack.sign()
     votes = stack.sum(0) if options.majority_sign_method == "total" else signs.sum(0)
@@ -30,8 +30,8 @@ def mixed(tensors: Sequence[Tensor], weights: Sequence[float], options: Options)
     return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
-def _pruned(t: Tensor, density: float, options: Options) -> Tensor:
-    if options.prunes == "random":
+def _prune(t: Tensor, density: float, options: CombineOptions) -> Tensor:
+    if options.pruning == "random":
         device = t.device if options.generator is None else options.generator.device
         kept = torch.bernoulli(torch.full(t.shape, density, dtype=t.dtype, device=device), generator=options.generator)
         return t * kept.to(t.device) / density
@@ -40,6 +40,6 @@ def _pruned(t: Tensor, density: float, options: Options) -> Tensor:
     return torch.zeros_like(flat).index_copy(0, largest, flat[largest]).reshape(t.shape)
 
 
-def _filled(t: Tensor, shape: Sequence[int]) -> Tensor:
+def _pad_to_shape(t: Tensor, shape: Sequence[int]) -> Tensor:
     room = [n for want, have in zip(reversed(shape), reversed(t.shape), strict=True) for n in (0, want - have)]
     return pad(t, room) if any(room) else t

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from adaptc.adapter_files.formats.ldm import original_names
-from adaptc.adapter_files.formats.parts import KeyPart
+from adaptc.adapter_files.formats.parts import ParsedKey
 from adaptc.errors import CheckpointError, nearest
 
 #: the prefix that the layers of a text encoder have in some releases of transformers
-_OUTER = "text_model."
+_TEXT_MODEL_PREFIX = "text_model."
 
 
 class ModuleNames:
@@ -31,39 +31,43 @@ class ModuleNames:
         # The model's own names come before other spellings.
         others = dict(self._original)
         for name in self.shapes:
-            others.setdefault(name.removeprefix(_OUTER) if name.startswith(_OUTER) else _OUTER + name, name)
-        self._flat = [_by_flat({n: n for n in self.shapes}), _by_flat(others)]
-        self._dotted = [{n: [n] for n in self.shapes}, {spelled: [name] for spelled, name in others.items()}]
+            others.setdefault(
+                name.removeprefix(_TEXT_MODEL_PREFIX)
+                if name.startswith(_TEXT_MODEL_PREFIX)
+                else _TEXT_MODEL_PREFIX + name,
+                name,
+            )
+        self._by_flat_name = [_index_flat_names({n: n for n in self.shapes}), _index_flat_names(others)]
+        self._by_dotted_name = [{n: [n] for n in self.shapes}, {spelled: [name] for spelled, name in others.items()}]
 
-    def find(self, part: KeyPart, component: str, source: str) -> str | None:
-        """Return the module of ``part``, or None where the model has none. A non-empty ``component`` prefixes the
+    def find(self, parsed_key: ParsedKey, component: str, source: str) -> str | None:
+        """Return the module of ``parsed_key``, or None where the model has none. A non-empty ``component`` prefixes the
         part's names.
 
         Raises CheckpointError where several modules have the name.
         """
-        for names in self._flat if part.flat else self._dotted:
-            for spelled in part.modules:
-                known = spelled if part.flat or not component else spelled.removeprefix(f"{component}.")
+        for names in self._by_flat_name if parsed_key.is_flattened else self._by_dotted_name:
+            for spelled in parsed_key.module_names:
+                known = spelled if parsed_key.is_flattened or not component else spelled.removeprefix(f"{component}.")
                 found = names.get(known, ())
                 if len(found) > 1:
                     raise CheckpointError(
-                        f"{source}: {part.key!r} may be of any of {', '.join(map(repr, found))}, whose names differ "
-                        f"in dots "
-                        "and underscores alone, which the format does not tell apart. Rename one with key_mapping in "
-                        "a file "
-                        "with dots, or use PEFT's format."
+                        f"{source}: {parsed_key.key!r} may be of any of {', '.join(map(repr, found))}, whose names "
+                        "differ in dots and underscores alone, which the format does not tell apart. Rename one with "
+                        "key_mapping in a file with dots, or use PEFT's format."
                     )
                 if found:
                     return found[0]
         return None
 
-    def near(self, part: KeyPart) -> Sequence[str]:
-        """Return names of modules that are close to the name of ``part``, in the spelling that ``part`` uses."""
-        names = list(self._flat[0]) if part.flat else list(self.shapes)
-        return nearest(part.modules[0], names, 2)
+    def nearest_names(self, parsed_key: ParsedKey) -> Sequence[str]:
+        """Return names of modules that are close to the name of ``parsed_key``, in the spelling that ``parsed_key``
+        uses."""
+        names = list(self._by_flat_name[0]) if parsed_key.is_flattened else list(self.shapes)
+        return nearest(parsed_key.module_names[0], names, 2)
 
 
-def _by_flat(names: Mapping[str, str]) -> dict[str, list[str]]:
+def _index_flat_names(names: Mapping[str, str]) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     for spelled, name in names.items():
         found = out.setdefault(spelled.replace(".", "_"), [])

@@ -22,12 +22,12 @@ from torch import Tensor
 from adaptc.adapter_files.directory import AdapterFile
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.methods import pattern_value
-from adaptc.targets.expert_targets import PARTS, STACKED
+from adaptc.targets.expert_targets import EXPERT_LAYER_PARTS, STACKED_PARAMETERS
 
-_KEY = re.compile(rf"((.+)\.experts\.(\d+)\.({'|'.join(PARTS)}))\.lora_([AB])\.weight")
-_OLD_NAME = ".block_sparse_moe."  # Mixtral's, now ``.mlp.``
+_KEY = re.compile(rf"((.+)\.experts\.(\d+)\.({'|'.join(EXPERT_LAYER_PARTS)}))\.lora_([AB])\.weight")
+_MIXTRAL_MOE = ".block_sparse_moe."  # Mixtral's, now ``.mlp.``
 
-Pieces = dict[tuple[int, str, str], Tensor]
+ExpertTensors = dict[tuple[int, str, str], Tensor]
 
 
 def stack_old_experts(file: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
@@ -36,90 +36,103 @@ def stack_old_experts(file: AdapterFile, weights: Mapping[str, Tensor]) -> Adapt
     Raises CheckpointError when an expert or a projection of a stacked parameter is missing. Raises ConfigError when the
     file gives single experts ranks or alphas of their own.
     """
-    homes: dict[str, Pieces] = {}
-    rest: dict[str, Tensor] = {}
-    old: list[str] = []
+    moe_modules: dict[str, ExpertTensors] = {}
+    new_tensors: dict[str, Tensor] = {}
+    old_modules: list[str] = []
     for key, tensor in file.tensors.items():
         match = _KEY.fullmatch(key)
-        home = _home(match[2], weights) if match else None
-        if match and home is not None:
-            homes.setdefault(home, {})[int(match[3]), PARTS[match[4]], match[5]] = tensor
-            old.append(match[1])
+        moe_module = _find_moe_module(match[2], weights) if match else None
+        if match and moe_module is not None:
+            moe_modules.setdefault(moe_module, {})[int(match[3]), EXPERT_LAYER_PARTS[match[4]], match[5]] = tensor
+            old_modules.append(match[1])
         else:
-            new = key.replace(_OLD_NAME, ".mlp.")
-            known = _OLD_NAME in key and f"{new.partition('.lora_')[0]}.weight" in weights
-            rest[new if known else key] = tensor
-    if not homes:
-        return file if rest.keys() == file.tensors.keys() else replace(file, tensors=rest)
-    made = {name: {home for home, p in homes.items() if _has(p, parts)} for name, parts in STACKED.items()}
-    for home, pieces in homes.items():
-        mine = [name for name in STACKED if home in made[name]]
+            new = key.replace(_MIXTRAL_MOE, ".mlp.")
+            known = _MIXTRAL_MOE in key and f"{new.partition('.lora_')[0]}.weight" in weights
+            new_tensors[new if known else key] = tensor
+    if not moe_modules:
+        return file if new_tensors.keys() == file.tensors.keys() else replace(file, tensors=new_tensors)
+    converted = {
+        name: {home for home, p in moe_modules.items() if _has_projection(p, parts)}
+        for name, parts in STACKED_PARAMETERS.items()
+    }
+    for moe_module, pieces in moe_modules.items():
+        mine = [name for name in STACKED_PARAMETERS if moe_module in converted[name]]
         for i, name in enumerate(mine):
             # In PEFT's models the first of two parameters has the inner wrapper.
-            place = f"{home}.experts" + ".base_layer" * (len(mine) - 1 - i)
-            a, b = _stack(pieces, STACKED[name], weights[f"{home}.{name}"].shape[0], f"{file.path}: {home}.experts")
-            rest[f"{place}.lora_A.weight"], rest[f"{place}.lora_B.weight"] = a, b
-    return replace(file, tensors=rest, config=_config(file.config, old, rest, made, weights))
+            place = f"{moe_module}.experts" + ".base_layer" * (len(mine) - 1 - i)
+            a, b = _stack_factors(
+                pieces,
+                STACKED_PARAMETERS[name],
+                weights[f"{moe_module}.{name}"].shape[0],
+                f"{file.path}: {moe_module}.experts",
+            )
+            new_tensors[f"{place}.lora_A.weight"], new_tensors[f"{place}.lora_B.weight"] = a, b
+    return replace(
+        file, tensors=new_tensors, config=_convert_config(file.config, old_modules, new_tensors, converted, weights)
+    )
 
 
-def _home(path: str, weights: Mapping[str, Tensor]) -> str | None:
+def _find_moe_module(path: str, weights: Mapping[str, Tensor]) -> str | None:
     """Return the path of the module that holds ``experts`` in the model, or None where the experts of ``path`` are not
     stacked."""
-    candidates = (path, f"{path}.".replace(_OLD_NAME, ".mlp.")[:-1])
-    return next((c for c in candidates if any(f"{c}.{n}" in weights for n in STACKED)), None)
+    candidates = (path, f"{path}.".replace(_MIXTRAL_MOE, ".mlp.")[:-1])
+    return next((c for c in candidates if any(f"{c}.{n}" in weights for n in STACKED_PARAMETERS)), None)
 
 
-def _has(pieces: Pieces, parts: Collection[str]) -> bool:
-    return any(part in parts for _, part, _ in pieces)
+def _has_projection(tensors: ExpertTensors, projections: Collection[str]) -> bool:
+    return any(part in projections for _, part, _ in tensors)
 
 
-def _stack(pieces: Pieces, parts: tuple[str, ...], experts: int, where: str) -> tuple[Tensor, Tensor]:
+def _stack_factors(
+    tensors: ExpertTensors, projections: tuple[str, ...], experts: int, location: str
+) -> tuple[Tensor, Tensor]:
     """Return A (experts * r, in), ordered by expert, and B (out, r * experts), ordered by rank, as stacked parameters
     have."""
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     for e in range(experts):
-        for part in parts:
-            if missing := [f"lora_{m}" for m in "AB" if (e, part, m) not in pieces]:
+        for part in projections:
+            if missing := [f"lora_{m}" for m in "AB" if (e, part, m) not in tensors]:
                 raise CheckpointError(
-                    f"{where}: {missing[0]} of the {part} projection of expert {e} is missing. An adapter fits a model "
-                    f"that stacks its {experts} experts only if it has the {' and '.join(parts)} projection of each."
+                    f"{location}: {missing[0]} of the {part} projection of expert {e} is missing. An adapter fits a "
+                    f"model that stacks its {experts} experts only if it has the {' and '.join(projections)} "
+                    "projection of each."
                 )
-        downs += [pieces[e, part, "A"] for part in parts]
-        ups.append(torch.block_diag(*(pieces[e, part, "B"] for part in parts)))
+        downs += [tensors[e, part, "A"] for part in projections]
+        ups.append(torch.block_diag(*(tensors[e, part, "B"] for part in projections)))
     try:
         return torch.cat(downs), torch.stack(ups, -1).flatten(1)
     except RuntimeError as error:
-        raise CheckpointError(f"{where}: the experts have factors of different shapes ({error})") from error
+        raise CheckpointError(f"{location}: the experts have factors of different shapes ({error})") from error
 
 
-def _config(
+def _convert_config(
     config: Mapping[str, Any],
-    old: Collection[str],
-    rest: Collection[str],
-    made: Mapping[str, Collection[str]],
+    old_modules: Collection[str],
+    new_keys: Collection[str],
+    converted: Mapping[str, Collection[str]],
     weights: Iterable[str],
 ) -> dict[str, Any]:
     new = dict(config)
     for option in ("rank_pattern", "alpha_pattern"):
-        if any(pattern_value(config.get(option), name, None) is not None for name in old):
+        if any(pattern_value(config.get(option), name, None) is not None for name in old_modules):
             raise ConfigError(
                 f"{option}={config[option]!r} speaks of layers of single experts, which this model stacks in one "
                 "parameter; such an adapter cannot be converted."
             )
-    modules = {k.partition(".lora_")[0] for k in rest if ".lora_" in k and ".experts" not in k}
+    modules = {k.partition(".lora_")[0] for k in new_keys if ".lora_" in k and ".experts" not in k}
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
         new["target_modules"] = sorted(modules)
     else:
         new["target_modules"] = [t for t in targets if any(f".{m}".endswith(f".{t}") for m in modules)]
     parameters = list(config.get("target_parameters") or [])
-    for name, homes in made.items():
+    for name, homes in converted.items():
         chosen = [f"{home}.{name}" for home in homes]
         everywhere = len(chosen) == sum(w.endswith(f".{name}") for w in weights)
         parameters += [name] if everywhere else sorted(chosen)
     new["target_parameters"] = parameters
-    if made["experts.gate_up_proj"]:
+    if converted["experts.gate_up_proj"]:
         rank, alpha = int(config.get("r", 8)), config.get("lora_alpha", 8)
         factor = sqrt(2) if config.get("use_rslora") else 2
         new["rank_pattern"] = {"experts.gate_up_proj": 2 * rank, **(config.get("rank_pattern") or {})}

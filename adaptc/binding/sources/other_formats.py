@@ -17,22 +17,22 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.adapter_files.directory import AdapterFile, bare_key
-from adaptc.adapter_files.foreign_file import RawFile, of_peft
-from adaptc.adapter_files.formats.detect import detect, foreign, of_component
-from adaptc.adapter_files.formats.diffusers import BIN, SAFE
-from adaptc.adapter_files.formats.layers import FileLayer, layer
-from adaptc.adapter_files.formats.parts import ALPHA, KeyPart, component_of
+from adaptc.adapter_files.foreign_file import RawFile, has_peft_prefix
+from adaptc.adapter_files.formats.detect import detect_format, is_foreign_key, starts_with_component
+from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
+from adaptc.adapter_files.formats.layers import FileLayer, convert_layer
+from adaptc.adapter_files.formats.parts import ALPHA, ParsedKey, split_component
 from adaptc.adapter_files.origin import FileOrigin
-from adaptc.binding.sources.components import ChosenComponent, choose
+from adaptc.binding.sources.components import ChosenComponent, choose_component
 from adaptc.binding.sources.module_names import ModuleNames
-from adaptc.errors import CheckpointError, ConfigError, shown
-from adaptc.methods import AdapterConfig, TargetedConfig, config_class, endings, value_table
+from adaptc.errors import CheckpointError, ConfigError, short_repr
+from adaptc.methods import AdapterConfig, TargetedConfig, config_class, default_and_pattern, proper_suffixes
 
 #: fields of a config that choose modules; here the keys of the file choose them
-_CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+_TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
-def translated(
+def translate_to_peft(
     raw: RawFile,
     weights: Mapping[str, Tensor],
     *,
@@ -46,53 +46,55 @@ def translated(
     """
     source = str(raw.path)
     first = next(iter(raw.tensors))
-    if any(map(of_peft, raw.tensors)) or (config is not None and not of_other_format(first, weights)):
-        nothing_to_choose(component, source)
-        return _of_peft(raw, weights, config, source)
-    form, parts = detect(raw.tensors, source)
+    if any(map(has_peft_prefix, raw.tensors)) or (config is not None and not may_be_foreign_key(first, weights)):
+        check_no_component(component, source)
+        return _complete_peft_file(raw, weights, config, source)
+    file_format, parsed_keys = detect_format(raw.tensors, source)
     names = ModuleNames(weights)
-    chosen = choose(form, parts, raw.tensors, names, component, source)
-    layers = _layers(chosen, raw.tensors, names, source)
-    targets = _targets(list(layers), names)
-    tensors = {f"{module}.{slot}": t for module, made in layers.items() for slot, t in made.tensors.items()}
-    kinds = dict.fromkeys(made.kind for made in layers.values())
+    chosen = choose_component(file_format, parsed_keys, raw.tensors, names, component, source)
+    layers = _convert_layers(chosen, raw.tensors, names, source)
+    targets = _target_fields(list(layers), names)
+    tensors = {f"{module}.{slot}": t for module, layer in layers.items() for slot, t in layer.tensors.items()}
+    kinds = dict.fromkeys(made.peft_type for made in layers.values())
     if len(kinds) > 1:
         raise CheckpointError(
             f"{source} has modules with {' and '.join(kinds)}: these are several adapters, and a file of PEFT's, or "
             f"a config, "
             "is of one method. Split the file by method and compile for a list of them."
         )
-    kind, *_ = kinds
+    peft_type, *_ = kinds
     shapes = [names.shapes[m] for m in layers]
-    options = config_class(kind).options_of([made.tensors for made in layers.values()], shapes)
+    options = config_class(peft_type).options_from_tensors([made.tensors for made in layers.values()], shapes)
     if config is not None:
-        stored = _completed(config, targets).to_dict()
-    elif (stated := _stated(raw, chosen, kind)) is not None:
+        stored = _complete_targets(config, targets).to_dict()
+    elif (stated := _config_in_file(raw, chosen, peft_type)) is not None:
         stored = (
-            (options if raw.configs is None else {}) | {k: v for k, v in stated.items() if k not in _CHOOSING} | targets
+            (options if raw.header_configs is None else {})
+            | {k: v for k, v in stated.items() if k not in _TARGET_FIELDS}
+            | targets
         )
-        if any(p.slot == ALPHA for p, _ in chosen.modules):
-            stored |= _patterns(kind, layers)
+        if any(p.slot == ALPHA for p, _ in chosen.modules_by_key):
+            stored |= _rank_alpha_fields(peft_type, layers)
     else:
-        if not (form.scale_is_one and (chosen.component or _says(raw, parts))):
+        if not (file_format.has_default_scale and (chosen.component or _states_scale(raw, parsed_keys))):
             raise CheckpointError(
-                f"{source} ({form.name}) does not say its alpha, so its scale is unknown. Say it with config=, such as "
-                "config=LoraConfig(r=8, lora_alpha=16)."
+                f"{source} ({file_format.name}) does not say its alpha, so its scale is unknown. Say it with config=, "
+                "such as config=LoraConfig(r=8, lora_alpha=16)."
             )
-        stored = {"peft_type": kind} | targets | options | _patterns(kind, layers)
-    origin = FileOrigin(form.name, chosen.component, MappingProxyType(dict(chosen.others)))
+        stored = {"peft_type": peft_type} | targets | options | _rank_alpha_fields(peft_type, layers)
+    origin = FileOrigin(file_format.name, chosen.component, MappingProxyType(dict(chosen.other_components)))
     return AdapterFile(stored, MappingProxyType(tensors), raw.path, raw.path.name, origin=origin)
 
 
-def of_other_format(key: str, weights: Mapping[str, Tensor]) -> bool:
+def may_be_foreign_key(key: str, weights: Mapping[str, Tensor]) -> bool:
     """Return whether ``key``, the first key of a state dict, may be of another format than PEFT's, for a model of
     ``weights``.
 
     A key that names a module of the model is PEFT's: GPT-2 has a module ``transformer``, which diffusers has as a
     component.
     """
-    if foreign(key) or not of_component(key):
-        return foreign(key)
+    if is_foreign_key(key) or not starts_with_component(key):
+        return is_foreign_key(key)
     return not any(key.startswith(f"{module}.") for module in ModuleNames(weights).shapes)
 
 
@@ -106,34 +108,34 @@ def with_targets(
     """
     if config.target_modules is not None:
         return config
-    names, found = ModuleNames(weights), {}
+    names, modules = ModuleNames(weights), {}
     for key in tensors:
         if key in weights:
             continue
         pieces = key.split(".")
         module = next((m for n in range(len(pieces) - 1, 0, -1) if (m := ".".join(pieces[:n])) in names.shapes), None)
         if module is not None:
-            found[module] = None
-    if not found:
+            modules[module] = None
+    if not modules:
         raise CheckpointError(
-            f"no key of the adapter names a module of the model: {shown(list(tensors)[:3])}. Is it for another model? "
-            "target_modules of the config says which are meant."
+            f"no key of the adapter names a module of the model: {short_repr(list(tensors)[:3])}. Is it for another "
+            "model? target_modules of the config says which are meant."
         )
-    return config.completed(_targets(list(found), names))
+    return config.with_missing_filled(_target_fields(list(modules), names))
 
 
-def components_of(raw: RawFile) -> list[str]:
+def component_names(raw: RawFile) -> list[str]:
     """Return the components that the keys of a file name; none for PEFT's keys, or for keys of one model alone.
 
     Raises CheckpointError for keys of no known format.
     """
-    if any(map(of_peft, raw.tensors)):
+    if any(map(has_peft_prefix, raw.tensors)):
         return []
-    _, parts = detect(raw.tensors, str(raw.path))
+    _, parts = detect_format(raw.tensors, str(raw.path))
     return sorted({p.component for p in parts} - {""})
 
 
-def nothing_to_choose(component: str | None, source: str) -> None:
+def check_no_component(component: str | None, source: str) -> None:
     """Raise ConfigError where a component is asked for of a file with PEFT's keys."""
     if component is not None:
         raise ConfigError(
@@ -142,85 +144,91 @@ def nothing_to_choose(component: str | None, source: str) -> None:
         )
 
 
-def _of_peft(raw: RawFile, weights: Mapping[str, Tensor], config: AdapterConfig | None, source: str) -> AdapterFile:
+def _complete_peft_file(
+    raw: RawFile, weights: Mapping[str, Tensor], config: AdapterConfig | None, source: str
+) -> AdapterFile:
     """Return a file with PEFT's keys that is given without its directory, with its config."""
-    stored = raw.beside if config is None else config.to_dict()
-    if stored is None:
+    config_fields = raw.adapter_config if config is None else config.to_dict()
+    if config_fields is None:
         raise CheckpointError(
             f"{source} has PEFT's keys, and there is no adapter_config.json beside it: give the directory that has "
             f"both, or "
             "say the config with config=."
         )
-    kind = str(stored.get("peft_type"))
+    kind = str(config_fields.get("peft_type"))
     tensors = {bare_key(k, kind) or k: t for k, t in raw.tensors.items()}
     if len(tensors) != len(raw.tensors):
         raise CheckpointError(f"{source} names a tensor twice, with and without PEFT's prefix")
     if isinstance(config, TargetedConfig):
-        stored = with_targets(config, tensors, weights).to_dict()
-    return AdapterFile(dict(stored), MappingProxyType(tensors), raw.path, raw.path.name)
+        config_fields = with_targets(config, tensors, weights).to_dict()
+    return AdapterFile(dict(config_fields), MappingProxyType(tensors), raw.path, raw.path.name)
 
 
-def _layers(
+def _convert_layers(
     chosen: ChosenComponent, tensors: Mapping[str, Tensor], names: ModuleNames, source: str
 ) -> dict[str, FileLayer]:
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors_by_module: dict[str, dict[str, Tensor]] = {}
     spelled: dict[tuple[str, str], str] = {}
-    for part, module in chosen.modules:
+    for part, module in chosen.modules_by_key:
         if (module, part.slot) in spelled:
             raise CheckpointError(
                 f"{source}: {spelled[module, part.slot]!r} and {part.key!r} are both {part.slot} of {module!r}; drop "
                 f"one"
             )
         spelled[module, part.slot] = part.key
-        found.setdefault(module, {})[part.slot] = tensors[part.key]
-    return {m: layer(m, slots, names.shapes[m], source) for m, slots in found.items()}
+        tensors_by_module.setdefault(module, {})[part.slot] = tensors[part.key]
+    return {m: convert_layer(m, slots, names.shapes[m], source) for m, slots in tensors_by_module.items()}
 
 
-def _targets(modules: Sequence[str], names: ModuleNames) -> dict[str, Any]:
+def _target_fields(modules: Sequence[str], names: ModuleNames) -> dict[str, Any]:
     """Return the config fields that choose exactly these modules.
 
     A name in PEFT's list also chooses every module whose path ends with it, so such modules are excluded.
     """
     wanted = frozenset(modules)
-    more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in endings(m))]
+    more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in proper_suffixes(m))]
     out: dict[str, Any] = {"target_modules": list(modules)}
     return out | ({"exclude_modules": "|".join(map(re.escape, more))} if more else {})
 
 
-def _completed(config: AdapterConfig, targets: Mapping[str, Any]) -> AdapterConfig:
+def _complete_targets(config: AdapterConfig, targets: Mapping[str, Any]) -> AdapterConfig:
     if not isinstance(config, TargetedConfig) or config.target_modules is not None:
         return config
-    return config.completed(targets)
+    return config.with_missing_filled(targets)
 
 
-def _stated(raw: RawFile, chosen: ChosenComponent, kind: str) -> dict[str, Any] | None:
+def _config_in_file(raw: RawFile, chosen: ChosenComponent, peft_type: str) -> dict[str, Any] | None:
     """Return the config that a file states for a component, or None where it states none."""
-    if raw.configs is not None:
+    if raw.header_configs is not None:
         prefix = f"{chosen.component}." if chosen.component else ""
         # A component's fields are prefixed with its name.
-        fields = {k: v for k, v in raw.configs.items() if component_of(k)[0] == chosen.component}
+        fields = {k: v for k, v in raw.header_configs.items() if split_component(k)[0] == chosen.component}
         if fields:
-            return {"peft_type": kind} | {k.removeprefix(prefix): v for k, v in fields.items()}
-    if raw.beside is not None and not chosen.component:
-        return {"peft_type": kind} | dict(raw.beside)
+            return {"peft_type": peft_type} | {k.removeprefix(prefix): v for k, v in fields.items()}
+    if raw.adapter_config is not None and not chosen.component:
+        return {"peft_type": peft_type} | dict(raw.adapter_config)
     return None
 
 
-def _says(raw: RawFile, parts: Sequence[KeyPart]) -> bool:
+def _states_scale(raw: RawFile, parsed_keys: Sequence[ParsedKey]) -> bool:
     """Return whether a file whose keys name no component states its scales.
 
     It does by an alpha, by names that PEFT's keys do not have, or by its file name, which is one of diffusers'.
     """
-    return any(p.slot == ALPHA or p.flat or not p.key.endswith(p.slot) for p in parts) or raw.path.name in (SAFE, BIN)
+    return any(
+        p.slot == ALPHA or p.is_flattened or not p.key.endswith(p.slot) for p in parsed_keys
+    ) or raw.path.name in (LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME)
 
 
-def _patterns(kind: str, layers: Mapping[str, FileLayer]) -> dict[str, Any]:
+def _rank_alpha_fields(peft_type: str, layers: Mapping[str, FileLayer]) -> dict[str, Any]:
     """Return the config fields for the ranks and alphas of all modules."""
-    r, ranks = value_table({m: made.rank for m, made in layers.items()})
-    alpha, alphas = value_table({m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()})
-    return {"r": r, "rank_pattern": ranks, config_class(kind).alpha_field: alpha, "alpha_pattern": alphas}
+    r, ranks = default_and_pattern({m: made.rank for m, made in layers.items()})
+    alpha, alphas = default_and_pattern(
+        {m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()}
+    )
+    return {"r": r, "rank_pattern": ranks, config_class(peft_type).alpha_field: alpha, "alpha_pattern": alphas}
 
 
-def in_memory(tensors: Mapping[str, Tensor]) -> RawFile:
+def file_from_state_dict(tensors: Mapping[str, Tensor]) -> RawFile:
     """Return a caller's state dict as a file."""
     return RawFile(tensors, Path("state dict"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.inputs.example_inputs import BATCH, Example
+from adaptc.capture.inputs.example_inputs import BATCH, ExampleInputs
 from adaptc.errors import CaptureError
 
 TEXT, IMAGE = "text", "image"
@@ -28,24 +28,24 @@ def is_diffusion_model(model: object) -> bool:
     return any(c.__name__ == "ModelMixin" and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
 
 
-def example_for_diffusion(model: Any, *, training: bool) -> Example:
+def diffusion_example(model: Any, *, training: bool) -> ExampleInputs:
     """Return example inputs for ``model``.
 
     With ``training`` each row has a time step of its own. Otherwise the rows of a UNet share one. Raises
     :class:`CaptureError` for an unknown class of model, and for a config that asks for unknown inputs.
     """
-    make = next((_MAKERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _MAKERS), None)
+    make = next((_INPUT_BUILDERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _INPUT_BUILDERS), None)
     if make is None:
         raise CaptureError(
             f"the inputs of diffusers' {type(model).__name__} are not known to adaptc: pass example_inputs, a dict of "
             f"keyword inputs (its forward takes {', '.join(inspect.signature(model.forward).parameters)})"
         )
-    maker = _Maker(model)
+    maker = _InputBuilder(model)
     make(maker, training)
-    return Example(maker.kwargs, maker.dims)
+    return ExampleInputs(maker.kwargs, maker.free_dims)
 
 
-class _Maker:
+class _InputBuilder:
     """A collector of a model's example inputs, which reads the sizes from the model's config."""
 
     def __init__(self, model: Any) -> None:
@@ -53,17 +53,17 @@ class _Maker:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.kwargs: dict[str, Any] = {}
-        self.dims: dict[str, dict[int, str | None]] = {}
+        self.free_dims: dict[str, dict[int, str | None]] = {}
 
-    def get(self, field: str) -> Any:
+    def config_value(self, field: str) -> Any:
         return getattr(self.config, field, None)
 
-    def need(self, field: str, *known: Any) -> Any:
+    def require_config(self, field: str, *known: Any) -> Any:
         """Return the config's value of ``field``, which must be an int, or one of ``known`` where those are given.
 
         Raises CaptureError for any other value.
         """
-        value = self.get(field)
+        value = self.config_value(field)
         if value not in known if known else not isinstance(value, int):
             raise CaptureError(
                 f"the inputs of {type(self.model).__name__} with {field}={value!r} are not known to adaptc: pass "
@@ -71,11 +71,11 @@ class _Maker:
             )
         return value
 
-    def put(self, name: str, *sizes: int | str | None, dtype: torch.dtype | None = None) -> None:
+    def add_input(self, name: str, *sizes: int | str | None, dtype: torch.dtype | None = None) -> None:
         """Add an input of these sizes, whose named sizes are free. A ``name`` of the form ``outer.key`` is an entry of
         a dict."""
         shape = [_SIZES[s] if isinstance(s, str) else s for s in sizes]
-        self.dims[name] = {i: s for i, s in enumerate(sizes) if isinstance(s, str)}
+        self.free_dims[name] = {i: s for i, s in enumerate(sizes) if isinstance(s, str)}
         value = self._values(torch.Size(shape), dtype or self.dtype)  # type: ignore[arg-type]
         outer, _, key = name.partition(".")
         if key:
@@ -88,59 +88,67 @@ class _Maker:
             return torch.ones(shape, dtype=dtype, device=self.device)
         return torch.linspace(-1, 1, shape.numel(), device=self.device).reshape(shape).to(dtype)
 
-    def image(self) -> None:
+    def add_sample(self) -> None:
         """Add ``sample`` (batch, channels, height, width), whose height and width are free multiples of the model's
         total downsampling."""
-        unit = 2 ** max(len(self.get("block_out_channels") or ()) - 1, 0)
-        self.put("sample", BATCH, self.need("in_channels"), unit * _HEIGHT, unit * _WIDTH)
+        unit = 2 ** max(len(self.config_value("block_out_channels") or ()) - 1, 0)
+        self.add_input("sample", BATCH, self.require_config("in_channels"), unit * _HEIGHT, unit * _WIDTH)
         times = f"{unit}*" if unit > 1 else ""
-        self.dims["sample"] |= {2: f"{times}height", 3: f"{times}width"}
+        self.free_dims["sample"] |= {2: f"{times}height", 3: f"{times}width"}
 
 
-def _unet(m: _Maker, training: bool) -> None:
-    m.image()
-    m.put("timestep", *([BATCH] if training else []), dtype=torch.int64)
-    if m.get("num_class_embeds") is not None:
-        m.need("class_embed_type", None)
-        m.put("class_labels", BATCH, dtype=torch.int64)
+def _add_unet_inputs(m: _InputBuilder, training: bool) -> None:
+    m.add_sample()
+    m.add_input("timestep", *([BATCH] if training else []), dtype=torch.int64)
+    if m.config_value("num_class_embeds") is not None:
+        m.require_config("class_embed_type", None)
+        m.add_input("class_labels", BATCH, dtype=torch.int64)
 
 
-def _unet_of_texts(m: _Maker, training: bool) -> None:
+def _add_conditional_unet(m: _InputBuilder, training: bool) -> None:
     for field in ("class_embed_type", "time_cond_proj_dim"):
-        m.need(field, None)
-    _unet(m, training)
-    kind = m.need("encoder_hid_dim_type", None, "text_proj")
-    width = m.need("encoder_hid_dim" if kind else "cross_attention_dim") if not _several(m) else _several(m)
-    m.put("encoder_hidden_states", BATCH, TEXT, width)
-    if m.need("addition_embed_type", None, "text", "text_time") == "text_time":  # SDXL
+        m.require_config(field, None)
+    _add_unet_inputs(m, training)
+    kind = m.require_config("encoder_hid_dim_type", None, "text_proj")
+    width = (
+        m.require_config("encoder_hid_dim" if kind else "cross_attention_dim")
+        if not _common_text_width(m)
+        else _common_text_width(m)
+    )
+    m.add_input("encoder_hidden_states", BATCH, TEXT, width)
+    if m.require_config("addition_embed_type", None, "text", "text_time") == "text_time":  # SDXL
         ids = 6
-        time = m.need("addition_time_embed_dim")
-        m.put("added_cond_kwargs.text_embeds", BATCH, m.need("projection_class_embeddings_input_dim") - ids * time)
-        m.put("added_cond_kwargs.time_ids", BATCH, ids)
+        time = m.require_config("addition_time_embed_dim")
+        m.add_input(
+            "added_cond_kwargs.text_embeds",
+            BATCH,
+            m.require_config("projection_class_embeddings_input_dim") - ids * time,
+        )
+        m.add_input("added_cond_kwargs.time_ids", BATCH, ids)
 
 
-def _several(m: _Maker) -> int | None:
+def _common_text_width(m: _InputBuilder) -> int | None:
     """Return the one cross-attention width where the config lists a width for each block, and None otherwise."""
-    widths = m.get("cross_attention_dim")
-    if not isinstance(widths, (list, tuple)) or m.get("encoder_hid_dim_type") is not None:
+    widths = m.config_value("cross_attention_dim")
+    if not isinstance(widths, (list, tuple)) or m.config_value("encoder_hid_dim_type") is not None:
         return None
     return widths[0] if len(set(widths)) == 1 else None
 
 
-def _flux(m: _Maker, training: bool) -> None:
-    m.put("hidden_states", BATCH, IMAGE, m.need("in_channels"))
-    m.put("encoder_hidden_states", BATCH, TEXT, m.need("joint_attention_dim"))
-    m.put("pooled_projections", BATCH, m.need("pooled_projection_dim"))
-    m.put("timestep", BATCH)
-    axes = len(m.get("axes_dims_rope"))
-    m.put("img_ids", IMAGE, axes)
-    m.put("txt_ids", TEXT, axes)
-    if m.get("guidance_embeds"):
-        m.put("guidance", BATCH)
+def _add_flux_inputs(m: _InputBuilder, training: bool) -> None:
+    m.add_input("hidden_states", BATCH, IMAGE, m.require_config("in_channels"))
+    m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("joint_attention_dim"))
+    m.add_input("pooled_projections", BATCH, m.require_config("pooled_projection_dim"))
+    m.add_input("timestep", BATCH)
+    axes = len(m.config_value("axes_dims_rope"))
+    m.add_input("img_ids", IMAGE, axes)
+    m.add_input("txt_ids", TEXT, axes)
+    if m.config_value("guidance_embeds"):
+        m.add_input("guidance", BATCH)
 
 
-_MAKERS: dict[str, Callable[[_Maker, bool], None]] = {
-    "UNet2DModel": _unet,
-    "UNet2DConditionModel": _unet_of_texts,
-    "FluxTransformer2DModel": _flux,
+_INPUT_BUILDERS: dict[str, Callable[[_InputBuilder, bool], None]] = {
+    "UNet2DModel": _add_unet_inputs,
+    "UNet2DConditionModel": _add_conditional_unet,
+    "FluxTransformer2DModel": _add_flux_inputs,
 }

@@ -20,12 +20,12 @@ from adaptc.errors import AdaptcWarning, CaptureError
 BATCH, SEQUENCE, DECODER_SEQUENCE, IMAGES = "batch", "sequence", "decoder_sequence", "images"
 _SIZES = {BATCH: 3, SEQUENCE: 7, DECODER_SEQUENCE: 11, IMAGES: 5}
 
-_ROW_LABELS = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
-_TOKEN_LABELS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration")
+_LABEL_PER_ROW = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
+_LABEL_PER_TOKEN = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration")
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleInputs:
     """Keyword inputs for one call of a model, and the names of their free dimensions.
 
     ``dims[name][i]`` names the free dimension ``i`` of input ``name``. None leaves that dimension's constraints to
@@ -33,18 +33,18 @@ class Example:
     """
 
     kwargs: dict[str, Any]
-    dims: dict[str, dict[int, str | None]]
+    free_dims: dict[str, dict[int, str | None]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors, by the names that ``dims`` uses."""
+        """Return all tensors, by the names that ``free_dims`` uses."""
         out: dict[str, Tensor] = {}
         for name, value in self.kwargs.items():
             out |= {f"{name}.{k}": t for k, t in value.items()} if isinstance(value, dict) else {name: value}
         return out
 
-    def free(self, tensor: Tensor) -> dict[int, str | None]:
+    def dims_of(self, tensor: Tensor) -> dict[int, str | None]:
         """Return the free dimensions of ``tensor``, which must be one of the example's tensors."""
-        return next(self.dims.get(name, {}) for name, t in self.tensors().items() if t is tensor)
+        return next(self.free_dims.get(name, {}) for name, t in self.tensors().items() if t is tensor)
 
 
 def is_pretrained_model(model: object) -> bool:
@@ -54,32 +54,34 @@ def is_pretrained_model(model: object) -> bool:
     )
 
 
-def example_for(model: Any, *, training: bool) -> Example:
+def pretrained_example(model: Any, *, training: bool) -> ExampleInputs:
     """Return example inputs for ``model``, with labels where ``training`` is set and ``forward`` takes them.
 
     With labels the loss is captured. May write the problem type of the labels to the config, which the caller restores.
     Raises :class:`CaptureError` when the config does not tell what the model takes.
     """
     parameters = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    builders = {"input_ids": _text, "pixel_values": _vision, "input_features": _audio}
-    if main not in builders or main not in parameters:
+    main_input = getattr(model, "main_input_name", "input_ids")
+    builders = {"input_ids": _add_text, "pixel_values": _add_images, "input_features": _add_audio}
+    if main_input not in builders or main_input not in parameters:
         raise CaptureError(
-            f"{type(model).__name__} takes {main!r}, and its config does not tell its shape: pass example_inputs, "
-            f"a dict of keyword inputs (its forward takes {', '.join(parameters)})"
+            f"{type(model).__name__} takes {main_input!r}, and its config does not tell its shape: pass "
+            f"example_inputs, a dict of keyword inputs (its forward takes {', '.join(parameters)})"
         )
     kwargs: dict[str, Tensor] = {}
-    dims: dict[str, dict[int, str | None]] = {}
-    builders[main](model, parameters, kwargs, dims)
-    if main == "input_ids" and "pixel_values" in parameters and _is_dual_encoder(model):
-        _vision(model, parameters, kwargs, dims, IMAGES)
+    free_dims: dict[str, dict[int, str | None]] = {}
+    builders[main_input](model, parameters, kwargs, free_dims)
+    if main_input == "input_ids" and "pixel_values" in parameters and _is_dual_encoder(model):
+        _add_images(model, parameters, kwargs, free_dims, IMAGES)
     if training:
-        _labels(model, parameters, kwargs, dims)
+        _add_labels(model, parameters, kwargs, free_dims)
     # Given such labels, the model makes decoder_input_ids by shifting them, as a trainer expects.
-    shifted = dims.get("labels", {}).get(1) == DECODER_SEQUENCE
+    shifted = free_dims.get("labels", {}).get(1) == DECODER_SEQUENCE
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and not shifted:
-        _put(kwargs, dims, "decoder_input_ids", _ids(model, BATCH, DECODER_SEQUENCE), (BATCH, DECODER_SEQUENCE))
-    return Example(kwargs, dims)
+        _add_input(
+            kwargs, free_dims, "decoder_input_ids", _make_ids(model, BATCH, DECODER_SEQUENCE), (BATCH, DECODER_SEQUENCE)
+        )
+    return ExampleInputs(kwargs, free_dims)
 
 
 def _is_dual_encoder(model: Any) -> bool:
@@ -91,9 +93,9 @@ def _is_dual_encoder(model: Any) -> bool:
     return all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
 
 
-def _put(kwargs: dict, dims: dict, name: str, value: Tensor, names: tuple[str, ...]) -> None:
+def _add_input(kwargs: dict, free_dims: dict, name: str, value: Tensor, names: tuple[str, ...]) -> None:
     kwargs[name] = value
-    dims[name] = dict(enumerate(names))
+    free_dims[name] = dict(enumerate(names))
 
 
 def _text_config(model: Any) -> Any:
@@ -101,7 +103,7 @@ def _text_config(model: Any) -> Any:
     return get() if get is not None else model.config
 
 
-def _ids(model: Any, *names: str) -> Tensor:
+def _make_ids(model: Any, *names: str) -> Tensor:
     vocab = getattr(_text_config(model), "vocab_size", None)
     if not vocab:
         raise CaptureError(f"the config of {type(model).__name__} has no vocab_size: pass example_inputs")
@@ -109,14 +111,14 @@ def _ids(model: Any, *names: str) -> Tensor:
     return (torch.arange(shape[0] * shape[1], device=model.device) % int(vocab)).reshape(shape)
 
 
-def _text(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
-    ids = _ids(model, BATCH, SEQUENCE)
-    _put(kwargs, dims, "input_ids", ids, (BATCH, SEQUENCE))
+def _add_text(model: Any, parameters: Any, kwargs: dict, free_dims: dict) -> None:
+    ids = _make_ids(model, BATCH, SEQUENCE)
+    _add_input(kwargs, free_dims, "input_ids", ids, (BATCH, SEQUENCE))
     if "attention_mask" in parameters:
-        _put(kwargs, dims, "attention_mask", torch.ones_like(ids), (BATCH, SEQUENCE))
+        _add_input(kwargs, free_dims, "attention_mask", torch.ones_like(ids), (BATCH, SEQUENCE))
 
 
-def _vision(model: Any, parameters: Any, kwargs: dict, dims: dict, batch: str = BATCH) -> None:
+def _add_images(model: Any, parameters: Any, kwargs: dict, free_dims: dict, batch: str = BATCH) -> None:
     config = getattr(model.config, "vision_config", None) or model.config
     size = getattr(config, "image_size", None)
     # Without an image size the model is convolutional and takes any. Height and width differ, or torch would take them
@@ -127,10 +129,10 @@ def _vision(model: Any, parameters: Any, kwargs: dict, dims: dict, batch: str = 
     kwargs["pixel_values"] = (
         torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).to(model.device, model.dtype)
     )
-    dims["pixel_values"] = {0: batch} if size else {0: batch, 2: None, 3: None}
+    free_dims["pixel_values"] = {0: batch} if size else {0: batch, 2: None, 3: None}
 
 
-def _audio(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
+def _add_audio(model: Any, parameters: Any, kwargs: dict, free_dims: dict) -> None:
     mels, positions = (getattr(model.config, k, None) for k in ("num_mel_bins", "max_source_positions"))
     if not mels or not positions:
         raise CaptureError(
@@ -138,10 +140,10 @@ def _audio(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
         )
     # The frames are fixed: the encoder halves them once and then wants exactly its number of positions.
     features = torch.zeros(_SIZES[BATCH], int(mels), 2 * int(positions), device=model.device, dtype=model.dtype)
-    _put(kwargs, dims, "input_features", features, (BATCH,))
+    _add_input(kwargs, free_dims, "input_features", features, (BATCH,))
 
 
-def _labels(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
+def _add_labels(model: Any, parameters: Any, kwargs: dict, free_dims: dict) -> None:
     """Add the inputs of the model's loss, with the shape and dtype that its task class asks for."""
     batch, device = _SIZES[BATCH], model.device
     rows = torch.zeros(batch, dtype=torch.long, device=device)
@@ -160,11 +162,11 @@ def _labels(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
             )
         if {"start_positions", "end_positions"} <= set(parameters):
             for name in ("start_positions", "end_positions"):
-                _put(kwargs, dims, name, rows.clone(), (BATCH,))
+                _add_input(kwargs, free_dims, name, rows.clone(), (BATCH,))
         return
     if is_a("TokenClassification") and "input_ids" in kwargs:
-        _put(kwargs, dims, "labels", torch.zeros_like(kwargs["input_ids"]), (BATCH, SEQUENCE))
-    elif is_a(*_ROW_LABELS):
+        _add_input(kwargs, free_dims, "labels", torch.zeros_like(kwargs["input_ids"]), (BATCH, SEQUENCE))
+    elif is_a(*_LABEL_PER_ROW):
         count = int(getattr(model.config, "num_labels", 0) or 0)
         problem = getattr(model.config, "problem_type", None)
         if problem == "multi_label_classification" or (problem == "regression" and count > 1):
@@ -175,10 +177,10 @@ def _labels(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
             # The model would infer this from the labels, and some models (DeBERTa) by reading their values, which
             # cannot be traced.
             model.config.problem_type = "single_label_classification"
-        _put(kwargs, dims, "labels", rows, (BATCH,))
-    elif is_a(*_TOKEN_LABELS):
+        _add_input(kwargs, free_dims, "labels", rows, (BATCH,))
+    elif is_a(*_LABEL_PER_TOKEN):
         axis = DECODER_SEQUENCE if getattr(model.config, "is_encoder_decoder", False) else SEQUENCE
-        _put(kwargs, dims, "labels", _ids(model, BATCH, axis), (BATCH, axis))
+        _add_input(kwargs, free_dims, "labels", _make_ids(model, BATCH, axis), (BATCH, axis))
     else:
         warnings.warn(
             f"{type(model).__name__} takes labels of a shape its config does not tell, so the captured program has no "

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from adaptc.capture.inputs.random_sizes import Sizes, SizeSampler, shape_of
+from adaptc.capture.inputs.random_sizes import SizeSampler, SizeValues, evaluate_shape
 from adaptc.errors import AdaptcError
-from adaptc.passes.graph.graph_lock import exclusive
+from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.pytree import pytree
 
 aten = torch.ops.aten
 
 #: ops that move integers without changing their values, by name
-_MOVES = {
+_VALUE_PRESERVING_OPS = {
     *("view", "reshape", "_unsafe_view", "flatten", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t"),
     *("slice", "select", "slice_scatter", "copy", "pad", "constant_pad_nd", "masked_fill"),
     *("to", "_to_copy", "clone", "alias", "contiguous", "detach"),
@@ -30,15 +30,15 @@ _MOVES = {
 
 
 @dataclass(frozen=True)
-class DrawnCall:
+class CallInputs:
     """The inputs of one call, and a text of their shapes."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    text: str
+    shapes_text: str
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> DrawnCall:
+    def from_arguments(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallInputs:
         leaves = pytree.tree_leaves_with_path((tuple(args), dict(kwargs)))
         shapes: dict[str, list[str]] = {}
         for path, value in leaves:
@@ -49,48 +49,48 @@ class DrawnCall:
         return cls(tuple(args), dict(kwargs), text)
 
 
-def given(inputs: Any) -> list[DrawnCall]:
-    """Return one :class:`DrawnCall` for each of the caller's own inputs.
+def calls_from_inputs(inputs: Any) -> list[CallInputs]:
+    """Return one :class:`CallInputs` for each of the caller's own inputs.
 
     ``inputs`` is a dict of keyword inputs, a tuple of positional inputs, a tensor, or a list of these. Raises
     AdaptcError for anything else and for an empty list.
     """
-    runs = []
+    calls = []
     for one in inputs if isinstance(inputs, list) else [inputs]:
         if isinstance(one, Mapping):
-            runs.append(DrawnCall.of((), one))
+            calls.append(CallInputs.from_arguments((), one))
         elif isinstance(one, (tuple, Tensor)):
-            runs.append(DrawnCall.of(one if isinstance(one, tuple) else (one,), {}))
+            calls.append(CallInputs.from_arguments(one if isinstance(one, tuple) else (one,), {}))
         else:
             raise AdaptcError(f"inputs: give dicts of keyword inputs or tuples, in a list; got {type(one).__name__}")
-    if not runs:
+    if not calls:
         raise AdaptcError("inputs is an empty list: give at least one dict or tuple, or leave it out")
-    return runs
+    return calls
 
 
-@exclusive  # fake tensors give "meta" as their device while another thread computes with them
-def draw(
+@with_graph_lock  # fake tensors give "meta" as their device while another thread computes with them
+def draw_inputs(
     program: ExportedProgram,
     *,
     shapes: int | Sequence[Mapping[str, Sequence[int]]] = 3,
     seed: int = 0,
-    vocabulary: int | None = None,
-) -> list[DrawnCall]:
-    """Draw random inputs, one :class:`DrawnCall` per shape.
+    vocab_size: int | None = None,
+) -> list[CallInputs]:
+    """Draw random inputs, one :class:`CallInputs` per shape.
 
     An int for ``shapes`` is the number of runs: the first has the sizes of the capture, the others have random sizes.
     Otherwise ``shapes`` has for each run a dict of input name -> shape, and the sizes that it does not fix are drawn.
-    ``vocabulary`` bounds token ids that no embedding in the graph bounds. Equal arguments give equal inputs, and
+    ``vocab_size`` bounds token ids that no embedding in the graph bounds. Equal arguments give equal inputs, and
     torch's own random state is not touched. Raises AdaptcError for shapes that the program cannot take.
     """
     wanted: Sequence[Mapping[str, Sequence[int]]] = [{}] * shapes if isinstance(shapes, int) else list(shapes)
     if not wanted:
         raise AdaptcError("shapes: at least one is needed")
-    sampler = _Sampler(program, torch.Generator().manual_seed(seed), vocabulary)
-    return [sampler.run(one, as_captured=isinstance(shapes, int) and i == 0) for i, one in enumerate(wanted)]
+    sampler = _InputSampler(program, torch.Generator().manual_seed(seed), vocab_size)
+    return [sampler.sample_call(one, as_captured=isinstance(shapes, int) and i == 0) for i, one in enumerate(wanted)]
 
 
-def random_value(
+def random_input(
     name: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -104,7 +104,7 @@ def random_value(
     0.
     """
     if name.endswith("mask") and shape:
-        value = _mask(shape, generator)
+        value = _random_mask(shape, generator)
     elif dtype.is_complex:
         value = torch.randn(shape, generator=generator, dtype=torch.complex64)
     elif dtype.is_floating_point:
@@ -118,9 +118,9 @@ def random_value(
     return value.to(dtype=dtype, device=device)
 
 
-class _Sampler:
-    def __init__(self, program: ExportedProgram, generator: torch.Generator, vocabulary: int | None) -> None:
-        self.generator, self.vocabulary = generator, vocabulary
+class _InputSampler:
+    def __init__(self, program: ExportedProgram, generator: torch.Generator, vocab_size: int | None) -> None:
+        self.generator, self.vocab_size = generator, vocab_size
         self.nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
         self.inputs = user_inputs(program)
         self.sizes = SizeSampler(program, self.inputs, generator)
@@ -129,29 +129,29 @@ class _Sampler:
             raise AdaptcError("the program has no input spec; export it with torch.export.export")
         self.spec = spec
 
-    def run(self, fixed: Mapping[str, Sequence[int]], as_captured: bool) -> DrawnCall:
-        sizes = self.sizes.sizes(fixed, as_captured=as_captured)
-        flat = [self._value(name, want, sizes) for name, want in self.inputs.items()]
+    def sample_call(self, fixed_shapes: Mapping[str, Sequence[int]], as_captured: bool) -> CallInputs:
+        sizes = self.sizes.sample(fixed_shapes, as_captured=as_captured)
+        flat = [self._sample_input(name, want, sizes) for name, want in self.inputs.items()]
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
-        return DrawnCall.of(args, kwargs)
+        return CallInputs.from_arguments(args, kwargs)
 
-    def _value(self, name: str, want: Any, sizes: Sizes) -> Any:
-        if isinstance(want, torch.SymInt):
-            return shape_of(want, sizes)[0]
-        if not isinstance(want, Tensor):
-            return want
-        shape = shape_of(want, sizes)
-        return random_value(name, want.dtype, want.device, shape, lambda: self._bound(name), self.generator)
+    def _sample_input(self, name: str, traced: Any, sizes: SizeValues) -> Any:
+        if isinstance(traced, torch.SymInt):
+            return evaluate_shape(traced, sizes)[0]
+        if not isinstance(traced, Tensor):
+            return traced
+        shape = evaluate_shape(traced, sizes)
+        return random_input(name, traced.dtype, traced.device, shape, lambda: self._index_bound(name), self.generator)
 
-    def _bound(self, name: str) -> int:
-        found = [b for b in _bounds(self.nodes[name]) if b > 0]
-        if not found and self.vocabulary and name.endswith("ids"):
-            return self.vocabulary
+    def _index_bound(self, name: str) -> int:
+        found = [b for b in _table_lengths(self.nodes[name]) if b > 0]
+        if not found and self.vocab_size and name.endswith("ids"):
+            return self.vocab_size
         # An integer that nothing looks up has no bound to break, and two values suit flags and token_type_ids.
         return min(found, default=2)
 
 
-def _mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return a mask of ones, int64, in which up to a third of each row's last axis is zero, at its left or right
     end."""
     rows, length = torch.Size(shape[:-1]).numel(), shape[-1]
@@ -161,21 +161,21 @@ def _mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.where(left, at >= cut, at < length - cut).to(torch.int64).reshape(shape)
 
 
-def _bounds(start: fx.Node) -> Iterator[int]:
+def _table_lengths(start: fx.Node) -> Iterator[int]:
     """Yield the number of rows of every table in which an integer input's values are looked up."""
     seen, stack = {start}, [start]
     while stack:
         node = stack.pop()
         for user in node.users:
             packet = str(user.target).split(".")[1:2]
-            if (bound := _looked_up(user, node)) is not None:
+            if (bound := _table_length(user, node)) is not None:
                 yield bound
-            elif packet and packet[0] in _MOVES and user not in seen:
+            elif packet and packet[0] in _VALUE_PRESERVING_OPS and user not in seen:
                 seen.add(user)
                 stack.append(user)
 
 
-def _looked_up(user: fx.Node, index: fx.Node) -> int | None:
+def _table_length(user: fx.Node, index: fx.Node) -> int | None:
     """Return the number of rows of the table in which ``user`` looks ``index`` up, or None where it does not or has no
     fixed number."""
     args, table, axis = user.args, None, 0

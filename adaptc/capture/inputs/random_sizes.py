@@ -18,7 +18,7 @@ from adaptc.errors import AdaptcError, nearest
 from adaptc.passes.graph.pytree import pytree
 
 #: size symbol -> value
-Sizes = Mapping[Any, int]
+SizeValues = Mapping[Any, int]
 
 
 class SizeSampler:
@@ -31,40 +31,40 @@ class SizeSampler:
         self.inputs, self.generator = inputs, generator
         self.ranges = program.range_constraints
         example = program.example_inputs
-        self.captured = self._captured(pytree.tree_leaves(example) if example is not None else [])
+        self.captured_sizes = self._read_captured_sizes(pytree.tree_leaves(example) if example is not None else [])
 
-    def sizes(self, fixed: Mapping[str, Sequence[int]], *, as_captured: bool = False) -> Sizes:
+    def sample(self, fixed_shapes: Mapping[str, Sequence[int]], *, as_captured: bool = False) -> SizeValues:
         """Return values for all size symbols.
 
-        ``fixed`` gives the shape that an input must have, by its name. ``as_captured`` takes the sizes of the capture
-        where they are known. Raises AdaptcError for names and shapes that the program does not have.
+        ``fixed_shapes`` gives the shape that an input must have, by its name. ``as_captured`` takes the sizes of the
+        capture where they are known. Raises AdaptcError for names and shapes that the program does not have.
         """
-        pinned = self.captured if as_captured else self._pinned(fixed)
-        exprs = [expression(s) for want in self.inputs.values() for s in dims(want)]
+        pinned = self.captured_sizes if as_captured else self._sizes_of_fixed_shapes(fixed_shapes)
+        exprs = [to_expression(s) for want in self.inputs.values() for s in sizes_of(want)]
         symbols = sorted({x for e in exprs for x in e.free_symbols}, key=str)
         for _ in range(200):
             sizes = {x: pinned[x] if x in pinned else self._draw(x) for x in symbols}
-            if self._legal(sizes):
-                self._check(fixed, sizes)
+            if self._is_legal(sizes):
+                self._check_shapes(fixed_shapes, sizes)
                 return sizes
         raise AdaptcError(
             f"no sizes found that the program's ranges {dict(self.ranges)} allow"
-            + (f" with {dict(fixed)}" if fixed else "")
+            + (f" with {dict(fixed_shapes)}" if fixed_shapes else "")
             + "; give complete inputs with inputs="
         )
 
-    def _captured(self, leaves: Sequence[Any]) -> dict[Any, int]:
+    def _read_captured_sizes(self, leaves: Sequence[Any]) -> dict[Any, int]:
         seen: dict[Any, int] = {}
         for want, value in zip(self.inputs.values(), leaves, strict=False):
             if isinstance(want, Tensor) and isinstance(value, Tensor) and want.ndim == value.ndim:
                 for size, had in zip(want.shape, value.shape, strict=True):
-                    if isinstance(expr := expression(size), sympy.Symbol):
+                    if isinstance(expr := to_expression(size), sympy.Symbol):
                         seen[expr] = int(had)
         return seen
 
-    def _pinned(self, fixed: Mapping[str, Sequence[int]]) -> dict[Any, int]:
-        pinned: dict[Any, int] = {}
-        for name, shape in fixed.items():
+    def _sizes_of_fixed_shapes(self, fixed_shapes: Mapping[str, Sequence[int]]) -> dict[Any, int]:
+        sizes: dict[Any, int] = {}
+        for name, shape in fixed_shapes.items():
             want = self.inputs.get(name)
             if not isinstance(want, Tensor):
                 near = nearest(name, self.inputs) or list(self.inputs)
@@ -72,13 +72,13 @@ class SizeSampler:
             if len(shape) != want.ndim:
                 raise AdaptcError(f"shapes: input {name!r} has {want.ndim} axes, got {tuple(shape)}")
             for size, value in zip(want.shape, shape, strict=True):
-                if isinstance(expr := expression(size), sympy.Symbol):
-                    pinned[expr] = int(value)
-        return pinned
+                if isinstance(expr := to_expression(size), sympy.Symbol):
+                    sizes[expr] = int(value)
+        return sizes
 
     def _draw(self, symbol: Any) -> int:
         low, high = self._range(symbol)
-        had = self.captured.get(symbol, 4)
+        had = self.captured_sizes.get(symbol, 4)
         lower, upper = max(low, had // 2, 1), max(had, 4)  # up to 4, so that a batch captured small may grow
         upper = max(lower, upper if high is None else min(upper, high))
         return int(torch.randint(lower, upper + 1, (), generator=self.generator))
@@ -89,7 +89,7 @@ class SizeSampler:
             return 0, None
         return int(bounds.lower), int(bounds.upper) if bool(bounds.upper < 2**31) else None
 
-    def _legal(self, sizes: Sizes) -> bool:
+    def _is_legal(self, sizes: SizeValues) -> bool:
         for expr in self.ranges:
             if expr.free_symbols <= set(sizes):
                 value, (low, high) = evaluate(expr, sizes), self._range(expr)
@@ -97,9 +97,9 @@ class SizeSampler:
                     return False
         return True
 
-    def _check(self, fixed: Mapping[str, Sequence[int]], sizes: Sizes) -> None:
-        for name, shape in fixed.items():
-            got = shape_of(self.inputs[name], sizes)
+    def _check_shapes(self, fixed_shapes: Mapping[str, Sequence[int]], sizes: SizeValues) -> None:
+        for name, shape in fixed_shapes.items():
+            got = evaluate_shape(self.inputs[name], sizes)
             if got != tuple(shape):
                 raise AdaptcError(
                     f"shapes: input {name!r} cannot have shape {tuple(shape)}: with the sizes that are fixed or shared "
@@ -107,19 +107,19 @@ class SizeSampler:
                 )
 
 
-def expression(size: Any) -> Any:
+def to_expression(size: Any) -> Any:
     """Return a size as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
-def evaluate(expr: Any, sizes: Sizes) -> int:
+def evaluate(expr: Any, sizes: SizeValues) -> int:
     return int(expr.subs(sizes))
 
 
-def dims(want: Any) -> Sequence[Any]:
+def sizes_of(traced: Any) -> Sequence[Any]:
     """Return the sizes of a tensor, a size itself as a list of one, or nothing for a constant."""
-    return want.shape if isinstance(want, Tensor) else [want] if isinstance(want, torch.SymInt) else []
+    return traced.shape if isinstance(traced, Tensor) else [traced] if isinstance(traced, torch.SymInt) else []
 
 
-def shape_of(want: Any, sizes: Sizes) -> tuple[int, ...]:
-    return tuple(evaluate(expression(s), sizes) for s in dims(want))
+def evaluate_shape(traced: Any, sizes: SizeValues) -> tuple[int, ...]:
+    return tuple(evaluate(to_expression(s), sizes) for s in sizes_of(traced))

@@ -13,18 +13,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptc.errors import ConfigError, shown
+from adaptc.errors import ConfigError, short_repr
 
 # Paths of the layer list, from the innermost backbone.
-_LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
+_LAYER_LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
 
 
 #: Attributes in which a layer's modules keep the layer's number, from 0 or 1; a KV cache is indexed by it.
-INDEX = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "block_id", "block_index"}
+LAYER_INDEX_NAMES = {
+    "layer_idx",
+    "layer_id",
+    "layer_number",
+    "layer_num",
+    "layer_index",
+    "block_idx",
+    "block_id",
+    "block_index",
+}
 
 
 #: the number of layers that any replicated model may have
-MOST = 1024
+MAX_LAYERS = 1024
 
 
 def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.Module:
@@ -36,12 +45,12 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.
 
     Raises :class:`ConfigError` when the list of layers is not found, or a range does not lie in it.
     """
-    owner, name = _find(model)
+    owner, name = _find_layer_list(model)
     layers = getattr(model.get_submodule(owner), name)
     count = len(layers)
-    indices = _indices(ranges, count, f"{owner}.{name}".lstrip("."))
+    indices = _expand_ranges(ranges, count, f"{owner}.{name}".lstrip("."))
 
-    memo = _shared(model)
+    memo = _tensor_sharing_memo(model)
     replica = copy.deepcopy(model, dict(memo))
     # Without this a copied layer would have a config of its own, which is not the new model's.
     configs = {id(c): c for m in replica.modules() if (c := getattr(m, "config", None)) is not None}
@@ -53,22 +62,22 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.
         used.add(i)
     for position, (layer, source) in enumerate(zip(restacked, indices, strict=True)):
         for module in layer.modules():
-            for name_of_index in INDEX & vars(module).keys():
+            for name_of_index in LAYER_INDEX_NAMES & vars(module).keys():
                 value = vars(module)[name_of_index]
                 if type(value) is int:
                     setattr(module, name_of_index, value + position - source)
     setattr(replica.get_submodule(owner), name, nn.ModuleList(restacked))
     for config in configs.values():
-        _recount(config, count, indices)
+        _update_layer_count(config, count, indices)
     return replica
 
 
-def _find(model: nn.Module) -> tuple[str, str]:
+def _find_layer_list(model: nn.Module) -> tuple[str, str]:
     """Return the path of the module that holds the layer list, and the list's name in it."""
     path: list[str] = []
     module = model
     while True:
-        for candidate in _LISTS:
+        for candidate in _LAYER_LISTS:
             *parents, name = candidate.split(".")
             owner: Any = module
             for parent in parents:
@@ -85,33 +94,34 @@ def _find(model: nn.Module) -> tuple[str, str]:
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     where = ".".join(path) or "the model"
     raise ConfigError(
-        f"layer_replication: no list of layers in {type(model).__name__}: looked for {', '.join(_LISTS)} in {where}. "
-        f"Its module lists are: {', '.join(lists) or 'none'}"
+        f"layer_replication: no list of layers in {type(model).__name__}: looked for {', '.join(_LAYER_LISTS)} in "
+        f"{where}. Its module lists are: {', '.join(lists) or 'none'}"
     )
 
 
-def _indices(ranges: Sequence[tuple[int, int]], count: int, where: str) -> list[int]:
+def _expand_ranges(ranges: Sequence[tuple[int, int]], count: int, where: str) -> list[int]:
     indices: list[int] = []
-    most = max(MOST, 16 * count)
+    max_layers = max(MAX_LAYERS, 16 * count)
     for item in ranges:
         pair = tuple(item) if isinstance(item, (list, tuple)) else ()
         if len(pair) != 2 or not all(type(v) is int for v in pair) or not 0 <= pair[0] < pair[1] <= count:
             raise ConfigError(
-                f"layer_replication: {shown(item)} is not a range (start, end) with 0 <= start < end <= {count}, "
+                f"layer_replication: {short_repr(item)} is not a range (start, end) with 0 <= start < end <= {count}, "
                 f"the number of layers in {where}"
             )
         indices.extend(range(*pair))
-        if len(indices) > most:
+        if len(indices) > max_layers:
             raise ConfigError(
-                f"layer_replication: {len(ranges)} ranges ask for more than {most} layers, of a model with {count}; "
-                "each is a module of its own, which programs are not captured of in any useful time. Give fewer ranges."
+                f"layer_replication: {len(ranges)} ranges ask for more than {max_layers} layers, of a model with "
+                f"{count}; each is a module of its own, which programs are not captured of in any useful time. Give "
+                "fewer ranges."
             )
     if not indices:
         raise ConfigError("layer_replication: no range is given, so no layer would be left")
     return indices
 
 
-def _shared(model: nn.Module) -> dict[int, Any]:
+def _tensor_sharing_memo(model: nn.Module) -> dict[int, Any]:
     """Return the memo by which ``copy.deepcopy`` shares every tensor of the model, registered or not."""
     tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
@@ -119,7 +129,7 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     return tensors
 
 
-def _recount(config: Any, count: int, indices: list[int]) -> None:
+def _update_layer_count(config: Any, count: int, indices: list[int]) -> None:
     if getattr(config, "num_hidden_layers", None) != count:
         return  # the config of another part, such as a vision tower
     for key, value in list(vars(config).items()):

@@ -19,52 +19,52 @@ from torch import fx, nn
 from torch.nn.modules import module as torch_module
 
 from adaptc.capture.repeated_layers.equal_modules import equal_layers, index_attributes
-from adaptc.capture.repeated_layers.layer_calls import LayerCall, Segment, Unknown, current_tracer
+from adaptc.capture.repeated_layers.layer_calls import LayerCall, NotComparable, Segment, current_tracer
 
 
-class Once:
+class CopiedLayers:
     """The result of tracing equal layers once: how many calls were copied, and from which segments."""
 
     def __init__(self) -> None:
-        self.copies = 0
-        self.used: list[Segment] = []
+        self.copy_count = 0
+        self.copied_segments: list[Segment] = []
 
-    def sound(self) -> bool:
+    def is_sound(self) -> bool:
         """Return whether later nodes used only what the copied calls returned or wrote, which copies have, too."""
-        return not any(segment.leaks() for segment in self.used)
+        return not any(segment.has_leaks() for segment in self.copied_segments)
 
 
 @contextlib.contextmanager
-def traced_once(model: nn.Module) -> Iterator[Once]:
+def copy_equal_layers(model: nn.Module) -> Iterator[CopiedLayers]:
     """Run the block, in which exports of ``model`` copy equal layers, and restore the model afterwards.
 
-    Where :meth:`Once.sound` is false afterwards, the model must be exported again outside of this block.
+    Where :meth:`Once.is_sound` is false afterwards, the model must be exported again outside of this block.
     """
-    once = Once()
+    once = CopiedLayers()
     with contextlib.ExitStack() as stack:
-        if not _watched(model):
+        if not _has_global_hooks(model):
             for layers in equal_layers(model):
-                _Group(once, layers).enter(stack)
+                _LayerGroup(once, layers).enter(stack)
         yield once
 
 
-def _watched(model: nn.Module) -> bool:
+def _has_global_hooks(model: nn.Module) -> bool:
     """Return whether global forward hooks, which see all modules, are registered."""
     names = ("_global_forward_hooks", "_global_forward_pre_hooks")
     return any(getattr(torch_module, name, None) for name in names)
 
 
-class _Group:
+class _LayerGroup:
     """A group of equal layers of one list, with the last traced segment and the one that is proven fit for copying."""
 
-    def __init__(self, once: Once, layers: list[tuple[str, nn.Module]]) -> None:
-        self.once, self.layers = once, layers
+    def __init__(self, copied_layers: CopiedLayers, layers: list[tuple[str, nn.Module]]) -> None:
+        self.copied_layers, self.layers = copied_layers, layers
         self.indices = index_attributes([layer for _, layer in layers])
         self.tracer: Any = None
-        self.last: Segment | None = None
-        self.proven: Segment | None = None
-        self.called: set[int] = set()
-        self.read = False
+        self.last_segment: Segment | None = None
+        self.proven_segment: Segment | None = None
+        self.called_layers: set[int] = set()
+        self.index_was_read = False
 
     def enter(self, stack: contextlib.ExitStack) -> None:
         for _, layer in self.layers:
@@ -72,14 +72,14 @@ class _Group:
             for name in dict.fromkeys(name for name, _ in self.indices):
                 attributes = [a for n, a in self.indices if n == name]
                 stack.callback(setattr, modules[name], "__class__", type(modules[name]))
-                modules[name].__class__ = _noting(type(modules[name]), attributes, self._note)
+                modules[name].__class__ = _watch_attributes(type(modules[name]), attributes, self._note_index_read)
             stack.callback(vars(layer).pop, "forward", None)
-            vars(layer)["forward"] = self._wrapped(layer)
+            vars(layer)["forward"] = self._wrap_forward(layer)
 
-    def _note(self) -> None:
-        self.read = True
+    def _note_index_read(self) -> None:
+        self.index_was_read = True
 
-    def _wrapped(self, layer: nn.Module) -> Callable[..., Any]:
+    def _wrap_forward(self, layer: nn.Module) -> Callable[..., Any]:
         forward = layer.forward
 
         @functools.wraps(forward)
@@ -88,59 +88,59 @@ class _Group:
             if tracer is None:
                 return forward(*args, **kwargs)
             if tracer is not self.tracer:
-                self.tracer, self.last, self.proven = tracer, None, None
-                self.called.clear()
+                self.tracer, self.last_segment, self.proven_segment = tracer, None, None
+                self.called_layers.clear()
             try:
-                if id(layer) in self.called:
-                    raise Unknown
-                self.called.add(id(layer))
-                given = LayerCall(layer, _path(layer, tracer), args, kwargs, self._index(layer))
-            except Unknown:
-                self.last = None
+                if id(layer) in self.called_layers:
+                    raise NotComparable
+                self.called_layers.add(id(layer))
+                layer_call = LayerCall(layer, _traced_path(layer, tracer), args, kwargs, self._layer_index(layer))
+            except NotComparable:
+                self.last_segment = None
                 return forward(*args, **kwargs)
-            if self.proven is not None:
-                with contextlib.suppress(Unknown):
-                    out = self.proven.copied(given, tracer)
-                    self.once.copies += 1
+            if self.proven_segment is not None:
+                with contextlib.suppress(NotComparable):
+                    out = self.proven_segment.copy_for(layer_call, tracer)
+                    self.copied_layers.copy_count += 1
                     return out
-            return self._trace(forward, given, tracer)
+            return self._trace(forward, layer_call, tracer)
 
         return call
 
-    def _index(self, layer: nn.Module) -> int | None:
+    def _layer_index(self, layer: nn.Module) -> int | None:
         modules = dict(layer.named_modules())
         found = {vars(modules[name])[attribute] for name, attribute in self.indices}
         return found.pop() if len(found) == 1 else None
 
     def _trace(self, forward: Callable[..., Any], call: LayerCall, tracer: Any) -> Any:
-        before, attributes = call.nodes(tracer), _attributes(call.layer)
+        role_nodes, attributes = call.nodes_by_role(tracer), _snapshot_attributes(call.layer)
         end = next(reversed(tracer.graph.nodes), None)
-        outer, self.read = self.read, False
+        outer, self.index_was_read = self.index_was_read, False
         out = forward(*call.args, **call.kwargs)
-        read, self.read = self.read, outer or self.read
+        read, self.index_was_read = self.index_was_read, outer or self.index_was_read
         segment = None
-        with contextlib.suppress(Unknown):
-            if not (read and not call.caches) and _unchanged(attributes) and end is not None:
-                segment = Segment(call, before, _after(end), out, tracer)
-        if segment is not None and self.last is not None and self.last.like(segment):
-            self.proven = segment
-            self.once.used.append(segment)
-        self.last = segment
+        with contextlib.suppress(NotComparable):
+            if not (read and not call.cache_count) and _is_unchanged(attributes) and end is not None:
+                segment = Segment(call, role_nodes, _nodes_after(end), out, tracer)
+        if segment is not None and self.last_segment is not None and self.last_segment.matches(segment):
+            self.proven_segment = segment
+            self.copied_layers.copied_segments.append(segment)
+        self.last_segment = segment
         return out
 
 
-def _path(layer: nn.Module, tracer: Any) -> str:
+def _traced_path(layer: nn.Module, tracer: Any) -> str:
     """Return the path of a layer as the tracer writes it into nodes. Raises Unknown where the tracer has none."""
     try:
         return tracer.path_of_module(layer)
     except (NameError, AttributeError):
-        raise Unknown from None
+        raise NotComparable from None
 
 
-def _noting(kind: type, attributes: list[str], note: Callable[[], None]) -> type:
+def _watch_attributes(kind: type, attributes: list[str], note: Callable[[], None]) -> type:
     """Return a subclass of ``kind`` that calls ``note`` when one of these attributes is read."""
 
-    def noting(name: str) -> property:
+    def watched_property(name: str) -> property:
         def read(self: Any) -> Any:
             note()
             try:
@@ -153,34 +153,34 @@ def _noting(kind: type, attributes: list[str], note: Callable[[], None]) -> type
 
         return property(read, write)
 
-    names = {name: noting(name) for name in attributes}
+    names = {name: watched_property(name) for name in attributes}
     same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind)(kind.__name__, (kind,), {**names, **same})
 
 
-def _after(node: fx.Node) -> list[fx.Node]:
+def _nodes_after(node: fx.Node) -> list[fx.Node]:
     nodes = []
     while (node := node.next).op != "root":
         nodes.append(node)
     return nodes
 
 
-def _attributes(layer: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _snapshot_attributes(layer: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the attribute dicts of a layer's modules, each with a snapshot of its contents."""
     held = [d for m in layer.modules() for d in (vars(m), vars(m)["_buffers"], vars(m)["_parameters"])]
-    return [(now, {k: _content(v) for k, v in now.items()}) for now in held]
+    return [(now, {k: _snapshot(v) for k, v in now.items()}) for now in held]
 
 
-def _content(value: Any) -> Any:
+def _snapshot(value: Any) -> Any:
     """Return a snapshot of a value that changes where the value is replaced, or a container in it is written to."""
     if type(value) in (list, tuple):
-        return id(value), [_content(v) for v in value]
+        return id(value), [_snapshot(v) for v in value]
     if type(value) is dict:
-        return id(value), [(k, _content(v)) for k, v in value.items()]
+        return id(value), [(k, _snapshot(v)) for k, v in value.items()]
     if type(value) is set:
         return id(value), set(value)
     return id(value)
 
 
-def _unchanged(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
-    return all({k: _content(v) for k, v in now.items()} == before for now, before in attributes)
+def _is_unchanged(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+    return all({k: _snapshot(v) for k, v in now.items()} == before for now, before in attributes)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, shown
-from adaptc.generation.cache.cache_layout import CacheLayout, row_indices
+from adaptc.errors import AdaptcError, short_repr
+from adaptc.generation.cache.cache_layout import CacheLayout, check_row_indices
 from adaptc.generation.cache.cache_prefix import CachePrefix
-from adaptc.generation.cache.sliding_window import Extent
+from adaptc.generation.cache.sliding_window import RingRange
 
 
 class CacheInterface:
@@ -23,31 +23,31 @@ class CacheInterface:
     layout: CacheLayout
     max_length: int
     device: torch.device
-    window: int | None
-    extent: Extent
-    recording: bool
-    front: CachePrefix | None
+    sliding_window: int | None
+    ring_range: RingRange
+    keeps_all_positions: bool
+    prefix: CachePrefix | None
     length: int
     rows: int
-    ahead: Tensor | None
-    since: dict[str, Tensor]
+    left_padding: Tensor | None
+    active_from: dict[str, Tensor]
     tensors: list[Tensor]
     mask: Tensor
 
     @property
-    def first(self) -> int:
+    def ring_start(self) -> int:
         """Return the first position that the rings hold."""
-        return self.extent.first
+        return self.ring_range.start
 
     @property
-    def top(self) -> int:
+    def ring_high_water(self) -> int:
         """Return the position after the last one that was ever written to the rings."""
-        return self.extent.top
+        return self.ring_range.high_water
 
     @property
-    def begun(self) -> int:
+    def prefix_length(self) -> int:
         """Return the number of positions that the cache began with, for virtual tokens."""
-        return 0 if self.front is None else self.front.count
+        return 0 if self.prefix is None else self.prefix.count
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -76,19 +76,20 @@ class CacheInterface:
 
     def can_crop(self, length: int) -> bool:
         """Return whether the next token could be computed from the first ``length`` positions."""
-        return self.window is None or length == 0 or max(0, length - self.window + 1) >= self.first
+        return self.sliding_window is None or length == 0 or max(0, length - self.sliding_window + 1) >= self.ring_start
 
-    def check_crop(self, left: int) -> None:
-        """Raise AdaptcError where the cache cannot be cropped to ``left`` positions."""
-        if not self.can_crop(left):
+    def check_crop(self, new_length: int) -> None:
+        """Raise AdaptcError where the cache cannot be cropped to ``new_length`` positions."""
+        if not self.can_crop(new_length):
             raise AdaptcError(
-                f"{left} positions would be left of {self.length}, and layers that look back on {self.window} keep "
-                f"those from {self.first} on: compute the text again with gen.prefill(input_ids)"
+                f"{new_length} positions would be left of {self.length}, and layers that look back on "
+                f"{self.sliding_window} keep those from {self.ring_start} on: compute the text again with "
+                "gen.prefill(input_ids)"
             )
 
     @property
     def is_croppable(self) -> bool:
-        return self.recording or self.first == 0
+        return self.keeps_all_positions or self.ring_start == 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` positions; the virtual tokens that the cache began with stay.
@@ -97,11 +98,11 @@ class CacheInterface:
         AdaptcError where sliding-window layers have dropped positions that the next token attends to.
         """
         left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
-        left = max(left, min(self.begun, self.length))
+        left = max(left, min(self.prefix_length, self.length))
         self.check_crop(left)
         self.length = left
         if left == 0:
-            self.extent.first = self.extent.top = 0
+            self.ring_range.start = self.ring_range.high_water = 0
         if self.tensors:
             self.mask[:, left:] = 1
 
@@ -111,24 +112,26 @@ class CacheInterface:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (rows,), in this order; a row may be there several times."""
-        index = row_indices(indices, self.rows).to(self.device)
-        self._set(rows=index.shape[0], **self._each(lambda t: t.index_select(0, index)))
+        index = check_row_indices(indices, self.rows).to(self.device)
+        self._set_attributes(rows=index.shape[0], **self._map_rows(lambda t: t.index_select(0, index)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, one copy after another."""
         if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
-            raise AdaptcError(f"repeats={shown(repeats)} must be a number of one or more: how often each row is there")
-        self._set(rows=self.rows * repeats, **self._each(lambda t: t.repeat_interleave(repeats, 0)))
+            raise AdaptcError(
+                f"repeats={short_repr(repeats)} must be a number of one or more: how often each row is there"
+            )
+        self._set_attributes(rows=self.rows * repeats, **self._map_rows(lambda t: t.repeat_interleave(repeats, 0)))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the attributes that have rows, by name, with ``change`` applied to each tensor."""
         return {
             "tensors": [change(t) for t in self.tensors],
-            "since": {n: change(t) for n, t in self.since.items()},
-            "ahead": None if self.ahead is None else change(self.ahead),
+            "active_from": {n: change(t) for n, t in self.active_from.items()},
+            "left_padding": None if self.left_padding is None else change(self.left_padding),
             "mask": change(self.mask) if self.tensors else self.mask,
         }
 
-    def _set(self, **attributes: Any) -> None:
+    def _set_attributes(self, **attributes: Any) -> None:
         """Set all attributes in one update, so that an interrupt leaves all or none of them changed."""
         vars(self).update(attributes)

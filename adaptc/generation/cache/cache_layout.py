@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.capture.explain_failure import run_model
-from adaptc.errors import AdaptcError, CaptureError, shown
-from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
-from adaptc.passes.analysis.cache_inputs import STATE, cache_name, pass_prefix
+from adaptc.errors import AdaptcError, CaptureError, short_repr
+from adaptc.passes.analysis.cache_inputs import KV_KINDS as KEY_VALUE_KINDS
+from adaptc.passes.analysis.cache_inputs import STATE, cache_input_name, pass_prefix
 
 #: the cache layers of transformers that keep keys and values, of all positions or of a sliding window
-_ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_ATTENTION_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 #: the cache layer of transformers that keeps the states of convolutions and recurrences
-_STATE = "LinearAttentionLayer"
-KINDS = ("conv_states", "recurrent_states")
+_STATE_LAYER = "LinearAttentionLayer"
+STATE_KINDS = ("conv_states", "recurrent_states")
 
 
 @dataclass(frozen=True)
@@ -44,34 +44,36 @@ class LayerLayout:
 class CacheLayout:
     """The keys and values that a step program takes, layer by layer.
 
-    ``dtype`` is that of all its tensors, and their names begin with ``prefix``. ``passes`` is 1, plus 1 for each
+    ``dtype`` is that of all its tensors, and their names begin with ``name_prefix``. ``passes`` is 1, plus 1 for each
     duplicated base pass that gives the adapter a last hidden state. The tensors of such a pass follow those of the
     program's own pass.
     """
 
     layers: tuple[LayerLayout, ...]
     dtype: torch.dtype
-    prefix: str = ""
+    name_prefix: str = ""
     passes: int = field(default=1, kw_only=True)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names of the inputs: keys and values in turn, layer by layer, one pass after another."""
-        before = [pass_prefix(i) + self.prefix for i in range(self.passes)]
-        return tuple(cache_name(kind, i, p) for p in before for i in range(len(self.layers)) for kind in CACHED)
+        before = [pass_prefix(i) + self.name_prefix for i in range(self.passes)]
+        return tuple(
+            cache_input_name(kind, i, p) for p in before for i in range(len(self.layers)) for kind in KEY_VALUE_KINDS
+        )
 
-    def of_passes(self, passes: int) -> Self:
+    def with_passes(self, passes: int) -> Self:
         """Return the layout of the same cache for a program with ``passes`` passes."""
         return replace(self, passes=passes)
 
     @property
-    def window(self) -> int | None:
+    def sliding_window(self) -> int | None:
         """Return the size of the sliding window; None where no layer has one, or where their sizes differ."""
         found = {layer.sliding for layer in self.layers if layer.sliding is not None}
         return found.pop() if len(found) == 1 else None
 
     @property
-    def sliding(self) -> tuple[bool, ...]:
+    def is_sliding(self) -> tuple[bool, ...]:
         """Return, for each of :attr:`names`, whether its layer has a sliding window."""
         return tuple(layer.sliding is not None for layer in self.layers for _ in range(2)) * self.passes
 
@@ -98,27 +100,31 @@ class CacheLayout:
         return sum(map(prod, self.shapes(batch, length, ring))) * self.dtype.itemsize
 
     @classmethod
-    def of(cls, model: nn.Module) -> CacheLayout:
+    def from_model(cls, model: nn.Module) -> CacheLayout:
         """Return the layout of the cache that ``model`` makes of two tokens.
 
         Raises CaptureError where running the model fails, or where it gives another kind of cache.
         """
         ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         out = run_model(model, input_ids=ids, use_cache=True)
-        return cls.of_cache(type(model).__name__, cache_of(out))
+        return cls.from_cache(type(model).__name__, cache_from_output(out))
 
     @classmethod
-    def of_cache(cls, name: str, found: Any, prefix: str = "") -> CacheLayout:
-        """Return the layout of ``found``, a cache that a model called ``name`` returned.
+    def from_cache(cls, model_name: str, cache: Any, name_prefix: str = "") -> CacheLayout:
+        """Return the layout of ``cache``, which a model called ``model_name`` returned.
 
         Raises CaptureError for a cache of anything but keys and values, or states.
         """
-        layers = getattr(found, "layers", None)
+        layers = getattr(cache, "layers", None)
         if not layers:
-            raise CaptureError(f"{name} gives no cache of keys and values, so there is nothing to go on from")
-        if all(type(layer).__name__ == _STATE for layer in layers):
-            return StateLayout.of_layers(layers)
-        return cls(tuple(_layer(name, i, layer) for i, layer in enumerate(layers)), layers[0].keys.dtype, prefix)
+            raise CaptureError(f"{model_name} gives no cache of keys and values, so there is nothing to go on from")
+        if all(type(layer).__name__ == _STATE_LAYER for layer in layers):
+            return StateLayout.from_layers(layers)
+        return cls(
+            tuple(_layer_layout(model_name, i, layer) for i, layer in enumerate(layers)),
+            layers[0].keys.dtype,
+            name_prefix,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,11 +146,11 @@ class StateLayout(CacheLayout):
 
     @property
     def names(self) -> tuple[str, ...]:
-        before = [pass_prefix(i) + self.prefix for i in range(self.passes)]
-        return tuple(cache_name(STATE, i, p) for p in before for i in range(len(self.states)))
+        before = [pass_prefix(i) + self.name_prefix for i in range(self.passes)]
+        return tuple(cache_input_name(STATE, i, p) for p in before for i in range(len(self.states)))
 
     @property
-    def sliding(self) -> tuple[bool, ...]:
+    def is_sliding(self) -> tuple[bool, ...]:
         return (False,) * len(self.names)
 
     def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
@@ -157,32 +163,32 @@ class StateLayout(CacheLayout):
     def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
         return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states * self.passes)
 
-    def kept_by(self, layer: int) -> int:
+    def states_per_kind(self, layer: int) -> int:
         """Return the number of states of each kind in the layer ``layer``."""
         return 1 + max(state.index for state in self.states if state.layer == layer)
 
     @classmethod
-    def of_layers(cls, layers: Sequence[Any]) -> StateLayout:
+    def from_layers(cls, layers: Sequence[Any]) -> StateLayout:
         """Return the layout of the layers of a transformers cache that a model wrote to."""
         states = tuple(
             State(i, kind, index, tuple(tensor.shape[1:]), tensor.dtype)
             for i, layer in enumerate(layers)
-            for kind in KINDS
+            for kind in STATE_KINDS
             for index, tensor in getattr(layer, kind).items()
             if tensor is not None
         )
         return cls((), states[0].dtype, states=states)
 
 
-def cache_of(output: Any) -> Any:
+def cache_from_output(output: Any) -> Any:
     """Return the cache in a model's output, under the name that the installed transformers gives it; None for none."""
     return getattr(output, "cache", None) or getattr(output, "past_key_values", None)
 
 
-def _layer(name: str, index: int, layer: Any) -> LayerLayout:
+def _layer_layout(name: str, index: int, layer: Any) -> LayerLayout:
     kind = type(layer).__name__
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if kind not in _ATTENTION or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+    if kind not in _ATTENTION_LAYERS or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
         raise CaptureError(
             f"layer {index} of {name} keeps a {kind}, and generation is for models whose layers keep keys and values "
             "of their own"
@@ -191,14 +197,14 @@ def _layer(name: str, index: int, layer: Any) -> LayerLayout:
     return LayerLayout(keys.shape[1], keys.shape[-1], values.shape[-1], window)
 
 
-def row_indices(indices: Any, rows: int) -> Tensor:
+def check_row_indices(indices: Any, rows: int) -> Tensor:
     """Return ``indices`` of rows of a cache that has ``rows`` rows.
 
     Raises AdaptcError for anything but a tensor (rows,) of int64 or int32 whose entries are rows of the cache.
     """
     if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
-        found = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else shown(indices)
+        found = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else short_repr(indices)
         raise AdaptcError(f"rows of a cache are chosen by a tensor (rows,) of int64, got {found}")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
-        raise AdaptcError(f"the cache has {rows} rows, and rows {shown(indices.tolist())} are asked for")
+        raise AdaptcError(f"the cache has {rows} rows, and rows {short_repr(indices.tolist())} are asked for")
     return indices

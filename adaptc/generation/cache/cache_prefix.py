@@ -17,30 +17,30 @@ from adaptc.errors import AdaptcError
 class CachePrefix:
     """The cache's contents for ``count`` virtual tokens, in ``tensors``: one for each tensor of the cache.
 
-    Each tensor is (1, ...), or (rows, ...) where rows have virtual tokens of their own. ``in_places`` says how
+    Each tensor is (1, ...), or (rows, ...) where rows have virtual tokens of their own. ``counts_padding`` says how
     position_ids count. With True they are cache positions with padding counted, as in PEFT's prompt methods. With False
-    those of a text follow from its attention_mask. ``ahead`` (rows,) is the number of empty positions before a row's
-    own virtual tokens; None where every row has ``count`` of them.
+    those of a text follow from its attention_mask. ``left_padding`` (rows,) is the number of empty positions before a
+    row's own virtual tokens; None where every row has ``count`` of them.
     """
 
     tensors: Sequence[Tensor]
     count: int
-    in_places: bool = False
-    ahead: Tensor | None = None
+    counts_padding: bool = False
+    left_padding: Tensor | None = None
 
-    def for_rows(self, rows: int) -> list[Tensor]:
+    def repeated_for(self, rows: int) -> list[Tensor]:
         """Return copies of the tensors for ``rows`` rows; each row is repeated for the sequences of its prompt.
 
         Raises AdaptcError where ``rows`` is not a multiple of the tensors' rows.
         """
-        each = self._each(rows)
+        each = self._repeats(rows)
         return [t.repeat_interleave(each, 0).contiguous() for t in self.tensors]
 
-    def ahead_of(self, rows: int) -> Tensor | None:
-        """Return ``ahead`` for ``rows`` rows, repeated as in :meth:`for_rows`."""
-        return None if self.ahead is None else self.ahead.repeat_interleave(self._each(rows), 0)
+    def left_padding_for(self, rows: int) -> Tensor | None:
+        """Return ``left_padding`` for ``rows`` rows, repeated as in :meth:`repeated_for`."""
+        return None if self.left_padding is None else self.left_padding.repeat_interleave(self._repeats(rows), 0)
 
-    def _each(self, rows: int) -> int:
+    def _repeats(self, rows: int) -> int:
         own = self.tensors[0].shape[0]
         if rows % own:
             raise AdaptcError(

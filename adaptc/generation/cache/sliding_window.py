@@ -1,11 +1,11 @@
 """Keep sliding-window layers no larger than their window: position p lies at p modulo the size of a ring buffer.
 
-For steps of T tokens, a ring has at least window + T - 1 places, or one for every position. So no token of a step
+For steps of T tokens, a ring has at least window + T - 1 entries, or one for every position. So no token of a step
 overwrites a position that another one attends to, and the step needs no copy of the ring. The last position alone
-determines which position lies at which place.
+determines which position lies at which entry.
 
 transformers makes its masks for positions that lie in order. While a model is captured with rings, the mask functions
-are given the position at each place instead. Everything else in a mask is the model's own.
+are given the position at each entry instead. Everything else in a mask is the model's own.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from adaptc.errors import CaptureError
 
 #: the part of the window, 1 / _SLACK, that a ring may keep beyond what it must before it is made smaller
-_SLACK = 8
+_SLACK_DIVISOR = 8
 
 
 @dataclass(frozen=True, eq=False)
 class RingPositions:
-    """The position at each place of a ring after a step, int64; negative where the place is empty.
+    """The position at each entry of a ring after a step, int64; negative where the entry is empty.
 
     It is passed where transformers expects the offset of positions that lie in order.
     """
@@ -34,63 +34,69 @@ class RingPositions:
     positions: Tensor
 
     @classmethod
-    def after(cls, slots: Tensor, size: Any) -> RingPositions:
+    def after_step(cls, slots: Tensor, size: Any) -> RingPositions:
         last = slots[-1]
         return cls(last - torch.remainder(last - torch.arange(size, device=slots.device), size))
 
 
 @dataclass
-class Extent:
+class RingRange:
     """The range of positions in tensors with rings.
 
-    ``first`` is the first position that they hold. ``top`` is the position after the last one that was ever written.
+    ``start`` is the first position that they hold. ``high_water`` is the position after the last one that was ever
+    written.
     """
 
-    first: int = 0
-    top: int = 0
+    start: int = 0
+    high_water: int = 0
 
 
-class Masks:
+class RingMasks:
     """A replacement of one of transformers' mask functions that accepts :class:`RingPositions` as the offset of keys.
 
-    ``usual`` is transformers' function. ``added`` gives a float mask that is added to the scores instead of a bool
-    mask.
+    ``original`` is transformers' function. ``is_additive`` gives a float mask that is added to the scores instead of a
+    bool mask.
     """
 
-    def __init__(self, usual: Callable[..., Any], added: bool) -> None:
-        self.usual, self.added = usual, added
+    def __init__(self, original: Callable[..., Any], is_additive: bool) -> None:
+        self.original, self.is_additive = original, is_additive
 
-    def __call__(self, *args: Any, **how: Any) -> Any:
-        places = how.get("kv_offset")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        places = kwargs.get("kv_offset")
         if not isinstance(places, RingPositions):
-            return self.usual(*args, **how)
-        if args or how.get("use_vmap"):
+            return self.original(*args, **kwargs)
+        if args or kwargs.get("use_vmap"):
             # The model is then captured in the next way, with all positions kept.
             raise CaptureError("its masks are made of functions that take one position at a time, which rings have not")
-        kept, device = places.positions, places.positions.device
-        tokens = torch.arange(how["q_length"], device=device) + how["q_offset"]
-        rows, heads = torch.arange(how["batch_size"], device=device), torch.arange(1, device=device)
-        mask = how["mask_function"](
-            rows[:, None, None, None], heads[None, :, None, None], tokens[None, None, :, None], kept[None, None, None]
+        positions, device = places.positions, places.positions.device
+        tokens = torch.arange(kwargs["q_length"], device=device) + kwargs["q_offset"]
+        rows, heads = torch.arange(kwargs["batch_size"], device=device), torch.arange(1, device=device)
+        mask = kwargs["mask_function"](
+            rows[:, None, None, None],
+            heads[None, :, None, None],
+            tokens[None, None, :, None],
+            positions[None, None, None],
         )
-        seen = kept >= 0
-        if how.get("attention_mask") is not None:
-            seen = seen & how["attention_mask"][:, kept.clamp(min=0)]
-        mask = (mask & seen[..., None, None, :]).expand(how["batch_size"], -1, how["q_length"], how["kv_length"])
-        if not self.added:
+        seen = positions >= 0
+        if kwargs.get("attention_mask") is not None:
+            seen = seen & kwargs["attention_mask"][:, positions.clamp(min=0)]
+        mask = (mask & seen[..., None, None, :]).expand(
+            kwargs["batch_size"], -1, kwargs["q_length"], kwargs["kv_length"]
+        )
+        if not self.is_additive:
             return mask
-        least = torch.finfo(how["dtype"]).min
-        return torch.where(mask, torch.zeros((), dtype=how["dtype"], device=device), least)
+        least = torch.finfo(kwargs["dtype"]).min
+        return torch.where(mask, torch.zeros((), dtype=kwargs["dtype"], device=device), least)
 
 
 @contextlib.contextmanager
 def ring_masks() -> Iterator[None]:
-    """Run the block with :class:`Masks` in the place of transformers' "sdpa" and "eager" mask functions."""
+    """Run the block with :class:`RingMasks` in the place of transformers' "sdpa" and "eager" mask functions."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
 
     usual = {name: FUNCTIONS[name] for name in ("sdpa", "eager")}
     for name, function in usual.items():
-        FUNCTIONS[name] = Masks(function, added=name == "eager")  # type: ignore[assignment]
+        FUNCTIONS[name] = RingMasks(function, is_additive=name == "eager")  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -98,22 +104,23 @@ def ring_masks() -> Iterator[None]:
             FUNCTIONS[name] = function
 
 
-def ring_size(window: int, before: int, tokens: int, room: int, now: int) -> int:
-    """Return how many places a ring needs for a step of ``tokens`` tokens after ``before`` others.
+def choose_ring_size(window: int, filled: int, tokens: int, allocated: int, current: int) -> int:
+    """Return how many entries a ring needs for a step of ``tokens`` tokens after ``filled`` others.
 
-    There is memory for ``room`` positions, and the ring has ``now`` places. That is the result where it is enough and
-    not much larger than the window or the step needs.
+    There is memory for ``allocated`` positions, and the ring has ``current`` entries. That is the result where it is
+    enough and not much larger than the window or the step needs.
     """
-    needed = max(min(room, window), min(before + tokens, window + tokens - 1))
-    return now if needed <= now <= max(needed, min(room, window + window // _SLACK)) else needed
+    needed = max(min(allocated, window), min(filled + tokens, window + tokens - 1))
+    return current if needed <= current <= max(needed, min(allocated, window + window // _SLACK_DIVISOR)) else needed
 
 
-def repacked(old: Tensor | None, made: Tensor, first: int, length: int) -> Tensor:
-    """Copy the positions from ``first`` up to ``length`` out of the ring ``old`` into ``made``, a ring of another size.
+def copy_ring(source: Tensor | None, target: Tensor, first: int, length: int) -> Tensor:
+    """Copy the positions from ``first`` up to ``length`` out of the ring ``source`` into ``target``, a ring of another
+    size.
 
-    Returns ``made``. With ``old`` None nothing is copied.
+    Returns ``target``. With ``source`` None nothing is copied.
     """
-    if old is not None and first < length:
-        positions = torch.arange(first, length, device=made.device)
-        made[:, :, positions % made.shape[2]] = old[:, :, positions % old.shape[2]]
-    return made
+    if source is not None and first < length:
+        positions = torch.arange(first, length, device=target.device)
+        target[:, :, positions % target.shape[2]] = source[:, :, positions % source.shape[2]]
+    return target

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.bank.selection import Assignment
+from adaptc.bank.selection import RowSelection
 from adaptc.binding.sources.source import as_config
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.step_cache import StepCache
@@ -25,13 +25,13 @@ from adaptc.passes.protocol.method import Method
 from adaptc.state.bound import program_of
 
 #: coefficient name -> the coefficient, and the slots that it is computed from
-Made = Mapping[str, tuple[Coefficient, Sequence[Tensor]]]
-_NOTHING: Made = MappingProxyType({})
+Gates = Mapping[str, tuple[Coefficient, Sequence[Tensor]]]
+_NO_GATES: Gates = MappingProxyType({})
 #: the position from which a row is adapted that has not invoked an adapter
 NEVER = torch.iinfo(torch.int64).max
 
 
-def coefficients_of(adapters: Sequence[Any]) -> tuple[str, ...]:
+def gate_names_of_adapters(adapters: Sequence[Any]) -> tuple[str, ...]:
     """Return the names of the token coefficients that ``adapters`` read, as far as their configs can be read here."""
     found: dict[str, None] = {}
     for one in adapters:
@@ -39,16 +39,16 @@ def coefficients_of(adapters: Sequence[Any]) -> tuple[str, ...]:
             method = as_config(one).method("", "linear")
         except AdaptcError:  # the compilation raises this error
             continue
-        found |= dict.fromkeys(of_tokens(method))
+        found |= dict.fromkeys(gate_names_of_method(method))
     return tuple(found)
 
 
-def of_tokens(method: Method) -> list[str]:
+def gate_names_of_method(method: Method) -> list[str]:
     """Return the names of a method's coefficients that follow from token ids alone."""
-    return [n for n, c in method.coefficients().items() if c.first is None]
+    return [n for n, c in method.coefficients().items() if c.base_pass is None]
 
 
-def refuse_acting(names: Sequence[str], what: str) -> None:
+def refuse_token_gates(names: Sequence[str], what: str) -> None:
     """Raise ConfigError where ``names`` has coefficients; ``what`` says in the message what cannot take them."""
     if names:
         raise ConfigError(
@@ -61,28 +61,29 @@ def refuse_acting(names: Sequence[str], what: str) -> None:
 class TokenGates:
     """The token coefficients of one generation, or of single steps.
 
-    ``made`` has an entry for each prompt, or one for all: the coefficients of its adapter with their slots. ``prompt``
-    maps a name to the values (rows, tokens), bool, for the text that the generation began with. This text stands behind
-    ``offset`` positions of the cache. ``prompt`` is {} for steps that belong to no generation.
+    ``gates`` has an entry for each prompt, or one for all: the coefficients of its adapter with their slots.
+    ``prompt_values`` maps a name to the values (rows, tokens), bool, for the text that the generation began with. This
+    text stands behind ``offset`` positions of the cache. ``prompt_values`` is {} for steps that belong to no
+    generation.
     """
 
     names: Sequence[str]
-    made: Sequence[Made]
-    prompt: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Sequence[Gates]
+    prompt_values: Mapping[str, Tensor] = field(default_factory=dict)
     offset: int = 0
 
     @classmethod
-    def of(cls, names: Sequence[str], runs: Any, binding: Any) -> TokenGates:
-        """Return the coefficients of the adapter in ``binding``, or of each row's adapters where ``runs`` is an
+    def from_binding(cls, names: Sequence[str], runner: Any, binding: Any) -> TokenGates:
+        """Return the coefficients of the adapter in ``binding``, or of each row's adapters where ``runner`` is an
         assignment.
 
         The base has none. Raises ConfigError for a row that mixes adapters with different invocation tokens.
         """
-        program = program_of(runs)
-        if not isinstance(runs, Assignment):
-            return cls(names, [_made(program, binding)])
-        known = {name: _made(program, b) for name, b in runs.adapters.items()}
-        return cls(names, [_of_mix([(n, known[n]) for n in mix]) for mix in runs.mixes])
+        program = program_of(runner)
+        if not isinstance(runner, RowSelection):
+            return cls(names, [_gates_of_binding(program, binding)])
+        known = {name: _gates_of_binding(program, b) for name, b in runner.adapters.items()}
+        return cls(names, [_gates_of_mix([(n, known[n]) for n in mix]) for mix in runner.mixes])
 
     def for_prompt(self, ids: Tensor | None, past: StepCache | None, offset: int) -> TokenGates:
         """Return the coefficients for a generation of the text ``ids`` (rows, tokens).
@@ -92,88 +93,88 @@ class TokenGates:
         if not self.names:
             return self
         if ids is None:
-            if made := [name for one in self.made for name in one]:
+            if made := [name for one in self.gates for name in one]:
                 raise ConfigError(
                     f"inputs_embeds have no tokens, by which {', '.join(dict.fromkeys(made))} is found: give "
                     "input_ids, or use gen.base"
                 )
             return self
-        before = self._before(past, offset) if offset else {}
-        return TokenGates(self.names, self.made, self._of(ids, before), offset)
+        before = self._was_active(past, offset) if offset else {}
+        return TokenGates(self.names, self.gates, self._compute(ids, before), offset)
 
-    def inputs(self, ids: Tensor | None, past: StepCache, rows: int, tokens: int) -> dict[str, Tensor]:
+    def step_inputs(self, ids: Tensor | None, past: StepCache, rows: int, tokens: int) -> dict[str, Tensor]:
         """Return the coefficients (rows, tokens), bool, of a step of new tokens by name, and note them in
         ``past.since``."""
         if not self.names:
             return {}
         start = past.length
-        before = self._before(past, start)
-        if self.prompt:
+        was_active = self._was_active(past, start)
+        if self.prompt_values:
             columns = (torch.arange(start, start + tokens, device=past.device) - self.offset).clamp(min=0)
-            found = {n: t[:, columns.clamp(max=t.shape[1] - 1)] for n, t in self.prompt.items()}
-            found = {n: t.repeat_interleave(rows // t.shape[0], 0).contiguous() for n, t in found.items()}
+            values = {n: t[:, columns.clamp(max=t.shape[1] - 1)] for n, t in self.prompt_values.items()}
+            values = {n: t.repeat_interleave(rows // t.shape[0], 0).contiguous() for n, t in values.items()}
         elif ids is None:
-            found = {n: torch.zeros(rows, tokens, dtype=torch.bool, device=past.device) for n in self.names}
+            values = {n: torch.zeros(rows, tokens, dtype=torch.bool, device=past.device) for n in self.names}
         else:
-            found = self._of(ids.to(past.device), before)
-        for name, on in found.items():
+            values = self._compute(ids.to(past.device), was_active)
+        for name, on in values.items():
             first = torch.where(on.any(1), start + on.long().argmax(1), NEVER)
-            known = past.since.get(name)
+            known = past.active_from.get(name)
             since = first if known is None else torch.where(known < start, known, first)
-            past.since = {**past.since, name: since}
-        return found
+            past.active_from = {**past.active_from, name: since}
+        return values
 
-    def _of(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device = next((slots[0].device for one in self.made for _, slots in one.values() if slots), ids.device)
+    def _compute(self, ids: Tensor, was_active: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = next((slots[0].device for one in self.gates for _, slots in one.values() if slots), ids.device)
         ids = ids.to(device)
         out = {name: torch.zeros(ids.shape, dtype=torch.bool, device=device) for name in self.names}
-        for made, rows in self._groups(ids.shape[0]):
+        for made, rows in self._rows_by_gates(ids.shape[0]):
             for name in self.names:
                 if name in made:
                     c, slots = made[name]
                     value = c.make(ids[rows], *slots)
-                    out[name][rows] = value | before[name][rows, None] if name in before else value
+                    out[name][rows] = value | was_active[name][rows, None] if name in was_active else value
         return out
 
-    def _groups(self, rows: int) -> Iterator[tuple[Made, Any]]:
-        """Yield each distinct entry of ``made`` with its rows; the rows of a prompt follow one another."""
-        if len(self.made) == 1:
-            yield self.made[0], slice(None)
+    def _rows_by_gates(self, rows: int) -> Iterator[tuple[Gates, Any]]:
+        """Yield each distinct entry of ``gates`` with its rows; the rows of a prompt follow one another."""
+        if len(self.gates) == 1:
+            yield self.gates[0], slice(None)
             return
-        each, rest = divmod(rows, len(self.made))
+        each, rest = divmod(rows, len(self.gates))
         if rest:
-            raise AdaptcError(f"adapters has {len(self.made)} entries, and the batch has {rows} rows")
+            raise AdaptcError(f"adapters has {len(self.gates)} entries, and the batch has {rows} rows")
         places: dict[int, list[int]] = {}
         for i in range(rows):
-            places.setdefault(id(self.made[i // each]), []).append(i)
+            places.setdefault(id(self.gates[i // each]), []).append(i)
         for found in places.values():
-            yield self.made[found[0] // each], found
+            yield self.gates[found[0] // each], found
 
-    def _before(self, past: StepCache | None, start: int) -> dict[str, Tensor]:
+    def _was_active(self, past: StepCache | None, start: int) -> dict[str, Tensor]:
         """Return, by name, whether each row was adapted at the last of the first ``start`` positions: (rows,), bool."""
-        return {} if past is None else {n: t < start for n, t in past.since.items()}
+        return {} if past is None else {n: t < start for n, t in past.active_from.items()}
 
 
-def _made(program: Any, binding: Any) -> Made:
+def _gates_of_binding(program: Any, binding: Any) -> Gates:
     """Return the token coefficients of the adapter in ``binding`` with their slots; empty for the base."""
-    made: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
+    gates: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
     values = {} if binding is None else binding.values
     for a in program.adaptation.attachments:
-        for name in of_tokens(a.method):
+        for name in gate_names_of_method(a.method):
             c = a.method.coefficients()[name]
             slots = [a.slots[s] for s in c.slots]
-            if name not in made and all(f in values for f in slots):
-                made[name] = (c, [values[f].detach() for f in slots])
-    return made
+            if name not in gates and all(f in values for f in slots):
+                gates[name] = (c, [values[f].detach() for f in slots])
+    return gates
 
 
-def _of_mix(adapters: Sequence[tuple[str, Made]]) -> Made:
+def _gates_of_mix(adapters: Sequence[tuple[str, Gates]]) -> Gates:
     """Return the coefficients of one row's adapters. Raises ConfigError where they have different invocation tokens."""
     if not adapters:
-        return _NOTHING
+        return _NO_GATES
     first, one = adapters[0]
     for name, other in adapters[1:]:
-        if one.keys() != other.keys() or any(not _same(one[n][1], other[n][1]) for n in one):
+        if one.keys() != other.keys() or any(not _have_equal_slots(one[n][1], other[n][1]) for n in one):
             raise ConfigError(
                 f"a row mixes {first!r} and {name!r}, which begin to act at other tokens: a step has one beginning for "
                 "each row. Mix adapters that the same tokens invoke, or give the row one of them"
@@ -181,5 +182,5 @@ def _of_mix(adapters: Sequence[tuple[str, Made]]) -> Made:
     return one
 
 
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+def _have_equal_slots(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""Capture and call a step in the way that fits what it keeps of earlier tokens (``spec.KEEPS``)."""
+"""Capture and call a step in the way that fits what it keeps of earlier tokens (``spec.CACHE_MODES``)."""
 
 from __future__ import annotations
 
@@ -12,51 +12,55 @@ from torch import Tensor, nn
 from adaptc.generation.cache.cache_layout import CacheLayout, StateLayout
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.cache.step_cache import StepCache, cache_class
-from adaptc.generation.cache.token_gates import refuse_acting
-from adaptc.generation.modes.chunked_prefill import run
-from adaptc.generation.modes.recurrent_step import run_states, state_cache_class, stepping_states
-from adaptc.generation.modes.static_step import Step, stepping
-from adaptc.generation.modes.uncached_step import TEXT, run_whole, stepping_whole
-from adaptc.generation.spec import EXACT, NOTHING, STATE, WINDOW, GenerationSpec
+from adaptc.generation.cache.token_gates import refuse_token_gates
+from adaptc.generation.modes.chunked_prefill import run_chunked
+from adaptc.generation.modes.recurrent_step import captured_as_state_step, run_token_by_token, state_cache_class
+from adaptc.generation.modes.static_step import StepExample, captured_as_step
+from adaptc.generation.modes.uncached_step import TEXT_LAYOUT, captured_uncached_step, run_uncached
+from adaptc.generation.spec import EXACT_LENGTH, RECURRENT, SLIDING_WINDOW, UNCACHED, GenerationSpec
 
 
-def stepping_as(
-    model: nn.Module, keeps: str, layout: CacheLayout, most: int | None = None, acts: Sequence[str] = ()
-) -> AbstractContextManager[Step]:
-    """Return a context in which ``model`` has the forward of its step; see :func:`stepping`.
+def captured_in_mode(
+    model: nn.Module,
+    cache_mode: str,
+    layout: CacheLayout,
+    size_limit: int | None = None,
+    token_gate_inputs: Sequence[str] = (),
+) -> AbstractContextManager[StepExample]:
+    """Return a context in which ``model`` has the forward of its step; see :func:`captured_as_step`.
 
-    Raises ConfigError for ``acts`` where the step has no cache of keys and values.
+    Raises ConfigError for ``token_gate_inputs`` where the step has no cache of keys and values.
     """
-    if keeps == NOTHING:
-        refuse_acting(acts, f"{type(model).__name__} would generate without a cache")
-        return stepping_whole(model, most)
+    if cache_mode == UNCACHED:
+        refuse_token_gates(token_gate_inputs, f"{type(model).__name__} would generate without a cache")
+        return captured_uncached_step(model, size_limit)
     if isinstance(layout, StateLayout):
-        refuse_acting(acts, f"{type(model).__name__} would generate from a state")
-        return stepping_states(model, layout)
-    return stepping(model, layout, most, keeps == WINDOW, acts)
+        refuse_token_gates(token_gate_inputs, f"{type(model).__name__} would generate from a state")
+        return captured_as_state_step(model, layout)
+    return captured_as_step(model, layout, size_limit, cache_mode == SLIDING_WINDOW, token_gate_inputs)
 
 
-def run_as(
-    facts: GenerationSpec,
+def run_in_mode(
+    spec: GenerationSpec,
     step: Callable[..., Any],
     past: StepCache,
     inputs: Mapping[str, Tensor],
     tokens: int,
-    keep: int | Tensor,
+    logits_to_keep: int | Tensor,
 ) -> Tensor:
-    """Return the logits of new tokens and write these into the cache; see :func:`chunked_prefill.run`."""
-    if facts.keeps == NOTHING:
-        return run_whole(step, past, inputs, tokens, keep)
-    if facts.keeps == STATE:
-        return run_states(step, past, inputs, tokens, keep)
-    return run(step, past, inputs, tokens, keep, facts.keeps == EXACT)
+    """Return the logits of new tokens and write these into the cache; see :func:`run_chunked`."""
+    if spec.cache_mode == UNCACHED:
+        return run_uncached(step, past, inputs, tokens, logits_to_keep)
+    if spec.cache_mode == RECURRENT:
+        return run_token_by_token(step, past, inputs, tokens, logits_to_keep)
+    return run_chunked(step, past, inputs, tokens, logits_to_keep, spec.cache_mode == EXACT_LENGTH)
 
 
-def cache_for(facts: GenerationSpec, device: torch.device, front: CachePrefix | None = None) -> StepCache:
-    """Return a cache that holds nothing but ``front``."""
-    layout = TEXT if facts.keeps == NOTHING else facts.layout
-    made = state_cache_class() if facts.keeps == STATE else cache_class()
-    new = made(layout, facts, facts.max_length, device, facts.window)
-    if front is not None:
-        new.begin(front)
+def make_cache(spec: GenerationSpec, device: torch.device, prefix: CachePrefix | None = None) -> StepCache:
+    """Return a cache that holds nothing but ``prefix``."""
+    layout = TEXT_LAYOUT if spec.cache_mode == UNCACHED else spec.layout
+    made = state_cache_class() if spec.cache_mode == RECURRENT else cache_class()
+    new = made(layout, spec, spec.max_length, device, spec.sliding_window)
+    if prefix is not None:
+        new.start_with_prefix(prefix)
     return new

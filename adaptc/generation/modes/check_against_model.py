@@ -16,85 +16,85 @@ from torch import Tensor
 
 from adaptc.capture.explain_failure import run_model
 from adaptc.errors import CaptureError
-from adaptc.generation.spec import EXACT, NOTHING, ROOM, STATE, WINDOW, GenerationSpec
+from adaptc.generation.spec import EXACT_LENGTH, RECURRENT, SLIDING_WINDOW, STATIC, UNCACHED, GenerationSpec
 
 #: the most tokens of the prompt; sliding windows that are shorter are exceeded
 _TOKENS = 24
-_ROWS, _PADDED = 2, 3
-_WITH = {
-    WINDOW: "with rings",
-    ROOM: "with a cache of fixed room",
-    EXACT: "with a cache in pieces",
-    STATE: "token by token",
-    NOTHING: "of other lengths",
+_ROWS, _PADDING = 2, 3
+_MODE_PHRASES = {
+    SLIDING_WINDOW: "with rings",
+    STATIC: "with a cache of fixed room",
+    EXACT_LENGTH: "with a cache in pieces",
+    RECURRENT: "token by token",
+    UNCACHED: "of other lengths",
 }
 
 
 @torch.no_grad()
-def check_step_matches_model(model: Any, step: Callable[..., Tensor], facts: GenerationSpec) -> None:
+def check_step_matches_model(model: Any, step: Callable[..., Tensor], spec: GenerationSpec) -> None:
     """Raise CaptureError where the logits of ``step`` differ from the model's; see the module docstring.
 
     ``step`` is called with the inputs of the step program. Nothing is checked on the meta device, nor for a program of
     at most five positions.
     """
     device = next(model.parameters()).device
-    length = min(_TOKENS, facts.max_length)
-    if device.type == "meta" or length <= _PADDED + 2:
+    length = min(_TOKENS, spec.max_length)
+    if device.type == "meta" or length <= _PADDING + 2:
         return
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, facts.vocabulary, (_ROWS, length), generator=draw).to(device)
+    ids = torch.randint(0, spec.vocab_size, (_ROWS, length), generator=draw).to(device)
     mask = torch.ones_like(ids)
-    mask[0, :_PADDED] = 0
+    mask[0, :_PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    given: dict[str, Tensor] = {"position_ids": positions} if facts.positions else {}
+    given: dict[str, Tensor] = {"position_ids": positions} if spec.takes_position_ids else {}
     expected = run_model(model, input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
-    found = _in_pieces(step, facts, ids, mask, positions)
+    found = _run_in_chunks(step, spec, ids, mask, positions)
     seen = mask.bool()
     error = (found[seen].float() - expected[seen].float()).abs().max()
     size = expected[seen].float().abs().max()
     # Both compute with the same kernels; a wrong mask or position shows in the first digits.
-    allowed = (1e-3 if facts.layout.dtype.itemsize >= 4 else 0.1) * size
+    allowed = (1e-3 if spec.layout.dtype.itemsize >= 4 else 0.1) * size
     if not bool(error <= allowed):
         raise CaptureError(
-            f"{type(model).__name__} does not say {_WITH[facts.keeps]} what it says itself (logits differ by "
-            f"{float(error):.3g}), so it cannot be captured as a step"
+            f"{type(model).__name__} does not say {_MODE_PHRASES[spec.cache_mode]} what it says itself (logits differ "
+            f"by {float(error):.3g}), so it cannot be captured as a step"
         )
 
 
-def _in_pieces(
-    step: Callable[..., Tensor], facts: GenerationSpec, ids: Tensor, mask: Tensor, positions: Tensor
+def _run_in_chunks(
+    step: Callable[..., Tensor], spec: GenerationSpec, ids: Tensor, mask: Tensor, positions: Tensor
 ) -> Tensor:
     length, device = ids.shape[1], ids.device
-    if facts.keeps == NOTHING:
-        given = {"position_ids": positions} if facts.positions else {}
+    if spec.cache_mode == UNCACHED:
+        given = {"position_ids": positions} if spec.takes_position_ids else {}
         return step(input_ids=ids, attention_mask=mask, **given, keep=torch.arange(length, device=device))
-    if facts.keeps == STATE:
-        states = facts.layout.zeros(_ROWS, device)
+    if spec.cache_mode == RECURRENT:
+        states = spec.layout.zeros(_ROWS, device)
         each = [{"input_ids": ids[:, i : i + 1].contiguous(), "seen": mask[:, i].bool()} for i in range(length)]
-        more = _no_embeddings(facts, 1, device)
+        more = _unused_embedding_inputs(spec, 1, device)
         return torch.cat([step(**one, **more, **states) for one in each], 1)
     room = length + 3
     # The ring is as small as the largest chunk allows, so that positions in it are overwritten.
-    ring = None if facts.window is None else min(room, facts.window + length // 2)
-    cache = facts.layout.zeros(_ROWS, device, room, ring)
+    ring = None if spec.sliding_window is None else min(room, spec.sliding_window + length // 2)
+    cache = spec.layout.zeros(_ROWS, device, room, ring)
     wide = torch.cat([mask, mask.new_ones(_ROWS, room - length)], 1)
-    out, cuts = [], (0, length // 2, length // 2 + 1, length)
+    logits, cuts = [], (0, length // 2, length // 2 + 1, length)
     for start, end in pairwise(cuts):
-        seen = end if facts.keeps == EXACT else room
+        seen = end if spec.cache_mode == EXACT_LENGTH else room
         inputs = {"input_ids": ids[:, start:end].contiguous(), "attention_mask": wide[:, :seen]}
         inputs |= {n: t[:, :, :seen] for n, t in cache.items()}
-        if facts.positions:
+        if spec.takes_position_ids:
             inputs["position_ids"] = positions[:, start:end].contiguous()
-        inputs |= _no_embeddings(facts, end - start, device)
-        inputs |= {n: torch.zeros_like(inputs["input_ids"], dtype=torch.bool) for n in facts.acts}
+        inputs |= _unused_embedding_inputs(spec, end - start, device)
+        inputs |= {n: torch.zeros_like(inputs["input_ids"], dtype=torch.bool) for n in spec.token_gate_inputs}
         slots = torch.arange(start, end, device=device)
-        out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device)))
-    return torch.cat(out, 1)
+        logits.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device)))
+    return torch.cat(logits, 1)
 
 
-def _no_embeddings(facts: GenerationSpec, tokens: int, device: torch.device) -> dict[str, Tensor]:
+def _unused_embedding_inputs(spec: GenerationSpec, tokens: int, device: torch.device) -> dict[str, Tensor]:
     """Return the unused embedding inputs that go with tokens; {} where the step takes no embeddings."""
-    if not facts.embeds:
+    if not spec.takes_inputs_embeds:
         return {}
-    nothing = torch.zeros(_ROWS, tokens, facts.width, dtype=facts.embeds_dtype, device=device)
+    nothing = torch.zeros(_ROWS, tokens, spec.hidden_size, dtype=spec.embeds_dtype, device=device)
     return {"inputs_embeds": nothing, "embedded": torch.tensor(False, device=device)}

@@ -19,58 +19,75 @@ from torch import Tensor
 from adaptc.generation.cache.step_cache import StepCache
 
 #: the tokens of a chunk: enough for matmuls to run at full speed
-PIECE = 512
+CHUNK_SIZE = 512
 
 
-def run(
+def run_chunked(
     step: Callable[..., Any],
     past: StepCache,
     inputs: Mapping[str, Tensor],
     tokens: int,
-    keep: int | Tensor,
-    exact: bool = False,
+    logits_to_keep: int | Tensor,
+    cache_ends_with_step: bool = False,
 ) -> Tensor:
     """Run a step on ``tokens`` new tokens and write them to ``past``; returns the logits (batch, kept, vocabulary).
 
-    ``inputs`` are tensors with the tokens along axis 1, or with fewer than two axes. ``keep`` is the number of last
-    tokens whose logits are wanted, 0 for all, or a tensor of token indices. ``exact`` says that the step takes a cache
-    that ends with its tokens.
+    ``inputs`` are tensors with the tokens along axis 1, or with fewer than two axes. ``logits_to_keep`` is the number
+    of last tokens whose logits are wanted, 0 for all, or a tensor of token indices. ``cache_ends_with_step`` says that
+    the step takes a cache that ends with its tokens.
     """
-    before = past.length
-    if not isinstance(keep, int) or not 0 < keep <= PIECE or tokens <= PIECE:
-        index = _last(keep, tokens, past.device) if isinstance(keep, int) else keep.to(past.device)
-        return _call(step, past, inputs, (before, before + tokens), before + tokens if exact else past.room, index)
+    cached_length = past.length
+    if not isinstance(logits_to_keep, int) or not 0 < logits_to_keep <= CHUNK_SIZE or tokens <= CHUNK_SIZE:
+        logit_indices = (
+            _last_indices(logits_to_keep, tokens, past.device)
+            if isinstance(logits_to_keep, int)
+            else logits_to_keep.to(past.device)
+        )
+        return _call_step(
+            step,
+            past,
+            inputs,
+            (cached_length, cached_length + tokens),
+            cached_length + tokens if cache_ends_with_step else past.allocated_length,
+            logit_indices,
+        )
     # The last chunk is full, so that it has all tokens whose logits are wanted. The first chunk takes the remainder.
-    starts = [0, *range(tokens % PIECE or PIECE, tokens, PIECE)]
+    starts = [0, *range(tokens % CHUNK_SIZE or CHUNK_SIZE, tokens, CHUNK_SIZE)]
     logits = None
     for start, end in zip(starts, [*starts[1:], tokens], strict=True):
         part = {n: v[:, start:end] if v.ndim > 1 else v for n, v in inputs.items()}
-        index = _last(keep if end == tokens else 1, end - start, past.device)
-        logits = _call(step, past, part, (before + start, before + end), before + end, index)
+        logit_indices = _last_indices(logits_to_keep if end == tokens else 1, end - start, past.device)
+        logits = _call_step(
+            step, past, part, (cached_length + start, cached_length + end), cached_length + end, logit_indices
+        )
     assert logits is not None
     return logits
 
 
-def _last(keep: int, tokens: int, device: torch.device) -> Tensor:
-    return torch.arange(max(tokens - keep, 0) if keep else 0, tokens, device=device)
+def _last_indices(logits_to_keep: int, tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(max(tokens - logits_to_keep, 0) if logits_to_keep else 0, tokens, device=device)
 
 
-def _call(
+def _call_step(
     step: Callable[..., Any],
     past: StepCache,
     inputs: Mapping[str, Tensor],
-    where: tuple[int, int],
-    visible: int,
-    keep: Tensor,
+    span: tuple[int, int],
+    visible_length: int,
+    logit_indices: Tensor,
 ) -> Tensor:
-    past.fit(where[1] - where[0])
+    past.resize_rings(span[1] - span[0])
     mask, tensors = past.mask, past.tensors
-    if visible < past.room:
-        mask, tensors = mask[:, :visible], past.seen(visible)
-    slots = torch.arange(*where, device=past.device)
-    past.writes(where[1])
+    if visible_length < past.allocated_length:
+        mask, tensors = mask[:, :visible_length], past.view_up_to(visible_length)
+    slots = torch.arange(*span, device=past.device)
+    past.begin_write(span[1])
     logits = step(
-        **inputs, attention_mask=mask, slots=slots, keep=keep, **dict(zip(past.layout.names, tensors, strict=True))
+        **inputs,
+        attention_mask=mask,
+        slots=slots,
+        keep=logit_indices,
+        **dict(zip(past.layout.names, tensors, strict=True)),
     )
-    past.wrote(where[1])
+    past.end_write(span[1])
     return logits

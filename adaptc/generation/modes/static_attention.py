@@ -19,12 +19,12 @@ from torch.nn.functional import scaled_dot_product_attention
 class PackedAttention:
     """A replacement of transformers' "sdpa" attention function, with the same arguments.
 
-    ``usual`` is transformers' function. It computes all cases that are not packed.
+    ``original`` is transformers' function. It computes all cases that are not packed.
     """
 
-    def __init__(self, usual: Callable[..., Any]) -> None:
-        self.usual = usual
-        self._masks: list[tuple[Tensor, int, Tensor]] = []
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+        self._float_masks: list[tuple[Tensor, int, Tensor]] = []
 
     def __call__(
         self,
@@ -40,8 +40,8 @@ class PackedAttention:
     ) -> tuple[Tensor, None]:
         special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "sinks"))
         # Other threads may run the same model while this one captures it.
-        if not torch.compiler.is_exporting() or not _plain(attention_mask) or special:
-            return self.usual(
+        if not torch.compiler.is_exporting() or not _is_bool_mask(attention_mask) or special:
+            return self.original(
                 module,
                 query,
                 key,
@@ -55,7 +55,7 @@ class PackedAttention:
         assert attention_mask is not None
         batch, heads, length, dim = query.shape
         groups = heads // key.shape[1]
-        mask = self._mask(attention_mask, groups, query.dtype)
+        mask = self._float_mask(attention_mask, groups, query.dtype)
         # contiguous: ``view`` would otherwise depend on the strides, for which torch has no answer that holds for all
         # sizes.
         rows = query.contiguous().view(batch, key.shape[1], groups * length, dim) if groups > 1 else query
@@ -65,20 +65,20 @@ class PackedAttention:
         apart = out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4)
         return apart.contiguous().view(batch, length, heads, value.shape[-1]), None
 
-    def _mask(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    def _float_mask(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
         """Return the float mask that is added to the scores, made once for all layers that read the same ``mask``."""
-        for known, times, made in self._masks:
+        for known, times, float_mask in self._float_masks:
             if known is mask and times == groups:
-                return made
+                return float_mask
         batch, heads, length, keys = mask.shape
         wide = mask
         if groups > 1:
             wide = mask[:, :, None].expand(batch, heads, groups, length, keys).reshape(batch, heads, -1, keys)
-        made = torch.zeros(wide.shape, dtype=dtype, device=mask.device).masked_fill(~wide, float("-inf"))
-        self._masks.append((mask, groups, made))
-        return made
+        float_mask = torch.zeros(wide.shape, dtype=dtype, device=mask.device).masked_fill(~wide, float("-inf"))
+        self._float_masks.append((mask, groups, float_mask))
+        return float_mask
 
-    def masking(self, usual: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_mask_function(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return transformers' mask function, changed so that it also makes the float mask that the layers read.
 
         Were that mask made in the first layer, this layer would differ from the others, which are traced once where all
@@ -86,16 +86,16 @@ class PackedAttention:
         """
 
         def mask(*args: Any, **kwargs: Any) -> Any:
-            made, dtype = usual(*args, **kwargs), kwargs.get("dtype")
-            groups = _groups(kwargs.get("config"))
-            if torch.compiler.is_exporting() and _plain(made) and groups and isinstance(dtype, torch.dtype):
-                self._mask(made, groups, dtype)
+            made, dtype = original(*args, **kwargs), kwargs.get("dtype")
+            groups = _queries_per_key_head(kwargs.get("config"))
+            if torch.compiler.is_exporting() and _is_bool_mask(made) and groups and isinstance(dtype, torch.dtype):
+                self._float_mask(made, groups, dtype)
             return made
 
         return mask
 
 
-def _groups(config: Any) -> int | None:
+def _queries_per_key_head(config: Any) -> int | None:
     """Return how many query heads read one key head; None where the config does not say so."""
     heads = getattr(config, "num_attention_heads", None)
     kept = getattr(config, "num_key_value_heads", None) or heads
@@ -104,7 +104,7 @@ def _groups(config: Any) -> int | None:
     return heads // kept
 
 
-def _plain(mask: Any) -> bool:
+def _is_bool_mask(mask: Any) -> bool:
     """Return whether ``mask`` is a bool tensor with the four axes row, head, query and key."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool
 
@@ -117,7 +117,7 @@ def packed_attention() -> Iterator[None]:
 
     usual, mask = ATTENTION["sdpa"], MASKS["sdpa"]
     packed = PackedAttention(usual)
-    ATTENTION["sdpa"], MASKS["sdpa"] = packed, packed.masking(mask)  # type: ignore[assignment]
+    ATTENTION["sdpa"], MASKS["sdpa"] = packed, packed.wrap_mask_function(mask)  # type: ignore[assignment]
     try:
         yield
     finally:

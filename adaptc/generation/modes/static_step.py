@@ -1,8 +1,8 @@
 """Turn a causal model into its step: a forward that takes the cache as tensors and writes it in place.
 
-Inside :func:`stepping` the model's ``forward`` takes plain tensors alone and gives logits. So it is captured, adapted
-and compiled as any other forward. Four sizes are free: rows, tokens (one, or a whole prompt), positions of the cache,
-and tokens whose logits are wanted.
+Inside :func:`captured_as_step` the model's ``forward`` takes plain tensors alone and gives logits. So it is captured,
+adapted and compiled as any other forward. Four sizes are free: rows, tokens (one, or a whole prompt), positions of the
+cache, and tokens whose logits are wanted.
 
     input_ids       (batch, tokens)         int64
     inputs_embeds   (batch, tokens, width)  replace the tokens' embeddings where ``embedded`` is true
@@ -13,7 +13,7 @@ and tokens whose logits are wanted.
     keep            (kept,)                 int64: the indices of the tokens whose logits are wanted
     alora_acts      (batch, tokens)         bool: where an aLoRA adapter acts (see ``token_gates``)
     keys_i          (batch, heads, length, dim)  and values_i, for each layer; (batch, heads, ring, dim) for layers that
-                                                 keep a sliding window (see ``ring``)
+                                                 keep a sliding window (see ``sliding_window``)
     -> logits       (batch, kept, vocabulary)
 """
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from adaptc.capture.model_state import keyword, replaced_forward
+from adaptc.capture.model_state import keyword_only_parameter, patch_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.sliding_window import RingPositions, ring_masks
@@ -41,11 +41,11 @@ _ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
 
 
 @dataclass(frozen=True)
-class Step:
+class StepExample:
     """The example inputs of a step and their free sizes, for ``adaptc.compile(model, ..., example_inputs,
     dynamic_shapes)``.
 
-    The model is captured with them inside of :func:`stepping`.
+    The model is captured with them inside of :func:`captured_as_step`.
     """
 
     example_inputs: dict[str, Tensor]
@@ -53,45 +53,55 @@ class Step:
 
 
 @contextlib.contextmanager
-def stepping(
-    model: nn.Module, layout: CacheLayout, most: int | None = None, rings: bool = False, acts: Sequence[str] = ()
-) -> Iterator[Step]:
+def captured_as_step(
+    model: nn.Module,
+    layout: CacheLayout,
+    size_limit: int | None = None,
+    use_rings: bool = False,
+    token_gate_inputs: Sequence[str] = (),
+) -> Iterator[StepExample]:
     """Run the block with ``model`` as its step; its own forward is restored afterwards.
 
-    ``most`` bounds the positions of tokens and cache; None for any number. With ``rings``, sliding-window layers keep
-    only their window. ``acts`` names inputs that only adapters read. Raises CaptureError for a model whose forward
-    takes no cache.
+    ``size_limit`` bounds the positions of tokens and cache; None for any number. With ``use_rings``, sliding-window
+    layers keep only their window. ``token_gate_inputs`` names inputs that only adapters read. Raises CaptureError for a
+    model whose forward takes no cache.
     """
-    takes = inspect.signature(model.forward).parameters
-    past = next((n for n in ("cache", "past_key_values") if n in takes), None)
-    if past is None:
+    parameters = inspect.signature(model.forward).parameters
+    cache_argument = next((n for n in ("cache", "past_key_values") if n in parameters), None)
+    if cache_argument is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes, most, rings)
-    for name in acts:
+    step = example_step(
+        model, layout, "position_ids" in parameters, "inputs_embeds" in parameters, size_limit, use_rings
+    )
+    for name in token_gate_inputs:
         step.example_inputs[name] = torch.zeros_like(step.example_inputs["input_ids"], dtype=torch.bool)
         step.dynamic_shapes[name] = step.dynamic_shapes["input_ids"]
-    original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
+    original, takes_logits_to_keep, names = model.forward, "logits_to_keep" in parameters, layout.names
 
     def forward(**inputs: Any) -> Tensor:
-        learn_sizes(inputs, step.dynamic_shapes)
+        equate_sizes(inputs, step.dynamic_shapes)
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
         tensors = [inputs.pop(n) for n in names]
         given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
-        for name in acts:
+        for name in token_gate_inputs:
             del inputs[name]
-        if keeps:
+        if takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
-        inputs[past] = written_cache(tensors, slots, layout, rings)
-        with embedding(model, *given):
+        inputs[cache_argument] = cache_over_tensors(tensors, slots, layout, use_rings)
+        with replaced_embeddings(model, *given):
             logits = original(**inputs, use_cache=True).logits
-        return logits if keeps else logits[:, keep]
+        return logits if takes_logits_to_keep else logits[:, keep]
 
-    masks = ring_masks() if rings else contextlib.nullcontext()
-    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), masks, packed_attention():
+    masks = ring_masks() if use_rings else contextlib.nullcontext()
+    with (
+        patch_forward(model, forward, list(map(keyword_only_parameter, step.example_inputs))),
+        masks,
+        packed_attention(),
+    ):
         yield step
 
 
-def learn_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -> None:
+def equate_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -> None:
     """Compare the free sizes that must be equal, so that torch's tracer learns at once that they are.
 
     Otherwise the first layer would teach it. That layer would then differ from the others, which are traced once where
@@ -107,13 +117,13 @@ def learn_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) ->
 
 
 @contextlib.contextmanager
-def embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
-    """Run the block with an input embedding that gives ``given`` where ``wanted`` is true."""
-    if given is None or wanted is None:
+def replaced_embeddings(model: Any, inputs_embeds: Tensor | None, is_embedded: Tensor | None) -> Iterator[None]:
+    """Run the block with an input embedding that gives ``inputs_embeds`` where ``is_embedded`` is true."""
+    if inputs_embeds is None or is_embedded is None:
         yield
         return
     hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, out: torch.where(wanted, given.to(out.dtype), out)
+        lambda module, args, out: torch.where(is_embedded, inputs_embeds.to(out.dtype), out)
     )
     try:
         yield
@@ -124,103 +134,107 @@ def embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterat
 def example_step(
     model: Any,
     layout: CacheLayout,
-    with_positions: bool,
-    with_embeds: bool,
-    most: int | None = None,
-    rings: bool = False,
-) -> Step:
+    with_position_ids: bool,
+    with_inputs_embeds: bool,
+    size_limit: int | None = None,
+    use_rings: bool = False,
+) -> StepExample:
     """Return the example inputs of a step of ``model`` and their free sizes; the options are as for
-    :func:`stepping`."""
+    :func:`captured_as_step`."""
     device = next(model.parameters()).device
-    rows, kept = Dim("rows"), Dim("kept")
-    tokens, length = (Dim(n) if most is None else Dim(n, max=most) for n in ("tokens", "length"))
+    rows, kept_dim = Dim("rows"), Dim("kept")
+    tokens, length = (Dim(n) if size_limit is None else Dim(n, max=size_limit) for n in ("tokens", "length"))
 
-    def counted(*shape: int) -> Tensor:
+    def arange(*shape: int) -> Tensor:
         return torch.arange(shape[-1], device=device).expand(shape).contiguous()
 
     inputs = {
-        "input_ids": counted(_ROWS, _TOKENS),
+        "input_ids": arange(_ROWS, _TOKENS),
         "attention_mask": torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device=device),
-        "position_ids": counted(_ROWS, _TOKENS) + 2,
-        "slots": counted(_TOKENS) + 2,
-        "keep": counted(_KEPT) + 1,
+        "position_ids": arange(_ROWS, _TOKENS) + 2,
+        "slots": arange(_TOKENS) + 2,
+        "keep": arange(_KEPT) + 1,
     }
     shapes: dict[str, dict[int, Any]] = {
         "input_ids": {0: rows, 1: tokens},
         "attention_mask": {0: rows, 1: length},
         "position_ids": {0: rows, 1: tokens},
         "slots": {0: tokens},
-        "keep": {0: kept},
+        "keep": {0: kept_dim},
     }
-    if not with_positions:
+    if not with_position_ids:
         del inputs["position_ids"], shapes["position_ids"]
-    if with_embeds:
+    if with_inputs_embeds:
         weight = model.get_input_embeddings().weight
         inputs["inputs_embeds"] = torch.zeros(_ROWS, _TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
         inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
         shapes |= {"inputs_embeds": {0: rows, 1: tokens}, "embedded": {}}
     places = Dim("ring")
-    layers = zip(layout.names, layout.shapes(_ROWS, _LENGTH, _RING if rings else None), layout.sliding, strict=True)
+    layers = zip(
+        layout.names, layout.shapes(_ROWS, _LENGTH, _RING if use_rings else None), layout.is_sliding, strict=True
+    )
     for name, shape, sliding in layers:
         inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
-        shapes[name] = {0: rows, 2: places if rings and sliding else length}
-    return Step(inputs, shapes)
+        shapes[name] = {0: rows, 2: places if use_rings and sliding else length}
+    return StepExample(inputs, shapes)
 
 
 def token_inputs(
-    facts: Any, device: torch.device, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int
+    spec: Any, device: torch.device, input_ids: Tensor | None, inputs_embeds: Tensor | None, rows: int, tokens: int
 ) -> dict[str, Tensor]:
     """Return tokens, or embeddings instead, as the inputs of a step, which has both where it takes embeddings."""
-    if ids is None:
-        ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-    out = {"input_ids": ids.to(device, torch.int64).contiguous()}
-    if facts.embeds:
-        out["embedded"] = torch.tensor(embeds is not None, device=device)
-        if embeds is None:
-            embeds = torch.zeros(1, dtype=facts.embeds_dtype, device=device).expand(rows, tokens, facts.width)
-        out["inputs_embeds"] = embeds.to(device, facts.embeds_dtype)
+    if input_ids is None:
+        input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+    out = {"input_ids": input_ids.to(device, torch.int64).contiguous()}
+    if spec.takes_inputs_embeds:
+        out["embedded"] = torch.tensor(inputs_embeds is not None, device=device)
+        if inputs_embeds is None:
+            inputs_embeds = torch.zeros(1, dtype=spec.embeds_dtype, device=device).expand(
+                rows, tokens, spec.hidden_size
+            )
+        out["inputs_embeds"] = inputs_embeds.to(device, spec.embeds_dtype)
     return out
 
 
-def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout, rings: bool = False) -> Any:
+def cache_over_tensors(tensors: list[Tensor], slots: Tensor, layout: CacheLayout, use_rings: bool = False) -> Any:
     """Return a transformers cache over ``tensors`` that writes at ``slots`` and shows all positions to attention.
 
-    The model's mask hides the positions that a token may not attend to. With ``rings``, the tensors of sliding-window
-    layers are rings.
+    The model's mask hides the positions that a token may not attend to. With ``use_rings``, the tensors of
+    sliding-window layers are rings.
     """
     from transformers.cache_utils import Cache
 
     pairs = zip(layout.layers, tensors[::2], tensors[1::2], strict=True)
     found = [(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
-    layers = [_layer_class()(*one, one[-1] and rings) for one in found]
+    layers = [_written_layer_class()(*one, one[-1] and use_rings) for one in found]
     made = Cache(layers=layers)
     # Captures that copy equal layers ask by this which tensors and settings belong to layer i.
-    vars(made)["traced_layer"] = lambda i: (layers[i].held, (layers[i].is_sliding, layers[i].ring))
+    vars(made)["traced_layer"] = lambda i: (layers[i].given_tensors, (layers[i].is_sliding, layers[i].is_ring))
     return made
 
 
 @cache
-def _layer_class() -> type:
+def _written_layer_class() -> type:
     from transformers.cache_utils import StaticLayer
 
     class WrittenLayer(StaticLayer):
         """A layer of transformers' static cache over given tensors, written at given positions."""
 
-        def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, sliding: bool, ring: bool) -> None:
+        def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, is_sliding: bool, is_ring: bool) -> None:
             super().__init__(keys.shape[2])
             self.keys, self.values, self.slots = keys, values, slots
-            self.held = keys, values
-            self.is_sliding, self.ring = sliding, ring
+            self.given_tensors = keys, values
+            self.is_sliding, self.is_ring = is_sliding, is_ring
             self.cumulative_length = slots[0]
             self.device, self.is_initialized = keys.device, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            keys, values = self.held
-            where = torch.remainder(self.slots, self.max_cache_len) if self.ring else self.slots
+            keys, values = self.given_tensors
+            where = torch.remainder(self.slots, self.max_cache_len) if self.is_ring else self.slots
             return keys.index_copy_(2, where, key_states), values.index_copy_(2, where, value_states)
 
         def get_mask_sizes(self, *args: Any) -> tuple[int, Any]:
-            return self.max_cache_len, RingPositions.after(self.slots, self.max_cache_len) if self.ring else 0
+            return self.max_cache_len, RingPositions.after_step(self.slots, self.max_cache_len) if self.is_ring else 0
 
         def get_seq_length(self) -> Tensor:
             return self.cumulative_length

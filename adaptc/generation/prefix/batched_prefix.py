@@ -16,39 +16,44 @@ from torch.nn.functional import pad
 from adaptc.bank.row_adapters import Mixes
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.cache_prefix import CachePrefix
-from adaptc.generation.spec import STATE, GenerationSpec
+from adaptc.generation.spec import RECURRENT, GenerationSpec
 
-Opened = Callable[[str, Mapping[str, Any]], CachePrefix | None]
+PrefixOf = Callable[[str, Mapping[str, Any]], CachePrefix | None]
 
 
-def front_of_rows(mixes: Mixes, opened: Opened, facts: GenerationSpec, given: Mapping[str, Any]) -> CachePrefix | None:
+def batched_prefix(
+    mixes: Mixes, prefix_of: PrefixOf, spec: GenerationSpec, adapter_inputs: Mapping[str, Any]
+) -> CachePrefix | None:
     """Return what a cache begins with for rows of these ``mixes``; None where no row has virtual tokens.
 
-    ``opened(name, given)`` returns what a cache begins with for one adapter, from the values for its rows. ``given``
-    has a value for each row of the batch. Raises ConfigError for a row that mixes an adapter with virtual tokens, and
-    for prompts and KV prefixes in one batch. Raises AdaptcError for values that are not one for each row.
+    ``prefix_of(name, given)`` returns what a cache begins with for one adapter, from the values for its rows.
+    ``adapter_inputs`` has a value for each row of the batch. Raises ConfigError for a row that mixes an adapter with
+    virtual tokens, and for prompts and KV prefixes in one batch. Raises AdaptcError for values that are not one for
+    each row.
     """
     rows: dict[str, list[int]] = {}
     for i, mix in enumerate(mixes):
         for name in mix:
             rows.setdefault(name, []).append(i)
-    found: dict[str, CachePrefix] = {}
+    prefixes: dict[str, CachePrefix] = {}
     for name, index in rows.items():
-        one = opened(name, {n: _of(n, v, index, len(mixes)) for n, v in given.items() if v is not None})
+        one = prefix_of(
+            name, {n: _select_rows(n, v, index, len(mixes)) for n, v in adapter_inputs.items() if v is not None}
+        )
         if one is not None:
-            found[name] = one
-            _check_alone(name, [mixes[i] for i in index])
-    if not found:
+            prefixes[name] = one
+            _refuse_mix(name, [mixes[i] for i in index])
+    if not prefixes:
         return None
-    if len({one.in_places for one in found.values()}) > 1:
+    if len({one.counts_padding for one in prefixes.values()}) > 1:
         raise ConfigError(
-            f"{' and '.join(map(repr, found))} put embeddings and keys in front, whose positions are counted in two "
+            f"{' and '.join(map(repr, prefixes))} put embeddings and keys in front, whose positions are counted in two "
             "ways: generate with each in a batch of its own"
         )
-    return _joined(found, rows, len(mixes), facts)
+    return _join_prefixes(prefixes, rows, len(mixes), spec)
 
 
-def _of(name: str, value: Any, index: list[int], count: int) -> Any:
+def _select_rows(name: str, value: Any, index: list[int], count: int) -> Any:
     """Return the entries of ``value`` for the rows ``index``.
 
     Raises AdaptcError where ``value`` does not have ``count`` entries, one for each row of the batch.
@@ -60,7 +65,7 @@ def _of(name: str, value: Any, index: list[int], count: int) -> Any:
     return value[index]
 
 
-def _check_alone(name: str, mixes: list[Mapping[str, float]]) -> None:
+def _refuse_mix(name: str, mixes: list[Mapping[str, float]]) -> None:
     for mix in mixes:
         if mix != {name: 1.0}:
             raise ConfigError(
@@ -69,20 +74,20 @@ def _check_alone(name: str, mixes: list[Mapping[str, float]]) -> None:
             )
 
 
-def _joined(
-    found: Mapping[str, CachePrefix], rows: Mapping[str, list[int]], count: int, facts: GenerationSpec
+def _join_prefixes(
+    prefixes: Mapping[str, CachePrefix], rows: Mapping[str, list[int]], count: int, spec: GenerationSpec
 ) -> CachePrefix:
-    longest, first = max(one.count for one in found.values()), next(iter(found.values()))
-    ahead = torch.full((count,), longest, device=first.tensors[0].device)
-    out: list[Tensor] = []
+    longest, first = max(one.count for one in prefixes.values()), next(iter(prefixes.values()))
+    left_padding = torch.full((count,), longest, device=first.tensors[0].device)
+    tensors: list[Tensor] = []
     for like in first.tensors:
-        sizes = like.shape[1:] if facts.keeps == STATE else (like.shape[1], longest, like.shape[3])
-        out.append(like.new_zeros(count, *sizes))
-    for name, one in found.items():
-        index = torch.tensor(rows[name], device=ahead.device)
-        empty = longest - one.count
-        ahead[index] = empty
-        for made, own in zip(out, one.tensors, strict=True):
+        sizes = like.shape[1:] if spec.cache_mode == RECURRENT else (like.shape[1], longest, like.shape[3])
+        tensors.append(like.new_zeros(count, *sizes))
+    for name, prefix in prefixes.items():
+        index = torch.tensor(rows[name], device=left_padding.device)
+        empty = longest - prefix.count
+        left_padding[index] = empty
+        for made, own in zip(tensors, prefix.tensors, strict=True):
             wide = own.expand(len(index), *own.shape[1:])
-            made[index] = wide if facts.keeps == STATE else pad(wide, (0, 0, empty, 0))
-    return CachePrefix(out, longest, first.in_places, ahead)
+            made[index] = wide if spec.cache_mode == RECURRENT else pad(wide, (0, 0, empty, 0))
+    return CachePrefix(tensors, longest, first.counts_padding, left_padding)

@@ -15,149 +15,155 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from adaptc.bank.selection import Assignment
+from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import validate
 from adaptc.generation.cache.cache_prefix import CachePrefix
-from adaptc.generation.modes.cache_modes import cache_for, run_as
-from adaptc.generation.prefix.batched_prefix import front_of_rows
-from adaptc.generation.spec import NOTHING, GenerationSpec
+from adaptc.generation.modes.cache_modes import make_cache, run_in_mode
+from adaptc.generation.prefix.batched_prefix import batched_prefix
+from adaptc.generation.spec import UNCACHED, GenerationSpec
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.program_method import OPENINGS, ProgramMethod
+from adaptc.passes.protocol.program_method import PREFIX_FUNCTIONS, ProgramMethod
 from adaptc.state.bound import program_of
 from adaptc.state.core import ProgramCore
-from adaptc.torch_modes import plainly
+from adaptc.torch_modes import outside_modes
 
 #: binding -> how often each tensor that was read had been written to, and the :class:`CachePrefix` computed from them
-_KNOWN: WeakKeyDictionary[Any, tuple[Any, CachePrefix]] = WeakKeyDictionary()
+_PREFIXES: WeakKeyDictionary[Any, tuple[Any, CachePrefix]] = WeakKeyDictionary()
 
 
-def begins(runs: Any, openings: Sequence[str] = OPENINGS) -> list[Attachment]:
+def prefix_attachments(runner: Any, openings: Sequence[str] = PREFIX_FUNCTIONS) -> list[Attachment]:
     """Return the attachments that say what a cache begins with, by one of the methods ``openings``.
 
-    ``runs`` is a program, or what is bound to one. :data:`OPENINGS` says which methods there are.
+    ``runner`` is a program, or what is bound to one. :data:`PREFIX_FUNCTIONS` says which methods there are.
     """
-    adaptation = getattr(program_of(runs), "adaptation", None)
+    adaptation = getattr(program_of(runner), "adaptation", None)
     attachments: Sequence[Attachment] = () if adaptation is None else adaptation.attachments
     return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening() in openings]
 
 
-def taken(runs: Any) -> list[str]:
-    """Return the names of the inputs that the attachments of :func:`begins` ask of a caller, such as ``task_ids``."""
-    methods = [a.method for a in begins(runs)]
+def prefix_input_names(runner: Any) -> list[str]:
+    """Return the names of the inputs that the attachments of :func:`prefix_attachments` ask of a caller, such as
+    ``task_ids``."""
+    methods = [a.method for a in prefix_attachments(runner)]
     return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
 
 
-def refuse_without_cache(runs: Any, facts: GenerationSpec, name: str) -> None:
+def check_step_takes_prefix(runner: Any, spec: GenerationSpec, model_name: str) -> None:
     """Raise ConfigError where an adapter has virtual tokens and the step has no cache, or takes no embeddings for a
     prompt."""
-    for a in begins(runs):
-        if facts.keeps == NOTHING:
+    for a in prefix_attachments(runner):
+        if spec.cache_mode == UNCACHED:
             raise ConfigError(
-                f"{a.method.name} is what a cache begins with, and {name} generates without one: {facts.why}. "
-                "adaptc.compile(model, config) gives a program that computes logits with it"
+                f"{a.method.name} is what a cache begins with, and {model_name} generates without one: "
+                f"{spec.mode_reason}. adaptc.compile(model, config) gives a program that computes logits with it"
             )
-        if a.method.opening() == "prompt" and not facts.embeds:  # type: ignore[union-attr]
+        if a.method.opening() == "prompt" and not spec.takes_inputs_embeds:  # type: ignore[union-attr]
             raise ConfigError(
-                f"{a.method.name} puts embeddings in front, and the forward of {name} takes no inputs_embeds. "
+                f"{a.method.name} puts embeddings in front, and the forward of {model_name} takes no inputs_embeds. "
                 "adaptc.compile(model, config) gives a program that computes logits with it"
             )
 
 
 @torch.no_grad()
 def prefix_for(
-    runs: Any,
+    runner: Any,
     step: Any,
-    facts: GenerationSpec,
+    spec: GenerationSpec,
     device: torch.device,
-    given: Mapping[str, Any],
-    openings: Sequence[str] = OPENINGS,
+    adapter_inputs: Mapping[str, Any],
+    openings: Sequence[str] = PREFIX_FUNCTIONS,
 ) -> CachePrefix | None:
     """Return what a cache begins with for the adapter that ``step`` keeps; None where it has no virtual tokens.
 
-    ``step`` None means the adapter that is current now. ``given`` has the values of the inputs that :func:`taken`
-    names. ``openings`` is as for :func:`begins`. Raises AdaptcError for values that the adapter cannot take, and where
-    the virtual tokens leave no room for a text.
+    ``step`` None means the adapter that is current now. ``adapter_inputs`` has the values of the inputs that
+    :func:`prefix_input_names` names. ``openings`` is as for :func:`prefix_attachments`. Raises AdaptcError for values
+    that the adapter cannot take, and where the virtual tokens leave no room for a text.
     """
-    one = partial(_of_one, runs, facts, device, openings)
-    if isinstance(runs, Assignment):
-        made = front_of_rows(
-            runs.mixes, lambda name, own: one(runs.adapters[name], runs.alone(name), own), facts, given
+    prefix_of = partial(_prefix_of_adapter, runner, spec, device, openings)
+    if isinstance(runner, RowSelection):
+        made = batched_prefix(
+            runner.mixes,
+            lambda name, own: prefix_of(runner.adapters[name], runner.for_one_row(name), own),
+            spec,
+            adapter_inputs,
         )
         if made is None:
-            _refuse_given(given)
+            _refuse_unknown_inputs(adapter_inputs)
         return made
-    step = runs.pinned() if step is None and begins(runs) else step
-    return one(getattr(step, "binding", None), step, given)
+    step = runner.snapshot_call() if step is None and prefix_attachments(runner) else step
+    return prefix_of(getattr(step, "binding", None), step, adapter_inputs)
 
 
-def _of_one(
-    runs: Any,
-    facts: GenerationSpec,
+def _prefix_of_adapter(
+    runner: Any,
+    spec: GenerationSpec,
     device: torch.device,
     openings: Sequence[str],
     binding: Any,
     step: Callable[..., Any] | None,
-    given: Mapping[str, Any],
+    adapter_inputs: Mapping[str, Any],
 ) -> CachePrefix | None:
     """Return what a cache begins with for the one adapter in ``binding``, which ``step`` runs with; None for
     nothing."""
-    found = [] if binding is None else _with_slots(runs, binding, openings)
-    fronts = [f for a in found if (f := _Front.of(a, binding)).count]
-    fronts.sort(key=lambda f: f.method.opening() != "cached")  # a KV prefix stands before all prompt embeddings
-    _refuse_given({n: v for n, v in given.items() if not any(n in f.wanted for f in fronts)})
-    if not fronts:
+    found = [] if binding is None else _bound_attachments(runner, binding, openings)
+    prefixes = [f for a in found if (f := _AttachmentPrefix.from_attachment(a, binding)).count]
+    prefixes.sort(key=lambda f: f.method.opening() != "cached")  # a KV prefix stands before all prompt embeddings
+    _refuse_unknown_inputs({n: v for n, v in adapter_inputs.items() if not any(n in f.caller_inputs for f in prefixes)})
+    if not prefixes:
         return None
     assert step is not None
-    check_room(count := sum(f.count for f in fronts), facts)
-    own = [f.given(given, device) for f in fronts]
+    check_virtual_tokens_fit(count := sum(f.count for f in prefixes), spec)
+    own = [f.select_inputs(adapter_inputs, device) for f in prefixes]
     if rows := [t.shape[0] for values in own for t in values.values()]:
-        validate.fits(facts, rows[0], count)
-        return _opened(fronts, step, facts, device, own)
-    known, program = _KNOWN.get(binding), program_of(runs)
-    if known is None or known[0] != _writes(program, binding):
-        with plainly():
-            made = _opened(fronts, step, facts, device, own)
+        validate.check_cache_size(spec, rows[0], count)
+        return _chain_prefixes(prefixes, step, spec, device, own)
+    known, program = _PREFIXES.get(binding), program_of(runner)
+    if known is None or known[0] != _tensor_versions(program, binding):
+        with outside_modes():
+            made = _chain_prefixes(prefixes, step, spec, device, own)
         # Read after the run: a first run may lay weights out anew, which changes their addresses and is no write.
-        known = _KNOWN[binding] = _writes(program, binding), made
+        known = _PREFIXES[binding] = _tensor_versions(program, binding), made
     return known[1]
 
 
-def count_in_front(runs: Any, binding: Any, openings: Sequence[str] = OPENINGS) -> int:
+def count_virtual_tokens(runner: Any, binding: Any, openings: Sequence[str] = PREFIX_FUNCTIONS) -> int:
     """Return the number of virtual tokens of the adapter in ``binding``."""
-    return sum(_Front.of(a, binding).count for a in _with_slots(runs, binding, openings))
+    return sum(
+        _AttachmentPrefix.from_attachment(a, binding).count for a in _bound_attachments(runner, binding, openings)
+    )
 
 
-def _with_slots(runs: Any, binding: Any, openings: Sequence[str]) -> list[Attachment]:
-    """Return the attachments of :func:`begins` whose slots are all in ``binding``."""
-    return [a for a in begins(runs, openings) if all(f in binding.values for f in a.slots.values())]
+def _bound_attachments(runner: Any, binding: Any, openings: Sequence[str]) -> list[Attachment]:
+    """Return the attachments of :func:`prefix_attachments` whose slots are all in ``binding``."""
+    return [a for a in prefix_attachments(runner, openings) if all(f in binding.values for f in a.slots.values())]
 
 
-def _opened(
-    fronts: Sequence[_Front],
+def _chain_prefixes(
+    prefixes: Sequence[_AttachmentPrefix],
     step: Callable[..., Any],
-    facts: GenerationSpec,
+    spec: GenerationSpec,
     device: torch.device,
-    given: Sequence[Mapping[str, Tensor]],
+    method_inputs: Sequence[Mapping[str, Tensor]],
 ) -> CachePrefix:
     """Return the :class:`CachePrefix` of several attachments, whose virtual tokens follow one another."""
     made: CachePrefix | None = None
-    for front, own in zip(fronts, given, strict=True):
-        made = front.opening(step, facts, device, own, made)
+    for front, own in zip(prefixes, method_inputs, strict=True):
+        made = front.compute(step, spec, device, own, made)
     assert made is not None
     return made
 
 
-def check_room(count: int, facts: GenerationSpec) -> None:
+def check_virtual_tokens_fit(count: int, spec: GenerationSpec) -> None:
     """Raise AdaptcError where ``count`` virtual tokens leave no room for a text."""
-    if count >= facts.max_length:
+    if count >= spec.max_length:
         raise AdaptcError(
             f"the adapter puts {count} tokens in front, which leaves no room for those of a text: "
-            f"max_length={facts.max_length}. Compile with more, or choose an adapter of fewer"
+            f"max_length={spec.max_length}. Compile with more, or choose an adapter of fewer"
         )
 
 
-class _Front:
+class _AttachmentPrefix:
     """The ``count`` virtual tokens of one attachment."""
 
     def __init__(self, method: ProgramMethod, slots: Mapping[str, Tensor]) -> None:
@@ -165,77 +171,79 @@ class _Front:
         self.count = int(method.lengthens(slots))
 
     @classmethod
-    def of(cls, a: Attachment, binding: Any) -> _Front:
-        method = binding.methods.get(a.id, a.method).evaluated()
-        return cls(method, {n: binding.values[f].detach() for n, f in a.slots.items()})
+    def from_attachment(cls, attachment: Attachment, binding: Any) -> _AttachmentPrefix:
+        method = binding.methods.get(attachment.id, attachment.method).evaluated()
+        return cls(method, {n: binding.values[f].detach() for n, f in attachment.slots.items()})
 
     @property
-    def wanted(self) -> Mapping[str, Any]:
+    def caller_inputs(self) -> Mapping[str, Any]:
         return {n: e for n, e in self.method.extras().items() if e.place is None}
 
-    def given(self, given: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    def select_inputs(self, adapter_inputs: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
         """Return the inputs that the method takes from a caller, by name, on ``device``.
 
         Raises AdaptcError for a missing value, another shape or dtype, and values that the method refuses.
         """
-        out: dict[str, Tensor] = {}
-        for name, extra in self.wanted.items():
-            value = given.get(name)
+        checked: dict[str, Tensor] = {}
+        for name, extra in self.caller_inputs.items():
+            value = adapter_inputs.get(name)
             if not isinstance(value, Tensor) or value.ndim != len(extra.axes) or value.dtype != extra.dtype:
                 is_ = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"{value!r}"
                 raise AdaptcError(
                     f"{self.method.name} needs {name}, a tensor ({', '.join(extra.axes)}) of {extra.dtype}; got {is_}"
                 )
-            out[name] = value.to(device)
-        if why := self.method.why_wrong(self.slots, out) if out else "":
+            checked[name] = value.to(device)
+        if why := self.method.why_wrong(self.slots, checked) if checked else "":
             raise AdaptcError(why)
-        return out
+        return checked
 
-    def opening(
+    def compute(
         self,
         step: Callable[..., Any],
-        facts: GenerationSpec,
+        spec: GenerationSpec,
         device: torch.device,
-        given: Mapping[str, Tensor],
-        before: CachePrefix | None,
+        method_inputs: Mapping[str, Tensor],
+        previous: CachePrefix | None,
     ) -> CachePrefix:
-        """Return what a cache begins with: these virtual tokens behind ``before``, or alone where that is None."""
+        """Return what a cache begins with: these virtual tokens behind ``previous``, or alone where that is None."""
         if self.method.opening() == "cached":
-            assert before is None
-            rows = self.method.cached(self.slots, given)
-            own = [t.unsqueeze(0).to(device, facts.layout.dtype) for t in rows]
-            return CachePrefix(own * facts.layout.passes, self.count)
-        rows = self.method.prompt(self.slots, given).to(device, facts.embeds_dtype)
-        return _read(rows if rows.ndim == 3 else rows.unsqueeze(0), step, facts, device, before)
+            assert previous is None
+            rows = self.method.cached(self.slots, method_inputs)
+            own = [t.unsqueeze(0).to(device, spec.layout.dtype) for t in rows]
+            return CachePrefix(own * spec.layout.passes, self.count)
+        rows = self.method.prompt(self.slots, method_inputs).to(device, spec.embeds_dtype)
+        return _read_prompt(rows if rows.ndim == 3 else rows.unsqueeze(0), step, spec, device, previous)
 
 
-def _read(
-    rows: Tensor, step: Callable[..., Any], facts: GenerationSpec, device: torch.device, before: CachePrefix | None
+def _read_prompt(
+    rows: Tensor, step: Callable[..., Any], spec: GenerationSpec, device: torch.device, previous: CachePrefix | None
 ) -> CachePrefix:
-    """Return what the cache holds after ``before`` and a text of the embeddings ``rows`` (batch, count, width)."""
+    """Return what the cache holds after ``previous`` and a text of the embeddings ``rows`` (batch, count, width)."""
     batch, count = rows.shape[:2]
-    begun = 0 if before is None else before.count
-    past = cache_for(facts, device, before)
-    past.expected = begun + count
+    previous_length = 0 if previous is None else previous.count
+    past = make_cache(spec, device, previous)
+    past.expected_length = previous_length + count
     past.activate_past_recording()  # sliding-window layers keep all positions, too
-    past.reserve(batch, begun + count)
+    past.reserve(batch, previous_length + count)
     inputs = {
         "input_ids": torch.zeros(batch, count, dtype=torch.int64, device=device),
         "inputs_embeds": rows.contiguous(),
         "embedded": torch.tensor(True, device=device),
     }
-    if facts.positions:
-        inputs["position_ids"] = torch.arange(begun, begun + count, device=device).expand(batch, -1).contiguous()
-    run_as(facts, step, past, inputs, count, 1)
-    return CachePrefix(past.held(), begun + count, in_places=True)
+    if spec.takes_position_ids:
+        inputs["position_ids"] = (
+            torch.arange(previous_length, previous_length + count, device=device).expand(batch, -1).contiguous()
+        )
+    run_in_mode(spec, step, past, inputs, count, 1)
+    return CachePrefix(past.filled_tensors(), previous_length + count, counts_padding=True)
 
 
-def _refuse_given(given: Mapping[str, Any]) -> None:
-    if strange := [n for n, v in given.items() if v is not None]:
+def _refuse_unknown_inputs(adapter_inputs: Mapping[str, Any]) -> None:
+    if strange := [n for n, v in adapter_inputs.items() if v is not None]:
         raise AdaptcError(f"{strange[0]} is not taken by the current adapter: leave it out")
 
 
-def _writes(program: Any, binding: Any) -> list[tuple[int, int]]:
+def _tensor_versions(program: Any, binding: Any) -> list[tuple[int, int]]:
     """Return (number of writes, address) of each tensor that a step may read."""
     base = program.base_tensors if isinstance(program, ProgramCore) else {}  # the weights of a package are constant
     tensors = [t for t in (*base.values(), *binding.values.values()) if isinstance(t, Tensor)]

@@ -1,8 +1,8 @@
 """Keep the decoder's own positions and the cross-attention's keys and values of an encoder-decoder.
 
-A new cache holds nothing but an adapter's virtual tokens for the decoder. :meth:`CrossCache.see` gives it the encoder's
-states, their mask, and their keys and values. All rows change together: beams that are reordered, repeated or selected
-take their states along. The cache reports the number of decoded tokens as its length.
+A new cache holds nothing but an adapter's virtual tokens for the decoder. :meth:`CrossCache.attach_encoder_states`
+gives it the encoder's states, their mask, and their keys and values. All rows change together: beams that are
+reordered, repeated or selected take their states along. The cache reports the number of decoded tokens as its length.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class CrossCache(StepCache):
         super().__init__(*args)
         self.states: Tensor | None = None
         self.states_mask: Tensor | None = None
-        self.cross: Sequence[Tensor] = ()
+        self.cross_tensors: Sequence[Tensor] = ()
 
     @property
-    def decoded(self) -> int:
+    def decoded_length(self) -> int:
         """Return the number of decoded tokens."""
-        return self.length - self.begun
+        return self.length - self.prefix_length
 
-    def see(self, states: Tensor, mask: Tensor, cross: Sequence[Tensor]) -> None:
+    def attach_encoder_states(self, states: Tensor, mask: Tensor, cross: Sequence[Tensor]) -> None:
         """Set the encoder's ``states``, their ``mask``, and their keys and values ``cross``, which all decoded tokens
         attend to."""
-        self._set(rows=states.shape[0], states=states, states_mask=mask, cross=tuple(cross))
+        self._set_attributes(rows=states.shape[0], states=states, states_mask=mask, cross_tensors=tuple(cross))
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(t.nbytes for t in self.cross)
+        return super().nbytes + sum(t.nbytes for t in self.cross_tensors)
 
     def copy(self) -> Self:
         """Return a cache with its own memory, to continue from these positions in another way.
@@ -50,42 +50,42 @@ class CrossCache(StepCache):
         The encoder's states are shared, because nothing writes to them.
         """
         new = super().copy()
-        new.states, new.states_mask, new.cross = self.states, self.states_mask, self.cross
+        new.states, new.states_mask, new.cross_tensors = self.states, self.states_mask, self.cross_tensors
         return new
 
-    def _emptied(self) -> dict[str, Any]:
-        gone = {"rows": 0, "states": None, "states_mask": None, "cross": ()}
+    def _empty_attributes(self) -> dict[str, Any]:
+        gone = {"rows": 0, "states": None, "states_mask": None, "cross_tensors": ()}
         return {**gone, "tensors": [], "mask": self.mask.new_ones(0, 0)}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.decoded
+        return self.decoded_length
 
     get_query_offset = get_seq_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove + self.begun if tokens_to_remove > 0 else tokens_to_remove)
+        super().crop(tokens_to_remove + self.prefix_length if tokens_to_remove > 0 else tokens_to_remove)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         seen = {"states": self.states, "states_mask": self.states_mask}
         made = {name: None if t is None else change(t) for name, t in seen.items()}
-        return {**super()._each(change), **made, "cross": tuple(change(t) for t in self.cross)}
+        return {**super()._map_rows(change), **made, "cross_tensors": tuple(change(t) for t in self.cross_tensors)}
 
     # -- as transformers' own whisper reads one ------------------------------------------------------------------------
 
     @property
     def self_attention_cache(self) -> Any:
-        return _layers([t[:, :, : self.length] for t in self.tensors])
+        return _as_layers([t[:, :, : self.length] for t in self.tensors])
 
     @property
     def cross_attention_cache(self) -> Any:
-        return _layers(self.cross)
+        return _as_layers(self.cross_tensors)
 
     def __repr__(self) -> str:
         of = 0 if self.states is None else self.states.shape[1]
         return f"CrossCache({self.rows} rows of {of} states, {self.length} positions of {self.max_length})"
 
 
-def _layers(tensors: Sequence[Tensor]) -> Any:
+def _as_layers(tensors: Sequence[Tensor]) -> Any:
     pairs = zip(tensors[::2], tensors[1::2], strict=True)
     return SimpleNamespace(layers=[SimpleNamespace(keys=keys, values=values) for keys, values in pairs])
 

@@ -13,32 +13,39 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.prefix.prefix_for import begins, taken
-from adaptc.generation.validate import behind
+from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_input_names
+from adaptc.generation.validate import prepend_ones
 
 #: the openings of the encoder, and those of the decoder's cache
-ENCODED, DECODED = ("prompt",), ("cached",)
+ENCODER_OPENINGS, DECODER_OPENINGS = ("prompt",), ("cached",)
 
 
-def pop_adapter_inputs(runs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def pop_adapter_inputs(runner: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Remove the inputs that adapters' virtual tokens depend on from ``kwargs`` and return them by name."""
-    return {name: value for name in taken(runs) if (value := kwargs.pop(name, None)) is not None}
+    return {name: value for name in prefix_input_names(runner) if (value := kwargs.pop(name, None)) is not None}
 
 
-def for_encoder(takes: Collection[str], runs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the ``given`` inputs that the encoder takes, whose names are in ``takes``.
+def select_encoder_inputs(
+    input_names: Collection[str], runner: Any, adapter_inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return those of the ``adapter_inputs`` inputs that the encoder takes, whose names are in ``input_names``.
 
     Raises AdaptcError for a missing one.
     """
-    names = [n for n in taken(runs) if n in takes]
+    names = [n for n in prefix_input_names(runner) if n in input_names]
     for name in names:
-        if not isinstance(given.get(name), Tensor):
+        if not isinstance(adapter_inputs.get(name), Tensor):
             raise AdaptcError(f"the adapter needs {name}, a tensor with an entry for each row that is encoded")
-    return {n: given[n].contiguous() for n in names}
+    return {n: adapter_inputs[n].contiguous() for n in names}
 
 
-def mask_of_states(runs: Any, states: Any, mask: Any) -> Any:
+def encoder_states_mask(runner: Any, states: Any, mask: Any) -> Any:
     """Return the mask of the encoder's states: ``mask`` with ones in front for the adapter's virtual tokens."""
-    if not begins(runs, ENCODED) or not isinstance(mask, Tensor) or not isinstance(states, Tensor) or mask.ndim != 2:
+    if (
+        not prefix_attachments(runner, ENCODER_OPENINGS)
+        or not isinstance(mask, Tensor)
+        or not isinstance(states, Tensor)
+        or mask.ndim != 2
+    ):
         return mask
-    return behind(max(states.shape[1] - mask.shape[1], 0), mask)
+    return prepend_ones(max(states.shape[1] - mask.shape[1], 0), mask)

@@ -1,7 +1,7 @@
 """Turn an encoder-decoder into its step: three parts of one program, which share nothing but weights.
 
-Inside :func:`stepping_across` the model's ``forward`` takes plain tensors alone and gives the results of all parts by
-name. One program is captured, adapted, swapped and saved as any other. Calls run one part of it at a time
+Inside :func:`captured_as_seq2seq_step` the model's ``forward`` takes plain tensors alone and gives the results of all
+parts by name. One program is captured, adapted, swapped and saved as any other. Calls run one part of it at a time
 (``adaptc.state.program_parts``).
 
     encode   the encoder's input, and its mask               -> states (batch, positions, hidden)
@@ -27,136 +27,156 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from adaptc.capture.explain_failure import run_model
-from adaptc.capture.model_state import keyword, replaced_forward
+from adaptc.capture.model_state import keyword_only_parameter, patch_forward
 from adaptc.errors import CaptureError
-from adaptc.generation.cache.cache_layout import CacheLayout, cache_of
+from adaptc.generation.cache.cache_layout import CacheLayout, cache_from_output
 from adaptc.generation.modes.static_attention import packed_attention
-from adaptc.generation.modes.static_step import Step, example_step, learn_sizes, written_cache
+from adaptc.generation.modes.static_step import StepExample, cache_over_tensors, equate_sizes, example_step
 
-STATES, MASK = "states", "states_mask"
+STATES, STATES_MASK = "states", "states_mask"
 #: the prefix of the names of the cross-attention's keys and values
-CROSS = "cross_"
+CROSS_PREFIX = "cross_"
 #: sizes of the example inputs, different from those of the step's
-_SOURCES, _READ, _POSITIONS = 4, 7, 9
+_ENCODED_ROWS, _SOURCE_LENGTH, _STATES_LENGTH = 4, 7, 9
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncoderDescription:
     """A description of what a model's encoder reads, and of the decoder's caches.
 
-    ``main`` is the name of its input: tokens (batch, length), or features of the fixed shape (batch, *``features``).
-    ``strides`` are those of whisper's convolutions, which shorten the features. ``own`` is the layout of the decoder's
-    own cache, ``cross`` that of the cross-attention.
+    ``main_input_name`` is the name of its input: tokens (batch, length), or features of the fixed shape (batch,
+    *``feature_shape``). ``conv_strides`` are those of whisper's convolutions, which shorten the features.
+    ``self_layout`` is the layout of the decoder's own cache, ``cross_layout`` that of the cross-attention.
     """
 
-    main: str
-    features: tuple[int, ...] | None
-    strides: tuple[int, int]
-    own: CacheLayout
-    cross: CacheLayout
+    main_input_name: str
+    feature_shape: tuple[int, ...] | None
+    conv_strides: tuple[int, int]
+    self_layout: CacheLayout
+    cross_layout: CacheLayout
 
-    def example(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if self.features is None:
-            return torch.arange(_READ, device=device).expand(rows, _READ).contiguous()
-        return torch.zeros(rows, *self.features, dtype=dtype, device=device)
+    def example_input(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if self.feature_shape is None:
+            return torch.arange(_SOURCE_LENGTH, device=device).expand(rows, _SOURCE_LENGTH).contiguous()
+        return torch.zeros(rows, *self.feature_shape, dtype=dtype, device=device)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Encoded:
+    def from_model(cls, model: nn.Module) -> EncoderDescription:
         """Return the description that running ``model`` once gives.
 
         Raises CaptureError for a model whose encoder reads anything but tokens or whisper's features, or whose cache
         has anything but keys and values.
         """
-        name, main = type(model).__name__, str(getattr(model, "main_input_name", ""))
-        features: tuple[int, ...] | None = None
-        strides = 1, 1
-        if main == "input_features" and hasattr(model.config, "num_mel_bins"):
+        model_name, main_input_name = type(model).__name__, str(getattr(model, "main_input_name", ""))
+        feature_shape: tuple[int, ...] | None = None
+        conv_strides = 1, 1
+        if main_input_name == "input_features" and hasattr(model.config, "num_mel_bins"):
             encoder: Any = model.get_encoder()  # type: ignore[operator]
-            strides = encoder.conv1.stride[0], encoder.conv2.stride[0]
-            frames = strides[0] * strides[1] * model.config.max_source_positions  # type: ignore[union-attr]
-            features = model.config.num_mel_bins, frames  # type: ignore[union-attr]
-        elif main != "input_ids":
-            raise CaptureError(f"the encoder of {name} reads {main}, and generation is for tokens and for whisper")
-        bare = cls(main, features, strides, CacheLayout((), torch.float32), CacheLayout((), torch.float32))
+            conv_strides = encoder.conv1.stride[0], encoder.conv2.stride[0]
+            frames = conv_strides[0] * conv_strides[1] * model.config.max_source_positions  # type: ignore[union-attr]
+            feature_shape = model.config.num_mel_bins, frames  # type: ignore[union-attr]
+        elif main_input_name != "input_ids":
+            raise CaptureError(
+                f"the encoder of {model_name} reads {main_input_name}, and generation is for tokens and for whisper"
+            )
+        bare = cls(
+            main_input_name, feature_shape, conv_strides, CacheLayout((), torch.float32), CacheLayout((), torch.float32)
+        )
         first = next(model.parameters())
         ids = torch.zeros(1, 2, dtype=torch.int64, device=first.device)
-        source = {main: bare.example(1, first.device, first.dtype)}
+        source = {main_input_name: bare.example_input(1, first.device, first.dtype)}
         out = run_model(model, **source, decoder_input_ids=ids, use_cache=True)
-        found = cache_of(out)
+        found = cache_from_output(out)
         own, cross = (getattr(found, f"{which}_attention_cache", None) for which in ("self", "cross"))
-        return cls(main, features, strides, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, CROSS))
+        return cls(
+            main_input_name,
+            feature_shape,
+            conv_strides,
+            CacheLayout.from_cache(model_name, own),
+            CacheLayout.from_cache(model_name, cross, CROSS_PREFIX),
+        )
 
 
 @contextlib.contextmanager
-def stepping_across(model: nn.Module, encoded: Encoded) -> Iterator[Step]:
+def captured_as_seq2seq_step(model: nn.Module, description: EncoderDescription) -> Iterator[StepExample]:
     """Run the block with ``model`` as its three parts; its own forward is restored afterwards.
 
     Raises CaptureError for a model whose forward takes no cache, or no ``encoder_outputs``.
     """
     takes = inspect.signature(model.forward).parameters
-    past = next((n for n in ("cache", "past_key_values") if n in takes), None)
-    if past is None or "encoder_outputs" not in takes:
+    cache_argument = next((n for n in ("cache", "past_key_values") if n in takes), None)
+    if cache_argument is None or "encoder_outputs" not in takes:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = _example(model, encoded, with_positions="decoder_position_ids" in takes)
+    step = _example_step(model, description, with_position_ids="decoder_position_ids" in takes)
     original, encoder = model.forward, model.get_encoder()  # type: ignore[operator]
 
     def forward(**inputs: Any) -> dict[str, Tensor]:
-        learn_sizes(inputs, step.dynamic_shapes)
+        equate_sizes(inputs, step.dynamic_shapes)
         slots, keep, states = inputs.pop("slots"), inputs.pop("keep"), inputs.pop(STATES)
-        own = [inputs.pop(n) for n in encoded.own.names]
-        cross = [inputs.pop(n) for n in encoded.cross.names]
-        read = {name: inputs.pop(name) for name in (encoded.main, "attention_mask") if name in inputs}
+        own = [inputs.pop(n) for n in description.self_layout.names]
+        cross = [inputs.pop(n) for n in description.cross_layout.names]
+        read = {name: inputs.pop(name) for name in (description.main_input_name, "attention_mask") if name in inputs}
         found = encoder(**read)[0]
-        seen = _crossing(cross)
-        inputs[past] = _both(written_cache(own, slots, encoded.own), seen)
-        inputs["attention_mask"] = inputs.pop(MASK, None)
+        seen = _cross_attention_cache(cross)
+        inputs[cache_argument] = _encoder_decoder_cache(cache_over_tensors(own, slots, description.self_layout), seen)
+        inputs["attention_mask"] = inputs.pop(STATES_MASK, None)
         logits = original(encoder_outputs=(states,), **inputs, use_cache=True).logits
-        made = [t for layer in seen.layers for t in layer.made]
-        return {STATES: found, **dict(zip(encoded.cross.names, made, strict=True)), "logits": logits[:, keep]}
+        made = [t for layer in seen.layers for t in layer.new_tensors]
+        return {
+            STATES: found,
+            **dict(zip(description.cross_layout.names, made, strict=True)),
+            "logits": logits[:, keep],
+        }
 
-    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), packed_attention():
+    with patch_forward(model, forward, list(map(keyword_only_parameter, step.example_inputs))), packed_attention():
         yield step
 
 
-def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> Step:
+def _example_step(model: nn.Module, description: EncoderDescription, with_position_ids: bool) -> StepExample:
     first = next(model.parameters())
     device = first.device
-    sources, read, positions = (Dim(n) for n in ("sources", "read", "positions"))
-    decoder = example_step(model, encoded.own, with_positions, False)
+    encoded_rows, source_length, positions = (Dim(n) for n in ("sources", "read", "positions"))
+    decoder = example_step(model, description.self_layout, with_position_ids, False)
     renamed = {"input_ids", "attention_mask", "position_ids"}
     inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in decoder.example_inputs.items()}
     shapes = {f"decoder_{n}" if n in renamed else n: s for n, s in decoder.dynamic_shapes.items()}
-    decoded, rows = inputs["decoder_input_ids"].shape[0], shapes["decoder_input_ids"][0]
-    inputs[encoded.main] = encoded.example(_SOURCES, device, first.dtype)
-    shapes[encoded.main] = {0: sources} if encoded.features else {0: sources, 1: read}
-    if not encoded.features:
-        inputs["attention_mask"] = torch.ones(_SOURCES, _READ, dtype=torch.int64, device=device)
-        shapes["attention_mask"] = {0: sources, 1: read}
-        inputs[MASK] = torch.ones(decoded, _POSITIONS, dtype=torch.int64, device=device)
-        shapes[MASK] = {0: rows, 1: positions}
-    width = run_model(model.get_encoder(), inputs[encoded.main])[0].shape[-1]  # type: ignore[operator]
-    inputs[STATES] = torch.zeros(decoded, _POSITIONS, width, dtype=encoded.cross.dtype, device=device)
+    decoded_rows, rows = inputs["decoder_input_ids"].shape[0], shapes["decoder_input_ids"][0]
+    inputs[description.main_input_name] = description.example_input(_ENCODED_ROWS, device, first.dtype)
+    shapes[description.main_input_name] = (
+        {0: encoded_rows} if description.feature_shape else {0: encoded_rows, 1: source_length}
+    )
+    if not description.feature_shape:
+        inputs["attention_mask"] = torch.ones(_ENCODED_ROWS, _SOURCE_LENGTH, dtype=torch.int64, device=device)
+        shapes["attention_mask"] = {0: encoded_rows, 1: source_length}
+        inputs[STATES_MASK] = torch.ones(decoded_rows, _STATES_LENGTH, dtype=torch.int64, device=device)
+        shapes[STATES_MASK] = {0: rows, 1: positions}
+    width = run_model(model.get_encoder(), inputs[description.main_input_name])[0].shape[-1]  # type: ignore[operator]
+    inputs[STATES] = torch.zeros(
+        decoded_rows, _STATES_LENGTH, width, dtype=description.cross_layout.dtype, device=device
+    )
     shapes[STATES] = {0: rows, 1: positions}
-    for name, shape in zip(encoded.cross.names, encoded.cross.shapes(decoded, _POSITIONS), strict=True):
-        inputs[name] = torch.zeros(shape, dtype=encoded.cross.dtype, device=device)
+    for name, shape in zip(
+        description.cross_layout.names, description.cross_layout.shapes(decoded_rows, _STATES_LENGTH), strict=True
+    ):
+        inputs[name] = torch.zeros(shape, dtype=description.cross_layout.dtype, device=device)
         shapes[name] = {0: rows, 2: positions}
-    return Step(inputs, shapes)
+    return StepExample(inputs, shapes)
 
 
-def _crossing(tensors: list[Tensor]) -> Any:
+def _cross_attention_cache(tensors: list[Tensor]) -> Any:
     from transformers.cache_utils import Cache
 
-    return Cache(layers=[_layer_class()(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)])
+    return Cache(layers=[_cross_layer_class()(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)])
 
 
-def _both(own: Any, cross: Any) -> Any:
+def _encoder_decoder_cache(self_cache: Any, cross_cache: Any) -> Any:
     from transformers.cache_utils import EncoderDecoderCache
 
-    return EncoderDecoderCache(own, cross)
+    return EncoderDecoderCache(self_cache, cross_cache)
 
 
 @cache
-def _layer_class() -> type:
+def _cross_layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class CrossLayer(DynamicLayer):
@@ -165,11 +185,11 @@ def _layer_class() -> type:
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
-            self.held, self.made = (keys, values), (keys, values)
+            self.given_tensors, self.new_tensors = (keys, values), (keys, values)
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            self.made = key_states, value_states
-            return self.held
+            self.new_tensors = key_states, value_states
+            return self.given_tensors
 
         def get_seq_length(self) -> int:
             return 0  # so that the model computes its own keys and values

@@ -14,48 +14,51 @@ from typing import Any
 
 import torch
 
-from adaptc.errors import ConfigError, shown
+from adaptc.errors import ConfigError, short_repr
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method
-from adaptc.passes.protocol.method_hooks import OptionPlace, Slot
+from adaptc.passes.protocol.method_hooks import SiteDescription, Slot
 
 #: bytes of memory that are assumed to be free always
-SMALL = 2**28
+ALWAYS_FREE_BYTES = 2**28
 #: bytes of memory that are assumed where the system does not say how much there is
-_UNKNOWN = 2**43
+_UNKNOWN_MEMORY_BYTES = 2**43
 
 
-def check_sizes(config: Any, sites: Iterable[tuple[OptionPlace, Method, Op]]) -> None:
+def check_sizes(config: Any, sites: Iterable[tuple[SiteDescription, Method, Op]]) -> None:
     """Raise ConfigError where the slots of ``sites`` are larger than memory, naming the option and the slot.
 
     Sizes are counted in float32, in which first values are drawn. A shared slot counts once.
     """
-    total, limit, shared = 0, SMALL, set()
+    total_bytes, limit_bytes, seen_shared = 0, ALWAYS_FREE_BYTES, set()
     known: dict[tuple[Method, Op], Mapping[str, Slot]] = {}  # most layers of a model are alike
     for place, method, op in sites:
         slots = known.get((method, op)) or known.setdefault((method, op), method.slots(op))
         for name, slot in slots.items():
             if any(n < 0 for n in slot.shape):
-                raise ConfigError(f"{_options(config, op)}: {name!r} of {place.key!r} would have shape {slot.shape}")
-            if slot.shared and (name, slot.shape) in shared:
-                continue
-            shared.add((name, slot.shape))
-            total += _bytes(slot)
-            if total > limit == SMALL:
-                limit = max(SMALL, _memory())
-            if total > limit:
                 raise ConfigError(
-                    f"{_options(config, op)}: {name!r} of the layer {place.key!r}, whose weight is {tuple(op.shape)}, "
-                    f"would have shape {slot.shape}, and the adapter takes {total / 2**30:,.0f} GiB up to it; there "
-                    f"are {limit / 2**30:,.0f} GiB of memory here. Choose smaller sizes, or adapt fewer layers."
+                    f"{_describe_options(config, op)}: {name!r} of {place.key!r} would have shape {slot.shape}"
+                )
+            if slot.shared and (name, slot.shape) in seen_shared:
+                continue
+            seen_shared.add((name, slot.shape))
+            total_bytes += _slot_bytes(slot)
+            if total_bytes > limit_bytes == ALWAYS_FREE_BYTES:
+                limit_bytes = max(ALWAYS_FREE_BYTES, _available_bytes())
+            if total_bytes > limit_bytes:
+                raise ConfigError(
+                    f"{_describe_options(config, op)}: {name!r} of the layer {place.key!r}, whose weight is "
+                    f"{tuple(op.shape)}, would have shape {slot.shape}, and the adapter takes "
+                    f"{total_bytes / 2**30:,.0f} GiB up to it; there are {limit_bytes / 2**30:,.0f} GiB of memory "
+                    "here. Choose smaller sizes, or adapt fewer layers."
                 )
 
 
-def _bytes(slot: Slot) -> int:
+def _slot_bytes(slot: Slot) -> int:
     return prod(slot.shape) * max(4, 1 if slot.dtype is None else slot.dtype.itemsize)
 
 
-def _options(config: Any, op: Op) -> str:
+def _describe_options(config: Any, op: Op) -> str:
     """Return the config's name with the sizes that are probably to blame, for a message.
 
     They are the integers that are larger than the layer and not tiny beside the largest one; without any, all of them.
@@ -68,17 +71,17 @@ def _options(config: Any, op: Op) -> str:
                 found[f"{name}[{key!r}]" if key else name] = v
     least = max(max(op.shape, default=0), max(found.values(), default=0) // 1000)
     large = {n: v for n, v in found.items() if v > least} or found
-    listed = ", ".join(f"{n}={shown(v)}" for n, v in list(large.items())[:8])
+    listed = ", ".join(f"{n}={short_repr(v)}" for n, v in list(large.items())[:8])
     return f"{type(config).__name__} with {listed}" if listed else type(config).__name__
 
 
-def _memory() -> int:
+def _available_bytes() -> int:
     """Return the bytes of free main memory, at most the limit of this process's control group, plus all GPU memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, StopIteration):
-        return _UNKNOWN
+        return _UNKNOWN_MEMORY_BYTES
     with contextlib.suppress(OSError, ValueError):  # "max", or no such group
         found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     if torch.cuda.is_available():

@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor
 
-from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
-from adaptc.methods._shared.default_targets import adapts_defaults, defaults
-from adaptc.methods._shared.method_parts import MethodPart, Written
+from adaptc.errors import MAX_LISTED, AdaptcWarning, ConfigError, nearest, short_repr
+from adaptc.methods._shared.default_targets import adds_default_modules, default_modules
+from adaptc.methods._shared.method_parts import AdapterContent, ExpertAdapter
 from adaptc.methods._shared.model_facts import ModelFacts
-from adaptc.methods._shared.name_patterns import MANY, matches_pattern, value_table
-from adaptc.methods._shared.union_configs import united
+from adaptc.methods._shared.name_patterns import MAX_KEYS, default_and_pattern, matches_pattern
+from adaptc.methods._shared.union_configs import union_target_fields
 from adaptc.passes.protocol.method import Method
-from adaptc.value_types import fitting, table
+from adaptc.value_types import field_rules, validate_option
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -34,9 +34,9 @@ class AdapterConfig:
     #: PEFT's name for the method in files
     peft_type: ClassVar[str] = ""
     #: fields that PEFT has and adaptc does not support: field -> why; refused when set to anything but the default
-    refused: ClassVar[Mapping[str, str]] = {}
+    unsupported_fields: ClassVar[Mapping[str, str]] = {}
     #: attributes that are no fields because no file can hold them: functions
-    unsaved: ClassVar[tuple[str, ...]] = ()
+    unsaved_attributes: ClassVar[tuple[str, ...]] = ()
     #: the field that holds a module's scale times its rank; '' for methods that no file of another format holds
     alpha_field: ClassVar[str] = ""
 
@@ -52,25 +52,25 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, why = getattr(self, f.name), self.refused.get(f.name)
-            if why is None or value is None or (type(value) is type(default_of(f)) and value == default_of(f)):
+            value, why = getattr(self, f.name), self.unsupported_fields.get(f.name)
+            if why is None or value is None or (type(value) is type(field_default(f)) and value == field_default(f)):
                 continue
             raise ConfigError(
-                f"{type(self).__name__}.{f.name}={shown(value)} is not supported: {why}. "
-                f"Leave {f.name} at its default ({default_of(f)!r})."
+                f"{type(self).__name__}.{f.name}={short_repr(value)} is not supported: {why}. "
+                f"Leave {f.name} at its default ({field_default(f)!r})."
             )
         self.check_types()
         if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(f"task_type={shown(self.task_type)} is not one of {', '.join(TASK_TYPES)}")
+            raise ConfigError(f"task_type={short_repr(self.task_type)} is not one of {', '.join(TASK_TYPES)}")
 
     def check_types(self) -> None:
         """Convert each field to the type of its annotation; raise ConfigError where that cannot be done.
 
         The rules are in ``adaptc.value_types``.
         """
-        for name, rule in table(type(self)).items():
+        for name, rule in field_rules(type(self)).items():
             value = getattr(self, name)
-            new = fitting(f"{type(self).__name__}.{name}", rule, value)
+            new = validate_option(f"{type(self).__name__}.{name}", rule, value)
             if new is not value:
                 setattr(self, name, new)
 
@@ -98,19 +98,19 @@ class AdapterConfig:
 
     # -- adapters made of other adapters, which have files of their own ------------------------------------------------
 
-    def parts(self) -> Mapping[str, str]:
+    def expert_paths(self) -> Mapping[str, str]:
         """Return the adapters that must be read before this one is complete: name -> directory; {} for none."""
         return {}
 
-    def with_parts(
-        self, parts: Sequence[MethodPart], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
+    def with_experts(
+        self, experts: Sequence[ExpertAdapter], tensors: Mapping[str, Tensor] | None, tensor_names: Sequence[str]
     ) -> tuple[Self, dict[str, Tensor]]:
-        """Return this config completed with its :meth:`parts`, and the tensors of the whole adapter.
+        """Return this config completed with its :meth:`expert_paths`, and the tensors of the whole adapter.
 
-        ``tensors``: the tensors of its own file, None for a new adapter. ``order``: the names of the model's tensors,
-        in the model's order. Raises ConfigError or CheckpointError for parts that do not fit together.
+        ``tensors``: the tensors of its own file, None for a new adapter. ``tensor_names``: the names of the model's
+        tensors, in the model's order. Raises ConfigError or CheckpointError for experts that do not fit together.
         """
-        raise AssertionError(f"{type(self).__name__} has no with_parts()")
+        raise AssertionError(f"{type(self).__name__} has no with_experts()")
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         """Return this config for an adapter with these ranks; the config itself where it cannot express them.
@@ -127,7 +127,7 @@ class AdapterConfig:
             out[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
         return out
 
-    def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
+    def adapters_to_write(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, AdapterContent]:
         """Return the adapters that files hold for this one: subdirectory -> (content of the config, tensors).
 
         ``tensors``: the tensors of the whole adapter, by bare keys. ``directory``: where the files will be. The
@@ -135,9 +135,9 @@ class AdapterConfig:
         """
         return {"": (self.to_dict(), tensors)}
 
-    def said(self) -> dict[str, Any]:
+    def non_default_fields(self) -> dict[str, Any]:
         """Return :meth:`to_dict` without the fields that are at their default."""
-        usual = {f.name: default_of(f) for f in fields(self)}
+        usual = {f.name: field_default(f) for f in fields(self)}
         return {k: v for k, v in self.to_dict().items() if k not in usual or v != usual[k]}
 
     @classmethod
@@ -147,24 +147,26 @@ class AdapterConfig:
         Keys that are no fields are dropped with a warning that names them. Raises ConfigError for a key that is no
         string, and for the constructor's reasons.
         """
-        known = {f.name for f in fields(cls)}
+        field_names = {f.name for f in fields(cls)}
         odd = next((k for k in data if not isinstance(k, str)), None)
         if odd is not None:
-            raise ConfigError(f"{cls.__name__}: the names of options are strings, got {shown(odd)}")
-        unknown = sorted(k for k in data if k not in known and k != "peft_type")
+            raise ConfigError(f"{cls.__name__}: the names of options are strings, got {short_repr(odd)}")
+        unknown = sorted(k for k in data if k not in field_names and k != "peft_type")
         if unknown:
-            hints = {k: near[0] for k in unknown[:SHOWN] if (near := nearest(k, known, 1))}
+            hints = {k: near[0] for k in unknown[:MAX_LISTED] if (near := nearest(k, field_names, 1))}
             warnings.warn(
-                f"adapter config: dropping unknown {shown(unknown)} (written by a newer PEFT, or misspelled"
+                f"adapter config: dropping unknown {short_repr(unknown)} (written by a newer PEFT, or misspelled"
                 + (f"; nearest known: {hints}" if hints else "")
                 + ")",
                 AdaptcWarning,
                 stacklevel=3,
             )
-        return cls(**{k: v for k, v in data.items() if k in known})
+        return cls(**{k: v for k, v in data.items() if k in field_names})
 
     @classmethod
-    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def options_from_tensors(
+        cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
         """Return the options, other than ranks and alphas, that follow from an adapter's tensors.
 
         ``modules``: for each module its tensors by slot; ``shapes``: for each module the shape of its weight. This is
@@ -174,11 +176,11 @@ class AdapterConfig:
 
     def replace(self, **changes: Any) -> Self:
         new = dataclasses.replace(self, **changes)
-        for name in self.unsaved:
+        for name in self.unsaved_attributes:
             setattr(new, name, getattr(self, name))
         return new
 
-    def completed(self, values: Mapping[str, Any]) -> Self:
+    def with_missing_filled(self, values: Mapping[str, Any]) -> Self:
         """Return this config with ``values`` in those of its fields that are None.
 
         The constructor's checks do not run again: default values need not pass the checks made of a user's values.
@@ -190,7 +192,7 @@ class AdapterConfig:
         return new
 
 
-def default_of(f: dataclasses.Field[Any]) -> Any:
+def field_default(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
@@ -207,10 +209,10 @@ class TargetedConfig(AdapterConfig):
     #: the field with the dropout probability of the adapter's input; '' for methods without one
     dropout_field: ClassVar[str] = ""
     #: whether files have the optional fields of this class where they are not set, too
-    writes_all: ClassVar[bool] = False
+    writes_unset_fields: ClassVar[bool] = False
     #: the kind of thing that ``target_modules`` names: "matrices" to adapt, "modules" to train as a whole, or tables of
     #: which "rows" are trained
-    unit: ClassVar[str] = "matrices"
+    target_unit: ClassVar[str] = "matrices"
 
     # Some methods make fields of these options. They are not annotated, or dataclasses would make fields of them here.
     bias = cast("Any", "none")
@@ -236,9 +238,9 @@ class TargetedConfig(AdapterConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the indices to pick")
         for option, entries in self.pattern_entries().items():
-            if len(entries) > MANY:
+            if len(entries) > MAX_KEYS:
                 raise ConfigError(
-                    f"{type(self).__name__}.{option} has {len(entries)} entries, and {MANY} are the most: one "
+                    f"{type(self).__name__}.{option} has {len(entries)} entries, and {MAX_KEYS} are the most: one "
                     "expression can be for many modules"
                 )
         bias = self.bias
@@ -246,15 +248,15 @@ class TargetedConfig(AdapterConfig):
             own = f"{self.peft_type.lower()}_only"
             raise ConfigError(f"{type(self).__name__}.bias must be 'none', 'all' or {own!r}, got {bias!r}")
 
-    def resolved(self, facts: ModelFacts) -> Self:
+    def with_model_defaults(self, facts: ModelFacts) -> Self:
         """Return this config with the fields that it leaves to the model filled in, as PEFT's files have them.
 
         It is called before sites are planned, and the resolved config is the one that is saved. For a field that stays
         None, the graph is searched. A method whose defaults are not in ``_default_targets`` overrides this.
         """
-        named = self.target_parameters and not adapts_defaults(facts.model_type)
-        found = defaults(self.peft_type, facts.model_type, facts.types)
-        return self.completed({k: v for k, v in found.items() if not (named and k == "target_modules")})
+        named = self.target_parameters and not adds_default_modules(facts.model_type)
+        found = default_modules(self.peft_type, facts.model_type, facts.module_types)
+        return self.with_missing_filled({k: v for k, v in found.items() if not (named and k == "target_modules")})
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         """Return this config for an adapter with these ranks (module name, as :meth:`method` takes it, -> rank).
@@ -264,7 +266,7 @@ class TargetedConfig(AdapterConfig):
         own = {f.name for f in fields(self)}
         if "r" not in own or not ranks:
             return self
-        r, others = value_table(ranks)
+        r, others = default_and_pattern(ranks)
         values: dict[str, Any] = {"r": r}
         if "rank_pattern" in own:
             values["rank_pattern"] = others
@@ -273,19 +275,19 @@ class TargetedConfig(AdapterConfig):
             setattr(new, name, value)
         return new
 
-    def united(self, configs: Sequence[Any], names: Sequence[Sequence[str]]) -> Self:
+    def with_all_targets(self, configs: Sequence[Any], names: Sequence[Sequence[str]]) -> Self:
         """Return this config, the first of ``configs``, with fields that choose the sites of all of them.
 
         ``names``: for each config the names of its modules. All configs are of this class.
         """
         new = copy.copy(self)
-        for name, value in united(configs, names).items():
+        for name, value in union_target_fields(configs, names).items():
             setattr(new, name, value)
         return new
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        if self.writes_all:
+        if self.writes_unset_fields:
             return out
         optional = [f.name for f in fields(TargetedConfig)[len(fields(AdapterConfig)) :] if f.name != "target_modules"]
         return {k: v for k, v in out.items() if v is not None or k not in optional}

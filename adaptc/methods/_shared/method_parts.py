@@ -1,4 +1,4 @@
-"""Hold what is read and written of the adapters of which another adapter is made, each with files of its own."""
+"""Hold what is read and written of the expert adapters of which another adapter is made, each with files of its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 #: an adapter to write: the content of its config as files have it, and its tensors by bare keys
-Written = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+AdapterContent = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class MethodPart:
-    """An adapter that was read as a part of another one.
+class ExpertAdapter:
+    """A LoRA adapter that was read as an expert of another adapter.
 
     ``config``: an AdapterConfig. ``tensors``: by bare keys. ``source``: its name in messages.
     """

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from adaptc.errors import SHOWN, Tell, and_more, did_you_mean, refuse_entry
-from adaptc.patterns import Pattern, compiled
+from adaptc.errors import MAX_LISTED, EntryHandler, and_more, did_you_mean, refuse_entry
+from adaptc.patterns import Pattern, compile_pattern
 
 T = TypeVar("T")
 V = TypeVar("V")
 
 #: the number of keys below which all are tried one by one, and the most keys a table may have; no model has as many
 #: modules
-FEW, MANY = 64, 100_000
+FEW_KEYS, MAX_KEYS = 64, 100_000
 
-_PLAIN = re.compile(r"(?:[\w.]|\\\.)+")
+_LITERAL_NAME = re.compile(r"(?:[\w.]|\\\.)+")
 
 
 def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
@@ -36,22 +36,22 @@ def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
     """
     if not pattern:
         return default
-    keys = pattern if len(pattern) < FEW else _likely(tuple(pattern), name)
+    keys = pattern if len(pattern) < FEW_KEYS else _candidate_keys(tuple(pattern), name)
     return next((pattern[key] for key in keys if matches_pattern(key, name)), default)
 
 
 @lru_cache(maxsize=8)
-def _by_ending(keys: tuple[str, ...]) -> Mapping[str, Sequence[int]]:
+def _group_by_ending(keys: tuple[str, ...]) -> Mapping[str, Sequence[int]]:
     """Return the indices of the keys by the literal ending that a name must have to match them."""
     out: dict[str, list[int]] = {}
     for i, key in enumerate(keys):
-        out.setdefault(_ending(key), []).append(i)
+        out.setdefault(_literal_ending(key), []).append(i)
     return out
 
 
-def _likely(keys: tuple[str, ...], name: str) -> list[str]:
+def _candidate_keys(keys: tuple[str, ...], name: str) -> list[str]:
     """Return the keys that may match ``name``, in order: a table with a key for each layer has thousands."""
-    places = _by_ending(keys)
+    places = _group_by_ending(keys)
     return [keys[i] for i in sorted(i for start in range(len(name) + 1) for i in places.get(name[start:], ()))]
 
 
@@ -63,12 +63,12 @@ def unused_patterns(
     ``matches(key, name)``: the option's rule, where it is not that of ``rank_pattern``.
     """
     names = list(names)
-    if matches is not None or len(pattern or {}) < FEW:
+    if matches is not None or len(pattern or {}) < FEW_KEYS:
         return [key for key in pattern or {} if not any((matches or matches_pattern)(key, n) for n in names)]
     keys = tuple(pattern or {})
     left = dict.fromkeys(keys)
     for name in names:
-        for key in _likely(keys, name):
+        for key in _candidate_keys(keys, name):
             if key in left and matches_pattern(key, name):
                 del left[key]
     return list(left)
@@ -79,7 +79,7 @@ def check_patterns(
     pattern: Mapping[str, object] | None,
     names: Sequence[str],
     matches: Callable[[str, str], bool] | None = None,
-    tell: Tell = refuse_entry,
+    tell: EntryHandler = refuse_entry,
 ) -> None:
     """Call ``tell`` with a message where a key of ``pattern`` matches no adapted module; by default, raise TargetError.
 
@@ -88,11 +88,11 @@ def check_patterns(
     """
     unused = unused_patterns(pattern, names, matches)
     if unused:
-        hints = [f"{key!r} matches no adapted module{did_you_mean(key, names)}" for key in unused[:SHOWN]]
+        hints = [f"{key!r} matches no adapted module{did_you_mean(key, names)}" for key in unused[:MAX_LISTED]]
         tell(f"{option}: " + "; ".join(hints) + and_more(unused))
 
 
-def value_table(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
+def default_and_pattern(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
     """Return the most frequent of ``values`` (module name -> value), and PEFT's table of the other values.
 
     In that table the first key that matches the end of a name wins, so longer names come first. A module with the most
@@ -100,47 +100,49 @@ def value_table(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
     """
     (most, _), *_ = Counter(values.values()).most_common(1)
     others = {m for m, v in values.items() if v != most}
-    keys = sorted((m for m in values if m in others or any(end in others for end in endings(m))), key=len, reverse=True)
+    keys = sorted(
+        (m for m in values if m in others or any(end in others for end in proper_suffixes(m))), key=len, reverse=True
+    )
     return most, {re.escape(m): values[m] for m in keys}
 
 
-def endings(module: str) -> list[str]:
+def proper_suffixes(module: str) -> list[str]:
     """Return the parts of ``module`` that start behind one of its dots, longest first, without the whole name."""
     pieces = module.split(".")
     return [".".join(pieces[i:]) for i in range(1, len(pieces))]
 
 
-def _ending(key: str) -> str:
-    return key.rpartition(".")[2] if _PLAIN.fullmatch(key) else ""
+def _literal_ending(key: str) -> str:
+    return key.rpartition(".")[2] if _LITERAL_NAME.fullmatch(key) else ""
 
 
 @lru_cache(maxsize=65536)
-def _pattern_rule(key: str) -> tuple[str, Pattern | re.Pattern[str]]:
+def _compile_key(key: str) -> tuple[str, Pattern | re.Pattern[str]]:
     """Return a literal ending that every matching name has, a cheap first test, and the regular expression of a key."""
-    return _ending(key), compiled("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
+    return _literal_ending(key), compile_pattern("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
 
 
 def matches_pattern(key: str, name: str) -> bool:
     """Return whether a key of ``rank_pattern`` or ``alpha_pattern`` matches the module ``name``."""
-    ending, regex = _pattern_rule(key)
+    ending, regex = _compile_key(key)
     return name.endswith(ending) and regex.match(name) is not None
 
 
-def dotted_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
+def dotted_pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
     """Return the value of the first key that matches the module ``name`` by the dotted rule, else ``default``.
 
     Raises ConfigError for a key that is no valid expression.
     """
     pattern = pattern or {}
-    key = next((k for k in pattern if _rule(k).match(name)), name)
+    key = next((k for k in pattern if _compile_dotted_key(k).match(name)), name)
     return pattern.get(key, default)
 
 
-def dotted_match(key: str, name: str) -> bool:
+def matches_dotted_pattern(key: str, name: str) -> bool:
     """Return whether a key matches the module ``name`` by the dotted rule, or is the whole name."""
-    return key == name or _rule(key).match(name) is not None
+    return key == name or _compile_dotted_key(key).match(name) is not None
 
 
 @lru_cache(maxsize=4096)
-def _rule(key: str) -> Pattern | re.Pattern[str]:
-    return compiled("n_frequency_pattern or block_size_pattern", rf".*\.{key}$", key)
+def _compile_dotted_key(key: str) -> Pattern | re.Pattern[str]:
+    return compile_pattern("n_frequency_pattern or block_size_pattern", rf".*\.{key}$", key)

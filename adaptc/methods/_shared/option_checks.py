@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import AdaptcWarning, ConfigError, TargetError, shown
+from adaptc.errors import AdaptcWarning, ConfigError, TargetError, short_repr
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method
 
 
-def check_integers(config: Any, values: Mapping[str, Any], least: int = 1) -> None:
-    """Raise ConfigError where one of ``values`` (option -> integer) is less than ``least``."""
-    what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+def check_integers(config: Any, values: Mapping[str, Any], minimum: int = 1) -> None:
+    """Raise ConfigError where one of ``values`` (option -> integer) is less than ``minimum``."""
+    what = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
     for name, value in values.items():
-        if value < least:
+        if value < minimum:
             raise ConfigError(f"{type(config).__name__}.{name} must be {what}, got {value!r}")
 
 
@@ -34,31 +34,31 @@ def check_ranks(config: Any) -> None:
     check_integers(config, {"r": config.r, **patterns})
 
 
-def check_probability(config: Any, *options: str, certain: bool = False) -> None:
-    """Raise ConfigError where one of ``options`` is no probability. ``certain``: whether it may be 1."""
+def check_probability(config: Any, *options: str, allow_one: bool = False) -> None:
+    """Raise ConfigError where one of ``options`` is no probability. ``allow_one``: whether it may be 1."""
     for option in options:
         value = getattr(config, option)
-        if not 0.0 <= value <= 1.0 or (value == 1.0 and not certain):
+        if not 0.0 <= value <= 1.0 or (value == 1.0 and not allow_one):
             raise ConfigError(
-                f"{type(config).__name__}.{option} must lie in {'[0, 1]' if certain else '[0, 1)'}, got {value!r}"
+                f"{type(config).__name__}.{option} must lie in {'[0, 1]' if allow_one else '[0, 1)'}, got {value!r}"
             )
 
 
-def tell_unused(config: Any, options: Collection[str], why: str) -> None:
-    """Warn of each of ``options`` that is set and has no effect; ``why`` ends the message.
+def warn_unused(config: Any, options: Collection[str], reason: str) -> None:
+    """Warn of each of ``options`` that is set and has no effect; ``reason`` ends the message.
 
     It is no error, since files of PEFT may set these options. The warning names the caller of the config's constructor.
     """
     usual = {f.name: f.default for f in fields(config)}
-    said = [f"{n}={shown(getattr(config, n))}" for n in options if getattr(config, n) != usual[n]]
+    said = [f"{n}={short_repr(getattr(config, n))}" for n in options if getattr(config, n) != usual[n]]
     if said:
-        warnings.warn(f"{type(config).__name__}: {', '.join(said)} has no effect {why}", AdaptcWarning, stacklevel=4)
+        warnings.warn(f"{type(config).__name__}: {', '.join(said)} has no effect {reason}", AdaptcWarning, stacklevel=4)
 
 
-def check_bias(config: Any, only: str) -> None:
-    """Raise ConfigError where ``bias`` is not one of "none", "all" and ``only``."""
-    if config.bias not in ("none", "all", only):
-        raise ConfigError(f"{type(config).__name__}.bias must be 'none', 'all' or {only!r}, got {config.bias!r}")
+def check_bias(config: Any, own_value: str) -> None:
+    """Raise ConfigError where ``bias`` is not one of "none", "all" and ``own_value``."""
+    if config.bias not in ("none", "all", own_value):
+        raise ConfigError(f"{type(config).__name__}.bias must be 'none', 'all' or {own_value!r}, got {config.bias!r}")
 
 
 def check_matrix(method: str, op: Op) -> None:
@@ -67,12 +67,12 @@ def check_matrix(method: str, op: Op) -> None:
         raise TargetError(f"{method} needs a weight with two axes or more, and this one has shape {op.shape}")
 
 
-def drops(method: Method, op: Op) -> bool:
+def applies_dropout(method: Method, op: Op) -> bool:
     """Return whether ``method`` applies dropout to the input of ``op``. An embedding's input is indices: no dropout."""
     return method.drops_input() and op.kind != "embedding"
 
 
-def adapter_input(method: Method, op: Op, x: Tensor, dtype: torch.dtype) -> Tensor:
+def prepare_adapter_input(method: Method, op: Op, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the layer's input in ``dtype``, the adapter's, with the method's dropout in training."""
-    x = op.as_input(x, dtype)
-    return F.dropout(x, method.dropout, training=True) if drops(method, op) else x
+    x = op.cast_input(x, dtype)
+    return F.dropout(x, method.dropout, training=True) if applies_dropout(method, op) else x

@@ -15,11 +15,11 @@ from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import AdapterConfig
 from adaptc.methods._shared.model_facts import ModelFacts
 from adaptc.methods._shared.option_checks import check_integers
-from adaptc.passes.analysis.attention.attention_for_prefixes import Attentions
+from adaptc.passes.analysis.attention.attention_for_prefixes import SelfAttentions
 from adaptc.passes.protocol.program_method import ProgramMethod
 
 #: field -> its names in the configs of models, in the order in which PEFT tries them
-_SIZES: Mapping[str, tuple[str, ...]] = {
+_MODEL_CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
@@ -35,10 +35,10 @@ class ProgramConfig(AdapterConfig):
 
     #: the fields of an example config: those that have no default
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"num_virtual_tokens": 5},)
-    #: whether :meth:`resolved` needs the program's attentions
+    #: whether :meth:`with_model_defaults` needs the program's attentions
     reads_attentions: ClassVar[bool] = False
     #: whether the method supports models with an encoder and a decoder
-    takes_encoders: ClassVar[bool] = True
+    supports_encoders: ClassVar[bool] = True
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -61,38 +61,40 @@ class ProgramConfig(AdapterConfig):
     def method(self, name: str, kind: str) -> ProgramMethod:
         raise AssertionError(f"{type(self).__name__} must define method()")
 
-    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
+    def with_model_defaults(
+        self, facts: ModelFacts, embedding_dim: int, attentions: SelfAttentions | None = None
+    ) -> Self:
         """Return this config with the fields that it leaves to the model filled in, as PEFT's files have them.
 
-        ``width``: the width of the program's token embedding. ``found``: the program's attentions, None unless
-        :attr:`reads_attentions`. Raises ConfigError where a field contradicts the program.
+        ``embedding_dim``: the width of the program's token embedding. ``attentions``: the program's attentions, None
+        unless :attr:`reads_attentions`. Raises ConfigError where a field contradicts the program.
         """
-        if self.token_dim not in (None, width):
+        if self.token_dim not in (None, embedding_dim):
             raise ConfigError(
                 f"{type(self).__name__}.token_dim={self.token_dim}, and the token embedding of this program has rows "
-                f"of {width}: leave it out"
+                f"of {embedding_dim}: leave it out"
             )
-        both = self.takes_encoders and self.task_type == "SEQ_2_SEQ_LM"
-        values: dict[str, Any] = {"token_dim": width, "num_transformer_submodules": 2 if both else 1}
-        for option, names in _SIZES.items():
+        both = self.supports_encoders and self.task_type == "SEQ_2_SEQ_LM"
+        values: dict[str, Any] = {"token_dim": embedding_dim, "num_transformer_submodules": 2 if both else 1}
+        for option, names in _MODEL_CONFIG_NAMES.items():
             known = (v for n in names if isinstance(v := getattr(facts.config, n, None), int))
             values[option] = next(known, None)
-        return self.completed(values)
+        return self.with_missing_filled(values)
 
-    def check_sides(self, encodes: bool) -> None:
+    def check_stacks(self, has_encoder: bool) -> None:
         """Raise ConfigError where this resolved config has rows for more stacks than the program has.
 
-        ``encodes``: whether the program has an encoder and a decoder.
+        ``has_encoder``: whether the program has an encoder and a decoder.
         """
-        if self.num_transformer_submodules not in ((1, 2) if encodes and self.takes_encoders else (1,)):
-            has = "an encoder and a decoder" if encodes else "one stack"
+        if self.num_transformer_submodules not in ((1, 2) if has_encoder and self.supports_encoders else (1,)):
+            has = "an encoder and a decoder" if has_encoder else "one stack"
             raise ConfigError(
                 f"{type(self).__name__}.num_transformer_submodules={self.num_transformer_submodules} is not supported "
                 f"for a model of {has}: leave it out, and task_type='SEQ_2_SEQ_LM' where there is no encoder"
             )
 
     @property
-    def sides(self) -> int:
+    def num_stacks(self) -> int:
         return self.num_transformer_submodules or 1
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 #: PEFT's type name -> why it is refused, and what to do instead
-REFUSED: Mapping[str, str] = {
+UNSUPPORTED_METHODS: Mapping[str, str] = {
     "SHADOW": (
         "its adapter is a second decoder, of the base's own class, which runs in front of the base in every call, with "
         "a cache of its own in generation, and whose state then goes from block to block. An adapter here is tensors "

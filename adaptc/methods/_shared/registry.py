@@ -15,9 +15,9 @@ from typing import Any
 from adaptc.errors import ConfigError, nearest
 from adaptc.methods._shared.config import AdapterConfig
 from adaptc.methods._shared.program_config import ProgramConfig
-from adaptc.methods._shared.refused import REFUSED
+from adaptc.methods._shared.refused import UNSUPPORTED_METHODS
 from adaptc.passes.protocol.method import Method
-from adaptc.passes.protocol.program_method import PLACES, ProgramMethod
+from adaptc.passes.protocol.program_method import PROGRAM_VALUES, ProgramMethod
 
 #: peft_type -> "module:ConfigClass"
 CONFIGS: dict[str, str] = {
@@ -88,18 +88,18 @@ METHODS: dict[str, str] = {
     "cartridge": "adaptc.methods.prompt.cartridge:Cartridge",
     "cpt": "adaptc.methods.prompt.cpt:Cpt",
     "adaption_prompt": "adaptc.methods.prompt.adaption_prompt:AdaptionPrompt",
-    "stacked": "adaptc.methods._shared.stacked:Stacked",
-    "whole": "adaptc.methods._shared.saved_modules:Whole",
+    "stacked": "adaptc.methods._shared.stacked:PerExpertMethod",
+    "whole": "adaptc.methods._shared.saved_modules:TrainedParameter",
     "trainable_tokens": "adaptc.methods._shared.saved_modules:TokenRows",
 }
 
 #: the group of entry points through which other distributions add methods
-GROUP = "adaptc.methods"
+ENTRY_POINT_GROUP = "adaptc.methods"
 
 #: "module:Class" -> a registered class, which need not be importable by name (it may be local to a script)
-_registered: dict[str, Any] = {}
+_registered_classes: dict[str, Any] = {}
 #: not empty once the entry points were loaded
-_searched: list[bool] = []
+_entry_points_loaded: list[bool] = []
 
 
 def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
@@ -113,7 +113,7 @@ def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
     Raises ConfigError for a name that is taken or missing. So it does for a method that lacks ``slots``, or has neither
     ``weight`` nor a form around a layer. :func:`adaptc.check_method` tests what a method computes.
     """
-    _check_defined(config, method)
+    _check_classes(config, method)
     kind, name = config.peft_type, method.name
     if not kind or kind != kind.upper() or not name:
         raise ConfigError(
@@ -121,14 +121,14 @@ def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
             f"found {kind!r} and {name!r}"
         )
     for table, key, cls in ((CONFIGS, kind, config), (METHODS, name, method)):
-        if key in table and table[key] != _path(cls):
+        if key in table and table[key] != _class_path(cls):
             raise ConfigError(f"{key!r} is the name of {table[key]!r} already; choose another")
     for table, key, cls in ((CONFIGS, kind, config), (METHODS, name, method)):
-        table[key] = _path(cls)
-        _registered[table[key]] = cls
+        table[key] = _class_path(cls)
+        _registered_classes[table[key]] = cls
 
 
-def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
+def _check_classes(config: type[AdapterConfig], method: type[Method]) -> None:
     needs = (
         (config, AdapterConfig, "TargetedConfig", "@dataclass"),
         (method, Method, "Method", "@dataclass(frozen=True)"),
@@ -143,10 +143,10 @@ def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
                 f"{method.__name__}.{f.name} is a function of the protocol: call the field something else"
             )
 
-    def has(name: str) -> bool:
+    def is_overridden(name: str) -> bool:
         return getattr(method, name) is not getattr(Method, name)
 
-    if not has("slots"):
+    if not is_overridden("slots"):
         raise ConfigError(f"{method.__name__} must define slots(op), its tensors at a site")
     if issubclass(method, ProgramMethod) != issubclass(config, ProgramConfig):
         raise ConfigError(
@@ -154,9 +154,11 @@ def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
             "from adaptc.ProgramConfig"
         )
     if issubclass(method, ProgramMethod):
-        if not any(getattr(method, n) is not getattr(ProgramMethod, n) for n in (*PLACES, "prompt")):
-            raise ConfigError(f"{method.__name__} must define what it makes of a place: {', '.join(PLACES)}")
-    elif not (has("weight") or has("apply") or has("input")):
+        if not any(getattr(method, n) is not getattr(ProgramMethod, n) for n in (*PROGRAM_VALUES, "prompt")):
+            raise ConfigError(
+                f"{method.__name__} must define what it makes of a program value: {', '.join(PROGRAM_VALUES)}"
+            )
+    elif not (is_overridden("weight") or is_overridden("apply") or is_overridden("input")):
         raise ConfigError(
             f"{method.__name__} must define weight(op, W, slots, scale), what it makes of a weight; or, if it means "
             "something for activations alone, apply() or input()"
@@ -166,41 +168,41 @@ def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
 def check_registered(method: Method) -> None:
     """Raise ConfigError for a method that is not registered: a program with it could be saved, but never loaded."""
     inner = method.options().get("method") if method.name == "stacked" else method.name
-    if _find(METHODS, str(inner)) is None or _find(METHODS, method.name) is None:
+    if _find_path(METHODS, str(inner)) is None or _find_path(METHODS, method.name) is None:
         raise ConfigError(
             f"the method {inner!r} ({type(method).__name__}) is not registered, so nothing that is saved with it could "
             "be loaded: call adaptc.register_method(YourConfig, YourMethod) first"
         )
-    if _load(METHODS[method.name]) is not type(method):
+    if _load_class(METHODS[method.name]) is not type(method):
         raise ConfigError(
             f"{method.name!r} is the name of {METHODS[method.name]!r}, and this is another class of that name: "
             "register it, or give it a name of its own"
         )
 
 
-def is_own(method: Method) -> bool:
+def is_builtin(method: Method) -> bool:
     """Return whether ``method`` is one of adaptc's own, which adaptc's tests cover at every kind of layer."""
-    path = _path(type(method))
-    return METHODS.get(method.name) == path and path not in _registered
+    path = _class_path(type(method))
+    return METHODS.get(method.name) == path and path not in _registered_classes
 
 
 def config_class(peft_type: str) -> type[AdapterConfig]:
     """Return the config class for a ``peft_type`` as files have it; raise ConfigError for an unknown or refused one."""
     kind = peft_type.rpartition(".")[2].upper()
-    path = _find(CONFIGS, kind)
-    if path is None and kind in REFUSED:
-        raise ConfigError(f"peft_type {kind!r} is not supported: {REFUSED[kind]}.")
+    path = _find_path(CONFIGS, kind)
+    if path is None and kind in UNSUPPORTED_METHODS:
+        raise ConfigError(f"peft_type {kind!r} is not supported: {UNSUPPORTED_METHODS[kind]}.")
     if path is None:
         raise ConfigError(
             f"peft_type {peft_type!r} is not supported; supported are {', '.join(sorted(CONFIGS))}. A method of your "
             "own is known once its module was imported and called adaptc.register_method"
         )
-    return _load(path)
+    return _load_class(path)
 
 
-def method_of(data: Mapping[str, Any]) -> Method:
+def method_from_dict(data: Mapping[str, Any]) -> Method:
     """Return the method named ``data["method"]`` in files, with ``data["options"]``; raise ConfigError if unknown."""
-    path = _find(METHODS, data["method"])
+    path = _find_path(METHODS, data["method"])
     if path is None:
         close = nearest(data["method"], METHODS, 1)
         raise ConfigError(
@@ -208,26 +210,26 @@ def method_of(data: Mapping[str, Any]) -> Method:
             + (f" (nearest: {close[0]!r})" if close else "")
             + ". Import the module that calls adaptc.register_method for it first; on the command line: --import FILE"
         )
-    return _load(path).from_options(data["options"])
+    return _load_class(path).from_options(data["options"])
 
 
-def _path(cls: type) -> str:
+def _class_path(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _find(table: Mapping[str, str], key: str) -> str | None:
-    if key not in table and not _searched:
-        _searched.append(True)
-        for point in importlib.metadata.entry_points(group=GROUP):
+def _find_path(table: Mapping[str, str], key: str) -> str | None:
+    if key not in table and not _entry_points_loaded:
+        _entry_points_loaded.append(True)
+        for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
             found = point.load()
             if isinstance(found, Callable):
                 found()
     return table.get(key)
 
 
-def _load(path: str) -> Any:
-    if path in _registered:
-        return _registered[path]
+def _load_class(path: str) -> Any:
+    if path in _registered_classes:
+        return _registered_classes[path]
     module, _, name = path.partition(":")
     found = getattr(importlib.import_module(module), name)
     if path in CONFIGS.values():

@@ -16,11 +16,11 @@ from torch import Tensor
 from adaptc.errors import ConfigError, listing
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import OptionPlace
+from adaptc.passes.protocol.method_hooks import SiteDescription
 
 
 @dataclass(frozen=True)
-class Whole(Method):
+class TrainedParameter(Method):
     """A method that trains the parameter itself.
 
     ``slot``: its name in files. ``place``: the module in which the program keeps it, which may be the first part of
@@ -42,7 +42,7 @@ class Whole(Method):
     #: the module to which the tensor belongs, where it is not the site's own
     home: str = ""
 
-    def at_path(self, path: str) -> str:
+    def slot_for_path(self, path: str) -> str:
         """Return the slot of the parameter at ``path`` in a module, for a method whose ``slot`` is a common prefix."""
         return f"{self.slot}{self.submodules if '.' in path else ''}{path}"
 
@@ -53,19 +53,19 @@ class Whole(Method):
         return {self.slot: op.stored(W).detach().clone()}
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        return op.bounded(cast(op.canonical(slots[self.slot]), W.dtype))
+        return op.with_max_norm(cast(op.canonical(slots[self.slot]), W.dtype))
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {} if op.bound is None else {self.slot: op.stored(op.bounded(op.canonical(slots[self.slot])))}
+        return {} if op.max_norm is None else {self.slot: op.stored(op.with_max_norm(op.canonical(slots[self.slot])))}
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         return self
 
     def inner_path(self, rest: str) -> str:
         return rest.removeprefix(f"{self.place}.").removeprefix(self.submodules)
 
     def clash(self, other: Any) -> str:
-        return "all of it" if isinstance(other, (Whole, TokenRows)) else ""
+        return "all of it" if isinstance(other, (TrainedParameter, TokenRows)) else ""
 
     def in_place(self) -> bool:
         # PEFT trains biases where they are; only modules_to_save keep a frozen original beside them.
@@ -75,7 +75,7 @@ class Whole(Method):
         path = slot.removeprefix(f"{self.place}.").removeprefix(self.submodules)
         return ".".join(p for p in (self.home or place, self.place, adapter, path) if p)
 
-    def following(self, home: str) -> Whole:
+    def following(self, home: str) -> TrainedParameter:
         return replace(self, home=home)
 
 
@@ -97,15 +97,15 @@ class TokenRows(Method):
     scheme: bool = True
 
     @property
-    def DELTA(self) -> str:
+    def delta_slot(self) -> str:
         return f"{self.within}.trainable_tokens_delta".removeprefix(".")
 
     @property
-    def INDEX(self) -> str:
+    def index_slot(self) -> str:
         return f"{self.within}.token_indices".removeprefix(".")
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        width, vocab = self._size(op)
+        width, vocab = self._width_and_vocab(op)
         bad = [i for i in self.indices if not isinstance(i, int) or not 0 <= i < vocab]
         double = sorted({i for i in self.indices if self.indices.count(i) > 1})
         if bad or double:
@@ -114,18 +114,18 @@ class TokenRows(Method):
                 f"trainable tokens must be distinct integers from 0 to {vocab - 1}, rows of this weight; {what}"
             )
         return {
-            self.DELTA: Slot((len(self.indices), width), free=(0,), repeated=not self.within),
-            self.INDEX: Slot((len(self.indices),), free=(0,), dtype=torch.int64, trainable=False, saved=False),
+            self.delta_slot: Slot((len(self.indices), width), free=(0,), repeated=not self.within),
+            self.index_slot: Slot((len(self.indices),), free=(0,), dtype=torch.int64, trainable=False, saved=False),
         }
 
-    def _size(self, op: Op) -> tuple[int, int]:
+    def _width_and_vocab(self, op: Op) -> tuple[int, int]:
         rows = op.kind == "embedding"
         return (op.out_features, op.in_features) if rows else (op.in_features, op.out_features)
 
     def minimal(self, op: Op) -> Method:
         return replace(self, indices=(0, 1))
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         if (own := super().rebind(config, place)) is not self:
             return own
         tokens = getattr(config, "trainable_token_indices", None)
@@ -137,48 +137,50 @@ class TokenRows(Method):
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         values = self.identity(op, W, dtype)
         if not self.scheme:
-            size = (len(self.indices), self._size(op)[0])
-            values[self.DELTA] = torch.randn(size, dtype=W.dtype, generator=generator).to(dtype)
+            size = (len(self.indices), self._width_and_vocab(op)[0])
+            values[self.delta_slot] = torch.randn(size, dtype=W.dtype, generator=generator).to(dtype)
         return Initial(values)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         index = torch.tensor(self.indices, dtype=torch.int64, device=W.device)
         rows = W.t() if op.kind == "embedding" else W
-        return {self.DELTA: rows.detach()[index].to(dtype), self.INDEX: index + 1}
+        return {self.delta_slot: rows.detach()[index].to(dtype), self.index_slot: index + 1}
 
     def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        n, width = max(len(self.indices), 2), self._size(op)[0]
+        n, width = max(len(self.indices), 2), self._width_and_vocab(op)[0]
         index = torch.zeros(n, dtype=torch.int64, device=W.device)
-        return {self.DELTA: torch.zeros(n, width, dtype=dtype, device=W.device), self.INDEX: index}
+        return {self.delta_slot: torch.zeros(n, width, dtype=dtype, device=W.device), self.index_slot: index}
 
     def clash(self, other: Any) -> str:
-        if isinstance(other, Whole):
+        if isinstance(other, TrainedParameter):
             return other.clash(self)
         both = sorted({*self.indices} & {*other.indices}) if isinstance(other, TokenRows) else []
         return f"the rows {listing(both)}" if both else ""
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        delta, index = self._rows(op, W, slots), slots[self.INDEX]
+        delta, index = self._bounded_rows(op, W, slots), slots[self.index_slot]
         rows = W.t() if op.kind == "embedding" else W
         # Unused entries have index 0, and write to an extra first row that is cut off again.
         rows = torch.index_copy(torch.cat([rows[:1], rows]), 0, index, delta)[1:]
         return rows.t() if op.kind == "embedding" else rows
 
-    def _rows(self, op: Op, W: Tensor, slots: Slots) -> Tensor:
+    def _bounded_rows(self, op: Op, W: Tensor, slots: Slots) -> Tensor:
         """Return the trained rows (tokens, width) as the layer reads them: within ``max_norm`` at an embedding."""
-        delta = cast(slots[self.DELTA], W.dtype)
-        return op.bounded(delta.t()).t() if op.kind == "embedding" else delta
+        delta = cast(slots[self.delta_slot], W.dtype)
+        return op.with_max_norm(delta.t()).t() if op.kind == "embedding" else delta
 
     def has_apply(self, op: Op) -> bool:
-        scaled = op.kind == "embedding" and len(op.rest) > 1 and op.rest[1]  # gradients by how often a row is read
+        scaled = (
+            op.kind == "embedding" and len(op.other_args) > 1 and op.other_args[1]
+        )  # gradients by how often a row is read
         return op.kind in ("embedding", "linear", "addmm") and not scaled
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        delta, index = self._rows(op, W, slots), slots[self.INDEX]
+        delta, index = self._bounded_rows(op, W, slots), slots[self.index_slot]
         if op.kind == "embedding":
             match = x.unsqueeze(-1) + 1 == index
             row = delta[match.to(torch.int64).argmax(-1)]
-            padding = op.rest[0] if op.rest else -1
+            padding = op.other_args[0] if op.other_args else -1
             if padding >= 0:  # embedding gives this row no gradient
                 row = torch.where((x == padding).unsqueeze(-1), row.detach(), row)
             return torch.where(match.any(-1, keepdim=True), row, y)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.methods._shared.registry import method_of
+from adaptc.methods._shared.registry import method_from_dict
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import OptionPlace
+from adaptc.passes.protocol.method_hooks import SiteDescription
 
 
 @dataclass(frozen=True)
-class Stacked(Method):
+class PerExpertMethod(Method):
     """The method ``inner`` at each expert of a weight (experts, out, in)."""
 
     name: ClassVar[str] = "stacked"
@@ -31,14 +31,14 @@ class Stacked(Method):
     inner: Method = dataclasses.field(default_factory=Method)
 
     @classmethod
-    def of(cls, inner: Method) -> Stacked:
+    def wrap(cls, inner: Method) -> PerExpertMethod:
         return cls(inner)
 
     def rank(self) -> int | None:
         return self.inner.rank()
 
     def with_rank(self, op: Op, rank: int) -> Any:
-        inner = self.inner.with_rank(self.each(op), rank)
+        inner = self.inner.with_rank(self.expert_op(op), rank)
         return None if inner is None else replace(self, inner=inner)
 
     def moves_base(self) -> bool:
@@ -63,7 +63,7 @@ class Stacked(Method):
         return self.inner.has_weight()
 
     def check_merge(self, op: Op) -> str | None:
-        return self.inner.check_merge(self.each(op))
+        return self.inner.check_merge(self.expert_op(op))
 
     def in_place(self) -> bool:
         return self.inner.in_place()
@@ -76,13 +76,13 @@ class Stacked(Method):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        return cls(method_of(options))
+        return cls(method_from_dict(options))
 
     def structure(self) -> dict[str, Any]:
         return {"method": self.inner.name, **self.inner.structure()}
 
     @staticmethod
-    def each(op: Op) -> Op:
+    def expert_op(op: Op) -> Op:
         """Return the op of one expert's weight."""
         return Op("weight", op.shape[1:])
 
@@ -90,39 +90,39 @@ class Stacked(Method):
         def stack(s: Slot) -> Slot:
             return replace(s, shape=(op.experts, *s.shape), free=tuple(i + 1 for i in s.free))
 
-        return {n: s if s.shared else stack(s) for n, s in self.inner.slots(self.each(op)).items()}
+        return {n: s if s.shared else stack(s) for n, s in self.inner.slots(self.expert_op(op)).items()}
 
-    def _stacked(self, op: Op, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        shared = {n for n, s in self.inner.slots(self.each(op)).items() if s.shared}
-        return {n: t if n in shared else torch.stack([p[n] for p in parts]) for n, t in parts[0].items()}
+    def _stack_experts(self, op: Op, experts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        shared = {n for n, s in self.inner.slots(self.expert_op(op)).items() if s.shared}
+        return {n: t if n in shared else torch.stack([p[n] for p in experts]) for n, t in experts[0].items()}
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        parts = [self.inner.init(self.each(op), w, dtype, generator) for w in W]
+        parts = [self.inner.init(self.expert_op(op), w, dtype, generator) for w in W]
         bases = [p.base for p in parts if p.base is not None]
-        return Initial(self._stacked(op, [p.slots for p in parts]), torch.stack(bases) if bases else None)
+        return Initial(self._stack_experts(op, [p.slots for p in parts]), torch.stack(bases) if bases else None)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        return self._stacked(op, [self.inner.identity(self.each(op), w, dtype) for w in W])
+        return self._stack_experts(op, [self.inner.identity(self.expert_op(op), w, dtype) for w in W])
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        parts = [self._part(op, found, i) for i in range(op.experts)]
-        each = self.each(op)
-        return self._stacked(op, [self.inner.derived(each, w, dtype, p) for w, p in zip(W, parts, strict=True)])
+        parts = [self._expert_slots(op, found, i) for i in range(op.experts)]
+        each = self.expert_op(op)
+        return self._stack_experts(op, [self.inner.derived(each, w, dtype, p) for w, p in zip(W, parts, strict=True)])
 
     def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        return self._stacked(op, [self.inner.absent(self.each(op), w, dtype) for w in W])
+        return self._stack_experts(op, [self.inner.absent(self.expert_op(op), w, dtype) for w in W])
 
     def minimal(self, op: Op) -> Method:
-        return replace(self, inner=self.inner.minimal(self.each(op)))
+        return replace(self, inner=self.inner.minimal(self.expert_op(op)))
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         return replace(self, inner=self.inner.rebind(config, place))
 
     def of_model(self, op: Op) -> dict[str, Any]:
-        return self.inner.of_model(self.each(op))
+        return self.inner.of_model(self.expert_op(op))
 
     def at(self, op: Op) -> Method:
-        return replace(self, inner=self.inner.at(self.each(op)))
+        return replace(self, inner=self.inner.at(self.expert_op(op)))
 
     def following(self, home: str) -> Method | None:
         return None  # experts are tied to no embedding
@@ -131,33 +131,37 @@ class Stacked(Method):
         return self.inner.shares()
 
     def unwrap(self, op: Op) -> tuple[Method, Op]:
-        return self.inner, self.each(op)
+        return self.inner, self.expert_op(op)
 
     def rewrap(self, inner: Method) -> Method:
         return replace(self, inner=inner)
 
     def keys(self, op: Op) -> list[str]:
-        return self.inner.keys(self.each(op))
+        return self.inner.keys(self.expert_op(op))
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        each = self.each(op)
+        each = self.expert_op(op)
         shared = {n for n, s in self.inner.slots(each).items() if s.shared}
         if not self.inner.defines("read"):
             return dict(found)
         for name, t in found.items():
             if name not in shared and t.shape[:1] != (op.experts,):
                 raise CheckpointError(f"{name!r} has shape {tuple(t.shape)}; the first must be {op.experts} experts")
-        return self._stacked(op, [self.inner.read(each, self._part(op, found, i)) for i in range(op.experts)])
+        return self._stack_experts(
+            op, [self.inner.read(each, self._expert_slots(op, found, i)) for i in range(op.experts)]
+        )
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        each = self.each(op)
-        return self._stacked(op, [self.inner.write(each, self._part(op, slots, i)) for i in range(op.experts)])
+        each = self.expert_op(op)
+        return self._stack_experts(
+            op, [self.inner.write(each, self._expert_slots(op, slots, i)) for i in range(op.experts)]
+        )
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Method:
-        return replace(self, inner=self.inner.with_sizes_of(self.each(op), self._part(op, slots, 0)))
+        return replace(self, inner=self.inner.with_sizes_of(self.expert_op(op), self._expert_slots(op, slots, 0)))
 
     def scale(self, op: Op) -> float | None:
-        return self.inner.scale(self.each(op))
+        return self.inner.scale(self.expert_op(op))
 
     def evaluated(self) -> Self:
         return replace(self, inner=self.inner.evaluated())
@@ -166,27 +170,31 @@ class Stacked(Method):
         return replace(self, inner=self.inner.trained())
 
     def clash(self, other: Any) -> str:
-        return self.inner.clash(other.inner if isinstance(other, Stacked) else other)
+        return self.inner.clash(other.inner if isinstance(other, PerExpertMethod) else other)
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        each = self.each(op)
-        return self._stacked(op, [self.inner.constrained(each, self._part(op, slots, i)) for i in range(op.experts)])
+        each = self.expert_op(op)
+        return self._stack_experts(
+            op, [self.inner.constrained(each, self._expert_slots(op, slots, i)) for i in range(op.experts)]
+        )
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        each = self.each(op)
-        return torch.stack([self.inner.weight(each, W[i], self._part(op, slots, i), scale) for i in range(op.experts)])
+        each = self.expert_op(op)
+        return torch.stack(
+            [self.inner.weight(each, W[i], self._expert_slots(op, slots, i), scale) for i in range(op.experts)]
+        )
 
     def looks_at_base(self) -> bool:
         return self.inner.looks_at_base()
 
     def weight_over(self, op: Op, base: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        each = self.each(op)
-        parts = [self._part(op, slots, i) for i in range(op.experts)]
+        each = self.expert_op(op)
+        parts = [self._expert_slots(op, slots, i) for i in range(op.experts)]
         changed = (self.inner.weight_over(each, base[i], W[i], part, scale) for i, part in enumerate(parts))
         return torch.stack(list(changed))
 
-    def _part(self, op: Op, slots: Slots, i: int) -> dict[str, Tensor]:
-        specs = self.inner.slots(self.each(op))
+    def _expert_slots(self, op: Op, slots: Slots, i: int) -> dict[str, Tensor]:
+        specs = self.inner.slots(self.expert_op(op))
         return {n: t if n in specs and specs[n].shared else t[i] for n, t in slots.items()}
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:

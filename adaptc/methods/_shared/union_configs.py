@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 #: options that narrow the choice of ``target_modules``
-NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+NARROWING_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def united(configs: Sequence[Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+def union_target_fields(configs: Sequence[Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Return the fields, option -> value, that choose the modules of all ``configs``.
 
     ``names``: for each config its modules. Target parameters, modules to save and biases are united as well.
@@ -27,23 +27,23 @@ def united(configs: Sequence[Any], names: Sequence[Sequence[str]]) -> dict[str, 
     if len(biases := {c.bias for c in configs} - {"none"}) and (len(biases) > 1 or configs[0].bias == "none"):
         out["bias"] = "all" if "all" in biases else biases.pop()
     targets = [c.target_modules for c in configs]
-    alike = all(getattr(c, n) == getattr(configs[0], n) for c in configs for n in NARROWING)
-    if alike and all(_plain(t) == _plain(targets[0]) for t in targets):
+    alike = all(getattr(c, n) == getattr(configs[0], n) for c in configs for n in NARROWING_FIELDS)
+    if alike and all(_sorted_targets(t) == _sorted_targets(targets[0]) for t in targets):
         return out
     if alike and all(isinstance(t, (list, tuple, set, frozenset)) for t in targets):
         return out | {"target_modules": sorted({e for t in targets for e in t})}
     modules = list(dict.fromkeys(n for own in names for n in own))
-    return out | dict.fromkeys(NARROWING) | {"target_modules": exactly(modules)}
+    return out | dict.fromkeys(NARROWING_FIELDS) | {"target_modules": exact_names_regex(modules)}
 
 
-def exactly(names: Sequence[str]) -> str:
+def exact_names_regex(names: Sequence[str]) -> str:
     """Return a regular expression that matches just these names; '' for no names.
 
     Names that differ only in the number of the layer share one alternative.
     """
     layers: dict[tuple[str, str], list[str]] = {}
     for name in dict.fromkeys(names):
-        number = _NUMBER.search(name)
+        number = _LAYER_NUMBER.search(name)
         if number is None:
             layers[name, ""] = []
         else:
@@ -55,5 +55,5 @@ def exactly(names: Sequence[str]) -> str:
     return "|".join(parts)
 
 
-def _plain(targets: Any) -> Any:
+def _sorted_targets(targets: Any) -> Any:
     return sorted(targets) if isinstance(targets, (list, tuple, set, frozenset)) else targets

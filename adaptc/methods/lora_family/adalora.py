@@ -24,14 +24,14 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.option_checks import adapter_input, check_integers, check_matrix
+from adaptc.methods._shared.option_checks import check_integers, check_matrix, prepare_adapter_input
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import OptionPlace
+from adaptc.passes.protocol.method_hooks import SiteDescription
 
-_IGNORED = "PEFT ignores it for AdaLoRA"
-_LORAS = "it is a variant of LoRA, not of AdaLoRA"
+_IGNORED_BY_PEFT = "PEFT ignores it for AdaLoRA"
+_LORA_VARIANT = "it is a variant of LoRA, not of AdaLoRA"
 
 
 @dataclass
@@ -39,21 +39,21 @@ class AdaLoraConfig(LoraConfig):
     """PEFT's ``AdaLoraConfig``: same names, same defaults. ``total_step`` is required; ``r`` has no meaning here."""
 
     peft_type: ClassVar[str] = "ADALORA"
-    writes_all: ClassVar[bool] = False
+    writes_unset_fields: ClassVar[bool] = False
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"total_step": 100},)
-    refused: ClassVar[Mapping[str, str]] = {
-        **LoraConfig.refused,
-        "use_rslora": _IGNORED,
-        "lora_bias": _IGNORED,
-        "alpha_pattern": _IGNORED,
-        "use_dora": _LORAS,
-        "velora_config": _LORAS,
-        "alora_invocation_tokens": _LORAS,
-        "use_qalora": _LORAS,
-        "monteclora_config": _LORAS,
-        "use_bdlora": _LORAS,
-        "arrow_config": _LORAS,
-        "kasa_config": _LORAS,
+    unsupported_fields: ClassVar[Mapping[str, str]] = {
+        **LoraConfig.unsupported_fields,
+        "use_rslora": _IGNORED_BY_PEFT,
+        "lora_bias": _IGNORED_BY_PEFT,
+        "alpha_pattern": _IGNORED_BY_PEFT,
+        "use_dora": _LORA_VARIANT,
+        "velora_config": _LORA_VARIANT,
+        "alora_invocation_tokens": _LORA_VARIANT,
+        "use_qalora": _LORA_VARIANT,
+        "monteclora_config": _LORA_VARIANT,
+        "use_bdlora": _LORA_VARIANT,
+        "arrow_config": _LORA_VARIANT,
+        "kasa_config": _LORA_VARIANT,
     }
 
     target_r: int = 8
@@ -72,7 +72,7 @@ class AdaLoraConfig(LoraConfig):
         if self.r != 8:
             warnings.warn(f"AdaLoraConfig.r={self.r} has no effect; init_r is the rank", AdaptcWarning, stacklevel=3)
         check_integers(self, {n: getattr(self, n) for n in ("init_r", "target_r", "deltaT")})
-        check_integers(self, {n: getattr(self, n) for n in ("tinit", "tfinal")}, least=0)
+        check_integers(self, {n: getattr(self, n) for n in ("tinit", "tfinal")}, minimum=0)
         if self.total_step is None:
             raise ConfigError("AdaLoraConfig.total_step is required: the number of training steps")
         check_integers(self, {"total_step": self.total_step})
@@ -93,9 +93,9 @@ class AdaLoraConfig(LoraConfig):
             )
         self.check_common()
         if self.rank_pattern is not None:
-            self.rank_pattern = {k: self._plain(k, v) for k, v in self.rank_pattern.items()}
+            self.rank_pattern = {k: self._mask_to_lists(k, v) for k, v in self.rank_pattern.items()}
 
-    def _plain(self, key: str, mask: Any) -> list[Any]:
+    def _mask_to_lists(self, key: str, mask: Any) -> list[Any]:
         """Return ``mask`` as a list of bools, or as a list of such lists, one per expert.
 
         Raises ConfigError for any other value, and for a ``key`` that is no key of ``rank_pattern``.
@@ -106,7 +106,7 @@ class AdaLoraConfig(LoraConfig):
             table = torch.zeros(0)
         if isinstance(mask, Tensor) and table.ndim == 2 and table.shape[1] == 1:
             table = table.squeeze(1)
-        if _site(key) is None or table.ndim not in (1, 2) or table.shape[-1] != self.init_r:
+        if _site_key(key) is None or table.ndim not in (1, 2) or table.shape[-1] != self.init_r:
             raise ConfigError(
                 f"AdaLoraConfig.rank_pattern[{key!r}]={mask!r}: expected a key '<module>.lora_E' and a list of init_r="
                 f"{self.init_r} bools, as adaptc.RankAllocator makes them. To choose ranks by hand use LoraConfig."
@@ -118,7 +118,7 @@ class AdaLoraConfig(LoraConfig):
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         # Only the module's part of each key: the names of PEFT's wrappers and of the parameter match no module.
-        sites = {(_site(k) or "").partition(".base_layer")[0]: v for k, v in (self.rank_pattern or {}).items()}
+        sites = {(_site_key(k) or "").partition(".base_layer")[0]: v for k, v in (self.rank_pattern or {}).items()}
         return {"rank_pattern": sites}
 
     def pattern_matches(self, key: str, name: str) -> bool:
@@ -133,13 +133,13 @@ class AdaLoraConfig(LoraConfig):
             scheme=bool(self.init_lora_weights),
         )
 
-    def kept(self, key: str) -> tuple[Any, ...] | None:
+    def rank_mask(self, key: str) -> tuple[Any, ...] | None:
         """Return the mask of the ``init_r`` terms that are left at the site with this key; None for all.
 
         At stacked experts it is a tuple of masks, one per expert.
         """
-        found = next((v for k, v in (self.rank_pattern or {}).items() if _site(k) == key), None)
-        return None if found is None else _frozen(found)
+        found = next((v for k, v in (self.rank_pattern or {}).items() if _site_key(k) == key), None)
+        return None if found is None else _mask_to_tuple(found)
 
 
 @dataclass(frozen=True)
@@ -183,21 +183,21 @@ class AdaLora(Method):
                 values[name].normal_(std=0.02, generator=generator)
         return Initial({n: t.to(device=W.device, dtype=dtype) for n, t in values.items()})
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
-        kept = config.kept(place.key) if isinstance(config, AdaLoraConfig) else None
+        kept = config.rank_mask(place.key) if isinstance(config, AdaLoraConfig) else None
         if new is self or kept is None or not isinstance(new, AdaLora):
             return new
-        return dataclasses.replace(new, kept=kept, r=_terms(kept) or 2)
+        return dataclasses.replace(new, kept=kept, r=_count_terms(kept) or 2)
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.kept is None or _terms(self.kept):
+        if self.kept is None or _count_terms(self.kept):
             return dict(found)
         # Regions have no code for rank 0, so a site without terms gets terms of zeros.
         return {n: t if t.numel() else t.new_zeros(self.slots(op)[n].shape) for n, t in found.items()}
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        mask = None if self.kept is None else _mask(self.kept)
+        mask = None if self.kept is None else _mask_tensor(self.kept)
         out = dict(slots)
         for name, slot in self.slots(op).items() if mask is not None else ():
             (axis,) = slot.free
@@ -218,7 +218,7 @@ class AdaLora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = slots["lora_A"] * slots["lora_E"], slots["lora_B"]
-        x = adapter_input(self, op, x, A.dtype)
+        x = prepare_adapter_input(self, op, x, A.dtype)
         if op.groups > 1:  # each group reads the inputs of its own through the same A
             delta = op(x, self._delta(op, slots))
         elif op.is_conv:
@@ -232,7 +232,7 @@ class AdaLora(Method):
         return op.unmatrix(slots["lora_B"] @ (slots["lora_A"] * slots["lora_E"]))
 
 
-def _site(key: str) -> str | None:
+def _site_key(key: str) -> str | None:
     """Return the key of the site for a key of ``rank_pattern``; None where it is no such key.
 
     PEFT's keys end with the adapter's name until the adapter was saved.
@@ -241,15 +241,15 @@ def _site(key: str) -> str | None:
     return None if match is None else match[1] or ""
 
 
-def _frozen(mask: Any) -> tuple[Any, ...]:
-    return tuple(_frozen(v) if isinstance(v, (list, tuple)) else bool(v) for v in mask)
+def _mask_to_tuple(mask: Any) -> tuple[Any, ...]:
+    return tuple(_mask_to_tuple(v) if isinstance(v, (list, tuple)) else bool(v) for v in mask)
 
 
-def _mask(kept: Any) -> Tensor:
+def _mask_tensor(kept: Any) -> Tensor:
     """Return the mask (init_r,), bool, of the terms that at least one expert keeps."""
     mask = torch.tensor(kept, dtype=torch.bool)
     return mask if mask.ndim == 1 else mask.any(0)
 
 
-def _terms(kept: Any) -> int:
-    return int(_mask(kept).sum())
+def _count_terms(kept: Any) -> int:
+    return int(_mask_tensor(kept).sum())

@@ -19,29 +19,29 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import TargetError
-from adaptc.methods._shared.option_checks import adapter_input
+from adaptc.methods._shared.option_checks import prepare_adapter_input
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.coefficients import Coefficient, along_tokens
 from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
 
-TOKENS = "alora_invocation_tokens"
-#: the name of the coefficient c
-ACTS = "alora_acts"
+INVOCATION_TOKENS = "alora_invocation_tokens"
+#: the name of the coefficient c, the token gate
+TOKEN_GATE = "alora_acts"
 #: the size of the token slot is a multiple of it, so that most adapters have the same size
-ROOM = 8
+TOKEN_SLOT_MULTIPLE = 8
 
 
-def acts(ids: Tensor, sought: Tensor) -> Tensor:
+def token_gate(ids: Tensor, invocation_tokens: Tensor) -> Tensor:
     """Return whether the adapter acts at each token, (batch, length) of bool.
 
-    ``ids``: input_ids (batch, length). ``sought``: the slot ``alora_invocation_tokens``.
+    ``ids``: input_ids (batch, length). ``invocation_tokens``: the slot ``alora_invocation_tokens``.
     """
     length = ids.shape[1]
     at = torch.arange(length, device=ids.device)
-    places = at.unsqueeze(1) + torch.arange(sought.shape[0], device=ids.device)
+    places = at.unsqueeze(1) + torch.arange(invocation_tokens.shape[0], device=ids.device)
     there = ids[:, places.clamp(max=length - 1)] + 1
-    begins = ((there == sought) & (places < length) | (sought == 0)).all(-1)
+    begins = ((there == invocation_tokens) & (places < length) | (invocation_tokens == 0)).all(-1)
     # Positions are counted from one, so that zero stands for a row without the invocation tokens.
     last = torch.where(begins, at + 1, 0).amax(1, keepdim=True)
     return (last > 0) & (at + 1 >= last)
@@ -63,13 +63,13 @@ class Alora(Lora):
                 f"aLoRA acts from a token onwards, which has a meaning at linear layers alone and not at a consumer of "
                 f"kind {op.kind!r}: leave it out, or use LoRA (alora_invocation_tokens=None)"
             )
-        size = -(-max(len(self.tokens), 1) // ROOM) * ROOM
+        size = -(-max(len(self.tokens), 1) // TOKEN_SLOT_MULTIPLE) * TOKEN_SLOT_MULTIPLE
         # The fill -1 equals no id plus one, so that the adapter never acts with identity values.
         slot = Slot((size,), -1, (0,), torch.int64, trainable=False, saved=False, shared=True, apart=True)
-        return {**super().slots(op), TOKENS: slot}
+        return {**super().slots(op), INVOCATION_TOKENS: slot}
 
     def coefficients(self) -> Mapping[str, Coefficient]:
-        return {ACTS: Coefficient(acts, (TOKENS,))}
+        return {TOKEN_GATE: Coefficient(token_gate, (INVOCATION_TOKENS,))}
 
     def shares(self) -> bool:
         return True
@@ -80,14 +80,14 @@ class Alora(Lora):
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
         first = plain.init(op, W, dtype, generator)
-        return Initial({**first.slots, TOKENS: self._sought(op)}, first.base)
+        return Initial({**first.slots, INVOCATION_TOKENS: self._token_slot_values(op)}, first.base)
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**super().derived(op, W, dtype, found), TOKENS: self._sought(op)}
+        return {**super().derived(op, W, dtype, found), INVOCATION_TOKENS: self._token_slot_values(op)}
 
-    def _sought(self, op: Op) -> Tensor:
+    def _token_slot_values(self, op: Op) -> Tensor:
         ids = torch.tensor(self.tokens, dtype=torch.int64) + 1
-        return torch.nn.functional.pad(ids, (0, self.slots(op)[TOKENS].shape[0] - len(self.tokens)))
+        return torch.nn.functional.pad(ids, (0, self.slots(op)[INVOCATION_TOKENS].shape[0] - len(self.tokens)))
 
     def has_weight(self) -> bool:
         return False
@@ -103,8 +103,8 @@ class Alora(Lora):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B, *_ = slots.values()
-        h = op.down(adapter_input(self, op, x, A.dtype), A)
-        on = along_tokens(slots[ACTS], h) if ACTS in slots else None
+        h = op.down(prepare_adapter_input(self, op, x, A.dtype), A)
+        on = along_tokens(slots[TOKEN_GATE], h) if TOKEN_GATE in slots else None
         # Not multiplied by c: a NaN or infinity at a token where the adapter does not act would stay NaN.
         h = h if on is None else torch.where(on, h, 0)
         delta = op.up(h, B)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import CheckpointError, ConfigError, TargetError, did_you_mean, shown
+from adaptc.errors import CheckpointError, ConfigError, TargetError, did_you_mean, short_repr
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.value_types import fitting, table
+from adaptc.value_types import field_rules, validate_option
 
 A, B, OWNER, SCALES = "lora_A.weight", "lora_B.weight", "lora_owner", "lora_scaling"
 PROTOTYPES, COUNTS = "lora_arrow.prototypes", "lora_arrow.counts"
@@ -52,14 +52,14 @@ class ArrowConfig:
     rng_seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, rule in table(type(self)).items():
-            setattr(self, name, fitting(f"ArrowConfig.{name}", rule, getattr(self, name)))
+        for name, rule in field_rules(type(self)).items():
+            setattr(self, name, validate_option(f"ArrowConfig.{name}", rule, getattr(self, name)))
         check_integers(self, {"top_k": self.top_k})
         if not self.router_temperature > 0:
             raise ConfigError(f"ArrowConfig.router_temperature must be above zero, got {self.router_temperature!r}")
 
     @classmethod
-    def of(cls, value: Any) -> ArrowConfig:
+    def from_value(cls, value: Any) -> ArrowConfig:
         """Return the config for ``value``: an ArrowConfig, peft's ArrowConfig, or the dict that files have.
 
         Raises ConfigError for any other value, and for a dict with an unknown field.
@@ -67,15 +67,17 @@ class ArrowConfig:
         if type(value).__name__ == cls.__name__ and dataclasses.is_dataclass(value):
             value = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(cls)}
         if not isinstance(value, Mapping):
-            raise ConfigError(f"arrow_config must be an ArrowConfig, or a dict of its fields, got {shown(value)}")
+            raise ConfigError(f"arrow_config must be an ArrowConfig, or a dict of its fields, got {short_repr(value)}")
         known = {f.name: f for f in dataclasses.fields(cls)}
         if odd := next((n for n in value if n not in known), None):
-            raise ConfigError(f"arrow_config: ArrowConfig has no field {shown(odd)}{did_you_mean(str(odd), known)}")
+            raise ConfigError(
+                f"arrow_config: ArrowConfig has no field {short_repr(odd)}{did_you_mean(str(odd), known)}"
+            )
         new = cls(**{n: v for n, v in value.items() if known[n].init})
         names = {n: v for n, v in value.items() if not known[n].init}
-        return new.naming(names.get("task_adapter_names"), names.get("gks_adapter_names"))
+        return new.with_names(names.get("task_adapter_names"), names.get("gks_adapter_names"))
 
-    def naming(self, tasks: list[str] | None, general: list[str] | None = None) -> ArrowConfig:
+    def with_names(self, tasks: list[str] | None, general: list[str] | None = None) -> ArrowConfig:
         """Return this config for adapters with these names: ``tasks`` to route between, ``general`` to subtract."""
         new = copy.copy(self)
         new.task_adapter_names, new.gks_adapter_names = tasks, general
@@ -145,7 +147,7 @@ class Arrow(Method):
         if not known and sorted(set(owner.tolist())) != list(range(self.count)):  # type: ignore[union-attr]
             raise CheckpointError(
                 f"{OWNER!r} says whose each rank is, and is to hold the numbers from 0 to {self.count - 1}, of the "
-                f"{self.count} adapters of the config; found {shown(sorted(set(owner.tolist())))}"  # type: ignore[union-attr]
+                f"{self.count} adapters of the config; found {short_repr(sorted(set(owner.tolist())))}"  # type: ignore[union-attr]
             )
         return dict(found)
 
@@ -164,22 +166,22 @@ class Arrow(Method):
         prototypes = slots[PROTOTYPES]
         # Counted by cumsum: arange over the size would record the number of adapters, which a swap may change.
         number = torch.ones_like(prototypes.select(1, 0), dtype=torch.int64).cumsum(0)
-        c = routed(F.linear(x, prototypes).abs(), number, slots[COUNTS])
+        c = routing_weights(F.linear(x, prototypes).abs(), number, slots[COUNTS])
         h = F.linear(x, slots[A]) * (c.index_select(-1, slots[OWNER]) * slots[SCALES])
         return cast(y + F.linear(h, slots[B]) * scale, y.dtype)
 
 
-def routed(scores: Tensor, number: Tensor, counts: Tensor) -> Tensor:
+def routing_weights(scores: Tensor, adapter_numbers: Tensor, counts: Tensor) -> Tensor:
     """Return the weight of each adapter: the softmax of the ``counts[1]`` largest ``scores``, zero for the others.
 
     ``scores``: (..., adapters). ``number`` (adapters,): 1, 2, and so on. ``counts`` (2,): the number of adapters and
     ``top_k``; entries of ``scores`` beyond the number of adapters are padding.
     """
     lowest = torch.finfo(scores.dtype).min
-    scores = torch.where(number <= counts[0], scores, lowest)
+    scores = torch.where(adapter_numbers <= counts[0], scores, lowest)
     # Not topk, which needs its k as a constant: a swap may change top_k. The pairs are few.
     mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)
-    before = (other > mine) | ((other == mine) & (number < number.unsqueeze(-1)))
+    before = (other > mine) | ((other == mine) & (adapter_numbers < adapter_numbers.unsqueeze(-1)))
     return F.softmax(torch.where(before.sum(-1) < counts[1], scores, lowest), dim=-1)
 
 

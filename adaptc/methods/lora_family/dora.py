@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.methods._shared.option_checks import adapter_input, drops
+from adaptc.methods._shared.option_checks import applies_dropout, prepare_adapter_input
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
@@ -41,10 +41,10 @@ class Dora(Lora):
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
         first = plain.init(op, W, dtype, generator)
-        return Initial(self._with_lengths(op, W if first.base is None else first.base, first.slots), first.base)
+        return Initial(self._with_magnitudes(op, W if first.base is None else first.base, first.slots), first.base)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        return self._with_lengths(op, W, super().identity(op, W, dtype))
+        return self._with_magnitudes(op, W, super().identity(op, W, dtype))
 
     def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         # Other adapters may have changed the weight, so no finite length means no change: infinity stands for g = 1.
@@ -61,27 +61,27 @@ class Dora(Lora):
         return None  # its change depends on the lengths of the base weight's rows
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        full = self._turned(op, W, slots, scale)
-        return self._with_gain(full, W, slots, full.detach(), op)
+        full = self._weight_plus_delta(op, W, slots, scale)
+        return self._apply_gain(full, W, slots, full.detach(), op)
 
     def weight_over(self, op: Op, base: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         constant = {n: t.detach() for n, t in slots.items()}
-        measured = self._turned(op, base.detach(), constant, scale)
-        return self._with_gain(self._turned(op, W, slots, scale), W, slots, measured, op)
+        measured = self._weight_plus_delta(op, base.detach(), constant, scale)
+        return self._apply_gain(self._weight_plus_delta(op, W, slots, scale), W, slots, measured, op)
 
-    def _with_gain(self, full: Tensor, W: Tensor, slots: Slots, measured: Tensor, op: Op) -> Tensor:
-        gain = self._gain(slots, _lengths(op, measured))
+    def _apply_gain(self, full: Tensor, W: Tensor, slots: Slots, norm_weight: Tensor, op: Op) -> Tensor:
+        gain = self._gain(slots, _row_norms(op, norm_weight))
         return cast(full * gain.reshape(*gain.shape, *[1] * (full.ndim - gain.ndim)), W.dtype)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
-        x = adapter_input(self, op, x, A.dtype)
-        if drops(self, op):
+        x = prepare_adapter_input(self, op, x, A.dtype)
+        if applies_dropout(self, op):
             base = op(x, cast(W, x.dtype))
         else:
             base = y if b is None else y - op.along_out(b, y)
         constant = {n: t.detach() for n, t in slots.items()}
-        lengths = _lengths(op, self._turned(op, W.detach(), constant, scale))
+        lengths = _row_norms(op, self._weight_plus_delta(op, W.detach(), constant, scale))
         gain = op.along_out(self._gain(slots, lengths), y)
         return cast(y + (gain - 1) * base + gain * (op.down_up(x, A, B) * scale), y.dtype)
 
@@ -98,7 +98,7 @@ class Dora(Lora):
         # PEFT holds the vector in a module of its own, and leaves that out of its files.
         return super().fqn(place, f"{slot}.weight" if slot == MAGNITUDE else slot, adapter)
 
-    def _turned(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+    def _weight_plus_delta(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         """Return W + s B A, in the wider dtype of the two, dense where a convolution has groups."""
         A, B = self._factors(op, slots)
         wide = torch.promote_types(W.dtype, A.dtype)
@@ -112,14 +112,14 @@ class Dora(Lora):
         gain = cast(magnitude, lengths.dtype) / lengths.masked_fill(none, 1)
         return gain.masked_fill(none | magnitude.isinf(), 1)
 
-    def _with_lengths(self, op: Op, W: Tensor, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with_magnitudes(self, op: Op, W: Tensor, slots: dict[str, Tensor]) -> dict[str, Tensor]:
         spec = self.slots(op)[MAGNITUDE]
         dtype = next(iter(slots.values())).dtype
-        lengths = _lengths(op, self._turned(op, W.detach(), slots, self.scale(op)))
+        lengths = _row_norms(op, self._weight_plus_delta(op, W.detach(), slots, self.scale(op)))
         return {**slots, MAGNITUDE: lengths.to(dtype).reshape(spec.shape)}
 
 
-def _lengths(op: Op, full: Tensor) -> Tensor:
+def _row_norms(op: Op, full: Tensor) -> Tensor:
     """Return the length of each row, in float32 or wider: (out,), or (experts, out) for stacked experts."""
     high = torch.promote_types(full.dtype, torch.float32)
     return torch.linalg.vector_norm(full, dim=tuple(range(2 if op.experts else 1, full.ndim)), dtype=high)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.name_patterns import endings
+from adaptc.methods._shared.name_patterns import proper_suffixes
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
@@ -49,9 +49,9 @@ class LilyConfig(TargetedConfig):
         check_integers(self, {"num_B": self.num_B}, 2)  # or there is nothing to choose
 
     def method(self, name: str, kind: str) -> Lily:
-        return Lily(self.r, self.num_B, self.scaling, self.stride_A, self._entry(name), self.init_weights)
+        return Lily(self.r, self.num_B, self.scaling, self.stride_A, self._target_entry(name), self.init_weights)
 
-    def _entry(self, name: str) -> str:
+    def _target_entry(self, name: str) -> str:
         """Return the target entry of the module ``name``, by which modules share factors: the longest that ends it.
 
         A regular expression is one entry. For "all-linear" the entry is the last part of the name.
@@ -59,7 +59,7 @@ class LilyConfig(TargetedConfig):
         if isinstance(self.target_modules, str):
             return name.rpartition(".")[2] if self.target_modules.lower() == _ALL_LINEAR else self.target_modules
         entries = {*(self.target_modules or ()), *(self.target_parameters or ())}
-        return next((e for e in (name, *endings(name)) if e in entries), name)
+        return next((e for e in (name, *proper_suffixes(name)) if e in entries), name)
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,16 @@ class Lily(Method):
         out, inputs = op.matrix_shape
         source = torch.device("cpu") if generator is None else generator.device
 
-        def drawn(*shape: int) -> Tensor:
+        def draw(*shape: int) -> Tensor:
             t = torch.empty(shape, dtype=torch.get_default_dtype(), device=source)
             return torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
         shapes = {A: (self.r, inputs), B: (self.count * self.r, out), ROUTER: (self.count, self.r)}
         # PEFT makes layers, which draw values, and then draws again: without this, one seed would give other values.
         for shape in shapes.values():
-            drawn(*shape)
-        values = {name: drawn(*shapes[name]) for name in (A, ROUTER)}
-        values[B] = torch.zeros(shapes[B]) if self.scheme else drawn(*shapes[B])
+            draw(*shape)
+        values = {name: draw(*shapes[name]) for name in (A, ROUTER)}
+        values[B] = torch.zeros(shapes[B]) if self.scheme else draw(*shapes[B])
         return Initial({n: t.to(W.device, dtype) for n, t in self.read(op, values).items()})
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
-from adaptc.methods._shared.option_checks import adapter_input, check_matrix
+from adaptc.methods._shared.option_checks import check_matrix, prepare_adapter_input
 from adaptc.methods.lora_family.lora_init import init_lora
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.low_rank import LowRank
-from adaptc.passes.protocol.low_rank_rows import low_rank_rows, weighted
+from adaptc.passes.protocol.low_rank_rows import low_rank_rows, multiply_or_zero
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import OptionPlace
+from adaptc.passes.protocol.method_hooks import SiteDescription
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Lora(Method):
             values[name] = torch.empty(slot.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
         return Initial(values, base)
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
         return dataclasses.replace(new, repeat=self.repeat) if isinstance(new, Lora) else new
 
@@ -127,24 +127,31 @@ class Lora(Method):
         return self.repeat * self.alpha / (sqrt(self.r) if self.rslora else self.r)
 
     def low_rank(self, found: Slots) -> LowRank | None:
-        (a, A), (b, B) = self._halves(found)
+        (a, A), (b, B) = self._factor_pair(found)
         if A.ndim > 2:  # a convolution, whose rank is divided among its groups
-            ranks, each = A.shape[0], B.shape[1]
-            blocks = ranks // each if each else 0
-            fits = blocks > 0 and blocks * each == ranks and B.shape[0] % blocks == 0
+            ranks, block_rank = A.shape[0], B.shape[1]
+            blocks = ranks // block_rank if block_rank else 0
+            fits = blocks > 0 and blocks * block_rank == ranks and B.shape[0] % blocks == 0
         else:  # or experts, each of the whole rank
-            blocks, each = A.shape[0] // self.r, self.r
-            ranks, fits = each if blocks > 0 and blocks * each == A.shape[0] else A.shape[0], B.shape[1] == A.shape[0]
+            blocks, block_rank = A.shape[0] // self.r, self.r
+            ranks, fits = (
+                block_rank if blocks > 0 and blocks * block_rank == A.shape[0] else A.shape[0],
+                B.shape[1] == A.shape[0],
+            )
         if ranks != self.r:
             raise CheckpointError(f"{a!r} has shape {tuple(A.shape)}; by the config its rank is {self.r}")
         if not fits:
             raise CheckpointError(f"{a!r} {tuple(A.shape)} and {b!r} {tuple(B.shape)} are not of one rank")
         # Experts are the slowest index of A's rows, and the fastest of B's columns.
-        up = B.reshape(blocks, -1, each) if A.ndim > 2 else B.reshape(B.shape[0], each, blocks).permute(2, 0, 1)
-        return LowRank(A.reshape(blocks, each, -1), up, self.scale(None), found.get("lora_B.bias"))  # type: ignore[arg-type]
+        up = (
+            B.reshape(blocks, -1, block_rank)
+            if A.ndim > 2
+            else B.reshape(B.shape[0], block_rank, blocks).permute(2, 0, 1)
+        )
+        return LowRank(A.reshape(blocks, block_rank, -1), up, self.scale(None), found.get("lora_B.bias"))  # type: ignore[arg-type]
 
     def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
-        (a, A), (b, B) = self._halves(like)
+        (a, A), (b, B) = self._factor_pair(like)
         blocks, rows, _ = change.shape
         if change.bias is not None and (a != "lora_A.weight" or (A.ndim == 2 and blocks > 1)):
             raise ConfigError(
@@ -159,7 +166,7 @@ class Lora(Method):
         return out if change.bias is None else {**out, "lora_B.bias": change.bias}
 
     @staticmethod
-    def _halves(found: Slots) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    def _factor_pair(found: Slots) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
         names = ("lora_A.weight", "lora_B.weight") if "lora_embedding_A" not in found else Lora.file_names[2:4]
         if missing := [n for n in names if n not in found]:
             raise CheckpointError(f"there is no {missing[0]!r}, only {sorted(found)}")
@@ -170,7 +177,7 @@ class Lora(Method):
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
-        return cast(op.plus(W, A, B, scale), W.dtype)
+        return cast(op.add_low_rank(W, A, B, scale), W.dtype)
 
     def has_bias(self) -> bool:
         return self.with_bias
@@ -183,7 +190,7 @@ class Lora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
-        x = adapter_input(self, op, x, A.dtype)
+        x = prepare_adapter_input(self, op, x, A.dtype)
         delta = op.down_up(x, A, B)
         if self.with_bias:
             delta = delta + op.along_out(slots["lora_B.bias"], delta)
@@ -202,11 +209,13 @@ class Lora(Method):
         # adapters nor a rank as a constant.
         each = (mix.unsqueeze(-1) * torch.ones_like(A.flatten(2).select(2, 0), dtype=mix.dtype)).flatten(-2)
         if op.is_conv:
-            h = op.down(adapter_input(self, op, x, wide), down)
-            delta = op.up(cast(weighted(h, each.movedim(-1, 1).squeeze(-1)), wide), up.flatten(1))
+            h = op.down(prepare_adapter_input(self, op, x, wide), down)
+            delta = op.up(cast(multiply_or_zero(h, each.movedim(-1, 1).squeeze(-1)), wide), up.flatten(1))
         else:
-            h = op.down(adapter_input(self, op, x, wide), op.bounded(down) if op.kind == "embedding" else down)
-            delta = torch.nn.functional.linear(cast(weighted(h, each.squeeze(-2)), wide), up)
+            h = op.down(
+                prepare_adapter_input(self, op, x, wide), op.with_max_norm(down) if op.kind == "embedding" else down
+            )
+            delta = torch.nn.functional.linear(cast(multiply_or_zero(h, each.squeeze(-2)), wide), up)
         if self.with_bias:
             biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
             delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))
@@ -248,12 +257,12 @@ class Lora(Method):
         if op.experts:
             A = A.reshape(op.experts, -1, A.shape[-1])
             B = B.reshape(B.shape[0], -1, op.experts).permute(2, 0, 1)
-        return op.bounded(A) if op.kind == "embedding" else A, B
+        return op.with_max_norm(A) if op.kind == "embedding" else A, B
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         # PEFT looks rows of A up with the embedding's max_norm, which shortens them in place.
-        bound = {"lora_embedding_A"} if op.bound and op.kind == "embedding" else ()
-        return {n: op.bounded(slots[n]) for n in bound}
+        bound = {"lora_embedding_A"} if op.max_norm and op.kind == "embedding" else ()
+        return {n: op.with_max_norm(slots[n]) for n in bound}
 
 
 @dataclass(frozen=True)
@@ -278,7 +287,7 @@ class LoraTied(Lora):
         first = plain.init(op, W, dtype, generator)
         return Initial(self.read(op, first.slots), first.base)
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
         tied = type(new) is Lora and config.ensure_weight_tying
         return new.following(self.home) if tied else new  # type: ignore[return-value]

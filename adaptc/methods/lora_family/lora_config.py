@@ -10,19 +10,19 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.method_parts import Written
-from adaptc.methods._shared.name_patterns import pattern_value, value_table
+from adaptc.methods._shared.method_parts import AdapterContent
+from adaptc.methods._shared.name_patterns import default_and_pattern, pattern_value
 from adaptc.methods._shared.option_checks import check_bias, check_integers, check_probability, check_ranks
 from adaptc.methods.lora_family.alora import Alora
 from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
-from adaptc.methods.lora_family.arrow_experts import routed_apart
+from adaptc.methods.lora_family.arrow_experts import split_arrow_adapter
 from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
 from adaptc.methods.lora_family.lora import Lora
 
-NOT_YET = "this LoRA variant is not implemented"
+NOT_IMPLEMENTED = "this LoRA variant is not implemented"
 
 #: fields that each choose a variant of LoRA; at most one may be set
-VARIANTS = (
+VARIANT_FIELDS = (
     "use_dora",
     "alora_invocation_tokens",
     "use_qalora",
@@ -50,19 +50,19 @@ class LoraConfig(TargetedConfig):
         {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
     )
     dropout_field: ClassVar[str] = "lora_dropout"
-    writes_all: ClassVar[bool] = True
+    writes_unset_fields: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
-    refused: ClassVar[Mapping[str, str]] = {
+    unsupported_fields: ClassVar[Mapping[str, str]] = {
         "loftq_config": "LoftQ quantises the base, and programs hold unquantised weights",
         "eva_config": "initialisation from activations is not implemented",
         "corda_config": "initialisation from activations is not implemented",
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
-        "velora_config": NOT_YET,
+        "velora_config": NOT_IMPLEMENTED,
         "use_qalora": "it needs GPTQ layers, which torch.export does not capture",
-        "monteclora_config": NOT_YET,
-        "use_bdlora": NOT_YET,
-        "kasa_config": NOT_YET,
+        "monteclora_config": NOT_IMPLEMENTED,
+        "use_bdlora": NOT_IMPLEMENTED,
+        "kasa_config": NOT_IMPLEMENTED,
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
     }
 
@@ -113,7 +113,7 @@ class LoraConfig(TargetedConfig):
                 )
         self._check_invocation()
         self._check_arrow()
-        variants = [name for name in VARIANTS if getattr(self, name)]
+        variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
 
@@ -123,7 +123,7 @@ class LoraConfig(TargetedConfig):
             return
         if not tokens:
             raise ConfigError("alora_invocation_tokens is empty: name the ids of at least one token, or leave it None")
-        check_integers(self, {f"alora_invocation_tokens[{i}]": t for i, t in enumerate(tokens)}, least=0)
+        check_integers(self, {f"alora_invocation_tokens[{i}]": t for i, t in enumerate(tokens)}, minimum=0)
         if self.ensure_weight_tying:
             raise ConfigError("ensure_weight_tying=True has no meaning for aLoRA, which embeddings do not have")
         if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora")):
@@ -135,7 +135,7 @@ class LoraConfig(TargetedConfig):
     def _check_arrow(self) -> None:
         if self.arrow_config is None:
             return
-        self.arrow_config = ArrowConfig.of(self.arrow_config)
+        self.arrow_config = ArrowConfig.from_value(self.arrow_config)
         for option in ("lora_dropout", "lora_bias", "ensure_weight_tying"):
             if getattr(self, option):
                 raise ConfigError(
@@ -149,7 +149,9 @@ class LoraConfig(TargetedConfig):
         check_bias(self, "lora_only")
 
     @classmethod
-    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def options_from_tensors(
+        cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for option, slot in (("use_dora", MAGNITUDE), ("lora_bias", "lora_B.bias")):
             have = sum(slot in m for m in modules)
@@ -162,22 +164,26 @@ class LoraConfig(TargetedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        return out if self.arrow_config is None else out | {"arrow_config": asdict(ArrowConfig.of(self.arrow_config))}
+        return (
+            out
+            if self.arrow_config is None
+            else out | {"arrow_config": asdict(ArrowConfig.from_value(self.arrow_config))}
+        )
 
-    def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
+    def adapters_to_write(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, AdapterContent]:
         if self.arrow_config is None:
-            return super().written(tensors, directory)
-        return {name: (config.to_dict(), own) for name, (config, own) in routed_apart(self, tensors).items()}
+            return super().adapters_to_write(tensors, directory)
+        return {name: (config.to_dict(), own) for name, (config, own) in split_arrow_adapter(self, tensors).items()}
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
-    def of_low_rank(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
+    def as_plain_lora(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
         """Return this config for plain LoRA with a scale of one and these ranks (module name -> rank).
 
         ``bias``: whether the adapter has ``lora_B.bias``.
         """
-        r, others = value_table(ranks)
+        r, others = default_and_pattern(ranks)
         return self.replace(
             r=r,
             lora_alpha=r,
@@ -192,7 +198,7 @@ class LoraConfig(TargetedConfig):
 
     def method(self, name: str, kind: str) -> Lora | Arrow:
         if self.arrow_config is not None:
-            return self._arrow(pattern_value(self.rank_pattern, name, self.r))
+            return self._arrow_method(pattern_value(self.rank_pattern, name, self.r))
         options: dict[str, Any] = {
             "r": pattern_value(self.rank_pattern, name, self.r),
             "alpha": pattern_value(self.alpha_pattern, name, self.lora_alpha),
@@ -205,8 +211,8 @@ class LoraConfig(TargetedConfig):
             return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
         return (Dora if self.use_dora else Lora)(**options)
 
-    def _arrow(self, rank: int) -> Arrow:
-        arrow = ArrowConfig.of(self.arrow_config)
+    def _arrow_method(self, rank: int) -> Arrow:
+        arrow = ArrowConfig.from_value(self.arrow_config)
         if not arrow.task_adapter_names:
             raise ConfigError(
                 "arrow_config does not say which adapters it routes between: adaptc.create_arrow_model(model, "

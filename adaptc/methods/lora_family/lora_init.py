@@ -55,41 +55,41 @@ def init_lora(
         raise ConfigError(f"init_lora_weights={scheme!r} is not a known scheme; known are {listed}")
     if r < 1:
         raise ConfigError(f"r must be at least 1, found {r}")
-    is_embedding, of_matrix = kind == "embedding", not isinstance(name, bool) and name != "gaussian"
-    if of_matrix:
-        _check_matrix(scheme, W, r, kind, a_shape, b_shape)
+    is_embedding, decomposes_weight = kind == "embedding", not isinstance(name, bool) and name != "gaussian"
+    if decomposes_weight:
+        _check_decomposable(scheme, W, r, kind, a_shape, b_shape)
 
-    source = torch.device("cpu") if generator is None else generator.device
+    draw_device = torch.device("cpu") if generator is None else generator.device
     # PEFT draws in the default dtype and casts: drawing in the target dtype would give other numbers.
-    A, B = (torch.empty(s, dtype=torch.get_default_dtype(), device=source) for s in (a_shape, b_shape))
+    A, B = (torch.empty(s, dtype=torch.get_default_dtype(), device=draw_device) for s in (a_shape, b_shape))
     for fresh in (A, B):
-        _normal(fresh, 1.0, generator) if is_embedding else _uniform(fresh, generator)
-    rest = None
+        _fill_normal(fresh, 1.0, generator) if is_embedding else _fill_uniform(fresh, generator)
+    new_weight = None
     if is_embedding and name is not False:
         A.zero_()
-        _normal(B, 1.0, generator)
+        _fill_normal(B, 1.0, generator)
     elif name is True:
-        _uniform(A, generator)
+        _fill_uniform(A, generator)
         B.zero_()
     elif name == "gaussian":
-        _normal(A, 1.0 / r, generator)
+        _fill_normal(A, 1.0 / r, generator)
         B.zero_()
     elif name == "orthogonal":
-        A, B = _orthogonal(r, a_shape[1], b_shape[0], source, generator)
+        A, B = _orthogonal_init(r, a_shape[1], b_shape[0], draw_device, generator)
     elif name == "olora":
-        Q, R = torch.linalg.qr(_wide(W))
+        Q, R = torch.linalg.qr(_float32_or_wider(W))
         A, B = R[:r], Q[:, :r]
-    elif of_matrix:
-        A, B = _pissa(W, r, scale, niter and int(niter[1]), generator)
+    elif decomposes_weight:
+        A, B = _pissa_init(W, r, scale, niter and int(niter[1]), generator)
     A, B = (t.to(device=W.device, dtype=dtype).contiguous() for t in (A, B))
-    if of_matrix and name != "orthogonal":
+    if decomposes_weight and name != "orthogonal":
         # Taken from A and B after rounding to their dtype: with the exact factors, new W + scale B A would not be W.
-        wide = _wide(W)
-        rest = torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()
-    return A, B, rest
+        wide = _float32_or_wider(W)
+        new_weight = torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()
+    return A, B, new_weight
 
 
-def _check_matrix(
+def _check_decomposable(
     scheme: object, W: Tensor, r: int, kind: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> None:
     option = f"init_lora_weights={scheme!r}"
@@ -113,19 +113,19 @@ def _check_matrix(
         raise ConfigError(f"{option} decomposes the weight, but the weight of shape {tuple(W.shape)} is not finite")
 
 
-def _wide(W: Tensor) -> Tensor:
+def _float32_or_wider(W: Tensor) -> Tensor:
     return W.detach() if W.dtype == torch.float64 else W.detach().to(torch.float32)
 
 
-def _uniform(t: Tensor, generator: torch.Generator | None) -> None:
+def _fill_uniform(t: Tensor, generator: torch.Generator | None) -> None:
     nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
 
-def _normal(t: Tensor, std: float, generator: torch.Generator | None) -> None:
+def _fill_normal(t: Tensor, std: float, generator: torch.Generator | None) -> None:
     nn.init.normal_(t, std=std, generator=generator)
 
 
-def _orthogonal(
+def _orthogonal_init(
     r: int, n_in: int, n_out: int, device: torch.device, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Return A and B with B A = 0: the two halves of one orthonormal basis span the columns of A and the rows of B."""
@@ -139,24 +139,24 @@ def _orthogonal(
     return A, B
 
 
-def _pissa(
+def _pissa_init(
     W: Tensor, r: int, scale: float, niter: int | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     if scale <= 0:
         raise ConfigError(f"init_lora_weights='pissa' divides by the scale, found {scale}: lora_alpha must be positive")
     if niter is None:
-        U, S, Vh = torch.linalg.svd(_wide(W), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(_float32_or_wider(W), full_matrices=False)
     else:
         # svd_lowrank reads the global generator of the weight's device, and nothing else.
-        with contextlib.nullcontext() if generator is None else _global_generator_from(generator, W.device):
-            U, S, V = torch.svd_lowrank(_wide(W), q=r, niter=niter)
+        with contextlib.nullcontext() if generator is None else _seed_global_generator(generator, W.device):
+            U, S, V = torch.svd_lowrank(_float32_or_wider(W), q=r, niter=niter)
         Vh = V.T
     root = (S[:r] / scale).sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
 @contextlib.contextmanager
-def _global_generator_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+def _seed_global_generator(generator: torch.Generator, device: torch.device) -> Iterator[None]:
     """Run the block with the global generator of ``device`` seeded from ``generator``, and restore its state after."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     on_cuda = device.type == "cuda"

@@ -26,7 +26,13 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.option_checks import adapter_input, check_integers, check_matrix, check_probability, drops
+from adaptc.methods._shared.option_checks import (
+    applies_dropout,
+    check_integers,
+    check_matrix,
+    check_probability,
+    prepare_adapter_input,
+)
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
 
@@ -88,19 +94,19 @@ class Miss(Method):
         (rows, columns), r = op.matrix_shape, self.r
         if self.mode == "bat":
             if rows % r or columns % r:
-                fitting = [n for n in range(1, gcd(rows, columns) + 1) if gcd(rows, columns) % n == 0]
+                valid_sizes = [n for n in range(1, gcd(rows, columns) + 1) if gcd(rows, columns) % n == 0]
                 raise TargetError(
                     f"MiSS with init_weights='bat' cuts the weight ({rows}, {columns}) into blocks of r by r, and "
-                    f"r={r} does not divide both; r may be {', '.join(map(str, fitting))}"
+                    f"r={r} does not divide both; r may be {', '.join(map(str, valid_sizes))}"
                 )
             return {BLOCK: Slot((rows // r, r, r))}
         if r > max(columns, 2):
             raise TargetError(f"MiSS needs r of at most {columns}, the inputs of this weight, got r={r}")
         if self.mode == "mini" and rows % self.mini_r:
-            fitting = [n for n in range(1, rows + 1) if rows % n == 0]
+            valid_sizes = [n for n in range(1, rows + 1) if rows % n == 0]
             raise TargetError(
                 f"MiSS with init_weights='mini' repeats mini_r={self.mini_r} numbers along {rows} outputs, which it "
-                f"does not divide; mini_r may be {', '.join(map(str, fitting))}"
+                f"does not divide; mini_r may be {', '.join(map(str, valid_sizes))}"
             )
         return {
             BLOCK: Slot((r, self.mini_r if self.mode == "mini" else rows), free=(0,)),
@@ -146,33 +152,33 @@ class Miss(Method):
         return {BLOCK if n == BONE else n: t for n, t in found.items()}
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        return cast(W + self._change(op, W, slots), W.dtype)
+        return cast(W + self._delta(op, W, slots), W.dtype)
 
     def has_apply(self, op: Op) -> bool:
-        return op.callable and (self._cheap(op) or drops(self, op))
+        return op.callable and (self._is_low_rank(op) or applies_dropout(self, op))
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        x = adapter_input(self, op, x, slots[BLOCK].dtype)
-        if not self._cheap(op):
-            return cast(y + op(x, cast(self._change(op, W, slots), x.dtype)), y.dtype)
-        up, down = self._block(op, slots).t(), slots[FOLD]
+        x = prepare_adapter_input(self, op, x, slots[BLOCK].dtype)
+        if not self._is_low_rank(op):
+            return cast(y + op(x, cast(self._delta(op, W, slots), x.dtype)), y.dtype)
+        up, down = self._full_block(op, slots).t(), slots[FOLD]
         if op.is_conv:
             up, down = up.reshape(op.out_features, -1, *(1 for _ in op.kernel)), down.reshape(-1, *op.shape[1:])
         return cast(y + op.down_up(x, down, up), y.dtype)
 
-    def _cheap(self, op: Op) -> bool:
+    def _is_low_rank(self, op: Op) -> bool:
         """Return whether the change of the weight is a matmul of two matrices of rank r."""
         return self.mode != "bat" and op.groups == 1
 
-    def _block(self, op: Op, slots: Slots) -> Tensor:
+    def _full_block(self, op: Op, slots: Slots) -> Tensor:
         """Return M (r, out), with a column for every output."""
         block = slots[BLOCK]
         return block.repeat(1, op.matrix_shape[0] // self.mini_r) if self.mode == "mini" else block
 
-    def _change(self, op: Op, W: Tensor, slots: Slots) -> Tensor:
+    def _delta(self, op: Op, W: Tensor, slots: Slots) -> Tensor:
         """Return W' - W, in the wider dtype of weight and block for bat, else in the block's."""
         if self.mode != "bat":
-            return op.unmatrix(self._block(op, slots).t() @ slots[FOLD])
+            return op.unmatrix(self._full_block(op, slots).t() @ slots[FOLD])
         block, r = slots[BLOCK], self.r
         wide = torch.promote_types(W.dtype, block.dtype)
         M, parts = cast(block, wide), cast(op.matrix(W), wide).reshape(op.matrix_shape[0] // r, -1, r)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.option_checks import adapter_input, check_integers, check_matrix, check_probability
+from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.torch_modes import plainly
+from adaptc.torch_modes import outside_modes
 
 
 @dataclass
@@ -63,21 +63,21 @@ class RandLoraConfig(TargetedConfig):
         )
 
 
-def _low_precision() -> torch.dtype:
+def _dense_basis_dtype() -> torch.dtype:
     """Return the dtype in which PEFT draws dense bases; as in PEFT, it depends on the GPU."""
     cuda = torch.cuda.is_available()
     return torch.bfloat16 if not cuda or torch.cuda.is_bf16_supported() else torch.float16
 
 
 @lru_cache(maxsize=2)
-def bases(key: int, r: int, small: int, large: int, sparsity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def draw_bases(key: int, r: int, small: int, large: int, sparsity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the bases A (r, 1, small) and B (large, n, r) as PEFT draws them, with standard deviation one, on the CPU.
 
     They are cached: copy them, never write to them. ``dtype``: in which dense bases are drawn. Raises ConfigError for a
     basis whose values are all equal.
     """
     n = -(-small // r)
-    with plainly(), torch.no_grad():
+    with outside_modes(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(key)
         if sparsity:
             keep = 1 / (2 * (sqrt(small) if sparsity == "very_sparse" else 3))
@@ -120,9 +120,9 @@ class RandLora(Method):
 
     def slots(self, op: Op) -> dict[str, Slot]:
         check_matrix("RandLoRA", op)
-        small, n = min(op.matrix_shape), self._count(min(op.matrix_shape))
-        most = self._most(op)
-        a, b = (self.r, 1, min(most)), (max(most), self._count(min(most)), self.r)
+        small, n = min(op.matrix_shape), self._num_bases(min(op.matrix_shape))
+        most = self._largest_sizes(op)
+        a, b = (self.r, 1, min(most)), (max(most), self._num_bases(min(most)), self.r)
         common: Any = {"trainable": False, "saved": self.saved, "shared": True, "repeated": True}
         return {
             "randlora_lambda": Slot((self.r, n)),
@@ -131,11 +131,11 @@ class RandLora(Method):
             "randlora_B": Slot(b, shared_axes_cut=(0, 1), **common),
         }
 
-    def _count(self, small: int) -> int:
+    def _num_bases(self, small: int) -> int:
         """Return how many bases a weight with the smaller size ``small`` needs for full rank."""
         return -(-small // self.r)
 
-    def _most(self, op: Op) -> tuple[int, int]:
+    def _largest_sizes(self, op: Op) -> tuple[int, int]:
         rows, columns = op.matrix_shape
         return max(self.outputs, rows), max(self.inputs, columns)
 
@@ -159,16 +159,16 @@ class RandLora(Method):
         else:
             first = torch.randn(r_n, generator=generator).to(dtype)
             gamma = torch.full(n_small, 1 / max(op.matrix_shape), dtype=dtype)
-        return Initial({"randlora_lambda": first, "randlora_gamma": gamma, **self._drawn(op, W, dtype)})
+        return Initial({"randlora_lambda": first, "randlora_gamma": gamma, **self._shared_bases(op, W, dtype)})
 
-    def _drawn(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        most = self._most(op)
-        a, b = bases(self.key, self.r, min(most), max(most), self.sparsity, _low_precision())
+    def _shared_bases(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        most = self._largest_sizes(op)
+        a, b = draw_bases(self.key, self.r, min(most), max(most), self.sparsity, _dense_basis_dtype())
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {"randlora_A": a.to(W.dtype).to(dtype), "randlora_B": b.to(W.dtype).to(dtype)}
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**self.identity(op, W, dtype), **self._drawn(op, W, dtype)}
+        return {**self.identity(op, W, dtype), **self._shared_bases(op, W, dtype)}
 
     def scale(self, op: Op) -> float:
         return self.alpha / self.r
@@ -176,7 +176,7 @@ class RandLora(Method):
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         """Return the down projection (n r, columns) and the up projection (rows, n r)."""
         rows, columns = op.matrix_shape
-        small, n = min(rows, columns), self._count(min(rows, columns))
+        small, n = min(rows, columns), self._num_bases(min(rows, columns))
         first, gamma = slots["randlora_lambda"], slots["randlora_gamma"]
         A = cast(slots["randlora_A"].narrow(2, 0, small), first.dtype)
         A = (first.unsqueeze(-1) * A * gamma).flatten(0, 1)
@@ -194,6 +194,6 @@ class RandLora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         down, up = self._factors(op, slots)
-        x = adapter_input(self, op, x, down.dtype)
+        x = prepare_adapter_input(self, op, x, down.dtype)
         delta = op.up(op(x, down.reshape(-1, *op.shape[1:])), up)
         return cast(y + delta * scale, y.dtype)

@@ -23,16 +23,16 @@ from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.option_checks import adapter_input, check_integers, check_matrix, check_probability
+from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import OptionPlace
+from adaptc.passes.protocol.method_hooks import SiteDescription
 
 A, B, BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
-RANKS = "vblora_ranks"
+RANK_MASK = "vblora_ranks"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 #: the logit of a vector outside the top k: finite, and its softmax is zero in every dtype
-NEVER = -1e4
+UNSELECTED_LOGIT = -1e4
 
 
 @dataclass
@@ -112,7 +112,7 @@ class VBLoRA(Method):
             A: Slot((self.r, columns // self.length, self.vectors), free=(0,)),
             B: Slot((rows // self.length, self.r, self.vectors), free=(1,)),
             BANK: Slot((self.vectors, self.length), shared=True),
-            RANKS: Slot((self.r,), free=(0,), trainable=False, saved=False),
+            RANK_MASK: Slot((self.r,), free=(0,), trainable=False, saved=False),
         }
 
     def shares(self) -> bool:
@@ -121,7 +121,7 @@ class VBLoRA(Method):
     def minimal(self, op: Op) -> VBLoRA:
         return replace(self, r=2)
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
         return replace(new, training=self.training) if isinstance(new, VBLoRA) else new
 
@@ -129,10 +129,12 @@ class VBLoRA(Method):
         shapes = {n: s.shape for n, s in self.slots(op).items()}
         bank = torch.empty(shapes[BANK]).uniform_(-self.bound, self.bound, generator=generator)
         a, b = (torch.empty(shapes[n]).normal_(0, self.std, generator=generator) for n in (A, B))
-        return Initial({A: a.to(dtype), B: b.to(dtype), BANK: bank.to(dtype), RANKS: torch.ones(self.r, dtype=dtype)})
+        return Initial(
+            {A: a.to(dtype), B: b.to(dtype), BANK: bank.to(dtype), RANK_MASK: torch.ones(self.r, dtype=dtype)}
+        )
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {RANKS: torch.ones(self.r, dtype=dtype, device=W.device)}
+        return {RANK_MASK: torch.ones(self.r, dtype=dtype, device=W.device)}
 
     def with_sizes_of(self, op: Op, slots: Slots) -> VBLoRA:
         a = slots.get(A, slots.get(A + INDICES))
@@ -149,7 +151,7 @@ class VBLoRA(Method):
             pair = found.get(name + INDICES), found.get(name + WEIGHTS)
             if name in found or pair == (None, None):
                 continue
-            out[name] = self._logits(name, *pair)
+            out[name] = self._logits_from_topk(name, *pair)
         if self.training and out.keys() != found.keys():
             raise CheckpointError(
                 "the adapter was saved with save_only_topk_weights=True, so all but its best vectors are lost and it "
@@ -157,7 +159,7 @@ class VBLoRA(Method):
             )
         return out
 
-    def _logits(self, name: str, indices: Tensor | None, weights: Tensor | None) -> Tensor:
+    def _logits_from_topk(self, name: str, indices: Tensor | None, weights: Tensor | None) -> Tensor:
         if indices is None or weights is None:
             missing = name + (INDICES if indices is None else WEIGHTS)
             raise CheckpointError(f"{missing!r} is missing, while its other half is there")
@@ -175,8 +177,8 @@ class VBLoRA(Method):
             )
         # Rounding may make the last weight negative, whose log is NaN.
         last = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
-        logits = torch.cat([weights, last], -1).log().clamp(min=NEVER)
-        return logits.new_full((*shape[:-1], self.vectors), NEVER).scatter(-1, index, logits)
+        logits = torch.cat([weights, last], -1).log().clamp(min=UNSELECTED_LOGIT)
+        return logits.new_full((*shape[:-1], self.vectors), UNSELECTED_LOGIT).scatter(-1, index, logits)
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         if not self.only_topk:
@@ -195,13 +197,13 @@ class VBLoRA(Method):
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         """Return A (r, columns) and B (rows, r), made of the bank's vectors."""
 
-        def mixed(logits: Tensor) -> Tensor:
+        def mix_vectors(logits: Tensor) -> Tensor:
             best, index = logits.topk(self.topk, dim=-1)
             vectors = F.embedding(index, cast(slots[BANK], logits.dtype))
             return (best.softmax(-1).unsqueeze(-1) * vectors).sum(-2)
 
-        down = mixed(slots[A]).flatten(1) * slots[RANKS].unsqueeze(-1)
-        return down, mixed(slots[B]).transpose(1, 2).reshape(op.matrix_shape[0], -1)
+        down = mix_vectors(slots[A]).flatten(1) * slots[RANK_MASK].unsqueeze(-1)
+        return down, mix_vectors(slots[B]).transpose(1, 2).reshape(op.matrix_shape[0], -1)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         down, up = self._factors(op, slots)
@@ -212,6 +214,6 @@ class VBLoRA(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         down, up = self._factors(op, slots)
-        x = adapter_input(self, op, x, down.dtype)
+        x = prepare_adapter_input(self, op, x, down.dtype)
         delta = op.up(op(x, down.reshape(-1, *op.shape[1:])), up)
         return cast(y + delta, y.dtype)

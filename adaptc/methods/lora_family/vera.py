@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.option_checks import adapter_input, check_integers, check_matrix, check_probability
+from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.torch_modes import plainly
+from adaptc.torch_modes import outside_modes
 
 
 @dataclass
@@ -56,12 +56,12 @@ class VeraConfig(TargetedConfig):
 
 
 @lru_cache(maxsize=4)
-def projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+def draw_projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
     """Return A (r, inputs) and B (outputs, r) as PEFT draws them, float32 on the CPU.
 
     They are cached: copy them, never write to them.
     """
-    with plainly(), torch.no_grad():
+    with outside_modes(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(key)
         shapes = ((r, inputs), (outputs, r))
         a, b = (torch.empty(s, dtype=torch.float32, device="cpu") for s in shapes)
@@ -120,29 +120,29 @@ class Vera(Method):
             b, d = torch.zeros(rows, dtype=dtype), torch.full((self.r,), self.d_initial, dtype=dtype)
         else:
             b, d = torch.ones(rows, dtype=dtype), torch.randn(self.r, generator=generator).to(dtype)
-        return Initial({"vera_lambda_b": b, "vera_lambda_d": d, **self._drawn(op, W, dtype)})
+        return Initial({"vera_lambda_b": b, "vera_lambda_d": d, **self._shared_projections(op, W, dtype)})
 
-    def _drawn(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _shared_projections(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         specs = self.slots(op)
-        a, b = projections(self.key, self.r, specs["vera_A"].shape[1], specs["vera_B"].shape[0])
+        a, b = draw_projections(self.key, self.r, specs["vera_A"].shape[1], specs["vera_B"].shape[0])
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {"vera_A": a.to(W.dtype).to(dtype), "vera_B": b.to(W.dtype).to(dtype)}
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**self.identity(op, W, dtype), **self._drawn(op, W, dtype)}
+        return {**self.identity(op, W, dtype), **self._shared_projections(op, W, dtype)}
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Vera:
         d = slots.get("vera_lambda_d")
         return self if d is None or not d.ndim else replace(self, r=d.shape[-1])
 
-    def _parts(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _site_tensors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, columns = op.matrix_shape
         b, d = slots["vera_lambda_b"], slots["vera_lambda_d"]
         A, B = slots["vera_A"].narrow(1, 0, columns), slots["vera_B"].narrow(0, 0, rows)
         return b, cast(B, b.dtype), d, cast(A, d.dtype)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        b, B, d, A = self._parts(op, slots)
+        b, B, d, A = self._site_tensors(op, slots)
         delta = (b.unsqueeze(-1) * B) @ (d.unsqueeze(-1) * A)
         return cast(W + op.unmatrix(delta), W.dtype)
 
@@ -151,8 +151,8 @@ class Vera(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         # The vectors scale activations, not A and B: each site would need scaled copies of the shared projections.
-        out, B, d, A = self._parts(op, slots)
-        x = adapter_input(self, op, x, d.dtype)
+        out, B, d, A = self._site_tensors(op, slots)
+        x = prepare_adapter_input(self, op, x, d.dtype)
         h = op(x, A.reshape(-1, *op.shape[1:]))
         h = op.up(h * op.along_out(d, h), B)
         return cast(y + h * op.along_out(out, h), y.dtype)

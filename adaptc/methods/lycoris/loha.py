@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.methods.lycoris.lycoris_config import Lycoris, LycorisConfig, can_look_up, he, kernel_down, padded, zeros
+from adaptc.methods.lycoris.lycoris_config import (
+    Lycoris,
+    LycorisConfig,
+    apply_kernel_factor,
+    detach_padding_row,
+    fill_kaiming_uniform,
+    fill_zeros,
+    supports_row_lookup,
+)
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
 
@@ -28,7 +36,7 @@ class LoHaConfig(LycorisConfig):
     peft_type: ClassVar[str] = "LOHA"
 
     def method(self, name: str, kind: str) -> LoHa:
-        return LoHa(**self.options(name))
+        return LoHa(**self.method_options(name))
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class LoHa(Lycoris):
     name: ClassVar[str] = "loha"
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        self.check(op)
+        self.check_site(op)
         r, out, factored = self.r, op.shape[0], self.has_factored_kernel(op)
         slots: dict[str, Slot] = {}
         for i in "12":
@@ -59,36 +67,44 @@ class LoHa(Lycoris):
         return self if b is None or not b.ndim else dataclasses.replace(self, r=b.shape[0])
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        last = he if self.scheme is False else zeros
-        how = {"hada_w1_a": he, "hada_w1_b": he, "hada_w2_a": he, "hada_w2_b": last}
+        last = fill_kaiming_uniform if self.scheme is False else fill_zeros
+        how = {
+            "hada_w1_a": fill_kaiming_uniform,
+            "hada_w1_b": fill_kaiming_uniform,
+            "hada_w2_a": fill_kaiming_uniform,
+            "hada_w2_b": last,
+        }
         if self.has_factored_kernel(op):
-            how |= {"hada_t1": he, "hada_t2": he}
-        return self.drawn(op, how, W, dtype, generator)
+            how |= {"hada_t1": fill_kaiming_uniform, "hada_t2": fill_kaiming_uniform}
+        return self.draw_initial(op, how, W, dtype, generator)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         (a1, b1), (a2, b2) = self._factors(op, slots)
         delta = (a1 @ b1) * (a2 @ b2) * scale
-        rows = self.kept(op, delta, centred=True)
+        rows = self.dropout_factors(op, delta, rescale=True)
         if rows is not None:
             delta = delta * rows.unsqueeze(-1)
         return cast(W + op.unmatrix(delta), W.dtype)
 
     def has_apply(self, op: Op) -> bool:
         # At other layers the elementwise product needs the whole matrix, which the form on the weight makes as well.
-        return can_look_up(op)
+        return supports_row_lookup(op)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         (a1, b1), (a2, b2) = self._factors(op, slots)
         halves = [F.linear(F.embedding(x, b.t()), a) for a, b in ((a1, b1), (a2, b2))]
         delta = halves[0] * halves[1] * scale
-        rows = self.kept(op, delta, centred=True)
+        rows = self.dropout_factors(op, delta, rescale=True)
         if rows is not None:
             delta = delta * rows
-        return cast(y + padded(op, x, delta), y.dtype)
+        return cast(y + detach_padding_row(op, x, delta), y.dtype)
 
     def _factors(self, op: Op, slots: Slots) -> list[tuple[Tensor, Tensor]]:
         """Return the two pairs (A, B) of shapes (out, r) and (r, in*kernel)."""
         pairs = [(slots[f"hada_w{i}_a"], slots[f"hada_w{i}_b"]) for i in "12"]
         if not self.has_factored_kernel(op):
             return pairs
-        return [(a.t(), kernel_down(slots[f"hada_t{i}"], b).flatten(1)) for i, (a, b) in zip("12", pairs, strict=True)]
+        return [
+            (a.t(), apply_kernel_factor(slots[f"hada_t{i}"], b).flatten(1))
+            for i, (a, b) in zip("12", pairs, strict=True)
+        ]

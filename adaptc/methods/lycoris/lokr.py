@@ -23,8 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import ConfigError, shown
-from adaptc.methods.lycoris.lycoris_config import Lycoris, LycorisConfig, can_look_up, he, kernel_down, padded, zeros
+from adaptc.errors import ConfigError, short_repr
+from adaptc.methods.lycoris.lycoris_config import (
+    Lycoris,
+    LycorisConfig,
+    apply_kernel_factor,
+    detach_padding_row,
+    fill_kaiming_uniform,
+    fill_zeros,
+    supports_row_lookup,
+)
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
 
@@ -50,29 +58,31 @@ class LoKrConfig(LycorisConfig):
             )
 
     @classmethod
-    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def options_from_tensors(
+        cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
         # Each size is split by the factor alone, so the factor is -1 or the first part of a split: the first value that
         # gives all splits is taken.
         splits: list[tuple[int, int]] = []
         for m, shape in zip(modules, shapes, strict=True):
-            (l, n1), (k, n2) = _sizes(m, "lokr_w1"), _sizes(m, "lokr_w2", prod(shape[2:]))  # noqa: E741  # the paper's
+            (l, n1), (k, n2) = _factor_sizes(m, "lokr_w1"), _factor_sizes(m, "lokr_w2", prod(shape[2:]))  # noqa: E741  # the paper's
             splits += [(l, k), (n1, n2)]
         known = (
-            f for f in (-1, *sorted({a for a, _ in splits})) if all(factors(a * b, f) == (a, b) for a, b in splits)
+            f for f in (-1, *sorted({a for a, _ in splits})) if all(split_size(a * b, f) == (a, b) for a, b in splits)
         )
         factor = next(known, None)
         if factor is None:
             raise ConfigError(
-                f"no decompose_factor splits the layers as this LoKr has them: {shown(sorted(set(splits))[:3])}; "
+                f"no decompose_factor splits the layers as this LoKr has them: {short_repr(sorted(set(splits))[:3])}; "
                 f"compile "
                 "for its layers one group at a time"
             )
         both = any("lokr_w1_a" in m for m in modules)
-        return {**super().options_of(modules, shapes), "decompose_factor": factor, "decompose_both": both}
+        return {**super().options_from_tensors(modules, shapes), "decompose_factor": factor, "decompose_both": both}
 
     def method(self, name: str, kind: str) -> LoKr:
         return LoKr(
-            **self.options(name),
+            **self.method_options(name),
             decompose_both=self.decompose_both,
             factor=self.decompose_factor,
             centred=self.rank_dropout_scale,
@@ -94,21 +104,21 @@ class LoKr(Lycoris):
     centred: bool = False
     whole: tuple[bool, bool] | None = None
 
-    def split(self, op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
+    def split_sizes(self, op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return ((l, k), (m, n)), the splits of the weight's first two sizes."""
-        return factors(op.shape[0], self.factor), factors(op.shape[1], self.factor)
+        return split_size(op.shape[0], self.factor), split_size(op.shape[1], self.factor)
 
     def at(self, op: Op) -> LoKr:
         if self.whole is not None or len(op.shape) < 2:
             return self
-        (l, k), (m, n) = self.split(op)  # noqa: E741  # the paper's names
+        (l, k), (m, n) = self.split_sizes(op)  # noqa: E741  # the paper's names
         return dataclasses.replace(
             self, whole=(not self.decompose_both or 2 * self.r >= max(l, m), 2 * self.r >= max(k, n))
         )
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        self.check(op)
-        (l, k), (m, n) = self.split(op)  # noqa: E741
+        self.check_site(op)
+        (l, k), (m, n) = self.split_sizes(op)  # noqa: E741
         r = self.r
         first, second = self.at(op).whole or (True, True)
         slots: dict[str, Slot] = {}
@@ -142,64 +152,64 @@ class LoKr(Lycoris):
         zero = () if self.scheme is False else ("lokr_w1", "lokr_w1_a")
         if self.scheme == "lycoris":
             zero = ("lokr_w2", "lokr_w2_b")
-        how = {n: zeros if n in zero else he for n in names if n in has}
-        return self.drawn(op, how, W, dtype, generator)
+        how = {n: fill_zeros if n in zero else fill_kaiming_uniform for n in names if n in has}
+        return self.draw_initial(op, how, W, dtype, generator)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        first, (b, a) = self._first(slots), self._second(op, slots)
-        (_, k), (_, n) = self.split(op)
+        first, (b, a) = self._left_factor(slots), self._right_factor(op, slots)
+        (_, k), (_, n) = self.split_sizes(op)
         second = (b if a is None else a @ b.flatten(1)).reshape(k, n, *op.kernel)
-        if not self._misplaced(op):
+        if not self._is_misaligned(op):
             first = first.reshape(*first.shape, *(1 for _ in op.kernel))
         delta = torch.kron(first, second).reshape(op.shape) * scale
-        rows = self.kept(op, delta, self.centred)
+        rows = self.dropout_factors(op, delta, self.centred)
         if rows is not None:
             delta = delta * rows.reshape(-1, *(1 for _ in op.shape[1:]))
         return cast(W + delta, W.dtype)
 
     def has_apply(self, op: Op) -> bool:
         if op.is_conv:
-            return op.groups == 1 and not self._misplaced(op)
-        return op.kind in ("linear", "addmm") or can_look_up(op)
+            return op.groups == 1 and not self._is_misaligned(op)
+        return op.kind in ("linear", "addmm") or supports_row_lookup(op)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        first, (down, up) = self._first(slots), self._second(op, slots)
-        x = op.as_input(x, first.dtype)
+        first, (down, up) = self._left_factor(slots), self._right_factor(op, slots)
+        x = op.cast_input(x, first.dtype)
         if op.kind == "embedding":
-            delta = padded(op, x, self._rows(op, x, first, down, up))
+            delta = detach_padding_row(op, x, self._embedding_delta(op, x, first, down, up))
         elif op.is_conv:
-            delta = self._channels(op, x, first, down, up)
+            delta = self._conv_delta(op, x, first, down, up)
         else:
-            _, (m, n) = self.split(op)
-            delta = _up(F.linear(x.unflatten(-1, (m, n)), down), up)
+            _, (m, n) = self.split_sizes(op)
+            delta = _project_up(F.linear(x.unflatten(-1, (m, n)), down), up)
             delta = F.linear(delta.transpose(-1, -2), first).transpose(-1, -2).flatten(-2)
-        rows = self.kept(op, delta, self.centred)
+        rows = self.dropout_factors(op, delta, self.centred)
         if rows is not None:
             delta = delta * op.along_out(rows, delta)
         return cast(y + delta * scale, y.dtype)
 
-    def _rows(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
+    def _embedding_delta(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
         """Return the delta's vectors for the token indices ``x``: (*x.shape, width).
 
         Column v of a Kronecker product is the product of column v // n of one factor and column v % n of the other.
         """
-        _, (_, n) = self.split(op)
-        left, right = F.embedding(x // n, first.t()), _up(F.embedding(x % n, down.t()), up)
+        _, (_, n) = self.split_sizes(op)
+        left, right = F.embedding(x // n, first.t()), _project_up(F.embedding(x % n, down.t()), up)
         return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
 
-    def _channels(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
+    def _conv_delta(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
         """Return the delta's output of a convolution: the second factor acts on each of m parts of the channels.
 
         The first factor then mixes the parts.
         """
-        _, (m, n) = self.split(op)
+        _, (m, n) = self.split_sizes(op)
         axis = x.ndim - len(op.kernel) - 1  # 0 without a batch
         parts = x.unflatten(axis, (m, n)).flatten(0, axis)
-        h = _up(op(parts, down).movedim(1, -1), up).unflatten(0, (-1, m)).movedim(1, -1)
+        h = _project_up(op(parts, down).movedim(1, -1), up).unflatten(0, (-1, m)).movedim(1, -1)
         mixed = F.linear(h, first).transpose(-1, -2).flatten(-2).movedim(-1, 1)
         return mixed if axis else mixed.squeeze(0)
 
-    def _misplaced(self, op: Op) -> bool:
+    def _is_misaligned(self, op: Op) -> bool:
         """Return whether the site has PEFT's misaligned Kronecker product: a Conv1d with W2 in one tensor.
 
         PEFT then multiplies l with n, and m with the kernel axis. Adapters are trained with that product, so it is what
@@ -207,21 +217,21 @@ class LoKr(Lycoris):
         """
         return op.kind == "conv1d" and (self.at(op).whole or (True, True))[1]
 
-    def _first(self, slots: Slots) -> Tensor:
+    def _left_factor(self, slots: Slots) -> Tensor:
         return slots["lokr_w1"] if "lokr_w1" in slots else slots["lokr_w1_a"] @ slots["lokr_w1_b"]
 
-    def _second(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor | None]:
+    def _right_factor(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor | None]:
         """Return (B, A) of W2 = A B, with B (r, n[, *kernel]) and A (k, r); or (W2, None) where W2 is one tensor."""
         if "lokr_w2" in slots:
             return slots["lokr_w2"], None
-        _, (_, n) = self.split(op)
+        _, (_, n) = self.split_sizes(op)
         a, b = slots["lokr_w2_a"], slots["lokr_w2_b"]
         if self.has_factored_kernel(op):
-            a, b = a.t(), kernel_down(slots["lokr_t2"], b)
+            a, b = a.t(), apply_kernel_factor(slots["lokr_t2"], b)
         return b.reshape(-1, n, *op.kernel), a
 
 
-def _sizes(tensors: Mapping[str, Tensor], name: str, positions: int = 1) -> tuple[int, int]:
+def _factor_sizes(tensors: Mapping[str, Tensor], name: str, positions: int = 1) -> tuple[int, int]:
     """Return (rows, columns) of W1 or W2, read off its ``tensors``. ``positions``: the number of kernel positions."""
     if name in tensors:
         return tuple(tensors[name].shape[:2])  # type: ignore[return-value]
@@ -231,12 +241,12 @@ def _sizes(tensors: Mapping[str, Tensor], name: str, positions: int = 1) -> tupl
     return a.shape[0], b.shape[1] // positions
 
 
-def _up(h: Tensor, a: Tensor | None) -> Tensor:
+def _project_up(h: Tensor, a: Tensor | None) -> Tensor:
     return h if a is None else F.linear(h, a)
 
 
 @cache
-def factors(size: int, factor: int = -1) -> tuple[int, int]:
+def split_size(size: int, factor: int = -1) -> tuple[int, int]:
     """Return two factors of ``size``: ``factor`` and the quotient where ``factor`` divides it.
 
     Otherwise they are the two divisors closest to each other, smaller first, the smaller at most ``factor`` (-1: any).

@@ -52,13 +52,15 @@ class LycorisConfig(TargetedConfig):
             raise ConfigError(f"{name}.init_weights must be one of {known}, got {self.init_weights!r}")
 
     @classmethod
-    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def options_from_tensors(
+        cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
         return {"use_effective_conv2d": True} if any(n in m for m in modules for n in ("hada_t1", "lokr_t2")) else {}
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
-    def options(self, name: str) -> dict[str, Any]:
+    def method_options(self, name: str) -> dict[str, Any]:
         """Return the fields of a :class:`Lycoris` method at module ``name``."""
         return {
             "r": pattern_value(self.rank_pattern, name, self.r),
@@ -100,51 +102,51 @@ class Lycoris(Method):
         """Return the last axes of the factor for kernel positions: at least two, as in files."""
         return op.kernel if len(op.kernel) > 1 else (*op.kernel, 1)
 
-    def check(self, op: Op) -> None:
+    def check_site(self, op: Op) -> None:
         check_matrix(type(self).__name__, op)
 
-    def kept(self, op: Op, like: Tensor, centred: bool) -> Tensor | None:
+    def dropout_factors(self, op: Op, delta: Tensor, rescale: bool) -> Tensor | None:
         """Return the dropout factor of each row of the delta, (out,), or None where nothing is ever dropped.
 
-        ``centred`` divides by the share of rows left, so that the delta keeps its size. ``like``: the delta.
+        ``rescale`` divides by the share of rows left, so that the delta keeps its size. ``delta``: the delta.
         """
         if not self.training or not (self.rank_dropout or self.module_dropout):
             return None
-        rows = torch.ones(op.shape[0], dtype=like.dtype, device=like.device)
+        rows = torch.ones(op.shape[0], dtype=delta.dtype, device=delta.device)
         if self.rank_dropout:
             rows = F.dropout(rows, self.rank_dropout, training=True).sign()
-            if centred:  # clamped, since no row may be left, and 0 / 0 is NaN
+            if rescale:  # clamped, since no row may be left, and 0 / 0 is NaN
                 rows = rows / rows.mean().clamp(min=1 / op.shape[0])
         if self.module_dropout:
             rows = rows * F.dropout(torch.ones_like(rows[:1]), self.module_dropout, training=True).sign()
         return rows
 
-    def drawn(
-        self, op: Op, how: Mapping[str, Fill], W: Tensor, dtype: torch.dtype, generator: torch.Generator | None
+    def draw_initial(
+        self, op: Op, fills: Mapping[str, Fill], W: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     ) -> Initial:
-        """Return first values from the initialisers ``how`` (slot -> fill), drawn in that order.
+        """Return first values from the initialisers ``fills`` (slot -> fill), drawn in that order.
 
         They are drawn in the default dtype and then cast, as PEFT does.
         """
         specs = self.slots(op)
         source = torch.device("cpu") if generator is None else generator.device
         out: dict[str, Tensor] = {}
-        for name, fill in how.items():
+        for name, fill in fills.items():
             value = torch.empty(specs[name].shape, dtype=torch.get_default_dtype(), device=source)
             fill(value, generator)
             out[name] = value.to(device=W.device, dtype=dtype)
         return Initial({n: out[n] for n in specs})
 
 
-def he(t: Tensor, generator: torch.Generator | None) -> None:
+def fill_kaiming_uniform(t: Tensor, generator: torch.Generator | None) -> None:
     nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
 
-def zeros(t: Tensor, generator: torch.Generator | None) -> None:
+def fill_zeros(t: Tensor, generator: torch.Generator | None) -> None:
     nn.init.zeros_(t)
 
 
-def kernel_down(t: Tensor, b: Tensor) -> Tensor:
+def apply_kernel_factor(t: Tensor, b: Tensor) -> Tensor:
     """Return the sum over j of ``t`` (i, j, *kernel) times ``b`` (j, in): (i, in, prod(kernel)).
 
     It is written so that tracing records no rank as a constant.
@@ -152,18 +154,18 @@ def kernel_down(t: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(b.t(), t.flatten(2))
 
 
-def padded(op: Op, x: Tensor, delta: Tensor) -> Tensor:
+def detach_padding_row(op: Op, x: Tensor, delta: Tensor) -> Tensor:
     """Return ``delta`` (*x.shape, width), detached where ``x`` is the padding index of the embedding ``op``.
 
     The embedding itself gives no gradient to that row either.
     """
-    padding = op.rest[0] if op.rest else -1
+    padding = op.other_args[0] if op.other_args else -1
     return delta if padding < 0 else torch.where((x == padding).unsqueeze(-1), delta.detach(), delta)
 
 
-def can_look_up(op: Op) -> bool:
+def supports_row_lookup(op: Op) -> bool:
     """Return whether ``op`` is an embedding at which changing the rows that are read equals changing the table.
 
     With ``scale_grad_by_freq`` it does not, since gradients are then divided by how often a row is read.
     """
-    return op.kind == "embedding" and not (len(op.rest) > 1 and op.rest[1])
+    return op.kind == "embedding" and not (len(op.other_args) > 1 and op.other_args[1])

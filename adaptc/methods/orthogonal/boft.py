@@ -18,7 +18,14 @@ from torch import Tensor
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_bias, check_probability
-from adaptc.methods.orthogonal.rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
+from adaptc.methods.orthogonal.rotation import (
+    Rotation,
+    cayley_transform,
+    divisors,
+    drop_to_identity,
+    multiply_blocks,
+    to_solver_dtype,
+)
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
 
@@ -53,7 +60,7 @@ class BOFTConfig(TargetedConfig):
                 f"BOFTConfig.boft_n_butterfly_factor must be 1 or more, got {self.boft_n_butterfly_factor}"
             )
         check_bias(self, "boft_only")
-        check_probability(self, "boft_dropout", certain=True)
+        check_probability(self, "boft_dropout", allow_one=True)
 
     def method(self, name: str, kind: str) -> Boft:
         return Boft(
@@ -82,28 +89,28 @@ class Boft(Rotation):
     scheme: bool = True
     training: bool = False
 
-    def block(self, op: Op) -> int:
+    def block_size(self, op: Op) -> int:
         """Return the size of a block; raise TargetError where blocks and butterfly factors do not divide the width."""
-        n, m = self.width(op), self.factors
-        field, asked = ("boft_block_size", self.size) if self.size else ("boft_block_num", self.number)
+        n, m = self.rotation_size(op), self.factors
+        field, requested = ("boft_block_size", self.size) if self.size else ("boft_block_num", self.number)
 
-        def fits(d: int) -> bool:
+        def is_valid(d: int) -> bool:
             b = d if self.size else n // d
             # The number of blocks must be divisible by 2 ** (m - 1). The test by bits comes first, since for a huge m
             # that power would not fit into memory.
             return m == 1 or (b % 2 == 0 and m <= (n // b).bit_length() and (n // b) % 2 ** (m - 1) == 0)
 
-        if n % asked or not fits(asked):
-            good = [d for d in divisors(n) if fits(d)]
+        if n % requested or not is_valid(requested):
+            good = [d for d in divisors(n) if is_valid(d)]
             butterflies = "" if m == 1 else f" with boft_n_butterfly_factor={m}"
             way = f"one of {good} fits" if good else "none fits: use fewer factors"
-            raise TargetError(f"BOFT cannot cut the width {n} by {field}={asked}{butterflies}; {way}")
-        return asked if self.size else n // asked
+            raise TargetError(f"BOFT cannot cut the width {n} by {field}={requested}{butterflies}; {way}")
+        return requested if self.size else n // requested
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        b = self.block(op)
+        b = self.block_size(op)
         return {
-            "boft_R": Slot((self.factors, self.width(op) // b, b, b)),
+            "boft_R": Slot((self.factors, self.rotation_size(op) // b, b, b)),
             "boft_s": Slot((1, op.out_features) if op.is_conv else (op.out_features, 1), fill=1.0),
         }
 
@@ -154,26 +161,26 @@ class Boft(Rotation):
         b = op.along_out(b, y)
         return cast((out - b) * op.along_out(s, y) + b, y.dtype)
 
-    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
-        b = self.block(op)
-        R = solvable(slots["boft_R"])
-        Q = cayley((R - R.mT) / 2)
+    def rotate(self, op: Op, v: Tensor, slots: Slots, transpose: bool = False) -> Tensor:
+        b = self.block_size(op)
+        R = to_solver_dtype(slots["boft_R"])
+        Q = cayley_transform((R - R.mT) / 2)
         if self.training and self.dropout:
-            Q = keep_some(Q, self.dropout / self.factors)
+            Q = drop_to_identity(Q, self.dropout / self.factors)
         Q = cast(Q, v.dtype)
-        order = range(self.factors) if back else reversed(range(self.factors))
+        order = range(self.factors) if transpose else reversed(range(self.factors))
         for i in order:
-            v = blockwise(_halves(v, b, i, apart=False), Q[i].mT if back else Q[i])
-            v = _halves(v, b, i, apart=True)
+            v = multiply_blocks(_permute_halves(v, b, i, separate=False), Q[i].mT if transpose else Q[i])
+            v = _permute_halves(v, b, i, separate=True)
         return v
 
 
-def _halves(v: Tensor, b: int, i: int, apart: bool) -> Tensor:
+def _permute_halves(v: Tensor, b: int, i: int, separate: bool) -> Tensor:
     """Permute the halves of blocks of ``b`` in every run of b 2^i entries of ``v`` (..., n).
 
-    With ``apart`` the even halves of a run come first, and then the odd ones; without, the inverse.
+    With ``separate`` the even halves of a run come first, and then the odd ones; without, the inverse.
     """
     if i == 0:
         return v
-    inner = (2**i, 2) if apart else (2, 2**i)
+    inner = (2**i, 2) if separate else (2, 2**i)
     return v.unflatten(-1, (-1, *inner, b // 2)).transpose(-3, -2).flatten(-4)

@@ -19,7 +19,7 @@ from torch import Tensor
 from adaptc.errors import AdaptcWarning, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_bias, check_integers
-from adaptc.methods.orthogonal.rotation import Rotation, solvable, solve
+from adaptc.methods.orthogonal.rotation import Rotation, solve_unchecked, to_solver_dtype
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Slot, Slots
 
@@ -55,7 +55,7 @@ class Hra(Rotation):
     scheme: bool = True
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        n = self.width(op)
+        n = self.rotation_size(op)
         if self.orthogonal and self.r > max(n, 2):  # identity values have two columns
             raise TargetError(
                 f"HRA with apply_GS=True makes r={self.r} vectors orthogonal, and here they have {n} entries; "
@@ -80,14 +80,14 @@ class Hra(Rotation):
                 AdaptcWarning,
                 stacklevel=2,
             )
-        u = torch.empty(self.width(op), self.r // 2 if pairs else self.r)
+        u = torch.empty(self.rotation_size(op), self.r // 2 if pairs else self.r)
         torch.nn.init.kaiming_uniform_(u, a=math.sqrt(5), generator=generator)
         return Initial({"hra_u": (u.repeat_interleave(2, 1) if pairs else u).to(dtype)})
 
-    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
-        U, V = self._factors(solvable(slots["hra_u"]))
+    def rotate(self, op: Op, v: Tensor, slots: Slots, transpose: bool = False) -> Tensor:
+        U, V = self._factors(to_solver_dtype(slots["hra_u"]))
         U, V = cast(U, v.dtype), cast(V, v.dtype)
-        return v - (v @ V) @ U.mT if back else v - (v @ U) @ V.mT
+        return v - (v @ V) @ U.mT if transpose else v - (v @ U) @ V.mT
 
     def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return U and V, both (n, r), with H_1 ... H_r = I - V U^T."""
@@ -98,6 +98,6 @@ class Hra(Rotation):
         if self.orthogonal:
             # Without the addition on the diagonal, vectors that are zero or depend on others would make this singular.
             ridge = torch.where(used, 4 * torch.finfo(u.dtype).eps, 1.0).to(u.dtype)
-            return U, 2 * solve(gram + torch.diag_embed(ridge), U, left=False)
+            return U, 2 * solve_unchecked(gram + torch.diag_embed(ridge), U, left=False)
         # T^-1 is the part of U^T U above the diagonal, and one half on it.
         return U, 2 * torch.linalg.solve_triangular(2 * gram, U, upper=True, left=False, unitriangular=True)

@@ -21,12 +21,19 @@ from torch import Tensor
 from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_bias, check_probability
-from adaptc.methods.orthogonal.rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
+from adaptc.methods.orthogonal.rotation import (
+    Rotation,
+    cayley_transform,
+    divisors,
+    drop_to_identity,
+    multiply_blocks,
+    to_solver_dtype,
+)
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
 
 #: the most terms of the Cayley-Neumann series, which has converged long before
-MOST_TERMS = 256
+MAX_TERMS = 256
 
 
 @dataclass
@@ -58,13 +65,13 @@ class OFTConfig(TargetedConfig):
                 f"layer is their product; got r={self.r} and oft_block_size={self.oft_block_size}"
             )
         check_bias(self, "oft_only")
-        check_probability(self, "module_dropout", certain=True)
+        check_probability(self, "module_dropout", allow_one=True)
         if self.coft and not self.eps > 0:
             raise ConfigError(f"OFTConfig.eps, the radius that coft keeps to, must be positive, got {self.eps!r}")
-        if self.use_cayley_neumann and not 2 <= self.num_cayley_neumann_terms <= MOST_TERMS:
+        if self.use_cayley_neumann and not 2 <= self.num_cayley_neumann_terms <= MAX_TERMS:
             raise ConfigError(
                 "OFTConfig.num_cayley_neumann_terms must be 2 or more, or no rotation would ever differ from the "
-                f"identity, and at most {MOST_TERMS}, since each is a product in the program; "
+                f"identity, and at most {MAX_TERMS}, since each is a product in the program; "
                 f"got {self.num_cayley_neumann_terms}. use_cayley_neumann=False is the sum of all terms."
             )
 
@@ -120,27 +127,27 @@ class Oft(Rotation):
     scheme: bool = True
     training: bool = False
 
-    def width(self, op: Op) -> int:
+    def rotation_size(self, op: Op) -> int:
         # The channels of all groups of a convolution, since PEFT's blocks cover all channels of the input.
-        n = super().width(op)
+        n = super().rotation_size(op)
         return n if op.kind == "embedding" else op.in_features * prod(op.kernel)
 
-    def block(self, op: Op) -> int:
+    def block_size(self, op: Op) -> int:
         """Return the size of a block.
 
         It is the divisor of the width nearest to ``size``, or the width over its divisor nearest to ``blocks``.
         """
-        n, asked = self.width(op), self.size or self.blocks
+        n, asked = self.rotation_size(op), self.size or self.blocks
         fits = asked if n % asked == 0 else min(divisors(n), key=lambda d: abs(d - asked))
         return fits if self.size else n // fits
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        b = self.block(op)
+        b = self.block_size(op)
         name = "oft_embedding_R.weight" if op.kind == "embedding" else "oft_R.weight"
-        return {name: Slot((1 if self.share else self.width(op) // b, b * (b - 1) // 2))}
+        return {name: Slot((1 if self.share else self.rotation_size(op) // b, b * (b - 1) // 2))}
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        n, b = self.width(op), self.block(op)
+        n, b = self.rotation_size(op), self.block_size(op)
         field, asked, used = ("oft_block_size", self.size, b) if self.size else ("r", self.blocks, n // b)
         if asked != used:
             empty = "; blocks of size 1 have nothing to train" if b == 1 else ""
@@ -154,32 +161,32 @@ class Oft(Rotation):
         values = {n: torch.empty(s.shape).normal_(0.0, 0.1, generator=generator) for n, s in self.slots(op).items()}
         return Initial({n: t.to(dtype) for n, t in values.items()})
 
-    def turns_input(self, op: Op) -> bool:
-        return op.pointwise or (op.is_conv and all(k == 1 for k in op.kernel))
+    def can_rotate_input(self, op: Op) -> bool:
+        return op.is_pointwise or (op.is_conv and all(k == 1 for k in op.kernel))
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         if op.groups == 1:
             return super().weight(op, W, slots, scale)
-        if op.matrix_shape[1] % self.block(op):
+        if op.matrix_shape[1] % self.block_size(op):
             return super().weight(op, op.dense(W), slots, scale)
         # No block spans two groups: rows of all groups, put side by side, form one row of the full width.
         rows = W.reshape(op.groups, -1, op.matrix_shape[1]).transpose(0, 1)
         turned = super().weight(op, rows, slots, scale)
         return turned.transpose(0, 1).reshape(W.shape)
 
-    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
-        b = self.block(op)
-        R = cast(self.rotations(b, next(iter(slots.values()))), v.dtype)
-        R = R.mT if back else R
-        return (v.unflatten(-1, (-1, b)) @ R[0]).flatten(-2) if self.share else blockwise(v, R)
+    def rotate(self, op: Op, v: Tensor, slots: Slots, transpose: bool = False) -> Tensor:
+        b = self.block_size(op)
+        R = cast(self.rotation_blocks(b, next(iter(slots.values()))), v.dtype)
+        R = R.mT if transpose else R
+        return (v.unflatten(-1, (-1, b)) @ R[0]).flatten(-2) if self.share else multiply_blocks(v, R)
 
-    def rotations(self, b: int, rows: Tensor) -> Tensor:
+    def rotation_blocks(self, b: int, rows: Tensor) -> Tensor:
         """Return the blocks of R, (rows, b, b), for the slot ``rows`` (rows, b(b-1)/2)."""
-        Q = self._inside(_skew(solvable(rows), b))
-        R = _neumann(Q, self.terms) if self.terms else cayley(Q)
-        return keep_some(R, self.dropout) if self.training and self.dropout and not self.share else R
+        Q = self._within_radius(_skew_symmetric(to_solver_dtype(rows), b))
+        R = _cayley_neumann(Q, self.terms) if self.terms else cayley_transform(Q)
+        return drop_to_identity(R, self.dropout) if self.training and self.dropout and not self.share else R
 
-    def _inside(self, Q: Tensor) -> Tensor:
+    def _within_radius(self, Q: Tensor) -> Tensor:
         """Return ``Q`` (rows, b, b) with each block shortened to the radius.
 
         The gradient is that at the shortened block, as if the parameter had been moved there: PEFT moves it.
@@ -187,9 +194,9 @@ class Oft(Rotation):
         if not self.radius:
             return Q
         q = Q.detach()
-        return Q + (self._shortened(q, torch.linalg.matrix_norm(q, keepdim=True)) - q)
+        return Q + (self._shorten(q, torch.linalg.matrix_norm(q, keepdim=True)) - q)
 
-    def _shortened(self, blocks: Tensor, norm: Tensor) -> Tensor:
+    def _shorten(self, blocks: Tensor, norm: Tensor) -> Tensor:
         radius = self.radius / sqrt(blocks.shape[0])
         return torch.where(norm <= radius, blocks, blocks * (radius / norm))
 
@@ -201,11 +208,11 @@ class Oft(Rotation):
         if not self.radius:
             return {}
         return {
-            n: self._shortened(t, torch.linalg.vector_norm(t, dim=-1, keepdim=True) * sqrt(2)) for n, t in slots.items()
+            n: self._shorten(t, torch.linalg.vector_norm(t, dim=-1, keepdim=True) * sqrt(2)) for n, t in slots.items()
         }
 
 
-def _skew(rows: Tensor, b: int) -> Tensor:
+def _skew_symmetric(rows: Tensor, b: int) -> Tensor:
     """Return the skew-symmetric matrices (k, b, b) with the upper triangles ``rows`` (k, b(b-1)/2)."""
     if b == 1:
         return rows.sum(1).reshape(-1, 1, 1)
@@ -217,7 +224,7 @@ def _skew(rows: Tensor, b: int) -> Tensor:
     return rows[:, where.flatten()].reshape(-1, b, b) * (j - i).sign()
 
 
-def _neumann(Q: Tensor, terms: int) -> Tensor:
+def _cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     """Return I + 2Q + 2Q^2 + ... + Q^(terms - 1), the last power without the factor 2.
 
     ``terms`` of 3 gives the same sum as 4, as in PEFT.

@@ -27,7 +27,7 @@ from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
 
 THETA, ALPHA = "road_theta", "road_alpha"
 #: variant -> the length of each slot per pair of rows
-SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
+ENTRIES_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
 @dataclass
@@ -42,8 +42,8 @@ class RoadConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in SIZES:
-            raise ConfigError(f"RoadConfig.variant must be one of {', '.join(SIZES)}, got {self.variant!r}")
+        if self.variant not in ENTRIES_PER_PAIR:
+            raise ConfigError(f"RoadConfig.variant must be one of {', '.join(ENTRIES_PER_PAIR)}, got {self.variant!r}")
         size = self.group_size
         if size <= 0 or size % 2:
             raise ConfigError(f"RoadConfig.group_size must be a positive even number, got {size!r}")
@@ -71,7 +71,7 @@ class Road(Method):
             raise TargetError(
                 f"RoAd needs outputs in whole groups of group_size={self.group_size}, and there are {rows}; {hint}"
             )
-        size = rows * SIZES[self.variant] // 2
+        size = rows * ENTRIES_PER_PAIR[self.variant] // 2
         return {THETA: Slot((size,)), ALPHA: Slot((size,), fill=1.0)}
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
@@ -87,22 +87,22 @@ class Road(Method):
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         # Where a RoAd group spans groups of the convolution, the new weight reads all inputs, so it must be dense.
         apart = op.out_features // op.groups % self.group_size == 0
-        return self._turn(W if apart else op.dense(W), 0, slots)
+        return self._rotate(W if apart else op.dense(W), 0, slots)
 
     def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
-        return None if b is None else self._turn(b, 0, slots)
+        return None if b is None else self._rotate(b, 0, slots)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        return self._turn(y, y.ndim - 1 - len(op.kernel), slots)
+        return self._rotate(y, y.ndim - 1 - len(op.kernel), slots)
 
-    def _turn(self, t: Tensor, axis: int, slots: Slots) -> Tensor:
+    def _rotate(self, t: Tensor, axis: int, slots: Slots) -> Tensor:
         """Return R t, with R acting along ``axis``, whose size is the number of outputs."""
-        first, second = (c.reshape(-1, *[1] * (t.ndim - 1 - axis)) for c in self._columns(slots))
+        first, second = (c.reshape(-1, *[1] * (t.ndim - 1 - axis)) for c in self._rotation_factors(slots))
         upper, lower = t.unflatten(axis, (-1, 2, self.group_size // 2)).unbind(axis + 1)
         turned = torch.stack((-lower, upper), axis + 1).flatten(axis, axis + 2)
         return cast(t * first + turned * second, t.dtype)
 
-    def _columns(self, slots: Slots) -> tuple[Tensor, Tensor]:
+    def _rotation_factors(self, slots: Slots) -> tuple[Tensor, Tensor]:
         """Return the factors of each output and of its partner in the result, (out,) each."""
         half, theta, alpha = self.group_size // 2, slots[THETA], slots[ALPHA]
         if self.variant == "road_4":

@@ -21,14 +21,14 @@ from adaptc.passes.protocol.method import Method, Scale, Slots
 
 @dataclass(frozen=True)
 class Rotation(Method):
-    """A method defined by its rotation, :meth:`turn`.
+    """A method defined by its rotation, :meth:`rotate`.
 
-    It takes rows v (..., n) and gives v R, or v R^T with ``back``; n is ``width(op)``.
+    It takes rows v (..., n) and gives v R, or v R^T with ``transpose``; n is ``width(op)``.
     """
 
     takes_complex: ClassVar[bool] = False
 
-    def width(self, op: Op) -> int:
+    def rotation_size(self, op: Op) -> int:
         """Return the length of the rotated vectors: an embedding's width, else the weight's columns as a matrix."""
         check_matrix(self.name.upper(), op)
         return op.out_features if op.kind == "embedding" else op.matrix_shape[1]
@@ -36,55 +36,55 @@ class Rotation(Method):
     def drops_input(self) -> bool:
         return False  # dropout acts on blocks of the rotation, in the form on the weight as in that around the layer
 
-    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
+    def rotate(self, op: Op, v: Tensor, slots: Slots, transpose: bool = False) -> Tensor:
         raise AssertionError(f"{type(self).__name__} must define turn()")
 
-    def turns_input(self, op: Op) -> bool:
+    def can_rotate_input(self, op: Op) -> bool:
         """Return whether rotating the input equals rotating the rows of the weight."""
-        return op.pointwise
+        return op.is_pointwise
 
     def has_input(self, op: Op) -> bool:
-        return op.callable and self.turns_input(op)
+        return op.callable and self.can_rotate_input(op)
 
     def has_apply(self, op: Op) -> bool:
         return op.kind == "embedding"
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        dtype = torch.promote_types(W.dtype, _dtype(slots))
+        dtype = torch.promote_types(W.dtype, _slot_dtype(slots))
         if op.kind == "embedding":
-            return cast(self.turn(op, cast(W.t(), dtype), slots).t(), W.dtype)
-        turned = self.turn(op, cast(W.flatten(1), dtype), slots, back=True)
+            return cast(self.rotate(op, cast(W.t(), dtype), slots).t(), W.dtype)
+        turned = self.rotate(op, cast(W.flatten(1), dtype), slots, transpose=True)
         return cast(turned.reshape(W.shape), W.dtype)
 
     def input(self, op: Op, x: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        v = cast(x, torch.promote_types(x.dtype, _dtype(slots)))
+        v = cast(x, torch.promote_types(x.dtype, _slot_dtype(slots)))
         if op.is_conv:
             channels = -1 - len(op.kernel)
-            return cast(self.turn(op, v.movedim(channels, -1), slots).movedim(-1, channels), x.dtype)
-        return cast(self.turn(op, v, slots), x.dtype)
+            return cast(self.rotate(op, v.movedim(channels, -1), slots).movedim(-1, channels), x.dtype)
+        return cast(self.rotate(op, v, slots), x.dtype)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         if op.kind != "embedding":
             return y
-        return cast(self.turn(op, cast(y, torch.promote_types(y.dtype, _dtype(slots))), slots), y.dtype)
+        return cast(self.rotate(op, cast(y, torch.promote_types(y.dtype, _slot_dtype(slots))), slots), y.dtype)
 
 
-def _dtype(slots: Slots) -> torch.dtype:
+def _slot_dtype(slots: Slots) -> torch.dtype:
     return next(iter(slots.values())).dtype
 
 
-def solvable(t: Tensor) -> Tensor:
+def to_solver_dtype(t: Tensor) -> Tensor:
     """Return ``t`` in a dtype that torch has solvers for: float32, or float64 as it is."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-def cayley(K: Tensor) -> Tensor:
+def cayley_transform(K: Tensor) -> Tensor:
     """Return the rotations (I - K)(I + K)^-1 of skew-symmetric matrices ``K`` (..., b, b)."""
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    return solve(eye + K, eye - K, left=False)
+    return solve_unchecked(eye + K, eye - K, left=False)
 
 
-def solve(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
+def solve_unchecked(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
     """Return X with A X = B, or X A = B for ``left=False``; ``A`` must not be singular.
 
     The check for singular matrices is left out, since it would wait for the GPU.
@@ -92,13 +92,13 @@ def solve(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
     return torch.linalg.solve_ex(A, B, left=left).result
 
 
-def blockwise(v: Tensor, R: Tensor) -> Tensor:
+def multiply_blocks(v: Tensor, R: Tensor) -> Tensor:
     """Return rows ``v`` (..., k b) times the block-diagonal matrix of the blocks ``R`` (k, b, b)."""
     k, b, _ = R.shape
     return torch.bmm(v.reshape(-1, k, b).transpose(0, 1), R).transpose(0, 1).reshape(v.shape)
 
 
-def keep_some(R: Tensor, p: float) -> Tensor:
+def drop_to_identity(R: Tensor, p: float) -> Tensor:
     """Return matrices ``R`` (..., b, b), each replaced by the identity with probability ``p``."""
     kept = torch.nn.functional.dropout(torch.ones_like(R[..., :1, :1]), p, training=True).sign()
     return kept * R + (1 - kept) * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)

@@ -24,7 +24,7 @@ from adaptc.errors import ConfigError
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.methods.prompt.attention_config import AttentionConfig
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.attention_method import AttentionMethod, Scored
+from adaptc.passes.protocol.attention_method import AttentionMethod, ScoreFunction
 from adaptc.passes.protocol.method import Initial, Slot, Slots
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
@@ -87,7 +87,7 @@ class AdaptionPrompt(AttentionMethod):
     def tokens(self, slots: Slots) -> Tensor:
         return slots[PROMPT][0]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scored: Scored) -> Tensor:
-        scores = scored(query @ cast(keys, query.dtype).mT)
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, to_scores: ScoreFunction) -> Tensor:
+        scores = to_scores(query @ cast(keys, query.dtype).mT)
         chances = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         return cast(slots[GATE] * chances, values.dtype) @ values

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.option_checks import check_integers
-from adaptc.methods.prompt.key_values import KeyValueConfig, KeyValues
-from adaptc.methods.prompt.virtual_token_method import PROMPT
+from adaptc.methods.prompt.key_values import KVPrefixConfig, KVPrefixMethod
+from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Initial
 from adaptc.passes.protocol.method_hooks import Slot, Slots
@@ -26,7 +26,7 @@ FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
 
 
 @dataclass
-class CartridgeConfig(KeyValueConfig):
+class CartridgeConfig(KVPrefixConfig):
     """PEFT's ``CartridgeConfig``: same names, same defaults."""
 
     peft_type: ClassVar[str] = "CARTRIDGE"
@@ -44,24 +44,24 @@ class CartridgeConfig(KeyValueConfig):
 
     def method(self, name: str, kind: str) -> Cartridge:
         assert self.num_virtual_tokens is not None
-        return Cartridge(self.num_virtual_tokens, (), 1, *self.shape, self.num_frozen_tokens)
+        return Cartridge(self.num_virtual_tokens, (), 1, *self.kv_shape, self.num_frozen_tokens)
 
 
 @dataclass(frozen=True)
-class Cartridge(KeyValues):
+class Cartridge(KVPrefixMethod):
     """Cartridge: a KV prefix of ``count`` tokens, of which the first ``frozen`` are not trained. ``first``: unused."""
 
     name: ClassVar[str] = "cartridge"
-    swappable: ClassVar[frozenset[str]] = KeyValues.swappable | {"frozen"}
-    modules: ClassVar[Mapping[str, str]] = {FROZEN: FROZEN, TRAINED: TRAINED}
+    swappable: ClassVar[frozenset[str]] = KVPrefixMethod.swappable | {"frozen"}
+    peft_names: ClassVar[Mapping[str, str]] = {FROZEN: FROZEN, TRAINED: TRAINED}
 
     frozen: int = 1
 
     def slots(self, op: Op) -> dict[str, Slot]:
         frozen = min(self.frozen, self.count)
         return {
-            FROZEN: Slot((frozen, self.row), free=(0,), trainable=False),
-            TRAINED: Slot((self.count - frozen, self.row), free=(0,)),
+            FROZEN: Slot((frozen, self.row_size), free=(0,), trainable=False),
+            TRAINED: Slot((self.count - frozen, self.row_size), free=(0,)),
         }
 
     def free_size(self, slot: str) -> str:
@@ -74,24 +74,28 @@ class Cartridge(KeyValues):
         return torch.cat([slots[FROZEN], slots[TRAINED]])
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        rows = torch.randn(self.count, self.row, generator=generator).to(W.device, dtype)
-        return Initial(self._split(rows))
+        rows = torch.randn(self.count, self.row_size, generator=generator).to(W.device, dtype)
+        return Initial(self._split_rows(rows))
 
-    def _split(self, rows: Tensor) -> dict[str, Tensor]:
+    def _split_rows(self, rows: Tensor) -> dict[str, Tensor]:
         frozen = min(self.frozen, rows.shape[0])
         return {FROZEN: rows[:frozen].clone(), TRAINED: rows[frozen:].clone()}
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def keys(self, op: Op) -> list[str]:
-        return [PROMPT]
+        return [PROMPT_EMBEDDINGS]
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rest = {n: t for n, t in found.items() if n != PROMPT}
-        return {**rest, **self._split(self.divided(PROMPT, found[PROMPT]))} if PROMPT in found else rest
+        rest = {n: t for n, t in found.items() if n != PROMPT_EMBEDDINGS}
+        return (
+            {**rest, **self._split_rows(self.split_stacks(PROMPT_EMBEDDINGS, found[PROMPT_EMBEDDINGS]))}
+            if PROMPT_EMBEDDINGS in found
+            else rest
+        )
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {PROMPT: self.rows(slots).detach()}
+        return {PROMPT_EMBEDDINGS: self.rows(slots).detach()}
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Any:
         if FROZEN not in slots or TRAINED not in slots:

@@ -21,22 +21,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import ConfigError, shown
-from adaptc.methods._shared.option_checks import tell_unused
+from adaptc.errors import ConfigError, short_repr
+from adaptc.methods._shared.option_checks import warn_unused
 from adaptc.methods._shared.program_config import ProgramConfig
-from adaptc.methods.prompt.virtual_tokens import IGNORED, PROMPT, VirtualTokens
+from adaptc.methods.prompt.virtual_tokens import IGNORE_INDEX, PROMPT_EMBEDDINGS, VirtualTokens
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Extra, Given
+from adaptc.passes.protocol.coefficients import Extra, ExtraValues
 from adaptc.passes.protocol.method import Initial
 from adaptc.passes.protocol.method_hooks import Slot, Slots
 
 ROWS, STEPS = "prompt_encoder.embedding.weight", "prompt_encoder.delta_embedding.weight"
 IDS, TYPES = "prompt_encoder.token_ids", "prompt_encoder.token_types"
-GIVEN_TYPES = "input_type_mask"
+INPUT_TYPES = "input_type_mask"
 #: the number of kinds of tokens (a type modulo it is the kind: template and input of an example, template of its
 #: output, label), and the type of a label
-KINDS, LABEL = 4, 4
-LEAST = 1e-10
+NUM_KINDS, LABEL_TYPE = 4, 4
+MIN_STEP = 1e-10
 
 
 @dataclass
@@ -44,7 +44,7 @@ class CPTConfig(ProgramConfig):
     """PEFT's ``CPTConfig``: same names, same defaults. ``num_virtual_tokens`` is the length of ``cpt_token_ids``."""
 
     peft_type: ClassVar[str] = "CPT"
-    takes_encoders: ClassVar[bool] = False
+    supports_encoders: ClassVar[bool] = False
     samples = ({"task_type": "CAUSAL_LM"},)
 
     cpt_token_ids: list[int] | None = None
@@ -76,14 +76,14 @@ class CPTConfig(ProgramConfig):
             )
         if self.opt_weighted_loss_type not in ("none", "decay"):
             raise ConfigError(
-                f"{name}.opt_weighted_loss_type={shown(self.opt_weighted_loss_type)} is not one of none, decay"
+                f"{name}.opt_weighted_loss_type={short_repr(self.opt_weighted_loss_type)} is not one of none, decay"
             )
         for option in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
             if getattr(self, option) is None or getattr(self, option) < 0:
                 raise ConfigError(f"{name}.{option} must be a number of at least 0, got {getattr(self, option)!r}")
         if self.opt_weighted_loss_type == "none":
             why = "with opt_weighted_loss_type='none': 'decay' is what weighs labels by it"
-            tell_unused(self, ("opt_loss_decay_factor",), why)
+            warn_unused(self, ("opt_loss_decay_factor",), why)
 
     def method(self, name: str, kind: str) -> Cpt:
         ids, types = tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ())
@@ -102,7 +102,7 @@ class Cpt(VirtualTokens):
 
     name: ClassVar[str] = "cpt"
     swappable: ClassVar[frozenset[str]] = VirtualTokens.swappable | {"ids", "types", "step", "template"}
-    modules: ClassVar[Mapping[str, str]] = {PROMPT: PROMPT}
+    peft_names: ClassVar[Mapping[str, str]] = {PROMPT_EMBEDDINGS: PROMPT_EMBEDDINGS}
 
     ids: tuple[int, ...] = ()
     types: tuple[int, ...] = ()
@@ -113,45 +113,52 @@ class Cpt(VirtualTokens):
     def slots(self, op: Op) -> dict[str, Slot]:
         rows = Slot((self.count, op.out_features), free=(0,))
         whole = Slot((self.count,), free=(0,), dtype=torch.int64, trainable=False, saved=False)
-        return {PROMPT: replace(rows, trainable=False), STEPS: rows, IDS: whole, TYPES: whole}
+        return {PROMPT_EMBEDDINGS: replace(rows, trainable=False), STEPS: rows, IDS: whole, TYPES: whole}
 
     def extras(self) -> Mapping[str, Extra]:
-        return {GIVEN_TYPES: Extra(torch.int64, ("batch", "length"), place="labels", fill=LABEL)}
+        return {INPUT_TYPES: Extra(torch.int64, ("batch", "length"), place="labels", fill=LABEL_TYPE)}
 
-    def prompt(self, slots: Slots, given: Given) -> Tensor:
+    def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
         steps, still = slots[STEPS], slots[STEPS].detach()
         # Tokens that are labels or of type 0 are not moved. The gradient is that of the unbounded steps, as in PEFT.
-        moved = torch.remainder(slots[TYPES], KINDS) != 0
-        return slots[PROMPT] + self._bounded(slots).detach() + torch.where(moved.unsqueeze(-1), steps, still) - still
+        moved = torch.remainder(slots[TYPES], NUM_KINDS) != 0
+        return (
+            slots[PROMPT_EMBEDDINGS]
+            + self._bounded_steps(slots).detach()
+            + torch.where(moved.unsqueeze(-1), steps, still)
+            - still
+        )
 
-    def _bounded(self, slots: Slots) -> Tensor:
+    def _bounded_steps(self, slots: Slots) -> Tensor:
         """Return the steps (tokens, width), each shortened to the largest length that its token's type allows."""
-        steps, kind = slots[STEPS], torch.remainder(slots[TYPES], KINDS)
+        steps, kind = slots[STEPS], torch.remainder(slots[TYPES], NUM_KINDS)
         size = sqrt(steps.shape[1] / 2048)
         most = torch.where(kind == 2, self.step * size, self.template * size)
-        most = torch.where((slots[TYPES] > 0) & (kind != 0), most, LEAST).to(steps.dtype)
+        most = torch.where((slots[TYPES] > 0) & (kind != 0), most, MIN_STEP).to(steps.dtype)
         length = torch.linalg.vector_norm(steps, dim=1)
         scale = torch.where(length > 0, most / torch.maximum(length, most), 1.0)
         return steps * scale.unsqueeze(-1)
 
-    def labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def labels(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         own = slots[IDS].to(value.dtype).expand(value.shape[0], -1)
-        return torch.where(_is_label(_types(slots, given)), torch.cat([own, value], 1), IGNORED)
+        return torch.where(_is_label(_all_token_types(slots, given)), torch.cat([own, value], 1), IGNORE_INDEX)
 
-    def loss(self, value: Tensor, slots: Slots, given: Given, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, value: Tensor, slots: Slots, given: ExtraValues, logits: Tensor, labels: Tensor) -> Tensor:
         if self.decay == 1:
             return value
-        types, wanted = _types(slots, given)[:, 1:], labels[:, 1:]
-        each = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), wanted, reduction="none", ignore_index=IGNORED)
+        types, targets = _all_token_types(slots, given)[:, 1:], labels[:, 1:]
+        token_losses = F.cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), targets, reduction="none", ignore_index=IGNORE_INDEX
+        )
         is_label = _is_label(types)
         # The weight of a group of labels falls with the number of later groups in its row.
         later = is_label.unsqueeze(1) & (types.unsqueeze(1) > types.unsqueeze(2))
         same = (types.unsqueeze(1) == types.unsqueeze(2)) & is_label.unsqueeze(1)
         first = is_label & (torch.tril(same, -1).sum(2) == 0)
         age = (later & first.unsqueeze(1)).sum(2)
-        counts = wanted != IGNORED
-        weight = torch.where(is_label, torch.pow(self.decay, age.to(each.dtype)), 1.0)
-        return ((each * weight * counts).sum() / counts.sum()).to(value.dtype)
+        counts = targets != IGNORE_INDEX
+        weight = torch.where(is_label, torch.pow(self.decay, age.to(token_losses.dtype)), 1.0)
+        return ((token_losses * weight * counts).sum() / counts.sum()).to(value.dtype)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -162,16 +169,16 @@ class Cpt(VirtualTokens):
                 f"cpt_token_ids has {bad[0]}, and the model's embedding has rows 0 to {op.in_features - 1}"
             )
         rows = W.detach()[:, torch.tensor(self.ids, device=W.device)].t().contiguous().to(dtype)
-        return Initial({PROMPT: rows, STEPS: torch.zeros_like(rows), **self._own(W.device)})
+        return Initial({PROMPT_EMBEDDINGS: rows, STEPS: torch.zeros_like(rows), **self._context_slots(W.device)})
 
-    def _own(self, device: torch.device) -> dict[str, Tensor]:
+    def _context_slots(self, device: torch.device) -> dict[str, Tensor]:
         return {n: torch.tensor(v, dtype=torch.int64, device=device) for n, v in ((IDS, self.ids), (TYPES, self.types))}
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return self._own(W.device)
+        return self._context_slots(W.device)
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {STEPS: self._bounded(slots)}
+        return {STEPS: self._bounded_steps(slots)}
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -180,27 +187,32 @@ class Cpt(VirtualTokens):
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ROWS in found and STEPS in found:
-            return {PROMPT: found[ROWS], STEPS: found[STEPS]}
-        return {**found, STEPS: torch.zeros_like(found[PROMPT])} if PROMPT in found else dict(found)
+            return {PROMPT_EMBEDDINGS: found[ROWS], STEPS: found[STEPS]}
+        return (
+            {**found, STEPS: torch.zeros_like(found[PROMPT_EMBEDDINGS])} if PROMPT_EMBEDDINGS in found else dict(found)
+        )
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        rows, steps = slots[PROMPT], self._bounded({**slots, **self._own(slots[STEPS].device)})
-        return {PROMPT: rows + steps, **({ROWS: rows, STEPS: steps} if bool(steps.any()) else {})}
+        rows, steps = (
+            slots[PROMPT_EMBEDDINGS],
+            self._bounded_steps({**slots, **self._context_slots(slots[STEPS].device)}),
+        )
+        return {PROMPT_EMBEDDINGS: rows + steps, **({ROWS: rows, STEPS: steps} if bool(steps.any()) else {})}
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         return super().fqn(place, slot.removeprefix("prompt_encoder."), adapter)
 
 
-def _types(slots: Slots, given: Given) -> Tensor:
+def _all_token_types(slots: Slots, given: ExtraValues) -> Tensor:
     """Return the types of all tokens, (batch, context + length): first the context's, then the call's.
 
     Types of the call are moved beyond the context's largest type, so that groups of labels stay apart.
     """
-    theirs = given[GIVEN_TYPES]
+    theirs = given[INPUT_TYPES]
     own = slots[TYPES].expand(theirs.shape[0], -1)
     most = F.pad(slots[TYPES], (0, 1)).amax()  # of none, zero
     return torch.cat([own, torch.where(theirs > 0, theirs + most, theirs)], 1)
 
 
 def _is_label(types: Tensor) -> Tensor:
-    return (types > 0) & (torch.remainder(types, KINDS) == 0)
+    return (types > 0) & (torch.remainder(types, NUM_KINDS) == 0)

@@ -22,15 +22,15 @@ from torch import Tensor
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._shared.model_facts import ModelFacts
 from adaptc.methods._shared.program_config import ProgramConfig
-from adaptc.methods.prompt.virtual_token_method import InFront
-from adaptc.passes.analysis.attention.attention_for_prefixes import Attentions
+from adaptc.methods.prompt.virtual_token_method import VirtualTokenMethod
+from adaptc.passes.analysis.attention.attention_for_prefixes import SelfAttentions
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Given
+from adaptc.passes.protocol.coefficients import ExtraValues
 from adaptc.passes.protocol.method_hooks import Slots
 
 
 @dataclass
-class KeyValueConfig(ProgramConfig):
+class KVPrefixConfig(ProgramConfig):
     """A config of a method with a KV prefix.
 
     ``num_layers``, ``num_attention_heads`` and ``token_dim`` describe keys and values, and are found in the program's
@@ -39,40 +39,44 @@ class KeyValueConfig(ProgramConfig):
 
     reads_attentions: ClassVar[bool] = True
 
-    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
-        assert found is not None
+    def with_model_defaults(
+        self, facts: ModelFacts, embedding_dim: int, attentions: SelfAttentions | None = None
+    ) -> Self:
+        assert attentions is not None
         known = (getattr(facts.config, n, None) for n in ("decoder_layers", "num_decoder_layers", "num_hidden_layers"))
         layers = next((n for n in known if isinstance(n, int)), None)
-        if layers is not None and layers != found.count:
+        if layers is not None and layers != attentions.count:
             raise TargetError(
                 f"{self.peft_type} puts keys and values in front of those of each layer, of which the model's config "
-                f"has {layers}, and {found.count} attentions of its tokens were found in the program: models that "
+                f"has {layers}, and {attentions.count} attentions of its tokens were found in the program: models that "
                 "have layers of another kind, or some that share their keys, are not supported"
             )
         values = {
-            "num_layers": found.count,
-            "num_attention_heads": found.heads,
-            "token_dim": found.heads * found.width,
+            "num_layers": attentions.count,
+            "num_attention_heads": attentions.heads,
+            "token_dim": attentions.heads * attentions.head_dim,
         }
         for option, value in values.items():
             if getattr(self, option) not in (None, value):
                 raise ConfigError(
                     f"{type(self).__name__}.{option}={getattr(self, option)}, and the program has {value}: leave it out"
                 )
-        return self.completed({**values, "num_transformer_submodules": 2 if self.task_type == "SEQ_2_SEQ_LM" else 1})
+        return self.with_missing_filled(
+            {**values, "num_transformer_submodules": 2 if self.task_type == "SEQ_2_SEQ_LM" else 1}
+        )
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Return (layers, key heads, width of a head, :attr:`KeyValues.submodules`).
+    def kv_shape(self) -> tuple[int, int, int, int]:
+        """Return (layers, key heads, width of a head, :attr:`KVPrefixMethod.submodules`).
 
-        The first three are 0 until :meth:`resolved` has found them.
+        The first three are 0 until :meth:`with_model_defaults` has found them.
         """
         heads = self.num_attention_heads or 0
-        return self.num_layers or 0, heads, (self.token_dim or 0) // max(heads, 1), self.sides
+        return self.num_layers or 0, heads, (self.token_dim or 0) // max(heads, 1), self.num_stacks
 
 
 @dataclass(frozen=True)
-class KeyValues(InFront):
+class KVPrefixMethod(VirtualTokenMethod):
     """A method with a KV prefix for each attention of a program.
 
     ``layers``, ``heads`` and ``width`` (of a head): as the config has them. ``submodules``: the step, in pairs of a
@@ -85,7 +89,7 @@ class KeyValues(InFront):
     submodules: int = 1
 
     @property
-    def row(self) -> int:
+    def row_size(self) -> int:
         """Return the length of a token's row: the keys and values of all layers."""
         return 2 * self.layers * self.heads * self.width
 
@@ -97,7 +101,7 @@ class KeyValues(InFront):
         """Return the rows of all virtual tokens: (count, row)."""
         raise AssertionError(f"{type(self).__name__} must define rows()")
 
-    def cached(self, slots: Slots, given: Given) -> Tensor:
+    def cached(self, slots: Slots, given: ExtraValues) -> Tensor:
         rows = self.rows(slots)
         pairs = rows.view(rows.shape[0], self.layers, 2, self.heads, self.width)
         if self.submodules > 1:
@@ -105,9 +109,9 @@ class KeyValues(InFront):
         return pairs.flatten(1, 2).permute(1, 2, 0, 3)
 
 
-def as_rows(cached: Sequence[Tensor]) -> Tensor:
-    """Return the rows (count, row) for a KV prefix: the inverse of :meth:`KeyValues.cached`.
+def rows_from_kv_prefix(keys_and_values: Sequence[Tensor]) -> Tensor:
+    """Return the rows (count, row) for a KV prefix: the inverse of :meth:`KVPrefixMethod.cached`.
 
     ``cached``: the keys and values of each layer in turn, each (heads, count, width).
     """
-    return torch.stack(list(cached)).permute(2, 0, 1, 3).flatten(1).contiguous()
+    return torch.stack(list(keys_and_values)).permute(2, 0, 1, 3).flatten(1).contiguous()

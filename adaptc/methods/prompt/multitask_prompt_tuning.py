@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adaptc.errors import ConfigError, shown
-from adaptc.methods._shared.option_checks import check_integers, tell_unused
-from adaptc.methods.prompt.prompt_tuning import RANDOM, SAMPLE_VOCAB, TEXT, PromptTuningConfig, first_rows
-from adaptc.methods.prompt.virtual_tokens import IGNORED, PROMPT, VirtualTokens
+from adaptc.errors import ConfigError, short_repr
+from adaptc.methods._shared.option_checks import check_integers, warn_unused
+from adaptc.methods.prompt.prompt_tuning import RANDOM, SAMPLE_VOCAB, TEXT, PromptTuningConfig, initial_rows
+from adaptc.methods.prompt.virtual_tokens import IGNORE_INDEX, PROMPT_EMBEDDINGS, VirtualTokens
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Extra, Given
+from adaptc.passes.protocol.coefficients import Extra, ExtraValues
 from adaptc.passes.protocol.method import Initial
 from adaptc.passes.protocol.method_hooks import Slot, Slots
 
@@ -39,7 +39,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     """
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
-    inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB, AVERAGE, EXACT, SHARED)
+    init_schemes: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB, AVERAGE, EXACT, SHARED)
 
     prompt_tuning_init_state_dict_path: str | None = None
     prompt_tuning_init_task: int | None = 0
@@ -53,21 +53,21 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             raise ConfigError(f"{name}.prompt_tuning_init={how!r} needs prompt_tuning_init_state_dict_path")
         if how not in (AVERAGE, EXACT, SHARED):
             why = f"with prompt_tuning_init={how!r}: {AVERAGE!r}, {EXACT!r} and {SHARED!r} are what read it"
-            tell_unused(self, ("prompt_tuning_init_state_dict_path",), why)
+            warn_unused(self, ("prompt_tuning_init_state_dict_path",), why)
         if self.num_ranks is None or self.num_tasks is None or self.prompt_tuning_init_task is None:
             raise ConfigError(f"{name}: num_ranks, num_tasks and prompt_tuning_init_task are integers, and not None")
         check_integers(self, {"num_ranks": self.num_ranks, "num_tasks": self.num_tasks})
         check_integers(self, {"prompt_tuning_init_task": self.prompt_tuning_init_task}, 0)
 
-    def first(self) -> tuple[Any, ...]:
+    def init_scheme(self) -> tuple[Any, ...]:
         how = self.prompt_tuning_init
         source = (how, self.prompt_tuning_init_state_dict_path, self.prompt_tuning_init_task)
-        return source if how in (AVERAGE, EXACT, SHARED) else super().first()
+        return source if how in (AVERAGE, EXACT, SHARED) else super().init_scheme()
 
     def method(self, name: str, kind: str) -> MultitaskPromptTuning:
         assert self.num_virtual_tokens is not None
         tasks, ranks = self.num_tasks or 1, self.num_ranks or 1
-        return MultitaskPromptTuning(self.num_virtual_tokens, self.first(), self.sides, tasks, ranks)
+        return MultitaskPromptTuning(self.num_virtual_tokens, self.init_scheme(), self.num_stacks, tasks, ranks)
 
 
 @dataclass(frozen=True)
@@ -75,51 +75,51 @@ class MultitaskPromptTuning(VirtualTokens):
     """Multitask prompt tuning with ``tasks`` tasks, whose factors C and R have rank ``ranks``."""
 
     name: ClassVar[str] = "multitask_prompt_tuning"
-    file_names: ClassVar[tuple[str, ...]] = (PROMPT, COLS, ROWS)
+    file_names: ClassVar[tuple[str, ...]] = (PROMPT_EMBEDDINGS, COLS, ROWS)
 
     tasks: int = 1
     ranks: int = 1
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        cols = self.rows_of(self.ranks, self.tasks)
+        cols = self.rows_slot(self.ranks, self.tasks)
         return {**super().slots(op), COLS: cols, ROWS: Slot((self.tasks, self.ranks, op.out_features))}
 
     def extras(self) -> Mapping[str, Extra]:
         return {TASKS: Extra(torch.int64)}
 
-    def prompt(self, slots: Slots, given: Given) -> Tensor:
-        return self._rows(slots, given, 0)
+    def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
+        return self._task_rows(slots, given, 0)
 
-    def _rows(self, slots: Slots, given: Given, side: int) -> Tensor:
+    def _task_rows(self, slots: Slots, given: ExtraValues, stack: int) -> Tensor:
         cols, rows = (torch.index_select(slots[n], 0, given[TASKS]) for n in (COLS, ROWS))
-        return self.of_side(slots[PROMPT], side) * (self.of_side(cols, side) @ rows)
+        return self.stack_rows(slots[PROMPT_EMBEDDINGS], stack) * (self.stack_rows(cols, stack) @ rows)
 
     # -- a decoder's places --------------------------------------------------------------------------------------------
 
     def decodes(self) -> bool:
         return self.sides == 2
 
-    def decoder_tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
-        return self.padded(value, slots, plain)
+    def decoder_tokens(self, value: Tensor, slots: Slots, given: ExtraValues, plain: int) -> Tensor:
+        return self.pad_front(value, slots, plain)
 
-    def decoder_attended(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return self.padded(value, slots, 1)
+    def decoder_attended(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.pad_front(value, slots, 1)
 
-    def decoder_labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return self.padded(value, slots, IGNORED)
+    def decoder_labels(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.pad_front(value, slots, IGNORE_INDEX)
 
-    def decoder_shifted(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def decoder_shifted(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         n = self.lengthens(slots)
         # The program put its start token in front of the labels of the virtual tokens; it belongs behind them, in front
         # of the labels of the text.
         return torch.cat([value[:, :n], value[:, :1], value[:, n + 1 :]], 1)
 
-    def decoder_embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return self.behind(self._rows(slots, given, 1), value)
+    def decoder_embedded(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.overwrite_first_rows(self._task_rows(slots, given, 1), value)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
-    def why_wrong(self, slots: Slots, given: Given) -> str:
+    def why_wrong(self, slots: Slots, given: ExtraValues) -> str:
         tasks = slots[COLS].shape[0]
         found = [int(t) for t in given[TASKS].unique() if not 0 <= t < tasks]
         return f"{TASKS} has {found[0]}, and the adapter has tasks from 0 to {tasks - 1}" if found else ""
@@ -129,41 +129,43 @@ class MultitaskPromptTuning(VirtualTokens):
         shapes = {n: s.shape for n, s in whole.slots(op).items()}
         values = {n: 0.02 * torch.randn(shapes[n], generator=generator) for n in (COLS, ROWS)}
         if self.first and self.first[0] in (AVERAGE, EXACT, SHARED):
-            values |= _of_source(*self.first)
+            values |= _load_source_values(*self.first)
         else:
-            values[PROMPT] = first_rows(self, op, W, generator)
+            values[PROMPT_EMBEDDINGS] = initial_rows(self, op, W, generator)
         for name, shape in shapes.items():
             if tuple(values[name].shape) != shape:
                 raise ConfigError(
-                    f"{name!r} of {shown(self.first[1])} gives {tuple(values[name].shape)}, and the config {shape}: "
-                    "num_virtual_tokens and num_ranks must be the source's, and num_tasks 1 where its tasks become one"
+                    f"{name!r} of {short_repr(self.first[1])} gives {tuple(values[name].shape)}, and the config "
+                    f"{shape}: num_virtual_tokens and num_ranks must be the source's, and num_tasks 1 where its tasks "
+                    "become one"
                 )
         return Initial(self.read(op, {n: t.to(W.device, dtype) for n, t in values.items()}))
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: self.divided(n, t, 1) if n == COLS else t for n, t in super().read(op, found).items()}
+        return {n: self.split_stacks(n, t, 1) if n == COLS else t for n, t in super().read(op, found).items()}
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {n: self.joined(t, 1) if n == COLS else t for n, t in super().write(op, slots).items()}
+        return {n: self.join_stacks(t, 1) if n == COLS else t for n, t in super().write(op, slots).items()}
 
 
-def _of_source(how: str, path: str, task: int) -> dict[str, Tensor]:
+def _load_source_values(scheme: str, path: str, task: int) -> dict[str, Tensor]:
     """Return the first values that are read from the file ``path``: rows, and for ``how`` other than SHARED one task.
 
     Raises ConfigError where the file cannot be read, lacks a tensor, or has no task number ``task``.
     """
     try:
         source = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
-        found = {n: source[n].float().cpu() for n in (PROMPT, *(() if how == SHARED else (COLS, ROWS)))}
+        found = {n: source[n].float().cpu() for n in (PROMPT_EMBEDDINGS, *(() if scheme == SHARED else (COLS, ROWS)))}
     except KeyError as error:
-        raise ConfigError(f"prompt_tuning_init_state_dict_path={shown(path)} has no tensor {error}") from error
+        raise ConfigError(f"prompt_tuning_init_state_dict_path={short_repr(path)} has no tensor {error}") from error
     except Exception as error:  # whatever is wrong with a file
         raise ConfigError(
-            f"prompt_tuning_init_state_dict_path={shown(path)} cannot be read as a file of tensors: {shown(str(error))}"
+            f"prompt_tuning_init_state_dict_path={short_repr(path)} cannot be read as a file of tensors: "
+            f"{short_repr(str(error))}"
         ) from error
-    if how == EXACT and task >= found[COLS].shape[0]:
-        raise ConfigError(f"prompt_tuning_init_task={task}, and {shown(path)} has {found[COLS].shape[0]} tasks")
+    if scheme == EXACT and task >= found[COLS].shape[0]:
+        raise ConfigError(f"prompt_tuning_init_task={task}, and {short_repr(path)} has {found[COLS].shape[0]} tasks")
     for name in found.keys() & {COLS, ROWS}:
         t = found[name]
-        found[name] = t.mean(0, keepdim=True) if how == AVERAGE else t[task : task + 1]
+        found[name] = t.mean(0, keepdim=True) if scheme == AVERAGE else t[task : task + 1]
     return found

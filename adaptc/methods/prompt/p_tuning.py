@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import ConfigError, shown
+from adaptc.errors import ConfigError, short_repr
 from adaptc.methods._shared.model_facts import ModelFacts
-from adaptc.methods._shared.option_checks import check_integers, check_probability, tell_unused
+from adaptc.methods._shared.option_checks import check_integers, check_probability, warn_unused
 from adaptc.methods._shared.program_config import ProgramConfig
-from adaptc.methods.prompt.reparameterized_prompt import NETWORK, MadeRows
+from adaptc.methods.prompt.reparameterized_prompt import NETWORK_PREFIX, ReparameterizedPrompt
 from adaptc.methods.prompt.virtual_tokens import VirtualTokens
-from adaptc.passes.analysis.attention.attention_for_prefixes import Attentions
+from adaptc.passes.analysis.attention.attention_for_prefixes import SelfAttentions
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Given
+from adaptc.passes.protocol.coefficients import ExtraValues
 from adaptc.passes.protocol.method_hooks import Slots
 
 MLP, LSTM = "MLP", "LSTM"
@@ -49,7 +49,7 @@ class PromptEncoderConfig(ProgramConfig):
         kind = self.encoder_reparameterization_type
         if kind not in (MLP, LSTM):
             raise ConfigError(
-                f"{type(self).__name__}.encoder_reparameterization_type={shown(kind)} is not one of {MLP}, {LSTM}"
+                f"{type(self).__name__}.encoder_reparameterization_type={short_repr(kind)} is not one of {MLP}, {LSTM}"
             )
         check_integers(self, {"encoder_num_layers": self.encoder_num_layers})
         if self.encoder_hidden_size is not None:
@@ -57,23 +57,31 @@ class PromptEncoderConfig(ProgramConfig):
         check_probability(self, "encoder_dropout")
         if kind == MLP:
             why = "on an MLP, which has three layers; encoder_reparameterization_type='LSTM' is what has them"
-            tell_unused(self, ("encoder_num_layers", "encoder_dropout"), why)
+            warn_unused(self, ("encoder_num_layers", "encoder_dropout"), why)
         elif self.encoder_num_layers == 1:
-            tell_unused(self, ("encoder_dropout",), "on an LSTM of one layer: it acts between layers")
+            warn_unused(self, ("encoder_dropout",), "on an LSTM of one layer: it acts between layers")
 
-    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
-        return super().resolved(facts, width, found).completed({"encoder_hidden_size": width})
+    def with_model_defaults(
+        self, facts: ModelFacts, embedding_dim: int, attentions: SelfAttentions | None = None
+    ) -> Self:
+        return (
+            super()
+            .with_model_defaults(facts, embedding_dim, attentions)
+            .with_missing_filled({"encoder_hidden_size": embedding_dim})
+        )
 
     def method(self, name: str, kind: str) -> PTuning:
         assert self.num_virtual_tokens is not None
         if self.encoder_reparameterization_type == MLP:
-            return PTuning(self.num_virtual_tokens, sides=self.sides, hidden=self.encoder_hidden_size or 0)
+            return PTuning(self.num_virtual_tokens, sides=self.num_stacks, hidden=self.encoder_hidden_size or 0)
         layers, dropout = self.encoder_num_layers, self.encoder_dropout
-        return PTuning(self.num_virtual_tokens, (), self.sides, LSTM, self.encoder_hidden_size or 0, layers, dropout)
+        return PTuning(
+            self.num_virtual_tokens, (), self.num_stacks, LSTM, self.encoder_hidden_size or 0, layers, dropout
+        )
 
 
 @dataclass(frozen=True)
-class PTuning(MadeRows, VirtualTokens):
+class PTuning(ReparameterizedPrompt, VirtualTokens):
     """P-tuning with ``count`` virtual tokens.
 
     ``encoder``: "MLP" or "LSTM". ``layers`` and ``dropout``: those of an LSTM. ``hidden``: the hidden size of the
@@ -81,7 +89,7 @@ class PTuning(MadeRows, VirtualTokens):
     """
 
     name: ClassVar[str] = "p_tuning"
-    instead: ClassVar[str] = "a PromptTuningConfig"
+    trainable_alternative: ClassVar[str] = "a PromptTuningConfig"
 
     encoder: str = MLP
     hidden: int = 0
@@ -92,7 +100,7 @@ class PTuning(MadeRows, VirtualTokens):
     def at(self, op: Op) -> Self:
         return self if self.hidden else replace(self, hidden=op.out_features)
 
-    def network(self, op: Op) -> dict[str, tuple[int, ...]]:
+    def network_shapes(self, op: Op) -> dict[str, tuple[int, ...]]:
         h, width, out = self.hidden, op.out_features, {}
         if self.encoder == MLP:
             sizes = {"mlp_head.0": (width, h), "mlp_head.2": (h, h), "mlp_head.4": (h, width)}
@@ -107,29 +115,29 @@ class PTuning(MadeRows, VirtualTokens):
             out |= {f"{layer}.weight": (outputs, inputs), f"{layer}.bias": (outputs,)}
         return out
 
-    def prompt(self, slots: Slots, given: Given) -> Tensor:
-        return self.of_first(self.made(slots))
+    def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.first_stack_rows(self.compute_rows(slots))
 
-    def through(self, x: Tensor, slots: Slots) -> Tensor:
+    def run_network(self, x: Tensor, slots: Slots) -> Tensor:
         if self.encoder == LSTM:
-            x = self._lstm(x, slots)
-        for i, layer in enumerate(self._heads()):
-            weight, bias = (slots[f"{NETWORK}{layer}.{n}"] for n in ("weight", "bias"))
+            x = self._run_lstm(x, slots)
+        for i, layer in enumerate(self._mlp_layers()):
+            weight, bias = (slots[f"{NETWORK_PREFIX}{layer}.{n}"] for n in ("weight", "bias"))
             x = F.linear(x.relu() if i else x, weight, bias)
         return x
 
-    def last(self) -> str:
-        return self._heads()[-1]
+    def last_layer(self) -> str:
+        return self._mlp_layers()[-1]
 
-    def _heads(self) -> list[str]:
+    def _mlp_layers(self) -> list[str]:
         return [f"mlp_head.{i}" for i in ((0, 2, 4) if self.encoder == MLP else (0, 2))]
 
-    def _lstm(self, x: Tensor, slots: Slots) -> Tensor:
-        weights = [t for n, t in slots.items() if n.startswith(f"{NETWORK}lstm_head.")]
+    def _run_lstm(self, x: Tensor, slots: Slots) -> Tensor:
+        weights = [t for n, t in slots.items() if n.startswith(f"{NETWORK_PREFIX}lstm_head.")]
         state = x.new_zeros(2 * self.layers, 1, self.hidden)
         drop, train = self.dropout, self.training
         options = (True, self.layers, drop, train, True, True)  # biases, ..., both directions, batch first
         return torch.ops.aten.lstm.input(x.unsqueeze(0), [state, state], weights, *options)[0].squeeze(0)
 
-    def reads(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return self.hidden if name.startswith("lstm") else super().reads(name, shapes)
+    def layer_input_width(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return self.hidden if name.startswith("lstm") else super().layer_input_width(name, shapes)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import ConfigError, shown
-from adaptc.methods._shared.option_checks import tell_unused
+from adaptc.errors import ConfigError, short_repr
+from adaptc.methods._shared.option_checks import warn_unused
 from adaptc.methods._shared.program_config import ProgramConfig
-from adaptc.methods.prompt.virtual_tokens import PROMPT, VirtualTokens
+from adaptc.methods.prompt.virtual_tokens import PROMPT_EMBEDDINGS, VirtualTokens
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Initial
 
@@ -32,7 +32,7 @@ class PromptTuningConfig(ProgramConfig):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB)
+    init_schemes: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB)
 
     prompt_tuning_init: str = RANDOM
     prompt_tuning_init_text: str | None = None
@@ -42,9 +42,10 @@ class PromptTuningConfig(ProgramConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        if self.prompt_tuning_init not in self.inits:
+        if self.prompt_tuning_init not in self.init_schemes:
             raise ConfigError(
-                f"{name}.prompt_tuning_init={shown(self.prompt_tuning_init)} is not one of {', '.join(self.inits)}"
+                f"{name}.prompt_tuning_init={short_repr(self.prompt_tuning_init)} is not one of "
+                f"{', '.join(self.init_schemes)}"
             )
         if self.prompt_tuning_init == TEXT:
             for option in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
@@ -54,11 +55,11 @@ class PromptTuningConfig(ProgramConfig):
             raise ConfigError(f"{name}.tokenizer_kwargs is for prompt_tuning_init='TEXT': leave it out")
         if self.prompt_tuning_init != TEXT:
             why = f"with prompt_tuning_init={self.prompt_tuning_init!r}: 'TEXT' is what reads it"
-            tell_unused(self, ("prompt_tuning_init_text",), why)
+            warn_unused(self, ("prompt_tuning_init_text",), why)
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):
             raise ConfigError(f"{name}.tokenizer_kwargs: trust_remote_code would run code of others; leave it out")
 
-    def first(self) -> tuple[Any, ...]:
+    def init_scheme(self) -> tuple[Any, ...]:
         """Return the scheme of the first values in the form of the method's field ``first``."""
         if self.prompt_tuning_init != TEXT:
             return (self.prompt_tuning_init,)
@@ -67,7 +68,7 @@ class PromptTuningConfig(ProgramConfig):
 
     def method(self, name: str, kind: str) -> PromptTuning:
         assert self.num_virtual_tokens is not None
-        return PromptTuning(self.num_virtual_tokens, self.first(), self.sides)
+        return PromptTuning(self.num_virtual_tokens, self.init_scheme(), self.num_stacks)
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ class PromptTuning(VirtualTokens):
     name: ClassVar[str] = "prompt_tuning"
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        return Initial({PROMPT: self.divided(PROMPT, first_rows(self, op, W, generator).to(dtype))})
+        return Initial(
+            {PROMPT_EMBEDDINGS: self.split_stacks(PROMPT_EMBEDDINGS, initial_rows(self, op, W, generator).to(dtype))}
+        )
 
 
-def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Generator | None) -> Tensor:
+def initial_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return the first values of the rows of all stacks, (rows, width) in float32.
 
     ``W``: the canonical embedding weight (width, vocabulary). Raises ConfigError where the tokenizer gives a token that
@@ -93,7 +96,7 @@ def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Genera
     if how == SAMPLE_VOCAB:
         ids = torch.randint(0, op.in_features, (count,), generator=generator)
     else:
-        found = text_ids(*more)
+        found = tokenize_text(*more)
         ids = torch.tensor(found)[torch.arange(count) % len(found)]
     if int(ids.max()) >= op.in_features:
         raise ConfigError(
@@ -103,7 +106,7 @@ def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Genera
     return W.detach()[:, ids.to(W.device)].t().contiguous().float()
 
 
-def text_ids(text: str, tokenizer: str, options: str) -> list[int]:
+def tokenize_text(text: str, tokenizer: str, options: str) -> list[int]:
     """Return the token ids of ``text``; raise ConfigError where there is no such tokenizer, or the text has no tokens.
 
     ``options``: keyword arguments of the tokenizer, as JSON.
@@ -113,7 +116,9 @@ def text_ids(text: str, tokenizer: str, options: str) -> list[int]:
     try:
         ids = AutoTokenizer.from_pretrained(tokenizer, **json.loads(options))(text)["input_ids"]
     except Exception as error:  # whatever a tokenizer has to say
-        raise ConfigError(f"tokenizer_name_or_path={shown(tokenizer)} cannot be read: {shown(str(error))}") from error
+        raise ConfigError(
+            f"tokenizer_name_or_path={short_repr(tokenizer)} cannot be read: {short_repr(str(error))}"
+        ) from error
     if not ids:
-        raise ConfigError(f"prompt_tuning_init_text={shown(text)} has no tokens")
+        raise ConfigError(f"prompt_tuning_init_text={short_repr(text)} has no tokens")
     return list(ids)

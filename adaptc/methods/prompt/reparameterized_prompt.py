@@ -18,46 +18,46 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.methods.prompt.virtual_token_method import PROMPT, InFront
+from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS, VirtualTokenMethod
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Initial
 from adaptc.passes.protocol.method_hooks import Slot, Slots
 
-NETWORK = "prompt_encoder."
-TRAINED = f"{NETWORK}embedding.weight"
+NETWORK_PREFIX = "prompt_encoder."
+TRAINED_ROWS = f"{NETWORK_PREFIX}embedding.weight"
 
 
 @dataclass(frozen=True)
-class MadeRows(InFront):
+class ReparameterizedPrompt(VirtualTokenMethod):
     """A method whose rows a network makes; a subclass defines the network."""
 
-    modules: ClassVar[Mapping[str, str]] = {PROMPT: PROMPT}
+    peft_names: ClassVar[Mapping[str, str]] = {PROMPT_EMBEDDINGS: PROMPT_EMBEDDINGS}
 
-    def sizes(self, op: Op) -> tuple[int, int]:
+    def row_widths(self, op: Op) -> tuple[int, int]:
         """Return the width of the trained rows, the network's input, and the width of its output."""
         return op.out_features, op.out_features
 
-    def network(self, op: Op) -> dict[str, tuple[int, ...]]:
+    def network_shapes(self, op: Op) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's parameters, by PEFT's names."""
         raise AssertionError(f"{type(self).__name__} must define network()")
 
-    def through(self, x: Tensor, slots: Slots) -> Tensor:
+    def run_network(self, x: Tensor, slots: Slots) -> Tensor:
         """Return the network's output for the rows ``x`` (rows, input width): (rows, output width)."""
         raise AssertionError(f"{type(self).__name__} must define through()")
 
-    def last(self) -> str:
+    def last_layer(self) -> str:
         """Return the name of the network's last layer: where its parameters are zero, so is the network's output."""
         raise AssertionError(f"{type(self).__name__} must define last()")
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        trained, made = map(self.rows_of, self.sizes(op))
-        network = {f"{NETWORK}{n}": Slot(shape) for n, shape in self.network(op).items()}
-        return {PROMPT: replace(made, trainable=False), TRAINED: trained, **network}
+        trained, made = map(self.rows_slot, self.row_widths(op))
+        network = {f"{NETWORK_PREFIX}{n}": Slot(shape) for n, shape in self.network_shapes(op).items()}
+        return {PROMPT_EMBEDDINGS: replace(made, trainable=False), TRAINED_ROWS: trained, **network}
 
-    def made(self, slots: Slots) -> Tensor:
+    def compute_rows(self, slots: Slots) -> Tensor:
         """Return the rows of all stacks: (count, width), or (sides, count, width) for more than one stack."""
-        fixed, trained = slots[PROMPT], slots[TRAINED]
-        rows = self.through(self.joined(trained), slots)
+        fixed, trained = slots[PROMPT_EMBEDDINGS], slots[TRAINED_ROWS]
+        rows = self.run_network(self.join_stacks(trained), slots)
         # The identity has no rows but one trained row, since an LSTM takes no empty input: that row is cut off here.
         if self.sides == 1:
             return fixed + rows[: fixed.shape[0]]
@@ -74,22 +74,22 @@ class MadeRows(InFront):
         def uniform(shape: tuple[int, ...], inputs: int) -> Tensor:
             return (torch.rand(shape, generator=generator) * 2 - 1) / sqrt(inputs)
 
-        shapes, slots = self.network(op), self.slots(op)
-        values = {PROMPT: torch.zeros(slots[PROMPT].shape)}
-        values[TRAINED] = torch.randn(slots[TRAINED].shape, generator=generator)
+        shapes, slots = self.network_shapes(op), self.slots(op)
+        values = {PROMPT_EMBEDDINGS: torch.zeros(slots[PROMPT_EMBEDDINGS].shape)}
+        values[TRAINED_ROWS] = torch.randn(slots[TRAINED_ROWS].shape, generator=generator)
         for name, shape in shapes.items():
-            values[f"{NETWORK}{name}"] = uniform(shape, self.reads(name, shapes))
+            values[f"{NETWORK_PREFIX}{name}"] = uniform(shape, self.layer_input_width(name, shapes))
         return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
 
-    def reads(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def layer_input_width(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the input width of the layer that has the parameter ``name``."""
         return shapes[f"{name.rpartition('.')[0]}.weight"][1]
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        none = W.new_zeros(replace(self, count=0).slots(op)[PROMPT].shape, dtype=dtype)
-        return {**self._nothing(op, W.new_zeros((), dtype=dtype), 1), PROMPT: none}
+        none = W.new_zeros(replace(self, count=0).slots(op)[PROMPT_EMBEDDINGS].shape, dtype=dtype)
+        return {**self._zero_slots(op, W.new_zeros((), dtype=dtype), 1), PROMPT_EMBEDDINGS: none}
 
-    def _nothing(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
+    def _zero_slots(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
         """Return zeros for all slots at ``count`` rows, each a view of the one element ``zero``.
 
         A network with these values gives zeros.
@@ -99,38 +99,39 @@ class MadeRows(InFront):
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if PROMPT not in found:
+        if PROMPT_EMBEDDINGS not in found:
             return dict(found)
-        rows, network = found[PROMPT], {n: t for n, t in found.items() if n != PROMPT}
+        rows, network = found[PROMPT_EMBEDDINGS], {n: t for n, t in found.items() if n != PROMPT_EMBEDDINGS}
         if not network:
-            rows = self.divided(PROMPT, rows)
-            return {**self._nothing(op, rows.new_zeros(()), rows.shape[-2]), PROMPT: rows}
+            rows = self.split_stacks(PROMPT_EMBEDDINGS, rows)
+            return {**self._zero_slots(op, rows.new_zeros(()), rows.shape[-2]), PROMPT_EMBEDDINGS: rows}
         if lost := sorted(set(self.slots(op)) - set(found)):
             raise CheckpointError(
                 f"the file has some of the network that makes the rows, and lacks {lost[0]!r}: it needs all of it, or "
-                f"{PROMPT!r} alone"
+                f"{PROMPT_EMBEDDINGS!r} alone"
             )
-        network[TRAINED] = self.divided(TRAINED, network[TRAINED])
-        return {**network, PROMPT: self.divided(PROMPT, torch.zeros_like(rows))}
+        network[TRAINED_ROWS] = self.split_stacks(TRAINED_ROWS, network[TRAINED_ROWS])
+        return {**network, PROMPT_EMBEDDINGS: self.split_stacks(PROMPT_EMBEDDINGS, torch.zeros_like(rows))}
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         with torch.no_grad():
-            rows = self.joined(self.evaluated().made(slots))
-        none = not any(bool(slots[f"{NETWORK}{self.last()}.{n}"].any()) for n in ("weight", "bias"))
+            rows = self.join_stacks(self.evaluated().compute_rows(slots))
+        none = not any(bool(slots[f"{NETWORK_PREFIX}{self.last_layer()}.{n}"].any()) for n in ("weight", "bias"))
         if none:
-            return {PROMPT: rows}
-        return {**slots, PROMPT: rows, TRAINED: self.joined(slots[TRAINED])}
+            return {PROMPT_EMBEDDINGS: rows}
+        return {**slots, PROMPT_EMBEDDINGS: rows, TRAINED_ROWS: self.join_stacks(slots[TRAINED_ROWS])}
 
     def untrainable(self, slots: Slots) -> str:
-        if slots[PROMPT].numel() and bool(slots[PROMPT].any()):
+        if slots[PROMPT_EMBEDDINGS].numel() and bool(slots[PROMPT_EMBEDDINGS].any()):
             return (
                 "its file holds the rows and not the network that made them, as PEFT writes them. Train from a new "
-                f"config or a file of adaptc's, or train the rows themselves: {self.instead} with these tensors"
+                f"config or a file of adaptc's, or train the rows themselves: {self.trainable_alternative} with these "
+                "tensors"
             )
         return ""
 
     #: a phrase for messages: the config whose method trains the rows themselves
-    instead: ClassVar[str] = ""
+    trainable_alternative: ClassVar[str] = ""
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return super().fqn(place, slot.removeprefix(NETWORK), adapter)
+        return super().fqn(place, slot.removeprefix(NETWORK_PREFIX), adapter)

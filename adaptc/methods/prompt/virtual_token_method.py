@@ -20,25 +20,25 @@ from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Given
+from adaptc.passes.protocol.coefficients import ExtraValues
 from adaptc.passes.protocol.method_hooks import Slot, Slots
 from adaptc.passes.protocol.program_method import ProgramMethod
 
-PROMPT = "prompt_embeddings"
+PROMPT_EMBEDDINGS = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
-class InFront(ProgramMethod):
+class VirtualTokenMethod(ProgramMethod):
     """A method with ``count`` virtual tokens.
 
-    ``count`` is the number of rows of the slot :data:`PROMPT`, unless :meth:`lengthens` is overridden. ``sides``: the
-    number of stacks (1 or 2) for which there are ``count`` rows each.
+    ``count`` is the number of rows of the slot :data:`PROMPT_EMBEDDINGS`, unless :meth:`lengthens` is overridden.
+    ``sides``: the number of stacks (1 or 2) for which there are ``count`` rows each.
     """
 
     swappable: ClassVar[frozenset[str]] = frozenset({"count", "first", "training"})
     #: slot -> its name in PEFT's prompt encoder module
-    modules: ClassVar[Mapping[str, str]] = {PROMPT: "embedding.weight"}
-    file_names: ClassVar[tuple[str, ...]] = (PROMPT,)
+    peft_names: ClassVar[Mapping[str, str]] = {PROMPT_EMBEDDINGS: "embedding.weight"}
+    file_names: ClassVar[tuple[str, ...]] = (PROMPT_EMBEDDINGS,)
 
     count: int = 0
     #: the scheme of the first values, in a form of the subclass's own
@@ -48,23 +48,23 @@ class InFront(ProgramMethod):
     # -- places --------------------------------------------------------------------------------------------------------
 
     def lengthens(self, slots: Slots) -> int:
-        return slots[PROMPT].shape[-2]
+        return slots[PROMPT_EMBEDDINGS].shape[-2]
 
-    def tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
-        return self.padded(value, slots, plain)
+    def tokens(self, value: Tensor, slots: Slots, given: ExtraValues, plain: int) -> Tensor:
+        return self.pad_front(value, slots, plain)
 
-    def attended(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return self.padded(value, slots, 1)
+    def attended(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.pad_front(value, slots, 1)
 
-    def positions(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def positions(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         n = self.lengthens(slots)
         own = torch.arange(n, dtype=value.dtype, device=value.device).expand(value.shape[0], -1)
         return torch.cat([own, value + n], 1)
 
-    def segments(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return self.padded(value, slots, 0)
+    def segments(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.pad_front(value, slots, 0)
 
-    def padded(self, value: Tensor, slots: Slots, fill: int) -> Tensor:
+    def pad_front(self, value: Tensor, slots: Slots, fill: int) -> Tensor:
         return F.pad(value, (self.lengthens(slots), 0), value=fill)
 
     # -- sizes and names -----------------------------------------------------------------------------------------------
@@ -73,9 +73,9 @@ class InFront(ProgramMethod):
         return self.count
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Any:
-        if PROMPT not in slots or slots[PROMPT].ndim < 2:
+        if PROMPT_EMBEDDINGS not in slots or slots[PROMPT_EMBEDDINGS].ndim < 2:
             return self
-        *stacks, count, _ = slots[PROMPT].shape
+        *stacks, count, _ = slots[PROMPT_EMBEDDINGS].shape
         return replace(self, count=count if stacks else count // self.sides)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -86,13 +86,13 @@ class InFront(ProgramMethod):
 
     # -- stacks --------------------------------------------------------------------------------------------------------
 
-    def rows_of(self, width: int, *before: int) -> Slot:
+    def rows_slot(self, width: int, *before: int) -> Slot:
         """Return the slot for the rows of all stacks: (*before[, sides], count, width), with ``count`` free."""
         stacks = (self.sides,) if self.sides > 1 else ()
         shape = (*before, *stacks, self.count, width)
         return Slot(shape, free=(len(shape) - 2,))
 
-    def divided(self, name: str, rows: Tensor, axis: int = 0) -> Tensor:
+    def split_stacks(self, name: str, rows: Tensor, axis: int = 0) -> Tensor:
         """Return ``rows`` as files have them with ``axis`` split into (sides, count), or as they are for one stack.
 
         Raises CheckpointError for a tensor without ``axis`` + 2 axes, and for rows that ``sides`` does not divide.
@@ -109,14 +109,14 @@ class InFront(ProgramMethod):
             )
         return rows.unflatten(axis, (self.sides, -1))
 
-    def joined(self, rows: Tensor, axis: int = 0) -> Tensor:
-        """Return ``rows`` as files have them: the inverse of :meth:`divided`."""
+    def join_stacks(self, rows: Tensor, axis: int = 0) -> Tensor:
+        """Return ``rows`` as files have them: the inverse of :meth:`split_stacks`."""
         return rows if self.sides == 1 else rows.flatten(axis, axis + 1)
 
     def clash(self, other: Any) -> str:
         # A KV prefix leaves the first tokens of the program alone, so it does not clash with virtual tokens.
-        same = isinstance(other, InFront) and self.changes("cached") == other.changes("cached")
+        same = isinstance(other, VirtualTokenMethod) and self.changes("cached") == other.changes("cached")
         return "the first tokens" if same else ""
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return f"prompt_encoder.{adapter}.{self.modules.get(slot, slot)}"
+        return f"prompt_encoder.{adapter}.{self.peft_names.get(slot, slot)}"

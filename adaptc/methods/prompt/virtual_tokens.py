@@ -15,42 +15,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptc.methods.prompt.virtual_token_method import PROMPT, InFront
+from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS, VirtualTokenMethod
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.coefficients import Given
+from adaptc.passes.protocol.coefficients import ExtraValues
 from adaptc.passes.protocol.method_hooks import Slot, Slots
 
-__all__ = ["IGNORED", "PROMPT", "VirtualTokens"]
+__all__ = ["IGNORE_INDEX", "PROMPT_EMBEDDINGS", "VirtualTokens"]
 
 #: the label that losses ignore
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class VirtualTokens(InFront):
+class VirtualTokens(VirtualTokenMethod):
     """A method with ``count`` virtual tokens, whose rows are those of the slot unless :meth:`prompt` is overridden."""
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        return {PROMPT: self.rows_of(op.out_features)}
+        return {PROMPT_EMBEDDINGS: self.rows_slot(op.out_features)}
 
-    def prompt(self, slots: Slots, given: Given) -> Tensor:
+    def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
         """Return the rows: (count, width), or (batch, count, width) where rows of the batch differ."""
-        return self.of_first(slots[PROMPT])
+        return self.first_stack_rows(slots[PROMPT_EMBEDDINGS])
 
-    def of_first(self, rows: Tensor) -> Tensor:
+    def first_stack_rows(self, rows: Tensor) -> Tensor:
         """Return, of rows for all stacks, those of the first stack, which reads the caller's tokens."""
-        return self.of_side(rows, 0)
+        return self.stack_rows(rows, 0)
 
-    def of_side(self, rows: Tensor, side: int) -> Tensor:
-        return rows if self.sides == 1 else rows.select(-3, side)
+    def stack_rows(self, rows: Tensor, stack: int) -> Tensor:
+        return rows if self.sides == 1 else rows.select(-3, stack)
 
-    def labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return self.padded(value, slots, IGNORED)
+    def labels(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.pad_front(value, slots, IGNORE_INDEX)
 
-    def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return self.behind(self.prompt(slots, given), value)
+    def embedded(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        return self.overwrite_first_rows(self.prompt(slots, given), value)
 
-    def behind(self, rows: Tensor, value: Tensor) -> Tensor:
+    def overwrite_first_rows(self, rows: Tensor, value: Tensor) -> Tensor:
         """Return embeddings ``value`` (batch, length, width) with the first ones replaced by ``rows``."""
         own = cast(rows, value.dtype).expand(value.shape[0], -1, -1)
         return torch.cat([own, value[:, rows.shape[-2] :]], 1)
@@ -58,7 +58,7 @@ class VirtualTokens(InFront):
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: self.divided(n, t) if n == PROMPT else t for n, t in found.items()}
+        return {n: self.split_stacks(n, t) if n == PROMPT_EMBEDDINGS else t for n, t in found.items()}
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {n: self.joined(t) if n == PROMPT else t for n, t in slots.items()}
+        return {n: self.join_stacks(t) if n == PROMPT_EMBEDDINGS else t for n, t in slots.items()}

@@ -26,11 +26,11 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.coefficients import Extra, Given
+from adaptc.passes.protocol.coefficients import Extra, ExtraValues
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
 
 A, B, LOGITS, TASKS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits", "task_ids"
-_LEAST = 1e-12
+_EPSILON = 1e-12
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Poly(Method):
     def extras(self) -> Mapping[str, Extra]:
         return {TASKS: Extra(torch.int64)}
 
-    def why_wrong(self, slots: Slots, given: Given) -> str:
+    def why_wrong(self, slots: Slots, given: ExtraValues) -> str:
         tasks = slots[LOGITS].shape[0]
         found = [int(t) for t in given[TASKS].unique() if not 0 <= t < tasks]
         return f"{TASKS} has {found[0]}, and the adapter has tasks from 0 to {tasks - 1}" if found else ""
@@ -146,14 +146,14 @@ class Poly(Method):
         a = slots[A]
         # A layer tested without a program has no task_ids: it gets the first task.
         tasks = slots[TASKS] if TASKS in slots else torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device)
-        mix = self._mix(torch.index_select(slots[LOGITS], 0, tasks))
+        mix = self._skill_weights(torch.index_select(slots[LOGITS], 0, tasks))
         down = torch.einsum("bqs,qsdr->bqdr", mix, a).flatten(1, 2)
         up = torch.einsum("bqs,qsrd->brqd", mix, slots[B]).flatten(2)
         rows = cast(x, a.dtype)
         rows = rows if x.ndim == 3 else rows.reshape(tasks.shape[0], -1, op.in_features)
         return cast(y + (rows @ down @ up).reshape(y.shape) * scale, y.dtype)
 
-    def _mix(self, logits: Tensor) -> Tensor:
+    def _skill_weights(self, logits: Tensor) -> Tensor:
         """Return the weight of each skill, (batch, splits, skills), for ``logits`` of the same shape."""
         if self.training:
             # eval() switches off the dropout ops of a program and nothing else, so a dropout of 1.0 shows the mode: it
@@ -163,7 +163,7 @@ class Poly(Method):
             drawn = torch.rand_like(logits).clamp(eps, 1 - eps)
             logits = logits + torch.where(still > 0, 0.0, drawn.log() - (-drawn).log1p())
         chosen = torch.sigmoid(logits)
-        return chosen / (chosen.sum(-1, keepdim=True) + _LEAST)
+        return chosen / (chosen.sum(-1, keepdim=True) + _EPSILON)
 
     def check_merge(self, op: Op) -> str | None:
         return "Poly adds to a row what its task chooses, which no weight can"

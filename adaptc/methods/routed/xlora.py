@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._shared.option_checks import adapter_input
-from adaptc.methods.routed.xlora_classifier import Classify, Constant, ScalingRule
+from adaptc.methods._shared.option_checks import prepare_adapter_input
+from adaptc.methods.routed.xlora_classifier import ConstantScalings, ScalingClassifier, ScalingRule
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.coefficients import Coefficient, FirstPass
+from adaptc.passes.protocol.coefficients import Coefficient, DuplicatedPass
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
 
 CLASSIFIER = "internal_xlora_classifier"
 EXPERT, SCALING, SHARPNESS = "xlora_expert", "xlora_scaling", "xlora_sharpness"
 #: the name of the coefficient w
-WEIGHTS = "xlora_weights"
+EXPERT_WEIGHTS = "xlora_weights"
 #: the names of the free sizes of the classifier's last layer
-SIZES = ("layers", "experts")
+CLASSIFIER_SIZES = ("layers", "experts")
 
 
 def classifier_layers(depth: int, dropout: bool) -> list[str]:
@@ -101,10 +101,10 @@ class XLora(Method):
             EXPERT: Slot((r,), 0, (0,), torch.int64, trainable=False, saved=False),
             SCALING: Slot((r,), 0.0, (0,), trainable=False, saved=False),
             SHARPNESS: Slot((1,), 1.0, trainable=False, saved=False, shared=True),
-            **self._classifier(),
+            **self._classifier_slots(),
         }
 
-    def _classifier(self) -> dict[str, Slot]:
+    def _classifier_slots(self) -> dict[str, Slot]:
         out: dict[str, Slot] = {}
         width = self.hidden_size
         *inner, last = classifier_layers(self.depth, self.drops_between)
@@ -113,8 +113,8 @@ class XLora(Method):
             out[f"{name}.bias"] = Slot((self.size,), shared=True)
             width = self.size
         first = (self.layers, len(self.ranks))
-        out[f"{last}.weight"] = Slot((*first, width), free=(0, 1), shared=True, apart=SIZES)
-        out[f"{last}.bias"] = Slot(first, free=(0, 1), shared=True, apart=SIZES)
+        out[f"{last}.weight"] = Slot((*first, width), free=(0, 1), shared=True, apart=CLASSIFIER_SIZES)
+        out[f"{last}.bias"] = Slot(first, free=(0, 1), shared=True, apart=CLASSIFIER_SIZES)
         return out
 
     def scale(self, op: Op) -> float:
@@ -122,10 +122,10 @@ class XLora(Method):
 
     def coefficients(self) -> Mapping[str, Coefficient]:
         choice = ScalingRule(self.softmax, self.top_k, self.softmax_topk)
-        constant = Constant(choice, self.pass_value) if self.pass_value else None
-        first = FirstPass(self.hidden_size, constant)
-        make = Classify(choice, self.classifier_dropout, self.training)
-        return {WEIGHTS: Coefficient(make, (SHARPNESS, *self._classifier()), first, make.scalings)}
+        constant = ConstantScalings(choice, self.pass_value) if self.pass_value else None
+        first = DuplicatedPass(self.hidden_size, constant)
+        make = ScalingClassifier(choice, self.classifier_dropout, self.training)
+        return {EXPERT_WEIGHTS: Coefficient(make, (SHARPNESS, *self._classifier_slots()), first, make.scalings)}
 
     def shares(self) -> bool:
         return True
@@ -146,13 +146,13 @@ class XLora(Method):
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out = dict(found)
-        for name, slot in self._classifier().items():
+        for name, slot in self._classifier_slots().items():
             if slot.free and name in out and out[name].shape[:1] == (self.layers * len(self.ranks),):
                 out[name] = out[name].unflatten(0, (self.layers, len(self.ranks)))
         return out
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        last = {n for n, s in self._classifier().items() if s.free}
+        last = {n for n, s in self._classifier_slots().items() if s.free}
         return {n: t.flatten(0, 1) if n in last else t for n, t in slots.items()}
 
     def check_merge(self, op: Op) -> str:
@@ -160,9 +160,9 @@ class XLora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B, expert, scaling, *_ = slots.values()
-        h = op.down(adapter_input(self, op, x, A.dtype), op.bounded(A) if op.kind == "embedding" else A)
-        if WEIGHTS in slots:
-            weights = cast(slots[WEIGHTS].index_select(-1, expert), h.dtype)
+        h = op.down(prepare_adapter_input(self, op, x, A.dtype), op.with_max_norm(A) if op.kind == "embedding" else A)
+        if EXPERT_WEIGHTS in slots:
+            weights = cast(slots[EXPERT_WEIGHTS].index_select(-1, expert), h.dtype)
             h = h * (weights if h.ndim > 2 else weights.flatten(0, 1))
         return cast(y + op.up(h * scaling, B) * scale, y.dtype)
 

@@ -28,14 +28,14 @@ class ScalingRule:
     top_k: int | None = None
     softmax_topk: bool = False
 
-    def scaled(self, logits: Tensor, sharpness: Tensor) -> Tensor:
+    def compute_scalings(self, logits: Tensor, sharpness: Tensor) -> Tensor:
         """Return the scalings for ``logits`` (..., experts), before any expert is left out.
 
         ``sharpness`` is one over the temperature, so that an adapter whose tensors are all zeros has finite scalings.
         """
         return torch.softmax(logits * sharpness, -1) if self.softmax else logits
 
-    def chosen(self, scalings: Tensor) -> Tensor:
+    def zero_unselected(self, scalings: Tensor) -> Tensor:
         """Return ``scalings`` (..., experts) with zeros for the experts that are left out.
 
         An expert whose scaling is zero counts as left out, as in PEFT.
@@ -52,19 +52,19 @@ class ScalingRule:
 
 
 @dataclass(frozen=True)
-class Classify:
+class ScalingClassifier:
     """A function ``(hidden, sharpness, weight, bias, ...)`` -> scalings (batch, length, layers * experts).
 
     Weights and biases are those of the classifier's layers in order, in the shapes of ``Linear``. The last layer has
     a weight (layers, experts, in) and a bias (layers, experts).
     """
 
-    choice: ScalingRule
+    rule: ScalingRule
     dropout: float = 0.0
     training: bool = False
 
     def __call__(self, hidden: Tensor, sharpness: Tensor, *layers: Tensor) -> Tensor:
-        return self.choice.chosen(self.scalings(hidden, sharpness, *layers)).flatten(2)
+        return self.rule.zero_unselected(self.scalings(hidden, sharpness, *layers)).flatten(2)
 
     def scalings(self, hidden: Tensor, sharpness: Tensor, *layers: Tensor) -> Tensor:
         h = hidden.detach().to(layers[0].dtype)
@@ -74,21 +74,21 @@ class Classify:
             if self.training and self.dropout:
                 h = F.dropout(h, self.dropout, training=True)
         logits = F.linear(h, weight.flatten(0, 1), bias.flatten())
-        return self.choice.scaled(logits.unflatten(-1, (weight.shape[0], weight.shape[1])), sharpness)
+        return self.rule.compute_scalings(logits.unflatten(-1, (weight.shape[0], weight.shape[1])), sharpness)
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantScalings:
     """A function ``(ids, sharpness, weight, bias, ...)`` -> constant scalings (batch, length, layers * experts).
 
     All scalings are ``value`` before experts are left out. They weigh the experts in the base pass whose hidden state
     the classifier reads.
     """
 
-    choice: ScalingRule
+    rule: ScalingRule
     value: float
 
     def __call__(self, ids: Tensor, sharpness: Tensor, *layers: Tensor) -> Tensor:
         bias = layers[-1]
-        same = self.choice.chosen(torch.full_like(bias, self.value)).flatten()
+        same = self.rule.zero_unselected(torch.full_like(bias, self.value)).flatten()
         return same.expand(ids.shape[0], ids.shape[1], same.shape[0])

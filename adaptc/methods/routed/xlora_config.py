@@ -13,15 +13,15 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.methods._shared.config import AdapterConfig, TargetedConfig
-from adaptc.methods._shared.method_parts import MethodPart, Written
+from adaptc.methods._shared.method_parts import AdapterContent, ExpertAdapter
 from adaptc.methods._shared.model_facts import ModelFacts
 from adaptc.methods._shared.option_checks import check_integers, check_probability
-from adaptc.methods.lora_family.experts import AXES, OWNER, SCALES, side_by_side
+from adaptc.methods.lora_family.experts import OWNER, RANK_AXES, SCALES, join_experts
 from adaptc.methods.routed.xlora import CLASSIFIER, XLora, classifier_layers
 
-WHAT = "X-LoRA"
+METHOD_NAME = "X-LoRA"
 #: fields that PEFT does not have: the configs of the experts, and their ranks and scales at each site
-_FOUND = ("experts", "sites")
+_EXPERT_FIELDS = ("experts", "sites")
 
 
 @dataclass
@@ -38,7 +38,7 @@ class XLoraConfig(TargetedConfig):
 
     peft_type: ClassVar[str] = "XLORA"
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"hidden_size": 24, "adapters": {"0": "path"}},)
-    refused: ClassVar[Mapping[str, str]] = {
+    unsupported_fields: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
             "the experts say which layers are adapted",
@@ -87,7 +87,7 @@ class XLoraConfig(TargetedConfig):
 
     # -- its experts -----------------------------------------------------------------------------------------------
 
-    def parts(self) -> Mapping[str, str]:
+    def expert_paths(self) -> Mapping[str, str]:
         if self.sites is not None:
             return {}
         if self.target_modules is not None:
@@ -101,11 +101,11 @@ class XLoraConfig(TargetedConfig):
             )
         return self.adapters
 
-    def with_parts(
-        self, parts: Sequence[MethodPart], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
+    def with_experts(
+        self, experts: Sequence[ExpertAdapter], tensors: Mapping[str, Tensor] | None, tensor_names: Sequence[str]
     ) -> tuple[Self, dict[str, Tensor]]:
-        joined = side_by_side([MethodPart(p.config, p.tensors, p.source) for p in parts], WHAT)
-        places = {fqn.rpartition(".")[0]: i for i, fqn in reversed(list(enumerate(order)))}
+        joined = join_experts([ExpertAdapter(p.config, p.tensors, p.source) for p in experts], METHOD_NAME)
+        places = {fqn.rpartition(".")[0]: i for i, fqn in reversed(list(enumerate(tensor_names)))}
         modules = sorted(joined.ranks, key=lambda m: places.get(m, len(places)))
         out: dict[str, Tensor] = {}
         sites: dict[str, list[list[float]]] = {}
@@ -113,46 +113,51 @@ class XLoraConfig(TargetedConfig):
             owner, scales = (joined.tensors[f"{module}.{n}"] for n in (OWNER, SCALES))
             own = [scales[owner == i].tolist() for i in range(joined.count)]
             sites[module] = [[len(s), s[0] if s else 0.0] for s in own]
-            out |= {k: joined.tensors[k] for n in AXES if (k := f"{module}.{n}") in joined.tensors}
+            out |= {k: joined.tensors[k] for n in RANK_AXES if (k := f"{module}.{n}") in joined.tensors}
         new = copy.copy(self)
-        new.experts = [p.config.to_dict() for p in parts]
+        new.experts = [p.config.to_dict() for p in experts]
         new.sites, new.target_modules = sites, list(modules)
-        return new, {**out, **new.classifier(tensors)}
+        return new, {**out, **new.classifier_tensors(tensors)}
 
-    def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
+    def adapters_to_write(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, AdapterContent]:
         sites, experts = self.sites or {}, self.experts or []
         names = [str(i) for i in range(len(experts))]  # PEFT runs the adapter only with these names
-        found: list[dict[str, Tensor]] = [{} for _ in experts]
-        own: dict[str, Tensor] = {}
+        tensors_by_expert: list[dict[str, Tensor]] = [{} for _ in experts]
+        other_tensors: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            module, name = next(((key[: -len(n) - 1], n) for n in AXES if key.endswith(f".{n}")), ("", ""))
+            module, name = next(((key[: -len(n) - 1], n) for n in RANK_AXES if key.endswith(f".{n}")), ("", ""))
             if module not in sites:
-                own[key] = tensor
+                other_tensors[key] = tensor
                 continue
             ranks = [int(r) for r, _ in sites[module]]
-            for own_tensors, rank, part in zip(found, ranks, tensor.split(ranks, AXES[name]), strict=True):
+            for own_tensors, rank, part in zip(
+                tensors_by_expert, ranks, tensor.split(ranks, RANK_AXES[name]), strict=True
+            ):
                 if rank:
                     own_tensors[key] = part.contiguous()
-        config = {k: v for k, v in self.to_dict().items() if k not in (*_FOUND, "target_modules")}
+        config = {k: v for k, v in self.to_dict().items() if k not in (*_EXPERT_FIELDS, "target_modules")}
         config["adapters"] = {name: f"{directory}/{name}" for name in names}
-        return {**{n: (e, t) for n, e, t in zip(names, experts, found, strict=True)}, "": (config, own)}
+        return {
+            **{n: (e, t) for n, e, t in zip(names, experts, tensors_by_expert, strict=True)},
+            "": (config, other_tensors),
+        }
 
     # -- its classifier --------------------------------------------------------------------------------------------
 
     @property
-    def _layers(self) -> int:
+    def _num_scaling_layers(self) -> int:
         return len(self.sites or ()) if self.layerwise_scalings else 1
 
-    def _classifier(self) -> dict[str, tuple[int, ...]]:
+    def _classifier_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the classifier's tensors in files, by name."""
         widths = [self.hidden_size or 0, *[self.xlora_size] * (self.xlora_depth - 1)]
-        outs = [*widths[1:], self._layers * len(self.experts or ())]
+        outs = [*widths[1:], self._num_scaling_layers * len(self.experts or ())]
         out: dict[str, tuple[int, ...]] = {}
         for name, i, o in zip(classifier_layers(self.xlora_depth, self.xlora_dropout_p > 0), widths, outs, strict=True):
             out |= {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
         return out
 
-    def classifier(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def classifier_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Return the classifier's tensors: a file's ``tensors``, or for None new ones as torch initialises ``Linear``.
 
         Raises CheckpointError where one is missing in the file.
@@ -162,23 +167,23 @@ class XLoraConfig(TargetedConfig):
             return dict(tensors)
         out: dict[str, Tensor] = {}
         bound = 0.0
-        for name, shape in self._classifier().items():
+        for name, shape in self._classifier_shapes().items():
             bound = 1 / sqrt(shape[1]) if len(shape) > 1 else bound
             out[name] = torch.empty(shape).uniform_(-bound, bound)
         return out
 
     def _check_classifier(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in self._classifier():
+        for name in self._classifier_shapes():
             if name not in tensors:
                 raise CheckpointError(
-                    f"{WHAT}: the adapter's file has no {name!r}. PEFT 0.21 leaves out what of the classifier has the "
-                    "name of an expert ('0', '1', ...) between dots. Take it from the trained model, "
-                    f"{{n: t for n, t in model.state_dict().items() if {CLASSIFIER!r} in n}}, and save that as the file"
+                    f"{METHOD_NAME}: the adapter's file has no {name!r}. PEFT 0.21 leaves out what of the classifier "
+                    "has the name of an expert ('0', '1', ...) between dots. Take it from the trained model, {n: t for "
+                    f"n, t in model.state_dict().items() if {CLASSIFIER!r} in n}}, and save that as the file"
                 )
 
     # -- sites -----------------------------------------------------------------------------------------------------
 
-    def resolved(self, facts: ModelFacts) -> Self:
+    def with_model_defaults(self, facts: ModelFacts) -> Self:
         return self
 
     def method(self, name: str, kind: str) -> XLora:
@@ -189,7 +194,7 @@ class XLoraConfig(TargetedConfig):
             ranks=tuple(int(r) for r, _ in site),
             scales=tuple(s for _, s in site),
             layer=list(sites).index(name) if self.layerwise_scalings and name in sites else 0,
-            layers=self._layers,
+            layers=self._num_scaling_layers,
             hidden_size=self.hidden_size or 0,
             depth=self.xlora_depth,
             size=self.xlora_size if self.xlora_depth > 1 else 0,
@@ -209,5 +214,5 @@ class XLoraConfig(TargetedConfig):
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
         own = {f.name for f in fields(AdapterConfig)} | {f.name for f in fields(XLoraConfig)}
-        kept = {k: v for k, v in out.items() if k == "peft_type" or (k in own and k not in self.refused)}
-        return {k: v for k, v in kept.items() if v is not None or k not in (*_FOUND, "target_modules")}
+        kept = {k: v for k, v in out.items() if k == "peft_type" or (k in own and k not in self.unsupported_fields)}
+        return {k: v for k, v in kept.items() if v is not None or k not in (*_EXPERT_FIELDS, "target_modules")}

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.name_patterns import dotted_match, dotted_value
+from adaptc.methods._shared.name_patterns import dotted_pattern_value, matches_dotted_pattern
 from adaptc.methods._shared.option_checks import check_matrix
-from adaptc.methods.sparse.sparse import at_least_float32, check_counts
+from adaptc.methods.sparse.sparse import check_positive_counts, float32_or_wider
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
 
 KERNEL = "c3a_kernel"
-RANDOM = ("xavier_uniform", "gaussian", "kaiming_uniform")
+RANDOM_SCHEMES = ("xavier_uniform", "gaussian", "kaiming_uniform")
 
 
 @dataclass
@@ -45,21 +45,22 @@ class C3AConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "block_size")
-        if not isinstance(self.init_weights, bool) and self.init_weights not in RANDOM:
+        check_positive_counts(self, "block_size")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in RANDOM_SCHEMES:
             raise ConfigError(
-                f"C3AConfig.init_weights must be True, False or one of {', '.join(RANDOM)}, got {self.init_weights!r}"
+                f"C3AConfig.init_weights must be True, False or one of {', '.join(RANDOM_SCHEMES)}, got "
+                f"{self.init_weights!r}"
             )
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"block_size_pattern": self.block_size_pattern or {}}
 
     def pattern_matches(self, key: str, name: str) -> bool:
-        return dotted_match(key, name)
+        return matches_dotted_pattern(key, name)
 
     def method(self, name: str, kind: str) -> C3A:
         assert self.init_weights is not None
-        return C3A(dotted_value(self.block_size_pattern, name, self.block_size), self.init_weights)
+        return C3A(dotted_pattern_value(self.block_size_pattern, name, self.block_size), self.init_weights)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class C3A(Method):
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         rows, columns = op.matrix_shape
-        w, b = cast(slots[KERNEL], at_least_float32(W, slots[KERNEL])), self.block
+        w, b = cast(slots[KERNEL], float32_or_wider(W, slots[KERNEL])), self.block
         # Reading the repeated kernel in rows of b + 1 entries shifts each row by one: a block with its rows in reverse.
         turning = w.unsqueeze(-2).expand(*w.shape[:2], b + 1, b).reshape(*w.shape[:2], b, b + 1)[..., :b]
         blocks = turning.flip(-2).roll(1, -2)
@@ -111,9 +112,9 @@ class C3A(Method):
         return op.callable and op.kind in ("linear", "addmm")
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        wide = at_least_float32(x, slots[KERNEL])
-        w = _spectrum(cast(slots[KERNEL], wide) / op.in_features)
-        x = _spectrum(cast(x, wide).unflatten(-1, (-1, self.block)))
+        wide = float32_or_wider(x, slots[KERNEL])
+        w = _rfft_as_real(cast(slots[KERNEL], wide) / op.in_features)
+        x = _rfft_as_real(cast(x, wide).unflatten(-1, (-1, self.block)))
         # Times the conjugate of w, written in real numbers: compilers cannot work with complex ones.
         real, imaginary = w.unbind(-1)
         pairs = torch.stack([torch.stack([real, -imaginary], -1), torch.stack([imaginary, real], -1)], -2)
@@ -121,6 +122,6 @@ class C3A(Method):
         return cast(y + torch.fft.irfft(out, self.block).flatten(-2), y.dtype)
 
 
-def _spectrum(t: Tensor) -> Tensor:
+def _rfft_as_real(t: Tensor) -> Tensor:
     """Return the Fourier transform of real rows (..., b): (..., b // 2 + 1, 2), real and imaginary parts."""
     return torch.view_as_real(torch.fft.rfft(t))

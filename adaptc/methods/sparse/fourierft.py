@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.name_patterns import dotted_match, dotted_value
-from adaptc.methods.sparse.sparse import Spectrum, at_least_float32, check_counts, check_seed, scattered
+from adaptc.methods._shared.name_patterns import dotted_pattern_value, matches_dotted_pattern
+from adaptc.methods.sparse.sparse import (
+    SparseSpectrumMethod,
+    check_positive_counts,
+    check_seed,
+    float32_or_wider,
+    scatter_dense,
+)
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Scale, Slots
 
@@ -40,19 +46,19 @@ class FourierFTConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "n_frequency")
+        check_positive_counts(self, "n_frequency")
         check_seed(self)
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"n_frequency_pattern": self.n_frequency_pattern or {}}
 
     def pattern_matches(self, key: str, name: str) -> bool:
-        return dotted_match(key, name)
+        return matches_dotted_pattern(key, name)
 
     def method(self, name: str, kind: str) -> FourierFT:
         assert self.random_loc_seed is not None
         return FourierFT(
-            r=dotted_value(self.n_frequency_pattern, name, self.n_frequency),
+            r=dotted_pattern_value(self.n_frequency_pattern, name, self.n_frequency),
             scaling=self.scaling,
             seed=self.random_loc_seed,
             zeros=self.init_weights,
@@ -60,21 +66,21 @@ class FourierFTConfig(TargetedConfig):
 
 
 @dataclass(frozen=True)
-class FourierFT(Spectrum):
+class FourierFT(SparseSpectrumMethod):
     """FourierFT at one site, with ``r`` entries of the spectrum, a size that adapters choose."""
 
     name: ClassVar[str] = "fourierft"
     takes_complex: ClassVar[bool] = False
-    prefix: ClassVar[str] = "fourierft"
+    slot_prefix: ClassVar[str] = "fourierft"
     file_names: ClassVar[tuple[str, ...]] = ("fourierft_spectrum",)
 
-    def first(self, generator: torch.Generator | None) -> Tensor:
+    def initial_values(self, generator: torch.Generator | None) -> Tensor:
         # Drawn even for zeros, as in PEFT: else one seed would give later layers other values than PEFT.
         values = torch.randn(self.r, generator=generator)
         return torch.zeros_like(values) if self.zeros else values
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        wide = at_least_float32(W, slots[self.spectrum])
-        values = cast(slots[self.spectrum], wide) * cast(scale, wide)
-        spectrum = scattered(op.matrix_shape, slots[self.places], values)
+        wide = float32_or_wider(W, slots[self.spectrum_slot])
+        values = cast(slots[self.spectrum_slot], wide) * cast(scale, wide)
+        spectrum = scatter_dense(op.matrix_shape, slots[self.indices_slot], values)
         return cast(W + op.unmatrix(torch.fft.ifft2(spectrum).real), W.dtype)

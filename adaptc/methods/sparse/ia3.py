@@ -21,10 +21,10 @@ from adaptc.errors import ConfigError, nearest
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.model_facts import ModelFacts
 from adaptc.methods._shared.option_checks import check_matrix
-from adaptc.methods._shared.union_configs import exactly
+from adaptc.methods._shared.union_configs import exact_names_regex
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.patterns import compiled
+from adaptc.patterns import compile_pattern
 
 SLOT = "ia3_l"
 
@@ -48,7 +48,7 @@ class IA3Config(TargetedConfig):
         super().__post_init__()
         targets, inner = self.target_modules, self.feedforward_modules
         if isinstance(inner, str):
-            compiled("IA3Config.feedforward_modules", inner)
+            compile_pattern("IA3Config.feedforward_modules", inner)
         elif inner is not None and isinstance(targets, (list, set, frozenset)):
             strange = sorted(set(inner) - set(targets))
             if strange:
@@ -57,8 +57,8 @@ class IA3Config(TargetedConfig):
                     f"not (nearest: {nearest(strange[0], targets) or 'none'}). Add them there, or leave them out here."
                 )
 
-    def resolved(self, facts: ModelFacts) -> IA3Config:
-        new = super().resolved(facts)
+    def with_model_defaults(self, facts: ModelFacts) -> IA3Config:
+        new = super().with_model_defaults(facts)
         inner, targets = new.feedforward_modules, new.target_modules
         if inner is None or isinstance(inner, str):
             return new
@@ -72,8 +72,8 @@ class IA3Config(TargetedConfig):
         inner = self.feedforward_modules
         return {} if inner is None or isinstance(inner, str) else {"feedforward_modules": inner}
 
-    def united(self, configs: Sequence[Any], names: Sequence[Sequence[str]]) -> IA3Config:
-        new = super().united(configs, names)
+    def with_all_targets(self, configs: Sequence[Any], names: Sequence[Sequence[str]]) -> IA3Config:
+        new = super().with_all_targets(configs, names)
         pairs = [(c.method(n, "linear").feedforward, n) for c, own in zip(configs, names, strict=True) for n in own]
         inner = [c.feedforward_modules for c in configs]
         if all(i == inner[0] for i in inner):
@@ -84,20 +84,22 @@ class IA3Config(TargetedConfig):
                 new.method(n, "linear").feedforward is own for own, n in pairs
             ):
                 return new
-        new.feedforward_modules = exactly([n for own, n in pairs if own]) or []
+        new.feedforward_modules = exact_names_regex([n for own, n in pairs if own]) or []
         return new
 
     def method(self, name: str, kind: str) -> IA3:
-        inner = self.feedforward_modules
-        if inner is None:
+        feedforward_modules = self.feedforward_modules
+        if feedforward_modules is None:
             raise ConfigError(
                 "IA3Config.feedforward_modules is None, and there is no default for this model: name the targets whose "
                 "inputs are to be scaled (the second layers of feed-forward blocks), or say [] for none"
             )
-        if isinstance(inner, str):
-            feedforward = compiled("IA3Config.feedforward_modules", inner).fullmatch(name) is not None
+        if isinstance(feedforward_modules, str):
+            feedforward = (
+                compile_pattern("IA3Config.feedforward_modules", feedforward_modules).fullmatch(name) is not None
+            )
         else:
-            feedforward = name.endswith(tuple(inner))
+            feedforward = name.endswith(tuple(feedforward_modules))
         return IA3(feedforward, self.init_ia3_weights)
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix
-from adaptc.methods.sparse.sparse import drawn
+from adaptc.methods.sparse.sparse import draw_distinct
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import OptionPlace
+from adaptc.passes.protocol.method_hooks import SiteDescription
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
 
@@ -42,7 +42,7 @@ class ShiraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "SHIRA"
-    unsaved: ClassVar[tuple[str, ...]] = ("mask_fn",)
+    unsaved_attributes: ClassVar[tuple[str, ...]] = ("mask_fn",)
 
     r: int = 32
     mask_type: str = "random"
@@ -75,7 +75,7 @@ class Shira(Method):
     def options(self) -> dict[str, Any]:
         return {k: v for k, v in super().options().items() if k != "mask_fn"}
 
-    def rebind(self, config: Any, place: OptionPlace) -> Method:
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
         return self if new == self and new is not self else new
 
@@ -109,12 +109,12 @@ class Shira(Method):
         rows, columns = op.matrix_shape
         n = self.r * (rows + columns)
         # The mask comes before the values, as in PEFT: a mask_fn may read the global generator, so the order matters.
-        at = self._mask(op, W, n)
+        at = self._draw_flat_indices(op, W, n)
         values = torch.zeros(n) if self.zeros else torch.randn(n, generator=generator)
         indices = torch.stack([at // columns, at % columns]).to(torch.int32)
         return Initial({WEIGHT: values.to(W.device, dtype), INDICES: indices.to(W.device)})
 
-    def _mask(self, op: Op, W: Tensor, n: int) -> Tensor:
+    def _draw_flat_indices(self, op: Op, W: Tensor, n: int) -> Tensor:
         """Return the ``n`` flat places of the entries, in ascending order.
 
         Raises ConfigError for an unknown ``mask_type`` without a ``mask_fn``, and for a mask of another shape or count.
@@ -125,7 +125,7 @@ class Shira(Method):
                     f"mask_type={self.mask_type!r} is not 'random', and the config has no mask_fn: set config.mask_fn "
                     "to a function of a layer and r that gives a mask"
                 )
-            return drawn(prod(op.matrix_shape), self.seed, n).sort().values
+            return draw_distinct(prod(op.matrix_shape), self.seed, n).sort().values
         layer = torch.nn.Linear(*reversed(op.matrix_shape), bias=False, device="meta")
         layer.weight = torch.nn.Parameter(op.matrix(W).detach().clone(), requires_grad=False)
         takes = inspect.signature(self.mask_fn).parameters
@@ -143,17 +143,17 @@ class Shira(Method):
         return mask.flatten().nonzero().squeeze(1)
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        at = found.get(INDICES)
-        if at is None or at.ndim != 2 or at.shape[0] != 2:
+        indices = found.get(INDICES)
+        if indices is None or indices.ndim != 2 or indices.shape[0] != 2:
             return dict(found)
-        at = at.to(torch.int32)  # written as floats on Windows
-        for axis, size, values in zip(("row", "column"), op.matrix_shape, at, strict=True):
+        indices = indices.to(torch.int32)  # written as floats on Windows
+        for axis, size, values in zip(("row", "column"), op.matrix_shape, indices, strict=True):
             outside = values[(values < 0) | (values >= size)]
             if outside.numel():
                 raise CheckpointError(
                     f"shira_indices holds {axis} {int(outside[0])}, and the matrix has shape {op.matrix_shape}"
                 )
-        return {**found, INDICES: at}
+        return {**found, INDICES: indices}
 
     def scale(self, op: Op) -> float:
         return 1.0

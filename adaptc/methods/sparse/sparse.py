@@ -1,7 +1,7 @@
-"""Draw the places of sparse coefficients, and make dense matrices of them, for methods that change few entries.
+"""Draw the indices of sparse coefficients, and make dense matrices of them, for methods that change few entries.
 
-Places are drawn as PEFT draws them, so that a seed gives the same places. A dense matrix is made by adding values up:
-the padding at the end of a slot, zeros at place zero, then changes nothing.
+Indices are drawn as PEFT draws them, so that a seed gives the same indices. A dense matrix is made by adding values up:
+the padding at the end of a slot, zeros at index zero, then changes nothing.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from adaptc.errors import ConfigError
 from adaptc.methods._shared.option_checks import check_integers, check_matrix
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Initial, Method, Slot, Slots
-from adaptc.torch_modes import plainly
+from adaptc.torch_modes import outside_modes
 
 
 @lru_cache(maxsize=64)
-def _drawn(total: int, seed: int | None, count: int) -> Tensor:
-    with plainly():
+def _draw_cached(total: int, seed: int | None, count: int) -> Tensor:
+    with outside_modes():
         generator = torch.Generator()
         if seed is not None:
             generator.manual_seed(seed)
         return torch.randperm(total, generator=generator)[:count].clone()
 
 
-def drawn(total: int, seed: int | None, count: int) -> Tensor:
+def draw_distinct(total: int, seed: int | None, count: int) -> Tensor:
     """Return ``count`` distinct numbers below ``total``, int64 on the CPU, from a generator seeded with ``seed``.
 
     Results are cached, since layers of one size have the same numbers and drawing them for a large layer is slow. With
     ``seed`` None the generator has its default seed.
     """
-    return _drawn(total, seed, count).clone()
+    return _draw_cached(total, seed, count).clone()
 
 
-def scattered(shape: tuple[int, int], places: Tensor, values: Tensor) -> Tensor:
-    """Return a dense matrix of this shape, with ``values`` (n,) added at the flat ``places`` (n,)."""
+def scatter_dense(shape: tuple[int, int], flat_indices: Tensor, values: Tensor) -> Tensor:
+    """Return a dense matrix of this shape, with ``values`` (n,) added at the ``flat_indices`` (n,)."""
     rows, columns = shape
     flat = torch.zeros(rows * columns, dtype=values.dtype, device=values.device)
-    return flat.index_add(0, places, values).reshape(rows, columns)
+    return flat.index_add(0, flat_indices, values).reshape(rows, columns)
 
 
-def at_least_float32(*tensors: Tensor) -> torch.dtype:
+def float32_or_wider(*tensors: Tensor) -> torch.dtype:
     """Return the widest dtype of ``tensors``, at least float32: Fourier transforms have no half-precision form."""
     dtype = torch.float32
     for t in tensors:
@@ -55,7 +55,7 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def check_counts(config: Any, option: str) -> None:
+def check_positive_counts(config: Any, option: str) -> None:
     """Raise ConfigError where ``option``, or ``<option>_pattern``, holds an integer that is not positive."""
     pattern = getattr(config, f"{option}_pattern") or {}
     patterns = {f"{option}_pattern[{k!r}]": v for k, v in pattern.items()}
@@ -66,16 +66,16 @@ def check_seed(config: Any) -> None:
     """Raise ConfigError where ``random_loc_seed`` is None: without a seed, no file could be read back."""
     if config.random_loc_seed is None:
         raise ConfigError(
-            f"{type(config).__name__}.random_loc_seed must be an integer, got None: the places of the coefficients "
+            f"{type(config).__name__}.random_loc_seed must be an integer, got None: the indices of the coefficients "
             "are not in the file and are drawn again from it"
         )
 
 
 @dataclass(frozen=True)
-class Spectrum(Method):
-    """A method with ``r`` coefficients of a transform of the weight, at places drawn with ``seed``."""
+class SparseSpectrumMethod(Method):
+    """A method with ``r`` coefficients of a transform of the weight, at indices drawn with ``seed``."""
 
-    prefix: ClassVar[str] = ""
+    slot_prefix: ClassVar[str] = ""
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "seed", "zeros"}
 
     r: int = 1000
@@ -84,21 +84,21 @@ class Spectrum(Method):
     zeros: bool = True
 
     @property
-    def spectrum(self) -> str:
-        return f"{self.prefix}_spectrum"
+    def spectrum_slot(self) -> str:
+        return f"{self.slot_prefix}_spectrum"
 
     def summed(self) -> str:
-        return self.spectrum
+        return self.spectrum_slot
 
     @property
-    def places(self) -> str:
-        return f"{self.prefix}_indices"
+    def indices_slot(self) -> str:
+        return f"{self.slot_prefix}_indices"
 
     def slots(self, op: Op) -> dict[str, Slot]:
         check_matrix(self.name, op)
         return {
-            self.spectrum: Slot((self.r,), free=(0,)),
-            self.places: Slot((self.r,), free=(0,), dtype=torch.int64, trainable=False, saved=False),
+            self.spectrum_slot: Slot((self.r,), free=(0,)),
+            self.indices_slot: Slot((self.r,), free=(0,), dtype=torch.int64, trainable=False, saved=False),
         }
 
     def at(self, op: Op) -> Self:
@@ -114,23 +114,23 @@ class Spectrum(Method):
         return dataclasses.replace(self, r=2 * op.groups)
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Self:
-        found = slots.get(self.spectrum)
+        found = slots.get(self.spectrum_slot)
         return self if found is None else dataclasses.replace(self, r=found.shape[0])
 
     def scale(self, op: Op) -> float:
         return self.scaling
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        values = self.first(generator).to(W.device, dtype)
-        return Initial({self.spectrum: values, **self.derived(op, W, dtype, {})})
+        values = self.initial_values(generator).to(W.device, dtype)
+        return Initial({self.spectrum_slot: values, **self.derived(op, W, dtype, {})})
 
-    def first(self, generator: torch.Generator | None) -> Tensor:
+    def initial_values(self, generator: torch.Generator | None) -> Tensor:
         """Return the first values of the coefficients, (r,), drawn in float32."""
         raise AssertionError(f"{type(self).__name__} must define first()")
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {self.places: self.drawn(op).to(W.device)}
+        return {self.indices_slot: self.draw_indices(op).to(W.device)}
 
-    def drawn(self, op: Op) -> Tensor:
-        """Return the flat places of the coefficients in the weight as a matrix: (r,), int64 on the CPU."""
-        return drawn(prod(op.matrix_shape), self.seed, self.r)
+    def draw_indices(self, op: Op) -> Tensor:
+        """Return the flat indices of the coefficients in the weight as a matrix: (r,), int64 on the CPU."""
+        return draw_distinct(prod(op.matrix_shape), self.seed, self.r)

@@ -25,20 +25,20 @@ class TrainableTokensConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
-    unit: ClassVar[str] = "rows"
-    refused: ClassVar[Mapping[str, str]] = {
+    target_unit: ClassVar[str] = "rows"
+    unsupported_fields: ClassVar[Mapping[str, str]] = {
         "target_parameters": "rows are those of a module's weight; name the module in target_modules",
     }
 
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
 
-    def resolved(self, facts: ModelFacts) -> Self:
+    def with_model_defaults(self, facts: ModelFacts) -> Self:
         if not self.token_indices:
             raise ConfigError("TrainableTokensConfig.token_indices is empty: name the rows to train")
         # A string, as in PEFT's files, matches the whole path only; a list would match other modules with that ending.
-        new = super().resolved(facts)
-        return new.completed({"target_modules": facts.input_embedding}) if facts.input_embedding else new
+        new = super().with_model_defaults(facts)
+        return new.with_missing_filled({"target_modules": facts.input_embedding}) if facts.input_embedding else new
 
     def method(self, name: str, kind: str) -> TokenRows:
         return TokenRows(tuple(self.token_indices), within="", scheme=self.init_weights)

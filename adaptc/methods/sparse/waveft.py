@@ -22,7 +22,13 @@ from torch.nn import functional as F
 from adaptc.errors import AdaptcWarning, ConfigError, nearest
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.name_patterns import pattern_value
-from adaptc.methods.sparse.sparse import Spectrum, at_least_float32, check_counts, check_seed, scattered
+from adaptc.methods.sparse.sparse import (
+    SparseSpectrumMethod,
+    check_positive_counts,
+    check_seed,
+    float32_or_wider,
+    scatter_dense,
+)
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Method, Scale, Slot, Slots
 
@@ -59,7 +65,7 @@ class WaveFTConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "n_frequency")
+        check_positive_counts(self, "n_frequency")
         check_seed(self)
         if self.wavelet_family not in FAMILIES:
             near = nearest(str(self.wavelet_family), FAMILIES)
@@ -68,7 +74,7 @@ class WaveFTConfig(TargetedConfig):
                 f"coif1 to coif17; nearest are {', '.join(near) or 'none'}"
             )
         if self.use_idwt:
-            wavelet(self.wavelet_family)
+            load_wavelet(self.wavelet_family)
         if self.use_idwt and self.wavelet_family == "coif4":
             warnings.warn(
                 "wavelet_family='coif4': PEFT 0.21.2 has wrong filters for it, so that an adapter it trained computes "
@@ -88,12 +94,12 @@ class WaveFTConfig(TargetedConfig):
             seed=self.random_loc_seed,
             zeros=self.init_weights,
             family=self.wavelet_family,
-            taps=wavelet(self.wavelet_family).rec_len // 2 if self.use_idwt else 0,
+            taps=load_wavelet(self.wavelet_family).rec_len // 2 if self.use_idwt else 0,
             proportional=self.proportional_parameters,
         )
 
 
-def wavelet(family: str) -> Any:
+def load_wavelet(family: str) -> Any:
     """Return PyWavelets' ``Wavelet`` for ``family``; raise ConfigError where PyWavelets is not installed."""
     try:
         pywt: Any = importlib.import_module("pywt")
@@ -106,7 +112,7 @@ def wavelet(family: str) -> Any:
 
 
 @dataclass(frozen=True)
-class WaveFT(Spectrum):
+class WaveFT(SparseSpectrumMethod):
     """WaveFT at one site. ``taps``: half the length of the filters, on which the code depends; 0 without a wavelet.
 
     ``proportional``: ``r`` is still the mean over all layers, until :meth:`settle_shared_sizes` gives each its share.
@@ -114,9 +120,9 @@ class WaveFT(Spectrum):
 
     name: ClassVar[str] = "waveft"
     takes_complex: ClassVar[bool] = False
-    prefix: ClassVar[str] = "waveft"
+    slot_prefix: ClassVar[str] = "waveft"
     file_names: ClassVar[tuple[str, ...]] = ("waveft_spectrum",)
-    swappable: ClassVar[frozenset[str]] = Spectrum.swappable | {"family", "proportional"}
+    swappable: ClassVar[frozenset[str]] = SparseSpectrumMethod.swappable | {"family", "proportional"}
 
     family: str = "db1"
     taps: int = 1
@@ -146,47 +152,47 @@ class WaveFT(Spectrum):
 
         return [share(m, op, size) for (m, op), size in zip(sites, sizes, strict=True)]
 
-    def first(self, generator: torch.Generator | None) -> Tensor:
+    def initial_values(self, generator: torch.Generator | None) -> Tensor:
         return torch.zeros(self.r) if self.zeros else torch.randn(self.r, generator=generator) * 0.01
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
         if not self.taps:
             return super().derived(op, W, dtype, found)
-        at, columns = self.drawn(op), op.matrix_shape[1]
-        height, width = self._half(op)
+        flat_indices, columns = self.draw_indices(op), op.matrix_shape[1]
+        height, width = self._quarter_shape(op)
         # The coefficients form four quarters: low and high frequencies along the rows, times low and high along the
         # columns. PEFT's layout has the upper right and the lower left quarter exchanged.
-        row, column = (i + self.taps - 1 for i in (at // columns, at % columns))
+        row, column = (i + self.taps - 1 for i in (flat_indices // columns, flat_indices % columns))
         low, right = row >= height, column >= width
-        at = right * height + row % height
-        at = at * 2 * width + low * width + column % width
-        lo, hi = (torch.tensor(f, dtype=dtype).unflatten(0, (-1, 2)) for f in self._filters())
+        flat_indices = right * height + row % height
+        flat_indices = flat_indices * 2 * width + low * width + column % width
+        lo, hi = (torch.tensor(f, dtype=dtype).unflatten(0, (-1, 2)) for f in self._wavelet_filters())
         filters = torch.stack([lo, hi], 1).flip(0).transpose(0, 2).contiguous()
-        return {self.places: at.to(W.device), FILTERS: filters.to(W.device)}
+        return {self.indices_slot: flat_indices.to(W.device), FILTERS: filters.to(W.device)}
 
-    def _filters(self) -> tuple[Sequence[float], Sequence[float]]:
-        w = wavelet(self.family)
+    def _wavelet_filters(self) -> tuple[Sequence[float], Sequence[float]]:
+        w = load_wavelet(self.family)
         return w.rec_lo, w.rec_hi
 
-    def _half(self, op: Op) -> tuple[int, int]:
+    def _quarter_shape(self, op: Op) -> tuple[int, int]:
         """Return the rows and columns of one quarter of the coefficients, padded for the filters at the edges."""
         rows, columns = op.matrix_shape
         return (rows + 1) // 2 + self.taps - 1, (columns + 1) // 2 + self.taps - 1
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        wide = at_least_float32(W, slots[self.spectrum])
-        values = cast(slots[self.spectrum], wide) * cast(scale, wide)
+        wide = float32_or_wider(W, slots[self.spectrum_slot])
+        values = cast(slots[self.spectrum_slot], wide) * cast(scale, wide)
         rows, columns = op.matrix_shape
         if not self.taps:
-            return cast(W + op.unmatrix(scattered((rows, columns), slots[self.places], values)), W.dtype)
-        height, width = self._half(op)
-        change = scattered((2 * height, 2 * width), slots[self.places], values)
+            return cast(W + op.unmatrix(scatter_dense((rows, columns), slots[self.indices_slot], values)), W.dtype)
+        height, width = self._quarter_shape(op)
+        change = scatter_dense((2 * height, 2 * width), slots[self.indices_slot], values)
         for _ in range(2):  # along the columns, then along the rows
-            change = _synthesised(change, cast(slots[FILTERS], wide)).t()
+            change = _inverse_wavelet(change, cast(slots[FILTERS], wide)).t()
         return cast(W + op.unmatrix(change[:rows, :columns]), W.dtype)
 
 
-def _synthesised(rows: Tensor, filters: Tensor) -> Tensor:
+def _inverse_wavelet(rows: Tensor, filters: Tensor) -> Tensor:
     """Return the inverse wavelet transform of each row of ``rows`` (n, 2 half): (n, 2 (half - taps + 1)).
 
     A row holds the coefficients of low frequencies and then those of high ones. ``filters``: (2, 2, taps).

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, BackendError
-from adaptc.torch_modes import transformed
+from adaptc.torch_modes import is_wrapped_or_dual
 
 
-def check_bounds(name: str, value: Tensor, bounds: tuple[int, int]) -> None:
+def check_index_bounds(name: str, value: Tensor, bounds: tuple[int, int]) -> None:
     """Raise AdaptcError for a number in the input ``name`` that is outside ``bounds`` (least, greatest), inclusive."""
     if value.device.type != "cpu" or not value.numel():
         return
@@ -32,18 +32,20 @@ def check_bounds(name: str, value: Tensor, bounds: tuple[int, int]) -> None:
 
 
 #: what to do in place of a call of compiled code
-EAGER = "Set prog.backend = 'eager', or call prog.module()"
+USE_EAGER_ADVICE = "Set prog.backend = 'eager', or call prog.module()"
 
 
-def check_followed(expected: Sequence[tuple[str, Any]], flat: Sequence[Any], way: str = EAGER) -> None:
+def check_not_transformed(
+    expected: Sequence[tuple[str, Any]], flat: Sequence[Any], advice: str = USE_EAGER_ADVICE
+) -> None:
     """Raise BackendError for an input that a transform of ``torch.func`` or a forward-mode derivative follows.
 
     Compiled code would silently lose the derivative. ``expected`` has the names of the inputs, as ``Inputs`` has them.
-    ``way`` is the advice that ends the message.
+    ``advice`` is the advice that ends the message.
     """
     for (name, _), value in zip(expected, flat, strict=True):
-        if transformed(value):
+        if is_wrapped_or_dual(value):
             raise BackendError(
                 f"input {name!r} is followed by a transform of torch.func or a forward-mode derivative, and compiled "
-                f"code has no derivatives and no rule for vmap. {way}"
+                f"code has no derivatives and no rule for vmap. {advice}"
             )

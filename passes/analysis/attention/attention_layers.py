@@ -18,22 +18,28 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.errors import TargetError
-from adaptc.passes.analysis.attention.attention_patterns import SDPA, Core, Operand, core_of
-from adaptc.passes.analysis.costs import at_sizes, example_sizes, size_expression
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.analysis.attention.attention_patterns import SDPA, AttentionCore, AttentionOperand, match_attention
+from adaptc.passes.analysis.costs import evaluate_at_sizes, example_sizes, size_expression
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.mutation import has_view_schema
-from adaptc.passes.graph.ops import CASTS, TABLE, operands
+from adaptc.passes.graph.ops import CASTS, LAYER_OPS, operands
 from adaptc.passes.protocol.regions import node_tag, region_tag
 
 aten = torch.ops.aten
 
 #: ops that only move values, in addition to those that are views by their schema
-_MOVES = (aten.reshape.default, aten.contiguous.default, aten.clone.default, aten.flatten.using_ints, operator.getitem)
-_PROJECTIONS = ("linear", "addmm")
+_MOVE_OPS = (
+    aten.reshape.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.flatten.using_ints,
+    operator.getitem,
+)
+_PROJECTION_KINDS = ("linear", "addmm")
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadColumns:
     """The columns of a projection's output that are keys, or values: ``count`` heads of ``width`` columns.
 
     The first head begins at column ``start``, and each next one ``step`` columns further on.
@@ -46,7 +52,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Projection:
+class KVProjection:
     """The projection that makes keys or values.
 
     ``node`` is its matmul. ``weight`` and ``bias`` are placeholders; ``bias`` is None where it has none.
@@ -55,35 +61,35 @@ class Projection:
     node: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    heads: Heads
+    heads: HeadColumns
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
     """An attention layer.
 
-    ``core`` is the attention and ``query`` the node of its queries. ``behind`` is the output projection.
+    ``core`` is the attention and ``query`` the node of its queries. ``output_projection`` is the output projection.
     """
 
-    core: Core
+    core: AttentionCore
     query: fx.Node
-    key: Projection
-    value: Projection
-    behind: fx.Node
+    key: KVProjection
+    value: KVProjection
+    output_projection: fx.Node
 
-    def scored(self, products: Tensor) -> Tensor:
-        """Return ``products``, matmuls of queries and keys, with the layer's scale and cap, before a mask or bias."""
+    def to_scores(self, matmuls: Tensor) -> Tensor:
+        """Return ``matmuls``, matmuls of queries and keys, with the layer's scale and cap, before a mask or bias."""
         if self.core.node.target == SDPA:
             scale: Any = self.core.node.kwargs.get("scale")
-            return products * (float(self.query.meta["val"].shape[-1]) ** -0.5 if scale is None else float(scale))
-        if (factor := self.core.factor()) is not None:
-            return products * factor
-        for node in self.core.each()[0]:
-            products = _out_of_place(node.target)(products, *node.args[1:], **node.kwargs)
-        return products
+            return matmuls * (float(self.query.meta["val"].shape[-1]) ** -0.5 if scale is None else float(scale))
+        if (factor := self.core.baddbmm_alpha()) is not None:
+            return matmuls * factor
+        for node in self.core.score_scalings()[0]:
+            matmuls = _out_of_place(node.target)(matmuls, *node.args[1:], **node.kwargs)
+        return matmuls
 
 
-def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
+def find_output_projection(lifted: LiftedProgram, core: fx.Node) -> fx.Node:
     """Return the output projection of the attention ``core``: the only projection that reads its output.
 
     Raises TargetError where there is none, or several.
@@ -91,10 +97,10 @@ def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
     seen, found, stack = {core}, [], [core]
     while stack:
         for user in stack.pop().users:
-            if user in seen or user.op != "call_function" or not _holds_numbers(user):
+            if user in seen or user.op != "call_function" or not _is_numeric(user):
                 continue
             seen.add(user)
-            if node_tag(user) is None and _projects(lifted, user):
+            if node_tag(user) is None and _is_projection(lifted, user):
                 found.append(user)
             else:
                 stack.append(user)
@@ -106,36 +112,36 @@ def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
     return found[0]
 
 
-def layer_behind(lifted: Lifted, behind: fx.Node) -> AttentionLayer:
-    """Return the attention layer whose output projection is ``behind``.
+def find_attention_layer(lifted: LiftedProgram, output_projection: fx.Node) -> AttentionLayer:
+    """Return the attention layer whose output projection is ``output_projection``.
 
     Raises TargetError where the attention, or how its keys, values or scores are made, is not understood.
     """
-    near = _near(lifted, operands(behind)[0], lambda n: _core(lifted, n) is not None)
-    if len(near) != 1:
-        raise TargetError(f"{behind.name!r} must read what one attention gives, and it reads {len(near)}")
-    core = _core(lifted, near[0])
+    cores = _nearest_nodes(lifted, operands(output_projection)[0], lambda n: _match_core(lifted, n) is not None)
+    if len(cores) != 1:
+        raise TargetError(f"{output_projection.name!r} must read what one attention gives, and it reads {len(cores)}")
+    core = _match_core(lifted, cores[0])
     assert core is not None
-    query = _tokens_own(lifted, core.query)
+    query = _without_kv_prefix(lifted, core.query)
     shape = query.meta["val"].shape
     if len(shape) != 4 or not all(isinstance(shape[i], int) for i in (1, 3)):
         raise TargetError(
             f"the queries of {core.node.name!r} have shape {tuple(map(str, shape))}; needed are four axes"
         )
     heads, width = int(shape[1]), int(shape[3])
-    key = _projection(lifted, core, "keys", core.key, lambda total: (total // width, width))
-    value = _projection(lifted, core, "values", core.value, lambda n: (key.heads.count, n // key.heads.count))
+    key = _find_projection(lifted, core, "keys", core.key, lambda total: (total // width, width))
+    value = _find_projection(lifted, core, "values", core.value, lambda n: (key.heads.count, n // key.heads.count))
     if heads % key.heads.count:
         raise TargetError(
             f"{core.node.name!r} has {heads} heads of queries, and {key.heads.count} of keys do not divide them"
         )
-    if (other := core.each()[1]) is not None:
+    if (other := core.score_scalings()[1]) is not None:
         raise TargetError(
             f"{other.name!r} = {other.target} changes the scores of {core.node.name!r}, and it is not known what they "
             "are for other tokens: known are a scale, a cap (tanh), biases and masks. Capture the model with "
             "attn_implementation='sdpa', if it has it"
         )
-    return AttentionLayer(core, query, key, value, behind)
+    return AttentionLayer(core, query, key, value, output_projection)
 
 
 def _out_of_place(op: Any) -> Any:
@@ -145,12 +151,12 @@ def _out_of_place(op: Any) -> Any:
     return getattr(getattr(aten, name.removesuffix("_")), op._schema.overload_name or "default")
 
 
-def _core(lifted: Lifted, node: fx.Node) -> Core | None:
-    found = core_of(lifted, node)
-    return found if isinstance(found, Core) else None
+def _match_core(lifted: LiftedProgram, node: fx.Node) -> AttentionCore | None:
+    found = match_attention(lifted, node)
+    return found if isinstance(found, AttentionCore) else None
 
 
-def _tokens_own(lifted: Lifted, operand: Operand) -> fx.Node:
+def _without_kv_prefix(lifted: LiftedProgram, operand: AttentionOperand) -> fx.Node:
     """Return the keys, values or queries of the call's own tokens, without a KV prefix that adapters put in front."""
     node = operand.node
     while (tag := region_tag(node)) is not None and tag["region"] == "cached":
@@ -158,41 +164,45 @@ def _tokens_own(lifted: Lifted, operand: Operand) -> fx.Node:
     return node
 
 
-def _projection(
-    lifted: Lifted, core: Core, what: str, read: Operand, shape: Callable[[int], tuple[int, int]]
-) -> Projection:
-    operand, name = _tokens_own(lifted, read), core.node.name
-    found = _near(lifted, operand, lambda n: _projects(lifted, n))
+def _find_projection(
+    lifted: LiftedProgram,
+    core: AttentionCore,
+    operand_name: str,
+    attention_operand: AttentionOperand,
+    split_columns: Callable[[int], tuple[int, int]],
+) -> KVProjection:
+    operand, name = _without_kv_prefix(lifted, attention_operand), core.node.name
+    found = _nearest_nodes(lifted, operand, lambda n: _is_projection(lifted, n))
     if len(found) != 1:
         names = ", ".join(repr(n.name) for n in found[:3])
-        raise TargetError(f"the {what} of {name!r} must be made by one linear layer; found {names or 'none'}")
+        raise TargetError(f"the {operand_name} of {name!r} must be made by one linear layer; found {names or 'none'}")
     node = found[0]
-    columns = _columns(lifted, node, operand)
-    count, width = shape(len(columns))
+    columns = _operand_columns(lifted, node, operand)
+    count, width = split_columns(len(columns))
     if not count or not width or len(columns) != count * width:
         raise TargetError(
-            f"{node.name!r} makes {len(columns)} numbers a token for the {what} of {name!r}, and heads of {width} "
-            "are needed"
+            f"{node.name!r} makes {len(columns)} numbers a token for the {operand_name} of {name!r}, and heads of "
+            f"{width} are needed"
         )
     step = columns[width] - columns[0] if count > 1 else width
-    heads = Heads(columns[0], step, count, width)
+    heads = HeadColumns(columns[0], step, count, width)
     if columns != [heads.start + i * step + j for i in range(count) for j in range(width)]:
-        raise TargetError(f"the {what} of {name!r} are laid out in {node.name!r} as no known model has them")
+        raise TargetError(f"the {operand_name} of {name!r} are laid out in {node.name!r} as no known model has them")
     _, weight, bias = operands(node)
-    owner = _parameter(lifted, weight)
+    owner = _find_parameter(lifted, weight)
     assert owner is not None
-    return Projection(node, owner, None if bias is None else _parameter(lifted, bias), heads)
+    return KVProjection(node, owner, None if bias is None else _find_parameter(lifted, bias), heads)
 
 
-def _projects(lifted: Lifted, node: fx.Node) -> bool:
+def _is_projection(lifted: LiftedProgram, node: fx.Node) -> bool:
     return (
-        node.target in TABLE
-        and TABLE[node.target][0] in _PROJECTIONS
-        and _parameter(lifted, operands(node)[1]) is not None
+        node.target in LAYER_OPS
+        and LAYER_OPS[node.target][0] in _PROJECTION_KINDS
+        and _find_parameter(lifted, operands(node)[1]) is not None
     )
 
 
-def _parameter(lifted: Lifted, node: Any) -> fx.Node | None:
+def _find_parameter(lifted: LiftedProgram, node: Any) -> fx.Node | None:
     """Return the parameter that a layer reads, seen through casts and adapters; None where it reads something else."""
     while isinstance(node, fx.Node) and node.op != "placeholder":
         if (tag := region_tag(node)) is not None:
@@ -201,12 +211,12 @@ def _parameter(lifted: Lifted, node: Any) -> fx.Node | None:
             node = node.args[0]
         else:
             return None
-    known = isinstance(node, fx.Node) and lifted.specs[node.name].target in lifted.state_dict
+    known = isinstance(node, fx.Node) and lifted.input_specs[node.name].target in lifted.state_dict
     return node if known else None
 
 
-def _near(lifted: Lifted, start: fx.Node, wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Return the nearest nodes for which ``wanted`` holds, among ``start`` and what it is computed from.
+def _nearest_nodes(lifted: LiftedProgram, start: fx.Node, matches: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Return the nearest nodes for which ``matches`` holds, among ``start`` and what it is computed from.
 
     The search looks through adapters. It does not go past a projection or an attention.
     """
@@ -219,50 +229,50 @@ def _near(lifted: Lifted, start: fx.Node, wanted: Callable[[fx.Node], bool]) -> 
         if node in seen:
             continue
         seen.add(node)
-        if node.op != "call_function" or not _holds_numbers(node):
+        if node.op != "call_function" or not _is_numeric(node):
             continue
-        if wanted(node):
+        if matches(node):
             found.append(node)
-        elif not _projects(lifted, node) and _core(lifted, node) is None:
+        elif not _is_projection(lifted, node) and _match_core(lifted, node) is None:
             stack += node.all_input_nodes
     return found
 
 
-def _holds_numbers(node: fx.Node) -> bool:
+def _is_numeric(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dtype is not torch.bool)
 
 
-def _columns(lifted: Lifted, projection: fx.Node, operand: fx.Node) -> list[int]:
+def _operand_columns(lifted: LiftedProgram, projection: fx.Node, operand: fx.Node) -> list[int]:
     """Return the numbers of the outputs of ``projection`` that ``operand`` holds, head by head.
 
     The search ends at an op that is no view (a rotation, a norm): such ops leave the outputs in their places.
     """
-    before = _ancestors(operand)
+    ancestors = _ancestors(operand)
     sizes = example_sizes(lifted.program)
-    shape = [_size(s, sizes) for s in projection.meta["val"].shape]
+    shape = [_example_size(s, sizes) for s in projection.meta["val"].shape]
     value: Any = torch.arange(shape[-1]).expand(shape)
     node = projection
     while node is not operand:
-        readers = [u for u in _adapted(lifted, node).users if u in before and u.op == "call_function"]
+        readers = [u for u in _last_adapter_output(lifted, node).users if u in ancestors and u.op == "call_function"]
         if len(readers) != 1:
             break
         reader = readers[0]
         if reader.target in CASTS:
             node = reader
             continue
-        if reader.target not in _MOVES and not has_view_schema(reader.target):
+        if reader.target not in _MOVE_OPS and not has_view_schema(reader.target):
             break
-        value = _run(reader, value, sizes)
+        value = _run_view(reader, value, sizes)
         node = reader
     return list(dict.fromkeys(value.flatten().tolist()))
 
 
-def _adapted(lifted: Lifted, node: fx.Node) -> fx.Node:
+def _last_adapter_output(lifted: LiftedProgram, node: fx.Node) -> fx.Node:
     """Return the output of the last adapter at ``node``, or ``node`` itself where no adapter is."""
-    made = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n)) is not None}
-    while node.name in made:
-        node = made[node.name]
+    region_outputs = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n)) is not None}
+    while node.name in region_outputs:
+        node = region_outputs[node.name]
     return node
 
 
@@ -270,22 +280,22 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     """Return a node and all tensors that it is computed from."""
     seen, stack = {node}, [node]
     while stack:
-        fresh = {n for n in stack.pop().all_input_nodes if n not in seen and _holds_numbers(n)}
+        fresh = {n for n in stack.pop().all_input_nodes if n not in seen and _is_numeric(n)}
         seen |= fresh
         stack += fresh
     return seen
 
 
-def _run(node: fx.Node, value: Any, sizes: Mapping[str, int]) -> Any:
+def _run_view(node: fx.Node, value: Any, sizes: Mapping[str, int]) -> Any:
     """Return the result of the view ``node`` on ``value``, with the program's example sizes."""
 
-    def of(n: fx.Node) -> Any:
+    def argument_value(n: fx.Node) -> Any:
         found = n.meta.get("val")
-        return value if _holds_numbers(n) else _size(found, sizes)
+        return value if _is_numeric(n) else _example_size(found, sizes)
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), of)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), argument_value)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _size(size: Any, sizes: Mapping[str, int]) -> int:
-    return int(at_sizes(size_expression(size), sizes))
+def _example_size(size: Any, sizes: Mapping[str, int]) -> int:
+    return int(evaluate_at_sizes(size_expression(size), sizes))

@@ -47,7 +47,7 @@ def find_attention(program: ExportedProgram) -> list[Attention]:
     projections, and is made by none of them.
     """
     flow = AttentionFlow(program)
-    return [_attention(flow, *block) for block in flow.blocks]
+    return [_make_attention(flow, *block) for block in flow.blocks]
 
 
 def default_targets(program: ExportedProgram) -> list[str]:
@@ -61,25 +61,29 @@ def default_targets(program: ExportedProgram) -> list[str]:
     (``nn.MultiheadAttention``) gives its own name. A program without attention gives [].
     """
     flow = AttentionFlow(program)
-    attentions = [_attention(flow, *block) for block in flow.blocks]
-    wanted = dict.fromkeys(path for a in attentions for path in (*a.query, *a.value) if path)
-    shared = {_last(path) for path in flow.consumers() if path not in wanted}
-    return list(dict.fromkeys(path if _last(path) in shared else _last(path) for path in wanted))
+    attentions = [_make_attention(flow, *block) for block in flow.blocks]
+    target_paths = dict.fromkeys(path for a in attentions for path in (*a.query, *a.value) if path)
+    ambiguous_names = {_last_component(path) for path in flow.consumer_modules() if path not in target_paths}
+    return list(
+        dict.fromkeys(
+            path if _last_component(path) in ambiguous_names else _last_component(path) for path in target_paths
+        )
+    )
 
 
-def _attention(flow: AttentionFlow, node: Node, operands: tuple[Iterable[Node], ...]) -> Attention:
-    paths = [list(dict.fromkeys(flow.module(n) for n in sorted(nodes))) for nodes in operands]
-    here = module_path(node, flow.known)
-    while here and not any(_within(path, here) for operand in paths for path in operand):
-        here = here.rpartition(".")[0]
-    near = [tuple(path for path in operand if _within(path, here)) for operand in paths]
-    query, key, value = (n or (tuple(far) if len(far) == 1 else ()) for n, far in zip(near, paths, strict=True))
+def _make_attention(flow: AttentionFlow, node: Node, operands: tuple[Iterable[Node], ...]) -> Attention:
+    paths = [list(dict.fromkeys(flow.module_of(n) for n in sorted(nodes))) for nodes in operands]
+    attention_module = module_path(node, flow.module_paths)
+    while attention_module and not any(_is_within(path, attention_module) for operand in paths for path in operand):
+        attention_module = attention_module.rpartition(".")[0]
+    inner_paths = [tuple(path for path in operand if _is_within(path, attention_module)) for operand in paths]
+    query, key, value = (n or (tuple(far) if len(far) == 1 else ()) for n, far in zip(inner_paths, paths, strict=True))
     return Attention(node.name, query, key, value)
 
 
-def _within(path: str, module: str) -> bool:
+def _is_within(path: str, module: str) -> bool:
     return not module or path == module or path.startswith(module + ".")
 
 
-def _last(path: str) -> str:
+def _last_component(path: str) -> str:
     return path.rpartition(".")[2]

@@ -15,13 +15,13 @@ from torch import Tensor, fx
 from torch.export.graph_signature import OutputKind
 
 from adaptc.passes.analysis.tokens.token_axes import sizes_of
-from adaptc.passes.graph.lifted import Lifted
-from adaptc.passes.graph.ops import CASTS, TABLE, argument
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.ops import CASTS, LAYER_OPS, argument
 
 aten = torch.ops.aten
 
 #: ops that are followed to their first argument: casts, views, and choices of some tokens
-_THROUGH = (
+_FOLLOWED_OPS = (
     *CASTS,
     aten.view.default,
     aten.reshape.default,
@@ -36,51 +36,53 @@ _THROUGH = (
 )
 
 
-def last_hidden(lifted: Lifted, ids: fx.Node, width: int) -> fx.Node | None:
+def find_last_hidden(lifted: LiftedProgram, ids: fx.Node, hidden_size: int) -> fx.Node | None:
     """Return the node with the hidden state (batch, length, width) of the tokens ``ids`` (batch, length).
 
     It is the last one before the head. None where there is none of this width.
     """
-    return next((n for n in _candidates(lifted, ids) if n.meta["val"].shape[2] == width), None)
+    return next((n for n in _candidates(lifted, ids) if n.meta["val"].shape[2] == hidden_size), None)
 
 
-def hidden_widths(lifted: Lifted, ids: fx.Node) -> list[int]:
+def last_hidden_sizes(lifted: LiftedProgram, ids: fx.Node) -> list[int]:
     """Return the widths for which ``ids`` have a last hidden state; the width that the head reads comes first."""
     widths = [n.meta["val"].shape[2] for n in _candidates(lifted, ids)]
     return [w for w in dict.fromkeys(widths) if isinstance(w, int)]
 
 
-def _candidates(lifted: Lifted, ids: fx.Node) -> Iterator[fx.Node]:
+def _candidates(lifted: LiftedProgram, ids: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes that may be the last hidden state of ``ids``: inputs of heads first, then outputs."""
-    bare: list[fx.Node] = []
+    headless: list[fx.Node] = []
     for output in _outputs(lifted):
-        for node in _behind(output):
-            if node.op == "call_function" and node.target in TABLE:
-                yield from (n for n in _behind(argument(node, TABLE[node.target][1])) if _is(n, ids))
-            elif _is(node, ids):
-                bare.append(node)
-    yield from bare
+        for node in _follow_back(output):
+            if node.op == "call_function" and node.target in LAYER_OPS:
+                yield from (
+                    n for n in _follow_back(argument(node, LAYER_OPS[node.target][1])) if _is_hidden_state(n, ids)
+                )
+            elif _is_hidden_state(node, ids):
+                headless.append(node)
+    yield from headless
 
 
-def _outputs(lifted: Lifted) -> Iterator[fx.Node]:
+def _outputs(lifted: LiftedProgram) -> Iterator[fx.Node]:
     values = lifted.graph.output_node().args[0]
-    for value, spec in zip(values, lifted.outputs, strict=True):  # type: ignore[arg-type]
+    for value, spec in zip(values, lifted.output_specs, strict=True):  # type: ignore[arg-type]
         if spec.kind == OutputKind.USER_OUTPUT and isinstance(value, fx.Node):
             yield value
 
 
-def _behind(node: fx.Node) -> Iterator[fx.Node]:
+def _follow_back(node: fx.Node) -> Iterator[fx.Node]:
     """Yield ``node``, its input where it is a view or elementwise op, that one's input, and so on."""
     while True:
         yield node
         inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        alone = torch.Tag.pointwise in getattr(node.target, "tags", ()) and len(inputs) == 1
-        if not inputs or not (alone or node.target in _THROUGH):
+        is_elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and len(inputs) == 1
+        if not inputs or not (is_elementwise or node.target in _FOLLOWED_OPS):
             return
         node = inputs[0]
 
 
-def _is(node: fx.Node, ids: fx.Node) -> bool:
+def _is_hidden_state(node: fx.Node, ids: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != 3 or node.op != "call_function":
         return False

@@ -14,16 +14,16 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.graph.ops import CASTS, TABLE, argument
+from adaptc.passes.graph.ops import CASTS, LAYER_OPS, argument
 
 aten = torch.ops.aten
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 #: ops, besides elementwise ones, that compute each entry of the first axis from the same entry of their input
-_APART = (*CASTS, aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int, aten.dropout.default)
+_ENTRYWISE = (*CASTS, aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int, aten.dropout.default)
 
 
-def why_not_along(ids: fx.Node, value: fx.Node) -> str:
+def why_not_per_token(ids: fx.Node, value: fx.Node) -> str:
     """Return why ``value`` does not have one entry for each token of ``ids`` (batch, length); '' where it does."""
     tensor = value.meta.get("val")
     if not isinstance(tensor, Tensor):
@@ -34,36 +34,36 @@ def why_not_along(ids: fx.Node, value: fx.Node) -> str:
     shape = sizes_of(tensor)
     if shape[:2] == [rows, length] and len(shape) > 2:
         return ""
-    if len(shape) > 1 and _is_product(shape[0], rows, length) and _comes_from(value, rows, length):
+    if len(shape) > 1 and _is_token_count(shape[0], rows, length) and _is_row_major(value, rows, length):
         return ""
     return f"its output {tuple(map(str, shape))} is not one for each of the ({rows}, {length}) tokens of {ids.name!r}"
 
 
-def _comes_from(value: fx.Node, rows: Any, length: Any) -> bool:
+def _is_row_major(value: fx.Node, rows: Any, length: Any) -> bool:
     """Return whether a value with all tokens along its first axis has them row after row."""
     stack, seen = [value], {value}
     while stack:
-        for node in places_from(stack.pop()):
+        for node in entrywise_inputs(stack.pop()):
             tensor = node.meta.get("val")
             if node in seen or not isinstance(tensor, Tensor) or not tensor.ndim:
                 continue
             shape = sizes_of(tensor)
             if shape[:2] == [rows, length]:
                 return True
-            if _is_product(shape[0], rows, length):
+            if _is_token_count(shape[0], rows, length):
                 seen.add(node)
                 stack.append(node)
     return False
 
 
-def places_from(node: fx.Node) -> Sequence[fx.Node]:
+def entrywise_inputs(node: fx.Node) -> Sequence[fx.Node]:
     """Return the inputs of an op that its output follows entry by entry along the first axis; () for other ops."""
     if node.op != "call_function":
         return ()
-    if node.target in TABLE:
-        return (argument(node, TABLE[node.target][1]),)
+    if node.target in LAYER_OPS:
+        return (argument(node, LAYER_OPS[node.target][1]),)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    if pointwise or node.target in (*_RESHAPES, *_APART):
+    if pointwise or node.target in (*_RESHAPES, *_ENTRYWISE):
         return node.all_input_nodes
     return ()
 
@@ -73,5 +73,5 @@ def sizes_of(tensor: Tensor) -> list[Any]:
     return [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in tensor.shape]
 
 
-def _is_product(size: Any, rows: Any, length: Any) -> bool:
+def _is_token_count(size: Any, rows: Any, length: Any) -> bool:
     return sympy.expand(size - rows * length) == 0

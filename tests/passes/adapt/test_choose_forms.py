@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.passes.adapt.choose_forms import cheaper
-from adaptc.passes.analysis.costs import Work, node_work, work
+from adaptc.passes.adapt.choose_forms import choose_cheaper
+from adaptc.passes.analysis.costs import OperationCount, count_node_operations, count_operations
 
 
 class Net(nn.Module):
@@ -50,9 +50,13 @@ def test_the_gradient_of_a_whole_weight_counts_in_training():
     inference = {m: f for m, (f, _) in forms(900, r=12).items()}
     training = {m: f for m, (f, _) in forms(900, r=12, training=True).items()}
     assert inference["up"] == training["up"] == "weight" or inference["up"] == "apply"
-    outside, weight, base = Work(moving=sympy.Integer(60)), Work(fixed=sympy.Integer(5)), Work(sympy.Integer(100))
-    assert cheaper(outside, weight, base, {}, training=False).form == "apply"
-    assert cheaper(outside, weight, base, {}, training=True).form == "weight"
+    outside, weight, base = (
+        OperationCount(per_call=sympy.Integer(60)),
+        OperationCount(hoistable=sympy.Integer(5)),
+        OperationCount(sympy.Integer(100)),
+    )
+    assert choose_cheaper(outside, weight, base, {}, training=False).form == "apply"
+    assert choose_cheaper(outside, weight, base, {}, training=True).form == "weight"
 
 
 def test_half_precision_weights_are_not_rounded_anew():
@@ -91,17 +95,23 @@ def test_costs_are_symbolic():
     fakes = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder")]
     (free,) = {str(s) for fake in fakes for s in fake.shape if not isinstance(s, int)}
     b = sympy.Symbol(free, integer=True, positive=True)
-    total = sum(node_work(n) for n in program.graph.nodes if n.op == "call_function")
+    total = sum(count_node_operations(n) for n in program.graph.nodes if n.op == "call_function")
     assert sympy.simplify(total - (2 * (2 * b * 11) * 7 + 2 * b * 11)) == 0
-    assert work(program.graph, 1).fixed == 0
-    assert work(program.graph, 0).moving == 0
+    assert count_operations(program.graph, 1).hoistable == 0
+    assert count_operations(program.graph, 0).per_call == 0
 
 
 def test_equal_work_is_told_in_multiples_of_the_example():
     n = sympy.Symbol("n", integer=True, positive=True)
-    choice = cheaper(Work(moving=30 * n), Work(fixed=sympy.Integer(400)), Work(moving=10 * n), {"n": 4}, False)
+    choice = choose_cheaper(
+        OperationCount(per_call=30 * n),
+        OperationCount(hoistable=sympy.Integer(400)),
+        OperationCount(per_call=10 * n),
+        {"n": 4},
+        False,
+    )
     assert choice.form == "apply"
-    assert choice.why.endswith("example inputs; equal at 5 times that")
+    assert choice.reason.endswith("example inputs; equal at 5 times that")
 
 
 def test_the_report_says_why():

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptc.errors import TargetError
-from adaptc.passes.adapt.duplicate_base_pass import computed_before, own_cache
-from adaptc.passes.analysis.cache_inputs import passes_of
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.adapt.duplicate_base_pass import add_second_cache, duplicate_before_graph
+from adaptc.passes.analysis.cache_inputs import count_passes
+from adaptc.passes.graph.lifted import LiftedProgram
 
 
 class Hidden(nn.Module):
@@ -35,10 +35,10 @@ class Hidden(nn.Module):
         return y + self.seen.add_(1).sum() if self.counts == "after" else y
 
 
-def opened(counts: str = "") -> tuple[Lifted, fx.Node]:
+def opened(counts: str = "") -> tuple[LiftedProgram, fx.Node]:
     """The program, and the node of its last layer's input."""
     torch.manual_seed(0)
-    lifted = Lifted(torch.export.export(Hidden(counts).eval(), (torch.randn(2, 5),)))
+    lifted = LiftedProgram(torch.export.export(Hidden(counts).eval(), (torch.randn(2, 5),)))
     lifted.freeze()
     last = [n for n in lifted.graph.nodes if "linear" in str(n.target)][-1]
     return lifted, last.all_input_nodes[0]
@@ -53,7 +53,7 @@ def test_what_a_node_is_computed_with_is_copied(counts: str) -> None:
     """With what writes to its memory on the way: both passes give the same. What is behind it does not matter."""
     lifted, node = opened(counts)
     before = len(lifted.graph.nodes)
-    made, copies = computed_before(lifted, node, tag)
+    made, copies = duplicate_before_graph(lifted, node, tag)
     assert made is not node
     names = [str(n.target) for n in copies]
     assert [n for n in names if "linear" in n] == ["aten.linear.default"]
@@ -62,7 +62,7 @@ def test_what_a_node_is_computed_with_is_copied(counts: str) -> None:
     assert len(lifted.graph.nodes) == before + len(copies)
     lifted.graph.output_node().args = ((made, node),)
     x = torch.randn(2, 5)
-    held = {n.name: lifted.specs[n.name].target for n in lifted.graph.find_nodes(op="placeholder")}
+    held = {n.name: lifted.input_specs[n.name].target for n in lifted.graph.find_nodes(op="placeholder")}
     inputs = [x if fqn is None else lifted.tensor(fqn) for fqn in held.values()]
     first, own = fx.GraphModule(nn.Module(), lifted.graph)(*inputs)
     assert torch.equal(first, own)
@@ -74,7 +74,7 @@ def test_what_a_node_is_computed_with_is_copied(counts: str) -> None:
 def test_what_outlives_a_call_is_not_written_twice(counts: str) -> None:
     lifted, node = opened(counts)
     with pytest.raises(TargetError, match="writes to what outlives the call, so a first pass of it would change"):
-        computed_before(lifted, node, tag)
+        duplicate_before_graph(lifted, node, tag)
 
 
 class Steps(nn.Module):
@@ -106,21 +106,21 @@ def test_a_first_pass_of_a_step_has_a_cache_of_its_own(last: bool) -> None:
     shapes = {"x": None, "slots": None, "keys_0": {1: dim}, "values_0": {1: dim}}
     model = Steps(last).eval()
     program = torch.export.export(model, (), example, dynamic_shapes=shapes)
-    lifted = Lifted(program)
+    lifted = LiftedProgram(program)
     lifted.freeze()
     node = next(n for n in lifted.graph.nodes if "linear" in str(n.target)).all_input_nodes[0]
-    made, _ = computed_before(lifted, node, tag, own_cache(lifted))
+    made, _ = duplicate_before_graph(lifted, node, tag, add_second_cache(lifted))
     names = [n.name for n in lifted.graph.find_nodes(op="placeholder")][-2:]
     assert names == ["first_keys_0", "first_values_0"]
-    assert passes_of(names) == 2
-    more = own_cache(Lifted(lifted.finish()))
+    assert count_passes(names) == 2
+    more = add_second_cache(LiftedProgram(lifted.finish()))
     assert [n.name for n in more.values()] == ["first2_keys_0", "first2_values_0"]
     lifted.graph.output_node().args = ((made, node),)
     given = {n: torch.randn(2, 9, 5) for n in ("keys_0", "values_0")}
     inputs = {n: given[n.removeprefix("first_")].clone() for n in (*given, *names)}
     held = [n.name for n in lifted.graph.find_nodes(op="placeholder")]
     known = {**example, **inputs}
-    values = [known[n] if n in known else lifted.tensor(lifted.specs[n].target) for n in held]  # type: ignore[arg-type]
+    values = [known[n] if n in known else lifted.tensor(lifted.input_specs[n].target) for n in held]  # type: ignore[arg-type]
     first, own = fx.GraphModule(nn.Module(), lifted.graph)(*values)
     assert torch.equal(first, own)
     for name, before in given.items():

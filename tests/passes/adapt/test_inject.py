@@ -16,10 +16,19 @@ from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.regions import node_tag, region_tag, site_op
-from tests.support.custom_models import Bilinear, Recurrent, Strides, Tied, Twice
-from tests.support.pass_checks import Snapshot, attach, export, inject_all, outside, random_values, reloaded, sound
+from tests.support.custom_models import Bilinear, Recurrent, SharedLayers, Strides, Tied
+from tests.support.pass_checks import (
+    Snapshot,
+    assert_valid,
+    attach,
+    base_node_facts,
+    export,
+    inject_all,
+    random_values,
+    saved_and_loaded,
+)
 
 Build = Callable[[], nn.Module]
 IDS = torch.tensor([[1, 2, 28], [5, 0, 3]])
@@ -32,7 +41,7 @@ NETS: dict[str, tuple[Build, tuple[Tensor, ...], dict[str, str]]] = {
     "embedding": (lambda: nn.Embedding(29, 5), (IDS,), {"weight": "apply"}),
     "transposed": (lambda: nn.ConvTranspose1d(3, 5, 3), (torch.randn(2, 3, 7),), {"weight": "weight"}),
     "bilinear": (Bilinear, (torch.randn(2, 5), torch.randn(2, 7)), {"layer.weight": "weight"}),
-    "twice": (Twice, (torch.randn(3, 7),), {"up.weight": "apply", "down.weight": "apply"}),
+    "twice": (SharedLayers, (torch.randn(3, 7),), {"up.weight": "apply", "down.weight": "apply"}),
     "tied": (Tied, (IDS,), {"embed.weight": "apply", "head.weight": "apply", "mid.weight": "apply"}),
     "strides": (lambda: Strides(3, 5, 5), (torch.randn(2, 3, 13),), {"weight": "apply"}),
     "gru": (
@@ -56,7 +65,7 @@ def net(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tuple
 def test_regions(name: str) -> None:
     """One tagged region of ATen ops per consumer or per weight, in the promised form, and nothing else changed."""
     model, args, program = net(name)
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     forms = NETS[name][2]
     attachments = [attach(program, f) for f in forms]
     result = Inject(attachments, random_values(program, attachments))(program)
@@ -65,7 +74,7 @@ def test_regions(name: str) -> None:
     assert [a.form for a in result.data] == list(forms.values())
     added = [f for a in result.data for f in [*a.slots.values(), a.scale_slot]]
     assert set(result.program.state_dict) == {*program.state_dict, *added}
-    assert outside(result.program, added) == before.nodes
+    assert base_node_facts(result.program, added) == before.nodes
 
     regions: dict[str, list[Any]] = {}
     for node in result.program.graph.nodes:
@@ -85,7 +94,7 @@ def test_regions(name: str) -> None:
     assert not regions
     changed = result.program.module()(*args)
     assert not torch.allclose(changed, model(*args), rtol=1e-2, atol=1e-2)
-    again = reloaded(result.program)
+    again = saved_and_loaded(result.program)
     assert torch.equal(again.module()(*args), changed)
     assert [node_tag(n) for n in again.graph.nodes] == [node_tag(n) for n in result.program.graph.nodes]
 
@@ -115,17 +124,17 @@ def test_lifted_slots(name: str) -> None:
 def test_identity_slots_compute_the_base(name: str, dtype: torch.dtype) -> None:
     _, args, program = net(name, dtype)
     attachments = [attach(program, f) for f in NETS[name][2]]
-    lifted = Lifted(program)
+    lifted = LiftedProgram(program)
     values = random_values(program, attachments)
     for a in attachments:
         op = site_op(lifted, a)
         identity = a.method.identity(op, op.canonical(lifted.tensor(a.fqn).detach()), torch.float32)
         values |= {
-            a.method.fqn(a.place, n, a.adapter): t.to(values[a.method.fqn(a.place, n, a.adapter)].dtype)
+            a.method.fqn(a.slot_path, n, a.adapter): t.to(values[a.method.fqn(a.slot_path, n, a.adapter)].dtype)
             for n, t in identity.items()
         }
     adapted = Inject(attachments, values)(program).program
-    sound(adapted)
+    assert_valid(adapted)
     assert torch.equal(adapted.module()(*args), program.module()(*args))
 
 

@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import ConfigError, TargetError
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.inject_rows import InjectRows, read_at
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.adapt.inject_rows import InjectRows, site_consumers
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.bank_method import RowAxis
-from tests.support.custom_models import Twice
-from tests.support.pass_checks import Snapshot, attach, export, random_values, reloaded, sound
+from tests.support.custom_models import SharedLayers
+from tests.support.pass_checks import Snapshot, assert_valid, attach, export, random_values, saved_and_loaded
 
 COUNT = 2
 #: model, input, parameters with LoRA, and how many layers read them
@@ -29,7 +29,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str], int]] = {
     "embedding": (lambda: nn.Embedding(29, 5), torch.randint(29, (4, 3)), ["weight"], 1),
     "addmm": (lambda: Conv1D(5, 7), torch.randn(4, 7), ["weight"], 1),
     "transposed": (lambda: nn.ConvTranspose1d(3, 5, 3), torch.randn(4, 3, 7), ["weight"], 1),
-    "twice": (Twice, torch.randn(4, 7), ["up.weight", "down.weight"], 4),
+    "twice": (SharedLayers, torch.randn(4, 7), ["up.weight", "down.weight"], 4),
 }
 
 
@@ -49,7 +49,7 @@ class Rows:
         stacks = {f: torch.stack([v[f] for v in self.each]) for f in self.each[0]}
         (user,) = self.plain.graph_signature.user_inputs
         axes = {n.name: RowAxis(0) for n in self.plain.graph.nodes}
-        self.before = Snapshot.of(self.plain)
+        self.before = Snapshot.record(self.plain)
         self.result = InjectRows(self.attachments, stacks, axes, (str(user), 0), COUNT, "coefficients")(self.plain)
         self.program: ExportedProgram = self.result.output
 
@@ -61,7 +61,7 @@ class Rows:
 @pytest.mark.parametrize("name", list(NETS))
 def test_rows_are_those_of_each_adapter(name: str) -> None:
     rows = Rows(name)
-    sound(rows.program)
+    assert_valid(rows.program)
     rows.before.check(rows.plain)
     assert rows.result.count == len(rows.attachments)
     alone = [r.program.module()(rows.x) for r in rows.injected]
@@ -72,7 +72,7 @@ def test_rows_are_those_of_each_adapter(name: str) -> None:
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
     assert torch.equal(found[1], base[1])
     assert not torch.allclose(alone[0], alone[1], atol=1e-2)
-    torch.testing.assert_close(rows([[1, 0]] * 4, reloaded(rows.program)), alone[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows([[1, 0]] * 4, saved_and_loaded(rows.program)), alone[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", list(NETS))
@@ -92,8 +92,8 @@ def test_what_comes_into_the_program(name: str) -> None:
     assert tuple(new["coefficients"].meta["val"].shape)[1] == COUNT
     assert new["coefficients"].meta["val"].shape[0] == new[inputs[0]].meta["val"].shape[0]
     assert set(rows.program.state_dict) == {*rows.plain.state_dict, *rows.each[0]}
-    lifted = Lifted(rows.plain, edit=False)
-    assert sum(len(read_at(lifted, a)) for a in rows.attachments) == rows.consumers
+    lifted = LiftedProgram(rows.plain, edit=False)
+    assert sum(len(site_consumers(lifted, a)) for a in rows.attachments) == rows.consumers
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights")
@@ -102,7 +102,7 @@ def test_a_layer_with_several_results_is_refused() -> None:
     a = attach(program, "weight_hh_l0")
     stacks = {f: torch.stack([v, v]) for f, v in random_values(program, [a]).items()}
     axes = {n.name: RowAxis(0) for n in program.graph.nodes}
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     with pytest.raises(TargetError, match=r"weight_hh_l0.*for each row.*layer with several results.*prog\.bind"):
         InjectRows([a], stacks, axes, ("input", 0), COUNT, "coefficients")(program)
     before.check(program)

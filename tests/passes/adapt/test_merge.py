@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from adaptc.errors import MergeError
-from adaptc.methods import TokenRows, Whole
+from adaptc.methods import TokenRows, TrainedParameter
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.protocol.regions import node_tag
@@ -31,7 +31,7 @@ def linear(dtype: torch.dtype, bias: bool = True, sizes: tuple[int, int] = (7, 5
 
 
 def merge(program: ExportedProgram, done: Any, values: dict[str, Tensor], **options: Any) -> Any:
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     result = Merge(done, values, **options)(program)
     before.check(program)
     return result
@@ -191,7 +191,7 @@ def test_several_adapters_of_one_weight_are_rounded_once() -> None:
     (row,) = result.data
     A, B, scale = factors(done[0], values)
     exact = program.state_dict["weight"].detach().float().t().addmm(B * scale, A).t()
-    exact[[2, 28]] = values[done[1].slots[TokenRows().DELTA]]
+    exact[[2, 28]] = values[done[1].slots[TokenRows().delta_slot]]
     assert torch.equal(result.program.state_dict["weight"], exact.bfloat16())
     assert row.error == float((exact.bfloat16().float() - exact).abs().max())
 
@@ -230,7 +230,7 @@ def test_shared_weights() -> None:
 def test_sites_the_adapter_does_not_have_are_dropped() -> None:
     x, program = busy()
     adapted, (a, b), values = inject(program, "lin.weight", "one.weight")
-    result = merge(adapted, [a], values, drop=[b.id])
+    result = merge(adapted, [a], values, dropped_ids=[b.id])
     assert set(result.program.state_dict) == set(program.state_dict)
     assert torch.equal(result.program.state_dict["one.weight"], program.state_dict["one.weight"])
     alone, done, _ = inject(program, "lin.weight")
@@ -260,7 +260,7 @@ def test_weights_keep_their_layout() -> None:
 
 def test_merged_weights_share_no_memory_with_slots() -> None:
     program = linear(torch.float32)
-    method = Whole(shape=(5, 7), dtype=torch.float32)
+    method = TrainedParameter(shape=(5, 7), dtype=torch.float32)
     adapted, done, values = inject_all(program, [attach(program, "weight", method, kind="weight", form="weight")])
     merged = merge(adapted, done, values).program
     slot = values[done[0].slots["weight"]]

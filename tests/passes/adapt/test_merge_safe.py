@@ -53,7 +53,7 @@ def test_results_that_are_not_finite(name: str, dtype: torch.dtype) -> None:
     bad[where] = value
     values[slots[0]] = values[slots[0]].sign() * 7  # so that 3e38 in B must overflow
     values = {**values, slots[which]: bad} if which else {**values, slots[0]: bad}
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     released: list[str] = []
     with pytest.raises(MergeError, match=r"merging '1.weight\|lora'.*'1.weight'.*not finite in torch.*safe=False"):
         Merge(done, values, release=released.append)(program)
@@ -85,7 +85,7 @@ def test_biases_that_are_not_finite(value: float) -> None:
     program, done, values, _ = adapted(torch.bfloat16, with_bias=True)
     slot = done[1].slots["lora_B.bias"]
     values[slot] = torch.tensor([1.0, value, 2.0])
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     with pytest.raises(MergeError, match=r"'1.weight\|lora'.*'1.bias'.*not finite"):
         Merge(done, values)(program)
     before.check(program)
@@ -114,7 +114,7 @@ def test_methods_that_cannot_be_merged() -> None:
     attachments = [attach(program, "0.weight"), attach(program, "1.weight", Unmergeable(r=3))]
     values = random_values(program, attachments)
     result = Inject(attachments, values)(program)
-    before = Snapshot.of(result.program)
+    before = Snapshot.record(result.program)
     released: list[str] = []
     with pytest.raises(MergeError, match=r"'1.weight\|lora' cannot be merged: it is only a test"):
         Merge(result.data, values, release=released.append)(result.program)

@@ -1,4 +1,4 @@
-"""Who reads a parameter inside a block, where several do: each layer has a doorway of its own."""
+"""Who reads a parameter inside a subgraph, where several do: each layer has an input of its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import adaptc
-from adaptc.passes.adapt.expose_subgraph_params import OpenBlocks
-from tests.support.pass_checks import sound
+from adaptc.passes.adapt.expose_subgraph_params import ExposeSubgraphParams
+from tests.support.pass_checks import assert_valid
 from tests.support.subject import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -133,9 +133,9 @@ def test_as_peft(body, tmp_path):
     program = adaptc.compile(model, config, example_inputs=x)
     assert {a.module for a in program.adaptation.attachments} == set(used)
     adaptc.swap(program, values)
-    sound(program)
+    assert_valid(program)
     merged = adaptc.merge(program)
-    sound(merged)
+    assert_valid(merged)
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
     for sign in (1, -1, 3):
         x = sign * torch.rand(7, 5, dtype=torch.float64)
@@ -185,17 +185,17 @@ def check_exported(model: Net, wrapped: Any, values: dict[str, Tensor]) -> None:
 class TestThePass:
     def test_a_program_without_blocks_stays_the_object_it_was(self):
         program = torch.export.export(Net(lambda m, x: m.first(x)), (torch.randn(3, 5),))
-        result = OpenBlocks()(program)
+        result = ExposeSubgraphParams()(program)
         assert result.output is program
         assert result.count == 0
 
     def test_the_program_given_stays_as_it_was_and_opens_once(self):
         program = torch.export.export(Net(nested), (torch.randn(3, 5),), strict=False)
         before = program.graph_module.print_readable(print_output=False)
-        opened = OpenBlocks()(program)
+        opened = ExposeSubgraphParams()(program)
         assert program.graph_module.print_readable(print_output=False) == before
         assert opened.count >= 7
-        assert OpenBlocks()(opened.output).output is opened.output
+        assert ExposeSubgraphParams()(opened.output).output is opened.output
         x = torch.randn(3, 5)
         assert torch.equal(opened.output.module()(x), program.module()(x))
 
@@ -230,7 +230,7 @@ class TestRefusals:
 
 
 def test_a_bias_that_is_trained_inside():
-    """LoRA with ``bias``: the trained bias goes through the doorway too."""
+    """LoRA with ``bias``: the trained bias goes through a subgraph input too."""
     torch.manual_seed(0)
     model = Net(nested).double().eval()
     x = torch.rand(3, 5, dtype=torch.float64)

@@ -16,10 +16,10 @@ from adaptc import LoraConfig
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.respecialize import Respecialize
-from adaptc.passes.graph.lifted import Lifted, sizes_stay_free
+from adaptc.passes.graph.lifted import LiftedProgram, suppress_size_guards
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.regions import node_tag, site_op
-from tests.support.pass_checks import Snapshot, attach, describe, export, random_values, reloaded, sound
+from tests.support.pass_checks import Snapshot, assert_valid, attach, describe, export, random_values, saved_and_loaded
 from tests.support.site_cases import CASES
 
 
@@ -45,12 +45,12 @@ def propagate(program: ExportedProgram) -> int:
     graph = program.graph
     fakes = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
     interpreter = Propagate(program.graph_module)
-    with Lifted(program).fake_mode, sizes_stay_free(fakes), enable_python_dispatcher():
+    with LiftedProgram(program).fake_mode, suppress_size_guards(fakes), enable_python_dispatcher():
         interpreter.run(*fakes, enable_io_processing=False)
     return interpreter.compared
 
 
-def names_of(lifted: Lifted) -> dict[str, str]:
+def names_of(lifted: LiftedProgram) -> dict[str, str]:
     return {fqn: node.name for fqn, node in lifted.placeholders.items()}
 
 
@@ -88,10 +88,10 @@ def test_swaps_of_rank(name: str) -> None:
     for other in [*programs[1:], programs[1], programs[0]]:
         binding, expected = other.binding, adaptc.merge(other)(*args)
         adaptc.swap(program, binding)
-        sound(program)
+        assert_valid(program)
         assert propagate(program) > 0
         torch.testing.assert_close(program.module()(*args), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(reloaded(program).module()(*args), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(saved_and_loaded(program).module()(*args), expected, rtol=1e-9, atol=1e-9)
 
 
 class Sequenced(nn.Module):
@@ -123,15 +123,15 @@ def test_as_if_injected_with_that_rank(ranks: tuple[int, int], dynamic: bool, fo
 
     first, done, _ = injected(ranks[0])
     second, _, values = injected(ranks[1])
-    before = Snapshot.of(first)
-    lifted = Lifted(first)
+    before = Snapshot.record(first)
+    lifted = LiftedProgram(first)
     ops = {a.id: site_op(lifted, a) for a in done}
     for fqn in values:
         lifted.state_dict[fqn] = second.state_dict[fqn]
     count = Respecialize(done, ops, names_of(lifted), second.state_dict)(lifted.graph).count
     assert count == 3
     changed = lifted.finish()
-    sound(changed)
+    assert_valid(changed)
     before.check(first)
     assert [describe(n) for n in changed.graph.nodes] == [describe(n) for n in second.graph.nodes]
     assert propagate(changed) == sum(node_tag(n) is not None for n in changed.graph.nodes)
@@ -142,18 +142,18 @@ def test_nothing_to_do_when_shapes_stay() -> None:
     program = export(nn.Linear(7, 5), torch.randn(3, 7))
     a = attach(program, "weight")
     result = Inject([a], random_values(program, [a]))(program)
-    lifted = Lifted(result.program)
+    lifted = LiftedProgram(result.program)
     ops: dict[str, Op] = {b.id: site_op(lifted, b) for b in result.data}
     other = random_values(program, [a], seed=1)
     assert Respecialize(result.data, ops, names_of(lifted), other)(lifted.graph).count == 0
-    Snapshot.of(result.program).check(lifted.finish())
+    Snapshot.record(result.program).check(lifted.finish())
 
 
 def test_only_the_sites_that_change() -> None:
     program = export(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)), torch.randn(3, 7))
     attachments = [attach(program, f) for f in ("0.weight", "1.weight")]
     result = Inject(attachments, random_values(program, attachments))(program)
-    lifted = Lifted(result.program)
+    lifted = LiftedProgram(result.program)
     ops = {a.id: site_op(lifted, a) for a in result.data}
     wider = [dataclasses.replace(attachments[1], method=Lora(r=6, alpha=5))]
     other = random_values(program, wider)

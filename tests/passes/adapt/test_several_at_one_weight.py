@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.errors import ConfigError
-from adaptc.methods import TokenRows, Whole
+from adaptc.methods import TokenRows, TrainedParameter
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
@@ -28,7 +28,7 @@ def tied(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ExportedProgram]:
 
 LATER: dict[str, tuple[Method, dict[str, Any]]] = {
     "tokens": (TokenRows(indices=(2, 5, 28)), {}),
-    "whole": (Whole(shape=(29, 7), dtype=torch.float64), {"kind": "weight", "form": "weight"}),
+    "whole": (TrainedParameter(shape=(29, 7), dtype=torch.float64), {"kind": "weight", "form": "weight"}),
 }
 
 
@@ -64,7 +64,7 @@ def test_adapters_of_one_weight_in_two_passes() -> None:
     merged = Merge([*done, *second.data], values | more)(second.program).program
     torch.testing.assert_close(second.program.module()(*args), merged.module()(*args), rtol=2e-2, atol=2e-2)
     rows = merged.state_dict["embed.weight"]
-    assert torch.equal(rows[2], more[second.data[0].slots[TokenRows().DELTA]][0].bfloat16())
+    assert torch.equal(rows[2], more[second.data[0].slots[TokenRows().delta_slot]][0].bfloat16())
 
 
 def test_an_apply_form_that_cannot_be() -> None:

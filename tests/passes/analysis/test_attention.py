@@ -20,11 +20,11 @@ from tests.support.attention_nets import (
     Block,
     Net,
     capture,
+    causal_attention,
     heads,
     join,
     manual,
     operands,
-    plain,
     qkv,
     rotate,
     sdpa,
@@ -140,7 +140,7 @@ class Adapted(nn.Linear):
 
 
 def test_an_adapter_stands_for_the_module_it_adapts() -> None:
-    program = capture(Net(plain, **qkv(q=Adapted())))
+    program = capture(Net(causal_attention, **qkv(q=Adapted())))
     assert operands(program) == [(("q", "q.lora"), ("k",), ("v",))]  # not ours: two projections make the query
     for node in program.graph.nodes:
         if node.name in ("linear_1", "add"):
@@ -150,7 +150,7 @@ def test_an_adapter_stands_for_the_module_it_adapts() -> None:
 
 
 def test_parametrized_projection() -> None:
-    net = Net(plain, **qkv())
+    net = Net(causal_attention, **qkv())
     nn.utils.parametrizations.weight_norm(net.q)
     assert operands(capture(net)) == SEPARATE
 

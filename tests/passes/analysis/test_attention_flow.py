@@ -23,11 +23,11 @@ from tests.support.attention_nets import (
     Net,
     Scale,
     capture,
+    causal_attention,
     heads,
     join,
     manual,
     operands,
-    plain,
     qkv,
     rotate,
     sdpa,
@@ -108,7 +108,7 @@ def _cache() -> dict[str, Any]:
 
 
 WRITTEN: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
-    "sdpa": (plain, {}),
+    "sdpa": (causal_attention, {}),
     "manual": (_manual, {}),
     "einsum": (_einsum, {}),
     "einsum, keys first": (_einsum_keys_first, {}),

@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from adaptc.passes.analysis.block_chains import Chain, context, find_chains
-from tests.support.pass_checks import export, reloaded
-from tests.support.repeated_nets import Block, Chained, chained, forget_names, given
+from adaptc.passes.analysis.block_chains import BlockChain, find_block_chains, gradient_free_nodes
+from tests.support.pass_checks import export, saved_and_loaded
+from tests.support.repeated_nets import Block, Chained, forget_names, make_block_chain, random_input
 
 
 def module_of(model: nn.Module, *args: Tensor, names: bool = True) -> fx.GraphModule:
-    module: fx.GraphModule = export(model.eval(), *(args or (given(),))).module()  # type: ignore[assignment]
+    module: fx.GraphModule = export(model.eval(), *(args or (random_input(),))).module()  # type: ignore[assignment]
     if not names:
         forget_names(module)
     return module
 
 
-def lengths(chains: list[Chain]) -> list[list[int]]:
+def lengths(chains: list[BlockChain]) -> list[list[int]]:
     return [[len(b) for b in chain.blocks] for chain in chains]
 
 
-def sound(module: fx.GraphModule, chains: list[Chain]) -> None:
+def sound(module: fx.GraphModule, chains: list[BlockChain]) -> None:
     """Blocks are disjoint, in order, and read of each other only what was made before."""
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     nodes = [n for chain in chains for block in chain.blocks for n in block]
     assert [order[n] for n in nodes] == sorted({order[n] for n in nodes})
-    outside = context(module)
+    outside = gradient_free_nodes(module)
     between = [n for n in module.graph.nodes if order[nodes[0]] < order[n] < order[nodes[-1]] and n not in set(nodes)]
     if len(chains) == 1:
         assert all(n in outside or n.op == "get_attr" for n in between)
@@ -40,8 +40,8 @@ def sound(module: fx.GraphModule, chains: list[Chain]) -> None:
 @pytest.mark.parametrize("names", [True, False])
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_equal_blocks(count: int, names: bool) -> None:
-    module = module_of(chained(count=count), names=names)
-    chains = find_chains(module)
+    module = module_of(make_block_chain(count=count), names=names)
+    chains = find_block_chains(module)
     sound(module, chains)
     assert lengths(chains) == [[6] * count]
     # One value of one block reaches the next.
@@ -51,9 +51,9 @@ def test_equal_blocks(count: int, names: bool) -> None:
 
 
 def test_programs_from_files() -> None:
-    module: fx.GraphModule = reloaded(export(chained().eval(), given())).module()  # type: ignore[assignment]
+    module: fx.GraphModule = saved_and_loaded(export(make_block_chain().eval(), random_input())).module()  # type: ignore[assignment]
     forget_names(module)
-    assert lengths(find_chains(module)) == [[6] * 5]
+    assert lengths(find_block_chains(module)) == [[6] * 5]
 
 
 class First(Block):
@@ -84,7 +84,7 @@ class Biased(Chained):
 def test_the_first_block_may_do_more(names: bool) -> None:
     torch.manual_seed(8)
     module = module_of(Biased([First() for _ in range(5)]), names=names)
-    (found,) = lengths(find_chains(module))
+    (found,) = lengths(find_block_chains(module))
     assert len(found) == 5
     assert found[0] > found[1]
     assert len(set(found[1:])) == 1
@@ -110,7 +110,7 @@ class TwoChains(nn.Module):
 @pytest.mark.parametrize("names", [True, False])
 def test_several_chains(names: bool) -> None:
     module = module_of(TwoChains(), torch.randn(3, 7), names=names)
-    chains = find_chains(module)
+    chains = find_block_chains(module)
     sound(module, chains)
     assert [len(chain.blocks) for chain in chains] == [4, 3]
 
@@ -127,8 +127,8 @@ class Uneven(Block):
 
 def test_blocks_that_differ_are_found_by_their_names() -> None:
     kinds = iter([True, False, False, True, True])
-    model = chained(lambda: Uneven(next(kinds)))
-    chains = find_chains(module_of(model))
+    model = make_block_chain(lambda: Uneven(next(kinds)))
+    chains = find_block_chains(module_of(model))
     assert [len(chain.blocks) for chain in chains] == [5]
     assert len(set(lengths(chains)[0])) == 2
 
@@ -156,7 +156,7 @@ class Widening(nn.Module):
 
 
 NO_CHAIN: dict[str, Callable[[], nn.Module]] = {
-    "one block": lambda: chained(count=1),
+    "one block": lambda: make_block_chain(count=1),
     "side by side": Parallel,
     "other widths each": Widening,
     "no parameters": lambda: nn.Sequential(nn.Linear(5, 7), *(nn.GELU() for _ in range(5))),
@@ -168,4 +168,4 @@ NO_CHAIN: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("names", [True, False])
 @pytest.mark.parametrize("case", NO_CHAIN)
 def test_no_chain(case: str, names: bool) -> None:
-    assert find_chains(module_of(NO_CHAIN[case](), names=names)) == []
+    assert find_block_chains(module_of(NO_CHAIN[case](), names=names)) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.passes.analysis.block_chains import RepeatedStretch, repeats
+from adaptc.passes.analysis.block_chains import RepeatedStretch, find_repeats
 from tests.support.cover import examples
 
 
@@ -23,7 +23,7 @@ def longest(sequence: list[int], period: int) -> int:
 @settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=25))
 def test_runs_repeat_and_none_is_better(sequence: list[int]) -> None:
-    found = repeats(sequence, 100)
+    found = find_repeats(sequence, 100)
     for run in found:
         items = sequence[run.first : run.first + run.length]
         assert len(items) == run.length >= 2 * run.period
@@ -32,15 +32,17 @@ def test_runs_repeat_and_none_is_better(sequence: list[int]) -> None:
     assert covered == sorted(covered, reverse=True)
     by_hand = [longest(sequence, p) // p * p for p in range(1, len(sequence) // 2 + 1) if longest(sequence, p) >= 2 * p]
     assert max(covered, default=0) == max(by_hand, default=0)
-    assert repeats(sequence, 1) == found[:1]
+    assert find_repeats(sequence, 1) == found[:1]
 
 
 @settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=9, unique=True), st.integers(2, 7), st.integers(0, 5))
 def test_what_was_planted_is_found(block: list[int], times: int, around: int) -> None:
     before, behind = list(range(10, 10 + around)), list(range(20, 20 + around))
-    assert repeats([*before, *block * times, *behind], 1) == [RepeatedStretch(around, len(block), len(block) * times)]
+    assert find_repeats([*before, *block * times, *behind], 1) == [
+        RepeatedStretch(around, len(block), len(block) * times)
+    ]
 
 
 def test_nothing_repeats() -> None:
-    assert repeats([], 3) == repeats([1], 3) == repeats([1, 2, 3, 1], 3) == []
+    assert find_repeats([], 3) == find_repeats([1], 3) == find_repeats([1, 2, 3, 1], 3) == []

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptc.passes.analysis.sites import Site, find_sites
 from tests.support.custom_models import Shared, Tied
-from tests.support.pass_checks import export, reloaded, sound
+from tests.support.pass_checks import assert_valid, export, saved_and_loaded
 from tests.support.site_cases import CASES
 
 
@@ -239,9 +239,9 @@ def test_strict_capture_finds_the_same(name: str) -> None:
     found = by_fqn(find_sites(program))
     assert found
     assert by_fqn(find_sites(export(case.model(), *case.args(3), strict=True))) == found
-    assert by_fqn(find_sites(reloaded(program))) == found
+    assert by_fqn(find_sites(saved_and_loaded(program))) == found
     assert by_fqn(find_sites(program)) == found
-    sound(program)
+    assert_valid(program)
 
 
 def test_decomposed_programs_still_open() -> None:

@@ -12,7 +12,7 @@ from torch.utils._sympy import functions
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.analysis.costs import at_sizes, size_expression
+from adaptc.passes.analysis.costs import evaluate_at_sizes, size_expression
 
 SIZES = {"s0": 23, "s1": 5}
 
@@ -54,7 +54,7 @@ def test_functions_of_sizes_are_numbers(name: str) -> None:
             expression = size_expression(text)
         except TypeError:  # another number of arguments
             continue
-        assert float(at_sizes(expression * 2, SIZES)) is not None
+        assert float(evaluate_at_sizes(expression * 2, SIZES)) is not None
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_functions_of_sizes_are_numbers(name: str) -> None:
     ],
 )
 def test_values(text: str, expected: int) -> None:
-    assert at_sizes(size_expression(text), SIZES) == expected
+    assert evaluate_at_sizes(size_expression(text), SIZES) == expected

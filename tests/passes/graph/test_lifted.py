@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import ConfigError, PassError
-from adaptc.passes.graph.lifted import Lifted
-from tests.support.pass_checks import Snapshot, export, reloaded, sound
+from adaptc.passes.graph.lifted import LiftedProgram
+from tests.support.pass_checks import Snapshot, assert_valid, export, saved_and_loaded
 
 
 class Every(nn.Module):
@@ -96,9 +96,9 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[tuple[Any,
 }
 FORMS: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
     "fresh": lambda p: p,
-    "loaded": reloaded,
+    "loaded": saved_and_loaded,
     "decomposed": lambda p: p.run_decompositions(),
-    "decomposed, loaded": lambda p: reloaded(p.run_decompositions()),
+    "decomposed, loaded": lambda p: saved_and_loaded(p.run_decompositions()),
 }
 
 
@@ -125,16 +125,16 @@ def test_there_and_back(name: str, strict: bool) -> None:
     exported = torch.export.export(build(), args, kwargs, strict=strict)
     for form in FORMS.values():
         program = form(exported)
-        before = Snapshot.of(program)
+        before = Snapshot.record(program)
         expected = run(program, args, kwargs)
 
-        lifted = Lifted(program)
+        lifted = LiftedProgram(program)
         names = ["extra.0.weight", "extra.1.bias", "extra.table"]
-        lifted.add(names[0], nn.Parameter(torch.randn(3, 2)))
-        lifted.add(names[1], nn.Parameter(torch.randn(3), requires_grad=False))
-        lifted.add(names[2], torch.arange(3))
+        lifted.add_tensor(names[0], nn.Parameter(torch.randn(3, 2)))
+        lifted.add_tensor(names[1], nn.Parameter(torch.randn(3), requires_grad=False))
+        lifted.add_tensor(names[2], torch.arange(3))
         more = lifted.finish()
-        sound(more)
+        assert_valid(more)
         before.check(program)
         same(run(more, args, kwargs), expected)
         assert set(more.state_dict) == {*program.state_dict, *names}
@@ -142,24 +142,24 @@ def test_there_and_back(name: str, strict: bool) -> None:
         assert kinds == {names[0]: InputKind.PARAMETER, names[1]: InputKind.PARAMETER, names[2]: InputKind.BUFFER}
         assert len(more.graph.nodes) == len(program.graph.nodes) + 3
 
-        for opened in (more, reloaded(more)):
-            lifted = Lifted(opened)
+        for opened in (more, saved_and_loaded(more)):
+            lifted = LiftedProgram(opened)
             for fqn in names:
-                lifted.remove(fqn)
+                lifted.remove_tensor(fqn)
             back = lifted.finish()
-            sound(back)
+            assert_valid(back)
             same(run(back, args, kwargs), expected)
             if opened is more:
                 before.check(back)
             else:
-                assert back.graph_module.code == reloaded(program).graph_module.code
+                assert back.graph_module.code == saved_and_loaded(program).graph_module.code
 
 
 def test_added_inputs_come_before_the_users() -> None:
     program = export(Every(), torch.randn(3, 7))
-    lifted = Lifted(program)
-    lifted.add("a", nn.Parameter(torch.randn(3)))
-    lifted.add("b", torch.randn(3))
+    lifted = LiftedProgram(program)
+    lifted.add_tensor("a", nn.Parameter(torch.randn(3)))
+    lifted.add_tensor("b", torch.randn(3))
     kinds = [s.kind for s in lifted.finish().graph_signature.input_specs]
     assert kinds.index(InputKind.USER_INPUT) == len(kinds) - 1
 
@@ -172,9 +172,9 @@ def test_names_fx_cannot_keep(fqn: str) -> None:
     """Whatever the parameter is called, its placeholder has a legal name of its own, and the state dict its FQN."""
     args = (torch.randn(3, 7),)
     program = export(Every(), *args)
-    lifted = Lifted(program)
+    lifted = LiftedProgram(program)
     value = nn.Parameter(torch.randn(5))
-    node = lifted.add(fqn, value)
+    node = lifted.add_tensor(fqn, value)
     add = torch.ops.aten.add.Tensor
     out = lifted.graph.output_node()
     (old,) = out.args[0]  # type: ignore[misc]
@@ -183,11 +183,11 @@ def test_names_fx_cannot_keep(fqn: str) -> None:
     new.meta["val"] = old.meta["val"]
     out.args = ((new,),)
     changed = lifted.finish()
-    sound(changed)
+    assert_valid(changed)
     assert changed.state_dict[fqn] is value
     assert node.name.isidentifier()
     same(changed.module()(*args), program.module()(*args) + value)
-    same(reloaded(changed).module()(*args), program.module()(*args) + value)
+    same(saved_and_loaded(changed).module()(*args), program.module()(*args) + value)
 
 
 #: parts that fx turns into one legal name, and others
@@ -199,18 +199,18 @@ NAMES = st.lists(PARTS, min_size=1, max_size=3).map(".".join)
 def test_any_names_together(fqns: list[str]) -> None:
     """Names that look alike once sanitised still get a placeholder each, and all go away again."""
     program = PROGRAM
-    before = Snapshot.of(program)
-    lifted = Lifted(program)
+    before = Snapshot.record(program)
+    lifted = LiftedProgram(program)
     values = {f: nn.Parameter(torch.randn(i + 1)) for i, f in enumerate(fqns)}
-    nodes = [lifted.add(f, v) for f, v in values.items()]
+    nodes = [lifted.add_tensor(f, v) for f, v in values.items()]
     assert len({n.name for n in nodes}) == len(fqns)
     more = lifted.finish()
-    sound(more)
+    assert_valid(more)
     for fqn, value in values.items():
         assert more.state_dict[fqn] is value
-    lifted = Lifted(more)
+    lifted = LiftedProgram(more)
     for fqn in reversed(fqns):
-        lifted.remove(fqn)
+        lifted.remove_tensor(fqn)
     before.check(lifted.finish())
 
 
@@ -219,26 +219,26 @@ PROGRAM = torch.export.export(Every(), (torch.randn(3, 7),))
 
 @pytest.mark.parametrize("fqn", ["lin.weight", "kept", "lost", "constant"])
 def test_a_name_is_given_once(fqn: str) -> None:
-    lifted = Lifted(PROGRAM)
+    lifted = LiftedProgram(PROGRAM)
     with pytest.raises(ConfigError, match=fqn):
-        lifted.add(fqn, nn.Parameter(torch.randn(5)))
-    Snapshot.of(PROGRAM).check(lifted.finish())
+        lifted.add_tensor(fqn, nn.Parameter(torch.randn(5)))
+    Snapshot.record(PROGRAM).check(lifted.finish())
 
 
 def test_a_new_name_is_given_once() -> None:
-    lifted = Lifted(PROGRAM)
-    lifted.add("extra", torch.randn(3))
+    lifted = LiftedProgram(PROGRAM)
+    lifted.add_tensor("extra", torch.randn(3))
     with pytest.raises(ConfigError, match="extra"):
-        lifted.add("extra", torch.randn(3))
+        lifted.add_tensor("extra", torch.randn(3))
     assert len(lifted.finish().graph.nodes) == len(PROGRAM.graph.nodes) + 1
 
 
 @pytest.mark.parametrize("fqn", ["lin.weight", "kept", "lost", "constant"])
 def test_inputs_that_are_read_stay(fqn: str) -> None:
-    lifted = Lifted(PROGRAM)
+    lifted = LiftedProgram(PROGRAM)
     with pytest.raises(PassError, match=fqn):
-        lifted.remove(fqn)
-    Snapshot.of(PROGRAM).check(lifted.finish())
+        lifted.remove_tensor(fqn)
+    Snapshot.record(PROGRAM).check(lifted.finish())
 
 
 class Unread(Every):
@@ -257,10 +257,10 @@ class UnreadTied(Unread):
 
 def test_tied_inputs_go_under_all_names() -> None:
     x = torch.randn(3, 7)
-    lifted = Lifted(export(UnreadTied(), x))
-    lifted.remove("other.weight")
+    lifted = LiftedProgram(export(UnreadTied(), x))
+    lifted.remove_tensor("other.weight")
     less = lifted.finish()
-    sound(less)
+    assert_valid(less)
     assert not {"lin.weight", "other.weight"} & set(less.state_dict)
     assert {"lin.bias", "other.bias"} <= set(less.state_dict)
     same(less.module()(x), x + 1)
@@ -268,13 +268,13 @@ def test_tied_inputs_go_under_all_names() -> None:
 
 def test_the_last_input_makes_room_for_another() -> None:
     program = export(Nothing())
-    lifted = Lifted(program)
-    lifted.add("one", torch.randn(3))
-    lifted.remove("one")
-    lifted.add("two", torch.randn(3))
-    lifted.add("three", torch.randn(3))
+    lifted = LiftedProgram(program)
+    lifted.add_tensor("one", torch.randn(3))
+    lifted.remove_tensor("one")
+    lifted.add_tensor("two", torch.randn(3))
+    lifted.add_tensor("three", torch.randn(3))
     more = lifted.finish()
-    sound(more)
+    assert_valid(more)
     assert [s.target for s in more.graph_signature.input_specs] == ["two", "three"]
 
 
@@ -282,10 +282,10 @@ def test_the_last_input_makes_room_for_another() -> None:
 def test_inputs_that_nothing_reads_can_go(fqn: str) -> None:
     x = torch.randn(3, 7)
     program = export(Unread(), x)
-    lifted = Lifted(program)
-    lifted.remove(fqn)
+    lifted = LiftedProgram(program)
+    lifted.remove_tensor(fqn)
     less = lifted.finish()
-    sound(less)
+    assert_valid(less)
     assert fqn not in less.state_dict
     assert fqn not in less.constants
     assert len(less.graph.nodes) == len(program.graph.nodes) - 1
@@ -296,13 +296,13 @@ def test_inputs_that_nothing_reads_can_go(fqn: str) -> None:
 def test_a_new_value(fqn: str) -> None:
     """Any lifted input takes another value, in the program returned and nowhere else."""
     x = torch.randn(3, 7)
-    before = Snapshot.of(PROGRAM)
-    lifted = Lifted(PROGRAM)
+    before = Snapshot.record(PROGRAM)
+    lifted = LiftedProgram(PROGRAM)
     value = lifted.tensor(fqn).detach() * 3 + 1
     value = nn.Parameter(value) if fqn == "lin.bias" else value
-    lifted.set(fqn, value)
+    lifted.set_tensor(fqn, value)
     changed = lifted.finish()
-    sound(changed)
+    assert_valid(changed)
     before.check(PROGRAM)
     tensors = {**PROGRAM.state_dict, **PROGRAM.constants, fqn: value}
     lin = nn.functional.linear(x, tensors["lin.weight"], tensors["lin.bias"])
@@ -310,11 +310,11 @@ def test_a_new_value(fqn: str) -> None:
 
 
 def test_fakes_follow_shape_and_layout() -> None:
-    lifted = Lifted(PROGRAM)
-    lifted.set("lin.weight", nn.Parameter(torch.randn(7, 5).t()))
+    lifted = LiftedProgram(PROGRAM)
+    lifted.set_tensor("lin.weight", nn.Parameter(torch.randn(7, 5).t()))
     fake = lifted.placeholders["lin.weight"].meta["val"]
     assert tuple(fake.shape) == (5, 7)
     assert fake.stride() == (1, 5)
-    lifted.set("kept", torch.randn(1, 5).double())
+    lifted.set_tensor("kept", torch.randn(1, 5).double())
     fake = lifted.placeholders["kept"].meta["val"]
     assert (tuple(fake.shape), fake.dtype) == ((1, 5), torch.float64)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from adaptc.locks import free_in_children
-from adaptc.passes.graph.graph_lock import GRAPHS
+from adaptc.locks import reset_after_fork
+from adaptc.passes.graph.graph_lock import GRAPH_LOCK
 from tests.support.guides import ROOT
 
 START = """
@@ -47,13 +47,13 @@ PassManager.__call__ = slow
 work = lambda: prog(x)
 """,
     "a measurement": """
-from adaptc.runtime import product_table
+from adaptc.tuning import matmul_table as product_table
 prog = made()
 def slow(dtype, *rest):
     begun.set(); time.sleep(1.0)
     return {}
-product_table.product_table.__defaults__ = (slow, "")
-work = lambda: product_table.product_table(torch.float32)
+product_table.matmul_table.__defaults__ = (slow, "")
+work = lambda: product_table.matmul_table(torch.float32)
 """,
     "a capture": """
 run = torch.export.export
@@ -119,7 +119,7 @@ def in_child(work: Callable[[], Any]) -> int:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("make", [threading.Lock, threading.RLock])
 def test_a_lock_of_another_thread_is_free(make: Callable[[], Any]) -> None:
-    lock, free, let_go = free_in_children(make()), threading.Event(), threading.Event()
+    lock, free, let_go = reset_after_fork(make()), threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
@@ -140,18 +140,18 @@ def test_a_lock_of_another_thread_is_free(make: Callable[[], Any]) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_the_lock_of_the_thread_that_forks_stays_its_own() -> None:
     def held_once() -> bool:
-        GRAPHS.release()
+        GRAPH_LOCK.release()
         with pytest.raises(RuntimeError):
-            GRAPHS.release()
+            GRAPH_LOCK.release()
         return True
 
-    with GRAPHS:
+    with GRAPH_LOCK:
         assert in_child(held_once) == 0
 
 
 def test_every_lock_is_known() -> None:
     """Or a child of a fork waits for it."""
-    known = re.compile(r"free_in_children\((threading\.)?R?Lock\(\)\)")
+    known = re.compile(r"reset_after_fork\((threading\.)?R?Lock\(\)\)")
     files = [f for folder in ("adaptc", "passes", "kernels") for f in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
     assert not [f.name for f in files if re.search(r"\bR?Lock\b\(\)", known.sub("", f.read_text()))]

@@ -7,17 +7,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.passes.protocol.low_rank_rows import by_stretches, called_in_place, divided, low_rank_rows, side_by_side
+from adaptc.passes.protocol.low_rank_rows import (
+    divide_rows,
+    low_rank_rows,
+    low_rank_rows_in_place,
+    matmuls_by_adapter,
+    stacked_matmul,
+)
 
 
 def in_place(x, y, A, B, scale, c):
     given = y.clone()
-    out = called_in_place(x, given, A, B, scale, c)
+    out = low_rank_rows_in_place(x, given, A, B, scale, c)
     assert out.data_ptr() == given.data_ptr()
     return out
 
 
-WAYS = [side_by_side, by_stretches, low_rank_rows, in_place]
+WAYS = [stacked_matmul, matmuls_by_adapter, low_rank_rows, in_place]
 
 
 def case(rows: int, positions: int, count: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -64,7 +70,7 @@ def test_nothing_is_written_to_what_it_reads(way):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, -0.5]), min_size=4, max_size=4), max_size=9))
 def test_each_row_has_its_adapters_once(rows):
-    stretches, runs = divided(rows)
+    stretches, runs = divide_rows(rows)
     found = [(i, k, w) for first, last, k, w in stretches for i in range(first, last)]
     for first, adapters, weights in runs:
         assert len(adapters) > 1
@@ -85,13 +91,13 @@ def test_a_batch_of_products_for_rows_of_one_adapter_each(adapters, weights, dty
     c = torch.zeros(len(adapters), 4)
     for i, w in zip([i for i, k in enumerate(adapters) if k is not None], weights, strict=True):
         c[i, adapters[i]] = w
-    assert len(divided(c.tolist())[1]) > 0
+    assert len(divide_rows(c.tolist())[1]) > 0
     tensors = [t.to(dtype) for t in case(len(adapters), 11, 4, 3, seed=4)[:5]]
     x, y, A, B, scale = tensors
     each = torch.einsum("rpi,kji,koj->krpo", *(t.double() for t in (x, A, B)))
     expected = y.double() + torch.einsum("rk,k,krpo->rpo", c.double(), scale.double(), each)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
-    for way in (by_stretches, in_place):
+    for way in (matmuls_by_adapter, in_place):
         found = way(x, y, A, B, scale, c)
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
         nothing = [i for i, k in enumerate(adapters) if k is None]

@@ -17,8 +17,8 @@ from adaptc.methods import TargetedConfig, config_class
 from adaptc.methods._shared.registry import CONFIGS
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.method_checks import (
-    PROMISES_OF_CODE,
-    PROMISES_OF_VALUES,
+    TRACED_PROMISES,
+    VALUE_PROMISES,
     check_names,
     check_promises,
     code_serves_all_sizes,
@@ -374,13 +374,13 @@ def test_the_methods_of_the_table_keep_every_promise(entry: str, layer: str) -> 
     s = Subject(BY_NAME[entry], layer)
     (a,) = (program := s.compile(s.config())).adaptation.attachments
     method, op = a.method.evaluated().unwrap(program.ops[a.id])
-    for promise in (*PROMISES_OF_CODE, *PROMISES_OF_VALUES):
+    for promise in (*TRACED_PROMISES, *VALUE_PROMISES):
         promise(method, op)
 
 
 def test_the_promise_of_sizes_sees_what_a_built_in_method_would_do_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for methods of one's own only: LoRA with its scale in the code is found in the same way."""
-    lora = adaptc.methods.method_of({"method": "lora", "options": {"r": 4, "alpha": 8}})
+    lora = adaptc.methods.method_from_dict({"method": "lora", "options": {"r": 4, "alpha": 8}})
     op = Op("linear", (10, 6), torch.ops.aten.linear.default)
     code_serves_all_sizes(lora, op)
     right: Callable[..., Tensor] = type(lora).weight

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.passes.analysis.program_facts import is_training
-from adaptc.passes.graph.train_eval import FLAGS, mode_of
+from adaptc.passes.graph.train_eval import MODE_FLAGS, training_mode_of
 
 aten = torch.ops.aten
 
@@ -80,7 +80,7 @@ def exported(module: nn.Module, x: Tensor, mode: bool) -> torch.export.ExportedP
 def test_the_mode_is_that_of_the_export(name: str, mode: bool) -> None:
     program = exported(*MODES[name], mode)
     assert is_training(program, default=not mode) == mode
-    assert [m for n in program.graph.nodes if (m := mode_of(n)) is not None] == [mode]
+    assert [m for n in program.graph.nodes if (m := training_mode_of(n)) is not None] == [mode]
 
 
 @pytest.mark.parametrize("default", [True, False])
@@ -92,7 +92,7 @@ def test_where_both_modes_compute_the_same_there_is_none(name: str, default: boo
 
 def test_every_op_with_a_flag_has_one_in_its_schema() -> None:
     """The positions of the table are those of the schemas."""
-    for op, flag in FLAGS.items():
+    for op, flag in MODE_FLAGS.items():
         names = [a.name for a in op._schema.arguments]
         assert names[flag.position] in ("train", "training", "use_input_stats"), op
         if flag.probability is not None:
@@ -104,7 +104,7 @@ def test_every_op_with_a_flag_has_one_in_its_schema() -> None:
 def test_no_op_of_torch_with_such_a_flag_is_missing() -> None:
     """But for those of other devices and of decompositions, which no export to the training dialect holds."""
     other = ("cudnn", "miopen", "mkldnn", "mps", "quantized", "fused", "thnn", "backward", "_out", "_scaled", "_batch")
-    known = {str(op) for op in FLAGS}
+    known = {str(op) for op in MODE_FLAGS}
     missing = set()
     for name in dir(aten):
         packet = getattr(aten, name)

@@ -15,7 +15,7 @@ from adaptc.errors import MergeError, PassError
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pass_infra import Pass, PassManager, PassResult
 from adaptc.passes.train.set_mode import SetMode
 from tests.support.pass_checks import Snapshot, attach, export, inject, random_values
@@ -40,8 +40,8 @@ class AddInput(Pass):
     secret: Any = field(default=None, repr=False)
 
     def apply(self, program: ExportedProgram) -> PassResult:
-        lifted = Lifted(program)
-        lifted.add(self.fqn, torch.zeros(self.size))
+        lifted = LiftedProgram(program)
+        lifted.add_tensor(self.fqn, torch.zeros(self.size))
         return PassResult(lifted.finish(), 1, (f"added {self.fqn}",))
 
 
@@ -54,7 +54,7 @@ class Breaks(Pass):
     how: str
 
     def apply(self, program: ExportedProgram) -> PassResult:
-        new = Lifted(program).finish()
+        new = LiftedProgram(program).finish()
         graph = new.graph_module.graph
         linear = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
         if self.how == "order":
@@ -86,7 +86,7 @@ def test_results_add_up(program: ExportedProgram) -> None:
         [AddInput("one"), SetMode(training=False), AddInput("two", 5)],
         observe=lambda p, result: seen.append((str(p), len(result.program.state_dict))),
     )
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     result = manager(program)
     before.check(program)
     assert result.count == 3
@@ -122,7 +122,7 @@ def test_a_broken_program_is_blamed_on_its_pass(program: ExportedProgram, how: s
         Breaks(how)(program)
     seen: list[str] = []
     manager = PassManager([AddInput(), SetMode(), Breaks(how), AddInput("b")], observe=lambda p, _: seen.append(p.name))
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     with pytest.raises(PassError, match=r"(?s)'breaks' left .* after add_input, set_mode\)") as caught:
         manager(program)
     assert caught.value.__cause__ is not None

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 
 from adaptc.errors import BackendError
 from adaptc.passes.protocol import matmul_op as module
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES, CLASSES, ONEDNN, product, product_op, row_class
+from adaptc.passes.protocol.matmul_op import (
+    ALL_ROW_CLASSES,
+    ONEDNN,
+    ROW_CLASS_LIMITS,
+    linear_matmul,
+    linear_matmul_op,
+    row_class,
+)
 
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -90,8 +97,8 @@ def test_it_is_the_plain_product_within_rounding(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for run in (product, product_op):
-            found = run(x, weight, bias, ONEDNN, ALL_CLASSES, ALL_CLASSES if columns else [])
+        for run in (linear_matmul, linear_matmul_op):
+            found = run(x, weight, bias, ONEDNN, ALL_ROW_CLASSES, ALL_ROW_CLASSES if columns else [])
             close(found, x, weight, bias)
             assert found.is_contiguous() or found.stride() == F.linear(x, weight, bias).stride()
     finally:
@@ -102,52 +109,52 @@ def test_it_is_the_plain_product_within_rounding(
 def test_only_calls_of_its_classes_go_to_onednn(dtype: torch.dtype, calls: list[tuple[int, ...]]) -> None:
     weight, chosen = of(dtype, 13, 7), [0, 3]
     for rows in (1, 2, 4, 5, 16, 17, 256, 257):
-        close(product(of(dtype, rows, 7), weight, None, ONEDNN, chosen), of(dtype, rows, 7), weight, None)
-    assert calls == ([(1, 7), (17, 7), (256, 7)] if module.takes(dtype) else [])
-    assert [row_class(n) for n in (1, *(m + 1 for m in CLASSES))] == list(ALL_CLASSES)
+        close(linear_matmul(of(dtype, rows, 7), weight, None, ONEDNN, chosen), of(dtype, rows, 7), weight, None)
+    assert calls == ([(1, 7), (17, 7), (256, 7)] if module.onednn_supports(dtype) else [])
+    assert [row_class(n) for n in (1, *(m + 1 for m in ROW_CLASS_LIMITS))] == list(ALL_ROW_CLASSES)
 
 
 def test_at_columns_the_transpose_is_made(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    real = module.by_columns
-    monkeypatch.setattr(module, "by_columns", lambda x, *rest: (made.append(x.numel() // 7), real(x, *rest))[1])
+    real = module.transposed_matmul
+    monkeypatch.setattr(module, "transposed_matmul", lambda x, *rest: (made.append(x.numel() // 7), real(x, *rest))[1])
     weight, bias = of(torch.float32, 13, 7), of(torch.float32, 13)
     for lead in ((1,), (2,), (2, 2), (4, 1, 1), (5,)):
         x = of(torch.float32, *lead, 7)
-        found = product(x, weight, bias, ONEDNN, [2], [0, 1])
+        found = linear_matmul(x, weight, bias, ONEDNN, [2], [0, 1])
         close(found, x, weight, bias)
         assert found.is_contiguous()
-    assert made == ([1, 2, 4, 4] if module.takes(torch.float32) else [])
+    assert made == ([1, 2, 4, 4] if module.onednn_supports(torch.float32) else [])
     # The operands of others are left as they are, and a gradient is linear's.
     x = of(torch.float32, 3, 7).requires_grad_()
-    product(x, weight, bias, ONEDNN, [], [1]).sum().backward()
+    linear_matmul(x, weight, bias, ONEDNN, [], [1]).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 7))
 
 
 def test_what_does_not_fit_is_linear(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = of(torch.float32, 3, 7), of(torch.float32, 13, 7)
     strides = of(torch.float32, 13, 14)[:, ::2]
-    close(product(x, strides, None, ONEDNN, ALL_CLASSES), x, strides, None)
-    assert product(x.double(), weight.double(), None, ONEDNN, ALL_CLASSES).dtype == torch.float64
-    assert product(x, weight, None, "linear", ALL_CLASSES).equal(F.linear(x, weight))
+    close(linear_matmul(x, strides, None, ONEDNN, ALL_ROW_CLASSES), x, strides, None)
+    assert linear_matmul(x.double(), weight.double(), None, ONEDNN, ALL_ROW_CLASSES).dtype == torch.float64
+    assert linear_matmul(x, weight, None, "linear", ALL_ROW_CLASSES).equal(F.linear(x, weight))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    product(x, weight, None, ONEDNN, ALL_CLASSES)
+    linear_matmul(x, weight, None, ONEDNN, ALL_ROW_CLASSES)
     assert calls == []
     for bad in (x.double(), of(torch.float32, 3, 6)):
         with pytest.raises(RuntimeError):
-            product(bad, weight, None, ONEDNN, ALL_CLASSES)
-    for run in (product, product_op):
+            linear_matmul(bad, weight, None, ONEDNN, ALL_ROW_CLASSES)
+    for run in (linear_matmul, linear_matmul_op):
         with pytest.raises(BackendError, match="unknown kind 'mkl'; choose one of linear, onednn"):
-            run(x, weight, None, "mkl", ALL_CLASSES, [])
+            run(x, weight, None, "mkl", ALL_ROW_CLASSES, [])
 
 
 def test_without_the_private_op_it_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = of(torch.float32, 3, 7), of(torch.float32, 13, 7)
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    assert module._found() is None
-    monkeypatch.setattr(module, "_pointwise", module._found())
-    for run in (product, product_op):
-        assert run(x, weight, None, ONEDNN, ALL_CLASSES, ALL_CLASSES).equal(F.linear(x, weight))
+    assert module._find_pointwise_op() is None
+    monkeypatch.setattr(module, "_pointwise", module._find_pointwise_op())
+    for run in (linear_matmul, linear_matmul_op):
+        assert run(x, weight, None, ONEDNN, ALL_ROW_CLASSES, ALL_ROW_CLASSES).equal(F.linear(x, weight))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -155,20 +162,20 @@ def test_without_the_private_op_it_is_linear(monkeypatch: pytest.MonkeyPatch) ->
 def test_gradients_are_those_of_linear(dtype: torch.dtype, lead: tuple[int, ...], calls: list[tuple[int, ...]]) -> None:
     operands = of(dtype, *lead, 7), of(dtype, 13, 7), of(dtype, 13)
     g, found = of(dtype, *lead, 13, seed=5), []
-    for run in (lambda *t: product(*t, ONEDNN, ALL_CLASSES), F.linear):
+    for run in (lambda *t: linear_matmul(*t, ONEDNN, ALL_ROW_CLASSES), F.linear):
         leaves = [t.detach().clone().requires_grad_() for t in operands]
         found.append(torch.autograd.grad(run(*leaves), leaves, g))
     for ours, theirs in zip(*found, strict=True):
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
-    if module.takes(dtype):
+    if module.onednn_supports(dtype):
         assert calls == [(*lead, 7), (*lead, 13)]  # forward, and the gradient of x
 
 
 def test_a_frozen_layer_passes_gradients_on_alone() -> None:
     x, weight = of(torch.float32, 5, 7).requires_grad_(), of(torch.float32, 13, 7)
-    product(x, weight, None, ONEDNN, ALL_CLASSES).sum().backward()
+    linear_matmul(x, weight, None, ONEDNN, ALL_ROW_CLASSES).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 7))
     assert weight.grad is None
 
@@ -178,7 +185,7 @@ def test_no_derivative_is_lost_in_a_transform() -> None:
     x, other, weight = of(torch.float32, 3, 7), of(torch.float32, 3, 7, seed=1), of(torch.float32, 13, 7)
 
     def run(x: Tensor) -> Tensor:
-        return product(x, weight, None, ONEDNN, ALL_CLASSES)
+        return linear_matmul(x, weight, None, ONEDNN, ALL_ROW_CLASSES)
 
     expected = F.linear(other, weight)
     with forward_ad.dual_level():
@@ -192,5 +199,5 @@ def test_no_derivative_is_lost_in_a_transform() -> None:
 def test_as_an_op_of_graphs() -> None:
     x, weight, bias = of(torch.float32, 3, 7).requires_grad_(), of(torch.float32, 13, 7), of(torch.float32, 13)
     for b in (None, bias):
-        torch.library.opcheck(product_op, (x, weight, b, ONEDNN, [0, 1], []))
-        torch.library.opcheck(product_op, (x, weight, b, ONEDNN, [0], [1]))
+        torch.library.opcheck(linear_matmul_op, (x, weight, b, ONEDNN, [0, 1], []))
+        torch.library.opcheck(linear_matmul_op, (x, weight, b, ONEDNN, [0], [1]))

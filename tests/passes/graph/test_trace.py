@@ -18,7 +18,7 @@ from adaptc.errors import AdaptcError, MethodError, PassError
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.respecialize import Respecialize
-from adaptc.passes.graph.lifted import Lifted
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol import trace as _trace
 from adaptc.passes.protocol.method import Method, Slot, Slots
@@ -45,13 +45,13 @@ class Layers(nn.Module):
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every trace."""
     calls: list[int] = []
-    real = _trace.trace
+    real = _trace.trace_function
 
     def counted(fn: Any, fakes: Any) -> Any:
         calls.append(len(fakes))
         return real(fn, fakes)
 
-    monkeypatch.setattr(_trace, "trace", counted)
+    monkeypatch.setattr(_trace, "trace_function", counted)
     return calls
 
 
@@ -75,8 +75,8 @@ def test_traces_tell_regions_apart(traced: list[int]) -> None:
     up = [attach(program, f"layers.{i}.up.weight") for i in range(6)]
     values = random_values(program, up)
     doubled = up[1].method
-    for slot in doubled.slots(site_op(Lifted(program), up[1])):
-        fqn = doubled.fqn(up[1].place, slot, "default")
+    for slot in doubled.slots(site_op(LiftedProgram(program), up[1])):
+        fqn = doubled.fqn(up[1].slot_path, slot, "default")
         values[fqn] = values[fqn].double()
     changed = [
         up[0],
@@ -147,7 +147,7 @@ def program() -> ExportedProgram:
 @pytest.mark.parametrize("how", ["global", "new tensor"])
 def test_methods_may_only_use_their_arguments(how: str) -> None:
     p = program()
-    before = Snapshot.of(p)
+    before = Snapshot.record(p)
     attachments = [attach(p, "0.weight", Toy(how=how))]
     with pytest.raises(MethodError, match="may only use its arguments"):
         Inject(attachments, random_values(p, attachments))(p)
@@ -169,7 +169,7 @@ def test_a_toy_method_is_injected() -> None:
 def test_regions_may_not_depend_on_the_rank(how: str) -> None:
     p = program()
     adapted, (a,), _ = inject_all(p, [attach(p, "0.weight", Toy(how=how))])
-    lifted = Lifted(adapted)
+    lifted = LiftedProgram(adapted)
     ops = {a.id: site_op(lifted, a)}
     larger = {a.slots["v"]: nn.Parameter(torch.randn(5, 7))}
     with pytest.raises(MethodError, match=rf"region of '{a.fqn}\|toy' depends on the rank"):
@@ -197,7 +197,7 @@ def test_attachments_that_do_not_fit(name: str) -> None:
     make, message = REFUSED[name]
     attachments = make(p)
     values = random_values(p, [attach(p, "0.weight"), attach(p, "0.weight", Toy())])
-    before = Snapshot.of(p)
+    before = Snapshot.record(p)
     with pytest.raises(AdaptcError, match=message):
         Inject(attachments, values)(p)
     before.check(p)

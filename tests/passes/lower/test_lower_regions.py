@@ -16,17 +16,17 @@ from adaptc.methods.lora_family.lora import Lora
 from adaptc.methods.sparse.ia3 import IA3
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.graph.lifted import Lifted, copy_graph
+from adaptc.passes.graph.lifted import LiftedProgram, copy_graph
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.pass_infra import PassResult
 from adaptc.passes.lower.lower_regions import Lower, LowerGraph
-from adaptc.passes.lower.lower_siblings import LowerSiblings, find_lowered
+from adaptc.passes.lower.lower_siblings import LowerSiblings, find_lowered_groups
 from adaptc.passes.optimize.canonicalize import Canonicalize
-from adaptc.passes.optimize.hoist import stages_of
+from adaptc.passes.optimize.hoist import stage_by_node
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import site_op
-from tests.support.pass_checks import Snapshot, attach, export, inject_all, random_values, sound
+from tests.support.pass_checks import Snapshot, assert_valid, attach, export, inject_all, random_values
 
 ROWS = torch.export.Dim("rows", min=2, max=99)
 
@@ -62,21 +62,21 @@ def adapted(*sites: tuple[str, Method]) -> tuple[ExportedProgram, list[Attachmen
 
 
 def ops_of(p: ExportedProgram, attachments: list[Attachment]) -> dict[str, Op]:
-    lifted = Lifted(p, edit=False)
+    lifted = LiftedProgram(p, edit=False)
     return {a.id: site_op(lifted, a) for a in attachments}
 
 
 def lowered(p: ExportedProgram, attachments: list[Attachment]) -> tuple[ExportedProgram, dict[str, str]]:
-    before = Snapshot.of(p)
+    before = Snapshot.record(p)
     result = Lower(attachments, ops_of(p, attachments))(p)
     before.check(p)
-    sound(result.program)
+    assert_valid(result.program)
     return result.program, dict(n.split(": ", 1) for n in result.notes)  # type: ignore[misc]
 
 
 def lower(graph: fx.Graph, p: ExportedProgram, attachments: list[Attachment]) -> PassResult[fx.Graph]:
     """Lower a copy of the program's graph in place."""
-    names = {fqn: n.name for fqn, n in Lifted(p, edit=False).placeholders.items()}
+    names = {fqn: n.name for fqn, n in LiftedProgram(p, edit=False).placeholders.items()}
     return LowerGraph(attachments, ops_of(p, attachments), names)(graph)
 
 
@@ -84,7 +84,7 @@ def opened(p: ExportedProgram) -> tuple[fx.Graph, dict[str, fx.Node]]:
     """A copy of the graph, and its lifted placeholders by FQN."""
     graph = copy_graph(p.graph)
     names = {n.name: n for n in graph.nodes}
-    return graph, {f: names[n.name] for f, n in Lifted(p, edit=False).placeholders.items()}
+    return graph, {f: names[n.name] for f, n in LiftedProgram(p, edit=False).placeholders.items()}
 
 
 def kernels(graph: fx.Graph) -> list[str]:
@@ -114,7 +114,7 @@ def test_a_second_lowering_changes_nothing() -> None:
     p, attachments, _ = adapted(*((fqn, Lora(r=3)) for fqn in LINEAR))
     new, _ = lowered(p, attachments)
     again, notes = lowered(new, attachments)
-    Snapshot.of(new).check(again)
+    Snapshot.record(new).check(again)
     assert not notes
 
 
@@ -131,7 +131,7 @@ def test_what_has_no_kernel_stays_and_says_why(fqn: str) -> None:
     method, why = STAYS[fqn]
     p, attachments, _ = adapted((fqn, method))
     new, notes = lowered(p, attachments)
-    Snapshot.of(p).check(new)
+    Snapshot.record(p).check(new)
     assert list(notes) == [attachments[0].id]
     assert notes[attachments[0].id].startswith(why)
 
@@ -144,7 +144,7 @@ def test_regions_in_front_of_weights_and_inputs_stay() -> None:
     ]
     p, attachments, _ = inject_all(p, sites)
     new, notes = lowered(p, attachments)
-    Snapshot.of(p).check(new)
+    Snapshot.record(p).check(new)
     assert [notes[a.id] for a in attachments] == [
         "its region stands in front of the weight",
         "it changes the layer's input in a region of its own",
@@ -159,7 +159,7 @@ def test_of_two_adapters_on_one_layer_the_first_is_lowered() -> None:
     assert kernels(new.graph) == ["lora_linear"]
     assert notes == {attachments[1].id: "another adapter changes the output of the layer before it"}
     same(new.module()(*inputs(5)), p.module()(*inputs(5)))
-    Snapshot.of(Unload()(p).program).check(Unload()(new).program)
+    Snapshot.record(Unload()(p).program).check(Unload()(new).program)
 
 
 def test_an_output_that_is_read_without_the_adapter_too_stays() -> None:
@@ -203,13 +203,13 @@ def test_types_that_no_kernel_takes_are_named() -> None:
     b.meta["val"] = b.meta["val"].to(torch.bfloat16)
     done = lower(graph, p, attachments)
     assert done.count == 0
-    assert "B of A's type" in done.data.others[attachments[0].id]
+    assert "B of A's type" in done.data.reasons_by_site[attachments[0].id]
 
 
 def test_unload_gives_the_base_back() -> None:
     base = program()
     p, attachments, _ = inject_all(base, [attach(base, fqn, Lora(r=3), form="apply") for fqn in LINEAR])
-    Snapshot.of(Unload()(p).program).check(Unload()(lowered(p, attachments)[0]).program)
+    Snapshot.record(Unload()(p).program).check(Unload()(lowered(p, attachments)[0]).program)
 
 
 @pytest.mark.parametrize("method", [Lora(r=3, alpha=5), Dora(r=2, alpha=7)], ids=["lora", "dora"])
@@ -254,11 +254,11 @@ def test_siblings_share_a_product_and_a_kernel(bias: bool) -> None:
     lower(graph, p, attachments)
     Canonicalize({"x"})(graph)
     weights = {slots[f"{n}.weight"].name for n in ranks}
-    groups = find_lowered(graph, weights, stages_of(graph, [{n.name for n in slots.values()}]))
+    groups = find_lowered_groups(graph, weights, stage_by_node(graph, [{n.name for n in slots.values()}]))
     three = ("p_a_weight", "p_b_weight", "p_c_weight")
-    assert [tuple(m.weight.name for m in g.members) for g in groups] == [three]
+    assert [tuple(m.weight.name for m in g.layers) for g in groups] == [three]
     packs = LowerSiblings(weights, [{n.name for n in slots.values()}], {"x"})(graph).data
-    assert [p.members for p in packs] == [three]
+    assert [p.parameter_names for p in packs] == [three]
     assert kernels(graph) == ["lora_down", "sibling_table", "lora_up_add_siblings", "lora_linear", "lora_linear"]
     run = fx.GraphModule(p.graph_module, graph)
     packed = {packs[0].name: torch.cat([p.state_dict[f"{n}.weight"] for n in "abc"]), "x": x}
@@ -280,8 +280,8 @@ def test_of_siblings_those_with_a_bias_and_those_without_are_groups_of_their_own
     lower(graph, p, attachments)
     Canonicalize({"x"})(graph)
     weights = {slots[f"{n}.weight"].name for n in "abce"}
-    groups = find_lowered(graph, weights, stages_of(graph, [{n.name for n in slots.values()}]))
-    found = [[m.weight.name for m in g.members] for g in groups]
+    groups = find_lowered_groups(graph, weights, stage_by_node(graph, [{n.name for n in slots.values()}]))
+    found = [[m.weight.name for m in g.layers] for g in groups]
     assert found == [["p_a_weight", "p_b_weight"], ["p_c_weight", "p_e_weight"]]
 
 
@@ -303,8 +303,8 @@ def test_siblings_of_an_input_that_is_written_to_in_between_stay_apart() -> None
     (h,) = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)[:1]
     for node in graph.find_nodes(op="call_function", target=torch.ops.adaptc.lora_linear.default):
         node.update_arg(0, h)
-    frozen = stages_of(graph, [{n.name for n in slots.values()}])
-    assert not find_lowered(graph, {slots[f"{n}.weight"].name for n in "ab"}, frozen)
+    frozen = stage_by_node(graph, [{n.name for n in slots.values()}])
+    assert not find_lowered_groups(graph, {slots[f"{n}.weight"].name for n in "ab"}, frozen)
     same(lowered(p, attachments)[0].module()(x), p.module()(x))
 
 
@@ -315,7 +315,7 @@ def test_siblings_with_adapters_that_move_stay_apart() -> None:
     lower(graph, p, attachments)
     Canonicalize({"x"})(graph)
     weights = {slots[f"{n}.weight"].name for n in "abc"}
-    assert not find_lowered(graph, weights, stages_of(graph, [weights]))
-    frozen = stages_of(graph, [{n.name for n in slots.values()}])
-    assert len(find_lowered(graph, weights, frozen)) == 1
-    assert not find_lowered(graph, weights - {"p_a_weight", "p_b_weight"}, frozen)
+    assert not find_lowered_groups(graph, weights, stage_by_node(graph, [weights]))
+    frozen = stage_by_node(graph, [{n.name for n in slots.values()}])
+    assert len(find_lowered_groups(graph, weights, frozen)) == 1
+    assert not find_lowered_groups(graph, weights - {"p_a_weight", "p_b_weight"}, frozen)

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.optimize.add_in_place import AddInPlace
-from adaptc.passes.protocol.low_rank_rows import called_in_place, low_rank_rows
+from adaptc.passes.protocol.low_rank_rows import low_rank_rows, low_rank_rows_in_place
 
 linear, ours = torch.ops.aten.linear.default, torch.ops.adaptc
 
@@ -49,7 +49,7 @@ def test_where_it_fires(function: Any, count: int, width: int) -> None:
     expected = module(*inputs)
     result = AddInPlace()(copy_graph(module.graph))
     assert result.count == count
-    assert sum(n.target is called_in_place for n in result.output.nodes) == count
+    assert sum(n.target is low_rank_rows_in_place for n in result.output.nodes) == count
     found = fx.GraphModule(module, result.output)(*inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert all(torch.equal(t, b) for t, b in zip(inputs, before, strict=True))

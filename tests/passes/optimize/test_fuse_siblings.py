@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaptc.passes.optimize.sibling_cost import crossing, stacking
+from adaptc.passes.optimize.sibling_cost import find_break_even, stacked_cost_difference
 from tests.support.cover import examples
-from tests.support.sibling_graphs import Fused, Layers, whole
+from tests.support.sibling_graphs import Fused, Layers, read_all_layers
 
 
 def check(model: Layers, x: Tensor, stacked: bool) -> Fused:
@@ -27,9 +27,9 @@ def check(model: Layers, x: Tensor, stacked: bool) -> Fused:
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_group_becomes_one_product(stacked: bool) -> None:
-    fused = check(Layers(whole), torch.randn(2, 3, 5, dtype=torch.float64), stacked)
-    assert [len(g.members) for g in fused.groups] == [3]
-    assert [len(p.members) for p in fused.packs] == [3]
+    fused = check(Layers(read_all_layers), torch.randn(2, 3, 5, dtype=torch.float64), stacked)
+    assert [len(g.layers) for g in fused.groups] == [3]
+    assert [len(p.parameter_names) for p in fused.packs] == [3]
     assert fused.count("linear.default") == 1
     assert fused.count("mm.default") == (1 if stacked else 3)
     assert fused.count("addmm_.default") == (1 if stacked else 3)
@@ -46,7 +46,7 @@ def test_a_group_becomes_one_product(stacked: bool) -> None:
 @settings(max_examples=examples(15))
 def test_any_group_computes_the_same(widths: Any, data: Any, shape: Any, stacked: bool, biased: bool) -> None:
     adapted = tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(widths)))))))
-    model = Layers(whole, widths, adapted, (biased,) * len(widths))
+    model = Layers(read_all_layers, widths, adapted, (biased,) * len(widths))
     fused = check(model, torch.randn(*shape, 5, dtype=torch.float64), stacked)
     assert bool(fused.groups) == (len(widths) > 1 or bool(adapted))
 
@@ -54,20 +54,22 @@ def test_any_group_computes_the_same(widths: Any, data: Any, shape: Any, stacked
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_adapters_wider_than_their_layers(dtype: torch.dtype, stacked: bool) -> None:
-    fused = check(Layers(whole, dtype=dtype), torch.randn(2, 3, 5).to(dtype), stacked)
+    fused = check(Layers(read_all_layers, dtype=dtype), torch.randn(2, 3, 5).to(dtype), stacked)
     assert [len(g.updates) for g in fused.groups] == [3]
 
 
 def test_biased_and_unbiased_layers_are_two_groups() -> None:
-    model = Layers(whole, (7, 11, 2, 3), (0, 2), (True, False, True, False))
+    model = Layers(read_all_layers, (7, 11, 2, 3), (0, 2), (True, False, True, False))
     fused = check(model, torch.randn(4, 5, dtype=torch.float64), True)
-    assert sorted(len(g.members) for g in fused.groups) == [2, 2]
+    assert sorted(len(g.layers) for g in fused.groups) == [2, 2]
 
 
 UNFUSED: dict[str, Callable[[Any, Tensor], Any]] = {
-    "returned as they are": lambda m, x: (m.y(0, x), m.y(1, x)),
-    "returned through a view": lambda m, x: (m.y(0, x).unsqueeze(0), m.y(1, x).t()),
-    "read by strides": lambda m, x: m.y(0, x).as_strided((2,), (1,)) + m.y(1, x).as_strided((2,), (1,)),
+    "returned as they are": lambda m, x: (m.layer_output(0, x), m.layer_output(1, x)),
+    "returned through a view": lambda m, x: (m.layer_output(0, x).unsqueeze(0), m.layer_output(1, x).t()),
+    "read by strides": lambda m, x: (
+        m.layer_output(0, x).as_strided((2,), (1,)) + m.layer_output(1, x).as_strided((2,), (1,))
+    ),
     "of different inputs": lambda m, x: m.layers[0](x).sin().sum() + m.layers[1](x + 1).sin().sum(),
     "one layer read twice": lambda m, x: m.layers[0](x).sin().sum() + m.layers[0](x).cos().sum(),
 }
@@ -101,23 +103,23 @@ def test_a_scale_is_folded_only_into_a_weight_of_its_own() -> None:
 
 
 def test_the_cost_has_one_crossing() -> None:
-    groups = Fused(Layers(whole), torch.randn(4, 5, dtype=torch.float64), True).groups
-    found = crossing(groups, stacking)
+    groups = Fused(Layers(read_all_layers), torch.randn(4, 5, dtype=torch.float64), True).groups
+    found = find_break_even(groups, stacked_cost_difference)
     (size,) = {str(s) for g in groups for s in [g.rows]}
     assert 100 < found.rows < 1e6
-    assert found.below({size: int(found.rows)})
-    assert not found.below({size: int(found.rows) + 2})
-    assert not found.below({})
-    alone = Fused(Layers(lambda m, x: m.y(0, x).sin()), torch.randn(4, 5, dtype=torch.float64), True).groups
-    assert crossing(alone, stacking).below({})
+    assert found.prefers_first({size: int(found.rows)})
+    assert not found.prefers_first({size: int(found.rows) + 2})
+    assert not found.prefers_first({})
+    alone = Fused(Layers(lambda m, x: m.layer_output(0, x).sin()), torch.randn(4, 5, dtype=torch.float64), True).groups
+    assert find_break_even(alone, stacked_cost_difference).prefers_first({})
 
 
 def written_through_a_view(m: Any, x: Tensor) -> Tensor:
     h = x + 1
     view = h.view(-1)
-    first = m.y(0, h).sin().sum(-1)
+    first = m.layer_output(0, h).sin().sum(-1)
     view.mul_(2)
-    return first + m.y(1, h).sin().sum(-1)
+    return first + m.layer_output(1, h).sin().sum(-1)
 
 
 @pytest.mark.parametrize("stacked", [True, False])

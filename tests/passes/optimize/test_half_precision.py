@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from adaptc.passes.optimize import sibling_groups
-from adaptc.passes.optimize.sibling_cost import crossing, stacking, widening
+from adaptc.passes.optimize.sibling_cost import find_break_even, float32_cost_difference, stacked_cost_difference
 from adaptc.passes.protocol import matmul_op
 from tests.support.cover import examples
-from tests.support.sibling_graphs import Fused, Layers, columns
+from tests.support.sibling_graphs import Fused, Layers, concat_outputs
 
 aten = torch.ops.aten
 BF16, FP16, FLOAT = torch.bfloat16, torch.float16, torch.float32
@@ -24,7 +24,7 @@ HALVES = [BF16, FP16]
 
 @pytest.fixture(autouse=True)
 def a_processor_that_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sibling_groups, "takes", lambda dtype: dtype in (FLOAT, BF16))
+    monkeypatch.setattr(sibling_groups, "onednn_supports", lambda dtype: dtype in (FLOAT, BF16))
 
 
 def rms(x: Tensor) -> float:
@@ -65,7 +65,7 @@ def test_a_folded_scale_loses_nothing(dtype: torch.dtype) -> None:
 def test_fused_updates_are_nearer_to_the_truth(dtype: torch.dtype, how: tuple[bool, bool]) -> None:
     """A fused update is added to the layer before it is rounded; the graph rounds the product, its multiple and the
     sum, one after the other."""
-    model = Layers(columns, (70, 30, 41), dtype=dtype, slots=dtype)
+    model = Layers(concat_outputs, (70, 30, 41), dtype=dtype, slots=dtype)
     fused = Fused(model, of(dtype, 2, 5), *how)
     found, plain, rounded = errors(model, fused, of(dtype, 211, 5, seed=6))
     assert found < 0.95 * plain
@@ -75,7 +75,7 @@ def test_fused_updates_are_nearer_to_the_truth(dtype: torch.dtype, how: tuple[bo
 
 @pytest.mark.parametrize("dtype", [*HALVES, FLOAT])
 def test_scales_are_folded_in_any_precision(dtype: torch.dtype) -> None:
-    fused = Fused(Layers(columns, dtype=dtype, slots=dtype), of(dtype, 4, 5), True)
+    fused = Fused(Layers(concat_outputs, dtype=dtype, slots=dtype), of(dtype, 4, 5), True)
     assert [len(g.updates) for g in fused.groups] == [3]
     for node in fused.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
         assert node.args[0].op == "placeholder" or node.args[0].target is aten.to.dtype  # type: ignore[union-attr]
@@ -97,7 +97,7 @@ def test_no_form_is_further_from_the_truth(
 ) -> None:
     adapted = tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(widths)))))))
     kind = dtype if slots == "own" else FLOAT
-    model = Layers(columns, widths, adapted, (biased,) * len(widths), dtype, kind)
+    model = Layers(concat_outputs, widths, adapted, (biased,) * len(widths), dtype, kind)
     traced = of(dtype, *(max(n, 2) if i == 0 else n for i, n in enumerate(lead)), 5)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -121,7 +121,7 @@ def types(graph: fx.Graph) -> set[torch.dtype]:
 @pytest.mark.parametrize("stacked", [True, False])
 def test_which_type_adapters_are_computed_in(stacked: bool) -> None:
     def fused(dtype: torch.dtype, slots: torch.dtype, wide: bool) -> set[torch.dtype]:
-        return types(Fused(Layers(columns, dtype=dtype, slots=slots), of(dtype, 4, 5), stacked, wide).graph)
+        return types(Fused(Layers(concat_outputs, dtype=dtype, slots=slots), of(dtype, 4, 5), stacked, wide).graph)
 
     assert fused(BF16, BF16, False) == {BF16}
     assert fused(BF16, BF16, True) == {FLOAT}
@@ -132,7 +132,7 @@ def test_which_type_adapters_are_computed_in(stacked: bool) -> None:
 
 
 def test_a_scale_is_multiplied_in_after_the_cast() -> None:
-    fused = Fused(Layers(columns, dtype=BF16, slots=BF16), of(BF16, 4, 5), True, wide=True)
+    fused = Fused(Layers(concat_outputs, dtype=BF16, slots=BF16), of(BF16, 4, 5), True, wide=True)
     products = fused.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
     assert len(products) == 3
     for node in products:
@@ -143,7 +143,7 @@ def test_a_scale_is_multiplied_in_after_the_cast() -> None:
 
 @pytest.mark.parametrize(("dtype", "slots"), [(FP16, BF16), (BF16, FP16)])
 def test_sums_in_a_type_wider_than_both_are_left_alone(dtype: torch.dtype, slots: torch.dtype) -> None:
-    model = Layers(columns, dtype=dtype, slots=slots)
+    model = Layers(concat_outputs, dtype=dtype, slots=slots)
     fused = Fused(model, of(dtype, 4, 5), True)
     assert not any(g.updates for g in fused.groups)
     found, plain, _ = errors(model, fused, of(dtype, 9, 5))
@@ -168,24 +168,24 @@ def test_a_slot_that_sites_share_is_copied_once() -> None:
 
 def test_what_pays_at_how_many_rows() -> None:
     def groups(dtype: torch.dtype, slots: torch.dtype) -> list[Any]:
-        model = Layers(columns, (576, 192, 193), dtype=dtype, slots=slots)
+        model = Layers(concat_outputs, (576, 192, 193), dtype=dtype, slots=slots)
         return Fused(model, of(dtype, 4, 5), True).groups
 
     half, float32, fp16 = groups(BF16, BF16), groups(BF16, FLOAT), groups(FP16, FP16)
-    assert [g.narrow for g in (*half, *float32, *fp16)] == [True, False, False]
+    assert [g.has_dtype_choice for g in (*half, *float32, *fp16)] == [True, False, False]
     (size,) = {str(g.rows) for g in half}
-    few, many = crossing(half, widening), crossing(half, stacking)
-    assert few.below({size: 1})
+    few, many = find_break_even(half, float32_cost_difference), find_break_even(half, stacked_cost_difference)
+    assert few.prefers_first({size: 1})
     assert 4 < few.rows < many.rows
-    assert not few.below({})
+    assert not few.prefers_first({})
     # What a product costs whatever its size is far more in half precision, and so stacking pays for more rows.
-    assert many.rows > 10 * crossing(float32, stacking).rows
-    assert crossing(fp16, stacking).rows == crossing(float32, stacking).rows
+    assert many.rows > 10 * find_break_even(float32, stacked_cost_difference).rows
+    assert find_break_even(fp16, stacked_cost_difference).rows == find_break_even(float32, stacked_cost_difference).rows
 
 
 def test_without_products_of_bfloat16_all_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sibling_groups, "takes", matmul_op.takes)
+    monkeypatch.setattr(sibling_groups, "onednn_supports", matmul_op.onednn_supports)
     monkeypatch.setattr(matmul_op, "_pointwise", None)
-    model = Layers(columns, dtype=BF16, slots=BF16)
+    model = Layers(concat_outputs, dtype=BF16, slots=BF16)
     for stacked in (True, False):
         assert types(Fused(model, of(BF16, 4, 5), stacked).graph) == {FLOAT}

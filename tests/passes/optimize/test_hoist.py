@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from adaptc.passes.optimize.hoist import CONSTANT_BYTES, Hoist, Hoisting
+from adaptc.passes.optimize.hoist import CONSTANT_BYTES, Hoist, HoistedGraphs
 from tests.support.cover import examples
 from tests.support.pass_checks import Snapshot, export
 
@@ -48,12 +48,12 @@ def placeholders(p: ExportedProgram) -> tuple[list[str], list[str]]:
     return [n for n in names if n not in users], [n for n in names if n in users]
 
 
-def split(p: ExportedProgram, slots: Collection[str] = (), **options: Any) -> Hoisting:
+def split(p: ExportedProgram, slots: Collection[str] = (), **options: Any) -> HoistedGraphs:
     lifted, users = placeholders(p)
     return Hoist([set(lifted) - set(slots), set(slots)], set(users), **options)(p.graph).data
 
 
-def run(p: ExportedProgram, h: Hoisting, x: Tensor) -> Any:
+def run(p: ExportedProgram, h: HoistedGraphs, x: Tensor) -> Any:
     """The outputs of both parts run one after the other."""
     lifted, _ = placeholders(p)
     by_name = {s.arg.name: s.target for s in p.graph_signature.input_specs}
@@ -63,7 +63,7 @@ def run(p: ExportedProgram, h: Hoisting, x: Tensor) -> Any:
             out = fx.GraphModule({}, stage.graph)(*(values[n] for n in stage.inputs))
             values |= zip(stage.outputs, out, strict=True)
         made = [values[n] for s in h.stages for n in s.outputs]
-        return fx.GraphModule(p.graph_module, h.main)(*(values[n] for n in h.kept), *made, x)
+        return fx.GraphModule(p.graph_module, h.main)(*(values[n] for n in h.kept_placeholders), *made, x)
 
 
 def whole(p: ExportedProgram, x: Tensor) -> Any:
@@ -73,7 +73,7 @@ def whole(p: ExportedProgram, x: Tensor) -> Any:
         return p.graph_module(*(p.state_dict.get(by_name[n], p.constants.get(by_name[n])) for n in lifted), x)
 
 
-def same(p: ExportedProgram, h: Hoisting, x: Tensor = X) -> None:
+def same(p: ExportedProgram, h: HoistedGraphs, x: Tensor = X) -> None:
     """Both parts lint, and give bit for bit what the graph gives."""
     for graph in (h.main, *(s.graph for s in h.stages)):
         graph.lint()
@@ -82,7 +82,7 @@ def same(p: ExportedProgram, h: Hoisting, x: Tensor = X) -> None:
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 
-def hoisted(h: Hoisting) -> list[str]:
+def hoisted(h: HoistedGraphs) -> list[str]:
     return [n for s in h.stages for n in s.outputs]
 
 
@@ -118,7 +118,7 @@ FIRES: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
 def test_what_depends_on_frozen_inputs_alone_is_computed_once(name: str) -> None:
     body, expected = FIRES[name]
     p = program(body)
-    before = Snapshot.of(p)
+    before = Snapshot.record(p)
     h = split(p)
     same(p, h)
     assert hoisted(h) == expected
@@ -164,7 +164,7 @@ STAYS: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
 def test_what_must_not_be_kept_is_computed_in_every_call(name: str) -> None:
     body, expected = STAYS[name]
     p = program(body)
-    assert hoisted(split(p, views=False)) == expected
+    assert hoisted(split(p, hoists_views=False)) == expected
     h = split(p)
     for graph in (h.main, *(s.graph for s in h.stages)):
         graph.lint()
@@ -231,7 +231,7 @@ def test_checks_of_frozen_values_move_along() -> None:
     frozen = [s.graph for s in h.stages if s.outputs]
     assert ops(frozen[0]).count("aten._assert_tensor_metadata.default") == 1
     assert ops(h.main).count("aten._assert_tensor_metadata.default") == 1
-    assert h.kept == ()
+    assert h.kept_placeholders == ()
     same(p, h)
 
 
@@ -240,7 +240,7 @@ def test_views_and_constants_are_for_interpreters() -> None:
     both = split(p)
     assert hoisted(both) == ["t", "mul", "arange"]
     assert both.nbytes == 7 * 5 * 4 + 5 * 8
-    compiled = split(p, views=False, constants=False)
+    compiled = split(p, hoists_views=False, hoists_constants=False)
     assert hoisted(compiled) == ["mul"]
     same(p, both)
     same(p, compiled)
@@ -281,7 +281,7 @@ def test_later_stages_build_on_earlier_ones() -> None:
     assert set(h.stages[0].inputs) == {"p_w"}
     assert set(h.stages[1].inputs) == {"p_v", "mul"}
     assert h.stages[1].sources == (("p_w", "p_v"), ("p_v",))
-    assert h.kept == ()
+    assert h.kept_placeholders == ()
     same(p, h)
 
 
@@ -329,7 +329,7 @@ def test_a_cast_saves_work_and_work_that_two_values_share_is_saved_once() -> Non
             alone = alone.sin()
         return F.linear(x, product * 2) + F.linear(x, product * 3) + F.linear(x, alone)
 
-    assert hoisted(split(program(body), limit=matrix, views=False)) == ["matmul_1"]
+    assert hoisted(split(program(body), limit=matrix, hoists_views=False)) == ["matmul_1"]
 
 
 def test_over_the_limit_the_part_that_is_small_is_still_hoisted() -> None:
@@ -371,7 +371,7 @@ def test_any_graph_computes_the_same_in_two_parts(
         return torch.stack(values[4:]).sum(0)
 
     p = program(body)
-    h = split(p, slots=["p_v"], limit=limit, views=views, constants=views)
+    h = split(p, slots=["p_v"], limit=limit, hoists_views=views, hoists_constants=views)
     assert limit is None or h.nbytes <= limit
     same(p, h)
     same(p, h, torch.randn(3, 5))

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.passes.train.autocast import extreme, same_type
+from adaptc.passes.train.autocast import check_dtype, dtype_limit
 from adaptc.passes.train.training_pipeline import fuse_training
 from tests.passes.train.test_fuse_training import Net, calls, gradients, inputs, labels_of, module_of
 
@@ -55,8 +55,8 @@ def pair(body: Callable[[Any, Tensor], Any], dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize("body", [gate_and_loss, casting])
 def test_fused_steps_are_what_the_model_is_under_autocast(body: Any, base: torch.dtype, dtype: torch.dtype) -> None:
     model, module, fused = pair(body, base)
-    assert fused["train_layers"] > 0
-    assert fused["train_loss"] > 0
+    assert fused["fuse_lora_layers"] > 0
+    assert fused["fuse_cross_entropy"] > 0
     x = inputs(5, base)
     with torch.autocast("cpu", dtype):
         found, expected = gradients(module, x), gradients(model, x)
@@ -134,7 +134,7 @@ def a_view_of_bits(m: Any, x: Tensor) -> Any:
 def test_memory_of_another_type_is_refused_by_name(body: Any, fuse: bool) -> None:
     module = module_of(body, dtype=torch.float32)
     fuse_training(module, fuse=fuse)
-    assert calls(module, same_type) > 0
+    assert calls(module, check_dtype) > 0
     module(inputs(3, torch.float32))
     with (
         torch.autocast("cpu", torch.bfloat16),
@@ -155,7 +155,7 @@ def masked(m: Any, x: Tensor) -> Any:
 def test_masks_are_filled_with_the_least_number_of_their_own_type(dtype: torch.dtype) -> None:
     """Which torch refuses to fill with float32's, and which makes rows that are masked as a whole uniform."""
     model, module, _ = pair(masked)
-    assert calls(module, extreme) == 1
+    assert calls(module, dtype_limit) == 1
     x = inputs(4, torch.float32)
     with torch.autocast("cpu", dtype):
         found, expected = module(x), model(x)
@@ -253,7 +253,7 @@ def test_where_rows_cannot_be_left_out_it_says_so(case: str) -> None:
 def test_a_head_in_half_precision_is_multiplied_once() -> None:
     """The loss takes its logits in float32, and the caller gets them as they are."""
     module = module_of(head(), dtype=torch.bfloat16)
-    assert dict(fuse_training(module).trail)["train_loss"] == 1
+    assert dict(fuse_training(module).trail)["fuse_cross_entropy"] == 1
     assert calls(module, torch.ops.aten.linear.default) == 0
     _, logits = module(inputs(3, torch.bfloat16))
     assert logits.dtype == torch.bfloat16
@@ -264,7 +264,7 @@ def test_a_head_in_half_precision_is_multiplied_once() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiler_takes_the_fused_steps_whole(autocast: bool) -> None:
     _, module, fused = pair(gate_and_loss)
-    assert all(fused[n] for n in ("train_layers", "train_loss", "train_gates"))
+    assert all(fused[n] for n in ("fuse_lora_layers", "fuse_cross_entropy", "fuse_gated_activations"))
     torch.compiler.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     x, found = inputs(5, torch.float32), []

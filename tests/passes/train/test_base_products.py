@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptc.passes.protocol import matmul_op as op
-from adaptc.passes.protocol.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
-from adaptc.passes.train.base_products import base_gradient, base_product, frozen_linear
-from adaptc.passes.train.fused_lora_linear import layers_with_lora
-from adaptc.passes.train.head_loss import loss_of_layer
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR, ONEDNN
+from adaptc.passes.train.base_products import base_input_gradient, base_matmul, frozen_linear
+from adaptc.passes.train.fused_lora_linear import lora_linears
+from adaptc.passes.train.head_loss import linear_cross_entropy
 from adaptc.passes.train.training_pipeline import fuse_training
 from tests.passes.train.test_fuse_training import calls, gradients, inputs, labels_of, module_of
-from tests.support.rounding import to_rounding
+from tests.support.rounding import assert_close_to_rounding
 
 FLOAT, HALF = torch.float32, torch.bfloat16
-TOLD = tuple((t, ONEDNN, ALL_CLASSES, ONEDNN, ALL_CLASSES) for t in (FLOAT, HALF))
+TOLD = tuple((t, ONEDNN, ALL_ROW_CLASSES, ONEDNN, ALL_ROW_CLASSES) for t in (FLOAT, HALF))
 
 
 @dataclass(frozen=True)
 class Kind:
     kind: str
-    classes: tuple[int, ...] = ALL_CLASSES
+    classes: tuple[int, ...] = ALL_ROW_CLASSES
 
 
 def fastest(out: int, width: int, dtype: torch.dtype) -> Kind:
@@ -93,7 +93,7 @@ LAYOUTS = st.sampled_from(["contiguous", "expanded", "transposed", "columns"])
     dtype=st.sampled_from([FLOAT, HALF, torch.float16, torch.float64]),
     layouts=st.tuples(LAYOUTS, LAYOUTS),
     biased=st.booleans(),
-    classes=st.sets(st.sampled_from(ALL_CLASSES)).map(sorted),
+    classes=st.sets(st.sampled_from(ALL_ROW_CLASSES)).map(sorted),
     threads=st.sampled_from([1, 2]),
 )
 def test_products_are_those_of_linear(
@@ -113,11 +113,11 @@ def test_products_are_those_of_linear(
     torch.set_num_threads(threads)
     try:
         expected = F.linear(x, w, b)
-        near(base_product(x, w, b, told), expected)
+        near(base_matmul(x, w, b, told), expected)
         rows = g.reshape(-1, out)
         total = of(dtype, len(rows), width, seed=9)
-        near(base_gradient(rows, w, told), rows @ w)
-        near(base_gradient(rows, w, told, total.clone()), torch.addmm(total, rows, w))
+        near(base_input_gradient(rows, w, told), rows @ w)
+        near(base_input_gradient(rows, w, told, total.clone()), torch.addmm(total, rows, w))
         leaf = x.detach().requires_grad_()
         made = frozen_linear(leaf, w, b, told)
         near(made.detach(), expected)
@@ -148,15 +148,15 @@ def chosen(body: Callable[[Any, Tensor], Any], train: str = "", **options: Any) 
 @pytest.mark.parametrize("body", [layer, head])
 def test_it_fires_in_fused_layers_plain_ones_and_the_head(body: Any, bias: bool, seen: list[Any]) -> None:
     plain, module, result = chosen(body, bias=bias)
-    assert dict(result.trail)["choose_base_products"] == (3 if body is layer else 2)
-    assert calls(module, layers_with_lora) == 1
+    assert dict(result.trail)["choose_base_matmuls"] == (3 if body is layer else 2)
+    assert calls(module, lora_linears) == 1
     assert calls(module, frozen_linear) == (body is layer)
-    assert calls(module, loss_of_layer) == (body is head)
+    assert calls(module, linear_cross_entropy) == (body is head)
     for n in (2, 5):
         seen.clear()
         found = gradients(module, inputs(n, FLOAT))
         torch.testing.assert_close(found, gradients(plain, inputs(n, FLOAT)), rtol=1e-5, atol=1e-5)
-        if op.takes(FLOAT):
+        if op.onednn_supports(FLOAT):
             # Forward with each weight, and backward with each turned one.
             widths = (5, 3, 2) if body is layer else (5, 11)
             assert sorted(seen) == sorted([(3 * n, w, 7) for w in widths] + [(3 * n, 7, w) for w in widths])
@@ -165,7 +165,7 @@ def test_it_fires_in_fused_layers_plain_ones_and_the_head(body: Any, bias: bool,
 @pytest.mark.parametrize(("train", "count"), [("layers.0.weight", 2), ("layers.1.bias", 2), ("layers", 0), ("head", 3)])
 def test_a_layer_that_trains_is_left_alone(train: str, count: int) -> None:
     plain, module, result = chosen(layer, train)
-    assert dict(result.trail)["choose_base_products"] == count
+    assert dict(result.trail)["choose_base_matmuls"] == count
     found, expected = (gradients(m, inputs(3, FLOAT)) for m in (module, plain))
     assert any(n.startswith(train) for n in found[2]) or train == "head"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -184,14 +184,14 @@ def test_a_layer_that_trains_after_all_gets_its_gradients(train: str) -> None:
 
 def test_other_types_and_choices_are_torchs_own() -> None:
     _, module, result = chosen(layer, dtype=torch.float64)
-    assert dict(result.trail)["choose_base_products"] == 0
+    assert dict(result.trail)["choose_base_matmuls"] == 0
     assert calls(module, frozen_linear) == 0
     assert {k: len(v) for k, v in result.data[-1].items()} == {
-        "products in training, float64": 3,
+        "matmuls in training, float64": 3,
         "gradients of inputs, float64": 3,
     }
     module = module_of(layer, dtype=FLOAT)
-    assert "choose_base_products" not in dict(fuse_training(module).trail)
+    assert "choose_base_matmuls" not in dict(fuse_training(module).trail)
 
 
 def test_each_direction_and_type_has_its_own_choice(seen: list[Any]) -> None:
@@ -208,7 +208,7 @@ def test_each_direction_and_type_has_its_own_choice(seen: list[Any]) -> None:
         with torch.autocast("cpu", HALF, enabled=autocast):
             out = module(inputs(3, FLOAT).requires_grad_())
         sum(t.float().sum() for t in out).backward()
-        if op.takes(HALF if autocast else FLOAT):
+        if op.onednn_supports(HALF if autocast else FLOAT):
             assert all((rows[1] == 7) != autocast for rows in seen)
             assert len(seen) == 3
 
@@ -223,7 +223,7 @@ def test_under_autocast_products_are_of_its_type(body: Any, seen: list[Any]) -> 
     assert [t.dtype for t in found[0]] == [t.dtype for t in expected[0]]
     for f, e, right in zip(_flat(found), _flat(expected), _flat(exact), strict=True):
         assert _away(f, right) <= 2 * _away(e, right) + 4 * torch.finfo(HALF).eps
-    if op.takes(HALF):
+    if op.onednn_supports(HALF):
         assert len(seen) == (6 if body is layer else 4)
 
 
@@ -281,7 +281,7 @@ def test_copies_of_graphs_keep_it(seen: list[Any]) -> None:
     expected = gradients(module, inputs(3, FLOAT))
     seen.clear()
     torch.testing.assert_close(gradients(copy.deepcopy(module), inputs(3, FLOAT)), expected, rtol=0, atol=0)
-    assert len(seen) == (6 if op.takes(FLOAT) else 0)
+    assert len(seen) == (6 if op.onednn_supports(FLOAT) else 0)
 
 
 def test_exported_again_it_is_plain() -> None:
@@ -308,7 +308,7 @@ def test_a_compiler_takes_them_whole(body: Any, autocast: bool, seen: list[Any])
         seen.clear()
         with torch.autocast("cpu", HALF, enabled=autocast):
             found.append(_flat(gradients(m, inputs(5, FLOAT))))
-        if op.takes(HALF if autocast else FLOAT):
+        if op.onednn_supports(HALF if autocast else FLOAT):
             assert len(seen) == (6 if body is layer else 4)
     for one, other in zip(*found, strict=True):
-        to_rounding(one, other, HALF if autocast else FLOAT, times=1 if autocast else 16)
+        assert_close_to_rounding(one, other, HALF if autocast else FLOAT, factor=1 if autocast else 16)

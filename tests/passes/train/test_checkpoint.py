@@ -23,18 +23,26 @@ from adaptc import (
     MissConfig,
     OFTConfig,
 )
-from adaptc.passes.analysis.block_chains import find_chains
+from adaptc.passes.analysis.block_chains import find_block_chains
 from adaptc.passes.train import recomputed
-from adaptc.passes.train.checkpoint import FRESH, checkpoint, set_checkpointing
-from adaptc.passes.train.recomputed import Recomputed
+from adaptc.passes.train.checkpoint import UNALIASED_FUNCTIONS, checkpoint, set_checkpointing
+from adaptc.passes.train.recomputed import RecomputedSegment
 from adaptc.passes.train.set_mode import set_mode
 from tests.support.families import FAMILIES, Family
 from tests.support.pass_checks import export
-from tests.support.repeated_nets import Block, chained, forget_names, given, loss_of, same_step, step
+from tests.support.repeated_nets import (
+    Block,
+    assert_same_step,
+    forget_names,
+    loss_of,
+    make_block_chain,
+    random_input,
+    step,
+)
 
 LAYERS = ("num_hidden_layers", "num_layers")
 ADAPTED = ["up", "down"]
-KW = {"example_inputs": given(), "training": True}
+KW = {"example_inputs": random_input(), "training": True}
 
 
 def lora(**changes: Any) -> LoraConfig:
@@ -57,8 +65,8 @@ def randomised(program: adaptc.AdaptedProgram) -> adaptc.AdaptedProgram:
     return program
 
 
-def segments(module: nn.Module) -> list[Recomputed]:
-    return [m for m in module.modules() if isinstance(m, Recomputed)]
+def segments(module: nn.Module) -> list[RecomputedSegment]:
+    return [m for m in module.modules() if isinstance(m, RecomputedSegment)]
 
 
 def runs_of(module: nn.Module, inputs: Any) -> tuple[Any, int]:
@@ -77,7 +85,7 @@ def runs_of(module: nn.Module, inputs: Any) -> tuple[Any, int]:
 
 @pytest.fixture(scope="module")
 def program() -> adaptc.AdaptedProgram:
-    return randomised(adaptc.compile(chained(), lora(), **KW))
+    return randomised(adaptc.compile(make_block_chain(), lora(), **KW))
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "t5", "mixtral")]
@@ -95,14 +103,14 @@ def test_a_step_of_a_transformer_is_equal_to_the_bit_and_keeps_less(name: str, f
     assert len(segments(module)) == (12 if name == "t5" else 6)
     for rows, length in ((2, 7), (3, 5)):
         expected, (found, runs) = step(plain, family.inputs(rows, length)), runs_of(module, family.inputs(rows, length))
-        same_step(found, expected)
+        assert_same_step(found, expected)
         assert runs == 2 * len(segments(module))
         assert 2 * found[2] < expected[2]
     # In inference they run once, and keep what the plain module keeps.
     plain.eval()
     module.eval()
     expected, (found, runs) = step(plain, family.inputs(2, 7)), runs_of(module, family.inputs(2, 7))
-    same_step(found, expected)
+    assert_same_step(found, expected)
     assert (runs, found[2]) == (len(segments(module)), expected[2])
 
 
@@ -122,11 +130,11 @@ METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, fuse: bool) -> None:
-    program = randomised(adaptc.compile(chained(), METHODS[method], **KW))
+    program = randomised(adaptc.compile(make_block_chain(), METHODS[method], **KW))
     program.fuse = fuse
-    expected, module = step(program.module(), given(4)), program.module(gradient_checkpointing=True)
-    found, runs = runs_of(module, given(4))
-    same_step(found, expected)
+    expected, module = step(program.module(), random_input(4)), program.module(gradient_checkpointing=True)
+    found, runs = runs_of(module, random_input(4))
+    assert_same_step(found, expected)
     assert (len(segments(module)), runs) == (5, 10)
     assert found[2] < expected[2]
 
@@ -134,17 +142,17 @@ def test_every_method(method: str, fuse: bool) -> None:
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 8])
 def test_several_blocks_are_one_segment(program: adaptc.AdaptedProgram, every: int) -> None:
     module = program.module(gradient_checkpointing=every)
-    found, runs = runs_of(module, given())
-    same_step(found, step(program.module(), given()))
+    found, runs = runs_of(module, random_input())
+    assert_same_step(found, step(program.module(), random_input()))
     assert len(segments(module)) == -(-5 // every)
     assert runs == 2 * len(segments(module))
 
 
 def test_a_program_says_what_its_modules_do() -> None:
-    program = randomised(adaptc.compile(chained(), lora(), checkpoint=2, **KW))
+    program = randomised(adaptc.compile(make_block_chain(), lora(), checkpoint=2, **KW))
     assert program.checkpoint == 2
-    found, runs = runs_of(program.module(), given())
-    same_step(found, step(program.module(gradient_checkpointing=False), given()))
+    found, runs = runs_of(program.module(), random_input())
+    assert_same_step(found, step(program.module(gradient_checkpointing=False), random_input()))
     assert runs == 2 * 3
     assert len(segments(copy.deepcopy(program).module())) == 3
     assert len(segments(program.module(gradient_checkpointing=True))) == 5
@@ -159,20 +167,20 @@ def test_what_is_no_number_of_blocks_is_refused(program: adaptc.AdaptedProgram, 
     with pytest.raises(ConfigError, match="no number of blocks"):
         program.checkpoint = value
     with pytest.raises(ConfigError, match=r"checkpoint=.*no number of blocks"):
-        adaptc.compile(chained(), lora(), checkpoint=value, **KW)
+        adaptc.compile(make_block_chain(), lora(), checkpoint=value, **KW)
     assert program.checkpoint is None
 
 
 def test_a_program_for_inference_has_nothing_to_compute_again() -> None:
     with pytest.raises(ConfigError, match="training=True"):
-        adaptc.compile(chained(), lora(), **{**KW, "training": False}, checkpoint="auto")
+        adaptc.compile(make_block_chain(), lora(), **{**KW, "training": False}, checkpoint="auto")
 
 
 def test_names_are_not_needed(program: adaptc.AdaptedProgram) -> None:
     module = program.module()
     forget_names(module)
     assert checkpoint(module).count == 5
-    same_step(step(module, given()), step(program.module(), given()))
+    assert_same_step(step(module, random_input()), step(program.module(), random_input()))
 
 
 def test_parameters_and_buffers_keep_their_names_and_values(program: adaptc.AdaptedProgram) -> None:
@@ -184,11 +192,11 @@ def test_parameters_and_buffers_keep_their_names_and_values(program: adaptc.Adap
 
 def test_it_is_turned_off_and_on(program: adaptc.AdaptedProgram) -> None:
     plain, module = program.module(), program.module(gradient_checkpointing=True)
-    expected = step(plain, given())
+    expected = step(plain, random_input())
     for on in (False, True, True, False):
         assert set_checkpointing(module, on) == 5
-        found, runs = runs_of(module, given())
-        same_step(found, expected)
+        found, runs = runs_of(module, random_input())
+        assert_same_step(found, expected)
         assert runs == (10 if on else 5)
         assert (found[2] == expected[2]) == (not on)
     assert set_checkpointing(plain, True) == 0
@@ -199,12 +207,12 @@ def test_train_and_eval_reach_into_segments(program: adaptc.AdaptedProgram) -> N
     for mode in (False, True, False, True):
         assert module.train(mode) is module
         plain.train(mode)
-        found, runs = runs_of(module, given())
-        same_step(found, step(plain, given()))
+        found, runs = runs_of(module, random_input())
+        assert_same_step(found, step(plain, random_input()))
         assert runs == (10 if mode else 5)
         torch.manual_seed(1)
         with torch.no_grad():
-            assert torch.equal(module(given()), module(given())) == (not mode)
+            assert torch.equal(module(random_input()), module(random_input())) == (not mode)
 
 
 def test_without_gradients_segments_run_once(program: adaptc.AdaptedProgram, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,17 +222,17 @@ def test_without_gradients_segments_run_once(program: adaptc.AdaptedProgram, mon
     monkeypatch.setattr(recomputed, "checkpoint", never)
     module = program.module(gradient_checkpointing=True)
     with torch.no_grad():
-        module(given())
-    module.eval()(given())
+        module(random_input())
+    module.eval()(random_input())
     with pytest.raises(AssertionError, match="checkpointed"):
-        module.train()(given())
+        module.train()(random_input())
 
 
 def test_a_mode_that_is_set_before_the_backward_does_not_change_it(program: adaptc.AdaptedProgram) -> None:
-    expected, module = step(program.module(), given()), program.module(gradient_checkpointing=True)
+    expected, module = step(program.module(), random_input()), program.module(gradient_checkpointing=True)
     module.zero_grad()
     torch.manual_seed(3)
-    out = module(given())
+    out = module(random_input())
     module.eval()
     loss_of(out).backward()
     assert all(torch.equal(module.get_parameter(name).grad, grad) for name, grad in expected[1].items())
@@ -233,25 +241,25 @@ def test_a_mode_that_is_set_before_the_backward_does_not_change_it(program: adap
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 def test_copies_are_modules_of_their_own(program: adaptc.AdaptedProgram) -> None:
     module = program.module(gradient_checkpointing=True)
-    expected = step(module, given())
+    expected = step(module, random_input())
     twin = copy.deepcopy(module)
     twin.graph.lint()
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in module.parameters()}
-    found, runs = runs_of(twin, given())
-    same_step(found, expected)
+    found, runs = runs_of(twin, random_input())
+    assert_same_step(found, expected)
     assert runs == 10
     set_checkpointing(twin, False)
-    assert runs_of(module, given())[1] == 10
+    assert runs_of(module, random_input())[1] == 10
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_compiled_module_has_one_graph_and_equal_gradients(dropout: float) -> None:
-    program = randomised(adaptc.compile(chained(count=2), lora(lora_dropout=dropout), **KW))
+    program = randomised(adaptc.compile(make_block_chain(count=2), lora(lora_dropout=dropout), **KW))
     program.fuse = False
-    expected, module = step(program.module(), given()), program.module(gradient_checkpointing=True)
+    expected, module = step(program.module(), random_input()), program.module(gradient_checkpointing=True)
     torch._dynamo.reset()
-    found = step(torch.compile(module, backend="aot_eager", fullgraph=True), given())
+    found = step(torch.compile(module, backend="aot_eager", fullgraph=True), random_input())
     gradients = {n.removeprefix("_orig_mod."): g for n, g in found[1].items()}
     torch.testing.assert_close((found[0], gradients), expected[:2], rtol=1e-5, atol=1e-7)
 
@@ -316,13 +324,13 @@ BODIES = {f.__name__: f for f in HELD}
 @pytest.mark.parametrize("body", [pytest.param(b, marks=pytest.mark.slow) if b == "in_cond" else b for b in BODIES])
 def test_what_blocks_may_hold(body: str, fuse: bool) -> None:
     config = lora(target_modules=["down"] if body == "in_no_grad" else ADAPTED)
-    program = randomised(adaptc.compile(chained(lambda: Once(BODIES[body])), config, **KW))
+    program = randomised(adaptc.compile(make_block_chain(lambda: Once(BODIES[body])), config, **KW))
     program.fuse = fuse
     plain, module = program.module(), program.module(gradient_checkpointing=True)
     module.graph.lint()
     for mode in (True, False, True):
-        found, runs = runs_of(module.train(mode), given(4))
-        same_step(found, step(plain.train(mode), given(4)))
+        found, runs = runs_of(module.train(mode), random_input(4))
+        assert_same_step(found, step(plain.train(mode), random_input(4)))
         assert (len(segments(module)), runs) == (5, 10 if mode else 5)
 
 
@@ -337,7 +345,7 @@ def counted(block: Any, h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("writes", "reason"), [(norm, "running statistics"), (counted, "count.*not of the block")])
 def test_blocks_that_write_to_buffers_run_once(writes: Any, reason: str) -> None:
-    program = adaptc.compile(chained(lambda: Once(writes)), lora(), **KW)
+    program = adaptc.compile(make_block_chain(lambda: Once(writes)), lora(), **KW)
     before = str(program.module().graph)
     module = program.module()
     with pytest.raises(AdaptcError, match=rf"no block twice: the block from .*{reason}.*; and 2 more"):
@@ -345,16 +353,16 @@ def test_blocks_that_write_to_buffers_run_once(writes: Any, reason: str) -> None
     assert str(module.graph) == before
     # Where some do, these alone are left.
     kinds = iter([F.gelu, F.gelu, writes, F.gelu, F.gelu])
-    mixed = randomised(adaptc.compile(chained(lambda: Once(as_how(next(kinds)))), lora(), **KW))
+    mixed = randomised(adaptc.compile(make_block_chain(lambda: Once(as_how(next(kinds)))), lora(), **KW))
     state = copy.deepcopy(mixed.state_dict)
-    expected = step(mixed.module(), given())
+    expected = step(mixed.module(), random_input())
     after = {k: v.clone() for k, v in mixed.state_dict.items()}
     for k, v in state.items():
         mixed.state_dict[k].data.copy_(v)
     with pytest.warns(AdaptcWarning, match=reason):
         module = mixed.module(gradient_checkpointing=True)
-    found, runs = runs_of(module, given())
-    same_step(found, expected)
+    found, runs = runs_of(module, random_input())
+    assert_same_step(found, expected)
     assert runs == 2 * len(segments(module)) == 8
     assert any(not torch.equal(v, state[k]) for k, v in after.items())
     assert all(torch.equal(v, mixed.state_dict[k]) for k, v in after.items())
@@ -366,10 +374,10 @@ def as_how(function: Any) -> Callable[[Any, Tensor], Any]:
 
 def test_blocks_may_share_parameters() -> None:
     one = Once(lambda block, h: h.sin())
-    program = randomised(adaptc.compile(chained(lambda: one), lora(), **KW))
+    program = randomised(adaptc.compile(make_block_chain(lambda: one), lora(), **KW))
     module = program.module(gradient_checkpointing=True)
-    found, runs = runs_of(module, given())
-    same_step(found, step(program.module(), given()))
+    found, runs = runs_of(module, random_input())
+    assert_same_step(found, step(program.module(), random_input()))
     assert (len(segments(module)), runs) == (5, 10)
 
 
@@ -379,8 +387,8 @@ def test_a_sequence_of_equal_blocks() -> None:
     model = nn.Sequential(*(nn.Sequential(*block) for block in layers))
     program = randomised(adaptc.compile(model, lora(target_modules="all-linear"), **KW))
     module = program.module(gradient_checkpointing=True)
-    found, runs = runs_of(module, given())
-    same_step(found, step(program.module(), given()))
+    found, runs = runs_of(module, random_input())
+    assert_same_step(found, step(program.module(), random_input()))
     assert (len(segments(module)), runs) == (6, 12)
 
 
@@ -388,7 +396,7 @@ def test_requests_that_cannot_be_met_are_refused_and_change_nothing(program: ada
     for wrong in (0, -1, 1.5, "all"):
         with pytest.raises(ConfigError, match="number of blocks from 1"):
             program.module(gradient_checkpointing=wrong)  # type: ignore[arg-type]
-    single = adaptc.compile(chained(count=1), lora(), **KW)
+    single = adaptc.compile(make_block_chain(count=1), lora(), **KW)
     module = single.module()
     before = str(module.graph)
     with pytest.raises(AdaptcError, match="found no repeated block"):
@@ -401,20 +409,20 @@ def test_requests_that_cannot_be_met_are_refused_and_change_nothing(program: ada
     with pytest.raises(AdaptcError, match="has checkpoints already"):
         checkpoint(module, 1)
     assert str(module.graph) == before
-    frozen = adaptc.compile(chained(), lora(), example_inputs=given())
+    frozen = adaptc.compile(make_block_chain(), lora(), example_inputs=random_input())
     with pytest.raises(AdaptcError, match=r"captured for inference.*training=True"):
         frozen.module(gradient_checkpointing=True)
 
 
 def test_the_pass_works_on_modules_of_plain_programs() -> None:
-    model = chained().train()
-    plain = export(model, given()).module()
-    module: fx.GraphModule = export(model, given()).module()  # type: ignore[assignment]
-    assert [len(c.blocks) for c in find_chains(module, FRESH)] == [5]
+    model = make_block_chain().train()
+    plain = export(model, random_input()).module()
+    module: fx.GraphModule = export(model, random_input()).module()  # type: ignore[assignment]
+    assert [len(c.blocks) for c in find_block_chains(module, UNALIASED_FUNCTIONS)] == [5]
     result = checkpoint(module, 2)
     assert (result.count, result.notes, result.trail) == (3, (), (("checkpoint", 3),))
     assert len(result.data) == 3
     set_mode(module, True)
     for m in module.modules():
         m.training = True
-    same_step(step(module, given()), step(plain, given()))
+    assert_same_step(step(module, random_input()), step(plain, random_input()))

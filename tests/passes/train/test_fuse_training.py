@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from adaptc.errors import AdaptcError
 from adaptc.passes.graph.pass_infra import GraphPass
 from adaptc.passes.optimize.canonicalize import Canonicalize
-from adaptc.passes.train.fused_cross_entropy import TrainLoss
-from adaptc.passes.train.fused_gated_activation import TrainGates, gated
-from adaptc.passes.train.fused_lora_linear import TrainLayers, layers_with_lora
-from adaptc.passes.train.head_loss import loss_of_layer
+from adaptc.passes.train.fused_cross_entropy import FuseCrossEntropy
+from adaptc.passes.train.fused_gated_activation import FuseGatedActivations, gated_activation
+from adaptc.passes.train.fused_lora_linear import FuseLoraLayers, lora_linears
+from adaptc.passes.train.head_loss import linear_cross_entropy
 from adaptc.passes.train.training_pipeline import fuse_training
 from tests.support.cover import examples
 from tests.support.pass_checks import export
@@ -142,8 +142,8 @@ LAYERS: dict[str, tuple[Callable[[Any, Tensor], Any], int, int]] = {
 @pytest.mark.parametrize("case", LAYERS)
 def test_layers_are_one_step(case: str, bias: bool) -> None:
     body, layers, steps = LAYERS[case]
-    plain, fused, count = both(body, TrainLayers(), bias=bias)
-    assert (count, calls(fused, layers_with_lora)) == (layers, steps)
+    plain, fused, count = both(body, FuseLoraLayers(), bias=bias)
+    assert (count, calls(fused, lora_linears)) == (layers, steps)
     for n in (2, 5):
         same(gradients(fused, inputs(n)), gradients(plain, inputs(n)))
 
@@ -151,7 +151,7 @@ def test_layers_are_one_step(case: str, bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_in_half_precision_have_adapters_in_float32(dtype: torch.dtype) -> None:
     body = LAYERS["siblings"][0]
-    plain, fused, count = both(body, TrainLayers(), dtype=dtype)
+    plain, fused, count = both(body, FuseLoraLayers(), dtype=dtype)
     assert count == 3
     eps = torch.finfo(dtype).eps
     for found, expected in zip(gradients(fused, inputs(5, dtype)), gradients(plain, inputs(5, dtype)), strict=True):
@@ -180,8 +180,8 @@ NOT_LAYERS: dict[str, Callable[[Any, Tensor], Any]] = {
 
 @pytest.mark.parametrize("case", NOT_LAYERS)
 def test_other_layers_stay(case: str) -> None:
-    plain, fused, count = both(NOT_LAYERS[case], TrainLayers())
-    assert (count, calls(fused, layers_with_lora)) == (0, 0)
+    plain, fused, count = both(NOT_LAYERS[case], FuseLoraLayers())
+    assert (count, calls(fused, lora_linears)) == (0, 0)
     same(gradients(fused, inputs(3)), gradients(plain, inputs(3)))
 
 
@@ -199,7 +199,7 @@ def test_whatever_requires_grad_gets_it(wanted: set[str], apart: bool, unused: i
     w, bias = [m.weight for m in net.layers], [m.bias for m in net.layers]
     kept = range(3 - unused)
     plain = [net.layers[i](x) + net.delta(i, low if apart else x) for i in kept]
-    fused = layers_with_lora(x, low if apart else None, w, bias, list(net.a), list(net.b), known["s"])
+    fused = lora_linears(x, low if apart else None, w, bias, list(net.a), list(net.b), known["s"])
     used = [t for name in wanted for t in known[name] if name != "low" or apart]
     same(list(fused)[: len(kept)], plain)
     if used:
@@ -213,7 +213,7 @@ def test_whatever_requires_grad_gets_it(wanted: set[str], apart: bool, unused: i
 
 
 def test_steps_are_of_first_order_and_say_so() -> None:
-    _, fused, _ = both(LAYERS["siblings"][0], TrainLayers())
+    _, fused, _ = both(LAYERS["siblings"][0], FuseLoraLayers())
     x = inputs(2).requires_grad_()
     (first,) = torch.autograd.grad(weighed(fused(x)), x, create_graph=True)
     for by in (None, x):
@@ -240,16 +240,16 @@ def head(reduction: str = "mean", ignored: int = -100, **options: Any) -> Callab
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("ignored", [-100, 4])
 def test_a_cross_entropy_is_one_step(reduction: str, ignored: int, piece: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("adaptc.passes.train.head_loss.PIECE", piece)
-    monkeypatch.setattr("adaptc.passes.train.head_loss.LEAST", 4)
-    plain, fused, count = both(head(reduction, ignored), TrainLoss())
-    assert (count, calls(fused, loss_of_layer)) == (1, 1)
+    monkeypatch.setattr("adaptc.passes.train.head_loss.CHUNK_ELEMENTS", piece)
+    monkeypatch.setattr("adaptc.passes.train.head_loss.MIN_CHUNK_COLUMNS", 4)
+    plain, fused, count = both(head(reduction, ignored), FuseCrossEntropy())
+    assert (count, calls(fused, linear_cross_entropy)) == (1, 1)
     for n in (2, 5):
         same(gradients(fused, inputs(n)), gradients(plain, inputs(n)))
 
 
 def test_the_gradients_of_loss_and_logits_each_alone() -> None:
-    plain, fused, _ = both(head(), TrainLoss())
+    plain, fused, _ = both(head(), FuseCrossEntropy())
     for i in (0, 1):
         found = []
         for m in (fused, plain):
@@ -280,8 +280,8 @@ NOT_LOSSES = {
 @pytest.mark.parametrize("case", NOT_LOSSES)
 def test_other_losses_stay(case: str) -> None:
     # Some torch releases capture a cross entropy with probabilities for one size only.
-    plain, fused, count = both(NOT_LOSSES[case], TrainLoss(), free=False)
-    assert (count, calls(fused, loss_of_layer)) == (0, 0)
+    plain, fused, count = both(NOT_LOSSES[case], FuseCrossEntropy(), free=False)
+    assert (count, calls(fused, linear_cross_entropy)) == (0, 0)
     same(gradients(fused, inputs(4)), gradients(plain, inputs(4)))
 
 
@@ -318,8 +318,8 @@ GATES: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {
 @pytest.mark.parametrize("case", GATES)
 def test_gates(case: str) -> None:
     body, count = GATES[case]
-    plain, fused, found = both(body, TrainGates())
-    assert (found, calls(fused, gated)) == (count, count)
+    plain, fused, found = both(body, FuseGatedActivations())
+    assert (found, calls(fused, gated_activation)) == (count, count)
     same(gradients(fused, inputs(3)), gradients(plain, inputs(3)))
 
 
@@ -345,6 +345,10 @@ def test_less_is_kept_for_the_backward() -> None:
     module = module_of(body)
     before = kept()
     done = fuse_training(module)
-    assert [dict(done.trail)[n] for n in ("train_layers", "train_loss", "train_gates")] == [2, 1, 1]
+    assert [dict(done.trail)[n] for n in ("fuse_lora_layers", "fuse_cross_entropy", "fuse_gated_activations")] == [
+        2,
+        1,
+        1,
+    ]
     # The activation of the gate, and the log softmax of eleven columns but for its sums, of 150 rows each.
     assert before - kept() >= 150 * (5 + 11 - 1)

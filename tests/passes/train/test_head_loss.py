@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptc.passes.train.head_loss import loss_of_layer
+from adaptc.passes.train.head_loss import linear_cross_entropy
 from tests.support.cover import examples
 
 V, K = 11, 7
@@ -39,7 +39,7 @@ def written(x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, mean: bool, 
 def step(
     x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, mean: bool = True, ignored: int = -100, **kw: Any
 ) -> Any:
-    return loss_of_layer(x, w, b, labels, None, None, mean, ignored, **kw)
+    return linear_cross_entropy(x, w, b, labels, None, None, mean, ignored, **kw)
 
 
 def same(found: Any, expected: Any) -> None:
@@ -81,7 +81,7 @@ class Products(TorchDispatchMode):
 
 
 def _labelled(labelled: bool) -> Any:
-    return lambda *args: step(*args, labelled=labelled)
+    return lambda *args: step(*args, labelled_only=labelled)
 
 
 @pytest.mark.parametrize("through_logits", [False, True])
@@ -91,7 +91,7 @@ def test_products_are_of_labelled_rows_alone(labelled: bool, through_logits: boo
     x, w, _ = values(rows)
     labels = labels_of([i % rows < some for i in range(rows)])
     with Products() as forward:
-        logits, loss = step(x, w.detach(), None, labels, labelled=labelled)
+        logits, loss = step(x, w.detach(), None, labels, labelled_only=labelled)
     with Products() as backward:
         (loss + logits.sum() if through_logits else loss).backward()
     row = V * K
@@ -105,7 +105,7 @@ def test_few_rows_without_a_label_are_not_worth_a_copy(labelled: bool) -> None:
     rows = 37
     x, w, _ = values(rows)
     labels = labels_of([i != 5 for i in range(rows)])
-    _, loss = step(x, w.detach(), None, labels, labelled=labelled)
+    _, loss = step(x, w.detach(), None, labels, labelled_only=labelled)
     with Products() as backward:
         loss.backward()
     assert backward.count == V * K * (rows - labelled)
@@ -116,18 +116,18 @@ def test_labels_of_other_types_and_sizes_as_torch_has_them(labelled: bool) -> No
     x, w, b = values(5)
     labels = labels_of([True] * 5)
     small = labels.to(torch.uint8)
-    found, expected = step(x, w, b, small, labelled=labelled), written(x, w, b, small, True, -100)
+    found, expected = step(x, w, b, small, labelled_only=labelled), written(x, w, b, small, True, -100)
     same(found, expected)
-    ignored = step(x, w, b, small, ignored=4, labelled=labelled)
+    ignored = step(x, w, b, small, ignored=4, labelled_only=labelled)
     same(ignored[1], written(x, w, b, small, True, 4)[1])
     for wrong in (labels.int(), labels.double(), labels[:3], torch.cat([labels, labels_of([False] * 5)])):
         with pytest.raises((RuntimeError, ValueError)) as theirs:
             written(x, w, b, wrong, True, -100)
         with pytest.raises(theirs.type) as ours:
-            step(x, w, b, wrong, labelled=labelled)
+            step(x, w, b, wrong, labelled_only=labelled)
         assert str(ours.value) == str(theirs.value)
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        step(x, w, b, labels + V, labelled=labelled)
+        step(x, w, b, labels + V, labelled_only=labelled)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -135,11 +135,11 @@ def test_labels_of_other_types_and_sizes_as_torch_has_them(labelled: bool) -> No
 def test_half_precision_has_its_loss_in_float32(dtype: torch.dtype, labelled: bool, monkeypatch: Any) -> None:
     """In the types of a model that casts its logits for the loss and returns them as they are; pieces of few columns,
     whose products must not be rounded each time they are summed."""
-    monkeypatch.setattr("adaptc.passes.train.head_loss.PIECE", 1)
-    monkeypatch.setattr("adaptc.passes.train.head_loss.LEAST", 3)
+    monkeypatch.setattr("adaptc.passes.train.head_loss.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("adaptc.passes.train.head_loss.MIN_CHUNK_COLUMNS", 3)
     x, w, b = values(41, dtype=dtype)
     labels = labels_of([i % 3 > 0 for i in range(41)])
-    logits, loss = loss_of_layer(x, w, b, labels, None, torch.float32, True, -100, labelled)
+    logits, loss = linear_cross_entropy(x, w, b, labels, None, torch.float32, True, -100, labelled)
     assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
     plain = F.cross_entropy(F.linear(x, w, b).float().view(-1, V), labels)
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
@@ -155,7 +155,7 @@ def test_autocast_takes_the_product_in_its_type_and_the_loss_in_float32(dtype: t
     x, w, b = values(29, dtype=torch.float32)
     labels = labels_of([i % 2 > 0 for i in range(29)])
     with torch.autocast("cpu", dtype):
-        logits, loss = step(x, w, b, labels, labelled=labelled)
+        logits, loss = step(x, w, b, labels, labelled_only=labelled)
         expected = written(x, w, b, labels, True, -100)
     mask = (labels != -100)[None, :, None]
     assert (logits.dtype, loss.dtype) == (dtype, torch.float32)

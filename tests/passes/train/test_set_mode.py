@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.train.set_mode import SetMode
-from tests.support.pass_checks import Snapshot, export, reloaded, sound
+from tests.support.pass_checks import Snapshot, assert_valid, export, saved_and_loaded
 
 
 class Attends(nn.Module):
@@ -92,13 +92,13 @@ def test_eval_and_back(name: str) -> None:
                 v.uniform_(0.5, 2.0)
             assert "running" in k or "num_batches" in k
     program = export(model.train(), x)
-    before = Snapshot.of(program)
+    before = Snapshot.record(program)
     result = SetMode(training=False)(program)
     before.check(program)
     assert result.count > 0
-    sound(result.program)
+    assert_valid(result.program)
     expected = model.eval()(x)
-    for runs in (result.program, reloaded(result.program)):
+    for runs in (result.program, saved_and_loaded(result.program)):
         held = {k: v.detach().clone() for k, v in runs.state_dict.items()}
         module = runs.module()
         assert torch.equal(module(x), expected)
@@ -108,7 +108,7 @@ def test_eval_and_back(name: str) -> None:
         assert again.count == 0
         back = SetMode(training=True)(runs)
         assert back.count == result.count
-        sound(back.program)
+        assert_valid(back.program)
         if runs is result.program:
             before.check(back.program)
         torch.manual_seed(3)
@@ -127,7 +127,7 @@ def test_a_program_without_modes() -> None:
     for training in (False, True):
         result = SetMode(training=training)(program)
         assert result.count == 0
-        Snapshot.of(program).check(result.program)
+        Snapshot.record(program).check(result.program)
 
 
 def test_attention_captured_without_dropout_gets_none() -> None:
