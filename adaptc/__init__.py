@@ -6,26 +6,24 @@ heavy: neither torch nor transformers nor triton. Whatever is exported here says
 
 from __future__ import annotations
 
-import importlib
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from adaptc.public_names import lazy_names
 
 # Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
+    from adaptc import debug, methods, prefixes, training
     from adaptc.adapters.adapter import Adapter, load_adapter
-    from adaptc.adapters.arrow_adapter import arrow_adapter
     from adaptc.adapters.combine import combine
-    from adaptc.adapters.compose import compose_cartridge_adapters
-    from adaptc.adapters.past_key_values import prompt_embeddings_from_past_key_values
     from adaptc.adapters.subtract import subtract_adapter
     from adaptc.adapters.to_lora import convert_to_lora
-    from adaptc.api.adapt_model import compile, create_arrow_model
+    from adaptc.api.adapt_model import compile
     from adaptc.api.any_report import report
     from adaptc.api.change_adapter import bind, swap
-    from adaptc.api.merge_and_lower import lower, merge, unload, unmerge, verify
+    from adaptc.api.merge_and_lower import merge, unload, unmerge, verify
     from adaptc.api.save_and_load import load, load_package, package, save, save_adapter
-    from adaptc.api.scalings_of import xlora_scalings
     from adaptc.bank.bank import Bank
+    from adaptc.binding.binding import Binding
     from adaptc.errors import (
         AdaptcError,
         AdaptcWarning,
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     )
     from adaptc.generation.compile_generation import compile_for_generation
     from adaptc.generation.generator import Generator
-    from adaptc.methods import ProgramConfig, TargetedConfig, VirtualTokens, register_method
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
     from adaptc.methods.lora_family.lily import LilyConfig
@@ -73,24 +70,11 @@ if TYPE_CHECKING:
     from adaptc.methods.sparse.shira import ShiraConfig
     from adaptc.methods.sparse.trainable_tokens import TrainableTokensConfig
     from adaptc.methods.sparse.waveft import WaveFTConfig
-    from adaptc.passes.graph.ops import Op
-    from adaptc.passes.protocol.coefficients import Extra
-    from adaptc.passes.protocol.method import Initial, Method, Slot
-    from adaptc.passes.protocol.program_method import ProgramMethod
-    from adaptc.prefixes.init_kv_prefix import (
-        initialize_kv_prefix_from_past_key_values,
-        initialize_kv_prefix_from_text,
-    )
+    from adaptc.packages.packaged_program import PackagedProgram
     from adaptc.program.adapted_program import AdaptedProgram
     from adaptc.program.rescale import rescale_adapter_scale
     from adaptc.progress import get_verbosity, set_verbosity
-    from adaptc.reports.status import get_layer_status, get_model_status
-    from adaptc.runtime.recompiles import assert_no_recompiles
-    from adaptc.training.checkpoints import last_checkpoint
-    from adaptc.training.lorafa import lorafa_optimizer
-    from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
-    from adaptc.training.trainer_callback import check_gradients, trainer_callback
-    from adaptc.verify.check_method import check_method
+    from adaptc.state.bound import BoundProgram
 
 __version__ = "0.1.0"
 
@@ -99,13 +83,11 @@ PUBLIC = {
     # what one does
     "compile": "adaptc.api.adapt_model",
     "compile_for_generation": "adaptc.generation.compile_generation",
-    "create_arrow_model": "adaptc.api.adapt_model",
     "swap": "adaptc.api.change_adapter",
     "bind": "adaptc.api.change_adapter",
     "merge": "adaptc.api.merge_and_lower",
     "unmerge": "adaptc.api.merge_and_lower",
     "unload": "adaptc.api.merge_and_lower",
-    "lower": "adaptc.api.merge_and_lower",
     "save": "adaptc.api.save_and_load",
     "load": "adaptc.api.save_and_load",
     "save_adapter": "adaptc.api.save_and_load",
@@ -113,33 +95,21 @@ PUBLIC = {
     "load_package": "adaptc.api.save_and_load",
     "report": "adaptc.api.any_report",
     "verify": "adaptc.api.merge_and_lower",
-    "get_model_status": "adaptc.reports.status",
-    "get_layer_status": "adaptc.reports.status",
     "rescale_adapter_scale": "adaptc.program.rescale",
     "load_adapter": "adaptc.adapters.adapter",
     "combine": "adaptc.adapters.combine",
-    "arrow_adapter": "adaptc.adapters.arrow_adapter",
     "convert_to_lora": "adaptc.adapters.to_lora",
     "subtract_adapter": "adaptc.adapters.subtract",
-    "initialize_kv_prefix_from_text": "adaptc.prefixes.init_kv_prefix",
-    "initialize_kv_prefix_from_past_key_values": "adaptc.prefixes.init_kv_prefix",
-    "prompt_embeddings_from_past_key_values": "adaptc.adapters.past_key_values",
-    "compose_cartridge_adapters": "adaptc.adapters.compose",
-    "xlora_scalings": "adaptc.api.scalings_of",
-    "assert_no_recompiles": "adaptc.runtime.recompiles",
-    "RankAllocator": "adaptc.training.rank_allocator",
-    "orthogonal_loss": "adaptc.training.rank_allocator",
-    "lorafa_optimizer": "adaptc.training.lorafa",
-    "trainer_callback": "adaptc.training.trainer_callback",
-    "check_gradients": "adaptc.training.trainer_callback",
-    "last_checkpoint": "adaptc.training.checkpoints",
     "set_verbosity": "adaptc.progress",
     "get_verbosity": "adaptc.progress",
     # what one holds
     "AdaptedProgram": "adaptc.program.adapted_program",
+    "BoundProgram": "adaptc.state.bound",
     "Bank": "adaptc.bank.bank",
     "Adapter": "adaptc.adapters.adapter",
     "Generator": "adaptc.generation.generator",
+    "Binding": "adaptc.binding.binding",
+    "PackagedProgram": "adaptc.packages.packaged_program",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
@@ -170,18 +140,6 @@ PUBLIC = {
     "CPTConfig": "adaptc.methods.prompt.cpt",
     "AdaptionPromptConfig": "adaptc.methods.prompt.adaption_prompt",
     "MultitaskPromptTuningConfig": "adaptc.methods.prompt.multitask_prompt_tuning",
-    # what a method of one's own is made of
-    "register_method": "adaptc.methods",
-    "check_method": "adaptc.verify.check_method",
-    "TargetedConfig": "adaptc.methods",
-    "ProgramConfig": "adaptc.methods",
-    "VirtualTokens": "adaptc.methods",
-    "ProgramMethod": "adaptc.passes.protocol.program_method",
-    "Extra": "adaptc.passes.protocol.coefficients",
-    "Method": "adaptc.passes.protocol.method",
-    "Slot": "adaptc.passes.protocol.method",
-    "Initial": "adaptc.passes.protocol.method",
-    "Op": "adaptc.passes.graph.ops",
     # what can go wrong
     "AdaptcError": "adaptc.errors",
     "AdaptcWarning": "adaptc.errors",
@@ -197,23 +155,41 @@ PUBLIC = {
     "TargetError": "adaptc.errors",
 }
 
+#: packages of further public names, by what one does with them
+NAMESPACES = ("training", "prefixes", "methods", "debug")
+
+#: names that were public here -> what they are called now
+MOVED = {
+    "RankAllocator": "adaptc.training.RankAllocator",
+    "orthogonal_loss": "adaptc.training.orthogonal_loss",
+    "lorafa_optimizer": "adaptc.training.lorafa_optimizer",
+    "trainer_callback": "adaptc.training.trainer_callback",
+    "check_gradients": "adaptc.training.check_gradients",
+    "last_checkpoint": "adaptc.training.last_checkpoint",
+    "initialize_kv_prefix_from_text": "adaptc.prefixes.initialize_kv_prefix_from_text",
+    "initialize_kv_prefix_from_past_key_values": "adaptc.prefixes.initialize_kv_prefix_from_past_key_values",
+    "prompt_embeddings_from_past_key_values": "adaptc.prefixes.prompt_embeddings_from_past_key_values",
+    "compose_cartridge_adapters": "adaptc.prefixes.compose_cartridge_adapters",
+    "register_method": "adaptc.methods.register_method",
+    "check_method": "adaptc.methods.check_method",
+    "create_arrow_model": "adaptc.methods.create_arrow_model",
+    "arrow_adapter": "adaptc.methods.arrow_adapter",
+    "TargetedConfig": "adaptc.methods.TargetedConfig",
+    "ProgramConfig": "adaptc.methods.ProgramConfig",
+    "VirtualTokens": "adaptc.methods.VirtualTokens",
+    "ProgramMethod": "adaptc.methods.ProgramMethod",
+    "Extra": "adaptc.methods.Extra",
+    "Method": "adaptc.methods.Method",
+    "Slot": "adaptc.methods.Slot",
+    "Initial": "adaptc.methods.Initial",
+    "Op": "adaptc.methods.Op",
+    "assert_no_recompiles": "adaptc.debug.assert_no_recompiles",
+    "lower": "adaptc.debug.lower",
+    "xlora_scalings": "adaptc.debug.xlora_scalings",
+    "get_model_status": "adaptc.debug.get_model_status",
+    "get_layer_status": "adaptc.debug.get_layer_status",
+}
+
 __all__ = [*PUBLIC, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    home = PUBLIC.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module(home)
-    # What came along with it is named as well: a program is made by a function, and its class never asked for.
-    for public, where in PUBLIC.items():
-        module = sys.modules.get(where)
-        value = None if module is None else vars(module).get(public)
-        if value is not None:
-            value.__module__ = __name__
-            globals()[public] = value
-    return globals()[name]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC})
+__getattr__, __dir__ = lazy_names(__name__, PUBLIC, MOVED, NAMESPACES)

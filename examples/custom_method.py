@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
+from adaptc import methods
 
 
 @dataclass
-class GainConfig(adaptc.TargetedConfig):
+class GainConfig(methods.TargetedConfig):
     peft_type: ClassVar[str] = "GAIN"
     r: int = 4
 
@@ -28,38 +29,38 @@ class GainConfig(adaptc.TargetedConfig):
 
 
 @dataclass(frozen=True)
-class Gain(adaptc.Method):
+class Gain(methods.Method):
     name: ClassVar[str] = "gain"
     r: int = 4
 
-    def slots(self, op: adaptc.Op) -> dict[str, adaptc.Slot]:
+    def slots(self, op: methods.Op) -> dict[str, methods.Slot]:
         rows, columns = op.matrix_shape
-        down, up = adaptc.Slot((self.r, columns), free=(0,)), adaptc.Slot((rows, self.r), free=(1,))
-        return {"gain_factor": adaptc.Slot((rows,), fill=1.0), "gain_down": down, "gain_up": up}
+        down, up = methods.Slot((self.r, columns), free=(0,)), methods.Slot((rows, self.r), free=(1,))
+        return {"gain_factor": methods.Slot((rows,), fill=1.0), "gain_down": down, "gain_up": up}
 
-    def minimal(self, op: adaptc.Op) -> Gain:
+    def minimal(self, op: methods.Op) -> Gain:
         return replace(self, r=2)
 
-    def init(self, op: adaptc.Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> adaptc.Initial:
+    def init(self, op: methods.Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> methods.Initial:
         values = self.filled(op, W, dtype)
-        return adaptc.Initial(values | {"gain_down": values["gain_down"].normal_(std=0.1, generator=generator)})
+        return methods.Initial(values | {"gain_down": values["gain_down"].normal_(std=0.1, generator=generator)})
 
-    def weight(self, op: adaptc.Op, W: Tensor, slots: Any, scale: Any) -> Tensor:
+    def weight(self, op: methods.Op, W: Tensor, slots: Any, scale: Any) -> Tensor:
         changed = op.matrix(W) + slots["gain_up"] @ slots["gain_down"]
         return op.unmatrix(slots["gain_factor"].unsqueeze(1) * changed).to(W.dtype)
 
-    def bias(self, op: adaptc.Op, b: Tensor | None, slots: Any, scale: Any) -> Tensor | None:
+    def bias(self, op: methods.Op, b: Tensor | None, slots: Any, scale: Any) -> Tensor | None:
         return None if b is None else (slots["gain_factor"] * b).to(b.dtype)
 
-    def has_apply(self, op: adaptc.Op) -> bool:
+    def has_apply(self, op: methods.Op) -> bool:
         return op.kind == "linear"
 
-    def apply(self, op: adaptc.Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
+    def apply(self, op: methods.Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
         low = op.down_up(op.cast_input(x, slots["gain_up"].dtype), slots["gain_down"], slots["gain_up"])
         return (slots["gain_factor"] * (y + low)).to(y.dtype)
 
 
-adaptc.register_method(GainConfig, Gain)
+methods.register_method(GainConfig, Gain)
 
 
 def main() -> int:

@@ -227,7 +227,7 @@ def main(out: Path, adapters: Path) -> int:
     said = {"none": tokenizer.decode(answer(generator, prompt, tokenizer.eos_token_id))}
     answers.add_row("none", "-", escape(said["none"]))
     try:
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             for style in STYLES:
                 start = time.perf_counter()
                 adaptc.swap(generator, adapters / style)

@@ -52,7 +52,7 @@ def trainer(program: adaptc.AdaptedProgram, lessons: Lessons, folder: Path) -> T
         arguments,
         train_dataset=lessons,
         data_collator=quickstart.make_batch,
-        callbacks=[adaptc.trainer_callback(program)],
+        callbacks=[adaptc.training.trainer_callback(program)],
     )
     made.remove_callback(ProgressCallback)
     made.remove_callback(PrinterCallback)

@@ -106,8 +106,8 @@ def create_arrow_model(
 ) -> AdaptedProgram:
     """Return ``base_model`` with an adapter that routes each token between LoRA adapters, as PEFT's function does.
 
-    It is ``compile(base_model, arrow_adapter(...), **options)``. :func:`adaptc.arrow_adapter` makes further ones to
-    swap to; :func:`compile` documents the ``options``. As in PEFT, nothing is trained, and
+    It is ``compile(base_model, arrow_adapter(...), **options)``. :func:`adaptc.methods.arrow_adapter` makes further
+    ones to swap to; :func:`compile` documents the ``options``. As in PEFT, nothing is trained, and
     the adapter cannot be merged. Raises the errors of both.
     """
     adapter = arrow_adapter(task_specific_adapter_paths, arrow_config, general_adapter_paths)

@@ -263,7 +263,7 @@ def lower(
     adaptc = import_adaptc()
 
     path = choose_output_path(out, output, force, program)
-    lowered = adaptc.lower(adaptc.load(program, device=device))
+    lowered = adaptc.debug.lower(adaptc.load(program, device=device))
     print_result(as_json, adaptc.report(lowered), adaptc.save(lowered, path))
 
 

@@ -3,6 +3,8 @@
 Other packages import the names below; modules with a leading underscore are private to this package.
 """
 
+from typing import TYPE_CHECKING
+
 from adaptc.methods._shared.adapter_sizes import check_sizes
 from adaptc.methods._shared.config import AdapterConfig, TargetedConfig
 from adaptc.methods._shared.default_targets import NO_GRAPH_DEFAULTS, adds_default_modules
@@ -26,8 +28,36 @@ from adaptc.methods.prompt.attention_config import AttentionConfig
 from adaptc.methods.prompt.key_values import KVPrefixConfig, rows_from_kv_prefix
 from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS
 from adaptc.methods.prompt.virtual_tokens import VirtualTokens
+from adaptc.public_names import lazy_names
+
+if TYPE_CHECKING:
+    from adaptc.adapters.arrow_adapter import arrow_adapter
+    from adaptc.api.adapt_model import create_arrow_model
+    from adaptc.passes.graph.ops import Op
+    from adaptc.passes.protocol.coefficients import Extra
+    from adaptc.passes.protocol.method import Initial, Method, Slot
+    from adaptc.passes.protocol.program_method import ProgramMethod
+    from adaptc.verify.check_method import check_method
+
+#: public name -> the module that defines it; the other names below are for the rest of adaptc
+PUBLIC = {
+    "register_method": "adaptc.methods._shared.registry",
+    "check_method": "adaptc.verify.check_method",
+    "create_arrow_model": "adaptc.api.adapt_model",
+    "arrow_adapter": "adaptc.adapters.arrow_adapter",
+    "TargetedConfig": "adaptc.methods._shared.config",
+    "ProgramConfig": "adaptc.methods._shared.program_config",
+    "VirtualTokens": "adaptc.methods.prompt.virtual_tokens",
+    "ProgramMethod": "adaptc.passes.protocol.program_method",
+    "Extra": "adaptc.passes.protocol.coefficients",
+    "Method": "adaptc.passes.protocol.method",
+    "Slot": "adaptc.passes.protocol.method",
+    "Initial": "adaptc.passes.protocol.method",
+    "Op": "adaptc.passes.graph.ops",
+}
 
 __all__ = [
+    *PUBLIC,
     "NO_GRAPH_DEFAULTS",
     "PROMPT_EMBEDDINGS",
     "AdapterConfig",
@@ -61,3 +91,6 @@ __all__ = [
     "union_target_fields",
     "default_and_pattern",
 ]
+
+# Looked up when used: these lie in packages above this one.
+__getattr__, __dir__ = lazy_names(__name__, PUBLIC)

@@ -93,7 +93,7 @@ def _inputs_for_text(lifted_program: LiftedProgram, lookup: Lookup, ids: Tensor)
         else:
             raise AdaptcError(
                 f"the program reads {name!r} beside its tokens, and what that is for a text is not known: run the "
-                "model itself, and give adaptc.initialize_kv_prefix_from_past_key_values its cache"
+                "model itself, and give adaptc.prefixes.initialize_kv_prefix_from_past_key_values its cache"
             )
         inputs[name] = value
     return inputs

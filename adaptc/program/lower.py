@@ -16,8 +16,8 @@ P = TypeVar("P", bound=ProgramCore)
 
 
 def lower_program(program: P) -> P:
-    """Return ``program`` with its adapters as fused Triton kernels; ``adaptc.lower`` tells more. Raises BackendError
-    where the base is not on a GPU, or triton is not installed."""
+    """Return ``program`` with its adapters as fused Triton kernels; ``adaptc.debug.lower`` tells more. Raises
+    BackendError where the base is not on a GPU, or triton is not installed."""
     check_triton()
     if not runs_on_gpu(program.base_tensors.values()):
         raise BackendError(

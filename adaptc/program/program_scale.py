@@ -18,7 +18,9 @@ from adaptc.binding.binding_scale import (
     with_scales_multiplied,
     without_adapter,
 )
+from adaptc.errors import ConfigError, listing
 from adaptc.program.add_adapter import CompileFunctions, with_added_adapter
+from adaptc.public_names import warn_renamed
 from adaptc.state.core import ProgramCore
 from adaptc.state.overrides import overriding
 from adaptc.torch_modes import outside_modes
@@ -77,7 +79,7 @@ class ScalableProgram(ProgramCore):
         """
         return overriding(self, off=True)
 
-    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
+    def scaled(self, multiplier: float) -> AbstractContextManager[None]:
         """Run the block with the scales of all adapters multiplied, for the calls that :meth:`disabled` would turn to
         the base.
 
@@ -89,6 +91,34 @@ class ScalableProgram(ProgramCore):
             self.spec(), self.binding, factor
         )  # tried now, or a call in the block would be the first to raise
         return overriding(self, factor=factor)
+
+    # -- the verbs of PEFT and diffusers -------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Let these adapters act, by name, and no others, as PEFT's ``set_adapter`` does; see :meth:`set_active`.
+
+        Unlike PEFT's, it does not change which tensors require gradients.
+        """
+        self.set_active(adapter_name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Let these adapters act with these factors, as ``set_adapters`` of a diffusers pipeline does.
+
+        ``adapter_weights``: a number for all of them, or one for each; None stands for 1. Raises ConfigError where
+        there are not as many as names, and as :meth:`set_active` does.
+        """
+        self.set_active(weighted_adapters(adapter_names, adapter_weights))
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Run the block with calls that compute the base, as PEFT's ``disable_adapter`` does; see :meth:`disabled`."""
+        return self.disabled()
+
+    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
+        """Return :meth:`scaled`, which this is called now."""
+        warn_renamed("program.rescaled", "program.scaled")
+        return self.scaled(multiplier)
 
     def delete_adapter(self, name: str) -> None:
         """Take one of several adapters out. Its name is gone, its tensors are let go, and its layers compute what they
@@ -124,3 +154,20 @@ class ScalableProgram(ProgramCore):
             old = self.binding
             with outside_modes():
                 new = self.binding_plans.remember_fitting(change(self.spec(), old))
+
+
+def weighted_adapters(names: str | Sequence[str], weights: float | Sequence[float] | None) -> dict[str, float]:
+    """Return name -> factor. ``weights``: a number for all ``names``, or one for each; None stands for 1.
+
+    Raises ConfigError where there are not as many weights as names, or a name is given twice.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not isinstance(weights, Sequence):
+        weights = [1.0 if weights is None else weights] * len(names)
+    if len(weights) != len(names):
+        raise ConfigError(
+            f"there are {len(names)} adapter names and {len(weights)} adapter_weights: give one for each name"
+        )
+    if len({*names}) < len(names):
+        raise ConfigError(f"an adapter is named twice: {listing(names)}; give each name once, with its weight")
+    return dict(zip(names, weights, strict=True))

@@ -6,17 +6,21 @@ from contextlib import AbstractContextManager
 
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import needs_graph
+from adaptc.public_names import warn_renamed
 
 
 @needs_graph
 def rescale_adapter_scale(program: AdaptedProgram, multiplier: float) -> AbstractContextManager[None]:
     """Run the block with the scales of all adapters of ``program`` multiplied by ``multiplier``, as its calls see them.
 
+    Deprecated: use ``program.scaled(multiplier)``.
+
     After the block they are what they were. A factor between 0 and 1 lies between the base and the fine-tuned model
     (WiSE-FT).
 
     It holds for calls that this thread, or this task of asyncio, begins in the block. ``merge`` and ``save`` are
     refused there, since they would not see it. Raises ConfigError for a multiplier that is not a finite number, and
-    where no method has a scale. It is ``program.rescaled(multiplier)``.
+    where no method has a scale.
     """
-    return program.rescaled(multiplier)
+    warn_renamed("adaptc.rescale_adapter_scale(program, factor)", "program.scaled(factor)")
+    return program.scaled(multiplier)

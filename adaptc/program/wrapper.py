@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from adaptc.errors import AdaptcError
 from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.public_names import warn_renamed
 from adaptc.state.model_directory import write_program_model
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -115,10 +116,29 @@ class ProgramWrapper(ABC):
         """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
         return self._require_program("disabled").disabled()
 
-    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
+    def scaled(self, multiplier: float) -> AbstractContextManager[None]:
         """Return a context manager in which calls have the scales of all adapters multiplied; see
-        :meth:`AdaptedProgram.rescaled`."""
-        return self._require_program("rescaled").rescaled(multiplier)
+        :meth:`AdaptedProgram.scaled`."""
+        return self._require_program("scaled").scaled(multiplier)
+
+    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
+        """Return :meth:`scaled`, which this is called now."""
+        warn_renamed("rescaled", "scaled")
+        return self.scaled(multiplier)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_adapter`."""
+        self._require_program("set_adapter").set_adapter(adapter_name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Let these adapters act with these factors; see :meth:`AdaptedProgram.set_adapters`."""
+        self._require_program("set_adapters").set_adapters(adapter_names, adapter_weights)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
+        return self._require_program("disable_adapter").disable_adapter()
 
     def delete_adapter(self, name: str) -> None:
         """Delete one of several adapters; see :meth:`AdaptedProgram.delete_adapter`."""

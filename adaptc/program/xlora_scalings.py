@@ -35,7 +35,7 @@ def expert_scalings(
     program: ProgramCore | BoundProgram, *args: Any, adapter_name: str | None = None, **inputs: Any
 ) -> Tensor:
     """Return the weights of the experts, (batch, tokens, adapted layers, experts), for the inputs of a call.
-    ``adaptc.xlora_scalings`` tells more."""
+    ``adaptc.debug.xlora_scalings`` tells more."""
     check_program(program, "xlora_scalings", BoundProgram)
     _, executor, binding, state = program.snapshot_executor()
     attachment, name, c = _find_xlora(executor.attachments, binding.values, adapter_name)

@@ -48,7 +48,7 @@ def register_kernels(owner: str) -> None:
     if not torch.cuda.is_available() and not INTERPRETED:
         raise BackendError(
             f"{owner} holds fused kernels, which run on a GPU, and torch finds none here. Load the program that was "
-            "saved before adaptc.lower, or save one on the machine that has it: it is plain ATen"
+            "saved before adaptc.debug.lower, or save one on the machine that has it: it is plain ATen"
         )
 
 

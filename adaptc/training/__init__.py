@@ -1,1 +1,26 @@
 """Train a program as a module: Trainer, TRL, FSDP2, checkpoints, and schedules of ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptc.public_names import lazy_names
+
+if TYPE_CHECKING:
+    from adaptc.training.checkpoints import last_checkpoint
+    from adaptc.training.lorafa import lorafa_optimizer
+    from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
+    from adaptc.training.trainer_callbacks import check_gradients, trainer_callback
+
+#: public name -> the module that defines it
+PUBLIC = {
+    "RankAllocator": "adaptc.training.rank_allocator",
+    "orthogonal_loss": "adaptc.training.rank_allocator",
+    "lorafa_optimizer": "adaptc.training.lorafa",
+    "trainer_callback": "adaptc.training.trainer_callbacks",
+    "check_gradients": "adaptc.training.trainer_callbacks",
+    "last_checkpoint": "adaptc.training.checkpoints",
+}
+
+__all__ = [*PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = lazy_names(__name__, PUBLIC)

@@ -29,7 +29,7 @@ def orthogonal_loss(program: ProgramCore) -> Tensor:
 
     PEFT's model adds it to the ``loss`` of its output; here the caller does, before ``backward()``::
 
-        loss = module(**batch).loss + adaptc.orthogonal_loss(program)
+        loss = module(**batch).loss + adaptc.training.orthogonal_loss(program)
 
     The norm is Frobenius'. Returns a scalar in the adapter's dtype. Raises AdaptcError when the program's adapter is
     not AdaLoRA.
@@ -49,7 +49,7 @@ class RankAllocator:
     Make one before training. Call it after ``loss.backward()``, with the gradients still there, and after the
     optimizer's step (as PEFT advises)::
 
-        allocator = adaptc.RankAllocator(program)
+        allocator = adaptc.training.RankAllocator(program)
         ...
         optimizer.step()
         allocator.update_and_allocate(step)

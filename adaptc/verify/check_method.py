@@ -138,10 +138,10 @@ def check_method(
 ) -> MethodReport:
     """Test the method of ``config`` on small layers of every kind, print the report, and return it.
 
-    ``config``: a config of your method, registered with :func:`adaptc.register_method`; its targets are ignored.
-    ``sizes``: inputs and outputs of the layers, for methods that need certain sizes. Both must be even, and they must
-    differ, since a method that confuses two axes would pass otherwise. ``progress`` shows a bar on a terminal from the
-    start.
+    ``config``: a config of your method, registered with :func:`adaptc.methods.register_method`; its targets are
+    ignored. ``sizes``: inputs and outputs of the layers, for methods that need certain sizes. Both must be even, and
+    they must differ, since a method that confuses two axes would pass otherwise. ``progress`` shows a bar on a terminal
+    from the start.
 
     It takes about half a minute. Raises ConfigError for an object that is no config of layers and for sizes that cannot
     be used. With ``raise_on_failure``, raises MethodError where a check failed.

@@ -100,7 +100,7 @@ def test_what_is_no_plain_file(prog: adaptc.AdaptedProgram, make: Callable[[Path
         with pytest.raises(AdaptcError, match=r"config.json|no model"):
             read_model(tmp_path)
         assert not is_gguf(file)
-        assert adaptc.last_checkpoint(tmp_path / "run") is None
+        assert adaptc.training.last_checkpoint(tmp_path / "run") is None
         for command in (["show", file], ["compile", file, whole, "-o", tmp_path / "o.pt2"], ["verify", file]):
             call(*command, code=1)
     assert json.loads((whole / "adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -30,7 +30,7 @@ def test_as_peft(name, tmp_path):
     """Files, and logits in both: the number of frozen tokens is the first one's."""
     paths = [cartridge(tmp_path / str(n), name, n, f) for n, f in ((3, 2), (5, 0), (2, 1))]
     peft.compose_cartridge_adapters(paths, output_path=tmp_path / "peft")
-    made = adaptc.compose_cartridge_adapters(paths, output_path=tmp_path / "ours")
+    made = adaptc.prefixes.compose_cartridge_adapters(paths, output_path=tmp_path / "ours")
     ours, theirs = (file_tensors(tmp_path / d) for d in ("ours", "peft"))
     assert ours.keys() == theirs.keys() == {"prompt_embeddings"}
     assert torch.equal(ours["prompt_embeddings"], theirs["prompt_embeddings"])
@@ -41,7 +41,7 @@ def test_as_peft(name, tmp_path):
     run_quietly(program, text(2, 5))
     with quiet(*PROMPT_WARNINGS):
         expected = run_quietly(load_peft(FAMILIES[name].build(), tmp_path / "ours"), text(3, 7))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for adapter in (made, tmp_path / "peft"):
             adaptc.swap(program, adapter)
             assert_same(run_quietly(program, text(3, 7)), expected)
@@ -54,19 +54,19 @@ def test_of_programs_and_objects(tmp_path):
     program = adaptc.compile(shared_base_program("llama"), paths[0])
     rows = [file_tensors(p)["prompt_embeddings"] for p in paths]
     given = [program.bind(paths[1]), adaptc.load_adapter(paths[0]), program]
-    twice = adaptc.compose_cartridge_adapters([adaptc.compose_cartridge_adapters(given), paths[1]])
+    twice = adaptc.prefixes.compose_cartridge_adapters([adaptc.prefixes.compose_cartridge_adapters(given), paths[1]])
     assert torch.equal(twice.tensors["prompt_embeddings"], torch.cat([rows[i] for i in (1, 0, 0, 1)]))
     assert twice.config.num_virtual_tokens == 16
     path = adaptc.save_adapter(twice, tmp_path / "saved")
     assert torch.equal(file_tensors(path)["prompt_embeddings"], twice.tensors["prompt_embeddings"])
-    adaptc.compose_cartridge_adapters(paths, output_path=tmp_path / "bin", safe_serialization=False)
+    adaptc.prefixes.compose_cartridge_adapters(paths, output_path=tmp_path / "bin", safe_serialization=False)
     assert (tmp_path / "bin" / "adapter_model.bin").is_file()
     assert torch.equal(adaptc.load_adapter(tmp_path / "bin").tensors["prompt_embeddings"], torch.cat(rows))
 
 
 def test_what_does_not_go_together(tmp_path):
     one, two = (cartridge(tmp_path / str(n), count=n) for n in (3, 5))
-    compose = adaptc.compose_cartridge_adapters
+    compose = adaptc.prefixes.compose_cartridge_adapters
     with pytest.raises(ConfigError, match="there are 1 cartridges"):
         compose([one])
     with pytest.raises(ConfigError, match="must be a list"):

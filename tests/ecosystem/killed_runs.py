@@ -58,7 +58,7 @@ def killed(folder: Path, dead: Callable[[float], bool]) -> None:
 
 
 def goes_on(folder: Path) -> dict[str, Any]:
-    newest, last = get_last_checkpoint(str(folder)), adaptc.last_checkpoint(folder)
+    newest, last = get_last_checkpoint(str(folder)), adaptc.training.last_checkpoint(folder)
     refused = None
     if newest != last:
         try:

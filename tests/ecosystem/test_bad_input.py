@@ -99,7 +99,7 @@ def test_generation_is_refused_before_the_first_step(tmp_path: Path) -> None:
     trained = module()
     base = trained.owner.base.module()
     options = {"predict_with_generate": True, "eval_strategy": "steps", "eval_steps": 1}
-    callback = adaptc.trainer_callback(trained.owner)
+    callback = adaptc.training.trainer_callback(trained.owner)
     args = transformers.Seq2SeqTrainingArguments(**arguments(tmp_path, **options))
     with pytest.raises(ConfigError, match="predict_with_generate=True: this module does not generate"):
         callback.on_train_begin(args, None, None, model=base)
@@ -113,7 +113,7 @@ def test_a_model_where_a_run_would_write_is_found_before_the_first_step(where: s
     whole = tmp_path / where / "model.safetensors"
     whole.parent.mkdir(exist_ok=True)
     whole.write_bytes(b"a whole model")
-    callbacks = [adaptc.trainer_callback(trained.owner)]
+    callbacks = [adaptc.training.trainer_callback(trained.owner)]
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(CheckpointError, match=r"model.safetensors is there, and not an adapter's.*output_dir"):
         train(trained, tmp_path, callbacks=callbacks, **options)
@@ -129,7 +129,7 @@ def test_a_model_where_a_run_would_write_is_found_before_the_first_step(where: s
     other.parent.mkdir()
     other.write_bytes(b"of a longer run")
     for _ in range(2):
-        _, trainer = train(trained, tmp_path, callbacks=[adaptc.trainer_callback(trained.owner)], **options)
+        _, trainer = train(trained, tmp_path, callbacks=[adaptc.training.trainer_callback(trained.owner)], **options)
     trainer.save_model()
     names = {p.name for p in tmp_path.iterdir() if p.is_file()}
     assert "adapter_model.safetensors" in names

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import adaptc
-from adaptc import CheckpointError
+from adaptc import CheckpointError, training
 from tests.support.training import module, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,14 +64,14 @@ def test_what_a_killed_process_left_is_passed_over(run: Path) -> None:
     (run / "checkpoint-10").mkdir()
     (run / "checkpoint-99").write_text("no folder")
     (run / "checkpoint-x").mkdir()
-    assert adaptc.last_checkpoint(run) == str(newer)
+    assert training.last_checkpoint(run) == str(newer)
     (newer / "trainer_state.json").write_text("")
-    assert adaptc.last_checkpoint(run) == older
+    assert training.last_checkpoint(run) == older
     (run / "checkpoint-2" / "trainer_state.json").unlink()
-    assert adaptc.last_checkpoint(run) is None
-    assert adaptc.last_checkpoint(run / "nothing") is None
+    assert training.last_checkpoint(run) is None
+    assert training.last_checkpoint(run / "nothing") is None
     with pytest.raises(CheckpointError, match="cannot look for checkpoints"):
-        adaptc.last_checkpoint(newer / "README.md")
+        training.last_checkpoint(newer / "README.md")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
@@ -81,7 +81,10 @@ def test_a_damaged_adapter_in_a_checkpoint_is_named(name: str, run: Path) -> Non
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content[: len(content) // 2])
-    for read in (lambda: adaptc.last_checkpoint(run), lambda: adaptc.swap(module().owner, run / "checkpoint-4")):
+    for read in (
+        lambda: training.last_checkpoint(run),
+        lambda: adaptc.swap(module().owner, run / "checkpoint-4"),
+    ):
         with pytest.raises(CheckpointError, match="checkpoint-4"):
             read()
 

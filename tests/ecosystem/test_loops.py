@@ -130,7 +130,7 @@ def test_adalora_in_a_trainer_is_pefts(tmp_path: Path) -> None:
         trainer.train()
         return torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e])
 
-    ours = run(trained, adaptc.trainer_callback(prog))
+    ours = run(trained, adaptc.training.trainer_callback(prog))
     torch.testing.assert_close(ours, run(theirs, Allocating()), rtol=1e-4, atol=0)
     pattern = prog.binding.config.rank_pattern  # type: ignore[attr-defined]
     by_peft = theirs.peft_config["default"].rank_pattern
@@ -160,10 +160,10 @@ def test_gradients_that_are_not_finite_are_named(tmp_path: Path) -> None:
     before = {k: t.clone() for k, t in trained.state_dict().items()}
     trained(**batch()).loss.backward()
     with pytest.raises(AdaptcError, match=r"1 of 12 parameters.*layers\.1\.mlp\.down_proj\.lora_B"):
-        adaptc.check_gradients(trained)
-    adaptc.check_gradients(module())  # has none
+        adaptc.training.check_gradients(trained)
+    adaptc.training.check_gradients(module())  # has none
     trained, callback = spoiled(2), None
-    callback = adaptc.trainer_callback(trained.owner)
+    callback = adaptc.training.trainer_callback(trained.owner)
     with pytest.raises(AdaptcError, match=r"layers\.1\.mlp\.down_proj\.lora_B.*not taken"):
         train(trained, tmp_path, callbacks=[callback], save_strategy="steps", save_steps=1)
     assert all(t.isfinite().all() for t in trained.state_dict().values())
@@ -199,20 +199,20 @@ def test_losses_in_float16_are_pefts() -> None:
 def test_a_scaler_may_leave_steps_out() -> None:
     """Adapters' gradients are float32, so fewer of ours are too large than of PEFT's."""
     trained = module()
-    found, left_out = in_float16(trained, 2.0**24, lambda scaler: adaptc.check_gradients(trained, scaler))
+    found, left_out = in_float16(trained, 2.0**24, lambda scaler: adaptc.training.check_gradients(trained, scaler))
     assert 0 < left_out <= in_float16(peft_model(), 2.0**24, lambda _: None)[1] < 10
     assert found[-1] < found[0] - 0.1
     with pytest.raises(AdaptcError, match="12 of 12 parameters are not finite"):
-        in_float16(trained, 2.0**24, lambda _: adaptc.check_gradients(trained))
+        in_float16(trained, 2.0**24, lambda _: adaptc.training.check_gradients(trained))
     wrong = spoiled(0)
     with pytest.raises(AdaptcError, match="1 of 12 parameters are not finite"):
-        in_float16(wrong, 8.0, lambda scaler: adaptc.check_gradients(wrong, scaler))
+        in_float16(wrong, 8.0, lambda scaler: adaptc.training.check_gradients(wrong, scaler))
 
 
 def scaled(trained: Any, folder: Path, scale: float) -> tuple[list[float], float]:
     """The losses of Trainer as it trains in float16 on a GPU, and the scale at the end. It takes no scaler on a CPU."""
     args = transformers.TrainingArguments(**arguments(folder, fp16=True, max_steps=12))
-    callbacks = [adaptc.trainer_callback(trained.owner)] if hasattr(trained, "owner") else None
+    callbacks = [adaptc.training.trainer_callback(trained.owner)] if hasattr(trained, "owner") else None
     trainer = transformers.Trainer(model=trained, args=args, train_dataset=Data(), callbacks=callbacks)
     trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
     trainer.train()
@@ -236,7 +236,7 @@ def test_fp16_without_a_scaler_is_looked_at(tmp_path: Path) -> None:
     """On a CPU Trainer takes fp16=True, and trains in float32."""
     trained = spoiled(2)
     with pytest.raises(AdaptcError, match="1 of 12 parameters are not finite"):
-        train(trained, tmp_path, callbacks=[adaptc.trainer_callback(trained.owner)], fp16=True)
+        train(trained, tmp_path, callbacks=[adaptc.training.trainer_callback(trained.owner)], fp16=True)
     ours, theirs = (train(m, tmp_path, fp16=True)[0] for m in (module(), peft_model()))
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
 

@@ -67,7 +67,7 @@ def close(ours: list[float], theirs: list[float], tolerance: float = 1e-5) -> No
 def test_twenty_steps_are_pefts(kind: str, tmp_path: Path) -> None:
     program = compiled(KINDS[kind], tmp_path)
     module = program.module()
-    optimizer = adaptc.lorafa_optimizer(program, **FACTORS)
+    optimizer = adaptc.training.lorafa_optimizer(program, **FACTORS)
     frozen = {n: p.clone() for n, p in module.named_parameters() if "lora_A" in n or "embedding_A" in n}
     ours = loop(module, optimizer)
     close(ours, loop(*by_peft(tmp_path)))
@@ -80,14 +80,14 @@ def test_twenty_steps_are_pefts(kind: str, tmp_path: Path) -> None:
 def test_with_what_peft_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     program = compiled(PATTERNS, tmp_path)
-    close(loop(program.module(), adaptc.lorafa_optimizer(program, **FACTORS)), loop(*by_peft(tmp_path)))
+    close(loop(program.module(), adaptc.training.lorafa_optimizer(program, **FACTORS)), loop(*by_peft(tmp_path)))
 
 
 def test_before_the_module_is_made_or_of_a_module(tmp_path: Path) -> None:
     program = compiled(PATTERNS, tmp_path)
     twin = copy.deepcopy(program).module()
-    of_twin = adaptc.lorafa_optimizer(twin, **FACTORS)
-    optimizer = adaptc.lorafa_optimizer(program, **FACTORS)
+    of_twin = adaptc.training.lorafa_optimizer(twin, **FACTORS)
+    optimizer = adaptc.training.lorafa_optimizer(program, **FACTORS)
     module = program.module()
     assert [n for n, p in module.named_parameters() if p.requires_grad and "lora_B" not in n] == []
     close(loop(module, optimizer, 4), loop(twin, of_twin, 4))
@@ -104,21 +104,21 @@ def test_in_a_trainer_that_goes_on(tmp_path: Path) -> None:
     program = compiled(PATTERNS, tmp_path / "adapter")
     second = copy.deepcopy(program)
     saving = {"save_strategy": "steps", "save_steps": 2}
-    ours = run(program.module(), adaptc.lorafa_optimizer(program, **FACTORS), tmp_path / "ours", **saving)
+    ours = run(program.module(), adaptc.training.lorafa_optimizer(program, **FACTORS), tmp_path / "ours", **saving)
     close(ours, run(*by_peft(tmp_path / "adapter"), tmp_path / "theirs"))
-    optimizer = adaptc.lorafa_optimizer(second, **FACTORS)
+    optimizer = adaptc.training.lorafa_optimizer(second, **FACTORS)
     rest = run(second.module(), optimizer, tmp_path / "rest", str(tmp_path / "ours" / "checkpoint-4"))
     assert rest == ours, "losses after the checkpoint, to the bit; those before it are in its log"
 
 
 def test_its_state_is_saved_and_loaded(tmp_path: Path) -> None:
     program = compiled(PATTERNS, tmp_path)
-    module, optimizer = program.module(), adaptc.lorafa_optimizer(program, **FACTORS)
+    module, optimizer = program.module(), adaptc.training.lorafa_optimizer(program, **FACTORS)
     loop(module, optimizer, 3)
     adaptc.save_adapter(program, tmp_path / "on the way")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     again = adaptc.compile(model(), tmp_path / "on the way", training=True)
-    other = adaptc.lorafa_optimizer(again, lr=1.0)
+    other = adaptc.training.lorafa_optimizer(again, lr=1.0)
     other.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     assert loop(again.module(), other, 3) == loop(module, optimizer, 3)
 
@@ -130,7 +130,7 @@ def test_each_expert_of_a_stack_is_projected_by_its_own_factor() -> None:
     config = adaptc.LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.down"])
     program = adaptc.compile(net, config, example_inputs=x)
     module = program.module()
-    optimizer = adaptc.lorafa_optimizer(program, lr=1e-3, betas=(0.0, 0.0), eps=1.0)
+    optimizer = adaptc.training.lorafa_optimizer(program, lr=1e-3, betas=(0.0, 0.0), eps=1.0)
     named = {n.rpartition(".lora_")[2][0]: p for n, p in module.named_parameters() if ".lora_" in n}
     A, B = named["A"], named["B"]
     module(x).square().sum().backward()
@@ -161,7 +161,7 @@ def test_refusals(kind: str) -> None:
     program = adaptc.compile(model(), config)
     before = [p.requires_grad for p in program.module().parameters()]
     with pytest.raises(adaptc.AdaptcError, match=says):
-        adaptc.lorafa_optimizer(program, lr=1e-3)
+        adaptc.training.lorafa_optimizer(program, lr=1e-3)
     assert [p.requires_grad for p in program.module().parameters()] == before
 
 
@@ -171,6 +171,6 @@ def test_refusals(kind: str) -> None:
 def test_values_that_are_not_possible(values: dict[str, Any]) -> None:
     program = adaptc.compile(model(), adaptc.LoraConfig(**CONFIG))
     with pytest.raises(adaptc.ConfigError, match=next(iter(values))):
-        adaptc.lorafa_optimizer(program, **{"lr": 1e-3, **values})
+        adaptc.training.lorafa_optimizer(program, **{"lr": 1e-3, **values})
     assert len(trainable(program.module())) > 4
     assert isinstance(next(iter(program.binding.values.values())), Tensor)

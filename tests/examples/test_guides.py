@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import adaptc
+from adaptc import methods
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.method_hooks import Hooks
 from tests.support.guides import DOCUMENTS, PAGES, ROOT, blocks, run
@@ -94,7 +95,7 @@ def test_every_function_of_the_protocol_has_a_line_on_the_page() -> None:
     follow |= {"has_rows"}
     assert follow < public
     of_programs = {"prompt", "lengthens"}
-    assert of_programs <= set(dir(adaptc.VirtualTokens)) - public
+    assert of_programs <= set(dir(methods.VirtualTokens)) - public
     assert names_in_tables(WRITING) == (public - follow) | of_programs
 
 
@@ -111,16 +112,19 @@ PLAIN = ((1,), (0,), (1,), 1)
 GROUPED = ((2, 1), (1, 0), (1, 1), 2)
 #: kind -> the op of a layer, and an input for it where it can be called
 LOW_RANK = {
-    "linear": (adaptc.Op("linear", (5, 7), ATEN.linear.default), torch.randn(3, 7)),
-    "addmm": (adaptc.Op("addmm", (5, 7), ATEN.addmm.default), torch.randn(3, 7)),
-    "embedding": (adaptc.Op("embedding", (5, 7), ATEN.embedding.default, (-1, False, False)), torch.tensor([1, 6])),
-    "conv1d": (adaptc.Op("conv1d", (5, 7, 3), ATEN.conv1d.default, PLAIN), torch.randn(2, 7, 9)),
-    "conv2d": (adaptc.Op("conv2d", (6, 7, 3, 2), ATEN.conv2d.default, GROUPED), torch.randn(2, 14, 9, 8)),
-    "conv3d": (adaptc.Op("conv3d", (5, 7, 3, 2, 1), ATEN.conv3d.default, PLAIN), torch.randn(2, 7, 5, 4, 3)),
-    "conv_transpose": (adaptc.Op("conv_transpose", (5, 7, 3)), None),
-    "weight": (adaptc.Op("weight", (5, 7)), None),
-    "experts": (adaptc.Op("experts", (3, 5, 7)), None),
-    "experts_t": (adaptc.Op("experts_t", (3, 5, 7)), None),
+    "linear": (methods.Op("linear", (5, 7), ATEN.linear.default), torch.randn(3, 7)),
+    "addmm": (methods.Op("addmm", (5, 7), ATEN.addmm.default), torch.randn(3, 7)),
+    "embedding": (
+        methods.Op("embedding", (5, 7), ATEN.embedding.default, (-1, False, False)),
+        torch.tensor([1, 6]),
+    ),
+    "conv1d": (methods.Op("conv1d", (5, 7, 3), ATEN.conv1d.default, PLAIN), torch.randn(2, 7, 9)),
+    "conv2d": (methods.Op("conv2d", (6, 7, 3, 2), ATEN.conv2d.default, GROUPED), torch.randn(2, 14, 9, 8)),
+    "conv3d": (methods.Op("conv3d", (5, 7, 3, 2, 1), ATEN.conv3d.default, PLAIN), torch.randn(2, 7, 5, 4, 3)),
+    "conv_transpose": (methods.Op("conv_transpose", (5, 7, 3)), None),
+    "weight": (methods.Op("weight", (5, 7)), None),
+    "experts": (methods.Op("experts", (3, 5, 7)), None),
+    "experts_t": (methods.Op("experts_t", (3, 5, 7)), None),
 }
 
 

@@ -103,7 +103,7 @@ def test_training_from_the_same_start_gives_adapters_that_answer_differently(
         loss = quickstart.train(student, lessons, letter, steps=40)
         assert loss < 0.6 * first
         adaptc.save_adapter(student, tmp_path / letter)
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             adaptc.swap(generator, tmp_path / letter)
             answers.append(quickstart.answer(generator, prompt, stop=NEVER, longest=5))
         assert answers[-1] == Letters()(letter * 5)["input_ids"]

@@ -25,14 +25,14 @@ def directory(family: str, seed: int) -> Path:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_peft_generates(family: str) -> None:
     paths, others = [directory(family, s) for s in range(3)], [directory(family, s) for s in (4, 1)]
-    first, second = (adaptc.arrow_adapter(p, ArrowConfig(k)) for p, k in ((paths, 2), (others, 1)))
+    first, second = (adaptc.methods.arrow_adapter(p, ArrowConfig(k)) for p, k in ((paths, 2), (others, 1)))
     gen: Any = adaptc.compile_for_generation(FAMILIES[family].build(), first, max_batch=4, max_length=32)
     ids = FAMILIES[family].inputs(3, 7)["input_ids"]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = [generated(peft_model(family, p, top_k=k), inputs) for p, k in ((paths, 2), (others, 1))]
     assert not torch.equal(*expected)
     assert torch.equal(generated(gen, inputs), expected[0])
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(gen, second)
         assert torch.equal(generated(gen, inputs), expected[1])
         assert torch.equal(generated(gen.bind(first), inputs), expected[0])

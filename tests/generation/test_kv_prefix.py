@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
+from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig, prefixes
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.cache_layout import State, StateLayout, cache_from_output
 from adaptc.generation.modes.recurrent_step import state_cache_class
@@ -61,8 +61,8 @@ def test_from_text_as_peft(name, kind, tmp_path):
         want = peft.initialize_kv_prefix_from_text(oracle.model, tokenizer(), **options)
     program = adaptc.compile(shared_base_program(name), tmp_path / "peft")
     run_quietly(program, text(2, 5))
-    with adaptc.assert_no_recompiles():
-        got = adaptc.initialize_kv_prefix_from_text(program, tokenizer(), **options)
+    with adaptc.debug.assert_no_recompiles():
+        got = prefixes.initialize_kv_prefix_from_text(program, tokenizer(), **options)
         close(got, want)
         assert_same(run_quietly(program, text(3, 7)), run_quietly(oracle.model, text(3, 7)))
     saved = adaptc.save_adapter(program, tmp_path / "ours")
@@ -76,11 +76,11 @@ def test_from_text_as_peft(name, kind, tmp_path):
     assert stored[0] == stored[1]
     adaptc.swap(program, tmp_path / "peft")
     ids = tokenizer()(WORDS, return_tensors="pt")["input_ids"][:, :5]
-    again = adaptc.initialize_kv_prefix_from_past_key_values(program, past_key_values=cache_after(name, ids))
+    again = prefixes.initialize_kv_prefix_from_past_key_values(program, past_key_values=cache_after(name, ids))
     assert not torch.allclose(again, got, atol=1e-3)  # without the template
     plain = {"use_chat_template": False, **options, "max_length": 5}
-    close(adaptc.initialize_kv_prefix_from_text(program, tokenizer(), **plain), again)
-    close(adaptc.initialize_kv_prefix_from_text(program, tokenizer(None), text=WORDS, max_length=5), again)
+    close(prefixes.initialize_kv_prefix_from_text(program, tokenizer(), **plain), again)
+    close(prefixes.initialize_kv_prefix_from_text(program, tokenizer(None), text=WORDS, max_length=5), again)
     with quiet(*PROMPT_WARNINGS):
         close(peft.initialize_kv_prefix_from_text(oracle.model, tokenizer(), **plain), again)
 
@@ -103,9 +103,9 @@ def test_generators(name):
     gen, ids = generator(name), words(13)
     gen.generate(words(4), max_new_tokens=2, **GREEDY)
     for count in (11, 2):
-        with adaptc.assert_no_recompiles():
-            rows = adaptc.initialize_kv_prefix_from_text(gen, text=ids, num_virtual_tokens=count)
-        close(rows, adaptc.initialize_kv_prefix_from_text(program(name), text=ids[0], num_virtual_tokens=count))
+        with adaptc.debug.assert_no_recompiles():
+            rows = prefixes.initialize_kv_prefix_from_text(gen, text=ids, num_virtual_tokens=count)
+        close(rows, prefixes.initialize_kv_prefix_from_text(program(name), text=ids[0], num_virtual_tokens=count))
         assert gen.binding.config.num_virtual_tokens == count
         assert gen.binding.config.num_frozen_tokens == 1
         tail = words(6, 1)
@@ -122,15 +122,18 @@ def test_caches_of_generators():
     """What prefill gives is a cache as all others; what it lacks is told."""
     gen, ids = generator("llama"), words(9)
     want = expected_rows("llama", ids, 7)
-    close(adaptc.prompt_embeddings_from_past_key_values(gen.base.prefill(ids), num_virtual_tokens=7), want)
+    close(prefixes.prompt_embeddings_from_past_key_values(gen.base.prefill(ids), num_virtual_tokens=7), want)
     close(
-        adaptc.initialize_kv_prefix_from_past_key_values(
+        prefixes.initialize_kv_prefix_from_past_key_values(
             gen, past_key_values=gen.base.prefill(ids), num_virtual_tokens=3
         ),
         want[:3],
     )
-    close(adaptc.initialize_kv_prefix_from_past_key_values(gen, past_key_values=gen.base.prefill(ids[:, :7])), want[:3])
-    take = adaptc.prompt_embeddings_from_past_key_values
+    close(
+        prefixes.initialize_kv_prefix_from_past_key_values(gen, past_key_values=gen.base.prefill(ids[:, :7])),
+        want[:3],
+    )
+    take = prefixes.prompt_embeddings_from_past_key_values
     with pytest.raises(AdaptcError, match="nothing is in this cache"):
         take(gen.base.new_cache(), num_virtual_tokens=1)
     mask = torch.ones_like(ids)
@@ -153,12 +156,14 @@ def test_half_precision_and_files(tmp_path):
     """The adapter is float32 above a base of bfloat16, of which the values are; a file of a program does as it does."""
     model = FAMILIES["qwen3"].build().to(torch.bfloat16)
     prog = adaptc.compile(model, CartridgeConfig(num_virtual_tokens=3))
-    rows = adaptc.initialize_kv_prefix_from_text(prog, text=words(7))
+    rows = prefixes.initialize_kv_prefix_from_text(prog, text=words(7))
     assert rows.dtype == torch.bfloat16
     assert torch.equal(torch.cat(list(prog.binding.values.values())), rows.float())
-    assert torch.equal(adaptc.prompt_embeddings_from_past_key_values(half(model, words(3)), num_virtual_tokens=3), rows)
+    assert torch.equal(
+        prefixes.prompt_embeddings_from_past_key_values(half(model, words(3)), num_virtual_tokens=3), rows
+    )
     loaded = adaptc.load(adaptc.save(prog, tmp_path / "saved.pt2"))
-    assert torch.equal(adaptc.initialize_kv_prefix_from_text(loaded, text=words(7)), rows)
+    assert torch.equal(prefixes.initialize_kv_prefix_from_text(loaded, text=words(7)), rows)
 
 
 def half(model, ids):
@@ -182,14 +187,14 @@ def test_embeddings_of_any_cache(layers, heads, width, length, data):
     pairs = [tuple(torch.randn(2, 1, heads, length, width)) for _ in range(layers)]
     want = peft.prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=count)
     for past in (pairs, tuple(pairs), transformers.DynamicCache(pairs)):
-        got = adaptc.prompt_embeddings_from_past_key_values(past, num_virtual_tokens=count)
+        got = prefixes.prompt_embeddings_from_past_key_values(past, num_virtual_tokens=count)
         assert torch.equal(got, want)
     got.zero_()
     assert all(bool(t.any()) for pair in pairs for t in pair)
 
 
 def test_caches_that_do_not_fit():
-    take = adaptc.prompt_embeddings_from_past_key_values
+    take = prefixes.prompt_embeddings_from_past_key_values
     pairs = [tuple(torch.randn(2, 1, 2, 7, 8)) for _ in range(2)]
     for count in (0, -1, True, "3"):
         with pytest.raises(ConfigError, match="positive integer"):
@@ -214,9 +219,9 @@ def test_caches_that_do_not_fit():
     ):
         cached = [tuple(torch.randn(shape)) for _ in range(2)]
         with pytest.raises(ConfigError, match=told):
-            adaptc.initialize_kv_prefix_from_past_key_values(target, past_key_values=cached)
+            prefixes.initialize_kv_prefix_from_past_key_values(target, past_key_values=cached)
     with pytest.raises(ConfigError, match="num_layers=3"):
-        adaptc.initialize_kv_prefix_from_past_key_values(target, past_key_values=[*pairs, pairs[0]])
+        prefixes.initialize_kv_prefix_from_past_key_values(target, past_key_values=[*pairs, pairs[0]])
     assert all(target.binding.values[n] is t for n, t in before.items())
 
 
@@ -229,7 +234,7 @@ def test_training_goes_on_from_a_text(tmp_path):
     head = {n: t for n, t in file_tensors(tmp_path / "before").items() if "score" in n}
     assert head
     ids = words(11)
-    rows = adaptc.initialize_kv_prefix_from_text(prog, text=ids)
+    rows = prefixes.initialize_kv_prefix_from_text(prog, text=ids)
     close(rows, expected_rows("llama", ids, 5))
     module = prog.module()
     found = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -242,11 +247,11 @@ def test_training_goes_on_from_a_text(tmp_path):
     assert torch.equal(after["prompt_embeddings"][:2], rows[:2])
     assert not torch.equal(after["prompt_embeddings"][2:], rows[2:])
     adaptc.swap(prog, tmp_path / "before")
-    adaptc.initialize_kv_prefix_from_text(prog, text=ids)
+    prefixes.initialize_kv_prefix_from_text(prog, text=ids)
     again = file_tensors(adaptc.save_adapter(prog, tmp_path / "again"))
     assert all(torch.equal(again[n], t) for n, t in head.items())
     with pytest.raises(ConfigError, match="num_frozen_tokens=2 is more than the 1"):
-        adaptc.initialize_kv_prefix_from_text(prog, text=ids, num_virtual_tokens=1)
+        prefixes.initialize_kv_prefix_from_text(prog, text=ids, num_virtual_tokens=1)
 
 
 def test_beside_other_adapters():
@@ -254,18 +259,18 @@ def test_beside_other_adapters():
     lora = LoraConfig(r=3, target_modules=["k_proj", "embed_tokens"], init_lora_weights=False)
     prog = adaptc.compile(shared_base_program("llama"), {"style": lora, "task": CartridgeConfig(num_virtual_tokens=3)})
     style = prog.binding.joint_adapters["style"]
-    rows = adaptc.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="task", num_virtual_tokens=6)
+    rows = prefixes.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="task", num_virtual_tokens=6)
     close(rows, expected_rows("llama", words(7), 6))
     assert prog.binding.joint_adapters["style"] is style
     assert prog.binding.joint_adapters["task"].config.num_virtual_tokens == 6
-    close(adaptc.initialize_kv_prefix_from_text(prog, text=words(7)), rows)
+    close(prefixes.initialize_kv_prefix_from_text(prog, text=words(7)), rows)
     prog.set_active("style")
-    close(adaptc.initialize_kv_prefix_from_text(prog, text=words(7)), rows)  # a swap turns it on
+    close(prefixes.initialize_kv_prefix_from_text(prog, text=words(7)), rows)  # a swap turns it on
     assert prog.active_adapters == ["style", "task"]
     with pytest.raises(ConfigError, match="'style' is a LORA adapter"):
-        adaptc.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="style")
+        prefixes.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="style")
     with pytest.raises(ConfigError, match="no adapter called 'other'; it has 'style', 'task'"):
-        adaptc.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="other")
+        prefixes.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="other")
 
 
 def test_encoders_read_the_whole_text():
@@ -279,15 +284,15 @@ def test_encoders_read_the_whole_text():
     ids = words(9)
     with torch.no_grad():
         model(input_ids=ids)
-    rows = adaptc.initialize_kv_prefix_from_text(prog, text=ids)
+    rows = prefixes.initialize_kv_prefix_from_text(prog, text=ids)
     close(rows, torch.cat([t[0, :3] for t in made], 1))
-    short = adaptc.initialize_kv_prefix_from_text(prog, text=ids, max_length=5)
+    short = prefixes.initialize_kv_prefix_from_text(prog, text=ids, max_length=5)
     assert not torch.allclose(rows, short, atol=1e-4)
 
 
 def test_texts_that_do_not_fit():
     prog, gen = program("gpt2"), generator("gpt2")
-    start = adaptc.initialize_kv_prefix_from_text
+    start = prefixes.initialize_kv_prefix_from_text
     for target in (prog, gen):
         before = target.binding
         with pytest.raises(ConfigError, match="2 tokens, and 3 are put in front"):

@@ -126,7 +126,7 @@ def test_an_encoder_is_generated_with_while_trainer_evaluates(tmp_path: Path) ->
         trainer.train()
         return losses(trainer), found
 
-    (ours, tokens), (wanted, by_peft) = run(trained, [adaptc.trainer_callback(program)]), run(theirs, None)
+    (ours, tokens), (wanted, by_peft) = run(trained, [adaptc.training.trainer_callback(program)]), run(theirs, None)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted), rtol=1e-5, atol=0)
     assert len(tokens) == 2
     assert all(map(torch.equal, tokens, by_peft))

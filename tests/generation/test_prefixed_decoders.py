@@ -57,7 +57,7 @@ def test_tokens_are_those_of_peft(family, case, tmp_path):
     differ = 0
     for count in (5, 1):
         adaptc.swap(gen, theirs(family, case, count).path)
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             for inputs in (text(3, 7, "left"), text(3, 5, "right"), text(2, 4, None)):
                 for how in HOWS:
                     expected = peft_said(family, case, count, inputs, **how)

@@ -43,7 +43,7 @@ def test_tokens(name, tmp_path):
     gen.generate(text(2, 5)["input_ids"], max_new_tokens=3, **GREEDY)
     for count in (5, 1, 13):
         oracle = prompt_oracle(name, tmp_path / str(count), PREFIX, num_virtual_tokens=count, seed=count)
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             adaptc.swap(gen, oracle.path)
             ids = text(2, 5, None)["input_ids"]
             expected = continued(oracle.model, ids, 9)

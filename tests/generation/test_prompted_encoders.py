@@ -39,7 +39,7 @@ def test_tokens_are_those_of_peft(family, case, tmp_path):
     start = torch.ones(2, 1, dtype=torch.int64)
     more = {} if case != "tasks" else {"task_ids": torch.tensor([2, 0, 1])}
     said(gen, {**text(3, 7, "left"), **more})
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(gen, oracle.path)
         for inputs in (text(3, 7, "left"), text(3, 5, "right"), text(3, 4, None)):
             for how in ({}, {"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}):

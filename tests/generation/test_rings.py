@@ -172,6 +172,6 @@ def test_as_a_package() -> None:
 def test_inductor_compiles_once_for_all_sizes() -> None:
     gen, found = generator(FAMILY, "inductor"), case(FAMILY)
     generated(gen, prompt(2, 7))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for text in (prompt(3, 9, (4, 0, 1)), prompt(1, 21), prompt(2, 2)):
             assert torch.equal(generated(gen, text), found.expected("first", text))

@@ -40,13 +40,13 @@ def test_tokens_are_those_of_peft(family: str) -> None:
         assert torch.equal(said(gen, given, adapter_scale=4.0), scaled)
         assert torch.equal(said(gen, given), first)
         assert torch.equal(said(gen.bind(found.adapters["first"], scale=4.0), given), scaled)
-        with adaptc.rescale_adapter_scale(gen, 4.0):
+        with gen.scaled(4.0):
             assert torch.equal(said(gen, given), scaled)
             with gen.disabled():
                 assert torch.equal(said(gen, given), base)
         gen.set_scale(4.0)
         assert torch.equal(said(gen, given), scaled)
-        assert adaptc.get_model_status(gen).scales == {"default": 4.0}
+        assert adaptc.debug.get_model_status(gen).scales == {"default": 4.0}
         gen.set_active([])
         assert gen.active_adapters == []
         assert torch.equal(said(gen, given), base)

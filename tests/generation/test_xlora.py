@@ -181,7 +181,7 @@ def test_swaps_to_other_experts(backend: str) -> None:
     one, other, text = oracle("llama"), oracle("llama", True), prompt(3, 9, PADDED)
     gen = generator() if backend == "eager" else made("llama", one.path, backend)
     generated(gen, text)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         try:
             adaptc.swap(gen, other.path)
             bound = gen.bind(one.path)
@@ -252,14 +252,14 @@ def test_scalings_of_tokens_behind_a_cache() -> None:
     want = scalings_of(wrapped)
     past = gen.prefill(text["input_ids"][:, :5])
     held = [t.clone() for t in past.tensors]
-    got = adaptc.xlora_scalings(gen, text["input_ids"][:, 5:], past_key_values=past)
+    got = adaptc.debug.xlora_scalings(gen, text["input_ids"][:, 5:], past_key_values=past)
     torch.testing.assert_close(got, want[:, 5:], rtol=1e-4, atol=1e-5)
     assert past.length == 5
     assert all(map(torch.equal, held, past.tensors))
     bound = gen.bind(oracle("llama").path)
-    torch.testing.assert_close(adaptc.xlora_scalings(bound, **text), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(adaptc.debug.xlora_scalings(bound, **text), want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match="of such this one has none"):
-        adaptc.xlora_scalings(gen.base, **text)
+        adaptc.debug.xlora_scalings(gen.base, **text)
 
 
 def test_an_adapter_that_comes_later() -> None:
@@ -325,7 +325,7 @@ def test_states() -> None:
     assert torch.equal(generated(gen, text, past_key_values=past.copy()), generated(peft, text))
     with torch.no_grad():
         peft(input_ids=text["input_ids"])
-    got = adaptc.xlora_scalings(gen, text["input_ids"][:, 4:], past_key_values=past)
+    got = adaptc.debug.xlora_scalings(gen, text["input_ids"][:, 4:], past_key_values=past)
     torch.testing.assert_close(got, scalings_of(peft)[:, 4:], rtol=1e-4, atol=1e-5)
     assert past.length == 4
     assert "state in 2 passes: " in str(adaptc.report(gen))
@@ -343,7 +343,7 @@ def test_models_that_have_no_cache() -> None:
     past = gen.prefill(text["input_ids"][:, :3])
     with torch.no_grad():
         found.model(**text)
-    got = adaptc.xlora_scalings(gen, text["input_ids"][:, 3:], past_key_values=past)
+    got = adaptc.debug.xlora_scalings(gen, text["input_ids"][:, 3:], past_key_values=past)
     torch.testing.assert_close(got, scalings_of(found.model)[:, 3:], rtol=1e-4, atol=1e-5)
     config = config_of("llama", found.experts)
     with pytest.raises(

@@ -42,7 +42,7 @@ def test_next_to_peft_and_swapped_to_another_rank(backend, dtype, tmp_path: Path
     # An adapter that changed nothing would pass what follows.
     assert (_logits(first, 2, 9) - _logits(base, 2, 9)).norm() > 2 * ALLOWED[dtype] * _logits(base, 2, 9).norm()
     _check_same(program, first, dtype, ((2, 9), (1, 40)))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(program, str(tmp_path / "16"))
         _check_same(program, second, dtype, ((2, 9), (1, 40), (3, 17)))
         adaptc.swap(program, str(tmp_path / "4"))
@@ -95,7 +95,7 @@ def test_kernels_run_what_the_graph_says_and_can_be_written_into_it(dora, tmp_pa
     _check_same(program, graph, F32, ((2, 9), (1, 3)))
     assert program.fusion.kernels == len(program.adaptation.attachments)
     if DEVICE.type == "cuda":
-        adaptc.save(adaptc.lower(program), tmp_path / "low.pt2")
+        adaptc.save(adaptc.debug.lower(program), tmp_path / "low.pt2")
         loaded = adaptc.load(tmp_path / "low.pt2")
         assert [n for n in loaded.graph.nodes if str(n.target).startswith("adaptc.")]
         _check_same(loaded, graph, F32, ((2, 9), (1, 3)))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import pickle
 import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,15 +20,16 @@ import adaptc
 SOURCE = Path(adaptc.__file__)
 
 
-def imported_for_checkers() -> dict[str, str]:
-    """Name -> module, of the imports under TYPE_CHECKING."""
+def imported_for_checkers(source: Path = SOURCE) -> dict[str, str]:
+    """Name -> module, of the imports under TYPE_CHECKING; packages of adaptc aside."""
     found: dict[str, str] = {}
-    for block in ast.parse(SOURCE.read_text(encoding="utf-8")).body:
+    for block in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(block, ast.If):
             for statement in block.body:
                 assert isinstance(statement, ast.ImportFrom)
                 assert statement.module is not None
-                found |= {a.asname or a.name: statement.module for a in statement.names}
+                if statement.module != "adaptc":
+                    found |= {a.asname or a.name: statement.module for a in statement.names}
     return found
 
 
@@ -59,5 +63,47 @@ def test_however_a_class_is_reached_first_it_says_so() -> None:
 def test_a_name_that_is_none_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'adaptc' has no attribute 'compilee'"):
         adaptc.compilee  # noqa: B018
-    assert set(adaptc.PUBLIC) <= set(dir(adaptc))
+    assert {*adaptc.PUBLIC, *adaptc.NAMESPACES} <= set(dir(adaptc))
     assert set(adaptc.__all__) == {*adaptc.PUBLIC, "__version__"}
+
+
+NAMESPACES = [importlib.import_module(f"adaptc.{name}") for name in adaptc.NAMESPACES]
+
+
+@pytest.mark.parametrize("package", NAMESPACES, ids=adaptc.NAMESPACES)
+def test_a_namespace_has_what_its_table_says(package: ModuleType) -> None:
+    assert getattr(adaptc, package.__name__.removeprefix("adaptc.")) is package
+    imported = imported_for_checkers(Path(package.__file__ or ""))
+    own = {n: h for n, h in package.PUBLIC.items() if n in imported}
+    assert imported == own
+    for name, home in package.PUBLIC.items():
+        value = getattr(package, name)
+        assert (value.__module__, value.__name__) == (package.__name__, name)
+        assert inspect.getdoc(value)
+        assert pydoc.locate(f"{package.__name__}.{name}") is value
+        assert pickle.loads(pickle.dumps(value)) is value
+        assert getattr(sys.modules[home], name) is value
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+def test_no_name_is_public_twice() -> None:
+    names = [*adaptc.PUBLIC, *(n for package in NAMESPACES for n in package.PUBLIC)]
+    assert len({*names}) == len(names)
+    assert {*adaptc.MOVED} == {n for package in NAMESPACES for n in package.PUBLIC}
+
+
+@pytest.mark.parametrize("old", list(adaptc.MOVED))
+def test_a_moved_name_works_and_says_where_it_is(old: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"adaptc\.{old} is called {re.escape(adaptc.MOVED[old])} now") as said:
+        value = getattr(adaptc, old)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert value is pydoc.locate(adaptc.MOVED[old])
+
+
+def test_the_top_level_is_small() -> None:
+    """Configs and errors aside, it has what most people use."""
+    rest = [n for n in adaptc.PUBLIC if not n.endswith(("Config", "Error", "Warning"))]
+    assert len(rest) <= 30, rest

@@ -45,7 +45,7 @@ def test_compiled_once_for_every_rank(name):
         for p in adapter_parameters(one).values():
             if p.is_floating_point():
                 p.copy_(torch.rand_like(p))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(program, s.directory)
         assert_close(program(*args), s.program(*args), 1e-9)
         adaptc.swap(program, adapter_parameters(one), config=adaptc.LoraConfig(**smallest))

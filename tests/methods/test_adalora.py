@@ -194,13 +194,13 @@ def test_twenty_steps_are_pefts(tmp_path: Path):
     wrapped = by_peft(net(NetWithLoss), **SCHEDULE, init_lora_weights=False)
     program = compiled(**SCHEDULE, init_lora_weights=False)
     same(slots(program), theirs(wrapped))
-    module, allocator = program.module(), adaptc.RankAllocator(program)
+    module, allocator = program.module(), adaptc.training.RankAllocator(program)
     assert allocator.rank_pattern is None
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.03) for m in (module, wrapped)]
     patterns: list[Any] = []
     for step in range(20):
         x, y = batch(step)
-        loss = nn.functional.mse_loss(module(x), y) + adaptc.orthogonal_loss(program)
+        loss = nn.functional.mse_loss(module(x), y) + adaptc.training.orthogonal_loss(program)
         expected = wrapped.base_model(x, y).loss  # a PeftModel without a task forgets the penalty
         torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
         loss.backward()
@@ -277,7 +277,7 @@ def test_a_site_may_lose_all_its_terms(tmp_path: Path):
     options = {"init_r": 2, "target_r": 1, "total_step": 3, "deltaT": 1, "init_lora_weights": False}
     program = compiled(**options)
     fill = importance_only(program, {"up": [0.0, 0.0], "conv": [3.0, 2.0], "down": [5.0, 1e-6]})
-    allocator = adaptc.RankAllocator(program)
+    allocator = adaptc.training.RankAllocator(program)
     for step in range(1, 5):
         fill()
         allocator.update_and_allocate(step)
@@ -305,7 +305,7 @@ def test_a_site_may_lose_all_its_terms(tmp_path: Path):
 
 def test_the_allocator_says_what_it_needs():
     program = compiled(**SCHEDULE)
-    allocator = adaptc.RankAllocator(program)
+    allocator = adaptc.training.RankAllocator(program)
     with pytest.raises(AdaptcError, match=r"up.lora_A has no gradient: call .* after loss.backward"):
         allocator.update_and_allocate(1)
     with pytest.raises(AdaptcError, match="no step before this one"):
@@ -316,31 +316,31 @@ def test_the_allocator_says_what_it_needs():
     with pytest.raises(AdaptcError, match="swapped since the allocator was made"):
         allocator.update_and_allocate(1)
     with pytest.raises(ConfigError, match="target_r=8 is greater than init_r=3"):
-        adaptc.RankAllocator(compiled(init_r=3))
+        adaptc.training.RankAllocator(compiled(init_r=3))
     with pytest.raises(AdaptcError, match="'up' is not trainable"):
-        adaptc.RankAllocator(compiled(**SCHEDULE, inference_mode=True))
+        adaptc.training.RankAllocator(compiled(**SCHEDULE, inference_mode=True))
     lora = adaptc.compile(net(), adaptc.LoraConfig(target_modules=["up"]), example_inputs=torch.zeros(3, 7).double())
     with pytest.raises(AdaptcError, match="of type LORA, not ADALORA"):
-        adaptc.orthogonal_loss(lora)
+        adaptc.training.orthogonal_loss(lora)
 
 
 def test_what_was_cut_is_not_cut_again(tmp_path: Path):
     program = compiled(**SCHEDULE, init_lora_weights=False)
     program.install(program.binding)
-    adaptc.RankAllocator(program)._store_rank_pattern(
+    adaptc.training.RankAllocator(program)._store_rank_pattern(
         {f"{m}.lora_E": [True, False, True, False, False] for m in TARGETS}
     )
     directory = adaptc.save_adapter(program, tmp_path)
     again = adaptc.compile(net(), directory, example_inputs=torch.zeros(3, 7).double(), training=True)
     with pytest.raises(AdaptcError, match="'up' has rank 2 of init_r=5"):
-        adaptc.RankAllocator(again)
-    assert adaptc.orthogonal_loss(again).requires_grad
+        adaptc.training.RankAllocator(again)
+    assert adaptc.training.orthogonal_loss(again).requires_grad
 
 
 def test_the_user_config_stays_as_it_was():
     config = AdaLoraConfig(target_modules=TARGETS, **{**SCHEDULE, "tinit": 0, "deltaT": 1})
     program = adaptc.compile(net(), config, example_inputs=torch.zeros(3, 7).double(), training=True)
-    allocator = adaptc.RankAllocator(program)
+    allocator = adaptc.training.RankAllocator(program)
     for p in slots(program).values():
         p.grad = torch.ones_like(p)
     allocator.update_and_allocate(1)
@@ -368,11 +368,11 @@ def test_experts_are_cut_one_by_one(tmp_path: Path):
     assert A.shape == (3, 3, 7)
     assert E.shape == (3, 3, 1)
     assert B.shape == (3, 5, 3)
-    a = adaptc.orthogonal_loss(program)
+    a = adaptc.training.orthogonal_loss(program)
     eye = torch.eye(3)
     norms = [(p - eye).norm() for i in range(3) for p in (A[i] @ A[i].T, B[i].T @ B[i])]
     torch.testing.assert_close(a, 0.5 * torch.stack(norms).mean())
-    allocator = adaptc.RankAllocator(program)
+    allocator = adaptc.training.RankAllocator(program)
     for step in (1, 2):
         for p in (A, B):
             p.grad = torch.zeros_like(p)
@@ -400,7 +400,7 @@ def test_both_weights_of_multihead_attention_have_ranks_of_their_own(tmp_path: P
     config = AdaLoraConfig(target_modules=["attention"], init_r=2, target_r=1, total_step=2, init_lora_weights=False)
     program = adaptc.compile(Attending(), config, example_inputs=torch.randn(3, 4, 6), training=True)
     sites = {"attention": [3.0, 2.0], "attention.base_layer.out_proj": [0.0, 1e-6]}
-    fill, allocator = importance_only(program, sites), adaptc.RankAllocator(program)
+    fill, allocator = importance_only(program, sites), adaptc.training.RankAllocator(program)
     for step in (1, 2):
         fill()
         allocator.update_and_allocate(step)

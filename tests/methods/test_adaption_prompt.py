@@ -156,7 +156,7 @@ def test_other_lengths_and_fewer_layers_run_through_the_same_code(name: str, tmp
     two.save_pretrained(str(tmp_path / "two"))
     program = adaptc.compile(plain(name), AdaptionPromptConfig(**OPTIONS))
     logits(program, padded())
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for path, theirs in (("two", two), ("one", one), ("two", two)):
             adaptc.swap(program, tmp_path / path)
             same(logits(program, padded()), logits(theirs, padded()))
@@ -247,7 +247,7 @@ def test_generating(name: str, tmp_path: Path) -> None:
     how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     generator = adaptc.compile_for_generation(built(name), tmp_path / "one", max_length=32, max_batch=4)
     for path, theirs in (("one", one), ("two", two)):
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             adaptc.swap(generator, tmp_path / path)
             found = generator.generate(ids(), **how)
         with quiet():
@@ -262,7 +262,7 @@ def test_inductor_and_packages(tmp_path: Path) -> None:
     two.save_pretrained(str(tmp_path / "two"))
     program = adaptc.compile(built("llama"), tmp_path / "one", backend="inductor")
     same(logits(program, padded()), logits(one, padded()))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(program, tmp_path / "two")
         same(logits(program, padded()), logits(two, padded()))
     runner = adaptc.load_package(adaptc.package(program, tmp_path / "package.pt2"))

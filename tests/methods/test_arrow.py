@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from methods.lora_family.arrow import Arrow, top_right_singular_vector
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import ArrowConfig, LoraConfig
+from adaptc import ArrowConfig, LoraConfig, methods
 from adaptc.errors import CheckpointError, ConfigError, MergeError, SwapError, TargetError
-from adaptc.methods.lora_family.arrow import Arrow, top_right_singular_vector
 from adaptc.passes.graph.ops import Op
 from tests.support.arrow import peft_arrow_layer_output, peft_model, random_lora_adapter, save_random_lora, targets
 from tests.support.families import FAMILIES
@@ -69,7 +69,7 @@ def program(backend: str = "eager", number: int = 3) -> adaptc.AdaptedProgram:
     """One that the tests of a process share and swap."""
     batch, length = torch.export.Dim("batch", max=9), torch.export.Dim("length", max=40)
     shapes = {"x": {0: batch, 1: length}}
-    adapter = adaptc.arrow_adapter(drawn(number), ArrowConfig(top_k=2))
+    adapter = methods.arrow_adapter(drawn(number), ArrowConfig(top_k=2))
     return adaptc.compile(net(), adapter, example_inputs=(inputs(3, 4),), dynamic_shapes=shapes, backend=backend)
 
 
@@ -112,8 +112,8 @@ def test_what_each_token_gets(number, top_k, temperature, batch, length, seed):
     """Any number of adapters, of any ranks, through code that was compiled for three of them."""
     adapters, x = drawn(number, seed), inputs(batch, length, seed)
     prog = program()
-    with adaptc.assert_no_recompiles(), torch.no_grad():
-        adaptc.swap(prog, adaptc.arrow_adapter(adapters, ArrowConfig(top_k, temperature)))
+    with adaptc.debug.assert_no_recompiles(), torch.no_grad():
+        adaptc.swap(prog, methods.arrow_adapter(adapters, ArrowConfig(top_k, temperature)))
         got = prog(x)
     expected = net()(x) + peft_arrow_layer_output(adapters, x, top_k, temperature)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
@@ -124,14 +124,14 @@ def test_of_equal_ones_the_first_are_chosen():
     twice = adaptc.Adapter(one.config.replace(lora_alpha=50), dict(one.tensors), "the same, stronger")
     x = inputs(2, 5)
     for pair in ([one, twice, other], [twice, one, other]):
-        alone = adaptc.compile(net(), adaptc.arrow_adapter([pair[0], other], ArrowConfig(1)), example_inputs=(x,))
-        both = adaptc.compile(net(), adaptc.arrow_adapter(pair, ArrowConfig(1)), example_inputs=(x,))
+        alone = adaptc.compile(net(), methods.arrow_adapter([pair[0], other], ArrowConfig(1)), example_inputs=(x,))
+        both = adaptc.compile(net(), methods.arrow_adapter(pair, ArrowConfig(1)), example_inputs=(x,))
         torch.testing.assert_close(both(x), alone(x))
 
 
 def test_a_token_without_direction_and_one_that_is_not_finite():
     prog = program()
-    adaptc.swap(prog, adaptc.arrow_adapter(drawn(4), ArrowConfig(2)))
+    adaptc.swap(prog, methods.arrow_adapter(drawn(4), ArrowConfig(2)))
     x = inputs(2, 3)
     x[0, 1], x[1, 2] = 0, float("nan")
     got, plain = prog(x), net()(x)
@@ -143,7 +143,7 @@ def test_a_token_without_direction_and_one_that_is_not_finite():
 def test_gradients_of_inputs():
     adapters, x = drawn(4, 1), inputs(3, 4)
     prog = program()
-    adaptc.swap(prog, adaptc.arrow_adapter(adapters, ArrowConfig(2, 0.4)))
+    adaptc.swap(prog, methods.arrow_adapter(adapters, ArrowConfig(2, 0.4)))
     weights = torch.linspace(-1, 2, 60, dtype=torch.float64).reshape(3, 4, 5)
     found = []
     for call in (prog.module(), lambda t: net()(t) + peft_arrow_layer_output(adapters, t, 2, 0.4)):
@@ -161,8 +161,8 @@ def test_compiled_code_takes_any_number(number):
     prog = program("inductor")
     with torch.no_grad():
         prog(x)
-        with adaptc.assert_no_recompiles():
-            adaptc.swap(prog, adaptc.arrow_adapter(drawn(number, 4), config))
+        with adaptc.debug.assert_no_recompiles():
+            adaptc.swap(prog, methods.arrow_adapter(drawn(number, 4), config))
             got = prog(x)
     torch.testing.assert_close(
         got, net()(x) + peft_arrow_layer_output(drawn(number, 4), x, 2, 0.6), rtol=1e-9, atol=1e-9
@@ -171,14 +171,14 @@ def test_compiled_code_takes_any_number(number):
 
 def test_a_package(tmp_path):
     prog, x, config = program(number=4), inputs(3, 4), ArrowConfig(3, 0.6)
-    adaptc.swap(prog, adaptc.arrow_adapter(drawn(5), config))
+    adaptc.swap(prog, methods.arrow_adapter(drawn(5), config))
     packaged = adaptc.load_package(adaptc.package(prog, tmp_path / "arrow.pt2", max_rank=20))
     for number in (5, 1, 3):
-        adaptc.swap(packaged, adaptc.arrow_adapter(drawn(number, 2), config))
+        adaptc.swap(packaged, methods.arrow_adapter(drawn(number, 2), config))
         expected = net()(x) + peft_arrow_layer_output(drawn(number, 2), x, 3, 0.6)
         torch.testing.assert_close(packaged(x), expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(SwapError, match="has shape"):
-        adaptc.swap(packaged, adaptc.arrow_adapter(drawn(6), config))
+        adaptc.swap(packaged, methods.arrow_adapter(drawn(6), config))
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -189,14 +189,14 @@ def test_a_package(tmp_path):
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_outputs(name, top_k):
     paths, options = [directory(name, s) for s in range(3)], {"top_k": top_k, "router_temperature": 0.7}
-    prog = adaptc.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
+    prog = methods.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
     assert_valid(prog)
     theirs = peft_model(name, paths, **options)
     for batch, length in ((3, 7), (1, 5), (2, 2)):
         assert_same(run(prog, FAMILIES[name], batch, length), run(theirs, FAMILIES[name], batch, length))
     with torch.no_grad():
         assert_differs(run(prog, FAMILIES[name]), run(prog.base, FAMILIES[name]))
-    adaptc.swap(prog, adaptc.arrow_adapter([directory(name, 4), directory(name, 0)], ArrowConfig()))
+    adaptc.swap(prog, methods.arrow_adapter([directory(name, 4), directory(name, 0)], ArrowConfig()))
     theirs = peft_model(name, [directory(name, 4), directory(name, 0)], top_k=2)
     assert_same(run(prog, FAMILIES[name]), run(theirs, FAMILIES[name]))
 
@@ -205,7 +205,7 @@ def test_outputs_where_power_iteration_converges():
     """Nothing of PEFT's is changed here."""
     paths = [directory("llama", s, gap=True) for s in range(4)]
     theirs = peft_model("llama", paths, exact_prototypes=False, top_k=2, rng_seed=5)
-    prog = adaptc.create_arrow_model(shared_base_program("llama"), paths, peft.ArrowConfig(top_k=2, rng_seed=5))
+    prog = methods.create_arrow_model(shared_base_program("llama"), paths, peft.ArrowConfig(top_k=2, rng_seed=5))
     assert_same(run(prog, FAMILIES["llama"]), run(theirs, FAMILIES["llama"]), 5e-5)
 
 
@@ -214,10 +214,10 @@ def test_general_knowledge_is_taken_away():
     theirs = peft_model("llama", tasks, general, use_gks=True)
     objects = [adaptc.load_adapter(p) for p in (*tasks, *general)]
     before = [{k: t.clone() for k, t in o.tensors.items()} for o in objects]
-    prog = adaptc.create_arrow_model(shared_base_program("llama"), objects[:3], ArrowConfig(use_gks=True), objects[3:])
+    prog = methods.create_arrow_model(shared_base_program("llama"), objects[:3], ArrowConfig(use_gks=True), objects[3:])
     assert_same(run(prog, FAMILIES["llama"]), run(theirs, FAMILIES["llama"]))
     assert all(torch.equal(t, o.tensors[k]) for o, b in zip(objects, before, strict=True) for k, t in b.items())
-    plain = adaptc.create_arrow_model(shared_base_program("llama"), tasks, ArrowConfig())
+    plain = methods.create_arrow_model(shared_base_program("llama"), tasks, ArrowConfig())
     assert_differs(run(prog, FAMILIES["llama"]), run(plain, FAMILIES["llama"]))
 
 
@@ -226,7 +226,7 @@ def test_general_knowledge_is_taken_away():
 def test_half_precision(autocast):
     paths = [directory("llama", s, gap=True) for s in range(3)]
     model = FAMILIES["llama"].build().bfloat16()
-    prog = adaptc.create_arrow_model(model, paths, ArrowConfig(3), autocast_adapter_dtype=autocast)
+    prog = methods.create_arrow_model(model, paths, ArrowConfig(3), autocast_adapter_dtype=autocast)
     wanted = torch.float32 if autocast else torch.bfloat16
     slots = [t for f, t in prog.binding.values.items() if "lora_" in f and t.is_floating_point()]
     assert {t.dtype for t in slots} == {wanted}
@@ -241,7 +241,7 @@ def test_half_precision(autocast):
 
 
 def test_rows_of_a_batch_and_adapters_beside_it():
-    one, other = (adaptc.arrow_adapter(drawn(n, n), ArrowConfig(k)) for n, k in ((2, 1), (5, 3)))
+    one, other = (methods.arrow_adapter(drawn(n, n), ArrowConfig(k)) for n, k in ((2, 1), (5, 3)))
     x, style = inputs(3, 4), random_lora_adapter(2, 3.0, 50)
     prog = program()
     bank = prog.bank({"one": one, "other": other})
@@ -274,15 +274,15 @@ def assert_close_half(prog: adaptc.AdaptedProgram, adapter: adaptc.Adapter, x: T
 
 
 def test_verify_report_save_and_status(tmp_path):
-    prog = adaptc.create_arrow_model(
+    prog = methods.create_arrow_model(
         shared_base_program("llama"), [directory("llama", s) for s in range(3)], ArrowConfig(2)
     )
     assert adaptc.verify(prog).ok
     assert "arrow" in str(adaptc.report(prog))
-    assert adaptc.get_model_status(prog).trainable_params == 0
+    assert adaptc.debug.get_model_status(prog).trainable_params == 0
     loaded = adaptc.load(adaptc.save(prog, tmp_path / "arrow.pt2"))
     assert_same(run(loaded, FAMILIES["llama"]), run(prog, FAMILIES["llama"]))
-    other = adaptc.arrow_adapter([directory("llama", 4)] * 2, ArrowConfig(1))
+    other = methods.arrow_adapter([directory("llama", 4)] * 2, ArrowConfig(1))
     for p in (loaded, prog):
         adaptc.swap(p, other)
     assert_same(run(loaded, FAMILIES["llama"]), run(prog, FAMILIES["llama"]))
@@ -295,7 +295,7 @@ def test_verify_report_save_and_status(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_both_ways(name, tmp_path):
     paths, options = [directory(name, s, 2 + s % 2) for s in range(3)], {"top_k": 2, "router_temperature": 0.5}
-    prog = adaptc.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
+    prog = methods.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
     written = adaptc.save_adapter(prog, tmp_path / "ours")
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
         "README.md",
@@ -308,9 +308,9 @@ def test_files_both_ways(name, tmp_path):
     tasks = [tmp_path / "ours" / f"task_{i}" for i in range(3)]
     assert_same(run(peft_model(name, tasks, **options), FAMILIES[name]), run(prog, FAMILIES[name]))
     for again in (written, adaptc.load_adapter(written)):
-        adaptc.swap(prog, adaptc.arrow_adapter(paths[:1], ArrowConfig()))
+        adaptc.swap(prog, methods.arrow_adapter(paths[:1], ArrowConfig()))
         adaptc.swap(prog, again)
-        fresh = adaptc.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
+        fresh = methods.create_arrow_model(shared_base_program(name), paths, ArrowConfig(**options))
         assert_same(run(prog, FAMILIES[name]), run(fresh, FAMILIES[name]))
     # One adapter's own file, but for the zeros of a smaller rank.
     mine, given_ = file_tensors(tasks[1]), file_tensors(paths[1])
@@ -324,7 +324,7 @@ def test_what_peft_saves(use_gks, tmp_path):
         theirs = peft_model("llama", tasks, general, exact_prototypes=False, top_k=1, use_gks=use_gks)
         theirs.save_pretrained(str(tmp_path))
     prog = adaptc.compile(shared_base_program("llama"), tmp_path / "arrow_router")
-    again = adaptc.create_arrow_model(shared_base_program("llama"), tasks, ArrowConfig(1, use_gks=use_gks), general)
+    again = methods.create_arrow_model(shared_base_program("llama"), tasks, ArrowConfig(1, use_gks=use_gks), general)
     assert_same(run(prog, FAMILIES["llama"]), run(again, FAMILIES["llama"]))
     stored = json.loads((adaptc.save_adapter(prog, tmp_path / "ours") / "adapter_config.json").read_text())
     # What was taken away is gone, and would be again.
@@ -337,10 +337,10 @@ def test_what_peft_saves(use_gks, tmp_path):
 
 def test_a_failed_write_changes_nothing(tmp_path):
     prog = program()
-    adaptc.swap(prog, adaptc.arrow_adapter(drawn(3), ArrowConfig(2)))
+    adaptc.swap(prog, methods.arrow_adapter(drawn(3), ArrowConfig(2)))
     adaptc.save_adapter(prog, tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    adaptc.swap(prog, adaptc.arrow_adapter(drawn(2, 3), ArrowConfig(1)))
+    adaptc.swap(prog, methods.arrow_adapter(drawn(2, 3), ArrowConfig(1)))
 
     failed: list[Any] = []
 
@@ -404,7 +404,7 @@ def test_adapters_that_do_not_go_together(tasks, general, config, match):
         )
 
     with pytest.raises(ConfigError, match=match):
-        adaptc.arrow_adapter(made(tasks), ArrowConfig(**config), made(general))
+        methods.arrow_adapter(made(tasks), ArrowConfig(**config), made(general))
 
 
 def test_adapters_of_other_modules_and_shapes():
@@ -412,11 +412,11 @@ def test_adapters_of_other_modules_and_shapes():
     elsewhere = adaptc.Adapter(one.config, {k.replace("layer", "head"): t for k, t in one.tensors.items()}, "elsewhere")
     for other, match in ((wide, "of different models"), (elsewhere, "same modules")):
         with pytest.raises(CheckpointError, match=match):
-            adaptc.arrow_adapter([one, other], ArrowConfig())
+            methods.arrow_adapter([one, other], ArrowConfig())
 
 
 def test_what_it_has_no_meaning_for():
-    adapter = adaptc.arrow_adapter(drawn(2), ArrowConfig())
+    adapter = methods.arrow_adapter(drawn(2), ArrowConfig())
     prog = program()
     with pytest.raises(MergeError, match="no weight can hold"):
         adaptc.merge(prog)
@@ -437,7 +437,7 @@ def test_what_it_has_no_meaning_for():
 
 
 def test_whose_a_rank_is_must_be_known():
-    adapter = adaptc.arrow_adapter(drawn(2), ArrowConfig())
+    adapter = methods.arrow_adapter(drawn(2), ArrowConfig())
     for wrong in (0, 2, -1):
         owner = torch.full_like(adapter.tensors["layer.lora_owner"], wrong)
         with pytest.raises(CheckpointError, match="from 0 to 1"):

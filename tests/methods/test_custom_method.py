@@ -25,33 +25,33 @@ from tests.support.subject import Subject
 
 
 @dataclass(frozen=True)
-class Behind(adaptc.Method):
+class Behind(adaptc.methods.Method):
     """What a layer gives, bent once more: no weight does that, and nothing else says so."""
 
     name: ClassVar[str] = "behind"
 
-    def slots(self, op: adaptc.Op) -> dict[str, adaptc.Slot]:
-        return {"behind_gain": adaptc.Slot((op.out_features,))}
+    def slots(self, op: adaptc.methods.Op) -> dict[str, adaptc.methods.Slot]:
+        return {"behind_gain": adaptc.methods.Slot((op.out_features,))}
 
-    def apply(self, op: adaptc.Op, x: Any, y: Any, W: Any, b: Any, slots: Any, scale: Any) -> torch.Tensor:
+    def apply(self, op: adaptc.methods.Op, x: Any, y: Any, W: Any, b: Any, slots: Any, scale: Any) -> torch.Tensor:
         return (y + slots["behind_gain"] * torch.tanh(y)).to(y.dtype)
 
 
 @dataclass(frozen=True)
-class Common(adaptc.Method):
+class Common(adaptc.methods.Method):
     """W' = W + B A with one A for all layers, whose rank an adapter chooses."""
 
     name: ClassVar[str] = "common"
-    swappable: ClassVar[frozenset[str]] = adaptc.Method.swappable | {"inputs"}
+    swappable: ClassVar[frozenset[str]] = adaptc.methods.Method.swappable | {"inputs"}
     r: int = 4
     inputs: int = 0
 
-    def slots(self, op: adaptc.Op) -> dict[str, adaptc.Slot]:
+    def slots(self, op: adaptc.methods.Op) -> dict[str, adaptc.methods.Slot]:
         rows, columns = op.matrix_shape
         down = (self.r, max(self.inputs, columns))
         return {
-            "common_A": adaptc.Slot(down, free=(0,), shared=True, shared_axes_cut=(1,)),
-            "common_B": adaptc.Slot((rows, self.r), free=(1,)),
+            "common_A": adaptc.methods.Slot(down, free=(0,), shared=True, shared_axes_cut=(1,)),
+            "common_B": adaptc.methods.Slot((rows, self.r), free=(1,)),
         }
 
     def shares(self) -> bool:
@@ -61,19 +61,19 @@ class Common(adaptc.Method):
     def settle_shared_sizes(cls, sites: Any) -> list[Any]:
         return [replace(m, inputs=max(o.matrix_shape[1] for _, o in sites)) for m, _ in sites]
 
-    def minimal(self, op: adaptc.Op) -> Common:
+    def minimal(self, op: adaptc.methods.Op) -> Common:
         return replace(self, r=2)
 
-    def init(self, op: adaptc.Op, W: Any, dtype: torch.dtype, generator: Any = None) -> adaptc.Initial:
-        return adaptc.Initial({n: torch.randn_like(t) for n, t in self.filled(op, W, dtype).items()})
+    def init(self, op: adaptc.methods.Op, W: Any, dtype: torch.dtype, generator: Any = None) -> adaptc.methods.Initial:
+        return adaptc.methods.Initial({n: torch.randn_like(t) for n, t in self.filled(op, W, dtype).items()})
 
-    def weight(self, op: adaptc.Op, W: Any, slots: Any, scale: Any) -> torch.Tensor:
+    def weight(self, op: adaptc.methods.Op, W: Any, slots: Any, scale: Any) -> torch.Tensor:
         down = slots["common_A"].narrow(1, 0, op.matrix_shape[1])
         return (W + op.unmatrix(slots["common_B"] @ down)).to(W.dtype)
 
 
 @dataclass
-class BehindConfig(adaptc.TargetedConfig):
+class BehindConfig(adaptc.methods.TargetedConfig):
     peft_type: ClassVar[str] = "BEHIND"
 
     def method(self, name: str, kind: str) -> Behind:
@@ -81,7 +81,7 @@ class BehindConfig(adaptc.TargetedConfig):
 
 
 @dataclass
-class CommonConfig(adaptc.TargetedConfig):
+class CommonConfig(adaptc.methods.TargetedConfig):
     peft_type: ClassVar[str] = "COMMON"
     r: int = 4
 
@@ -133,7 +133,7 @@ def test_the_script_runs_in_few_lines(tmp_path: Path) -> None:
     ids=lambda v: type(v).__name__,
 )
 def test_its_forms_agree(example: ModuleType, layer: nn.Module, x: torch.Tensor, tmp_path: Path) -> None:
-    adaptc.register_method(example.GainConfig, example.Gain)
+    adaptc.methods.register_method(example.GainConfig, example.Gain)
     net = OneLayer(layer).eval()
     config = example.GainConfig(r=3, target_modules=["layer"])
     program = adaptc.compile(net, config, example_inputs=x, training=True)
@@ -174,7 +174,7 @@ def test_rows_of_a_bank_have_a_bias_of_their_own(
 def checked(
     example: ModuleType, check: Callable[..., None], layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adaptc.register_method(example.GainConfig, example.Gain)
+    adaptc.methods.register_method(example.GainConfig, example.Gain)
     monkeypatch.setattr(adaptc, "GainConfig", example.GainConfig, raising=False)
     subject = Subject(Entry("gain", "GainConfig", {"r": 4}, peft=(), other_config={"r": 3}), layer)
     assert subject.directory.is_dir()
@@ -185,19 +185,19 @@ def checked(
 
 
 def test_names_that_are_taken(example: ModuleType) -> None:
-    adaptc.register_method(example.GainConfig, example.Gain)
-    adaptc.register_method(example.GainConfig, example.Gain)
+    adaptc.methods.register_method(example.GainConfig, example.Gain)
+    adaptc.methods.register_method(example.GainConfig, example.Gain)
 
     @dataclass
     class GainConfig(example.GainConfig):
         peft_type: ClassVar[str] = "LORA"
 
     with pytest.raises(adaptc.ConfigError, match="'LORA' is the name of"):
-        adaptc.register_method(GainConfig, example.Gain)
+        adaptc.methods.register_method(GainConfig, example.Gain)
 
 
 def test_a_method_without_a_weight_is_not_merged_and_says_so(registry: None) -> None:
-    adaptc.register_method(BehindConfig, Behind)
+    adaptc.methods.register_method(BehindConfig, Behind)
     net, x = OneLayer(nn.Linear(5, 7)).eval(), torch.randn(3, 5)
     program = adaptc.compile(net, BehindConfig(target_modules=["layer"]), example_inputs=x)
     with pytest.raises(adaptc.MergeError, match=r"'layer.weight\|behind' cannot be merged: behind has no form"):
@@ -210,7 +210,7 @@ def test_layers_that_an_adapter_lacks_have_what_it_shares_in_its_size(
     registry: None, layers: list[str], tmp_path: Path
 ) -> None:
     """The shared tensor is one in the program: of the adapter's rank, and as long as its widest layer reads."""
-    adaptc.register_method(CommonConfig, Common)
+    adaptc.methods.register_method(CommonConfig, Common)
     net, x = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4), nn.Linear(4, 8)).eval(), torch.randn(3, 6)
     program = adaptc.compile(net, CommonConfig(r=5, target_modules=["0", "1", "2"]), example_inputs=x)
     other = adaptc.compile(net, CommonConfig(r=3, target_modules=layers), example_inputs=x)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import adaptc
-from adaptc import Extra, Initial, ProgramConfig, ProgramMethod, PromptTuningConfig, Slot, VirtualTokens
+from adaptc import PromptTuningConfig
 from adaptc.errors import ConfigError, MethodError
+from adaptc.methods import Extra, Initial, ProgramConfig, ProgramMethod, Slot, VirtualTokens
 from adaptc.methods._shared import registry as _registry
 from tests.generation.test_prefixes import continued
 from tests.support.families import FAMILIES
@@ -56,7 +57,7 @@ def tables(monkeypatch):
 
 
 def test_it_computes_trains_and_generates(tmp_path):
-    adaptc.register_method(LeanedConfig, Leaned)
+    adaptc.methods.register_method(LeanedConfig, Leaned)
     made = adaptc.compile(FAMILIES["llama"].build(), LeanedConfig(num_virtual_tokens=5), training=True)
     inputs = {**text(3, 7, "left"), "side": torch.tensor([1, 0, 1])}
     module = made.module().eval()
@@ -116,7 +117,7 @@ def test_what_it_promises():
             def method(self, name, kind):
                 return self.made(self.num_virtual_tokens)
 
-        adaptc.register_method(Config, cls)
+        adaptc.methods.register_method(Config, cls)
         with pytest.raises(MethodError, match=message):
             adaptc.compile(shared_base_program("llama"), Config(num_virtual_tokens=3))
 
@@ -130,8 +131,8 @@ def test_what_cannot_be_registered():
             return {}
 
     with pytest.raises(ConfigError, match="must define what it makes of a program value: tokens, attended"):
-        adaptc.register_method(LeanedConfig, Nothing)
+        adaptc.methods.register_method(LeanedConfig, Nothing)
     with pytest.raises(ConfigError, match="are not of one kind"):
-        adaptc.register_method(adaptc.LoraConfig, Leaned)
+        adaptc.methods.register_method(adaptc.LoraConfig, Leaned)
     with pytest.raises(ConfigError, match="check_method tries methods of layers"):
-        adaptc.check_method(LeanedConfig(num_virtual_tokens=3))
+        adaptc.methods.check_method(LeanedConfig(num_virtual_tokens=3))

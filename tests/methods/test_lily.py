@@ -93,7 +93,7 @@ def test_first_values_and_groups_are_those_of_peft(net: Net, plain: Any) -> None
     assert_close(program(inputs(5)), theirs(inputs(5)))
     module = program.module()
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    status = adaptc.get_model_status(program)
+    status = adaptc.debug.get_model_status(program)
     assert count == status.trainable_params == theirs.get_nb_trainable_parameters()[0]
     assert adaptc.report(program).trainable == count
     # Three groups of layers, and of "o" as many.
@@ -108,12 +108,12 @@ def test_other_groups_run_through_the_same_code(how: str, net: Net, plain: Any, 
     theirs.save_pretrained(str(tmp_path / "theirs"))
     program = adaptc.compile(plain, LilyConfig(**OPTIONS), training=True)
     program(x)
-    with adaptc.assert_no_recompiles(), torch.no_grad():
+    with adaptc.debug.assert_no_recompiles(), torch.no_grad():
         adaptc.swap(program, tmp_path / "theirs")
         assert_close(program(x), theirs(x))
     assert not torch.allclose(theirs(x), net(x), rtol=1e-3, atol=1e-3)
     assert_valid(program)
-    assert adaptc.get_model_status(program).trainable_params == theirs.get_nb_trainable_parameters()[0]
+    assert adaptc.debug.get_model_status(program).trainable_params == theirs.get_nb_trainable_parameters()[0]
     written = adaptc.save_adapter(program, tmp_path / "ours")
     ours, given = load_file(written / FILE), load_file(tmp_path / "theirs" / FILE)
     assert ours.keys() == given.keys()

@@ -163,7 +163,7 @@ def test_first_values_are_those_of_peft(fresh):
 def test_swaps_to_other_tasks_skills_and_ranks(backend, tmp_path):
     program = adaptc.compile(shared_base_program("llama"), PolyConfig(**config_of("llama")), backend=backend)
     called(program, inputs("llama", 2, 5))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for i, options in enumerate(OTHERS):
             oracle = oracle_of("llama", tmp_path / str(i), seed=i, **options)
             adaptc.swap(program, oracle.path)

@@ -99,7 +99,7 @@ def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
     counts = (1, 2, 13)
     oracles = {n: prompt_oracle("llama", tmp_path / str(n), PREFIX, num_virtual_tokens=n, seed=n) for n in counts}
     run_quietly(program, text(2, 5))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for n, oracle in oracles.items():
             adaptc.swap(program, oracle.path)
             for size in ((3, 11), (1, 2)):
@@ -116,7 +116,7 @@ def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
 def test_cartridges_swap(tmp_path):
     """Other numbers of tokens, and of frozen ones among them."""
     program = adaptc.compile(shared_base_program("qwen3"), CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=2))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for n, frozen in ((1, 1), (7, 0), (11, 3)):
             options = {"num_virtual_tokens": n, "num_frozen_tokens": frozen}
             oracle = prompt_oracle("qwen3", tmp_path / str(n), CARTRIDGE, seed=n, **options)

@@ -99,7 +99,7 @@ def test_any_sizes(family, each, count, size, padding):
     given_ = recording(batch, decoded) if family == "whisper" else inputs(batch, length, padding, decoded)
     expected = run_with_cache_prefix(model, front, given_, each).logits
     assert_same(run_quietly(found.bind({"prompt_embeddings": front}), given_).logits, expected)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(found, {"prompt_embeddings": front})
         assert_same(run_quietly(found, given_).logits, expected)
     assert_same(run_quietly(found.bind(None), given_).logits, run_quietly(model, given_).logits)
@@ -198,14 +198,14 @@ def test_first_values_from_a_cache():
     read = {**text(1, 7, None), "decoder_input_ids": dec[:, :4]}
     with torch.no_grad():
         past = model(**read)
-    adaptc.initialize_kv_prefix_from_past_key_values(found, past_key_values=past[1], num_virtual_tokens=4)
+    adaptc.prefixes.initialize_kv_prefix_from_past_key_values(found, past_key_values=past[1], num_virtual_tokens=4)
     expected = run_quietly(model, {**read, "decoder_input_ids": dec}).logits[:, 4:]
     assert_same(run_quietly(found, {**read, "decoder_input_ids": dec[:, 4:]}).logits, expected)
     two = adaptc.compile(build("bart"), PrefixTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3))
     with pytest.raises(ConfigError, match="compile with num_transformer_submodules=1"):
-        adaptc.initialize_kv_prefix_from_past_key_values(two, past_key_values=past[1])
+        adaptc.prefixes.initialize_kv_prefix_from_past_key_values(two, past_key_values=past[1])
     with pytest.raises(ConfigError, match="this one has an encoder, which would have to read something, too"):
-        adaptc.initialize_kv_prefix_from_text(found, text=dec)
+        adaptc.prefixes.initialize_kv_prefix_from_text(found, text=dec)
 
 
 def test_a_swap_with_a_config_that_leaves_sizes_to_the_model(tmp_path):

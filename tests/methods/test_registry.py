@@ -34,25 +34,25 @@ SOURCE = textwrap.dedent(
 
 
     @dataclass(frozen=True)
-    class Signed(adaptc.Method):
+    class Signed(adaptc.methods.Method):
         name: ClassVar[str] = "signed"
 
         def slots(self, op):
-            return {"signed_amount": adaptc.Slot((1,))}
+            return {"signed_amount": adaptc.methods.Slot((1,))}
 
         def weight(self, op, W, slots, scale):
             return (W + FACTOR * slots["signed_amount"] * W.sign()).to(W.dtype)
 
 
     @dataclass
-    class SignedConfig(adaptc.TargetedConfig):
+    class SignedConfig(adaptc.methods.TargetedConfig):
         peft_type: ClassVar[str] = "SIGNED"
 
         def method(self, name, kind):
             return Signed()
 
 
-    adaptc.register_method(SignedConfig, Signed)
+    adaptc.methods.register_method(SignedConfig, Signed)
     '''
 )
 

@@ -53,7 +53,7 @@ def test_a_factor_is_peft_s(entry: str, layer: str) -> None:
         expected = theirs(*args)
         merged = theirs.merge_and_unload()(*args) if s.entry.has_weight_form else None
     assert not torch.allclose(before, expected, rtol=1e-3, atol=1e-3)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         program.set_scale(99.0)
         program.set_scale(FACTOR)  # what counts is the last one
         assert_close(program(*args), expected, s.tolerance)
@@ -80,7 +80,7 @@ def test_methods_without_a_scale_are_refused_by_name(entry: str) -> None:
         lambda: adaptc.swap(program, s.directory, scale=0.5),
         lambda: program(*args, adapter_scale=0.5),
         lambda: program.set_active({"default": 0.5}),
-        lambda: adaptc.rescale_adapter_scale(program, 0.5),
+        lambda: program.scaled(0.5),
     ):
         with pytest.raises(ConfigError, match=program.binding.config.peft_type):
             attempt()

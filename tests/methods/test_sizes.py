@@ -189,7 +189,7 @@ class Growing(Method):
 
 
 @dataclasses.dataclass
-class GrowingConfig(adaptc.TargetedConfig):
+class GrowingConfig(adaptc.methods.TargetedConfig):
     peft_type: ClassVar[str] = "GROWING"
     factor: float = 1.0
     size: "NoSuchName" = 7  # type: ignore[name-defined]  # noqa: F821, UP037

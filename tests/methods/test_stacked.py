@@ -54,7 +54,7 @@ def test_lora_and_adalora_at_the_same_experts_have_slots_of_their_own(tmp_path: 
 
 @pytest.mark.parametrize("hook", ["check_merge", "has_weight", "replaces", "in_place", "inner_path"])
 def test_what_the_inner_method_says_is_said_of_the_whole(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = adaptc.Op("experts", (3, 5, 7))
+    op = adaptc.methods.Op("experts", (3, 5, 7))
     answers: dict[str, Any] = {
         "check_merge": lambda self, op: f"not at {op.shape}",
         "has_weight": lambda self: False,

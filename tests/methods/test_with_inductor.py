@@ -25,7 +25,7 @@ def test_compiled_once(entry: str, layer: str, tmp_path):
         other = save_random_adapter(s, s.config(**s.entry.other_config), tmp_path, seed=9)
     program(*s.args(2))
     eager = s.compile(other)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(program, s.directory)
         assert_close(program(*args), s.expected(5), max(1e-8, s.tolerance))
         adaptc.swap(program, other)

@@ -77,7 +77,7 @@ def test_swaps_to_other_numbers_of_tokens(backend: str, tmp_path: Path) -> None:
     program = adaptc.compile(eager_base_program("gemma2"), PrefixTuningConfig(num_virtual_tokens=3), backend=backend)
     oracles = {n: prefix("gemma2", tmp_path / str(n), num_virtual_tokens=n, seed=n) for n in (1, 4, 9)}
     run_quietly(program, text(2, 5))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for n, oracle in oracles.items():
             adaptc.swap(program, oracle.path)
             for size in ((3, 11), (1, 2)):
@@ -115,7 +115,7 @@ def test_cartridges_and_those_of_a_text(tmp_path: Path) -> None:
     assert_same(run_quietly(program, text(3, 7)), run_quietly(oracle.model, text(3, 7)))
     usual = adaptc.compile(FAMILIES["qwen3"].build(), CartridgeConfig(num_virtual_tokens=3))
     for p in (program, usual):
-        adaptc.initialize_kv_prefix_from_text(p, text=torch.arange(4, 17), num_virtual_tokens=9)
+        adaptc.prefixes.initialize_kv_prefix_from_text(p, text=torch.arange(4, 17), num_virtual_tokens=9)
     assert_same(run_quietly(program, text(3, 7)), run_quietly(usual, text(3, 7)))
     assert_differs(run_quietly(usual, text(3, 7)), run_quietly(eager_base_program("qwen3"), text(3, 7)))
 

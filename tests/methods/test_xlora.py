@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adaptc
+from adaptc import debug
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
 from adaptc.methods.routed.xlora_classifier import ScalingRule
 from adaptc.passes.protocol.regions import COEFFICIENT_ROLE, node_tag
@@ -86,7 +87,7 @@ def test_outputs(name, options, adapters, tmp_path):
         assert_same(called(program, ids), called(wrapped, ids), 2e-5)  # sums in another order, of large weights
         want = scalings_of(wrapped)
         assert want.shape[2:] == (len(program.adaptation.attachments), 3)
-        torch.testing.assert_close(adaptc.xlora_scalings(program, input_ids=ids), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(debug.xlora_scalings(program, input_ids=ids), want, rtol=1e-4, atol=1e-5)
     plain = called(FAMILIES[name].build(), ids)
     assert_differs(called(program, ids), plain)
     if "scaling_pass_value" in OPTIONS[options]:
@@ -210,7 +211,7 @@ def test_swaps_to_other_experts(backend, options, adapters, tmp_path):
     paths = [save_xlora_adapter(m, tmp_path / str(i)) for i, m in enumerate(models)]
     program = adaptc.compile(shared_base_program("llama"), paths[0], backend=backend)
     called(program, tokens(2, 5))
-    with adaptc.assert_no_recompiles():
+    with debug.assert_no_recompiles():
         for i in (1, 0):
             adaptc.swap(program, paths[i])
             for size in ((2, 7), (1, 3)):
@@ -219,7 +220,7 @@ def test_swaps_to_other_experts(backend, options, adapters, tmp_path):
             bound = program.bind(paths[1 - i])
             assert_same(called(bound, tokens(3, 4)), called(models[1 - i], tokens(3, 4)))
             want = scalings_of(models[1 - i])
-            torch.testing.assert_close(adaptc.xlora_scalings(bound, input_ids=tokens(3, 4)), want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(debug.xlora_scalings(bound, input_ids=tokens(3, 4)), want, rtol=1e-4, atol=1e-5)
     plain = called(FAMILIES["llama"].build(), tokens(3, 4))
     assert_same(called(program.bind(None), tokens(3, 4)), plain)
     assert_same(called(program, tokens(3, 4), adapter_scale=0.0), plain)
@@ -237,7 +238,7 @@ def test_saved_programs(adapters, tmp_path):
     torch.export.save(loaded, tmp_path / "torch.pt2")
     again = torch.export.load(tmp_path / "torch.pt2").module()
     assert_same(called(again, ids, attention_mask=torch.ones_like(ids)), called(other, ids))
-    torch.testing.assert_close(adaptc.xlora_scalings(loaded, input_ids=ids), scalings_of(other), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(debug.xlora_scalings(loaded, input_ids=ids), scalings_of(other), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_with_adapters_of_their_own(adapters, tmp_path):
@@ -311,7 +312,7 @@ def test_refusals(adapters, tmp_path):
     with pytest.raises(ConfigError, match="xlora acts on activations"):
         adaptc.convert_to_lora(path, program, rank=2)
     with pytest.raises(ConfigError, match="one X-LoRA adapter that a program runs, and of such this one has none"):
-        adaptc.xlora_scalings(shared_base_program("llama"), input_ids=tokens(2, 5))
+        debug.xlora_scalings(shared_base_program("llama"), input_ids=tokens(2, 5))
     with quiet(*EXPECTED_WARNINGS):
         wrapped.save_pretrained(str(tmp_path / "lossy"))
     with pytest.raises(CheckpointError, match=r"no 'internal_xlora_classifier.layers.0.weight'. PEFT 0.21 leaves out"):

@@ -98,7 +98,7 @@ def test_sites_that_one_has_left_are_taken(model: nn.Module, folder: Path) -> No
     program(X)
     program.delete_adapter("two")
     without = program(X)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for adapter in (folder / "lora", LoraConfig(r=5, target_modules=["up"], init_lora_weights=False)):
             assert program.add_adapter("two", adapter) is program
             assert not torch.allclose(program(X), without, rtol=1e-3)

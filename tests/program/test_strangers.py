@@ -19,7 +19,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "merge": adaptc.merge,
     "unmerge": adaptc.unmerge,
     "unload": adaptc.unload,
-    "lower": adaptc.lower,
+    "lower": adaptc.debug.lower,
     "save": lambda it: adaptc.save(it, "never.pt2"),
     "save_adapter": lambda it: adaptc.save_adapter(it, "never"),
     "verify": adaptc.verify,

@@ -147,9 +147,9 @@ def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
     ours.set_scale(0.5, "task")
     twins.scale(0.5, "task")
     before = ours(IDS)
-    with adaptc.rescale_adapter_scale(ours, 3), rescale_adapter_scale(theirs, 3):
+    with ours.scaled(3), rescale_adapter_scale(theirs, 3):
         twins.check()
-        with ours.rescaled(-0.5), rescale_adapter_scale(theirs, -0.5):
+        with ours.scaled(-0.5), rescale_adapter_scale(theirs, -0.5):
             twins.check()
             with ours.disabled(), theirs.disable_adapter():
                 twins.check()
@@ -165,7 +165,7 @@ def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
 def test_a_block_that_raises_leaves_nothing(twins: Twins, block: str) -> None:
     ours = twins.ours
     before = ours(IDS)
-    with pytest.raises(KeyError), ours.disabled() if block == "disabled" else ours.rescaled(2):
+    with pytest.raises(KeyError), ours.disabled() if block == "disabled" else ours.scaled(2):
         raise KeyError
     assert torch.equal(ours(IDS), before)
 
@@ -277,7 +277,7 @@ def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Pat
     loaded = adaptc.load(adaptc.save(ours, tmp_path / "program.pt2"))
     assert loaded.available_adapters == ["task"]
     assert torch.equal(loaded(IDS), ours(IDS))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         assert ours.add_adapter("style", folder / "style") is ours
         assert ours.available_adapters == ["style", "task"]
     assert_close(ours(IDS), Twins(model, folder).ours(IDS), 1e-9)
@@ -321,7 +321,7 @@ def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
     assert_close(merged(IDS), expected, 1e-9)
     ours.set_active({"style": 3})
     assert torch.equal(adaptc.unmerge(merged)(IDS), expected)
-    for block in (ours.disabled(), ours.rescaled(2)):
+    for block in (ours.disabled(), ours.scaled(2)):
         with block:
             with pytest.raises(AdaptcError, match="merge is called inside of"):
                 adaptc.merge(ours)
@@ -346,7 +346,7 @@ BAD = {
     "active, no such name": (lambda p: p.set_active(["style", "taste"]), "'taste'"),
     "active, no names": (lambda p: p.set_active(3), "a list of names"),
     "active, no number": (lambda p: p.set_active({"style": "much"}), "factor of 'style' must be a number"),
-    "no factor": (lambda p: p.rescaled("2"), "multiplier must be a number"),
+    "no factor": (lambda p: p.scaled("2"), "multiplier must be a number"),
     "a call": (lambda p: p(IDS, adapter_scale=[1]), "adapter_scale must be a number"),
     "a name that is there": (
         lambda p: p.add_adapter("task", LoraConfig(target_modules=["up"])),
@@ -389,3 +389,45 @@ def test_reports_say_it(twins: Twins, model: nn.Module) -> None:
     assert verified.ok
     assert said in str(verified)
     assert verified.data()["strength"] == said
+
+
+# -- the verbs of PEFT and diffusers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["style", ["task"], ["task", "style"]])
+def test_set_adapter_and_disable_adapter_as_peft(twins: Twins, names: str | list[str]) -> None:
+    twins.ours.set_adapter(names)
+    twins.theirs.base_model.set_adapter(names)
+    twins.check()
+    with twins.ours.disable_adapter(), twins.theirs.disable_adapter():
+        twins.check()
+    twins.check()
+
+
+@pytest.mark.parametrize("weights", [None, 0.25, [0.5, -2.0]])
+def test_set_adapters_weighs_as_diffusers_does(twins: Twins, weights: Any) -> None:
+    twins.ours.set_adapters(["task", "style"], weights)
+    values = weights if isinstance(weights, list) else [1.0 if weights is None else weights] * 2
+    for name, value in zip(["task", "style"], values, strict=True):
+        twins.scale(value, name)
+    twins.check()
+    before = twins.ours(IDS)
+    for names, wrong, match in (
+        (["task", "style"], [1.0], "2 adapter names and 1 adapter_weights"),
+        (["task", "task"], None, "named twice"),
+        (["nobody"], None, "nobody"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            twins.ours.set_adapters(names, wrong)
+        assert torch.equal(twins.ours(IDS), before)
+
+
+def test_old_names_of_the_block_warn_and_work(twins: Twins) -> None:
+    with twins.ours.scaled(0.5):
+        expected = twins.ours(IDS)
+    for old in (twins.ours.rescaled, lambda f: adaptc.rescale_adapter_scale(twins.ours, f)):
+        with pytest.warns(DeprecationWarning, match=r"program\.scaled") as told:
+            block = old(0.5)
+        assert len(told) == 1
+        with block:
+            assert torch.equal(twins.ours(IDS), expected)

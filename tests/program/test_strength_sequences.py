@@ -147,14 +147,14 @@ def apply(step: tuple, p: adaptc.AdaptedProgram, m: Model) -> None:  # type: ign
 def test_any_sequence(backend: str, steps: list[tuple]) -> None:  # type: ignore[type-arg]
     p, m = program(backend), Model()
     p.install(start(backend))
-    with adaptc.assert_no_recompiles(), ExitStack() as blocks:
+    with adaptc.debug.assert_no_recompiles(), ExitStack() as blocks:
         off, times = False, 1.0
         for step in steps:
             if step[0] == "disabled":
                 blocks.enter_context(p.disabled())
                 off = True
             elif step[0] == "rescaled":
-                blocks.enter_context(adaptc.rescale_adapter_scale(p, step[1]))
+                blocks.enter_context(p.scaled(step[1]))
                 times *= step[1]
             elif step[0] != "call" or (not off and times == 1):
                 apply(step, p, m)
@@ -223,7 +223,7 @@ def test_threads_see_their_own_blocks_and_all_of_what_is_set() -> None:
 
     def rescales() -> None:
         while time.monotonic() < end:
-            with p.rescaled(3):
+            with p.scaled(3):
                 one_of(p(X), tripled)
 
     def asks() -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adaptc
-from adaptc import AdaptcError, AdaptcWarning, C3AConfig, FourierFTConfig, IA3Config, LoraConfig, TargetedConfig
+from adaptc import AdaptcError, AdaptcWarning, C3AConfig, FourierFTConfig, IA3Config, LoraConfig
+from adaptc.methods import TargetedConfig
 from tests.support.families import FAMILIES
 
 LORA = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)

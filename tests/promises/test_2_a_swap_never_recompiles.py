@@ -86,7 +86,7 @@ def test_any_adapter(backend: str, rank: int, alpha: float, sites: set[str], row
             tensors[f"{site}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=generator)
     p = program(backend)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(sites))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         adaptc.swap(p, tensors, config=config)
         found = p(ids(rows))
         bound = p.bind(tensors, config=config)(ids(rows))
@@ -98,7 +98,7 @@ def test_any_adapter(backend: str, rank: int, alpha: float, sites: set[str], row
 
 def test_the_guard_sees_compilations() -> None:
     """Or the tests above would say nothing."""
-    with pytest.raises(RecompileError), adaptc.assert_no_recompiles():
+    with pytest.raises(RecompileError), adaptc.debug.assert_no_recompiles():
         torch.compile(lambda x: torch.sin(x) * 3, fullgraph=True)(torch.randn(7))
-    with pytest.raises(RecompileError), adaptc.assert_no_recompiles():
+    with pytest.raises(RecompileError), adaptc.debug.assert_no_recompiles():
         adaptc.compile(net(), LoraConfig(r=2, target_modules=["up"]), example_inputs=ids(3), backend="inductor")(ids(3))

@@ -56,12 +56,12 @@ def twins(training: bool, **configs: tuple[str, dict[str, Any]]) -> tuple[adaptc
 
 def same(ours: adaptc.AdaptedProgram, theirs: Any) -> None:
     """Field by field; ``scales`` is adaptc's own."""
-    found, expected = adaptc.get_model_status(ours), theirs.get_model_status()
+    found, expected = adaptc.debug.get_model_status(ours), theirs.get_model_status()
     for f in dataclasses.fields(expected):
         # PEFT knows the class of a model that it has, adaptc of one of transformers.
         if f.name != "base_model_type":
             assert getattr(found, f.name) == getattr(expected, f.name), f.name
-    layers = {s.name: s for s in adaptc.get_layer_status(ours)}
+    layers = {s.name: s for s in adaptc.debug.get_layer_status(ours)}
     wanted = {s.name.removeprefix("model."): s for s in theirs.get_layer_status()}
     assert layers.keys() == wanted.keys()
     for name, layer in wanted.items():
@@ -79,10 +79,10 @@ def test_fields_are_those_of_peft(training: bool) -> None:
         theirs.base_model.set_adapter(["task"], inference_mode=not training)
     same(ours, theirs)
     with ours.disabled(), theirs.disable_adapter():
-        status = adaptc.get_model_status(ours)
+        status = adaptc.debug.get_model_status(ours)
         assert status.enabled is theirs.get_model_status().enabled is False
-        assert "disabled" in repr(adaptc.get_layer_status(ours))
-    assert adaptc.get_model_status(ours).enabled is True
+        assert "disabled" in repr(adaptc.debug.get_layer_status(ours))
+    assert adaptc.debug.get_model_status(ours).enabled is True
 
 
 @pytest.mark.parametrize(("cls", "options"), [("IA3Config", {"feedforward_modules": []}), ("LoHaConfig", {"r": 3})])
@@ -95,9 +95,9 @@ def test_scales_and_tables() -> None:
     ours.set_scale(0.5, "style", "layers.0")
     ours.set_active({"style": 0.5})
     ours.set_scale(2, "style", "embed")
-    status = adaptc.get_model_status(ours)
+    status = adaptc.debug.get_model_status(ours)
     assert status.scales == {"style": "irregular", "task": 1.0}
-    layers = adaptc.get_layer_status(ours)
+    layers = adaptc.debug.get_layer_status(ours)
     assert {s.name: s.scales for s in layers} == {
         "embed": {"style": 2.0},
         "layers.0": {"style": 0.5},
@@ -114,6 +114,6 @@ def test_scales_and_tables() -> None:
 def test_programs_without_adapters_are_refused() -> None:
     ours, _ = twins(False, **CONFIGS)
     for program in (adaptc.merge(ours), adaptc.unload(ours)):
-        for status in (adaptc.get_model_status, adaptc.get_layer_status):
+        for status in (adaptc.debug.get_model_status, adaptc.debug.get_layer_status):
             with pytest.raises(AdaptcError, match="merged or unloaded"):
                 status(program)

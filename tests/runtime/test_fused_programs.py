@@ -109,7 +109,7 @@ def test_swaps_to_any_rank_and_subset(ranks: list[int], layers: tuple[str, ...],
     program = compile_block(backend=backend, dtype=torch.float32)
     program(random_rows(2, torch.float32))
     for i, rank in enumerate(ranks):
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             adaptc.swap(program, adapter(rank, i, layers if i % 2 else LAYERS))
             found = program(random_rows(3, torch.float32))
         expected = adaptc.merge(program)(random_rows(3, torch.float32))

@@ -121,7 +121,7 @@ def test_inductor_compiles_kernels_once_for_all_ranks(dora: bool) -> None:
     assert fused.fusion.kernels == 4
     for rank in (1, 6):
         adaptc.swap(plain, state(rank, dora))
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             adaptc.swap(fused, state(rank, dora))
             found = fused(random_rows(8)), fused(random_rows(3))
         for a, b in zip(found, (plain(random_rows(8)), plain(random_rows(3))), strict=True):
@@ -190,7 +190,7 @@ def test_without_triton_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackendError, match="need triton, which is not installed"):
         program(random_rows(2))
     with pytest.raises(BackendError, match="need triton"):
-        adaptc.lower(program)
+        adaptc.debug.lower(program)
     with FakeTensorMode():
         assert not runs_on_gpu([torch.empty(2, device="cuda")])
     assert importlib.util.find_spec("triton") is not None
@@ -199,7 +199,7 @@ def test_without_triton_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch
 def test_lower_wants_a_gpu() -> None:
     program = compiled(block(), False)
     with pytest.raises(BackendError, match=r"weights are not on a GPU.*model\.cuda\(\)"):
-        adaptc.lower(program)
+        adaptc.debug.lower(program)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -74,7 +74,7 @@ def test_the_form_follows_the_rows() -> None:
         seen.add(kind)
     trails = {k: dict(t) for k, t in program.executor().variants.trails.items()}
     assert all(t["fold_scales"] == 4 for t in trails.values())
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for n in (FEW, MORE, 2, 0, FEW):
             program(random_rows(n, BF16))
     assert kinds(program) == seen
@@ -99,7 +99,7 @@ def test_swaps_and_bindings() -> None:
     bound = program.bind(adapted(7, 4))
     expected = {n: program.with_binding(bound.binding)(random_rows(n, BF16)) for n in (FEW, MORE)}
     for rank in (1, 7):
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             adaptc.swap(program, adapted(rank, rank))
             for n in (FEW, MORE):
                 program(random_rows(n, BF16))

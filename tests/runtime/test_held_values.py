@@ -422,12 +422,12 @@ def test_compiled_code_takes_values_of_any_rank() -> None:
     assert (fast.held.count, fast.held.shared) == (1, 2)
 
     def check() -> None:
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             found = fast(IDS)
         torch.testing.assert_close(found, eager(IDS), rtol=1e-4, atol=1e-4)
 
     for rank in (5, 1, 2, 16, 31):
-        with adaptc.assert_no_recompiles():
+        with adaptc.debug.assert_no_recompiles():
             adaptc.swap(fast, squares(rank))
         adaptc.swap(eager, squares(rank))
         if rank == 16:
@@ -452,11 +452,11 @@ def test_compiled_code_follows_slots_that_require_grad() -> None:
     program = adaptc.compile(net(), config, example_inputs=IDS, form="weight", backend="inductor")
     before = program(IDS)
     program.state_dict["up.lora_B.default.weight"].data.mul_(2)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         after = program(IDS)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, program.module()(IDS), rtol=1e-4, atol=1e-5)
     adaptc.swap(program, adapter(4, 4))
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         program(IDS)
     assert program.held.count == 2

@@ -83,7 +83,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, config: type[TargetedConfig], me
     """Make a method known for one test."""
     for table in (_registry.CONFIGS, _registry.METHODS, _registry._registered_classes):
         monkeypatch.setattr(_registry, next(n for n, v in vars(_registry).items() if v is table), dict(table))
-    adaptc.register_method(config, method)
+    adaptc.methods.register_method(config, method)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:

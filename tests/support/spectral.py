@@ -67,5 +67,5 @@ def differing_fields(peft_config: Any, config: Any) -> dict[str, Any]:
     missing = object()
     out = {n: (a.get(n, missing), b.get(n, missing)) for n in names}
     # Which layers to choose, PEFT does not let every method say in every way.
-    chosen = {f.name for f in dataclasses.fields(adaptc.TargetedConfig)}
+    chosen = {f.name for f in dataclasses.fields(adaptc.methods.TargetedConfig)}
     return {n: v for n, v in out.items() if v[0] != v[1] and not (v[0] is missing and n in chosen)}

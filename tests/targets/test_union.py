@@ -73,7 +73,7 @@ def test_the_union_is_compiled_and_the_first_is_bound(model, saved, backend):
     assert {a.fqn for a in program.adaptation.attachments} >= {"emb.weight", "up.weight", "down.weight", "norm.bias"}
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(program(ids), peft_output(model, saved["narrow"], ids), **close)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         for name in ("wide", "whole", "narrow", "wide"):
             adaptc.swap(program, saved[name])
             torch.testing.assert_close(program(ids), peft_output(model, saved[name], ids), **close)
@@ -146,7 +146,7 @@ def test_a_saved_program_of_convolutions_is_compiled_for_every_rank_when_loaded(
     program = adaptc.compile(model, saved["wide"], example_inputs=torch.randint(0, 13, (2, 4)))
     loaded = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"), backend="inductor")
     torch.testing.assert_close(loaded(ids), program(ids), rtol=1e-4, atol=1e-5)
-    with adaptc.assert_no_recompiles():
+    with adaptc.debug.assert_no_recompiles():
         config = LoraConfig(r=9, target_modules=["conv"])
         adaptc.swap(
             loaded,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc import ConfigError, Initial, MethodError, Op, Slot, TargetError
-from adaptc.methods import TargetedConfig
+from adaptc import ConfigError, MethodError, TargetError
+from adaptc.methods import Initial, Op, Slot, TargetedConfig
 from adaptc.passes.protocol.method import Method
 from adaptc.verify import check_method
 from adaptc.verify.check_method import LAYERS, MethodReport
@@ -84,7 +84,7 @@ def test_a_right_method_passes_every_check_at_every_layer_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = torch.get_rng_state()
-    report = adaptc.check_method(config(monkeypatch))
+    report = adaptc.methods.check_method(config(monkeypatch))
     assert torch.equal(torch.get_rng_state(), state)
     assert report.ok
     assert list(report.refused) == ["embedding"]
@@ -154,7 +154,7 @@ def test_a_fault_fails_the_check_it_belongs_to(
 ) -> None:
     functions, check = FAULTS[name]
     monkeypatch.setattr(check_method, "LAYERS", {n: LAYERS[n] for n in ("linear", "experts")})
-    report = adaptc.check_method(config(monkeypatch, **functions))
+    report = adaptc.methods.check_method(config(monkeypatch, **functions))
     if not check:
         assert report.ok
         assert {c.passed for c in report.checks if c.name == "merges and unmerges"} == {None}
@@ -172,16 +172,16 @@ def test_a_fault_fails_the_check_it_belongs_to(
 def test_an_unregistered_method_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     own = config(monkeypatch)
     monkeypatch.undo()
-    report = adaptc.check_method(own)
+    report = adaptc.methods.check_method(own)
     assert "registered" in failed(report)
-    assert "adaptc.register_method" in str(report)
+    assert "adaptc.methods.register_method" in str(report)
 
 
 def test_a_method_that_takes_no_layer_cannot_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     def slots(self: Any, op: Op) -> dict[str, Slot]:
         raise TargetError(f"no meaning for {op.kind}")
 
-    report = adaptc.check_method(config(monkeypatch, slots=slots))
+    report = adaptc.methods.check_method(config(monkeypatch, slots=slots))
     assert not report.ok
     assert set(report.refused) == set(LAYERS)
     assert "could not be tried" in str(report)
@@ -190,24 +190,24 @@ def test_a_method_that_takes_no_layer_cannot_be_tried(monkeypatch: pytest.Monkey
 def test_failures_raise_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     functions, check = FAULTS["first values"]
     with pytest.raises(MethodError, match=check):
-        adaptc.check_method(config(monkeypatch, **functions), raise_on_failure=True)
+        adaptc.methods.check_method(config(monkeypatch, **functions), raise_on_failure=True)
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (7, 8), (0, 4), (2, 4, 6)])
 def test_sizes_that_would_hide_something_are_refused(monkeypatch: pytest.MonkeyPatch, sizes: Any) -> None:
     with pytest.raises(ConfigError, match="two different even numbers"):
-        adaptc.check_method(config(monkeypatch), sizes=sizes)
+        adaptc.methods.check_method(config(monkeypatch), sizes=sizes)
 
 
 def test_what_is_no_config_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"takes a config, such as LoraConfig\(r=4\), not a Turned"):
-        adaptc.check_method(Turned())  # type: ignore[arg-type]
+        adaptc.methods.check_method(Turned())  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_methods_of_adaptc_pass(capsys: pytest.CaptureFixture[str]) -> None:
     """The table says the same of methods that the tests know to be right: one plain, one with its own groups."""
     for own in (adaptc.LoraConfig(r=4), adaptc.IA3Config(feedforward_modules=[])):
-        report = adaptc.check_method(own, sizes=(12, 20))
+        report = adaptc.methods.check_method(own, sizes=(12, 20))
         assert report.ok, str(report)

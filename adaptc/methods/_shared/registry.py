@@ -111,7 +111,7 @@ def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
     again replaces the older one: that happens when its module is reloaded or its notebook cell runs once more.
 
     Raises ConfigError for a name that is taken or missing. So it does for a method that lacks ``slots``, or has neither
-    ``weight`` nor a form around a layer. :func:`adaptc.check_method` tests what a method computes.
+    ``weight`` nor a form around a layer. :func:`adaptc.methods.check_method` tests what a method computes.
     """
     _check_classes(config, method)
     kind, name = config.peft_type, method.name
@@ -151,7 +151,7 @@ def _check_classes(config: type[AdapterConfig], method: type[Method]) -> None:
     if issubclass(method, ProgramMethod) != issubclass(config, ProgramConfig):
         raise ConfigError(
             f"{config.__name__} and {method.__name__} are not of one kind: methods of the program have configs derived "
-            "from adaptc.ProgramConfig"
+            "from adaptc.methods.ProgramConfig"
         )
     if issubclass(method, ProgramMethod):
         if not any(getattr(method, n) is not getattr(ProgramMethod, n) for n in (*PROGRAM_VALUES, "prompt")):
@@ -171,7 +171,7 @@ def check_registered(method: Method) -> None:
     if _find_path(METHODS, str(inner)) is None or _find_path(METHODS, method.name) is None:
         raise ConfigError(
             f"the method {inner!r} ({type(method).__name__}) is not registered, so nothing that is saved with it could "
-            "be loaded: call adaptc.register_method(YourConfig, YourMethod) first"
+            "be loaded: call adaptc.methods.register_method(YourConfig, YourMethod) first"
         )
     if _load_class(METHODS[method.name]) is not type(method):
         raise ConfigError(
@@ -195,7 +195,7 @@ def config_class(peft_type: str) -> type[AdapterConfig]:
     if path is None:
         raise ConfigError(
             f"peft_type {peft_type!r} is not supported; supported are {', '.join(sorted(CONFIGS))}. A method of your "
-            "own is known once its module was imported and called adaptc.register_method"
+            "own is known once its module was imported and called adaptc.methods.register_method"
         )
     return _load_class(path)
 
@@ -208,7 +208,8 @@ def method_from_dict(data: Mapping[str, Any]) -> Method:
         raise ConfigError(
             f"the program holds regions of the method {data['method']!r}, which is not known here"
             + (f" (nearest: {close[0]!r})" if close else "")
-            + ". Import the module that calls adaptc.register_method for it first; on the command line: --import FILE"
+            + ". Import the module that calls adaptc.methods.register_method for it first; on the command line: "
+            "--import FILE"
         )
     return _load_class(path).from_options(data["options"])
 

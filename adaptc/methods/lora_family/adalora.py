@@ -5,8 +5,8 @@ s = alpha / (init_r + 1e-5), with the initial rank even after terms were cut. Sl
 positions; stacked experts have an axis of experts in front.
 
 ``rank_pattern`` in the config has a mask of the ``init_r`` terms that are left at each site, under
-``<key of the site>.lora_E``; files hold only those terms. ``adaptc.RankAllocator`` makes the masks, and
-``adaptc.orthogonal_loss`` is AdaLoRA's additional loss.
+``<key of the site>.lora_E``; files hold only those terms. ``adaptc.training.RankAllocator`` makes the masks, and
+``adaptc.training.orthogonal_loss`` is AdaLoRA's additional loss.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class AdaLoraConfig(LoraConfig):
         if _site_key(key) is None or table.ndim not in (1, 2) or table.shape[-1] != self.init_r:
             raise ConfigError(
                 f"AdaLoraConfig.rank_pattern[{key!r}]={mask!r}: expected a key '<module>.lora_E' and a list of init_r="
-                f"{self.init_r} bools, as adaptc.RankAllocator makes them. To choose ranks by hand use LoraConfig."
+                f"{self.init_r} bools, as adaptc.training.RankAllocator makes them. To choose ranks by hand use "
+                "LoraConfig."
             )
         return table.tolist()
 

@@ -35,7 +35,7 @@ PROTOTYPES, COUNTS = "lora_arrow.prototypes", "lora_arrow.counts"
 
 @dataclass
 class ArrowConfig:
-    """PEFT's ``ArrowConfig``: same names, same defaults, for :func:`adaptc.create_arrow_model`.
+    """PEFT's ``ArrowConfig``: same names, same defaults, for :func:`adaptc.methods.create_arrow_model`.
 
     ``top_k``: how many adapters act on a token; all of them where there are fewer. ``router_temperature``: the divisor
     of the scores before the softmax. ``use_gks``: GenKnowSub, which subtracts the mean A and B of general adapters from
@@ -135,7 +135,8 @@ class Arrow(Method):
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         raise ConfigError(
-            "arrow_config routes between adapters that there are already: give them to adaptc.create_arrow_model"
+            "arrow_config routes between adapters that there are already: give them to "
+            "adaptc.methods.create_arrow_model"
         )
 
     def untrainable(self, slots: Slots) -> str:

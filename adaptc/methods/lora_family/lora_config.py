@@ -215,8 +215,8 @@ class LoraConfig(TargetedConfig):
         arrow = ArrowConfig.from_value(self.arrow_config)
         if not arrow.task_adapter_names:
             raise ConfigError(
-                "arrow_config does not say which adapters it routes between: adaptc.create_arrow_model(model, "
-                "task_adapter_paths, arrow_config) makes a program of them, and adaptc.arrow_adapter an adapter to "
-                "swap to"
+                "arrow_config does not say which adapters it routes between: adaptc.methods.create_arrow_model(model, "
+                "task_adapter_paths, arrow_config) makes a program of them, and adaptc.methods.arrow_adapter an "
+                "adapter to swap to"
             )
         return Arrow(rank, len(arrow.task_adapter_names), arrow.top_k, arrow.router_temperature)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import ConfigError, Initial, MethodError, Op, Slot, TargetError
-from adaptc.methods import TargetedConfig, config_class
+from adaptc import ConfigError, MethodError, TargetError
+from adaptc.methods import Initial, Op, Slot, TargetedConfig, config_class
 from adaptc.methods._shared.registry import CONFIGS
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.method_checks import (
@@ -353,12 +353,12 @@ def test_a_class_that_is_no_method_is_refused_when_registered() -> None:
         (NotADataclass, r"NotADataclass must be .* decorated with @dataclass\(frozen=True\)"),
         (Slotless, r"Slotless must define slots\(op\)"),
         (Weightless, r"Weightless must define weight\(op, W, slots, scale\)"),
-        (nn.Linear, "Linear must be derived from adaptc.Method"),
+        (nn.Linear, "Linear must be derived from adaptc.methods.Method"),
     ):
         with pytest.raises(ConfigError, match=message):
-            adaptc.register_method(Config, method)
+            adaptc.methods.register_method(Config, method)
     with pytest.raises(ConfigError, match=r"dict must be derived from adaptc\.TargetedConfig"):
-        adaptc.register_method(dict, Plain)
+        adaptc.methods.register_method(dict, Plain)
 
 
 # -- adaptc's own ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,25 @@
+"""Look into programs: recompilation, lowering to kernels, X-LoRA's scalings, and the status of adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptc.public_names import lazy_names
+
+if TYPE_CHECKING:
+    from adaptc.api.merge_and_lower import lower
+    from adaptc.api.scalings_of import xlora_scalings
+    from adaptc.reports.status import get_layer_status, get_model_status
+    from adaptc.runtime.recompiles import assert_no_recompiles
+
+#: public name -> the module that defines it
+PUBLIC = {
+    "assert_no_recompiles": "adaptc.runtime.recompiles",
+    "lower": "adaptc.api.merge_and_lower",
+    "xlora_scalings": "adaptc.api.scalings_of",
+    "get_model_status": "adaptc.reports.status",
+    "get_layer_status": "adaptc.reports.status",
+}
+
+__all__ = [*PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = lazy_names(__name__, PUBLIC)
