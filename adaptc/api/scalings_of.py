@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.generation.cache.step_cache import StepCache
+from adaptc.generation.causal_generator import CausalGenerator
 from adaptc.generation.generator import Generator
-from adaptc.generation.spec import UNCACHED
 from adaptc.program.xlora_scalings import check_scalings, expert_scalings
 from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
@@ -36,10 +36,14 @@ def xlora_scalings(
     """
     if not isinstance(program, Generator):
         return expert_scalings(program, *args, adapter_name=adapter_name, **inputs)
-    check_scalings(program.runner, adapter_name)
+    runner: Any = program.runner
+    check_scalings(runner, adapter_name)
     looking = program.shallow_copy()
-    looking.step = partial(expert_scalings, program.runner, adapter_name=adapter_name)
+    assert isinstance(looking, CausalGenerator)  # no model with an encoder has an adapter that reads its first pass
+    looking.step = partial(expert_scalings, runner, adapter_name=adapter_name)
     given = {n: copy.copy(inputs.pop(n, None)) for n in ("past_key_values", "cache")}
     before = next((past.length for past in given.values() if isinstance(past, StepCache)), 0)
     found: Tensor = looking.forward(*args, **inputs, **given).logits
-    return found[:, before:] if program.spec.cache_mode == UNCACHED else found  # NOTHING computes the whole text
+    return (
+        found[:, before:] if not program.spec.cache_mode.has_cache else found
+    )  # a step without a cache computes the whole text

@@ -20,9 +20,9 @@ from adaptc.capture.where_made import match_inference_mode
 from adaptc.errors import CaptureError, ConfigError, short_repr
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.token_gates import gate_names_of_adapters, refuse_token_gates
+from adaptc.generation.capture_step import capture_step
 from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import make_generator
-from adaptc.generation.modes.capture_step import capture_step
 from adaptc.generation.modes.static_step import StepExample
 from adaptc.generation.prefix.prefix_for import check_step_takes_prefix
 from adaptc.generation.seq2seq.check_seq2seq import check_seq2seq_matches_model

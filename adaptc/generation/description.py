@@ -16,8 +16,9 @@ from adaptc.capture.model_files import tokenizer_failure
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.errors import short_repr as shown_user_value
 from adaptc.generation.cache.cache_layout import STATE_KINDS, CacheLayout, LayerLayout, State, StateLayout
+from adaptc.generation.modes.all_modes import mode_from_json, mode_to_json
 from adaptc.generation.seq2seq.seq2seq_spec import CROSS_PREFIX, Seq2SeqSpec
-from adaptc.generation.spec import CACHE_MODES, RECURRENT, SLIDING_WINDOW, STATIC, UNCACHED, GenerationSpec
+from adaptc.generation.spec import GenerationSpec
 from adaptc.packages.manifest import Contents, is_package_file_name
 from adaptc.passes.analysis.cache_inputs import count_passes
 from adaptc.safe_pt2.json_schema import Nullable, OptionalField, Size, check_json
@@ -90,8 +91,7 @@ def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
         **{key: getattr(spec, field) for key, field in _PLAIN_FIELDS.items()},
         "embeds_dtype": _dtype_name(spec.embeds_dtype),
     }
-    if spec.cache_mode != STATIC:
-        stored |= {"keeps": spec.cache_mode, "why": spec.mode_reason}
+    stored |= mode_to_json(spec.cache_mode, spec)
     if spec.token_gate_inputs:
         stored["acts"] = list(spec.token_gate_inputs)
     if isinstance(spec.layout, StateLayout):
@@ -131,18 +131,12 @@ def facts_of(
         **{field: stored[key] for key, field in _PLAIN_FIELDS.items()},
         "embeds_dtype": _dtype_from_name(stored["embeds_dtype"]),
         "tokenizer": tokenizer,
-        "cache_mode": stored.get("keeps", STATIC),
+        "cache_mode": mode_from_json(stored, layout, inputs),
         "mode_reason": stored.get("why", ""),
         "token_gate_inputs": tuple(stored.get("acts", ())),
     }
-    if fields["cache_mode"] == SLIDING_WINDOW and layout.sliding_window is None:
-        raise UnsafeFile("its layers keep a window, and it has none")
-    if fields["cache_mode"] not in CACHE_MODES or (fields["cache_mode"] == UNCACHED) != (not layout.names):
-        raise UnsafeFile(f"what it keeps is {short_repr(fields['cache_mode'])}, of {len(layout.layers)} layers")
     if seq2seq is None:
-        if not {*layout.names, *fields["token_gate_inputs"]} <= set(inputs) or (
-            fields["cache_mode"] in (UNCACHED, RECURRENT)
-        ) == ("slots" in inputs):
+        if not {*layout.names, *fields["token_gate_inputs"]} <= set(inputs):
             raise UnsafeFile("its program has no such cache")
         return GenerationSpec(**fields)
     cross_layout, features = _layout_from_json(seq2seq, CROSS_PREFIX), seq2seq["features"]

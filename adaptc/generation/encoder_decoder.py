@@ -6,29 +6,28 @@ current adapter when it begins, for all parts together. It keeps the adapter to 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError
-from adaptc.generation import validate
-from adaptc.generation.adapter_inputs import pop_step_inputs, with_zero_inputs
+from adaptc.generation.arguments import validate
+from adaptc.generation.arguments.adapter_inputs import pop_step_inputs
+from adaptc.generation.arguments.generate_options import check_options
+from adaptc.generation.arguments.step_tokens import StepTokens
 from adaptc.generation.cache.cache_change import CacheChange
 from adaptc.generation.description import files_for_package
-from adaptc.generation.example_steps import draw_probe_steps, draw_seq2seq_step, with_example_inputs
-from adaptc.generation.generate_options import check_options
-from adaptc.generation.generator import Generator
-from adaptc.generation.model_interface import cut_position_ids
+from adaptc.generation.generator import Generator, step_arguments
+from adaptc.generation.modes.chunked_prefill import last_token_indices
 from adaptc.generation.prefix.prefix_for import count_virtual_tokens, prefix_for
-from adaptc.generation.seq2seq import validate_seq2seq as cross_checks
-from adaptc.generation.seq2seq.seq2seq_cache import CrossCache, cross_cache_class
+from adaptc.generation.seq2seq import validate_seq2seq as checks
+from adaptc.generation.seq2seq.seq2seq_cache import CrossCache
 from adaptc.generation.seq2seq.seq2seq_prefix import (
     DECODER_OPENINGS,
     ENCODER_OPENINGS,
@@ -37,10 +36,9 @@ from adaptc.generation.seq2seq.seq2seq_prefix import (
     select_encoder_inputs,
 )
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
-from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, captured_as_seq2seq_step
+from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, decoder_inputs
 from adaptc.generation.spec import cache_argument_name
-from adaptc.packages.packaged_program import BoundPackage, PackagedProgram
-from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.generation.step_runner import PartsRunner
 from adaptc.runtime.calls.output_form import apply_return_dict
 from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
@@ -59,10 +57,9 @@ class EncoderDecoder(Generator):
     """
 
     spec: Seq2SeqSpec
+    _runner: ProgramCore | BoundProgram | PartsRunner
 
-    def __init__(
-        self, runner: AdaptedProgram | BoundProgram | RowSelection | PackagedProgram | BoundPackage, spec: Seq2SeqSpec
-    ) -> None:
+    def __init__(self, runner: ProgramCore | BoundProgram | PartsRunner, spec: Seq2SeqSpec) -> None:
         super().__init__(runner, spec)
         self.main_input_name = spec.main_input_name
         #: the program's parts with the pinned adapter, while a generation is running
@@ -70,36 +67,20 @@ class EncoderDecoder(Generator):
         #: the caller's inputs, such as ``task_ids``, that the encoder's virtual tokens depend on
         self.prefix_inputs: Mapping[str, Any] = {}
 
-    def part_outputs(self) -> Mapping[str, Sequence[str]]:
-        return self.spec.part_outputs
-
     def package_files(self, tokenizer: Any) -> dict[str, bytes]:
         """Return the files that a package carries beside its code, by path.
 
         The encoder's maximum of tokens is reduced by the virtual tokens. Compiled code does not check the table of
         positions, and would read past its end.
         """
-        spec, now = self._current_spec(), getattr(self._runner, "current", None)
+        spec, now = self.current_spec(), getattr(self._runner, "current", None)
+        assert isinstance(spec, Seq2SeqSpec)
         if spec.max_source_length is not None and now is not None:
             spec = replace(
                 spec,
                 max_source_length=spec.max_source_length - count_virtual_tokens(self._runner, now, ENCODER_OPENINGS),
             )
         return files_for_package(spec, tokenizer)
-
-    def example_inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return with_zero_inputs(self._runner, with_example_inputs(self.spec, self.device, options, draw_seq2seq_step))
-
-    def probes(self) -> list[dict[str, Tensor]]:
-        return draw_probe_steps(self.spec, self.device, draw_seq2seq_step)
-
-    @contextlib.contextmanager
-    def as_program(self, model: Any) -> Iterator[Any]:
-        if not isinstance(model, nn.Module):
-            yield model.program if isinstance(model, Generator) else model
-            return
-        with captured_as_seq2seq_step(model, self.spec.encoder_description):
-            yield model
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -116,16 +97,14 @@ class EncoderDecoder(Generator):
         """
         check_options(kwargs, generation_config, self.spec.vocab_size)
         scale, given = kwargs.pop(SCALE_KEYWORD, None), pop_adapter_inputs(self._runner, kwargs)
-        if (states := cross_checks.states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
+        if (states := checks.states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
             kwargs["attention_mask"] = encoder_states_mask(self._runner, states, kwargs.get("attention_mask"))
-        inputs, kwargs = cross_checks.check_generate_arguments(self.spec, inputs, kwargs)
-        new = self.snapshot_call(scale=scale)
+        inputs, kwargs = checks.check_generate_arguments(self.spec, inputs, kwargs)
+        new = self.snapshot_call(scale)
         new.prefix_inputs = given
         return new.run_generate(inputs, generation_config, kwargs)
 
-    def prefill(  # type: ignore[override]
-        self, inputs: Tensor, attention_mask: Tensor | None = None, **adapter_inputs: Any
-    ) -> CrossCache:
+    def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None, **adapter_inputs: Any) -> CrossCache:
         """Return a cache of what the encoder makes of ``inputs``, from which :meth:`generate` decodes.
 
         Copies of it can be decoded any number of times. ``adapter_inputs`` has the inputs that an adapter added, such
@@ -140,20 +119,23 @@ class EncoderDecoder(Generator):
             pinned.attach_states(made, pinned.encode(inputs, attention_mask, extra), attention_mask, extra)
         return made
 
-    def new_cache(self) -> CrossCache:  # type: ignore[override]
-        """Return a cache that holds nothing but the current adapter's KV prefix for the decoder."""
-        made = cross_cache_class()(self.spec.layout, self.spec, self.spec.max_length, self.device)
-        step = self.parts_to_run()["step"]
-        if (front := prefix_for(self._runner, step, self.spec, self.device, {}, DECODER_OPENINGS)) is not None:
-            cross_checks.check_prefix_positions(self.spec, front)
-            made.start_with_prefix(front)
-        return made
+    def new_cache(self, **adapter_inputs: Any) -> CrossCache:
+        """Return a cache that holds nothing but the current adapter's KV prefix for the decoder.
 
-    def snapshot_call(self, offset: int = 0, scale: Any = None) -> Self:
-        """Return a generator that keeps the adapter that is current now, in all parts."""
-        new = self.shallow_copy()
-        new.pinned_parts, new.has_run_step = self.parts_to_run(scale), False
-        return new
+        ``adapter_inputs`` has the inputs that it depends on. Raises AdaptcError for inputs that it does not take.
+        """
+        step = self.parts_to_run()["step"]
+        prefix = prefix_for(self._runner, step, self.spec, self.device, adapter_inputs, DECODER_OPENINGS)
+        if prefix is not None:
+            checks.check_prefix_positions(self.spec, prefix)
+        return self.spec.new_cache(self.device, prefix)
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.pinned_parts is not None
+
+    def pin(self, scale: Any) -> None:
+        self.pinned_parts = self.parts_to_run(scale)
 
     def parts_to_run(self, scale: Any = None) -> Mapping[str, ProgramPart]:
         """Return the program's parts by name, all with one adapter: the generation's, or else the one that is current
@@ -161,8 +143,9 @@ class EncoderDecoder(Generator):
         if self.pinned_parts is not None:
             return self.pinned_parts
         runner = self._runner
-        itself = isinstance(runner, (ProgramCore, BoundProgram))
-        return pin_parts(runner, self.spec.part_outputs, scale) if itself else runner.parts(scale)  # type: ignore[union-attr]
+        if isinstance(runner, (ProgramCore, BoundProgram)):
+            return pin_parts(runner, self.spec.part_outputs, scale)
+        return runner.parts(scale)
 
     def encode(
         self, inputs: Tensor, attention_mask: Tensor | None = None, adapter_inputs: Mapping[str, Tensor] = _NO_INPUTS
@@ -171,7 +154,7 @@ class EncoderDecoder(Generator):
 
         ``adapter_inputs`` has the inputs that adapters added, by name.
         """
-        cross_checks.check_encoder_input(self.spec, inputs, attention_mask)
+        checks.check_encoder_input(self.spec, inputs, attention_mask)
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
         if isinstance(self._runner, RowSelection):
@@ -192,14 +175,14 @@ class EncoderDecoder(Generator):
         ``mask`` (batch, positions) is the attention mask of what the encoder read; None where nothing is padding.
         """
         mask = encoder_states_mask(self._runner, states, mask)
-        cross_checks.check_encoder_states(self.spec, states, mask)
+        checks.check_encoder_states(self.spec, states, mask)
         if mask is None or self.spec.feature_shape is not None:
             mask = states.new_ones(states.shape[:2], dtype=torch.int64)
         made = _run_part(self.parts_to_run()["cross"], {STATES: states.contiguous(), **adapter_inputs})
         cross = [made[name].contiguous() for name in self.spec.cross_layout.names]
         cache.attach_encoder_states(states, mask.long().contiguous(), cross)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         input_features: Tensor | None = None,
@@ -224,60 +207,50 @@ class EncoderDecoder(Generator):
         past = past_key_values if cache is None else cache
         # Whisper detects the language in a step of its own with use_cache=False, whose new cache is not returned.
         returns_cache = past is not None or use_cache is not False
-        given = pop_adapter_inputs(self._runner, others) if self.pinned_parts is None else self.prefix_inputs
-        rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) else 0
+        prefix_inputs = self.prefix_inputs if self.is_pinned else pop_adapter_inputs(self._runner, others)
+        rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) and decoder_input_ids.ndim else 0
         adapter_inputs = pop_step_inputs(self._runner, others, rows) if rows else {}
-        validate.check_forward_arguments(decoder_input_ids, None, use_cache if returns_cache else None, others)
-        assert decoder_input_ids is not None
-        pinned = self if self.pinned_parts is not None else self.snapshot_call()
-        pinned.prefix_inputs = given
-        if past is None:
-            past = pinned.new_cache()
-        else:
-            past = cross_checks.as_own_cross_cache(self.spec, past)
-            past.check_finished(is_own_generation=self.pinned_parts is not None)
-        rows, tokens = decoder_input_ids.shape
-        cached_length, new_length = past.length, past.length + tokens
-        validate.check_cache_size(self.spec, rows, new_length, prefix_length=past.prefix_length)
-        validate.check_input_ids(self.spec, decoder_input_ids)
-        validate.check_attention_mask(decoder_attention_mask, (rows, tokens), past.decoded_length)
-        validate.check_step(self.spec, rows, tokens, decoder_position_ids, logits_to_keep)
+        validate.check_forward_arguments(use_cache if returns_cache else None, others)
+        decoder_input_ids = checks.require_decoder_input(self.spec, decoder_input_ids)
+        pinned = self if self.is_pinned else self.snapshot_call()
+        pinned.prefix_inputs = prefix_inputs
+        past = pinned.new_cache() if past is None else self.own_cache(past)
+        assert isinstance(past, CrossCache)
+        new = StepTokens(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            logits_to_keep=logits_to_keep,
+            name_prefix="decoder_",
+        )
+        new.check(self.spec, past, past.decoded_length)
         with CacheChange(past):
             if past.states is None:
-                states = cross_checks.states_from_outputs(encoder_outputs)
+                states = checks.states_from_outputs(encoder_outputs)
                 if states is None:
                     source = input_features if self.spec.feature_shape else input_ids
                     states = pinned.encode(
-                        cross_checks.require_encoder_input(self.spec, source), attention_mask, adapter_inputs
+                        checks.require_encoder_input(self.spec, source), attention_mask, adapter_inputs
                     )
-                cross_checks.check_equal_rows(states.shape[0], rows)
+                checks.check_equal_rows(states.shape[0], rows)
                 pinned.attach_states(past, states, attention_mask, adapter_inputs)
-            cross_checks.check_equal_rows(past.rows, rows)
-            past.reserve(rows, new_length)
-            if decoder_attention_mask is None:
-                past.mask[:, cached_length:new_length] = 1
-            else:
-                past.mask[:, past.prefix_length : new_length] = decoder_attention_mask
-            slots = torch.arange(cached_length, new_length, device=past.device)
-            if isinstance(logits_to_keep, int):
-                first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
-                logits_to_keep = torch.arange(first, tokens, device=past.device)
-            positions = past.next_position_ids(rows, tokens) if decoder_position_ids is None else decoder_position_ids
-            inputs = {
-                "decoder_input_ids": decoder_input_ids.long().contiguous(),
-                "decoder_attention_mask": past.mask,
-                "decoder_position_ids": positions.expand(rows, -1).contiguous(),
-                "slots": slots,
-                "keep": logits_to_keep,
-                **adapter_inputs,
-                STATES_MASK: past.states_mask,
-                **dict(zip(self.spec.layout.names, past.tensors, strict=True)),
-                **dict(zip(self.spec.cross_layout.names, past.cross_tensors, strict=True)),
-            }
-            logits = _run_part(pinned.parts_to_run()["step"], inputs)["logits"]
-            past.end_write(new_length)
+            checks.check_equal_rows(past.rows, rows)
+            inputs, tokens = new.write_to(past, self.spec, self.device) | adapter_inputs, new.shape[1]
+            # As a tensor, so that the tokens are taken in one call.
+            keep = last_token_indices(logits_to_keep, tokens, past.device)
+            logits = self.spec.cache_mode.run(pinned.decoder_step(past), past, inputs, tokens, keep)
             self.has_run_step = True
             return apply_return_dict(_output(logits, past, returns_cache), return_dict)
+
+    def decoder_step(self, past: CrossCache) -> Callable[..., Tensor]:
+        """Return a callable that computes the decoder's logits for the encoder's states in ``past``."""
+        part = self.parts_to_run()["step"]
+        cross = dict(zip(self.spec.cross_layout.names, past.cross_tensors, strict=True))
+
+        def step(**inputs: Tensor) -> Tensor:
+            return _run_part(part, {**decoder_inputs(inputs), STATES_MASK: past.states_mask, **cross})["logits"]
+
+        return step
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -296,8 +269,7 @@ class EncoderDecoder(Generator):
             kwargs["decoder_position_ids"] = seen + getattr(past, "prefix_length", 0)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        cut_position_ids(kwargs, "decoder_position_ids", input_ids.shape[1])
-        return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in validate.MODE_ARGUMENTS}}
+        return step_arguments("decoder_input_ids", input_ids, "decoder_position_ids", kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -311,7 +283,7 @@ class EncoderDecoder(Generator):
         past = model_kwargs.get(name)
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if past is not None and sequences > 1:
-            cross_checks.check_nothing_decoded(past)
+            checks.check_nothing_decoded(past)
         validate.check_generation(self.spec, generation_config, generation_mode, batch_size, max_cache_length, None, 0)
         made = self.new_cache() if past is None else past
         validate.check_cache_size(
@@ -353,7 +325,7 @@ class Encoder:
             {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         )
         spec = self.owner.spec
-        source = cross_checks.require_encoder_input(spec, input_features if spec.feature_shape else input_ids)
+        source = checks.require_encoder_input(spec, input_features if spec.feature_shape else input_ids)
         # All further arguments are the decoder's, which checks them.
         extra = pop_step_inputs(self.owner.runner, kwargs, source.shape[0])
         states: Any = self.owner.encode(source, attention_mask, extra)

@@ -7,63 +7,44 @@ A cache of another number of passes is refused: part of it was never computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
 
 from adaptc.bank.row_adapters import adapter_names_in
 from adaptc.bank.selection import ProgramSelection
 from adaptc.binding.sources.source import as_config
 from adaptc.errors import AdaptcError
-from adaptc.generation.cache.cache_layout import CacheLayout
+from adaptc.generation.cache.cache_prefix import CachePrefix
+from adaptc.generation.cache.step_cache import StepCache
+from adaptc.generation.modes.all_modes import STATIC
+from adaptc.generation.modes.cache_mode import CacheMode
+from adaptc.generation.modes.step_draw import StepDraw
+from adaptc.generation.modes.step_spec import StepSpec
+from adaptc.generation.step_runner import StepRunner
 from adaptc.passes.analysis.cache_inputs import count_passes
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
-from adaptc.tables import format_bytes
-
-#: how a step knows the tokens before its own. SLIDING_WINDOW: a cache with room for more positions, masked, whose
-#: sliding-window layers keep only their window. STATIC: the same with all positions in every layer. EXACT_LENGTH: a
-#: cache that ends with the step's tokens, for models whose masks follow from its size. RECURRENT: a recurrent state.
-#: UNCACHED: no cache, and each step is given the whole text.
-SLIDING_WINDOW, STATIC, EXACT_LENGTH, RECURRENT, UNCACHED = CACHE_MODES = (
-    "window",
-    "room",
-    "exact",
-    "state",
-    "nothing",
-)
 
 
-@dataclass(frozen=True, eq=False)
-class GenerationSpec:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GenerationSpec(StepSpec):
     """The spec of a step program: what its graph does not hold.
 
-    ``config`` and ``generation_config`` are copies of the model's. ``max_batch`` and ``max_length`` are the most rows
-    and positions that a cache may have. ``takes_position_ids`` and ``takes_inputs_embeds`` say whether the step takes
-    position_ids, and inputs_embeds. ``vocab_size`` is the number of tokens, ``hidden_size`` the size of their
-    embeddings. ``tokenizer`` returns the tokenizer that came with the program; None for none. ``cache_mode`` is one of
-    :data:`CACHE_MODES`. ``mode_reason`` says why a better cache mode failed for the model; '' where none did.
+    ``config`` and ``generation_config`` are copies of the model's. ``tokenizer`` returns the tokenizer that came with
+    the program; None for none. ``cache_mode`` says what a step keeps of earlier tokens.
     """
 
     config: Any
     generation_config: Any
-    layout: CacheLayout
-    max_batch: int
-    max_length: int
-    takes_position_ids: bool
-    takes_inputs_embeds: bool
-    vocab_size: int
-    hidden_size: int
-    embeds_dtype: torch.dtype
-    tokenizer: Callable[[], Any] | None = field(default=None, kw_only=True)
-    cache_mode: str = field(default=STATIC, kw_only=True)
-    mode_reason: str = field(default="", kw_only=True)
-    #: the token coefficients that a step takes, with a value for each of its tokens (see ``token_gates``)
-    token_gate_inputs: tuple[str, ...] = field(default=(), kw_only=True)
+    tokenizer: Callable[[], Any] | None = None
+    cache_mode: CacheMode = STATIC
     #: number of passes -> the spec of the same step with so many
     specs_by_passes: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -82,30 +63,26 @@ class GenerationSpec:
         return found
 
     @property
-    def sliding_window(self) -> int | None:
-        """Return the size of the sliding window that the cache's rings keep; None where all positions are kept."""
-        return self.layout.sliding_window if self.cache_mode == SLIDING_WINDOW else None
+    def part_outputs(self) -> Mapping[str, Sequence[str]] | None:
+        """Return the outputs of each part of the program, by the part's name; None for a program of one part."""
+        return None
+
+    def capture(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Return a context in which ``model`` has the forward with which the program was captured."""
+        layout = self.layout.with_passes(1)
+        return self.cache_mode.capture(model, layout, token_gate_inputs=self.token_gate_inputs)
+
+    def new_cache(self, device: torch.device, prefix: CachePrefix | None = None) -> StepCache:
+        """Return a cache that holds nothing but ``prefix``."""
+        return self.cache_mode.new_cache(self, device, prefix)
+
+    def draw_inputs(self, draw: StepDraw, rows: int | None = None) -> dict[str, Tensor]:
+        """Draw inputs of the program, with ``rows`` rows; None for any number of them."""
+        return self.cache_mode.draw_step(self, draw, rows)
 
     def notes(self) -> list[str]:
         """Return the lines of a report about the cache."""
-        if self.cache_mode == UNCACHED:
-            return [f"no cache, so each token computes the whole text: {self.mode_reason}"]
-        passes = f" in {self.layout.passes} passes" if self.layout.passes > 1 else ""
-        if self.cache_mode == RECURRENT:
-            return [
-                f"state{passes}: {format_bytes(self.layout.nbytes(1, 0))} for each row; a prompt is read token by token"
-            ]
-        window = self.sliding_window
-        each = format_bytes(self.layout.nbytes(1, 1, None if window is None else 0))
-        note = f"cache: {len(self.layout.layers)} layers{passes}, {each} for each row and position"
-        if window is not None:
-            kept = format_bytes(self.layout.nbytes(1, 0, window))
-            note += f", and at most {kept} for each row in layers that keep the last {window}"
-        if self.cache_mode == STATIC and self.mode_reason:
-            note += f", those that look back on a window among them: {self.mode_reason}"
-        if self.cache_mode == EXACT_LENGTH:
-            note += f", of which a step sees those up to its end alone: {self.mode_reason}"
-        return [note]
+        return self.cache_mode.describe(self)
 
 
 @cache
@@ -124,11 +101,9 @@ def step_output(logits: torch.Tensor, past: Any) -> Any:
     return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]
 
 
-def spec_for_passes(spec: GenerationSpec, runner: Any) -> GenerationSpec:
+def spec_for_passes(spec: GenerationSpec, runner: StepRunner) -> GenerationSpec:
     """Return the spec with the cache layout that ``runner`` needs: a program, a package, or what is bound to
     either."""
-    if spec.cache_mode == UNCACHED:
-        return spec
     if isinstance(runner, ProgramSelection) and not adapter_names_in(runner.mixes):
         return spec.with_passes(1)  # a bank runs rows without any adapter on the base
     program = runner.program if isinstance(runner, BoundProgram) else runner

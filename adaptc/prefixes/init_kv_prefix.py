@@ -20,7 +20,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.combine_bindings import spec_of_adapter
 from adaptc.errors import AdaptcError, ConfigError, listing
-from adaptc.generation import validate
+from adaptc.generation.arguments import validate
 from adaptc.generation.generator import Generator
 from adaptc.generation.prefix.prefix_for import check_virtual_tokens_fit
 from adaptc.methods import PROMPT_EMBEDDINGS, KVPrefixConfig, rows_from_kv_prefix

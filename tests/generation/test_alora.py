@@ -17,8 +17,8 @@ from torch import Tensor
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, TargetError
-from adaptc.generation import generator as generators
 from adaptc.generation.modes import chunked_prefill
+from adaptc.generation.modes.static_mode import StaticMode
 from tests.generation.models import generated
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
@@ -92,8 +92,8 @@ def test_it_goes_on_from_a_cache_of_the_base(family: str, monkeypatch: pytest.Mo
     said = gen.base.prefill(inputs["input_ids"][:, :8])
     before = said.copy()
     counted: list[int] = []
-    original = generators.run_in_mode
-    monkeypatch.setattr(generators, "run_in_mode", lambda *a: (counted.append(a[4]), original(*a))[1])
+    original = StaticMode.run
+    monkeypatch.setattr(StaticMode, "run", lambda *a: (counted.append(a[4]), original(*a))[1])
     expected = generated(peft, inputs)
     assert torch.equal(generated(gen, inputs, past_key_values=said.copy()), expected)
     assert counted == [6, *[1] * 8]

@@ -215,6 +215,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {**prompt(2, 5), "decoder_input_ids": torch.ones(3, 1, dtype=torch.int64)},
         "2 rows were encoded, and decoder_input_ids has 3",
     ),
+    "an answer that is a list": (
+        {**prompt(1, 5), "decoder_input_ids": [[1, 2]]},
+        "^decoder_input_ids must be a tensor",
+    ),
+    "an answer of no vocabulary": (
+        {**prompt(1, 5), "decoder_input_ids": torch.tensor([[3, VOCAB]])},
+        "^decoder_input_ids has tokens from 3",
+    ),
+    "a mask of another answer": (
+        {
+            **prompt(1, 5),
+            "decoder_input_ids": torch.ones(1, 2, dtype=torch.int64),
+            "decoder_attention_mask": torch.ones(1, 3),
+        },
+        "^decoder_attention_mask must be a tensor",
+    ),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 5, 24)}, "inputs_embeds is not taken"),
     "attentions": ({**prompt(1, 5), "output_attentions": True}, "output_attentions is not taken"),
     "no cache": ({**prompt(1, 5), "use_cache": False}, "use_cache=False is not taken"),
@@ -232,6 +248,36 @@ def test_bad_input_is_refused_before_anything_runs(what: str) -> None:
         given = {**given, "past_key_values": cache}
     with pytest.raises(AdaptcError, match=message):
         gen.generate(**given)
+
+
+ANSWER = torch.tensor([[4, 5, 6]])
+BAD_STEPS: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing to decode": ({}, "a step takes decoder_input_ids"),
+    "one row": ({"decoder_input_ids": ANSWER[0]}, r"^decoder_input_ids must be a tensor .batch, tokens."),
+    "a token of no vocabulary": ({"decoder_input_ids": ANSWER + VOCAB}, "^decoder_input_ids has tokens from"),
+    "no tokens": ({"decoder_input_ids": ANSWER[:, :0]}, "a step has no tokens"),
+    "a longer mask": (
+        {"decoder_input_ids": ANSWER, "decoder_attention_mask": torch.ones(1, 4)},
+        r"^decoder_attention_mask must be a tensor \(1, 3\)",
+    ),
+    "positions of others": (
+        {"decoder_input_ids": ANSWER, "decoder_position_ids": torch.zeros(1, 2, dtype=torch.int64)},
+        r"^decoder_position_ids must be a tensor \(1, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_STEPS)
+def test_a_bad_step_names_the_decoders_argument(what: str) -> None:
+    """The names are those of the decoder's arguments, and a cache that is given stays as it was."""
+    gen, (given, message) = generator("whisper"), BAD_STEPS[what]
+    features = torch.zeros(1, *gen.spec.feature_shape)
+    past = gen.prefill(features)
+    for more in ({"input_features": features}, {"past_key_values": past}):
+        with pytest.raises(AdaptcError, match=message):
+            gen(**more, **given)
+    assert past.length == 0
+    assert past.is_intact
 
 
 def test_a_step_alone() -> None:

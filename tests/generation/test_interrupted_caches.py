@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import adaptc
+from adaptc.generation.cache.state_cache import StateCache
 from adaptc.generation.cache.step_cache import StepCache
-from adaptc.generation.modes.recurrent_step import StateCache
 from tests.generation import test_alora as alora
 from tests.generation import test_virtual_tokens as prompted
 from tests.generation.models import case, generated, generator, prompt

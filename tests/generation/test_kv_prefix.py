@@ -16,7 +16,7 @@ import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig, prefixes
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.cache_layout import State, StateLayout, cache_from_output
-from adaptc.generation.modes.recurrent_step import state_cache_class
+from adaptc.generation.cache.state_cache import state_cache_class
 from adaptc.generation.spec import cache_argument_name
 from tests.support.chats import tokenizer
 from tests.support.cover import examples

@@ -17,7 +17,7 @@ from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.generation.cache import sliding_window
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.step_cache import cache_class
-from adaptc.generation.spec import SLIDING_WINDOW, STATIC
+from adaptc.generation.modes.all_modes import SLIDING_WINDOW, STATIC
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer
 from tests.support.families import FAMILIES, VOCAB

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation import generator as generators
 from adaptc.generation.modes import chunked_prefill
-from adaptc.generation.spec import RECURRENT, SLIDING_WINDOW, STATIC
+from adaptc.generation.modes.all_modes import RECURRENT, SLIDING_WINDOW, STATIC
+from adaptc.generation.modes.static_mode import StaticMode
 from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.safe_pt2.refusal import UnsafeFile
@@ -117,8 +117,8 @@ def test_steps_are_the_whole_text(rows: int, cuts: list[int], padding: tuple[int
 
 def test_a_step_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
-    original = generators.run_in_mode
-    monkeypatch.setattr(generators, "run_in_mode", lambda *a: (counted.append(a[4]), original(*a))[1])
+    original = StaticMode.run
+    monkeypatch.setattr(StaticMode, "run", lambda *a: (counted.append(a[4]), original(*a))[1])
     generated(generator(), prompt(2, 7), new=5)
     assert counted == [7, 1, 1, 1, 1]
 

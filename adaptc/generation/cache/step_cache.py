@@ -227,6 +227,17 @@ class StepCache(CacheInterface):
             new_tensors.append(copy_ring(old_tensors[i] if old_tensors else None, made, kept, self.length))
         self._set_attributes(tensors=new_tensors, ring_range=ring_range)
 
+    def write_mask(self, mask: Tensor | None, tokens: int) -> None:
+        """Write the attention mask of the next ``tokens`` positions, for which there is memory.
+
+        ``mask`` (rows, positions) covers the filled positions, too; None where no new token is padding.
+        """
+        end = self.length + tokens
+        if mask is None:
+            self.mask[:, self.length : end] = 1
+        else:
+            self.mask[:, :end] = self.mask_without_prefix_padding(mask)
+
     def begin_write(self, length: int) -> None:
         """Note that a step is about to fill the cache up to ``length`` positions.
 

@@ -38,11 +38,7 @@ def run_chunked(
     """
     cached_length = past.length
     if not isinstance(logits_to_keep, int) or not 0 < logits_to_keep <= CHUNK_SIZE or tokens <= CHUNK_SIZE:
-        logit_indices = (
-            _last_indices(logits_to_keep, tokens, past.device)
-            if isinstance(logits_to_keep, int)
-            else logits_to_keep.to(past.device)
-        )
+        logit_indices = last_token_indices(logits_to_keep, tokens, past.device)
         return _call_step(
             step,
             past,
@@ -56,7 +52,7 @@ def run_chunked(
     logits = None
     for start, end in zip(starts, [*starts[1:], tokens], strict=True):
         part = {n: v[:, start:end] if v.ndim > 1 else v for n, v in inputs.items()}
-        logit_indices = _last_indices(logits_to_keep if end == tokens else 1, end - start, past.device)
+        logit_indices = last_token_indices(logits_to_keep if end == tokens else 1, end - start, past.device)
         logits = _call_step(
             step, past, part, (cached_length + start, cached_length + end), cached_length + end, logit_indices
         )
@@ -64,7 +60,10 @@ def run_chunked(
     return logits
 
 
-def _last_indices(logits_to_keep: int, tokens: int, device: torch.device) -> Tensor:
+def last_token_indices(logits_to_keep: int | Tensor, tokens: int, device: torch.device) -> Tensor:
+    """Return the indices (kept,) of the last ``logits_to_keep`` of ``tokens`` tokens, 0 for all; a tensor as it is."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep.to(device)
     return torch.arange(max(tokens - logits_to_keep, 0) if logits_to_keep else 0, tokens, device=device)
 
 

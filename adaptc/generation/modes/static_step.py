@@ -35,6 +35,7 @@ from adaptc.errors import CaptureError
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.sliding_window import RingPositions, ring_masks
 from adaptc.generation.modes.static_attention import packed_attention
+from adaptc.generation.modes.step_spec import StepSpec
 
 #: sizes of the example inputs: all different and none of them one, because torch would specialize on these
 _ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
@@ -180,7 +181,7 @@ def example_step(
 
 
 def token_inputs(
-    spec: Any, device: torch.device, input_ids: Tensor | None, inputs_embeds: Tensor | None, rows: int, tokens: int
+    spec: StepSpec, device: torch.device, input_ids: Tensor | None, inputs_embeds: Tensor | None, rows: int, tokens: int
 ) -> dict[str, Tensor]:
     """Return tokens, or embeddings instead, as the inputs of a step, which has both where it takes embeddings."""
     if input_ids is None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from adaptc.bank.row_adapters import Mixes
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.cache_prefix import CachePrefix
-from adaptc.generation.spec import RECURRENT, GenerationSpec
+from adaptc.generation.spec import GenerationSpec
 
 PrefixOf = Callable[[str, Mapping[str, Any]], CachePrefix | None]
 
@@ -50,7 +48,7 @@ def batched_prefix(
             f"{' and '.join(map(repr, prefixes))} put embeddings and keys in front, whose positions are counted in two "
             "ways: generate with each in a batch of its own"
         )
-    return _join_prefixes(prefixes, rows, len(mixes), spec)
+    return spec.cache_mode.join_prefixes(prefixes, rows, len(mixes))
 
 
 def _select_rows(name: str, value: Any, index: list[int], count: int) -> Any:
@@ -72,22 +70,3 @@ def _refuse_mix(name: str, mixes: list[Mapping[str, float]]) -> None:
                 f"a row has the mix {dict(mix)}, and {name!r} puts tokens in front, which are there or are not: give "
                 f"the row {name!r} alone"
             )
-
-
-def _join_prefixes(
-    prefixes: Mapping[str, CachePrefix], rows: Mapping[str, list[int]], count: int, spec: GenerationSpec
-) -> CachePrefix:
-    longest, first = max(one.count for one in prefixes.values()), next(iter(prefixes.values()))
-    left_padding = torch.full((count,), longest, device=first.tensors[0].device)
-    tensors: list[Tensor] = []
-    for like in first.tensors:
-        sizes = like.shape[1:] if spec.cache_mode == RECURRENT else (like.shape[1], longest, like.shape[3])
-        tensors.append(like.new_zeros(count, *sizes))
-    for name, prefix in prefixes.items():
-        index = torch.tensor(rows[name], device=left_padding.device)
-        empty = longest - prefix.count
-        left_padding[index] = empty
-        for made, own in zip(tensors, prefix.tensors, strict=True):
-            wide = own.expand(len(index), *own.shape[1:])
-            made[index] = wide if spec.cache_mode == RECURRENT else pad(wide, (0, 0, empty, 0))
-    return CachePrefix(tensors, longest, first.counts_padding, left_padding)

@@ -17,22 +17,23 @@ from torch import Tensor
 
 from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation import validate
+from adaptc.generation.arguments import validate
 from adaptc.generation.cache.cache_prefix import CachePrefix
-from adaptc.generation.modes.cache_modes import make_cache, run_in_mode
 from adaptc.generation.prefix.batched_prefix import batched_prefix
-from adaptc.generation.spec import UNCACHED, GenerationSpec
+from adaptc.generation.spec import GenerationSpec
+from adaptc.generation.step_runner import StepRunner
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.program_method import PREFIX_FUNCTIONS, ProgramMethod
 from adaptc.state.bound import program_of
 from adaptc.state.core import ProgramCore
+from adaptc.state.program_parts import ProgramPart
 from adaptc.torch_modes import outside_modes
 
 #: binding -> how often each tensor that was read had been written to, and the :class:`CachePrefix` computed from them
 _PREFIXES: WeakKeyDictionary[Any, tuple[Any, CachePrefix]] = WeakKeyDictionary()
 
 
-def prefix_attachments(runner: Any, openings: Sequence[str] = PREFIX_FUNCTIONS) -> list[Attachment]:
+def prefix_attachments(runner: StepRunner, openings: Sequence[str] = PREFIX_FUNCTIONS) -> list[Attachment]:
     """Return the attachments that say what a cache begins with, by one of the methods ``openings``.
 
     ``runner`` is a program, or what is bound to one. :data:`PREFIX_FUNCTIONS` says which methods there are.
@@ -42,18 +43,18 @@ def prefix_attachments(runner: Any, openings: Sequence[str] = PREFIX_FUNCTIONS) 
     return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening() in openings]
 
 
-def prefix_input_names(runner: Any) -> list[str]:
+def prefix_input_names(runner: StepRunner) -> list[str]:
     """Return the names of the inputs that the attachments of :func:`prefix_attachments` ask of a caller, such as
     ``task_ids``."""
     methods = [a.method for a in prefix_attachments(runner)]
     return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
 
 
-def check_step_takes_prefix(runner: Any, spec: GenerationSpec, model_name: str) -> None:
+def check_step_takes_prefix(runner: StepRunner, spec: GenerationSpec, model_name: str) -> None:
     """Raise ConfigError where an adapter has virtual tokens and the step has no cache, or takes no embeddings for a
     prompt."""
     for a in prefix_attachments(runner):
-        if spec.cache_mode == UNCACHED:
+        if not spec.cache_mode.has_cache:
             raise ConfigError(
                 f"{a.method.name} is what a cache begins with, and {model_name} generates without one: "
                 f"{spec.mode_reason}. adaptc.compile(model, config) gives a program that computes logits with it"
@@ -67,8 +68,8 @@ def check_step_takes_prefix(runner: Any, spec: GenerationSpec, model_name: str) 
 
 @torch.no_grad()
 def prefix_for(
-    runner: Any,
-    step: Any,
+    runner: StepRunner,
+    step: Callable[..., Any] | ProgramPart | None,
     spec: GenerationSpec,
     device: torch.device,
     adapter_inputs: Mapping[str, Any],
@@ -92,11 +93,12 @@ def prefix_for(
             _refuse_unknown_inputs(adapter_inputs)
         return made
     step = runner.snapshot_call() if step is None and prefix_attachments(runner) else step
-    return prefix_of(getattr(step, "binding", None), step, adapter_inputs)
+    call = step.run if isinstance(step, ProgramPart) else step
+    return prefix_of(getattr(step, "binding", None), call, adapter_inputs)
 
 
 def _prefix_of_adapter(
-    runner: Any,
+    runner: StepRunner,
     spec: GenerationSpec,
     device: torch.device,
     openings: Sequence[str],
@@ -127,14 +129,14 @@ def _prefix_of_adapter(
     return known[1]
 
 
-def count_virtual_tokens(runner: Any, binding: Any, openings: Sequence[str] = PREFIX_FUNCTIONS) -> int:
+def count_virtual_tokens(runner: StepRunner, binding: Any, openings: Sequence[str] = PREFIX_FUNCTIONS) -> int:
     """Return the number of virtual tokens of the adapter in ``binding``."""
     return sum(
         _AttachmentPrefix.from_attachment(a, binding).count for a in _bound_attachments(runner, binding, openings)
     )
 
 
-def _bound_attachments(runner: Any, binding: Any, openings: Sequence[str]) -> list[Attachment]:
+def _bound_attachments(runner: StepRunner, binding: Any, openings: Sequence[str]) -> list[Attachment]:
     """Return the attachments of :func:`prefix_attachments` whose slots are all in ``binding``."""
     return [a for a in prefix_attachments(runner, openings) if all(f in binding.values for f in a.slots.values())]
 
@@ -221,7 +223,7 @@ def _read_prompt(
     """Return what the cache holds after ``previous`` and a text of the embeddings ``rows`` (batch, count, width)."""
     batch, count = rows.shape[:2]
     previous_length = 0 if previous is None else previous.count
-    past = make_cache(spec, device, previous)
+    past = spec.new_cache(device, previous)
     past.expected_length = previous_length + count
     past.activate_past_recording()  # sliding-window layers keep all positions, too
     past.reserve(batch, previous_length + count)
@@ -234,7 +236,7 @@ def _read_prompt(
         inputs["position_ids"] = (
             torch.arange(previous_length, previous_length + count, device=device).expand(batch, -1).contiguous()
         )
-    run_in_mode(spec, step, past, inputs, count, 1)
+    spec.cache_mode.run(step, past, inputs, count, 1)
     return CachePrefix(past.filled_tensors(), previous_length + count, counts_padding=True)
 
 

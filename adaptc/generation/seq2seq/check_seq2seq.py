@@ -6,7 +6,6 @@ CaptureError says how far they differ. See ``check_step_matches_model``.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.explain_failure import run_model
 from adaptc.capture.run_graph import run_graph
-from adaptc.errors import CaptureError
+from adaptc.generation.capture_step import check_logits
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
-from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK
+from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, decoder_inputs
 from adaptc.passes.graph.subprogram import extract_subprogram
 
 _ROWS, _TOKENS, _SOURCE_LENGTH, _PADDING = 2, 8, 6, 2
@@ -44,15 +43,14 @@ def check_seq2seq_matches_model(model: Any, program: ExportedProgram, spec: Seq2
         encoder_inputs["attention_mask"][0, :_PADDING] = 0
     else:
         encoder_inputs[spec.main_input_name] = torch.randn(_ROWS, *spec.feature_shape, generator=draw).to(parameter)
-    expected = run_model(model, **encoder_inputs, decoder_input_ids=ids, use_cache=False).logits.float()
-    found = _run_in_chunks(program, spec, encoder_inputs, ids).float()
-    error, size = (found - expected).abs().max(), expected.abs().max()
-    allowed = (1e-3 if spec.layout.dtype.itemsize >= 4 else 0.1) * size
-    if not bool(error <= allowed):
-        raise CaptureError(
-            f"{type(model).__name__} does not say in steps what it says at once (logits differ by {float(error):.3g}), "
-            "so it cannot be captured as an encoder and a step"
-        )
+    expected = run_model(model, **encoder_inputs, decoder_input_ids=ids, use_cache=False).logits
+    check_logits(
+        _run_in_chunks(program, spec, encoder_inputs, ids),
+        expected,
+        spec,
+        f"{type(model).__name__} does not say in steps what it says at once",
+        "so it cannot be captured as an encoder and a step",
+    )
 
 
 def _run_in_chunks(
@@ -66,16 +64,9 @@ def _run_in_chunks(
 
     values: dict[str, Any] = {**encoder_inputs, **run("encode", **encoder_inputs)}
     values |= run("cross", **values)
-    rows, length, room = ids.shape[0], ids.shape[1], ids.shape[1] + 3
-    for name, shape in zip(spec.layout.names, spec.layout.shapes(rows, room), strict=True):
-        values[name] = torch.zeros(shape, dtype=spec.layout.dtype, device=ids.device)
-    values["decoder_attention_mask"] = ids.new_ones(rows, room)
     values[STATES_MASK] = values.get("attention_mask", ids.new_ones(values[STATES].shape[:2]))
-    out, cuts = [], (0, length // 2, length // 2 + 1, length)
-    for start, end in pairwise(cuts):
-        slots = torch.arange(start, end, device=ids.device)
-        values |= {"slots": slots, "keep": torch.arange(end - start, device=ids.device)}
-        values["decoder_position_ids"] = slots.expand(rows, -1).contiguous()
-        values["decoder_input_ids"] = ids[:, start:end].contiguous()
+    mask, positions, out = torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device).expand_as(ids), []
+    for inputs in spec.cache_mode.check_inputs(spec, ids, mask, positions):
+        values |= decoder_inputs(inputs)
         out.append(run("step", **values)["logits"])
     return torch.cat(out, 1)

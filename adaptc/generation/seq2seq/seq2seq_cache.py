@@ -40,6 +40,13 @@ class CrossCache(StepCache):
         attend to."""
         self._set_attributes(rows=states.shape[0], states=states, states_mask=mask, cross_tensors=tuple(cross))
 
+    def write_mask(self, mask: Tensor | None, tokens: int) -> None:
+        """Write the mask of the next ``tokens`` positions; ``mask`` (rows, positions) leaves out virtual tokens."""
+        if mask is None:
+            super().write_mask(None, tokens)
+        else:
+            self.mask[:, self.prefix_length : self.length + tokens] = mask
+
     @property
     def nbytes(self) -> int:
         return super().nbytes + sum(t.nbytes for t in self.cross_tensors)

@@ -13,20 +13,21 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
+from adaptc.generation.arguments.validate import prepend_ones
 from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_input_names
-from adaptc.generation.validate import prepend_ones
+from adaptc.generation.step_runner import StepRunner
 
 #: the openings of the encoder, and those of the decoder's cache
 ENCODER_OPENINGS, DECODER_OPENINGS = ("prompt",), ("cached",)
 
 
-def pop_adapter_inputs(runner: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def pop_adapter_inputs(runner: StepRunner, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Remove the inputs that adapters' virtual tokens depend on from ``kwargs`` and return them by name."""
     return {name: value for name in prefix_input_names(runner) if (value := kwargs.pop(name, None)) is not None}
 
 
 def select_encoder_inputs(
-    input_names: Collection[str], runner: Any, adapter_inputs: Mapping[str, Any]
+    input_names: Collection[str], runner: StepRunner, adapter_inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return those of the ``adapter_inputs`` inputs that the encoder takes, whose names are in ``input_names``.
 
@@ -39,7 +40,7 @@ def select_encoder_inputs(
     return {n: adapter_inputs[n].contiguous() for n in names}
 
 
-def encoder_states_mask(runner: Any, states: Any, mask: Any) -> Any:
+def encoder_states_mask(runner: StepRunner, states: Any, mask: Any) -> Any:
     """Return the mask of the encoder's states: ``mask`` with ones in front for the adapter's virtual tokens."""
     if (
         not prefix_attachments(runner, ENCODER_OPENINGS)

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from adaptc.errors import CaptureError
 from adaptc.generation.cache.cache_layout import CacheLayout
-from adaptc.generation.seq2seq.seq2seq_step import CROSS_PREFIX, STATES, EncoderDescription
+from adaptc.generation.cache.cache_prefix import CachePrefix
+from adaptc.generation.modes.step_draw import StepDraw
+from adaptc.generation.seq2seq.seq2seq_cache import CrossCache, cross_cache_class
+from adaptc.generation.seq2seq.seq2seq_step import (
+    CROSS_PREFIX,
+    STATES,
+    STATES_MASK,
+    EncoderDescription,
+    captured_as_seq2seq_step,
+    decoder_inputs,
+)
 from adaptc.generation.spec import GenerationSpec
 from adaptc.tables import format_bytes
 
@@ -38,6 +52,34 @@ class Seq2SeqSpec(GenerationSpec):
         return EncoderDescription(
             self.main_input_name, self.feature_shape, self.conv_strides, self.layout, self.cross_layout
         )
+
+    def capture(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return captured_as_seq2seq_step(model, self.encoder_description)
+
+    def new_cache(self, device: torch.device, prefix: CachePrefix | None = None) -> CrossCache:
+        made: CrossCache = cross_cache_class()(self.layout, self, self.max_length, device)
+        if prefix is not None:
+            made.start_with_prefix(prefix)
+        return made
+
+    def draw_inputs(self, draw: StepDraw, rows: int | None = None) -> dict[str, Tensor]:
+        """Draw the inputs of all parts: a step, and independent rows for the encoder."""
+        encoded_rows, decoder = rows, decoder_inputs(super().draw_inputs(draw, rows))
+        rows = decoder["decoder_input_ids"].shape[0]
+        encoded_rows = draw.size(1, draw.max_size) if encoded_rows is None else encoded_rows
+        source_length, inputs = draw.size(1, 2 * draw.max_size), decoder
+        if self.feature_shape is None:
+            source_length = min(source_length, self.max_source_length or source_length)
+            inputs[self.main_input_name] = draw.integers(self.vocab_size, (encoded_rows, source_length))
+            inputs["attention_mask"] = torch.ones(encoded_rows, source_length, dtype=torch.int64)
+            inputs[STATES_MASK] = torch.ones(rows, source_length, dtype=torch.int64)
+        else:
+            source_length = self.feature_shape[-1] // (self.conv_strides[0] * self.conv_strides[1])
+            inputs[self.main_input_name] = draw.normal((encoded_rows, *self.feature_shape), self.embeds_dtype)
+        dtype = self.cross_layout.dtype
+        inputs[STATES] = draw.normal((rows, source_length, self.encoder_hidden_size), dtype)
+        shapes = zip(self.cross_layout.names, self.cross_layout.shapes(rows, source_length), strict=True)
+        return inputs | {name: draw.normal(shape, dtype) for name, shape in shapes}
 
     def notes(self) -> list[str]:
         states = format_bytes(self.cross_layout.nbytes(1, 1))

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from adaptc.generation.modes.static_step import StepExample, cache_over_tensors,
 STATES, STATES_MASK = "states", "states_mask"
 #: the prefix of the names of the cross-attention's keys and values
 CROSS_PREFIX = "cross_"
+#: the inputs of a step whose names begin with "decoder_" where there is an encoder, too
+_DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+T = TypeVar("T")
 #: sizes of the example inputs, different from those of the step's
 _ENCODED_ROWS, _SOURCE_LENGTH, _STATES_LENGTH = 4, 7, 9
 
@@ -132,14 +135,17 @@ def captured_as_seq2seq_step(model: nn.Module, description: EncoderDescription) 
         yield step
 
 
+def decoder_inputs(inputs: Mapping[str, T]) -> dict[str, T]:
+    """Return what belongs to the inputs of a causal model's step, under the names of the decoder's inputs."""
+    return {f"decoder_{n}" if n in _DECODER_INPUTS else n: v for n, v in inputs.items()}
+
+
 def _example_step(model: nn.Module, description: EncoderDescription, with_position_ids: bool) -> StepExample:
     first = next(model.parameters())
     device = first.device
     encoded_rows, source_length, positions = (Dim(n) for n in ("sources", "read", "positions"))
     decoder = example_step(model, description.self_layout, with_position_ids, False)
-    renamed = {"input_ids", "attention_mask", "position_ids"}
-    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in decoder.example_inputs.items()}
-    shapes = {f"decoder_{n}" if n in renamed else n: s for n, s in decoder.dynamic_shapes.items()}
+    inputs, shapes = decoder_inputs(decoder.example_inputs), decoder_inputs(decoder.dynamic_shapes)
     decoded_rows, rows = inputs["decoder_input_ids"].shape[0], shapes["decoder_input_ids"][0]
     inputs[description.main_input_name] = description.example_input(_ENCODED_ROWS, device, first.dtype)
     shapes[description.main_input_name] = (

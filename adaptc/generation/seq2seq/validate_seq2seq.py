@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation import validate
+from adaptc.generation.arguments import validate
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.seq2seq.seq2seq_cache import CrossCache
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
@@ -27,18 +27,16 @@ def check_generate_arguments(
     Raises AdaptcError for arguments that the program or its cache cannot take.
     """
     kwargs = dict(kwargs)
-    named, past = kwargs.pop(spec.main_input_name, None), kwargs.pop("past_key_values", None)
+    named = kwargs.pop(spec.main_input_name, None)
     if inputs is not None and named is not None:
         raise AdaptcError(f"{spec.main_input_name} is given twice: by its name, and in the first place")
-    inputs, past = named if inputs is None else inputs, kwargs.pop("cache", None) if past is None else past
-    validate.refuse_unsupported(kwargs)
+    inputs, past = named if inputs is None else inputs, validate.pop_cache(spec, kwargs)
     for name in ("inputs_embeds", "decoder_inputs_embeds"):
         if kwargs.get(name) is not None:
             raise AdaptcError(f"{name} is not taken by a program with an encoder: give {spec.main_input_name}")
-    validate.set_use_cache(spec, kwargs)
     decoder_input_ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("attention_mask")
     if decoder_input_ids is not None:
-        validate.check_input_ids(spec, decoder_input_ids)
+        require_decoder_input(spec, decoder_input_ids)
     if inputs is not None:
         check_encoder_input(spec, inputs, None if spec.feature_shape else mask)
     if (encoder_states := states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
@@ -48,10 +46,12 @@ def check_generate_arguments(
         validate.check_cache_size(spec, read.shape[0], 0)
         if decoder_input_ids is not None:
             check_equal_rows(read.shape[0], decoder_input_ids.shape[0])
-            validate.check_attention_mask(kwargs.get("decoder_attention_mask"), decoder_input_ids.shape, 0)
+            _check_decoder_mask(kwargs, decoder_input_ids)
         return inputs, kwargs
-    (held := as_own_cross_cache(spec, past)).check_finished()
-    return None, _arguments_with_cache(spec, held, inputs, encoder_states, kwargs)
+    past = validate.as_own_cache(spec, past, None)
+    past.check_finished()
+    assert isinstance(past, CrossCache)
+    return None, _arguments_with_cache(spec, past, inputs, encoder_states, kwargs)
 
 
 def _arguments_with_cache(
@@ -73,7 +73,7 @@ def _arguments_with_cache(
         )
     if decoder_input_ids is not None:
         check_equal_rows(past.rows, decoder_input_ids.shape[0])
-        validate.check_attention_mask(mask, decoder_input_ids.shape, 0)
+        _check_decoder_mask(kwargs, decoder_input_ids)
     if past.decoded_length and mask is None:
         # Without one transformers would take all tokens for new ones.
         new = past.mask.new_ones(past.rows, decoder_input_ids.shape[1] - past.decoded_length)  # type: ignore[union-attr]
@@ -82,11 +82,17 @@ def _arguments_with_cache(
     return {**kwargs, "encoder_outputs": known, "attention_mask": past.states_mask, cache_argument_name(): past}
 
 
-def as_own_cross_cache(spec: Seq2SeqSpec, past: Any) -> CrossCache:
-    """Return ``past`` if it is a cache of this program, or of what is bound to it; else raise AdaptcError."""
-    found = validate.as_own_cache(spec, past, None)
-    assert isinstance(found, CrossCache)
-    return found
+def _check_decoder_mask(kwargs: Mapping[str, Any], decoder_input_ids: Tensor) -> None:
+    name = "decoder_attention_mask"
+    validate.check_attention_mask(kwargs.get(name), decoder_input_ids.shape, 0, name)
+
+
+def require_decoder_input(spec: Seq2SeqSpec, decoder_input_ids: Any) -> Tensor:
+    """Return the decoder's tokens. Raises AdaptcError for anything but token ids (batch, tokens)."""
+    if decoder_input_ids is None:
+        raise AdaptcError("a step takes decoder_input_ids (batch, tokens): give the tokens that begin the answer")
+    validate.check_input_ids(spec, decoder_input_ids, "decoder_input_ids")
+    return decoder_input_ids
 
 
 def require_encoder_input(spec: Seq2SeqSpec, source: Tensor | None) -> Tensor:

@@ -14,21 +14,22 @@ from torch import Tensor
 
 from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError
+from adaptc.generation.step_runner import StepRunner
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.protocol.program_method import ProgramMethod
-from adaptc.state.bound import PinnedRunner, program_of
+from adaptc.state.bound import BoundProgram, PinnedRunner, program_of
 from adaptc.state.core import ProgramCore
 
 #: name of a program's input -> name of the caller's argument
 InputNames = Mapping[str, str]
 
 
-def used_input_names(runner: Any) -> InputNames:
+def used_input_names(runner: StepRunner) -> InputNames:
     """Return the inputs that adapters at layers added and that ``runner`` uses; empty where it keeps the base."""
     return {} if isinstance(runner, PinnedRunner) and not runner.has_adapter else _added_inputs(runner)
 
 
-def _added_inputs(runner: Any, all_methods: bool = False) -> InputNames:
+def _added_inputs(runner: StepRunner, all_methods: bool = False) -> InputNames:
     """Return the inputs that adapters at layers added to the program's code, whichever adapter it runs with.
 
     ``all_methods`` adds the inputs of methods that are not at layers.
@@ -46,18 +47,19 @@ def _added_inputs(runner: Any, all_methods: bool = False) -> InputNames:
     return {m: n for m, n in found.items() if m in expected}
 
 
-def _expected_inputs(runner: Any) -> Mapping[str, Any]:
+def _expected_inputs(runner: StepRunner) -> Mapping[str, Any]:
     """Return the inputs that calls of ``runner`` take, by name."""
     program = program_of(runner)
     if isinstance(program, PackagedProgram):
         return dict(program.inputs.expected)
     if isinstance(runner, RowSelection):
         runner = program if runner.has_adapter else program.base  # rows without any adapter run on the base
+    assert isinstance(runner, (ProgramCore, BoundProgram))
     executor = runner.compiled_state().executor
     return {} if executor is None else dict(executor.inputs.expected)
 
 
-def pop_step_inputs(runner: Any, kwargs: dict[str, Any], rows: int) -> dict[str, Tensor]:
+def pop_step_inputs(runner: StepRunner, kwargs: dict[str, Any], rows: int) -> dict[str, Tensor]:
     """Remove the adapters' inputs from ``kwargs`` and return them as a step of ``rows`` rows takes them: (rows,),
     int64.
 
@@ -82,7 +84,7 @@ def pop_step_inputs(runner: Any, kwargs: dict[str, Any], rows: int) -> dict[str,
     return step_inputs
 
 
-def with_zero_inputs(runner: Any, options: dict[str, Any]) -> dict[str, Any]:
+def with_zero_inputs(runner: StepRunner, options: dict[str, Any]) -> dict[str, Any]:
     """Add zeros (the first task) for the adapters' inputs to the drawn ``inputs`` of verify's ``options``."""
     names = _added_inputs(runner, all_methods=True)
     if not names:

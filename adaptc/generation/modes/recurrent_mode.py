@@ -1,4 +1,4 @@
-"""Turn a recurrent model such as Mamba into its step: one token, and the states after it.
+"""Keep the states of a recurrent model such as Mamba, whose step reads one token and writes the states after it.
 
 The model's layers keep the last inputs of a convolution and the state of a recurrence. Inside
 :func:`captured_as_state_step` its ``forward`` takes plain tensors alone. A text is read token by token: a step of
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,13 +24,90 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from adaptc.capture.model_state import keyword_only_parameter, patch_forward
-from adaptc.errors import AdaptcError, CaptureError
-from adaptc.generation.cache.cache_layout import StateLayout
-from adaptc.generation.cache.sliding_window import RingRange
+from adaptc.errors import CaptureError
+from adaptc.generation.cache.cache_layout import CacheLayout, StateLayout
+from adaptc.generation.cache.state_cache import state_cache_class
 from adaptc.generation.cache.step_cache import StepCache
-from adaptc.generation.modes.static_step import StepExample, replaced_embeddings
+from adaptc.generation.cache.token_gates import refuse_token_gates
+from adaptc.generation.modes.cache_mode import CacheMode, Inputs, StepFunction
+from adaptc.generation.modes.chunked_prefill import last_token_indices
+from adaptc.generation.modes.static_step import StepExample, replaced_embeddings, token_inputs
+from adaptc.generation.modes.step_draw import StepDraw
+from adaptc.generation.modes.step_spec import StepSpec
+from adaptc.tables import format_bytes
 
 _ROWS = 3
+
+
+class RecurrentMode(CacheMode):
+    """The mode of a state, from which one token after another is computed."""
+
+    name = "state"
+    step_name = "a step with its state"
+    text_manner = "token by token"
+    can_take_back = False
+    takes_slots = False
+
+    def capture(
+        self,
+        model: nn.Module,
+        layout: CacheLayout,
+        size_limit: int | None = None,
+        token_gate_inputs: Sequence[str] = (),
+    ) -> AbstractContextManager[StepExample]:
+        refuse_token_gates(token_gate_inputs, f"{type(model).__name__} would generate from a state")
+        assert isinstance(layout, StateLayout)
+        return captured_as_state_step(model, layout)
+
+    def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
+        rows, length = ids.shape
+        states = spec.layout.zeros(rows, ids.device)
+        for i in range(length):
+            token = token_inputs(spec, ids.device, ids[:, i : i + 1], None, rows, 1)
+            yield {**token, "seen": mask[:, i].bool(), **states}
+
+    def run(
+        self, step: StepFunction, past: StepCache, inputs: Inputs, tokens: int, logits_to_keep: int | Tensor
+    ) -> Tensor:
+        cached_length = past.length
+        logit_indices = last_token_indices(logits_to_keep, tokens, torch.device("cpu")).tolist()
+        wanted = set(logit_indices)
+        states = dict(zip(past.layout.names, past.tensors, strict=True))
+        logits: dict[int, Tensor] = {}
+        for i in range(tokens):
+            one = {n: t[:, i : i + 1].contiguous() if t.ndim > 1 else t for n, t in inputs.items()}
+            past.begin_write(cached_length + i + 1)
+            found = step(**one, seen=past.mask[:, cached_length + i].bool(), **states)
+            past.end_write(cached_length + i + 1)
+            if i in wanted:
+                logits[i] = found
+        return torch.cat([logits[i] for i in logit_indices], 1)
+
+    def cache_type(self) -> type[StepCache]:
+        return state_cache_class()
+
+    def pad_prefix(self, tensor: Tensor, count: int) -> Tensor:
+        """Return the state ``tensor`` as it is: no position of it is empty."""
+        return tensor
+
+    def describe(self, spec: StepSpec) -> list[str]:
+        passes = f" in {spec.layout.passes} passes" if spec.layout.passes > 1 else ""
+        size = format_bytes(spec.layout.nbytes(1, 0))
+        return [f"state{passes}: {size} for each row; a prompt is read token by token"]
+
+    def misfit(self, layout: CacheLayout, inputs: Collection[str]) -> str:
+        if not isinstance(layout, StateLayout):
+            return f"what it keeps is {self.name!r}, of {len(layout.layers)} layers"
+        return super().misfit(layout, inputs)
+
+    def draw_further_inputs(
+        self, spec: StepSpec, draw: StepDraw, inputs: dict[str, Tensor], slots: Tensor
+    ) -> dict[str, Tensor]:
+        rows = inputs["input_ids"].shape[0]
+        seen, states = draw.booleans((rows,)), spec.layout.zeros(rows, torch.device("cpu"))
+        drawn = {n: draw.normal(t.shape, t.dtype) for n, t in states.items()}
+        token = {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
+        return token | draw.embeddings(spec, rows, 1)
 
 
 @contextlib.contextmanager
@@ -99,93 +176,3 @@ def _cache_over_states(layout: StateLayout, tensors: list[Tensor]) -> Any:
             layer.conv_kernel_size[state.index] = tensor.shape[-1]
         layer.dtype, layer.device = tensor.dtype, tensor.device
     return Cache(layers=layers)
-
-
-def run_token_by_token(
-    step: Callable[..., Any], past: StepCache, inputs: Mapping[str, Tensor], tokens: int, logits_to_keep: int | Tensor
-) -> Tensor:
-    """Read new tokens one at a time, with the states in ``past``; returns the logits that ``logits_to_keep`` asks for.
-
-    The arguments are those of :func:`run_chunked`.
-    """
-    cached_length = past.length
-    logit_indices = (
-        range(max(tokens - logits_to_keep, 0) if logits_to_keep else 0, tokens)
-        if isinstance(logits_to_keep, int)
-        else logits_to_keep.tolist()
-    )
-    states = dict(zip(past.layout.names, past.tensors, strict=True))
-    logits: dict[int, Tensor] = {}
-    for i in range(tokens):
-        one = {n: t[:, i : i + 1].contiguous() if t.ndim > 1 else t for n, t in inputs.items()}
-        past.begin_write(cached_length + i + 1)
-        found = step(**one, seen=past.mask[:, cached_length + i].bool(), **states)
-        past.end_write(cached_length + i + 1)
-        if i in logit_indices:
-            logits[i] = found
-    return torch.cat([logits[i] for i in logit_indices], 1)
-
-
-class StateCache(StepCache):
-    """A cache of the states after a text, whose size no length changes; no token can be taken back."""
-
-    layout: StateLayout  # type: ignore[assignment]
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
-    def __len__(self) -> int:
-        return self.layout.states[-1].layer + 1
-
-    def reserve(self, rows: int, length: int) -> None:
-        if not self.tensors:
-            self.rows = rows
-            if self.prefix is not None:
-                self._allocate_prefix(rows)
-            else:
-                self._set_attributes(
-                    tensors=list(self.layout.zeros(rows, self.device).values()), ring_range=RingRange()
-                )
-        if length > self.mask.shape[1]:
-            wider = torch.ones(rows, min(max(2 * length, 64), self.max_length), dtype=torch.int64, device=self.device)
-            if self.length:
-                wider[:, : self.length] = self.mask[:, : self.length]
-            self.mask = wider
-
-    def filled_tensors(self) -> list[Tensor]:
-        return list(self.tensors)
-
-    @property
-    def is_intact(self) -> bool:
-        return self.ring_high_water <= self.length
-
-    def can_crop(self, length: int) -> bool:
-        return length in (0, self.prefix_length, self.length)
-
-    def check_crop(self, new_length: int) -> None:
-        if not self.can_crop(new_length):
-            raise AdaptcError(
-                f"a state of {self.length} positions cannot be taken back to {new_length}: compute the text again with "
-                "gen.prefill(input_ids), and keep copies of what you go on from"
-            )
-
-    def crop(self, tokens_to_remove: int) -> None:
-        left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
-        self.check_crop(left)
-        if left <= self.prefix_length:
-            self.reset()
-
-    def _empty_attributes(self) -> dict[str, Any]:
-        return {"tensors": [torch.zeros_like(t) for t in self.tensors]}
-
-    def last_position(self) -> list[Tensor]:
-        return []  # no token of a state cache is computed again
-
-
-@cache
-def state_cache_class() -> type:
-    """Return :class:`StateCache` as a subclass of ``transformers.Cache``."""
-    from transformers.cache_utils import Cache
-
-    return type("StateCache", (StateCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})

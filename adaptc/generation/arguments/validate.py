@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError, short_repr
 from adaptc.generation.cache.step_cache import StepCache
-from adaptc.generation.spec import RECURRENT, UNCACHED, GenerationSpec, cache_argument_name
+from adaptc.generation.spec import GenerationSpec, cache_argument_name
 from adaptc.runtime.calls.call_names import call_with_tensors
 
 #: arguments that ask for what a step program cannot do -> what to do instead; None and False are let through
@@ -28,6 +28,7 @@ _UNSUPPORTED = {
     "adapter_names": "each prompt has adapters of its own in a bank, gen.bank({...}).generate(ids, adapters=[...])",
 }
 
+_NEEDS_CACHE = "use_cache=False is not taken: the program was captured with a cache. Leave it out"
 #: arguments of generation modes, which transformers hands on to steps
 MODE_ARGUMENTS = frozenset(
     {
@@ -52,10 +53,7 @@ def check_generate_arguments(
     program or its cache cannot take.
     """
     kwargs = dict(kwargs)
-    past = kwargs.pop("past_key_values", None)
-    past = kwargs.pop("cache", None) if past is None else past
-    refuse_unsupported(kwargs)
-    set_use_cache(spec, kwargs)
+    past = pop_cache(spec, kwargs)
     ids, inputs_embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
         check_input_ids(spec, ids)
@@ -103,6 +101,18 @@ def check_generate_arguments(
     return kwargs, prefix_length, again
 
 
+def pop_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> Any:
+    """Remove the cache from the arguments of ``generate``, in place, and return it; None where there is none.
+
+    Sets ``use_cache`` (see :func:`set_use_cache`). Raises AdaptcError for arguments that no program takes.
+    """
+    past = kwargs.pop("past_key_values", None)
+    past = kwargs.pop("cache", None) if past is None else past
+    refuse_unsupported(kwargs)
+    set_use_cache(spec, kwargs)
+    return past
+
+
 def set_use_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> None:
     """Set ``use_cache`` in the arguments of ``generate``, in place, to what the program was captured with.
 
@@ -115,10 +125,10 @@ def set_use_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> None:
             "come in an object with scores and the cache"
         )
     kwargs.pop("return_dict", None)
-    if spec.cache_mode == UNCACHED:
+    if not spec.cache_mode.has_cache:
         return
     if kwargs.get("use_cache") is False:
-        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+        raise AdaptcError(_NEEDS_CACHE)
     kwargs["use_cache"] = True
 
 
@@ -150,9 +160,10 @@ def check_generation(
     the number of positions that the cache needs beside the ``offset`` that it already holds.
     """
     refuse_unsupported({name: getattr(generation_config, name, None) for name in _UNSUPPORTED})
-    if generation_config.use_cache is False and spec.cache_mode != UNCACHED:
-        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
-    if spec.cache_mode == RECURRENT and getattr(generation_mode, "value", generation_mode) == "assisted_generation":
+    if generation_config.use_cache is False and spec.cache_mode.has_cache:
+        raise AdaptcError(_NEEDS_CACHE)
+    is_assisted = getattr(generation_mode, "value", generation_mode) == "assisted_generation"
+    if is_assisted and not spec.cache_mode.can_take_back:
         raise AdaptcError(
             "assisted decoding takes back what was guessed wrong, and the model keeps a state, which cannot be: leave "
             "out assistant_model and prompt_lookup_num_tokens"
@@ -192,26 +203,36 @@ def check_cache_size(spec: GenerationSpec, rows: int, length: int, rows_note: st
         )
 
 
-def check_input_ids(spec: GenerationSpec, input_ids: Any) -> None:
-    """Raise AdaptcError for anything but token ids (batch, tokens), int64 or int32, within the vocabulary."""
+def check_input_ids(spec: GenerationSpec, input_ids: Any, name: str = "input_ids") -> None:
+    """Raise AdaptcError for anything but token ids (batch, tokens), int64 or int32, within the vocabulary.
+
+    ``name`` is the name of the argument, for the message.
+    """
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
         found = (
             f"{tuple(input_ids.shape)} of {input_ids.dtype}"
             if isinstance(input_ids, Tensor)
             else f"a {type(input_ids).__name__}"
         )
-        call = "" if isinstance(input_ids, Tensor) else f". {call_with_tensors('gen.generate', [], 'input_ids')}"
-        raise AdaptcError(f"input_ids must be a tensor (batch, tokens) of int64, got {found}{call}")
+        call = "" if isinstance(input_ids, Tensor) else f". {call_with_tensors('gen.generate', [], name)}"
+        raise AdaptcError(f"{name} must be a tensor (batch, tokens) of int64, got {found}{call}")
     if input_ids.shape[0] == 0:
-        raise AdaptcError("input_ids has no rows")
+        raise AdaptcError(f"{name} has no rows")
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < spec.vocab_size:
         raise AdaptcError(
-            f"input_ids has tokens from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
+            f"{name} has tokens from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
             f"{spec.vocab_size}"
         )
 
 
-def check_step(spec: GenerationSpec, rows: int, tokens: int, position_ids: Any, logits_to_keep: Any) -> None:
+def check_step(
+    spec: GenerationSpec,
+    rows: int,
+    tokens: int,
+    position_ids: Any,
+    logits_to_keep: Any,
+    positions_name: str = "position_ids",
+) -> None:
     """Raise AdaptcError for a step without tokens, and for position_ids or ``logits_to_keep`` that do not fit its
     tokens.
 
@@ -223,7 +244,7 @@ def check_step(spec: GenerationSpec, rows: int, tokens: int, position_ids: Any, 
         shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else None
         if shape not in ((rows, tokens), (1, tokens)) or position_ids.is_floating_point():
             found = f"a {type(position_ids).__name__}" if shape is None else f"{shape} of {position_ids.dtype}"
-            raise AdaptcError(f"position_ids must be a tensor {(rows, tokens)} of int64, got {found}")
+            raise AdaptcError(f"{positions_name} must be a tensor {(rows, tokens)} of int64, got {found}")
     if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1 and logits_to_keep.dtype == torch.int64:
         if logits_to_keep.numel() == 0 or (int(logits_to_keep.min()) >= 0 and int(logits_to_keep.max()) < tokens):
             return
@@ -246,11 +267,14 @@ def check_inputs_embeds(spec: GenerationSpec, inputs_embeds: Any) -> None:
         raise AdaptcError("inputs_embeds has no rows")
 
 
-def check_attention_mask(attention_mask: Any, shape: Sequence[int], cached_length: int) -> None:
+def check_attention_mask(
+    attention_mask: Any, shape: Sequence[int], cached_length: int, name: str = "attention_mask"
+) -> None:
     """Raise AdaptcError for a mask that is not (batch, ``cached_length`` + tokens), for a prompt of ``shape`` (batch,
     tokens).
 
-    ``cached_length`` is the number of positions in the cache. None is no mask, and passes.
+    ``cached_length`` is the number of positions in the cache, and ``name`` that of the argument. None is no mask, and
+    passes.
     """
     if attention_mask is None:
         return
@@ -260,7 +284,7 @@ def check_attention_mask(attention_mask: Any, shape: Sequence[int], cached_lengt
             tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else f"a {type(attention_mask).__name__}"
         )
         has = f", {cached_length} of them in the cache" if cached_length else ""
-        raise AdaptcError(f"attention_mask must be a tensor {wanted}, one number for each position{has}; got {found}")
+        raise AdaptcError(f"{name} must be a tensor {wanted}, one number for each position{has}; got {found}")
 
 
 def as_own_cache(spec: GenerationSpec, past: Any, rows: int | None) -> StepCache:
@@ -287,12 +311,15 @@ def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
         raise AdaptcError(f"{short_repr(strange[0])} is not an input of the program")
 
 
-def check_forward_arguments(input_ids: Any, inputs_embeds: Any, use_cache: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise AdaptcError for arguments of ``check_forward_arguments`` that a step cannot take, and unless one of tokens
-    and embeddings is given."""
+def check_forward_arguments(use_cache: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise AdaptcError for further arguments ``kwargs`` of a step that no step takes, and for ``use_cache=False``."""
     refuse_unsupported(kwargs)
     if use_cache is False:
-        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+        raise AdaptcError(_NEEDS_CACHE)
     refuse_unknown({n: v for n, v in kwargs.items() if n not in _UNSUPPORTED})
+
+
+def check_tokens_or_embeddings(input_ids: Any, inputs_embeds: Any) -> None:
+    """Raise AdaptcError unless one of the two is given."""
     if (input_ids is None) == (inputs_embeds is None):
         raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")

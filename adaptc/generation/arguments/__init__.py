@@ -1,0 +1,1 @@
+"""Check and prepare the arguments of calls: of ``generate``, of single steps, and those that adapters add."""

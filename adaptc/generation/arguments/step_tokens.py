@@ -1,0 +1,64 @@
+"""Check the new tokens of a step as a caller gives them, and turn them into inputs of the step program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.generation.arguments import validate
+from adaptc.generation.cache.step_cache import StepCache
+from adaptc.generation.modes.static_step import token_inputs
+from adaptc.generation.spec import GenerationSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTokens:
+    """The new tokens of one step: ``input_ids`` (rows, tokens), or ``inputs_embeds`` (rows, tokens, width) instead.
+
+    ``attention_mask`` is (rows, positions), of the positions in the cache and the new ones; None where none is padding.
+    ``position_ids`` is (rows, tokens) or (1, tokens); None counts on from the cache. ``logits_to_keep`` is the number
+    of last tokens whose logits are wanted, 0 for all, or a tensor of token indices. ``name_prefix`` is what the names
+    of these arguments begin with in errors: "decoder_" where the model has an encoder, too.
+    """
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    logits_to_keep: int | Tensor = 0
+    name_prefix: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the number of rows, and the number of new tokens in each."""
+        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        assert given is not None
+        return given.shape[0], given.shape[1]
+
+    def check(self, spec: GenerationSpec, past: StepCache, masked_length: int) -> None:
+        """Raise AdaptcError where the cache ``past`` has no room for the tokens, or an argument does not fit them.
+
+        ``masked_length`` is the number of positions in the cache that the attention_mask covers.
+        """
+        rows, tokens = self.shape
+        validate.check_cache_size(spec, rows, past.length + tokens, prefix_length=past.prefix_length)
+        validate.check_attention_mask(
+            self.attention_mask, (rows, tokens), masked_length, f"{self.name_prefix}attention_mask"
+        )
+        validate.check_step(
+            spec, rows, tokens, self.position_ids, self.logits_to_keep, f"{self.name_prefix}position_ids"
+        )
+
+    def write_to(self, past: StepCache, spec: GenerationSpec, device: torch.device) -> dict[str, Any]:
+        """Make room for the tokens in ``past``, write their mask, and return the inputs of a step of them."""
+        rows, tokens = self.shape
+        past.reserve(rows, past.length + tokens)
+        past.write_mask(self.attention_mask, tokens)
+        inputs = token_inputs(spec, device, self.input_ids, self.inputs_embeds, rows, tokens)
+        if spec.takes_position_ids:
+            positions = past.next_position_ids(rows, tokens) if self.position_ids is None else self.position_ids
+            inputs["position_ids"] = positions.to(past.device).expand(rows, -1).contiguous()
+        return inputs
