@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import adaptc
+from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.description import facts_of
 from adaptc.generation.modes.all_modes import MODES, candidates, mode_to_json
 from adaptc.generation.modes.cache_mode import CacheMode
@@ -99,11 +101,13 @@ def test_each_mode_is_a_file_and_has_its_name() -> None:
     assert all((FOLDER / f"{name}.py").is_file() for name in files)
 
 
+def test_a_copied_mode_is_the_mode() -> None:
+    assert all(copy.deepcopy(mode) is mode for mode in MODES)
+
+
 @pytest.mark.parametrize("positions", [None, 64])
 @pytest.mark.parametrize("family", ["llama", "mistral", "mamba"])
 def test_the_best_modes_come_first(family: str, positions: int | None) -> None:
-    from adaptc.generation.cache.cache_layout import CacheLayout
-
     model = FAMILIES[family].build()
     layout = CacheLayout.from_model(model)
     expected = {"llama": ["room", "exact"], "mistral": ["window", "room", "exact"], "mamba": ["state"]}[family]

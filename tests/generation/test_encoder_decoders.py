@@ -282,6 +282,7 @@ def test_a_bad_step_names_the_decoders_argument(what: str) -> None:
 
 def test_a_step_alone() -> None:
     """Without a cache, where none is wanted; what it does not do is refused."""
+    assert isinstance(generator(FAMILY), adaptc.Generator)
     gen, given = generator(FAMILY), {**prompt(1, 5), "decoder_input_ids": torch.ones(1, 1, dtype=torch.int64)}
     with torch.no_grad():
         found, other = gen.forward(**given, use_cache=False), gen.forward(**given)
