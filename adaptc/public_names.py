@@ -47,7 +47,8 @@ def lazy_names(
         if name in moved:
             warn_renamed(f"{package}.{name}", moved[name])
             module, _, new_name = moved[name].rpartition(".")
-            return getattr(importlib.import_module(module), new_name)
+            # Kept, so that the warning comes once: ``from package import name`` looks twice.
+            return vars(sys.modules[package]).setdefault(name, getattr(importlib.import_module(module), new_name))
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         importlib.import_module(homes[name])

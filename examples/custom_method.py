@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import methods
+from adaptc.methods import InitialValues, Method, Op, Slot, TargetedConfig, register_method
 
 
 @dataclass
-class GainConfig(methods.TargetedConfig):
+class GainConfig(TargetedConfig):
     peft_type: ClassVar[str] = "GAIN"
     r: int = 4
 
@@ -29,38 +29,35 @@ class GainConfig(methods.TargetedConfig):
 
 
 @dataclass(frozen=True)
-class Gain(methods.Method):
+class Gain(Method):
     name: ClassVar[str] = "gain"
     r: int = 4
 
-    def slots(self, op: methods.Op) -> dict[str, methods.Slot]:
+    def slots(self, op: Op) -> dict[str, Slot]:
         rows, columns = op.matrix_shape
-        down, up = methods.Slot((self.r, columns), free=(0,)), methods.Slot((rows, self.r), free=(1,))
-        return {"gain_factor": methods.Slot((rows,), fill=1.0), "gain_down": down, "gain_up": up}
+        down, up = Slot((self.r, columns), free=(0,)), Slot((rows, self.r), free=(1,))
+        return {"gain_factor": Slot((rows,), fill=1.0), "gain_down": down, "gain_up": up}
 
-    def minimal(self, op: methods.Op) -> Gain:
-        return replace(self, r=2)
-
-    def init(self, op: methods.Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> methods.Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> InitialValues:
         values = self.filled(op, W, dtype)
-        return methods.Initial(values | {"gain_down": values["gain_down"].normal_(std=0.1, generator=generator)})
+        return InitialValues(values | {"gain_down": values["gain_down"].normal_(std=0.1, generator=generator)})
 
-    def weight(self, op: methods.Op, W: Tensor, slots: Any, scale: Any) -> Tensor:
+    def weight(self, op: Op, W: Tensor, slots: Any, scale: Any) -> Tensor:
         changed = op.matrix(W) + slots["gain_up"] @ slots["gain_down"]
         return op.unmatrix(slots["gain_factor"].unsqueeze(1) * changed).to(W.dtype)
 
-    def bias(self, op: methods.Op, b: Tensor | None, slots: Any, scale: Any) -> Tensor | None:
+    def bias(self, op: Op, b: Tensor | None, slots: Any, scale: Any) -> Tensor | None:
         return None if b is None else (slots["gain_factor"] * b).to(b.dtype)
 
-    def has_apply(self, op: methods.Op) -> bool:
+    def has_apply(self, op: Op) -> bool:
         return op.kind == "linear"
 
-    def apply(self, op: methods.Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
         low = op.down_up(op.cast_input(x, slots["gain_up"].dtype), slots["gain_down"], slots["gain_up"])
         return (slots["gain_factor"] * (y + low)).to(y.dtype)
 
 
-methods.register_method(GainConfig, Gain)
+register_method(GainConfig, Gain)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from adaptc.methods import TargetedConfig
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.low_rank import LowRank
+from adaptc.passes.protocol.parts.low_rank import LowRank
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def make_lora(
 def _lora_tensors(lora: LoraConfig, a: Attachment, op: Op, low_rank: LowRank, has_bias: bool) -> dict[str, Tensor]:
     method = lora.method(a.name or a.module, a.kind)
     if a.name not in ("", a.module, a.fqn):  # a layer that is nested in an adapted one
-        method = method.nested()
+        method = method.inside_multihead_attention()
     like = {n: torch.empty(s.shape, device="meta") for n, s in method.slots(op).items()}
     scale = method.scale(op)
     bias = low_rank.bias
     if has_bias:
         bias = low_rank.up.new_zeros(op.out_features) if bias is None else bias / scale
-    new = method.with_low_rank(replace(low_rank, up=low_rank.up / scale, bias=bias), like)
+    new = method.files.with_low_rank(replace(low_rank, up=low_rank.up / scale, bias=bias), like)
     return {n: t.contiguous() for n, t in new.items()}
 
 

@@ -24,7 +24,7 @@ from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, s
 from adaptc.methods import exact_names_regex
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.low_rank import LowRank
+from adaptc.passes.protocol.parts.low_rank import LowRank
 from adaptc.patterns import compile_pattern
 
 
@@ -184,7 +184,7 @@ class _ModelDifference:
             op, method = self.ops[module], config.method(module, "linear")
             bias = self.biases.get(module, part.up.new_zeros(op.out_features)) if has_bias else None
             like = {n: torch.empty(s.shape, device="meta") for n, s in method.slots(op).items()}
-            made = method.with_low_rank(replace(part, bias=bias), like)
+            made = method.files.with_low_rank(replace(part, bias=bias), like)
             tensors |= {f"{module}.{n}".removeprefix("."): t.contiguous() for n, t in made.items()}
         return Adapter(config, tensors, self.source, FitReport(self.source, tuple(self.fits), tuple(saved_modules)))
 

@@ -109,7 +109,7 @@ def combine_deltas(
     for name, value in union_target_fields([p.config for p in deltas], names).items():
         setattr(config, name, value)
     sites_by_weight: dict[str, Attachment] = {f: g[0] for p in deltas for f, g in p.sites.items()}
-    ranks = [r for p in deltas for m in p.binding.methods.values() if (r := m.rank()) is not None]
+    ranks = [r for p in deltas for m in p.binding.methods.values() if (r := m.sizes.rank()) is not None]
     if options.svd_rank is None and not ranks:
         raise ConfigError(f"adapters of {deltas[0].config.peft_type} have no rank: say that of the result, svd_rank=")
     truncation = Truncation(

@@ -24,8 +24,8 @@ from adaptc.passes.protocol.attachment import Attachment
 class WeightDelta:
     """The change of one weight and its bias.
 
-    ``matrix`` (blocks, rows, columns) is as in :class:`~adaptc.passes.protocol.low_rank.LowRank`. ``bias`` is (out,),
-    None where no bias changes.
+    ``matrix`` (blocks, rows, columns) is as in :class:`~adaptc.passes.protocol.parts.low_rank.LowRank`. ``bias`` is
+    (out,), None where no bias changes.
     """
 
     matrix: Tensor
@@ -52,7 +52,7 @@ class AdapterDeltas:
             if a.id not in binding.methods:
                 continue
             inner, _ = a.method.unwrap(spec.ops[a.id])
-            if inner.akin(config.method(a.name or a.module, a.kind)):
+            if inner.is_variant_of(config.method(a.name or a.module, a.kind)):
                 self.sites.setdefault(a.fqn, []).append(a)
             else:
                 others[a.id] = binding.methods[a.id]

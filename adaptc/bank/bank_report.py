@@ -72,4 +72,4 @@ class BankReport(Report):
 
 
 def _ranks(b: Binding) -> list[int]:
-    return sorted({r for m in b.methods.values() if (r := m.rank()) is not None})
+    return sorted({r for m in b.methods.values() if (r := m.sizes.rank()) is not None})

@@ -86,7 +86,7 @@ class BaseProgram:
     @property
     def adapter_inputs(self) -> frozenset[str]:
         """Return the names of the inputs that adapters add to the code for rows."""
-        return frozenset(n for a in self.attachments for n in a.method.extras())
+        return frozenset(n for a in self.attachments for n in a.method.extra_inputs.extras())
 
     @property
     def written_tensors(self) -> frozenset[str]:

@@ -64,7 +64,7 @@ class Limits:
             floats = ((n, t) for n, t in values.items() if t.is_floating_point() or t.is_complex())
             if bad := next((n for n, t in floats if not bool(torch.isfinite(t).all())), None):
                 raise CheckpointError(f"adapter {name!r} is not finite: {bad!r} has NaN or infinity")
-        ranks = [r for m in binding.methods.values() if (r := m.rank()) is not None]
+        ranks = [r for m in binding.methods.values() if (r := m.sizes.rank()) is not None]
         if self.max_rank is not None and max(ranks, default=0) > self.max_rank:
             raise ConfigError(f"adapter {name!r} has rank {max(ranks)}, and the bank takes ranks up to {self.max_rank}")
 

@@ -140,7 +140,7 @@ class RowProgram(BaseProgram):
     @property
     def is_side_by_side(self) -> bool:
         """Return whether the adapters of some site lie side by side in matmuls."""
-        return any(a.method.has_rows() for a in self.attachments)
+        return any(a.method.bank.is_defined() for a in self.attachments)
 
     @with_graph_lock
     def serves_any_count(self, kernel_sites: Collection[str] = ()) -> bool:

@@ -118,7 +118,7 @@ def _pad_to(
 ) -> Tensor:
     if tuple(t.shape) == shape:
         return t
-    if attachment.method.exact_sizes:
+    if attachment.method.sizes.exact:
         raise AdaptcError(
             f"site {attachment.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and "
             f"two of {attachment.method.name} that differ so cannot share a call. Run them in batches of their own"

@@ -85,14 +85,16 @@ def bind_tensors(
         op = spec.ops[a.id]
         check_number_kinds(a, op, method, slot_tensors, spec.adapter_dtype(a), source, is_read=False)
         try:
-            slot_tensors = method.read(op, slot_tensors)
+            slot_tensors = method.files.read(op, slot_tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
         check_shapes(a, op, method, slot_tensors, source)
         check_number_kinds(a, op, method, slot_tensors, spec.adapter_dtype(a), source, is_read=True)
         if spec.trainable and (why := method.untrainable(slot_tensors)):
             raise CheckpointError(f"{source} cannot be trained on: {why}")
-        init = method.init(op, spec.canonical_weight(a), spec.adapter_dtype(a)) if method.moves_base() else None
+        init = (
+            method.init(op, spec.canonical_weight(a), spec.adapter_dtype(a)) if method.changes_base_at_init() else None
+        )
         full = {**_derive_missing(a, op, method, spec, slot_tensors), **slot_tensors}
         builder.add_site(a, method, full, None if init is None else init.base)
     builder.fill_absent_sites({a.id: method for a, method, _ in matched_sites})
@@ -127,7 +129,7 @@ def _complete_from_model(config: AdapterConfig, spec: BindingSpec, source: str) 
     Raises CheckpointError where the config states another ``token_dim`` than the program has.
     """
     for a in spec.attachments:
-        values, make = a.method.of_model(spec.ops[a.id]), getattr(config, "method", None)
+        values, make = a.method.config_from_model(spec.ops[a.id]), getattr(config, "method", None)
         if not values or make is None or type(make(a.name or a.module, a.kind)) is not type(a.method):
             continue
         width = values.get("token_dim")
@@ -147,10 +149,10 @@ def _with_found_ranks(
 
     Returns ``config`` unchanged where its options cannot express these ranks.
     """
-    ranks = {a.name or a.module: rank for a, method in methods if (rank := method.rank()) is not None}
+    ranks = {a.name or a.module: rank for a, method in methods if (rank := method.sizes.rank()) is not None}
     new = config.with_ranks(ranks)
-    told = all(a.method.rebind(new, a).at(spec.ops[a.id]).rank() == method.rank() for a, method in methods)
-    return new if told else config
+    rebound = [(a.method.rebind(new, a).sizes.specialized_for(spec.ops[a.id]), method) for a, method in methods]
+    return new if all(one.sizes.rank() == method.sizes.rank() for one, method in rebound) else config
 
 
 _MatchedSite = tuple[Attachment, Method, dict[str, Tensor]]
@@ -173,12 +175,12 @@ def _match_sites(
     shared_keys: set[str] = set()
     for a in spec.attachments:
         op = spec.ops[a.id]
-        method = a.method.rebind(config, a).at(op)
+        method = a.method.rebind(config, a).sizes.specialized_for(op)
         if method.structure() != a.method.structure():
             continue
         specs = {**a.method.slots(op), **_slots_or_empty(method, op)}
         keys = {n: a.file_key(n, s) for n, s in specs.items() if s.saved}
-        keys |= {n: a.file_key(n, specs.get(n, Slot(()))) for n in method.keys(op)}
+        keys |= {n: a.file_key(n, specs.get(n, Slot(()))) for n in method.files.keys(op)}
         slot_tensors = {n: tensors[k] for n, k in keys.items() if k in tensors}
         common = {n for n, s in specs.items() if s.shared}
         if keys and not slot_tensors.keys() - common:
@@ -186,7 +188,7 @@ def _match_sites(
         shared_keys |= {keys[n] for n in slot_tensors.keys() & common}
         for name in slot_tensors.keys() - common:
             unused_keys.pop(keys[name], None)
-        matched.append((a, method.with_sizes_of(op, slot_tensors) if infer_ranks else method, slot_tensors))
+        matched.append((a, method.sizes.with_sizes_of(op, slot_tensors) if infer_ranks else method, slot_tensors))
     _check_tied_sites(spec, {a.id for a, _, _ in matched})
     for key in shared_keys:
         unused_keys.pop(key, None)
@@ -223,7 +225,7 @@ def settle_shared_slots(methods: Mapping[str, Method], ops: Mapping[str, Op]) ->
     parts = {i: m.unwrap(ops[i]) for i, m in methods.items()}
     for kind in dict.fromkeys(type(m) for m, _ in parts.values()):
         ids = [i for i, (m, _) in parts.items() if type(m) is kind]
-        new = kind.settle_shared_sizes([parts[i] for i in ids])
+        new = kind.sharing.settle_shared_sizes([parts[i] for i in ids])
         out |= {i: methods[i].rewrap(m) for i, m in zip(ids, new, strict=True)}
     return out
 
@@ -237,7 +239,7 @@ def _derive_missing(a: Attachment, op: Op, method: Method, spec: BindingSpec, sl
     missing = [n for n in a.method.slots(op) if n not in slot_tensors]
     if not missing:
         return {}
-    derived = method.derived(op, spec.canonical_weight(a), spec.adapter_dtype(a), slot_tensors)
+    derived = method.files.derived(op, spec.canonical_weight(a), spec.adapter_dtype(a), slot_tensors)
     if any(n not in own for n in missing):
         derived = {**a.method.identity(op, spec.canonical_weight(a), spec.adapter_dtype(a)), **derived}
     return {n: derived[n] for n in missing}
@@ -256,7 +258,7 @@ def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
         for name, slot in slots.items():
             value = binding.values[a.slots.get(name) or a.slot_fqn(name, slot)].detach()
             values[name] = resize_shared_axes(value, slot)
-        written = method.write(op, {n: t for n, t in values.items() if slots[n].saved})
+        written = method.files.write(op, {n: t for n, t in values.items() if slots[n].saved})
         tensors |= {key: t for n, t in written.items() for key in slot_file_keys(a, n, slots.get(n, Slot(())))}
     return {**tensors, **{k: tensors.get(primary_key(spec, k) or "", t) for k, t in binding.extra_tensors.items()}}
 

@@ -80,7 +80,7 @@ class Binding:
         that is more."""
         parts = self.adapters_by_name
         kinds = " + ".join(dict.fromkeys(p.config.peft_type or "no" for p in parts.values()))
-        ranks = sorted({r for m in self.methods.values() if (r := m.rank()) is not None})
+        ranks = sorted({r for m in self.methods.values() if (r := m.sizes.rank()) is not None})
         rank = f", rank {', '.join(map(str, ranks))}" if ranks else ""
         source = f" from {self.source!r}" if self.source else ""
         of = f" of {site_count}" if site_count > len(self.methods) else ""

@@ -7,7 +7,8 @@ tensor, or the constant. The next binding of that structure is a loop over these
 That is right only where no value depends on the contents of the adapter's tensors, or on the base. So there is a plan
 only where all of the following holds, and every other adapter is bound in full:
 
-- the methods leave :meth:`Method.read` and :meth:`Method.derived` as they are, so a slot has the file's tensor itself;
+- the methods leave :meth:`FileFormat.read` and :meth:`FileFormat.derived` as they are, so a slot has the file's tensor
+  itself;
 - all keys are those of slots, each slot is one site's own, and the adapter changes nothing of the base;
 - constants are scales, which follow from the config, and the identity values of :meth:`Method.identity`, which are
   fills; a method that makes them of the weight (DoRA) has a plan where it needs none;
@@ -266,8 +267,8 @@ def _make_plan(
 
 def takes_file_tensors(method: Method, op: Op) -> bool:
     """Return whether the method gives each site's slots the file's tensors unchanged, and shares none between sites."""
-    plain = not method.defines("read", "derived", "unwrap")
-    return plain and not method.shares() and not method.keys(op) and not method.moves_base()
+    plain = not (method.defines("unwrap") or method.files.defines("read", "derived"))
+    return plain and not method.sharing.shares() and not method.files.keys(op) and not method.changes_base_at_init()
 
 
 def _constant_slots(a: Attachment, op: Op, adapter_method: Method | None) -> Mapping[str, Slot] | None:
@@ -276,17 +277,17 @@ def _constant_slots(a: Attachment, op: Op, adapter_method: Method | None) -> Map
     methods = [a.method] if adapter_method is None else [a.method, adapter_method]
     if any(m.defines("identity", "absent") for m in methods):
         return None
-    return {n: s for m in methods for n, s in m.minimal(op).slots(op).items()}
+    return {n: s for m in methods for n, s in m.sizes.minimal(op).slots(op).items()}
 
 
 def _are_sizes_in_shapes(a: Attachment, op: Op, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether the method finds an adapter's sizes without the values of its tensors."""
-    method = a.method.rebind(config, a).at(op)
+    method = a.method.rebind(config, a).sizes.specialized_for(op)
     try:
         specs = {**a.method.slots(op), **method.slots(op)}
         found = {n: tensors[k] for n, s in specs.items() if (k := a.file_key(n, s)) in tensors}
         blank = {n: t.detach().to("meta") for n, t in found.items()}
-        return method.with_sizes_of(op, blank) == method.with_sizes_of(op, found)
+        return method.sizes.with_sizes_of(op, blank) == method.sizes.with_sizes_of(op, found)
     except Exception:  # a method may fail in any way on a meta tensor
         return False
 

@@ -133,7 +133,7 @@ class BindingBuilder:
             op = self.spec.ops[a.id]
             kin = (
                 by_family.get((type(a.method.unwrap(op)[0]), a.adapter))
-                if a.method.shares() or a.method.extras()
+                if a.method.sharing.shares() or a.method.extra_inputs.extras()
                 else None
             )
             method = a.method if kin is None else a.method.rewrap(kin)

@@ -28,7 +28,7 @@ MAX_SCALE = torch.finfo(torch.float32).max
 
 def check_rank(a: Attachment, method: Method, slot_tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise CheckpointError where the rank read off an adapter's tensors is 0, which configs refuse."""
-    if method.rank() != 0:
+    if method.sizes.rank() != 0:
         return
     told = ", ".join(f"{n!r} of shape {tuple(t.shape)}" for n, t in slot_tensors.items() if not t.numel())
     raise CheckpointError(
@@ -204,7 +204,7 @@ def _explain_options(spec: BindingSpec, config: AdapterConfig, keys: list[str]) 
     """Return a sentence on the options in which the adapter differs from the code of a site of these keys, '' where
     none."""
     for a in spec.attachments:
-        here, own = a.method.structure(), a.method.rebind(config, a).at(spec.ops[a.id]).structure()
+        here, own = a.method.structure(), a.method.rebind(config, a).sizes.specialized_for(spec.ops[a.id]).structure()
         # A slot that stands for the whole program has no module path in its key.
         mine = {a.file_key(n, s) for n, s in a.method.slots(spec.ops[a.id]).items()}
         if here != own and any(k in mine or k.startswith(f"{a.key}.") for k in keys):

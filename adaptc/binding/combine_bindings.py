@@ -69,7 +69,7 @@ def _check_clashes(bindings: Mapping[str, Binding], attachments: Sequence[Attach
             if method is None:
                 continue
             for first, other in methods_by_weight.setdefault(a.fqn, []):
-                if what := method.clash(other):
+                if what := method.conflict_with(other):
                     raise ConfigError(
                         f"the adapters {first!r} and {name!r} both train {what} in {a.fqn!r} (modules_to_save, biases, "
                         "trainable and virtual tokens take the place of what was there), so they cannot act together: "

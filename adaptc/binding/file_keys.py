@@ -46,7 +46,7 @@ def _is_other_name(spec: BindingSpec, a: Attachment, key: str) -> bool:
     """Return whether ``key`` is another name of the base tensor that ``a`` trains as a whole."""
     # PEFT trains a copy of the module, whose tensors are tied to none outside of it.
     inside = key.startswith(f"{a.key}.")
-    path = a.method.inner_path(key.removeprefix(f"{a.key}."))
+    path = a.method.files.inner_path(key.removeprefix(f"{a.key}."))
     if path is None:
         return False
     fqn = f"{a.key}.{path}" if inside else key

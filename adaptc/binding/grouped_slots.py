@@ -30,7 +30,7 @@ def find_slot_groups(
     out: dict[str, str] = {}
     for kind in dict.fromkeys(type(m) for m, _ in parts.values()):
         sites = [a for a in present if type(parts[a.id][0]) is kind]
-        for a, firsts in zip(sites, kind.grouped_slots([parts[a.id] for a in sites]), strict=True):
+        for a, firsts in zip(sites, kind.sharing.grouped_slots([parts[a.id] for a in sites]), strict=True):
             out |= {_fqn(a, name, ops): _fqn(sites[i], name, ops) for name, i in firsts.items()}
     return out
 

@@ -120,6 +120,6 @@ def base_pass_method_name(adapters: Sequence[Any]) -> str:
             method = as_config(one).method("", "linear")
         except AdaptcError:  # the compilation raises this error
             continue
-        if any(c.base_pass is not None for c in method.coefficients().values()):
+        if any(c.base_pass is not None for c in method.extra_inputs.coefficients().values()):
             return method.name
     return ""

@@ -34,8 +34,14 @@ if TYPE_CHECKING:
     from adaptc.adapters.arrow_adapter import arrow_adapter
     from adaptc.api.adapt_model import create_arrow_model
     from adaptc.passes.graph.ops import Op
-    from adaptc.passes.protocol.coefficients import Extra
-    from adaptc.passes.protocol.method import Initial, Method, Slot
+    from adaptc.passes.protocol.coefficients import ExtraInput
+    from adaptc.passes.protocol.method import InitialValues, Method, Slot
+    from adaptc.passes.protocol.parts.bank_form import BankForm
+    from adaptc.passes.protocol.parts.extra_inputs import ExtraInputs
+    from adaptc.passes.protocol.parts.file_format import FileFormat
+    from adaptc.passes.protocol.parts.kernel_form import KernelForm
+    from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+    from adaptc.passes.protocol.parts.size_rule import SizeRule
     from adaptc.passes.protocol.program_method import ProgramMethod
     from adaptc.verify.check_method import check_method
 
@@ -49,10 +55,16 @@ PUBLIC = {
     "ProgramConfig": "adaptc.methods._shared.program_config",
     "VirtualTokens": "adaptc.methods.prompt.virtual_tokens",
     "ProgramMethod": "adaptc.passes.protocol.program_method",
-    "Extra": "adaptc.passes.protocol.coefficients",
+    "ExtraInput": "adaptc.passes.protocol.coefficients",
     "Method": "adaptc.passes.protocol.method",
     "Slot": "adaptc.passes.protocol.method",
-    "Initial": "adaptc.passes.protocol.method",
+    "InitialValues": "adaptc.passes.protocol.method",
+    "FileFormat": "adaptc.passes.protocol.parts.file_format",
+    "SizeRule": "adaptc.passes.protocol.parts.size_rule",
+    "BankForm": "adaptc.passes.protocol.parts.bank_form",
+    "KernelForm": "adaptc.passes.protocol.parts.kernel_form",
+    "SharedSlots": "adaptc.passes.protocol.parts.shared_slots",
+    "ExtraInputs": "adaptc.passes.protocol.parts.extra_inputs",
     "Op": "adaptc.passes.graph.ops",
 }
 

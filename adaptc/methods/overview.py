@@ -114,9 +114,9 @@ def _method_for(config: TargetedConfig, op: Op) -> Method | None:
             warnings.simplefilter("ignore")
             method = config.method("layer", op.kind)
             if op.experts and not method.stacks:
-                method = PerExpertMethod.wrap(method)
-            method = method.at(op)
-            method = method.settle_shared_sizes([(method, op)])[0]
+                method = PerExpertMethod(method)
+            method = method.sizes.specialized_for(op)
+            method = method.sharing.settle_shared_sizes([(method, op)])[0]
             method.slots(op)
     except AdaptcError:
         return None

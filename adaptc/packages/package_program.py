@@ -204,16 +204,16 @@ class PackageBuilder:
             b for b in self.attachments if b is a or set(b.slots.values()) & set(a.slots.values())
         ]  # share slots
         methods = [m for b in sharing for m in (self.binding.methods.get(b.id), b.method)]
-        ranks = [r for m in methods if m is not None and (r := m.rank()) is not None]
-        if not ranks or a.method.exact_sizes or not any(s.free for s in a.method.slots(op).values()):
+        ranks = [r for m in methods if m is not None and (r := m.sizes.rank()) is not None]
+        if not ranks or a.method.sizes.exact or not any(s.free for s in a.method.slots(op).values()):
             return current
-        rank = 0 if current_method is None else current_method.rank() or 0
+        rank = 0 if current_method is None else current_method.sizes.rank() or 0
         if self.max_rank is not None and rank > self.max_rank:
             raise ConfigError(
                 f"site {a.fqn!r} has rank {rank} now, more than max_rank={self.max_rank}; package with "
                 f"max_rank={rank} or more, or swap in a smaller adapter first"
             )
-        largest_method = a.method.with_rank(op, max(ranks) if self.max_rank is None else self.max_rank)
+        largest_method = a.method.sizes.with_rank(op, max(ranks) if self.max_rank is None else self.max_rank)
         assert largest_method is not None
         padded_shapes = {n: _grown_shape(s, current[n]) for n, s in largest_method.slots(op).items()}
         if padded_shapes == current or all(self.slot_padding(a, n) for n, s in a.method.slots(op).items() if s.free):
@@ -227,7 +227,7 @@ class PackageBuilder:
 
     def slot_padding(self, a: Attachment, slot: str) -> Padding | None:
         op = self.program.ops[a.id]
-        if a.method.exact_sizes or not a.method.slots(op)[slot].free:
+        if a.method.sizes.exact or not a.method.slots(op)[slot].free:
             return None
         key = (a.method, op, a.form)
         if key not in self._paddings:

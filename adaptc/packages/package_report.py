@@ -106,7 +106,7 @@ class PackageReport(Report):
         sites = []
         for s in m.sites:
             a, method = s.attachment, methods.get(s.attachment.id)
-            rank = None if method is None else method.rank()
+            rank = None if method is None else method.sizes.rank()
             sites.append(
                 PackageSite(a.fqn, a.kind, a.form, a.method.name, rank, rank_capacities.get(a.fqn), method is not None)
             )

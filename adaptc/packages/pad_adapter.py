@@ -65,7 +65,8 @@ class AdapterPadder:
         present_sites, config = set(m.header["present"]), config_from_dict(m.header["config"])
         ops = {s.attachment.id: s.op for s in m.sites}
         found = [s.attachment for s in m.sites if s.attachment.id in present_sites]
-        methods = settle_shared_slots({a.id: a.method.rebind(config, a).at(ops[a.id]) for a in found}, ops)
+        rebound = {a.id: a.method.rebind(config, a).sizes.specialized_for(ops[a.id]) for a in found}
+        methods = settle_shared_slots(rebound, ops)
         (constants, values), self._packaged_values = self._split_unused(self._packaged_values), {}
         factors = {site: f for site, f in m.header.get("factors", {}).items() if site in present_sites}
         name = m.sites[0].attachment.adapter
@@ -85,7 +86,7 @@ class AdapterPadder:
     def rank_capacity(self, s: PackagedSite) -> int | None:
         rooms = self.manifest.rooms
         shapes = {n: torch.empty(rooms[f].shape, device="meta") for n, f in s.attachment.slots.items()}
-        return s.attachment.method.with_sizes_of(s.op, shapes).rank()
+        return s.attachment.method.sizes.with_sizes_of(s.op, shapes).sizes.rank()
 
     def site_weights(self) -> dict[str, Tensor]:
         """Return the base weight of each site, by FQN; NaN (0 where not floating) for one that is not in the file."""
@@ -110,7 +111,7 @@ class AdapterPadder:
         """Raise SwapError for an adapter of ``config`` that changes base weights which the file does not hold."""
         for s in self.manifest.sites:
             a = s.attachment
-            if a.method.rebind(config, a).moves_base() and a.fqn not in self.manifest.bases:
+            if a.method.rebind(config, a).changes_base_at_init() and a.fqn not in self.manifest.bases:
                 raise SwapError(
                     f"an adapter of this {type(config).__name__} changes the base weight {a.fqn!r} by its first "
                     "values, and the package does not hold the base. Package the program with such an adapter as its "
@@ -199,8 +200,8 @@ class AdapterPadder:
         if capacity.padding is not None and capacity.padding.can_pad(shape, capacity.shape):
             return capacity.padding(value, capacity.shape)
         fqn = s.attachment.fqn
-        rank, max_rank = binding.methods[s.attachment.id].rank(), self.rank_capacity(s)
-        has_exact_sizes = s.attachment.method.exact_sizes
+        rank, max_rank = binding.methods[s.attachment.id].sizes.rank(), self.rank_capacity(s)
+        has_exact_sizes = s.attachment.method.sizes.exact
         if not has_exact_sizes and rank is not None and max_rank is not None and rank > max_rank:
             raise SwapError(
                 f"{binding.source}: site {fqn!r}: the adapter has rank {rank}, and the package has room for "

@@ -70,7 +70,7 @@ def package_bank(
 
 
 def _max_rank(b: Binding) -> int:
-    return max((r for m in b.methods.values() if (r := m.rank()) is not None), default=0)
+    return max((r for m in b.methods.values() if (r := m.sizes.rank()) is not None), default=0)
 
 
 def _bank_sources(bank: Bank) -> dict[str, tuple[RowProgram, Sequence[str]]]:

@@ -84,11 +84,11 @@ def _inputs_for_text(lifted_program: LiftedProgram, lookup: Lookup, ids: Tensor)
             value = None
         elif not isinstance(want, Tensor):
             value = want
-        elif token_input_role == "attended":
+        elif token_input_role == "attention_mask":
             value = torch.ones_like(ids, dtype=want.dtype)
-        elif token_input_role == "positions":
+        elif token_input_role == "position_ids":
             value = torch.arange(ids.shape[1], dtype=want.dtype, device=ids.device).expand(want.shape[0], -1)
-        elif token_input_role == "segments":
+        elif token_input_role == "token_type_ids":
             value = torch.zeros_like(ids, dtype=want.dtype)
         else:
             raise AdaptcError(

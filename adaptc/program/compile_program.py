@@ -211,7 +211,9 @@ def build_program(
 
 def _default_inputs(spec: BindingSpec) -> dict[str, tuple[str, str]]:
     """Return how inputs that adapters add are made where a caller leaves them out: name -> (how, from which input)."""
-    extras = {n: e.fill for a in spec.attachments for n, e in a.method.extras().items() if e.fill is not None}
+    extras = {
+        n: e.fill for a in spec.attachments for n, e in a.method.extra_inputs.extras().items() if e.fill is not None
+    }
     return {n: (f"{FULL_LIKE}{fill}", "input_ids") for n, fill in extras.items()}
 
 

@@ -240,7 +240,7 @@ def _read_adapter_binding(
         if a.scale_slot is not None:
             values[a.scale_slot] = lifted.tensor(a.scale_slot)
         if a.id in present:
-            methods[a.id] = a.method.rebind(config, a).at(op).with_sizes_of(op, slots)
+            methods[a.id] = a.method.rebind(config, a).sizes.specialized_for(op).sizes.with_sizes_of(op, slots)
             ops[a.id] = op
         for name, spec in a.method.slots(op).items():
             if spec.trainable and a.id in present and is_trainable:

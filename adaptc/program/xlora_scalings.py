@@ -57,7 +57,7 @@ def expert_scalings(
 def _find_xlora(attachments: Any, values: Any, adapter_name: str | None) -> tuple[Attachment, str, Coefficient]:
     found: dict[str, tuple[Attachment, str, Coefficient]] = {}
     for a in attachments:
-        for name, c in a.method.coefficients().items():
+        for name, c in a.method.extra_inputs.coefficients().items():
             if c.make_visible is not None and all(a.slots[s] in values for s in c.slots):
                 found.setdefault(a.adapter, (a, name, c))
     if adapter_name is not None:

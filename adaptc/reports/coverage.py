@@ -318,7 +318,7 @@ def _site_coverage(program: AdaptedProgram, binding: Binding, a: Attachment, cou
         kind=a.kind,
         form=a.form,
         method=a.method.name,
-        rank=None if method is None else method.rank(),
+        rank=None if method is None else method.sizes.rank(),
         slots={n: (tuple(t.shape), t.dtype) for n, t in slots.items()},
         params=sum(t.numel() for t in uncounted.values()),
         present=method is not None,
@@ -342,7 +342,7 @@ def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
             if slot.trainable:
                 value = binding.values[a.slots[name]]
                 trained_slots[id(value)] = value
-                if method.in_place():
+                if method.files.in_place():
                     in_place_ids.add(id(value))
     trainable = sum(t.numel() for t in trained_slots.values() if t.requires_grad)
     added_count = sum(t.numel() for f, t in trained_slots.items() if f not in in_place_ids)

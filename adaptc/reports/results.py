@@ -61,7 +61,7 @@ class SwapReport(Report):
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted({r for m in self.methods.values() if (r := m.rank()) is not None}))
+        return tuple(sorted({r for m in self.methods.values() if (r := m.sizes.rank()) is not None}))
 
     def sections(self) -> list[str | Table]:
         total = len(self.attachments)

@@ -211,7 +211,7 @@ def _trainable_tensors(program: AdaptedProgram, bindings: Mapping[str, Binding],
     for a in program.adaptation.attachments:
         part = bindings.get(a.adapter)
         method: Any = None if part is None else part.methods.get(a.id)
-        if part is not None and method is not None and (in_place or not method.in_place()):
+        if part is not None and method is not None and (in_place or not method.files.in_place()):
             specs = method.slots(program.ops[a.id])
             found = (part.values[a.slots[n]] for n, s in specs.items() if s.trainable)
             out |= {id(t): t for t in found}

@@ -44,7 +44,7 @@ class VirtualTokenLengths:
                 )
                 size = str(own.meta["val"].shape[1])
                 found.setdefault((tag["site"], size), (size, by_id[tag["site"]]))
-        reading = [a for a in attachments if a.id not in by_id and a.method.extras()]
+        reading = [a for a in attachments if a.id not in by_id and a.method.extra_inputs.extras()]
         return cls(list(found.values()), reading)
 
     def token_counts(self, values: Mapping[str, Tensor]) -> dict[str, int]:
@@ -52,7 +52,7 @@ class VirtualTokenLengths:
         out: dict[str, int] = {}
         for size, a in self.lengthening:
             assert isinstance(a.method, ProgramMethod)
-            out[size] = out.get(size, 0) + a.method.lengthens({n: values[f] for n, f in a.slots.items()})
+            out[size] = out.get(size, 0) + a.method.virtual_token_count({n: values[f] for n, f in a.slots.items()})
         return out
 
     def checks(self, values: Mapping[str, Tensor], names: Sequence[str]) -> list[Callable[[Sequence[Any]], None]]:
@@ -62,7 +62,7 @@ class VirtualTokenLengths:
         """
         checks: dict[Any, _Check] = {}
         for a in (*(a for _, a in self.lengthening), *self.reading_inputs):
-            at = {n: names.index(m) for n in a.method.extras() if (m := a.reads.get(n, n)) in names}
+            at = {n: names.index(m) for n in a.method.extra_inputs.extras() if (m := a.reads.get(n, n)) in names}
             slots = {n: values[f] for n, f in a.slots.items()}
             if at:  # all layers of an adapter make the same check, so it is kept once
                 sizes = [t.shape[0] for t in slots.values() if t.ndim]
@@ -79,7 +79,8 @@ class _Check:
     def __call__(self, flat: Sequence[Any]) -> None:
         given = {n: flat[i] for n, i in self.input_positions.items()}
         # Values on other devices are not checked: reading them would wait for the device, which raises itself.
-        if all(t.device.type == "cpu" for t in given.values()) and (why := self.method.why_wrong(self.slots, given)):
+        on_cpu = all(t.device.type == "cpu" for t in given.values())
+        if on_cpu and (why := self.method.extra_inputs.check_inputs(self.slots, given)):
             raise AdaptcError(why)
 
 

@@ -55,10 +55,10 @@ def pad_rank_one(
     position_of = {n: i for i, n in enumerate(names)}
     for a in attachments:
         op = ops[a.id]
-        if a.method.exact_sizes:  # their code is right for sizes of one and zero as well, so nothing is padded
+        if a.method.sizes.exact:  # their code is right for sizes of one and zero as well, so nothing is padded
             continue
         wanted: dict[str, tuple[int, ...]] = {}
-        for slot, spec in a.method.minimal(op).slots(op).items():
+        for slot, spec in a.method.sizes.minimal(op).slots(op).items():
             have = values[position_of[a.slots[slot]]].shape
             wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
         short = {s: shape for s, shape in wanted.items() if shape != tuple(values[position_of[a.slots[s]]].shape)}
@@ -133,9 +133,9 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
     axes_by_slot: dict[str, dict[int, _FreeSize]] = {}
     for n, a in enumerate(attachments):
         op = ops[a.id]
-        small = a.method.minimal(op)
-        ranked = small != a.method or (small.minimal(op) == small and small.rank() is not None)
-        ranked = ranked and not a.method.exact_sizes
+        small = a.method.sizes.minimal(op)
+        ranked = small != a.method or (small.sizes.minimal(op) == small and small.sizes.rank() is not None)
+        ranked = ranked and not a.method.sizes.exact
         # The smallest method has rank two, times the groups or experts that share an axis.
         specs = small.slots(op)
         times = {

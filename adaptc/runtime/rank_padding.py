@@ -61,7 +61,7 @@ def find_paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | Non
     where no padding works.
     """
     method = method.evaluated()  # dropout would differ from one try to the next
-    small, large = (method.with_rank(op, n * op.groups) for n in (2, 5))
+    small, large = (method.sizes.with_rank(op, n * op.groups) for n in (2, 5))
     if small is None or large is None:
         return None
     generator = torch.Generator().manual_seed(0)

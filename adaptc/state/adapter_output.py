@@ -116,7 +116,7 @@ def write_other_format(
             continue
         keys = {n: a.file_key(n, slot) for n, slot in method.slots(op).items() if slot.saved}
         own = {n: remaining.pop(k) for n, k in keys.items() if k == f"{a.key}.{n}" and k in remaining}
-        scale, rank = method.scale(op), method.rank()
+        scale, rank = method.scale(op), method.sizes.rank()
         if own and scale is not None and rank is not None:
             modules.append(AdaptedModule(a.key, own, scale, rank))
         else:

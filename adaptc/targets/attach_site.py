@@ -41,10 +41,10 @@ class SiteAttacher:
         """
         kind = kind or site.kind
         method = self.config.method(name, kind)
-        if embedding_module and (method := method.following(embedding_module)) is None:
+        if embedding_module and (method := method.sharing.tied_to(embedding_module)) is None:
             raise TargetError(f"ensure_weight_tying=True: {self.config.peft_type} has no form at {site.fqn!r}")
         if kind.startswith("experts") and not method.stacks:
-            method = PerExpertMethod.wrap(method)
+            method = PerExpertMethod(method)
         a = Attachment(
             key,
             site.module,
@@ -61,7 +61,7 @@ class SiteAttacher:
         self._check_consumers(site)
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
-            method = method.at(op)
+            method = method.sizes.specialized_for(op)
             method.slots(op)
             if self.lifted.tensor(site.fqn).is_complex() and not method.takes_complex:
                 raise TargetError(

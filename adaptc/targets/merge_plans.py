@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from adaptc.passes.adapt.choose_forms import with_compilable_form
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.method_checks import check_class
+from adaptc.passes.protocol.method_names import check_class
 from adaptc.passes.protocol.program_method import PROGRAM_FORM, ProgramMethod
 from adaptc.targets.plan_layers import Plan
 
@@ -31,7 +31,7 @@ def merge_plans(
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
-            rivals = [o for o in out if o.fqn == a.fqn and o.method.akin(a.method)]
+            rivals = [o for o in out if o.fqn == a.fqn and o.method.is_variant_of(a.method)]
             if not separate and any(o.method.structure() == a.method.structure() for o in rivals):
                 continue
             a = replace(a, variant=len(rivals))
@@ -50,7 +50,7 @@ def _injection_stage(a: Attachment) -> int:
         return 0
     if not isinstance(a.method, ProgramMethod):
         return 1
-    return 2 if a.method.changes("cached") else 3
+    return 2 if a.method.changes("past_key_values") else 3
 
 
 def _name_number(a: Attachment, others: Sequence[Attachment], variants: Sequence[Attachment]) -> int:
@@ -60,9 +60,9 @@ def _name_number(a: Attachment, others: Sequence[Attachment], variants: Sequence
     structure, so each structure of such a method gets its own number.
     """
     check_class(type(a.method))
-    if not a.method.shares():
+    if not a.method.sharing.shares():
         taken = {o.adapter for o in variants}
         return next(n for n in range(len(variants) + 1) if (f"{a.adapter}_{n}" if n else a.adapter) not in taken)
-    known = [o.method.structure() for o in others if o.method.akin(a.method)]
+    known = [o.method.structure() for o in others if o.method.is_variant_of(a.method)]
     distinct = [s for i, s in enumerate(known) if s not in known[:i]]
     return distinct.index(a.method.structure()) if a.method.structure() in distinct else len(distinct)

@@ -255,7 +255,7 @@ class _LayerPlanner:
                 # PEFT wraps MultiheadAttention as a whole, so the key of its out_proj has the wrapper's base_layer.
                 key = f"{name}.base_layer{site.module.removeprefix(name)}"
             a = self.site_attacher.attach(site, key, name, entry)
-            yield a if site.module == name else replace(a, method=a.method.nested())
+            yield a if site.module == name else replace(a, method=a.method.inside_multihead_attention())
 
     def _default_targets(self) -> list[str]:
         if self.config.target_unit == "rows" and (only := self.parameter_planner.only_embedding()) is not None:

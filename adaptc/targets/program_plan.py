@@ -53,7 +53,7 @@ def plan_program(
     config.check_stacks(has_encoder(facts, lifted))
     method = config.method(site.module, site.kind)
     find_program_values(lifted, method, lookup)
-    if method.decodes():
+    if method.has_decoder_tokens():
         find_decoder_values(lifted, method)
     _check_length(config, program, lookup)
     names = (lookup.node.name,)

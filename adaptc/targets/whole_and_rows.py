@@ -54,7 +54,7 @@ class ParameterPlanner:
     def attach_tied_site(self, site: Site, leader: str) -> Attachment:
         """Return the attachment of a ``site`` whose weight is that of ``leader``, a module that is trained as a
         whole."""
-        a = self._attach_parameter(site, site.module, site.param, TrainedParameter("").following(leader))
+        a = self._attach_parameter(site, site.module, site.param, TrainedParameter("").sharing.tied_to(leader))
         return replace(a, consumers=site.consumers)  # the other readers are those of the leader
 
     def unread_tensors(

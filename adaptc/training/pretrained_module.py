@@ -143,7 +143,7 @@ class PretrainedModule(PretrainedFiles):
             if not self.accepts_loss_kwargs:
                 raise AdaptcError("num_items_in_batch has no meaning for this program: its loss is no mean over labels")
             # The first label of a row is not predicted, since no token precedes it, unless virtual tokens do.
-            longer = [m.lengthens(slots) for m, slots in self._program_methods() if m.changes("labels")]
+            longer = [m.virtual_token_count(slots) for m, slots in self._program_methods() if m.changes("labels")]
             first = 0 if any(longer) else 1
             count = (labels[..., first:] != _IGNORED).sum()
             # The mean over no labels is NaN: a batch in which none counts adds nothing.

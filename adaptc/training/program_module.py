@@ -145,8 +145,8 @@ class ProgramModule(AdapterStateDict):
                 )
         own = self.tensors()
         for a in self.program.adaptation.attachments:
-            given = {n: kwargs[m] for n in a.method.extras() if (m := a.reads.get(n, n)) in kwargs}
-            if given and (why := a.method.why_wrong({n: own[f] for n, f in a.slots.items()}, given)):
+            given = {n: kwargs[m] for n in a.method.extra_inputs.extras() if (m := a.reads.get(n, n)) in kwargs}
+            if given and (why := a.method.extra_inputs.check_inputs({n: own[f] for n, f in a.slots.items()}, given)):
                 return why
         return ""
 

@@ -25,6 +25,7 @@ from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, MethodError, TargetError
 from adaptc.methods import ProgramConfig, TargetedConfig, check_registered
 from adaptc.passes.protocol.method_checks import TRACED_PROMISES, VALUE_PROMISES
+from adaptc.passes.protocol.method_names import check_names
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model, plan_adapters
 from adaptc.program.program_file import load_program, save_program
@@ -144,7 +145,8 @@ def check_method(
     from the start.
 
     It takes about half a minute. Raises ConfigError for an object that is no config of layers and for sizes that cannot
-    be used. With ``raise_on_failure``, raises MethodError where a check failed.
+    be used, and MethodError for hooks under names of an older adaptc. With ``raise_on_failure``, raises MethodError
+    where a check failed.
     """
     if isinstance(config, ProgramConfig):
         raise ConfigError(
@@ -155,6 +157,7 @@ def check_method(
         raise ConfigError(f"check_method takes a config, such as LoraConfig(r=4), not a {type(config).__name__}")
     if len(sizes) != 2 or sizes[0] == sizes[1] or any(s < 2 or s % 2 for s in sizes):
         raise ConfigError(f"sizes={sizes!r} must be two different even numbers, the inputs and outputs of layers")
+    check_names(config.method("", "linear"))
     checks: list[MethodCheck] = []
     refused: dict[str, str] = {}
     text = f"checking the method of {type(config).__name__}"

@@ -19,7 +19,7 @@ from adaptc.verify.report import Check
 
 def adapter_input_names(attachments: Iterable[Attachment]) -> set[str]:
     """Return the names of the keyword inputs that adapters added to a program, and that its base does not take."""
-    return {n for a in attachments for m in a.method.extras() for n in (m, a.reads.get(m, m))}
+    return {n for a in attachments for m in a.method.extra_inputs.extras() for n in (m, a.reads.get(m, m))}
 
 
 class Verifier:

@@ -123,11 +123,11 @@ def adapt_duplicate(
     existing = set(lifted.graph.nodes)
     for a in attachments:
         scale = [] if a.scale_slot is None else [lifted.placeholders[a.scale_slot]]
-        reads = [coefficients[n] for n in a.method.coefficients()]
+        reads = [coefficients[n] for n in a.method.extra_inputs.coefficients()]
         slots = [*(lifted.placeholders[f] for f in a.slots.values()), *reads, *scale]
         for copy in [copies[n] for c in a.consumers if (n := lifted.nodes[c]) in copies]:
             kind, inputs = output_region_inputs(copy, copy)
-            names = [*a.slots, *a.method.coefficients()]
+            names = [*a.slots, *a.method.extra_inputs.coefficients()]
             fakes = [n.meta["val"] for n in (*inputs, *slots)]
             region = trace_region(a.method, site_op(lifted, a).as_called_by(copy), kind, names, bool(scale), fakes)
             users = list(copy.users)

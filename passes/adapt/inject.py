@@ -337,8 +337,8 @@ class _Injector:
         a = replace(self.attachment, form=self.form, why=self.reason)
         more = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
         if isinstance(a.method, ProgramMethod):
-            more["given"] = [n for n in a.method.extras() if (n, "extra input") in self.latest_outputs]
-        elif given := [a.reads[n] for n in a.method.extras()]:
+            more["given"] = [n for n in a.method.extra_inputs.extras() if (n, "extra input") in self.latest_outputs]
+        elif given := [a.reads[n] for n in a.method.extra_inputs.extras()]:
             more["given"] = given
         if self.header is not None:
             more["header"] = dict(self.header)

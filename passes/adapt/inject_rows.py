@@ -71,7 +71,7 @@ def check_row_site(lifted: LiftedProgram, a: Attachment) -> None:
             reason = "it is an expert's, whose inputs are tokens in another order than the batch has them"
         elif not isinstance(node.meta.get("val"), Tensor):
             reason = "it is read by a layer with several results"
-        elif not a.method.row_wise:
+        elif not a.method.bank.row_wise:
             reason = f"what {a.method.name} does to a row depends on the whole batch"
         elif not acts_around_layer(a, site_op(lifted, a)) and not a.method.has_weight():
             reason = f"{a.method.name} has no form there that can be given to each row"

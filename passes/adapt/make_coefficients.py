@@ -37,8 +37,8 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.propagate import propagate_fakes
 from adaptc.passes.graph.symbolic_fakes import FreeSizeFakes
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.coefficients import Coefficient, DuplicatedPass, Extra
-from adaptc.passes.protocol.method_hooks import Slot
+from adaptc.passes.protocol.coefficients import Coefficient, DuplicatedPass, ExtraInput
+from adaptc.passes.protocol.parts.method_part import Slot
 from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.passes.protocol.regions import BASE_PASS_KEY, COEFFICIENT_ROLE, added_inputs, site_op
 from adaptc.passes.protocol.trace import inline, trace_function
@@ -69,9 +69,9 @@ class CoefficientMaker:
 
         Raises TargetError for a site whose output does not have one entry per token, or no rows for an added input.
         """
-        added = {} if isinstance(a.method, ProgramMethod) else a.method.extras()
+        added = {} if isinstance(a.method, ProgramMethod) else a.method.extra_inputs.extras()
         extra_inputs = {name: self._extra_input(a, name, extra).name for name, extra in added.items()}
-        coefficients = a.method.coefficients()
+        coefficients = a.method.extra_inputs.coefficients()
         if not coefficients:
             return replace(a, reads=extra_inputs) if extra_inputs else a
         ids = self._token_ids(a)
@@ -85,7 +85,7 @@ class CoefficientMaker:
             a, reads={n: self._coefficient_node(a, n, c, ids).name for n, c in coefficients.items()} | extra_inputs
         )
 
-    def _extra_input(self, a: Attachment, name: str, extra: Extra) -> fx.Node:
+    def _extra_input(self, a: Attachment, name: str, extra: ExtraInput) -> fx.Node:
         """Return the input that a method adds, with a value for each batch row of the site's output.
 
         Raises TargetError where no input of the program tells how many rows there are.
@@ -213,7 +213,9 @@ class CoefficientMaker:
                 )
             front = next(iter(copies.values())) if copies else first_op
             constant = self._inline_function(a, name, base_pass.make, coefficient.slots, ids, ids, front)
-            own = [b for b in self.attachments if b.adapter == a.adapter and name in b.method.coefficients()]
+            own = [
+                b for b in self.attachments if b.adapter == a.adapter and name in b.method.extra_inputs.coefficients()
+            ]
             copied_hidden = adapt_duplicate(self.lifted, own, copies, {name: constant}, tags).get(
                 copied_hidden, copied_hidden
             )

@@ -55,7 +55,8 @@ class Respecialize(GraphPass):
                 stale.add(fqn)
         # Everything computed from the slots of program methods, or of coefficients, may have another size.
         programs = {f for a in self.attachments if a.form == PROGRAM_FORM for f in a.slots.values()}
-        made_of = {a.slots[n] for a in self.attachments for c in a.method.coefficients().values() for n in c.slots}
+        reading = [(a, c) for a in self.attachments for c in a.method.extra_inputs.coefficients().values()]
+        made_of = {a.slots[n] for a, c in reading for n in c.slots}
         behind = {f for f in stale if f in programs | made_of or _feeds_coefficients(inputs[f])}
         # Regions that read a coefficient of another size also read slots, so all changed slots are propagated at once.
         moved = {inputs[f] for f in (stale if behind - programs else behind)}

@@ -38,7 +38,7 @@ def is_count_independent(
     """
     results: dict[Any, bool] = {}
     for a in attachments:
-        if a.method.coefficients() or a.method.extras():
+        if a.method.extra_inputs.coefficients() or a.method.extra_inputs.extras():
             return False
         for node, _ in site_consumers(lifted, a):
             op = ops[a.id].as_called_by(node)

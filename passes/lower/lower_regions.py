@@ -150,7 +150,7 @@ def _lower_region(
 
 
 def _trace_fused(a: Attachment, op: Op, kind: str, fakes: Sequence[Any]) -> fx.Graph | str:
-    why = a.method.unfused(op)
+    why = a.method.kernels.why_missing(op)
     if why:
         return why
     try:

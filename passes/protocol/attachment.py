@@ -61,12 +61,12 @@ class Attachment:
 
     def slot_fqn(self, name: str, slot: Slot) -> str:
         """Return the FQN of a slot in the program's state dict."""
-        return self.method.fqn("" if slot.shared else self.slot_path, name, self.adapter)
+        return self.method.files.fqn("" if slot.shared else self.slot_path, name, self.adapter)
 
     @property
     def scale_fqn(self) -> str:
         """Return the FQN of the scale. It holds the method's name, since several methods may share one weight."""
-        return self.method.fqn(self.slot_path, f"scaling.{self.method.name}", self.adapter)
+        return self.method.files.fqn(self.slot_path, f"scaling.{self.method.name}", self.adapter)
 
     @property
     def tensor_names(self) -> list[str]:

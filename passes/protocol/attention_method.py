@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method import Initial, Method
-from adaptc.passes.protocol.method_hooks import Slots
+from adaptc.passes.protocol.method import InitialValues, Method
+from adaptc.passes.protocol.parts.method_part import Slots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 #: matmul of queries and keys -> scores
 ScoreFunction = Callable[[Tensor], Tensor]
@@ -36,7 +36,7 @@ class AttentionMethod(Method):
     ``op`` in the hooks is that of the projection behind the attention. The width of the model is ``op.out_features``.
     """
 
-    exact_sizes: ClassVar[bool] = True
+    sizes = SizeRule(exact=True)
 
     def tokens(self, slots: Slots) -> Tensor:
         """Return the virtual tokens (count, width)."""
@@ -46,7 +46,7 @@ class AttentionMethod(Method):
         """Return the change of the attention's output, (batch, heads, length, value width)."""
         raise AssertionError(f"{type(self).__name__} must define attend()")
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         raise AssertionError(f"{type(self).__name__} must define init()")
 
     def check_merge(self, op: Op) -> str | None:

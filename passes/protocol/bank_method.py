@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.coefficients import Extra, ExtraValues
+from adaptc.passes.protocol.coefficients import ExtraInput, ExtraValues
 from adaptc.passes.protocol.method import Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.bank_form import BankForm
+from adaptc.passes.protocol.parts.extra_inputs import ExtraInputs
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 #: how the rows of a batch lie along an axis: the axis is the rows; or each row is repeated in one stretch, as in
 #: (batch x sequence); or the whole list of rows is repeated
@@ -44,12 +47,40 @@ class RowAxis:
         return indices % row_count if self.layout == "rows inside" else indices
 
 
+class PerRowSizes(SizeRule):
+    """The sizes of the method that is applied for each row."""
+
+    method: PerRowMethod
+
+    def minimal(self, op: Op) -> PerRowMethod:
+        return replace(self.method, inner=self.method.inner.sizes.minimal(op))
+
+    def rank(self) -> int | None:
+        return self.method.inner.sizes.rank()
+
+
+class PerRowInputs(ExtraInputs):
+    """The inputs of the method that is applied for each row."""
+
+    method: PerRowMethod
+
+    def extras(self) -> Mapping[str, ExtraInput]:
+        return self.method.inner.extra_inputs.extras()
+
+    def check_inputs(self, slots: Slots, given: ExtraValues) -> str:
+        # Any adapter's slots will do for the check, since all adapters have the same sizes.
+        one_adapter = {n: t[0] for n, t in slots.items() if n != RANK_STARTS}
+        return self.method.inner.extra_inputs.check_inputs(one_adapter, given)
+
+
 @dataclass(frozen=True)
 class PerRowMethod(Method):
     """A method for ``count`` adapters of one method at a site; its slots and scale have a leading axis of adapters."""
 
     name: ClassVar[str] = "rows"
     swappable: ClassVar[frozenset[str]] = frozenset()
+    sizes = PerRowSizes()
+    extra_inputs = PerRowInputs()
 
     inner: Method = field(default_factory=Method)
     count: int = 2
@@ -65,19 +96,6 @@ class PerRowMethod(Method):
 
     def scale(self, op: Op) -> float | None:
         return self.inner.scale(op)
-
-    def minimal(self, op: Op) -> PerRowMethod:
-        return replace(self, inner=self.inner.minimal(op))
-
-    def rank(self) -> int | None:
-        return self.inner.rank()
-
-    def extras(self) -> Mapping[str, Extra]:
-        return self.inner.extras()
-
-    def why_wrong(self, slots: Slots, given: ExtraValues) -> str:
-        # Any adapter's slots will do for the check, since all adapters have the same sizes.
-        return self.inner.why_wrong({n: t[0] for n, t in slots.items() if n != RANK_STARTS}, given)
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,12 @@ def expand_coefficients(c: Tensor, y: Tensor, row_axis: RowAxis) -> Tensor:
 
 def uses_bank_kernel(method: Method, op: Op, row_axis: RowAxis) -> bool:
     """Return whether GPU kernels compute per-row adapters of a method at a layer with its rows at ``where``."""
-    return method.has_rows() and method.groups(op) and row_axis.axis == 0 and row_axis.layout != ROW_LAYOUTS[2]
+    return method.bank.is_defined() and method.bank.has_kernel(op) and _has_stretches(row_axis)
+
+
+def _has_stretches(row_axis: RowAxis) -> bool:
+    """Return whether each row's share of a value is one stretch of the value's first axis."""
+    return row_axis.axis == 0 and row_axis.layout != ROW_LAYOUTS[2]
 
 
 def make_input_function(site: BankSite, row_axis: RowAxis) -> Callable[..., Tensor]:
@@ -150,13 +173,14 @@ def make_output_function(site: BankSite, row_axis: RowAxis, has_bias: bool) -> C
         b, (c, *slots) = (rest[0], rest[1:]) if has_bias else (None, rest)
         if site.uses_kernel:
             own, scale = site.split_tensors(slots[:-1])
-            return method.rows_grouped(op, x, y, own, scale, slots[-1], c)
-        if site.uses_fused_ops and method.has_rows() and row_axis.axis == 0 and row_axis.layout != ROW_LAYOUTS[2]:
-            made = method.rows_at_once(op, x, y, *site.split_tensors(slots), c)
+            return method.bank.apply_kernel(op, x, y, own, scale, slots[-1], c)
+        bank = method.bank if method.bank.is_defined() else BankForm()
+        if site.uses_fused_ops and _has_stretches(row_axis):
+            made = bank.apply_fused(op, x, y, *site.split_tensors(slots), c)
             if made is not None:
                 return made
         w, c = op.canonical(w), expand_coefficients(c, y, row_axis)
-        together = method.rows(op, x, y, w, b, *site.split_tensors(slots), c) if method.has_rows() else None
+        together = bank.apply(op, x, y, w, b, *site.split_tensors(slots), c)
         if together is not None:
             return together
         return _add_weighted_changes(

@@ -2,16 +2,16 @@
 
 What an adapter adds at a site is often weighed token by token, by a value that is the same at every site. An example is
 whether the invocation tokens have occurred. Such a value is a *coefficient*. A method names the coefficients it reads
-(:meth:`~adaptc.passes.protocol.method_hooks.Hooks.coefficients`) and finds them among its slots, under these names. The
-program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
+(:meth:`~adaptc.passes.protocol.parts.extra_inputs.ExtraInputs.coefficients`) and finds them among its slots, under
+these names. The program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
 
 Some coefficients follow from what the model itself computes in a call. Such a coefficient has a
 :class:`DuplicatedPass`. The program then first runs a duplicated base pass to compute its last hidden state
 (``passes.adapt.duplicate_base_pass``). The coefficient is made of that state.
 
 Other values cannot be computed by a program, and a caller gives them with each call, such as the task of each row. A
-method names these inputs, too (:meth:`~adaptc.passes.protocol.method_hooks.Hooks.extras`). A method at a layer finds
-them among its slots. The program takes them as keywords.
+method names these inputs, too (:meth:`~adaptc.passes.protocol.parts.extra_inputs.ExtraInputs.extras`). A method at a
+layer finds them among its slots. The program takes them as keywords.
 
 A function that makes a coefficient is pure, plain PyTorch and traced for all sizes at once. A size read from a slot's
 free axis is read in every call, so that swaps change it. When a method is tried at one layer there is no program, and
@@ -58,7 +58,7 @@ class Coefficient:
 
 
 @dataclass(frozen=True)
-class Extra:
+class ExtraInput:
     """An input that a method adds to a program: its dtype and its axes.
 
     ``axes`` says whether an axis is as long as the "batch" or the "length". At a layer it can only be the batch.

@@ -7,12 +7,11 @@ A method states its meaning once, as a pure function on the canonical weight (se
     apply(op, x', y, W, b, slots, scale) -> y'   y = op(x', W, b); a method may have either, both or none
     weight_over(op, W0, W, slots, scale) -> W'   only for methods that read the base W0 when other adapters changed it
     bias(op, b, slots, scale) -> b'              only for methods that change the bias
-    fused(op, x, W, b, slots, scale) -> y'       optional: apply and input by kernels for a GPU
 
 Injection, merge, unmerge, save, load, swap and every layer kind follow from these. Methods are frozen dataclasses of
 their options, so that equal methods on equal shapes share one trace. No function may depend on a field that is
-``swappable``: the code of a region serves adapters of every rank and scale. The optional hooks, each with a default,
-are in ``method_hooks``.
+``swappable``: the code of a region serves adapters of every rank and scale. The optional hooks and objects, each with a
+default, are in ``method_hooks``.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ import torch
 from torch import Tensor
 
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method_hooks import Hooks, Slot, Slots
+from adaptc.passes.protocol.method_hooks import Hooks
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
 
-__all__ = ["Initial", "Method", "Scale", "Slot", "Slots"]
+__all__ = ["InitialValues", "Method", "Scale", "Slot", "Slots"]
 
 #: the scale that a method's functions receive: a 0-d tensor, or None for a method without one
 Scale = Any
 
 
 @dataclass(frozen=True)
-class Initial:
+class InitialValues:
     """The first values of a site's slots; ``base`` is the base weight to use with them if the scheme changes it.
 
     Only some schemes change it, such as PiSSA. None leaves it as it is.
@@ -51,12 +51,12 @@ class Method(Hooks):
         """Return the slots at a site, by their name in PEFT's files. Raises TargetError for an op it cannot adapt."""
         raise AssertionError(f"{type(self).__name__} must define slots()")
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         """Return the first values of all slots, in ``dtype`` unless their Slot names another.
 
         ``W`` is canonical and must not be modified.
         """
-        return Initial((self.identity if self.defines("identity") else self.filled)(op, W, dtype))
+        return InitialValues((self.identity if self.defines("identity") else self.filled)(op, W, dtype))
 
     def scale(self, op: Op) -> float | None:
         """Return the factor on the weight's change, which is bound as a slot of its own; None if there is none."""
@@ -86,44 +86,15 @@ class Method(Hooks):
         """Return the changed output of the layer, with the shape of ``y`` = op(x, W, b)."""
         raise AssertionError(f"{type(self).__name__} has no apply()")
 
-    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        """Return what :meth:`call_adapted` computes, up to rounding, by kernels made for a GPU. Optional."""
-        raise AssertionError(f"{type(self).__name__} has no fused()")
-
-    def rows(
-        self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale, mix: Tensor
-    ) -> Tensor | None:
-        """Return y + the sum over k of mix[..., k] * (y'_k - y), for per-row adapters in one computation.
-
-        ``slots`` and ``scale`` have a leading axis of adapters, and ``mix`` broadcasts to (*y.shape, adapters). None
-        where this is not cheaper than one adapter after the other. A trace in which no op holds the number of adapters
-        serves every number.
-        """
-        return None
-
-    def rows_at_once(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
-        """Return what :meth:`rows` returns, by a dedicated operator, for code that is run and not exported.
-
-        ``c`` has the shape (rows, adapters). Each row's share of ``x`` and ``y`` is one stretch of their first axis.
-        None where there is no such operator.
-        """
-        return None
-
-    def rows_grouped(
-        self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, starts: Tensor, c: Tensor
-    ) -> Tensor:
-        """Return what :meth:`rows` returns, by GPU kernels; called only where :meth:`groups` returns True.
-
-        All adapters' slots are padded to the largest rank, and ranks are counted across all of them. Adapter k has the
-        ranks from ``starts[2 k]`` to ``starts[2 k + 1]``. ``scale`` has a zero after each adapter's scale.
-        """
-        raise AssertionError(f"{type(self).__name__} has no rows_grouped()")
-
     # -- which functions a method defines ------------------------------------------------------------------------------
 
     def defines(self, *names: str) -> bool:
         """Return whether the method overrides any of these functions of the protocol."""
         return any(getattr(type(self), n) is not getattr(Method, n) for n in names)
+
+    def class_that_defines(self, name: str) -> type:
+        """Return the class that defines a function or an object of the protocol, for this method."""
+        return next(c for c in type(self).__mro__ if name in vars(c))
 
     def has_weight(self) -> bool:
         """Return whether the method has a form on the weight; if not, it can only stand around a layer."""
@@ -152,36 +123,9 @@ class Method(Hooks):
         """Return whether there is a form around the layer, which leaves its weight alone."""
         return self.has_input(op) or self.has_apply(op)
 
-    def unfused(self, op: Op) -> str:
-        """Return why :meth:`fused` is not defined at this site; '' where it is.
-
-        A class that overrides ``apply``, ``input`` or ``bias`` of a class with kernels loses the kernels, since they do
-        not match its forms.
-        """
-        owner = _defining_class(type(self), "fused")
-        if owner is not Method and all(
-            issubclass(owner, _defining_class(type(self), n)) for n in ("apply", "input", "bias")
-        ):
-            return ""
-        return f"{self.name} has no kernels"
-
-    def groups(self, op: Op) -> bool:
-        """Return whether :meth:`rows_grouped` computes per-row adapters of this op on a GPU."""
-        return False
-
-    def has_rows(self) -> bool:
-        """Return whether :meth:`rows` matches :meth:`apply`: no subclass has overridden only the latter."""
-        owner = _defining_class(type(self), "rows")
-        return owner is not Method and issubclass(owner, _defining_class(type(self), "apply"))
-
     def call_adapted(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         """Return op(x, W, b) adapted by the form around the layer."""
         if self.has_input(op):
             x = self.input(op, x, slots, scale)
         y = op(x, W, b)
         return self.apply(op, x, y, W, b, slots, scale) if self.has_apply(op) else y
-
-
-def _defining_class(method: type[Method], name: str) -> type:
-    """Return the class that defines a function of the protocol."""
-    return next(c for c in method.__mro__ if name in vars(c))

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
-from inspect import getattr_static, isroutine
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from adaptc.errors import AdaptcError, MethodError, short_repr
+from adaptc.errors import AdaptcError, MethodError
 from adaptc.passes.graph.lifted import fake_tensor_mode
 from adaptc.passes.graph.ops import LAYER_OPS, Op
-from adaptc.passes.protocol.method import Initial, Method
-from adaptc.passes.protocol.method_hooks import Hooks, Slot
+from adaptc.passes.protocol.method import InitialValues, Method
+from adaptc.passes.protocol.method_names import check_names
+from adaptc.passes.protocol.parts.method_part import Slot
 from adaptc.passes.protocol.trace import first_difference, trace_region
 
 #: the free sizes of example inputs: a linear layer gets (*FREE, in_features)
@@ -53,30 +53,6 @@ def check_promises(method: Method, op: Op, half_precision: bool = True, with_val
                 f"{_method_name(method)} failed where it was tried whether {what}, at {_describe_op(op)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-
-
-def check_names(method: Method | type[Method]) -> None:
-    """Raise MethodError for an option or class value that has a function's name and would be called instead."""
-    functions = {n for c in (Hooks, Method) for n, v in vars(c).items() if isroutine(v) or isinstance(v, classmethod)}
-    if hidden := sorted({f.name for f in fields(method)} & functions):
-        name = getattr(method, "__name__", type(method).__name__)
-        raise MethodError(
-            f"{name} has an option called {hidden[0]!r}, as a function of every method is: give it another name"
-        )
-    check_class(method if isinstance(method, type) else type(method))
-
-
-@cache
-def check_class(method_class: type[Method]) -> None:
-    """Raise MethodError for a value of a class that hides a function of methods."""
-    for base in (Hooks, Method):
-        for name, function in vars(base).items():
-            found = getattr_static(method_class, name)
-            if isroutine(function) and not (isroutine(found) or isinstance(found, (classmethod, staticmethod))):
-                raise MethodError(
-                    f"{method_class.__name__}.{name} is {short_repr(found)}, and a function of every method has that "
-                    f"name: write def {name}(...), or give the value another name"
-                )
 
 
 def code_has_right_sizes(method: Method, op: Op) -> None:
@@ -294,10 +270,10 @@ def _example_regions(method: Method, op: Op, dtype: torch.dtype) -> Iterator[_Ex
 
 def _resized_variants(method: Method, op: Op) -> Iterator[tuple[str, Method]]:
     """Yield (what differs, method) for methods with other options, which the same regions must serve as well."""
-    rank = method.rank()
-    candidates: list[tuple[str, Any]] = [("its sizes", method.minimal(op))]
+    rank = method.sizes.rank()
+    candidates: list[tuple[str, Any]] = [("its sizes", method.sizes.minimal(op))]
     if rank is not None:
-        candidates.append(("the rank", method.with_rank(op, rank + 3)))
+        candidates.append(("the rank", method.sizes.with_rank(op, rank + 3)))
     for f in dataclasses.fields(method):
         value = getattr(method, f.name)
         if f.name in method.swappable and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -342,7 +318,7 @@ def _example_input(op: Op, dtype: torch.dtype) -> Tensor:
     return torch.randn(EXAMPLE_SIZES[0], op.in_features, *sizes, dtype=dtype)
 
 
-def _example_initial(method: Method, op: Op, W: Tensor) -> Initial:
+def _example_initial(method: Method, op: Op, W: Tensor) -> InitialValues:
     return method.init(op, W, torch.float64, torch.Generator().manual_seed(1))
 
 

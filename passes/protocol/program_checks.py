@@ -39,7 +39,7 @@ def check_program_promises(method: ProgramMethod, op: Op) -> None:
 def _check_identity(method: ProgramMethod, op: Op, name: str) -> None:
     """Raise MethodError if identity values put a virtual token in front, since the base must stay what it was."""
     W = torch.randn(op.shape, dtype=torch.float64)
-    count = method.lengthens(method.identity(op, W, W.dtype))
+    count = method.virtual_token_count(method.identity(op, W, W.dtype))
     if count:
         raise MethodError(
             f"{name}.identity() must put no token in front, so that the base is what it was, and puts {count}"
@@ -48,21 +48,23 @@ def _check_identity(method: ProgramMethod, op: Op, name: str) -> None:
 
 def _check_prompt(method: ProgramMethod, op: Op, name: str) -> None:
     """Raise MethodError unless prompt() and embedded() agree, for slots of the method's sizes and for larger ones."""
-    extra_inputs = {n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
+    extra_inputs = {
+        n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.extra_inputs.extras().items()
+    }
     for extra_size in (0, _EXTRA_SIZE):
         slots = _random_slots(method, op, extra_size)
-        count = method.lengthens(slots)
+        count = method.virtual_token_count(slots)
         rows = method.prompt(slots, extra_inputs)
         if rows.shape[-2:] != (count, op.out_features):
             raise MethodError(
-                f"{name}.prompt() must give rows (..., {count}, {op.out_features}), as many as lengthens() says for "
-                f"slots of these sizes, and gave {tuple(rows.shape)}. Read sizes off slots, and not off fields"
+                f"{name}.prompt() must give rows (..., {count}, {op.out_features}), as many as virtual_token_count() "
+                f"says for slots of these sizes, and gave {tuple(rows.shape)}. Read sizes off slots, and not off fields"
             )
         value = torch.randn(_ROWS, count + _TOKENS, op.out_features)
         expected = torch.cat([rows.to(value.dtype).expand(_ROWS, -1, -1), value[:, count:]], 1)
-        if not torch.allclose(method.embedded(value, slots, extra_inputs), expected):
+        if not torch.allclose(method.inputs_embeds(value, slots, extra_inputs), expected):
             raise MethodError(
-                f"{name}.embedded() must change the first rows to those of prompt(), and no others: what a cache "
+                f"{name}.inputs_embeds() must change the first rows to those of prompt(), and no others: what a cache "
                 "begins with is all that a program which generates has of them"
             )
 

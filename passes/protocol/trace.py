@@ -68,10 +68,10 @@ def trace_region(
         return method.apply(op, x, y, op.canonical(w), b, *split(slots))
 
     def fused(x: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
-        return method.fused(op, x, op.canonical(w), None, *split(slots))
+        return method.kernels.apply(op, x, op.canonical(w), None, *split(slots))
 
     def fused_with_bias(x: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
-        return method.fused(op, x, op.canonical(w), b, *split(slots))
+        return method.kernels.apply(op, x, op.canonical(w), b, *split(slots))
 
     def change_weight(w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight(op, op.canonical(w), *split(slots)))

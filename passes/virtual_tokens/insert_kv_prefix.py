@@ -91,7 +91,9 @@ class _KVPrefixInserter:
         side_nodes = find_length_dependent(self.lifted, self.lookup)
         side_edges = list(find_side_reads(self.lifted, self.lookup, attentions, side_nodes))
         slots = {n: self.lifted.placeholders[f] for n, f in self.attachment.slots.items()}
-        old_slot_values = self._grow_empty_slots(slots, op) if method.lengthens(fake_values_of(slots)) == 0 else {}
+        old_slot_values = (
+            self._grow_empty_slots(slots, op) if method.virtual_token_count(fake_values_of(slots)) == 0 else {}
+        )
         top = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
         more = [*slots.values(), *self.extra_inputs.values()]
         sizes = fake_values_of(slots), fake_values_of(self.extra_inputs)

@@ -19,7 +19,7 @@ from adaptc.passes.analysis.tokens.token_inputs import Lookup, cache_of_lookup, 
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.propagate import propagate_fakes
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.coefficients import Extra
+from adaptc.passes.protocol.coefficients import ExtraInput
 from adaptc.passes.protocol.program_method import (
     DECODER_TOKEN_VALUES,
     DECODER_VALUES,
@@ -54,23 +54,23 @@ def inject_program_method(
         return
     found = [
         *find_program_values(lifted, method, lookup),
-        *(find_decoder_values(lifted, method) if method.decodes() else ()),
+        *(find_decoder_values(lifted, method) if method.has_decoder_tokens() else ()),
     ]
     places = sorted(found, key=lambda p: (*PROGRAM_VALUES, *DECODER_VALUES).index(p.name))
     there = {None, *(p.name for p in places)}
-    wanted = {n: e for n, e in method.extras().items() if e.place in there}
+    wanted = {n: e for n, e in method.extra_inputs.extras().items() if e.place in there}
     extra_inputs = {
         name: _add_extra_input(lifted, name, extra, lookup, latest_outputs) for name, extra in wanted.items()
     }
     slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
     # The lengths that virtual tokens make longer: new length -> (old length, the adapter's free size).
-    more = method.lengthens(fake_values_of(slots))
+    more = method.virtual_token_count(fake_values_of(slots))
     own = [lookup.ids.meta["val"].shape[1]]
     own += [p.node.meta["val"].shape[1] for p in places if p.name in DECODER_TOKEN_VALUES]
     sums = {str(length + more): (str(length), TOKEN_COUNT_SIZE) for length in own} if more else {}
     changed: set[fx.Node] = set()
     try:
-        if method.changes("cached"):
+        if method.changes("past_key_values"):
             insert_kv_prefix(lifted, a, lookup, places, extra_inputs, tag)
             return
         for place in places:
@@ -96,7 +96,7 @@ def _find_lookup(lifted: LiftedProgram, a: Attachment) -> Lookup:
 
 
 def _add_extra_input(
-    lifted: LiftedProgram, name: str, extra: Extra, lookup: Lookup, latest_outputs: dict[tuple[str, ...], fx.Node]
+    lifted: LiftedProgram, name: str, extra: ExtraInput, lookup: Lookup, latest_outputs: dict[tuple[str, ...], fx.Node]
 ) -> fx.Node:
     """Return the input ``name`` that a method adds to the program; another attachment may have added it before."""
     if (name, "extra input") not in latest_outputs:
@@ -131,7 +131,7 @@ def _change_place(
     # Before its first reader, and not right after it: an in-place op may write to it in between.
     first = set(readers) if node.op != "placeholder" else None
     at = next(n for n in lifted.graph.nodes if (n.op != "placeholder" if first is None else n in first))
-    out = inline(lifted.graph, region, inputs, at, lookup.node, tag(node, place.name, lookup.node))
+    out = inline(lifted.graph, region, inputs, at, lookup.node, tag(node, place.region_kind, lookup.node))
     for reader in readers:
         reader.replace_input_with(node, out)
     latest_outputs[(node.name,)] = out

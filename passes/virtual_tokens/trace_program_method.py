@@ -62,7 +62,7 @@ def trace_cache_prefix(method: ProgramMethod, slots: Mapping[str, Tensor], op: O
     fakes, name = FreeSizeFakes(), method.opening()
 
     def function(*rest: Tensor) -> Tensor:
-        given = {n: torch.zeros([1] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
+        given = {n: torch.zeros([1] * len(e.axes), dtype=e.dtype) for n, e in method.extra_inputs.extras().items()}
         return getattr(method, name)(dict(zip(slots, rest, strict=True)), given)
 
     return trace_for_all_sizes(
@@ -73,16 +73,19 @@ def trace_cache_prefix(method: ProgramMethod, slots: Mapping[str, Tensor], op: O
 def trace_kv_prefix(
     method: ProgramMethod, slots: Mapping[str, Tensor], extra_inputs: Mapping[str, Tensor], op: Op
 ) -> fx.Graph:
-    """Return ``method.cached`` as a graph; its placeholders are the slots and the inputs that the method adds."""
+    """Return ``method.past_key_values`` as a graph.
+
+    Its placeholders are the slots and the inputs that the method adds.
+    """
     fakes = FreeSizeFakes()
 
     def function(*rest: Tensor) -> Tensor:
-        return method.cached(
+        return method.past_key_values(
             dict(zip(slots, rest, strict=False)), dict(zip(extra_inputs, rest[len(slots) :], strict=True))
         )
 
     return trace_for_all_sizes(
-        function, fakes, _fake_method_inputs(fakes, method, slots, extra_inputs, op), f"{method.name}.cached()"
+        function, fakes, _fake_method_inputs(fakes, method, slots, extra_inputs, op), f"{method.name}.past_key_values()"
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaptc.adapters.combining.truncated_svd import Truncation, truncate, truncate_sum
-from adaptc.passes.protocol.low_rank import LowRank
+from adaptc.passes.protocol.parts.low_rank import LowRank
 
 
 @pytest.mark.parametrize(

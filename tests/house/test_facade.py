@@ -91,16 +91,18 @@ def test_a_namespace_has_what_its_table_says(package: ModuleType) -> None:
 def test_no_name_is_public_twice() -> None:
     names = [*adaptc.PUBLIC, *(n for package in NAMESPACES for n in package.PUBLIC)]
     assert len({*names}) == len(names)
-    assert {*adaptc.MOVED} == {n for package in NAMESPACES for n in package.PUBLIC}
+    assert not {*adaptc.MOVED} & {*adaptc.PUBLIC}
 
 
 @pytest.mark.parametrize("old", list(adaptc.MOVED))
-def test_a_moved_name_works_and_says_where_it_is(old: str) -> None:
+def test_a_moved_name_works_and_says_once_where_it_is(old: str) -> None:
+    vars(adaptc).pop(old, None)
+    names: dict[str, object] = {}
     with pytest.warns(DeprecationWarning, match=rf"adaptc\.{old} is called {re.escape(adaptc.MOVED[old])} now") as said:
-        value = getattr(adaptc, old)
+        exec(f"from adaptc import {old}", names)
+    assert names[old] is getattr(adaptc, old) is pydoc.locate(adaptc.MOVED[old])
     assert len(said) == 1
-    assert said[0].filename == __file__
-    assert value is pydoc.locate(adaptc.MOVED[old])
+    assert said[0].filename == "<string>"
 
 
 def test_the_top_level_is_small() -> None:

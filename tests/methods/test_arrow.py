@@ -433,7 +433,7 @@ def test_what_it_has_no_meaning_for():
         with pytest.raises(TargetError, match="linear layer"):
             Arrow().slots(op)
     with pytest.raises(TargetError, match="MultiheadAttention"):
-        Arrow().nested()
+        Arrow().inside_multihead_attention()
 
 
 def test_whose_a_rank_is_must_be_known():

@@ -225,7 +225,7 @@ def test_what_peft_holds_and_saves_is_taken(kind, tmp_path):
 def test_a_pattern_that_is_none_is_empty():
     for cls in (adaptc.LoraConfig, adaptc.LoHaConfig, adaptc.LoKrConfig):
         config = cls(target_modules=["up"], rank_pattern=None, alpha_pattern=None)
-        assert config.method("up", "linear").rank() == config.r
+        assert config.method("up", "linear").sizes.rank() == config.r
 
 
 @pytest.mark.parametrize(

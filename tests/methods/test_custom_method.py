@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import adaptc
+from adaptc.methods import InitialValues, Method, Op, Slot, TargetedConfig
 from adaptc.methods._shared import registry as _registry
 from tests.support.custom_models import OneLayer
 from tests.support.method_checks import CHECKS, check_rows
@@ -25,55 +26,51 @@ from tests.support.subject import Subject
 
 
 @dataclass(frozen=True)
-class Behind(adaptc.methods.Method):
+class Behind(Method):
     """What a layer gives, bent once more: no weight does that, and nothing else says so."""
 
     name: ClassVar[str] = "behind"
 
-    def slots(self, op: adaptc.methods.Op) -> dict[str, adaptc.methods.Slot]:
-        return {"behind_gain": adaptc.methods.Slot((op.out_features,))}
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {"behind_gain": Slot((op.out_features,))}
 
-    def apply(self, op: adaptc.methods.Op, x: Any, y: Any, W: Any, b: Any, slots: Any, scale: Any) -> torch.Tensor:
+    def apply(self, op: Op, x: Any, y: Any, W: Any, b: Any, slots: Any, scale: Any) -> torch.Tensor:
         return (y + slots["behind_gain"] * torch.tanh(y)).to(y.dtype)
 
 
+class CommonSharing(adaptc.methods.SharedSlots):
+    def settle_shared_sizes(self, sites: Any) -> list[Any]:
+        return [replace(m, inputs=max(o.matrix_shape[1] for _, o in sites)) for m, _ in sites]
+
+
 @dataclass(frozen=True)
-class Common(adaptc.methods.Method):
+class Common(Method):
     """W' = W + B A with one A for all layers, whose rank an adapter chooses."""
 
     name: ClassVar[str] = "common"
-    swappable: ClassVar[frozenset[str]] = adaptc.methods.Method.swappable | {"inputs"}
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {"inputs"}
+    sharing = CommonSharing(shares=True)
     r: int = 4
     inputs: int = 0
 
-    def slots(self, op: adaptc.methods.Op) -> dict[str, adaptc.methods.Slot]:
+    def slots(self, op: Op) -> dict[str, Slot]:
         rows, columns = op.matrix_shape
         down = (self.r, max(self.inputs, columns))
         return {
-            "common_A": adaptc.methods.Slot(down, free=(0,), shared=True, shared_axes_cut=(1,)),
-            "common_B": adaptc.methods.Slot((rows, self.r), free=(1,)),
+            "common_A": Slot(down, free=(0,), shared=True, shared_axes_cut=(1,)),
+            "common_B": Slot((rows, self.r), free=(1,)),
         }
 
-    def shares(self) -> bool:
-        return True
+    def init(self, op: Op, W: Any, dtype: torch.dtype, generator: Any = None) -> InitialValues:
+        return InitialValues({n: torch.randn_like(t) for n, t in self.filled(op, W, dtype).items()})
 
-    @classmethod
-    def settle_shared_sizes(cls, sites: Any) -> list[Any]:
-        return [replace(m, inputs=max(o.matrix_shape[1] for _, o in sites)) for m, _ in sites]
-
-    def minimal(self, op: adaptc.methods.Op) -> Common:
-        return replace(self, r=2)
-
-    def init(self, op: adaptc.methods.Op, W: Any, dtype: torch.dtype, generator: Any = None) -> adaptc.methods.Initial:
-        return adaptc.methods.Initial({n: torch.randn_like(t) for n, t in self.filled(op, W, dtype).items()})
-
-    def weight(self, op: adaptc.methods.Op, W: Any, slots: Any, scale: Any) -> torch.Tensor:
+    def weight(self, op: Op, W: Any, slots: Any, scale: Any) -> torch.Tensor:
         down = slots["common_A"].narrow(1, 0, op.matrix_shape[1])
         return (W + op.unmatrix(slots["common_B"] @ down)).to(W.dtype)
 
 
 @dataclass
-class BehindConfig(adaptc.methods.TargetedConfig):
+class BehindConfig(TargetedConfig):
     peft_type: ClassVar[str] = "BEHIND"
 
     def method(self, name: str, kind: str) -> Behind:
@@ -81,7 +78,7 @@ class BehindConfig(adaptc.methods.TargetedConfig):
 
 
 @dataclass
-class CommonConfig(adaptc.methods.TargetedConfig):
+class CommonConfig(TargetedConfig):
     peft_type: ClassVar[str] = "COMMON"
     r: int = 4
 
@@ -218,3 +215,95 @@ def test_layers_that_an_adapter_lacks_have_what_it_shares_in_its_size(
     assert not torch.allclose(other(x), net(x))
     torch.testing.assert_close(program(x), other(x))
     torch.testing.assert_close(adaptc.merge(program)(x), other(x))
+
+
+@dataclass(frozen=True)
+class Older(Method):
+    """A method as one wrote it for an older adaptc."""
+
+    name: ClassVar[str] = "older"
+    kin: ClassVar[str] = "older"
+    exact_sizes: ClassVar[bool] = False
+    r: int = 4
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        rows, columns = op.matrix_shape
+        return {
+            "older_A": Slot((self.r, columns), free=(0,)),
+            "older_B": Slot((rows, self.r), free=(1,)),
+        }
+
+    def minimal(self, op: Op) -> Older:
+        return replace(self, r=2)
+
+    def read(self, op: Op, found: Any) -> dict[str, Any]:
+        return dict(found)
+
+    @classmethod
+    def settle_shared_sizes(cls, sites: Any) -> list[Any]:
+        return [m for m, _ in sites]
+
+    def clash(self, other: Any) -> str:
+        return ""
+
+    def weight(self, op: Op, W: Any, slots: Any, scale: Any) -> torch.Tensor:
+        return (W + op.unmatrix(slots["older_B"] @ slots["older_A"])).to(W.dtype)
+
+
+@dataclass
+class OlderConfig(TargetedConfig):
+    peft_type: ClassVar[str] = "OLDER"
+
+    def method(self, name: str, kind: str) -> Older:
+        return Older()
+
+
+@dataclass(frozen=True)
+class OlderPrompt(adaptc.methods.VirtualTokens):
+    name: ClassVar[str] = "older_prompt"
+
+    def lengthens(self, slots: Any) -> int:
+        return 3
+
+    def embedded(self, value: Any, slots: Any, given: Any) -> Any:
+        return value
+
+
+@dataclass
+class OlderPromptConfig(adaptc.methods.ProgramConfig):
+    peft_type: ClassVar[str] = "OLDER_PROMPT"
+
+    def method(self, name: str, kind: str) -> OlderPrompt:
+        return OlderPrompt(3)
+
+
+def test_hooks_of_an_older_adaptc_are_refused_with_what_they_are_called_now() -> None:
+    told = {
+        "Older was written for an older adaptc",
+        "kin is called family now",
+        "clash is called conflict_with now",
+        "exact_sizes is sizes.exact now",
+        "minimal is sizes.minimal now",
+        "read is files.read now",
+        "settle_shared_sizes is sharing.settle_shared_sizes now",
+        "sizes = YourSizeRule(), an object of a class derived from adaptc.methods.SizeRule",
+        "files = YourFileFormat(), an object of a class derived from adaptc.methods.FileFormat",
+        "sharing = YourSharedSlots(), an object of a class derived from adaptc.methods.SharedSlots",
+        "examples/writing_methods.md",
+    }
+    calls: list[Any] = [
+        lambda: adaptc.methods.register_method(OlderConfig, Older),
+        lambda: adaptc.methods.check_method(OlderConfig()),
+        lambda: adaptc.compile(
+            nn.Sequential(nn.Linear(3, 5)), OlderConfig(target_modules=["0"]), example_inputs=torch.ones(2, 3)
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(adaptc.MethodError) as caught:
+            call()
+        assert {part for part in told if part not in str(caught.value)} == set()
+
+
+def test_older_places_of_a_program_are_refused_with_what_they_are_called_now() -> None:
+    with pytest.raises(adaptc.MethodError, match="lengthens is called virtual_token_count now; embedded is called"):
+        adaptc.methods.register_method(OlderPromptConfig, OlderPrompt)

@@ -11,7 +11,15 @@ import torch
 import adaptc
 from adaptc import PromptTuningConfig
 from adaptc.errors import ConfigError, MethodError
-from adaptc.methods import Extra, Initial, ProgramConfig, ProgramMethod, Slot, VirtualTokens
+from adaptc.methods import (
+    ExtraInput,
+    ExtraInputs,
+    InitialValues,
+    ProgramConfig,
+    ProgramMethod,
+    Slot,
+    VirtualTokens,
+)
 from adaptc.methods._shared import registry as _registry
 from tests.generation.test_prefixes import continued
 from tests.support.families import FAMILIES
@@ -21,24 +29,27 @@ from tests.support.prompts import run_quietly, text
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
+class LeanedInputs(ExtraInputs):
+    def extras(self):
+        return {"side": ExtraInput(torch.int64)}
+
+
 @dataclass(frozen=True)
 class Leaned(VirtualTokens):
     """Rows of which each row of a batch leans to one of two sides."""
 
     name: ClassVar[str] = "leaned"
+    extra_inputs = LeanedInputs()
 
     def slots(self, op):
         return {**super().slots(op), "sides": Slot((2, op.out_features), fill=1.0)}
-
-    def extras(self):
-        return {"side": Extra(torch.int64)}
 
     def prompt(self, slots, given):
         return slots["prompt_embeddings"] * torch.index_select(slots["sides"], 0, given["side"])[:, None]
 
     def init(self, op, W, dtype, generator=None):
         shapes = {n: s.shape for n, s in self.slots(op).items()}
-        return Initial({n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()})
+        return InitialValues({n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()})
 
 
 @dataclass
@@ -93,8 +104,8 @@ def test_what_it_promises():
     class Louder(Leaned):
         name: ClassVar[str] = "louder"
 
-        def embedded(self, value, slots, given):
-            return 2 * super().embedded(value, slots, given)
+        def inputs_embeds(self, value, slots, given):
+            return 2 * super().inputs_embeds(value, slots, given)
 
     @dataclass(frozen=True)
     class Always(Leaned):
@@ -130,7 +141,7 @@ def test_what_cannot_be_registered():
         def slots(self, op):
             return {}
 
-    with pytest.raises(ConfigError, match="must define what it makes of a program value: tokens, attended"):
+    with pytest.raises(ConfigError, match="must define what it makes of a program value: tokens, attention_mask"):
         adaptc.methods.register_method(LeanedConfig, Nothing)
     with pytest.raises(ConfigError, match="are not of one kind"):
         adaptc.methods.register_method(adaptc.LoraConfig, Leaned)

@@ -330,4 +330,4 @@ def test_options_of_a_region_survive_json():
     assert Dora.from_options(method.options()) == method
     assert {f.name for f in dataclasses.fields(Dora)} == {f.name for f in dataclasses.fields(Lora)}
     assert method.structure() != Lora().structure()
-    assert method.akin(Lora())
+    assert method.is_variant_of(Lora())

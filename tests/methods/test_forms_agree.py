@@ -43,8 +43,8 @@ OPS: dict[str, Any] = {
 def method_at(entry: Entry, op: Op) -> Method:
     config: Any = getattr(adaptc, entry.cls)(**{**entry.config, "target_modules": ["layer"]})
     assert isinstance(config, TargetedConfig)
-    method = config.method("layer", op.kind).at(op)
-    return method.settle_shared_sizes([(method, op)])[0]
+    method = config.method("layer", op.kind).sizes.specialized_for(op)
+    return method.sharing.settle_shared_sizes([(method, op)])[0]
 
 
 def values(entry: Entry, method: Method, op: Op, W: Tensor) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def test_transform(shape):
     """Of the weight as one matrix, whatever its sizes; by NumPy."""
     op, method = Op("weight", shape), FourierFT(r=4, seed=8)
     W, values = torch.randn(shape, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    places = method.derived(op, W, torch.float64, {})["fourierft_indices"]
+    places = method.files.derived(op, W, torch.float64, {})["fourierft_indices"]
     assert len(set(places.tolist())) == 4
     spectrum = np.zeros(op.matrix_shape)
     spectrum.reshape(-1)[places.numpy()] = values.numpy()
@@ -115,7 +115,7 @@ def test_half_precision():
     """The transform, which has no half-precision form, is made in float32, and only its result is rounded."""
     op, method = Op("weight", (9, 7)), FourierFT(r=5)
     W = torch.randn(9, 7).bfloat16()
-    slots = {"fourierft_spectrum": torch.randn(5).bfloat16(), **method.derived(op, W, torch.bfloat16, {})}
+    slots = {"fourierft_spectrum": torch.randn(5).bfloat16(), **method.files.derived(op, W, torch.bfloat16, {})}
     scale = torch.tensor(40.0)
     found = method.weight(op, W, slots, scale)
     wide = {k: v.float() if v.is_floating_point() else v for k, v in slots.items()}

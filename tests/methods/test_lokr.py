@@ -33,7 +33,7 @@ def test_illegal_factors_are_named(factor):
 )
 def test_the_rank_decides_what_is_one_tensor(r, whole):
     """3 x 7 times 4 x 5: a factor is one tensor from half of its longer side on."""
-    assert LoKr(r=r, decompose_both=True).at(Op("linear", (21, 20))).whole == whole
+    assert LoKr(r=r, decompose_both=True).sizes.specialized_for(Op("linear", (21, 20))).whole == whole
 
 
 def test_ranks_swap_where_the_tensors_are_the_same(tmp_path):

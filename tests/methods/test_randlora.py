@@ -55,7 +55,7 @@ def test_bases_are_drawn_as_peft_draws_them(tmp_path, kind, dtype):
     options = {"r": 3, "projection_prng_key": 5, **kind}
     model = peft_chain(peft_config("RandLoraConfig", **options), tmp_path, dtype)
     found = RandLoraConfig(**options).method("", "linear")
-    found = RandLora.settle_shared_sizes([(found, Op("linear", s)) for s in ((20, 12), (8, 20), (16, 8))])[1]
+    found = RandLora.sharing.settle_shared_sizes([(found, Op("linear", s)) for s in ((20, 12), (8, 20), (16, 8))])[1]
     drawn = found.init(Op("linear", (8, 20)), torch.zeros(8, 20, dtype=dtype), torch.float64).slots
     assert torch.equal(drawn["randlora_A"], model.base_model.randlora_A["default"].double())
     assert torch.equal(drawn["randlora_B"], model.base_model.randlora_B["default"].double())

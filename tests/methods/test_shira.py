@@ -36,7 +36,7 @@ def test_more_entries_than_the_matrix_has():
     with pytest.raises(ConfigError, match=r"site 'head\.weight'.*r=4 means 64 entries.*of the 55|r=3 is the most"):
         compile_blocks(adaptc.ShiraConfig(r=4, target_modules=["up", "head"]))
     with pytest.raises(ConfigError, match="no r fits: leave this layer out"):
-        Shira(r=1).at(Op("weight", (1, 9)))
+        Shira(r=1).sizes.specialized_for(Op("weight", (1, 9)))
     with pytest.raises(TargetError, match="two axes"):
         Shira(r=1).slots(Op("weight", (9,)))
 

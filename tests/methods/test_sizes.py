@@ -91,7 +91,7 @@ def test_the_message_says_which_option_and_what_there_is(exported):
 @pytest.mark.parametrize("rank", [11, 1009])
 def test_a_rank_above_the_sizes_of_a_layer_is_legal(exported, rank):
     prog = adaptc.compile(exported, adaptc.LoraConfig(target_modules=["up", "table", "conv"], r=rank))
-    assert {m.rank() for m in prog.binding.methods.values()} == {rank}
+    assert {m.sizes.rank() for m in prog.binding.methods.values()} == {rank}
 
 
 def test_a_size_that_became_negative_is_refused(exported):

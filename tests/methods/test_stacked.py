@@ -12,26 +12,38 @@ from adaptc import AdaLoraConfig, LoraConfig
 from adaptc.methods import PerExpertMethod
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.protocol.method_hooks import Hooks
+from adaptc.passes.protocol.parts.bank_form import BankForm
+from adaptc.passes.protocol.parts.file_format import FileFormat
 from tests.support.method_table import Experts
 
 #: hooks that are right as they are: the stacked method has no form around a layer and no bias, no dropout there, and
-#: nothing nested; it is wrapped anew by those who settle sizes; what a method says of its files where there is no model
-#: is asked of the method alone; methods of a whole program, which say whether sizes mean something and what cannot be
-#: trained on, are never stacked, nor are those with coefficients or extras, which do experts themselves or refuse them;
-#: the rest follows from what it does say
+#: nothing nested; methods of a whole program, which say what cannot be trained on, are never stacked, nor are those
+#: with coefficients or extras, which do experts themselves or refuse them; the rest follows from what it does say
 OWN = {
-    *("file_names", "summed", "low_rank", "with_low_rank"),
-    *("akin", "defines", "drops_input", "nested", "settle_shared_sizes", "grouped_slots", "name", "kin", "swappable"),
-    *("training", "coefficients", "extras", "why_wrong"),
-    *("dropout", "filled", "exact_sizes", "untrainable"),
+    *("is_variant_of", "defines", "drops_input", "inside_multihead_attention", "name", "family", "swappable"),
+    *("training", "dropout", "filled", "untrainable", "kernels", "extra_inputs"),
 }
+#: the same of its objects: it is wrapped anew by those who settle sizes; what a method says of its files where there is
+#: no model is asked of the method alone; an embedding has no experts
+OWN_OF_PARTS = {"files.summed", "files.low_rank", "files.with_low_rank"}
+OWN_OF_PARTS |= {"sharing.settle_shared_sizes", "sharing.grouped_slots", "sharing.tied_to"}
+
+
+def public(cls: type) -> set[str]:
+    return {n for n in vars(cls) if not n.startswith("_")}
 
 
 def test_every_hook_is_handed_to_the_inner_method() -> None:
-    hooks = {n for n in vars(Hooks) if not n.startswith("_")}
-    handed = {n for n in vars(PerExpertMethod) if not n.startswith("_")}
-    assert hooks - handed - OWN == set()
+    handed = public(PerExpertMethod)
+    assert public(Hooks) - handed - OWN == set()
     assert not handed & OWN - {"name"}
+
+
+@pytest.mark.parametrize("part", ["files", "sizes", "sharing"])
+def test_every_function_of_an_object_is_handed_to_that_of_the_inner_method(part: str) -> None:
+    own, kind = type(getattr(PerExpertMethod, part)), type(getattr(adaptc.methods.Method, part))
+    functions = {n for n in public(kind) if callable(vars(kind)[n])}
+    assert {f"{part}.{n}" for n in functions - public(own)} == {n for n in OWN_OF_PARTS if n.startswith(f"{part}.")}
 
 
 def test_lora_and_adalora_at_the_same_experts_have_slots_of_their_own(tmp_path: Any) -> None:
@@ -52,18 +64,31 @@ def test_lora_and_adalora_at_the_same_experts_have_slots_of_their_own(tmp_path: 
         torch.testing.assert_close(both(x), program(x))
 
 
-@pytest.mark.parametrize("hook", ["check_merge", "has_weight", "replaces", "in_place", "inner_path"])
-def test_what_the_inner_method_says_is_said_of_the_whole(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = adaptc.methods.Op("experts", (3, 5, 7))
-    answers: dict[str, Any] = {
-        "check_merge": lambda self, op: f"not at {op.shape}",
-        "has_weight": lambda self: False,
-        "replaces": True,
-        "in_place": lambda self: True,
-        "inner_path": lambda self, rest: f"inner.{rest}",
-    }
-    inner = type("Saying", (Lora,), {hook: answers[hook]})()
-    asked: dict[str, Any] = {"check_merge": (op,), "has_weight": (), "in_place": (), "inner_path": ("x",)}
-    found = getattr(PerExpertMethod.wrap(inner), hook)
-    found = found(*asked[hook]) if hook in asked else found
-    assert found == {"check_merge": "not at (5, 7)", "has_weight": False, "inner_path": "inner.x"}.get(hook, True)
+class SayingFiles(FileFormat):
+    def in_place(self) -> bool:
+        return True
+
+    def inner_path(self, rest: str) -> str:
+        return f"inner.{rest}"
+
+
+class Saying(Lora):
+    replaces = True
+    files = SayingFiles()
+    bank = BankForm(row_wise=False)
+
+    def check_merge(self, op: adaptc.methods.Op) -> str:
+        return f"not at {op.shape}"
+
+    def has_weight(self) -> bool:
+        return False
+
+
+def test_what_the_inner_method_says_is_said_of_the_whole() -> None:
+    method = PerExpertMethod(Saying())
+    assert method.check_merge(adaptc.methods.Op("experts", (3, 5, 7))) == "not at (5, 7)"
+    assert not method.has_weight()
+    assert method.replaces
+    assert method.files.in_place()
+    assert method.files.inner_path("x") == "inner.x"
+    assert not method.bank.row_wise

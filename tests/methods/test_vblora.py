@@ -108,9 +108,9 @@ def test_a_vector_of_weight_zero_is_no_nan(tmp_path):
 def test_indices_have_peft_s_dtype(vectors, dtype):
     method, op = VBLoRA(r=2, vectors=vectors, length=2, only_topk=True), Op("linear", (6, 4))
     values = {n: torch.randn(s.shape) for n, s in method.slots(op).items()}
-    written = method.write(op, values)
+    written = method.files.write(op, values)
     assert written["vblora_logits_B_topk_indices"].dtype == dtype
-    read = method.read(op, written)
+    read = method.files.read(op, written)
     W = torch.randn(6, 4)
     torch.testing.assert_close(method.weight(op, W, {**values, **read}, None), method.weight(op, W, values, None))
 

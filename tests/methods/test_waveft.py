@@ -104,7 +104,7 @@ def test_transform_is_pefts(family, rows, columns, seed, data):
     op = Op("weight", (rows, columns))
     method = WaveFT(r=n, seed=seed, family=family, taps=pywt.Wavelet(family).rec_len // 2)
     W = torch.randn(rows, columns, dtype=torch.float64)
-    slots = {"waveft_spectrum": spectrum, **method.derived(op, W, torch.float64, {})}
+    slots = {"waveft_spectrum": spectrum, **method.files.derived(op, W, torch.float64, {})}
     assert {k: tuple(v.shape) for k, v in slots.items()} == {k: s.shape for k, s in method.slots(op).items()}
     found = method.weight(op, W, slots, torch.tensor(3.0))
     torch.testing.assert_close(found, W + expected, rtol=1e-12, atol=1e-12)

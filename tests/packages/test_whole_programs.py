@@ -180,8 +180,8 @@ OPS = {
 @given(st.sampled_from(sorted(OPS)), st.integers(1, 4), st.integers(0, 5), st.booleans())
 def test_padding_leaves_lora_unchanged(kind: str, rank: int, more: int, with_bias: bool) -> None:
     op = OPS[kind]
-    method = Lora(alpha=7, with_bias=with_bias and kind == "linear").with_rank(op, rank)
-    large = method.with_rank(op, rank + more)
+    method = Lora(alpha=7, with_bias=with_bias and kind == "linear").sizes.with_rank(op, rank)
+    large = method.sizes.with_rank(op, rank + more)
     found = find_paddings(method, op, "apply" if method.has_apply(op) else "weight")
     W = torch.randn(op.shape, dtype=torch.float64)
     slots = {n: torch.randn(s.shape, dtype=torch.float64) for n, s in method.slots(op).items()}

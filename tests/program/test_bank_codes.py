@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.methods.lora_family.lora import Lora
+from adaptc.methods.lora_family.lora import LoraBank
 from tests.support.builds import record_builds
 from tests.support.gated_net import adapter_tensors
 from tests.support.gated_net import compile_net as gated
@@ -99,15 +99,15 @@ def test_of_adapters_one_after_the_other_there_is_one_for_each_power_of_two(opti
 
 
 def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(
+    def apply(
         self: Any, op: Any, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any, mix: Tensor
     ) -> Tensor:
         A, B = slots.values()
         h = torch.einsum("...i,kri->...kr", x, A) * (mix.squeeze(-2) * scale).unsqueeze(-1)
         return y + h.reshape(*x.shape[:-1], A.shape[0] * A.shape[1]) @ B.transpose(0, 1).flatten(1).mT
 
-    monkeypatch.setattr(Lora, "rows", rows)
-    monkeypatch.setattr(Lora, "rows_at_once", lambda *args: None)
+    monkeypatch.setattr(LoraBank, "apply", apply)
+    monkeypatch.setattr(LoraBank, "apply_fused", lambda *args: None)
     made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"]))
     bank = made.bank(adapters)
     assert not bank.code_cache.serves_any_count

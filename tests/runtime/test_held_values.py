@@ -19,6 +19,7 @@ from adaptc import ConfigError, LoraConfig
 from adaptc.methods import TargetedConfig
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method, Slot
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory, HoistedStage
 from adaptc.runtime.variants import PLAIN
 from tests.support.families import FAMILIES
@@ -366,6 +367,11 @@ def test_the_report_says_what_is_held() -> None:
     assert said in str(adaptc.report(program))
 
 
+class SquaredSizes(SizeRule):
+    def with_sizes_of(self, op: Op, slots: Any) -> Method:
+        return Squared(slots["a"].shape[0])
+
+
 @dataclass(frozen=True)
 class Squared(Method):
     """y + B cos(S A' A) x, S being A smoothed.
@@ -374,17 +380,12 @@ class Squared(Method):
     """
 
     name: ClassVar[str] = "squared"
+    sizes = SquaredSizes()
 
     r: int = 2
 
-    def minimal(self, op: Op) -> Method:
-        return Squared(2)
-
     def slots(self, op: Op) -> dict[str, Slot]:
         return {"a": Slot((self.r, op.in_features), free=(0,)), "b": Slot((op.out_features, self.r), free=(1,))}
-
-    def with_sizes_of(self, op: Op, slots: Any) -> Method:
-        return Squared(slots["a"].shape[0])
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
         smooth = F.conv1d(slots["a"][:, None], slots["a"].new_ones(1, 1, 3), padding=1)[:, 0]

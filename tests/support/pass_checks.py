@@ -65,7 +65,7 @@ def random_values(program: ExportedProgram, attachments: Iterable[Attachment], s
         for name, slot in a.method.slots(op).items():
             value = torch.randn(slot.shape, generator=generator, dtype=torch.float64).to(slot.dtype or dtype)
             value = value if slot.trainable else identity[name]
-            out[a.method.fqn(a.slot_path, name, a.adapter)] = value
+            out[a.method.files.fqn(a.slot_path, name, a.adapter)] = value
         scale = a.method.scale(op)
         if scale is not None:
             out[a.scale_fqn] = torch.tensor(scale, dtype=dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc import ConfigError, MethodError, TargetError
-from adaptc.methods import Initial, Op, Slot, TargetedConfig
+from adaptc.methods import InitialValues, Op, Slot, TargetedConfig
 from adaptc.passes.protocol.method import Method
 from adaptc.verify import check_method
 from adaptc.verify.check_method import LAYERS, MethodReport
@@ -37,16 +37,13 @@ class Turned(Method):
         rows, columns = op.matrix_shape
         return {"turned_A": Slot((self.r, columns), free=(0,)), "turned_B": Slot((rows, self.r), free=(1,))}
 
-    def minimal(self, op: Op) -> Turned:
-        return dataclasses.replace(self, r=2)
-
     def scale(self, op: Op) -> float:
         return 1.5 / self.r
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> InitialValues:
         values = {n: torch.zeros(s.shape, dtype=dtype) for n, s in self.slots(op).items()}
         values["turned_A"].normal_(generator=generator)
-        return Initial(values)
+        return InitialValues(values)
 
     def weight(self, op: Op, W: Tensor, slots: Any, scale: Any) -> Tensor:
         return (W + op.unmatrix(slots["turned_B"] @ slots["turned_A"]) * scale).to(W.dtype)
@@ -127,12 +124,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "identity is the base",
     ),
     "first values": (
-        {"init": lambda self, op, W, dtype, generator=None: Initial(Turned.identity(self, op, W, dtype))},
+        {"init": lambda self, op, W, dtype, generator=None: InitialValues(Turned.identity(self, op, W, dtype))},
         "first values learn",
     ),
     "sizes of first values": (
         {
-            "init": lambda self, op, W, dtype, generator=None: Initial(
+            "init": lambda self, op, W, dtype, generator=None: InitialValues(
                 {n: torch.randn(s.shape, dtype=dtype).t() for n, s in self.slots(op).items()}
             )
         },

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig, TargetedConfig
-from adaptc.passes.protocol.low_rank import LowRank
 from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.parts.low_rank import LowRank
 
 #: PEFT's wrapper around an adapted module, whose name is in the keys of the tensors inside
 _WRAPPER = ".base_layer"
@@ -55,7 +55,7 @@ class AdapterSite:
         Raises CheckpointError with the name of the site.
         """
         try:
-            return self.method.low_rank(self.tensors)
+            return self.method.files.low_rank(self.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {self.key!r}: {error}") from None
 
@@ -75,7 +75,7 @@ def split_sites(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, A
     config, source = adapter.config, adapter.source
     if not isinstance(config, TargetedConfig):
         raise ConfigError(f"{source}: a {type(config).__name__} chooses no layers, so there is nothing to combine")
-    if config.target_unit == "matrices" and not config.method("", "linear").file_names:
+    if config.target_unit == "matrices" and not config.method("", "linear").files.names:
         raise ConfigError(
             f"{source}: what {config.peft_type} adapters do together does not follow from their tensors alone; "
             f"{CONVERT_HINT}"
@@ -125,7 +125,7 @@ def to_sum_precision(key: str, tensor: Tensor, source: str) -> Tensor:
 
 def _split_key(key: str, config: TargetedConfig) -> tuple[str, str] | None:
     """Return (site, tensor name) of a key, or None where it is no tensor of the adapter's method."""
-    for name in config.method("", "linear").file_names:
+    for name in config.method("", "linear").files.names:
         if key == name or key.endswith(f".{name}"):
             return key.removesuffix(name).removesuffix("."), name
     return None

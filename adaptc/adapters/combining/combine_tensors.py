@@ -24,7 +24,7 @@ from adaptc.adapters.combining.low_rank_sums import sum_low_ranks
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, listing
 from adaptc.methods import AdapterConfig, TargetedConfig
 from adaptc.methods.lora_family.lora_config import LoraConfig
-from adaptc.passes.protocol.low_rank import LowRank
+from adaptc.passes.protocol.parts.low_rank import LowRank
 
 _ZERO_RESULT = (
     "the result is zero everywhere, so it would do nothing: the weights are zero, the adapters cancel, or density "
@@ -102,7 +102,7 @@ def _check_config(adapter: AdapterLike) -> None:
             f"{adapter.source} has ensure_weight_tying=True, so that its files hold tensors twice, and the two would "
             f"not stay the same; {CONVERT_HINT}"
         )
-    if isinstance(config, TargetedConfig) and config.method("", "linear").moves_base():
+    if isinstance(config, TargetedConfig) and config.method("", "linear").changes_base_at_init():
         raise ConfigError(
             f"{adapter.source}: its first values changed the base ({getattr(config, 'init_lora_weights', '')}), so "
             f"that its tensors alone do not say what it adds; {CONVERT_HINT}"
@@ -123,7 +123,7 @@ def _combine_low_ranks(
     low_ranks: dict[str, list[Any]],
 ) -> tuple[dict[str, Tensor], dict[str, int], bool]:
     """Return the combined low-rank tensors by key, the ranks by module, and whether there is a bias."""
-    largest = max(s.method.rank() or 1 for group in groups.values() for _, s in group)
+    largest = max(s.method.sizes.rank() or 1 for group in groups.values() for _, s in group)
     changes: dict[str, tuple[AdapterSite, LowRank, int]] = {}
     for key, group in groups.items():
         changes_at_site: list[LowRank] = _to_same_dtype(low_ranks[key])
@@ -137,7 +137,7 @@ def _combine_low_ranks(
                 )
         site = group[0][1]
         # The groups of a convolution divide the rank among them. Experts each have the full rank.
-        blocks_per_rank = max((site.method.rank() or 1) // max(changes_at_site[0].rank, 1), 1)
+        blocks_per_rank = max((site.method.sizes.rank() or 1) // max(changes_at_site[0].rank, 1), 1)
         rank = -(-(options.svd_rank or largest) // blocks_per_rank)
         changes[key] = (
             site,
@@ -152,7 +152,7 @@ def _combine_low_ranks(
         if has_bias and change.bias is None:
             blocks, rows, _ = change.shape
             change = replace(change, bias=change.up.new_zeros(blocks * rows))
-        tensors = site.method.with_low_rank(change, site.tensors)
+        tensors = site.method.files.with_low_rank(change, site.tensors)
         out |= {f"{key}.{n}".removeprefix("."): t.contiguous() for n, t in tensors.items()}
     ranks: dict[str, int] = {}
     for site, change, blocks_per_rank in changes.values():
@@ -187,7 +187,7 @@ def _combine_linear(
     options = options.resolve("linear")
     out: dict[str, Tensor] = {}
     for key, group in groups.items():
-        names = {s.method.summed() for _, s in group}
+        names = {s.method.files.summed() for _, s in group}
         if names == {""} or len(names) > 1:
             method_name = f"{method_name} ({group[0][1].method.name})"
             raise ConfigError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptc.adapters.combining.combine_options import CombineOptions
 from adaptc.adapters.combining.combine_rules import combine_by_rule
 from adaptc.adapters.combining.truncated_svd import Truncation, truncate, truncate_sum
-from adaptc.passes.protocol.low_rank import LowRank
+from adaptc.passes.protocol.parts.low_rank import LowRank
 
 
 def sum_low_ranks(changes: Sequence[LowRank], weights: Sequence[float], options: CombineOptions, rank: int) -> LowRank:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.passes.protocol.low_rank import LowRank
+from adaptc.passes.protocol.parts.low_rank import LowRank
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _added_inputs(runner: StepRunner, all_methods: bool = False) -> InputNames:
     found: dict[str, str] = {}
     for a in program.adaptation.attachments:
         if all_methods or not isinstance(a.method, ProgramMethod):
-            found |= {a.reads.get(n, n): n for n in a.method.extras()}
+            found |= {a.reads.get(n, n): n for n in a.method.extra_inputs.extras()}
     if not found:
         return {}
     expected = _expected_inputs(runner)

@@ -45,7 +45,7 @@ def gate_names_of_adapters(adapters: Sequence[Any]) -> tuple[str, ...]:
 
 def gate_names_of_method(method: Method) -> list[str]:
     """Return the names of a method's coefficients that follow from token ids alone."""
-    return [n for n, c in method.coefficients().items() if c.base_pass is None]
+    return [n for n, c in method.extra_inputs.coefficients().items() if c.base_pass is None]
 
 
 def refuse_token_gates(names: Sequence[str], what: str) -> None:
@@ -161,7 +161,7 @@ def _gates_of_binding(program: Any, binding: Any) -> Gates:
     values = {} if binding is None else binding.values
     for a in program.adaptation.attachments:
         for name in gate_names_of_method(a.method):
-            c = a.method.coefficients()[name]
+            c = a.method.extra_inputs.coefficients()[name]
             slots = [a.slots[s] for s in c.slots]
             if name not in gates and all(f in values for f in slots):
                 gates[name] = (c, [values[f].detach() for f in slots])

@@ -47,7 +47,13 @@ def prefix_input_names(runner: StepRunner) -> list[str]:
     """Return the names of the inputs that the attachments of :func:`prefix_attachments` ask of a caller, such as
     ``task_ids``."""
     methods = [a.method for a in prefix_attachments(runner)]
-    return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
+    return [
+        n
+        for m in methods
+        if isinstance(m, ProgramMethod)
+        for n, e in m.extra_inputs.extras().items()
+        if e.place is None
+    ]
 
 
 def check_step_takes_prefix(runner: StepRunner, spec: GenerationSpec, model_name: str) -> None:
@@ -110,7 +116,9 @@ def _prefix_of_adapter(
     nothing."""
     found = [] if binding is None else _bound_attachments(runner, binding, openings)
     prefixes = [f for a in found if (f := _AttachmentPrefix.from_attachment(a, binding)).count]
-    prefixes.sort(key=lambda f: f.method.opening() != "cached")  # a KV prefix stands before all prompt embeddings
+    prefixes.sort(
+        key=lambda f: f.method.opening() != "past_key_values"
+    )  # a KV prefix stands before all prompt embeddings
     _refuse_unknown_inputs({n: v for n, v in adapter_inputs.items() if not any(n in f.caller_inputs for f in prefixes)})
     if not prefixes:
         return None
@@ -170,7 +178,7 @@ class _AttachmentPrefix:
 
     def __init__(self, method: ProgramMethod, slots: Mapping[str, Tensor]) -> None:
         self.method, self.slots = method, slots
-        self.count = int(method.lengthens(slots))
+        self.count = int(method.virtual_token_count(slots))
 
     @classmethod
     def from_attachment(cls, attachment: Attachment, binding: Any) -> _AttachmentPrefix:
@@ -179,7 +187,7 @@ class _AttachmentPrefix:
 
     @property
     def caller_inputs(self) -> Mapping[str, Any]:
-        return {n: e for n, e in self.method.extras().items() if e.place is None}
+        return {n: e for n, e in self.method.extra_inputs.extras().items() if e.place is None}
 
     def select_inputs(self, adapter_inputs: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
         """Return the inputs that the method takes from a caller, by name, on ``device``.
@@ -195,7 +203,7 @@ class _AttachmentPrefix:
                     f"{self.method.name} needs {name}, a tensor ({', '.join(extra.axes)}) of {extra.dtype}; got {is_}"
                 )
             checked[name] = value.to(device)
-        if why := self.method.why_wrong(self.slots, checked) if checked else "":
+        if why := self.method.extra_inputs.check_inputs(self.slots, checked) if checked else "":
             raise AdaptcError(why)
         return checked
 
@@ -208,9 +216,9 @@ class _AttachmentPrefix:
         previous: CachePrefix | None,
     ) -> CachePrefix:
         """Return what a cache begins with: these virtual tokens behind ``previous``, or alone where that is None."""
-        if self.method.opening() == "cached":
+        if self.method.opening() == "past_key_values":
             assert previous is None
-            rows = self.method.cached(self.slots, method_inputs)
+            rows = self.method.past_key_values(self.slots, method_inputs)
             own = [t.unsqueeze(0).to(device, spec.layout.dtype) for t in rows]
             return CachePrefix(own * spec.layout.passes, self.count)
         rows = self.method.prompt(self.slots, method_inputs).to(device, spec.embeds_dtype)

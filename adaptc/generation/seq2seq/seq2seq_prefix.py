@@ -18,7 +18,7 @@ from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_input
 from adaptc.generation.step_runner import StepRunner
 
 #: the openings of the encoder, and those of the decoder's cache
-ENCODER_OPENINGS, DECODER_OPENINGS = ("prompt",), ("cached",)
+ENCODER_OPENINGS, DECODER_OPENINGS = ("prompt",), ("past_key_values",)
 
 
 def pop_adapter_inputs(runner: StepRunner, kwargs: dict[str, Any]) -> dict[str, Any]:

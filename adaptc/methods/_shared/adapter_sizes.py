@@ -17,7 +17,7 @@ import torch
 from adaptc.errors import ConfigError, short_repr
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method
-from adaptc.passes.protocol.method_hooks import SiteDescription, Slot
+from adaptc.passes.protocol.parts.method_part import SiteDescription, Slot
 
 #: bytes of memory that are assumed to be free always
 ALWAYS_FREE_BYTES = 2**28

@@ -17,6 +17,7 @@ from adaptc.methods._shared.config import AdapterConfig
 from adaptc.methods._shared.program_config import ProgramConfig
 from adaptc.methods._shared.refused import UNSUPPORTED_METHODS
 from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.method_names import PARTS, check_old_hooks
 from adaptc.passes.protocol.program_method import PROGRAM_VALUES, ProgramMethod
 
 #: peft_type -> "module:ConfigClass"
@@ -111,9 +112,11 @@ def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
     again replaces the older one: that happens when its module is reloaded or its notebook cell runs once more.
 
     Raises ConfigError for a name that is taken or missing. So it does for a method that lacks ``slots``, or has neither
-    ``weight`` nor a form around a layer. :func:`adaptc.methods.check_method` tests what a method computes.
+    ``weight`` nor a form around a layer. Raises MethodError for hooks under names of an older adaptc.
+    :func:`adaptc.methods.check_method` tests what a method computes.
     """
     _check_classes(config, method)
+    check_old_hooks(method)
     kind, name = config.peft_type, method.name
     if not kind or kind != kind.upper() or not name:
         raise ConfigError(
@@ -138,9 +141,10 @@ def _check_classes(config: type[AdapterConfig], method: type[Method]) -> None:
             raise ConfigError(f"{cls.__name__} must be derived from adaptc.{name} and decorated with {decorator}")
 
     for f in dataclasses.fields(method):
-        if callable(getattr(Method, f.name, None)):
+        if callable(getattr(Method, f.name, None)) or f.name in PARTS:
             raise ConfigError(
-                f"{method.__name__}.{f.name} is a function of the protocol: call the field something else"
+                f"{method.__name__}.{f.name} is a function or an object of the protocol: call the field something "
+                f"else, or write {f.name} = ... without an annotation"
             )
 
     def is_overridden(name: str) -> bool:

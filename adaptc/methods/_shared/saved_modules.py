@@ -15,8 +15,33 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError, listing
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import SiteDescription
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.method_part import SiteDescription
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
+
+
+class TrainedParameterFiles(FileFormat):
+    method: TrainedParameter
+
+    def inner_path(self, rest: str) -> str:
+        return rest.removeprefix(f"{self.method.place}.").removeprefix(self.method.submodules)
+
+    def in_place(self) -> bool:
+        # PEFT trains biases where they are; only modules_to_save keep a frozen original beside them.
+        return self.method.place != "modules_to_save"
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        path = slot.removeprefix(f"{self.method.place}.").removeprefix(self.method.submodules)
+        return ".".join(p for p in (self.method.home or place, self.method.place, adapter, path) if p)
+
+
+class TrainedParameterSharing(SharedSlots):
+    method: TrainedParameter
+
+    def tied_to(self, home: str) -> TrainedParameter:
+        return replace(self.method, home=home)
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,8 @@ class TrainedParameter(Method):
     name: ClassVar[str] = "whole"
     replaces: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
+    files = TrainedParameterFiles()
+    sharing = TrainedParameterSharing()
 
     slot: str = "weight"
     shape: tuple[int, ...] = ()
@@ -61,22 +88,15 @@ class TrainedParameter(Method):
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         return self
 
-    def inner_path(self, rest: str) -> str:
-        return rest.removeprefix(f"{self.place}.").removeprefix(self.submodules)
-
-    def clash(self, other: Any) -> str:
+    def conflict_with(self, other: Any) -> str:
         return "all of it" if isinstance(other, (TrainedParameter, TokenRows)) else ""
 
-    def in_place(self) -> bool:
-        # PEFT trains biases where they are; only modules_to_save keep a frozen original beside them.
-        return self.place != "modules_to_save"
 
-    def fqn(self, place: str, slot: str, adapter: str) -> str:
-        path = slot.removeprefix(f"{self.place}.").removeprefix(self.submodules)
-        return ".".join(p for p in (self.home or place, self.place, adapter, path) if p)
+class TokenRowsSizes(SizeRule):
+    method: TokenRows
 
-    def following(self, home: str) -> TrainedParameter:
-        return replace(self, home=home)
+    def minimal(self, op: Op) -> Method:
+        return replace(self.method, indices=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,7 @@ class TokenRows(Method):
     name: ClassVar[str] = "trainable_tokens"
 
     swappable: ClassVar[frozenset[str]] = frozenset({"indices", "scheme"})
+    sizes = TokenRowsSizes()
 
     indices: tuple[int, ...] = ()
     within: str = "token_adapter"
@@ -122,9 +143,6 @@ class TokenRows(Method):
         rows = op.kind == "embedding"
         return (op.out_features, op.in_features) if rows else (op.in_features, op.out_features)
 
-    def minimal(self, op: Op) -> Method:
-        return replace(self, indices=(0, 1))
-
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         if (own := super().rebind(config, place)) is not self:
             return own
@@ -134,12 +152,12 @@ class TokenRows(Method):
             tokens = next((v for k, v in tokens.items() if any(n == k or n.endswith(f".{k}") for n in names)), None)
         return self if tokens is None else replace(self, indices=tuple(tokens))
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         values = self.identity(op, W, dtype)
         if not self.scheme:
             size = (len(self.indices), self._width_and_vocab(op)[0])
             values[self.delta_slot] = torch.randn(size, dtype=W.dtype, generator=generator).to(dtype)
-        return Initial(values)
+        return InitialValues(values)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         index = torch.tensor(self.indices, dtype=torch.int64, device=W.device)
@@ -151,9 +169,9 @@ class TokenRows(Method):
         index = torch.zeros(n, dtype=torch.int64, device=W.device)
         return {self.delta_slot: torch.zeros(n, width, dtype=dtype, device=W.device), self.index_slot: index}
 
-    def clash(self, other: Any) -> str:
+    def conflict_with(self, other: Any) -> str:
         if isinstance(other, TrainedParameter):
-            return other.clash(self)
+            return other.conflict_with(self)
         both = sorted({*self.indices} & {*other.indices}) if isinstance(other, TokenRows) else []
         return f"the rows {listing(both)}" if both else ""
 

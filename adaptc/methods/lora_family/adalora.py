@@ -27,8 +27,10 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, prepare_adapter_input
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import SiteDescription
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.method_part import SiteDescription
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 _IGNORED_BY_PEFT = "PEFT ignores it for AdaLoRA"
 _LORA_VARIANT = "it is a variant of LoRA, not of AdaLoRA"
@@ -143,14 +145,51 @@ class AdaLoraConfig(LoraConfig):
         return None if found is None else _mask_to_tuple(found)
 
 
+class AdaLoraFiles(FileFormat):
+    method: AdaLora
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.method.kept is None or _count_terms(self.method.kept):
+            return dict(found)
+        # Regions have no code for rank 0, so a site without terms gets terms of zeros.
+        return {n: t if t.numel() else t.new_zeros(self.method.slots(op)[n].shape) for n, t in found.items()}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        mask = None if self.method.kept is None else _mask_tensor(self.method.kept)
+        out = dict(slots)
+        for name, slot in self.method.slots(op).items() if mask is not None else ():
+            (axis,) = slot.free
+            index = mask.nonzero().squeeze(-1).to(out[name].device)  # type: ignore[union-attr]
+            if out[name].shape[axis] != len(index):
+                out[name] = out[name].index_select(axis, index)
+        return out
+
+
+class AdaLoraSizes(SizeRule):
+    method: AdaLora
+
+    def minimal(self, op: Op) -> AdaLora:
+        return dataclasses.replace(self.method, r=2, kept=None)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> AdaLora:
+        A = slots.get("lora_A")
+        return (
+            self.method
+            if A is None or A.ndim < 2 or not A.shape[-2]
+            else dataclasses.replace(self.method, r=A.shape[-2])
+        )
+
+
 @dataclass(frozen=True)
 class AdaLora(Method):
     """AdaLoRA at one site. ``kept``: the mask of the terms, of ``init_r``, that the adapter's file holds; None: all."""
 
     name: ClassVar[str] = "adalora"
-    kin: ClassVar[str] = "lora"
+    family: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"init_r", "kept"}
+    files = AdaLoraFiles()
+    sizes = AdaLoraSizes()
 
     r: int = 12
     alpha: float = 8
@@ -170,10 +209,7 @@ class AdaLora(Method):
             "lora_B": Slot((*stack, rows, self.r), free=(n + 1,)),
         }
 
-    def minimal(self, op: Op) -> AdaLora:
-        return dataclasses.replace(self, r=2, kept=None)
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         device = torch.device("cpu") if generator is None else generator.device
         shapes = {name: slot.shape for name, slot in self.slots(op).items()}
         values = {name: torch.randn(shape, device=device, generator=generator) for name, shape in shapes.items()}
@@ -182,7 +218,7 @@ class AdaLora(Method):
             values["lora_E"].zero_()
             for name in ("lora_A", "lora_B"):
                 values[name].normal_(std=0.02, generator=generator)
-        return Initial({n: t.to(device=W.device, dtype=dtype) for n, t in values.items()})
+        return InitialValues({n: t.to(device=W.device, dtype=dtype) for n, t in values.items()})
 
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
@@ -190,26 +226,6 @@ class AdaLora(Method):
         if new is self or kept is None or not isinstance(new, AdaLora):
             return new
         return dataclasses.replace(new, kept=kept, r=_count_terms(kept) or 2)
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.kept is None or _count_terms(self.kept):
-            return dict(found)
-        # Regions have no code for rank 0, so a site without terms gets terms of zeros.
-        return {n: t if t.numel() else t.new_zeros(self.slots(op)[n].shape) for n, t in found.items()}
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        mask = None if self.kept is None else _mask_tensor(self.kept)
-        out = dict(slots)
-        for name, slot in self.slots(op).items() if mask is not None else ():
-            (axis,) = slot.free
-            index = mask.nonzero().squeeze(-1).to(out[name].device)  # type: ignore[union-attr]
-            if out[name].shape[axis] != len(index):
-                out[name] = out[name].index_select(axis, index)
-        return out
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> AdaLora:
-        A = slots.get("lora_A")
-        return self if A is None or A.ndim < 2 or not A.shape[-2] else dataclasses.replace(self, r=A.shape[-2])
 
     def scale(self, op: Op) -> float:
         return (self.alpha if self.alpha > 0 else self.init_r) / (self.init_r + 1e-5)

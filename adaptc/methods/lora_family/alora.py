@@ -20,10 +20,12 @@ from torch import Tensor
 
 from adaptc.errors import TargetError
 from adaptc.methods._shared.option_checks import prepare_adapter_input
-from adaptc.methods.lora_family.lora import Lora
+from adaptc.methods.lora_family.lora import LORA_NAMES, Lora, LoraFiles, LoraSizes
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.coefficients import Coefficient, along_tokens
-from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.extra_inputs import ExtraInputs
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
 
 INVOCATION_TOKENS = "alora_invocation_tokens"
 #: the name of the coefficient c, the token gate
@@ -47,6 +49,30 @@ def token_gate(ids: Tensor, invocation_tokens: Tensor) -> Tensor:
     return (last > 0) & (at + 1 >= last)
 
 
+class AloraFiles(LoraFiles):
+    method: Alora
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {**super().derived(op, W, dtype, found), INVOCATION_TOKENS: self.method.token_slot_values(op)}
+
+    def low_rank(self, found: Slots) -> None:
+        return None  # B A x is not added at every token
+
+
+class AloraSizes(LoraSizes):
+    method: Alora
+
+    def minimal(self, op: Op) -> Alora:
+        return replace(self.method, r=2 * op.groups, tokens=())
+
+
+class AloraInputs(ExtraInputs):
+    method: Alora
+
+    def coefficients(self) -> Mapping[str, Coefficient]:
+        return {TOKEN_GATE: Coefficient(token_gate, (INVOCATION_TOKENS,))}
+
+
 @dataclass(frozen=True)
 class Alora(Lora):
     """aLoRA at one site. ``tokens``: the ids of the invocation tokens, in order."""
@@ -54,6 +80,10 @@ class Alora(Lora):
     name: ClassVar[str] = "alora"
     stacks: ClassVar[bool] = True  # else it would be applied per expert, where the position of a token is unknown
     swappable: ClassVar[frozenset[str]] = Lora.swappable | {"tokens"}
+    files = AloraFiles(names=LORA_NAMES)
+    sizes = AloraSizes()
+    sharing = SharedSlots(shares=True)
+    extra_inputs = AloraInputs()
 
     tokens: tuple[int, ...] = ()
 
@@ -68,24 +98,12 @@ class Alora(Lora):
         slot = Slot((size,), -1, (0,), torch.int64, trainable=False, saved=False, shared=True, apart=True)
         return {**super().slots(op), INVOCATION_TOKENS: slot}
 
-    def coefficients(self) -> Mapping[str, Coefficient]:
-        return {TOKEN_GATE: Coefficient(token_gate, (INVOCATION_TOKENS,))}
-
-    def shares(self) -> bool:
-        return True
-
-    def minimal(self, op: Op) -> Alora:
-        return replace(self, r=2 * op.groups, tokens=())
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
         first = plain.init(op, W, dtype, generator)
-        return Initial({**first.slots, INVOCATION_TOKENS: self._token_slot_values(op)}, first.base)
+        return InitialValues({**first.slots, INVOCATION_TOKENS: self.token_slot_values(op)}, first.base)
 
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**super().derived(op, W, dtype, found), INVOCATION_TOKENS: self._token_slot_values(op)}
-
-    def _token_slot_values(self, op: Op) -> Tensor:
+    def token_slot_values(self, op: Op) -> Tensor:
         ids = torch.tensor(self.tokens, dtype=torch.int64) + 1
         return torch.nn.functional.pad(ids, (0, self.slots(op)[INVOCATION_TOKENS].shape[0] - len(self.tokens)))
 
@@ -94,12 +112,6 @@ class Alora(Lora):
 
     def check_merge(self, op: Op) -> str:
         return "aLoRA acts on some tokens and not on others, which no weight can"
-
-    def low_rank(self, found: Slots) -> None:
-        return None  # B A x is not added at every token
-
-    def following(self, home: str) -> None:
-        return None  # it has no meaning at the tied embedding
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B, *_ = slots.values()

@@ -26,7 +26,9 @@ from torch.nn import functional as F
 from adaptc.errors import CheckpointError, ConfigError, TargetError, did_you_mean, short_repr
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.value_types import field_rules, validate_option
 
 A, B, OWNER, SCALES = "lora_A.weight", "lora_B.weight", "lora_owner", "lora_scaling"
@@ -85,15 +87,49 @@ class ArrowConfig:
         return new
 
 
+class ArrowFiles(FileFormat):
+    method: Arrow
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        owner = found.get(OWNER)
+        known = owner is None or owner.is_floating_point() or owner.ndim != 1
+        if not known and sorted(set(owner.tolist())) != list(range(self.method.count)):  # type: ignore[union-attr]
+            raise CheckpointError(
+                f"{OWNER!r} says whose each rank is, and is to hold the numbers from 0 to {self.method.count - 1}, of "
+                f"the {self.method.count} adapters of the config; found {short_repr(sorted(set(owner.tolist())))}"  # type: ignore[union-attr]
+            )
+        return dict(found)
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        a, b, owner = found[A].to(dtype), found[B].to(dtype), found[OWNER]
+        ranks = [(owner == e).nonzero().flatten() for e in range(self.method.count)]
+        p = torch.stack([top_right_singular_vector(a[own], b[:, own]) for own in ranks])
+        counts = torch.tensor([self.method.count, min(self.method.top_k, torch.iinfo(torch.int32).max)])
+        return {PROTOTYPES: (p / self.method.temperature).to(dtype), COUNTS: counts}
+
+
+class ArrowSizes(SizeRule):
+    method: Arrow
+
+    def minimal(self, op: Op) -> Arrow:
+        return dataclasses.replace(self.method, r=2, count=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Arrow:
+        a, p = slots.get(A), slots.get(PROTOTYPES)
+        new = self.method if a is None or a.ndim != 2 else dataclasses.replace(self.method, r=a.shape[0])
+        return new if p is None or p.ndim != 2 else dataclasses.replace(new, count=p.shape[0])
+
+
 @dataclass(frozen=True)
 class Arrow(Method):
     """Arrow at one site. ``r``: the sum of the ranks of its ``count`` adapters."""
 
     name: ClassVar[str] = "arrow"
-    kin: ClassVar[str] = "lora"
-    file_names: ClassVar[tuple[str, ...]] = (A, B, OWNER, SCALES)
+    family: ClassVar[str] = "lora"
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"count", "top_k", "temperature"}
     takes_complex: ClassVar[bool] = False  # scores have an order
+    files = ArrowFiles(names=(A, B, OWNER, SCALES))
+    sizes = ArrowSizes()
 
     r: int = 8
     count: int = 1
@@ -119,21 +155,10 @@ class Arrow(Method):
     def scale(self, op: Op) -> float:
         return 1.0
 
-    def minimal(self, op: Op) -> Arrow:
-        return dataclasses.replace(self, r=2, count=2)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Arrow:
-        a, p = slots.get(A), slots.get(PROTOTYPES)
-        new = self if a is None or a.ndim != 2 else dataclasses.replace(self, r=a.shape[0])
-        return new if p is None or p.ndim != 2 else dataclasses.replace(new, count=p.shape[0])
-
-    def nested(self) -> Arrow:
+    def inside_multihead_attention(self) -> Arrow:
         raise TargetError("Arrow has no meaning in MultiheadAttention, as in PEFT; leave it out")
 
-    def following(self, home: str) -> None:
-        return None  # it has no meaning at the tied embedding
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         raise ConfigError(
             "arrow_config routes between adapters that there are already: give them to "
             "adaptc.methods.create_arrow_model"
@@ -141,23 +166,6 @@ class Arrow(Method):
 
     def untrainable(self, slots: Slots) -> str:
         return "Arrow routes between adapters that are trained already, and has nothing to train, as in PEFT"
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        owner = found.get(OWNER)
-        known = owner is None or owner.is_floating_point() or owner.ndim != 1
-        if not known and sorted(set(owner.tolist())) != list(range(self.count)):  # type: ignore[union-attr]
-            raise CheckpointError(
-                f"{OWNER!r} says whose each rank is, and is to hold the numbers from 0 to {self.count - 1}, of the "
-                f"{self.count} adapters of the config; found {short_repr(sorted(set(owner.tolist())))}"  # type: ignore[union-attr]
-            )
-        return dict(found)
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        a, b, owner = found[A].to(dtype), found[B].to(dtype), found[OWNER]
-        ranks = [(owner == e).nonzero().flatten() for e in range(self.count)]
-        p = torch.stack([top_right_singular_vector(a[own], b[:, own]) for own in ranks])
-        counts = torch.tensor([self.count, min(self.top_k, torch.iinfo(torch.int32).max)])
-        return {PROTOTYPES: (p / self.temperature).to(dtype), COUNTS: counts}
 
     def check_merge(self, op: Op) -> str:
         return "Arrow chooses its adapters by what a call reads, which no weight can hold"

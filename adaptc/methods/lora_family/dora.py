@@ -18,11 +18,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.methods._shared.option_checks import applies_dropout, prepare_adapter_input
-from adaptc.methods.lora_family.lora import Lora
+from adaptc.methods.lora_family.lora import LORA_NAMES, Lora, LoraFiles, LoraKernels
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
 
 MAGNITUDE = "lora_magnitude_vector"
+
+
+class DoraFiles(LoraFiles):
+    method: Dora
+
+    def low_rank(self, found: Slots) -> None:
+        return None  # its change depends on the lengths of the base weight's rows
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        # PEFT holds the vector in a module of its own, and leaves that out of its files.
+        return super().fqn(place, f"{slot}.weight" if slot == MAGNITUDE else slot, adapter)
+
+
+class DoraKernels(LoraKernels):
+    method: Dora
+
+    def apply(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        from adaptc.kernels import dora_epilogue, dora_norm, lora_down
+
+        A, B, _ = slots.values()
+        gain = self.method.gain(slots, dora_norm(W, A, B, scale))
+        rows = x.reshape(-1, x.shape[-1])
+        y = dora_epilogue(F.linear(rows, W), lora_down(rows, A), B, gain, scale, b)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -31,17 +56,21 @@ class Dora(Lora):
 
     name: ClassVar[str] = "dora"
     takes_complex: ClassVar[bool] = False
-    file_names: ClassVar[tuple[str, ...]] = (*Lora.file_names, MAGNITUDE)
+    files = DoraFiles(names=(*LORA_NAMES, MAGNITUDE))
+    kernels = DoraKernels()
+    sharing = SharedSlots()
 
     def slots(self, op: Op) -> dict[str, Slot]:
         shape = (op.experts,) if op.experts else (1,) if op.is_conv else ()
         ones = (1,) * len(op.kernel) if op.is_conv else ()
         return {**super().slots(op), MAGNITUDE: Slot((*shape, op.out_features, *ones))}
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
         first = plain.init(op, W, dtype, generator)
-        return Initial(self._with_magnitudes(op, W if first.base is None else first.base, first.slots), first.base)
+        return InitialValues(
+            self._with_magnitudes(op, W if first.base is None else first.base, first.slots), first.base
+        )
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return self._with_magnitudes(op, W, super().identity(op, W, dtype))
@@ -51,14 +80,8 @@ class Dora(Lora):
         values = super().identity(op, W, dtype)
         return {**values, MAGNITUDE: torch.full_like(values[MAGNITUDE], torch.inf)}
 
-    def following(self, home: str) -> None:
-        return None  # it has a length for each row, and the rows of an embedding are not those of the tied layer
-
-    def nested(self) -> Dora:
+    def inside_multihead_attention(self) -> Dora:
         return self  # PEFT has no DoRA in MultiheadAttention, and so no files in which it is applied twice
-
-    def low_rank(self, found: Slots) -> None:
-        return None  # its change depends on the lengths of the base weight's rows
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         full = self._weight_plus_delta(op, W, slots, scale)
@@ -70,7 +93,7 @@ class Dora(Lora):
         return self._apply_gain(self._weight_plus_delta(op, W, slots, scale), W, slots, measured, op)
 
     def _apply_gain(self, full: Tensor, W: Tensor, slots: Slots, norm_weight: Tensor, op: Op) -> Tensor:
-        gain = self._gain(slots, _row_norms(op, norm_weight))
+        gain = self.gain(slots, _row_norms(op, norm_weight))
         return cast(full * gain.reshape(*gain.shape, *[1] * (full.ndim - gain.ndim)), W.dtype)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
@@ -82,21 +105,8 @@ class Dora(Lora):
             base = y if b is None else y - op.along_out(b, y)
         constant = {n: t.detach() for n, t in slots.items()}
         lengths = _row_norms(op, self._weight_plus_delta(op, W.detach(), constant, scale))
-        gain = op.along_out(self._gain(slots, lengths), y)
+        gain = op.along_out(self.gain(slots, lengths), y)
         return cast(y + (gain - 1) * base + gain * (op.down_up(x, A, B) * scale), y.dtype)
-
-    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        from adaptc.kernels import dora_epilogue, dora_norm, lora_down
-
-        A, B, _ = slots.values()
-        gain = self._gain(slots, dora_norm(W, A, B, scale))
-        rows = x.reshape(-1, x.shape[-1])
-        y = dora_epilogue(F.linear(rows, W), lora_down(rows, A), B, gain, scale, b)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def fqn(self, place: str, slot: str, adapter: str) -> str:
-        # PEFT holds the vector in a module of its own, and leaves that out of its files.
-        return super().fqn(place, f"{slot}.weight" if slot == MAGNITUDE else slot, adapter)
 
     def _weight_plus_delta(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         """Return W + s B A, in the wider dtype of the two, dense where a convolution has groups."""
@@ -104,7 +114,7 @@ class Dora(Lora):
         wide = torch.promote_types(W.dtype, A.dtype)
         return cast(op.dense(W), wide) + op.product(cast(A, wide), cast(B, wide)) * scale
 
-    def _gain(self, slots: Slots, lengths: Tensor) -> Tensor:
+    def gain(self, slots: Slots, lengths: Tensor) -> Tensor:
         # Rounded to the magnitudes' dtype, so that lengths that did not change give a gain of exactly one.
         magnitude = slots[MAGNITUDE].reshape(lengths.shape)
         lengths = cast(cast(lengths, magnitude.dtype), lengths.dtype)

@@ -136,7 +136,9 @@ def _sites_by_module(expert: ExpertAdapter, method_name: str) -> dict[str, _Expe
             f"{method_name} is of plain LoRA adapters, and {expert.source} is one of {kind!r}; leave it out"
         )
     said = [o for o in _UNSUPPORTED_OPTIONS if getattr(config, o)] + (["bias"] if config.bias != "none" else [])
-    said += [o for o, on in (("lora_bias", method.with_bias), ("init_lora_weights", method.moves_base())) if on]
+    said += [
+        o for o, on in (("lora_bias", method.with_bias), ("init_lora_weights", method.changes_base_at_init())) if on
+    ]
     if said:
         raise ConfigError(
             f"{method_name} is of plain LoRA adapters, and {expert.source} has "

@@ -25,7 +25,11 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.name_patterns import proper_suffixes
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.bank_form import BankForm
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 A, B, ROUTER = "lily_A.weight", "lily_B.weight", "lily_router.weight"
 _ALL_LINEAR = "all-linear"
@@ -62,15 +66,62 @@ class LilyConfig(TargetedConfig):
         return next((e for e in (name, *proper_suffixes(name)) if e in entries), name)
 
 
+class LilyFiles(FileFormat):
+    method: Lily
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = dict(found)
+        if B in values:
+            b = values[B]
+            if b.ndim != 2 or b.shape[0] % self.method.count:
+                raise CheckpointError(
+                    f"{B!r} has shape {tuple(b.shape)}; expected a matrix with a multiple of "
+                    f"num_B={self.method.count} rows"
+                )
+            values[B] = b.unflatten(0, (self.method.count, -1))
+        return values
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {n: t.flatten(0, 1) if n == B else t for n, t in slots.items()}
+
+
+class LilySizes(SizeRule):
+    method: Lily
+
+    def minimal(self, op: Op) -> Lily:
+        return replace(self.method, r=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Lily:
+        a = slots.get(A)
+        return self.method if a is None or a.ndim != 2 else replace(self.method, r=a.shape[0])
+
+
+class LilySharing(SharedSlots):
+    method: Lily
+
+    def grouped_slots(self, sites: Sequence[tuple[Method, Op]]) -> list[Mapping[str, int]]:
+        members: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        out: list[Mapping[str, int]] = []
+        for i, (method, op) in enumerate(sites):
+            assert isinstance(method, Lily)
+            group = members.setdefault((method.entry, op.shape), [])
+            group.append(i)
+            last = len(group) - 1
+            out.append({A: group[last - last % method.stride], B: group[0]})
+        return out
+
+
 @dataclass(frozen=True)
 class Lily(Method):
     """Lily at one site. ``entry`` and ``stride``: which sites share factors. ``scheme`` False: B is random, too."""
 
     name: ClassVar[str] = "lily"
-    file_names: ClassVar[tuple[str, ...]] = (A, B, ROUTER)
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "stride", "entry"}
-    row_wise: ClassVar[bool] = False
     takes_complex: ClassVar[bool] = False  # a softmax has no meaning for complex numbers
+    files = LilyFiles(names=(A, B, ROUTER))
+    sizes = LilySizes()
+    bank = BankForm(row_wise=False)
+    sharing = LilySharing()
 
     r: int = 32
     count: int = 2
@@ -91,29 +142,10 @@ class Lily(Method):
             ROUTER: Slot((self.count, self.r), free=(1,)),
         }
 
-    @classmethod
-    def grouped_slots(cls, sites: Sequence[tuple[Method, Op]]) -> list[Mapping[str, int]]:
-        members: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        out: list[Mapping[str, int]] = []
-        for i, (method, op) in enumerate(sites):
-            assert isinstance(method, Lily)
-            group = members.setdefault((method.entry, op.shape), [])
-            group.append(i)
-            last = len(group) - 1
-            out.append({A: group[last - last % method.stride], B: group[0]})
-        return out
-
     def scale(self, op: Op) -> float:
         return self.scaling
 
-    def minimal(self, op: Op) -> Lily:
-        return replace(self, r=2)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Lily:
-        a = slots.get(A)
-        return self if a is None or a.ndim != 2 else replace(self, r=a.shape[0])
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         out, inputs = op.matrix_shape
         source = torch.device("cpu") if generator is None else generator.device
 
@@ -127,21 +159,7 @@ class Lily(Method):
             draw(*shape)
         values = {name: draw(*shapes[name]) for name in (A, ROUTER)}
         values[B] = torch.zeros(shapes[B]) if self.scheme else draw(*shapes[B])
-        return Initial({n: t.to(W.device, dtype) for n, t in self.read(op, values).items()})
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = dict(found)
-        if B in values:
-            b = values[B]
-            if b.ndim != 2 or b.shape[0] % self.count:
-                raise CheckpointError(
-                    f"{B!r} has shape {tuple(b.shape)}; expected a matrix with a multiple of num_B={self.count} rows"
-                )
-            values[B] = b.unflatten(0, (self.count, -1))
-        return values
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {n: t.flatten(0, 1) if n == B else t for n, t in slots.items()}
+        return InitialValues({n: t.to(W.device, dtype) for n, t in self.files.read(op, values).items()})
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         factors = slots[B]

@@ -20,10 +20,158 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.option_checks import check_matrix, prepare_adapter_input
 from adaptc.methods.lora_family.lora_init import init_lora
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.low_rank import LowRank
 from adaptc.passes.protocol.low_rank_rows import low_rank_rows, multiply_or_zero
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import SiteDescription
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.bank_form import BankForm
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.kernel_form import KernelForm
+from adaptc.passes.protocol.parts.low_rank import LowRank
+from adaptc.passes.protocol.parts.method_part import SiteDescription
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
+
+#: the names of LoRA's tensors in files, after the path of the site
+LORA_NAMES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias")
+
+
+class LoraFiles(FileFormat):
+    method: Lora
+
+    def low_rank(self, found: Slots) -> LowRank | None:
+        (a, A), (b, B) = self._factor_pair(found)
+        if A.ndim > 2:  # a convolution, whose rank is divided among its groups
+            ranks, block_rank = A.shape[0], B.shape[1]
+            blocks = ranks // block_rank if block_rank else 0
+            fits = blocks > 0 and blocks * block_rank == ranks and B.shape[0] % blocks == 0
+        else:  # or experts, each of the whole rank
+            blocks, block_rank = A.shape[0] // self.method.r, self.method.r
+            ranks, fits = (
+                block_rank if blocks > 0 and blocks * block_rank == A.shape[0] else A.shape[0],
+                B.shape[1] == A.shape[0],
+            )
+        if ranks != self.method.r:
+            raise CheckpointError(f"{a!r} has shape {tuple(A.shape)}; by the config its rank is {self.method.r}")
+        if not fits:
+            raise CheckpointError(f"{a!r} {tuple(A.shape)} and {b!r} {tuple(B.shape)} are not of one rank")
+        # Experts are the slowest index of A's rows, and the fastest of B's columns.
+        up = (
+            B.reshape(blocks, -1, block_rank)
+            if A.ndim > 2
+            else B.reshape(B.shape[0], block_rank, blocks).permute(2, 0, 1)
+        )
+        return LowRank(A.reshape(blocks, block_rank, -1), up, self.method.scale(None), found.get("lora_B.bias"))  # type: ignore[arg-type]
+
+    def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
+        (a, A), (b, B) = self._factor_pair(like)
+        blocks, rows, _ = change.shape
+        if change.bias is not None and (a != "lora_A.weight" or (A.ndim == 2 and blocks > 1)):
+            raise ConfigError(
+                f"there is a bias in what the adapters do together (lora_bias=True), and the layer with {a!r} "
+                f"{tuple(A.shape)} takes none; combine adapters with a bias apart from those of embeddings and experts"
+            )
+        if A.ndim > 2:
+            up = change.up.reshape(blocks * rows, change.rank, *B.shape[2:])
+        else:
+            up = change.up.permute(1, 2, 0).reshape(rows, -1)
+        out = {a: change.down.reshape(-1, *A.shape[1:]), b: up}
+        return out if change.bias is None else {**out, "lora_B.bias": change.bias}
+
+    @staticmethod
+    def _factor_pair(found: Slots) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        names = ("lora_A.weight", "lora_B.weight") if "lora_embedding_A" not in found else LORA_NAMES[2:4]
+        if missing := [n for n in names if n not in found]:
+            raise CheckpointError(f"there is no {missing[0]!r}, only {sorted(found)}")
+        if flat := next((n for n in names if found[n].ndim < 2), None):
+            raise CheckpointError(f"{flat!r} has shape {tuple(found[flat].shape)}, and is no matrix")
+        a, b = names
+        return (a, found[a]), (b, found[b])
+
+
+class LoraSizes(SizeRule):
+    method: Lora
+
+    def minimal(self, op: Op) -> Lora:
+        return dataclasses.replace(self.method, r=2 * op.groups)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Lora:
+        A = next((t for n, t in slots.items() if n.startswith(("lora_A", "lora_embedding_A"))), None)
+        return (
+            self.method
+            if A is None or not A.ndim
+            else dataclasses.replace(self.method, r=A.shape[0] // max(op.experts, 1))
+        )
+
+
+class LoraBank(BankForm):
+    method: Lora
+
+    def apply(
+        self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale, mix: Tensor
+    ) -> Tensor | None:
+        if op.experts or op.groups > 1:
+            return None
+        A, B = slots[next(iter(slots))], list(slots.values())[1]
+        wide = A.dtype
+        mix = cast(mix, wide if wide.itemsize >= 4 else torch.float32) * scale
+        down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
+        # The weight of each rank: multiplied by ones in the shape of A, so that the graph has neither the number of
+        # adapters nor a rank as a constant.
+        each = (mix.unsqueeze(-1) * torch.ones_like(A.flatten(2).select(2, 0), dtype=mix.dtype)).flatten(-2)
+        if op.is_conv:
+            h = op.down(prepare_adapter_input(self.method, op, x, wide), down)
+            delta = op.up(cast(multiply_or_zero(h, each.movedim(-1, 1).squeeze(-1)), wide), up.flatten(1))
+        else:
+            h = op.down(
+                prepare_adapter_input(self.method, op, x, wide),
+                op.with_max_norm(down) if op.kind == "embedding" else down,
+            )
+            delta = torch.nn.functional.linear(cast(multiply_or_zero(h, each.squeeze(-2)), wide), up)
+        if self.method.with_bias:
+            biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
+            delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))
+        return cast(y + delta, y.dtype)
+
+    def apply_fused(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
+        if op.kind not in ("linear", "addmm") or self.method.with_bias or self.method.training:
+            return None
+        A, B = slots.values()
+        return low_rank_rows(x, y, A, B, scale, c)
+
+    def has_kernel(self, op: Op) -> bool:
+        return op.kind in ("linear", "addmm") and op.callable and not self.method.with_bias and not self.method.training
+
+    def apply_kernel(
+        self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, starts: Tensor, c: Tensor
+    ) -> Tensor:
+        from adaptc.kernels import grouped_rows
+
+        A, B = slots.values()
+        assert isinstance(scale, Tensor)
+        return grouped_rows(x, y, A, B, starts, scale, c)
+
+
+class LoraKernels(KernelForm):
+    method: Lora
+
+    def why_missing(self, op: Op) -> str:
+        if op.kind not in ("linear", "addmm") or not op.callable:
+            return f"there are no kernels for a consumer of kind {op.kind!r}"
+        if self.method.training and self.method.dropout:
+            return "its dropout acts between the layer's input and the adapter"
+        return "its adapter has a bias" if self.method.with_bias else super().why_missing(op)
+
+    def apply(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        from adaptc.kernels import lora_linear
+
+        A, B = slots.values()
+        return lora_linear(x, W, b, A, B, scale)
+
+
+class LoraSharing(SharedSlots):
+    method: Lora
+
+    def tied_to(self, home: str) -> Method | None:
+        return LoraTied(**{f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method)}, home=home)
 
 
 @dataclass(frozen=True)
@@ -35,16 +183,14 @@ class Lora(Method):
     """
 
     name: ClassVar[str] = "lora"
-    kin: ClassVar[str] = "lora"
+    family: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"rslora", "with_bias", "repeat"}
-    file_names: ClassVar[tuple[str, ...]] = (
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_B.bias",
-    )
+    files = LoraFiles(names=LORA_NAMES)
+    sizes = LoraSizes()
+    bank = LoraBank()
+    kernels = LoraKernels()
+    sharing = LoraSharing()
 
     r: int = 8
     alpha: float = 8
@@ -80,10 +226,7 @@ class Lora(Method):
             slots["lora_B.bias"] = Slot((op.out_features,))
         return slots
 
-    def minimal(self, op: Op) -> Lora:
-        return dataclasses.replace(self, r=2 * op.groups)
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         slots = self.slots(op)
         (a, a_slot), (b, b_slot), *rest = slots.items()
         kind = op.kind if op.is_conv or op.kind == "embedding" else "linear"
@@ -102,78 +245,22 @@ class Lora(Method):
         for name, slot in rest:
             bound = 0.0 if self.scheme is True else 1 / sqrt(self.r)
             values[name] = torch.empty(slot.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
-        return Initial(values, base)
+        return InitialValues(values, base)
 
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
         return dataclasses.replace(new, repeat=self.repeat) if isinstance(new, Lora) else new
 
-    def moves_base(self) -> bool:
+    def changes_base_at_init(self) -> bool:
         return isinstance(self.scheme, str) and self.scheme.lower().startswith(("pissa", "olora"))
 
-    def nested(self) -> Lora:
+    def inside_multihead_attention(self) -> Lora:
         if self.with_bias:
             raise TargetError("lora_bias=True has no meaning in MultiheadAttention, whose weights alone are adapted")
         return dataclasses.replace(self, repeat=2)
 
-    def following(self, home: str) -> Method | None:
-        return LoraTied(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, home=home)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Lora:
-        A = next((t for n, t in slots.items() if n.startswith(("lora_A", "lora_embedding_A"))), None)
-        return self if A is None or not A.ndim else dataclasses.replace(self, r=A.shape[0] // max(op.experts, 1))
-
     def scale(self, op: Op) -> float:
         return self.repeat * self.alpha / (sqrt(self.r) if self.rslora else self.r)
-
-    def low_rank(self, found: Slots) -> LowRank | None:
-        (a, A), (b, B) = self._factor_pair(found)
-        if A.ndim > 2:  # a convolution, whose rank is divided among its groups
-            ranks, block_rank = A.shape[0], B.shape[1]
-            blocks = ranks // block_rank if block_rank else 0
-            fits = blocks > 0 and blocks * block_rank == ranks and B.shape[0] % blocks == 0
-        else:  # or experts, each of the whole rank
-            blocks, block_rank = A.shape[0] // self.r, self.r
-            ranks, fits = (
-                block_rank if blocks > 0 and blocks * block_rank == A.shape[0] else A.shape[0],
-                B.shape[1] == A.shape[0],
-            )
-        if ranks != self.r:
-            raise CheckpointError(f"{a!r} has shape {tuple(A.shape)}; by the config its rank is {self.r}")
-        if not fits:
-            raise CheckpointError(f"{a!r} {tuple(A.shape)} and {b!r} {tuple(B.shape)} are not of one rank")
-        # Experts are the slowest index of A's rows, and the fastest of B's columns.
-        up = (
-            B.reshape(blocks, -1, block_rank)
-            if A.ndim > 2
-            else B.reshape(B.shape[0], block_rank, blocks).permute(2, 0, 1)
-        )
-        return LowRank(A.reshape(blocks, block_rank, -1), up, self.scale(None), found.get("lora_B.bias"))  # type: ignore[arg-type]
-
-    def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
-        (a, A), (b, B) = self._factor_pair(like)
-        blocks, rows, _ = change.shape
-        if change.bias is not None and (a != "lora_A.weight" or (A.ndim == 2 and blocks > 1)):
-            raise ConfigError(
-                f"there is a bias in what the adapters do together (lora_bias=True), and the layer with {a!r} "
-                f"{tuple(A.shape)} takes none; combine adapters with a bias apart from those of embeddings and experts"
-            )
-        if A.ndim > 2:
-            up = change.up.reshape(blocks * rows, change.rank, *B.shape[2:])
-        else:
-            up = change.up.permute(1, 2, 0).reshape(rows, -1)
-        out = {a: change.down.reshape(-1, *A.shape[1:]), b: up}
-        return out if change.bias is None else {**out, "lora_B.bias": change.bias}
-
-    @staticmethod
-    def _factor_pair(found: Slots) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-        names = ("lora_A.weight", "lora_B.weight") if "lora_embedding_A" not in found else Lora.file_names[2:4]
-        if missing := [n for n in names if n not in found]:
-            raise CheckpointError(f"there is no {missing[0]!r}, only {sorted(found)}")
-        if flat := next((n for n in names if found[n].ndim < 2), None):
-            raise CheckpointError(f"{flat!r} has shape {tuple(found[flat].shape)}, and is no matrix")
-        a, b = names
-        return (a, found[a]), (b, found[b])
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
@@ -196,62 +283,6 @@ class Lora(Method):
             delta = delta + op.along_out(slots["lora_B.bias"], delta)
         return cast(y + delta * scale, y.dtype)
 
-    def rows(
-        self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale, mix: Tensor
-    ) -> Tensor | None:
-        if op.experts or op.groups > 1:
-            return None
-        A, B = slots[next(iter(slots))], list(slots.values())[1]
-        wide = A.dtype
-        mix = cast(mix, wide if wide.itemsize >= 4 else torch.float32) * scale
-        down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
-        # The weight of each rank: multiplied by ones in the shape of A, so that the graph has neither the number of
-        # adapters nor a rank as a constant.
-        each = (mix.unsqueeze(-1) * torch.ones_like(A.flatten(2).select(2, 0), dtype=mix.dtype)).flatten(-2)
-        if op.is_conv:
-            h = op.down(prepare_adapter_input(self, op, x, wide), down)
-            delta = op.up(cast(multiply_or_zero(h, each.movedim(-1, 1).squeeze(-1)), wide), up.flatten(1))
-        else:
-            h = op.down(
-                prepare_adapter_input(self, op, x, wide), op.with_max_norm(down) if op.kind == "embedding" else down
-            )
-            delta = torch.nn.functional.linear(cast(multiply_or_zero(h, each.squeeze(-2)), wide), up)
-        if self.with_bias:
-            biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
-            delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))
-        return cast(y + delta, y.dtype)
-
-    def rows_at_once(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
-        if op.kind not in ("linear", "addmm") or self.with_bias or self.training:
-            return None
-        A, B = slots.values()
-        return low_rank_rows(x, y, A, B, scale, c)
-
-    def groups(self, op: Op) -> bool:
-        return op.kind in ("linear", "addmm") and op.callable and not self.with_bias and not self.training
-
-    def rows_grouped(
-        self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, starts: Tensor, c: Tensor
-    ) -> Tensor:
-        from adaptc.kernels import grouped_rows
-
-        A, B = slots.values()
-        assert isinstance(scale, Tensor)
-        return grouped_rows(x, y, A, B, starts, scale, c)
-
-    def unfused(self, op: Op) -> str:
-        if op.kind not in ("linear", "addmm") or not op.callable:
-            return f"there are no kernels for a consumer of kind {op.kind!r}"
-        if self.training and self.dropout:
-            return "its dropout acts between the layer's input and the adapter"
-        return "its adapter has a bias" if self.with_bias else super().unfused(op)
-
-    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        from adaptc.kernels import lora_linear
-
-        A, B = slots.values()
-        return lora_linear(x, W, b, A, B, scale)
-
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         A, B, *_ = slots.values()
         if op.experts:
@@ -265,32 +296,8 @@ class Lora(Method):
         return {n: op.with_max_norm(slots[n]) for n in bound}
 
 
-@dataclass(frozen=True)
-class LoraTied(Lora):
-    """LoRA at a linear layer that is tied to the embedding ``home`` and changes with it.
-
-    A is the transpose of the embedding's B, and B that of its A. Files have both once more, as for any linear layer.
-    """
-
-    name: ClassVar[str] = "lora_tied"
-
-    home: str = ""
-
-    def slots(self, op: Op) -> dict[str, Slot]:
-        return {
-            "lora_embedding_A": Slot((self.r, op.out_features), free=(0,)),
-            "lora_embedding_B": Slot((op.in_features, self.r), free=(1,)),
-        }
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        plain = Lora(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Lora)})
-        first = plain.init(op, W, dtype, generator)
-        return Initial(self.read(op, first.slots), first.base)
-
-    def rebind(self, config: Any, place: SiteDescription) -> Method:
-        new = super().rebind(config, place)
-        tied = type(new) is Lora and config.ensure_weight_tying
-        return new.following(self.home) if tied else new  # type: ignore[return-value]
+class LoraTiedFiles(LoraFiles):
+    method: LoraTied
 
     def keys(self, op: Op) -> list[str]:
         return ["lora_A.weight", "lora_B.weight"]
@@ -304,22 +311,53 @@ class LoraTied(Lora):
         return {k: slots[n].mT.contiguous() for k, n in names.items()}
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return super().fqn(self.home, slot, adapter)
+        return super().fqn(self.method.home, slot, adapter)
 
-    def following(self, home: str) -> Method | None:
-        return dataclasses.replace(self, home=home)
 
-    def unfused(self, op: Op) -> str:
+class LoraTiedKernels(KernelForm):
+    method: LoraTied
+
+    def why_missing(self, op: Op) -> str:
         return "there are no kernels for a layer that changes with an embedding"
 
-    def rows(self, *args: Any) -> None:
-        return None
 
-    def rows_at_once(self, *args: Any) -> None:
-        return None
+class LoraTiedSharing(SharedSlots):
+    method: LoraTied
 
-    def groups(self, op: Op) -> bool:
-        return False
+    def tied_to(self, home: str) -> Method | None:
+        return dataclasses.replace(self.method, home=home)
+
+
+@dataclass(frozen=True)
+class LoraTied(Lora):
+    """LoRA at a linear layer that is tied to the embedding ``home`` and changes with it.
+
+    A is the transpose of the embedding's B, and B that of its A. Files have both once more, as for any linear layer.
+    """
+
+    name: ClassVar[str] = "lora_tied"
+    files = LoraTiedFiles(names=LORA_NAMES)
+    bank = BankForm()
+    kernels = LoraTiedKernels()
+    sharing = LoraTiedSharing()
+
+    home: str = ""
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {
+            "lora_embedding_A": Slot((self.r, op.out_features), free=(0,)),
+            "lora_embedding_B": Slot((op.in_features, self.r), free=(1,)),
+        }
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
+        plain = Lora(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Lora)})
+        first = plain.init(op, W, dtype, generator)
+        return InitialValues(self.files.read(op, first.slots), first.base)
+
+    def rebind(self, config: Any, place: SiteDescription) -> Method:
+        new = super().rebind(config, place)
+        tied = type(new) is Lora and config.ensure_weight_tying
+        return new.sharing.tied_to(self.home) if tied else new  # type: ignore[return-value]
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         return slots["lora_embedding_B"].mT, slots["lora_embedding_A"].mT

@@ -34,7 +34,9 @@ from adaptc.methods._shared.option_checks import (
     prepare_adapter_input,
 )
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 BLOCK, FOLD, BONE = "miss_block", "fold", "bone_block"
 MODES = (True, False, "bat", "mini")
@@ -67,6 +69,40 @@ class MissConfig(TargetedConfig):
         return Miss(self.r, mode, self.mini_r, self.miss_dropout, self.init_weights is not False)
 
 
+class MissFiles(FileFormat):
+    method: Miss
+
+    def summed(self) -> str:
+        return "" if self.method.mode == "bat" else BLOCK
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        if self.method.mode == "bat":
+            return {}
+        row = torch.arange(op.matrix_shape[1], device=W.device) % self.method.r
+        return {FOLD: (row == torch.arange(self.method.r, device=W.device).unsqueeze(1)).to(dtype)}
+
+    def keys(self, op: Op) -> list[str]:
+        return [BONE]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if BONE in found and BLOCK in found:
+            raise CheckpointError(f"the file has both {BLOCK!r} and {BONE!r} at one site, which are the same tensor")
+        return {BLOCK if n == BONE else n: t for n, t in found.items()}
+
+
+class MissSizes(SizeRule):
+    method: Miss
+
+    def minimal(self, op: Op) -> Miss:
+        return self.method if self.method.mode == "bat" else dataclasses.replace(self.method, r=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Miss:
+        block = slots.get(BLOCK, slots.get(BONE))
+        if block is None or block.ndim != (3 if self.method.mode == "bat" else 2):
+            return self.method
+        return dataclasses.replace(self.method, r=block.shape[-1] if self.method.mode == "bat" else block.shape[0])
+
+
 @dataclass(frozen=True)
 class Miss(Method):
     """MiSS at one site; ``mode`` is "", "bat" or "mini".
@@ -75,8 +111,9 @@ class Miss(Method):
     """
 
     name: ClassVar[str] = "miss"
-    file_names: ClassVar[tuple[str, ...]] = (BLOCK,)
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"mini_r"}
+    files = MissFiles(names=(BLOCK,))
+    sizes = MissSizes()
 
     r: int = 64
     mode: str = ""
@@ -113,43 +150,17 @@ class Miss(Method):
             FOLD: Slot((r, columns), free=(0,), trainable=False, saved=False),
         }
 
-    def summed(self) -> str:
-        return "" if self.mode == "bat" else BLOCK
-
-    def minimal(self, op: Op) -> Miss:
-        return self if self.mode == "bat" else dataclasses.replace(self, r=2)
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         source = torch.device("cpu") if generator is None else generator.device
         block = torch.zeros(self.slots(op)[BLOCK].shape, device=source)
         if not self.scheme:
             torch.nn.init.kaiming_uniform_(block, a=math.sqrt(5), generator=generator)
-        return Initial({BLOCK: block.to(W.device, dtype), **self.derived(op, W, dtype, {})})
+        return InitialValues({BLOCK: block.to(W.device, dtype), **self.files.derived(op, W, dtype, {})})
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        small = self.minimal(op)
+        small = self.sizes.minimal(op)
         block = torch.zeros(small.slots(op)[BLOCK].shape, dtype=dtype, device=W.device)
-        return {BLOCK: block, **small.derived(op, W, dtype, {})}
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        if self.mode == "bat":
-            return {}
-        row = torch.arange(op.matrix_shape[1], device=W.device) % self.r
-        return {FOLD: (row == torch.arange(self.r, device=W.device).unsqueeze(1)).to(dtype)}
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Miss:
-        block = slots.get(BLOCK, slots.get(BONE))
-        if block is None or block.ndim != (3 if self.mode == "bat" else 2):
-            return self
-        return dataclasses.replace(self, r=block.shape[-1] if self.mode == "bat" else block.shape[0])
-
-    def keys(self, op: Op) -> list[str]:
-        return [BONE]
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if BONE in found and BLOCK in found:
-            raise CheckpointError(f"the file has both {BLOCK!r} and {BONE!r} at one site, which are the same tensor")
-        return {BLOCK if n == BONE else n: t for n, t in found.items()}
+        return {BLOCK: block, **small.files.derived(op, W, dtype, {})}
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         return cast(W + self._delta(op, W, slots), W.dtype)

@@ -24,7 +24,9 @@ from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
 from adaptc.torch_modes import outside_modes
 
 
@@ -97,6 +99,25 @@ def draw_bases(key: int, r: int, small: int, large: int, sparsity: str, dtype: t
         return a / a.std(), b / b.std()
 
 
+class RandLoraFiles(FileFormat):
+    method: RandLora
+
+    def keys(self, op: Op) -> list[str]:
+        return ["randlora_A", "randlora_B"]  # a file may hold what could be drawn again
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {**self.method.identity(op, W, dtype), **self.method.shared_bases(op, W, dtype)}
+
+
+class RandLoraSharing(SharedSlots):
+    method: RandLora
+
+    def settle_shared_sizes(self, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+        sizes = [op.matrix_shape for _, op in sites]
+        most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
+        return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class RandLora(Method):
     """RandLoRA at one site. ``inputs`` and ``outputs``: the largest sizes among the adapter's sites, 0 for this site's.
@@ -106,6 +127,8 @@ class RandLora(Method):
 
     name: ClassVar[str] = "randlora"
     swappable: ClassVar[frozenset[str]] = (Method.swappable - {"r"}) | {"key", "saved", "sparsity", "inputs", "outputs"}
+    files = RandLoraFiles()
+    sharing = RandLoraSharing(shares=True)
 
     r: int = 32
     alpha: float = 640
@@ -139,19 +162,7 @@ class RandLora(Method):
         rows, columns = op.matrix_shape
         return max(self.outputs, rows), max(self.inputs, columns)
 
-    def shares(self) -> bool:
-        return True
-
-    @classmethod
-    def settle_shared_sizes(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
-        sizes = [op.matrix_shape for _, op in sites]
-        most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
-        return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
-
-    def keys(self, op: Op) -> list[str]:
-        return ["randlora_A", "randlora_B"]  # a file may hold what could be drawn again
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         specs = self.slots(op)
         r_n, n_small = specs["randlora_lambda"].shape, specs["randlora_gamma"].shape
         if self.scheme:
@@ -159,16 +170,13 @@ class RandLora(Method):
         else:
             first = torch.randn(r_n, generator=generator).to(dtype)
             gamma = torch.full(n_small, 1 / max(op.matrix_shape), dtype=dtype)
-        return Initial({"randlora_lambda": first, "randlora_gamma": gamma, **self._shared_bases(op, W, dtype)})
+        return InitialValues({"randlora_lambda": first, "randlora_gamma": gamma, **self.shared_bases(op, W, dtype)})
 
-    def _shared_bases(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def shared_bases(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         most = self._largest_sizes(op)
         a, b = draw_bases(self.key, self.r, min(most), max(most), self.sparsity, _dense_basis_dtype())
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {"randlora_A": a.to(W.dtype).to(dtype), "randlora_B": b.to(W.dtype).to(dtype)}
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**self.identity(op, W, dtype), **self._shared_bases(op, W, dtype)}
 
     def scale(self, op: Op) -> float:
         return self.alpha / self.r

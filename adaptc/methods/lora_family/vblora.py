@@ -25,8 +25,11 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import SiteDescription
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.method_part import SiteDescription
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 A, B, BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
 RANK_MASK = "vblora_ranks"
@@ -75,6 +78,76 @@ class VBLoRAConfig(TargetedConfig):
         )
 
 
+class VBLoRAFiles(FileFormat):
+    method: VBLoRA
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {RANK_MASK: torch.ones(self.method.r, dtype=dtype, device=W.device)}
+
+    def keys(self, op: Op) -> list[str]:
+        return [n + part for n in (A, B) for part in (INDICES, WEIGHTS)]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out = {n: t for n, t in found.items() if n not in self.keys(op)}
+        for name in (A, B):
+            pair = found.get(name + INDICES), found.get(name + WEIGHTS)
+            if name in found or pair == (None, None):
+                continue
+            out[name] = self._logits_from_topk(name, *pair)
+        if self.method.training and out.keys() != found.keys():
+            raise CheckpointError(
+                "the adapter was saved with save_only_topk_weights=True, so all but its best vectors are lost and it "
+                "cannot be trained further; compile with training=False, or take a checkpoint that has the logits"
+            )
+        return out
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        if not self.method.only_topk:
+            return dict(slots)
+        small = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
+        kind = next((d for d, limit in small if self.method.vectors < limit), torch.int64)
+        out = {n: t for n, t in slots.items() if n not in (A, B)}
+        for name in (A, B):
+            best, index = slots[name].topk(self.method.topk, dim=-1)
+            out[name + INDICES] = index.to(kind)
+            out[name + WEIGHTS] = best.softmax(-1)[..., :-1].contiguous()
+        return out
+
+    def _logits_from_topk(self, name: str, indices: Tensor | None, weights: Tensor | None) -> Tensor:
+        if indices is None or weights is None:
+            missing = name + (INDICES if indices is None else WEIGHTS)
+            raise CheckpointError(f"{missing!r} is missing, while its other half is there")
+        k, shape = self.method.topk, tuple(indices.shape)
+        if indices.is_floating_point() or not shape or shape[-1] != k or tuple(weights.shape) != (*shape[:-1], k - 1):
+            raise CheckpointError(
+                f"{name + INDICES!r} has shape {shape} and {name + WEIGHTS!r} {tuple(weights.shape)}; with "
+                f"topk={k} their last sizes must be {k} and {k - 1}, and the others equal"
+            )
+        index = indices.to(torch.int64)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.method.vectors:
+            raise CheckpointError(
+                f"{name + INDICES!r} holds indices from {int(index.min())} to {int(index.max())}, and the bank has "
+                f"{self.method.vectors} vectors"
+            )
+        # Rounding may make the last weight negative, whose log is NaN.
+        last = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
+        logits = torch.cat([weights, last], -1).log().clamp(min=UNSELECTED_LOGIT)
+        return logits.new_full((*shape[:-1], self.method.vectors), UNSELECTED_LOGIT).scatter(-1, index, logits)
+
+    # -- meaning -------------------------------------------------------------------------------------------------------
+
+
+class VBLoRASizes(SizeRule):
+    method: VBLoRA
+
+    def minimal(self, op: Op) -> VBLoRA:
+        return replace(self.method, r=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> VBLoRA:
+        a = slots.get(A, slots.get(A + INDICES))
+        return self.method if a is None or a.ndim != 3 else replace(self.method, r=a.shape[0])
+
+
 @dataclass(frozen=True)
 class VBLoRA(Method):
     """VB-LoRA at one site. ``dropout`` acts on the input of the adapter, in training only.
@@ -86,6 +159,9 @@ class VBLoRA(Method):
     name: ClassVar[str] = "vblora"
     takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"only_topk", "bound", "std"}
+    files = VBLoRAFiles()
+    sizes = VBLoRASizes()
+    sharing = SharedSlots(shares=True)
 
     r: int = 4
     vectors: int = 256
@@ -115,84 +191,19 @@ class VBLoRA(Method):
             RANK_MASK: Slot((self.r,), free=(0,), trainable=False, saved=False),
         }
 
-    def shares(self) -> bool:
-        return True
-
-    def minimal(self, op: Op) -> VBLoRA:
-        return replace(self, r=2)
-
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
         return replace(new, training=self.training) if isinstance(new, VBLoRA) else new
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         shapes = {n: s.shape for n, s in self.slots(op).items()}
         bank = torch.empty(shapes[BANK]).uniform_(-self.bound, self.bound, generator=generator)
         a, b = (torch.empty(shapes[n]).normal_(0, self.std, generator=generator) for n in (A, B))
-        return Initial(
+        return InitialValues(
             {A: a.to(dtype), B: b.to(dtype), BANK: bank.to(dtype), RANK_MASK: torch.ones(self.r, dtype=dtype)}
         )
 
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {RANK_MASK: torch.ones(self.r, dtype=dtype, device=W.device)}
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> VBLoRA:
-        a = slots.get(A, slots.get(A + INDICES))
-        return self if a is None or a.ndim != 3 else replace(self, r=a.shape[0])
-
     # -- files ---------------------------------------------------------------------------------------------------------
-
-    def keys(self, op: Op) -> list[str]:
-        return [n + part for n in (A, B) for part in (INDICES, WEIGHTS)]
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        out = {n: t for n, t in found.items() if n not in self.keys(op)}
-        for name in (A, B):
-            pair = found.get(name + INDICES), found.get(name + WEIGHTS)
-            if name in found or pair == (None, None):
-                continue
-            out[name] = self._logits_from_topk(name, *pair)
-        if self.training and out.keys() != found.keys():
-            raise CheckpointError(
-                "the adapter was saved with save_only_topk_weights=True, so all but its best vectors are lost and it "
-                "cannot be trained further; compile with training=False, or take a checkpoint that has the logits"
-            )
-        return out
-
-    def _logits_from_topk(self, name: str, indices: Tensor | None, weights: Tensor | None) -> Tensor:
-        if indices is None or weights is None:
-            missing = name + (INDICES if indices is None else WEIGHTS)
-            raise CheckpointError(f"{missing!r} is missing, while its other half is there")
-        k, shape = self.topk, tuple(indices.shape)
-        if indices.is_floating_point() or not shape or shape[-1] != k or tuple(weights.shape) != (*shape[:-1], k - 1):
-            raise CheckpointError(
-                f"{name + INDICES!r} has shape {shape} and {name + WEIGHTS!r} {tuple(weights.shape)}; with "
-                f"topk={k} their last sizes must be {k} and {k - 1}, and the others equal"
-            )
-        index = indices.to(torch.int64)
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.vectors:
-            raise CheckpointError(
-                f"{name + INDICES!r} holds indices from {int(index.min())} to {int(index.max())}, and the bank has "
-                f"{self.vectors} vectors"
-            )
-        # Rounding may make the last weight negative, whose log is NaN.
-        last = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
-        logits = torch.cat([weights, last], -1).log().clamp(min=UNSELECTED_LOGIT)
-        return logits.new_full((*shape[:-1], self.vectors), UNSELECTED_LOGIT).scatter(-1, index, logits)
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        if not self.only_topk:
-            return dict(slots)
-        small = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
-        kind = next((d for d, limit in small if self.vectors < limit), torch.int64)
-        out = {n: t for n, t in slots.items() if n not in (A, B)}
-        for name in (A, B):
-            best, index = slots[name].topk(self.topk, dim=-1)
-            out[name + INDICES] = index.to(kind)
-            out[name + WEIGHTS] = best.softmax(-1)[..., :-1].contiguous()
-        return out
-
-    # -- meaning -------------------------------------------------------------------------------------------------------
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         """Return A (r, columns) and B (rows, r), made of the bank's vectors."""

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.torch_modes import outside_modes
 
 
@@ -68,6 +71,36 @@ def draw_projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tenso
         return nn.init.kaiming_uniform_(a, generator=generator), nn.init.kaiming_uniform_(b, generator=generator)
 
 
+class VeraFiles(FileFormat):
+    method: Vera
+
+    def keys(self, op: Op) -> list[str]:
+        return ["vera_A", "vera_B"]  # a file may hold what could be drawn again
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {**self.method.identity(op, W, dtype), **self.method.shared_projections(op, W, dtype)}
+
+
+class VeraSizes(SizeRule):
+    method: Vera
+
+    def minimal(self, op: Op) -> Vera:
+        return replace(self.method, r=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Vera:
+        d = slots.get("vera_lambda_d")
+        return self.method if d is None or not d.ndim else replace(self.method, r=d.shape[-1])
+
+
+class VeraSharing(SharedSlots):
+    method: Vera
+
+    def settle_shared_sizes(self, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+        sizes = [op.matrix_shape for _, op in sites]
+        most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
+        return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Vera(Method):
     """VeRA at one site. ``inputs`` and ``outputs``: the largest sizes among the adapter's sites, 0 for this site's.
@@ -77,6 +110,9 @@ class Vera(Method):
 
     name: ClassVar[str] = "vera"
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"key", "saved", "d_initial", "inputs", "outputs"}
+    files = VeraFiles()
+    sizes = VeraSizes()
+    sharing = VeraSharing(shares=True)
 
     r: int = 256
     key: int = 0
@@ -99,41 +135,19 @@ class Vera(Method):
             "vera_B": Slot(b, free=(1,), shared_axes_cut=(0,), trainable=False, saved=self.saved, shared=True),
         }
 
-    def shares(self) -> bool:
-        return True
-
-    @classmethod
-    def settle_shared_sizes(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
-        sizes = [op.matrix_shape for _, op in sites]
-        most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
-        return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
-
-    def minimal(self, op: Op) -> Vera:
-        return replace(self, r=2)
-
-    def keys(self, op: Op) -> list[str]:
-        return ["vera_A", "vera_B"]  # a file may hold what could be drawn again
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         rows = op.matrix_shape[0]
         if self.scheme:
             b, d = torch.zeros(rows, dtype=dtype), torch.full((self.r,), self.d_initial, dtype=dtype)
         else:
             b, d = torch.ones(rows, dtype=dtype), torch.randn(self.r, generator=generator).to(dtype)
-        return Initial({"vera_lambda_b": b, "vera_lambda_d": d, **self._shared_projections(op, W, dtype)})
+        return InitialValues({"vera_lambda_b": b, "vera_lambda_d": d, **self.shared_projections(op, W, dtype)})
 
-    def _shared_projections(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def shared_projections(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         specs = self.slots(op)
         a, b = draw_projections(self.key, self.r, specs["vera_A"].shape[1], specs["vera_B"].shape[0])
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {"vera_A": a.to(W.dtype).to(dtype), "vera_B": b.to(W.dtype).to(dtype)}
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**self.identity(op, W, dtype), **self._shared_projections(op, W, dtype)}
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Vera:
-        d = slots.get("vera_lambda_d")
-        return self if d is None or not d.ndim else replace(self, r=d.shape[-1])
 
     def _site_tensors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, columns = op.matrix_shape

@@ -26,7 +26,8 @@ from adaptc.methods.lycoris.lycoris_config import (
     supports_row_lookup,
 )
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 
 @dataclass
@@ -39,11 +40,23 @@ class LoHaConfig(LycorisConfig):
         return LoHa(**self.method_options(name))
 
 
+class LoHaSizes(SizeRule):
+    method: LoHa
+
+    def minimal(self, op: Op) -> LoHa:
+        return dataclasses.replace(self.method, r=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> LoHa:
+        b = slots.get("hada_w1_b")
+        return self.method if b is None or not b.ndim else dataclasses.replace(self.method, r=b.shape[0])
+
+
 @dataclass(frozen=True)
 class LoHa(Lycoris):
     """LoHa at one site, of any kind with a weight of two axes or more."""
 
     name: ClassVar[str] = "loha"
+    sizes = LoHaSizes()
 
     def slots(self, op: Op) -> dict[str, Slot]:
         self.check_site(op)
@@ -59,14 +72,7 @@ class LoHa(Lycoris):
                 slots[f"hada_w{i}_b"] = Slot((r, prod(op.shape[1:])), free=(0,))
         return slots
 
-    def minimal(self, op: Op) -> LoHa:
-        return dataclasses.replace(self, r=2)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> LoHa:
-        b = slots.get("hada_w1_b")
-        return self if b is None or not b.ndim else dataclasses.replace(self, r=b.shape[0])
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         last = fill_kaiming_uniform if self.scheme is False else fill_zeros
         how = {
             "hada_w1_a": fill_kaiming_uniform,

@@ -34,7 +34,8 @@ from adaptc.methods.lycoris.lycoris_config import (
     supports_row_lookup,
 )
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 
 @dataclass
@@ -89,15 +90,37 @@ class LoKrConfig(LycorisConfig):
         )
 
 
+class LoKrSizes(SizeRule):
+    method: LoKr
+
+    def specialized_for(self, op: Op) -> LoKr:
+        if self.method.whole is not None or len(op.shape) < 2:
+            return self.method
+        (l, k), (m, n) = self.method.split_sizes(op)  # noqa: E741  # the paper's names
+        return dataclasses.replace(
+            self.method,
+            whole=(not self.method.decompose_both or 2 * self.method.r >= max(l, m), 2 * self.method.r >= max(k, n)),
+        )
+
+    def minimal(self, op: Op) -> LoKr:
+        return dataclasses.replace(self.specialized_for(op), r=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> LoKr:
+        b = next((slots[n] for n in ("lokr_w2_b", "lokr_w1_b") if n in slots), None)
+        return self.method if b is None or not b.ndim else dataclasses.replace(self.method, r=b.shape[0])
+
+
 @dataclass(frozen=True)
 class LoKr(Lycoris):
     """LoKr at one site, of any kind with a weight of two axes or more.
 
-    ``whole``: whether W1, and whether W2, is one tensor. None: :meth:`at` decides by the rank and the site's sizes.
+    ``whole``: whether W1, and whether W2, is one tensor. None: :meth:`LoKrSizes.specialized_for` decides by the rank
+    and the site's sizes.
     """
 
     name: ClassVar[str] = "lokr"
     swappable: ClassVar[frozenset[str]] = Lycoris.swappable | {"centred"}
+    sizes = LoKrSizes()
 
     decompose_both: bool = False
     factor: int = -1
@@ -108,19 +131,11 @@ class LoKr(Lycoris):
         """Return ((l, k), (m, n)), the splits of the weight's first two sizes."""
         return split_size(op.shape[0], self.factor), split_size(op.shape[1], self.factor)
 
-    def at(self, op: Op) -> LoKr:
-        if self.whole is not None or len(op.shape) < 2:
-            return self
-        (l, k), (m, n) = self.split_sizes(op)  # noqa: E741  # the paper's names
-        return dataclasses.replace(
-            self, whole=(not self.decompose_both or 2 * self.r >= max(l, m), 2 * self.r >= max(k, n))
-        )
-
     def slots(self, op: Op) -> dict[str, Slot]:
         self.check_site(op)
         (l, k), (m, n) = self.split_sizes(op)  # noqa: E741
         r = self.r
-        first, second = self.at(op).whole or (True, True)
+        first, second = self.sizes.specialized_for(op).whole or (True, True)
         slots: dict[str, Slot] = {}
         if first:
             slots["lokr_w1"] = Slot((l, m))
@@ -137,14 +152,7 @@ class LoKr(Lycoris):
             slots["lokr_w2_b"] = Slot((r, n * prod(op.kernel)), free=(0,))
         return slots
 
-    def minimal(self, op: Op) -> LoKr:
-        return dataclasses.replace(self.at(op), r=2)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> LoKr:
-        b = next((slots[n] for n in ("lokr_w2_b", "lokr_w1_b") if n in slots), None)
-        return self if b is None or not b.ndim else dataclasses.replace(self, r=b.shape[0])
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         has, names = (
             self.slots(op),
             ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
@@ -215,7 +223,7 @@ class LoKr(Lycoris):
         PEFT then multiplies l with n, and m with the kernel axis. Adapters are trained with that product, so it is what
         their tensors mean.
         """
-        return op.kind == "conv1d" and (self.at(op).whole or (True, True))[1]
+        return op.kind == "conv1d" and (self.sizes.specialized_for(op).whole or (True, True))[1]
 
     def _left_factor(self, slots: Slots) -> Tensor:
         return slots["lokr_w1"] if "lokr_w1" in slots else slots["lokr_w1_a"] @ slots["lokr_w1_b"]

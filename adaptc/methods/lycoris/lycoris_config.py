@@ -19,7 +19,7 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.name_patterns import pattern_value
 from adaptc.methods._shared.option_checks import check_matrix, check_probability, check_ranks
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method import Initial, Method
+from adaptc.passes.protocol.method import InitialValues, Method
 
 #: a function that fills a tensor with first values
 Fill = Callable[[Tensor, torch.Generator | None], None]
@@ -123,7 +123,7 @@ class Lycoris(Method):
 
     def draw_initial(
         self, op: Op, fills: Mapping[str, Fill], W: Tensor, dtype: torch.dtype, generator: torch.Generator | None
-    ) -> Initial:
+    ) -> InitialValues:
         """Return first values from the initialisers ``fills`` (slot -> fill), drawn in that order.
 
         They are drawn in the default dtype and then cast, as PEFT does.
@@ -135,7 +135,7 @@ class Lycoris(Method):
             value = torch.empty(specs[name].shape, dtype=torch.get_default_dtype(), device=source)
             fill(value, generator)
             out[name] = value.to(device=W.device, dtype=dtype)
-        return Initial({n: out[n] for n in specs})
+        return InitialValues({n: out[n] for n in specs})
 
 
 def fill_kaiming_uniform(t: Tensor, generator: torch.Generator | None) -> None:

@@ -27,7 +27,8 @@ from adaptc.methods.orthogonal.rotation import (
     to_solver_dtype,
 )
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
 
 
 @dataclass
@@ -72,6 +73,33 @@ class BOFTConfig(TargetedConfig):
         )
 
 
+class BoftFiles(FileFormat):
+    method: Boft
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the slots, with identity factors added where the file has one factor only.
+
+        PEFT without its CUDA extension has one factor, whatever the config says.
+        """
+        R = found.get("boft_R")
+        if R is None or R.ndim != 4 or R.shape[0] != 1 or self.method.factors == 1:
+            return dict(found)
+        more = R.new_zeros(self.method.factors - 1, *R.shape[1:])
+        return {**found, "boft_R": torch.cat([R, more])}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Return the tensors of a file: the inverse of :meth:`read`.
+
+        Only the first factor is written where all others are the identity, which training never leaves them. Where the
+        first is the identity too, nothing was trained, and all factors are written.
+        """
+        if self.method.factors == 1:
+            return dict(slots)
+        R = slots["boft_R"]
+        turns = (R.mT != R).flatten(1).any(1).tolist()
+        return {**slots, "boft_R": R[:1]} if turns[0] and not any(turns[1:]) else dict(slots)
+
+
 @dataclass(frozen=True)
 class Boft(Rotation):
     """BOFT at one site.
@@ -81,6 +109,7 @@ class Boft(Rotation):
 
     name: ClassVar[str] = "boft"
     swappable: ClassVar[frozenset[str]] = frozenset({"dropout", "scheme", "training"})
+    files = BoftFiles()
 
     size: int = 4
     number: int = 0
@@ -114,35 +143,12 @@ class Boft(Rotation):
             "boft_s": Slot((1, op.out_features) if op.is_conv else (op.out_features, 1), fill=1.0),
         }
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         if self.scheme:
             return super().init(op, W, dtype, generator)
         specs = self.slots(op).items()
         values = {n: torch.empty(s.shape).normal_(s.fill, 0.1, generator=generator) for n, s in specs}
-        return Initial({n: t.to(dtype) for n, t in values.items()})
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the slots, with identity factors added where the file has one factor only.
-
-        PEFT without its CUDA extension has one factor, whatever the config says.
-        """
-        R = found.get("boft_R")
-        if R is None or R.ndim != 4 or R.shape[0] != 1 or self.factors == 1:
-            return dict(found)
-        more = R.new_zeros(self.factors - 1, *R.shape[1:])
-        return {**found, "boft_R": torch.cat([R, more])}
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        """Return the tensors of a file: the inverse of :meth:`read`.
-
-        Only the first factor is written where all others are the identity, which training never leaves them. Where the
-        first is the identity too, nothing was trained, and all factors are written.
-        """
-        if self.factors == 1:
-            return dict(slots)
-        R = slots["boft_R"]
-        turns = (R.mT != R).flatten(1).any(1).tolist()
-        return {**slots, "boft_R": R[:1]} if turns[0] and not any(turns[1:]) else dict(slots)
+        return InitialValues({n: t.to(dtype) for n, t in values.items()})
 
     def has_apply(self, op: Op) -> bool:
         return op.kind == "embedding" or self.has_input(op)

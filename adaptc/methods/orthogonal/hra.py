@@ -21,7 +21,8 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_bias, check_integers
 from adaptc.methods.orthogonal.rotation import Rotation, solve_unchecked, to_solver_dtype
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Slot, Slots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 
 @dataclass
@@ -44,11 +45,22 @@ class HRAConfig(TargetedConfig):
         return Hra(self.r, self.apply_GS, self.init_weights)
 
 
+class HraSizes(SizeRule):
+    method: Hra
+
+    def minimal(self, op: Op) -> Hra:
+        return dataclasses.replace(self.method, r=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Hra:
+        return dataclasses.replace(self.method, r=slots["hra_u"].shape[1]) if "hra_u" in slots else self.method
+
+
 @dataclass(frozen=True)
 class Hra(Rotation):
     """HRA at one site."""
 
     name: ClassVar[str] = "hra"
+    sizes = HraSizes()
 
     r: int = 8
     orthogonal: bool = False
@@ -63,13 +75,7 @@ class Hra(Rotation):
             )
         return {"hra_u": Slot((n, self.r), free=(1,))}
 
-    def minimal(self, op: Op) -> Hra:
-        return dataclasses.replace(self, r=2)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Hra:
-        return dataclasses.replace(self, r=slots["hra_u"].shape[1]) if "hra_u" in slots else self
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         pairs = self.scheme and self.r % 2 == 0 and not self.orthogonal
         if self.scheme and not pairs:
             # Equal vectors cannot be made orthogonal: PEFT makes pairs with apply_GS too, and gets rounding noise.
@@ -82,7 +88,7 @@ class Hra(Rotation):
             )
         u = torch.empty(self.rotation_size(op), self.r // 2 if pairs else self.r)
         torch.nn.init.kaiming_uniform_(u, a=math.sqrt(5), generator=generator)
-        return Initial({"hra_u": (u.repeat_interleave(2, 1) if pairs else u).to(dtype)})
+        return InitialValues({"hra_u": (u.repeat_interleave(2, 1) if pairs else u).to(dtype)})
 
     def rotate(self, op: Op, v: Tensor, slots: Slots, transpose: bool = False) -> Tensor:
         U, V = self._factors(to_solver_dtype(slots["hra_u"]))

@@ -30,7 +30,7 @@ from adaptc.methods.orthogonal.rotation import (
     to_solver_dtype,
 )
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
 
 #: the most terms of the Cayley-Neumann series, which has converged long before
 MAX_TERMS = 256
@@ -146,7 +146,7 @@ class Oft(Rotation):
         name = "oft_embedding_R.weight" if op.kind == "embedding" else "oft_R.weight"
         return {name: Slot((1 if self.share else self.rotation_size(op) // b, b * (b - 1) // 2))}
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         n, b = self.rotation_size(op), self.block_size(op)
         field, asked, used = ("oft_block_size", self.size, b) if self.size else ("r", self.blocks, n // b)
         if asked != used:
@@ -159,7 +159,7 @@ class Oft(Rotation):
         if self.scheme:
             return super().init(op, W, dtype, generator)
         values = {n: torch.empty(s.shape).normal_(0.0, 0.1, generator=generator) for n, s in self.slots(op).items()}
-        return Initial({n: t.to(dtype) for n, t in values.items()})
+        return InitialValues({n: t.to(dtype) for n, t in values.items()})
 
     def can_rotate_input(self, op: Op) -> bool:
         return op.is_pointwise or (op.is_conv and all(k == 1 for k in op.kernel))

@@ -23,7 +23,7 @@ from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_matrix
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
 
 THETA, ALPHA = "road_theta", "road_alpha"
 #: variant -> the length of each slot per pair of rows
@@ -74,7 +74,7 @@ class Road(Method):
         size = rows * ENTRIES_PER_PAIR[self.variant] // 2
         return {THETA: Slot((size,)), ALPHA: Slot((size,), fill=1.0)}
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         if self.scheme:
             return super().init(op, W, dtype, generator)
         source = torch.device("cpu") if generator is None else generator.device
@@ -82,7 +82,7 @@ class Road(Method):
         for name, slot in self.slots(op).items():
             drawn = torch.empty(slot.shape, device=source).normal_(slot.fill, 0.5, generator=generator)
             values[name] = drawn.to(W.device, dtype)
-        return Initial(values)
+        return InitialValues(values)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         # Where a RoAd group spans groups of the convolution, the new weight reads all inputs, so it must be dense.

@@ -25,7 +25,9 @@ from adaptc.methods._shared.option_checks import check_integers
 from adaptc.methods.prompt.attention_config import AttentionConfig
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.attention_method import AttentionMethod, ScoreFunction
-from adaptc.passes.protocol.method import Initial, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
 
@@ -56,33 +58,38 @@ class AdaptionPromptConfig(AttentionConfig):
         return self.replace(adapter_len=next(iter(ranks.values()), self.adapter_len))
 
 
+class AdaptionPromptSizes(SizeRule):
+    method: AdaptionPrompt
+
+    def rank(self) -> int:
+        return self.method.count
+
+    def minimal(self, op: Op) -> AdaptionPrompt:
+        return replace(self.method, count=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> AdaptionPrompt:
+        prompt = slots.get(PROMPT)
+        return self.method if prompt is None or prompt.ndim != 3 else replace(self.method, count=prompt.shape[1])
+
+
 @dataclass(frozen=True)
 class AdaptionPrompt(AttentionMethod):
     """Adaption prompt with ``count`` learned tokens at one layer."""
 
     name: ClassVar[str] = "adaption_prompt"
-    file_names: ClassVar[tuple[str, ...]] = (PROMPT, GATE)
     swappable: ClassVar[frozenset[str]] = frozenset({"count", "training"})
+    files = FileFormat(names=(PROMPT, GATE))
+    sizes = AdaptionPromptSizes(exact=True)
 
     count: int = 0
 
     def slots(self, op: Op) -> dict[str, Slot]:
         return {PROMPT: Slot((1, self.count, op.out_features), free=(1,)), GATE: Slot((1,))}
 
-    def rank(self) -> int:
-        return self.count
-
-    def minimal(self, op: Op) -> AdaptionPrompt:
-        return replace(self, count=2)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> AdaptionPrompt:
-        prompt = slots.get(PROMPT)
-        return self if prompt is None or prompt.ndim != 3 else replace(self, count=prompt.shape[1])
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         source = W.device if generator is None else generator.device
         prompt = torch.empty(self.slots(op)[PROMPT].shape, dtype=W.dtype, device=source).normal_(generator=generator)
-        return Initial({PROMPT: prompt.to(W.device, dtype), GATE: torch.zeros(1, dtype=dtype, device=W.device)})
+        return InitialValues({PROMPT: prompt.to(W.device, dtype), GATE: torch.zeros(1, dtype=dtype, device=W.device)})
 
     def tokens(self, slots: Slots) -> Tensor:
         return slots[PROMPT][0]

@@ -17,10 +17,10 @@ from torch import Tensor
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.methods.prompt.key_values import KVPrefixConfig, KVPrefixMethod
-from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS
+from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS, VirtualTokenFiles, VirtualTokenSizes
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method import Initial
-from adaptc.passes.protocol.method_hooks import Slot, Slots
+from adaptc.passes.protocol.method import InitialValues
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
 
 FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
 
@@ -47,6 +47,34 @@ class CartridgeConfig(KVPrefixConfig):
         return Cartridge(self.num_virtual_tokens, (), 1, *self.kv_shape, self.num_frozen_tokens)
 
 
+class CartridgeFiles(VirtualTokenFiles):
+    method: Cartridge
+
+    def keys(self, op: Op) -> list[str]:
+        return [PROMPT_EMBEDDINGS]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rest = {n: t for n, t in found.items() if n != PROMPT_EMBEDDINGS}
+        return (
+            {**rest, **self.method.split_rows(self.method.split_stacks(PROMPT_EMBEDDINGS, found[PROMPT_EMBEDDINGS]))}
+            if PROMPT_EMBEDDINGS in found
+            else rest
+        )
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {PROMPT_EMBEDDINGS: self.method.prefix_rows(slots).detach()}
+
+
+class CartridgeSizes(VirtualTokenSizes):
+    method: Cartridge
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Any:
+        if FROZEN not in slots or TRAINED not in slots:
+            return super().with_sizes_of(op, slots)
+        frozen = slots[FROZEN].shape[0]
+        return replace(self.method, count=frozen + slots[TRAINED].shape[0], frozen=frozen)
+
+
 @dataclass(frozen=True)
 class Cartridge(KVPrefixMethod):
     """Cartridge: a KV prefix of ``count`` tokens, of which the first ``frozen`` are not trained. ``first``: unused."""
@@ -54,6 +82,8 @@ class Cartridge(KVPrefixMethod):
     name: ClassVar[str] = "cartridge"
     swappable: ClassVar[frozenset[str]] = KVPrefixMethod.swappable | {"frozen"}
     peft_names: ClassVar[Mapping[str, str]] = {FROZEN: FROZEN, TRAINED: TRAINED}
+    files = CartridgeFiles(names=(PROMPT_EMBEDDINGS,))
+    sizes = CartridgeSizes(exact=True)
 
     frozen: int = 1
 
@@ -67,38 +97,18 @@ class Cartridge(KVPrefixMethod):
     def free_size(self, slot: str) -> str:
         return slot
 
-    def lengthens(self, slots: Slots) -> int:
+    def virtual_token_count(self, slots: Slots) -> int:
         return slots[FROZEN].shape[0] + slots[TRAINED].shape[0]
 
-    def rows(self, slots: Slots) -> Tensor:
+    def prefix_rows(self, slots: Slots) -> Tensor:
         return torch.cat([slots[FROZEN], slots[TRAINED]])
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         rows = torch.randn(self.count, self.row_size, generator=generator).to(W.device, dtype)
-        return Initial(self._split_rows(rows))
+        return InitialValues(self.split_rows(rows))
 
-    def _split_rows(self, rows: Tensor) -> dict[str, Tensor]:
+    def split_rows(self, rows: Tensor) -> dict[str, Tensor]:
         frozen = min(self.frozen, rows.shape[0])
         return {FROZEN: rows[:frozen].clone(), TRAINED: rows[frozen:].clone()}
 
     # -- files ---------------------------------------------------------------------------------------------------------
-
-    def keys(self, op: Op) -> list[str]:
-        return [PROMPT_EMBEDDINGS]
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rest = {n: t for n, t in found.items() if n != PROMPT_EMBEDDINGS}
-        return (
-            {**rest, **self._split_rows(self.split_stacks(PROMPT_EMBEDDINGS, found[PROMPT_EMBEDDINGS]))}
-            if PROMPT_EMBEDDINGS in found
-            else rest
-        )
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {PROMPT_EMBEDDINGS: self.rows(slots).detach()}
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Any:
-        if FROZEN not in slots or TRAINED not in slots:
-            return super().with_sizes_of(op, slots)
-        frozen = slots[FROZEN].shape[0]
-        return replace(self, count=frozen + slots[TRAINED].shape[0], frozen=frozen)

@@ -24,11 +24,12 @@ from torch.nn import functional as F
 from adaptc.errors import ConfigError, short_repr
 from adaptc.methods._shared.option_checks import warn_unused
 from adaptc.methods._shared.program_config import ProgramConfig
-from adaptc.methods.prompt.virtual_tokens import IGNORE_INDEX, PROMPT_EMBEDDINGS, VirtualTokens
+from adaptc.methods.prompt.virtual_tokens import IGNORE_INDEX, PROMPT_EMBEDDINGS, VirtualTokens, VirtualTokensFiles
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Extra, ExtraValues
-from adaptc.passes.protocol.method import Initial
-from adaptc.passes.protocol.method_hooks import Slot, Slots
+from adaptc.passes.protocol.coefficients import ExtraInput, ExtraValues
+from adaptc.passes.protocol.method import InitialValues
+from adaptc.passes.protocol.parts.extra_inputs import ExtraInputs
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
 
 ROWS, STEPS = "prompt_encoder.embedding.weight", "prompt_encoder.delta_embedding.weight"
 IDS, TYPES = "prompt_encoder.token_ids", "prompt_encoder.token_types"
@@ -92,6 +93,40 @@ class CPTConfig(ProgramConfig):
         return Cpt(len(ids), (), 1, ids, types, decay, step, template)
 
 
+class CptFiles(VirtualTokensFiles):
+    method: Cpt
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return self.method.context_slots(W.device)
+
+    def keys(self, op: Op) -> list[str]:
+        return [ROWS]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if ROWS in found and STEPS in found:
+            return {PROMPT_EMBEDDINGS: found[ROWS], STEPS: found[STEPS]}
+        return (
+            {**found, STEPS: torch.zeros_like(found[PROMPT_EMBEDDINGS])} if PROMPT_EMBEDDINGS in found else dict(found)
+        )
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        rows, steps = (
+            slots[PROMPT_EMBEDDINGS],
+            self.method.bounded_steps({**slots, **self.method.context_slots(slots[STEPS].device)}),
+        )
+        return {PROMPT_EMBEDDINGS: rows + steps, **({ROWS: rows, STEPS: steps} if bool(steps.any()) else {})}
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        return super().fqn(place, slot.removeprefix("prompt_encoder."), adapter)
+
+
+class CptInputs(ExtraInputs):
+    method: Cpt
+
+    def extras(self) -> Mapping[str, ExtraInput]:
+        return {INPUT_TYPES: ExtraInput(torch.int64, ("batch", "length"), place="labels", fill=LABEL_TYPE)}
+
+
 @dataclass(frozen=True)
 class Cpt(VirtualTokens):
     """CPT with the context's token ``ids`` and ``types``.
@@ -103,6 +138,8 @@ class Cpt(VirtualTokens):
     name: ClassVar[str] = "cpt"
     swappable: ClassVar[frozenset[str]] = VirtualTokens.swappable | {"ids", "types", "step", "template"}
     peft_names: ClassVar[Mapping[str, str]] = {PROMPT_EMBEDDINGS: PROMPT_EMBEDDINGS}
+    files = CptFiles(names=(PROMPT_EMBEDDINGS,))
+    extra_inputs = CptInputs()
 
     ids: tuple[int, ...] = ()
     types: tuple[int, ...] = ()
@@ -115,21 +152,18 @@ class Cpt(VirtualTokens):
         whole = Slot((self.count,), free=(0,), dtype=torch.int64, trainable=False, saved=False)
         return {PROMPT_EMBEDDINGS: replace(rows, trainable=False), STEPS: rows, IDS: whole, TYPES: whole}
 
-    def extras(self) -> Mapping[str, Extra]:
-        return {INPUT_TYPES: Extra(torch.int64, ("batch", "length"), place="labels", fill=LABEL_TYPE)}
-
     def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
         steps, still = slots[STEPS], slots[STEPS].detach()
         # Tokens that are labels or of type 0 are not moved. The gradient is that of the unbounded steps, as in PEFT.
         moved = torch.remainder(slots[TYPES], NUM_KINDS) != 0
         return (
             slots[PROMPT_EMBEDDINGS]
-            + self._bounded_steps(slots).detach()
+            + self.bounded_steps(slots).detach()
             + torch.where(moved.unsqueeze(-1), steps, still)
             - still
         )
 
-    def _bounded_steps(self, slots: Slots) -> Tensor:
+    def bounded_steps(self, slots: Slots) -> Tensor:
         """Return the steps (tokens, width), each shortened to the largest length that its token's type allows."""
         steps, kind = slots[STEPS], torch.remainder(slots[TYPES], NUM_KINDS)
         size = sqrt(steps.shape[1] / 2048)
@@ -162,45 +196,22 @@ class Cpt(VirtualTokens):
 
     # -- values --------------------------------------------------------------------------------------------------------
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         bad = [i for i in self.ids if not 0 <= i < op.in_features]
         if bad:
             raise ConfigError(
                 f"cpt_token_ids has {bad[0]}, and the model's embedding has rows 0 to {op.in_features - 1}"
             )
         rows = W.detach()[:, torch.tensor(self.ids, device=W.device)].t().contiguous().to(dtype)
-        return Initial({PROMPT_EMBEDDINGS: rows, STEPS: torch.zeros_like(rows), **self._context_slots(W.device)})
+        return InitialValues({PROMPT_EMBEDDINGS: rows, STEPS: torch.zeros_like(rows), **self.context_slots(W.device)})
 
-    def _context_slots(self, device: torch.device) -> dict[str, Tensor]:
+    def context_slots(self, device: torch.device) -> dict[str, Tensor]:
         return {n: torch.tensor(v, dtype=torch.int64, device=device) for n, v in ((IDS, self.ids), (TYPES, self.types))}
 
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return self._context_slots(W.device)
-
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {STEPS: self._bounded_steps(slots)}
+        return {STEPS: self.bounded_steps(slots)}
 
     # -- files ---------------------------------------------------------------------------------------------------------
-
-    def keys(self, op: Op) -> list[str]:
-        return [ROWS]
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if ROWS in found and STEPS in found:
-            return {PROMPT_EMBEDDINGS: found[ROWS], STEPS: found[STEPS]}
-        return (
-            {**found, STEPS: torch.zeros_like(found[PROMPT_EMBEDDINGS])} if PROMPT_EMBEDDINGS in found else dict(found)
-        )
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        rows, steps = (
-            slots[PROMPT_EMBEDDINGS],
-            self._bounded_steps({**slots, **self._context_slots(slots[STEPS].device)}),
-        )
-        return {PROMPT_EMBEDDINGS: rows + steps, **({ROWS: rows, STEPS: steps} if bool(steps.any()) else {})}
-
-    def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return super().fqn(place, slot.removeprefix("prompt_encoder."), adapter)
 
 
 def _all_token_types(slots: Slots, given: ExtraValues) -> Tensor:

@@ -26,7 +26,7 @@ from adaptc.methods.prompt.virtual_token_method import VirtualTokenMethod
 from adaptc.passes.analysis.attention.attention_for_prefixes import SelfAttentions
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.coefficients import ExtraValues
-from adaptc.passes.protocol.method_hooks import Slots
+from adaptc.passes.protocol.parts.method_part import Slots
 
 
 @dataclass
@@ -93,16 +93,16 @@ class KVPrefixMethod(VirtualTokenMethod):
         """Return the length of a token's row: the keys and values of all layers."""
         return 2 * self.layers * self.heads * self.width
 
-    def of_model(self, op: Op) -> dict[str, Any]:
+    def config_from_model(self, op: Op) -> dict[str, Any]:
         heads = {"num_attention_heads": self.heads, "token_dim": self.heads * self.width}
         return {"num_layers": self.layers, **heads, "num_transformer_submodules": self.submodules}
 
-    def rows(self, slots: Slots) -> Tensor:
+    def prefix_rows(self, slots: Slots) -> Tensor:
         """Return the rows of all virtual tokens: (count, row)."""
-        raise AssertionError(f"{type(self).__name__} must define rows()")
+        raise AssertionError(f"{type(self).__name__} must define prefix_rows()")
 
-    def cached(self, slots: Slots, given: ExtraValues) -> Tensor:
-        rows = self.rows(slots)
+    def past_key_values(self, slots: Slots, given: ExtraValues) -> Tensor:
+        rows = self.prefix_rows(slots)
         pairs = rows.view(rows.shape[0], self.layers, 2, self.heads, self.width)
         if self.submodules > 1:
             pairs = torch.stack([pairs[:, self.submodules * i % self.layers] for i in range(self.layers)], 1)

@@ -19,11 +19,12 @@ from torch import Tensor
 from adaptc.errors import ConfigError, short_repr
 from adaptc.methods._shared.option_checks import check_integers, warn_unused
 from adaptc.methods.prompt.prompt_tuning import RANDOM, SAMPLE_VOCAB, TEXT, PromptTuningConfig, initial_rows
-from adaptc.methods.prompt.virtual_tokens import IGNORE_INDEX, PROMPT_EMBEDDINGS, VirtualTokens
+from adaptc.methods.prompt.virtual_tokens import IGNORE_INDEX, PROMPT_EMBEDDINGS, VirtualTokens, VirtualTokensFiles
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.coefficients import Extra, ExtraValues
-from adaptc.passes.protocol.method import Initial
-from adaptc.passes.protocol.method_hooks import Slot, Slots
+from adaptc.passes.protocol.coefficients import ExtraInput, ExtraValues
+from adaptc.passes.protocol.method import InitialValues
+from adaptc.passes.protocol.parts.extra_inputs import ExtraInputs
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
 
 COLS, ROWS, TASKS = "prefix_task_cols", "prefix_task_rows", "task_ids"
 AVERAGE, EXACT, SHARED = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"
@@ -70,12 +71,35 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         return MultitaskPromptTuning(self.num_virtual_tokens, self.init_scheme(), self.num_stacks, tasks, ranks)
 
 
+class MultitaskFiles(VirtualTokensFiles):
+    method: MultitaskPromptTuning
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: self.method.split_stacks(n, t, 1) if n == COLS else t for n, t in super().read(op, found).items()}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {n: self.method.join_stacks(t, 1) if n == COLS else t for n, t in super().write(op, slots).items()}
+
+
+class MultitaskInputs(ExtraInputs):
+    method: MultitaskPromptTuning
+
+    def extras(self) -> Mapping[str, ExtraInput]:
+        return {TASKS: ExtraInput(torch.int64)}
+
+    def check_inputs(self, slots: Slots, given: ExtraValues) -> str:
+        tasks = slots[COLS].shape[0]
+        found = [int(t) for t in given[TASKS].unique() if not 0 <= t < tasks]
+        return f"{TASKS} has {found[0]}, and the adapter has tasks from 0 to {tasks - 1}" if found else ""
+
+
 @dataclass(frozen=True)
 class MultitaskPromptTuning(VirtualTokens):
     """Multitask prompt tuning with ``tasks`` tasks, whose factors C and R have rank ``ranks``."""
 
     name: ClassVar[str] = "multitask_prompt_tuning"
-    file_names: ClassVar[tuple[str, ...]] = (PROMPT_EMBEDDINGS, COLS, ROWS)
+    files = MultitaskFiles(names=(PROMPT_EMBEDDINGS, COLS, ROWS))
+    extra_inputs = MultitaskInputs()
 
     tasks: int = 1
     ranks: int = 1
@@ -83,9 +107,6 @@ class MultitaskPromptTuning(VirtualTokens):
     def slots(self, op: Op) -> dict[str, Slot]:
         cols = self.rows_slot(self.ranks, self.tasks)
         return {**super().slots(op), COLS: cols, ROWS: Slot((self.tasks, self.ranks, op.out_features))}
-
-    def extras(self) -> Mapping[str, Extra]:
-        return {TASKS: Extra(torch.int64)}
 
     def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
         return self._task_rows(slots, given, 0)
@@ -96,35 +117,30 @@ class MultitaskPromptTuning(VirtualTokens):
 
     # -- a decoder's places --------------------------------------------------------------------------------------------
 
-    def decodes(self) -> bool:
+    def has_decoder_tokens(self) -> bool:
         return self.sides == 2
 
     def decoder_tokens(self, value: Tensor, slots: Slots, given: ExtraValues, plain: int) -> Tensor:
         return self.pad_front(value, slots, plain)
 
-    def decoder_attended(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+    def decoder_attention_mask(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         return self.pad_front(value, slots, 1)
 
     def decoder_labels(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         return self.pad_front(value, slots, IGNORE_INDEX)
 
     def decoder_shifted(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
-        n = self.lengthens(slots)
+        n = self.virtual_token_count(slots)
         # The program put its start token in front of the labels of the virtual tokens; it belongs behind them, in front
         # of the labels of the text.
         return torch.cat([value[:, :n], value[:, :1], value[:, n + 1 :]], 1)
 
-    def decoder_embedded(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+    def decoder_inputs_embeds(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         return self.overwrite_first_rows(self._task_rows(slots, given, 1), value)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
-    def why_wrong(self, slots: Slots, given: ExtraValues) -> str:
-        tasks = slots[COLS].shape[0]
-        found = [int(t) for t in given[TASKS].unique() if not 0 <= t < tasks]
-        return f"{TASKS} has {found[0]}, and the adapter has tasks from 0 to {tasks - 1}" if found else ""
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         whole = replace(self, count=self.count * self.sides, sides=1)  # as files have it
         shapes = {n: s.shape for n, s in whole.slots(op).items()}
         values = {n: 0.02 * torch.randn(shapes[n], generator=generator) for n in (COLS, ROWS)}
@@ -139,13 +155,7 @@ class MultitaskPromptTuning(VirtualTokens):
                     f"{shape}: num_virtual_tokens and num_ranks must be the source's, and num_tasks 1 where its tasks "
                     "become one"
                 )
-        return Initial(self.read(op, {n: t.to(W.device, dtype) for n, t in values.items()}))
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: self.split_stacks(n, t, 1) if n == COLS else t for n, t in super().read(op, found).items()}
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {n: self.join_stacks(t, 1) if n == COLS else t for n, t in super().write(op, slots).items()}
+        return InitialValues(self.files.read(op, {n: t.to(W.device, dtype) for n, t in values.items()}))
 
 
 def _load_source_values(scheme: str, path: str, task: int) -> dict[str, Tensor]:

@@ -20,11 +20,12 @@ from adaptc.methods._shared.model_facts import ModelFacts
 from adaptc.methods._shared.option_checks import check_integers, check_probability, warn_unused
 from adaptc.methods._shared.program_config import ProgramConfig
 from adaptc.methods.prompt.reparameterized_prompt import NETWORK_PREFIX, ReparameterizedPrompt
+from adaptc.methods.prompt.virtual_token_method import VirtualTokenSizes
 from adaptc.methods.prompt.virtual_tokens import VirtualTokens
 from adaptc.passes.analysis.attention.attention_for_prefixes import SelfAttentions
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.coefficients import ExtraValues
-from adaptc.passes.protocol.method_hooks import Slots
+from adaptc.passes.protocol.parts.method_part import Slots
 
 MLP, LSTM = "MLP", "LSTM"
 
@@ -80,6 +81,13 @@ class PromptEncoderConfig(ProgramConfig):
         )
 
 
+class PTuningSizes(VirtualTokenSizes):
+    method: PTuning
+
+    def specialized_for(self, op: Op) -> PTuning:
+        return self.method if self.method.hidden else replace(self.method, hidden=op.out_features)
+
+
 @dataclass(frozen=True)
 class PTuning(ReparameterizedPrompt, VirtualTokens):
     """P-tuning with ``count`` virtual tokens.
@@ -90,15 +98,13 @@ class PTuning(ReparameterizedPrompt, VirtualTokens):
 
     name: ClassVar[str] = "p_tuning"
     trainable_alternative: ClassVar[str] = "a PromptTuningConfig"
+    sizes = PTuningSizes(exact=True)
 
     encoder: str = MLP
     hidden: int = 0
     layers: int = 2
     dropout: float = 0.0
     training: bool = False
-
-    def at(self, op: Op) -> Self:
-        return self if self.hidden else replace(self, hidden=op.out_features)
 
     def network_shapes(self, op: Op) -> dict[str, tuple[int, ...]]:
         h, width, out = self.hidden, op.out_features, {}

@@ -22,8 +22,8 @@ from adaptc.methods.prompt.reparameterized_prompt import NETWORK_PREFIX, Reparam
 from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS
 from adaptc.passes.analysis.attention.attention_for_prefixes import SelfAttentions
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method import Initial
-from adaptc.passes.protocol.method_hooks import Slot, Slots
+from adaptc.passes.protocol.method import InitialValues
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
 
 ZERO = "zero"
 
@@ -74,12 +74,12 @@ class PrefixTuning(KVPrefixMethod):
     def slots(self, op: Op) -> dict[str, Slot]:
         return {PROMPT_EMBEDDINGS: Slot((self.count, self.row_size), free=(0,))}
 
-    def rows(self, slots: Slots) -> Tensor:
+    def prefix_rows(self, slots: Slots) -> Tensor:
         return slots[PROMPT_EMBEDDINGS]
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         rows = torch.randn(self.count, self.row_size, generator=generator)
-        return Initial(
+        return InitialValues(
             {PROMPT_EMBEDDINGS: (torch.zeros_like(rows) if ZERO in self.first else rows).to(W.device, dtype)}
         )
 
@@ -112,11 +112,11 @@ class PrefixProjection(ReparameterizedPrompt, KVPrefixMethod):
         first, second = ([slots[f"{NETWORK_PREFIX}transform.{i}.{n}"] for n in ("weight", "bias")] for i in (0, 2))
         return F.linear(F.linear(x, *first).tanh(), *second)
 
-    def rows(self, slots: Slots) -> Tensor:
+    def prefix_rows(self, slots: Slots) -> Tensor:
         return self.compute_rows(slots)
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         found = super().init(op, W, dtype, generator).slots
         last = f"{NETWORK_PREFIX}{self.last_layer()}."
         zero = ZERO in self.first
-        return Initial({n: torch.zeros_like(t) if zero and n.startswith(last) else t for n, t in found.items()})
+        return InitialValues({n: torch.zeros_like(t) if zero and n.startswith(last) else t for n, t in found.items()})

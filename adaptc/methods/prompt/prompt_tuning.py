@@ -18,7 +18,7 @@ from adaptc.methods._shared.option_checks import warn_unused
 from adaptc.methods._shared.program_config import ProgramConfig
 from adaptc.methods.prompt.virtual_tokens import PROMPT_EMBEDDINGS, VirtualTokens
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method import Initial
+from adaptc.passes.protocol.method import InitialValues
 
 RANDOM, TEXT, SAMPLE_VOCAB = "RANDOM", "TEXT", "SAMPLE_VOCAB"
 
@@ -77,8 +77,8 @@ class PromptTuning(VirtualTokens):
 
     name: ClassVar[str] = "prompt_tuning"
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        return Initial(
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
+        return InitialValues(
             {PROMPT_EMBEDDINGS: self.split_stacks(PROMPT_EMBEDDINGS, initial_rows(self, op, W, generator).to(dtype))}
         )
 

@@ -18,13 +18,43 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS, VirtualTokenMethod
+from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS, VirtualTokenFiles, VirtualTokenMethod
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method import Initial
-from adaptc.passes.protocol.method_hooks import Slot, Slots
+from adaptc.passes.protocol.method import InitialValues
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
 
 NETWORK_PREFIX = "prompt_encoder."
 TRAINED_ROWS = f"{NETWORK_PREFIX}embedding.weight"
+
+
+class ReparameterizedFiles(VirtualTokenFiles):
+    method: ReparameterizedPrompt
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if PROMPT_EMBEDDINGS not in found:
+            return dict(found)
+        rows, network = found[PROMPT_EMBEDDINGS], {n: t for n, t in found.items() if n != PROMPT_EMBEDDINGS}
+        if not network:
+            rows = self.method.split_stacks(PROMPT_EMBEDDINGS, rows)
+            return {**self.method.zero_slots(op, rows.new_zeros(()), rows.shape[-2]), PROMPT_EMBEDDINGS: rows}
+        if lost := sorted(set(self.method.slots(op)) - set(found)):
+            raise CheckpointError(
+                f"the file has some of the network that makes the rows, and lacks {lost[0]!r}: it needs all of it, or "
+                f"{PROMPT_EMBEDDINGS!r} alone"
+            )
+        network[TRAINED_ROWS] = self.method.split_stacks(TRAINED_ROWS, network[TRAINED_ROWS])
+        return {**network, PROMPT_EMBEDDINGS: self.method.split_stacks(PROMPT_EMBEDDINGS, torch.zeros_like(rows))}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        with torch.no_grad():
+            rows = self.method.join_stacks(self.method.evaluated().compute_rows(slots))
+        none = not any(bool(slots[f"{NETWORK_PREFIX}{self.method.last_layer()}.{n}"].any()) for n in ("weight", "bias"))
+        if none:
+            return {PROMPT_EMBEDDINGS: rows}
+        return {**slots, PROMPT_EMBEDDINGS: rows, TRAINED_ROWS: self.method.join_stacks(slots[TRAINED_ROWS])}
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        return super().fqn(place, slot.removeprefix(NETWORK_PREFIX), adapter)
 
 
 @dataclass(frozen=True)
@@ -65,7 +95,7 @@ class ReparameterizedPrompt(VirtualTokenMethod):
 
     # -- values --------------------------------------------------------------------------------------------------------
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         """Return first values as torch initialises its layers.
 
         Rows are normal random numbers. The network's parameters are uniform within 1 / sqrt(input width of the layer).
@@ -79,7 +109,7 @@ class ReparameterizedPrompt(VirtualTokenMethod):
         values[TRAINED_ROWS] = torch.randn(slots[TRAINED_ROWS].shape, generator=generator)
         for name, shape in shapes.items():
             values[f"{NETWORK_PREFIX}{name}"] = uniform(shape, self.layer_input_width(name, shapes))
-        return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
+        return InitialValues({n: t.to(W.device, dtype) for n, t in values.items()})
 
     def layer_input_width(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the input width of the layer that has the parameter ``name``."""
@@ -87,9 +117,9 @@ class ReparameterizedPrompt(VirtualTokenMethod):
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         none = W.new_zeros(replace(self, count=0).slots(op)[PROMPT_EMBEDDINGS].shape, dtype=dtype)
-        return {**self._zero_slots(op, W.new_zeros((), dtype=dtype), 1), PROMPT_EMBEDDINGS: none}
+        return {**self.zero_slots(op, W.new_zeros((), dtype=dtype), 1), PROMPT_EMBEDDINGS: none}
 
-    def _zero_slots(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
+    def zero_slots(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
         """Return zeros for all slots at ``count`` rows, each a view of the one element ``zero``.
 
         A network with these values gives zeros.
@@ -97,29 +127,6 @@ class ReparameterizedPrompt(VirtualTokenMethod):
         return {n: zero.expand(s.shape) for n, s in replace(self, count=count).slots(op).items()}
 
     # -- files ---------------------------------------------------------------------------------------------------------
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if PROMPT_EMBEDDINGS not in found:
-            return dict(found)
-        rows, network = found[PROMPT_EMBEDDINGS], {n: t for n, t in found.items() if n != PROMPT_EMBEDDINGS}
-        if not network:
-            rows = self.split_stacks(PROMPT_EMBEDDINGS, rows)
-            return {**self._zero_slots(op, rows.new_zeros(()), rows.shape[-2]), PROMPT_EMBEDDINGS: rows}
-        if lost := sorted(set(self.slots(op)) - set(found)):
-            raise CheckpointError(
-                f"the file has some of the network that makes the rows, and lacks {lost[0]!r}: it needs all of it, or "
-                f"{PROMPT_EMBEDDINGS!r} alone"
-            )
-        network[TRAINED_ROWS] = self.split_stacks(TRAINED_ROWS, network[TRAINED_ROWS])
-        return {**network, PROMPT_EMBEDDINGS: self.split_stacks(PROMPT_EMBEDDINGS, torch.zeros_like(rows))}
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        with torch.no_grad():
-            rows = self.join_stacks(self.evaluated().compute_rows(slots))
-        none = not any(bool(slots[f"{NETWORK_PREFIX}{self.last_layer()}.{n}"].any()) for n in ("weight", "bias"))
-        if none:
-            return {PROMPT_EMBEDDINGS: rows}
-        return {**slots, PROMPT_EMBEDDINGS: rows, TRAINED_ROWS: self.join_stacks(slots[TRAINED_ROWS])}
 
     def untrainable(self, slots: Slots) -> str:
         if slots[PROMPT_EMBEDDINGS].numel() and bool(slots[PROMPT_EMBEDDINGS].any()):
@@ -132,6 +139,4 @@ class ReparameterizedPrompt(VirtualTokenMethod):
 
     #: a phrase for messages: the config whose method trains the rows themselves
     trainable_alternative: ClassVar[str] = ""
-
-    def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return super().fqn(place, slot.removeprefix(NETWORK_PREFIX), adapter)
+    files = ReparameterizedFiles(names=(PROMPT_EMBEDDINGS,))

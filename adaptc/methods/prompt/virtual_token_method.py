@@ -21,24 +21,48 @@ from torch.nn import functional as F
 from adaptc.errors import CheckpointError
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.coefficients import ExtraValues
-from adaptc.passes.protocol.method_hooks import Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.passes.protocol.program_method import ProgramMethod
 
 PROMPT_EMBEDDINGS = "prompt_embeddings"
+
+
+class VirtualTokenFiles(FileFormat):
+    method: VirtualTokenMethod
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        return f"prompt_encoder.{adapter}.{self.method.peft_names.get(slot, slot)}"
+
+
+class VirtualTokenSizes(SizeRule):
+    method: VirtualTokenMethod
+
+    def rank(self) -> int:
+        return self.method.count
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Any:
+        if PROMPT_EMBEDDINGS not in slots or slots[PROMPT_EMBEDDINGS].ndim < 2:
+            return self.method
+        *stacks, count, _ = slots[PROMPT_EMBEDDINGS].shape
+        return replace(self.method, count=count if stacks else count // self.method.sides)
 
 
 @dataclass(frozen=True)
 class VirtualTokenMethod(ProgramMethod):
     """A method with ``count`` virtual tokens.
 
-    ``count`` is the number of rows of the slot :data:`PROMPT_EMBEDDINGS`, unless :meth:`lengthens` is overridden.
+    ``count`` is the number of rows of the slot :data:`PROMPT_EMBEDDINGS`, unless :meth:`virtual_token_count` is
+    overridden.
     ``sides``: the number of stacks (1 or 2) for which there are ``count`` rows each.
     """
 
     swappable: ClassVar[frozenset[str]] = frozenset({"count", "first", "training"})
     #: slot -> its name in PEFT's prompt encoder module
     peft_names: ClassVar[Mapping[str, str]] = {PROMPT_EMBEDDINGS: "embedding.weight"}
-    file_names: ClassVar[tuple[str, ...]] = (PROMPT_EMBEDDINGS,)
+    files = VirtualTokenFiles(names=(PROMPT_EMBEDDINGS,))
+    sizes = VirtualTokenSizes(exact=True)
 
     count: int = 0
     #: the scheme of the first values, in a form of the subclass's own
@@ -47,41 +71,32 @@ class VirtualTokenMethod(ProgramMethod):
 
     # -- places --------------------------------------------------------------------------------------------------------
 
-    def lengthens(self, slots: Slots) -> int:
+    def virtual_token_count(self, slots: Slots) -> int:
         return slots[PROMPT_EMBEDDINGS].shape[-2]
 
     def tokens(self, value: Tensor, slots: Slots, given: ExtraValues, plain: int) -> Tensor:
         return self.pad_front(value, slots, plain)
 
-    def attended(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+    def attention_mask(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         return self.pad_front(value, slots, 1)
 
-    def positions(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
-        n = self.lengthens(slots)
+    def position_ids(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        n = self.virtual_token_count(slots)
         own = torch.arange(n, dtype=value.dtype, device=value.device).expand(value.shape[0], -1)
         return torch.cat([own, value + n], 1)
 
-    def segments(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+    def token_type_ids(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         return self.pad_front(value, slots, 0)
 
     def pad_front(self, value: Tensor, slots: Slots, fill: int) -> Tensor:
-        return F.pad(value, (self.lengthens(slots), 0), value=fill)
+        return F.pad(value, (self.virtual_token_count(slots), 0), value=fill)
 
     # -- sizes and names -----------------------------------------------------------------------------------------------
-
-    def rank(self) -> int:
-        return self.count
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Any:
-        if PROMPT_EMBEDDINGS not in slots or slots[PROMPT_EMBEDDINGS].ndim < 2:
-            return self
-        *stacks, count, _ = slots[PROMPT_EMBEDDINGS].shape
-        return replace(self, count=count if stacks else count // self.sides)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return replace(self, count=0).filled(op, W, dtype)
 
-    def of_model(self, op: Op) -> dict[str, Any]:
+    def config_from_model(self, op: Op) -> dict[str, Any]:
         return {"token_dim": op.out_features}
 
     # -- stacks --------------------------------------------------------------------------------------------------------
@@ -113,10 +128,9 @@ class VirtualTokenMethod(ProgramMethod):
         """Return ``rows`` as files have them: the inverse of :meth:`split_stacks`."""
         return rows if self.sides == 1 else rows.flatten(axis, axis + 1)
 
-    def clash(self, other: Any) -> str:
+    def conflict_with(self, other: Any) -> str:
         # A KV prefix leaves the first tokens of the program alone, so it does not clash with virtual tokens.
-        same = isinstance(other, VirtualTokenMethod) and self.changes("cached") == other.changes("cached")
+        same = isinstance(other, VirtualTokenMethod) and self.changes("past_key_values") == other.changes(
+            "past_key_values"
+        )
         return "the first tokens" if same else ""
-
-    def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return f"prompt_encoder.{adapter}.{self.peft_names.get(slot, slot)}"

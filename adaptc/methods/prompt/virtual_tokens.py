@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS, VirtualTokenMethod
+from adaptc.methods.prompt.virtual_token_method import PROMPT_EMBEDDINGS, VirtualTokenFiles, VirtualTokenMethod
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.coefficients import ExtraValues
-from adaptc.passes.protocol.method_hooks import Slot, Slots
+from adaptc.passes.protocol.parts.method_part import Slot, Slots
 
 __all__ = ["IGNORE_INDEX", "PROMPT_EMBEDDINGS", "VirtualTokens"]
 
@@ -26,9 +26,21 @@ __all__ = ["IGNORE_INDEX", "PROMPT_EMBEDDINGS", "VirtualTokens"]
 IGNORE_INDEX = -100
 
 
+class VirtualTokensFiles(VirtualTokenFiles):
+    method: VirtualTokens
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: self.method.split_stacks(n, t) if n == PROMPT_EMBEDDINGS else t for n, t in found.items()}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {n: self.method.join_stacks(t) if n == PROMPT_EMBEDDINGS else t for n, t in slots.items()}
+
+
 @dataclass(frozen=True)
 class VirtualTokens(VirtualTokenMethod):
     """A method with ``count`` virtual tokens, whose rows are those of the slot unless :meth:`prompt` is overridden."""
+
+    files = VirtualTokensFiles(names=(PROMPT_EMBEDDINGS,))
 
     def slots(self, op: Op) -> dict[str, Slot]:
         return {PROMPT_EMBEDDINGS: self.rows_slot(op.out_features)}
@@ -47,7 +59,7 @@ class VirtualTokens(VirtualTokenMethod):
     def labels(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         return self.pad_front(value, slots, IGNORE_INDEX)
 
-    def embedded(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+    def inputs_embeds(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
         return self.overwrite_first_rows(self.prompt(slots, given), value)
 
     def overwrite_first_rows(self, rows: Tensor, value: Tensor) -> Tensor:
@@ -56,9 +68,3 @@ class VirtualTokens(VirtualTokenMethod):
         return torch.cat([own, value[:, rows.shape[-2] :]], 1)
 
     # -- files ---------------------------------------------------------------------------------------------------------
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: self.split_stacks(n, t) if n == PROMPT_EMBEDDINGS else t for n, t in found.items()}
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {n: self.join_stacks(t) if n == PROMPT_EMBEDDINGS else t for n, t in slots.items()}

@@ -26,8 +26,11 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.coefficients import Extra, ExtraValues
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.coefficients import ExtraInput, ExtraValues
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.extra_inputs import ExtraInputs
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 A, B, LOGITS, TASKS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits", "task_ids"
 _EPSILON = 1e-12
@@ -57,15 +60,55 @@ class PolyConfig(TargetedConfig):
         return Poly(self.r, self.n_skills, self.n_tasks, self.n_splits, self.init_weights)
 
 
+class PolyFiles(FileFormat):
+    method: Poly
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = dict(found)
+        if LOGITS in values:
+            logits = values[LOGITS]
+            if logits.ndim != 2 or logits.shape[1] % self.method.splits:
+                raise CheckpointError(
+                    f"{LOGITS!r} has shape {tuple(logits.shape)}; expected a matrix with a multiple of "
+                    f"n_splits={self.method.splits} columns"
+                )
+            values[LOGITS] = logits.unflatten(1, (self.method.splits, -1))
+        return values
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {n: t.flatten(1) if n == LOGITS else t for n, t in slots.items()}
+
+
+class PolySizes(SizeRule):
+    method: Poly
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Poly:
+        a = slots.get(A)
+        return self.method if a is None or a.ndim != 4 else replace(self.method, r=a.shape[3])
+
+
+class PolyInputs(ExtraInputs):
+    method: Poly
+
+    def extras(self) -> Mapping[str, ExtraInput]:
+        return {TASKS: ExtraInput(torch.int64)}
+
+    def check_inputs(self, slots: Slots, given: ExtraValues) -> str:
+        tasks = slots[LOGITS].shape[0]
+        found = [int(t) for t in given[TASKS].unique() if not 0 <= t < tasks]
+        return f"{TASKS} has {found[0]}, and the adapter has tasks from 0 to {tasks - 1}" if found else ""
+
+
 @dataclass(frozen=True)
 class Poly(Method):
     """Poly at one site. ``scheme`` False: the first values of B are random, too."""
 
     name: ClassVar[str] = "poly"
-    file_names: ClassVar[tuple[str, ...]] = (A, B, LOGITS)
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"skills", "tasks"}
-    exact_sizes: ClassVar[bool] = True
     takes_complex: ClassVar[bool] = False  # the router's probabilities are real numbers
+    files = PolyFiles(names=(A, B, LOGITS))
+    sizes = PolySizes(exact=True)
+    extra_inputs = PolyInputs()
 
     r: int = 8
     skills: int = 4
@@ -93,20 +136,8 @@ class Poly(Method):
             LOGITS: Slot((self.tasks, n, k), free=(0, 2), apart=True),
         }
 
-    def extras(self) -> Mapping[str, Extra]:
-        return {TASKS: Extra(torch.int64)}
-
-    def why_wrong(self, slots: Slots, given: ExtraValues) -> str:
-        tasks = slots[LOGITS].shape[0]
-        found = [int(t) for t in given[TASKS].unique() if not 0 <= t < tasks]
-        return f"{TASKS} has {found[0]}, and the adapter has tasks from 0 to {tasks - 1}" if found else ""
-
     def scale(self, op: Op) -> float:
         return 1 / self.r
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Poly:
-        a = slots.get(A)
-        return self if a is None or a.ndim != 4 else replace(self, r=a.shape[3])
 
     def rewrap(self, inner: Poly) -> Poly:
         """Return ``inner``, the method at another layer of the adapter, with the number of splits of this layer.
@@ -115,7 +146,7 @@ class Poly(Method):
         """
         return replace(inner, splits=self.splits)
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         source = torch.device("cpu") if generator is None else generator.device
         shapes = {n: s.shape for n, s in self.slots(op).items()}
         values = {n: torch.zeros(shape, device=source) for n, shape in shapes.items()}
@@ -125,22 +156,7 @@ class Poly(Method):
                 drawn = torch.empty(one.T.shape, device=source)
                 one.copy_(torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator).T)
         torch.nn.init.uniform_(values[LOGITS], -1e-3, 1e-3, generator=generator)
-        return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = dict(found)
-        if LOGITS in values:
-            logits = values[LOGITS]
-            if logits.ndim != 2 or logits.shape[1] % self.splits:
-                raise CheckpointError(
-                    f"{LOGITS!r} has shape {tuple(logits.shape)}; expected a matrix with a multiple of "
-                    f"n_splits={self.splits} columns"
-                )
-            values[LOGITS] = logits.unflatten(1, (self.splits, -1))
-        return values
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        return {n: t.flatten(1) if n == LOGITS else t for n, t in slots.items()}
+        return InitialValues({n: t.to(W.device, dtype) for n, t in values.items()})
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         a = slots[A]

@@ -22,17 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._shared.option_checks import prepare_adapter_input
+from adaptc.methods.lora_family.lora import LORA_NAMES
 from adaptc.methods.routed.xlora_classifier import ConstantScalings, ScalingClassifier, ScalingRule
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.coefficients import Coefficient, DuplicatedPass
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.extra_inputs import ExtraInputs
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 CLASSIFIER = "internal_xlora_classifier"
 EXPERT, SCALING, SHARPNESS = "xlora_expert", "xlora_scaling", "xlora_sharpness"
@@ -50,6 +55,47 @@ def classifier_layers(depth: int, dropout: bool) -> list[str]:
     return [f"{CLASSIFIER}.layers.{i * (3 if dropout else 2)}" for i in range(depth)]
 
 
+class XLoraFiles(FileFormat):
+    method: XLora
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        counts, count = torch.tensor(self.method.ranks), len(self.method.ranks)
+        return {
+            EXPERT: torch.repeat_interleave(self.method.layer * count + torch.arange(count), counts),
+            SCALING: torch.repeat_interleave(torch.tensor(self.method.scales, dtype=torch.float64), counts).to(dtype),
+            SHARPNESS: torch.tensor([1 / self.method.temperature], dtype=dtype),
+        }
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out = dict(found)
+        for name, slot in self.method.classifier_slots().items():
+            if slot.free and name in out and out[name].shape[:1] == (self.method.layers * len(self.method.ranks),):
+                out[name] = out[name].unflatten(0, (self.method.layers, len(self.method.ranks)))
+        return out
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        last = {n for n, s in self.method.classifier_slots().items() if s.free}
+        return {n: t.flatten(0, 1) if n in last else t for n, t in slots.items()}
+
+
+class XLoraSizes(SizeRule):
+    method: XLora
+
+    def minimal(self, op: Op) -> XLora:
+        return replace(self.method, ranks=(2, *(0 for _ in self.method.ranks[1:])))
+
+
+class XLoraInputs(ExtraInputs):
+    method: XLora
+
+    def coefficients(self) -> Mapping[str, Coefficient]:
+        choice = ScalingRule(self.method.softmax, self.method.top_k, self.method.softmax_topk)
+        constant = ConstantScalings(choice, self.method.pass_value) if self.method.pass_value else None
+        first = DuplicatedPass(self.method.hidden_size, constant)
+        make = ScalingClassifier(choice, self.method.classifier_dropout, self.method.training)
+        return {EXPERT_WEIGHTS: Coefficient(make, (SHARPNESS, *self.method.classifier_slots()), first, make.scalings)}
+
+
 @dataclass(frozen=True)
 class XLora(Method):
     """X-LoRA at one site.
@@ -60,13 +106,15 @@ class XLora(Method):
 
     name: ClassVar[str] = "xlora"
     stacks: ClassVar[bool] = True  # else it would be applied per expert, where the position of a token is unknown
-    exact_sizes: ClassVar[bool] = True
     takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {
         *("ranks", "scales", "layer", "layers", "temperature", "trained_experts", "weight_of_all"),
         *("classifier_dropout", "unequal_dropouts"),
     }
-    file_names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+    files = XLoraFiles(names=LORA_NAMES[:4])
+    sizes = XLoraSizes(exact=True)
+    sharing = SharedSlots(shares=True)
+    extra_inputs = XLoraInputs()
 
     ranks: tuple[int, ...] = (8,)
     scales: tuple[float, ...] = (1.0,)
@@ -101,10 +149,10 @@ class XLora(Method):
             EXPERT: Slot((r,), 0, (0,), torch.int64, trainable=False, saved=False),
             SCALING: Slot((r,), 0.0, (0,), trainable=False, saved=False),
             SHARPNESS: Slot((1,), 1.0, trainable=False, saved=False, shared=True),
-            **self._classifier_slots(),
+            **self.classifier_slots(),
         }
 
-    def _classifier_slots(self) -> dict[str, Slot]:
+    def classifier_slots(self) -> dict[str, Slot]:
         out: dict[str, Slot] = {}
         width = self.hidden_size
         *inner, last = classifier_layers(self.depth, self.drops_between)
@@ -120,40 +168,8 @@ class XLora(Method):
     def scale(self, op: Op) -> float:
         return self.weight_of_all
 
-    def coefficients(self) -> Mapping[str, Coefficient]:
-        choice = ScalingRule(self.softmax, self.top_k, self.softmax_topk)
-        constant = ConstantScalings(choice, self.pass_value) if self.pass_value else None
-        first = DuplicatedPass(self.hidden_size, constant)
-        make = ScalingClassifier(choice, self.classifier_dropout, self.training)
-        return {EXPERT_WEIGHTS: Coefficient(make, (SHARPNESS, *self._classifier_slots()), first, make.scalings)}
-
-    def shares(self) -> bool:
-        return True
-
-    def minimal(self, op: Op) -> XLora:
-        return replace(self, ranks=(2, *(0 for _ in self.ranks[1:])))
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        return Initial({**self.filled(op, W, dtype), **self.derived(op, W, dtype, {})})
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        counts, count = torch.tensor(self.ranks), len(self.ranks)
-        return {
-            EXPERT: torch.repeat_interleave(self.layer * count + torch.arange(count), counts),
-            SCALING: torch.repeat_interleave(torch.tensor(self.scales, dtype=torch.float64), counts).to(dtype),
-            SHARPNESS: torch.tensor([1 / self.temperature], dtype=dtype),
-        }
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        out = dict(found)
-        for name, slot in self._classifier_slots().items():
-            if slot.free and name in out and out[name].shape[:1] == (self.layers * len(self.ranks),):
-                out[name] = out[name].unflatten(0, (self.layers, len(self.ranks)))
-        return out
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        last = {n for n, s in self._classifier_slots().items() if s.free}
-        return {n: t.flatten(0, 1) if n in last else t for n, t in slots.items()}
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
+        return InitialValues({**self.filled(op, W, dtype), **self.files.derived(op, W, dtype, {})})
 
     def check_merge(self, op: Op) -> str:
         return "X-LoRA weighs its experts token by token, which no weight can"
@@ -173,6 +189,3 @@ class XLora(Method):
                 "one, in their adapter_config.json, or train without"
             )
         return super().trained()
-
-    def following(self, home: str) -> Any:
-        return None  # experts are plain LoRA adapters, which have no tied layers

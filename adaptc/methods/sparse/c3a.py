@@ -21,7 +21,8 @@ from adaptc.methods._shared.name_patterns import dotted_pattern_value, matches_d
 from adaptc.methods._shared.option_checks import check_matrix
 from adaptc.methods.sparse.sparse import check_positive_counts, float32_or_wider
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
 
 KERNEL = "c3a_kernel"
 RANDOM_SCHEMES = ("xavier_uniform", "gaussian", "kaiming_uniform")
@@ -68,8 +69,8 @@ class C3A(Method):
     """C3A at one site, with blocks of size ``block``. ``scheme``: the ``init_weights`` of the config."""
 
     name: ClassVar[str] = "c3a"
-    file_names: ClassVar[tuple[str, ...]] = (KERNEL,)
     takes_complex: ClassVar[bool] = False
+    files = FileFormat(names=(KERNEL,), summed=KERNEL)
 
     block: int = 256
     scheme: bool | str = "xavier_uniform"
@@ -84,10 +85,7 @@ class C3A(Method):
             )
         return {KERNEL: Slot((rows // self.block, columns // self.block, self.block))}
 
-    def summed(self) -> str:
-        return KERNEL
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         (slot,) = self.slots(op).values()
         rows, columns = op.matrix_shape
         values = torch.zeros(slot.shape)
@@ -97,7 +95,7 @@ class C3A(Method):
             kaiming = self.scheme == "kaiming_uniform"
             bound = sqrt(1 / columns) if kaiming else sqrt(3) * sqrt(2 / (rows + columns))
             values.uniform_(-bound, bound, generator=generator)
-        return Initial({KERNEL: values.to(W.device, dtype)})
+        return InitialValues({KERNEL: values.to(W.device, dtype)})
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         rows, columns = op.matrix_shape

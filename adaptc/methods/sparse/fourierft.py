@@ -17,6 +17,7 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.name_patterns import dotted_pattern_value, matches_dotted_pattern
 from adaptc.methods.sparse.sparse import (
     SparseSpectrumMethod,
+    SpectrumFiles,
     check_positive_counts,
     check_seed,
     float32_or_wider,
@@ -72,7 +73,7 @@ class FourierFT(SparseSpectrumMethod):
     name: ClassVar[str] = "fourierft"
     takes_complex: ClassVar[bool] = False
     slot_prefix: ClassVar[str] = "fourierft"
-    file_names: ClassVar[tuple[str, ...]] = ("fourierft_spectrum",)
+    files = SpectrumFiles(names=("fourierft_spectrum",))
 
     def initial_values(self, generator: torch.Generator | None) -> Tensor:
         # Drawn even for zeros, as in PEFT: else one seed would give later layers other values than PEFT.

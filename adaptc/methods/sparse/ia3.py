@@ -23,7 +23,8 @@ from adaptc.methods._shared.model_facts import ModelFacts
 from adaptc.methods._shared.option_checks import check_matrix
 from adaptc.methods._shared.union_configs import exact_names_regex
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
 from adaptc.patterns import compile_pattern
 
 SLOT = "ia3_l"
@@ -108,7 +109,7 @@ class IA3(Method):
     """IA3 at one site. ``feedforward``: scales its inputs. ``scheme`` False: first values are normal random numbers."""
 
     name: ClassVar[str] = "ia3"
-    file_names: ClassVar[tuple[str, ...]] = (SLOT,)
+    files = FileFormat(names=(SLOT,), summed=SLOT)
 
     feedforward: bool = False
     scheme: bool = True
@@ -120,15 +121,12 @@ class IA3(Method):
             return {SLOT: Slot((1, n, *(1 for _ in op.kernel)), fill=1.0)}
         return {SLOT: Slot((1, n) if self.feedforward else (n, 1), fill=1.0)}
 
-    def summed(self) -> str:
-        return SLOT
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         source = torch.device("cpu") if generator is None else generator.device
         # PEFT draws even where ones follow, so that later layers see the same generator.
         drawn = torch.randn(self.slots(op)[SLOT].shape, generator=generator, device=source)
         value = torch.ones_like(drawn) if self.scheme else drawn
-        return Initial({SLOT: value.to(W.device, dtype)})
+        return InitialValues({SLOT: value.to(W.device, dtype)})
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         factors = slots[SLOT].reshape(-1)

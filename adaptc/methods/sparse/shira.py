@@ -22,8 +22,10 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix
 from adaptc.methods.sparse.sparse import draw_distinct
 from adaptc.passes.graph.ops import Op, cast
-from adaptc.passes.protocol.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.method_hooks import SiteDescription
+from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.method_part import SiteDescription
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
 
@@ -59,12 +61,56 @@ class ShiraConfig(TargetedConfig):
         return Shira(self.r, self.random_seed, self.mask_type, self.init_weights, self.mask_fn)
 
 
+class ShiraFiles(FileFormat):
+    method: Shira
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        indices = found.get(INDICES)
+        if indices is None or indices.ndim != 2 or indices.shape[0] != 2:
+            return dict(found)
+        indices = indices.to(torch.int32)  # written as floats on Windows
+        for axis, size, values in zip(("row", "column"), op.matrix_shape, indices, strict=True):
+            outside = values[(values < 0) | (values >= size)]
+            if outside.numel():
+                raise CheckpointError(
+                    f"shira_indices holds {axis} {int(outside[0])}, and the matrix has shape {op.matrix_shape}"
+                )
+        return {**found, INDICES: indices}
+
+
+class ShiraSizes(SizeRule):
+    method: Shira
+
+    def specialized_for(self, op: Op) -> Shira:
+        rows, columns = op.matrix_shape
+        most = rows * columns // (rows + columns)
+        r = self.method.r
+        if r > most:
+            fits = f"r={most} is the most that fits" if most else "no r fits: leave this layer out"
+            raise ConfigError(
+                f"r={r} means {r * (rows + columns)} entries, more than the {rows * columns} of a matrix of "
+                f"shape {op.matrix_shape}; {fits}"
+            )
+        return self.method
+
+    def minimal(self, op: Op) -> Shira:
+        return dataclasses.replace(self.method, r=2 * op.groups)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Shira:
+        found = slots.get(WEIGHT)
+        return (
+            self.method if found is None else dataclasses.replace(self.method, r=found.shape[0] // sum(op.matrix_shape))
+        )
+
+
 @dataclass(frozen=True)
 class Shira(Method):
     """SHiRA at one site, with r (rows + columns) entries. ``zeros``: first values are zeros, else random."""
 
     name: ClassVar[str] = "shira"
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"seed", "mask_type", "zeros", "mask_fn"}
+    files = ShiraFiles()
+    sizes = ShiraSizes()
 
     r: int = 32
     seed: int | None = None
@@ -87,32 +133,14 @@ class Shira(Method):
             INDICES: Slot((2, n), free=(1,), dtype=torch.int32, trainable=False),
         }
 
-    def at(self, op: Op) -> Shira:
-        rows, columns = op.matrix_shape
-        most = rows * columns // (rows + columns)
-        if self.r > most:
-            fits = f"r={most} is the most that fits" if most else "no r fits: leave this layer out"
-            raise ConfigError(
-                f"r={self.r} means {self.r * (rows + columns)} entries, more than the {rows * columns} of a matrix of "
-                f"shape {op.matrix_shape}; {fits}"
-            )
-        return self
-
-    def minimal(self, op: Op) -> Shira:
-        return dataclasses.replace(self, r=2 * op.groups)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Shira:
-        found = slots.get(WEIGHT)
-        return self if found is None else dataclasses.replace(self, r=found.shape[0] // sum(op.matrix_shape))
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         rows, columns = op.matrix_shape
         n = self.r * (rows + columns)
         # The mask comes before the values, as in PEFT: a mask_fn may read the global generator, so the order matters.
         at = self._draw_flat_indices(op, W, n)
         values = torch.zeros(n) if self.zeros else torch.randn(n, generator=generator)
         indices = torch.stack([at // columns, at % columns]).to(torch.int32)
-        return Initial({WEIGHT: values.to(W.device, dtype), INDICES: indices.to(W.device)})
+        return InitialValues({WEIGHT: values.to(W.device, dtype), INDICES: indices.to(W.device)})
 
     def _draw_flat_indices(self, op: Op, W: Tensor, n: int) -> Tensor:
         """Return the ``n`` flat places of the entries, in ascending order.
@@ -141,19 +169,6 @@ class Shira(Method):
                 f"elsewhere; it gave {gave}"
             )
         return mask.flatten().nonzero().squeeze(1)
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        indices = found.get(INDICES)
-        if indices is None or indices.ndim != 2 or indices.shape[0] != 2:
-            return dict(found)
-        indices = indices.to(torch.int32)  # written as floats on Windows
-        for axis, size, values in zip(("row", "column"), op.matrix_shape, indices, strict=True):
-            outside = values[(values < 0) | (values >= size)]
-            if outside.numel():
-                raise CheckpointError(
-                    f"shira_indices holds {axis} {int(outside[0])}, and the matrix has shape {op.matrix_shape}"
-                )
-        return {**found, INDICES: indices}
 
     def scale(self, op: Op) -> float:
         return 1.0

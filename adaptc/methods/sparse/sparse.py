@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch import Tensor
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.option_checks import check_integers, check_matrix
 from adaptc.passes.graph.ops import Op
-from adaptc.passes.protocol.method import Initial, Method, Slot, Slots
+from adaptc.passes.protocol.method import InitialValues, Method, Slot, Slots
+from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.torch_modes import outside_modes
 
 
@@ -71,12 +73,44 @@ def check_seed(config: Any) -> None:
         )
 
 
+class SpectrumFiles(FileFormat):
+    method: SparseSpectrumMethod
+
+    def summed(self) -> str:
+        return self.method.spectrum_slot
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {self.method.indices_slot: self.method.draw_indices(op).to(W.device)}
+
+
+class SpectrumSizes(SizeRule):
+    method: SparseSpectrumMethod
+
+    def specialized_for(self, op: Op) -> Any:
+        total = prod(op.matrix_shape)
+        if self.method.r > total:
+            raise ConfigError(
+                f"n_frequency={self.method.r} is more than the {total} entries of a matrix of shape {op.matrix_shape}; "
+                "n_frequency_pattern gives this layer another number"
+            )
+        return self.method
+
+    def minimal(self, op: Op) -> Any:
+        return dataclasses.replace(self.method, r=2 * op.groups)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Any:
+        found = slots.get(self.method.spectrum_slot)
+        return self.method if found is None else dataclasses.replace(self.method, r=found.shape[0])
+
+
 @dataclass(frozen=True)
 class SparseSpectrumMethod(Method):
     """A method with ``r`` coefficients of a transform of the weight, at indices drawn with ``seed``."""
 
     slot_prefix: ClassVar[str] = ""
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "seed", "zeros"}
+    files = SpectrumFiles()
+    sizes = SpectrumSizes()
 
     r: int = 1000
     scaling: float = 1.0
@@ -86,9 +120,6 @@ class SparseSpectrumMethod(Method):
     @property
     def spectrum_slot(self) -> str:
         return f"{self.slot_prefix}_spectrum"
-
-    def summed(self) -> str:
-        return self.spectrum_slot
 
     @property
     def indices_slot(self) -> str:
@@ -101,35 +132,16 @@ class SparseSpectrumMethod(Method):
             self.indices_slot: Slot((self.r,), free=(0,), dtype=torch.int64, trainable=False, saved=False),
         }
 
-    def at(self, op: Op) -> Self:
-        total = prod(op.matrix_shape)
-        if self.r > total:
-            raise ConfigError(
-                f"n_frequency={self.r} is more than the {total} entries of a matrix of shape {op.matrix_shape}; "
-                "n_frequency_pattern gives this layer another number"
-            )
-        return self
-
-    def minimal(self, op: Op) -> Self:
-        return dataclasses.replace(self, r=2 * op.groups)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Self:
-        found = slots.get(self.spectrum_slot)
-        return self if found is None else dataclasses.replace(self, r=found.shape[0])
-
     def scale(self, op: Op) -> float:
         return self.scaling
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         values = self.initial_values(generator).to(W.device, dtype)
-        return Initial({self.spectrum_slot: values, **self.derived(op, W, dtype, {})})
+        return InitialValues({self.spectrum_slot: values, **self.files.derived(op, W, dtype, {})})
 
     def initial_values(self, generator: torch.Generator | None) -> Tensor:
         """Return the first values of the coefficients, (r,), drawn in float32."""
         raise AssertionError(f"{type(self).__name__} must define first()")
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {self.indices_slot: self.draw_indices(op).to(W.device)}
 
     def draw_indices(self, op: Op) -> Tensor:
         """Return the flat indices of the coefficients in the weight as a matrix: (r,), int64 on the CPU."""

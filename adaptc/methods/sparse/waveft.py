@@ -24,6 +24,8 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.name_patterns import pattern_value
 from adaptc.methods.sparse.sparse import (
     SparseSpectrumMethod,
+    SpectrumFiles,
+    SpectrumSizes,
     check_positive_counts,
     check_seed,
     float32_or_wider,
@@ -31,6 +33,7 @@ from adaptc.methods.sparse.sparse import (
 )
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Method, Scale, Slot, Slots
+from adaptc.passes.protocol.parts.shared_slots import SharedSlots
 
 #: the wavelet families that PEFT's config accepts, though its layers have filters for few of them
 FAMILIES = (
@@ -111,18 +114,67 @@ def load_wavelet(family: str) -> Any:
     return pywt.Wavelet(family)
 
 
+class WaveFTFiles(SpectrumFiles):
+    method: WaveFT
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        if not self.method.taps:
+            return super().derived(op, W, dtype, found)
+        flat_indices, columns = self.method.draw_indices(op), op.matrix_shape[1]
+        height, width = self.method.quarter_shape(op)
+        # The coefficients form four quarters: low and high frequencies along the rows, times low and high along the
+        # columns. PEFT's layout has the upper right and the lower left quarter exchanged.
+        row, column = (i + self.method.taps - 1 for i in (flat_indices // columns, flat_indices % columns))
+        low, right = row >= height, column >= width
+        flat_indices = right * height + row % height
+        flat_indices = flat_indices * 2 * width + low * width + column % width
+        lo, hi = (torch.tensor(f, dtype=dtype).unflatten(0, (-1, 2)) for f in self.method.wavelet_filters())
+        filters = torch.stack([lo, hi], 1).flip(0).transpose(0, 2).contiguous()
+        return {self.method.indices_slot: flat_indices.to(W.device), FILTERS: filters.to(W.device)}
+
+
+class WaveFTSizes(SpectrumSizes):
+    method: WaveFT
+
+    def specialized_for(self, op: Op) -> WaveFT:
+        return (
+            self.method if self.method.proportional else super().specialized_for(op)
+        )  # a mean may exceed a small layer, which gets less
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> WaveFT:
+        return dataclasses.replace(super().with_sizes_of(op, slots), proportional=False)
+
+
+class WaveFTSharing(SharedSlots):
+    method: WaveFT
+
+    def settle_shared_sizes(self, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+        sizes = [prod(op.matrix_shape) for _, op in sites]
+
+        def share(m: Any, op: Op, size: int) -> Method:
+            if not m.proportional:
+                return m
+            r = max(1, round(size / sum(sizes) * (m.r * len(sizes))))
+            return dataclasses.replace(m, r=r, proportional=False).sizes.specialized_for(op)
+
+        return [share(m, op, size) for (m, op), size in zip(sites, sizes, strict=True)]
+
+
 @dataclass(frozen=True)
 class WaveFT(SparseSpectrumMethod):
     """WaveFT at one site. ``taps``: half the length of the filters, on which the code depends; 0 without a wavelet.
 
-    ``proportional``: ``r`` is still the mean over all layers, until :meth:`settle_shared_sizes` gives each its share.
+    ``proportional``: ``r`` is still the mean over all layers, until :meth:`WaveFTSharing.settle_shared_sizes` gives
+    each its share.
     """
 
     name: ClassVar[str] = "waveft"
     takes_complex: ClassVar[bool] = False
     slot_prefix: ClassVar[str] = "waveft"
-    file_names: ClassVar[tuple[str, ...]] = ("waveft_spectrum",)
     swappable: ClassVar[frozenset[str]] = SparseSpectrumMethod.swappable | {"family", "proportional"}
+    files = WaveFTFiles(names=("waveft_spectrum",))
+    sizes = WaveFTSizes()
+    sharing = WaveFTSharing()
 
     family: str = "db1"
     taps: int = 1
@@ -134,47 +186,14 @@ class WaveFT(SparseSpectrumMethod):
             slots[FILTERS] = Slot((2, 2, self.taps), trainable=False, saved=False)
         return slots
 
-    def at(self, op: Op) -> WaveFT:
-        return self if self.proportional else super().at(op)  # a mean may exceed a small layer, which gets less
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> WaveFT:
-        return dataclasses.replace(super().with_sizes_of(op, slots), proportional=False)
-
-    @classmethod
-    def settle_shared_sizes(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
-        sizes = [prod(op.matrix_shape) for _, op in sites]
-
-        def share(m: Any, op: Op, size: int) -> Method:
-            if not m.proportional:
-                return m
-            r = max(1, round(size / sum(sizes) * (m.r * len(sizes))))
-            return dataclasses.replace(m, r=r, proportional=False).at(op)
-
-        return [share(m, op, size) for (m, op), size in zip(sites, sizes, strict=True)]
-
     def initial_values(self, generator: torch.Generator | None) -> Tensor:
         return torch.zeros(self.r) if self.zeros else torch.randn(self.r, generator=generator) * 0.01
 
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        if not self.taps:
-            return super().derived(op, W, dtype, found)
-        flat_indices, columns = self.draw_indices(op), op.matrix_shape[1]
-        height, width = self._quarter_shape(op)
-        # The coefficients form four quarters: low and high frequencies along the rows, times low and high along the
-        # columns. PEFT's layout has the upper right and the lower left quarter exchanged.
-        row, column = (i + self.taps - 1 for i in (flat_indices // columns, flat_indices % columns))
-        low, right = row >= height, column >= width
-        flat_indices = right * height + row % height
-        flat_indices = flat_indices * 2 * width + low * width + column % width
-        lo, hi = (torch.tensor(f, dtype=dtype).unflatten(0, (-1, 2)) for f in self._wavelet_filters())
-        filters = torch.stack([lo, hi], 1).flip(0).transpose(0, 2).contiguous()
-        return {self.indices_slot: flat_indices.to(W.device), FILTERS: filters.to(W.device)}
-
-    def _wavelet_filters(self) -> tuple[Sequence[float], Sequence[float]]:
+    def wavelet_filters(self) -> tuple[Sequence[float], Sequence[float]]:
         w = load_wavelet(self.family)
         return w.rec_lo, w.rec_hi
 
-    def _quarter_shape(self, op: Op) -> tuple[int, int]:
+    def quarter_shape(self, op: Op) -> tuple[int, int]:
         """Return the rows and columns of one quarter of the coefficients, padded for the filters at the edges."""
         rows, columns = op.matrix_shape
         return (rows + 1) // 2 + self.taps - 1, (columns + 1) // 2 + self.taps - 1
@@ -185,7 +204,7 @@ class WaveFT(SparseSpectrumMethod):
         rows, columns = op.matrix_shape
         if not self.taps:
             return cast(W + op.unmatrix(scatter_dense((rows, columns), slots[self.indices_slot], values)), W.dtype)
-        height, width = self._quarter_shape(op)
+        height, width = self.quarter_shape(op)
         change = scatter_dense((2 * height, 2 * width), slots[self.indices_slot], values)
         for _ in range(2):  # along the columns, then along the rows
             change = _inverse_wavelet(change, cast(slots[FILTERS], wide)).t()

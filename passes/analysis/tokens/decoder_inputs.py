@@ -74,14 +74,14 @@ def find_decoder_values(lifted: LiftedProgram, method: ProgramMethod) -> list[Pr
     if ids is not None:
         out.append(ProgramValue("decoder_tokens", ids, value_readers(ids), {"plain": ordinary_token_id(lifted, ids)}))
     if mask is not None:
-        out.append(ProgramValue("decoder_attended", mask, value_readers(mask)))
+        out.append(ProgramValue("decoder_attention_mask", mask, value_readers(mask)))
     if labels is not None:
         out.append(ProgramValue("decoder_labels", labels, value_readers(labels)))
     if ids is None:
         shifted = argument(lookup.node, 1)
         out.append(ProgramValue("decoder_shifted", shifted, _readers_after_writes(lifted, shifted)))
     last = module_output_of(lifted, lookup.node)
-    return [*out, ProgramValue("decoder_embedded", last, tuple(last.users))]
+    return [*out, ProgramValue("decoder_inputs_embeds", last, tuple(last.users))]
 
 
 def _readers_after_writes(lifted: LiftedProgram, node: fx.Node) -> tuple[fx.Node, ...]:

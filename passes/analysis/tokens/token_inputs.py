@@ -35,11 +35,11 @@ _EMBEDDING = aten.embedding.default
 VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.unsqueeze.default, aten.clone.default)
 #: input of transformers' models with one entry per token, apart from the tokens themselves -> the name of its value
 PER_TOKEN_INPUTS = {
-    "attention_mask": "attended",
-    "decoder_attention_mask": "attended",
-    "position_ids": "positions",
-    "decoder_position_ids": "positions",
-    "token_type_ids": "segments",
+    "attention_mask": "attention_mask",
+    "decoder_attention_mask": "attention_mask",
+    "position_ids": "position_ids",
+    "decoder_position_ids": "position_ids",
+    "token_type_ids": "token_type_ids",
     "labels": "labels",
 }
 
@@ -96,9 +96,9 @@ def find_program_values(lifted: LiftedProgram, method: ProgramMethod, lookup: Lo
             )
         return []
     out = per_token_values(lifted, method, lookup)
-    if not method.changes("cached"):
+    if not method.changes("past_key_values"):
         last = module_output_of(lifted, lookup.node)
-        out.append(ProgramValue("embedded", last, tuple(last.users)))
+        out.append(ProgramValue("inputs_embeds", last, tuple(last.users)))
         if method.changes("loss") and (found := _loss_value(lifted)) is not None:
             out.append(found)
     missing = [p for p in out if not method.changes(p.name)]
@@ -150,7 +150,7 @@ def per_token_values(lifted: LiftedProgram, method: ProgramMethod, lookup: Looku
                 f"of {lookup.ids.name!r}, and it is not known what it has for tokens that are put in front of them. "
                 f"Known are inputs of two axes called {listing(PER_TOKEN_INPUTS)}: capture the model without {name!r}."
             )
-        if value_name != "labels" or not method.changes("cached"):
+        if value_name != "labels" or not method.changes("past_key_values"):
             out.append(ProgramValue(value_name, node, value_readers(node)))
     return out
 

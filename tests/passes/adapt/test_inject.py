@@ -130,7 +130,9 @@ def test_identity_slots_compute_the_base(name: str, dtype: torch.dtype) -> None:
         op = site_op(lifted, a)
         identity = a.method.identity(op, op.canonical(lifted.tensor(a.fqn).detach()), torch.float32)
         values |= {
-            a.method.fqn(a.slot_path, n, a.adapter): t.to(values[a.method.fqn(a.slot_path, n, a.adapter)].dtype)
+            a.method.files.fqn(a.slot_path, n, a.adapter): t.to(
+                values[a.method.files.fqn(a.slot_path, n, a.adapter)].dtype
+            )
             for n, t in identity.items()
         }
     adapted = Inject(attachments, values)(program).program

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import ConfigError, MethodError, TargetError
-from adaptc.methods import Initial, Op, Slot, TargetedConfig, config_class
+from adaptc.methods import InitialValues, Op, Slot, TargetedConfig, config_class
 from adaptc.methods._shared.registry import CONFIGS
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.method_checks import (
     TRACED_PROMISES,
     VALUE_PROMISES,
-    check_names,
     check_promises,
     code_serves_all_sizes,
 )
+from adaptc.passes.protocol.method_names import check_names
 from tests.support.method_table import BY_NAME, ENTRIES
 from tests.support.odd_methods import registered
 from tests.support.subject import Subject
@@ -39,13 +39,10 @@ class Plain(Method):
         rows, columns = op.matrix_shape
         return {"plain_A": Slot((self.r, columns), free=(0,)), "plain_B": Slot((rows, self.r), free=(1,))}
 
-    def minimal(self, op: Op) -> Plain:
-        return dataclasses.replace(self, r=2)
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> Initial:
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> InitialValues:
         values = {n: torch.zeros(s.shape, dtype=dtype, device=W.device) for n, s in self.slots(op).items()}
         values["plain_A"].normal_(generator=generator)
-        return Initial(values)
+        return InitialValues(values)
 
     def weight(self, op: Op, W: Tensor, slots: Any, scale: Any) -> Tensor:
         change = slots["plain_B"] @ slots["plain_A"]
@@ -60,8 +57,8 @@ class DeLoRA(Plain):
         norms = A.norm(dim=1, keepdim=True) * B.norm(dim=0).unsqueeze(1) + 1e-6
         return W + op.unmatrix(B @ (A / norms) * (4.0 / self.r)).to(W.dtype)
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> Initial:
-        return Initial({n: torch.randn(s.shape, dtype=dtype) for n, s in self.slots(op).items()})
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> InitialValues:
+        return InitialValues({n: torch.randn(s.shape, dtype=dtype) for n, s in self.slots(op).items()})
 
 
 def changed(W: Tensor, slots: Any) -> Tensor:
@@ -71,8 +68,8 @@ def changed(W: Tensor, slots: Any) -> Tensor:
 CAPTURED = torch.randn(10, 6)
 
 
-def zeros(self: Plain, op: Op, *_: Any) -> Initial:
-    return Initial({n: torch.zeros(s.shape, dtype=torch.float64) for n, s in self.slots(op).items()})
+def zeros(self: Plain, op: Op, *_: Any) -> InitialValues:
+    return InitialValues({n: torch.zeros(s.shape, dtype=torch.float64) for n, s in self.slots(op).items()})
 
 
 def stops(W: Tensor, slots: Any) -> Tensor:
@@ -164,16 +161,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"the gradient of 'plain_A', 'plain_B' is zero \(zero at the start: 'plain_B'\)\. Start",
     ),
     "another shape than announced": (
-        {"init": lambda self, op, W, dtype, generator=None: Initial({n: torch.ones(3, 3) for n in self.slots(op)})},
+        {
+            "init": lambda self, op, W, dtype, generator=None: InitialValues(
+                {n: torch.ones(3, 3) for n in self.slots(op)}
+            )
+        },
         r"init\(\) must give 'plain_A' the shape \(2, 6\), as slots\(\) says, got \(3, 3\)",
     ),
     "other slots than announced": (
-        {"init": lambda self, op, W, dtype, generator=None: Initial({"B": torch.ones(3, 3)})},
+        {"init": lambda self, op, W, dtype, generator=None: InitialValues({"B": torch.ones(3, 3)})},
         r"init\(\) must give the slots \['plain_A', 'plain_B'\], got \['B'\]",
     ),
     "a dtype of its own": (
         {
-            "init": lambda self, op, W, dtype, generator=None: Initial(
+            "init": lambda self, op, W, dtype, generator=None: InitialValues(
                 {n: torch.ones(s.shape) for n, s in self.slots(op).items()}
             )
         },
@@ -391,15 +392,16 @@ def test_the_promise_of_sizes_sees_what_a_built_in_method_would_do_wrong(monkeyp
         lora.slots(Op("weight", (7,)))
 
 
-def test_an_option_that_hides_a_function_is_refused() -> None:
-    Hiding = dataclasses.make_dataclass("Hiding", [("extras", int, 3)], bases=(Plain,), frozen=True)
-    with pytest.raises(MethodError, match="has an option called 'extras', as a function of every method is"):
+@pytest.mark.parametrize(("name", "what"), [("structure", "a function"), ("sizes", "an object")])
+def test_an_option_that_hides_a_name_of_the_protocol_is_refused(name: str, what: str) -> None:
+    Hiding = dataclasses.make_dataclass("Hiding", [(name, int, 3)], bases=(Plain,), frozen=True)
+    with pytest.raises(MethodError, match=f"has an option called {name!r}, as {what} of every method is"):
         check_promises(Hiding(), Op("linear", (3, 5)))
 
 
-@pytest.mark.parametrize("name", ["shares", "extras", "minimal", "settle_shared_sizes"])
+@pytest.mark.parametrize("name", ["trained", "check_merge", "has_apply", "from_options", "files", "sharing"])
 def test_a_value_of_the_class_that_hides_a_function_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``shares = True`` in a class is no field, and was called all the same."""
+    """``trained = True`` in a class is no field, and was called all the same."""
     Hiding = dataclasses.dataclass(frozen=True)(type("Hiding", (Plain,), {"name": "hiding", name: True}))
 
     @dataclasses.dataclass
@@ -412,7 +414,7 @@ def test_a_value_of_the_class_that_hides_a_function_is_refused(name: str, monkey
     registered(monkeypatch, HidingConfig, Hiding)
     own = HidingConfig(target_modules=["0"])
     for adapters in (own, [own, adaptc.LoraConfig(r=2, target_modules=["0"])]):
-        with pytest.raises(MethodError, match=rf"Hiding\.{name} is True, and a function of every method has that name"):
+        with pytest.raises(MethodError, match=rf"Hiding\.{name} is True, and (a function|that name is for an object)"):
             adaptc.compile(net(), adapters, example_inputs=torch.randn(3, 6))
 
 

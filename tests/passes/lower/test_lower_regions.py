@@ -179,7 +179,7 @@ class Copied(Lora):
 
 
 def test_a_class_that_changes_the_formula_does_not_inherit_its_kernels() -> None:
-    assert Copied(r=3).unfused(Op("linear", (3, 7), torch.ops.aten.linear.default)) == "lora has no kernels"
+    assert Copied(r=3).kernels.why_missing(Op("linear", (3, 7), torch.ops.aten.linear.default)) == "lora has no kernels"
     p, attachments, _ = adapted(("plain.weight", Copied(r=3)))
     new, notes = lowered(p, attachments)
     assert not kernels(new.graph)

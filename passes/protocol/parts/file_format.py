@@ -1,0 +1,80 @@
+"""The form that a method's slots have in adapter files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.parts.low_rank import LowRank
+from adaptc.passes.protocol.parts.method_part import MethodPart, Slots
+
+
+class FileFormat(MethodPart):
+    """The tensors that files hold for a site. By default these are the slots that are ``saved``, unchanged.
+
+    ``names`` are the names of the tensors in files, after the path of the site, for readers of a file that have no
+    model. ``summed`` is the name of the tensor in which the weight's change is linear, and '' where there is none.
+    """
+
+    def __init__(self, names: tuple[str, ...] = (), summed: str = "") -> None:
+        self.names = names
+        self._summed = summed
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the slots made from a file's tensors for this site. Raises CheckpointError."""
+        return dict(found)
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Return the tensors that a file holds for these slots; the inverse of :meth:`read`."""
+        return dict(slots)
+
+    def keys(self, op: Op) -> list[str]:
+        """Return further names that a file may have for this site beside the saved slots, for :meth:`read`."""
+        return []
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        """Return values of the slots that a file does not hold, derived from ``found``, the slots that it does."""
+        return self.method.identity(op, W, dtype)
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        """Return the name of a slot in the program's state dict, which is PEFT's name in a wrapped model."""
+        head, _, tail = slot.partition(".")
+        return ".".join(p for p in (place, head, adapter, tail) if p)
+
+    def inner_path(self, rest: str) -> str | None:
+        """Return the path inside the adapted module that ``rest`` stands for, the end of a file's key.
+
+        Only a method that trains a module's own tensors has such a path. None for all others.
+        """
+        return None
+
+    def in_place(self) -> bool:
+        """Return whether PEFT trains the base's own tensor, so that the adapter adds no parameters to count."""
+        return False
+
+    # -- several adapters made into one ------------------------------------------------------------------------------
+
+    def summed(self) -> str:
+        """Return the name in files of the tensor in which the weight's change is linear; '' where there is none.
+
+        Adapters that agree in all other tensors are combined by a weighted sum of this one.
+        """
+        return self._summed
+
+    def low_rank(self, found: Slots) -> LowRank | None:
+        """Return the change that a file's tensors make at a site, if it is the matmul of two tensors and nothing else.
+
+        None for all other methods. Raises CheckpointError for tensors that do not fit together.
+        """
+        return None
+
+    def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
+        """Return the tensors that make a low-rank change at this site; the inverse of :meth:`low_rank`.
+
+        ``like`` are the tensors of another adapter of this method at this site. The result has their shapes, except for
+        the rank. The tensors do not hold ``change.scale``, so the caller has to account for it.
+        """
+        raise AssertionError(f"{type(self).__name__} has no with_low_rank()")

@@ -1,0 +1,30 @@
+"""A whole adapted layer, computed by kernels made for a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.parts.method_part import MethodPart, Slots
+
+
+class KernelForm(MethodPart):
+    """The kernels of a method. By default there are none."""
+
+    def why_missing(self, op: Op) -> str:
+        """Return why :meth:`apply` is not defined at this site; '' where it is.
+
+        A class that overrides ``apply``, ``input`` or ``bias`` of a class with kernels loses the kernels, since they do
+        not match its forms.
+        """
+        owner = self.method.class_that_defines("kernels")
+        forms = (self.method.class_that_defines(n) for n in ("apply", "input", "bias"))
+        if self.defines("apply") and all(issubclass(owner, form) for form in forms):
+            return ""
+        return f"{self.method.name} has no kernels"
+
+    def apply(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Any) -> Tensor:
+        """Return what the layer with the method's ``input`` and ``apply`` computes, up to rounding."""
+        raise AssertionError(f"{type(self).__name__} has no apply()")

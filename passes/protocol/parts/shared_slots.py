@@ -1,0 +1,47 @@
+"""Slots that are one tensor for several sites of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.parts.method_part import MethodPart
+
+
+class SharedSlots(MethodPart):
+    """The slots that sites of an adapter share. By default there are none.
+
+    ``shares``: whether the method has slots that all sites share.
+    """
+
+    def __init__(self, shares: bool = False) -> None:
+        self._shares = shares
+
+    def shares(self) -> bool:
+        """Return whether the method has slots that all sites share."""
+        return self._shares
+
+    def settle_shared_sizes(self, sites: Sequence[tuple[Any, Op]]) -> list[Any]:
+        """Return the methods of all sites of one adapter, given as (method, op), adjusted to each other's sizes.
+
+        A shared slot must be as large as its largest site needs. It is asked of the class, so there is no ``method``.
+        """
+        return [method for method, _ in sites]
+
+    def grouped_slots(self, sites: Sequence[tuple[Any, Op]]) -> list[Mapping[str, int]]:
+        """Return, for each site, the slots that it shares with others: slot name -> index of the group's first site.
+
+        ``sites`` are those of one adapter, as (method, op), in the order of the model's modules. The index counts in
+        ``sites``. The adapter decides which slots are one tensor. In the program and in files each site has a slot of
+        its own, so adapters with different groups run through the same code. It is asked of the class, so there is no
+        ``method``.
+        """
+        return [{} for _ in sites]
+
+    def tied_to(self, home: str) -> Any:
+        """Return the method for a linear layer tied to the embedding at module ``home``, using the embedding's slots.
+
+        The two then change one weight. None where the method has no such form.
+        """
+        return None
