@@ -1,7 +1,7 @@
 """Check the tensors that a caller gives, before anything relies on them.
 
-Each bare key gets one plain dense tensor whose values are in memory. Otherwise a CheckpointError names the key and what
-was found there. Values are not checked.
+Each key has one plain dense tensor whose values are in memory. Otherwise a CheckpointError names the key and what was
+found there. Values are not checked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from adaptc.adapter_files.directory import bare_key
+from adaptc.adapter_files.format import bare_key
 from adaptc.errors import CheckpointError
 from adaptc.torch_modes import is_wrapped_or_dual
 
@@ -25,26 +25,34 @@ def is_state_dict(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
 
 
-def check_state_dict(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None) -> dict[str, Tensor]:
-    """Return ``tensors`` with bare keys. Without a ``peft_type`` the keys are taken for bare.
-
-    Raises CheckpointError for a value that cannot be bound, and for two spellings of one key.
-    """
-    out: dict[str, Tensor] = {}
-    spellings: dict[str, str] = {}
+def check_state_dict(tensors: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    """Return ``tensors`` as a dict. Raises CheckpointError for a key that is no name, and for a value that cannot be
+    bound."""
     for key, value in tensors.items():
         if not isinstance(key, str):
             raise CheckpointError(f"{source}: key {key!r} is a {type(key).__name__}; keys are the names PEFT gives")
         if fault := _describe_problem(value):
             raise CheckpointError(f"{source}: {key!r} is {fault}; {_EXPECTED}")
-        bare = key if peft_type is None else bare_key(key, peft_type) or key
-        if bare in spellings:
+    return dict(tensors)
+
+
+def bare_tensors(tensors: Mapping[str, Tensor], source: str, peft_type: str) -> dict[str, Tensor]:
+    """Return ``tensors`` with bare keys. A key without a prefix counts as bare.
+
+    Raises CheckpointError for two spellings of one key.
+    """
+    out = {bare_key(key, peft_type) or key: value for key, value in tensors.items()}
+    if len(out) == len(tensors):
+        return out
+    spellings: dict[str, str] = {}
+    for key in tensors:
+        other = spellings.setdefault(bare_key(key, peft_type) or key, key)
+        if other != key:
             raise CheckpointError(
-                f"{source}: {spellings[bare]!r} and {key!r} are two spellings of one key, and which tensor is meant is "
-                "not known; drop one of them"
+                f"{source}: {other!r} and {key!r} are two spellings of one key, and which tensor is meant is not "
+                "known; drop one of them"
             )
-        spellings[bare], out[bare] = key, value
-    return out
+    raise AssertionError("two keys have one bare form")
 
 
 def _describe_problem(value: Any) -> str:

@@ -14,7 +14,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from torch import Tensor
 from adaptc.adapter_files import atomic_write as _atomic_write
 from adaptc.adapter_files import safe_load as _safe_load
 from adaptc.adapter_files import safetensors_reader as _reader
+from adaptc.adapter_files.adapter_data import AdapterData
 from adaptc.adapter_files.format import (
     CONFIG_NAME,
     MODEL_CARD_NAME,
@@ -38,7 +38,7 @@ from adaptc.adapter_files.format import (
     to_json_value,
     write_model_card,
 )
-from adaptc.adapter_files.key_mapping import compile_rules, rename_bare_keys
+from adaptc.adapter_files.key_mapping import rename_bare_keys
 from adaptc.adapter_files.locate import (
     check_plain_name,
     describe_directory,
@@ -46,12 +46,10 @@ from adaptc.adapter_files.locate import (
     open_config,
     parse_adapter_config,
 )
-from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
 from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile, retry_while_changing
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, short_repr
 
 __all__ = [
-    "AdapterFile",
     "bare_key",
     "check_finite",
     "read_checked",
@@ -63,32 +61,6 @@ __all__ = [
 
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterFile:
-    """An adapter as it was on disk at one moment.
-
-    ``tensors`` maps bare keys to tensors in the file's own dtypes. They have memory of their own, so later changes to
-    the file do not reach them.
-    """
-
-    config: dict[str, Any]
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    #: the directory that holds the files (the sub-directory, for a named adapter)
-    path: Path
-    weights_name: str = SAFETENSORS_WEIGHTS_NAME
-    #: all floating-point data of the file in as few tensors as possible, where that is known
-    flat_tensors: Sequence[Tensor] = field(default=(), repr=False)
-    #: the format that the file had before it was converted to this one
-    origin: FileOrigin = PEFT_ORIGIN
-    #: whether the adapter is new, made from files of other adapters
-    is_new: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Return the number of bytes of tensor data."""
-        return sum(t.nbytes for t in self.tensors.values())
 
 
 def read_config(
@@ -112,25 +84,21 @@ def read_adapter(
     *,
     adapter_name: str | None = None,
     subfolder: str | None = None,
-    key_mapping: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
-) -> AdapterFile:
+) -> AdapterData[dict[str, Any]]:
     """Read a PEFT adapter directory into memory, in one pass over its bytes.
 
     ``path`` is the directory PEFT saved to, or the sub-directory of a named adapter. ``adapter_name`` picks one of
-    several; None takes the one at the root, or the only one there is. ``key_mapping`` maps regular expressions to
-    replacements; the module ``key_mapping`` has the rule. safetensors is preferred to ``.bin``. No file stays mapped or
-    open.
+    several; None takes the one at the root, or the only one there is. safetensors is preferred to ``.bin``. No file
+    stays mapped or open.
 
     Config and weights are of one moment. While :func:`write_adapter` replaces them the read waits, for half a second at
     most. Where a file changes during the read, the read starts again. ``stable_read`` says what programs that write in
     place can still break.
 
-    Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, and files that kept changing. It
-    does so too for keys that coincide after the mapping. Raises ConfigError for a bad expression or device. Values are
-    not checked: see :func:`check_finite`.
+    Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, and files that kept changing.
+    Raises ConfigError for a bad device. Values are not checked: see :func:`check_finite`.
     """
-    rules = compile_rules(key_mapping)
     try:
         target_device = torch.device(device)
     except (TypeError, RuntimeError) as exc:
@@ -142,14 +110,16 @@ def read_adapter(
     if not raw:
         raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
 
-    names = rename_bare_keys(bare_keys(file, list(raw), config["peft_type"]), rules, file)
-    tensors = {bare: raw[key] for bare, key in names.items()}
+    names = bare_keys(file, list(raw), config["peft_type"])
+    tensors = {names[key]: t for key, t in raw.items()}
+    if len(tensors) != len(raw):
+        rename_bare_keys(names, (), file)  # raises, and names the two keys
     if target_device.type != "cpu":
         try:
             tensors, flat_tensors = {k: t.to(target_device) for k, t in tensors.items()}, ()
         except (RuntimeError, AssertionError, NotImplementedError) as exc:
             raise ConfigError(f"cannot move the tensors of {file} to device {str(device)!r}: {exc}") from exc
-    return AdapterFile(config, MappingProxyType(tensors), directory, weights_name, flat_tensors)
+    return AdapterData(config, MappingProxyType(tensors), os.fspath(path), directory, flat_tensors=flat_tensors)
 
 
 def _read_once(

@@ -8,9 +8,6 @@ read is read again.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,72 +15,32 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.adapter_files import safe_load, safetensors_reader
+from adaptc.adapter_files.adapter_data import FILE_KEYS, AdapterData, LoadedAdapter
 from adaptc.adapter_files.atomic_write import is_abandoned, list_stages
-from adaptc.adapter_files.directory import AdapterFile, read_adapter, read_checked
-from adaptc.adapter_files.format import CONFIG_NAME, MODULE_PREFIX, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from adaptc.adapter_files.directory import read_adapter, read_checked
+from adaptc.adapter_files.format import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from adaptc.adapter_files.formats import diffusers
-from adaptc.adapter_files.key_mapping import compile_rules, rename_bare_keys
 from adaptc.adapter_files.stable_read import OpenedFile, retry_while_changing
 from adaptc.errors import CheckpointError, short_repr
 from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
 
 
-@dataclass(frozen=True, eq=False)
-class RawFile:
-    """An adapter file's tensors, under the keys of the file, with its configs.
+def read_adapter_file(file: Path) -> LoadedAdapter:
+    """Return the adapter in one file, with the keys of the file; of PEFT's weights beside their config, the directory.
 
-    ``configs`` is the JSON that its header has on the adapters in it, None where it has none. ``beside`` is the content
-    of a config file in the same directory, for a file that needs one; None otherwise.
+    Raises CheckpointError.
     """
-
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    path: Path
-    header_configs: Mapping[str, Any] | None = None
-    adapter_config: Mapping[str, Any] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Return the number of bytes of tensor data."""
-        return sum(t.nbytes for t in self.tensors.values())
-
-
-def read_any_format(
-    path: str | os.PathLike[str], *, adapter_name: str | None = None, key_mapping: Mapping[str, str] | None = None
-) -> AdapterFile | RawFile:
-    """Read a PEFT directory as :func:`read_adapter` does, and any other file with its own keys.
-
-    ``path`` may be a PEFT directory, or one of PEFT's weight files beside its config. It may also be a directory with
-    diffusers' ``pytorch_lora_weights`` or with a single ``.safetensors`` file. Else it is a file: ``.safetensors``, or
-    one of ``torch.save``. ``key_mapping`` is applied to the keys as :func:`rename_tensors` does. Raises CheckpointError
-    and ConfigError.
-    """
-    file = _find_raw_file(Path(path), adapter_name)
-    if file is None:
-        return read_adapter(path, adapter_name=adapter_name, key_mapping=key_mapping)
     if file.name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) and (file.parent / CONFIG_NAME).is_file():
-        return read_adapter(file.parent, key_mapping=key_mapping)
-    compile_rules(key_mapping)  # raises for a bad mapping before anything is read
-    tensors, configs, beside = retry_while_changing(lambda: _read_raw_file(file))
+        return read_adapter(file.parent)
+    tensors, header_configs, config = retry_while_changing(lambda: _read_once(file))
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors at all.")
-    return RawFile(MappingProxyType(rename_tensors(tensors, key_mapping, file)), file, configs, beside)
+    return AdapterData(
+        config, MappingProxyType(tensors), str(file), file, format=FILE_KEYS, component_configs=header_configs
+    )
 
 
-def rename_tensors(
-    tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None, source: object
-) -> dict[str, Tensor]:
-    """Return ``tensors`` under their renamed keys. PEFT's prefix ``base_model.model.`` is not renamed, and stays.
-
-    Raises like :func:`~adaptc.adapter_files.key_mapping.rename_bare_keys`.
-    """
-    rules = compile_rules(key_mapping)
-    if not rules:
-        return dict(tensors)
-    names = rename_bare_keys({key: key.removeprefix(MODULE_PREFIX) for key in tensors}, rules, source)
-    return {(MODULE_PREFIX if key.startswith(MODULE_PREFIX) else "") + new: tensors[key] for new, key in names.items()}
-
-
-def _find_raw_file(path: Path, adapter_name: str | None) -> Path | None:
+def find_adapter_file(path: Path, adapter_name: str | None) -> Path | None:
     """Return the file to read by itself, or None where PEFT's rules find the adapter or explain why there is none."""
     try:
         if path.is_file():
@@ -118,7 +75,7 @@ def _find_raw_file(path: Path, adapter_name: str | None) -> Path | None:
     return found[0] if found else None
 
 
-def _read_raw_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+def _read_once(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
     header_configs = adapter_config = None
     with OpenedFile(file) as weights_file:
         # Any other suffix is taken for torch.save, since many files are called .ckpt and .pt.

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from adaptc.errors import AdaptcWarning, CheckpointError
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,14 +49,14 @@ MODEL_LEVEL_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
 _PROMPT_TYPES = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"})
 #: first components of keys without a prefix; adaptc adds ``prompt_encoder`` to PEFT's tensors
 _PROMPT_KEYS = frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows", "prompt_encoder"})
-MODULE_PREFIX, _MODEL_PREFIX = "base_model.model.", "base_model."
+MODULE_PREFIX, MODEL_PREFIX = "base_model.model.", "base_model."
 
 
 def file_key(key: str, peft_type: str) -> str:
     """Return the key that the bare ``key`` has in a file of method ``peft_type``. Inverse of :func:`bare_key`."""
     if peft_type in _PROMPT_TYPES:
-        return key if key.split(".", 1)[0] in _PROMPT_KEYS else _MODEL_PREFIX + key
-    return (_MODEL_PREFIX if key.split(".", 1)[0] in MODEL_LEVEL_KEYS.get(peft_type, ()) else MODULE_PREFIX) + key
+        return key if key.split(".", 1)[0] in _PROMPT_KEYS else MODEL_PREFIX + key
+    return (MODEL_PREFIX if key.split(".", 1)[0] in MODEL_LEVEL_KEYS.get(peft_type, ()) else MODULE_PREFIX) + key
 
 
 def bare_key(key: str, peft_type: str) -> str | None:
@@ -64,26 +64,42 @@ def bare_key(key: str, peft_type: str) -> str | None:
     if peft_type in _PROMPT_TYPES:
         if key.split(".", 1)[0] in _PROMPT_KEYS:
             return key
-        return key[len(_MODEL_PREFIX) :] if key.startswith(_MODEL_PREFIX) else None
+        return key[len(MODEL_PREFIX) :] if key.startswith(MODEL_PREFIX) else None
     if key.startswith(MODULE_PREFIX):
         return key[len(MODULE_PREFIX) :]
-    rest = key.removeprefix(_MODEL_PREFIX)
+    rest = key.removeprefix(MODEL_PREFIX)
     return rest if rest != key and rest.split(".", 1)[0] in MODEL_LEVEL_KEYS.get(peft_type, ()) else None
 
 
 def bare_keys(file: Path, keys: list[str], peft_type: str) -> dict[str, str]:
     """Return each of ``keys`` with its bare form. Raises CheckpointError when only some have a known prefix."""
     bare = {k: bare_key(k, peft_type) for k in keys}
-    if not any(k.startswith(_MODEL_PREFIX) for k in keys):
+    if not any(k.startswith(MODEL_PREFIX) for k in keys):
         return {k: k for k in keys}
     if odd := [k for k, b in bare.items() if not b]:
         raise CheckpointError(
             f"{file}: {len(odd)} of {len(keys)} keys do not have the prefix a {peft_type} file uses "
-            f"('{MODULE_PREFIX}', or '{_MODEL_PREFIX}' for "
+            f"('{MODULE_PREFIX}', or '{MODEL_PREFIX}' for "
             f"{sorted(MODEL_LEVEL_KEYS.get(peft_type, ())) or 'nothing else'}): {odd[:3]}. Rename them, or drop the "
             "prefix from all keys."
         )
     return {k: b for k, b in bare.items() if b}
+
+
+def routed_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the adapters beside an Arrow router of this config between which it routes."""
+    arrow = config.get("arrow_config")
+    if not isinstance(arrow, Mapping):
+        return []
+    names = [arrow.get("task_adapter_names"), arrow.get("gks_adapter_names") if arrow.get("use_gks") else None]
+    return [n for group in names if isinstance(group, Sequence) for n in group if isinstance(n, str)]
+
+
+def peft_component_error(component: str, source: str) -> ConfigError:
+    """Return the error for a component that a caller asks for of an adapter with PEFT's keys."""
+    return ConfigError(
+        f"component={component!r}: {source} has PEFT's keys, which are of one model and name no component; leave it out"
+    )
 
 
 def stored_config(config: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:

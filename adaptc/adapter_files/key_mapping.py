@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from adaptc.adapter_files.format import MODEL_LEVEL_KEYS, MODEL_PREFIX, MODULE_PREFIX
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.patterns import Pattern, compile_pattern
 
@@ -54,3 +57,23 @@ def rename_bare_keys(keys: Mapping[str, str], rules: RenameRules, source: object
             )
         origin[bare] = key
     return origin
+
+
+def rename_tensors(
+    tensors: Mapping[str, Tensor], rules: RenameRules, source: object, are_bare: bool = False
+) -> dict[str, Tensor]:
+    """Return ``tensors`` under their renamed keys. PEFT's prefixes are not renamed, and stay, unless keys are bare.
+
+    Raises like :func:`rename_bare_keys`.
+    """
+    bare = {k: k if are_bare else _without_prefix(k) for k in tensors}
+    names = rename_bare_keys(bare, rules, source)
+    return {key.removesuffix(bare[key]) + new: tensors[key] for new, key in names.items()}
+
+
+def _without_prefix(key: str) -> str:
+    if key.startswith(MODULE_PREFIX):
+        return key[len(MODULE_PREFIX) :]
+    bare = key.removeprefix(MODEL_PREFIX)
+    first = bare.partition(".")[0]
+    return bare if any(first in keys for keys in MODEL_LEVEL_KEYS.values()) else key

@@ -24,63 +24,59 @@ def locate_adapter(path: str | os.PathLike[str], adapter_name: str | None, subfo
     The arguments are those of :func:`adaptc.adapter_files.directory.read_adapter`.
     """
     try:
-        return _find_adapter(path, adapter_name, subfolder)
+        root = Path(path)
+        if subfolder is not None:
+            root = root.joinpath(*(check_plain_name(part, "subfolder") for part in Path(subfolder).parts))
+        if root.is_file():
+            raise CheckpointError(f"{root} is a file; give the directory that holds it: {root.parent}.")
+        if not root.is_dir():
+            near = next((p for p in root.parents if p.is_dir()), Path("."))
+            raise CheckpointError(
+                f"no adapter directory {root}. {describe_directory(near, root.name)} Adapters are read from local "
+                "directories only; huggingface_hub.snapshot_download fetches one."
+            )
+
+        def has_adapter(directory: Path) -> bool:
+            return any((directory / n).is_file() for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+
+        adapter_names = [
+            d.name for d in sorted(root.iterdir()) if not d.name.startswith(".") and d.is_dir() and has_adapter(d)
+        ]
+        if adapter_name not in (None, "default"):
+            if check_plain_name(adapter_name, "adapter_name") in adapter_names:
+                return root / adapter_name
+            if has_adapter(root) and Path(os.path.abspath(root)).name == adapter_name:
+                return root
+            have = (
+                ", ".join((["'default' (at the root)"] if has_adapter(root) else []) + [repr(n) for n in adapter_names])
+                or "none"
+            )
+            raise FileChangedError(
+                f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {describe_directory(root)}", False
+            )
+        if has_adapter(root):
+            return root
+        # A write may have hidden the adapter at the root. Another one must not be taken in its place.
+        if hint := _interrupted_hint(root):
+            raise CheckpointError(f"{root} holds no adapter.{hint} {describe_directory(root)}")
+        if has_adapter(root):  # the write that hid it has ended
+            return root
+        if (len(adapter_names) == 1 and adapter_name is None) or "default" in adapter_names:
+            return root / ("default" if "default" in adapter_names else adapter_names[0])
+        if adapter_names:
+            raise CheckpointError(
+                f"{root} holds no adapter at its root but these in it: {adapter_names}. Give the directory of one, "
+                f"{root / adapter_names[0]}, or, to swap and bind, its name as adapter_name."
+            )
+        raise FileChangedError(
+            f"{root} holds no adapter: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} are missing. "
+            f"{describe_directory(root)}",
+            False,
+        )
     except OSError as exc:
         raise CheckpointError(
             f"cannot look for an adapter in {os.fspath(path)}: {exc}. Check its permissions."
         ) from exc
-
-
-def _find_adapter(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
-    root = Path(path)
-    if subfolder is not None:
-        root = root.joinpath(*(check_plain_name(part, "subfolder") for part in Path(subfolder).parts))
-    if root.is_file():
-        raise CheckpointError(f"{root} is a file; give the directory that holds it: {root.parent}.")
-    if not root.is_dir():
-        near = next((p for p in root.parents if p.is_dir()), Path("."))
-        raise CheckpointError(
-            f"no adapter directory {root}. {describe_directory(near, root.name)} Adapters are read from local "
-            "directories only; huggingface_hub.snapshot_download fetches one."
-        )
-
-    def has_adapter(directory: Path) -> bool:
-        return any((directory / n).is_file() for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
-
-    adapter_names = [
-        d.name for d in sorted(root.iterdir()) if not d.name.startswith(".") and d.is_dir() and has_adapter(d)
-    ]
-    if adapter_name not in (None, "default"):
-        if check_plain_name(adapter_name, "adapter_name") in adapter_names:
-            return root / adapter_name
-        if has_adapter(root) and Path(os.path.abspath(root)).name == adapter_name:
-            return root
-        have = (
-            ", ".join((["'default' (at the root)"] if has_adapter(root) else []) + [repr(n) for n in adapter_names])
-            or "none"
-        )
-        raise FileChangedError(
-            f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {describe_directory(root)}", False
-        )
-    if has_adapter(root):
-        return root
-    # A write may have hidden the adapter at the root. Another one must not be taken in its place.
-    if hint := _interrupted_hint(root):
-        raise CheckpointError(f"{root} holds no adapter.{hint} {describe_directory(root)}")
-    if has_adapter(root):  # the write that hid it has ended
-        return root
-    if (len(adapter_names) == 1 and adapter_name is None) or "default" in adapter_names:
-        return root / ("default" if "default" in adapter_names else adapter_names[0])
-    if adapter_names:
-        raise CheckpointError(
-            f"{root} holds no adapter at its root but these in it: {adapter_names}. Give the directory of one, "
-            f"{root / adapter_names[0]}, or, to swap and bind, its name as adapter_name."
-        )
-    raise FileChangedError(
-        f"{root} holds no adapter: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} are missing. "
-        f"{describe_directory(root)}",
-        False,
-    )
 
 
 def check_plain_name(name: str, description: str) -> str:

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.check_state_dict import check_state_dict
-from adaptc.adapter_files.directory import AdapterFile, check_finite
-from adaptc.adapter_files.foreign_file import RawFile, has_peft_prefix
+from adaptc.adapter_files.adapter_data import PEFT_KEYS, STATE_DICT_KEYS, AdapterData, LoadedAdapter
+from adaptc.adapter_files.check_state_dict import bare_tensors, check_state_dict
+from adaptc.adapter_files.directory import check_finite
+from adaptc.adapter_files.foreign_file import has_peft_prefix
+from adaptc.adapter_files.load import load
 from adaptc.adapters.combining.combine_options import CombineOptions, parse_weight
 from adaptc.adapters.combining.combine_tensors import combine_tensors
-from adaptc.binding.sources.read_directory import read_with_experts, write_with_experts
-from adaptc.binding.sources.source import as_config, config_of_file
+from adaptc.binding.sources.composite_adapters import join_routed
+from adaptc.binding.sources.configs import as_config, config_of
+from adaptc.binding.sources.write_directory import write_with_experts
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig
 
@@ -49,7 +52,7 @@ class Adapter:
         config = as_config(self.config)
         if not isinstance(self.tensors, Mapping) or not self.tensors:
             raise CheckpointError(f"{self.source} has no tensors; expected a dict of them, by PEFT's keys")
-        tensors = check_state_dict(self.tensors, self.source, config.peft_type)
+        tensors = bare_tensors(check_state_dict(self.tensors, self.source), self.source, config.peft_type)
         check_finite(tensors, self.source)
         object.__setattr__(self, "config", config)
         object.__setattr__(self, "tensors", MappingProxyType({k: t.detach() for k, t in tensors.items()}))
@@ -61,13 +64,13 @@ class Adapter:
     def __reduce__(self) -> Any:
         return type(self), (self.config, dict(self.tensors), self.source, self.report)
 
-    def as_file(self) -> AdapterFile:
-        """Return the adapter as a directory that was read, for code that binds adapters."""
-        return AdapterFile(self.config.to_dict(), self.tensors, Path(self.source))
+    def as_file(self) -> LoadedAdapter:
+        """Return the adapter as one that was loaded, for code that binds adapters."""
+        return AdapterData(self.config.to_dict(), self.tensors, self.source)
 
     def write(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the adapter as a PEFT directory; ``options`` are those of
-        :func:`adaptc.binding.sources.read_directory.write_with_experts`."""
+        :func:`adaptc.binding.sources.write_directory.write_with_experts`."""
         return write_with_experts(path, self.config, self.tensors, **options)
 
     def to(self, device: torch.device | str) -> Adapter:
@@ -127,15 +130,23 @@ def load_adapter(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise AdaptcError(f"load_adapter takes the path of an adapter, not a {type(path).__name__}")
-    file = read_with_experts(path, adapter_name=adapter_name, key_mapping=key_mapping)
-    if isinstance(file, RawFile):
-        if not any(map(has_peft_prefix, file.tensors)) and config is None:
+    return adapter_of_data(load(path, adapter_name=adapter_name, key_mapping=key_mapping), config)
+
+
+def adapter_of_data(data: LoadedAdapter, config: Any = None) -> Adapter:
+    """Return the adapter object of an adapter that was loaded; ``config`` counts instead of its own.
+
+    Raises CheckpointError where its keys are not PEFT's, and ConfigError for a state dict without ``config``.
+    """
+    if data.format != PEFT_KEYS and config is None:
+        if data.format == STATE_DICT_KEYS:
+            raise ConfigError("a state dict does not say its alpha and what it adapts: say it with config=")
+        if not any(map(has_peft_prefix, data.tensors)):
             raise CheckpointError(
-                f"{file.path} is not in PEFT's format, and which modules its keys mean is known with the model alone: "
+                f"{data.path} is not in PEFT's format, and which modules its keys mean is known with the model alone: "
                 "compile the model with it, and take prog.bind(path), or save_adapter it as a PEFT directory"
             )
-        if config is None and file.adapter_config is None:
-            raise CheckpointError(f"{file.path} has no adapter_config.json beside it; say the config with config=")
-        stated = as_config(file.adapter_config if config is None else config)
-        return Adapter(stated, file.tensors, str(path))
-    return Adapter(config_of_file(file) if config is None else as_config(config), file.tensors, str(path))
+        if data.config is None:
+            raise CheckpointError(f"{data.path} has no adapter_config.json beside it; say the config with config=")
+    joined = join_routed(data)
+    return Adapter(config_of(joined) if config is None else as_config(config), joined.tensors, data.source)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from adaptc.adapter_files.check_state_dict import is_state_dict
-from adaptc.adapters.adapter import Adapter, load_adapter
+from adaptc.adapter_files.adapter_data import STATE_DICT_KEYS
+from adaptc.adapter_files.load import has_tensors, load
+from adaptc.adapters.adapter import Adapter, adapter_of_data
 from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
-from adaptc.binding.sources.source import as_config
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.program.wrapper import unwrap
 from adaptc.state.adapter_output import prepare_for_file
@@ -25,12 +24,9 @@ def as_adapter_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[
     """
     if isinstance(adapter, Adapter):
         return adapter
-    if isinstance(adapter, (str, os.PathLike)):
-        return load_adapter(adapter, key_mapping=key_mapping)
-    if is_state_dict(adapter):
-        if config is None:
-            raise ConfigError("a state dict does not say its alpha and what it adapts: say it with config=")
-        return Adapter(as_config(config), adapter, "state dict")
+    if has_tensors(adapter):
+        data = load(adapter, key_mapping=key_mapping)
+        return adapter_of_data(data, config if data.format == STATE_DICT_KEYS else None)
     adapter = unwrap(adapter)
     if isinstance(adapter, (ProgramCore, BoundProgram)):
         return adapter_of_program(*program_and_binding(adapter))

@@ -16,8 +16,8 @@ from adaptc.adapters.combining.truncated_svd import Truncation
 from adaptc.adapters.deltas_to_lora import make_lora, parse_rank
 from adaptc.adapters.from_program import program_and_binding
 from adaptc.adapters.weight_deltas import AdapterDeltas, WeightDelta
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
-from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import ConfigError
 from adaptc.methods import union_target_fields
 from adaptc.passes.protocol.attachment import Attachment

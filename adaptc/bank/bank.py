@@ -34,8 +34,8 @@ from adaptc.bank.row_adapters import Mixes, adapter_names_in, check_adapter_name
 from adaptc.bank.selection import AdapterStack, ProgramSelection
 from adaptc.bank.stack_adapters import stack_adapters
 from adaptc.bank.warm_up import warm_bank
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
-from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, short_repr
 from adaptc.locks import reset_after_fork
 from adaptc.runtime.dynamo_boundary import not_traced

@@ -7,13 +7,15 @@ The tensors are named as in PEFT's files. Without a file, a binding has first va
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptc.adapter_files.directory import check_finite
-from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.binding import Binding, BindingSpec, ResolvedAdapter
+from adaptc.binding.binding_plan_cache import BindingPlanCache, structure_key
 from adaptc.binding.builder import EMBEDDING_NAMES, BindingBuilder, resize_shared_axes
 from adaptc.binding.check_tensors import check_number_kinds, check_rank, check_shapes, unbound_keys_error
 from adaptc.binding.file_keys import primary_key, slot_file_keys
@@ -51,25 +53,34 @@ def initial_values(
     return builder.build("first values")
 
 
-def bind_tensors(
-    spec: BindingSpec,
-    config: AdapterConfig,
-    tensors: Mapping[str, Tensor],
-    source: str,
-    *,
-    infer_ranks: bool,
-    copy: bool = False,
+def bind(
+    spec: BindingSpec, data: ResolvedAdapter, *, plans: BindingPlanCache | None = None, copy_tensors: bool = True
 ) -> Binding:
-    """Bind the tensors of a file to the slots.
+    """Bind the tensors of an adapter to the slots.
 
-    ``config`` is the adapter's own. With ``infer_ranks``, ranks are read off the tensors, as for a bare state dict.
-    Without it the config gives the ranks, and a shape that disagrees is an error. Sites for which the adapter has no
-    tensor take identity values. ``copy`` says that the tensors are the caller's, so no value may share their memory.
+    Ranks that the config does not know are read off the tensors (``data.infer_ranks``). Else the config gives the
+    ranks, and a shape that disagrees is an error. Sites for which the adapter has no tensor take identity values.
+    ``plans`` are those of the program with this ``spec``. With ``copy_tensors``, no value shares the memory of a
+    caller's tensors.
 
     Raises CheckpointError for missing keys, wrong shapes and dtypes of another kind. It does so too for values that are
     not finite, in the tensors or in the dtype of their slot. Raises SwapError for keys of sites that the program does
     not have.
     """
+    copy = copy_tensors and data.is_shared
+    if plans is None:
+        return _bind_in_full(spec, data, copy)
+    key = structure_key(spec, data.config, data.tensors, data.infer_ranks)
+    plan = None if key is None else plans.find_plan(key)
+    if plan is not None and (made := plan(data, copy=copy)) is not None:
+        return made
+    binding = _bind_in_full(spec, data, copy)
+    plans.learn_plan(key, spec, binding, data.tensors, infer_ranks=data.infer_ranks)
+    return binding
+
+
+def _bind_in_full(spec: BindingSpec, data: ResolvedAdapter, copy: bool) -> Binding:
+    config, tensors, source, infer_ranks = data.config, data.tensors, data.source, data.infer_ranks
     check_finite(tensors, source)
     config = _complete_from_model(config, spec, source)
     builder = BindingBuilder(spec, config, tensors.values() if copy else ())
@@ -110,7 +121,7 @@ def bind_tensors(
         raise SwapError(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
-    return builder.build(source)
+    return replace(builder.build(source), origin=data.origin)
 
 
 def _equal_values(one: Tensor, other: Tensor) -> bool:

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
+from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, AdapterData, FileOrigin
 from adaptc.methods import AdapterConfig
 from adaptc.passes.adapt.move import usable_device
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
+
+#: an adapter for one model: its config, and tensors under PEFT's keys
+ResolvedAdapter = AdapterData[AdapterConfig]
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adaptc.adapter_files.directory import all_finite
-from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.binding import Binding, BindingSpec, ResolvedAdapter
 from adaptc.binding.grouped_slots import find_slot_groups
 from adaptc.locks import reset_after_fork
 from adaptc.methods import AdapterConfig
@@ -75,7 +75,6 @@ class BindingPlan:
     def __init__(
         self, binding: Binding, tensor_values: list[_TensorValue], fill_values: list[_FillValue], infer_ranks: bool
     ) -> None:
-        self.config_class = type(binding.config)
         # A config with the ranks of the tensors, which are those of the next adapter's tensors, too.
         self._config = binding.config if infer_ranks else None
         self._slot_names, self._methods, self._name = tuple(binding.values), dict(binding.methods), binding.name
@@ -83,13 +82,14 @@ class BindingPlan:
         self._converted = [t for t in tensor_values if t.conversion is not None or not t.is_parameter]
         self._fill_values = fill_values
 
-    def __call__(
-        self, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str, *, copy: bool
-    ) -> Binding | None:
-        """Return the binding of these tensors, or None where a cast makes a value infinite.
+    def __call__(self, data: ResolvedAdapter, *, copy: bool) -> Binding | None:
+        """Return the binding of these tensors, or None where values are not known to be finite.
 
-        ``copy`` copies the values that would share memory with ``tensors``.
+        ``copy`` copies the values that would share memory with the tensors of ``data``.
         """
+        tensors = data.tensors
+        if not copy and not all_finite(data.flat_tensors or tensors.values()):
+            return None
         values: dict[str, Any] = dict.fromkeys(self._slot_names)
         for fqn, key in self._unchanged:
             values[fqn] = Parameter(tensors[key].detach().clone() if copy else tensors[key], requires_grad=False)
@@ -102,11 +102,14 @@ class BindingPlan:
             elif copy:
                 value = value.clone()
             values[t.fqn] = Parameter(value, requires_grad=False) if t.is_parameter else value
-        if not all_finite(cast):
-            return None
+        # The caller may write to its tensors meanwhile, so copies are checked, not originals. Scales, which have no
+        # axes, come from the config.
         for f in self._fill_values:
             values[f.fqn] = f()
-        return Binding(values, dict(self._methods), self._config or config, name=self._name, source=source)
+        if not all_finite([v for v in values.values() if v.ndim] if copy else cast):
+            return None
+        config = self._config or data.config
+        return Binding(values, dict(self._methods), config, name=self._name, source=data.source, origin=data.origin)
 
 
 class BindingPlanCache:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from adaptc.adapter_files.adapter_data import PEFT_ORIGIN
 from adaptc.adapter_files.check_state_dict import is_state_dict
-from adaptc.adapter_files.origin import PEFT_ORIGIN
 from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import ConfigError

@@ -114,7 +114,7 @@ def compile_(
     The model's inputs are made from its config. For other models export a program in Python (torch.export.save) and
     give that.
     """
-    from adaptc.binding.sources.source import read_config_file
+    from adaptc.binding.sources.configs import read_config_file
     from adaptc.capture.model_files import is_gguf, read_gguf, read_model
 
     adaptc = import_adaptc()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptc.bank.row_adapters import adapter_names_in
 from adaptc.bank.selection import ProgramSelection
-from adaptc.binding.sources.source import as_config
+from adaptc.binding.sources.configs import as_config
 from adaptc.errors import AdaptcError
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.cache.step_cache import StepCache

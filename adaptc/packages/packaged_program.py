@@ -11,19 +11,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.foreign_file import RawFile
-from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.bind_adapter import bind_adapter
+from adaptc.binding.binding import BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
-from adaptc.binding.sources.other_formats import translate_to_peft
-from adaptc.binding.sources.read_directory import read_with_experts
-from adaptc.binding.sources.source import as_config, bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, SwapError, short_repr
 from adaptc.locks import reset_after_fork
 from adaptc.packages import manifest as _package_file
@@ -320,7 +316,7 @@ class PackagedProgram:
         component: str | None,
         scale: Any = None,
     ) -> PackagedBinding:
-        current = self._require_adapter()
+        self._require_adapter()
         bound_adapter = getattr(adapter, "binding", None)
         if isinstance(bound_adapter, PackagedBinding):
             adapter = bound_adapter  # a package, or a callable bound to one, stands for its adapter
@@ -330,18 +326,17 @@ class PackagedProgram:
                     f"the binding of {adapter.source!r} belongs to another package; bind the adapter's own files here"
                 )
             return adapter if scale is None else multiply_scale(self.spec(), adapter, scale)
-        if isinstance(adapter, (str, PathLike)):  # read once, so that the files that are checked are those bound
-            adapter = read_with_experts(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
-            adapter_name = key_mapping = None
-        if isinstance(adapter, RawFile):
-            file_config = None if config is None else as_config(config)
-            adapter = translate_to_peft(adapter, self.spec().weights, component=component, config=file_config)
-            component = config = None
-        if not isinstance(adapter, Binding):
-            self._padder.check_base_of(adapter, config, current)
-        options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
-        options |= {"component": component, "scale": scale}
-        binding = bind_adapter(self, adapter, copy_tensors=False, **options)  # not a copy: fitting copies
+        binding = bind_adapter(
+            self,
+            adapter,
+            config=config,
+            adapter_name=adapter_name,
+            key_mapping=key_mapping,
+            component=component,
+            copy_tensors=False,  # padding copies
+            scale=scale,
+            check_config=self._padder.check_base,
+        )
         return self._padder.pad(binding, self._owner_token)
 
     def _require_adapter(self) -> PackagedBinding:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.directory import AdapterFile
 from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding
-from adaptc.binding.sources.source import as_config, config_from_dict
+from adaptc.binding.sources.configs import config_from_dict
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.packages.constants import PackagedBinding
@@ -96,16 +95,6 @@ class AdapterPadder:
             unknown = torch.tensor(float("nan") if s.dtype.is_floating_point else 0, device=self.device).to(s.dtype)
             weights[fqn] = self.stored_tensors.get(f"base.{fqn}", unknown.expand(s.shape))
         return weights
-
-    def check_base_of(self, adapter: Any, config: Any, current: PackagedBinding) -> None:
-        """Raise SwapError as :meth:`check_base` does, for what a user gives as an adapter and its config."""
-        if config is not None:
-            self.check_base(as_config(config))
-        elif isinstance(adapter, Mapping):
-            self.check_base(current.config)
-        elif isinstance(adapter, AdapterFile):
-            self.check_base(config_from_dict(adapter.config))
-        # Anything else is no adapter, and ``bind_adapter`` raises for it.
 
     def check_base(self, config: AdapterConfig) -> None:
         """Raise SwapError for an adapter of ``config`` that changes base weights which the file does not hold."""

@@ -14,7 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.bank.bank import Bank
-from adaptc.binding.sources.source import bind_adapter
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.analysis.graph_view import format_graph
 from adaptc.passes.graph.graph_lock import hold_graph_lock

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from adaptc.adapter_files.directory import AdapterFile
-from adaptc.binding.bind import bind_tensors, file_tensors, initial_values, settle_shared_slots
+from adaptc.adapter_files.adapter_data import AdapterData, LoadedAdapter
+from adaptc.binding.bind import bind, file_tensors, initial_values, settle_shared_slots
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_scale import binding_of_parts, turn_off
 from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter
@@ -66,7 +65,7 @@ def with_added_adapter(
             "for another at its sites"
         )
     old = {n: part.active_form or part for n, part in adapters.items()}
-    files = {n: InMemoryAdapter(to_adapter_file(snapshot, n, part)) for n, part in old.items()}
+    files = {n: to_adapter_data(snapshot, n, part) for n, part in old.items()}
     made = functions.compile_model(base, {**files, name: adapter}, snapshot.options, **options)
     adaptation = replace(
         made.adaptation,
@@ -78,23 +77,12 @@ def with_added_adapter(
     return type(program)(made, adaptation, binding, made.options, made.originals)
 
 
-@dataclass(frozen=True)
-class InMemoryAdapter:
-    """An adapter of a program in a form that ``compile`` takes."""
-
-    file: AdapterFile
-
-    def as_file(self) -> AdapterFile:
-        return self.file
-
-
-def to_adapter_file(program: ProgramCore, name: str, adapter: Binding) -> AdapterFile:
+def to_adapter_data(program: ProgramCore, name: str, adapter: Binding) -> LoadedAdapter:
     """Return what a file of the program's adapter ``name`` would hold."""
     spec = program.spec()
     own = spec_of_adapter(spec, name) if program.binding.joint_adapters else spec
-    return AdapterFile(
-        adapter.config.to_dict(), file_tensors(own, adapter), Path(adapter.source or name), origin=adapter.origin
-    )
+    tensors = file_tensors(own, adapter)
+    return AdapterData(adapter.config.to_dict(), tensors, adapter.source or name, origin=adapter.origin)
 
 
 def _weight_and_method(a: Attachment) -> tuple[str, str]:
@@ -113,11 +101,10 @@ def _bind_at_deleted_sites(program: ProgramCore, name: str, plan: Any) -> None:
     while True:
         current, spec = program.binding, program.spec(program.adaptation.training)
         own = spec_of_adapter(spec, name)
-        if adapter.file is not None:
-            new = bind_tensors(own, adapter.config, adapter.file.tensors, str(adapter.file.path), infer_ranks=False)
-            new = replace(new, origin=adapter.file.origin)
+        if adapter.data.tensors:
+            new = bind(own, adapter.data)
         else:
-            new = initial_values(own, adapter.config, methods_by_id=_planned_methods(own, plan.spec))
+            new = initial_values(own, adapter.data.config, methods_by_id=_planned_methods(own, plan.spec))
         order = dict.fromkeys(a.adapter for a in spec.attachments)
         parts = {**current.joint_adapters, name: new}
         made = program.binding_plans.remember_fitting(

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptc.adapter_files.directory import AdapterFile
-from adaptc.adapter_files.foreign_file import RawFile
-from adaptc.binding.bind import bind_tensors, initial_values, settle_shared_slots
+from adaptc.adapter_files.adapter_data import PEFT_KEYS, AdapterData
+from adaptc.adapter_files.load import has_tensors, load
+from adaptc.binding.bind import bind, initial_values, settle_shared_slots
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter, stack_bindings, with_settled_sizes
-from adaptc.binding.sources.other_formats import component_names
-from adaptc.binding.sources.source import as_config, read_adapter_source, resolve_for_model
+from adaptc.binding.sources.composite_adapters import join_routed
+from adaptc.binding.sources.configs import as_config, config_of, new_adapter
+from adaptc.binding.sources.other_formats import for_component
+from adaptc.binding.sources.resolve import resolve
 from adaptc.capture.capture import CapturedProgram, capture
 from adaptc.capture.repeated_layers.replicate_layers import replicate_layers
 from adaptc.capture.where_made import match_inference_mode
@@ -68,34 +70,37 @@ PlannedConfig = TargetedConfig | ProgramConfig | AttentionConfig
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """An adapter as the user asks for it: its config, its file if it came as one, and its name."""
+    """An adapter for the captured model: its name, and what it was resolved to.
+
+    A new adapter that was given as a config has no tensors.
+    """
 
     name: str
-    config: PlannedConfig
-    file: AdapterFile | None = None
+    data: AdapterData[PlannedConfig]
 
     @property
     def on_unmatched_entry(self) -> EntryHandler:
         """Return what is called for an entry of the config that binds to nothing: it warns where a file has the config,
         else it raises TargetError."""
-        return refuse_entry if self.file is None or self.file.is_new else warn_of_entry
+        return refuse_entry if self.data.is_new else warn_of_entry
 
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """An adapter before the model is known; the model's weights decide what config and file it has (see
-    :meth:`resolve_for`)."""
+    """An adapter before the model is known, as a config or loaded; ``config`` is the caller's, in place of a file's."""
 
     name: str
-    config: PlannedConfig | None
-    file: AdapterFile | RawFile | None
-    component: str | None = None
-    #: whether the caller gave the config, in place of the file's
-    is_config_given: bool = False
+    data: AdapterData[Any]
+    config: AdapterConfig | None = None
 
     def resolve_for(self, base: LiftedProgram) -> PlannedAdapter:
-        config, file = resolve_for_model(self.config, self.file, base.state_dict, self.component, self.is_config_given)
-        return PlannedAdapter(self.name, _require_targets(config), file)
+        data = resolve(self.data, base.state_dict, config=self.config, find_targets=True)
+        return PlannedAdapter(self.name, data.with_config(_require_targets(data.config)))
+
+    def known_config(self) -> PlannedConfig | None:
+        """Return the config where it takes no model to know it. Raises ConfigError where it chooses no layers."""
+        known = self.config or self.data.config
+        return _require_targets(known) if isinstance(known, AdapterConfig) else None
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def plan_adapters(
         raise ConfigError(f"form={short_repr(form)} is not one of {', '.join(FORMS)}")
     by_name = adapters_by_name(config)
     requests = _parse_requests(config, by_name, adapter_name, key_mapping, component, override)
-    model = _replicate_layers(model, [a.config for a in requests if a.config is not None])
+    model = _replicate_layers(model, [c for a in requests if (c := a.known_config()) is not None])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
     if has_unexposed_params(captured.program):
         captured = replace(captured, program=ExposeSubgraphParams(captured.module_types)(captured.program).output)
@@ -151,7 +156,8 @@ def plan_adapters(
     adapters = [a.resolve_for(base) for a in requests]
     plans = [_plan_adapter(a, captured, facts, base) for a in adapters]
     adapters = [
-        _with_base_model_names(replace(a, config=p.config), captured) for a, p in zip(adapters, plans, strict=True)
+        _with_base_model_names(replace(a, data=a.data.with_config(p.config)), captured)
+        for a, p in zip(adapters, plans, strict=True)
     ]
     attachments = merge_plans(plans, training, options.backend, form, separate=by_name is not None)
     spec = _make_binding_spec(base, attachments, autocast, _is_trainable(adapters[0], training), plans)
@@ -253,34 +259,34 @@ def _parse_requests(
         given = [(name, c) for c in (config if isinstance(config, (list, tuple)) else [config])]
     if not given:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
-    parsed = [(n, *read_adapter_source(c, key_mapping)) for n, c in given]
-    if key_mapping and all(file is None for _, _, file in parsed):
+    read = [_read_adapter(c, key_mapping) for _, c in given]
+    if key_mapping and all(data.is_new for data in read):
         raise ConfigError(
             "key_mapping renames the keys of adapter directories, and config names none: leave it out, or give it to "
             "swap or bind with the adapter"
         )
-    if override is not None:
-        if len(parsed) > 1 or parsed[0][2] is None:
-            raise ConfigError(
-                "config= says what the config of one adapter's tensors is, and goes with one directory, file or "
-                "state dict; give configs themselves in the first place"
-            )
-        parsed = [(n, as_config(override), file) for n, _, file in parsed]
-    # Of several files some may have no components, and ``component`` is not for those. A single file gets it in any
-    # case, and raises itself where it has none.
-    alone = component is None or len(parsed) == 1
-    meant = [isinstance(f, RawFile) and (alone or bool(component_names(f))) for *_, f in parsed]
-    if component is not None and not any(meant):
+    if override is not None and (len(read) > 1 or read[0].is_new):
         raise ConfigError(
-            f"component={component!r} chooses from a file of another format than PEFT's whose keys name components, "
-            "and there is none; leave it out"
+            "config= says what the config of one adapter's tensors is, and goes with one directory, file or state "
+            "dict; give configs themselves in the first place"
         )
-    return [
-        AdapterRequest(
-            n, None if c is None else _require_targets(c), file, component if its else None, override is not None
-        )
-        for (n, c, file), its in zip(parsed, meant, strict=True)
-    ]
+    known = None if override is None else as_config(override)
+    chosen = for_component(read, component)
+    return [AdapterRequest(n, data, known) for (n, _), data in zip(given, chosen, strict=True)]
+
+
+def _read_adapter(source: Any, key_mapping: Mapping[str, str] | None) -> AdapterData[Any]:
+    """Return the adapter that ``source`` holds, or a new one where it is a config.
+
+    Its config is an object where it takes no model to know it.
+    """
+    if not has_tensors(source):
+        return new_adapter(as_config(source))
+    data = load(source, key_mapping=key_mapping)
+    if data.format != PEFT_KEYS:
+        return data
+    joined = join_routed(data)
+    return joined.with_config(config_of(joined))
 
 
 def _require_targets(config: AdapterConfig) -> PlannedConfig:
@@ -294,17 +300,18 @@ def _with_base_model_names(adapter: PlannedAdapter, captured: CapturedProgram) -
 
     An adapter from a file is returned as it is: it says what its file says.
     """
-    if (adapter.file is not None and not adapter.file.is_new) or captured.base is None:
+    config = adapter.data.config
+    if not adapter.data.is_new or captured.base is None:
         return adapter
     base = captured.base
     values: dict[str, Any] = {"base_model_name_or_path": base.name_or_path}
-    if adapter.config.task_type is None:
+    if config.task_type is None:
         values["auto_mapping"] = {"base_model_class": base.class_name, "parent_library": base.module_name}
-    return replace(adapter, config=adapter.config.with_missing_filled(values))
+    return replace(adapter, data=adapter.data.with_config(config.with_missing_filled(values)))
 
 
 def _plan_adapter(adapter: PlannedAdapter, captured: CapturedProgram, facts: ModelFacts, base: LiftedProgram) -> Plan:
-    config, rest = adapter.config, (captured.program, facts, adapter.name, base, adapter.on_unmatched_entry)
+    config, rest = adapter.data.config, (captured.program, facts, adapter.name, base, adapter.on_unmatched_entry)
     if isinstance(config, AttentionConfig):
         return plan_attention(config, *rest[:-1])
     return plan_program(config, *rest) if isinstance(config, ProgramConfig) else plan_layers(config, *rest)
@@ -339,8 +346,7 @@ def _is_trainable(adapter: PlannedAdapter, training: bool) -> bool:
 
     Files always say inference_mode, so for an adapter from a file the program's purpose decides.
     """
-    new = adapter.file is None or adapter.file.is_new
-    return not adapter.config.inference_mode if new else training
+    return not adapter.data.config.inference_mode if adapter.data.is_new else training
 
 
 def _make_binding_spec(
@@ -362,13 +368,13 @@ def _initial_binding(
     spec: BindingSpec, plan: Plan | None, adapter: PlannedAdapter, generator: torch.Generator | None
 ) -> Binding:
     """Return the binding that an adapter starts with. ``plan``: its plan, None where ``spec`` has its sites alone."""
-    if adapter.file is not None:
-        own = bind_tensors(spec, adapter.config, adapter.file.tensors, str(adapter.file.path), infer_ranks=False)
-        return replace(own, origin=adapter.file.origin)
+    if adapter.data.tensors:
+        return bind(spec, adapter.data)
+    config = adapter.data.config
     if plan is None:
-        return initial_values(spec, adapter.config, generator)
+        return initial_values(spec, config, generator)
     own = settle_shared_slots({a.id: a.method for a in plan.attachments}, spec.ops)
-    return initial_values(spec, adapter.config, generator, methods_by_id=own)
+    return initial_values(spec, config, generator, methods_by_id=own)
 
 
 AdaptedProgram.compile_functions = CompileFunctions(plan_adapters, compile_model)

@@ -23,7 +23,7 @@ from adaptc.binding.check_binding import fingerprint
 from adaptc.binding.combine_bindings import stack_bindings
 from adaptc.binding.file_keys import base_weight_name
 from adaptc.binding.grouped_slots import find_slot_groups
-from adaptc.binding.sources.source import config_from_dict
+from adaptc.binding.sources.configs import config_from_dict
 from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_from_dict

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.program.add_adapter import InMemoryAdapter, to_adapter_file
+from adaptc.program.add_adapter import to_adapter_data
 from adaptc.training.pretrained_module import PretrainedModule
 from adaptc.training.sharded_tensors import mesh_of
 
@@ -42,18 +41,17 @@ def rebuild_model(module: PretrainedModule) -> nn.Module:
 
 
 def adapter_in_memory(module: PretrainedModule) -> Any:
-    """Return the current adapter of ``module`` as an in-memory file; several adapters that act together by name.
+    """Return the current adapter of ``module`` as one that was loaded; several adapters that act together by name.
 
     Their configs ask for no layer replication, since the model has the repeated layers already. Raises as the binding
     of a module does.
     """
     binding = module.binding()
     parts = {n: p.active_form or p for n, p in binding.joint_adapters.items()}
-    files = {
-        n: to_adapter_file(module.program, n, p)
-        for n, p in (parts or {binding.name: binding.active_form or binding}).items()
-    }
-    made = {n: InMemoryAdapter(replace(f, config={**f.config, "layer_replication": None})) for n, f in files.items()}
+    made = {}
+    for n, p in (parts or {binding.name: binding.active_form or binding}).items():
+        data = to_adapter_data(module.program, n, p)
+        made[n] = data.with_config({**(data.config or {}), "layer_replication": None})
     return made if parts else made[binding.name]
 
 

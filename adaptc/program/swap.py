@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
-from adaptc.binding.sources.source import bind_adapter
 from adaptc.state.core import ProgramCore
 
 

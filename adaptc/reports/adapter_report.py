@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from adaptc.adapter_files.foreign_file import RawFile, has_peft_prefix, read_any_format
+from adaptc.adapter_files.adapter_data import PEFT_KEYS, LoadedAdapter
+from adaptc.adapter_files.foreign_file import has_peft_prefix
 from adaptc.adapter_files.formats.detect import detect_format
+from adaptc.adapter_files.load import load
 from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, to_json_value, with_count
 
 
@@ -31,28 +33,17 @@ class AdapterReport(Report):
     def from_path(cls, path: str | os.PathLike[str]) -> AdapterReport:
         """Read the adapter at ``path`` and report it.
 
-        Raises CheckpointError as :func:`adaptc.adapter_files.foreign_file.read_any_format` does.
+        Of a file in another format, or in PEFT's without its config, only a model tells the config. Its report has the
+        format, and the number of tensors of each component. Raises CheckpointError as
+        :func:`adaptc.adapter_files.load.load` does.
         """
-        file = read_any_format(path)
-        if isinstance(file, RawFile):
-            return cls.from_foreign_file(file)
-        config = {k: v for k, v in sorted(file.config.items()) if v not in (None, False, {}, [], "")}
-        tensors = {k: (tuple(t.shape), t.dtype) for k, t in file.tensors.items()}
-        return cls(file.path, config, tensors, file.nbytes)
-
-    @classmethod
-    def from_foreign_file(cls, file: RawFile) -> AdapterReport:
-        """Report a file in another format, or in PEFT's without its config. Only a model tells its config, so the
-        report has the format, and the number of tensors of each component."""
-        if any(map(has_peft_prefix, file.tensors)):
-            format_name, components = "PEFT, without its config", Counter[str]()
+        file = load(path, with_experts=False)
+        if file.format == PEFT_KEYS:
+            config = {k: v for k, v in sorted((file.config or {}).items()) if v not in (None, False, {}, [], "")}
         else:
-            found, parts = detect_format(file.tensors, str(file.path))
-            format_name, components = found.name, Counter(p.component for p in parts)
-        config = {"format": format_name} | {f"tensors of {name}": n for name, n in components.items() if name}
-        config |= dict(file.header_configs or {})
+            config = _describe_format(file)
         tensors = {k: (tuple(t.shape), t.dtype) for k, t in file.tensors.items()}
-        return cls(file.path, config, tensors, file.nbytes)
+        return cls(file.path or Path(path), config, tensors, file.nbytes)
 
     @property
     def params(self) -> int:
@@ -87,3 +78,14 @@ class AdapterReport(Report):
 
 def _format_value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _describe_format(file: LoadedAdapter) -> dict[str, Any]:
+    """Return the format of a file, and the number of tensors of each component, as fields of a config."""
+    if any(map(has_peft_prefix, file.tensors)):
+        format_name, components = "PEFT, without its config", Counter[str]()
+    else:
+        found, parts = detect_format(file.tensors, file.source)
+        format_name, components = found.name, Counter(p.component for p in parts)
+    config = {"format": format_name} | {f"tensors of {name}": n for name, n in components.items() if name}
+    return config | dict(file.component_configs or {})

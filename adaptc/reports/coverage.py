@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
+from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.pass_infra import PassTrail

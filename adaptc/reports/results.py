@@ -8,7 +8,7 @@ from functools import cached_property
 from math import isnan, nan
 from typing import Any
 
-from adaptc.adapter_files.origin import PEFT_ORIGIN, FileOrigin
+from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merge_pass import SiteMerge
 from adaptc.passes.protocol.attachment import Attachment

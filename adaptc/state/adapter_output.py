@@ -19,7 +19,7 @@ from adaptc.adapter_files.formats.writing import AdaptedModule, write_format_fil
 from adaptc.binding.bind import embedding_weights, file_tensors
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine_bindings import spec_of_adapter
-from adaptc.binding.sources.read_directory import write_with_experts
+from adaptc.binding.sources.write_directory import write_with_experts
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.state.core import ProgramCore
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
-from adaptc.binding.sources.source import bind_adapter
 from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.state.adapter_output import with_trainer_name, without_trainer_name, write_adapter

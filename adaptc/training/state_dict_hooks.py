@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from adaptc.adapter_files.format import bare_key, file_key
 from adaptc.binding.bind import file_tensors
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
-from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import CheckpointError, did_you_mean
 from adaptc.state.core import ProgramCore
 from adaptc.training.sharded_tensors import gather, shard_like

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adaptc.adapter_files.directory import write_adapter
 from adaptc.binding.bind import file_tensors
-from adaptc.binding.sources.source import bind_adapter
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, MethodError, TargetError
 from adaptc.methods import ProgramConfig, TargetedConfig, check_registered
 from adaptc.passes.protocol.method_checks import TRACED_PROMISES, VALUE_PROMISES

@@ -11,10 +11,11 @@ from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key, _may
 from safetensors.torch import save_file
 from torch import nn
 
+from adaptc.adapter_files.adapter_data import FILE_KEYS
 from adaptc.adapter_files.atomic_write import open_stage
-from adaptc.adapter_files.foreign_file import RawFile, read_any_format
 from adaptc.adapter_files.formats.detect import detect_format, is_foreign_key, starts_with_component
 from adaptc.adapter_files.formats.ldm import original_names
+from adaptc.adapter_files.load import load
 from adaptc.errors import CheckpointError
 from tests.support.adapter_files import some_tensors
 
@@ -141,7 +142,7 @@ def test_known_names() -> None:
 def test_while_a_directory_is_written_nothing_else_in_it_is_the_adapter(tmp_path: Path) -> None:
     """Trainer has a second name for the weights, which is the old ones' until the write is done."""
     save_file(some_tensors(), tmp_path / "model.safetensors")
-    assert isinstance(read_any_format(tmp_path), RawFile)
+    assert load(tmp_path).format == FILE_KEYS
     with open_stage(tmp_path), pytest.raises(CheckpointError, match="being written"):
-        read_any_format(tmp_path)
-    assert isinstance(read_any_format(tmp_path), RawFile)
+        load(tmp_path)
+    assert load(tmp_path).format == FILE_KEYS

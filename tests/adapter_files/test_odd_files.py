@@ -16,7 +16,7 @@ from torch import nn
 
 import adaptc
 from adaptc import AdaptcError, LoraConfig
-from adaptc.binding.sources.source import read_config_file
+from adaptc.binding.sources.configs import read_config_file
 from adaptc.capture.model_files import is_gguf, read_model
 from tests.support.hurried import time_limit
 from tests.test_cli import call, refused

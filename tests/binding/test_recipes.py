@@ -18,14 +18,14 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.adapter_files import safetensors_reader as _layouts
 from adaptc.adapter_files.stable_read import OpenedFile
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding_plan_cache import MAX_STRUCTURES
-from adaptc.binding.sources.source import bind_adapter
 from adaptc.errors import CheckpointError, SwapError
 from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES
 from tests.support.subject import FILE, save_random_adapter, subject
 
-LONG = "adaptc.binding.sources.source.bind_tensors"
+LONG = "adaptc.binding.bind._bind_in_full"
 
 
 def same(found: Any, expected: Any) -> None:

@@ -12,7 +12,7 @@ import peft
 import pytest
 
 import adaptc
-from adaptc.binding.sources.source import config_from_peft
+from adaptc.binding.sources.configs import config_from_peft
 from tests.support.oracle import (
     Oracle,
     assert_differs,

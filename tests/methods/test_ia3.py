@@ -13,7 +13,7 @@ from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.binding.sources.source import as_config
+from adaptc.binding.sources.configs import as_config
 from adaptc.passes.graph.ops import Op
 from tests.support.families import FAMILIES
 

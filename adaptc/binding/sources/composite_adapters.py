@@ -1,61 +1,65 @@
-"""Gather adapters that are made of others with files of their own, such as X-LoRA's experts, into one file in memory.
+"""Make one adapter in memory of an adapter and the others that it names, such as X-LoRA's experts.
 
 The config names the other adapters, and the adapter may have a file of its own. The result has the tensors of all, and
 a config that lists them. An error names an expert that is missing or does not fit.
 
-An expert is looked for below the file that names it, in a directory called by its number, as PEFT writes it. If none
-there can be read as an adapter of its own, the expert is read from the path in the config.
+An expert of X-LoRA is looked for below the file that names it, in a directory called by its number, as PEFT writes it.
+If none there can be read as an adapter of its own, the expert is read from the path in the config. The adapters between
+which Arrow routes lie beside its router, and were loaded with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.directory import AdapterFile, check_finite, read_adapter
+from adaptc.adapter_files.adapter_data import AdapterData, LoadedAdapter
+from adaptc.adapter_files.directory import check_finite, read_adapter
 from adaptc.adapter_files.format import CONFIG_NAME
+from adaptc.binding.binding import ResolvedAdapter
 from adaptc.binding.file_keys import base_weight_name
+from adaptc.binding.sources.configs import config_of
 from adaptc.errors import CheckpointError, short_repr
-from adaptc.methods import AdapterConfig, ExpertAdapter
+from adaptc.methods import ExpertAdapter, make_arrow_adapter, routed_adapter_names
+from adaptc.methods.lora_family.arrow import ArrowConfig
 
 #: tensors that PEFT 0.21 writes into the directories of experts, with keys that it does not read
 _WHOLE_MODEL_PREFIX = "lora_model."
 
 
-def may_have_experts(config_class: type[AdapterConfig]) -> bool:
-    """Return whether adapters with a config of this class may have experts."""
-    return config_class.expert_paths is not AdapterConfig.expert_paths
+def join_routed(data: LoadedAdapter) -> AdapterData[Any]:
+    """Return ``data`` with the tensors of the adapters that it routes between, or unchanged where it routes none.
 
-
-def read_experts(
-    config: AdapterConfig,
-    file: AdapterFile | None,
-    weights: Mapping[str, Tensor],
-    read_config: Callable[[AdapterFile], AdapterConfig],
-) -> tuple[AdapterConfig, AdapterFile | None]:
-    """Return ``config`` and ``file`` with the experts that ``config`` names, or unchanged where it names none.
-
-    ``file`` is the adapter's own, None for a new adapter. ``weights`` are the model's, by name.
+    General adapters are subtracted from the others where the config says so, as PEFT does each time it loads one.
     """
-    names = config.expert_paths()
-    if not names:
-        return config, file
+    if not data.experts or data.config is None:
+        return data
+    tasks, general = (
+        [ExpertAdapter(config_of(e), e.tensors, e.source) for e in map(data.experts.__getitem__, names)]
+        for names in routed_adapter_names(data.config)
+    )
+    if not tasks:
+        return data  # binding it raises the error
+    arrow = ArrowConfig.from_value(data.config["arrow_config"])
+    config, tensors = make_arrow_adapter(arrow, tasks, general)
+    return data.with_config(config, tensors=tensors, experts={})
+
+
+def join_experts(data: ResolvedAdapter, paths: Mapping[str, str], weights: Mapping[str, Tensor]) -> ResolvedAdapter:
+    """Return ``data`` with the experts at the ``paths`` that its config gives by name; ``weights`` are the model's."""
     experts: list[ExpertAdapter] = []
-    for i, (name, path) in enumerate(names.items()):
-        part, source = _read_expert(file, i, name, path)
-        check_finite(part.tensors, source)
-        experts.append(ExpertAdapter(read_config(part), _drop_base_weights(part.tensors, weights, source), source))
-    own = None if file is None else file.tensors
-    new, tensors = config.with_experts(experts, own, list(weights))
-    made: dict[str, Any] = new.to_dict()
-    if file is None:
-        return new, AdapterFile(made, tensors, Path(experts[0].source).parent, is_new=True)
-    return new, replace(file, config=made, tensors=tensors, flat_tensors=())
+    for i, (name, path) in enumerate(paths.items()):
+        one = _read_expert(data, i, name, path)
+        check_finite(one.tensors, one.source)
+        experts.append(ExpertAdapter(config_of(one), _drop_base_weights(one.tensors, weights, one.source), one.source))
+    own = None if data.is_new else data.tensors
+    config, tensors = data.config.with_experts(experts, own, list(weights))
+    source = str(Path(experts[0].source).parent) if data.is_new else data.source
+    return data.with_config(config, tensors=tensors, source=source)
 
 
 def _drop_base_weights(
@@ -78,21 +82,21 @@ def _drop_base_weights(
     return kept
 
 
-def _read_expert(file: AdapterFile | None, index: int, name: str, path: str) -> tuple[AdapterFile, str]:
-    subdirectory = None if file is None else file.path / str(index)
+def _read_expert(data: ResolvedAdapter, index: int, name: str, path: str) -> LoadedAdapter:
+    subdirectory = None if data.path is None else data.path / str(index)
     if subdirectory is not None and (subdirectory / CONFIG_NAME).is_file():
         try:
-            part = read_adapter(subdirectory)
+            expert = read_adapter(subdirectory)
         except CheckpointError:
             if not Path(path).is_dir():
                 raise
         else:
-            if not any(k.startswith(_WHOLE_MODEL_PREFIX) for k in part.tensors):
-                return part, str(subdirectory)
+            if not any(k.startswith(_WHOLE_MODEL_PREFIX) for k in expert.tensors):
+                return expert
     if not Path(path).is_dir():
         looked = short_repr(path) if subdirectory is None else f"{short_repr(str(subdirectory))} or {short_repr(path)}"
         raise CheckpointError(
             f"the adapter {name!r}, which this one is made of, is not in {looked}: write it there, or give a config "
             "whose paths are right"
         )
-    return read_adapter(path), str(path)
+    return read_adapter(path)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.directory import AdapterFile
+from adaptc.binding.binding import ResolvedAdapter
+from adaptc.binding.sources.configs import config_from_dict
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.methods import pattern_value
 from adaptc.targets.expert_targets import EXPERT_LAYER_PARTS, STACKED_PARAMETERS
@@ -30,16 +30,18 @@ _MIXTRAL_MOE = ".block_sparse_moe."  # Mixtral's, now ``.mlp.``
 ExpertTensors = dict[tuple[int, str, str], Tensor]
 
 
-def stack_old_experts(file: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
-    """Return ``file`` for the model with these weights, or the same object when no key in it is of the old kind.
+def stack_old_experts(data: ResolvedAdapter, weights: Mapping[str, Tensor]) -> ResolvedAdapter:
+    """Return ``data`` for the model with these weights, or the same object when no key in it is of the old kind.
 
     Raises CheckpointError when an expert or a projection of a stacked parameter is missing. Raises ConfigError when the
-    file gives single experts ranks or alphas of their own.
+    config gives single experts ranks or alphas of their own.
     """
+    if not any(_MIXTRAL_MOE in key or ".experts." in key for key in data.tensors):
+        return data
     moe_modules: dict[str, ExpertTensors] = {}
     new_tensors: dict[str, Tensor] = {}
     old_modules: list[str] = []
-    for key, tensor in file.tensors.items():
+    for key, tensor in data.tensors.items():
         match = _KEY.fullmatch(key)
         moe_module = _find_moe_module(match[2], weights) if match else None
         if match and moe_module is not None:
@@ -50,7 +52,7 @@ def stack_old_experts(file: AdapterFile, weights: Mapping[str, Tensor]) -> Adapt
             known = _MIXTRAL_MOE in key and f"{new.partition('.lora_')[0]}.weight" in weights
             new_tensors[new if known else key] = tensor
     if not moe_modules:
-        return file if new_tensors.keys() == file.tensors.keys() else replace(file, tensors=new_tensors)
+        return data if new_tensors.keys() == data.tensors.keys() else data.with_config(data.config, tensors=new_tensors)
     converted = {
         name: {home for home, p in moe_modules.items() if _has_projection(p, parts)}
         for name, parts in STACKED_PARAMETERS.items()
@@ -64,12 +66,11 @@ def stack_old_experts(file: AdapterFile, weights: Mapping[str, Tensor]) -> Adapt
                 pieces,
                 STACKED_PARAMETERS[name],
                 weights[f"{moe_module}.{name}"].shape[0],
-                f"{file.path}: {moe_module}.experts",
+                f"{data.source}: {moe_module}.experts",
             )
             new_tensors[f"{place}.lora_A.weight"], new_tensors[f"{place}.lora_B.weight"] = a, b
-    return replace(
-        file, tensors=new_tensors, config=_convert_config(file.config, old_modules, new_tensors, converted, weights)
-    )
+    config = _convert_config(data.config.to_dict(), old_modules, new_tensors, converted, weights)
+    return data.with_config(config_from_dict(config), tensors=new_tensors)
 
 
 def _find_moe_module(path: str, weights: Mapping[str, Tensor]) -> str | None:

@@ -1,7 +1,7 @@
 """Translate adapters of other formats to PEFT's, for a given model: component, modules, and the config that PEFT would
 have.
 
-The tensors come with the keys of their file and its header. The result is an :class:`AdapterFile` with bare keys, whose
+The tensors come with the keys of their file and its header. The result is an :class:`AdapterData` with bare keys, whose
 config targets exactly the modules that the keys name. Facts that a file does not state are never made up: the caller
 must give them.
 """
@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from adaptc.adapter_files.directory import AdapterFile, bare_key
-from adaptc.adapter_files.foreign_file import RawFile, has_peft_prefix
+from adaptc.adapter_files.adapter_data import PEFT_KEYS, AdapterData, FileOrigin, LoadedAdapter
+from adaptc.adapter_files.foreign_file import has_peft_prefix
 from adaptc.adapter_files.formats.detect import detect_format, is_foreign_key, starts_with_component
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.formats.layers import FileLayer, convert_layer
 from adaptc.adapter_files.formats.parts import ALPHA, ParsedKey, split_component
-from adaptc.adapter_files.origin import FileOrigin
 from adaptc.binding.sources.components import ChosenComponent, choose_component
 from adaptc.binding.sources.module_names import ModuleNames
 from adaptc.errors import CheckpointError, ConfigError, short_repr
@@ -33,25 +32,17 @@ _TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "l
 
 
 def translate_to_peft(
-    raw: RawFile,
-    weights: Mapping[str, Tensor],
-    *,
-    component: str | None = None,
-    config: AdapterConfig | None = None,
-) -> AdapterFile:
+    raw: LoadedAdapter, weights: Mapping[str, Tensor], config: AdapterConfig | None
+) -> AdapterData[Any]:
     """Return ``raw`` with PEFT's keys and config, for a model with these weights.
 
     ``config`` is the caller's, and counts instead of the file's. Targets that it leaves open are those of the keys.
     Raises CheckpointError, and ConfigError where no config says what the tensors are.
     """
-    source = str(raw.path)
-    first = next(iter(raw.tensors))
-    if any(map(has_peft_prefix, raw.tensors)) or (config is not None and not may_be_foreign_key(first, weights)):
-        check_no_component(component, source)
-        return _complete_peft_file(raw, weights, config, source)
+    source = raw.source
     file_format, parsed_keys = detect_format(raw.tensors, source)
     names = ModuleNames(weights)
-    chosen = choose_component(file_format, parsed_keys, raw.tensors, names, component, source)
+    chosen = choose_component(file_format, parsed_keys, raw.tensors, names, raw.component, source)
     layers = _convert_layers(chosen, raw.tensors, names, source)
     targets = _target_fields(list(layers), names)
     tensors = {f"{module}.{slot}": t for module, layer in layers.items() for slot, t in layer.tensors.items()}
@@ -65,11 +56,12 @@ def translate_to_peft(
     peft_type, *_ = kinds
     shapes = [names.shapes[m] for m in layers]
     options = config_class(peft_type).options_from_tensors([made.tensors for made in layers.values()], shapes)
+    origin = FileOrigin(file_format.name, chosen.component, MappingProxyType(dict(chosen.other_components)))
     if config is not None:
-        stored = _complete_targets(config, targets).to_dict()
-    elif (stated := _config_in_file(raw, chosen, peft_type)) is not None:
+        return raw.with_config(_complete_targets(config, targets), tensors=tensors, format=PEFT_KEYS, origin=origin)
+    if (stated := _config_in_file(raw, chosen, peft_type)) is not None:
         stored = (
-            (options if raw.header_configs is None else {})
+            (options if raw.component_configs is None else {})
             | {k: v for k, v in stated.items() if k not in _TARGET_FIELDS}
             | targets
         )
@@ -82,8 +74,7 @@ def translate_to_peft(
                 "such as config=LoraConfig(r=8, lora_alpha=16)."
             )
         stored = {"peft_type": peft_type} | targets | options | _rank_alpha_fields(peft_type, layers)
-    origin = FileOrigin(file_format.name, chosen.component, MappingProxyType(dict(chosen.other_components)))
-    return AdapterFile(stored, MappingProxyType(tensors), raw.path, raw.path.name, origin=origin)
+    return raw.with_config(stored, tensors=tensors, format=PEFT_KEYS, origin=origin)
 
 
 def may_be_foreign_key(key: str, weights: Mapping[str, Tensor]) -> bool:
@@ -124,44 +115,44 @@ def with_targets(
     return config.with_missing_filled(_target_fields(list(modules), names))
 
 
-def component_names(raw: RawFile) -> list[str]:
-    """Return the components that the keys of a file name; none for PEFT's keys, or for keys of one model alone.
+def has_peft_keys(raw: LoadedAdapter, weights: Mapping[str, Tensor], is_config_known: bool) -> bool:
+    """Return whether the keys of ``raw`` are PEFT's, for a model of ``weights``.
+
+    Without PEFT's prefix they are taken for PEFT's only where the method ``is_config_known``.
+    """
+    if any(map(has_peft_prefix, raw.tensors)):
+        return True
+    first = next(iter(raw.tensors), "")
+    return is_config_known and not may_be_foreign_key(first, weights)
+
+
+def component_names(raw: LoadedAdapter) -> list[str]:
+    """Return the components that the keys name; none for PEFT's keys, and for keys of one model alone.
 
     Raises CheckpointError for keys of no known format.
     """
-    if any(map(has_peft_prefix, raw.tensors)):
+    first = next(iter(raw.tensors), "")
+    if any(map(has_peft_prefix, raw.tensors)) or not (is_foreign_key(first) or starts_with_component(first)):
         return []
-    _, parts = detect_format(raw.tensors, str(raw.path))
+    _, parts = detect_format(raw.tensors, raw.source)
     return sorted({p.component for p in parts} - {""})
 
 
-def check_no_component(component: str | None, source: str) -> None:
-    """Raise ConfigError where a component is asked for of a file with PEFT's keys."""
-    if component is not None:
+def for_component(adapters: Sequence[AdapterData[Any]], component: str | None) -> list[AdapterData[Any]]:
+    """Return ``adapters`` with ``component`` asked for in those whose keys name components.
+
+    A single one is asked in any case, and raises itself where it has no such component. Raises ConfigError where none
+    is of another format than PEFT's.
+    """
+    if component is None:
+        return list(adapters)
+    found = [a.format != PEFT_KEYS and (len(adapters) == 1 or bool(component_names(a))) for a in adapters]
+    if not any(found):
         raise ConfigError(
-            f"component={component!r}: {source} has PEFT's keys, which are of one model and name no component; leave "
-            "it out"
+            f"component={component!r} chooses from a file of another format than PEFT's whose keys name components, "
+            "and there is none; leave it out"
         )
-
-
-def _complete_peft_file(
-    raw: RawFile, weights: Mapping[str, Tensor], config: AdapterConfig | None, source: str
-) -> AdapterFile:
-    """Return a file with PEFT's keys that is given without its directory, with its config."""
-    config_fields = raw.adapter_config if config is None else config.to_dict()
-    if config_fields is None:
-        raise CheckpointError(
-            f"{source} has PEFT's keys, and there is no adapter_config.json beside it: give the directory that has "
-            f"both, or "
-            "say the config with config=."
-        )
-    kind = str(config_fields.get("peft_type"))
-    tensors = {bare_key(k, kind) or k: t for k, t in raw.tensors.items()}
-    if len(tensors) != len(raw.tensors):
-        raise CheckpointError(f"{source} names a tensor twice, with and without PEFT's prefix")
-    if isinstance(config, TargetedConfig):
-        config_fields = with_targets(config, tensors, weights).to_dict()
-    return AdapterFile(dict(config_fields), MappingProxyType(tensors), raw.path, raw.path.name)
+    return [replace(a, component=component) if f else a for a, f in zip(adapters, found, strict=True)]
 
 
 def _convert_layers(
@@ -197,27 +188,27 @@ def _complete_targets(config: AdapterConfig, targets: Mapping[str, Any]) -> Adap
     return config.with_missing_filled(targets)
 
 
-def _config_in_file(raw: RawFile, chosen: ChosenComponent, peft_type: str) -> dict[str, Any] | None:
+def _config_in_file(raw: LoadedAdapter, chosen: ChosenComponent, peft_type: str) -> dict[str, Any] | None:
     """Return the config that a file states for a component, or None where it states none."""
-    if raw.header_configs is not None:
+    if raw.component_configs is not None:
         prefix = f"{chosen.component}." if chosen.component else ""
         # A component's fields are prefixed with its name.
-        fields = {k: v for k, v in raw.header_configs.items() if split_component(k)[0] == chosen.component}
+        fields = {k: v for k, v in raw.component_configs.items() if split_component(k)[0] == chosen.component}
         if fields:
             return {"peft_type": peft_type} | {k.removeprefix(prefix): v for k, v in fields.items()}
-    if raw.adapter_config is not None and not chosen.component:
-        return {"peft_type": peft_type} | dict(raw.adapter_config)
+    if raw.config is not None and not chosen.component:
+        return {"peft_type": peft_type} | dict(raw.config)
     return None
 
 
-def _states_scale(raw: RawFile, parsed_keys: Sequence[ParsedKey]) -> bool:
+def _states_scale(raw: LoadedAdapter, parsed_keys: Sequence[ParsedKey]) -> bool:
     """Return whether a file whose keys name no component states its scales.
 
     It does by an alpha, by names that PEFT's keys do not have, or by its file name, which is one of diffusers'.
     """
-    return any(
-        p.slot == ALPHA or p.is_flattened or not p.key.endswith(p.slot) for p in parsed_keys
-    ) or raw.path.name in (LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME)
+    if any(p.slot == ALPHA or p.is_flattened or not p.key.endswith(p.slot) for p in parsed_keys):
+        return True
+    return raw.path is not None and raw.path.name in (LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME)
 
 
 def _rank_alpha_fields(peft_type: str, layers: Mapping[str, FileLayer]) -> dict[str, Any]:
@@ -227,8 +218,3 @@ def _rank_alpha_fields(peft_type: str, layers: Mapping[str, FileLayer]) -> dict[
         {m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()}
     )
     return {"r": r, "rank_pattern": ranks, config_class(peft_type).alpha_field: alpha, "alpha_pattern": alphas}
-
-
-def file_from_state_dict(tensors: Mapping[str, Tensor]) -> RawFile:
-    """Return a caller's state dict as a file."""
-    return RawFile(tensors, Path("state dict"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adaptc.bank.selection import RowSelection
-from adaptc.binding.sources.source import as_config
+from adaptc.binding.sources.configs import as_config
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.passes.protocol.coefficients import Coefficient

@@ -1,0 +1,103 @@
+"""Load an adapter from whatever holds one: a directory, a file of any format, a state dict, or an object of one.
+
+This is the one place that tells these apart. Tensors are checked once and renamed once here. No model is involved, so
+keys of other formats than PEFT's stay as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adaptc.adapter_files.adapter_data import PEFT_KEYS, STATE_DICT_KEYS, AdapterData, LoadedAdapter
+from adaptc.adapter_files.check_state_dict import check_state_dict, is_state_dict
+from adaptc.adapter_files.directory import read_adapter
+from adaptc.adapter_files.foreign_file import find_adapter_file, read_adapter_file
+from adaptc.adapter_files.format import peft_component_error, routed_names
+from adaptc.adapter_files.key_mapping import RenameRules, compile_rules, rename_tensors
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError
+
+
+def has_tensors(source: Any) -> bool:
+    """Return whether ``source`` is something that :func:`load` takes, and not just a config.
+
+    A path counts, and a non-empty mapping of tensors.
+    """
+    return isinstance(source, (str, os.PathLike, AdapterData)) or hasattr(source, "as_file") or is_state_dict(source)
+
+
+def load(
+    source: Any,
+    *,
+    adapter_name: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
+    with_experts: bool = True,
+) -> LoadedAdapter:
+    """Return the adapter that ``source`` holds.
+
+    ``source`` is a path, a state dict, an :class:`AdapterData`, or an object whose ``as_file()`` gives one. A path may
+    be a PEFT directory, or one of PEFT's weight files beside its config. It may also be a directory with diffusers'
+    ``pytorch_lora_weights`` or with a single ``.safetensors`` file. Else it is a file: ``.safetensors``, or one of
+    ``torch.save``.
+
+    ``adapter_name`` chooses from a directory of adapters. ``key_mapping`` maps regular expressions to replacements, for
+    keys without PEFT's prefix. ``component`` chooses from a file whose keys name components. ``with_experts`` also
+    reads the adapters beside an Arrow router.
+
+    Raises CheckpointError for what cannot be read or bound, ConfigError for options that do not go with ``source``, and
+    AdaptcError for a ``source`` of another kind.
+    """
+    rules = compile_rules(key_mapping)
+    if isinstance(source, (str, os.PathLike)):
+        file = find_adapter_file(Path(source), adapter_name)
+        data: LoadedAdapter = (
+            read_adapter(source, adapter_name=adapter_name)
+            if file is None
+            else replace(read_adapter_file(file), source=str(source))
+        )
+        if with_experts and data.format == PEFT_KEYS and data.config and data.config.get("arrow_config"):
+            names = routed_names(data.config)
+            data = replace(data, experts={name: _read_expert(data, name, rules) for name in names})
+    elif adapter_name is not None:
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} chooses from a directory of adapters, and the adapter is a "
+            f"{type(source).__name__}: leave it out"
+        )
+    elif isinstance(source, Mapping):
+        tensors = check_state_dict(source, "state dict")
+        data = AdapterData(None, tensors, "state dict", format=STATE_DICT_KEYS, is_shared=True)
+    else:
+        data = _check_object(source)
+    if rules:
+        data = replace(data, tensors=rename_tensors(data.tensors, rules, data.source, data.format == PEFT_KEYS))
+    if component is not None:
+        if data.format == PEFT_KEYS:
+            raise peft_component_error(component, data.source)
+        data = replace(data, component=component)
+    return data
+
+
+def _read_expert(data: LoadedAdapter, name: str, rules: RenameRules) -> LoadedAdapter:
+    assert data.path is not None
+    try:
+        expert = read_adapter(data.path.parent, adapter_name=name)
+        renamed = rename_tensors(expert.tensors, rules, expert.path, True) if rules else expert.tensors
+    except CheckpointError as error:
+        raise CheckpointError(f"{data.path} routes between the adapters beside it: {error}") from error
+    return replace(expert, tensors=renamed, source=str(expert.path))
+
+
+def _check_object(source: Any) -> LoadedAdapter:
+    """Return the adapter that an object holds. Raises AdaptcError where it is no adapter."""
+    data = source.as_file() if hasattr(source, "as_file") else source
+    if not isinstance(data, AdapterData):
+        raise AdaptcError(
+            f"an adapter is a directory, a file, a state dict, a binding, or what prog.bind returned; got "
+            f"{type(source).__name__}"
+        )
+    check_state_dict(data.tensors, data.source)
+    return replace(data, is_shared=True)

@@ -1,0 +1,167 @@
+"""Bind any adapter that a user gives to a program or package: load it, resolve it for the model, and bind its tensors.
+
+A binding owns its values: a directory is read into memory of its own, and a caller's tensors are copied once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from adaptc.adapter_files.load import load
+from adaptc.binding.bind import bind, initial_values
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.binding_plan_cache import BindingPlanCache
+from adaptc.binding.binding_scale import binding_of_parts, with_scale
+from adaptc.binding.check_binding import check_binding_fits
+from adaptc.binding.combine_bindings import spec_of_adapter
+from adaptc.binding.sources.configs import as_config
+from adaptc.binding.sources.other_formats import for_component
+from adaptc.binding.sources.resolve import resolve
+from adaptc.errors import ConfigError, SwapError
+from adaptc.methods import AdapterConfig
+from adaptc.patterns import limit_pattern_time
+from adaptc.torch_modes import outside_modes
+from adaptc.value_types import validates_options
+
+
+class Bindable(Protocol):
+    """A thing that an adapter can be bound to: a program, or a package of one."""
+
+    @property
+    def current(self) -> Binding | None:
+        """Return the binding in use, or None where there are no sites."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the first site."""
+        ...
+
+    @property
+    def binding_plans(self) -> BindingPlanCache: ...
+
+    def spec(self, trainable: bool = False) -> BindingSpec: ...
+
+
+@validates_options("adapter_name", "key_mapping", "component")
+@limit_pattern_time()
+@outside_modes()
+def bind_adapter(
+    target: Bindable,
+    adapter: Any,
+    *,
+    config: Any = None,
+    adapter_name: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
+    trainable: bool = False,
+    copy_tensors: bool = True,
+    scale: Any = None,
+    check_config: Callable[[AdapterConfig], None] | None = None,
+) -> Binding:
+    """Return ``adapter`` bound to the slots of ``target``, which is left unchanged.
+
+    ``key_mapping`` maps a regular expression to its replacement, for keys that were written for other module names.
+    ``component`` chooses from a file with several, where module names do not tell. ``adapter_name`` chooses from a
+    directory of adapters. An adapter that is bound already is refused with any of these, and with ``config``. A
+    program, or what is bound to one, stands for its adapter.
+
+    A state dict has PEFT's keys, with or without ``base_model.model.``. Its scale comes from ``config``. Without that
+    it comes from the current adapter's config, with the rank of the tensors. A state dict with the keys of another
+    format is read like a file of that format. Without ``copy_tensors``, values may share the memory of the caller's
+    tensors. That is for callers who copy them before other code can write there.
+
+    ``scale`` is a factor on the original scale, or factors by adapter name; None leaves the scale as it is.
+    ``check_config`` is called with the adapter's config before it is bound, and may raise. Raises SwapError,
+    CheckpointError or ConfigError.
+    """
+    current = target.current
+    if current is None:
+        raise SwapError("the program has no adapter sites; it was merged or unloaded")
+    if adapter is None:
+        raise SwapError(
+            "None is no adapter. prog.bind(None) gives a callable of the base, and adaptc.unload the base itself"
+        )
+    # A program, and what is bound to one, has its adapter in `binding`.
+    binding = adapter if isinstance(adapter, Binding) else getattr(adapter, "binding", None)
+    if isinstance(binding, Binding):
+        asked = {"key_mapping": key_mapping or None, "config": config, "adapter_name": adapter_name}
+        if said := [n for n, given in (asked | {"component": component}).items() if given is not None]:
+            raise ConfigError(f"{said[0]} is for files and state dicts, and this is bound already: leave it out")
+        made = _check_binding(target, binding)
+        return made if scale is None else target.binding_plans.remember_fitting(with_scale(target.spec(), made, scale))
+    known, names = None if config is None else as_config(config), None
+    if current.joint_adapters:
+        source = {"adapter_name": adapter_name, "key_mapping": key_mapping, "component": component}
+        made = _exchange_adapters(target, current, adapter, known, trainable, source)
+        names = tuple(adapter)  # type: ignore[arg-type]  # it was found to be a mapping
+    else:
+        spec = target.spec(trainable)
+        if lost := list(spec.residual):
+            raise SwapError(
+                f"the file this program came from holds only its own adapter's version of {lost[:3]} (its "
+                "initialisation changed the base), so no other adapter can be bound to it. Compile the original model "
+                "instead."
+            )
+        loaded = load(adapter, adapter_name=adapter_name, key_mapping=key_mapping, component=component)
+        data = resolve(loaded, spec.weights, config=known, default=current.config)
+        if check_config is not None:
+            check_config(data.config)
+        made = bind(spec, data, plans=target.binding_plans, copy_tensors=copy_tensors)
+    made = made if scale is None else with_scale(target.spec(), made, scale, names)
+    return target.binding_plans.remember_fitting(made)
+
+
+def _check_binding(target: Bindable, binding: Binding) -> Binding:
+    if not binding.values:
+        raise SwapError(
+            "this is the base, which is no adapter: call prog.base or what prog.bind(None) returned, or take the "
+            "adapter out with adaptc.unload"
+        )
+    if binding.values.keys() != target.binding_plans.tensor_names:
+        raise SwapError(
+            "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
+        )
+    name, value = next(iter(binding.values.items()))
+    if value.device != target.device:
+        raise SwapError(
+            f"the binding has {name!r} on {value.device}, and the program is on {target.device}; bind the adapter to "
+            f"this program, or move the binding there: binding.to({str(target.device)!r})"
+        )
+    if not target.binding_plans.is_known_to_fit(binding):
+        check_binding_fits(target.spec(), binding)
+    return target.binding_plans.remember_fitting(binding)
+
+
+def _exchange_adapters(
+    target: Bindable,
+    current: Binding,
+    adapters: Any,
+    config: AdapterConfig | None,
+    trainable: bool,
+    source: Mapping[str, Any],
+) -> Binding:
+    """Return a binding in which the named adapters of several that act together are exchanged.
+
+    Adapters that are not named stay, and None turns one off. ``source`` has the options of :func:`load`.
+    """
+    bindings = dict(current.joint_adapters)
+    if not isinstance(adapters, Mapping) or not adapters or not bindings.keys() >= adapters.keys():
+        raise SwapError(
+            f"the program has several adapters that act together; name the one to change, for example "
+            f"swap(prog, {{{next(iter(bindings))!r}: adapter}}), of {list(bindings)}"
+        )
+    if config is not None and len(adapters) > 1:
+        raise ConfigError(f"config= is of one adapter, and {len(adapters)} are given: swap to one after the other")
+    spec = target.spec(trainable)
+    for name in [n for n, a in adapters.items() if a is None]:
+        bindings[name] = initial_values(spec_of_adapter(spec, name), bindings[name].config, methods_by_id={})
+    loaded = {n: load(a, **{**source, "component": None}) for n, a in adapters.items() if a is not None}
+    for name, data in zip(loaded, for_component(list(loaded.values()), source["component"]), strict=True):
+        resolved = resolve(data, spec.weights, config=config, default=bindings[name].config)
+        # Plans are for the spec of the whole program, and a part has its own.
+        bindings[name] = bind(spec_of_adapter(spec, name), resolved)
+    return binding_of_parts(spec, bindings)

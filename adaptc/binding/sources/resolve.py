@@ -1,0 +1,75 @@
+"""Resolve an adapter that was loaded for one model: what its keys mean there, and which config it has.
+
+The steps: the adapters that it routes between, the format and component of its keys, its targets, layers that the model
+stacks, and X-LoRA's experts. Adapters with PEFT's keys and a config pass through without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from adaptc.adapter_files.adapter_data import PEFT_KEYS, STATE_DICT_KEYS, AdapterData, LoadedAdapter
+from adaptc.adapter_files.check_state_dict import bare_tensors
+from adaptc.adapter_files.format import peft_component_error
+from adaptc.binding.binding import ResolvedAdapter
+from adaptc.binding.sources.composite_adapters import join_experts, join_routed
+from adaptc.binding.sources.configs import config_of
+from adaptc.binding.sources.old_experts import stack_old_experts
+from adaptc.binding.sources.other_formats import has_peft_keys, translate_to_peft, with_targets
+from adaptc.errors import CheckpointError
+from adaptc.methods import AdapterConfig, TargetedConfig
+
+
+def resolve(
+    data: AdapterData[Any],
+    weights: Mapping[str, Tensor],
+    *,
+    config: AdapterConfig | None = None,
+    default: AdapterConfig | None = None,
+    find_targets: bool = False,
+) -> ResolvedAdapter:
+    """Return ``data`` with a config and PEFT's bare keys, for the model with these ``weights``.
+
+    ``config`` is the caller's, and counts instead of the source's. ``default`` is the config of a state dict without
+    one; its ranks are then read off the tensors. With ``find_targets``, the keys give the targets that ``config``
+    leaves open.
+
+    Raises CheckpointError and ConfigError where no config says what the tensors are, or keys do not fit the model.
+    """
+    is_state_dict = data.format == STATE_DICT_KEYS
+    joined: AdapterData[Any] = join_routed(data) if data.experts else data
+    if joined.format == PEFT_KEYS:
+        found = joined if config is None else joined.with_config(config)
+    elif has_peft_keys(joined, weights, config is not None or (is_state_dict and default is not None)):
+        found = _with_bare_keys(joined, config, default)
+        find_targets = find_targets or not is_state_dict
+    else:
+        found = translate_to_peft(joined, weights, config)
+    if find_targets and config is not None and isinstance(found.config, TargetedConfig):
+        found = found.with_config(with_targets(found.config, found.tensors, weights))
+    if not isinstance(found.config, AdapterConfig):
+        found = replace(found, config=config_of(found))
+    new = stack_old_experts(found, weights)
+    return join_experts(new, paths, weights) if (paths := new.config.expert_paths()) else new
+
+
+def _with_bare_keys(
+    data: LoadedAdapter, config: AdapterConfig | None, default: AdapterConfig | None
+) -> AdapterData[Any]:
+    """Return ``data``, which has PEFT's keys and was given without its directory, with bare keys and its config."""
+    if data.component is not None:
+        raise peft_component_error(data.component, data.source)
+    is_default = config is None and data.format == STATE_DICT_KEYS
+    found: Any = config or (default if is_default else data.config)
+    if found is None:
+        raise CheckpointError(
+            f"{data.source} has PEFT's keys, and there is no adapter_config.json beside it: give the directory that "
+            "has both, or say the config with config=."
+        )
+    kind = found.peft_type if isinstance(found, AdapterConfig) else str(found.get("peft_type"))
+    tensors = bare_tensors(data.tensors, data.source, kind)
+    return data.with_config(found, tensors=tensors, format=PEFT_KEYS, infer_ranks=is_default)
