@@ -89,6 +89,7 @@ lint: $(VENV)/.test.stamp tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.house.prose
+	$(BIN)/python -m tests.house.layout
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 	cd $(TREE) && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from adaptc.adapters.subtract import subtract_adapter
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api.adapt_model import compile
-    from adaptc.api.any_report import report
     from adaptc.api.change_adapter import bind, swap
     from adaptc.api.merge_and_lower import merge, unload, unmerge, verify
+    from adaptc.api.reporting import report
     from adaptc.api.save_and_load import load, load_package, package, save, save_adapter
     from adaptc.bank.bank import Bank
     from adaptc.binding.binding import Binding
@@ -93,7 +93,7 @@ PUBLIC = {
     "save_adapter": "adaptc.api.save_and_load",
     "package": "adaptc.api.save_and_load",
     "load_package": "adaptc.api.save_and_load",
-    "report": "adaptc.api.any_report",
+    "report": "adaptc.api.reporting",
     "verify": "adaptc.api.merge_and_lower",
     "rescale_adapter_scale": "adaptc.program.rescale",
     "load_adapter": "adaptc.adapters.adapter",

@@ -8,7 +8,7 @@ from adaptc.public_names import lazy_names
 
 if TYPE_CHECKING:
     from adaptc.api.merge_and_lower import lower
-    from adaptc.api.scalings_of import xlora_scalings
+    from adaptc.api.reporting import xlora_scalings
     from adaptc.reports.status import get_layer_status, get_model_status
     from adaptc.runtime.recompiles import assert_no_recompiles
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PUBLIC = {
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "lower": "adaptc.api.merge_and_lower",
-    "xlora_scalings": "adaptc.api.scalings_of",
+    "xlora_scalings": "adaptc.api.reporting",
     "get_model_status": "adaptc.reports.status",
     "get_layer_status": "adaptc.reports.status",
 }

@@ -103,9 +103,12 @@ def _resolve_annotation(config: type, name: str) -> Any:
     in."""
     owner = next(c for c in config.__mro__ if name in vars(c).get("__annotations__", ()))
     holder = types.SimpleNamespace(__annotations__={name: vars(owner)["__annotations__"][name]})
+    # A public class says that it lives in the facade. The functions of a dataclass know the module it was written in.
+    written_in = getattr(vars(owner).get("__init__"), "__globals__", None)
     module = sys.modules.get(owner.__module__)
+    namespace = written_in or (vars(module) if module else {})
     try:
-        return typing.get_type_hints(holder, vars(module) if module else {}, dict(vars(owner)))[name]
+        return typing.get_type_hints(holder, namespace, dict(vars(owner)))[name]
     except Exception:  # names that only type checkers import, or that are local to a function
         return None
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import nn
 
-from adaptc.errors import MergeError
+from adaptc.errors import BackendError, MergeError
 from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.lower.lower_regions import Lower
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.lower import lower_program
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
+from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
+from adaptc.state.core import ProgramCore
 from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
 from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale
@@ -100,3 +104,28 @@ def verify(
                 options = program.example_inputs(options)
             return verify(inside, base_model, **options)
     return verify_program(program, model, **options)
+
+
+P = TypeVar("P", bound=ProgramCore)
+
+
+def lower_program(program: P) -> P:
+    """Return ``program`` with its adapters as fused Triton kernels; ``adaptc.debug.lower`` tells more. Raises
+    BackendError where the base is not on a GPU, or triton is not installed."""
+    check_triton()
+    if not runs_on_gpu(program.base_tensors.values()):
+        raise BackendError(
+            "the program's weights are not on a GPU, where its kernels would run: move the model there (model.cuda()) "
+            "before adaptc.compile, or the program: prog.to('cuda')"
+        )
+    return insert_kernels(program)
+
+
+@with_graph_lock
+def insert_kernels(program: P) -> P:
+    """Return ``program`` with Triton kernels in its graph, on whatever device its base is."""
+    program = program.snapshot()
+    a = program.adaptation
+    done = Lower(a.attachments, program.ops)(program)
+    adaptation = replace(a, trail=(*a.trail, *done.trail))
+    return type(program)(done.output, adaptation, program.current, program.options, program.originals)

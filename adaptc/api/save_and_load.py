@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.write import write_adapter_of
 from adaptc.bank.bank import Bank
-from adaptc.errors import ConfigError, short_repr
+from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.generation.artifact import load_package_contents, read_generator
 from adaptc.generation.generator_bank import GeneratorBank
 from adaptc.packages.package_program import package_program
@@ -22,8 +22,10 @@ from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.program_file import load_program, save_program
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
 from adaptc.runtime.options import RunOptions
+from adaptc.state.adapter_output import write_adapter
 from adaptc.state.overrides import check_no_override
-from adaptc.training.module_files import check_not_stale
+from adaptc.training.module_files import check_not_stale, write_module_adapter
+from adaptc.training.program_module import ProgramModule
 from adaptc.value_types import validates_options
 
 
@@ -161,3 +163,27 @@ def load_package(path: str | os.PathLike[str]) -> Any:
     machine.
     """
     return load_package_contents(Path(path))
+
+
+def write_adapter_of(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
+    """Write the adapter of ``program`` to ``path``, and return the path that was written.
+
+    ``options`` are those of ``adaptc.save_adapter``. Raises ConfigError for options that need a model where there is
+    none, and AdaptcError for anything that has no adapter.
+    """
+    if isinstance(program, Adapter):
+        own = ("adapter_name", "safe_serialization", "base_model")
+        said = {n: v not in (None, False, "peft") for n, v in options.items() if n not in own}
+        if given := [name for name, value in said.items() if value]:
+            raise ConfigError(f"{given[0]} needs the model: bind the adapter to a program of it, and save that")
+        return program.write(path, **{n: options[n] for n in own})
+    if isinstance(program, ProgramModule):
+        return write_module_adapter(program, path, **options)
+    if not isinstance(program, AdaptedProgram):
+        raise AdaptcError(
+            f"save_adapter takes what adaptc.compile or program.module() gives, not a {type(program).__name__}; of "
+            "what wraps a module, such as DistributedDataParallel, give what is inside"
+        )
+    check_no_override(program, "save_adapter")
+    check_not_stale(program)
+    return write_adapter(program, path, **options)

@@ -27,13 +27,17 @@ from adaptc.capture.check_size_one import guard_sizes_of_one, has_same_outputs
 from adaptc.capture.dynamic_shapes import FreeDims, export, export_with_free_dims, export_with_shapes
 from adaptc.capture.explain_failure import explain_inputs
 from adaptc.capture.fixed_sizes import describe_fixed_sizes, flat_input_names
-from adaptc.capture.given_inputs import all_dims_free, bind_arguments, enlarge_sizes_of_one
+from adaptc.capture.given_inputs import (
+    all_dims_free,
+    bind_arguments,
+    enlarge_sizes_of_one,
+    is_causal_lm_loss,
+    loss_type,
+)
+from adaptc.capture.inputs.diffusion_inputs import make_example_inputs
 from adaptc.capture.inputs.example_inputs import is_pretrained_model
-from adaptc.capture.inputs.made_inputs import make_example_inputs
-from adaptc.capture.model_loss import is_causal_lm_loss, loss_type
-from adaptc.capture.model_state import keyword_only_parameter, patch_forward, preserve_state
+from adaptc.capture.model_state import ModelSkeleton, keyword_only_parameter, patch_forward, preserve_state
 from adaptc.capture.quantised import check_not_quantised
-from adaptc.capture.shell import ModelSkeleton
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.embedding_max_norm import RemoveMaxNormWrites
 from adaptc.passes.adapt.linear_products import MatmulsToLinear

@@ -9,16 +9,21 @@ that are written to are copied. Public: ``TorchFunctionMode``, which does not se
 (``embedding`` shortens rows of its weight). ``Tensor._version`` tells too late, and is as private.
 
 ``patch_forward`` replaces a module's ``forward`` for a while, for example by one that names the inputs of a capture.
+
+:class:`ModelSkeleton` copies a model's modules without its tensors, so that the same model can be captured again for
+other inputs. Later changes to the model do not reach it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -284,3 +289,37 @@ def patch_forward(
 def keyword_only_parameter(name: str) -> inspect.Parameter:
     """Return a keyword-only parameter called ``name``."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSkeleton:
+    """A copy of a model's modules, in which meta tensors stand for the tensors that are kept elsewhere.
+
+    ``modules`` is the copy. ``meta_tensors`` maps a tensor's name to its meta tensor; tied tensors share one. Tensors
+    that nobody else keeps are in ``modules`` themselves.
+    """
+
+    modules: nn.Module
+    meta_tensors: Mapping[str, Tensor] = field(repr=False)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, names: Collection[str]) -> ModelSkeleton | None:
+        """Return a skeleton of ``model``, or None for a model that cannot be copied.
+
+        ``names`` are the names of the tensors that are kept elsewhere.
+        """
+        tensors = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        memo = {id(t): t for t in tensors.values()}
+        memo |= {id(t): torch.empty_like(t, device="meta") for n, t in tensors.items() if n in names}
+        places = {n: memo[id(t)] for n, t in tensors.items() if n in names}
+        try:
+            return cls(copy.deepcopy(model, memo), places)
+        except Exception:  # any error that a foreign object in the model may raise when it is copied
+            return None
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Return a model on these tensors themselves, not on copies. Raises KeyError for a missing name."""
+        memo = {id(place): tensors[name] for name, place in self.meta_tensors.items()}
+        memo |= {id(t): t for t in (*self.modules.parameters(), *self.modules.buffers()) if id(t) not in memo}
+        return copy.deepcopy(self.modules, memo)

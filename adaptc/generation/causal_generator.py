@@ -21,8 +21,12 @@ from adaptc.generation.cache.cache_change import CacheChange
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import TokenGates, refuse_token_gates
 from adaptc.generation.generator import Generator, step_arguments
-from adaptc.generation.prefix.prefix_arguments import with_prefix_arguments
-from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_for, prefix_input_names
+from adaptc.generation.prefix.prefix_for import (
+    prefix_attachments,
+    prefix_for,
+    prefix_input_names,
+    with_prefix_arguments,
+)
 from adaptc.generation.spec import GenerationSpec, cache_argument_name, step_output
 from adaptc.generation.step_runner import StepRunner
 from adaptc.runtime.calls.output_form import apply_return_dict

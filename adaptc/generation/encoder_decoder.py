@@ -28,15 +28,15 @@ from adaptc.generation.modes.chunked_prefill import last_token_indices
 from adaptc.generation.prefix.prefix_for import count_virtual_tokens, prefix_for
 from adaptc.generation.seq2seq import validate_seq2seq as checks
 from adaptc.generation.seq2seq.seq2seq_cache import CrossCache
-from adaptc.generation.seq2seq.seq2seq_prefix import (
+from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
+from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, decoder_inputs
+from adaptc.generation.seq2seq.validate_seq2seq import (
     DECODER_OPENINGS,
     ENCODER_OPENINGS,
     encoder_states_mask,
     pop_adapter_inputs,
     select_encoder_inputs,
 )
-from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
-from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, decoder_inputs
 from adaptc.generation.spec import cache_argument_name
 from adaptc.generation.step_runner import PartsRunner
 from adaptc.runtime.calls.output_form import apply_return_dict

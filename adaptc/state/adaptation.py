@@ -2,23 +2,27 @@
 
 The header is the part that does not follow from the regions in the graph, and only this file writes and reads it. Its
 format has a number. A file of another format is refused with an error that names the file.
+
+``check_options`` checks whether a program can run with its options, each of which was checked on its own before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
 from adaptc.capture.capture import PretrainedFacts
-from adaptc.errors import CheckpointError
+from adaptc.errors import BackendError, CheckpointError, ConfigError
+from adaptc.passes.adapt.choose_forms import with_compilable_form
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
+from adaptc.runtime.options import PACK_DTYPES, RunOptions
 from adaptc.safe_pt2.json_schema import DictOf, Nullable, OptionalField, Size, check_json
 from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
@@ -176,3 +180,29 @@ def check_tags(graph: fx.Graph) -> None:
                 raise UnsafeFile(f"it was given the input {short_repr(strange[0])}, which the program has not")
         except UnsafeFile as error:
             raise error.prepend_location(f"the tag of node {node.name!r}, ") from None
+
+
+def check_options(options: RunOptions, adaptation: Adaptation, base: Iterable[Any]) -> None:
+    """Raise BackendError for a form that the backend cannot compile, ConfigError for weights that cannot be packed as
+    asked.
+
+    ``base``: the base tensors of the program. Nothing is changed.
+    """
+    for a in adaptation.attachments:
+        if with_compilable_form(a, options.backend) != a:
+            raise BackendError(
+                f"site {a.fqn!r} has its adapter around a convolution, whose rank inductor would fix: make the "
+                f"program for it, with compile(..., backend={options.backend!r}), or save it and "
+                f"load(path, backend={options.backend!r})"
+            )
+    if options.pack is None:
+        return
+    if adaptation.training:
+        raise ConfigError(f"pack={options.pack!r} is for inference, and the program is captured for training")
+    tensors = [t for t in base if isinstance(t, Tensor) and t.ndim == 2 and t.device.type == "cpu"]
+    if tensors and all(t.dtype != PACK_DTYPES[options.pack] for t in tensors):
+        found = ", ".join(sorted({f"{t.dtype}" for t in tensors}))
+        raise ConfigError(
+            f"pack={options.pack!r} packs weights of {PACK_DTYPES[options.pack]}, and those of the base are {found}: "
+            "nothing is rounded to be packed"
+        )

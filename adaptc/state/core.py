@@ -36,12 +36,11 @@ from adaptc.passes.protocol.regions import site_op
 from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
-from adaptc.state.adaptation import Adaptation
-from adaptc.state.check_options import check_options
-from adaptc.state.copy_tensors import clone_tensors, map_tensor
+from adaptc.state.adaptation import Adaptation, check_options
 from adaptc.state.follow_binding import ExportedParts
 from adaptc.state.overrides import MAX_SCALED_BINDINGS, SCALE_KEYWORD, apply_override, override_key, override_of
 from adaptc.state.running import CallState, ExportedView, RunState, call_current, call_with_state
+from adaptc.state.values import clone_tensors, map_tensor
 from adaptc.torch_modes import outside_modes
 
 

@@ -2,22 +2,26 @@
 
 The constructor in ``core`` sets these values. Reading one computes, copies and changes nothing. Values that are
 replaced while a program runs are read here in one place, and are replaced in ``core`` and ``follow_binding``.
+
+``clone_tensors`` copies a program's tensors, so that what was one tensor stays one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.errors import AdaptcError
 from adaptc.passes.adapt.embedding_max_norm import max_norms_of
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
+from adaptc.passes.graph.storage import storage_key
 from adaptc.runtime.options import RunOptions
 from adaptc.state.adaptation import Adaptation
 from adaptc.state.running import CallState, RunState, check_base_meta
@@ -129,3 +133,20 @@ class ProgramProperties(ExportedProgram):
                 "this program was merged with keep_base=False, which gave up its base: use the merged program, or "
                 "merge with keep_base=True"
             )
+
+
+def clone_tensors(lifted: LiftedProgram, memo: dict[int, Any]) -> None:
+    """Replace the tensors of ``lifted`` by clones. ``memo``: that of the ``copy.deepcopy`` that this is part of."""
+    for tensors in (lifted.state_dict, lifted.constants):
+        clones: dict[Any, Any] = {}
+        for name, t in tensors.items():
+            if isinstance(t, Tensor):
+                key = storage_key(t)
+                clones[key] = tensors[name] = clones.get(key, memo.get(id(t), map_tensor(t, Tensor.clone)))
+                memo[id(t)] = clones[key]
+
+
+def map_tensor(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``function`` of a tensor, as a parameter if the tensor is one."""
+    new = function(t.detach())
+    return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new

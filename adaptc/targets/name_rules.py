@@ -1,8 +1,8 @@
 """Select module names by a config's target options: PEFT's rules, as functions over names.
 
-Nothing here sees a module or a graph. The caller lists what could be adapted, one :class:`Candidate` per module path,
-and fills in a default for ``target_modules``. Every candidate is then selected, or left out for a stated reason. Every
-entry of the user's must match something; otherwise a :class:`TargetError` says what it could have meant.
+Nothing here sees a module or a graph. The caller lists what could be adapted, one :class:`TargetCandidate` per module
+path, and fills in a default for ``target_modules``. Every candidate is then selected, or left out for a stated reason.
+Every entry of the user's must match something; otherwise a :class:`TargetError` says what it could have meant.
 
 The rules are those of PEFT 0.21.2. Entries that PEFT ignores silently are an error here. For the config of a file they
 are a warning, since the file's tensors show what was adapted.
@@ -34,7 +34,7 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TargetCandidate:
     """A module that could be adapted.
 
     ``name``: its path in the model. ``class_name``: its qualified class name. ``kind``: the kind of op that consumes
@@ -73,7 +73,7 @@ class Selection:
 
 
 def select_targets(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[TargetCandidate],
     *,
     target_modules: str | Iterable[str] | None,
     exclude_modules: str | Iterable[str] | None = None,

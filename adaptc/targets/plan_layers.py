@@ -35,8 +35,8 @@ from adaptc.targets.computed_weights import find_computed_weights
 from adaptc.targets.expert_targets import check_no_single_experts
 from adaptc.targets.name_rules import (
     NO_TARGETS,
-    Candidate,
     Selection,
+    TargetCandidate,
     dotted_suffixes,
     select_modules_to_save,
     select_targets,
@@ -239,10 +239,10 @@ class _LayerPlanner:
             tell=self.tell,
         )
 
-    def _candidate(self, name: str, sites: Sequence[Site]) -> Candidate:
+    def _candidate(self, name: str, sites: Sequence[Site]) -> TargetCandidate:
         type_, main = self.module_types.get(name, ""), sites[0]
         kind = "linear" if name in self.computed_weights and type_.endswith("Linear") else main.kind
-        return Candidate(name, type_, kind, name in self.facts.linear_modules or main.is_linear_class)
+        return TargetCandidate(name, type_, kind, name in self.facts.linear_modules or main.is_linear_class)
 
     def _attach_module(self, name: str, sites: Sequence[Site], selection: Selection) -> Iterable[Attachment]:
         if name in self.computed_weights:

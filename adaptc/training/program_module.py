@@ -32,8 +32,7 @@ from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.state.core import ProgramCore
 from adaptc.state.program_repr import describe_module
-from adaptc.training.constraints import Constraints
-from adaptc.training.layer_tensors import DropoutStandIn
+from adaptc.training.layer_tensors import Constraints, DropoutStandIn
 from adaptc.training.state_dict_hooks import AdapterStateDict
 
 #: the entry of a training graph's ``meta`` that holds the kernels chosen for matmuls with base weights

@@ -4,13 +4,19 @@ A layer is called as before. At numbers of rows where a packed weight was measur
 The first such call makes the copy. Values are not rounded: a weight is packed in its own dtype. A copy lives as long as
 both the code of calls and the weight it was made of. A weight that was written to, or moved to other memory, is packed
 anew. Programs that read one weight share one copy.
+
+Where a packed weight is faster than the weight as it lies is measured once per machine, and kept in a file.
+
+Private torch use, with the public route that was tried:
+- ``torch.ops.mkldnn._reorder_linear_weight``: packs. Public: ``torch.utils.mkldnn.to_mkldnn`` packs modules, for
+  tensors of its own layout.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
@@ -19,10 +25,11 @@ from torch import Tensor
 
 from adaptc.locks import reset_after_fork
 from adaptc.passes.lower.choose_products import MatmulChoice, MatmulChoices
-from adaptc.passes.protocol.matmul_op import can_use_onednn, linear_matmul, onednn_matmul
+from adaptc.passes.protocol.matmul_op import LINEAR, can_use_onednn, linear_matmul, onednn_matmul
 from adaptc.tables import format_bytes
 from adaptc.torch_modes import outside_modes
-from adaptc.tuning.pack_times import PACKED, choose_packed, pack_weight
+from adaptc.tuning.matmul_table import MIN_SIZE, matmul_table
+from adaptc.tuning.matmul_times import Times, least_times, make_operands, measure_times, unpacked_matmuls
 
 _lock = reset_after_fork(threading.Lock())
 #: (address, shape, strides, dtype) of a weight -> a packed copy that some layer holds
@@ -133,3 +140,40 @@ class PackedLayer:
             gone = ref(weight, lambda r: held.pop(name) if name in held and held[name][0] is r else None)
             held[name] = gone, place, version, copy
             return copy
+
+
+PACKED = "packed"
+#: the number of rows that the packed layout is made for; it is right for any number
+PACK_ROWS = 128
+
+
+_reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+
+
+def choose_packed(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
+    """Return the classes of rows at which a packed copy of a weight (out, width) is faster than the best other kind."""
+    if min(out, width) < MIN_SIZE:
+        return MatmulChoice(LINEAR, (), f"fewer than {MIN_SIZE} rows or columns")
+    if _reorder is None:
+        return MatmulChoice(LINEAR, (), "torch packs nothing here")
+    found = matmul_table(dtype, measure_packed, PACKED).choose_by_class(out, width)
+    if found.kind == LINEAR:
+        return replace(found, reason=found.reason.replace("the fastest here", "no faster here"))
+    return replace(found, kind=PACKED, reason="measured: faster than the weight as it lies")
+
+
+def measure_packed(dtype: torch.dtype) -> Times:
+    """Measure the best matmul on weights as they lie and the one on packed copies, and return their times."""
+    return measure_times(dtype, _time_packed, PACKED)
+
+
+def _time_packed(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
+    x, weights = make_operands(pool, size, rows)
+    copies = [pack_weight(w) for w in weights]
+    best = least_times([*unpacked_matmuls(x, weights), lambda n: onednn_matmul(x, copies[n % len(copies)], None)], end)
+    return None if best is None else (min(best[:-1]), best[-1])
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Return a copy of a weight (N, K) in oneDNN's packed layout: an opaque tensor of the weight's dtype."""
+    return _reorder(weight.detach(), PACK_ROWS)

@@ -94,8 +94,8 @@ def check_class(method_class: type[Method]) -> None:
         if not isinstance(found, (kind, property)):
             raise MethodError(
                 f"{method_class.__name__}.{name} is {short_repr(found)}, and that name is for an object of a class "
-                f"derived from adaptc.{kind.__name__}: write {name} = Your{kind.__name__}(), or give the value another "
-                "name"
+                f"derived from adaptc.methods.{kind.__name__}: write {name} = Your{kind.__name__}(), or give the value "
+                "another name"
             )
 
 
@@ -121,7 +121,10 @@ def check_old_hooks(method_class: type[Method]) -> None:
             part, new = _MOVED[name]
             told.append(f"{name} is {part}.{new} now")
             parts[part] = type(PARTS[part]).__name__
-    how = [f"{part} = Your{kind}(), an object of a class derived from adaptc.{kind}" for part, kind in parts.items()]
+    how = [
+        f"{part} = Your{kind}(), an object of a class derived from adaptc.methods.{kind}"
+        for part, kind in parts.items()
+    ]
     raise MethodError(
         f"{method_class.__name__} was written for an older adaptc, which called other hooks: {'; '.join(told)}"
         + (f". Say {'; '.join(how)}" if how else "")

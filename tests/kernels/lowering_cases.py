@@ -9,7 +9,7 @@ import torch
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.program.lower import insert_kernels
+from adaptc.api.merge_and_lower import insert_kernels
 from tests.support.sibling_nets import LAYERS, adapter, block, random_rows
 
 

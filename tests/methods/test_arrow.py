@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from methods.lora_family.arrow import Arrow, top_right_singular_vector
 from torch import Tensor, nn
 
 import adaptc
 from adaptc import ArrowConfig, LoraConfig, methods
 from adaptc.errors import CheckpointError, ConfigError, MergeError, SwapError, TargetError
+from adaptc.methods.lora_family.arrow import Arrow, top_right_singular_vector
 from adaptc.passes.graph.ops import Op
 from tests.support.arrow import peft_arrow_layer_output, peft_model, random_lora_adapter, save_random_lora, targets
 from tests.support.families import FAMILIES

@@ -18,6 +18,7 @@ import adaptc
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.methods import TargetedConfig, config_class
 from adaptc.methods._shared.registry import CONFIGS
+from adaptc.value_types import field_rules
 
 DEEP: Any = []
 for _ in range(100_000):
@@ -104,6 +105,14 @@ def raised(call: Any) -> type[Exception] | None:
     except Exception as error:
         return type(error)
     return None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_has_a_rule(kind: str) -> None:
+    """A field whose annotation nobody can read would take any value, and fail somewhere else."""
+    cls = config_class(kind)
+    # ``arrow_config`` is a config of its own, which checks itself.
+    assert {f.name for f in dataclasses.fields(cls)} - {"arrow_config"} <= {*field_rules(cls)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -124,7 +124,10 @@ def test_a_reloaded_module_takes_its_place(tmp_path: Path, monkeypatch: pytest.M
         (('"signed"', '"lora"'), "'lora' is the name of 'adaptc.methods.lora_family.lora:Lora' already"),
         (('"signed"', '""'), "name must not be empty"),
         (("SIGNED", "Signed"), "must be a name in capitals"),
-        (("    def slots", "    rank: int = 2\n\n    def slots"), "Signed.rank is a function of the protocol"),
+        (
+            ("    def slots", "    absent: int = 2\n\n    def slots"),
+            "Signed.absent is a function or an object of the protocol",
+        ),
     ],
 )
 def test_names_that_are_taken_or_missing(change: tuple[str, str], message: str) -> None:

@@ -19,7 +19,8 @@ from adaptc.passes.protocol.matmul_op import LINEAR, onednn_supports
 from adaptc.runtime import executor
 from adaptc.tables import format_bytes
 from adaptc.tuning import matmul_table as product_table
-from adaptc.tuning import pack_times, packed_weights
+from adaptc.tuning import packed_weights
+from adaptc.tuning.packed_weights import choose_packed, measure_packed, pack_weight
 from tests.support.rounding import assert_close_to_rounding
 from tests.support.sibling_nets import adapter, block, compile_block, random_rows
 
@@ -53,7 +54,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def packed(weight: Tensor) -> Tensor:
         seen.append(tuple(weight.shape))
-        return pack_times.pack_weight(weight)
+        return pack_weight(weight)
 
     monkeypatch.setattr(packed_weights, "pack_weight", packed)
     return seen
@@ -193,11 +194,13 @@ def test_values_without_a_meaning() -> None:
 
 
 def test_where_it_is_no_faster(monkeypatch: pytest.MonkeyPatch, made: list[Any]) -> None:
-    monkeypatch.setattr(packed_weights, "choose_packed", pack_times.choose_packed)
-    monkeypatch.setattr(pack_times, "MIN_SIZE", 1)
+    monkeypatch.setattr(packed_weights, "choose_packed", choose_packed)
+    monkeypatch.setattr(packed_weights, "MIN_SIZE", 1)
     monkeypatch.setattr(product_table, "MIN_SIZE", 1)
     monkeypatch.setattr(product_table, "_tables", {})
-    monkeypatch.setattr(pack_times, "matmul_table", lambda *_: product_table.MatmulTable({(256, 256, 0): (1.0, 0.97)}))
+    monkeypatch.setattr(
+        packed_weights, "matmul_table", lambda *_: product_table.MatmulTable({(256, 256, 0): (1.0, 0.97)})
+    )
     program = compile_block(dtype=FLOAT, pack="float32")
     program(random_rows(1, FLOAT))
     assert made == []
@@ -206,10 +209,10 @@ def test_where_it_is_no_faster(monkeypatch: pytest.MonkeyPatch, made: list[Any])
 
 def test_measuring_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     if not onednn_supports(FLOAT):
-        assert pack_times.choose_packed(512, 512, FLOAT) == MatmulChoice(LINEAR, (), "nothing else was measured here")
+        assert choose_packed(512, 512, FLOAT) == MatmulChoice(LINEAR, (), "nothing else was measured here")
         return
-    monkeypatch.setattr(pack_times.measure_times.__globals__["time"], "perf_counter", _Clock())
-    times = pack_times.measure_packed(FLOAT)
+    monkeypatch.setattr(packed_weights.measure_times.__globals__["time"], "perf_counter", _Clock())
+    times = measure_packed(FLOAT)
     assert times
     assert all(plain > 0 and packed > 0 for plain, packed in times.values())
 

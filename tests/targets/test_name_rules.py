@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import TargetError
 from adaptc.methods._shared.name_patterns import check_patterns, pattern_value, unused_patterns
-from adaptc.targets.name_rules import Candidate, select_modules_to_save, select_targets
+from adaptc.targets.name_rules import TargetCandidate, select_modules_to_save, select_targets
 from tests.support.cover import examples
 
 # No word ends another one: modules_to_save compares whole words in one place and endings in another.
@@ -66,7 +66,7 @@ def class_name(module):
 def candidates_of(model):
     kinds = ((nn.Linear, "linear"), (Conv1D, "addmm"), (nn.Embedding, "embedding"), (nn.Conv2d, "conv2d"))
     return [
-        Candidate(n, class_name(m), next(k for t, k in kinds if isinstance(m, t)))
+        TargetCandidate(n, class_name(m), next(k for t, k in kinds if isinstance(m, t)))
         for n, m in model.named_modules()
         if isinstance(m, tuple(t for t, _ in kinds))
     ]
@@ -250,7 +250,7 @@ def test_task_head_is_trained_whole(target, given_heads):
 
 def test_token_classification_head_is_not_adapted_and_saved_at_once():
     # PEFT adapts the head, then fails to save it.
-    linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in ("layer.0.query", "classifier")]
+    linear = [TargetCandidate(n, "torch.nn.modules.linear.Linear", "linear") for n in ("layer.0.query", "classifier")]
     assert select_targets(linear, target_modules="all-linear", task_type="TOKEN_CLS").names == ("layer.0.query",)
 
 
@@ -315,7 +315,7 @@ def test_pattern_value_equals_peft(keys, name):
 
 def test_a_full_name_is_not_filtered_by_layer():
     names = ["model.layers.0.q_proj", "model.layers.2.q_proj"]
-    linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
+    linear = [TargetCandidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
     options = {"target_modules": names, "layers_to_transform": [2]}
     assert select_targets(linear, **options).names == tuple(names)
     assert all(oracle(n, **options) for n in names)
@@ -325,7 +325,7 @@ def test_a_full_name_is_not_filtered_by_layer():
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_the_first_index_is_the_layer(layer, pattern):
     names = [f"model.layers.{i}.experts.{j}.fc1" for i in (0, 1, 2) for j in (2, 1, 0)]
-    linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
+    linear = [TargetCandidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
     options = {"target_modules": ["fc1"], "layers_to_transform": layer, "layers_pattern": pattern}
     expected = tuple(n for n in names if oracle(n, **options))
     assert 0 < len(expected) < len(names)

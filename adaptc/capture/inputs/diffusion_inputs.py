@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.inputs.example_inputs import BATCH, ExampleInputs
+from adaptc.capture.inputs.example_inputs import BATCH, ExampleInputs, is_pretrained_model, pretrained_example
 from adaptc.errors import CaptureError
 
 TEXT, IMAGE = "text", "image"
@@ -152,3 +152,18 @@ _INPUT_BUILDERS: dict[str, Callable[[_InputBuilder, bool], None]] = {
     "UNet2DConditionModel": _add_conditional_unet,
     "FluxTransformer2DModel": _add_flux_inputs,
 }
+
+
+def make_example_inputs(model: Any, *, training: bool) -> ExampleInputs:
+    """Return example inputs that the model's ``forward`` accepts, with their free dimensions.
+
+    Raises CaptureError where the model has no config, or the config does not tell what the model takes.
+    """
+    if is_pretrained_model(model):
+        return pretrained_example(model, training=training)
+    if is_diffusion_model(model):
+        return diffusion_example(model, training=training)
+    raise CaptureError(
+        f"{type(model).__name__} is not a transformers model, so its inputs cannot be made up: pass "
+        "example_inputs, a tensor, a tuple of positional inputs or a dict of keyword inputs"
+    )

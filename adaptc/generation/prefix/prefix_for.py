@@ -20,7 +20,7 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.prefix.batched_prefix import batched_prefix
-from adaptc.generation.spec import GenerationSpec
+from adaptc.generation.spec import GenerationSpec, cache_argument_name
 from adaptc.generation.step_runner import StepRunner
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.program_method import PREFIX_FUNCTIONS, ProgramMethod
@@ -258,3 +258,37 @@ def _tensor_versions(program: Any, binding: Any) -> list[tuple[int, int]]:
     base = program.base_tensors if isinstance(program, ProgramCore) else {}  # the weights of a package are constant
     tensors = [t for t in (*base.values(), *binding.values.values()) if isinstance(t, Tensor)]
     return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+
+
+def with_prefix_arguments(generator: Any, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``generate``, with a cache that begins with the adapter's virtual tokens.
+
+    ``generator`` is a generator that keeps its adapter. The arguments stay as they are where the adapter has no virtual
+    tokens. Raises AdaptcError for arguments that the adapter does not take.
+    """
+    kwargs = dict(kwargs)
+    adapter_inputs = {name: kwargs.pop(name) for name in prefix_input_names(generator.runner) if name in kwargs}
+    input_ids = kwargs.get("input_ids") if inputs is None else inputs
+    past = next((v for name in ("past_key_values", "cache") if (v := kwargs.get(name)) is not None), None)
+    if past is not None and any(v is not None for v in adapter_inputs.values()):
+        raise AdaptcError(
+            f"{next(iter(adapter_inputs))} says what a new cache begins with, and this one has begun: leave out one of "
+            "the two"
+        )
+    if past is None:
+        past = generator.new_cache(**adapter_inputs)
+        if past.prefix is None:
+            return kwargs
+        rows = {v.shape[0] for v in adapter_inputs.values()}
+        if isinstance(input_ids, Tensor) and rows and rows != {input_ids.shape[0]}:
+            raise AdaptcError(
+                f"{next(iter(adapter_inputs))} has {rows.pop()} entries, and there are {input_ids.shape[0]} rows of "
+                "text"
+            )
+        kwargs[cache_argument_name()] = past
+    if getattr(past, "counts_padding", False) and kwargs.get("position_ids") is not None:
+        raise AdaptcError(
+            "position_ids is not taken behind tokens of a prompt: positions are places, those in front and padding "
+            "counted. Leave it out"
+        )
+    return kwargs

@@ -1,11 +1,14 @@
 """Refuse arguments of an encoder-decoder's generation before anything is computed.
 
 Each check raises an AdaptcError that names what is wrong, and no cache has been written to.
+
+The program's encoder adds the virtual tokens of a prompt itself. Its states are then more than the positions of the
+caller's mask. The decoder's cache begins with a KV prefix, as in a model without an encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +16,13 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
+from adaptc.generation.arguments.validate import prepend_ones
 from adaptc.generation.cache.cache_prefix import CachePrefix
+from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_input_names
 from adaptc.generation.seq2seq.seq2seq_cache import CrossCache
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
 from adaptc.generation.spec import cache_argument_name
+from adaptc.generation.step_runner import StepRunner
 
 
 def check_generate_arguments(
@@ -182,3 +188,38 @@ def check_nothing_decoded(past: CrossCache) -> None:
             f"the cache holds {past.decoded_length} positions of one sequence each, and several are asked for: leave "
             "out num_beams and num_return_sequences, or go on from what gen.prefill(...) gave"
         )
+
+
+#: the openings of the encoder, and those of the decoder's cache
+ENCODER_OPENINGS, DECODER_OPENINGS = ("prompt",), ("past_key_values",)
+
+
+def pop_adapter_inputs(runner: StepRunner, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Remove the inputs that adapters' virtual tokens depend on from ``kwargs`` and return them by name."""
+    return {name: value for name in prefix_input_names(runner) if (value := kwargs.pop(name, None)) is not None}
+
+
+def select_encoder_inputs(
+    input_names: Collection[str], runner: StepRunner, adapter_inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return those of the ``adapter_inputs`` inputs that the encoder takes, whose names are in ``input_names``.
+
+    Raises AdaptcError for a missing one.
+    """
+    names = [n for n in prefix_input_names(runner) if n in input_names]
+    for name in names:
+        if not isinstance(adapter_inputs.get(name), Tensor):
+            raise AdaptcError(f"the adapter needs {name}, a tensor with an entry for each row that is encoded")
+    return {n: adapter_inputs[n].contiguous() for n in names}
+
+
+def encoder_states_mask(runner: StepRunner, states: Any, mask: Any) -> Any:
+    """Return the mask of the encoder's states: ``mask`` with ones in front for the adapter's virtual tokens."""
+    if (
+        not prefix_attachments(runner, ENCODER_OPENINGS)
+        or not isinstance(mask, Tensor)
+        or not isinstance(states, Tensor)
+        or mask.ndim != 2
+    ):
+        return mask
+    return prepend_ones(max(states.shape[1] - mask.shape[1], 0), mask)

@@ -138,13 +138,15 @@ def _check_classes(config: type[AdapterConfig], method: type[Method]) -> None:
     )
     for cls, base, name, decorator in needs:
         if not issubclass(cls, base) or "__dataclass_fields__" not in vars(cls):
-            raise ConfigError(f"{cls.__name__} must be derived from adaptc.{name} and decorated with {decorator}")
+            raise ConfigError(
+                f"{cls.__name__} must be derived from adaptc.methods.{name} and decorated with {decorator}"
+            )
 
     for f in dataclasses.fields(method):
         if callable(getattr(Method, f.name, None)) or f.name in PARTS:
             raise ConfigError(
-                f"{method.__name__}.{f.name} is a function or an object of the protocol: call the field something "
-                f"else, or write {f.name} = ... without an annotation"
+                f"{method.__name__}.{f.name} is a function or an object of the protocol: give the field another name, "
+                f"or write {f.name} = ... without an annotation"
             )
 
     def is_overridden(name: str) -> bool:

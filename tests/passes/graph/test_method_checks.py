@@ -315,7 +315,7 @@ def test_an_unregistered_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         def method(self, name: str, kind: str) -> Method:
             return Unknown()
 
-    with pytest.raises(ConfigError, match=r"'unknown' \(Unknown\) is not registered.*adaptc\.register_method"):
+    with pytest.raises(ConfigError, match=r"'unknown' \(Unknown\) is not registered.*adaptc\.methods\.register_method"):
         adaptc.compile(net(), UnknownConfig(target_modules=["0"]), example_inputs=torch.randn(3, 6))
     registered(monkeypatch, UnknownConfig, Unknown)
 
@@ -358,7 +358,7 @@ def test_a_class_that_is_no_method_is_refused_when_registered() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             adaptc.methods.register_method(Config, method)
-    with pytest.raises(ConfigError, match=r"dict must be derived from adaptc\.TargetedConfig"):
+    with pytest.raises(ConfigError, match=r"dict must be derived from adaptc.methods.TargetedConfig"):
         adaptc.methods.register_method(dict, Plain)
 
 

@@ -76,7 +76,7 @@ def test_traces_tell_regions_apart(traced: list[int]) -> None:
     values = random_values(program, up)
     doubled = up[1].method
     for slot in doubled.slots(site_op(LiftedProgram(program), up[1])):
-        fqn = doubled.fqn(up[1].slot_path, slot, "default")
+        fqn = doubled.files.fqn(up[1].slot_path, slot, "default")
         values[fqn] = values[fqn].double()
     changed = [
         up[0],
