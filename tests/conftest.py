@@ -27,7 +27,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.cover import EXAMPLES, cover
-from tests.support.long_tests import is_long
 
 # Tests run in several processes, so more threads in each only get in one another's way.
 torch.set_num_threads(1)
@@ -55,9 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get(FULL) == "1",
         help="every combination of parameters, and the slow lanes",
     )
-    parser.addoption(
-        "--long", action="store_true", help="what takes long (tests/support/long_tests.py), and nothing else"
-    )
+    parser.addoption("--long", action="store_true", help="tests with the marker long, and nothing else")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,7 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--full") or any("::" in str(a) for a in config.args):
         return
     long = config.getoption("--long")
-    keep = [kept and is_long(item.nodeid) == long for item, kept in zip(items, cover(items), strict=True)]
+    marked = [item.get_closest_marker("long") is not None for item in items]
+    keep = [kept and m == long for m, kept in zip(marked, cover(items), strict=True)]
     config.hook.pytest_deselected(items=[i for i, kept in zip(items, keep, strict=True) if not kept])
     items[:] = [i for i, kept in zip(items, keep, strict=True) if kept]
 

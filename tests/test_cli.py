@@ -199,6 +199,7 @@ def test_unknown_options_are_usage_errors(files: Files) -> None:
     assert "No such option" in call("merge", files.program, "o.pt2", "--fast", code=2).stderr
 
 
+@pytest.mark.long
 def test_console_script_and_lazy_imports(tmp_path: Path) -> None:
     """A process of its own: help loads no torch, and an error comes back as the exit code."""
     code = (
@@ -346,6 +347,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, folder
 
 
+@pytest.mark.long
 def test_compile_a_model_directory(llama: tuple[Any, Path], files: Files, tmp_path: Path) -> None:
     model, folder = llama
     config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
@@ -393,6 +395,7 @@ def test_keys_are_renamed(files: Files, tmp_path: Path) -> None:
     torch.testing.assert_close(output(out, files.x), files.other(files.x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_package(files: Files, tmp_path: Path) -> None:
     call("package", files.program, "-o", tmp_path / "p.pt2", "--max-rank", 5)
     runner = adaptc.load_package(tmp_path / "p.pt2")
@@ -406,6 +409,7 @@ def test_lower_needs_a_gpu(files: Files, tmp_path: Path) -> None:
     refused("lower", files.program, "-o", tmp_path / "l.pt2", "--device", "nowhere", said="nowhere")
 
 
+@pytest.mark.long
 def test_a_process_of_its_own(files: Files, tmp_path: Path) -> None:
     """Tables and JSON on stdout, errors on stderr, and the exit codes."""
 

@@ -47,6 +47,7 @@ def same(one: Path, other: adaptc.Adapter) -> None:
         torch.testing.assert_close(found.tensors[key], t)
 
 
+@pytest.mark.long
 def test_combine(root: Path, tmp_path: Path):
     terms = [f"{root / 'one'}=0.5", f"{root / 'two'}=-0.3"]
     pairs = {root / "one": 0.5, root / "two": -0.3}
@@ -75,6 +76,7 @@ def test_to_lora(root: Path, tmp_path: Path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.long
 def test_extract(root: Path, tmp_path: Path):
     before, after = root / "before.safetensors", root / "after.safetensors"
     call("extract", after, before, "-o", tmp_path / "a", "--rank", "1")

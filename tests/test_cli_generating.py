@@ -38,6 +38,7 @@ def package(made: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_program_that_generates(made: Path, tmp_path: Path) -> None:
     found, text = case("llama"), prompt(2, 5)
     gen = adaptc.load(made / "gen.pt2")
@@ -51,6 +52,7 @@ def test_a_program_that_generates(made: Path, tmp_path: Path) -> None:
     call("verify", made / "gen.pt2", "--runs", 1)
 
 
+@pytest.mark.long
 def test_a_package_that_generates(made: Path, package: Path) -> None:
     found, loaded, text = case("llama"), adaptc.load_package(package), prompt(2, 5)
     assert torch.equal(generated(loaded, text), found.expected("first", text))
@@ -74,6 +76,7 @@ def test_a_chat_with_a_package(package: Path) -> None:
     assert "error" not in result.stderr
 
 
+@pytest.mark.long
 def test_what_makes_no_sense_is_refused(made: Path, tmp_path: Path) -> None:
     out, adapter = tmp_path / "out.pt2", case("llama").adapters["first"]
     for options in (("--max-length", 9), ("--max-batch", 2), ("--generate", "--training")):

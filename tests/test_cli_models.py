@@ -41,6 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_merge_a_model_and_an_adapter(made: Path, tmp_path: Path) -> None:
     found = json.loads(call("merge", made / "model", made / "adapter", "-o", tmp_path / "m", "--json").stdout)
     assert found["wrote"] == str(tmp_path / "m")
@@ -57,6 +58,7 @@ def test_merge_a_model_and_an_adapter(made: Path, tmp_path: Path) -> None:
     assert ids[0] == ids[1]
 
 
+@pytest.mark.long
 def test_merge_a_model_refuses(made: Path, tmp_path: Path) -> None:
     model, adapter = made / "model", made / "adapter"
     refused("merge", model, adapter, "-o", adapter, "--force", said="holds an adapter")

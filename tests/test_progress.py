@@ -249,6 +249,7 @@ def test_a_bank_says_what_it_makes(log: Log) -> None:
     assert set(found[2:]) == {"making the code of a bank for any number of adapters"}
 
 
+@pytest.mark.long
 def test_a_package_says_what_it_compiles(tmp_path: Path, log: Log) -> None:
     prog = program()
     begun(log)
@@ -282,6 +283,7 @@ def test_timing_says_what_is_timed(log: Log, monkeypatch: pytest.MonkeyPatch) ->
     assert begun(log) == ["timing matmuls in float32", "timing matmuls of gradients in bfloat16"]
 
 
+@pytest.mark.long
 def test_generation_says_what_it_captures_and_checks(log: Log) -> None:
     sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64)
@@ -356,6 +358,7 @@ def check_clean(run: TerminalRun, *lines: str) -> None:
     assert (run.code, run.screen) == (0, ["before", *lines, "after"])
 
 
+@pytest.mark.long
 def test_a_terminal_shows_the_innermost_stage_and_its_count_and_is_cleaned() -> None:
     run = session("""
         with stage("outer work"):
@@ -387,6 +390,7 @@ def test_nothing_is_shown_where_nobody_wants_it_or_work_is_short(code: str, envi
     assert (run.code, run.terminal_text.split()) == (0, ["before", "after"])
 
 
+@pytest.mark.long
 def test_errors_and_interrupts_leave_the_terminal_as_it_was() -> None:
     run = session("""
         try:
@@ -450,6 +454,7 @@ def test_a_forked_process_shows_nothing_of_its_parents() -> None:
     check_clean(run)
 
 
+@pytest.mark.long
 def test_what_others_write_stands_above_the_line_in_one_piece() -> None:
     run = session("""
         with stage("work"):
@@ -462,6 +467,7 @@ def test_what_others_write_stands_above_the_line_in_one_piece() -> None:
     check_clean(run, "the first part and the rest", "more")
 
 
+@pytest.mark.long
 def test_stderr_that_others_put_in_its_place_meanwhile_comes_back() -> None:
     """A ``redirect_stderr`` in one thread may begin or end while the line of another does."""
     run = session("""
@@ -493,6 +499,7 @@ def test_stderr_that_others_put_in_its_place_meanwhile_comes_back() -> None:
         assert text in run.terminal_text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", ["", ", redirect_stderr=False"])
 def test_a_live_display_of_the_users_own_stays_alone(options: str) -> None:
     code = """
@@ -516,6 +523,7 @@ def test_a_live_display_of_the_users_own_stays_alone(options: str) -> None:
     assert run.screen == ["before"]
 
 
+@pytest.mark.long
 def test_compile_shows_its_stages_on_a_terminal() -> None:
     run = session("""
         import torch, adaptc

@@ -208,6 +208,7 @@ def test_prefers_safetensors(good: Path) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [SAFE, BIN])
 def test_a_read_copies_once_and_maps_nothing(name: str, tmp_path: Path) -> None:
     """In a fresh process, whose peak memory is only this read's: 200 MB of tensors take little more than that."""

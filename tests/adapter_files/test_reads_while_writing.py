@@ -62,6 +62,7 @@ for fuse in (True, False):
 """
 
 
+@pytest.mark.long
 def test_what_becomes_of_a_file_does_not_reach_what_was_bound(tmp_path: Path) -> None:
     code = OVERWRITTEN.format(root=os.getcwd(), path=str(tmp_path / "a"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -223,6 +224,7 @@ def hot(tmp_path: Path, seconds: float) -> int:
     return accepted
 
 
+@pytest.mark.long
 def test_a_hot_reload_is_never_torn(tmp_path: Path) -> None:
     assert hot(tmp_path, 2.0) > 0
 

@@ -233,6 +233,7 @@ for at in range(5):
 """
 
 
+@pytest.mark.long
 def test_a_killed_write_never_mixes_two_adapters(tmp_path: Path) -> None:
     for at in range(5):
         write_adapter(tmp_path / f"at{at}", LORA, some_tensors(1))
@@ -253,6 +254,7 @@ def test_a_killed_write_never_mixes_two_adapters(tmp_path: Path) -> None:
         assert tensors_are_equal(read_adapter(where).tensors, some_tensors(4))
 
 
+@pytest.mark.long
 def test_a_really_full_disk(tmp_path: Path) -> None:
     write_adapter(tmp_path, LORA, some_tensors(1))
     before = tree(tmp_path)

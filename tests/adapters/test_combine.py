@@ -68,6 +68,7 @@ def adapters() -> dict[str, tuple[adaptc.Adapter, dict[str, Tensor]]]:
     return {n: (a, deltas(a)) for n, a in found.items()}
 
 
+@pytest.mark.long
 def test_the_sum_is_exact_whatever_differs(adapters: Any, tmp_path: Path):
     weights = [0.5, -0.3, 1.1, 2.0, -1.0, 0.7]
     pairs = [(a, w) for (a, _), w in zip(adapters.values(), weights, strict=True)]
@@ -93,6 +94,7 @@ def test_of_one_adapter_it_is_the_adapter_times_the_weight(adapters: Any, name: 
     close(deltas(found), weighted((-0.7, delta)), 2e-5)
 
 
+@pytest.mark.long
 def test_arithmetic_is_that_of_the_changes(adapters: Any):
     (a, da), (b, db) = adapters["patterns"], adapters["rslora"]
     close(deltas(a + b), weighted((1, da), (1, db)), 2e-5)
@@ -108,6 +110,7 @@ def test_arithmetic_is_that_of_the_changes(adapters: Any):
         float("nan") * a
 
 
+@pytest.mark.long
 def test_the_nearest_of_a_rank_is_that_of_the_whole_decomposition(adapters: Any):
     """Products are decomposed by their factors, which must give what the matrices would."""
     (a, da), (b, db) = adapters["plain"], adapters["rslora"]
@@ -132,6 +135,7 @@ class Stacked(nn.Module):
         return self.grouped(torch.einsum("bti,eoi->bot", x, torch.tanh(self.experts.weight) * self.experts.weight))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties_svd"])
 def test_experts_and_groups_are_blocks_of_their_own(method: str):
     torch.manual_seed(3)
@@ -189,6 +193,7 @@ SUMMED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(SUMMED))
 def test_methods_that_are_linear_in_a_tensor_are_summed(name: str, tmp_path: Path):
     found = []
@@ -201,6 +206,7 @@ def test_methods_that_are_linear_in_a_tensor_are_summed(name: str, tmp_path: Pat
     assert deltas(one)
 
 
+@pytest.mark.long
 def test_tensors_trained_whole_are_averaged(tmp_path: Path):
     config = peft.LoraConfig(r=2, target_modules=["up"], modules_to_save=["down"])
     paths = save_adapters(peft_model([config, config]), tmp_path)
@@ -216,6 +222,7 @@ def test_tensors_trained_whole_are_averaged(tmp_path: Path):
     assert adaptc.combine([(one, 1.0), (made(1, 2), -3.0)]).tensors[key].equal(one.tensors[key])
 
 
+@pytest.mark.long
 def test_programs_states_and_what_is_bound_are_adapters(adapters: Any, tmp_path: Path):
     (a, da), (b, db) = adapters["plain"], adapters["fewer"]
     want = weighted((0.5, da), (0.5, db))
@@ -228,6 +235,7 @@ def test_programs_states_and_what_is_bound_are_adapters(adapters: Any, tmp_path:
         adaptc.combine([(prog.binding, 0.5)])
 
 
+@pytest.mark.long
 def test_what_is_made_owns_nothing_of_a_program(adapters: Any):
     """A swap to an adapter copies: what becomes of either does not reach the other."""
     a, _ = adapters["plain"]

@@ -25,6 +25,7 @@ def cartridge(path, name="llama", count=3, frozen=1, **more):
     ).path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_as_peft(name, tmp_path):
     """Files, and logits in both: the number of frozen tokens is the first one's."""
@@ -48,6 +49,7 @@ def test_as_peft(name, tmp_path):
     assert program.binding.config.num_frozen_tokens == 2
 
 
+@pytest.mark.long
 def test_of_programs_and_objects(tmp_path):
     """A program, what is bound to one, an object; and what was composed once more, in the order they are given."""
     paths = [cartridge(tmp_path / str(n), count=n) for n in (3, 5)]

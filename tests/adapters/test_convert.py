@@ -31,6 +31,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_at_full_rank_it_is_the_adapter(name: str, tmp_path: Path):
     prog = adaptc.compile(net(), CONFIGS[name], example_inputs=IDS)
@@ -47,6 +48,7 @@ def test_at_full_rank_it_is_the_adapter(name: str, tmp_path: Path):
     close(deltas(of_file), deltas(found), 1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["loha", "dora", "lora"])
 def test_the_error_that_is_told_is_the_error(name: str):
     prog = adaptc.compile(net(), CONFIGS[name], example_inputs=IDS)
@@ -76,6 +78,7 @@ class Attention(nn.Module):
         return self.attn(x, x, x, need_weights=False)[0]
 
 
+@pytest.mark.long
 def test_layers_inside_others_are_changed_once():
     """PEFT's LoRA adds itself twice at the out_proj of MultiheadAttention."""
     torch.manual_seed(1)
@@ -98,6 +101,7 @@ def test_tensors_trained_whole_stay(tmp_path: Path):
     torch.testing.assert_close(theirs(IDS), prog(IDS), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_adapters_of_different_methods_are_combined_by_their_changes(tmp_path: Path):
     found = {}
     for i, name in enumerate(("loha", "dora", "pissa")):
@@ -125,6 +129,7 @@ def test_adapters_of_different_methods_are_combined_by_their_changes(tmp_path: P
         adaptc.combine([(prog, 1.0)])
 
 
+@pytest.mark.long
 def test_what_has_no_lora_is_refused():
     fresh = adaptc.compile(net(), adaptc.LoraConfig(r=2, target_modules=TARGETS), example_inputs=IDS)
     with pytest.raises(adaptc.ConfigError, match="changes no weight"):

@@ -34,6 +34,7 @@ def tuned(base: nn.Module, rank: int, names: str, seed: int = 0) -> nn.Module:
     return model
 
 
+@pytest.mark.long
 def test_a_change_of_low_rank_comes_back(tmp_path: Path):
     base = net()
     other = tuned(base, 2, "up mix turned down")
@@ -72,6 +73,7 @@ def llama(**more: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [False, True])
 def test_directories_of_transformers(tied: bool, tmp_path: Path):
     """In several files, with norms that changed too, and with an embedding that is the head."""

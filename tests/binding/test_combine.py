@@ -67,6 +67,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pair", list(PAIRS))
 def test_what_is_added_adds_up(model: nn.Module, pair: str, tmp_path: Path):
     """PEFT feeds the outputs of one C3A adapter to the next."""
@@ -85,6 +86,7 @@ def test_what_is_added_adds_up(model: nn.Module, pair: str, tmp_path: Path):
     assert torch.equal(adaptc.unload(back)(X), torch.export.export(model, (X,)).module()(X))
 
 
+@pytest.mark.long
 def test_rotations_follow_one_another(model: nn.Module, tmp_path: Path):
     """PEFT turns by the one and then the other in the forward pass, and the other way round when it merges."""
     configs = [
@@ -122,6 +124,7 @@ def test_as_peft_where_peft_is_right(model: nn.Module, tmp_path: Path):
         adaptc.save_adapter(program, tmp_path)
 
 
+@pytest.mark.long
 def test_one_of_them_swaps_or_goes(model: nn.Module, tmp_path: Path):
     lora = adaptc.LoraConfig(r=3, target_modules=["up", "down"])
     hra = adaptc.HRAConfig(r=2, target_modules=["up"])
@@ -255,6 +258,7 @@ def test_what_only_one_of_them_can_train_is_refused(first: str, second: str, wha
     assert_close(program(IDS), theirs(IDS), 1e-9)
 
 
+@pytest.mark.long
 def test_a_swap_to_what_the_other_trains_is_refused(tmp_path: Path):
     torch.manual_seed(5)
     net = Tied().double().eval()

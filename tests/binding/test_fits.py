@@ -50,6 +50,7 @@ def test_a_binding_of_another_program_is_refused(options: dict[str, Any], says: 
     assert torch.equal(program(X), before)
 
 
+@pytest.mark.long
 def test_a_binding_that_fits_is_taken_from_any_program() -> None:
     program, other = compiled(), compiled(4, r=5)
     adaptc.swap(program, other.binding)
@@ -59,6 +60,7 @@ def test_a_binding_that_fits_is_taken_from_any_program() -> None:
     torch.testing.assert_close(program(X), fresh(X), rtol=1e-6, atol=1e-6)  # tensors lie elsewhere in memory
 
 
+@pytest.mark.long
 def test_pissa_goes_with_its_base(tmp_path: Path) -> None:
     pissa = compiled(3, init_lora_weights="pissa")
     same, other = compiled(3, init_lora_weights="pissa"), compiled(4, init_lora_weights="pissa")

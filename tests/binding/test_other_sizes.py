@@ -68,6 +68,7 @@ def test_other_axes(name, tmp_path):
             refused(program, folder, {**good, key: change(tensor)}, key)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["prompt", "p_tuning", "multitask"])
 def test_other_axes_for_two_stacks(name, tmp_path):
     """Of an encoder and a decoder, whose rows lie one behind the other in files."""

@@ -51,6 +51,7 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("not by recipe")
 
 
+@pytest.mark.long
 @pytest.mark.few(12)
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES])
 def test_every_method(entry: str, tmp_path: Path) -> None:
@@ -88,6 +89,7 @@ def state(seed: int, rank: int = 2) -> dict[str, Tensor]:
     return a | {f"{n}.lora_B.weight": torch.randn(o, rank, generator=g) for n, (o, _) in sizes.items()}
 
 
+@pytest.mark.long
 def test_the_next_adapter_of_a_structure_goes_by_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, x = compiled(), torch.randn(4, 7)
     paths = [written(tmp_path / str(i), i) for i in range(2)]
@@ -149,6 +151,7 @@ def test_large_finite_values_are_no_error() -> None:
         adaptc.swap(program, {k: torch.full_like(t, 3e38) for k, t in state(1).items()})
 
 
+@pytest.mark.long
 def test_whatever_else_decides_is_part_of_the_structure(tmp_path: Path) -> None:
     x = torch.randn(4, 7)
     program = compiled()

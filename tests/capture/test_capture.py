@@ -153,6 +153,7 @@ def test_wrong_inputs_are_refused() -> None:
         capture(audio)
 
 
+@pytest.mark.long
 def test_failing_transformers_model_gets_its_config_back() -> None:
     model = FAMILIES["llama"].build()
     assert model.config.use_cache
@@ -194,6 +195,7 @@ def test_program_without_a_mode_is_in_the_mode_asked_for(training: bool) -> None
     assert capture(program, training=training).training is training
 
 
+@pytest.mark.long
 def test_what_transformers_exports_is_taken() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it imports every model it has a patch for
@@ -219,6 +221,7 @@ def test_what_transformers_exports_is_taken() -> None:
         capture({"model": "model.onnx"})
 
 
+@pytest.mark.long
 def test_extra_keywords_of_a_transformers_model() -> None:
     family = FAMILIES["gpt2"]
     model = family.build()
@@ -233,6 +236,7 @@ def test_extra_keywords_of_a_transformers_model() -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_labels_of_unknown_shape_are_told_and_checkpointing_too() -> None:
     from transformers import BertForPreTraining
 
@@ -272,6 +276,7 @@ def test_compiled_module_keeps_its_own_names() -> None:
     assert captured.program.state_dict["scale"] is model.scale
 
 
+@pytest.mark.long
 def test_transformers_is_not_imported_for_other_models() -> None:
     code = (
         "import sys, torch; from adaptc.capture.capture import capture;"

@@ -44,6 +44,7 @@ def test_nothing_is_said_of_models_without_values() -> None:
     assert "itself" not in str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_model_that_fails_itself_does_not_generate(family: str) -> None:
     model = FAMILIES[family].build()

@@ -28,6 +28,7 @@ def assert_same_outputs(found, expected) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.long
 @pytest.mark.few(7)
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_program_equals_model_at_other_sizes(name: str) -> None:
@@ -62,6 +63,7 @@ def test_program_equals_model_at_other_sizes(name: str) -> None:
             assert_same_outputs(run(**inputs), model(**inputs))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_program_has_the_model_s_loss_and_gradients(name: str) -> None:

@@ -208,6 +208,7 @@ def test_the_model_as_it_was_is_captured() -> None:
     assert torch.equal(program.module()(x), copy.deepcopy(model)(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Swin", "DonutSwin"])
 def test_windows_of_swin_are_as_they_were(name: str) -> None:
     import transformers
@@ -227,6 +228,7 @@ def test_windows_of_swin_are_as_they_were(name: str) -> None:
     torch.testing.assert_close(program(x).last_hidden_state, expected)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_families_with_inputs_of_their_own_are_as_they_were(name: str) -> None:
@@ -255,6 +257,7 @@ class Compiled(nn.Module):
         return torch.cond(self.scaled(x).sum() > 0, lambda t: self.a(t), lambda t: self.b(t), (x,))
 
 
+@pytest.mark.long
 def test_what_a_model_compiles_is_compiled_afterwards() -> None:
     """Dynamo skips for ever what it met while somebody watched all ops."""
     torch.compiler.reset()

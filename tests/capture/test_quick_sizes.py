@@ -87,6 +87,7 @@ class Windows(nn.Module):
         return x
 
 
+@pytest.mark.long
 def test_the_program_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = Windows().eval(), torch.rand(2, 31, 4)

@@ -125,6 +125,7 @@ def test_equal_seeds_give_equal_inputs_and_leave_torch_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["roberta", "bart", "whisper"])
 def test_families_take_what_is_drawn(family: str) -> None:
     from adaptc.capture.capture import capture

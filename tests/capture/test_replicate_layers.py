@@ -92,6 +92,7 @@ def test_what_the_config_lists_by_layer_follows_the_layers() -> None:
     assert replicate_layers(model, RANGES).config.layer_types == [kinds[i] for i in ORDER]
 
 
+@pytest.mark.long
 def test_replica_is_captured_with_a_parameter_for_each_copy() -> None:
     model = FAMILIES["llama"].build()
     replica = replicate_layers(model, [(0, 2), (0, 2)])

@@ -132,6 +132,7 @@ def test_examples_of_one_leave_sizes_free(sizes: tuple[int, int]) -> None:
         assert program.module()(torch.randn(*n, 5)).shape == (*n, 7)
 
 
+@pytest.mark.long
 def test_a_language_model_from_one_token() -> None:
     family = FAMILIES["llama"]
     model = family.build()

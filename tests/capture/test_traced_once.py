@@ -123,6 +123,7 @@ def deeper(model: Any) -> Any:
 COPIED = {"llama", "gpt2", "gpt_neox", "phi", "bert", "roberta", "opt", "mistral", "qwen2", "vit", "t5"}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* was captured for some sizes alone")
 @pytest.mark.few(6)
 @pytest.mark.parametrize("training", [False, True])
@@ -136,6 +137,7 @@ def test_families_are_captured_as_in_full(name: str, training: bool, counted: Co
     assert counted.copies >= LAYERS - 3 or name not in COPIED
 
 
+@pytest.mark.long
 @pytest.mark.few(6)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "t5", "mamba", "bloom"])
 def test_steps_with_a_cache(name: str, counted: Counted) -> None:
@@ -447,6 +449,7 @@ def test_an_interrupt_leaves_the_model_as_it_was() -> None:
     assert [dict(vars(m)) for m in net.modules()] == own
 
 
+@pytest.mark.long
 def test_two_captures_at_once() -> None:
     net, x, found = Net(), torch.rand(3, 5, 6), list[Any]()
 

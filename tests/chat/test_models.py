@@ -122,6 +122,7 @@ def test_a_gguf_file_without_the_package_that_reads_it(tmp_path: Path, monkeypat
         read_gguf(tmp_path / "tiny.gguf")
 
 
+@pytest.mark.long
 def test_a_program_that_generates(chats: ChatModel, tmp_path: Path) -> None:
     generator = chats.opened_model.generators[0]
     adaptc.swap(generator, chats.folder / "one")
@@ -143,6 +144,7 @@ def test_a_program_that_generates(chats: ChatModel, tmp_path: Path) -> None:
             open_model(file, how)
 
 
+@pytest.mark.long
 def test_what_is_missing_is_named(chats: ChatModel, tmp_path: Path) -> None:
     with pytest.raises(adaptc.CheckpointError, match=r"there is no model at .*none: give a transformers model dir"):
         open_model(tmp_path / "none", ModelOptions())

@@ -85,6 +85,7 @@ class Captures:
         yield
 
 
+@pytest.mark.long
 def test_a_program_more_for_an_adapter_that_does_not_fit(chats: ChatModel) -> None:
     captures = Captures(chats)
     voices = ChatAdapters(captures.opened, {}, captures.working)
@@ -117,6 +118,7 @@ def test_one_program_for_all_adapters_that_are_named(chats: ChatModel) -> None:
     assert len(captures.asked) == 1
 
 
+@pytest.mark.long
 def test_adapters_that_no_program_takes_together(chats: ChatModel) -> None:
     """The first gets one of its own, and so do the others when they are asked for."""
     adapters = {"ia3": chats.folder / "ia3", "none": chats.folder / "empty"}

@@ -33,6 +33,7 @@ def loaded(base: Path) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(base).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
 def test_auto_classes_load_what_is_written(task: str | None, base: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type=task)
@@ -46,6 +47,7 @@ def test_auto_classes_load_what_is_written(task: str | None, base: Path, tmp_pat
     assert config.base_model_name_or_path is None, "the caller's config was written to"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
 def test_config_and_card_are_pefts(task: str | None, base: Path, tmp_path: Path) -> None:
     options = {"r": 3, "target_modules": ["q_proj", "v_proj"], "task_type": task}
@@ -67,6 +69,7 @@ def test_config_and_card_are_pefts(task: str | None, base: Path, tmp_path: Path)
     }
 
 
+@pytest.mark.long
 def test_what_a_file_says_of_its_base_stays(base: Path, tmp_path: Path) -> None:
     said = LoraConfig(r=3, target_modules=["q_proj"], base_model_name_or_path="org/other")
     adaptc.save_adapter(adaptc.compile(loaded(base), said), tmp_path / "one")
@@ -75,6 +78,7 @@ def test_what_a_file_says_of_its_base_stays(base: Path, tmp_path: Path) -> None:
         assert read_adapter(tmp_path / name).config["base_model_name_or_path"] == "org/other"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("target", ["embed_tokens", "q_proj"])
 def test_saved_embeddings_survive_a_save(target: str, changed: bool, base: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", list(COLUMNS))
 def test_columns(case: str, tmp_path: Path) -> None:
     column, change, message = COLUMNS[case]
@@ -60,6 +61,7 @@ def test_columns(case: str, tmp_path: Path) -> None:
     unchanged(trained, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["input_ids", "labels"])
 def test_a_batch_on_another_device(name: str) -> None:
     rows = batch()
@@ -74,6 +76,7 @@ def test_a_module_on_another_device_than_its_program() -> None:
         module().to("meta")(**rows)
 
 
+@pytest.mark.long
 def test_no_rows_at_all(tmp_path: Path) -> None:
     """torch says it."""
     trained = module()
@@ -82,6 +85,7 @@ def test_no_rows_at_all(tmp_path: Path) -> None:
     unchanged(trained, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["inference", "merged", "base"])
 def test_what_has_nothing_to_train(how: str, tmp_path: Path) -> None:
     makers: dict[str, Callable[[], Any]] = {
@@ -106,6 +110,7 @@ def test_generation_is_refused_before_the_first_step(tmp_path: Path) -> None:
     unchanged(trained, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", [".", "checkpoint-2"])
 def test_a_model_where_a_run_would_write_is_found_before_the_first_step(where: str, tmp_path: Path) -> None:
     """Of checkpoints, those that the run will come to; what an adapter has under that name is the run's own."""
@@ -137,6 +142,7 @@ def test_a_model_where_a_run_would_write_is_found_before_the_first_step(where: s
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file(), "Trainer resumes from that name"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", ["fp16_full_eval", "bf16_full_eval"])
 def test_an_evaluation_in_another_dtype(option: str, tmp_path: Path) -> None:
     """Trainer leaves the model as it is while it trains, and converts it for an evaluation afterwards."""

@@ -65,6 +65,7 @@ VARIANTS = {
 # --- written by diffusers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_save_lora_adapter(name: str, variant: str, tmp_path: Path) -> None:
@@ -94,6 +95,7 @@ def test_save_lora_weights_of_a_pipeline(name: str, metadata: bool, tmp_path: Pa
     close(swapped("clip", tmp_path), output_tensor(wanted_text, "clip"), "clip")
 
 
+@pytest.mark.long
 def test_dora_of_a_unet(tmp_path: Path) -> None:
     theirs = model_with_peft_adapter("unet", use_dora=True, target_modules=["to_q", "conv1"])
     theirs.save_lora_adapter(tmp_path)
@@ -104,6 +106,7 @@ def test_dora_of_a_unet(tmp_path: Path) -> None:
 # --- read by diffusers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_load_lora_adapter_reads_what_is_written(name: str, prefix: bool, tmp_path: Path) -> None:

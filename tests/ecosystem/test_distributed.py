@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -41,6 +42,7 @@ def logits(one: Any) -> torch.Tensor:
         return one(**{k: t for k, t in batch().items() if k != "labels"}).logits
 
 
+@pytest.mark.long
 def test_two_processes_are_as_one(tmp_path: Path) -> None:
     jobs = together(tmp_path, "ddp", "fsdp", "fsdp_begins", "fsdp_goes_on")
     expected, one = alone()
@@ -74,6 +76,7 @@ def test_a_merged_model_in_two_processes_is_written_whole(tmp_path: Path) -> Non
         torch.testing.assert_close(loaded(**found["rows"]).logits, found["logits"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_trainer_in_two_processes_is_as_in_one(tmp_path: Path) -> None:
     jobs = together(tmp_path, "trainer", "trainer_goes_on")
     expected, one = train(module(), tmp_path / "one", max_steps=4, save_strategy="steps", save_steps=2)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("seed", "count"), [(1, 3), pytest.param(2, 30, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on(seed: int, count: int, tmp_path: Path) -> None:
     command = [
@@ -59,6 +60,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_what_a_killed_process_left_is_passed_over(run: Path) -> None:
     older, newer = str(run / "checkpoint-2"), run / "checkpoint-4"
     (run / "checkpoint-10").mkdir()

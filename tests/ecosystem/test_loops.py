@@ -104,6 +104,7 @@ ADALORA: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 def test_adalora_in_a_trainer_is_pefts(tmp_path: Path) -> None:
     """PEFT's model adds the penalty, and its users call update_and_allocate in a callback of their own."""
     prog = adaptc.compile(model(), adaptc.AdaLoraConfig(**ADALORA), training=True)
@@ -155,6 +156,7 @@ def spoiled(at: int) -> Any:
     return trained
 
 
+@pytest.mark.long
 def test_gradients_that_are_not_finite_are_named(tmp_path: Path) -> None:
     trained = spoiled(0)
     before = {k: t.clone() for k, t in trained.state_dict().items()}
@@ -219,6 +221,7 @@ def scaled(trained: Any, folder: Path, scale: float) -> tuple[list[float], float
     return losses(trainer), trainer.accelerator.scaler.get_scale()
 
 
+@pytest.mark.long
 def test_trainer_goes_on_where_a_scaler_leaves_steps_out(tmp_path: Path) -> None:
     ours, theirs = (scaled(m, tmp_path, 2.0**12) for m in (module(), peft_model()))
     assert ours[1] == theirs[1] == 2.0**12
@@ -232,6 +235,7 @@ def test_trainer_goes_on_where_a_scaler_leaves_steps_out(tmp_path: Path) -> None
     assert all(torch.equal(t, first_values()[k]) for k, t in trained.state_dict().items())
 
 
+@pytest.mark.long
 def test_fp16_without_a_scaler_is_looked_at(tmp_path: Path) -> None:
     """On a CPU Trainer takes fp16=True, and trains in float32."""
     trained = spoiled(2)

@@ -63,6 +63,7 @@ def close(ours: list[float], theirs: list[float], tolerance: float = 1e-5) -> No
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_twenty_steps_are_pefts(kind: str, tmp_path: Path) -> None:
     program = compiled(KINDS[kind], tmp_path)
@@ -77,12 +78,14 @@ def test_twenty_steps_are_pefts(kind: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_with_what_peft_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     program = compiled(PATTERNS, tmp_path)
     close(loop(program.module(), adaptc.training.lorafa_optimizer(program, **FACTORS)), loop(*by_peft(tmp_path)))
 
 
+@pytest.mark.long
 def test_before_the_module_is_made_or_of_a_module(tmp_path: Path) -> None:
     program = compiled(PATTERNS, tmp_path)
     twin = copy.deepcopy(program).module()
@@ -93,6 +96,7 @@ def test_before_the_module_is_made_or_of_a_module(tmp_path: Path) -> None:
     close(loop(module, optimizer, 4), loop(twin, of_twin, 4))
 
 
+@pytest.mark.long
 def test_in_a_trainer_that_goes_on(tmp_path: Path) -> None:
     def run(trained: Any, optimizer: Any, folder: Path, resume: Any = None, **more: Any) -> list[float]:
         args = transformers.TrainingArguments(**arguments(folder, weight_decay=0.02, **more))
@@ -111,6 +115,7 @@ def test_in_a_trainer_that_goes_on(tmp_path: Path) -> None:
     assert rest == ours, "losses after the checkpoint, to the bit; those before it are in its log"
 
 
+@pytest.mark.long
 def test_its_state_is_saved_and_loaded(tmp_path: Path) -> None:
     program = compiled(PATTERNS, tmp_path)
     module, optimizer = program.module(), adaptc.training.lorafa_optimizer(program, **FACTORS)
@@ -155,6 +160,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", list(REFUSED))
 def test_refusals(kind: str) -> None:
     config, says = REFUSED[kind]
@@ -165,6 +171,7 @@ def test_refusals(kind: str) -> None:
     assert [p.requires_grad for p in program.module().parameters()] == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "values", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-9}, {"weight_decay": -0.1}], ids=str
 )

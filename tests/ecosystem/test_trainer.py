@@ -31,6 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_losses_are_pefts(recipe: str, tmp_path: Path) -> None:
     ours, _ = train(module(), tmp_path / "ours", **RECIPES[recipe])
@@ -40,6 +41,7 @@ def test_losses_are_pefts(recipe: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=["", "checkpoints"])
 def test_losses_in_bfloat16_are_pefts(more: dict[str, Any], tmp_path: Path) -> None:
     """A logit is off by at most a rounding of bfloat16, 2**-9; a loss is a mean over twenty and more of them."""
@@ -50,6 +52,7 @@ def test_losses_in_bfloat16_are_pefts(more: dict[str, Any], tmp_path: Path) -> N
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2**-11, atol=0)
 
 
+@pytest.mark.long
 def test_checkpoints_are_adapters_and_training_goes_on_from_them(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     whole, trainer = train(module(), tmp_path / "ours", **options)
@@ -78,6 +81,7 @@ def without_labels() -> dict[str, torch.Tensor]:
     return {k: t for k, t in batch().items() if k != "labels"}
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     trained = module()
@@ -93,6 +97,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     torch.testing.assert_close(trained(**batch()).logits, expected(**batch()).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_metrics_see_what_the_model_gives(tmp_path: Path) -> None:
     def train_one(trained: Any) -> dict[str, float]:
         _, trainer = train(trained, tmp_path, max_steps=2)
@@ -105,6 +110,7 @@ def test_metrics_see_what_the_model_gives(tmp_path: Path) -> None:
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_other_families(name: str, tmp_path: Path) -> None:
     base = FAMILIES[name].build()

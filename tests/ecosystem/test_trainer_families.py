@@ -90,6 +90,7 @@ def trained(model: Any, row: Any, folder: Path, **options: Any) -> list[float]:
     return losses(trainer)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_pefts(case: str, tmp_path: Path) -> None:
     kind, config, row, options = CASES[case]

@@ -32,6 +32,7 @@ def supervised(trained: Any, folder: Path, rows: list[dict[str, str]]) -> tuple[
     return losses(trainer), [e["entropy"] for e in trainer.state.log_history if "entropy" in e]
 
 
+@pytest.mark.long
 def test_supervised_losses_are_pefts(tmp_path: Path) -> None:
     rng = random.Random(0)
     rows = [{"prompt": text(rng, 3 + i % 4), "completion": text(rng, 2 + i % 3)} for i in range(24)]
@@ -41,6 +42,7 @@ def test_supervised_losses_are_pefts(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_preference_losses_are_pefts(dropout: float, tmp_path: Path) -> None:
     """TRL turns layers of dropout off unless it is told otherwise."""
@@ -64,6 +66,7 @@ def test_preference_losses_are_pefts(dropout: float, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_is_trained_itself(tied: bool, tmp_path: Path) -> None:
     """TRL multiplies with the weight that trains, as with PEFT's."""
@@ -85,6 +88,7 @@ def test_a_head_that_is_trained_itself(tied: bool, tmp_path: Path) -> None:
     assert (trained.get_output_embeddings().weight - before).abs().max() > 1e-3, "the head did not train"
 
 
+@pytest.mark.long
 def test_a_head_with_an_adapter_has_no_weight_to_give(tmp_path: Path) -> None:
     """TRL would multiply with the base's weight, and train something else than was asked for."""
     untied = transformers.LlamaForCausalLM(

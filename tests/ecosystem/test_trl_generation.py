@@ -66,6 +66,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_grpo_losses_are_pefts(trained: Any, tmp_path: Path) -> None:
     def run(policy: Any) -> torch.Tensor:
         args = GRPOConfig(**options(tmp_path), max_completion_length=5, num_generations=2)
@@ -77,6 +78,7 @@ def test_grpo_losses_are_pefts(trained: Any, tmp_path: Path) -> None:
     same(run(trained), run(peft_model()))
 
 
+@pytest.mark.long
 def test_rloo_losses_are_pefts_with_the_base_as_the_reference(trained: Any, tmp_path: Path) -> None:
     """PEFT's reference is the adapter as it was, so B is zero here, and it is the base."""
     zero = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in first_values().items()}
@@ -100,6 +102,7 @@ def test_rloo_losses_are_pefts_with_the_base_as_the_reference(trained: Any, tmp_
     same(ours, run(theirs, None))
 
 
+@pytest.mark.long
 def test_online_dpo_losses_are_pefts(trained: Any, tmp_path: Path) -> None:
     def run(policy: Any, reference: Any) -> torch.Tensor:
         args = OnlineDPOConfig(**options(tmp_path), max_new_tokens=5)
@@ -116,6 +119,7 @@ def test_online_dpo_losses_are_pefts(trained: Any, tmp_path: Path) -> None:
     same(run(trained, trained.owner.base.module()), run(peft_model(), copy.deepcopy(model())))
 
 
+@pytest.mark.long
 def test_kto_losses_are_pefts(trained: Any, tmp_path: Path) -> None:
     def run(policy: Any, reference: Any) -> torch.Tensor:
         trainer = KTOTrainer(

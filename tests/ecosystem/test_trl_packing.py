@@ -28,6 +28,7 @@ def rows() -> Dataset:
     return Dataset.from_list([{"prompt": text(rng, p), "completion": text(rng, c)} for p, c in sizes])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [
@@ -55,6 +56,7 @@ def inputs() -> dict[str, Tensor]:
     return {"input_ids": ids, "position_ids": POSITIONS, "labels": ids.masked_fill(POSITIONS == 0, -100)}
 
 
+@pytest.mark.long
 def test_positions_with_a_mask_and_without() -> None:
     """Sequences are apart where there is no mask, as in transformers, and one text where there is."""
     trained, theirs = module(), peft_model()
@@ -70,6 +72,7 @@ def test_positions_with_a_mask_and_without() -> None:
     assert abs(seen[0] - seen[1]) > 1e-3
 
 
+@pytest.mark.long
 def test_both_kinds_of_calls_are_of_one_module() -> None:
     """Modes, checkpointing, replaced and trained parameters are those of either call."""
     trained = module({**CONFIG, "lora_dropout": 0.5})
@@ -114,6 +117,7 @@ class Reads(transformers.LlamaForCausalLM):
         return out
 
 
+@pytest.mark.long
 def test_bounds_that_the_model_reads_are_refused_by_name() -> None:
     torch.manual_seed(0)
     trained = compile(Reads(model().config).eval(), LoraConfig(**CONFIG), training=True).module()
@@ -128,6 +132,7 @@ def test_bounds_without_positions_are_refused_by_name() -> None:
         module()(input_ids=inputs()["input_ids"], **bounds())
 
 
+@pytest.mark.long
 def test_a_program_for_inference_takes_no_positions() -> None:
     trained = compile(model(), LoraConfig(**CONFIG)).module()
     with pytest.raises(

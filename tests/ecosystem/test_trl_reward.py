@@ -41,6 +41,7 @@ def run(trained: Any, folder: Path) -> list[float]:
     return [*losses(trainer), trainer.evaluate()["eval_loss"]]
 
 
+@pytest.mark.long
 def test_reward_losses_are_pefts(tmp_path: Path) -> None:
     base = reward_model()
     trained = compile(base, LoraConfig(**OPTIONS), training=True).module()
@@ -53,6 +54,7 @@ def test_reward_losses_are_pefts(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 def test_another_pad_token_than_the_captured_one_is_refused(tmp_path: Path) -> None:
     """The trainer sets the tokenizer's; by the captured one the program finds the end of a row."""
     trained = compile(reward_model(pad_token_id=5), LoraConfig(**OPTIONS), training=True).module()
@@ -60,6 +62,7 @@ def test_another_pad_token_than_the_captured_one_is_refused(tmp_path: Path) -> N
         run(trained, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}]
 )

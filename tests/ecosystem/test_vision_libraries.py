@@ -41,6 +41,7 @@ def peft_model(other: MultiInputModel, folder: Path, **options: Any) -> Any:
     return wrapped
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_model_is_adapted_called_swapped_and_merged(name: str, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ DEPLOYING = ROOT / "examples" / "deploying.md"
 WRITING = ROOT / "examples" / "writing_methods.md"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", [p for p in PAGES if p != WRITING], ids=lambda p: p.stem)
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -33,6 +34,7 @@ def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     run(page, {})
 
 
+@pytest.mark.long
 def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a model and an adapter that the reader is taken to have."""
     monkeypatch.chdir(tmp_path)
@@ -50,6 +52,7 @@ def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(space["prog"](input_ids=ids).logits, space["merged"](input_ids=ids).logits)
 
 
+@pytest.mark.long
 def test_a_strangers_method_passes_outside_the_repository(tmp_path: Path) -> None:
     """The page alone, typed into a file elsewhere: the method it builds passes every check, and the command line knows
     it by that file."""

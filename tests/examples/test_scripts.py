@@ -85,6 +85,7 @@ def test_only_answers_count_in_the_loss_and_padding_counts_nowhere(quickstart: M
     assert labels[0, asked + len("So.")] == Letters.eos_token_id
 
 
+@pytest.mark.long
 def test_training_from_the_same_start_gives_adapters_that_answer_differently(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,7 @@ def test_training_from_the_same_start_gives_adapters_that_answer_differently(
     assert answers[0] not in answers[1:]
 
 
+@pytest.mark.long
 def test_an_answer_ends_at_the_stop_token_or_at_its_longest(quickstart: ModuleType) -> None:
     generator = adaptc.compile_for_generation(FAMILIES["llama"].build(), config(), max_batch=1)
     whole = quickstart.answer(generator, [5, 9, 7], stop=NEVER, longest=4)
@@ -118,6 +120,7 @@ def test_an_answer_ends_at_the_stop_token_or_at_its_longest(quickstart: ModuleTy
     assert quickstart.answer(generator, [5, 9, 7], stop=stop, longest=4) == whole[: whole.index(stop)]
 
 
+@pytest.mark.long
 def test_a_merged_program_runs_where_adaptc_cannot_be_imported(
     quickstart: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +153,7 @@ def test_a_failed_check_makes_the_exit_status_1_and_is_named(
     assert "1 of 2 checks FAILED: the moon is a cheese" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.long
 def test_text_is_generated_in_every_way_that_is_shown(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +180,7 @@ def test_text_is_generated_in_every_way_that_is_shown(
     assert ended[:2] == ["pirate", lines[1].partition(third)[0] + third]
 
 
+@pytest.mark.long
 def test_one_batch_is_answered_by_many_adapters(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ def llama() -> nn.Module:
     return FAMILIES["llama"].build()
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
 def test_a_changed_vocabulary_travels_with_the_adapter(llama, targets, tmp_path):

@@ -57,6 +57,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
+@pytest.mark.long
 def test_loaded(oracle: Oracle):
     """PEFT writes the base weights of adapted embeddings to the file, too; they are the base's own here."""
     program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
@@ -71,6 +72,7 @@ def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
+@pytest.mark.long
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
@@ -86,6 +88,7 @@ def with_other_base(oracle: Oracle, directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_base_weights_in_the_file_are_part_of_the_adapter(name: str, tmp_path: Path):
     """PEFT loads them into the base. Here they come and go with the binding, also under the name of a tied head."""
@@ -124,6 +127,7 @@ def test_base_weights_of_another_vocabulary_are_refused(tmp_path: Path):
     assert_same(run(program, oracle.family), oracle())
 
 
+@pytest.mark.long
 def test_an_adapter_of_a_resized_model(tmp_path: Path):
     """The vocabulary grew before training: PEFT's file holds the embedding and the head, resized and not adapted."""
     model, trained = FAMILIES["llama"].build(), FAMILIES["llama"].build()
@@ -145,6 +149,7 @@ def test_an_adapter_of_a_resized_model(tmp_path: Path):
         assert_same(adaptc.merge(program)(input_ids=ids), oracle.merge_copy()(input_ids=ids))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma2", "llama", "gpt2"])
 def test_trained_tokens(name: str, tmp_path: Path):
     """Rows of the embedding; where the head is tied to it the same rows change there, too."""

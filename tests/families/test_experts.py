@@ -50,6 +50,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
+@pytest.mark.long
 def test_loaded(oracle: Oracle):
     program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
     for batch, seq in ((2, 5), (3, 7)):
@@ -61,6 +62,7 @@ def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
+@pytest.mark.long
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
@@ -113,6 +115,7 @@ def with_experts_changed(name: str, path: Path, scale: float) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["plain", "root scale"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_a_file_from_before_experts_were_stacked(name: str, options: dict[str, Any], tmp_path: Path):

@@ -114,6 +114,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
+@pytest.mark.long
 def test_loaded(oracle: Oracle):
     program = adaptc.compile(bare(oracle.case), oracle.path)  # type: ignore[attr-defined]
     for batch, seq in ((2, 5), (3, 7)):
@@ -121,10 +122,12 @@ def test_loaded(oracle: Oracle):
     assert_differs(oracle(), oracle.base_output())
 
 
+@pytest.mark.long
 def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(bare(oracle.case), oracle.path))  # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     task = CASES[oracle.case]  # type: ignore[attr-defined]
     config = adaptc.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **task.config)
@@ -136,6 +139,7 @@ def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     assert whole
 
 
+@pytest.mark.long
 def test_the_head_starts_at_the_base_and_stays_out_of_it():
     """Before any step the program is the model, and a step on the head changes neither the model nor the base."""
     task = TASKS["bert sequence"]
@@ -154,6 +158,7 @@ def test_the_head_starts_at_the_base_and_stays_out_of_it():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_all_linear_leaves_the_head_of_every_task_alone():
     """PEFT knows this of sequence classification only and cannot build this model."""
     config = adaptc.LoraConfig(task_type="TOKEN_CLS", target_modules="all-linear")
@@ -169,6 +174,7 @@ def test_an_entry_that_ends_no_module_is_named():
         adaptc.compile(bare("vit"), adaptc.LoraConfig(target_modules="all-linear", modules_to_save=["clasifier"]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trained_biases(bias: str, tmp_path: Path):
     config = {
@@ -185,6 +191,7 @@ def test_trained_biases(bias: str, tmp_path: Path):
     oracle.check_trained(adaptc.compile(bare("deberta sequence"), adaptc.LoraConfig(**config)), tmp_path / "adaptc")
 
 
+@pytest.mark.long
 def test_a_trained_bias_with_two_names(tmp_path: Path):
     """PEFT writes it under both; either will do, but not two values."""
     config = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, "target_modules": ["query"], "bias": "all"}

@@ -54,6 +54,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
+@pytest.mark.long
 def test_loaded(oracle: Oracle):
     program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
     assert {a.key for a in program.adaptation.attachments} == oracle.adapted_modules()
@@ -67,6 +68,7 @@ def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     oracle.check_trained(program, tmp_path / "adapter")
 
 
+@pytest.mark.long
 def test_the_first_pattern_that_matches_rules_in_files_too(tmp_path: Path):
     """PEFT sorts the keys when it saves, and then another one comes first: it cannot load such files of its own."""
     options = {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"h.1.attn.c_proj": 2, "c_proj": 6}}
@@ -82,6 +84,7 @@ def test_the_first_pattern_that_matches_rules_in_files_too(tmp_path: Path):
         adaptc.compile(shared_base_program("gpt2"), oracle.path)
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_replicated_layers(name: str, tmp_path: Path):

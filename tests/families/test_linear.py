@@ -34,6 +34,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Oracle.wrap_and_save(request.param, config, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.long
 def test_an_adapter_of_peft_loads(oracle: Oracle):
     program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
     for batch, seq in SIZES:

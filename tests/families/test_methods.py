@@ -56,6 +56,7 @@ def options(family: str, method: str) -> dict[str, Any]:
     return {"target_modules": norms if method == "ln_tuning" else targets, **METHODS[method][1]}
 
 
+@pytest.mark.long
 @pytest.mark.few(10)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_as_peft(family: str, method: str, tmp_path: Path):

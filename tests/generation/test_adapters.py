@@ -33,6 +33,7 @@ class SwapAfter:
         pass
 
 
+@pytest.mark.long
 @given(after=st.integers(0, 7), first=st.booleans(), length=st.integers(1, 9))
 def test_a_generation_keeps_the_adapter_it_began_with(after: int, first: bool, length: int) -> None:
     found, gen, text = case("llama"), generator(), prompt(1, length)
@@ -46,6 +47,7 @@ def test_a_generation_keeps_the_adapter_it_began_with(after: int, first: bool, l
         adaptc.swap(gen, found.adapters["first"])
 
 
+@pytest.mark.long
 def test_what_was_swapped_away_is_freed() -> None:
     found, gen, text = case("llama"), generator(), prompt(1, 4)
     try:
@@ -58,6 +60,7 @@ def test_what_was_swapped_away_is_freed() -> None:
     assert gone() is None
 
 
+@pytest.mark.long
 def test_what_is_bound_stays() -> None:
     found, gen, text = case("llama"), generator(), prompt(2, 6, (2, 0))
     second, weights = (gen.bind(found.adapters["second"], form=form) for form in ("apply", "weight"))
@@ -69,6 +72,7 @@ def test_what_is_bound_stays() -> None:
     assert torch.equal(generated(gen, text), found.expected("first", text))
 
 
+@pytest.mark.long
 def test_functions_of_programs_take_it(tmp_path: Path) -> None:
     found, gen, text = case("llama"), generator(), prompt(2, 6, (2, 0))
     expected = found.expected("first", text)
@@ -88,6 +92,7 @@ def test_functions_of_programs_take_it(tmp_path: Path) -> None:
     assert torch.equal(generated(gen, text), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["adapted", "merged"])
 def test_files(tmp_path: Path, how: str) -> None:
     """What is saved generates again, adapters and all."""
@@ -142,6 +147,7 @@ def _in_threads(seconds: float) -> None:
     assert turn > 2
 
 
+@pytest.mark.long
 def test_threads() -> None:
     _in_threads(2)
 

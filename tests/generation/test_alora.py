@@ -45,6 +45,7 @@ def text(batch: int, length: int, padding: str | None = "left", tokens: tuple[in
     return {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("padding", ["left", None])
@@ -144,6 +145,7 @@ def test_steps_of_ones_own() -> None:
     assert on == [False, False, True, True]
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("backend", ["inductor", "eager"])
 def test_swaps_bind_and_files(backend: str, tmp_path: Path) -> None:
@@ -165,6 +167,7 @@ def test_swaps_bind_and_files(backend: str, tmp_path: Path) -> None:
         assert torch.equal(generated(adaptc.unload(loaded), first), generated(one.model, first))
 
 
+@pytest.mark.long
 def test_refusals(tmp_path: Path) -> None:
     gen, config = generator("llama"), LoraConfig(**config_of("llama", CALL))
     with pytest.raises(ConfigError, match=r"give input_ids, or use gen.base"):

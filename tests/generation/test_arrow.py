@@ -22,6 +22,7 @@ def directory(family: str, seed: int) -> Path:
     return save_random_lora(family, Path(mkdtemp()), seed, lora_alpha=4 + seed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_peft_generates(family: str) -> None:
     paths, others = [directory(family, s) for s in range(3)], [directory(family, s) for s in (4, 1)]

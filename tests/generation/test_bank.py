@@ -33,6 +33,7 @@ def row(inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     return {k: v[i : i + 1] for k, v in inputs.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_peft_says_the_same(family):
     inputs, oracle = prompt(4, 6, (0, 2)), case(family).oracle
@@ -41,6 +42,7 @@ def test_peft_says_the_same(family):
     assert torch.equal(generated(Mixed(bank(family), names), inputs), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
 def test_a_prompt_gets_what_it_gets_alone(how):
     made, gen, inputs = bank(), generator(), prompt(4, 6, (0, 2))
@@ -53,11 +55,13 @@ def test_a_prompt_gets_what_it_gets_alone(how):
     assert torch.equal(out[3 * each :], mix)
 
 
+@pytest.mark.long
 def test_samples_keep_their_adapters():
     out = generated(Mixed(bank(), NAMES), prompt(4, 6), do_sample=True, num_return_sequences=3, new=5)
     assert out.shape == (12, 11)
 
 
+@pytest.mark.long
 def test_a_generation_keeps_its_adapters():
     """What is put in the place of an adapter while a text is generated is for the next one."""
     made, inputs, dirs = bank(), prompt(4, 6), case("llama").adapters
@@ -72,6 +76,7 @@ def test_a_generation_keeps_its_adapters():
     assert not torch.equal(generated(Mixed(made, NAMES), inputs), expected)
 
 
+@pytest.mark.long
 def test_a_prefix_with_adapters_is_continued():
     made, inputs = bank(), prompt(4, 6)
     expected = generated(Mixed(made, NAMES), inputs)
@@ -97,6 +102,7 @@ def test_refused_by_name():
     assert "third" in str(made.report())
 
 
+@pytest.mark.long
 def test_a_call_of_other_rows_loads_nothing():
     dirs, asked = case("llama").adapters, []
 
@@ -112,6 +118,7 @@ def test_a_call_of_other_rows_loads_nothing():
     assert (sorted(made), asked) == (["a", "b"], ["a", "b"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_warm_bank_makes_nothing_while_it_generates(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, built = bank(family), record_builds(monkeypatch)

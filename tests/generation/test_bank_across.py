@@ -23,6 +23,7 @@ def bank(family: str) -> Any:
     return generator(family).bank(case(family).adapters)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("family", WITH_ENCODER)
 def test_a_prompt_gets_what_peft_gives_it_alone(family: str) -> None:
@@ -41,6 +42,7 @@ def test_a_prompt_gets_what_peft_gives_it_alone(family: str) -> None:
         assert torch.equal(out[3 * each :, : mix.shape[1]], mix)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_logits_of_each_row_are_those_of_its_program(family: str) -> None:
     """Tokens may be equal by chance; logits are not. Of the base to the bit of a call with the base alone."""
@@ -60,6 +62,7 @@ def test_logits_of_each_row_are_those_of_its_program(family: str) -> None:
         torch.testing.assert_close(same.forward(**given).logits, alone["second"], rtol=0, atol=2e-5)
 
 
+@pytest.mark.long
 def test_what_was_encoded_is_decoded_again() -> None:
     """A cache of the bank's, for beams too; and what the encoder gave."""
     made, given = bank("bart"), prompt(4, 9, (4, 0, 1))
@@ -73,6 +76,7 @@ def test_what_was_encoded_is_decoded_again() -> None:
     assert torch.equal(said(Mixed(made, NAMES), {**mask, "encoder_outputs": states}), alone["{}"])
 
 
+@pytest.mark.long
 def test_a_generation_keeps_its_adapters_in_all_parts() -> None:
     made, given, dirs = bank("t5"), prompt(4, 6, (0, 2)), case("t5").adapters
     before = said(Mixed(made, NAMES), given)
@@ -87,6 +91,7 @@ def test_a_generation_keeps_its_adapters_in_all_parts() -> None:
     assert torch.equal(said(Mixed(made, NAMES), given), said(Mixed(made, twice), given))
 
 
+@pytest.mark.long
 def test_refused_by_name() -> None:
     made, given = bank("bart"), prompt(4, 6)
     for names, message in (

@@ -49,6 +49,7 @@ def alora_text() -> dict[str, Tensor]:
     return inputs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
 def test_each_prompt_is_invoked_by_its_own_adapter(how: dict[str, Any]) -> None:
     gen, bank, inputs = invoked.generator(FAMILY), alora_bank(), alora_text()
@@ -66,6 +67,7 @@ def test_each_prompt_is_invoked_by_its_own_adapter(how: dict[str, Any]) -> None:
         assert not torch.equal(out, generated(Mixed(bank, ["one"] * 6), inputs))
 
 
+@pytest.mark.long
 def test_caches_of_prompts_are_continued() -> None:
     """Of the bank and of the base; what a row was invoked by is remembered."""
     gen, bank, inputs = invoked.generator(FAMILY), alora_bank(), alora_text()
@@ -79,6 +81,7 @@ def test_caches_of_prompts_are_continued() -> None:
     assert torch.equal(sampled, generated(Mixed(bank, ROWS), inputs, do_sample=True, num_return_sequences=2))
 
 
+@pytest.mark.long
 def test_mixes_that_begin_apart_are_refused() -> None:
     bank, inputs = alora_bank(), alora_text()
     mixed = [*ROWS[:5], {"one": 0.5, "other": 0.5}]
@@ -90,6 +93,7 @@ def test_mixes_that_begin_apart_are_refused() -> None:
     assert len(generated(Mixed(bank, mixed), inputs)) == 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_tasks_of_prompts(family: str) -> None:
     one, other, gen = tasks.oracle(family), tasks.oracle(family, seed=1), tasks.generator(family)
@@ -119,6 +123,7 @@ def test_tasks_of_prompts(family: str) -> None:
     assert torch.equal(tasks.said(Mixed(bank, names), more, past_key_values=past), out)
 
 
+@pytest.mark.long
 def test_packages(tmp_path: Path) -> None:
     """Of the bank in compiled code, and of an adapter that is put in, with more tokens and a larger rank."""
     bank, inputs = alora_bank(), alora_text()

@@ -52,6 +52,7 @@ def alone(family: str, cls: str, name: str | None) -> Any:
     return gen.base if name is None else gen.bind(oracle(family, cls, COUNTS[name]).path)
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize(("family", "cls"), CASES)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
@@ -80,6 +81,7 @@ def test_peft_says_the_same(cls: str) -> None:
             assert torch.equal(out[i : i + 1], expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "cls"), [("llama", PROMPT), ("gpt2", PROMPT), ("llama", PREFIX), ("gemma3_text", PROMPT)]
 )
@@ -107,6 +109,7 @@ def test_caches_are_continued(family: str, cls: str) -> None:
         torch.testing.assert_close(logits[i][mask[i].bool()], own[0][mask[i].bool()])
 
 
+@pytest.mark.long
 def test_a_generation_keeps_its_tokens() -> None:
     """Whatever is put in the place of an adapter while a text is generated."""
     made, inputs = bank(), text(4, 6, None)
@@ -121,6 +124,7 @@ def test_a_generation_keeps_its_tokens() -> None:
     assert torch.equal(said(Mixed(made, ROWS), inputs), said(Mixed(made, ["two", None, "two", "two"]), inputs))
 
 
+@pytest.mark.long
 def test_tasks(tmp_path: Path) -> None:
     """Where a row's tokens follow from its task, each row has its own."""
     config = adaptc.MultitaskPromptTuningConfig(num_virtual_tokens=2, **TASKS)
@@ -167,6 +171,7 @@ def test_a_model_with_a_state() -> None:
         assert torch.equal(out[i : i + 1], generated(alone("mamba", PROMPT, name), row(inputs, i), new=6))
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_beside_lora(backend: str) -> None:
@@ -192,6 +197,7 @@ def test_beside_lora(backend: str) -> None:
     assert torch.equal(out[3:], said(Mixed(made, names[3:]), row(inputs, 3)))
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("cls", [PROMPT, PREFIX])
 def test_packages(cls: str, tmp_path: Path) -> None:

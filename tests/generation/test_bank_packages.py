@@ -43,6 +43,7 @@ def loaded(family: str = "llama") -> Any:
     return adaptc.load_package(written(family))
 
 
+@pytest.mark.long
 def test_tokens_are_those_of_the_bank() -> None:
     """Greedy, drawn, in beams, with padding, and a third adapter beside them."""
     bank, packaged = generator().bank(case("llama").adapters), loaded()
@@ -64,6 +65,7 @@ def test_tokens_are_those_of_the_bank() -> None:
     assert torch.equal(generated(Mixed(packaged, mixed), given, past_key_values=cache), out)
 
 
+@pytest.mark.long
 def test_a_generation_keeps_its_adapters() -> None:
     """What is replaced or removed while it goes on stays in its place until it has ended."""
     packaged, dirs, given = loaded(), case("llama").adapters, prompt(4, 6)
@@ -120,6 +122,7 @@ assert not strange, strange
 """
 
 
+@pytest.mark.long
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     out = tmp_path / "out.pt"
     command = [sys.executable, "-W", "ignore", "-c", FRESH, str(written("llama")), str(further()), str(out)]

@@ -125,6 +125,7 @@ def test_several_sequences_of_one_prefix() -> None:
     assert torch.equal(generated(gen, ids, past_key_values=past, **how), generated(gen, ids, **how))
 
 
+@pytest.mark.long
 def test_caches_take_what_a_call_needs_and_go_with_it() -> None:
     gen, text = generator(), prompt(2, 6)
     out = generated(gen, text, new=5, return_dict_in_generate=True)

@@ -17,6 +17,7 @@ from tests.generation.test_bank import NAMES, Mixed, bank
 TEXT = prompt(4, 6, (0, 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_copy_is_swapped_by_itself(how: Any, family: str) -> None:
@@ -39,6 +40,7 @@ def test_caches_are_of_a_copy_that_shares_the_weights() -> None:
         generated(copy.deepcopy(gen), TEXT, past_key_values=past)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
 def test_adapters_come_and_go_in_each_copy_of_a_bank_alone(how: Any) -> None:
     made = bank()
@@ -52,6 +54,7 @@ def test_adapters_come_and_go_in_each_copy_of_a_bank_alone(how: Any) -> None:
     assert torch.equal(generated(Mixed(made, NAMES), TEXT), expected)
 
 
+@pytest.mark.long
 def test_a_bank_says_what_is_in_it() -> None:
     made = bank()
     generated(Mixed(made, NAMES), TEXT, new=2)
@@ -66,6 +69,7 @@ def test_a_bank_says_what_is_in_it() -> None:
             call(**TEXT)
 
 
+@pytest.mark.long
 def test_nothing_is_pickled() -> None:
     gen, made = generator(), bank()
     for one in (gen, gen.base, generator("t5"), made.assigned(NAMES)):

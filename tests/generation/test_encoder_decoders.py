@@ -42,6 +42,7 @@ def expected(family: str, name: str | None, given: dict[str, Tensor], **how: Any
     return said(found.oracle, given, **how)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", WITH_ENCODER)
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Padded on the left, greedy, drawn, in beams; and of what the adapter is swapped to, on both sides at once."""
@@ -58,6 +59,7 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     assert not torch.equal(said(gen.base, given, **drawn), said(gen, given, **drawn))
 
 
+@pytest.mark.long
 def test_padding_on_the_right_and_an_answer_that_was_begun() -> None:
     gen, given = generator(FAMILY), prompt(3, 9)
     given["attention_mask"][0, 6:] = 0
@@ -172,6 +174,7 @@ def test_an_adapter_in_its_own_weights() -> None:
     assert torch.equal(said(bound, given), expected(FAMILY, "second", given))
 
 
+@pytest.mark.long
 def test_files_hold_both_sides(tmp_path: Path) -> None:
     """Saved, merged and written as one; an adapter with a key that neither side has is refused."""
     gen, given = generator(FAMILY), prompt(2, 6)

@@ -44,6 +44,7 @@ def all_of(past: StepCache) -> tuple[Any, ...]:
     return (*rings, past.mask.tolist(), [t.clone() for t in past.tensors])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "state", "text"])
 def test_a_cache_of_the_whole_prompt_is_as_it_was(kind: str) -> None:

@@ -13,6 +13,7 @@ from tests.support.families import FAMILIES
 CAUSAL = [name for name, family in FAMILIES.items() if family.kind == "causal" and name != "mamba"]
 
 
+@pytest.mark.long
 @pytest.mark.few(6)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_tokens_are_those_of_peft(family: str) -> None:

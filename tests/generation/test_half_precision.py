@@ -45,6 +45,7 @@ def logits(model: Any, family: str, given: dict[str, Tensor], tokens: Tensor) ->
     return model(**given, decoder_input_ids=tokens).logits if family in ACROSS else model(input_ids=tokens).logits
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_as_near_to_float64_as_those_of_peft(family: str) -> None:

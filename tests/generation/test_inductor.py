@@ -12,6 +12,7 @@ from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import case, generated, generator, prompt
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe"])
 def test_one_step_is_compiled(family: str) -> None:

@@ -139,6 +139,7 @@ QUICK = {"llama", "gemma2", "state", "t5", "alora"}
 SOME = [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", SOME)
 def test_an_interrupt_leaves_a_cache_or_a_refusal(kind: str) -> None:
     found = [interrupted(kind, deed, 10) for deed in deeds_of(kind)]

@@ -48,6 +48,7 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("kind", [CARTRIDGE, PREFIX])
@@ -96,6 +97,7 @@ def program(name):
     return adaptc.compile(shared_base_program(name), CartridgeConfig(num_virtual_tokens=3))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3_text"])
 def test_generators(name):
@@ -118,6 +120,7 @@ def test_generators(name):
         )
 
 
+@pytest.mark.long
 def test_caches_of_generators():
     """What prefill gives is a cache as all others; what it lacks is told."""
     gen, ids = generator("llama"), words(9)
@@ -152,6 +155,7 @@ def test_caches_of_generators():
         take(past, num_virtual_tokens=1)
 
 
+@pytest.mark.long
 def test_half_precision_and_files(tmp_path):
     """The adapter is float32 above a base of bfloat16, of which the values are; a file of a program does as it does."""
     model = FAMILIES["qwen3"].build().to(torch.bfloat16)
@@ -193,6 +197,7 @@ def test_embeddings_of_any_cache(layers, heads, width, length, data):
     assert all(bool(t.any()) for pair in pairs for t in pair)
 
 
+@pytest.mark.long
 def test_caches_that_do_not_fit():
     take = prefixes.prompt_embeddings_from_past_key_values
     pairs = [tuple(torch.randn(2, 1, 2, 7, 8)) for _ in range(2)]
@@ -225,6 +230,7 @@ def test_caches_that_do_not_fit():
     assert all(target.binding.values[n] is t for n, t in before.items())
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_text(tmp_path):
     """Frozen tokens are the text's, and do not train; modules that are trained as a whole stay as they are."""
     config = CartridgeConfig(task_type="SEQ_CLS", num_virtual_tokens=5, num_frozen_tokens=2)
@@ -254,6 +260,7 @@ def test_training_goes_on_from_a_text(tmp_path):
         prefixes.initialize_kv_prefix_from_text(prog, text=ids, num_virtual_tokens=1)
 
 
+@pytest.mark.long
 def test_beside_other_adapters():
     """The base reads the text, not LoRA; and LoRA stays as it is."""
     lora = LoraConfig(r=3, target_modules=["k_proj", "embed_tokens"], init_lora_weights=False)
@@ -273,6 +280,7 @@ def test_beside_other_adapters():
         prefixes.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="other")
 
 
+@pytest.mark.long
 def test_encoders_read_the_whole_text():
     """Keys of an encoder follow from what comes behind them, and segments are the first one."""
     model = with_head(transformers.BertModel, "bert")
@@ -290,6 +298,7 @@ def test_encoders_read_the_whole_text():
     assert not torch.allclose(rows, short, atol=1e-4)
 
 
+@pytest.mark.long
 def test_texts_that_do_not_fit():
     prog, gen = program("gpt2"), generator("gpt2")
     start = prefixes.initialize_kv_prefix_from_text

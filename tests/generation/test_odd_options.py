@@ -85,6 +85,7 @@ def test_prompts_that_are_no_tensors(family: str, by_name: bool) -> None:
         gen.generate(IDS[:, :0])
 
 
+@pytest.mark.long
 def test_a_config_that_training_left_without_a_cache() -> None:
     found = case("llama")
     model = copy.deepcopy(found.model)
@@ -105,6 +106,7 @@ def understood(files: dict[str, bytes]) -> Any:
     return facts_of(json.loads(files[SPEC_FILE]), inputs).generation_config
 
 
+@pytest.mark.long
 def test_what_was_added_to_a_generation_config_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gen = generator()
     config: Any = GenerationConfig.from_model_config(case("llama").model.config)

@@ -38,6 +38,7 @@ def values(trained: nn.Module, seed: int) -> dict[str, Tensor]:
     return {k: 0.5 * torch.randn(t.shape, generator=g) for k, t in trained.state_dict().items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [{"lora_dropout": 0.3}, {"use_dora": True, "modules_to_save": ["lm_head"]}])
 def test_tokens_are_pefts_before_and_after_a_step(more: dict[str, Any]) -> None:
     """Nothing that was computed once of older values is used again, and no random number is drawn but those of
@@ -67,6 +68,7 @@ def test_tokens_are_pefts_before_and_after_a_step(more: dict[str, Any]) -> None:
     assert not torch.equal(*seen), "the step changed nothing"
 
 
+@pytest.mark.long
 def test_an_initialisation_that_changed_the_base() -> None:
     """PiSSA's base is what the adapter leaves of it, in the module, and the model itself, in what generates."""
     config = adaptc.LoraConfig(**{**CONFIG, "init_lora_weights": "pissa"})
@@ -81,6 +83,7 @@ def test_an_initialisation_that_changed_the_base() -> None:
     assert torch.equal(found[2:], ids)
 
 
+@pytest.mark.long
 def test_whoever_replaces_a_weight_generates_with_it(plain: Any) -> None:
     first = plain.generate(**prompts(), do_sample=False, **OPTIONS)
     norm = plain.get_submodule("model.norm")
@@ -92,6 +95,7 @@ def test_whoever_replaces_a_weight_generates_with_it(plain: Any) -> None:
     norm.weight = before
 
 
+@pytest.mark.long
 def test_the_model_may_change_or_be_gone_meanwhile() -> None:
     own = copy.deepcopy(model())
     program = adaptc.compile(own, adaptc.LoraConfig(**CONFIG), training=True)
@@ -100,6 +104,7 @@ def test_the_model_may_change_or_be_gone_meanwhile() -> None:
     assert torch.equal(program.module().generate(**prompts(), do_sample=False, **OPTIONS), wanted)
 
 
+@pytest.mark.long
 def test_an_encoder_is_generated_with_while_trainer_evaluates(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
@@ -133,12 +138,14 @@ def test_an_encoder_is_generated_with_while_trainer_evaluates(tmp_path: Path) ->
     assert not torch.equal(*tokens), "the step changed nothing"
 
 
+@pytest.mark.long
 def test_modules_that_do_not_generate_say_which_do(plain: Any) -> None:
     for trained in (adaptc.compile(model(), adaptc.LoraConfig(**CONFIG)).module(), plain.owner.base.module()):
         with pytest.raises(adaptc.AdaptcError, match=r"adaptc.compile\(model, config, training=True\) can"):
             trained.generate(**prompts(), **OPTIONS)
 
 
+@pytest.mark.long
 def test_what_a_generator_refuses_is_refused_by_name(plain: Any) -> None:
     with pytest.raises(adaptc.AdaptcError, match="output_attentions is not taken"):
         plain.generate(**prompts(), output_attentions=True, **OPTIONS)

@@ -17,6 +17,7 @@ from tests.generation.test_encoder_decoders import expected, said
 from tests.support.families import FAMILIES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_packed_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all parts of a program; what is bound to it keeps them, and setting the program's option frees them."""
@@ -40,6 +41,7 @@ def test_packed_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(call(bound, text), alone("second", text))
 
 
+@pytest.mark.long
 def test_packed_weights_are_for_eager_calls_of_their_type() -> None:
     found = case("llama")
     for how, error, message in (
@@ -51,6 +53,7 @@ def test_packed_weights_are_for_eager_calls_of_their_type() -> None:
             adaptc.compile_for_generation(found.model, found.adapters["first"], **how)
 
 
+@pytest.mark.long
 def test_what_generates_stands_for_its_adapter(tmp_path: Path) -> None:
     """As the adapter of a swap, of a sum, and of a conversion; and its model for one of another method."""
     found, gen, text = case("llama"), generator(), prompt(2, 5)

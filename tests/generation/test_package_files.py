@@ -19,6 +19,7 @@ from tests.support.families import VOCAB
 GENERATION = FILES_PREFIX + "adaptc.generation.json"
 
 
+@pytest.mark.long
 def test_each_is_told_from_the_other(tmp_path: Path) -> None:
     with pytest.raises(adaptc.CheckpointError, match=r"is a package .* open it with adaptc\.load_package"):
         adaptc.load(written("llama"))
@@ -78,6 +79,7 @@ def refused(path: Path, said: str) -> None:
     assert str(path) in str(info.value)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("name", [GENERATION, FILES_PREFIX + "tokenizer/tokenizer.json"])
 def test_files_that_were_changed(name: str, tmp_path: Path) -> None:

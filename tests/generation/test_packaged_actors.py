@@ -45,6 +45,7 @@ def packaged(kind: str) -> Any:
     return adaptc.load_package(written(kind))
 
 
+@pytest.mark.long
 def test_alora_says_what_peft_says() -> None:
     package, peft = packaged("alora"), invoked.oracle("llama").model
     for rows, length, padding in ((4, 9, "left"), (4, 11, None), (1, 1, None)):
@@ -110,6 +111,7 @@ assert not strange, strange
 """
 
 
+@pytest.mark.long
 def test_alora_in_a_fresh_process(tmp_path: Path) -> None:
     inputs, given = invoked.text(4, 9), invoked.text(4, 20, "left", LONG)
     files = [tmp_path / name for name in ("inputs.pt", "given.pt", "out.pt")]
@@ -122,6 +124,7 @@ def test_alora_in_a_fresh_process(tmp_path: Path) -> None:
     assert [t.tolist() for t in torch.load(files[2])] == [t.tolist() for t in expected]
 
 
+@pytest.mark.long
 def test_poly_says_what_peft_says() -> None:
     """A task for each prompt, of an adapter of the same sizes after a swap; numbers that are no task change nothing."""
     package, one = packaged("poly"), tasks.oracle("llama")

@@ -54,6 +54,7 @@ def oracle(cls: str, count: int) -> Oracle:
     return prompt_oracle(FAMILY[cls], Path(mkdtemp()), cls, num_virtual_tokens=count, seed=count)
 
 
+@pytest.mark.long
 def test_prompts_say_what_peft_says() -> None:
     """As packaged, and swapped to other numbers of tokens: greedy, drawn, in beams, with padding."""
     cls, gen, package = "PromptTuningConfig", generator("PromptTuningConfig"), packaged("PromptTuningConfig")
@@ -76,6 +77,7 @@ def test_prompts_say_what_peft_says() -> None:
     assert torch.equal(said(package, inputs), peft_said(oracle(cls, 1).model, inputs))
 
 
+@pytest.mark.long
 def test_prefixes_say_what_peft_says() -> None:
     cls, gen, package = "PrefixTuningConfig", generator("PrefixTuningConfig"), packaged("PrefixTuningConfig")
     adaptc.swap(package, gen)
@@ -121,6 +123,7 @@ def test_reports_and_refusals(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_damage_and_forgery(tmp_path: Path) -> None:
     """A manifest that says otherwise of what the code reads is refused, and so is one that lacks the prompt."""
     records = read_records(written("PromptTuningConfig"))
@@ -157,6 +160,7 @@ assert not strange, strange
 """
 
 
+@pytest.mark.long
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     """None of the model's code is there."""
     cls, gen, out = "PromptTuningConfig", generator("PromptTuningConfig"), tmp_path / "out.pt"

@@ -81,6 +81,7 @@ def test_prompts_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(generated(package, text), case("llama").expected("first", text))
 
 
+@pytest.mark.long
 def test_functions_of_packages_take_it(tmp_path: Path) -> None:
     found, gen, package = case("llama"), generator(), loaded()
     report = adaptc.report(package)
@@ -188,6 +189,7 @@ assert not strange, strange
 """
 
 
+@pytest.mark.long
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     """It needs torch and transformers, and none of the model's code."""
     found, out = case("llama"), tmp_path / "out.pt"

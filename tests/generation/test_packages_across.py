@@ -26,6 +26,7 @@ from tests.support.families import FAMILIES
 FAMILY = "t5"
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", WITH_ENCODER)
 def test_tokens_are_those_of_peft(family: str) -> None:
@@ -54,6 +55,7 @@ def test_a_chat_is_refused() -> None:
         open_model(written(FAMILY), ModelOptions())
 
 
+@pytest.mark.long
 def test_what_was_encoded_is_decoded_again() -> None:
     package, given = packaged(FAMILY), prompt(3, 9, (4, 0, 1))
     cache = package.prefill(given["input_ids"], given["attention_mask"])
@@ -117,6 +119,7 @@ assert not strange, strange
 """
 
 
+@pytest.mark.long
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     """It needs torch and transformers, and none of the model's code."""
     out, ids = tmp_path / "out.pt", torch.tensor([[5, 17, 9]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import generator, prompt
 
 
+@pytest.mark.long
 @given(length=st.integers(1, 23), before=st.integers(0, 5), keep=st.integers(0, 6), embeds=st.booleans())
 def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool) -> None:
     gen = generator("gemma3_text")

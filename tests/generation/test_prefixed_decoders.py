@@ -48,6 +48,7 @@ def peft_said(family: str, case: str, count: int, inputs: Any, **how: Any) -> An
         return generate_with_peft(model, **inputs, max_new_tokens=7, **{**START, **how})
 
 
+@pytest.mark.long
 @pytest.mark.few(6)
 @pytest.mark.parametrize("family", ["bart", "mbart", "t5"])
 @pytest.mark.parametrize("case", CASES)
@@ -72,6 +73,7 @@ def test_tokens_are_those_of_peft(family, case, tmp_path):
     assert torch.equal(said(adaptc.unload(loaded), inputs), said(build(family), inputs))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_caches(family):
     """What is told of a cache is of decoded tokens; it is continued, forked and taken back like any other."""
@@ -105,6 +107,7 @@ def test_caches(family):
     assert torch.equal(said(gen, inputs), expected)
 
 
+@pytest.mark.long
 def test_whisper():
     """Token by token what the model computes behind a cache with those keys and values."""
     model, gen = build("whisper"), generator("whisper", each=1)
@@ -136,6 +139,7 @@ def test_whisper():
     assert torch.equal(generated(bank, adapters=names), wanted)
 
 
+@pytest.mark.long
 def test_rows_that_begin_at_several_places():
     """A model that counts positions by itself has one number of them for all rows."""
     gen, inputs = generator("bart"), text(3, 7, "left")
@@ -157,6 +161,7 @@ def test_rows_that_begin_at_several_places():
         assert torch.equal(said(bank, inputs, adapters=[None] * 3, **how), said(build("bart"), inputs, **how))
 
 
+@pytest.mark.long
 def test_packages(tmp_path):
     """Swaps to any number of tokens, none of which counts among the positions of the encoder."""
     gen, inputs = generator("bart"), text(3, 7, "left")
@@ -171,6 +176,7 @@ def test_packages(tmp_path):
     assert adaptc.verify(package, gen).ok
 
 
+@pytest.mark.long
 def test_defaults_are_those_of_the_task():
     gen = adaptc.compile_for_generation(build("bart"), adaptc.PrefixTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3))
     assert gen.program.binding.config.num_transformer_submodules == 2

@@ -35,6 +35,7 @@ def continued(model, ids, tokens):
     return ids
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens(name, tmp_path):
@@ -86,6 +87,7 @@ def test_bound_and_swapped_between(tmp_path):
     assert torch.equal(gen.generate(ids, max_new_tokens=6, **GREEDY), one)
 
 
+@pytest.mark.long
 def test_caches_are_continued(tmp_path):
     """From prefill, from an earlier generation, from copies, and by beams."""
     gen = generator("llama")
@@ -110,6 +112,7 @@ def test_caches_are_continued(tmp_path):
     assert torch.equal(gen.generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=6, **GREEDY), expected[:1])
 
 
+@pytest.mark.long
 def test_cartridges_and_lora(tmp_path):
     """A cartridge beside LoRA: the keys in front are LoRA's to see and not to change."""
     model = FAMILIES["qwen3"].build()
@@ -123,6 +126,7 @@ def test_cartridges_and_lora(tmp_path):
     assert torch.equal(gen.generate(ids, max_new_tokens=6, **GREEDY), continued(program, ids, 6))
 
 
+@pytest.mark.long
 def test_files(tmp_path):
     oracle = prompt_oracle("gpt2", tmp_path / "peft", PREFIX, num_virtual_tokens=5)
     gen = adaptc.compile_for_generation(FAMILIES["gpt2"].build(), oracle.path)
@@ -136,6 +140,7 @@ def test_files(tmp_path):
     assert not any("prompt" in name for name in unloaded.program.state_dict)
 
 
+@pytest.mark.long
 def test_room_and_refusals(tmp_path):
     """Keys in front count among positions; what cannot have them says so."""
     model = FAMILIES["llama"].build()

@@ -25,6 +25,7 @@ def said(model, inputs, **how):
         return model.generate(**inputs, max_new_tokens=7, **{**OPTIONS, **how})
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("case", CASES)
@@ -73,6 +74,7 @@ def test_tokens_are_those_of_peft(family, case, tmp_path):
         gen.bank({})
 
 
+@pytest.mark.long
 def test_whisper_is_refused():
     config = adaptc.PromptTuningConfig(num_virtual_tokens=3)
     with pytest.raises(TargetError, match="the encoder of this program reads no token ids"):

@@ -137,6 +137,7 @@ def test_a_conversation_that_is_changed_begins_anew() -> None:
     assert answer.text == alone.text
 
 
+@pytest.mark.long
 def test_a_model_whose_masks_are_made_otherwise_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*args: Any, **how: Any) -> Any:
         raise adaptc.CaptureError("no such mask")
@@ -149,6 +150,7 @@ def test_a_model_whose_masks_are_made_otherwise_keeps_all(monkeypatch: pytest.Mo
     assert "those that look back on a window among them: MistralForCausalLM cannot" in str(adaptc.report(gen))
 
 
+@pytest.mark.long
 def test_files_know_of_rings(tmp_path: Path) -> None:
     gen, text = generator(FAMILY), prompt(2, 9, (3, 0))
     again = adaptc.load(adaptc.save(gen, tmp_path / "rings.pt2"))

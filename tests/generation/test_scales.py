@@ -81,6 +81,7 @@ def test_a_generation_keeps_the_scale_it_began_with() -> None:
         adaptc.swap(gen, found.adapters["first"])
 
 
+@pytest.mark.long
 def test_one_more_adapter_is_one_more_generator() -> None:
     found, given = case("llama"), prompt(2, 5)
     gen = generator()

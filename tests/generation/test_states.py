@@ -63,6 +63,7 @@ def expected(name: str, text: Any, family: str = "mamba", **how: Any) -> Any:
     return generated(oracle, text, **how)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
 def test_tokens_are_those_of_peft(family: str) -> None:
@@ -80,6 +81,7 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     assert not torch.equal(gen.base.forward(text["input_ids"]).logits, gen.forward(text["input_ids"]).logits)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
     """Its size is the same at every length, and nothing of it is taken back."""
@@ -148,6 +150,7 @@ def test_inductor_compiles_once() -> None:
         assert torch.equal(generated(gen, prompt(1, 4)), expected("second", prompt(1, 4)))
 
 
+@pytest.mark.long
 def test_models_of_both_kinds_are_refused() -> None:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2}
     more = {"attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 5, "mamba_dt_rank": 4, "intermediate_size": 40}

@@ -60,6 +60,7 @@ def test_what_peft_generates(data: Any, family: str, rows: int, length: int) -> 
         assert torch.equal(said(generator(family), inputs, **how), said(oracle(family).model, inputs, **how))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_tasks_change_the_answer(family: str) -> None:
     gen, inputs = generator(family), text(5, 7, [0, 1, 2, 3, 4])
@@ -81,6 +82,7 @@ def test_beams_have_the_task_of_their_prompt(family: str, how: dict[str, Any]) -
         assert torch.equal(alone, together[n * row : n * row + n])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_swaps_caches_and_files(family: str, tmp_path: Path) -> None:
     gen, inputs = generator(family), text(3, 7, [4, 0, 2], (2,))
@@ -114,6 +116,7 @@ def test_what_is_refused(family: str, tmp_path: Path) -> None:
         adaptc.merge(gen)
 
 
+@pytest.mark.long
 def test_a_model_with_a_state() -> None:
     gen, inputs = generator("mamba"), text(2, 5, [3, 1])
     assert torch.equal(said(gen, inputs), said(oracle("mamba").model, inputs))

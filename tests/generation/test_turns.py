@@ -65,6 +65,7 @@ def test_a_prefix_behind_tokens_of_several_adapters_has_several_rows_of_each(mas
     assert torch.equal(generated(made.assigned(ROWS), given, past_key_values=past, num_beams=2), expected)
 
 
+@pytest.mark.long
 def test_padding_is_found_with_a_config_that_leaves_it_to_the_model() -> None:
     """Behind tokens of an adapter's, too."""
     short = transformers.GenerationConfig(max_new_tokens=4, do_sample=False)

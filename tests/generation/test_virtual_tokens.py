@@ -60,6 +60,7 @@ def peft_said(model, inputs, new=7, **how):
     return generate_with_peft(model, **inputs, max_new_tokens=new, **{**OPTIONS, **how})
 
 
+@pytest.mark.long
 @settings(max_examples=examples(12))
 @given(
     name=st.sampled_from(NAMES),
@@ -77,6 +78,7 @@ def test_tokens_are_those_of_peft(name, count, batch, length, padding, new, how)
     assert torch.equal(said(gen, inputs, new, **how), peft_said(theirs.model, inputs, new, **how))
 
 
+@pytest.mark.long
 def test_swaps_and_bindings():
     """Nothing is compiled again, what is bound keeps its tokens, and so does a generation that has begun."""
     gen, inputs = generator("llama"), text(2, 5, "left")
@@ -105,6 +107,7 @@ def test_swaps_and_bindings():
     assert torch.equal(said(gen, one), peft_said(oracle("llama", 2).model, one))
 
 
+@pytest.mark.long
 def test_what_is_written_to_is_read_again():
     """The tokens in front follow weights of the base that are trained on."""
     model = FAMILIES["llama"].build()
@@ -120,6 +123,7 @@ def test_what_is_written_to_is_read_again():
     assert not torch.equal(gen.new_cache().prefix.tensors[0], before[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_caches_are_continued(name):
     """From prefill, from an earlier generation, and from copies; each token of a text is read once."""
@@ -144,6 +148,7 @@ def test_caches_are_continued(name):
     torch.testing.assert_close(logits[seen], program(**inputs).logits[:, 7:][seen])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", METHODS)
 def test_other_methods(cls, tmp_path):
     """Swapped into one program that was made for another number of tokens."""
@@ -164,6 +169,7 @@ def test_other_methods(cls, tmp_path):
     assert torch.equal(said(unloaded, inputs), generated(FAMILIES["qwen3"].build(), inputs, new=7))
 
 
+@pytest.mark.long
 def test_tasks(tmp_path):
     """Each row of a batch has its own, in beams and in caches, too."""
     config = MultitaskPromptTuningConfig(num_virtual_tokens=2, **TASKS)
@@ -200,6 +206,7 @@ def test_tasks(tmp_path):
     assert torch.equal(said(gen, {**inputs, "task_ids": tasks}), expected)
 
 
+@pytest.mark.long
 def test_beside_lora(tmp_path):
     """LoRA sees virtual tokens as all others; either is taken away alone."""
     lora = LoraConfig(r=3, target_modules=["k_proj", "embed_tokens"], init_lora_weights=False)
@@ -219,6 +226,7 @@ def test_beside_lora(tmp_path):
         adaptc.swap(program, saved)
 
 
+@pytest.mark.long
 def test_states(tmp_path):
     """A model that keeps a state reads them token by token; PEFT's forward of whole texts says what is right."""
     theirs = prompt_oracle("mamba", tmp_path, num_virtual_tokens=5, num_attention_heads=1)
@@ -260,6 +268,7 @@ def test_a_conversation(monkeypatch):
         talk.ask(voice, " ".join(["w9"] * 50), choice)
 
 
+@pytest.mark.long
 def test_room_and_refusals():
     """Tokens in front count among positions; what cannot have them says so."""
     gen = generator("gpt2")

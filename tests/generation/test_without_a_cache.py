@@ -64,6 +64,7 @@ def test_tokens_are_those_of_peft(way: str) -> None:
         assert not torch.equal(generated(whole().base, text, **WAYS[way]), expected)
 
 
+@pytest.mark.long
 def test_it_is_told() -> None:
     report = adaptc.report(whole())
     assert list(report.notes) == report.data()["notes"]
@@ -73,6 +74,7 @@ def test_it_is_told() -> None:
     assert "of which a step sees those up to its end alone: GPTNeoForCausalLM cannot be captured as a step" in told
 
 
+@pytest.mark.long
 def test_what_goes_on_from_a_cache_goes_on_from_the_text(tmp_path: Path) -> None:
     """Prefixes, forks, conversations, files, and the limits of a cache."""
     gen, text = whole(), prompt(2, 9, (3, 0))
@@ -96,6 +98,7 @@ def test_what_goes_on_from_a_cache_goes_on_from_the_text(tmp_path: Path) -> None
     assert generated(gen, text, new=55).shape == (2, 64)  # all that the model has positions for
 
 
+@pytest.mark.long
 def test_caches_that_end_with_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces, with more room than is filled, forked and cut."""
     gen, found, text = generator("gpt_neo"), case("gpt_neo"), prompt(2, 9, (3, 0))
@@ -131,6 +134,7 @@ class Forgetful(transformers.LlamaForCausalLM):
         return out
 
 
+@pytest.mark.long
 def test_a_model_that_says_something_else_with_a_cache_is_given_the_text() -> None:
     model, text = Forgetful(case("llama").model.config).eval(), prompt(2, 6, (2, 0))
     with pytest.warns(adaptc.AdaptcWarning, match="does not say with a cache of fixed room what it says itself"):
@@ -149,6 +153,7 @@ class Fickle(Forgetful):
         return out
 
 
+@pytest.mark.long
 def test_a_model_that_no_step_is_like_is_refused() -> None:
     model = Fickle(case("llama").model.config).eval()
     with warnings.catch_warnings():

@@ -85,6 +85,7 @@ def close(got: Tensor, text: dict[str, Tensor], model: Any) -> None:
     torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.long
 @pytest.mark.few(5)
 @pytest.mark.parametrize("acting", [False, True])
 @pytest.mark.parametrize("family", FAMILY)
@@ -101,6 +102,7 @@ def test_what_peft_generates(family: str, acting: bool) -> None:
     assert not torch.equal(generated(gen.base, text), generated(gen, text))
 
 
+@pytest.mark.long
 @given(
     rows=st.integers(1, 4),
     cuts=st.lists(st.integers(1, 17), min_size=1, max_size=4, unique=True).map(sorted),
@@ -115,6 +117,7 @@ def test_steps_are_the_whole_text(rows: int, cuts: list[int], padding: tuple[int
     close(got, text, oracle(family).model)
 
 
+@pytest.mark.long
 def test_a_step_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     original = StaticMode.run
@@ -123,6 +126,7 @@ def test_a_step_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -
     assert counted == [7, 1, 1, 1, 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_both_caches_go_along(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked, cut, reordered, repeated, in pieces and recorded: what is done to one is done to the other."""
@@ -175,6 +179,7 @@ def test_embeddings_instead_of_tokens() -> None:
     assert torch.equal(generated(gen, embedded), generated(peft, text)[:, 8:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_swaps_to_other_experts(backend: str) -> None:
     """Another number of experts, other ranks and layers: no code is made again; what is bound keeps its own."""
@@ -195,6 +200,7 @@ def test_swaps_to_other_experts(backend: str) -> None:
     assert torch.equal(generated(gen.bind(None), text), generated(gen.base, text))
 
 
+@pytest.mark.long
 def test_files_reports_and_verification(tmp_path: Path) -> None:
     gen, text = generator("mistral"), prompt(3, 9, PADDED)
     loaded = adaptc.load(adaptc.save(gen, tmp_path / "gen.pt2"))
@@ -262,6 +268,7 @@ def test_scalings_of_tokens_behind_a_cache() -> None:
         adaptc.debug.xlora_scalings(gen.base, **text)
 
 
+@pytest.mark.long
 def test_an_adapter_that_comes_later() -> None:
     """A generator of LoRA gets a first pass, and one of X-LoRA another that differs."""
     first, acting, text = oracle("llama"), oracle("llama", acting=True), prompt(2, 7, (2, 0))
@@ -280,6 +287,7 @@ def test_an_adapter_that_comes_later() -> None:
     assert torch.equal(generated(gen, text), generated(gen.base, text))
 
 
+@pytest.mark.long
 def test_beside_an_adapter_that_acts_from_a_token_on() -> None:
     config = adaptc.LoraConfig(**invoked.config_of("llama", (5, 7)))
     other, found = alora_oracle("llama", Path(mkdtemp()), (5, 7), seed=2), oracle("llama")
@@ -291,6 +299,7 @@ def test_beside_an_adapter_that_acts_from_a_token_on() -> None:
         assert torch.equal(generated(gen, text), generated(model, text))
 
 
+@pytest.mark.long
 def test_rows_with_experts_of_their_own() -> None:
     one, text = oracle("llama"), prompt(3, 6, (2, 0, 0))
     gen = generator()
@@ -302,6 +311,7 @@ def test_rows_with_experts_of_their_own() -> None:
     assert torch.equal(generated(bank, text, adapters=["a"] * 3), generated(one.model, text))
 
 
+@pytest.mark.long
 def test_half_precision() -> None:
     """As near to float32 in steps as at once: rounding decides which expert counts."""
     found, text = oracle("llama"), prompt(2, 9)
@@ -314,6 +324,7 @@ def test_half_precision() -> None:
     assert (got.float() - want).abs().max() < 2 * (whole.float() - want).abs().max()
 
 
+@pytest.mark.long
 def test_states() -> None:
     """Two of them, of which PEFT has none: the whole text for each token."""
     gen, peft, text = generator("mamba"), oracle("mamba").model, prompt(2, 7)
@@ -332,6 +343,7 @@ def test_states() -> None:
     assert torch.equal(generated(gen.base, text), generated(FAMILIES["mamba"].build(), text))
 
 
+@pytest.mark.long
 def test_models_that_have_no_cache() -> None:
     """Those without one are given whole texts, and those with an encoder are refused."""
     found, text = oracle("llama"), prompt(2, 5)

@@ -48,6 +48,7 @@ def test_a_public_name_lives_in_adaptc(name: str) -> None:
     assert getattr(sys.modules[adaptc.PUBLIC[name]], name) is value
 
 
+@pytest.mark.long
 def test_however_a_class_is_reached_first_it_says_so() -> None:
     """Not only after somebody has asked for ``adaptc.LoraConfig``: configs are also made by name, from files."""
     code = (

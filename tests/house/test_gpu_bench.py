@@ -84,6 +84,7 @@ def test_table() -> None:
     ]
 
 
+@pytest.mark.long
 def test_every_case_appears_in_a_dry_run(capsys) -> None:
     assert command.main(["--dry", "--only", "kernels"]) == 0
     out = capsys.readouterr().out

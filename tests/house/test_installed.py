@@ -44,6 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return archive.namelist()
 
 
+@pytest.mark.long
 def test_wheel_holds_every_source_file_under_adaptc(wheel: list[str]) -> None:
     at = {ROOT / folder: target for folder, target in SOURCES.items()}
     expected = {f"{at[root]}/{f.relative_to(root).as_posix()}" for root in at for f in root.rglob("*.py")}
@@ -57,6 +58,7 @@ def test_wheel_installs_nothing_else_at_the_top(wheel: list[str]) -> None:
     assert top == {"adaptc", f"adaptc-{adaptc.__version__}.dist-info"}
 
 
+@pytest.mark.long
 def test_subpackages_import_from_anywhere(tmp_path: Path) -> None:
     code = "import adaptc.passes, adaptc.kernels; print(adaptc.passes.__name__, adaptc.kernels.__name__)"
     assert _python(code, tmp_path).split() == ["adaptc.passes", "adaptc.kernels"]

@@ -1,49 +1,65 @@
-"""The list of tests that take long names tests that exist, and is as short as its budget allows."""
+"""Tests that take long are marked where they are written, as few as the budget allows."""
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.long_tests import choose_long_tests, function, is_long, read_long_tests, times_of
+from tests.support.long_tests import (
+    MARKER,
+    ROOT,
+    choose_long_tests,
+    function,
+    functions_in,
+    times_of,
+    with_markers,
+    write_markers,
+)
 
-ROOT = Path(__file__).parents[2]
+PLAIN = '''"""Some tests."""
 
+from __future__ import annotations
 
-def functions(path: Path) -> set[str]:
-    """The test functions of a file, and what it takes from others."""
-    out: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ClassDef):
-            out |= {f"{node.name}::{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
-            out.add(node.name)
-        elif isinstance(node, ast.FunctionDef):
-            out.add(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            out |= {t.id for t in targets if isinstance(t, ast.Name)}
-        elif isinstance(node, ast.ImportFrom):
-            out |= {a.asname or a.name for a in node.names}
-    return out
+from pathlib import Path
 
 
-def test_every_name_is_of_a_test() -> None:
-    assert read_long_tests()
-    for name in read_long_tests():
-        file, _, rest = name.partition("::")
-        assert (ROOT / file).is_file(), name
-        found = functions(ROOT / file)
-        assert rest in found or rest.partition("::")[0] in found, name  # made by a library, of a class of this name
+def test_a() -> None: ...
 
 
-def test_parameters_do_not_matter() -> None:
-    name = sorted(read_long_tests())[0]
-    assert is_long(name)
-    assert is_long(f"{name}[1-a[b]]")
-    assert not is_long(f"{name}_too")
+@given(1)
+def test_b() -> None: ...
+
+
+class TestC:
+    def test_d(self) -> None: ...
+'''
+
+
+def test_markers_are_written_and_taken_away() -> None:
+    marked = with_markers(PLAIN, ["test_b", "TestC::test_d"])
+    assert f"{MARKER}\n@given(1)\ndef test_b" in marked
+    assert f"    {MARKER}\n    def test_d" in marked
+    assert marked.count(MARKER) == 2
+    assert "\nimport pytest\n" in marked
+    assert with_markers(marked, ["test_b", "TestC::test_d"]) == marked
+    assert with_markers(marked, []).replace("import pytest\n", "") == PLAIN
+
+
+def test_what_has_no_function_is_told(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    file = tmp_path / "tests" / "test_x.py"
+    file.write_text(PLAIN)
+    names = ["tests/test_x.py::test_a", "tests/test_x.py::TestMade::runTest", "tests/test_gone.py::test_a"]
+    assert write_markers(names, tmp_path) == ["tests/test_gone.py::test_a", "tests/test_x.py::TestMade::runTest"]
+    assert f"{MARKER}\ndef test_a" in file.read_text()
+
+
+def test_there_are_long_tests() -> None:
+    files = [p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py")]
+    assert sum(text.count(f"{MARKER}\n") for text in files) > 100
+    assert {name for name, _ in functions_in(PLAIN)} == {"test_a", "test_b", "TestC::test_d"}
 
 
 @given(

@@ -26,6 +26,7 @@ def _epilogue(dtype: torch.dtype, *, bias: bool = True, factors: torch.dtype | N
     return [y0, h, B, g, torch.tensor(0.5, dtype=high), matrix(1, 5, dtype, seed=4)[0] if bias else None]
 
 
+@pytest.mark.long
 def test_kernels_interpreted() -> None:
     run_cases("dora")
 

@@ -30,6 +30,7 @@ from tests.kernels.on_gpu import guards_of_launch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@pytest.mark.long
 def test_kernels_interpreted() -> None:
     run_cases("grouped_lora")
 
@@ -106,6 +107,7 @@ def _inputs(c: Case) -> list[Tensor]:
     return [t.requires_grad_() for t in (c.x, c.y, c.A[1:-2], c.B[1:-2], c.scales)]
 
 
+@pytest.mark.long
 def test_gradients_of_every_order() -> None:
     c = make_case([2, 0, 3, 1], [2, 0, 0, -1, 3, 1, 2], 4, 3, torch.float64, torch.float64)
 
@@ -129,6 +131,7 @@ def test_each_gradient_is_the_same_without_the_others(which: int) -> None:
     assert torch.autograd.gradcheck(run, given[which].clone().requires_grad_())
 
 
+@pytest.mark.long
 def test_ops_are_what_their_schemas_say() -> None:
     c = make_case([2, 0, 3, 1], [2, 0, 0, -1, 3, 1, 2] * 5, 4, 3, torch.bfloat16)
     x, y, A, B, scales = (t.detach().clone().requires_grad_() for t in _inputs(c))
@@ -156,6 +159,7 @@ def _with_gradients(layer: nn.Module, T: int) -> list[Tensor]:
     return [out, *torch.autograd.grad(out.sum(), inputs)]
 
 
+@pytest.mark.long
 def test_compiled_for_any_number_of_rows() -> None:
     compiled = torch.compile(_Layer(), backend="aot_eager", fullgraph=True, dynamic=True)
     for T in (4, 7, 140):

@@ -17,6 +17,7 @@ from tests.kernels import run_cases
 from tests.kernels.grouped_rows_cases import CHOSEN, Case, Net, bank_of, cases, check, check_bank, make_case
 
 
+@pytest.mark.long
 def test_kernels_interpreted() -> None:
     run_cases("grouped_rows")
 
@@ -26,10 +27,12 @@ def test_off_the_gpu(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.long
 def test_banks_off_the_gpu(tmp_path: Path) -> None:
     check_bank(*bank_of(tmp_path))
 
 
+@pytest.mark.long
 def test_kernels_are_for_a_gpu_unless_they_are_asked_for(tmp_path: Path) -> None:
     """Nowhere else does a bank take them by itself; nor for an export, nor where it is compiled."""
     program, _, grouped = bank_of(tmp_path, kernels=None)
@@ -84,6 +87,7 @@ def test_refused(wrong: str) -> None:
         grouped_rows(**given)
 
 
+@pytest.mark.long
 def test_methods_without_kernels_stay_as_they_are() -> None:
     """DoRA has none for rows, nor has LoRA with a bias."""
     ids = torch.randint(0, 11, (3, 4))

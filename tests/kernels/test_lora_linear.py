@@ -45,6 +45,7 @@ def _siblings(base: torch.dtype, adapter: torch.dtype | None = None) -> list[Any
     return [y, h, B, sibling_table(WIDTHS, RANKS), torch.tensor([0.5, 3, 2, 1]), WIDTHS]
 
 
+@pytest.mark.long
 def test_kernels_interpreted() -> None:
     run_cases("lora_linear")
 

@@ -15,6 +15,7 @@ from tests.kernels.on_gpu import guards_of_launch
 HALF = torch.tensor(0.5)
 
 
+@pytest.mark.long
 def test_kernels_interpreted() -> None:
     run_cases("merge")
 

@@ -48,6 +48,7 @@ def test_a_grouped_convolution_is_merged_into_a_dense_one(name):
     assert_close(again(*x), s.program(*x))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @given(
     axes=st.integers(1, 3),

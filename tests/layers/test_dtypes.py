@@ -64,6 +64,7 @@ def test_as_peft_to_the_last_bit(name, dtype, autocast):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.long
 @given(
     sizes=st.tuples(*[st.integers(1, 17)] * 2),
     r=st.integers(1, 19),

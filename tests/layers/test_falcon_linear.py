@@ -112,6 +112,7 @@ def test_what_else_reads_the_weight_stays_as_it_is() -> None:
     torch.testing.assert_close(program.module()(ids), model(ids), rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [PolyConfig(r=2, n_tasks=2, n_skills=2), LilyConfig(r=2), IA3Config()])
 def test_methods_with_a_form_for_linear_layers_alone_take_falcon(config) -> None:
     names = {"target_modules": ["query_key_value"]} | ({"feedforward_modules": []} if config.peft_type == "IA3" else {})

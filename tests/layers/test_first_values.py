@@ -114,6 +114,7 @@ def test_a_base_weight_that_others_read_is_not_changed(scheme, build, target, in
         adaptc.compile(model, options, example_inputs=inputs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", CHANGING)
 def test_attention_and_experts(scheme):
     torch.manual_seed(8)
@@ -139,6 +140,7 @@ def test_half_precision_loses_no_more_than_a_rounding(scheme, dtype):
     assert torch.equal(adaptc.unload(program)(x), model(x))
 
 
+@pytest.mark.long
 def test_schemes_that_draw_take_a_generator():
     def slots(seed):
         program = adaptc.compile(

@@ -124,6 +124,7 @@ def configs(name: str) -> peft.PeftConfig:
     return peft.LoraConfig(r=2, target_modules=["head"], modules_to_save=["emb"])
 
 
+@pytest.mark.long
 @pytest.mark.few(12)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["lora", "dora", "oft", "tokens", "beside", "saved"])
@@ -180,6 +181,7 @@ def test_a_file_with_the_base_is_shortened_too(tmp_path):
         assert_close(program(EVERY), theirs(EVERY).detach(), 1e-5)
 
 
+@pytest.mark.long
 @given(
     st.sampled_from(["lora", "loha", "lokr", "adalora", "vera", "hra", "boft", "dora"]),
     st.floats(0.1, 20.0),

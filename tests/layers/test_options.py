@@ -122,6 +122,7 @@ COMBINED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(COMBINED))
 def test_combined_as_in_peft(name, tmp_path):
     build, inputs, options, targets = COMBINED[name]
@@ -224,6 +225,7 @@ def test_experts_in_half_precision_are_rounded_once(dtype, transposed):
         assert_same(found.double(), reference(x.double()), 2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.long
 def test_adapters_that_treat_one_weight_differently_share_a_program():
     """Each leaves the other's sites alone: LoRA on an embedding, rows of it, and a copy of it."""
     torch.manual_seed(19)

@@ -64,6 +64,7 @@ TOKENS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize(("tokens", "tied"), TOKENS, ids=str)
 def test_rows_of_embeddings_and_heads(tokens, tied, tmp_path):
@@ -82,6 +83,7 @@ def test_rows_of_embeddings_and_heads(tokens, tied, tmp_path):
     assert_close(again(input_ids=x).logits, expected, 2e-5)
 
 
+@pytest.mark.long
 def test_other_rows_and_other_counts_swap(tmp_path):
     program = adaptc.compile(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2, 3]))
     x = torch.tensor([[3, 8, 36, 1]])
@@ -189,6 +191,7 @@ def test_what_the_program_does_not_read_is_kept_in_files(tmp_path):
     assert set(bare_file(loaded, tmp_path / "c")) == set(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changed", [False, True])
 def test_files_with_the_weights_of_adapted_embeddings(changed, tmp_path):
     """PEFT writes them and loads them into the base."""

@@ -189,6 +189,7 @@ def ranks(pattern: dict[str, Any]) -> dict[str, list[bool]]:
     return {k.replace(".default", "").removeprefix("base_model.model."): v for k, v in pattern.items()}
 
 
+@pytest.mark.long
 def test_twenty_steps_are_pefts(tmp_path: Path):
     """Losses, gradients, tensors, cuts and the file."""
     wrapped = by_peft(net(NetWithLoss), **SCHEDULE, init_lora_weights=False)
@@ -303,6 +304,7 @@ def test_a_site_may_lose_all_its_terms(tmp_path: Path):
     torch.testing.assert_close(adaptc.merge(again)(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_allocator_says_what_it_needs():
     program = compiled(**SCHEDULE)
     allocator = adaptc.training.RankAllocator(program)
@@ -348,6 +350,7 @@ def test_the_user_config_stays_as_it_was():
     assert config.rank_pattern is None
 
 
+@pytest.mark.long
 def test_experts_are_cut_one_by_one(tmp_path: Path):
     """A term stays in the file while one expert needs it, and is zero for the others."""
 
@@ -387,6 +390,7 @@ def test_experts_are_cut_one_by_one(tmp_path: Path):
     torch.testing.assert_close(again(x), program(x))
 
 
+@pytest.mark.long
 def test_both_weights_of_multihead_attention_have_ranks_of_their_own(tmp_path: Path):
     class Attending(nn.Module):
         def __init__(self) -> None:

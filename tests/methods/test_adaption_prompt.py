@@ -109,6 +109,7 @@ def gradients(module: Any) -> dict[str, Tensor]:
     return {file_key_of(n): p.grad for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_first_values_are_those_of_peft_and_change_nothing(name: str) -> None:
     base = plain(name)
@@ -126,6 +127,7 @@ def test_first_values_are_those_of_peft_and_change_nothing(name: str) -> None:
     assert config.to_dict()["target_modules"] == theirs.peft_config["default"].target_modules
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_gradients_and_files_are_those_of_peft(name: str, tmp_path: Path) -> None:
     theirs = wrapped(built(name))
@@ -149,6 +151,7 @@ def test_outputs_gradients_and_files_are_those_of_peft(name: str, tmp_path: Path
     same(logits(back, padded()), logits(theirs, padded()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_other_lengths_and_fewer_layers_run_through_the_same_code(name: str, tmp_path: Path) -> None:
     one, two = wrapped(built(name)), wrapped(built(name), 6, **OTHER)
@@ -189,6 +192,7 @@ MADE: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", MADE)
 def test_any_model_by_the_formula(name: str) -> None:
@@ -204,6 +208,7 @@ def test_any_model_by_the_formula(name: str) -> None:
     assert adaptc.verify(program, model).ok
 
 
+@pytest.mark.long
 def test_a_bias_behind_the_attention_is_added_once() -> None:
     torch.manual_seed(2)
     model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, attention_bias=True, **_SIZES)).eval()
@@ -213,6 +218,7 @@ def test_a_bias_behind_the_attention_is_added_once() -> None:
     apart_from(logits(wrapped(model, None), padded()), logits(model, padded()))  # PEFT
 
 
+@pytest.mark.long
 def test_beside_lora_of_the_same_layers(tmp_path: Path) -> None:
     """Queries and the projection behind are those that LoRA made, keys and values of the tokens the base's."""
     config = LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
@@ -239,6 +245,7 @@ def test_beside_lora_of_the_same_layers(tmp_path: Path) -> None:
     same(logits(program, padded()), logits(model, padded()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_generating(name: str, tmp_path: Path) -> None:
     one, two = wrapped(built(name)), wrapped(built(name), 6, **OTHER)
@@ -286,6 +293,7 @@ def test_options_without_a_meaning_are_refused(options: dict[str, Any], message:
         adaptc.compile(plain("llama"), AdaptionPromptConfig(**options))
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "message"),

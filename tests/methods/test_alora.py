@@ -57,6 +57,7 @@ def test_no_token_is_that_of_identity_values():
     assert not token_gate(torch.arange(20).reshape(2, 10), nowhere).any()
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])
@@ -88,6 +89,7 @@ def test_one_value_serves_all_sites(tmp_path):
     assert len(bare.graph.nodes) == len(shared_base_program("llama").graph.nodes)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_training(name, tmp_path):
@@ -102,6 +104,7 @@ def test_training(name, tmp_path):
     assert sorted(stored[0]) == sorted(stored[1])
 
 
+@pytest.mark.long
 def test_a_training_step_with_dropout_and_checkpoints():
     """Rows that are not invoked train nothing, and the value is there when a block is computed again."""
     config = LoraConfig(**config_of("llama", CALL, lora_dropout=0.4))
@@ -114,6 +117,7 @@ def test_a_training_step_with_dropout_and_checkpoints():
     assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps_to_other_tokens_and_ranks(backend, tmp_path):
     """From a directory, a state dict and a binding; more tokens than the slot has room for, and one."""
@@ -143,6 +147,7 @@ def test_swaps_to_other_tokens_and_ranks(backend, tmp_path):
     assert adaptc.verify(program, FAMILIES["llama"].build()).ok
 
 
+@pytest.mark.long
 def test_saved_programs(tmp_path):
     """A program that torch or adaptc saved acts where it did, and takes other tokens."""
     one, other = (alora_oracle("gpt2", tmp_path / str(n), range(4, 4 + n), seed=n) for n in (2, 9))
@@ -165,6 +170,7 @@ def test_saved_programs(tmp_path):
     )
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_with_adapters_of_their_own(name, tmp_path):
@@ -181,6 +187,7 @@ def test_rows_with_adapters_of_their_own(name, tmp_path):
     assert_differs(called(bank, inputs, adapters=["one"] * 5), expected)
 
 
+@pytest.mark.long
 def test_beside_virtual_tokens(tmp_path):
     """Tokens in front move what is adapted with the text. PEFT is told where it acts."""
     oracle = alora_oracle("llama", tmp_path, CALL)
@@ -215,6 +222,7 @@ def test_packages(tmp_path):
         runner.swap(longer.path)
 
 
+@pytest.mark.long
 def test_half_precision(tmp_path):
     model = FAMILIES["llama"].build().bfloat16()
     oracle = alora_oracle("llama", tmp_path, CALL)
@@ -245,6 +253,7 @@ def net(**config: Any) -> adaptc.AdaptedProgram:
     return adaptc.compile(Net().eval(), LoraConfig(**config), example_inputs=torch.ones(size, dtype=torch.long))
 
 
+@pytest.mark.long
 def test_sites():
     assert len(net(target_modules=["up", "flat"]).adaptation.attachments) == 2
     for module, why in (
@@ -257,6 +266,7 @@ def test_sites():
             net(target_modules=["up", module])
 
 
+@pytest.mark.long
 def test_programs_without_tokens():
     linear = nn.Sequential(nn.Linear(6, 5))
     config = LoraConfig(target_modules=["0"], alora_invocation_tokens=[1])
@@ -285,6 +295,7 @@ def test_configs(options, message):
         LoraConfig(**{"alora_invocation_tokens": [4], **options})
 
 
+@pytest.mark.long
 def test_refusals(tmp_path):
     alora_oracle("llama", tmp_path / "a", CALL)
     program = adaptc.compile(shared_base_program("llama"), tmp_path / "a")

@@ -119,6 +119,7 @@ def test_what_each_token_gets(number, top_k, temperature, batch, length, seed):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_of_equal_ones_the_first_are_chosen():
     one, other = drawn(1)[0], random_lora_adapter(2, 5.0, 77)
     twice = adaptc.Adapter(one.config.replace(lora_alpha=50), dict(one.tensors), "the same, stronger")
@@ -169,6 +170,7 @@ def test_compiled_code_takes_any_number(number):
     )
 
 
+@pytest.mark.long
 def test_a_package(tmp_path):
     prog, x, config = program(number=4), inputs(3, 4), ArrowConfig(3, 0.6)
     adaptc.swap(prog, methods.arrow_adapter(drawn(5), config))
@@ -209,6 +211,7 @@ def test_outputs_where_power_iteration_converges():
     assert_same(run(prog, FAMILIES["llama"]), run(theirs, FAMILIES["llama"]), 5e-5)
 
 
+@pytest.mark.long
 def test_general_knowledge_is_taken_away():
     tasks, general = [directory("llama", s) for s in range(3)], [directory("llama", s) for s in (5, 6)]
     theirs = peft_model("llama", tasks, general, use_gks=True)
@@ -221,6 +224,7 @@ def test_general_knowledge_is_taken_away():
     assert_differs(run(prog, FAMILIES["llama"]), run(plain, FAMILIES["llama"]))
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision(autocast):
@@ -240,6 +244,7 @@ def test_half_precision(autocast):
     torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
+@pytest.mark.long
 def test_rows_of_a_batch_and_adapters_beside_it():
     one, other = (methods.arrow_adapter(drawn(n, n), ArrowConfig(k)) for n, k in ((2, 1), (5, 3)))
     x, style = inputs(3, 4), random_lora_adapter(2, 3.0, 50)
@@ -273,6 +278,7 @@ def assert_close_half(prog: adaptc.AdaptedProgram, adapter: adaptc.Adapter, x: T
     )
 
 
+@pytest.mark.long
 def test_verify_report_save_and_status(tmp_path):
     prog = methods.create_arrow_model(
         shared_base_program("llama"), [directory("llama", s) for s in range(3)], ArrowConfig(2)
@@ -291,6 +297,7 @@ def test_verify_report_save_and_status(tmp_path):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_files_both_ways(name, tmp_path):
@@ -317,6 +324,7 @@ def test_files_both_ways(name, tmp_path):
     assert all(torch.equal(mine[k], t) for k, t in given_.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("use_gks", [False, True])
 def test_what_peft_saves(use_gks, tmp_path):
     tasks, general = [directory("llama", s) for s in range(2)], [directory("llama", 5)] if use_gks else None

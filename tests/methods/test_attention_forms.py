@@ -73,6 +73,7 @@ class Written(nn.Module):
         return self.out(self.o(y.transpose(1, 2).reshape(b, length, HEADS * WIDTH)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attend", [plain, chosen, filled, one_axis, turned_before, sunk])
 def test_forms(attend: Any) -> None:
     torch.manual_seed(0)

@@ -111,6 +111,7 @@ def test_in_float64(kinds: tuple[str, ...], tmp_path: Path) -> None:
         assert_same({"y": found}, {"y": expected}, 1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kinds", TOGETHER, ids="+".join)
 def test_swaps_files_and_parts(kinds: tuple[str, ...], tmp_path: Path) -> None:
     """One is exchanged, taken away and written; PEFT reads each alone; the rest stays as it is."""
@@ -143,6 +144,7 @@ def test_swaps_files_and_parts(kinds: tuple[str, ...], tmp_path: Path) -> None:
     assert_same(run_quietly(unloaded, text(3, 7)), run_quietly(shared_base_program("llama"), text(3, 7)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kinds", [("prompt", "prefix"), ("prefix", "tokens", "lora")], ids="+".join)
 def test_the_order_of_adding_is_no_matter(kinds: tuple[str, ...], tmp_path: Path) -> None:
     """In one call, or one after the other; keys and values come before all tokens."""
@@ -155,6 +157,7 @@ def test_the_order_of_adding_is_no_matter(kinds: tuple[str, ...], tmp_path: Path
     check(program, parts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kinds", [("lora", "prompt"), ("lora", "prefix"), ("lora", "tokens"), tuple(CONFIGS)], ids="+".join
 )
@@ -186,6 +189,7 @@ def test_training(kinds: tuple[str, ...], tmp_path: Path) -> None:
     assert_differs({"y": formula(parts, inputs)}, {"y": formula(saved, inputs)}, 1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kinds", [("lora", "tokens"), ("prompt", "prefix"), tuple(CONFIGS)], ids="+".join)
 def test_generating(kinds: tuple[str, ...], tmp_path: Path) -> None:
     """Greedy tokens are those that the formula chooses one by one."""
@@ -215,6 +219,7 @@ def test_generating(kinds: tuple[str, ...], tmp_path: Path) -> None:
     assert torch.equal(said(), wanted)
 
 
+@pytest.mark.long
 def test_tasks_behind_keys(tmp_path: Path) -> None:
     """A prompt that asks a caller for something, behind keys that do not; both in a cache."""
     tasks = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=2)
@@ -249,6 +254,7 @@ class Ordered(nn.Module):
         return self.out(self.o(y.transpose(1, 2).reshape(b, length, 12)))
 
 
+@pytest.mark.long
 def test_attention_that_masks_by_order() -> None:
     """Rows in front of queries are no queries of the tokens that an attention has to itself."""
     torch.manual_seed(0)
@@ -285,6 +291,7 @@ def test_two_of_a_kind_are_refused(kind: str) -> None:
         )
 
 
+@pytest.mark.long
 def test_each_is_peft_s_alone(tmp_path: Path) -> None:
     """A directory written from a program of several is one that PEFT loads."""
     parts = {k: random(tmp_path / k, k, 1) for k in ("lora", "prompt")}

@@ -114,6 +114,7 @@ def test_scaled_without_its_bias(tmp_path):
         torch.testing.assert_close(compiled(tmp_path, form=form)(x), wrapped(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_file_with_one_factor_where_the_config_says_two(tmp_path, monkeypatch):
     """What PEFT writes and reads where its extension does not compile: the factors there are mean what they mean."""
     monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)

@@ -34,6 +34,7 @@ def batch(types=True):
     return inputs
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("decay", [None, 0.7])
 @pytest.mark.parametrize("types", [True, False])
@@ -78,6 +79,7 @@ def test_training(decay, types, tmp_path):
         torch.testing.assert_close(value, want, msg=name)
 
 
+@pytest.mark.long
 def test_swaps_and_the_base(tmp_path):
     """Other contexts, of other lengths, in a program without labels, which takes no types."""
     program = adaptc.compile(shared_base_program("gpt2"), CPTConfig(**options()))

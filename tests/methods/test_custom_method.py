@@ -108,6 +108,7 @@ def example(registry: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_the_script_runs_in_few_lines(tmp_path: Path) -> None:
     """Its classes are those of ``__main__``, which no other process could import."""
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 95
@@ -120,6 +121,7 @@ def test_the_script_runs_in_few_lines(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layer", "x"),
     [
@@ -161,6 +163,7 @@ def test_it_passes_the_generic_checks(
     checked(example, check, layer, tmp_path, monkeypatch)
 
 
+@pytest.mark.long
 def test_rows_of_a_bank_have_a_bias_of_their_own(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +205,7 @@ def test_a_method_without_a_weight_is_not_merged_and_says_so(registry: None) -> 
     assert adaptc.verify(program, net).ok
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [["0"], ["1"], ["0", "2"]], ids="-".join)
 def test_layers_that_an_adapter_lacks_have_what_it_shares_in_its_size(
     registry: None, layers: list[str], tmp_path: Path

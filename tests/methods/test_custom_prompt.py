@@ -67,6 +67,7 @@ def tables(monkeypatch):
         monkeypatch.setattr(_registry, table, dict(getattr(_registry, table)))
 
 
+@pytest.mark.long
 def test_it_computes_trains_and_generates(tmp_path):
     adaptc.methods.register_method(LeanedConfig, Leaned)
     made = adaptc.compile(FAMILIES["llama"].build(), LeanedConfig(num_virtual_tokens=5), training=True)

@@ -103,6 +103,7 @@ def base(name: str) -> adaptc.AdaptedProgram:
     return adaptc.unload(adaptc.compile(model, adaptc.LoraConfig(target_modules="all-linear")))
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
 @pytest.mark.parametrize("kind", [k for k in DEFAULT_TABLES if k in CONFIGS])
@@ -138,6 +139,7 @@ def test_unknown_types_are_asked_for(kind):
         adaptc.compile(model, config_class(kind)(**extra), example_inputs=torch.randn(2, 3))
 
 
+@pytest.mark.long
 def test_what_the_graph_answers_is_saved_too(tmp_path):
     program = adaptc.compile(FAMILIES["phi"].build(), given := adaptc.LoraConfig(r=2))
     assert given.target_modules is None
@@ -155,6 +157,7 @@ BESIDE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.few(5)
 @pytest.mark.parametrize(("name", "options"), [b for b in BESIDE if b[0] in FAMILIES], ids=str)
 def test_default_layers_are_adapted_beside_tokens_modules_and_parameters(name, options, tmp_path):
@@ -177,6 +180,7 @@ def test_the_types_with_defaults_beside_parameters_are_those_of_peft_s_table():
     assert not adds_default_modules(None)
 
 
+@pytest.mark.long
 def test_ia3_by_default(tmp_path):
     oracle = Oracle.wrap_and_save("llama", peft.IA3Config(), tmp_path / "peft")
     program = adaptc.compile(FAMILIES["llama"].build(), adaptc.IA3Config())
@@ -189,6 +193,7 @@ def test_ia3_by_default(tmp_path):
     assert_same(run(loaded.eval(), oracle.family), oracle())
 
 
+@pytest.mark.long
 def test_ia3_with_targets_of_one_s_own(tmp_path):
     """The default feed-forward layers need not be among them; PEFT writes a config then that it cannot read again."""
     oracle = Oracle.wrap_and_save("gpt2", peft.IA3Config(target_modules=["c_proj"]), tmp_path / "peft")

@@ -131,6 +131,7 @@ def test_the_method_follows_the_config():
     assert type(LoraConfig().method("up", "linear")) is Lora
 
 
+@pytest.mark.long
 def test_a_fresh_adapter_of_a_half_precision_base_changes_no_bit():
     """PEFT takes the first lengths in half precision, and does change the model."""
     model = net(torch.bfloat16)
@@ -243,6 +244,7 @@ def test_multihead_attention_has_it_once():
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_steps_of_training_with_dropout_are_pefts():
     """One seed gives both the same masks: what is added reads the dropped input, base product and all."""
     wrapped, program = by_peft(net(), lora_dropout=0.4), compiled(lora_dropout=0.4)
@@ -272,6 +274,7 @@ def test_steps_of_training_with_dropout_are_pefts():
 # -- other adapters at the same weight ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["auto", "weight"])
 def test_lora_and_dora_in_one_program(form, tmp_path: Path):
@@ -315,6 +318,7 @@ def test_what_would_lose_its_dropout_is_refused():
             adaptc.compile(net(), one, example_inputs=ids(2), training=True, form="weight")
 
 
+@pytest.mark.long
 def test_a_program_for_lora_says_that_it_has_no_dora(tmp_path: Path):
     file = adaptc.save_adapter(compiled(), tmp_path)
     program = adaptc.compile(net(), LoraConfig(target_modules=TARGETS), example_inputs=ids(2))

@@ -73,6 +73,7 @@ def gradients(module: nn.Module, out: Tensor) -> list[Tensor]:
     return [g.flatten() for _, g in sorted(grads.items()) if g is not None]
 
 
+@pytest.mark.long
 @pytest.mark.few(6)
 @pytest.mark.parametrize("form", ["auto", "apply", "weight"])
 @pytest.mark.parametrize("names", ORDERS, ids="-".join)
@@ -95,6 +96,7 @@ def test_as_peft(names: tuple[str, ...], form: str, tmp_path: Path) -> None:
     assert_valid(program)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["auto", "weight"])
 def test_ranks_change_and_files_are_understood(form: str, tmp_path: Path) -> None:
     program = together(("plain", "dora"), form=form)
@@ -118,6 +120,7 @@ def test_with_dropout_it_reads_the_base_around_the_layer() -> None:
     assert [a.form for a in program.adaptation.attachments] == ["apply", "apply"]
 
 
+@pytest.mark.long
 def test_an_earlier_one_that_changes_the_weight_has_it_do_so_too() -> None:
     """A form asked for is taken or refused."""
     turn = adaptc.OFTConfig(oft_block_size=3, target_modules=["up"])

@@ -122,6 +122,7 @@ def test_half_precision():
     assert torch.equal(found, method.weight(op, W.float(), wide, scale).bfloat16())
 
 
+@pytest.mark.long
 def test_places_belong_to_the_adapter(tmp_path):
     """Two adapters with seeds of their own in one program; saved configs keep their seeds."""
     one = adaptc.FourierFTConfig(target_modules=["up"], n_frequency=13)

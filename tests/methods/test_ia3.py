@@ -136,6 +136,7 @@ def test_refusals():
         compile(adaptc.IA3Config(target_modules=BOTH))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", [None, ["q_proj"], ["layers.0.mlp.down_proj", "k_proj"], ".*_proj"])
 def test_defaults_of_a_model_are_those_of_peft(targets, tmp_path):
     family = FAMILIES["llama"]

@@ -76,6 +76,7 @@ def test_a_method_without_a_weight_has_no_place_there(entry):
         adaptc.compile(enclosed("linear", entry.widths, "no_grad"), s.directory)
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 # Of some convolutions in branches torch fixes the sizes of images.
 @pytest.mark.filterwarnings("ignore:Enclosed was captured for some sizes alone. dimension [234] of input 'x' is fixed")

@@ -85,6 +85,7 @@ def tensors_of(program: adaptc.AdaptedProgram, slot: str) -> list[Tensor]:
     return [values[a.slots[slot]] for a in found if a.id in program.binding.methods]
 
 
+@pytest.mark.long
 def test_first_values_and_groups_are_those_of_peft(net: Net, plain: Any) -> None:
     theirs = wrapped(net)
     torch.manual_seed(7)
@@ -152,6 +153,7 @@ def test_gradients_of_what_layers_have_in_common_add_up(net: Net, plain: Any, tm
     adaptc.swap(program, adaptc.save_adapter(program, tmp_path / "trained"))  # whose copies agree
 
 
+@pytest.mark.long
 def test_a_program_that_was_loaded_or_copied_trains_one_tensor(plain: Any, tmp_path: Any) -> None:
     program = adaptc.compile(plain, LilyConfig(**OPTIONS), training=True)
     count = sum(p.numel() for p in program.module().parameters() if p.requires_grad)
@@ -205,6 +207,7 @@ def test_copies_that_differ_are_refused(plain: Any, tmp_path: Any) -> None:
     assert not torch.equal(program(inputs(3)), before)
 
 
+@pytest.mark.long
 def test_another_number_of_factors_needs_other_code(net: Net, plain: Any, tmp_path: Any) -> None:
     wrapped(net, num_B=2).save_pretrained(str(tmp_path))
     program = adaptc.compile(plain, LilyConfig(**OPTIONS))

@@ -37,6 +37,7 @@ def net():
     return Net().eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_default_norms_of_families(name, tmp_path):
     oracle = Oracle.wrap_and_save(name, peft.LNTuningConfig(), tmp_path / "peft")
@@ -107,6 +108,7 @@ def test_modules_that_own_projections(tmp_path):
     assert_close(program(x), torch.func.functional_call(model, inner, (x,)), 1e-5)
 
 
+@pytest.mark.long
 def test_one_tensor_under_two_names(tmp_path):
     """BERT's head has its bias under two names. PEFT trains such a head, and cannot save it."""
     family, config = FAMILIES["bert"], {"target_modules": ["cls.predictions", "attention.output.LayerNorm"]}
@@ -166,6 +168,7 @@ def test_half_precision_stays():
     assert torch.equal(program(X), net().bfloat16()(X))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bare_program", [False, True])
 def test_unknown_architectures_have_their_layer_norms_trained(bare_program):
     model, inputs = FAMILIES["smollm3"].build(), FAMILIES["smollm3"].inputs(2, 5)

@@ -31,6 +31,7 @@ def inputs(batch, length, padding="right"):
     return {**text(batch, length, padding), "task_ids": torch.tensor([(7 * i + 2) % 3 for i in range(batch)])}
 
 
+@pytest.mark.long
 def test_training(tmp_path):
     oracle = prompt_oracle("llama", tmp_path / "peft", NAME, num_virtual_tokens=5, **OPTIONS)
     config = MultitaskPromptTuningConfig(num_virtual_tokens=5, **OPTIONS)
@@ -55,6 +56,7 @@ def test_training(tmp_path):
     assert_same(run_quietly(loaded, inputs(2, 5)), run_quietly(oracle.model, inputs(2, 5)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps(backend, tmp_path):
     program = adaptc.compile(
@@ -76,6 +78,7 @@ def test_swaps(backend, tmp_path):
         program(**text(2, 5))
 
 
+@pytest.mark.long
 def test_saved_programs_and_the_base(tmp_path):
     oracle = prompt_oracle("llama", tmp_path / "peft", NAME, num_virtual_tokens=5, **OPTIONS)
     program = adaptc.compile(shared_base_program("llama"), oracle.path)

@@ -34,6 +34,7 @@ def options(kind, count=5):
     return {"task_type": "CAUSAL_LM", **own}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_training(kind, tmp_path):
     """Losses, the gradients of every part of the network, and files that PEFT reads and training goes on from."""
@@ -63,6 +64,7 @@ def test_training(kind, tmp_path):
         adaptc.compile(shared_base_program("llama"), oracle.path, training=True)
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -91,6 +93,7 @@ def test_swaps(kind, backend, tmp_path):
         assert_same(run_quietly(loaded, text(2, 5)), run_quietly(program, text(2, 5)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_values(kind):
     """As torch begins the layers that PEFT's networks are made of."""
@@ -106,6 +109,7 @@ def test_first_values(kind):
                 assert 0.9 < float(got.abs().max() / want.detach().abs().max()) < 1.1, name
 
 
+@pytest.mark.long
 def test_dropout_of_an_lstm():
     """In training alone."""
     config = PromptEncoderConfig(**options("LSTM"), encoder_dropout=0.4)

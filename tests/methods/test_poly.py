@@ -66,6 +66,7 @@ def pair(request: Any, tmp_path_factory: Any) -> tuple[str, Oracle, adaptc.Adapt
     return name, oracle, adaptc.compile(shared_base_program(name), oracle.path)
 
 
+@pytest.mark.long
 @given(data=st.data(), batch=st.integers(1, 5), length=st.integers(1, 9))
 def test_outputs(pair, data, batch, length):
     name, oracle, program = pair
@@ -74,6 +75,7 @@ def test_outputs(pair, data, batch, length):
     assert_same(called(program, given), called(oracle.model, given))
 
 
+@pytest.mark.long
 def test_rows_have_tasks_of_their_own(pair):
     name, _, program = pair
     program.validate()
@@ -105,6 +107,7 @@ def test_tasks_that_there_are_not(pair, bad):
         adaptc.merge(program)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("how", ["eval", "train"])
 def test_training(name, how, tmp_path):
@@ -159,6 +162,7 @@ def test_first_values_are_those_of_peft(fresh):
             assert torch.equal(values[file_key_of(name)].reshape(p.shape), p)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps_to_other_tasks_skills_and_ranks(backend, tmp_path):
     program = adaptc.compile(shared_base_program("llama"), PolyConfig(**config_of("llama")), backend=backend)
@@ -180,6 +184,7 @@ def test_swaps_to_other_tasks_skills_and_ranks(backend, tmp_path):
         adaptc.swap(program, three.path)
 
 
+@pytest.mark.long
 def test_saved_programs(tmp_path):
     one = oracle_of("t5", tmp_path / "one")
     other = oracle_of("t5", tmp_path / "other", seed=1, **OTHERS[0])
@@ -278,6 +283,7 @@ def test_layers_that_have_the_rows_elsewhere(net):
         adaptc.compile(net[0], config, example_inputs=(torch.randn(3, 5, 6),))
 
 
+@pytest.mark.long
 def test_conv1d_of_transformers(tmp_path):
     """GPT-2's layers have all tokens one after the other, and PEFT has no Poly at them: as linear layers, it has."""
     config = PolyConfig(**config_of("gpt2", target_modules=["c_attn"], init_weights=False))
@@ -302,6 +308,7 @@ def test_conv1d_of_transformers(tmp_path):
     torch.testing.assert_close(out[1:2], plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_rows_with_adapters_of_their_own(tmp_path):
     """In a bank a row has its adapter and its task; adapters of other sizes cannot share a call."""
     oracles = {n: oracle_of("llama", tmp_path / n, seed=i) for i, n in enumerate(["fr", "de"])}
@@ -322,6 +329,7 @@ def test_rows_with_adapters_of_their_own(tmp_path):
         bank(**given, adapters=["fr", "other", None, "fr"])
 
 
+@pytest.mark.long
 def test_a_state_dict_whose_config_does_not_fit(tmp_path):
     program = adaptc.compile(shared_base_program("llama"), PolyConfig(**config_of("llama")))
     tensors = file_tensors(oracle_of("llama", tmp_path / "one", r=7).path)

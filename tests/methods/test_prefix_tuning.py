@@ -38,6 +38,7 @@ PREFIX, CARTRIDGE = "PrefixTuningConfig", "CartridgeConfig"
 CONFIGS = {PREFIX: PrefixTuningConfig, CARTRIDGE: CartridgeConfig}
 
 
+@pytest.mark.long
 @pytest.mark.few(7)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])
@@ -53,6 +54,7 @@ def test_outputs(name, padding, tmp_path):
     assert_same(run_quietly(adaptc.unload(program), text(3, 11)), run_quietly(FAMILIES[name].build(), text(3, 11)))
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize(
@@ -92,6 +94,7 @@ def test_training(name, cls, more, tmp_path):
     assert_same(run_quietly(adaptc.compile(shared_base_program(name), oracle.path), inputs), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
     """From a directory, a state dict and a binding; one token, and the base, are numbers as all others."""
@@ -113,6 +116,7 @@ def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
     program.validate()
 
 
+@pytest.mark.long
 def test_cartridges_swap(tmp_path):
     """Other numbers of tokens, and of frozen ones among them."""
     program = adaptc.compile(shared_base_program("qwen3"), CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=2))
@@ -127,6 +131,7 @@ def test_cartridges_swap(tmp_path):
             assert torch.equal(file_tensors(saved)["prompt_embeddings"], file_tensors(oracle.path)["prompt_embeddings"])
 
 
+@pytest.mark.long
 def test_saved_programs(tmp_path):
     one, other = (prompt_oracle("gpt2", tmp_path / str(n), PREFIX, num_virtual_tokens=n) for n in (3, 8))
     unloaded = check_saved_program(one, other, text(3, 5, "left"), tmp_path)
@@ -149,6 +154,7 @@ def test_packages(tmp_path):
     assert_same(run_quietly(runner, text(2, 3)), run_quietly(other.model, text(2, 3)))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("head", ["features", "classes", "llama"])
 def test_encoders_and_heads(head, tmp_path):
@@ -188,6 +194,7 @@ def programs():
     }
 
 
+@pytest.mark.long
 @settings(max_examples=examples(25))
 @given(
     name=st.sampled_from(["llama", "gpt2", "mistral"]),
@@ -218,6 +225,7 @@ def test_any_sizes(name, calls, seed):
         torch.testing.assert_close(run_quietly(program, inputs).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_projections_go_on_from_files(tmp_path):
     """Training goes on from a file of ours; of PEFT's there are the rows alone, which do not train."""
     options = {"num_virtual_tokens": 5, "prefix_projection": True}
@@ -246,6 +254,7 @@ def test_projections_go_on_from_files(tmp_path):
         adaptc.compile(shared_base_program("llama"), theirs.path, training=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("projection", [False, True])
 def test_first_values(projection):
     """Zeros where they are asked for: keys of score zero, and values of nothing."""
@@ -283,6 +292,7 @@ class Causal(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, length, 12))
 
 
+@pytest.mark.long
 def test_attention_that_masks_by_order():
     torch.manual_seed(0)
     model, ids = Causal(), torch.arange(15).reshape(3, 5)
@@ -296,6 +306,7 @@ def test_attention_that_masks_by_order():
     torch.testing.assert_close(adaptc.unload(program)(ids), model(ids))
 
 
+@pytest.mark.long
 def test_beside_other_adapters(tmp_path):
     """LoRA at projections and at the tokens' embedding acts as it does alone; one at positions is refused."""
     config = peft.LoraConfig(r=3, target_modules=["k_proj", "v_proj", "embed_tokens"], init_lora_weights=False)
@@ -318,6 +329,7 @@ def test_beside_other_adapters(tmp_path):
         )
 
 
+@pytest.mark.long
 def test_one_program_for_several_methods(tmp_path):
     """An adapter of one method leaves the other's places alone."""
     configs = PromptTuningConfig(num_virtual_tokens=3), PrefixTuningConfig(num_virtual_tokens=5)
@@ -331,6 +343,7 @@ def test_one_program_for_several_methods(tmp_path):
         assert_same(run_quietly(both, text(3, 7)), run_quietly(program, text(3, 7)))
 
 
+@pytest.mark.long
 def test_reports_and_refusals():
     program = adaptc.compile(shared_base_program("llama"), PrefixTuningConfig(num_virtual_tokens=5))
     assert "prompt_embeddings 5x64" in str(adaptc.report(program))

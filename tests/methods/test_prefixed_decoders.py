@@ -38,6 +38,7 @@ def inputs(batch=3, length=7, padding="left", decoded=5, name="decoder_input_ids
     return {**text(batch, length, padding), name: ids}
 
 
+@pytest.mark.long
 @pytest.mark.few(6)
 @pytest.mark.parametrize("family", ["bart", "mbart", "t5"])
 @pytest.mark.parametrize("case", CASES)
@@ -84,6 +85,7 @@ def recording(batch, decoded):
     return {"input_features": features, "decoder_input_ids": torch.randint(4, VOCAB, (batch, decoded), generator=made)}
 
 
+@pytest.mark.long
 @settings(max_examples=examples(16))
 @given(
     family=st.sampled_from(["bart", "mbart", "t5", "whisper"]),
@@ -105,6 +107,7 @@ def test_any_sizes(family, each, count, size, padding):
     assert_same(run_quietly(found.bind(None), given_).logits, run_quietly(model, given_).logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_a_mask_of_decoded_tokens(family):
     """One for the caller's tokens; those in front are always seen."""
@@ -119,6 +122,7 @@ def test_a_mask_of_decoded_tokens(family):
     assert_differs(expected[1, 4:], run_with_cache_prefix(model, front, inputs()).logits[1, 4:])
 
 
+@pytest.mark.long
 def test_saved_programs(tmp_path):
     theirs = prefix_oracle("bart", tmp_path / "peft", num_virtual_tokens=5)
     found = adaptc.compile(build("bart"), theirs.path)
@@ -137,6 +141,7 @@ def test_saved_programs(tmp_path):
 CONFIG = PrefixTuningConfig(num_virtual_tokens=3)
 
 
+@pytest.mark.long
 def test_beside_others(tmp_path):
     """LoRA in both stacks, and tokens in front of what the encoder reads: all of them at once."""
     model, front = build("bart"), random_prefix(build("bart"), 4)
@@ -164,6 +169,7 @@ def test_beside_others(tmp_path):
 TASKS = MultitaskPromptTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3, num_tasks=2, num_ranks=2)
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["bart", "mbart", "t5"])
 @pytest.mark.parametrize("order", [("front", "tasks"), ("tasks", "front")])
@@ -192,6 +198,7 @@ def test_beside_tokens_of_the_decoders(family, order, name):
     )
 
 
+@pytest.mark.long
 def test_first_values_from_a_cache():
     model, dec = build("bart"), torch.tensor([[5, 9, 11, 4, 7, 20]])
     found = adaptc.compile(build("bart"), CONFIG)
@@ -208,6 +215,7 @@ def test_first_values_from_a_cache():
         adaptc.prefixes.initialize_kv_prefix_from_text(found, text=dec)
 
 
+@pytest.mark.long
 def test_a_swap_with_a_config_that_leaves_sizes_to_the_model(tmp_path):
     found = adaptc.compile(build("bart"), CONFIG)
     front = random_prefix(build("bart"), 5)
@@ -218,6 +226,7 @@ def test_a_swap_with_a_config_that_leaves_sizes_to_the_model(tmp_path):
     assert again.binding.config.num_layers == 2
 
 
+@pytest.mark.long
 def test_refusals(tmp_path):
     found = adaptc.compile(build("bart"), CONFIG)
     other = adaptc.compile(build("bart"), PrefixTuningConfig(**TASK_OPTIONS, num_virtual_tokens=3))

@@ -30,6 +30,7 @@ from tests.support.prompts import PROMPT_WARNINGS, check_saved_program, labels, 
 NAMES = ["llama", "gpt2", "qwen3", "mistral"]
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])
@@ -45,6 +46,7 @@ def test_outputs(name, padding, tmp_path):
     assert_same(run_quietly(adaptc.unload(program), text(3, 11)), run_quietly(FAMILIES[name].build(), text(3, 11)))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_training(name, tmp_path):
@@ -64,6 +66,7 @@ def test_training(name, tmp_path):
     assert {**stored[0], "inference_mode": True} == stored[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
     """From a directory, a state dict and a binding; one token, and the base, are numbers as all others."""
@@ -84,6 +87,7 @@ def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
     program.validate()
 
 
+@pytest.mark.long
 def test_saved_programs(tmp_path):
     one, other = (prompt_oracle("gpt2", tmp_path / str(n), num_virtual_tokens=n) for n in (3, 8))
     check_saved_program(one, other, text(3, 5), tmp_path)
@@ -130,6 +134,7 @@ class _Tokenizer:
         PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w3").save_pretrained(str(path))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_first_values_of_a_text(count, tmp_path):
     """Repeated or cut to the number of tokens, as PEFT does."""
@@ -156,6 +161,7 @@ def test_first_values_of_a_text(count, tmp_path):
         adaptc.compile(shared_base_program("llama"), PromptTuningConfig(**config))
 
 
+@pytest.mark.long
 def test_first_values_by_chance():
     """Rows of the vocabulary, or normal numbers; the same for the same generator."""
     table = shared_base_program("llama").state_dict["model.embed_tokens.weight"]
@@ -228,6 +234,7 @@ def test_no_place():
         adaptc.compile(Ids(), config.replace(token_dim=13), example_inputs=(ids,))
 
 
+@pytest.mark.long
 def test_more_tokens_than_positions(tmp_path):
     """At compile where the model says how many it takes, else in the call; the next call is as before."""
     bert = shared_base_program("bert")
@@ -258,6 +265,7 @@ def test_bad_options(options, message):
         PromptTuningConfig(**options)
 
 
+@pytest.mark.long
 def test_lora_programs_refuse_prompts(tmp_path):
     oracle = prompt_oracle("llama", tmp_path, num_virtual_tokens=5)
     program = adaptc.compile(shared_base_program("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
@@ -265,6 +273,7 @@ def test_lora_programs_refuse_prompts(tmp_path):
         adaptc.swap(program, oracle.path)
 
 
+@pytest.mark.long
 def test_as_many_tokens_as_a_table_of_positions_leaves_room_for():
     """BERT cuts positions from a buffer of fixed length; the capture's example with so many tokens goes beyond it."""
     model = FAMILIES["bert"].build()

@@ -34,6 +34,7 @@ def inputs(batch, length, padding, decoded=5, name="decoder_input_ids"):
     return {**text(batch, length, padding), name: ids}
 
 
+@pytest.mark.long
 @pytest.mark.few(7)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("case", CASES)
@@ -76,6 +77,7 @@ def program(family):
     return adaptc.compile(shared_base_program(family), PromptTuningConfig(**SEQ, num_virtual_tokens=3))
 
 
+@pytest.mark.long
 @settings(max_examples=examples(12))
 @given(
     family=st.sampled_from(["t5", "bart"]),
@@ -103,6 +105,7 @@ def test_any_sizes(family, count, size, padding):
     assert_same(run_quietly(program(family).bind(None), full).logits, run_quietly(model, full).logits)
 
 
+@pytest.mark.long
 def test_saved_programs(tmp_path):
     oracle = prompt_oracle("bart", tmp_path / "peft", **SEQ, num_virtual_tokens=5)
     found = adaptc.compile(shared_base_program("bart"), oracle.path)
@@ -119,6 +122,7 @@ def test_saved_programs(tmp_path):
 TASKS = {**SEQ, "num_tasks": 3, "num_ranks": 2}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_rows_in_front_of_decoders(family, tmp_path):
     """With the decoder's ids given, padded or not, through swaps to other numbers; PEFT takes their embeddings."""
@@ -169,6 +173,7 @@ def test_decoders_that_are_not_understood():
         adaptc.compile(Reversed(), config, example_inputs=given_)
 
 
+@pytest.mark.long
 def test_refusals():
     with pytest.raises(TargetError, match="CPT is not supported for models with an encoder and a decoder"):
         adaptc.compile(shared_base_program("t5"), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[4, 5]))

@@ -85,6 +85,7 @@ def test_another_rank_needs_code_of_its_own(tmp_path):
         adaptc.swap(program, tmp_path / "b")
 
 
+@pytest.mark.long
 def test_copies_of_a_basis_that_differ_are_refused(tmp_path):
     peft_chain(peft_config("RandLoraConfig", r=5), tmp_path / "a")
     key = "base_model.model.k.randlora_A"

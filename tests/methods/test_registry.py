@@ -159,6 +159,7 @@ def command(*arguments: Any) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+@pytest.mark.long
 def test_the_command_line_needs_the_file_and_says_so(saved: Path, tmp_path: Path) -> None:
     done = command("show", saved / "signed.pt2")
     assert done.exit_code == 1
@@ -191,6 +192,7 @@ def test_a_file_that_cannot_be_imported_is_one_line(tmp_path: Path, text: str | 
     assert done.stdout == ""
 
 
+@pytest.mark.long
 def test_an_imported_file_hides_no_library(tmp_path: Path) -> None:
     """It may be called like a module that adaptc needs, and finds the files beside it."""
     (tmp_path / "json.py").write_text("import beside\nprint('imported', beside.VALUE)\n", encoding="utf-8")

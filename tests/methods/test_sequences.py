@@ -177,16 +177,18 @@ class Sequences(RuleBasedStateMachine):
             self.program.validate()
 
 
-TestSequences = Sequences.TestCase
+TestSequences = pytest.mark.long(Sequences.TestCase)
 TestSequences.settings = settings(max_examples=examples(15), stateful_step_count=8, deadline=None)
 
 
+@pytest.mark.long
 def test_every_adapter_says_something():
     plain = model()(IDS)
     for name in ADAPTERS:
         assert not torch.allclose(adapter(name)[1], plain, rtol=1e-3, atol=1e-3), name
 
 
+@pytest.mark.long
 def test_any_two_methods_share_a_program():
     """Names of slots do not clash, and what the one does not have leaves alone what the other makes."""
     for one, two in itertools.combinations(["lora", "dora", "adalora", "hra", "ia3_out", "loha", "vera", "fourier"], 2):

@@ -139,6 +139,7 @@ def test_absurd_layer_replications_are_refused(ranges):
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "modules_to_save", "target_parameters"])
 def test_lists_of_a_million_names(exported, option):
@@ -275,6 +276,7 @@ def test_no_sites_have_no_sizes():
     check_sizes(adaptc.LoraConfig(), [])
 
 
+@pytest.mark.long
 def test_tables_of_many_patterns(exported):
     """The first key that matches rules, however many there are, and all that match nothing are found."""
     with pytest.raises(ConfigError, match=r"rank_pattern has 1000000 entries, and 100000 are the most"):

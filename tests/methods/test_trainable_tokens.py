@@ -17,6 +17,7 @@ from tests.support.site_checks import assert_close, assert_valid
 TOKENS = [5, 9, 20, 60]
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
 def test_families(name, tmp_path):
@@ -32,6 +33,7 @@ def test_families(name, tmp_path):
     assert_same(run(loaded, oracle.family, 3, 7), oracle(3, 7))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bert"])
 def test_heads_keep_their_bias(name, tmp_path):
     """PEFT forgets the bias of a tied head in forward, and has it again once merged."""
@@ -42,6 +44,7 @@ def test_heads_keep_their_bias(name, tmp_path):
     assert_differs(oracle(3, 7), run(merged, oracle.family, 3, 7))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "targets"),
@@ -69,6 +72,7 @@ def test_other_modules(name, targets, tmp_path):
     assert ours.keys() == file_tensors(oracle.path).keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "targets"), [("gemma", ["lm_head", "embed_tokens"]), ("t5", ["shared", "lm_head"])])
 def test_embeddings_named_with_what_is_tied_to_them(name, targets, tmp_path):
     """PEFT fails here. The tied layer has the embedding's rows, whoever is named first."""
@@ -80,6 +84,7 @@ def test_embeddings_named_with_what_is_tied_to_them(name, targets, tmp_path):
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
 
 
+@pytest.mark.long
 def test_other_tokens_swap(tmp_path):
     program = adaptc.compile(FAMILIES["gemma"].build(), TrainableTokensConfig(token_indices=[7, 8, 30]))
     for n, tokens in enumerate(([60], [8, 9, 5, 20, 33, 7], [20, 30])):
@@ -92,6 +97,7 @@ def test_other_tokens_swap(tmp_path):
         assert program.binding.config.token_indices == tokens
 
 
+@pytest.mark.long
 def test_next_to_the_rows_of_a_lora(tmp_path):
     """One program for both: the keys differ, so each adapter finds its own."""
     lora = peft.LoraConfig(r=4, target_modules=["q"], trainable_token_indices=[5, 9])
@@ -106,6 +112,7 @@ def test_next_to_the_rows_of_a_lora(tmp_path):
         assert ours.keys() == file_tensors(oracle.path).keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_first_values(dtype):
     config = {"token_indices": TOKENS, "init_weights": False}
@@ -120,6 +127,7 @@ def test_random_first_values(dtype):
     assert torch.equal(ours, want)
 
 
+@pytest.mark.long
 def test_tied_names_must_agree(tmp_path):
     oracle = Oracle.wrap_and_save("gemma", peft.TrainableTokensConfig(token_indices=[5, 9]), tmp_path)
     program = adaptc.compile(FAMILIES["gemma"].build(), tmp_path)
@@ -165,6 +173,7 @@ def test_refusals(config, says):
         adaptc.compile(Net().eval(), TrainableTokensConfig(**config), example_inputs=torch.zeros(2, 5).long())
 
 
+@pytest.mark.long
 def test_rows_beside_a_lora_on_other_layers_are_saved_for_peft(tmp_path):
     """Without target_modules the default layers are adapted; where none is to be, what is saved says so."""
     program = adaptc.compile(FAMILIES["gemma"].build(), LoraConfig(target_modules=[], trainable_token_indices=[5, 9]))

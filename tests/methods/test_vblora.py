@@ -52,6 +52,7 @@ def test_the_bank_is_trained_by_all_its_sites(tmp_path):
     torch.testing.assert_close(bank.grad, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.long
 def test_swaps_to_other_ranks_and_sites(tmp_path):
     configs = [
         peft_config("VBLoRAConfig", **SIZES),

@@ -37,6 +37,7 @@ def programs():
     }
 
 
+@pytest.mark.long
 @settings(max_examples=examples(25))
 @given(
     name=st.sampled_from(["llama", "gpt2", "bert"]),
@@ -73,6 +74,7 @@ HEADS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("head", HEADS)
 def test_task_heads(head, tmp_path):
@@ -103,6 +105,7 @@ def test_task_heads(head, tmp_path):
     assert_same_gradients(got, want)
 
 
+@pytest.mark.long
 def test_labels_in_all_batches_of_a_step():
     """The first label counts, since a token in front has it as its next one; logits of labelled tokens alone."""
     model = FAMILIES["llama"].build()
@@ -125,6 +128,7 @@ def test_labels_in_all_batches_of_a_step():
     torch.testing.assert_close(labelled(**inputs, num_items_in_batch=29).loss, expected.loss)
 
 
+@pytest.mark.long
 def test_classifiers_find_their_last_token():
     """By its id, behind the tokens in front: each row as if it were alone, and not padded."""
     import transformers
@@ -139,6 +143,7 @@ def test_classifiers_find_their_last_token():
         torch.testing.assert_close(out[row], run_quietly(program, {"input_ids": kept}).logits[0])
 
 
+@pytest.mark.long
 def test_labels_of_tokens():
     """Tokens in front have none that count."""
     import transformers
@@ -152,6 +157,7 @@ def test_labels_of_tokens():
     torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits[:, 4:].flatten(0, 1), labels.flatten()))
 
 
+@pytest.mark.long
 def test_one_program_for_several_methods(tmp_path):
     """An adapter of one method leaves the other's places alone."""
     one, other = PromptTuningConfig(num_virtual_tokens=3), PromptEncoderConfig(num_virtual_tokens=5)
@@ -166,6 +172,7 @@ def test_one_program_for_several_methods(tmp_path):
         assert_same(run_quietly(both, text(3, 7)), run_quietly(program, text(3, 7)))
 
 
+@pytest.mark.long
 def test_two_prompts_do_not_act_together():
     configs = {f"of_{n}": PromptTuningConfig(num_virtual_tokens=n) for n in (2, 5)}
     with pytest.raises(ConfigError, match="the first tokens"):

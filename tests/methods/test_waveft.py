@@ -127,6 +127,7 @@ def test_first_values_are_pefts(zeros):
         assert bool(spectrum.any()) is not zeros
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("proportional", [True, False])
 def test_share_of_each_layer(tmp_path, proportional):
     """PEFT's numbers: by size, or by pattern; a file of PEFT's swaps in, and out again."""
@@ -165,6 +166,7 @@ def test_more_frequencies_than_entries():
         compile_blocks(adaptc.WaveFTConfig(**{**options, "n_frequency": 75}, proportional_parameters=True))
 
 
+@pytest.mark.long
 def test_families_of_one_length_share_code(tmp_path):
     """Another wavelet of the same length swaps; one of another length, or none, is refused, or has code of its own."""
     base = adaptc.WaveFTConfig(target_modules=["up"], n_frequency=13, init_weights=False, wavelet_family="sym4")

@@ -14,6 +14,7 @@ CASES = [(e.name, layer) for e in ENTRIES for layer in ("linear",) if layer in e
 CASES += [(n, "conv2d") for n in ("loha", "hra", "ia3_inputs", "vera")] + [("oft", "embedding"), ("lokr", "experts")]
 
 
+@pytest.mark.long
 @pytest.mark.few(7)
 @pytest.mark.parametrize(("entry", "layer"), CASES)
 def test_compiled_once(entry: str, layer: str, tmp_path):

@@ -23,6 +23,7 @@ from tests.support.prompts import PROMPT_WARNINGS, run_quietly, text
 from tests.support.written_out import OPTIONS, eager_base_program, eager_model, unpadded_logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_adaption_prompts_are_those_of_peft(name: str, tmp_path: Path) -> None:
     settings = copy.deepcopy(FAMILIES[name].build().config)
@@ -54,6 +55,7 @@ def test_adaption_prompts_are_those_of_peft(name: str, tmp_path: Path) -> None:
     assert_same_gradients(*grads)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "gpt_neox"])
 def test_adaption_prompts_by_the_formula(name: str, tmp_path: Path) -> None:
     """What the model makes of scores before it adds a mask is made of those of the tokens, too: Gemma 2 caps them."""

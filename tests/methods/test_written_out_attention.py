@@ -40,6 +40,7 @@ def prefix(name: str, path: Path, cls: str = "PrefixTuningConfig", seed: int = 0
     return Oracle.wrap_and_save(name, getattr(peft, cls)(**config), path, model=eager_model(name), seed=seed)
 
 
+@pytest.mark.long
 @pytest.mark.few(7)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])
@@ -58,6 +59,7 @@ def test_outputs(name: str, padding: str | None, tmp_path: Path) -> None:
     assert_same(unpadded_logits(adaptc.unload(program), text(3, 11)), unpadded_logits(eager_model(name), text(3, 11)))
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_training(name: str, tmp_path: Path) -> None:
@@ -72,6 +74,7 @@ def test_training(name: str, tmp_path: Path) -> None:
     assert_same_gradients(ours, theirs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_swaps_to_other_numbers_of_tokens(backend: str, tmp_path: Path) -> None:
     program = adaptc.compile(eager_base_program("gemma2"), PrefixTuningConfig(num_virtual_tokens=3), backend=backend)
@@ -93,6 +96,7 @@ def test_swaps_to_other_numbers_of_tokens(backend: str, tmp_path: Path) -> None:
     program.validate()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma2", "bloom"])
 def test_saved_programs(name: str, tmp_path: Path) -> None:
     one, other = (prefix(name, tmp_path / str(n), num_virtual_tokens=n) for n in (3, 8))
@@ -109,6 +113,7 @@ def test_saved_programs(name: str, tmp_path: Path) -> None:
     assert len(unloaded.graph.nodes) == len(eager_base_program(name).graph.nodes)
 
 
+@pytest.mark.long
 def test_cartridges_and_those_of_a_text(tmp_path: Path) -> None:
     oracle = prefix("qwen3", tmp_path, "CartridgeConfig", num_frozen_tokens=2)
     program = adaptc.compile(eager_base_program("qwen3"), oracle.path)
@@ -120,6 +125,7 @@ def test_cartridges_and_those_of_a_text(tmp_path: Path) -> None:
     assert_differs(run_quietly(usual, text(3, 7)), run_quietly(eager_base_program("qwen3"), text(3, 7)))
 
 
+@pytest.mark.long
 def test_half_precision() -> None:
     """Chances are computed in float32 and cast back, as in the model."""
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -133,6 +139,7 @@ def test_half_precision() -> None:
     assert_same({"logits": outs[0]}, {"logits": outs[1]}, 3e-2)
 
 
+@pytest.mark.long
 def test_programs_in_other_ops() -> None:
     """A program that was decomposed before: products of three axes, and softmax in the ops that backends have."""
     model, free = eager_model("llama"), {0: Dim.AUTO, 1: Dim.AUTO}
@@ -167,6 +174,7 @@ def bidirectional(name: str) -> tuple[Any, Any]:
     return models[0], models[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bert", "t5"])
 @pytest.mark.parametrize("kind", ["prefix", "adaption prompt"])
 def test_encoders(name: str, kind: str) -> None:

@@ -74,6 +74,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+@pytest.mark.long
 @pytest.mark.few(9)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", OPTIONS)
@@ -98,6 +99,7 @@ def test_outputs(name, options, adapters, tmp_path):
     assert len(bare.graph.nodes) == len(shared_base_program(name).graph.nodes)
 
 
+@pytest.mark.long
 def test_a_head_that_reads_less_than_the_layers_give(adapters, tmp_path):
     """OPT projects the last hidden state before its head; PEFT's classifier is given what the head is."""
     wrapped = peft_model("opt", adapters("opt"))
@@ -127,6 +129,7 @@ def test_what_experts_count(data):
         torch.testing.assert_close(got[:, :, i], theirs.get_maybe_topk_scalings(scalings))
 
 
+@pytest.mark.long
 def test_one_first_pass_serves_all_sites(adapters):
     program = adaptc.compile(shared_base_program("llama"), config_of("llama", adapters("llama")))
     tags = {n: t for n in program.graph.nodes if (t := node_tag(n)) and t["role"] == COEFFICIENT_ROLE}
@@ -139,6 +142,7 @@ def test_one_first_pass_serves_all_sites(adapters):
     assert len(products) == len(plain) - 1 + 1
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", NAMES)
@@ -190,6 +194,7 @@ def test_training(name, trained, adapters, tmp_path):
     assert sorted(stored) == sorted(json.loads((tmp_path / "peft" / "adapter_config.json").read_text()))
 
 
+@pytest.mark.long
 def test_a_training_step_with_dropout_and_checkpoints(tmp_path):
     """The classifier's dropout and the experts' act, the same again where a block is computed once more."""
     found = experts("llama", tmp_path, lora_dropout=0.3)
@@ -202,6 +207,7 @@ def test_a_training_step_with_dropout_and_checkpoints(tmp_path):
     assert any(not torch.allclose(p.grad, grads[n]) for n, p in module.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.few(1)
 @pytest.mark.parametrize("options", ["layerwise", "first pass"])
@@ -227,6 +233,7 @@ def test_swaps_to_other_experts(backend, options, adapters, tmp_path):
     assert adaptc.verify(program, FAMILIES["llama"].build()).ok
 
 
+@pytest.mark.long
 def test_saved_programs(adapters, tmp_path):
     one, other = (peft_model("gpt2", adapters("gpt2", o), **OPTIONS["top k"]) for o in (False, True))
     program = adaptc.compile(shared_base_program("gpt2"), save_xlora_adapter(one, tmp_path / "one"))
@@ -241,6 +248,7 @@ def test_saved_programs(adapters, tmp_path):
     torch.testing.assert_close(debug.xlora_scalings(loaded, input_ids=ids), scalings_of(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_rows_with_adapters_of_their_own(adapters, tmp_path):
     models = [peft_model("llama", adapters("llama"), seed=i) for i in range(2)]
     paths = [save_xlora_adapter(m, tmp_path / str(i)) for i, m in enumerate(models)]
@@ -257,6 +265,7 @@ def test_rows_with_adapters_of_their_own(adapters, tmp_path):
         called(bank, ids, adapters=["a", "c", "a"])
 
 
+@pytest.mark.long
 def test_half_precision(adapters, tmp_path):
     model = FAMILIES["llama"].build().bfloat16()
     wrapped = peft_model("llama", adapters("llama"))
@@ -302,6 +311,7 @@ def test_configs(options, message, adapters):
         adaptc.compile(shared_base_program("llama"), config_of("llama", adapters("llama")).replace(**options))
 
 
+@pytest.mark.long
 def test_refusals(adapters, tmp_path):
     wrapped = peft_model("llama", adapters("llama"), **OPTIONS["layerwise"])
     path = save_xlora_adapter(wrapped, tmp_path / "a")

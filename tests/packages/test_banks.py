@@ -44,6 +44,7 @@ def made(tmp_path_factory):
     return program, bank, path, dirs
 
 
+@pytest.mark.long
 def test_rows_of_a_package_are_those_of_its_bank(made):
     program, bank, path, dirs = made
     packaged = adaptc.load_package(path)
@@ -76,6 +77,7 @@ def test_adapters_come_and_go_in_compiled_code(made):
     assert packaged.report().data()["adapters"].keys() == {"a", "c", "a again"}
 
 
+@pytest.mark.long
 def test_what_does_not_fit_leaves_a_package_as_it_is(made, tmp_path):
     _, _, path, dirs = made
     packaged = adaptc.load_package(path)
@@ -99,6 +101,7 @@ def test_options_of_banks_alone(made, tmp_path):
         adaptc.package(program.bank(), tmp_path / "none.pt2")
 
 
+@pytest.mark.long
 def test_a_fresh_process_runs_it(made):
     _, bank, path, dirs = made
     torch.manual_seed(4)

@@ -52,6 +52,7 @@ def bound(net: Packaged) -> list[tuple[Any, Any]]:
     return [(net.runner.bind(t, config=c), net.program.bind(t, config=c)) for t, c in pairs]
 
 
+@pytest.mark.long
 def test_each_computes_its_own_adapter_in_any_order(net: Packaged, bound: Any) -> None:
     config = NET_CONFIG.replace(r=3, lora_alpha=5)
     adaptc.swap(net.runner, adapter(net.program, config, seed=3), config=config)
@@ -82,6 +83,7 @@ def test_the_first_adapter_comes_back_to_the_bit(net: Packaged, bound: Any) -> N
     assert torch.equal(run(package), run(other))
 
 
+@pytest.mark.long
 def test_the_base(net: Packaged, bound: Any) -> None:
     run(bound[0][0])
     close(run(net.runner.base), run(net.model))
@@ -205,6 +207,7 @@ def threads(workers: list[Any]) -> Iterator[list[BaseException]]:
         t.join()
 
 
+@pytest.mark.long
 def test_threads_call_bind_and_swap_at_once(net: Packaged, bound: Any) -> None:
     """Eight threads, four adapters bound, a fifth swapped in and out: each result is all of one adapter's."""
     package = net.runner

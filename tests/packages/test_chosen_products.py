@@ -68,6 +68,7 @@ torch.save([run(x) for x in inputs], out)
 """
 
 
+@pytest.mark.long
 def test_torch_alone_runs_it(made: tuple[adaptc.AdaptedProgram, Path], tmp_path: Path) -> None:
     program, path = made
     inputs = [example(n) for n in (1, 2, 5, 100)]
@@ -98,6 +99,7 @@ def test_the_report_tells_what_was_chosen(made: tuple[adaptc.AdaptedProgram, Pat
     assert not any("adaptc" in str(n.target) for n in program.graph.nodes)
 
 
+@pytest.mark.long
 def test_a_value_without_a_meaning(made: tuple[adaptc.AdaptedProgram, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="products='fast' is not one of measured, plain"):
         adaptc.package(made[0], tmp_path / "p.pt2", products="fast")

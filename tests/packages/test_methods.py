@@ -9,6 +9,7 @@ import adaptc
 from tests.support.subject import assert_close, save_random_adapter, subject
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera", "lily"])
 def test_packaged(entry: str, tmp_path):

@@ -287,6 +287,7 @@ def test_what_cannot_be_packaged(net: Packaged, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_without_a_compiler(net: Packaged, tmp_path: Path) -> None:
     from torch._inductor import config
 

@@ -76,6 +76,7 @@ def test_what_is_refused_changes_nothing(both: tuple[Any, Any]) -> None:
     assert torch.equal(run(package), before)
 
 
+@pytest.mark.long
 def test_a_package_is_made_with_the_factors_of_its_program(both: tuple[Any, Any], tmp_path: Path) -> None:
     ours = copy.copy(both[0])
     ours.set_scale(-0.5, modules="lin")

@@ -66,6 +66,7 @@ torch.save({"plain": plain, "first": first.logits, "second": second.logits, "typ
 """
 
 
+@pytest.mark.long
 def test_llama_in_another_process_and_peft(llama: Packaged, tmp_path: Path) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
@@ -151,6 +152,7 @@ def test_methods_with_one_number_and_with_no_padding(tmp_path: Path, monkeypatch
     torch.testing.assert_close(runner(x) - base, torch.full_like(base, 2.1), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.long
 def test_a_merged_program(tmp_path: Path) -> None:
     x = torch.randn(4, 7)
     program = adaptc.compile(

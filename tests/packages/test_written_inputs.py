@@ -41,6 +41,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return program, adaptc.load_package(adaptc.package(program, path))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["contiguous", "transposed", "cut", "cut rows"])
 def test_written_inputs(both: Any, how: str) -> None:
     program, package = both

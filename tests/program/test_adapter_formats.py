@@ -49,6 +49,7 @@ CONFIGS = {
 PAIRS = [(c, f) for c in CONFIGS for f in ("kohya", "diffusers") if not (f == "diffusers" and c.startswith("loha"))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "form"), PAIRS)
 @torch.no_grad()
 def test_what_is_written_is_read_bit_for_bit(name: str, form: str, tmp_path: Path) -> None:
@@ -160,6 +161,7 @@ def test_names_that_underscores_make_one_are_not_written(tmp_path: Path) -> None
 # --- packages and the command line ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_command_line(tmp_path: Path) -> None:
     wide = program_with_all_sites()
     adaptc.swap(wide, peft_keys(), config=LoraConfig(r=3, lora_alpha=3))

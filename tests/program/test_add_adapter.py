@@ -51,6 +51,7 @@ def folder(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", list(CONFIGS))
 def test_another_program_has_both(model: nn.Module, folder: Path, first: str) -> None:
     """Equal to one that was compiled for both, with the first one's factor, and the old program as it was."""
@@ -111,6 +112,7 @@ def test_sites_that_one_has_left_are_taken(model: nn.Module, folder: Path) -> No
     assert torch.equal(program(X), without)
 
 
+@pytest.mark.long
 def test_what_is_refused(model: nn.Module, folder: Path, tmp_path: Path) -> None:
     program = adaptc.compile(model, folder / "lora", example_inputs=X)
     for name, adapter, kind, match in (

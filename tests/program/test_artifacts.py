@@ -115,6 +115,7 @@ def saved_by_adaptc(program: Any, path: Path) -> None:
     adaptc.save(program, path)
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("maker", list(MAKERS))
 def test_files_run_without_adaptc(maker: str, tmp_path: Path) -> None:

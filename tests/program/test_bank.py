@@ -70,6 +70,7 @@ def test_mixes_of_one_layer_are_sums_of_changes() -> None:
     torch.testing.assert_close(found, torch.stack([base[i] + w[i] for i, w in enumerate(want)]), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_row_is_no_business_of_other_rows_adapters() -> None:
     """Were what an adapter makes of a row that does not want it not finite."""
     for options in ({"use_dora": True}, {}):
@@ -122,6 +123,7 @@ def test_programs_with_options(options: dict[str, Any], singles: dict[str | None
     close(bank_of(made)(X, adapters=["a", None, "b"]), rows(singles, "a", None, "b"))
 
 
+@pytest.mark.long
 def test_whatever_becomes_of_the_program(singles: dict[str | None, Tensor]) -> None:
     """It is swapped, merged, given up: the bank keeps what it was made of."""
     for first in (True, False):
@@ -135,6 +137,7 @@ def test_whatever_becomes_of_the_program(singles: dict[str | None, Tensor]) -> N
             close(bank(X, adapters=list(chosen)), rows(singles, *chosen))
 
 
+@pytest.mark.long
 def test_copies(program: Any, singles: dict[str | None, Tensor]) -> None:
     bank = bank_of(program, capacity=2)
     for made in (copy.copy(bank), copy.deepcopy(bank)):

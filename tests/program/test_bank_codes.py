@@ -64,6 +64,7 @@ def check(bank: Any, made: adaptc.AdaptedProgram, adapters: dict[str, Any], coun
     torch.testing.assert_close(found, torch.stack([alone[n][i] for i, n in enumerate(names)]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}])
 def test_of_adapters_side_by_side_there_is_one_code_for_all_numbers(options: dict[str, Any], built: list[str]) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **options)
@@ -85,6 +86,7 @@ def test_of_adapters_side_by_side_there_is_one_code_for_all_numbers(options: dic
     assert len(built) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}], ids=["dora", "biases"])
 def test_of_adapters_one_after_the_other_there_is_one_for_each_power_of_two(options: dict[str, Any]) -> None:
     made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"], **options))
@@ -98,6 +100,7 @@ def test_of_adapters_one_after_the_other_there_is_one_for_each_power_of_two(opti
     assert [s.capacity for s in small._contents.stacks] == [5]
 
 
+@pytest.mark.long
 def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def apply(
         self: Any, op: Any, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any, mix: Tensor
@@ -115,6 +118,7 @@ def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: py
         check(bank, made, adapters, count, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"hoist_limit": 0}], ids=["lora", "dora", "no_memory"])
 def test_a_warm_bank_makes_nothing_in_calls(options: dict[str, Any], built: list[str]) -> None:
     limit = {"hoist_limit": options.pop("hoist_limit")} if "hoist_limit" in options else {}
@@ -136,6 +140,7 @@ def test_a_warm_bank_makes_nothing_in_calls(options: dict[str, Any], built: list
     check(bank, made, adapters, 8, 2)
 
 
+@pytest.mark.long
 def test_a_bank_that_is_empty_is_warmed_for_as_many_as_it_may_hold(built: list[str]) -> None:
     made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"], use_dora=True))
     bank = made.bank(capacity=4, evict=True, loader=adapters.__getitem__)

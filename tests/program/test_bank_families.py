@@ -45,6 +45,7 @@ def compiled(family: str, method: str) -> adaptc.AdaptedProgram:
     )
 
 
+@pytest.mark.long
 @pytest.mark.few(9)
 @pytest.mark.filterwarnings("ignore:.*oft_block_size=4 does not divide")  # widths of ResNet
 @pytest.mark.parametrize(("family", "method"), CASES)
@@ -73,6 +74,7 @@ def test_a_norm_whose_weight_is_computed_is_refused() -> None:
         program.bank()
 
 
+@pytest.mark.long
 def test_heads_trained_as_a_whole(tmp_path: Path) -> None:
     import transformers
 
@@ -89,6 +91,7 @@ def test_heads_trained_as_a_whole(tmp_path: Path) -> None:
     check_rows(call(lambda **inputs: bank(**inputs, adapters=rows)), single, rows)
 
 
+@pytest.mark.long
 def test_trainable_tokens(tmp_path: Path) -> None:
     config = adaptc.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[5, 7, 11, 12, 13, 30])
     program = adaptc.compile(shared_base_program("llama"), config)
@@ -104,6 +107,7 @@ def test_trainable_tokens(tmp_path: Path) -> None:
     check_rows(call(lambda **inputs: bank(**inputs, adapters=rows)), single, rows)
 
 
+@pytest.mark.long
 def test_windows_of_images(tmp_path: Path) -> None:
     """Swin's attention has the windows of all images as its batch."""
     import transformers
@@ -129,6 +133,7 @@ def test_windows_of_images(tmp_path: Path) -> None:
     check_rows(call(lambda **inputs: bank(**inputs, adapters=rows)), single, rows)
 
 
+@pytest.mark.long
 def test_a_batch_norm_in_training_is_refused() -> None:
     config = adaptc.LoraConfig(r=2, target_modules=["convolution"])
     model = FAMILIES["resnet"].build().train()

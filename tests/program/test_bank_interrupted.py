@@ -77,6 +77,7 @@ def subject() -> Subject:
     return Subject(compile_net(2))
 
 
+@pytest.mark.long
 def test_evicting_for_another(subject: Subject) -> None:
     assert interrupted(subject, lambda bank: bank.add("c", subject.ready["c"])) > 30
     free_for_other_threads(subject.bank)

@@ -34,6 +34,7 @@ def saved(family: str, folder: Path) -> dict[str, Path]:
     return out
 
 
+@pytest.mark.long
 def test_as_adapter_names(family: str, tmp_path: Path) -> None:
     paths = saved(family, tmp_path)
     with warnings.catch_warnings():

@@ -139,6 +139,7 @@ class Banks(RuleBasedStateMachine):
             assert {n for stack in self.bank.report().stacks for n in stack} <= set(self.held)
 
 
+@pytest.mark.long
 def test_any_order() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
@@ -199,10 +200,12 @@ def everything_at_once(reference: Reference, seconds: float, threads: int, **opt
     return sum(calls)
 
 
+@pytest.mark.long
 def test_threads_see_whole_adapters(reference: Reference) -> None:
     assert everything_at_once(reference, 3, 8) > 10
 
 
+@pytest.mark.long
 def test_threads_share_a_bank_that_evicts(reference: Reference) -> None:
     """With a loader no call fails, however few adapters it holds at once."""
     ranks = {"a": 2, "b": 3, "c": 5, "d": 7}

@@ -23,6 +23,7 @@ def weight(out: torch.Tensor) -> torch.Tensor:
     return torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 def test_gradients_reach_the_adapters_of_each_row(options: dict[str, Any]) -> None:
     made = adaptc.compile(net(), config(2, **options), example_inputs=torch.randn(2, 5), training=True)
@@ -62,6 +63,7 @@ def test_rows_of_one_adapter_alone_train_it_too() -> None:
     torch.testing.assert_close(bank(X, adapters=["a", None, "a"])[0], after[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_rounds_no_more_than_an_adapter_alone(dtype: torch.dtype, autocast: bool) -> None:
@@ -82,6 +84,7 @@ def test_half_precision_rounds_no_more_than_an_adapter_alone(dtype: torch.dtype,
         assert_no_less_accurate(found[i::2], alone[i::2], want[i::2], factor=1.2 if autocast else 1.6)
 
 
+@pytest.mark.long
 def test_inductor_compiles_once(tmp_path: Path) -> None:
     made = compile_net(2, backend="inductor")
     bank = made.bank({"a": adapter_tensors(2), "b": adapter_tensors(5)}, capacity=4)
@@ -115,6 +118,7 @@ assert not any(m.split(".")[0] == "adaptc" for m in sys.modules)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [["a", "b"], ["b"]])
 def test_an_exported_bank_needs_no_adaptc(names: list[str], tmp_path: Path) -> None:
     bank = compile_net(2).bank({"a": adapter_tensors(2), "b": adapter_tensors(5)})
@@ -138,6 +142,7 @@ def test_what_is_exported_is_named_in_a_list(names: Any) -> None:
         made.bank({"a": made.binding}).exported(names)
 
 
+@pytest.mark.long
 def test_a_program_read_from_a_file_has_banks(tmp_path: Path) -> None:
     made = compile_net(2)
     loaded = adaptc.load(adaptc.save(made, tmp_path / "program.pt2"))
@@ -146,6 +151,7 @@ def test_a_program_read_from_a_file_has_banks(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.bank(adapters)(X, adapters=CHOSEN), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_experts_are_refused() -> None:
     from tests.support.families import FAMILIES
 

@@ -68,6 +68,7 @@ def compiled(shape: Callable[[Net, Tensor], Tensor]) -> adaptc.AdaptedProgram:
     return adaptc.compile(Net(shape).eval(), config, example_inputs=torch.randn(3, 5))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape", [gradients_in_none, branch_in_none, none_in_a_branch, branch_in_a_branch, autocast_in_autocast]
 )
@@ -82,6 +83,7 @@ def test_what_is_saved_is_read_back(shape: Callable[[Net, Tensor], Tensor], tmp_
             assert torch.equal(anywhere(x), program(x))
 
 
+@pytest.mark.long
 def test_what_cannot_be_read_back_is_refused(tmp_path: Path) -> None:
     prog = compiled(in_a_branch)
     adaptc.save(compiled(branch_in_none), tmp_path / "a.pt2")

@@ -57,6 +57,7 @@ def close(one: Any, other: Any) -> None:
     torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [True, False], ids=["training", "without train()"])
 def test_fifty_steps_are_pefts(training: bool) -> None:
     mine, other = ours(training), theirs()
@@ -69,6 +70,7 @@ def test_fifty_steps_are_pefts(training: bool) -> None:
     assert max(lengths(mine)) <= EPS / sqrt(4) * (1 + 1e-5)
 
 
+@pytest.mark.long
 def test_checkpoints_copies_and_two_calls_before_a_backward() -> None:
     plain = losses(ours(), 4)
     close(losses(ours(gradient_checkpointing=True), 4), plain)
@@ -85,6 +87,7 @@ def test_checkpoints_copies_and_two_calls_before_a_backward() -> None:
     assert lengths(again)[0] > 1, "nothing is written where no gradients are taken"
 
 
+@pytest.mark.long
 def test_in_a_trainer(tmp_path: Path) -> None:
     """Its base model too, which trainers call that compute a loss of their own."""
     mine, other = ours(), theirs()

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 
 import adaptc
@@ -23,6 +24,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.long
 def test_a_process_without_transformers_imported_loads_a_transformers_program(tmp_path: Path) -> None:
     family = FAMILIES["llama"]
     program = adaptc.compile(

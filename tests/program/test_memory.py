@@ -98,6 +98,7 @@ def grown(do: Callable[[], None], first: int, then: int) -> Counter[str]:
     return objects() - before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("deed", [d if d in OFTEN else pytest.param(d, marks=pytest.mark.slow) for d in DEEDS])
 def test_nothing_is_left_behind(deed: str, tmp_path: Path) -> None:
     cycles = 6

@@ -59,6 +59,7 @@ def same(found: adaptc.AdaptedProgram, expected: adaptc.AdaptedProgram, x: Tenso
     assert str(found.merge_report) == str(expected.merge_report)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [False, True])
 def test_the_graph_is_made_once(passes: list[Any], training: bool) -> None:
     program = compiled(training=training)
@@ -73,6 +74,7 @@ def test_the_graph_is_made_once(passes: list[Any], training: bool) -> None:
     assert sum(p.adaptation is program.adaptation for p in passes) == 1
 
 
+@pytest.mark.long
 def test_other_sites_are_another_graph(passes: list[Any]) -> None:
     program = compiled()
     for _ in range(2):
@@ -99,6 +101,7 @@ def test_each_result_is_a_program_of_its_own() -> None:
     assert torch.equal(results[0][0](X), results[0][1])
 
 
+@pytest.mark.long
 def test_no_merged_weight_is_kept() -> None:
     program = compiled()
     for _ in range(2):
@@ -118,6 +121,7 @@ def test_what_a_merge_finds_is_found_again() -> None:
     assert not adaptc.merge(program, safe=False).state_dict["up.weight"].isfinite().all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["pissa", "olora"])
 def test_changed_bases(scheme: str) -> None:
     program = compiled(init_lora_weights=scheme)
@@ -149,6 +153,7 @@ def test_tied_weights() -> None:
     assert torch.equal(second.state_dict["head.weight"], model.head.weight)
 
 
+@pytest.mark.long
 def test_what_is_remembered_holds_no_base_that_is_given_up() -> None:
     program = compiled()
     adaptc.swap(program, state(2, "up"))

@@ -86,6 +86,7 @@ def peft_writes(model: nn.Module, adapter: Path, path: Path) -> None:
         theirs.merge_and_unload().save_pretrained(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", AUTO)
 def test_transformers_loads_it_as_what_peft_writes(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
@@ -107,6 +108,7 @@ def test_transformers_loads_it_as_what_peft_writes(name: str, tmp_path: Path) ->
     assert {p.name for p in (tmp_path / "ours").iterdir()} == {p.name for p in (tmp_path / "theirs").iterdir()}
 
 
+@pytest.mark.long
 def test_a_head_that_was_trained(tmp_path: Path) -> None:
     model = llama(transformers.LlamaForSequenceClassification, num_labels=3)
     prog, made = merged(model, ["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"])
@@ -119,6 +121,7 @@ def test_a_head_that_was_trained(tmp_path: Path) -> None:
     same(found, made, {"input_ids": IDS})
 
 
+@pytest.mark.long
 def test_a_vocabulary_that_was_resized_and_trained(tmp_path: Path) -> None:
     model = llama()
     model.resize_token_embeddings(67, mean_resizing=False)
@@ -129,6 +132,7 @@ def test_a_vocabulary_that_was_resized_and_trained(tmp_path: Path) -> None:
     same(found, made, {"input_ids": IDS + 52})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"], ["q_proj", "lm_head"]])
 def test_tied_weights_stay_tied_unless_an_adapter_parts_them(targets: list[str], tmp_path: Path) -> None:
     with quiet(".*[Tt]ied .*", ".*tie_word_embeddings.*"):
@@ -141,6 +145,7 @@ def test_tied_weights_stay_tied_unless_an_adapter_parts_them(targets: list[str],
     same(found, made, {"input_ids": IDS})
 
 
+@pytest.mark.long
 def test_after_calls_have_moved_weights_into_one_buffer(tmp_path: Path) -> None:
     made = usual()[1].with_binding(None)
     made.fuse = True
@@ -149,6 +154,7 @@ def test_after_calls_have_moved_weights_into_one_buffer(tmp_path: Path) -> None:
     same(loaded(CAUSAL, tmp_path), made, {"input_ids": IDS})
 
 
+@pytest.mark.long
 def test_layers_that_repeat_one_another_have_weights_each(tmp_path: Path) -> None:
     _, made = merged(llama(), ["q_proj"], layer_replication=[(0, 2), (1, 2)])
     made.module().save_pretrained(tmp_path)
@@ -187,6 +193,7 @@ def test_state_dicts_of_merged_modules_are_the_model(tmp_path: Path) -> None:
         module.load_state_dict({})
 
 
+@pytest.mark.long
 def test_of_an_unloaded_program_and_a_copied_module(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "base")
@@ -198,6 +205,7 @@ def test_of_an_unloaded_program_and_a_copied_module(tmp_path: Path) -> None:
         same(loaded(CAUSAL, tmp_path / str(i)), model, {"input_ids": IDS})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_of_what_generates(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name].build()
@@ -234,6 +242,7 @@ def test_options_that_a_model_is_not_written_with(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.long
 def test_a_class_without_a_place_for_a_weight(tmp_path: Path) -> None:
     with quiet("`lora_bias=True`.*"):
         _, made = merged(llama(), ["q_proj"], lora_bias=True)
@@ -249,6 +258,7 @@ def test_a_class_without_a_place_for_a_weight(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.long
 def test_encoders_and_decoders_that_share_what_an_adapter_parts(tmp_path: Path) -> None:
     with quiet(".*[Tt]ied .*", ".*tie_word_embeddings.*"):
         _, made = merged(FAMILIES["t5"].build(), r"decoder\.embed_tokens")
@@ -256,6 +266,7 @@ def test_encoders_and_decoders_that_share_what_an_adapter_parts(tmp_path: Path) 
         made.module().save_pretrained(tmp_path / "m")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [adaptc.PromptTuningConfig, adaptc.PrefixTuningConfig, adaptc.CPTConfig])
 def test_what_is_no_weight_is_no_merged_model(kind: Any) -> None:
     more: dict[str, Any] = {"cpt_token_ids": [1, 2, 3]} if kind is adaptc.CPTConfig else {"num_virtual_tokens": 3}

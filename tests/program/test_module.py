@@ -73,6 +73,7 @@ def test_the_state_of_every_method_is_its_file(entry: str, tmp_path: Path) -> No
         torch.testing.assert_close(value, before[key], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_keys_are_those_of_peft() -> None:
     state = module().state_dict()
     assert state.keys() == get_peft_model_state_dict(peft_model()).keys()
@@ -134,6 +135,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_copies_are_equal_and_their_own(way: str, fuse: bool) -> None:
@@ -174,6 +176,7 @@ def test_hooks_run() -> None:
     torch.testing.assert_close(y, 2 * call(net().eval()))
 
 
+@pytest.mark.long
 def test_hooks_on_the_embeddings_change_what_they_give() -> None:
     trained = module().eval()
     embeddings = trained.get_input_embeddings()
@@ -190,6 +193,7 @@ def test_hooks_on_the_embeddings_change_what_they_give() -> None:
     assert torch.equal(trained(**batch()).logits, plain)
 
 
+@pytest.mark.long
 def test_a_checkpoint_around_it_changes_no_gradient() -> None:
     prog = adaptc.compile(model(), LoraConfig(**CONFIG, lora_dropout=0.3), training=True)
     trained = prog.module().train()
@@ -207,6 +211,7 @@ def test_a_checkpoint_around_it_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in its compiler
 def test_torch_compile_takes_it_in_one_graph() -> None:
     trained = module()
@@ -291,6 +296,7 @@ def kept(loss_of: Any) -> tuple[int, Tensor]:
     return sum(seen.values()), loss
 
 
+@pytest.mark.long
 def test_checkpoints_are_turned_on_and_off_by_trainers() -> None:
     trained = module()
     rows = batch(5)
@@ -338,6 +344,7 @@ def test_another_number_of_blocks_needs_another_module() -> None:
     assert trained.checkpoint_every == 2
 
 
+@pytest.mark.long
 def test_the_part_before_the_head_is_in_the_mode_of_the_whole() -> None:
     prog = adaptc.compile(model(), LoraConfig(**CONFIG, lora_dropout=0.5), training=True)
     trained = prog.module()
@@ -418,6 +425,7 @@ def test_the_second_name_is_of_the_last_adapter(tmp_path: Path, monkeypatch: pyt
     assert not (last / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_dropout_is_found_as_a_layer_and_turned_off() -> None:
     """As trainers do it, which go through the modules. Copies are as it is, and changes of mode leave it so."""
     config = adaptc.LoraConfig(**{**CONFIG, "lora_dropout": 0.5})

@@ -94,6 +94,7 @@ def test_parts_keep_one_adapter_and_their_code(program: adaptc.AdaptedProgram) -
     assert len(codes) == 2
 
 
+@pytest.mark.long
 def test_parts_that_are_over_keep_no_adapter(program: adaptc.AdaptedProgram) -> None:
     parts = pin_parts(program, PARTS)
     parts["left"].run(a=inputs(3)["a"])

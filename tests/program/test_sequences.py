@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -197,4 +198,4 @@ class Sequences(RuleBasedStateMachine):
 # A failing sequence is reported as found: shrinking one takes minutes, and every rule's arguments are short anyway.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 Sequences.TestCase.settings = settings(max_examples=examples(20), stateful_step_count=10, deadline=None, phases=PHASES)
-TestSequences = Sequences.TestCase
+TestSequences = pytest.mark.long(Sequences.TestCase)

@@ -89,6 +89,7 @@ def test_nothing_is_waited_for(prog):
     assert said == [repr(prog)]
 
 
+@pytest.mark.long
 def test_sizes_that_are_equal_have_one_letter():
     model = FAMILIES["llama"].build()
     text = repr(adaptc.compile(model, LoraConfig(target_modules=["q_proj"])))
@@ -108,6 +109,7 @@ def test_bindings_modules_and_bound_callables_are_short(prog):
     assert "up.lora_A.default" in dict(trained.named_modules())  # what is not printed is there
 
 
+@pytest.mark.long
 def test_the_module_of_a_transformers_model_has_its_name():
     model = FAMILIES["llama"].build()
     trained = adaptc.compile(model, LoraConfig(target_modules=["q_proj"])).module()

@@ -93,6 +93,7 @@ print("alive")
 """
 
 
+@pytest.mark.long
 def test_compiled_code_is_not_given_what_it_divides_by(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", CALLS, str(tmp_path / "package.pt2")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

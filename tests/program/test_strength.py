@@ -97,6 +97,7 @@ def twins(model: nn.Module, folder: Path) -> Twins:
     return Twins(model, folder)
 
 
+@pytest.mark.long
 def test_factors_as_peft(twins: Twins) -> None:
     twins.check()
     for factor in (0.5, 0.5, -2.0, 0):
@@ -118,6 +119,7 @@ def test_factors_as_peft(twins: Twins) -> None:
     assert_valid(twins.ours)
 
 
+@pytest.mark.long
 def test_the_active_ones_as_peft(twins: Twins) -> None:
     everything = twins.ours(IDS)
     for names in (["style"], ["task"], ["task", "style"]):
@@ -142,6 +144,7 @@ def test_the_active_ones_as_peft(twins: Twins) -> None:
     twins.check()
 
 
+@pytest.mark.long
 def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
     ours, theirs = twins.ours, twins.theirs
     ours.set_scale(0.5, "task")
@@ -246,6 +249,7 @@ def test_a_model_s_own_input_of_that_name() -> None:
             assert_close(program(**inputs), 3 * program(inputs["x"], adapter_scale=torch.tensor(1.0)), 1e-6)
 
 
+@pytest.mark.long
 def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Path, tmp_path: Path) -> None:
     ours = twins.ours
     ours.set_scale(0.5, "task")
@@ -283,6 +287,7 @@ def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Pat
     assert_close(ours(IDS), Twins(model, folder).ours(IDS), 1e-9)
 
 
+@pytest.mark.long
 def test_adapter_files_have_what_was_made(twins: Twins, folder: Path, tmp_path: Path) -> None:
     ours = twins.ours
     ours.set_scale(0.5, "task")
@@ -298,6 +303,7 @@ def test_adapter_files_have_what_was_made(twins: Twins, folder: Path, tmp_path: 
     assert_close(half(IDS), ours(IDS), 1e-9)
 
 
+@pytest.mark.long
 def test_program_files_have_what_calls_compute(twins: Twins, tmp_path: Path) -> None:
     ours = twins.ours
     before = ours(IDS)
@@ -313,6 +319,7 @@ def test_program_files_have_what_calls_compute(twins: Twins, tmp_path: Path) -> 
     assert not (tmp_path / "other.pt2").exists()
 
 
+@pytest.mark.long
 def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
     ours = twins.ours
     ours.set_active({"task": 0.5})
@@ -376,6 +383,7 @@ def memo() -> dict[str, Twins]:
     return {}
 
 
+@pytest.mark.long
 def test_reports_say_it(twins: Twins, model: nn.Module) -> None:
     ours = twins.ours
     ours.set_active({"task": 0.5})

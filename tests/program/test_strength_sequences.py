@@ -194,6 +194,7 @@ def together(*workers: Callable[[], None]) -> None:
         raise raised[0]
 
 
+@pytest.mark.long
 def test_threads_see_their_own_blocks_and_all_of_what_is_set() -> None:
     """One thread wants the base, one other scales, one sets them; each call is of one state, never of two."""
     p = compiled("eager")

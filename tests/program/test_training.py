@@ -66,6 +66,7 @@ def steps(loss_of: Callable[[dict[str, Tensor]], Tensor], params: list[nn.Parame
     return losses
 
 
+@pytest.mark.long
 def test_only_adapter_parameters_train_and_their_gradients_are_pefts(llama, trained):
     randomised(trained, 1)
     module, peft_model = trained.module(), peft_twin(llama, trained)
@@ -96,6 +97,7 @@ def test_losses_of_twenty_steps_equal_pefts(llama, trained):
         assert torch.equal(value, base[name])
 
 
+@pytest.mark.long
 def test_what_was_trained_runs_in_an_inference_program(llama, trained, tmp_path):
     randomised(trained, 3)
     module = trained.module()
@@ -110,6 +112,7 @@ def test_what_was_trained_runs_in_an_inference_program(llama, trained, tmp_path)
     torch.testing.assert_close(trained(**inputs).logits, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_trainer_of_transformers_trains_it_like_peft(llama, trained, tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -158,6 +161,7 @@ def dropping() -> tuple[nn.Module, adaptc.AdaptedProgram]:
     return model, adaptc.compile(model, config, example_inputs=torch.randn(4, 6, 7), training=True)
 
 
+@pytest.mark.long
 def test_train_and_eval_switch_every_dropout_and_batch_norm(dropping):
     model, program = dropping
     assert not model.training
@@ -182,6 +186,7 @@ def adapter_of(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
     return file_tensors(program.spec(), program.binding)
 
 
+@pytest.mark.long
 def test_a_training_program_answers_calls_without_dropout_and_merges_without_it(dropping):
     _, program = dropping
     x = torch.randn(3, 6, 7)
@@ -193,6 +198,7 @@ def test_a_training_program_answers_calls_without_dropout_and_merges_without_it(
     torch.testing.assert_close(adaptc.unload(program)(x), dropping[0](x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_lora_dropout_acts_on_the_adapter_input_with_the_configured_rate(dropping):
     _, program = dropping
     rates = [
@@ -201,6 +207,7 @@ def test_lora_dropout_acts_on_the_adapter_input_with_the_configured_rate(droppin
     assert rates == [0.5, 0.5]
 
 
+@pytest.mark.long
 def test_a_program_captured_for_inference_says_so_instead_of_training_without_dropout(llama):
     program = adaptc.compile(llama, LoraConfig(r=2, target_modules=["q_proj"]))
     module = program.module()
@@ -221,6 +228,7 @@ def test_set_mode_is_a_pass_that_counts_and_undoes_itself(dropping):
     assert str(flags[0]) == str(flags[1])
 
 
+@pytest.mark.long
 def test_inference_mode_freezes_the_adapter(llama):
     program = adaptc.compile(llama, LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True), training=True)
     assert not any(p.requires_grad for p in program.module().parameters())
@@ -230,6 +238,7 @@ def names(module: nn.Module) -> list[str]:
     return [getattr(n.target, "__name__", "") for n in module.graph.nodes if n.op == "call_function"]  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 def test_a_module_that_trains_takes_layers_gates_and_the_loss_in_one_step_each(llama, trained):
     module = randomised(trained, 5).module()
     layers = len(trained.adaptation.attachments)
@@ -252,11 +261,13 @@ def test_a_module_that_trains_takes_layers_gates_and_the_loss_in_one_step_each(l
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.long
 def test_a_module_with_nothing_to_train_is_left_as_it_is(llama):
     frozen = adaptc.compile(llama, LoraConfig(**KW, inference_mode=True), training=True).module()
     assert "lora_linears" not in names(frozen)
 
 
+@pytest.mark.long
 def test_weights_that_are_made_trainable_later_get_their_gradients(llama, trained):
     found = []
     for fuse in (True, False):
@@ -328,6 +339,7 @@ def slopes(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype | Non
     return grads
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", RECIPES)
@@ -358,6 +370,7 @@ def test_mixed_precision_trains_as_in_peft(family: str, dtype: torch.dtype) -> N
         torch.testing.assert_close(ours, other, rtol=eps, atol=0)
 
 
+@pytest.mark.long
 def test_labelled_logits_train_the_same_on_rows_that_have_a_label(llama):
     program, peft_model, inputs = twins("llama")
     inputs["labels"][0] = -100
@@ -377,6 +390,7 @@ def test_labelled_logits_train_the_same_on_rows_that_have_a_label(llama):
     assert module(**inputs).loss.isnan()
 
 
+@pytest.mark.long
 def test_which_logits_are_computed_is_all_or_labelled(llama, trained):
     with pytest.raises(ConfigError, match=r"'all', 'labelled'.*'some'"):
         trained.module(logits="some")
@@ -387,6 +401,7 @@ def test_which_logits_are_computed_is_all_or_labelled(llama, trained):
         frozen.module(logits="labelled")
 
 
+@pytest.mark.long
 def test_a_frozen_module_runs_under_autocast(llama):
     module = adaptc.compile(llama, LoraConfig(**KW, inference_mode=True), training=True).module().eval()
     with torch.autocast("cpu", torch.bfloat16):

@@ -55,6 +55,7 @@ def told(module: nn.Module) -> int:
     return sum(bool(n.kwargs.get("kinds")) or n.target is frozen_linear for n in nodes)
 
 
+@pytest.mark.long
 def test_fifty_steps_are_pefts(llama: nn.Module) -> None:
     program = compiled(llama)
     module, theirs = program.module(), peft_twin(llama, program)
@@ -68,6 +69,7 @@ def test_fifty_steps_are_pefts(llama: nn.Module) -> None:
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_module_and_the_report_say_what_was_chosen(llama: nn.Module) -> None:
     program = compiled(llama)
     assert adaptc.report(program).training == ()
@@ -86,6 +88,7 @@ def test_the_module_and_the_report_say_what_was_chosen(llama: nn.Module) -> None
     assert not any("adaptc" in str(n.target) for n in program.graph.nodes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["switch", "fuse", "compilers", "frozen"])
 def test_where_nothing_is_chosen(how: str, llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     program = compiled(llama)
@@ -100,6 +103,7 @@ def test_where_nothing_is_chosen(how: str, llama: nn.Module, monkeypatch: pytest
     assert how == "compilers" or module.products == ()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["copied", "pickled", "checkpointed"])
 def test_other_forms_of_the_module_are_equal_to_the_bit(how: str, llama: nn.Module) -> None:
     program = compiled(llama)
@@ -119,6 +123,7 @@ def test_other_forms_of_the_module_are_equal_to_the_bit(how: str, llama: nn.Modu
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_heads_that_train_are_left_alone(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LoraConfig(**KW, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
     program = randomised(adaptc.compile(llama, config, training=True), 1)
@@ -137,6 +142,7 @@ def test_heads_that_train_are_left_alone(llama: nn.Module, monkeypatch: pytest.M
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_machine_without_the_op_trains_the_same(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     module = compiled(llama).module()
     expected = module(**batch(2)).loss

@@ -177,6 +177,7 @@ MODES: dict[str, Callable[[Callable[[Tensor], Any]], Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_made_inside_is_as_if_made_outside(mode: str) -> None:
     """First calls, swaps, bindings, banks, scales, merges and modules: all of them remember tensors."""

@@ -54,6 +54,7 @@ def equal(a: Any, b: Any) -> bool:
     return list(a) == list(b) and all(torch.equal(b[k], v) and b[k].dtype == v.dtype for k, v in a.items())
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_thousand_cycles(dtype: torch.dtype) -> None:
@@ -134,6 +135,7 @@ class Tracked(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], -1)
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("safe", [True, False], ids=["safe", ""])
 @pytest.mark.parametrize("scheme", [False, "pissa", "olora"])

@@ -71,6 +71,7 @@ for limit in {limits}:
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     adaptc.save(net(), tmp_path / "a.pt2")
     before = content(tmp_path)
@@ -93,6 +94,7 @@ def test_a_full_disk_is_an_error_of_a_package(tmp_path: Path) -> None:
     assert content(tmp_path) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_what_a_write_raises_comes_after_torch_is_done(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +155,7 @@ print(len(raised))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 23], ids=str)
 def test_signals_wait_until_torch_is_done(step: int, tmp_path: Path) -> None:
     adaptc.save(net(), tmp_path / "a.pt2")
@@ -160,6 +163,7 @@ def test_signals_wait_until_torch_is_done(step: int, tmp_path: Path) -> None:
     assert int(done) > 400 // step
 
 
+@pytest.mark.long
 def test_handlers_that_do_not_raise_let_a_save_end(tmp_path: Path) -> None:
     adaptc.save(net(), tmp_path / "a.pt2")
     code = "import signal\ncame = []\nsignal.signal(signal.SIGTERM, lambda n, f: came.append(n))\n"
@@ -288,6 +292,7 @@ def killed(tmp_path: Path, kills: int) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt2"]
 
 
+@pytest.mark.long
 def test_killed_saves(tmp_path: Path) -> None:
     killed(tmp_path, 1)
 

@@ -119,6 +119,7 @@ def test_a_key_of_a_file_that_names_nothing_raises(
         use()
 
 
+@pytest.mark.long
 def test_the_report_tells_what_matched_and_what_was_left_out_and_why() -> None:
     report = adaptc.report(
         adaptc.compile(FAMILIES["llama"].build(), LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[1]))

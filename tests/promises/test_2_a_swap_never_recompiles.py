@@ -64,6 +64,7 @@ def by_hand(tensors: dict[str, Tensor], scale: float, x: Tensor) -> Tensor:
     return torch.func.functional_call(NET, state, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @settings(max_examples=examples(20))
 @given(

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 TARGETS = {"llama": ["q_proj", "o_proj"], "bert": ["query", "output.dense"], "t5": ["q", "o"]}
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", list(METHODS))
@@ -135,6 +136,7 @@ def test_right_gradients_of_circulant_blocks() -> None:
     assert not torch.allclose(grads[0], torch.autograd.grad(loss(net(y := x.clone().requires_grad_())), y)[0])
 
 
+@pytest.mark.long
 def test_right_at_tied_weights() -> None:
     """An adapter on one of two tied weights changes that one; PEFT's merge changes both."""
     model = FAMILIES["gpt2"].build()

@@ -140,6 +140,7 @@ def test_an_interrupt_at_any_line_of_a_write_leaves_one_file(tmp_path: Path) -> 
     assert came > 40
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("deed", DEEDS, ids=lambda d: d.__name__)
 def test_an_interrupt_leaves_one_adapter(deed: Callable[..., None], tmp_path: Path) -> None:

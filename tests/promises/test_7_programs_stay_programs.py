@@ -168,6 +168,7 @@ def test_regions_are_aten_and_tagged(name: str) -> None:
     assert program.run_decompositions().module()(X).shape == (3, 4)
 
 
+@pytest.mark.long
 def test_a_file_is_understood_from_its_graph_alone(tmp_path: Path) -> None:
     """By a process that has nothing but the file; and the file has no part that torch.export did not write."""
     family = FAMILIES["llama"]

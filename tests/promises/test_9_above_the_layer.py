@@ -62,6 +62,7 @@ KINDS: dict[str, Callable[[Path], list[Path]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_see_whole_adapters(kind: str, tmp_path: Path) -> None:
     paths = KINDS[kind](tmp_path)

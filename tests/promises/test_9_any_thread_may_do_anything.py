@@ -201,6 +201,7 @@ def everything_at_once(stage: Stage, seconds: float, threads: int, deeds: dict[D
         raise AssertionError("threads wait for each other")
 
 
+@pytest.mark.long
 def test_threads_see_whole_adapters(tmp_path: Path) -> None:
     stage = Stage.of(tmp_path, "eager")
     everything_at_once(stage, 15, 6, DEEDS, seed=1)
@@ -208,6 +209,7 @@ def test_threads_see_whole_adapters(tmp_path: Path) -> None:
     assert sum(stage.done.values()) > 30
 
 
+@pytest.mark.long
 def test_threads_that_only_call_and_swap(tmp_path: Path) -> None:
     """Calls and swaps alone come to many more turns."""
     stage = Stage.of(tmp_path, "eager")
@@ -225,6 +227,7 @@ def test_threads_see_whole_adapters_for_long(backend: str, seed: int, tmp_path: 
     everything_at_once(stage, 150, 6, deeds, seed)
 
 
+@pytest.mark.long
 def test_calls_and_swaps_do_not_wait_for_work_on_graphs(tmp_path: Path) -> None:
     """While a thread compiles, or saves, for minutes, others go on: with adapters of any rank, in any form."""
     stage = Stage.of(tmp_path, "eager")

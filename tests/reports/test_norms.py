@@ -40,6 +40,7 @@ def test_norms_are_those_of_tensors_and_of_changes(name: str, layer: str) -> Non
     assert all(torch.equal(current[fqn], t) for fqn, t in before.items()), "nothing is changed"
 
 
+@pytest.mark.long
 def test_sites_that_were_not_trained_show() -> None:
     prog = adaptc.compile(model(), LoraConfig(**CONFIG), training=True)
     assert all(

@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize(("family", "options"), CASES)
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -54,6 +55,7 @@ def test_parameter_counts_are_pefts(family: str, options: dict[str, Any]) -> Non
     assert (report.trainable, report.total) == oracle.get_nb_trainable_parameters()
 
 
+@pytest.mark.long
 def test_parameter_line_is_pefts(capsys: pytest.CaptureFixture[str]) -> None:
     oracle = peft.get_peft_model(FAMILIES["llama"].build(), peft.LoraConfig(target_modules=["q_proj"]))
     oracle.print_trainable_parameters()
@@ -76,6 +78,7 @@ def partial() -> adaptc.AdaptedProgram:
     return _partial()
 
 
+@pytest.mark.long
 def test_coverage_tells_which_layers_an_entry_missed(partial: adaptc.AdaptedProgram) -> None:
     report = adaptc.report(partial)
     assert {k: len(v) for k, v in report.matches.items()} == {"layers.1.self_attn.q_proj": 1, "v_proj": 2}
@@ -97,6 +100,7 @@ def test_coverage_names_sites_with_their_tensors(partial: adaptc.AdaptedProgram)
     assert "lora_B.weight 32x5" in str(report)
 
 
+@pytest.mark.long
 def test_coverage_after_a_swap_is_of_the_current_adapter(partial: adaptc.AdaptedProgram) -> None:
     model = FAMILIES["llama"].build()
     program = adaptc.compile(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
@@ -116,6 +120,7 @@ def test_coverage_after_a_swap_is_of_the_current_adapter(partial: adaptc.Adapted
     assert report.trainable == 0  # an adapter swapped into an inference program is not trained
 
 
+@pytest.mark.long
 def test_coverage_survives_a_file(tmp_path: Any) -> None:
     program = _partial()
     adaptc.save(program, tmp_path / "p.pt2")
@@ -125,6 +130,7 @@ def test_coverage_survives_a_file(tmp_path: Any) -> None:
     assert str(after).splitlines()[1:] == str(before).splitlines()[1:]
 
 
+@pytest.mark.long
 def test_sites_come_in_one_order_after_a_file_too(tmp_path: Any) -> None:
     """Adapter by adapter, and whole modules last, which the regions in a graph are not."""
     style = LoraConfig(r=3, target_modules=["v_proj", "layers.0.self_attn.q_proj"], init_lora_weights=False)
@@ -138,6 +144,7 @@ def test_sites_come_in_one_order_after_a_file_too(tmp_path: Any) -> None:
         assert str(after).splitlines()[1:] == str(before).splitlines()[1:]
 
 
+@pytest.mark.long
 def test_what_another_adapter_acts_on_is_not_left_at_the_base() -> None:
     both = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     program = adaptc.compile(FAMILIES["llama"].build(), {"a": both, "b": both})
@@ -155,6 +162,7 @@ def test_what_another_adapter_acts_on_is_not_left_at_the_base() -> None:
     assert "4 of them left at the base" in str(adaptc.report(program))
 
 
+@pytest.mark.long
 def test_plain_programs_have_no_adapter(partial: adaptc.AdaptedProgram) -> None:
     total = adaptc.report(partial).total - adaptc.report(partial).trainable
     for plain in (adaptc.merge(partial), adaptc.unload(partial)):
@@ -165,6 +173,7 @@ def test_plain_programs_have_no_adapter(partial: adaptc.AdaptedProgram) -> None:
     assert "merged from first values" in str(adaptc.report(adaptc.merge(partial)))
 
 
+@pytest.mark.long
 def test_modules_to_save_are_not_left_out() -> None:
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     report = adaptc.report(adaptc.compile(FAMILIES["llama"].build(), config))
@@ -238,6 +247,7 @@ def test_the_data_of_every_report_is_json(partial: adaptc.AdaptedProgram, what: 
 # -- merge -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_merge_report_is_of_the_merge() -> None:
     model = FAMILIES["llama"].build().to(torch.bfloat16)
     config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
@@ -256,6 +266,7 @@ def test_merge_report_is_of_the_merge() -> None:
     assert "2 weights (bfloat16)" in str(report)
 
 
+@pytest.mark.long
 def test_merge_report_tells_untied_weights() -> None:
     program = adaptc.compile(FAMILIES["gpt2"].build(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     report = adaptc.merge(program).merge_report

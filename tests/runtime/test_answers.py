@@ -82,6 +82,7 @@ def check_inputs(run: Callable[..., Any]) -> None:
             run(input_ids=ids, attention_mask=strange)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::adaptc.AdaptcWarning")
 def test_whatever_is_called_answers_as_transformers() -> None:
     model = FAMILIES["llama"].build()
@@ -102,6 +103,7 @@ def test_so_do_packages() -> None:
     check_answers(package().bind(program().binding), INPUTS)
 
 
+@pytest.mark.long
 def test_outputs_that_were_captured_are_asked_for() -> None:
     plain, more = program(), program(hidden=True)
     for asked in (None, True):
@@ -146,6 +148,7 @@ def test_programs_without_a_class_of_output() -> None:
             one(strange)
 
 
+@pytest.mark.long
 def test_options_that_were_captured_as_inputs_may_be_left_out() -> None:
     model = FAMILIES["llama"].build()
     prog = adaptc.compile(model, CONFIG, example_inputs={**INPUTS, "output_hidden_states": True, "return_dict": True})
@@ -156,6 +159,7 @@ def test_options_that_were_captured_as_inputs_may_be_left_out() -> None:
         prog(**INPUTS, output_hidden_states=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_steps_of_a_generation(family: str) -> None:
     gen, given = generator(family), prompt(2, 5)

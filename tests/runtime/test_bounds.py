@@ -78,6 +78,7 @@ def test_what_a_program_looks_up() -> None:
         made(**inputs() | {"ids": torch.full((3, 4), ROWS)})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["inductor", "package"])
 def test_it_is_an_error_and_not_the_end(how: str, tmp_path: Path) -> None:
     """A process that ended would take the tests with it."""
@@ -96,6 +97,7 @@ def test_it_is_an_error_and_not_the_end(how: str, tmp_path: Path) -> None:
     assert torch.equal(made(**good), expected)
 
 
+@pytest.mark.long
 def test_the_manifest_says_it(tmp_path: Path) -> None:
     path = adaptc.package(program(), tmp_path / "p.pt2")
     found = {i.name: i.bounds for i in read(path).manifest.inputs}

@@ -94,6 +94,7 @@ def programs(model: Net) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["eager", "inductor", "channels last", "one value"])
 @given(
     strides=ANY, own=ANY, rank=st.sampled_from([1, 2, 5]), n=st.sampled_from([0, 1, 3]), width=st.sampled_from([3, 6])
@@ -185,6 +186,7 @@ class Gaps(nn.Module):
         return self.lin(x) + self.count
 
 
+@pytest.mark.long
 def test_state_that_would_have_to_be_copied_is_refused() -> None:
     config = LoraConfig(r=2, target_modules=["lin"])
     prog = adaptc.compile(Gaps(), config, example_inputs=torch.randn(3, 5), backend="inductor")

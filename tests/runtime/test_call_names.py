@@ -51,6 +51,7 @@ def run(request: pytest.FixtureRequest, model: Net, tmp_path_factory: pytest.Tem
     return prog
 
 
+@pytest.mark.long
 def test_every_way_the_model_is_called(run: Any) -> None:
     expected = run(x=X, shift=SHIFT)
     for args, kwargs in [
@@ -114,6 +115,7 @@ def test_inputs_without_names_and_in_containers() -> None:
         prog(*args, extra={"loss": GAIN})
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_language_models_are_called_as_ever(name: str) -> None:

@@ -88,6 +88,7 @@ def same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "backend", "dtype"),
     [
@@ -126,6 +127,7 @@ def test_every_size_computes_what_the_model_does(
         assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 def test_language_models_take_one_token(name: str) -> None:

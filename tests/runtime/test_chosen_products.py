@@ -81,6 +81,7 @@ def test_one_row_and_none(calls: list[int]) -> None:
         close(program(x), program.module()(x))
 
 
+@pytest.mark.long
 def test_swaps_the_base_and_merges_too(calls: list[int]) -> None:
     program, x = compile_block(dtype=FLOAT), random_rows(8, FLOAT)
     program(x)

@@ -52,6 +52,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert_close_to_rounding(found, expected, factor=16 if found.dtype == FLOAT else 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
 def test_every_size_and_adapter_runs_the_same_code(dtype: torch.dtype) -> None:
     program = compile_block(dtype=dtype, backend="inductor")

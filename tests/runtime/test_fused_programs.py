@@ -39,6 +39,7 @@ def test_compiled_code_is_plain() -> None:
     assert set(program.executor().variants.trails) == {"plain"}
 
 
+@pytest.mark.long
 def test_both_ways_of_fusing_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from adaptc.passes.optimize import sibling_cost
 
@@ -72,6 +73,7 @@ def test_every_weight_is_held_once() -> None:
     assert_close(program(random_rows(2)), program.module()(random_rows(2)))
 
 
+@pytest.mark.long
 def test_the_buffer_is_given_up_with_the_base() -> None:
     program = compile_block()
     expected = program(random_rows(2))
@@ -85,6 +87,7 @@ def test_the_buffer_is_given_up_with_the_base() -> None:
     assert_close(merged(random_rows(2)), expected)
 
 
+@pytest.mark.long
 def test_two_programs_of_one_model_share_the_buffer() -> None:
     model = block()
     first, second = compile_block(model), compile_block(model, targets=("q", "v"))
@@ -99,6 +102,7 @@ def test_two_programs_of_one_model_share_the_buffer() -> None:
 
 
 # Without shrinking, which compiles anew for every smaller example.
+@pytest.mark.long
 @settings(max_examples=examples(8), phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
@@ -162,6 +166,7 @@ def test_under_autocast_nothing_is_fused() -> None:
         assert torch.equal(program(x), program.module()(x))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_families(name: str) -> None:
@@ -198,6 +203,7 @@ class TestBound:
         assert {n: t.data_ptr() for n, t in program.base_tensors.items()} == where
         assert w.held.nbytes == (6 + 10) * 7 * 8
 
+    @pytest.mark.long
     def test_auto_says_why(self) -> None:
         program = compile_block()
         assert program.bind(adapter(2, 1), form="auto").why.endswith("work in every call")

@@ -63,6 +63,7 @@ def ops(program: adaptc.AdaptedProgram, kind: str) -> list[str]:
     return [n.split(".")[1] for n in names if n.startswith("adaptc.")]
 
 
+@pytest.mark.long
 @settings(max_examples=examples(30), deadline=None)
 @given(st.integers(2, 9), st.integers(1, 7), st.integers(0, 99), st.sets(st.sampled_from(LAYERS), min_size=1))
 def test_every_adapter_and_size(pair: Pair, n: int, rank: int, seed: int, layers: set[str]) -> None:
@@ -112,6 +113,7 @@ def test_without_fuse_each_layer_keeps_a_kernel_of_its_own() -> None:
     assert (program.fusion.kernels, program.fusion.groups) == (4, 0)
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_inductor_compiles_kernels_once_for_all_ranks(dora: bool) -> None:
@@ -160,6 +162,7 @@ def test_calls_of_a_program_that_trains_with_dropout_take_kernels() -> None:
     assert ops(program, "plain") == ["lora_linear"] * 4
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_families(family: str) -> None:
@@ -202,6 +205,7 @@ def test_lower_wants_a_gpu() -> None:
         adaptc.debug.lower(program)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_lowered_program_swaps_merges_and_unloads(dora: bool) -> None:
     program = compiled(block(), False, dora)
@@ -233,6 +237,7 @@ def test_its_file_is_refused_without_a_gpu(tmp_path: Path) -> None:
     assert_close(adaptc.load(tmp_path / "plain.pt2")(random_rows(2)), program(random_rows(2)))
 
 
+@pytest.mark.long
 def test_where_kernels_run() -> None:
     """Interpreted: files of lowered programs, and programs in all their forms."""
     run_cases("lowering")

@@ -80,6 +80,7 @@ def test_the_form_follows_the_rows() -> None:
     assert kinds(program) == seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slots", ["float32", "own"])
 def test_who_has_no_other_form(slots: str) -> None:
     """float32 adapters have nothing to widen; float16 is not multiplied, and so is float32 in every form."""
@@ -133,6 +134,7 @@ def test_merged_verified_saved(tmp_path: Any) -> None:
     assert_close_to_rounding(adaptc.unload(program)(x), block(BF16)(x))
 
 
+@pytest.mark.long
 def test_copies_are_told_and_count_against_the_limit() -> None:
     program = compiled()
     program(random_rows(MORE, BF16))

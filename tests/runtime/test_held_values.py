@@ -99,6 +99,7 @@ def equal(found: Any, expected: Any) -> bool:
     return bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["gemma2", "falcon", "deberta_v2", "resnet"])
 def test_families_compute_the_same_bit_for_bit(name: str) -> None:
@@ -157,6 +158,7 @@ def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch
     assert runs == [base, slots, slots]
 
 
+@pytest.mark.long
 def test_values_go_with_their_binding() -> None:
     program = compiled()
     program(IDS)
@@ -318,6 +320,7 @@ def test_the_limit_holds_and_changes_no_output() -> None:
     assert compiled(hoist_limit=100).hoist_limit == 100
 
 
+@pytest.mark.long
 def test_a_call_never_mixes_code_and_values_of_two_limits() -> None:
     program = compiled()
     expected = program(IDS)

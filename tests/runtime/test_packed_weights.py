@@ -86,6 +86,7 @@ def test_it_computes_what_its_graph_says(fuse: bool, dtype: torch.dtype, made: l
     assert len(made) == len(packs(dtype, shape))  # the base shares it
 
 
+@pytest.mark.long
 def test_the_report_and_what_frees_it() -> None:
     program = compile_block(dtype=FLOAT)
     program(random_rows(1, FLOAT))
@@ -138,6 +139,7 @@ def test_a_write_through_another_object_is_not_missed(made: list[Any]) -> None:
     assert made == packs(FLOAT, *[(10, 7)] * 2)
 
 
+@pytest.mark.long
 def test_bound_callables(made: list[Any]) -> None:
     program, x = compile_block(dtype=FLOAT, fuse=False, pack="float32"), random_rows(2, FLOAT)
     tensors = {k: v.float() for k, v in adapter(4, 6).items()}
@@ -177,6 +179,7 @@ def test_gradients_and_a_machine_without_the_op(monkeypatch: pytest.MonkeyPatch)
     close(program(random_rows(2, FLOAT)), expected)
 
 
+@pytest.mark.long
 def test_values_without_a_meaning() -> None:
     for bad in ("bfloat16", True, 16, ["bf16"]):
         with pytest.raises(ConfigError, match=r"pack=.* is not one of float32, bf16, or None"):
@@ -207,6 +210,7 @@ def test_where_it_is_no_faster(monkeypatch: pytest.MonkeyPatch, made: list[Any])
     assert "not packed for 2 layers (measured: no faster here)" in str(adaptc.report(program))
 
 
+@pytest.mark.long
 def test_measuring_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     if not onednn_supports(FLOAT):
         assert choose_packed(512, 512, FLOAT) == MatmulChoice(LINEAR, (), "nothing else was measured here")

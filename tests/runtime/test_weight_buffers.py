@@ -56,6 +56,7 @@ def test_values_and_objects_stay() -> None:
     assert tensors[1].data_ptr() == buffer.data_ptr() + 3 * 5 * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("readers", [0, 1, 2])
 def test_old_memory_goes_when_the_last_reader_has_left(readers: int) -> None:
     tensors = weights()
@@ -68,6 +69,7 @@ def test_old_memory_goes_when_the_last_reader_has_left(readers: int) -> None:
     assert not alive(tensors[1], start), "it is kept for good"
 
 
+@pytest.mark.long
 def test_who_comes_later_keeps_nothing() -> None:
     tensors = weights()
     start = tensors[0].data_ptr()
@@ -79,6 +81,7 @@ def test_who_comes_later_keeps_nothing() -> None:
     second.end()
 
 
+@pytest.mark.long
 def test_the_thread_that_moves_them_does_not_keep_them_itself() -> None:
     tensors = weights()
     start = tensors[0].data_ptr()

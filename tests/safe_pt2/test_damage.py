@@ -185,6 +185,7 @@ def test_files_beside_the_program_are_not_read(good: Path, tmp_path: Path) -> No
     assert outputs_are_equal(outputs(adaptc.load(path)), outputs(adaptc.load(good)))
 
 
+@pytest.mark.long
 def test_compressed_records(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt2"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -184,6 +184,7 @@ def test_loads_and_computes_the_same(tmp_path: Path, case: str) -> None:
     assert list(again.state_dict) == list(loaded.state_dict)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_cache_of_transformers_goes_in_and_out(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from adaptc import LoraConfig
 THREADS, ROUNDS = 8, 2
 
 
+@pytest.mark.long
 def test_loads_and_saves_of_different_files(tmp_path: Path) -> None:
     programs, inputs = [], torch.randn(4, 5)
     for n in range(THREADS):

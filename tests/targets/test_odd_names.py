@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ class Chain(nn.Module):
         return x
 
 
+@pytest.mark.long
 @example("a@1", ["b@2", "b"])
 @example("L['self']", ["x@y", "0"])
 @settings(max_examples=examples(12))

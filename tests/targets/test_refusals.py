@@ -13,7 +13,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, TargetError
 from adaptc.methods._shared.name_patterns import pattern_value, unused_patterns
-from adaptc.targets.name_rules import Candidate, select_modules_to_save, select_targets
+from adaptc.targets.name_rules import TargetCandidate, select_modules_to_save, select_targets
 
 MODEL = {
     "model": "Body",
@@ -24,7 +24,7 @@ MODEL = {
     "lm_head": "torch.nn.modules.linear.Linear",
 }
 SMALL = [
-    Candidate(n, t, "embedding" if "Embedding" in t else "linear")
+    TargetCandidate(n, t, "embedding" if "Embedding" in t else "linear")
     for n, t in MODEL.items()
     if t.endswith(("Linear", "Embedding"))
 ]
@@ -140,14 +140,14 @@ def test_a_module_that_an_entry_names_in_vain_is_reported():
 
 
 def test_linear_means_the_layer_not_the_product():
-    router = Candidate("router", "some.TopKRouter", "linear")
-    proj = Candidate("out_proj", "torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "linear")
+    router = TargetCandidate("router", "some.TopKRouter", "linear")
+    proj = TargetCandidate("out_proj", "torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "linear")
     assert select_targets([router, proj], target_modules="all-linear").names == ("out_proj",)
 
 
 def test_cost_does_not_grow_with_the_product_of_names_and_entries():
     names = [f"model.blocks.{i // 8}.attn.{i % 8}.proj" for i in range(5000)]
-    linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
+    linear = [TargetCandidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
     start = time.process_time()
     got = select_targets(linear, target_modules=names, exclude_modules=names[:2500], all_names=names)
     assert time.process_time() - start < 1.5
@@ -155,7 +155,7 @@ def test_cost_does_not_grow_with_the_product_of_names_and_entries():
 
 
 def test_a_saved_ending_is_not_adapted_either():
-    linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in ("my_head", "my_head.fc", "fc")]
+    linear = [TargetCandidate(n, "torch.nn.modules.linear.Linear", "linear") for n in ("my_head", "my_head.fc", "fc")]
     assert select_modules_to_save(["my_head", "my_head.fc", "fc"], ["head"]) == ["my_head"]
     assert select_targets(linear, target_modules=["fc", "my_head"], modules_to_save=["head"]).names == ("fc",)
 

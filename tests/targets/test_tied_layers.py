@@ -66,6 +66,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return {k: t for k, t in load_file(path / "adapter_model.safetensors").items() if ".base_layer." not in k}
 
 
+@pytest.mark.long
 @pytest.mark.few(8)
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("model", list(MODELS))
@@ -87,6 +88,7 @@ def test_as_peft(model: str, kind: str, tmp_path: Path) -> None:
     assert_close(again(input_ids=X).logits, want, 3e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["both", "the head whole"])
 def test_one_parameter_takes_both_gradients(kind: str, tmp_path: Path) -> None:
     """PEFT's two parameters of LoRA lie in one memory, so that plain steps add up as the gradients of one do."""
@@ -116,6 +118,7 @@ def test_one_parameter_takes_both_gradients(kind: str, tmp_path: Path) -> None:
         assert torch.equal(state["base_model.model.lm_head.lora_A.weight"].T, up)
 
 
+@pytest.mark.long
 def test_first_values_change_nothing_and_learn() -> None:
     program = adaptc.compile(llama(), LoraConfig(**options("llama", "both")))
     assert_close(program(input_ids=X).logits, llama()(input_ids=X).logits, 1e-5)
@@ -123,6 +126,7 @@ def test_first_values_change_nothing_and_learn() -> None:
     assert sorted(bool(t.any()) for t in values.values()) == [False, True]
 
 
+@pytest.mark.long
 def test_ranks_change(tmp_path: Path) -> None:
     program = adaptc.compile(llama(), LoraConfig(**options("llama", "both")))
     other = LoraConfig(**{**options("llama", "both"), "r": 5, "init_lora_weights": False})
@@ -132,6 +136,7 @@ def test_ranks_change(tmp_path: Path) -> None:
     assert_valid(program)
 
 
+@pytest.mark.long
 def test_files_that_are_not_tied(tmp_path: Path) -> None:
     tied = LoraConfig(**{**options("llama", "both"), "init_lora_weights": False})
     program = adaptc.compile(llama(), tied)
@@ -162,6 +167,7 @@ def test_refusals(more: dict[str, Any], error: type[Exception], says: str) -> No
         adaptc.compile(llama(), LoraConfig(**{"target_modules": ["q_proj"], "ensure_weight_tying": True, **more}))
 
 
+@pytest.mark.long
 def test_what_has_no_effect_is_told() -> None:
     config = LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True)
     with pytest.warns(AdaptcWarning, match=r"trains none of \['model.embed_tokens', 'lm_head'\]"):

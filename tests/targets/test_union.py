@@ -64,6 +64,7 @@ def peft_output(model: nn.Module, folder: Path, ids: Tensor) -> Tensor:
     return PeftModel.from_pretrained(twin, str(folder))(ids)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_the_union_is_compiled_and_the_first_is_bound(model, saved, backend):
     ids = torch.randint(0, 13, (3, 6))

@@ -77,6 +77,7 @@ def failed(report: MethodReport) -> set[str]:
     return {c.name for c in report.failed}
 
 
+@pytest.mark.long
 def test_a_right_method_passes_every_check_at_every_layer_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.few(6)
 @pytest.mark.parametrize("name", list(FAULTS))
 def test_a_fault_fails_the_check_it_belongs_to(
@@ -166,6 +168,7 @@ def test_a_fault_fails_the_check_it_belongs_to(
         assert not failed(report) & set(USES)
 
 
+@pytest.mark.long
 def test_an_unregistered_method_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     own = config(monkeypatch)
     monkeypatch.undo()
@@ -184,6 +187,7 @@ def test_a_method_that_takes_no_layer_cannot_be_tried(monkeypatch: pytest.Monkey
     assert "could not be tried" in str(report)
 
 
+@pytest.mark.long
 def test_failures_raise_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     functions, check = FAULTS["first values"]
     with pytest.raises(MethodError, match=check):

@@ -18,6 +18,7 @@ from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compile_n
 # -- passes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "t5", "vit"])
 def test_transformers_models_verify(family: str) -> None:

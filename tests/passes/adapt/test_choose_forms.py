@@ -46,6 +46,7 @@ def test_a_rank_as_large_as_the_layer_goes_on_the_weight():
     assert {form for form, _ in forms(2, r=40).values()} == {"apply"}
 
 
+@pytest.mark.long
 def test_the_gradient_of_a_whole_weight_counts_in_training():
     inference = {m: f for m, (f, _) in forms(900, r=12).items()}
     training = {m: f for m, (f, _) in forms(900, r=12, training=True).items()}

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,12 +171,14 @@ def check(e: Example, tolerance: float) -> None:
     assert all(unloaded.state_dict[k].data_ptr() == v.data_ptr() for k, v in e.model.state_dict().items())
 
 
+@pytest.mark.long
 @settings(max_examples=cover.examples(25))
 @given(examples(st.just(torch.float64)))
 def test_random_models(e: Example) -> None:
     check(e, 1e-11)
 
 
+@pytest.mark.long
 @settings(max_examples=cover.examples(8))
 @given(examples(st.just(torch.float32)))
 def test_random_models_in_float32(e: Example) -> None:

@@ -226,6 +226,7 @@ def test_no_attention(forward: Callable[..., Tensor]) -> None:
 # -- cost --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_deep_models_are_cheap() -> None:
     """An attention that takes its values from the residual stream sees all of it: the worst case for a walk back."""
 

@@ -172,6 +172,7 @@ STEPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.long
 @example(sorted(STEPS), True)
 @settings(max_examples=examples(8))
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), st.booleans())

@@ -29,6 +29,7 @@ class Padded(nn.Module):
         return self.lin(x.unflatten(1, (-1, 7)).flatten(0, 1))
 
 
+@pytest.mark.long
 def test_sizes_of_windows() -> None:
     torch.manual_seed(0)
     model, x = Padded(), torch.rand(3, 16, 5)

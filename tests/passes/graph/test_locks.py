@@ -84,6 +84,7 @@ print("parent done", torch.isfinite(made()(x)).all().item(), flush=True)
 """
 
 
+@pytest.mark.long
 @pytest.mark.few(1)  # each is a process of its own
 @pytest.mark.parametrize("during", DURING)
 def test_a_child_works_although_another_thread_held_locks(during: str, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_traces_tell_regions_apart(traced: list[int]) -> None:
     assert len(traced) == 6
 
 
+@pytest.mark.long
 def test_compile_and_swap_trace_once_per_shape(traced: list[int]) -> None:
     counts = []
     config = LoraConfig(r=3, target_modules=["up", "down"])

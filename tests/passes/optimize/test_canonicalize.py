@@ -147,6 +147,7 @@ def test_checks_of_the_users_own_input_stay() -> None:
     assert (ops(before).count(checks), ops(after).count(checks)) == (2, 1)
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "t5", "resnet"])
 def test_families_compute_the_same_bits_with_fewer_operators(name: str) -> None:

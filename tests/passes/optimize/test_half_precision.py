@@ -81,6 +81,7 @@ def test_scales_are_folded_in_any_precision(dtype: torch.dtype) -> None:
         assert node.args[0].op == "placeholder" or node.args[0].target is aten.to.dtype  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 @given(
     widths=st.lists(st.integers(1, 13), min_size=1, max_size=4).map(tuple),
     data=st.data(),

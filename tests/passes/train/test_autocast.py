@@ -260,6 +260,7 @@ def test_a_head_in_half_precision_is_multiplied_once() -> None:
 
 
 # Dynamo instantiates functions that it traces.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiler_takes_the_fused_steps_whole(autocast: bool) -> None:

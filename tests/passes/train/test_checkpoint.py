@@ -91,6 +91,7 @@ def program() -> adaptc.AdaptedProgram:
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "t5", "mixtral")]
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", ["vit", "llama", "bert", *SLOW])
@@ -148,6 +149,7 @@ def test_several_blocks_are_one_segment(program: adaptc.AdaptedProgram, every: i
     assert runs == 2 * len(segments(module))
 
 
+@pytest.mark.long
 def test_a_program_says_what_its_modules_do() -> None:
     program = randomised(adaptc.compile(make_block_chain(), lora(), checkpoint=2, **KW))
     assert program.checkpoint == 2
@@ -252,6 +254,7 @@ def test_copies_are_modules_of_their_own(program: adaptc.AdaptedProgram) -> None
     assert runs_of(module, random_input())[1] == 10
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_compiled_module_has_one_graph_and_equal_gradients(dropout: float) -> None:
@@ -318,6 +321,7 @@ HELD = (shared_outputs, in_no_grad, in_autocast, attention, in_cond, in_place, i
 BODIES = {f.__name__: f for f in HELD}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.few(6)
 @pytest.mark.parametrize("fuse", [True, False])
@@ -343,6 +347,7 @@ def counted(block: Any, h: Tensor) -> Tensor:
     return h * block.count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("writes", "reason"), [(norm, "running statistics"), (counted, "count.*not of the block")])
 def test_blocks_that_write_to_buffers_run_once(writes: Any, reason: str) -> None:
     program = adaptc.compile(make_block_chain(lambda: Once(writes)), lora(), **KW)
@@ -392,6 +397,7 @@ def test_a_sequence_of_equal_blocks() -> None:
     assert (len(segments(module)), runs) == (6, 12)
 
 
+@pytest.mark.long
 def test_requests_that_cannot_be_met_are_refused_and_change_nothing(program: adaptc.AdaptedProgram) -> None:
     for wrong in (0, -1, 1.5, "all"):
         with pytest.raises(ConfigError, match="number of blocks from 1"):

@@ -140,6 +140,7 @@ def test_attention_captured_without_dropout_gets_none() -> None:
     assert torch.equal(module(x), module(x))
 
 
+@pytest.mark.long
 def test_hidden_dropout_is_off_for_inference_and_on_for_training() -> None:
     torch.manual_seed(2)
     model, x = Hidden(), torch.randn(3, 7)
