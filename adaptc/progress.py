@@ -42,17 +42,34 @@ LOGGER = logging.getLogger("adaptc")
 
 
 def get_verbosity() -> int:
-    """Return the level of adaptc's logger, one of the levels of ``logging``, such as ``logging.WARNING``."""
+    """Return the level of adaptc's logger.
+
+    Returns:
+        one of the levels of ``logging``, such as ``logging.WARNING``.
+
+    Example:
+        >>> adaptc.get_verbosity()
+        30
+    """
     return LOGGER.getEffectiveLevel()
 
 
 def set_verbosity(level: int | str) -> None:
     """Set the level of adaptc's logger, as ``transformers.logging.set_verbosity`` does.
 
-    ``level``: a level of ``logging``, or "debug", "info", "warning", "error" or "critical". At "info" each stage of
-    long work has a line when it begins and when it ends. At "warning", the default, a terminal shows a status line
-    while work takes long. At "error" and "critical" it shows none. The environment variable ``ADAPTC_VERBOSITY`` sets
-    the first level. Raises ConfigError for any other value.
+    At "info" each stage of long work has a line when it begins and when it ends. At "warning", the default, a terminal
+    shows a status line while work takes long. At "error" and "critical" it shows none. The environment variable
+    ``ADAPTC_VERBOSITY`` sets the first level.
+
+    Args:
+        level: a level of ``logging``, or "debug", "info", "warning", "error" or "critical".
+
+    Raises:
+        ConfigError: ``level`` is none of these.
+
+    Example:
+        >>> adaptc.set_verbosity("error")
+        >>> adaptc.set_verbosity("warning")
     """
     LOGGER.setLevel(_level(level))
 

@@ -28,19 +28,29 @@ from adaptc.methods import AdapterConfig
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The content of a PEFT directory: ``config``, and ``tensors`` by PEFT's keys, with or without
-    ``base_model.model.``.
+    """The content of a PEFT directory, as an object.
 
-    ``swap``, ``bind``, ``compile`` and ``combine`` take it like a directory, and ``save_adapter`` writes it. ``source``
-    names it in messages. ``report`` is set on results of :func:`adaptc.convert_to_lora` and
-    :func:`adaptc.subtract_adapter`, and tells how near the adapter is to its original; otherwise None.
+    ``swap``, ``bind``, ``compile`` and ``combine`` take it like a directory, and ``save_adapter`` writes it. Its
+    tensors are shared with its maker, and must not be written to.
 
     ``a + b``, ``a - b``, ``0.5 * a``, ``-a`` and ``a / 2`` are task arithmetic. The changes of the weights are added
     and scaled exactly, so that ranks add up; ``adaptc.combine`` has other ways. Sums of IA3 adapters are sums of their
     factors, as in PEFT.
 
-    Its tensors are shared with its maker, and must not be written to. Making one raises CheckpointError for values that
-    are no tensors or not finite, and ConfigError for a bad config.
+    Attributes:
+        config: the adapter's config, or a dict of its fields.
+        tensors: PEFT's keys -> tensors, with or without ``base_model.model.``.
+        source: the adapter's name in messages.
+        report: for results of :func:`adaptc.convert_to_lora` and :func:`adaptc.subtract_adapter` how near the adapter
+            is to its original; otherwise None.
+
+    Raises:
+        CheckpointError: a value is no tensor or not finite.
+        ConfigError: the config is not valid.
+
+    Example:
+        >>> one, other = (adaptc.Adapter(*lora_weights(seed)) for seed in (0, 1))
+        >>> report = adaptc.swap(prog, 0.5 * one + other)
     """
 
     config: AdapterConfig
@@ -69,12 +79,29 @@ class Adapter:
         return AdapterData(self.config.to_dict(), self.tensors, self.source)
 
     def write(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the adapter as a PEFT directory; ``options`` are those of
-        :func:`adaptc.binding.sources.write_directory.write_with_experts`."""
+        """Write the adapter as a PEFT directory.
+
+        Args:
+            path: the directory.
+            **options: the options of :func:`adaptc.save_adapter` for PEFT directories.
+
+        Returns:
+            the path of the directory.
+
+        Raises:
+            CheckpointError: the files cannot be written.
+        """
         return write_with_experts(path, self.config, self.tensors, **options)
 
     def to(self, device: torch.device | str) -> Adapter:
-        """Return the adapter with its tensors on ``device``."""
+        """Return the adapter with its tensors on ``device``.
+
+        Args:
+            device: the device.
+
+        Returns:
+            another adapter; this one stays where it is.
+        """
         return Adapter(self.config, {k: t.to(device) for k, t in self.tensors.items()}, self.source, self.report)
 
     def __add__(self, other: Any) -> Adapter:
@@ -123,10 +150,24 @@ def load_adapter(
 ) -> Adapter:
     """Load the adapter of a PEFT directory as an object, in memory of its own.
 
-    ``adapter_name`` picks one of several in the directory, and ``key_mapping`` renames keys, both as for :func:`swap`.
-    ``config`` replaces the file's own, and is needed for weights that have none beside them. Raises CheckpointError and
-    ConfigError. The keys of other formats than PEFT's are known only with the model, so for those the error says what
-    to do.
+    Args:
+        path: the directory.
+        config: the config in place of the file's own. It is needed for weights that have none beside them.
+        adapter_name: which of several adapters in the directory to take.
+        key_mapping: regular expression -> replacement, applied to the keys as :func:`swap` does.
+
+    Returns:
+        the adapter, with the tensors of the file in their shapes and dtypes.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its format needs the model to tell what its keys mean.
+        ConfigError: the config is not valid.
+        AdaptcError: ``path`` is no path.
+
+    Example:
+        >>> adapter = adaptc.load_adapter(adaptc.save_adapter(prog, "my-adapter"))
+        >>> adapter.config.r
+        2
     """
     if not isinstance(path, (str, os.PathLike)):
         raise AdaptcError(f"load_adapter takes the path of an adapter, not a {type(path).__name__}")

@@ -18,17 +18,29 @@ def arrow_adapter(
 ) -> Adapter:
     """Return an Arrow adapter (arXiv 2405.11157), in which each token chooses among LoRA adapters, layer by layer.
 
-    ``task_specific_adapter_paths`` are PEFT directories of plain LoRA adapters, or :class:`Adapter` objects, at the
-    same linear layers. Their ranks and scales may differ. ``arrow_config`` is an :class:`ArrowConfig`, or peft's. With
-    ``use_gks`` the mean A and B of ``general_adapter_paths`` are subtracted from those of each adapter (GenKnowSub). No
-    tensor of the caller's is written to.
+    ``save_adapter`` writes the adapters, and the ``arrow_router`` that routes between them, as PEFT does; the path of
+    that directory is an adapter again. No tensor of the caller's is written to.
 
-    ``compile``, ``swap``, ``bind`` and ``compile_for_generation`` take the result like a directory. Programs swap to
-    any number of adapters of any ranks. ``save_adapter`` writes the adapters, and the ``arrow_router`` that routes
-    between them, as PEFT does; the path of that directory is an adapter again.
+    Args:
+        task_specific_adapter_paths: PEFT directories of plain LoRA adapters, or :class:`adaptc.Adapter` objects, at the
+            same linear layers. Their ranks and scales may differ.
+        arrow_config: an :class:`adaptc.ArrowConfig`, or peft's.
+        general_adapter_paths: with ``use_gks`` the adapters whose mean A and B are subtracted from those of each
+            adapter (GenKnowSub).
 
-    Raises ConfigError for adapters that are not plain LoRA or have other modules, and for general adapters without
-    ``use_gks``. Raises CheckpointError for files and shapes.
+    Returns:
+        an adapter for ``compile``, ``swap``, ``bind`` and ``compile_for_generation``. Programs swap to any number of
+        adapters of any ranks.
+
+    Raises:
+        ConfigError: an adapter is not plain LoRA or has other modules, or there are general adapters without
+            ``use_gks``.
+        CheckpointError: a file or a shape does not fit.
+
+    Example:
+        >>> tasks = [adaptc.Adapter(*lora_weights(seed)) for seed in (0, 1)]
+        >>> routed = adaptc.compile(model, adaptc.methods.arrow_adapter(tasks, adaptc.ArrowConfig()), example_inputs=x)
+        >>> report = adaptc.swap(routed, adaptc.methods.arrow_adapter(tasks[:1], adaptc.ArrowConfig()))
     """
     arrow = ArrowConfig.from_value(arrow_config)
     tasks = _read_adapters("task_specific_adapter_paths", task_specific_adapter_paths)

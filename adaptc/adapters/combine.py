@@ -47,34 +47,52 @@ def combine(
     model: Any = None,
     example_inputs: Any = None,
 ) -> Adapter:
-    """Return one adapter made of several, each with a weight, as an object that ``swap``, ``bind`` and ``compile``
-    take.
+    """Return one adapter made of several, each with a weight.
 
-    ``save_adapter`` writes it. ``adapters`` maps PEFT directories to weights, or is a list of (adapter, weight) pairs.
-    In pairs, adapters may also be state dicts (with ``config``), :class:`Adapter` objects, programs, and results of
-    ``prog.bind``. Weights may be negative. Ranks, alphas, layers and patterns may differ. Each layer is made of the
-    adapters that have it.
+    Ranks, alphas, layers and patterns may differ. Each layer is made of the adapters that have it. ``method`` is one of
+    PEFT's combination types, with PEFT's numbers:
 
-    ``method`` is one of PEFT's combination types, with PEFT's numbers. "cat" is the exact sum, whose ranks add up.
-    "svd", the default for LoRA, is the sum cut to ``svd_rank``, by default the largest rank. "linear", "ties",
-    "dare_linear", "dare_ties" and "magnitude_prune" act on each of the two factors, which is an approximation. All but
-    "linear" may end in "_svd": they then act on the changes of the weights, cut as "svd" cuts them. Methods whose
-    change is linear in one tensor (IA3, C3A, FourierFT, WaveFT, MiSS) have only the weighted sum, "linear".
+    - "cat" is the exact sum, whose ranks add up.
+    - "svd", the default for LoRA, is the sum cut to ``svd_rank``.
+    - "linear", "ties", "dare_linear", "dare_ties" and "magnitude_prune" act on each of the two factors, which is an
+      approximation. All but "linear" may end in "_svd": they then act on the changes of the weights, cut as "svd" cuts
+      them.
 
-    ``density`` is the part of the entries that is kept. ``majority_sign_method`` "total" elects signs by sums,
-    "frequency" by counts. ``svd_clamp`` is the quantile of the factors' entries to which larger ones are clamped.
-    ``svd_full_matrices`` and ``svd_driver`` (on a GPU) are torch's, and change only how the result is computed.
-    ``generator`` draws for dare; by default torch's global one does.
+    Methods whose change is linear in one tensor (IA3, C3A, FourierFT, WaveFT, MiSS) have only the weighted sum,
+    "linear". All is computed in float32, or in float64 where an adapter has it. rsLoRA's scale and ``lora_bias`` are
+    accounted for. Tensors that are trained whole are averaged, if the weights of the adapters that have them sum to
+    one.
 
-    The result has scale 1 (alpha = r). rsLoRA's scale and ``lora_bias`` are accounted for. Tensors that are trained
-    whole are averaged, if the weights of the adapters that have them sum to one.
+    Args:
+        adapters: PEFT directory -> weight, or a list of (adapter, weight) pairs. In pairs, adapters may also be state
+            dicts (with ``config``), :class:`Adapter` objects, programs, and results of ``bind``. Weights may be
+            negative.
+        method: the combination type; None for the default of the adapters' method.
+        density: the part of the entries that is kept.
+        majority_sign_method: "total" elects signs by sums, "frequency" by counts.
+        svd_rank: the rank of the result; None for the largest of the adapters.
+        svd_clamp: the quantile of the factors' entries to which larger ones are clamped.
+        svd_full_matrices: torch's option, which changes only how the result is computed.
+        svd_driver: torch's option on a GPU, which changes only how the result is computed.
+        generator: the source of the random choices of dare; None for torch's global generator.
+        config: the config of state dicts.
+        key_mapping: regular expression -> replacement, applied to the keys as :func:`swap` does.
+        model: a model as for :func:`compile`, or a program. With it, the adapters' changes of its weights are combined
+            into LoRA. Adapters of any methods (DoRA, LoHa, PiSSA, ...) can then be combined, by the methods that end in
+            svd.
+        example_inputs: the inputs of ``model``, as for :func:`compile`.
 
-    ``model`` is as for :func:`compile`, with ``example_inputs``, or a program. With it, the adapters' changes of its
-    weights are combined into LoRA. Adapters of any methods (DoRA, LoHa, PiSSA, ...) can then be combined, by the
-    methods that end in svd.
+    Returns:
+        an adapter with scale 1 (alpha = r), which ``swap``, ``bind``, ``compile`` and ``save_adapter`` take.
 
-    All is computed in float32, or in float64 where an adapter has it. Raises ConfigError for options and adapters that
-    do not go together. Raises CheckpointError for files, shapes, and values that are not finite.
+    Raises:
+        ConfigError: options or adapters do not go together.
+        CheckpointError: files or shapes do not fit, or values are not finite.
+
+    Example:
+        >>> one, other = (adaptc.Adapter(*lora_weights(seed)) for seed in (0, 1))
+        >>> adaptc.combine([(one, 0.7), (other, 0.3)], method="cat").config.r
+        4
     """
     pairs = _check_pairs(adapters)
     options = CombineOptions(

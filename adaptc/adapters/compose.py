@@ -30,15 +30,29 @@ def compose_cartridge_adapters(
 ) -> Adapter:
     """Return one cartridge with the KV prefix of the first, then that of the second, and so on (arXiv 2506.06266).
 
-    No model is needed and nothing is computed. ``adapter_paths`` are at least two PEFT directories of cartridges,
-    :class:`Adapter` objects, programs, or results of ``bind``. ``swap``, ``bind``, ``compile`` and ``save_adapter``
-    take the result like a directory. With ``output_path`` it is also written there, as PEFT's function of this name
-    does. ``safe_serialization=False`` writes it as a ``.bin``. ``num_virtual_tokens`` is the sum. ``num_frozen_tokens``
-    is that of the first cartridge, whose first token is the attention sink.
+    No model is needed and nothing is computed. ``num_virtual_tokens`` of the result is the sum. ``num_frozen_tokens``
+    is that of the first cartridge, whose first token is the attention sink. A warning tells where the adapters name
+    different models.
 
-    Raises ConfigError for fewer than two cartridges and for adapters of another method. It does so too for cartridges
-    whose models differ (layers, heads, widths, task), and for such that also train modules. Raises CheckpointError for
-    tensors that do not fit their config, or have no token. Warns where the adapters name different models.
+    Args:
+        adapter_paths: at least two PEFT directories of cartridges, :class:`adaptc.Adapter` objects, programs, or
+            results of ``bind``.
+        output_path: the directory to write the result to as well, as PEFT's function of this name does; None for none.
+        safe_serialization: whether to write ``.safetensors``; False writes a ``.bin``.
+
+    Returns:
+        an adapter, which ``swap``, ``bind``, ``compile`` and ``save_adapter`` take.
+
+    Raises:
+        ConfigError: there are fewer than two cartridges, or an adapter is of another method or also trains modules.
+            The same where their models differ (layers, heads, widths, task).
+        CheckpointError: the tensors of a cartridge do not fit its config, or have no token.
+
+    Example:
+        >>> one = adaptc.compile(lm, adaptc.CartridgeConfig(num_virtual_tokens=3))
+        >>> other = adaptc.compile(lm, adaptc.CartridgeConfig(num_virtual_tokens=2))
+        >>> adaptc.prefixes.compose_cartridge_adapters([one, other]).config.num_virtual_tokens
+        5
     """
     if isinstance(adapter_paths, (str, bytes, os.PathLike)) or not isinstance(adapter_paths, Sequence):
         raise ConfigError(f"adapter_paths must be a list of cartridges, got {type(adapter_paths).__name__}")

@@ -22,15 +22,27 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     """Return the first ``num_virtual_tokens`` tokens of a KV cache as PEFT's files of prefix tuning and cartridges have
     them.
 
-    ``past_key_values`` is a transformers cache, or what ``prefill`` of a generator gives. It may also be the (key,
-    value) pairs of the layers, each tensor (1, heads, length, width). The result is ``prompt_embeddings``
-    (num_virtual_tokens, 2 * layers * heads * width), in the cache's dtype and in memory of its own. Each row has a
-    token's key of the first layer, its value, and so on for each layer. They are as in the cache: rotated, and with one
-    head for all queries that share it.
+    Each row has a token's key of the first layer, its value, and so on for each layer. They are as in the cache:
+    rotated, and with one head for all queries that share it.
 
-    Raises ConfigError where the number of tokens is no positive integer. Raises AdaptcError for a cache of several
-    sequences or of fewer tokens, and for layers that differ in shape or have no keys. It does so too where layers with
-    a sliding window have dropped the first tokens.
+    Args:
+        past_key_values: a transformers cache, or what ``prefill`` of a generator gives. It may also be the (key, value)
+            pairs of the layers, each tensor (1, heads, length, width).
+        num_virtual_tokens: the number of tokens to take.
+
+    Returns:
+        ``prompt_embeddings`` (num_virtual_tokens, 2 * layers * heads * width), in the cache's dtype and in memory of
+        its own.
+
+    Raises:
+        ConfigError: ``num_virtual_tokens`` is no positive integer.
+        AdaptcError: the cache has several sequences or fewer tokens, or layers with a sliding window have dropped the
+            first ones. The same for layers that differ in shape or have no keys.
+
+    Example:
+        >>> pairs = [(torch.randn(1, 4, 7, 8), torch.randn(1, 4, 7, 8))]
+        >>> adaptc.prefixes.prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=3).shape
+        torch.Size([3, 64])
     """
     return rows_from_kv_prefix([t[0] for t in first_cached_tokens(past_key_values, num_virtual_tokens)])
 

@@ -38,17 +38,30 @@ def subtract_adapter(
 ) -> Adapter:
     """Return the adapter that turns ``model_b`` into ``model_a``: LoRA of what a fine-tuned model changed of its base.
 
-    Each model is a module, a state dict, a ``.safetensors`` file, or a directory of such files as transformers writes
-    them. Several files need ``model.safetensors.index.json``. Files are read one tensor at a time. ``rank`` is as for
-    :func:`convert_to_lora`: an integer, or the part of the energy to keep of each weight. ``target_modules`` chooses
-    modules by endings of names, or by an expression for whole names; the default is every module that changed. Modules,
-    and directories with a ``config.json``, tell which layers are embeddings or have a transposed weight (GPT-2's).
-    Otherwise every matrix counts as a linear layer's.
+    Files are read one tensor at a time. Modules, and directories with a ``config.json``, tell which layers are
+    embeddings or have a transposed weight (GPT-2's). Otherwise every matrix counts as a linear layer's. Changed tensors
+    that are no matrices (norms) are in the adapter whole (``modules_to_save``).
 
-    ``.report`` of the result has the error of each weight. Changed tensors that are no matrices (norms) are in the
-    adapter whole (``modules_to_save``); with ``target_modules`` they raise. Raises CheckpointError for files, and for
-    tensors that differ in name or shape or are not finite. Raises ConfigError where nothing changed, and for layers
-    whose change has no form in LoRA.
+    Args:
+        model_a: the fine-tuned model: a module, a state dict, a ``.safetensors`` file, or a directory of such files as
+            transformers writes them. Several files need ``model.safetensors.index.json``.
+        model_b: its base, in one of the same forms.
+        rank: an integer, or the part of the energy to keep of each weight, as for :func:`convert_to_lora`.
+        target_modules: the modules to take, by endings of names, or by an expression for whole names; None for every
+            module that changed. Changed tensors that are no matrices then raise.
+
+    Returns:
+        the adapter, whose ``report`` has the error of each weight.
+
+    Raises:
+        CheckpointError: a file is damaged, or tensors differ in name or shape or are not finite.
+        ConfigError: nothing changed, or the change of a layer has no form in LoRA.
+
+    Example:
+        >>> base = {"0.weight": torch.randn(7, 5)}
+        >>> tuned = {"0.weight": base["0.weight"] + torch.randn(7, 1) @ torch.randn(1, 5)}
+        >>> adaptc.subtract_adapter(tuned, base, rank=1).config.r
+        1
     """
     cut = parse_rank(rank)
     is_chosen = _module_filter(target_modules)

@@ -42,15 +42,31 @@ def convert_to_lora(
 ) -> Adapter:
     """Return the LoRA adapter nearest to ``adapter``: the changes that it makes to each weight, cut to a rank.
 
-    ``adapter`` is a program or generator, whose current adapter is meant, or a result of ``bind``. With the ``model``
-    that it is for, it is any adapter that :func:`compile` takes. ``model`` and ``example_inputs`` are as for
-    :func:`compile`. ``rank`` is an integer, or a fraction above 0 and at most 1. A fraction is the part of the energy
-    (the sum of the squared singular values) to keep of each weight, which decides its rank. Every method that changes
-    weights has a LoRA; ``.report`` of the result has the error of each weight. Tensors that are trained whole stay as
-    they are. The result has scale 1 (alpha = r).
+    Every method that changes weights has a LoRA. Tensors that are trained whole stay as they are.
 
-    Raises ConfigError for methods and layers for which LoRA has no form, and CheckpointError for adapters that do not
-    fit.
+    Args:
+        adapter: a program or generator, whose current adapter is meant, or a result of ``bind``. With ``model``, any
+            adapter that :func:`compile` takes.
+        model: the model that the adapter is for, as for :func:`compile`.
+        rank: an integer, or a fraction above 0 and at most 1. A fraction is the part of the energy (the sum of the
+            squared singular values) to keep of each weight, which decides its rank.
+        example_inputs: the inputs of ``model``, as for :func:`compile`.
+        config: the config of an adapter without one.
+        key_mapping: regular expression -> replacement, applied to the keys as :func:`swap` does.
+        component: the part to take of a file that has several; see :func:`compile`.
+
+    Returns:
+        an adapter with scale 1 (alpha = r), whose ``report`` has the error of each weight.
+
+    Raises:
+        ConfigError: LoRA has no form for the method or for a layer.
+        CheckpointError: the adapter does not fit.
+
+    Example:
+        >>> config = adaptc.LoHaConfig(r=2, target_modules=["0"], init_weights=False)
+        >>> adapted = adaptc.compile(model, config, example_inputs=x)
+        >>> adaptc.convert_to_lora(adapted, rank=4).config.r
+        4
     """
     truncation, adapter = parse_rank(rank), unwrap(adapter)
     if isinstance(adapter, (ProgramCore, BoundProgram)):

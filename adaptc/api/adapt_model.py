@@ -46,31 +46,51 @@ def compile(
 ) -> AdaptedProgram:
     """Capture ``model``, adapt it, and return the adapted program.
 
-    ``model``: an nn.Module, a transformers model, a UNet or Flux denoiser of diffusers, an ExportedProgram, or the
-    result of ``transformers.exporters``. ``example_inputs``: a tensor, a tuple, or a dict of keywords. An nn.Module
-    needs them; for models of transformers and diffusers they are made from the config where none are given.
+    The model's values are not modified, and its parameters are shared. The first call of a program that fuses moves
+    sibling weights into one buffer; let no other thread run the model then.
 
-    ``adapter``: a config, a ``peft`` config, or an adapter with its weights: a PEFT directory, a file of diffusers,
-    kohya, LyCORIS or torchtune, or a state dict with such keys. It may be a list of these: the program then gets the
-    union of their sites and is bound to the first. A dict of these by name makes adapters that act together, each on
-    the weights as changed by the ones before it. ``config``: the config of one adapter with weights, in place of the
-    one in its file. Without ``target_modules`` it targets the modules that the keys name. Given without ``adapter``, it
-    is the adapter. ``component``: the part to take of a file that has several (a UNet's and a text encoder's), where
-    the names of modules do not tell. ``key_mapping``: regular expression -> replacement, applied to the keys of adapter
-    files (PEFT's rule); refused where ``adapter`` is none.
+    Args:
+        model: an nn.Module, a transformers model, a UNet or Flux denoiser of diffusers, an ExportedProgram, or the
+            result of ``transformers.exporters``.
+        adapter: a config, a ``peft`` config, or an adapter with its weights. Those are a PEFT directory, a file of
+            diffusers, kohya, LyCORIS or torchtune, or a state dict with such keys. A list of these gives the program
+            the union of their sites, and binds it to the first. A dict of these by name makes adapters that act
+            together, each on the weights as changed by the ones before it.
+        config: the config of one adapter with weights, in place of the one in its file. Without ``target_modules`` it
+            targets the modules that the keys name. Given without ``adapter``, it is the adapter.
+        example_inputs: a tensor, a tuple, or a dict of keywords. An nn.Module needs them. For models of transformers
+            and diffusers they are made from the config where none are given.
+        dynamic_shapes: the axes whose size may change, as torch.export takes them. "auto" finds them.
+        adapter_name: the name of a single adapter.
+        training: True captures the training behaviour: dropout, and the loss of a transformers model.
+        backend: "eager" or "inductor".
+        form: "apply" puts adapters around the layers, and "weight" in front of their weights. "auto" chooses the
+            cheaper form per site (``report`` says why).
+        autocast_adapter_dtype: whether adapters of half-precision bases are float32.
+        key_mapping: regular expression -> replacement, applied to the keys of adapter files (PEFT's rule). It is
+            refused where ``adapter`` is none.
+        component: the part to take of a file that has several (a UNet's and a text encoder's), where the names of
+            modules do not tell.
+        generator: the source of first values; None for torch's global generator.
+        hoist_limit: the number of bytes that hoisted values may take; see :attr:`AdaptedProgram.hoist_limit`.
+        fuse: whether layers that read one tensor are computed by one matmul; see :attr:`AdaptedProgram.fuse`.
+        checkpoint: how many blocks the backward computes again at a time; see :attr:`AdaptedProgram.checkpoint`.
+        pack: the dtype of base weights that may have packed copies on a CPU; see :attr:`AdaptedProgram.pack`.
 
-    ``training=True`` captures the training behaviour: dropout, and the loss of a transformers model. ``backend``:
-    "eager" or "inductor". ``form``: "apply" puts adapters around the layers, "weight" in front of their weights, and
-    "auto" chooses the cheaper form per site (``report`` says why). ``autocast_adapter_dtype``: adapters of
-    half-precision bases are float32. ``generator`` draws first values; by default torch's global generator.
+    Returns:
+        the program. A call takes the model's inputs and gives its output, with the model's shapes and dtypes.
 
-    ``hoist_limit`` is the number of bytes that hoisted values may take. ``fuse`` computes layers that read one tensor
-    by one matmul. ``checkpoint``: how many blocks the backward computes again at a time. ``pack`` allows packed copies
-    of base weights on a CPU. The properties of :class:`AdaptedProgram` with these names document them.
+    Raises:
+        CaptureError: the model cannot be captured.
+        ConfigError: the config, or an option, has a value that cannot be honoured.
+        TargetError: an entry of the config names no layer, or a layer that the method cannot adapt.
+        CheckpointError: the adapter's file is damaged or does not fit.
+        BackendError: the backend is unknown or not available.
 
-    The model's values are not modified, and its parameters are shared. The first call of a program
-    that fuses moves sibling weights into one buffer; let no other thread run the model then.
-    Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
+    Example:
+        >>> prog = adaptc.compile(model, LoraConfig(r=2, target_modules=["0", "1"]), example_inputs=x)
+        >>> prog(x).shape
+        torch.Size([2, 3])
     """
     options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack)
     if options.checkpoint is not None and not training:
@@ -106,9 +126,24 @@ def create_arrow_model(
 ) -> AdaptedProgram:
     """Return ``base_model`` with an adapter that routes each token between LoRA adapters, as PEFT's function does.
 
-    It is ``compile(base_model, arrow_adapter(...), **options)``. :func:`adaptc.methods.arrow_adapter` makes further
-    ones to swap to; :func:`compile` documents the ``options``. As in PEFT, nothing is trained, and
-    the adapter cannot be merged. Raises the errors of both.
+    It is ``compile(base_model, arrow_adapter(...), **options)``. As in PEFT, nothing is trained, and the adapter cannot
+    be merged. :func:`adaptc.methods.arrow_adapter` makes further adapters to swap to, and raises the same errors.
+
+    Args:
+        base_model: a model that :func:`adaptc.compile` takes.
+        task_specific_adapter_paths: PEFT directories of plain LoRA adapters, or :class:`adaptc.Adapter` objects.
+        arrow_config: an :class:`adaptc.ArrowConfig`, or peft's.
+        general_adapter_paths: adapters whose mean is subtracted from the others, where ``use_gks`` is set.
+        **options: the other options of :func:`adaptc.compile`.
+
+    Returns:
+        the adapted program.
+
+    Example:
+        >>> tasks = [adaptc.Adapter(*lora_weights(seed)) for seed in (0, 1)]
+        >>> routed = adaptc.methods.create_arrow_model(model, tasks, adaptc.ArrowConfig(top_k=1), example_inputs=x)
+        >>> routed(x).shape
+        torch.Size([2, 3])
     """
     adapter = arrow_adapter(task_specific_adapter_paths, arrow_config, general_adapter_paths)
     return compile(base_model, adapter, **options)

@@ -32,14 +32,28 @@ def merge(
 ) -> AdaptedProgram:
     """Return a plain ATen program with the current adapter folded into the weights.
 
-    Its ``.merge_report`` has the rounding error of each site. Changes are computed in float32 (float64 for float64
-    weights) and rounded once. ``safe`` refuses results that are not finite.
+    Changes are computed in float32 (float64 for float64 weights) and rounded once to the weight's dtype. The
+    ``merge_report`` of the result has the rounding error of each site.
 
-    With ``keep_base`` the result keeps a reference to the weights that it replaced, and ``unmerge`` restores them bit
-    for bit. Without it, each old weight is freed before the next new one is made, and ``program`` must not be used any
-    more. Fused siblings share memory, which is freed with the last of them.
+    Args:
+        program: a program or a generator.
+        safe: whether to refuse weights that are not finite.
+        keep_base: whether the result keeps a reference to the weights that it replaced, so that :func:`unmerge`
+            restores them bit for bit. Without it, each old weight is freed before the next new one is made, and
+            ``program`` must not be used any more. Fused siblings share memory, which is freed with the last of them.
+        progress: whether to show a bar on a terminal from the start.
 
-    Raises MergeError, with ``program`` unchanged, and AdaptcError where its module trains other tensors than it has.
+    Returns:
+        the merged program, which needs no adaptc once it is saved.
+
+    Raises:
+        MergeError: a method has no form on the weight, or a result is not finite. ``program`` is unchanged.
+        AdaptcError: a module of the program trains other tensors than the program has.
+
+    Example:
+        >>> merged = adaptc.merge(prog)
+        >>> torch.allclose(merged(x), prog(x), atol=1e-6)
+        True
     """
     check_no_override(program, "merge")
     check_not_stale(program)
@@ -53,7 +67,19 @@ def merge(
 def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     """Return the adapted program that ``program`` was merged from, with the adapter it had then, bit for bit.
 
-    Raises MergeError where it was merged with ``keep_base=False``, loaded from a file, or never merged.
+    Args:
+        program: a result of :func:`merge`.
+
+    Returns:
+        the program before the merge.
+
+    Raises:
+        MergeError: ``program`` was merged with ``keep_base=False``, loaded from a file, or never merged.
+
+    Example:
+        >>> back = adaptc.unmerge(adaptc.merge(prog))
+        >>> torch.equal(back(x), prog(x))
+        True
     """
     if not isinstance(program, AdaptedProgram):
         raise MergeError(
@@ -68,7 +94,18 @@ def unmerge(program: AdaptedProgram) -> AdaptedProgram:
 def unload(program: AdaptedProgram) -> AdaptedProgram:
     """Return the base program without any adapter; every base tensor is the object it was before compile.
 
-    Raises MergeError for a program whose file held only an adapter's own version of the base.
+    Args:
+        program: a program or a generator.
+
+    Returns:
+        the base, equal to the captured model to the bit.
+
+    Raises:
+        MergeError: the file of the program held only an adapter's own version of the base.
+
+    Example:
+        >>> torch.equal(adaptc.unload(prog)(x), model(x))
+        True
     """
     return unload_program(program)
 
@@ -78,9 +115,20 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
     """Return the program with its adapters as fused Triton kernels in its graph, for files that run on a GPU.
 
     Calls of a program need no lowering: on a GPU they run kernels anyway (:attr:`AdaptedProgram.kernels`). Where a site
-    has no kernels its region stays ATen, and ``report`` says why. The result swaps, merges, unloads and saves as
-    ``program`` does. Loading it needs adaptc, triton and a GPU.
-    Raises BackendError where the base is not on a GPU, or triton is not installed.
+    has no kernels its region stays ATen, and ``report`` says why. Loading the result needs adaptc, triton and a GPU.
+
+    Args:
+        program: a program whose base is on a GPU.
+
+    Returns:
+        a program that swaps, merges, unloads and saves as ``program`` does.
+
+    Raises:
+        BackendError: the base is not on a GPU, or triton is not installed.
+
+    Example:
+        >>> if torch.cuda.is_available():
+        ...     path = adaptc.save(adaptc.debug.lower(prog.to("cuda")), "model.pt2")
     """
     return lower_program(program)
 
@@ -92,8 +140,23 @@ def verify(
 ) -> VerifyReport:
     """Compare the program with the model it came from on random inputs of several shapes, and return a report.
 
-    :func:`adaptc.verify.verify.verify_program` documents the ``options``. A package is compared with the program it was
-    made from, or with the model; the options are the same (see :func:`adaptc.verify.package.verify_package`).
+    Args:
+        program: a program, a generator, or a package. A package is compared with the program it was made from, or with
+            the model.
+        model: the base that the program was made from, as an nn.Module or a program. Without it the program is
+            compared with itself alone: merged, unmerged, and with identity values.
+        **options: ``shapes``, the number of input shapes to draw or a list of {input name: shape}; ``inputs``, inputs
+            of your own instead; ``seed``; ``atol``, the largest absolute difference; ``raise_on_failure``.
+
+    Returns:
+        a report of each check with the largest difference and where it was. ``report.ok`` sums up.
+
+    Raises:
+        AdaptcError: the program cannot take the inputs, or a check failed and ``raise_on_failure`` is set.
+
+    Example:
+        >>> adaptc.verify(prog, model, shapes=1).ok
+        True
     """
     if isinstance(program, PackagedProgram):
         return verify_package(program, model, **options)

@@ -35,15 +35,30 @@ def xlora_scalings(
 ) -> Tensor:
     """Return the scalings that X-LoRA's classifier gives for the tokens of one call, as PEFT's ``get_latest_scalings``.
 
-    ``program`` is an :class:`AdaptedProgram`, or what ``bind`` returns. Its inputs are those of a call, of which only
-    the pass that the classifier reads is computed. Or it is a :class:`Generator`, with the inputs of a step
-    (``input_ids``, ``attention_mask``, ``position_ids``, ``past_key_values``), whose cache stays as it is.
-    ``adapter_name`` says which adapter, where several act.
+    They are the scalings before ``top_k_lora`` and ``global_scaling_weight`` are applied. Without
+    ``layerwise_scalings`` all layers have the same ones.
 
-    Returns (batch, length, layers, experts) for the given tokens, in the adapter's dtype and without a gradient. These
-    are the scalings before ``top_k_lora`` and ``global_scaling_weight`` are applied. The layers are the adapted ones,
-    in the model's order. Without ``layerwise_scalings`` all layers have the same scalings. Raises ConfigError for a
-    program without such an adapter, and AdaptcError for inputs that do not fit.
+    Args:
+        program: an :class:`AdaptedProgram`, a result of ``bind``, or a :class:`Generator`, whose cache stays as it is.
+        *args: the inputs of a call, of which only the pass that the classifier reads is computed.
+        adapter_name: which adapter, where several act.
+        **inputs: the keyword inputs of a call. Of a generator those of a step: ``input_ids``, ``attention_mask``,
+            ``position_ids``, ``past_key_values``.
+
+    Returns:
+        (batch, length, layers, experts) for the given tokens, in the adapter's dtype and without a gradient. The
+        layers are the adapted ones, in the model's order.
+
+    Raises:
+        ConfigError: the program has no adapter of X-LoRA.
+        AdaptcError: the inputs do not fit.
+
+    Example:
+        >>> expert = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        >>> paths = {n: str(adaptc.save_adapter(adaptc.compile(lm, expert), f"expert-{n}")) for n in ("0", "1")}
+        >>> routed = adaptc.compile(lm, adaptc.XLoraConfig(hidden_size=32, adapters=paths))
+        >>> adaptc.debug.xlora_scalings(routed, input_ids=ids).shape
+        torch.Size([2, 7, 1, 2])
     """
     if not isinstance(program, Generator):
         return expert_scalings(program, *args, adapter_name=adapter_name, **inputs)
@@ -79,13 +94,21 @@ def report(
 ) -> CoverageReport | PackageReport | BankReport:
     """Return a report of what was adapted, what was left out, and the adapter's norms; it prints as tables.
 
-    ``changes`` also gives how much the adapter changes each weight, relative to the weight's own norm. That computes
-    every adapted weight once, one at a time.
+    Args:
+        program: a program, a package, a generator, or a bank of one of these.
+        changes: whether to tell how much the adapter changes each weight, relative to the weight's own norm. That
+            computes every adapted weight once, one at a time.
 
-    A package's report has its file, its adapter, the room for others and its inputs, as a
-    :class:`~adaptc.packages.package_report.PackageReport`. Its weights are in compiled code, so ``changes`` raises
-    AdaptcError. A bank's report has its adapters, as :meth:`Bank.report` gives them, and ``changes`` raises
-    AdaptcError, too.
+    Returns:
+        for a program its sites, the layers left alone, and norms. For a package its file, its adapter, the room for
+        others and its inputs. For a bank its adapters, as :meth:`Bank.report` gives them.
+
+    Raises:
+        AdaptcError: ``changes`` is set for a package, whose weights are in compiled code, or for a bank.
+
+    Example:
+        >>> adaptc.report(prog).trainable
+        24
     """
     if isinstance(program, (Bank, GeneratorBank, PackagedBank)):
         if changes:

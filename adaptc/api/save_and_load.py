@@ -33,7 +33,23 @@ def save(program: ExportedProgram | ProgramWrapper, path: str | os.PathLike[str]
     """Write a program as ``.pt2`` (torch.export's format), to a temporary file that is then moved to ``path``.
 
     An adapted program has its sites, slots and config in its graph. A merged or unloaded program is plain ATen and
-    needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
+    needs no adaptc to run.
+
+    Args:
+        program: an exported program, adapted or not, or a generator.
+        path: the file to write.
+
+    Returns:
+        the path of the file.
+
+    Raises:
+        AdaptcError: a module of the program trains other tensors than the program has.
+        CheckpointError: the file cannot be written.
+
+    Example:
+        >>> path = adaptc.save(prog, "model.pt2")
+        >>> torch.allclose(adaptc.load(path)(x), prog(x), atol=1e-6)
+        True
     """
     sidecar_texts = program.sidecar_texts() if isinstance(program, ProgramWrapper) else None
     inside: Any = program.program if isinstance(program, ProgramWrapper) else program
@@ -54,14 +70,27 @@ def load(
 ) -> Any:
     """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``.
 
-    Returns an :class:`AdaptedProgram`, whose adapters are found in the graph, or for a saved :class:`Generator` a
-    Generator. ``backend``, ``hoist_limit`` and ``fuse``: see :func:`compile`; a program without adapters is never fused
-    unasked. ``device``: the device of its tensors and its adapter; None leaves them where they were.
+    Nothing in the file is run, and its tensors own their memory.
 
-    Nothing in the file is run, and its tensors own their memory. Raises CheckpointError for files that are missing,
-    damaged or of another format, and for files with anything that could run code. That is pickled weights and objects,
-    example inputs other than tensors and plain values, operators that reach beyond the program, and compiled code.
-    Raises BackendError for a program whose kernels cannot run here.
+    Args:
+        path: the file to read.
+        backend: "eager" or "inductor".
+        hoist_limit: the number of bytes that hoisted values may take; see :func:`compile`.
+        fuse: whether layers that read one tensor are computed by one matmul. A program without adapters is never fused
+            unasked.
+        device: the device of its tensors and its adapter; None leaves them where they were.
+
+    Returns:
+        an :class:`AdaptedProgram`, whose adapters are found in the graph; for a saved generator a :class:`Generator`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another format, or has something that could run code:
+            pickled objects, operators that reach beyond the program, compiled code.
+        BackendError: the kernels of the program cannot run here.
+
+    Example:
+        >>> adaptc.load(adaptc.save(prog, "model.pt2")).binding.config.r
+        2
     """
     program = load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
     return read_generator(Path(path), program) or program
@@ -82,22 +111,32 @@ def save_adapter(
 ) -> Path:
     """Write the current adapter as a PEFT adapter directory, and return the directory that holds it.
 
-    ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path. Of
-    adapters that act together, the one called ``adapter_name`` is written, under its name as PEFT does.
-    ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs if its
-    vocabulary was resized. (PEFT also adds them whenever one of the two is targeted.)
+    ``peft.PeftModel.from_pretrained(model, path)`` loads it. Where FSDP2 has sharded the module ``program``, every
+    process must make the call; the first one writes, and all return when it has.
 
-    ``format="diffusers"`` writes a ``pytorch_lora_weights.safetensors`` in the directory ``path``, or the file ``path``
-    itself. ``component`` ("unet", "transformer", "text_encoder", ...) is put in front of its keys, as pipelines need
-    it. ``format="kohya"`` writes the file ``path`` and needs ``component``. Both return the file. They hold LoRA, DoRA
-    and LoKr, kohya also LoHa.
+    Args:
+        program: a program, a generator, a module that ``program.module()`` made, or an :class:`Adapter`. An Adapter
+            can only be written as a PEFT directory, and has no embeddings to add.
+        path: the directory, or for ``format="kohya"`` the file. For "diffusers" it may be either.
+        adapter_name: of adapters that act together the one to write, under its name as PEFT does.
+        safe_serialization: whether to write ``.safetensors``; False writes a ``.bin``.
+        base_model: the name that is recorded as base_model_name_or_path.
+        save_embedding_layers: whether to add the base weights of ``embed_tokens`` and ``lm_head``, which an adapter
+            needs if its vocabulary was resized. (PEFT also adds them whenever one of the two is targeted.)
+        format: "peft", "diffusers" or "kohya". The last two hold LoRA, DoRA and LoKr, kohya also LoHa.
+        component: what is put in front of the keys ("unet", "transformer", "text_encoder", ...), as pipelines need it.
+            "kohya" needs it.
 
-    ``program`` may be a module that ``program.module()`` made. Where FSDP2 has sharded that module, it must be: then
-    every process makes the call, the first one writes, and all return when it has. An :class:`Adapter` can only be
-    written as a PEFT directory, and has no embeddings to add.
+    Returns:
+        the path of the directory; for "diffusers" and "kohya" the path of the file.
 
-    Raises AdaptcError for a program whose module trains other tensors than the program has. Raises CheckpointError for
-    an adapter that the format cannot hold, and where the path cannot be written.
+    Raises:
+        AdaptcError: a module of the program trains other tensors than the program has.
+        CheckpointError: the format cannot hold the adapter, or the path cannot be written.
+
+    Example:
+        >>> path = adaptc.save_adapter(prog, "my-adapter")
+        >>> report = adaptc.swap(prog, path)
     """
     options: dict[str, Any] = {
         "adapter_name": adapter_name,
@@ -121,14 +160,28 @@ def package(
 ) -> Path:
     """Compile ``program`` ahead of time with AOTInductor into one file with swappable adapters; return its path.
 
-    The file is machine code, which runs when it is loaded; ``adaptc.packages.package_program`` has the details.
-    ``max_rank``: the largest rank of later swaps, by default the present ones. ``products``: "measured" uses the base's
-    fastest matmuls on this machine, "plain" torch's.
+    The file is machine code, which runs when it is loaded. The package of a :class:`Generator` holds the step (and the
+    encoder), the generation config, and the tokenizer.
 
-    The package of a :class:`Generator` holds the step (and the encoder), the generation config, and ``tokenizer``: a
-    transformers tokenizer, or the directory of one. The package of a bank has room for ``capacity`` adapters, by
-    default one more than there are, and :func:`load_package` returns a bank. Raises ConfigError for a ``tokenizer`` or
-    ``capacity`` with a program that takes none.
+    Args:
+        program: a program, a generator, or a bank of one of these.
+        path: the file to write.
+        max_rank: the largest rank of later swaps; None for the present ranks.
+        products: "measured" uses the base's fastest matmuls on this machine, "plain" torch's.
+        tokenizer: a transformers tokenizer or the directory of one, for a generator.
+        capacity: the number of adapters that the package of a bank has room for; None for one more than there are.
+
+    Returns:
+        the path of the file.
+
+    Raises:
+        ConfigError: ``tokenizer`` or ``capacity`` is given with a program that takes none.
+        BackendError: the program cannot be compiled.
+
+    Example:
+        >>> path = adaptc.package(prog, "packaged.pt2", max_rank=4)
+        >>> adaptc.load_package(path)(x).shape
+        torch.Size([2, 3])
     """
     inside: Any = program
     package_files = parts = None
@@ -154,13 +207,24 @@ def package(
 def load_package(path: str | os.PathLike[str]) -> Any:
     """Return a runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` further ones.
 
-    For a packaged :class:`Generator` it is a Generator, which needs none of the model's own code; its ``.tokenizer`` is
-    the one it was packaged with.
-
     A package is machine code, which runs as it is loaded: load only packages whose author you trust. Hashes in the file
-    detect damage alone. Raises CheckpointError for files that are missing, damaged or changed, before
-    any of their code is loaded. Raises BackendError for a file that was packaged without adaptc or does not run on this
-    machine.
+    detect damage alone.
+
+    Args:
+        path: the file to read.
+
+    Returns:
+        a :class:`PackagedProgram`, or a bank for the package of one. For a packaged :class:`Generator` it is a
+        Generator, which needs none of the model's own code. Its ``tokenizer`` is the one it was packaged with.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or changed. None of its code is loaded then.
+        BackendError: the file was packaged without adaptc, or does not run on this machine.
+
+    Example:
+        >>> runner = adaptc.load_package(adaptc.package(prog, "packaged.pt2"))
+        >>> torch.allclose(runner(x), prog(x), atol=1e-5)
+        True
     """
     return load_package_contents(Path(path))
 

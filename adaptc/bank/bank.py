@@ -50,6 +50,11 @@ class Bank(BankView):
     """Adapters by name for the rows of a program's batches, made by ``AdaptedProgram.bank``.
 
     Iterating yields the names, least recently used first.
+
+    Example:
+        >>> bank = prog.bank({"fr": lora_weights(seed=0)[1], "de": lora_weights(seed=1)[1]})
+        >>> bank(x, adapters=["fr", {"de": 0.7, "fr": 0.3}]).shape
+        torch.Size([2, 3])
     """
 
     @outside_modes()
@@ -104,10 +109,17 @@ class Bank(BankView):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
-        """Add an adapter: a directory, a file, a state dict or a binding; ``options`` as for ``adaptc.swap``.
+        """Add an adapter. After an error the bank is unchanged.
 
-        Raises ConfigError for a name that is taken, or where the bank is full. Raises CheckpointError or SwapError for
-        an adapter that does not fit, or is not finite. After an error the bank is unchanged.
+        Args:
+            name: its name.
+            adapter: a directory, a file, a state dict or a binding.
+            **options: the options of ``adaptc.swap``.
+
+        Raises:
+            ConfigError: the name is taken, or the bank is full.
+            CheckpointError: the adapter does not fit, or is not finite.
+            SwapError: the adapter needs other sites.
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"the name of an adapter is a string, not {short_repr(name)}")
@@ -120,10 +132,15 @@ class Bank(BankView):
             self._contents = self._with_adapter(self._contents, name, binding)
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
-        """Replace the adapter called ``name`` by another one; arguments as for :meth:`add`.
+        """Replace the adapter called ``name`` by another one. After an error the bank is unchanged.
 
-        Raises AdaptcError for a name that the bank does not have. An adapter that does not fit, or for which there is
-        no room, raises as in :meth:`add`. After an error the bank is unchanged.
+        Args:
+            name: the name of the adapter.
+            adapter: an adapter as :meth:`add` takes it.
+            **options: the options of ``adaptc.swap``.
+
+        Raises:
+            AdaptcError: the bank does not have the name; also what :meth:`add` raises.
         """
         check_adapter_names([name], self._contents.adapters)
         binding = self._bind_adapter(name, adapter, options)
@@ -132,8 +149,14 @@ class Bank(BankView):
             self._contents = self._with_adapter(self._contents, name, binding)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; calls that have begun keep it. Raises AdaptcError for a name that the bank does not
-        have."""
+        """Remove an adapter; calls that have begun keep it.
+
+        Args:
+            name: the name of the adapter.
+
+        Raises:
+            AdaptcError: the bank does not have the name.
+        """
         with self._lock:
             check_adapter_names([name], self._contents.adapters)
             self._contents = self._contents.without_adapters([name])
@@ -170,9 +193,13 @@ class Bank(BankView):
         return self._untraced_call(self, args, kwargs, adapters)
 
     def assigned(self, adapters: Any) -> ProgramSelection:
-        """Return a callable that keeps this selection and these adapters, for the calls of a generation.
+        """Return a callable that keeps this assignment and these adapters, for the calls of a generation.
 
-        It takes batches that have each row once, or each row equally many times in succession (beams).
+        Args:
+            adapters: an entry for each row, as calls take them.
+
+        Returns:
+            a callable of batches that have each row once, or each row equally many times in succession (beams).
         """
         mixes = parse_row_adapters(adapters)
         return self.make_selection(mixes, self._bindings_for_call(adapter_names_in(mixes)))
@@ -292,20 +319,31 @@ class Bank(BankView):
         return [program.executor()]
 
     def warm(self, adapters: int | None = None) -> None:
-        """Make now all code that calls of up to ``adapters`` adapters need, so that no call waits for it.
+        """Make now all code that calls need, so that no call waits for it. Other calls go on meanwhile.
 
-        None stands for the capacity, or without one for the adapters in the bank, at least two. Other calls go on
-        meanwhile. Raises ConfigError for anything but a number from 1 to the capacity.
+        Args:
+            adapters: the most adapters of a call. None stands for the capacity, or without one for the adapters in the
+                bank, at least two.
+
+        Raises:
+            ConfigError: ``adapters`` is no number from 1 to the capacity.
         """
         warm_bank(self, adapters)
 
     # -- copies and exports --------------------------------------------------------------------------------------------
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
-        """Return a plain exported program of these adapters, or of all for None, in which nothing of adaptc is left.
+        """Return a plain exported program of these adapters, in which nothing of adaptc is left.
 
-        It takes one more keyword, ``adapter_coefficients``: float32 (rows, adapters), with the adapters in the order
-        given. Raises AdaptcError for a name that the bank does not have, ConfigError where there is no adapter.
+        Args:
+            adapters: names, or None for all.
+
+        Returns:
+            a program with one more keyword, ``adapter_coefficients``: float32 (rows, adapters), in the order given.
+
+        Raises:
+            AdaptcError: the bank does not have a name.
+            ConfigError: there is no adapter.
         """
         table = self._contents.adapters
         if isinstance(adapters, str) or not all(isinstance(n, str) for n in adapters or ()):

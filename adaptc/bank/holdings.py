@@ -139,7 +139,11 @@ class BankView:
         return sum(s.nbytes for s in self._contents.stacks)
 
     def report(self) -> BankReport:
-        """Return a table of the adapters with their sites, ranks and bytes, and the stacks that the bank keeps."""
+        """Return a table of the adapters with their sites, ranks and bytes, and the stacks that the bank keeps.
+
+        Returns:
+            the report, which prints as a table.
+        """
         now = self._contents
         adapters = {n: now.adapters[n] for n in now.use_order}
         held, stacks = sum(s.nbytes for s in now.stacks), tuple(s.names for s in now.stacks)

@@ -29,17 +29,28 @@ ResolvedAdapter = AdapterData[AdapterConfig]
 class Binding:
     """The slot values of an adapter, or of several that act together, for all sites of a program.
 
-    ``values`` maps the FQN of a slot or scale to its tensor. ``changed_base`` holds the base weights that this adapter
-    replaces (PiSSA's residual). ``methods`` maps attachment id to the method with this adapter's own options, for the
-    sites that the adapter has. ``extra_tensors`` holds, by key, other tensors of its file: tensors that the program
-    does not read, and changed base weights. ``joint_adapters`` holds each of several adapters that act together, by
-    name; their values are in ``values``.
+    Attributes:
+        values: FQN of a slot or scale -> its tensor.
+        methods: attachment id -> the method with this adapter's own options, for the sites that the adapter has.
+        config: the adapter's config.
+        changed_base: FQN -> the base weights that this adapter replaces (PiSSA's residual).
+        name: the adapter's name.
+        source: the adapter's name in messages.
+        extra_tensors: key -> other tensors of its file: tensors that the program does not read, and changed base
+            weights.
+        joint_adapters: name -> each of several adapters that act together; their values are in ``values``.
+        base_fingerprints: FQN of each base weight in ``changed_base`` ->
+            :func:`~adaptc.binding.check_binding.fingerprint` of the original.
+        origin: the format of the file it was made from, and what it left out of that file.
+        scale_factors: attachment id -> the factor on the original scale, where that is not 1; ``values`` has the
+            multiplied scale.
+        active_form: the active form of an adapter that is turned off, whose own values are identity values; None for an
+            active adapter.
 
-    ``base_fingerprints`` maps the FQN of each base weight in ``changed_base`` to the
-    :func:`~adaptc.binding.check_binding.fingerprint` of the original. ``origin`` is the format of the file it was made
-    from, and what it left out of that file. ``scale_factors`` maps attachment id to the factor on the original scale,
-    where that is not 1; ``values`` has the multiplied scale. ``active_form`` is the active form of an adapter that is
-    turned off, whose own values are identity values; None for an active adapter.
+    Example:
+        >>> binding = prog.binding
+        >>> report = adaptc.swap(prog, lora_weights(seed=1)[1])
+        >>> report = adaptc.swap(prog, binding)
     """
 
     values: Mapping[str, Tensor]
@@ -101,7 +112,14 @@ class Binding:
     def to(self, device: torch.device | str) -> Binding:
         """Return a binding with the same values on ``device``. A tensor under several names stays one tensor.
 
-        Raises BackendError where there is no such device.
+        Args:
+            device: the device.
+
+        Returns:
+            the binding there.
+
+        Raises:
+            BackendError: there is no such device.
         """
         device = usable_device(device)
         moved: dict[int, Tensor] = {}

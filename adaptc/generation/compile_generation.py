@@ -59,16 +59,40 @@ def compile_for_generation(
 
     The generator has transformers' own ``generate``: greedy, sampling, beams, streamers, stop strings, logits
     processors. One program takes prompts and single tokens. The cache belongs to the caller and is made for each call.
-    ``max_batch`` is the most rows of a cache, beams counted. ``max_length`` is the most positions; None for as many as
-    the model has. All other arguments are those of :func:`adaptc.compile`.
 
     ``swap``, ``merge``, ``unload``, ``save``, ``save_adapter``, ``report`` and the other functions take a generator as
-    they take programs. Its ``.program`` is the program inside, and ``.bind(adapter)`` returns a generator that keeps
-    one adapter. A model with an encoder (T5, BART, whisper) is one program, too, whose parts are called separately. The
-    encoder's states and the cross-attention's keys and values are computed once per generation.
+    they take programs. A model with an encoder (T5, BART, whisper) is one program, too, whose parts are called
+    separately. The encoder's states and the cross-attention's keys and values are computed once per generation. A model
+    that cannot be captured with a cache computes the whole text for each token. A warning and ``report`` say so.
 
-    A model that cannot be captured with a cache computes the whole text for each token. A warning and ``report`` say
-    so. Raises CaptureError for a model that can be captured in neither way, and the errors of :func:`adaptc.compile`.
+    Args:
+        model: a transformers model that generates.
+        adapter: the adapter, as for :func:`adaptc.compile`.
+        config: the config of an adapter with weights, as for :func:`adaptc.compile`.
+        max_batch: the most rows of a cache, beams counted.
+        max_length: the most positions of a cache; None for as many as the model has.
+        adapter_name: the name of a single adapter.
+        backend: "eager" or "inductor".
+        form: "apply", "weight" or "auto", as for :func:`adaptc.compile`.
+        autocast_adapter_dtype: whether adapters of half-precision bases are float32.
+        key_mapping: regular expression -> replacement, applied to the keys of adapter files.
+        component: the part to take of a file that has several.
+        generator: the source of first values; None for torch's global generator.
+        hoist_limit: the number of bytes that hoisted values may take.
+        fuse: whether layers that read one tensor are computed by one matmul.
+        pack: the dtype of base weights that may have packed copies on a CPU.
+
+    Returns:
+        the generator. Its ``program`` is the program inside.
+
+    Raises:
+        CaptureError: the model can be captured neither with a cache nor without one.
+        AdaptcError: what :func:`adaptc.compile` raises.
+
+    Example:
+        >>> generator = adaptc.compile_for_generation(lm, LoraConfig(r=2, target_modules=["q_proj"]), max_length=16)
+        >>> generator.generate(ids, max_new_tokens=3).shape
+        torch.Size([2, 10])
     """
     if adapter is None:
         adapter, config = config, None

@@ -36,6 +36,11 @@ class Generator(ProgramWrapper):
     """A generator over a program, made by ``adaptc.compile_for_generation``.
 
     ``config`` and ``generation_config`` are copies of the model's.
+
+    Example:
+        >>> gen = adaptc.compile_for_generation(lm, LoraConfig(r=2, target_modules=["q_proj"]), max_length=16)
+        >>> gen.generate(ids, max_new_tokens=3).shape
+        torch.Size([2, 10])
     """
 
     # What transformers asks of a model's class.
@@ -119,9 +124,14 @@ class Generator(ProgramWrapper):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
-        """Return a generator that keeps ``adapter``, whatever this one is swapped to; None gives the base.
+        """Return a generator that keeps ``adapter``, whatever this one is swapped to.
 
-        ``options`` and errors are those of :meth:`AdaptedProgram.bind`.
+        Args:
+            adapter: an adapter; None gives the base.
+            **options: the options of :meth:`AdaptedProgram.bind`, which also lists the errors.
+
+        Returns:
+            the generator.
         """
         return self.with_runner(self.program.bind(adapter, **options))
 
@@ -129,14 +139,19 @@ class Generator(ProgramWrapper):
         """Return a bank of adapters by name, of which each prompt of a batch takes its own.
 
         ``gen.bank({...}).generate(ids, adapters=["fr", None, {"de": 0.7, "style": 0.3}])`` generates with it.
-        ``limits`` and errors are those of :meth:`AdaptedProgram.bank`.
+
+        Args:
+            adapters: name -> adapter.
+            **limits: the limits of :meth:`AdaptedProgram.bank`, which also lists the errors.
+
+        Returns:
+            the bank.
         """
         return make_bank(self, adapters, limits)
 
     @property
     def base(self) -> Self:
-        """Return a generator for the model without adapters; it shares the weights and needs no further memory for
-        them."""
+        """Return a generator for the model without adapters; it shares the weights and needs no memory for them."""
         return self.with_runner(self.program.base)
 
     @property
@@ -146,10 +161,12 @@ class Generator(ProgramWrapper):
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the program."""
         return self._runner.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the cache."""
         return self.spec.layout.dtype
 
     def __copy__(self) -> Self:
@@ -172,24 +189,69 @@ class Generator(ProgramWrapper):
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate as transformers' ``generate`` does, with the adapter that is current at the call.
 
-        Raises AdaptcError, before anything is decoded or a cache is written to, for what the program cannot do.
+        Args:
+            inputs: the prompts, token ids (batch, tokens). Whisper's encoder reads features (batch, mels, frames).
+            generation_config: transformers' options.
+            **kwargs: transformers' further options. ``past_key_values`` (or ``cache``) is a cache of :meth:`prefill` or
+                of an earlier call, to continue from. The ids of a decoder then begin with the tokens that the cache
+                holds. The call writes to the cache; ``cache.copy()`` keeps it as it was. ``adapter_scale`` is a factor
+                for this generation alone. Inputs that an adapter asks for, such as ``task_ids``, have a value for each
+                prompt.
+
+        Returns:
+            what transformers returns: token ids (batch, tokens), or an output object.
+
+        Raises:
+            AdaptcError: the program cannot do it. Nothing was decoded, and no cache was written to.
         """
 
     @abstractmethod
     def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None, **adapter_inputs: Any) -> StepCache:
-        """Return the cache of a prompt, from which :meth:`generate` continues."""
+        """Return the cache of a prompt, from which :meth:`generate` continues.
+
+        Copies of the cache can be continued any number of times.
+
+        Args:
+            inputs: the prompts, token ids (batch, tokens). Whisper's encoder reads features (batch, mels, frames).
+            attention_mask: (batch, tokens), zero at padding; None for prompts without padding.
+            **adapter_inputs: inputs that an adapter asks for, such as ``task_ids`` (batch,).
+
+        Returns:
+            the cache.
+
+        Raises:
+            AdaptcError: the prompts do not fit the program, or the adapter's inputs are wrong.
+        """
 
     @abstractmethod
     def new_cache(self, **adapter_inputs: Any) -> StepCache:
         """Return a cache that holds nothing but the virtual tokens of the current adapter.
 
-        ``adapter_inputs`` has the inputs that these depend on, such as ``task_ids`` (batch,). Raises AdaptcError for
-        inputs that the adapter does not take, or lacks.
+        Args:
+            **adapter_inputs: the inputs that these depend on, such as ``task_ids`` (batch,).
+
+        Returns:
+            the cache.
+
+        Raises:
+            AdaptcError: the adapter lacks an input, or does not take one.
         """
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute one step: the logits of new tokens, whose keys and values go into the cache."""
+        """Compute one step: the logits of new tokens, whose keys and values go into the cache.
+
+        Args:
+            *args: the inputs of the model's ``forward``, first the token ids (batch, tokens).
+            **kwargs: further inputs by name. ``past_key_values`` (or ``cache``) is the cache.
+
+        Returns:
+            transformers' output object with ``logits`` (batch, tokens, vocabulary) and ``past_key_values``. With
+            ``return_dict=False`` it is a tuple.
+
+        Raises:
+            AdaptcError: the program cannot take these inputs. The cache is as it was.
+        """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

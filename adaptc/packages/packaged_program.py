@@ -93,12 +93,19 @@ class PackagedProgram:
     A package is machine code, which runs as it is loaded: load only packages whose author you trust. The hashes in its
     manifest are checked first; they say only that the file is as it was written.
 
-    Raises CheckpointError when the file is missing, damaged, changed or of another kind. Raises BackendError when it
-    was packaged without adaptc, or when its code does not run on this machine.
-
     ``parse_contents`` reads the contents of the file, such as the files that it carries, before any code is loaded. Its
     result is ``parsed_contents``, None without it. What it raises becomes a CheckpointError, unless it is a
     BackendError.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, changed or of another kind.
+        BackendError: it was packaged without adaptc, or its code does not run on this machine.
+
+    Example:
+        >>> runner = adaptc.load_package(adaptc.package(prog, "packaged.pt2"))
+        >>> report = runner.swap(lora_weights(seed=1)[1])
+        >>> runner(x).shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, path: Path | str, parse_contents: Callable[[Contents], Any] | None = None) -> None:
@@ -145,8 +152,10 @@ class PackagedProgram:
     def binding(self) -> PackagedBinding:
         """Return the current adapter, which ``swap`` and ``bind`` of this package take back.
 
-        Its config and methods can be read; its values are in the form that the compiled code takes. Raises AdaptcError
-        where there are no sites.
+        Its config and methods can be read; its values are in the form that the compiled code takes.
+
+        Raises:
+            AdaptcError: there are no sites.
         """
         now = self._current
         if now is None:
@@ -178,7 +187,10 @@ class PackagedProgram:
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
         """Multiply the scale that the current adapter was made with by ``scale``.
 
-        Options and errors are those of :meth:`AdaptedProgram.set_scale`.
+        Args:
+            scale: the factor.
+            adapter: the name of the adapter, as for :meth:`AdaptedProgram.set_scale`, which also lists the errors.
+            modules: the modules to scale; None for all.
         """
         with self._swap_lock, outside_modes():
             self._current = multiply_scale(self.spec(), self._require_adapter(), scale, adapter, modules)
@@ -221,14 +233,25 @@ class PackagedProgram:
         component: str | None = None,
         scale: float | Mapping[str, float] | None = None,
     ) -> SwapReport:
-        """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``.
+        """Make ``adapter`` the current one. It stays as it was where an error is raised.
 
         A package knows the names of its sites' modules only. Sites for which the adapter has no tensors become the
         base. No call waits for a swap, and calls that have begun finish with the adapter they began with.
 
-        Raises SwapError for an adapter of too large a rank, for one that needs other sites, and for one that changes
-        base weights (PiSSA, OLoRA). Raises CheckpointError for damaged files, wrong shapes and values that are not
-        finite. The current adapter stays where an error is raised.
+        Args:
+            adapter: an adapter as for ``adaptc.swap``, whose options these are.
+            config: the config in place of the file's.
+            adapter_name: which of several adapters to take.
+            key_mapping: regular expression -> replacement, applied to the keys.
+            component: the part to take of a file that has several.
+            scale: a factor on the scale that the adapter was made with.
+
+        Returns:
+            the report of ``adaptc.swap``.
+
+        Raises:
+            SwapError: the adapter has too large a rank, needs other sites, or changes base weights (PiSSA, OLoRA).
+            CheckpointError: the file is damaged, a shape is wrong, or a value is not finite.
         """
         start = time.perf_counter()
         new = self._pad_adapter(adapter, config, adapter_name, key_mapping, component, scale)
@@ -251,10 +274,24 @@ class PackagedProgram:
     ) -> BoundPackage:
         """Return a callable that keeps this adapter, whatever the package is swapped to; any thread may use it.
 
-        Arguments and errors are those of :meth:`swap`; None gives the base, as :attr:`base` has it. The callable holds
-        the adapter's values, padded to the room there is, and shares the code and the base. ``form`` and
-        ``memory_limit`` exist for programs. Compiled code has the one form that it was packaged in, which "apply" and
-        "auto" give; "weight" raises ConfigError.
+        The callable holds the adapter's values, padded to the room there is, and shares the code and the base.
+
+        Args:
+            adapter: an adapter as for :meth:`swap`; None gives the base, as :attr:`base` has it.
+            config: the config in place of the file's.
+            adapter_name: which of several adapters to take.
+            key_mapping: regular expression -> replacement, applied to the keys.
+            component: the part to take of a file that has several.
+            scale: a factor on the scale that the adapter was made with.
+            form: "apply" or "auto": compiled code has the one form that it was packaged in.
+            memory_limit: an option of programs, without a meaning here.
+
+        Returns:
+            the callable.
+
+        Raises:
+            ConfigError: ``form`` is "weight", or None is given with options.
+            AdaptcError: what :meth:`swap` raises.
         """
         check_byte_limit(memory_limit, "memory_limit")
         if form not in ("apply", "auto"):
@@ -272,7 +309,8 @@ class PackagedProgram:
     def base(self) -> BoundPackage:
         """Return a callable with no adapter at any site, which leaves the current adapter as it is.
 
-        Raises SwapError where the package holds the base only as its own adapter changed it, and where it has no sites.
+        Raises:
+            SwapError: the package holds the base only as its own adapter changed it, or has no sites.
         """
         now = self._require_adapter()
         if lost_weights := list(self.adaptation.residual):

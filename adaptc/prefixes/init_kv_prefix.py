@@ -47,16 +47,29 @@ def initialize_kv_prefix_from_past_key_values(
 ) -> Tensor:
     """Set the KV prefix of the adapter of ``program`` to the first tokens of a cache, as PEFT's function of this name.
 
-    ``program`` is an :class:`AdaptedProgram` or a :class:`Generator` with a cartridge, or with prefix tuning without
-    ``prefix_projection``. The adapter is swapped, so nothing is compiled, and it is saved as all adapters are. To train
-    it further, call ``program.module()`` afterwards. ``past_key_values`` is as for
-    :func:`prompt_embeddings_from_past_key_values`, from the same model. ``adapter_name`` says which adapter, where
-    several act. ``num_virtual_tokens`` may be any number; None keeps the adapter's own.
+    The adapter is swapped, so nothing is compiled, and it is saved as all adapters are. To train it further, call
+    ``program.module()`` afterwards. The first ``num_frozen_tokens`` of a cartridge do not train, whatever they were
+    made from.
 
-    Returns ``prompt_embeddings`` (num_virtual_tokens, 2 * layers * heads * width), with the values in the cache. The
-    first ``num_frozen_tokens`` of a cartridge do not train, whatever they were made from. Raises ConfigError for
-    another kind of adapter, and the errors of :func:`prompt_embeddings_from_past_key_values` and ``swap``. Nothing is
-    changed then.
+    Args:
+        program: an :class:`adaptc.AdaptedProgram` or a :class:`adaptc.Generator` with a cartridge, or with prefix
+            tuning without ``prefix_projection``.
+        past_key_values: a cache from the same model, as :func:`prompt_embeddings_from_past_key_values` takes it.
+        adapter_name: which adapter, where several act.
+        num_virtual_tokens: the number of tokens to take; None for the adapter's own.
+
+    Returns:
+        ``prompt_embeddings`` (num_virtual_tokens, 2 * layers * heads * width), with the values in the cache.
+
+    Raises:
+        ConfigError: the adapter is of another kind, or ``num_virtual_tokens`` is no positive integer.
+        AdaptcError: the cache does not fit. Nothing is changed.
+
+    Example:
+        >>> cartridge = adaptc.compile(lm, adaptc.CartridgeConfig(num_virtual_tokens=3))
+        >>> cache = lm(ids[:1], use_cache=True).past_key_values
+        >>> adaptc.prefixes.initialize_kv_prefix_from_past_key_values(cartridge, past_key_values=cache).shape
+        torch.Size([3, 64])
     """
     target = _Target.resolve(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_past_key_values")
     return target.swap_prefix(past_key_values)
@@ -76,16 +89,30 @@ def initialize_kv_prefix_from_text(
     """Set the KV prefix of the adapter of ``program`` from a text, as PEFT's function of this name.
 
     The keys and values are those that the base, without any adapter, computes for the text's first tokens (arXiv
-    2506.06266). ``text`` is a string for ``tokenizer``, or token ids (length,) or (1, length). ``tokenizer`` None means
-    the one that a generator came with. With ``use_chat_template``, a string becomes the system turn of a conversation
-    if the tokenizer has a chat template. ``max_length`` is the most tokens of the text that are read; None for all.
-    ``program``, ``adapter_name``, ``num_virtual_tokens`` and the result are as for
-    :func:`initialize_kv_prefix_from_past_key_values`.
+    2506.06266). A program reads the whole text, because an encoder's keys depend on all of it. A generator reads only
+    the first ``num_virtual_tokens`` tokens, because later ones have no influence.
 
-    A program reads the whole text, because an encoder's keys depend on all of it. A generator reads only the first
-    ``num_virtual_tokens`` tokens, because later ones have no influence. Raises ConfigError for a text of fewer tokens,
-    and for a missing or unneeded tokenizer. Raises AdaptcError for a text that is too long, and for invalid token ids.
-    Nothing is changed then.
+    Args:
+        program: a program or generator, as for :func:`initialize_kv_prefix_from_past_key_values`.
+        tokenizer: a transformers tokenizer; None for the one that a generator came with.
+        text: a string for ``tokenizer``, or token ids (length,) or (1, length).
+        adapter_name: which adapter, where several act.
+        num_virtual_tokens: the number of tokens to take; None for the adapter's own.
+        use_chat_template: whether a string becomes the system turn of a conversation, if the tokenizer has a chat
+            template.
+        max_length: the most tokens of the text that are read; None for all.
+
+    Returns:
+        ``prompt_embeddings`` (num_virtual_tokens, 2 * layers * heads * width).
+
+    Raises:
+        ConfigError: the text has fewer tokens, or a tokenizer is missing or not needed. Nothing is changed.
+        AdaptcError: the text is too long, or has invalid token ids. Nothing is changed.
+
+    Example:
+        >>> cartridge = adaptc.compile(lm, adaptc.CartridgeConfig(num_virtual_tokens=3))
+        >>> adaptc.prefixes.initialize_kv_prefix_from_text(cartridge, text=[5, 6, 7, 8]).shape
+        torch.Size([3, 64])
     """
     target = _Target.resolve(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
     if find_decoder_lookup(LiftedProgram(target.program, edit=False))[0] is not None:

@@ -41,24 +41,37 @@ from adaptc.tuning.packed_weights import PackedWeights, memory_of_packed
 
 
 class AdaptedProgram(ScalableProgram):
-    """A program with adapters, made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
+    """A program with adapters, made by ``adaptc.compile`` and ``adaptc.load``, not by hand.
+
+    Example:
+        >>> prog(x, adapter_scale=0.5).shape
+        torch.Size([2, 3])
+    """
 
     def bind(
         self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any
     ) -> BoundProgram:
         """Return a callable that keeps this adapter and can be used from any thread.
 
-        ``adapter``: a directory, a file or a state dict as ``adaptc.swap`` takes them, or a :class:`Binding`; errors
-        and ``options`` as there (``scale=0.5``). None gives the base, as :attr:`base` has it, and takes no options.
-
-        ``form``: "apply" shares the program's code and base. "weight" runs the base's graph on weights of its own. It
-        is as fast as the base, for the memory of the adapted weights (``held`` says how much). It does not follow later
-        writes to base tensors, and raises MergeError where a method has no form on the weight. "auto" decides by the
-        work that the adapter adds to a call, and by ``memory_limit``, in bytes, None for no limit; ``why`` gives the
-        reason.
-
         Buffers that calls write to (a cache, a counter) are copied now and belong to the callable. Neither the program
         nor anything else that is bound to it sees what its calls write there.
+
+        Args:
+            adapter: an adapter as ``adaptc.swap`` takes it, or a :class:`Binding`. None gives the base, as :attr:`base`
+                has it, and takes no options.
+            form: "apply" shares the program's code and base. "weight" runs the base's graph on weights of its own: as
+                fast as the base, for the memory of the adapted weights (``held``). Later writes to base tensors do not
+                reach it. "auto" decides by the work that the adapter adds to a call; ``why`` gives the reason.
+            memory_limit: the most bytes of "auto"; None for no limit.
+            **options: the options of ``adaptc.swap``, such as ``scale=0.5``.
+
+        Returns:
+            the callable, with the inputs and outputs of the program.
+
+        Raises:
+            ConfigError: None is given with options.
+            MergeError: ``form`` is "weight", and a method has no form on the weight.
+            AdaptcError: what ``adaptc.swap`` raises.
         """
         if adapter is None:
             if said := [name for name, value in options.items() if value is not None]:
@@ -71,14 +84,22 @@ class AdaptedProgram(ScalableProgram):
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
         """Return a bank: adapters by name, of which each row of a batch takes its own.
 
-        A call is ``bank(**inputs, adapters=["fr", None, {"de": 0.7, "style": 0.3}])``. ``adapters``: name -> what
-        :meth:`bind` takes; ``bank.add`` adds more. ``capacity``, ``max_bytes``: how many adapters, and how many bytes
-        of them, the bank may hold. With ``evict=True`` the least recently used adapters go when it is full. ``loader``:
-        a function of a name that gives an adapter which is not there. ``max_rank``: the largest rank that the bank
-        takes. The bank keeps the program as it is now: later swaps do not reach it.
+        A call is ``bank(**inputs, adapters=["fr", None, {"de": 0.7, "style": 0.3}])``. The bank keeps the program as it
+        is now: later swaps do not reach it.
 
-        Raises TargetError where a row's values depend on other rows of the batch (statistics over the batch, experts);
-        it names the site, the output or the buffer. Raises what :meth:`Bank.add` raises.
+        Args:
+            adapters: name -> what :meth:`bind` takes; ``bank.add`` adds more.
+            **limits: ``capacity`` and ``max_bytes``, how many adapters, and how many bytes of them, the bank may hold.
+                ``max_rank``, the largest rank. ``evict=True`` lets the least recently used adapters go when it is full.
+                ``loader``, a function of a name that gives an adapter which is not there.
+
+        Returns:
+            the bank.
+
+        Raises:
+            TargetError: a row's values depend on other rows of the batch (statistics over the batch, experts). The
+                site, the output or the buffer is named.
+            AdaptcError: what :meth:`Bank.add` raises.
         """
         return Bank(self, adapters, **limits)
 
@@ -100,8 +121,14 @@ class AdaptedProgram(ScalableProgram):
         """Return the graph as text, a line for each node, with a frame that names the site around the nodes of each
         region.
 
-        ``site``: a parameter with an adapter, or its module, to see only what stands there; None for the whole graph.
-        Raises ConfigError where there is no such site.
+        Args:
+            site: a parameter with an adapter, or its module, to see only what stands there; None for the whole graph.
+
+        Returns:
+            the text.
+
+        Raises:
+            ConfigError: there is no such site.
         """
         with hold_graph_lock():
             still = self.snapshot()
@@ -284,22 +311,24 @@ class AdaptedProgram(ScalableProgram):
         gradients.
 
         On a CPU, whatever is fastest there computes the matmuls of frozen layers and the gradients of their inputs. It
-        is measured once on each computer, in a second each; ``products`` of the module says what was chosen.
-        ``ADAPTC_PRODUCTS=plain``, or :attr:`fuse` off, leaves these matmuls to torch.
+        is measured once on each computer; ``products`` of the module says what was chosen. ``ADAPTC_PRODUCTS=plain``,
+        or :attr:`fuse` off, leaves these matmuls to torch.
 
-        ``gradient_checkpointing``: True recomputes each repeated block in the backward, to save memory, and a number
-        that many blocks at a time. It acts in training mode, and gradients are equal. None does as :attr:`checkpoint`
-        says. Raises ConfigError for any other value. Raises AdaptcError for programs captured for inference, which are
-        never in training mode, and where no block is repeated or can be recomputed. An AdaptcWarning tells of blocks
-        that cannot.
+        Args:
+            check_guards: False, which torch's compilers pass, gives the plain ``fx.GraphModule`` that they work on.
+            gradient_checkpointing: True recomputes each repeated block in the backward, to save memory, and a number
+                that many blocks at a time. It acts in training mode, and gradients are equal. None does as
+                :attr:`checkpoint` says. A warning tells of blocks that cannot be recomputed.
+            logits: "labelled" leaves the rows whose label is the ignored index out of the head. Loss and gradients are
+                equal, and these rows are zero in the logits that are returned. "all" computes all.
 
-        ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head. Loss and gradients are
-        equal, and these rows are zero in the logits that are returned. Raises ConfigError for values other than "all"
-        and "labelled". It raises the same for "labelled" where the program's loss does not allow it, or nothing is
-        fused.
+        Returns:
+            the module, with the inputs and outputs of the program.
 
-        ``check_guards=False``, which torch's compilers pass, gives the plain ``fx.GraphModule`` that they work on; else
-        the result is a :class:`ProgramModule`.
+        Raises:
+            ConfigError: an option has another value, or the program's loss does not allow "labelled", or nothing is
+                fused.
+            AdaptcError: checkpointing is asked of a program captured for inference, or one without a repeated block.
         """
         with hold_graph_lock():
             still = self.snapshot()
@@ -315,7 +344,15 @@ class AdaptedProgram(ScalableProgram):
             return made
 
     def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
-        """Return a plain program in other operators, as ``ExportedProgram.run_decompositions`` does."""
+        """Return a plain program in other operators, as ``ExportedProgram.run_decompositions`` does.
+
+        Args:
+            *args: the arguments of torch's method.
+            **kwargs: the keyword arguments of torch's method.
+
+        Returns:
+            the program.
+        """
         with hold_graph_lock():
             return LiftedProgram(self.snapshot()).finish().run_decompositions(*args, **kwargs)
 

@@ -36,27 +36,37 @@ class ScalableProgram(ProgramCore):
         """Multiply the scale that an adapter was made with (LoRA's alpha / r, and its like) by ``scale``.
 
         The last call counts, so that 0.5 twice is 0.5, and 1 gives back, to the bit, what the adapter was made with. 0
-        takes away all that is added to a weight. ``adapter``: its name, which may be left out where there is one.
-        ``modules``: the modules to scale, None for all. It is a list of names of modules, or of their beginnings or
-        endings ("layers.0" is all of that layer). A single string is one of these, or a regular expression for whole
-        names.
-
-        What the adapter trains as it is (``modules_to_save``, biases, tokens) has no scale, and stays. Raises
-        ConfigError for names that choose nothing and for a scale that is not a finite number. Raises ConfigError, too,
-        for methods without a factor on what they change (IA3, OFT, ...), where PEFT warns or says nothing.
+        takes away all that is added to a weight. What the adapter trains as it is (``modules_to_save``, biases, tokens)
+        has no scale, and stays.
 
         ``adaptc.merge`` and ``adaptc.save`` see the scale. ``adaptc.save_adapter`` writes the adapter as it was made,
         and warns. Callables that were bound before, and modules that were made, keep the scale that they have.
+
+        Args:
+            scale: the factor.
+            adapter: the name of the adapter, which may be left out where there is one.
+            modules: the modules to scale, None for all. It is a list of names of modules, or of their beginnings or
+                endings ("layers.0" is all of that layer). A single string is one of these, or a regular expression for
+                whole names.
+
+        Raises:
+            ConfigError: the names choose nothing, or the scale is not a finite number. The same for methods without a
+                factor on what they change (IA3, OFT, ...), where PEFT warns or says nothing.
         """
         self._update_binding(lambda spec, now: scale_adapter(spec, now, scale, adapter, modules))
 
     def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
-        """Let these adapters of the program act, by name, and no others. The layers of the others compute what they
-        would without them, and their tensors are kept.
+        """Let these adapters of the program act, by name, and no others.
 
-        A dict of factors stands for a list of its names, and :meth:`set_scale` of each. An empty list leaves the base.
-        Raises ConfigError for an unknown name, and as :meth:`set_scale` does. Raises SwapError where the program has no
-        base.
+        The layers of the others compute what they would without them, and their tensors are kept.
+
+        Args:
+            adapters: a name or a list of names. A dict of factors stands for a list of its names, and :meth:`set_scale`
+                of each. An empty list leaves the base.
+
+        Raises:
+            ConfigError: a name is unknown, or a factor is none that :meth:`set_scale` takes.
+            SwapError: the program has no base.
         """
         self._update_binding(lambda spec, now: with_active(spec, now, adapters))
 
@@ -76,6 +86,9 @@ class ScalableProgram(ProgramCore):
 
         Other threads, and what is bound, stay as they are, so that one request may ask for the base while others go on.
         Nothing is compiled for it. :attr:`AdaptedProgram.base` is a program of the base, which is faster still.
+
+        Returns:
+            a context manager.
         """
         return overriding(self, off=True)
 
@@ -83,8 +96,16 @@ class ScalableProgram(ProgramCore):
         """Run the block with the scales of all adapters multiplied, for the calls that :meth:`disabled` would turn to
         the base.
 
-        The factor is on the scales that hold when a call begins. Raises ConfigError for a multiplier that is not a
-        finite number, and where no method has a scale.
+        The factor is on the scales that hold when a call begins.
+
+        Args:
+            multiplier: the factor.
+
+        Returns:
+            a context manager.
+
+        Raises:
+            ConfigError: the multiplier is not a finite number, or no method has a scale.
         """
         factor = parse_factor(multiplier, "multiplier")
         with_scales_multiplied(
@@ -98,6 +119,9 @@ class ScalableProgram(ProgramCore):
         """Let these adapters act, by name, and no others, as PEFT's ``set_adapter`` does; see :meth:`set_active`.
 
         Unlike PEFT's, it does not change which tensors require gradients.
+
+        Args:
+            adapter_name: a name or a list of names.
         """
         self.set_active(adapter_name)
 
@@ -106,13 +130,21 @@ class ScalableProgram(ProgramCore):
     ) -> None:
         """Let these adapters act with these factors, as ``set_adapters`` of a diffusers pipeline does.
 
-        ``adapter_weights``: a number for all of them, or one for each; None stands for 1. Raises ConfigError where
-        there are not as many as names, and as :meth:`set_active` does.
+        Args:
+            adapter_names: a name or a list of names.
+            adapter_weights: a number for all of them, or one for each; None stands for 1.
+
+        Raises:
+            ConfigError: there are not as many weights as names; also what :meth:`set_active` raises.
         """
         self.set_active(weighted_adapters(adapter_names, adapter_weights))
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Run the block with calls that compute the base, as PEFT's ``disable_adapter`` does; see :meth:`disabled`."""
+        """Run the block with calls that compute the base, as PEFT's ``disable_adapter`` does; see :meth:`disabled`.
+
+        Returns:
+            a context manager.
+        """
         return self.disabled()
 
     def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
@@ -121,26 +153,39 @@ class ScalableProgram(ProgramCore):
         return self.scaled(multiplier)
 
     def delete_adapter(self, name: str) -> None:
-        """Take one of several adapters out. Its name is gone, its tensors are let go, and its layers compute what they
-        would without it.
+        """Take one of several adapters out.
 
-        Files that are written from now on are without it. Raises ConfigError for an unknown name, and SwapError for the
-        only adapter.
+        Its name is gone, its tensors are let go, and its layers compute what they would without it. Files that are
+        written from now on are without it.
+
+        Args:
+            name: the name of the adapter.
+
+        Raises:
+            ConfigError: the name is unknown.
+            SwapError: it is the only adapter.
         """
         self._update_binding(lambda spec, now: without_adapter(spec, now, name))
 
     def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
-        """Give the program one more adapter, which acts together with those that it has; returns the program that has
-        it.
+        """Give the program one more adapter, which acts together with those that it has.
 
-        ``adapter``: a config, a directory, a file or a state dict, as ``adaptc.compile`` takes them. An adapter of a
-        name that was deleted takes the sites that were left, and the program returned is this one. Any other adapter
-        needs sites of its own, and SwapError names those that are missing.
+        An adapter of a name that was deleted takes the sites that were left. Any other adapter needs sites of its own.
 
-        With ``recompile`` such an adapter gets another program. That program has all the adapters, with the same
-        tensors, factors and base. This one, and what is bound to it, stay. It needs the base: MergeError where a file
-        held only what an adapter made of it. Raises ConfigError for a name that is there, and whatever
-        ``adaptc.compile`` raises.
+        Args:
+            name: the name of the adapter.
+            adapter: a config, a directory, a file or a state dict, as ``adaptc.compile`` takes them.
+            recompile: whether an adapter that needs other sites gets another program. That program has all the
+                adapters, with the same tensors, factors and base. This one, and what is bound to it, stay.
+
+        Returns:
+            the program that has the adapter: this one, or with ``recompile`` perhaps another one.
+
+        Raises:
+            SwapError: the sites that the adapter needs are missing; they are named.
+            ConfigError: the name is there already.
+            MergeError: another program needs the base, and a file held only what an adapter made of it.
+            AdaptcError: what ``adaptc.compile`` raises.
         """
         assert self.compile_functions is not None
         with outside_modes():

@@ -16,11 +16,23 @@ def rescale_adapter_scale(program: AdaptedProgram, multiplier: float) -> Abstrac
     Deprecated: use ``program.scaled(multiplier)``.
 
     After the block they are what they were. A factor between 0 and 1 lies between the base and the fine-tuned model
-    (WiSE-FT).
+    (WiSE-FT). It holds for calls that this thread, or this task of asyncio, begins in the block. ``merge`` and ``save``
+    are refused there, since they would not see it.
 
-    It holds for calls that this thread, or this task of asyncio, begins in the block. ``merge`` and ``save`` are
-    refused there, since they would not see it. Raises ConfigError for a multiplier that is not a finite number, and
-    where no method has a scale.
+    Args:
+        program: a program.
+        multiplier: the factor on each scale.
+
+    Returns:
+        a context manager.
+
+    Raises:
+        ConfigError: the multiplier is not a finite number, or no method has a scale.
+
+    Example:
+        >>> with prog.scaled(0.5):
+        ...     prog(x).shape
+        torch.Size([2, 3])
     """
     warn_renamed("adaptc.rescale_adapter_scale(program, factor)", "program.scaled(factor)")
     return program.scaled(multiplier)

@@ -101,8 +101,20 @@ class ModelStatus:
 def get_layer_status(program: AdaptedProgram) -> LayerStatuses:
     """Return the status of each adapted module, with the fields of ``peft.get_layer_status``; it prints as a table.
 
-    Names are those of the model's modules, without what PEFT's wrapper puts in front of them. Raises AdaptcError where
-    the program has no adapter.
+    Names are those of the model's modules, without what PEFT's wrapper puts in front of them.
+
+    Args:
+        program: a program or a generator.
+
+    Returns:
+        a list of the statuses.
+
+    Raises:
+        AdaptcError: the program has no adapter.
+
+    Example:
+        >>> [status.name for status in adaptc.debug.get_layer_status(prog)]
+        ['0']
     """
     enabled, snapshot = not override_of(program).is_disabled, program.snapshot()
     binding, module_types = _require_binding(snapshot), all_module_types(snapshot)
@@ -139,7 +151,18 @@ def get_layer_status(program: AdaptedProgram) -> LayerStatuses:
 def get_model_status(program: AdaptedProgram) -> ModelStatus:
     """Return the status of a program's adapters, with the fields of ``peft.get_model_status``; it prints as a table.
 
-    Raises AdaptcError where the program has no adapter.
+    Args:
+        program: a program or a generator.
+
+    Returns:
+        the status.
+
+    Raises:
+        AdaptcError: the program has no adapter.
+
+    Example:
+        >>> adaptc.debug.get_model_status(prog).trainable_params
+        24
     """
     layers, snapshot = get_layer_status(program), program.snapshot()
     binding = _require_binding(snapshot)

@@ -27,6 +27,16 @@ def assert_no_recompiles() -> Iterator[None]:
 
     It reads torch's own counters, so it also catches a ``torch.compile`` that is not adaptc's. It can be used as a
     decorator.
+
+    Yields:
+        None.
+
+    Raises:
+        RecompileError: something was compiled.
+
+    Example:
+        >>> with adaptc.debug.assert_no_recompiles():
+        ...     y = prog(x)
     """
     before = compile_count()
     yield

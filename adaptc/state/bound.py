@@ -100,6 +100,11 @@ class BoundProgram(PinnedRunner):
 
     It runs with the options that the program had when it was bound. Only the limit on hoisted values,
     :attr:`AdaptedProgram.hoist_limit`, follows the program.
+
+    Example:
+        >>> bound = prog.bind(lora_weights(seed=1)[1])
+        >>> bound(x).shape
+        torch.Size([2, 3])
     """
 
     def __init__(
@@ -141,6 +146,7 @@ class BoundProgram(PinnedRunner):
 
     @property
     def device(self) -> torch.device:
+        """Return the device that it runs on."""
         return self.program.device
 
     def compiled_state(self) -> _CallState:

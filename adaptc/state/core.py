@@ -155,7 +155,15 @@ class ProgramCore(ExportedParts):
         they are.
 
         A binding made for this program is refused by the other: bind the adapter there, or move it with ``binding.to``.
-        Raises BackendError for a device that does not exist.
+
+        Args:
+            device: the device.
+
+        Returns:
+            the program there; this one where it is there already.
+
+        Raises:
+            BackendError: the device does not exist.
         """
         target = usable_device(device)
         if target == self.device:
@@ -315,13 +323,15 @@ class ProgramCore(ExportedParts):
             return same
 
     def resync_base_tensors(self) -> None:
-        """Make calls read base tensors of :attr:`state_dict` again after they were given other memory. Needed only
-        after writes that torch does not count: ``param.data = tensor``, ``param.set_(tensor)``,
-        ``torch.utils.swap_tensors``.
+        """Make calls read base tensors of :attr:`state_dict` again after they were given other memory.
 
-        The model's own parameters are other objects, which share this memory until they are given another. ``swap``,
-        ``bind``, ``merge`` and ``save`` do this of themselves; what is bound already stays as it is. Raises AdaptcError
-        for a tensor that now has another shape, dtype or device than the program was made for.
+        It is needed only after writes that torch does not count: ``param.data = tensor``, ``param.set_(tensor)``,
+        ``torch.utils.swap_tensors``. The model's own parameters are other objects, which share this memory until they
+        are given another. ``swap``, ``bind``, ``merge`` and ``save`` do this of themselves; what is bound already stays
+        as it is.
+
+        Raises:
+            AdaptcError: a tensor now has another shape, dtype or device than the program was made for.
         """
         self.check_base()
         with self._run_state.lock:

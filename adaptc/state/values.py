@@ -55,7 +55,11 @@ class ProgramProperties(ExportedProgram):
 
     @property
     def binding(self) -> Binding:
-        """Return the current binding. Raises AdaptcError where the program has no adapters."""
+        """Return the current binding.
+
+        Raises:
+            AdaptcError: the program has no adapters.
+        """
         binding = self._run_state.call_state.binding
         if binding is None:
             raise AdaptcError("the program has no adapter; it was merged or unloaded")

@@ -26,9 +26,20 @@ TRAINER_STATE_NAME = "trainer_state.json"
 def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
     """Return the newest complete checkpoint in the directory of a Trainer's run, for ``resume_from_checkpoint``.
 
-    None where there is none, which ``resume_from_checkpoint`` takes too. Checkpoints that a killed process left
-    unfinished are passed over. Raises CheckpointError where the directory cannot be read, or a finished checkpoint's
-    adapter is damaged.
+    Checkpoints that a killed process left unfinished are passed over.
+
+    Args:
+        directory: the ``output_dir`` of the run.
+
+    Returns:
+        the path; None where there is no checkpoint, which ``resume_from_checkpoint`` takes too.
+
+    Raises:
+        CheckpointError: the directory cannot be read, or a finished checkpoint's adapter is damaged.
+
+    Example:
+        >>> print(adaptc.training.last_checkpoint("."))
+        None
     """
     for _, folder in sorted(_checkpoints_by_step(Path(directory)).items(), reverse=True):
         if _is_finished(folder):

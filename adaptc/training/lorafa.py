@@ -41,11 +41,28 @@ def lorafa_optimizer(
 
     It is used like any other, in a loop or as ``Trainer(..., optimizers=(optimizer, None))``. Each layer keeps its own
     rank and scale. The adapter's other trainable tensors (whole modules, biases, trainable tokens) get Adam's steps.
-    ``weight_decay`` is decoupled from these steps, as in AdamW. Matmuls run in float32 at least; PEFT rounds them to
-    bfloat16.
+    Matmuls run in float32 at least; PEFT rounds them to bfloat16.
 
-    Raises AdaptcError where the adapter is not LoRA, has DoRA or is not trainable. Raises ConfigError for values that
-    are not possible.
+    Args:
+        program: a program whose adapter is LoRA, or a module of one.
+        lr: the learning rate.
+        weight_decay: a decay that is decoupled from the steps, as in AdamW.
+        betas: the factors of Adam's moving averages.
+        eps: the term that keeps Adam's divisor from zero.
+        correct_bias: whether the averages are corrected for their beginning.
+
+    Returns:
+        the optimizer.
+
+    Raises:
+        AdaptcError: the adapter is not LoRA, has DoRA or is not trainable.
+        ConfigError: a value is not possible.
+
+    Example:
+        >>> module = prog.module()
+        >>> optimizer = adaptc.training.lorafa_optimizer(module, lr=1e-3)
+        >>> module(x).sum().backward()
+        >>> loss = optimizer.step()
     """
     wrong = {
         "lr": lr < 0,

@@ -27,12 +27,23 @@ def orthogonal_loss(program: ProgramCore) -> Tensor:
     """Return the term that AdaLoRA adds to a loss: ``orth_reg_weight`` times the mean of |P P^T - I| over all A and
     B^T.
 
-    PEFT's model adds it to the ``loss`` of its output; here the caller does, before ``backward()``::
+    PEFT's model adds it to the ``loss`` of its output; here the caller does, before ``backward()``. The norm is
+    Frobenius'.
 
-        loss = module(**batch).loss + adaptc.training.orthogonal_loss(program)
+    Args:
+        program: a program whose adapter is AdaLoRA.
 
-    The norm is Frobenius'. Returns a scalar in the adapter's dtype. Raises AdaptcError when the program's adapter is
-    not AdaLoRA.
+    Returns:
+        a scalar in the adapter's dtype.
+
+    Raises:
+        AdaptcError: the program's adapter is not AdaLoRA.
+
+    Example:
+        >>> config = adaptc.AdaLoraConfig(init_r=3, target_r=2, total_step=10, tfinal=2, target_modules=["0"])
+        >>> adapted = adaptc.compile(model, config, example_inputs=x, training=True)
+        >>> loss = adapted.module()(x).sum() + adaptc.training.orthogonal_loss(adapted)
+        >>> loss.backward()
     """
     terms = []
     for site in _adalora_sites(program).values():
@@ -47,20 +58,28 @@ class RankAllocator:
     """An allocator that cuts the ranks of an AdaLoRA adapter while it is trained.
 
     Make one before training. Call it after ``loss.backward()``, with the gradients still there, and after the
-    optimizer's step (as PEFT advises)::
+    optimizer's step (as PEFT advises). Up to step ``total_step - tfinal`` it follows the importance of every term.
+    Every ``deltaT`` steps after ``tinit`` it sets all singular values but the most important ones to zero, and keeps
+    fewer each time. From then on the terms are fixed.
 
-        allocator = adaptc.training.RankAllocator(program)
-        ...
-        optimizer.step()
-        allocator.update_and_allocate(step)
-        optimizer.zero_grad()
+    Args:
+        program: a program whose adapter is AdaLoRA and trains.
 
-    Up to step ``total_step - tfinal`` it follows the importance of every term. Every ``deltaT`` steps after ``tinit``
-    it sets all singular values but the most important ones to zero, and keeps fewer each time. From then on the terms
-    are fixed. ``rank_pattern`` says which are left.
+    Raises:
+        AdaptcError: the program's adapter is not AdaLoRA, is not trainable, or has been cut already.
+        ConfigError: ``target_r`` is greater than ``init_r``.
 
-    Raises AdaptcError when the program's adapter is not AdaLoRA, is not trainable, or has been cut already. Raises
-    ConfigError when ``target_r`` is greater than ``init_r``.
+    Example:
+        >>> config = adaptc.AdaLoraConfig(init_r=3, target_r=2, total_step=10, tfinal=2, target_modules=["0"])
+        >>> adapted = adaptc.compile(model, config, example_inputs=x, training=True)
+        >>> module = adapted.module()
+        >>> optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+        >>> allocator = adaptc.training.RankAllocator(adapted)
+        >>> for step in range(10):
+        ...     module(x).sum().backward()
+        ...     optimizer.step()
+        ...     allocator.update_and_allocate(step)
+        ...     optimizer.zero_grad()
     """
 
     def __init__(self, program: ProgramCore) -> None:
@@ -82,16 +101,21 @@ class RankAllocator:
 
     @property
     def rank_pattern(self) -> dict[str, Any] | None:
-        """Return ``<key of the site>.lora_E`` -> a list that says of each term whether it is left, in PEFT's form; None
-        before the first cut."""
+        """Return ``<key of the site>.lora_E`` -> a list that says of each term whether it is left, in PEFT's form.
+
+        None before the first cut.
+        """
         return _adalora_config(self._program).rank_pattern
 
     @torch.no_grad()
     def update_and_allocate(self, step: int) -> None:
         """Follow the importance of terms, and cut ranks where this step is one for it. Call it once per training step.
 
-        ``step``: the number of the step, beginning with 0 or 1, as in PEFT. Raises AdaptcError when gradients are
-        missing, or the program was swapped to another adapter.
+        Args:
+            step: the number of the step, beginning with 0 or 1, as in PEFT.
+
+        Raises:
+            AdaptcError: gradients are missing, or the program was swapped to another adapter.
         """
         config = _adalora_config(self._program)
         if any(t is not self._sites[k][n] for k, s in _adalora_sites(self._program).items() for n, t in s.items()):

@@ -28,9 +28,19 @@ def check_gradients(module: nn.Module, scaler: Any = None) -> None:
     it before the optimizer's step, which would spoil the adapter for good. It takes one pass over the adapter's
     gradients.
 
-    ``scaler``: the ``torch.amp.GradScaler`` of a loop in float16. It leaves out steps whose gradients are not finite,
-    and makes its scale smaller. Such gradients are thus an error only once the scale is at most 1, where a smaller one
-    cannot help.
+    Args:
+        module: a module that ``program.module()`` made.
+        scaler: the ``torch.amp.GradScaler`` of a loop in float16. It leaves out steps whose gradients are not finite,
+            and makes its scale smaller. Such gradients are thus an error only once the scale is at most 1, where a
+            smaller one cannot help.
+
+    Raises:
+        AdaptcError: a gradient is not finite.
+
+    Example:
+        >>> module = prog.module()
+        >>> module(x).sum().backward()
+        >>> adaptc.training.check_gradients(module)
     """
     named = {n: p.grad.detach().abs().sum() for n, p in module.named_parameters() if p.grad is not None}
     if wrong := _find_not_finite(named):
@@ -58,10 +68,19 @@ def trainer_callback(program: ProgramCore) -> Any:
 
     Before each step it raises AdaptcError with the names of gradients that are not finite. Where a scaler leaves such
     steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
-    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says.
+    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. When training begins it raises as
+    :class:`RankAllocator` does, and ConfigError for options of the trainer that a program cannot serve.
 
-    When training begins it raises as :class:`RankAllocator` does, and ConfigError for options of the trainer that a
-    program cannot serve.
+    Args:
+        program: the program that trains.
+
+    Returns:
+        the callback, for ``Trainer(..., callbacks=[...])``.
+
+    Example:
+        >>> import transformers
+        >>> isinstance(adaptc.training.trainer_callback(prog), transformers.TrainerCallback)
+        True
     """
     return _callback_class()(program)
 

@@ -139,14 +139,28 @@ def check_method(
 ) -> MethodReport:
     """Test the method of ``config`` on small layers of every kind, print the report, and return it.
 
-    ``config``: a config of your method, registered with :func:`adaptc.methods.register_method`; its targets are
-    ignored. ``sizes``: inputs and outputs of the layers, for methods that need certain sizes. Both must be even, and
-    they must differ, since a method that confuses two axes would pass otherwise. ``progress`` shows a bar on a terminal
-    from the start.
+    It takes about half a minute.
 
-    It takes about half a minute. Raises ConfigError for an object that is no config of layers and for sizes that cannot
-    be used, and MethodError for hooks under names of an older adaptc. With ``raise_on_failure``, raises MethodError
-    where a check failed.
+    Args:
+        config: a config of your method, registered with :func:`adaptc.methods.register_method`; its targets are
+            ignored.
+        sizes: inputs and outputs of the layers, for methods that need certain sizes. Both must be even, and they must
+            differ, since a method that confuses two axes would pass otherwise.
+        progress: whether to show a bar on a terminal from the start.
+        raise_on_failure: whether to raise where a check failed.
+
+    Returns:
+        a report of all checks; ``report.ok`` sums up.
+
+    Raises:
+        ConfigError: ``config`` is no config of layers, or the sizes cannot be used.
+        MethodError: the method has hooks under names of an older adaptc. With ``raise_on_failure`` also where a check
+            failed.
+
+    Example:
+        >>> adaptc.methods.register_method(ShiftConfig, Shift)
+        >>> report = adaptc.methods.check_method(ShiftConfig())  # doctest: +ELLIPSIS
+        ShiftConfig keeps its promises...
     """
     if isinstance(config, ProgramConfig):
         raise ConfigError(

@@ -65,9 +65,31 @@ _BY_NAME = {str(target): target for target in LAYER_OPS}
 class Op:
     """The op that reads a weight, with all its arguments but input, weight and bias.
 
-    ``shape`` is the canonical shape of the weight, and ``rest`` the remaining arguments. ``target`` None means that
-    only the weight is known, and not how it is read. ``max_norm`` is (largest norm of a row, order of the norm) of an
-    embedding with ``max_norm``, whose weight keeps to it. It is None for all others.
+    Attributes:
+        kind: the kind of layer, such as "linear", "embedding", "conv2d" or "experts".
+        shape: the canonical shape of the weight: (out, in), or (out, in / groups, *kernel) for convolutions.
+        target: the op; None where only the weight is known, and not how it is read.
+        other_args: the remaining arguments of the op.
+        max_norm: (largest norm of a row, order of the norm) of an embedding with ``max_norm``, whose weight keeps to
+            it. None for all others.
+
+    Arguments of the functions:
+        - `x`: an input of the layer.
+        - `y`: an output of the layer.
+        - `weight`: the weight as the parameter stores it.
+        - `canonical`: the weight in canonical layout, :attr:`shape`.
+        - `a`: the projection down to the rank, (rank, in), for convolutions (rank, in, *kernel).
+        - `b`: the projection up from the rank, (out, rank).
+        - `h`: an output of :meth:`down`.
+        - `v`: a vector.
+        - `matrix`: the canonical weight as a matrix.
+        - `scale`: a 0-d tensor.
+
+    Example:
+        >>> op = adaptc.methods.Op("linear", (5, 7), torch.ops.aten.linear.default)
+        >>> a, b = torch.randn(2, 7), torch.randn(5, 2)
+        >>> torch.allclose(op.down_up(torch.ones(3, 7), a, b), torch.ones(3, 7) @ op.product(a, b).T, atol=1e-5)
+        True
     """
 
     kind: str
@@ -89,10 +111,12 @@ class Op:
 
     @property
     def is_conv(self) -> bool:
+        """Return whether the op is a convolution that can be called."""
         return self.kind.startswith("conv") and self.callable
 
     @property
     def groups(self) -> int:
+        """Return the number of groups of a convolution; 1 for other ops."""
         return self.other_args[3] if self.is_conv and len(self.other_args) > 3 else 1
 
     @property
@@ -102,14 +126,17 @@ class Op:
 
     @property
     def out_features(self) -> int:
+        """Return the number of outputs of the layer."""
         return self.shape[1] if self.experts else self.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Return the number of inputs of the layer, of all groups."""
         return self.shape[-1] if self.experts else self.shape[1] * self.groups
 
     @property
     def kernel(self) -> tuple[int, ...]:
+        """Return the sizes of a convolution's kernel; () for other ops."""
         return () if self.experts else self.shape[2:]
 
     def canonical(self, weight: Tensor) -> Tensor:

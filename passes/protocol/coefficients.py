@@ -61,9 +61,14 @@ class Coefficient:
 class ExtraInput:
     """An input that a method adds to a program: its dtype and its axes.
 
-    ``axes`` says whether an axis is as long as the "batch" or the "length". At a layer it can only be the batch.
-    ``place`` restricts the input to programs that have this place. ``fill`` is its value where a caller leaves it out;
-    with None the caller must give it.
+    Attributes:
+        dtype: the dtype.
+        axes: whether each axis is as long as the "batch" or the "length". At a layer it can only be the batch.
+        place: the program value that a program must have to get the input; None for all programs.
+        fill: the value where a caller leaves it out; with None the caller must give it.
+
+    Example:
+        >>> task_ids = adaptc.methods.ExtraInput(torch.int64)
     """
 
     dtype: torch.dtype

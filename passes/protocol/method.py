@@ -34,9 +34,14 @@ Scale = Any
 
 @dataclass(frozen=True)
 class InitialValues:
-    """The first values of a site's slots; ``base`` is the base weight to use with them if the scheme changes it.
+    """The first values of a site's slots.
 
-    Only some schemes change it, such as PiSSA. None leaves it as it is.
+    Attributes:
+        slots: name -> tensor.
+        base: the base weight to use with them if the scheme changes it, as PiSSA does; None leaves it as it is.
+
+    Example:
+        >>> first = adaptc.methods.InitialValues({"shift": torch.zeros(7)})
     """
 
     slots: dict[str, Tensor]
@@ -45,10 +50,33 @@ class InitialValues:
 
 @dataclass(frozen=True)
 class Method(Hooks):
-    """The base class of all methods; the module docstring says what a subclass defines."""
+    """The base class of all methods; the module docstring says what a subclass defines.
+
+    Arguments of the functions:
+        - `op`: the op that reads the weight, an :class:`adaptc.methods.Op`.
+        - `W`: the weight in canonical layout, (out, in) or (out, in / groups, *kernel).
+        - `base`: the model's own weight, where earlier adapters made ``W`` of it.
+        - `b`: the bias (out,), or None.
+        - `x`: the input of the layer.
+        - `y`: the output of the layer.
+        - `slots`: name -> tensor of the adapter at this site.
+        - `scale`: a 0-d tensor, or None for a method without one.
+        - `dtype`: the adapter's dtype.
+        - `generator`: the source of random numbers, None for torch's global generator.
+
+    Example:
+        >>> adaptc.methods.register_method(ShiftConfig, Shift)
+        >>> adapted = adaptc.compile(model, ShiftConfig(target_modules=["0"]), example_inputs=x)
+        >>> torch.equal(adapted(x), model(x))
+        True
+    """
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        """Return the slots at a site, by their name in PEFT's files. Raises TargetError for an op it cannot adapt."""
+        """Return the slots at a site, by their name in PEFT's files.
+
+        Raises:
+            TargetError: the method cannot adapt the op.
+        """
         raise AssertionError(f"{type(self).__name__} must define slots()")
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:

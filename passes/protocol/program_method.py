@@ -119,6 +119,22 @@ class ProgramMethod(Method):
     """A method that changes values of the program; the module docstring lists its functions.
 
     ``op`` in the hooks is that of the token embedding, with the width ``op.out_features``.
+
+    Arguments of the functions:
+        - `value`: the value to change.
+        - `slots`: name -> tensor of the adapter.
+        - `given`: the inputs that the method adds to the program, by name.
+        - `plain`: a token id with no special meaning in the program (no padding).
+        - `logits`: the logits of the program.
+        - `labels`: the labels of the call.
+
+    Example:
+        >>> class Louder(adaptc.methods.ProgramMethod):
+        ...     name = "louder"
+        ...     def inputs_embeds(self, value, slots, given):
+        ...         return value * slots["gain"]
+        >>> Louder().inputs_embeds(torch.ones(2, 3, 4), {"gain": torch.tensor(2.0)}, {}).sum()
+        tensor(48.)
     """
 
     sizes = SizeRule(exact=True)
@@ -128,27 +144,41 @@ class ProgramMethod(Method):
         return 0
 
     def tokens(self, value: Tensor, slots: Slots, given: ExtraValues, plain: int) -> Tensor:
+        """Return the token ids (batch, length) for all their readers."""
         raise AssertionError(f"{type(self).__name__} has no tokens()")
 
     def attention_mask(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        """Return the attention_mask (batch, length), one where a token counts."""
         raise AssertionError(f"{type(self).__name__} has no attention_mask()")
 
     def position_ids(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        """Return the position_ids (batch, length), or (1, length)."""
         raise AssertionError(f"{type(self).__name__} has no position_ids()")
 
     def token_type_ids(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        """Return the token_type_ids (batch, length)."""
         raise AssertionError(f"{type(self).__name__} has no token_type_ids()")
 
     def labels(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        """Return a label per token (batch, length)."""
         raise AssertionError(f"{type(self).__name__} has no labels()")
 
     def inputs_embeds(self, value: Tensor, slots: Slots, given: ExtraValues) -> Tensor:
+        """Return the token embeddings (batch, length, width), as long as what :meth:`tokens` returns."""
         raise AssertionError(f"{type(self).__name__} has no inputs_embeds()")
 
     def past_key_values(self, slots: Slots, given: ExtraValues) -> Tensor:
+        """Return the KV prefix of all attentions, keys and values in turn.
+
+        Its shape is (2 * attentions, heads, virtual tokens, head width).
+        """
         raise AssertionError(f"{type(self).__name__} has no past_key_values()")
 
     def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
+        """Return the embeddings of virtual tokens, (count, width).
+
+        Their shape is (batch, count, width) where rows of a batch differ.
+        """
         raise AssertionError(f"{type(self).__name__} has no prompt()")
 
     def has_decoder_tokens(self) -> bool:
@@ -168,6 +198,7 @@ class ProgramMethod(Method):
         return TOKEN_COUNT_SIZE
 
     def loss(self, value: Tensor, slots: Slots, given: ExtraValues, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss, for programs that give logits and take labels."""
         raise AssertionError(f"{type(self).__name__} has no loss()")
 
     def changes(self, value_name: str) -> bool:

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from tests.house.docstring_parts import entries as parse_entries
+from tests.house.docstring_parts import sections as parse_sections
+
 ROOT = Path(__file__).parents[2]
 SOURCE = ("adaptc", "passes", "kernels")
 #: words in a sentence, at most
@@ -50,12 +53,19 @@ def faults(text: str, name: str = "") -> Iterator[str]:
 
 
 def sentences(docstring: str) -> Iterator[str]:
-    """Yield the sentences of a docstring's paragraphs, with a word for each piece of code."""
-    for paragraph in re.split(r"\n\s*\n", docstring):
+    """Yield the sentences of a docstring's paragraphs and of its sections, with a word for each piece of code."""
+    parts = parse_sections(docstring)
+    texts = [parts.pop(""), *(e for name, text in parts.items() if name != "Example" for e in _entries(text))]
+    for paragraph in re.split(r"\n\s*\n", "\n\n".join(texts)):
         lines = paragraph.splitlines()
         if any(re.match(r"\s*([-*|]|\d+\.)\s|    |\t", line) or line.rstrip().endswith("::") for line in lines):
             continue
         yield from _END.split(" ".join(_CODE.sub("x", paragraph).split()))
+
+
+def _entries(text: str) -> list[str]:
+    """Return what a section says: of each of its entries, or as a whole where it has none."""
+    return list(parse_entries(text).values()) or [text]
 
 
 def _notes(node: ast.AST) -> Iterator[ast.Expr]:

@@ -29,7 +29,16 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 
 @dataclass
 class AdapterConfig:
-    """Fields common to all PEFT configs (file format: ``adapter_config.json``)."""
+    """Fields common to all PEFT configs (file format: ``adapter_config.json``).
+
+    Attributes:
+        task_type: the task of the model, one of PEFT's names such as "CAUSAL_LM"; None where it does not matter.
+        auto_mapping: PEFT's note on the class of the model.
+        peft_version: the version of peft that wrote the file.
+        base_model_name_or_path: the name of the model that the adapter is for.
+        revision: the revision of that model.
+        inference_mode: whether the adapter is not to be trained.
+    """
 
     #: PEFT's name for the method in files
     peft_type: ClassVar[str] = ""
@@ -77,7 +86,12 @@ class AdapterConfig:
     def method(self, name: str, kind: str) -> Method:
         """Return the method with the options it has at module ``name``, rank and alpha patterns resolved.
 
-        ``kind``: the kind of the op that consumes the weight.
+        Args:
+            name: the name of the module.
+            kind: the kind of the op that consumes the weight, such as "linear".
+
+        Returns:
+            the method.
         """
         raise AssertionError(f"{type(self).__name__} must define method()")
 
@@ -202,6 +216,25 @@ class TargetedConfig(AdapterConfig):
 
     Here every method has all of them. In PEFT most methods lack some (``target_parameters`` is LoRA's alone), and PEFT
     warns of a file that has them. So, except for LoRA, files have the optional fields only where they are set.
+
+    Attributes:
+        target_modules: the layers to adapt: endings of names, an expression for whole names, or "all-linear". None for
+            the model's defaults.
+        exclude_modules: the layers to leave out, in the same forms.
+        modules_to_save: modules that are trained whole and saved with the adapter.
+        layers_to_transform: indices of the blocks whose layers are adapted; None for all.
+        layers_pattern: the name of the list of blocks, before the index.
+        target_parameters: parameters to adapt by name, such as those of experts.
+        r: the rank.
+        bias: which biases are trained: "none", "all", or those of adapted layers ("lora_only" and so on).
+        fan_in_fan_out: kept for files; the program shows how a weight is stored.
+        init_weights: whether the adapter starts as the identity; False starts from random values.
+        rank_pattern: name or expression -> the rank of these modules.
+        alpha_pattern: name or expression -> the alpha of these modules.
+
+    Example:
+        >>> ShiftConfig(target_modules=["0"]).method("0", "linear").name
+        'shift'
     """
 
     #: for each method that the config can choose, the fields of an example: those without a default, or that choose it
@@ -253,6 +286,12 @@ class TargetedConfig(AdapterConfig):
 
         It is called before sites are planned, and the resolved config is the one that is saved. For a field that stays
         None, the graph is searched. A method whose defaults are not in ``_default_targets`` overrides this.
+
+        Args:
+            facts: the model's class, its config and the types of its modules.
+
+        Returns:
+            the resolved config.
         """
         named = self.target_parameters and not adds_default_modules(facts.model_type)
         found = default_modules(self.peft_type, facts.model_type, facts.module_types)
@@ -286,6 +325,11 @@ class TargetedConfig(AdapterConfig):
         return new
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``adapter_config.json``: plain JSON types, sets as sorted lists.
+
+        Returns:
+            field -> value.
+        """
         out = super().to_dict()
         if self.writes_unset_fields:
             return out

@@ -29,8 +29,19 @@ _MODEL_CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {
 class ProgramConfig(AdapterConfig):
     """Fields common to PEFT's configs of prompt methods.
 
-    ``token_dim``, ``num_transformer_submodules``, ``num_attention_heads`` and ``num_layers`` are properties of the
-    model, and are filled in from it.
+    Attributes:
+        num_virtual_tokens: the number of virtual tokens.
+        token_dim: the width of the token embedding, filled in from the model.
+        num_transformer_submodules: the number of stacks with virtual tokens, filled in from the model.
+        num_attention_heads: the model's number of heads, filled in from it.
+        num_layers: the model's number of blocks, filled in from it.
+        modules_to_save: modules that are trained whole and saved with the adapter.
+
+    Example:
+        >>> class FewTokensConfig(adaptc.methods.ProgramConfig):
+        ...     peft_type = "FEW_TOKENS"
+        >>> FewTokensConfig(num_virtual_tokens=3).num_virtual_tokens
+        3
     """
 
     #: the fields of an example config: those that have no default
@@ -59,6 +70,15 @@ class ProgramConfig(AdapterConfig):
         check_integers(self, {"num_virtual_tokens": self.num_virtual_tokens})
 
     def method(self, name: str, kind: str) -> ProgramMethod:
+        """Return the method of the program.
+
+        Args:
+            name: the name of the token embedding.
+            kind: the kind of the op that consumes its weight, "embedding".
+
+        Returns:
+            the method.
+        """
         raise AssertionError(f"{type(self).__name__} must define method()")
 
     def with_model_defaults(
@@ -66,8 +86,16 @@ class ProgramConfig(AdapterConfig):
     ) -> Self:
         """Return this config with the fields that it leaves to the model filled in, as PEFT's files have them.
 
-        ``embedding_dim``: the width of the program's token embedding. ``attentions``: the program's attentions, None
-        unless :attr:`reads_attentions`. Raises ConfigError where a field contradicts the program.
+        Args:
+            facts: the model's class, its config and the types of its modules.
+            embedding_dim: the width of the program's token embedding.
+            attentions: the program's attentions, None unless :attr:`reads_attentions`.
+
+        Returns:
+            the resolved config.
+
+        Raises:
+            ConfigError: a field contradicts the program.
         """
         if self.token_dim not in (None, embedding_dim):
             raise ConfigError(

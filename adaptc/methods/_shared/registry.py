@@ -106,14 +106,24 @@ _entry_points_loaded: list[bool] = []
 def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
     """Make a method of your own known to ``compile``, ``load`` and adapter files, under ``config.peft_type``.
 
-    ``config`` is a dataclass derived from ``TargetedConfig`` whose ``method(name, kind)`` returns instances of
-    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own. For a method of the program as a
-    whole, derive from ``ProgramConfig``, and from ``ProgramMethod`` or ``VirtualTokens``. A pair that is registered
-    again replaces the older one: that happens when its module is reloaded or its notebook cell runs once more.
+    A pair that is registered again replaces the older one: that happens when its module is reloaded or its notebook
+    cell runs once more. :func:`adaptc.methods.check_method` tests what a method computes.
 
-    Raises ConfigError for a name that is taken or missing. So it does for a method that lacks ``slots``, or has neither
-    ``weight`` nor a form around a layer. Raises MethodError for hooks under names of an older adaptc.
-    :func:`adaptc.methods.check_method` tests what a method computes.
+    Args:
+        config: a dataclass derived from :class:`adaptc.methods.TargetedConfig` whose ``method(name, kind)`` returns
+            instances of ``method``. For a method of the program, derive from :class:`adaptc.methods.ProgramConfig`.
+        method: a frozen dataclass derived from :class:`adaptc.methods.Method` with a ``name`` of its own. For a method
+            of the program, derive from :class:`adaptc.methods.ProgramMethod` or :class:`adaptc.methods.VirtualTokens`.
+
+    Raises:
+        ConfigError: a name is taken or missing. The same for a method that lacks ``slots``, or has neither ``weight``
+            nor a form around a layer.
+        MethodError: the method has hooks under names of an older adaptc.
+
+    Example:
+        >>> adaptc.methods.register_method(ShiftConfig, Shift)
+        >>> adaptc.compile(model, ShiftConfig(target_modules=["0"]), example_inputs=x)(x).shape
+        torch.Size([2, 3])
     """
     _check_classes(config, method)
     check_old_hooks(method)

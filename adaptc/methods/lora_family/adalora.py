@@ -38,7 +38,23 @@ _LORA_VARIANT = "it is a variant of LoRA, not of AdaLoRA"
 
 @dataclass
 class AdaLoraConfig(LoraConfig):
-    """PEFT's ``AdaLoraConfig``: same names, same defaults. ``total_step`` is required; ``r`` has no meaning here."""
+    """PEFT's ``AdaLoraConfig``: same names, same defaults. ``r`` has no meaning here.
+
+    Attributes:
+        target_r: the mean rank at the end of training.
+        init_r: the rank of every layer at the beginning.
+        tinit: the steps before the first cut.
+        tfinal: the steps after the last cut.
+        deltaT: the steps between cuts.
+        beta1: the factor of the moving average of importance.
+        beta2: the factor of the moving average of its uncertainty.
+        orth_reg_weight: the weight of :func:`adaptc.training.orthogonal_loss`.
+        total_step: the number of steps of the training; required.
+        rank_pattern: the terms that are left, written by :class:`adaptc.training.RankAllocator`.
+
+    Example:
+        >>> config = adaptc.AdaLoraConfig(init_r=12, target_r=8, total_step=1000, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "ADALORA"
     writes_unset_fields: ClassVar[bool] = False

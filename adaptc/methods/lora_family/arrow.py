@@ -39,11 +39,19 @@ PROTOTYPES, COUNTS = "lora_arrow.prototypes", "lora_arrow.counts"
 class ArrowConfig:
     """PEFT's ``ArrowConfig``: same names, same defaults, for :func:`adaptc.methods.create_arrow_model`.
 
-    ``top_k``: how many adapters act on a token; all of them where there are fewer. ``router_temperature``: the divisor
-    of the scores before the softmax. ``use_gks``: GenKnowSub, which subtracts the mean A and B of general adapters from
-    those of the task adapters. ``rng_seed``: kept for PEFT, which finds prototypes from a random vector. Here they are
-    exact, and nothing is drawn. ``task_adapter_names`` and ``gks_adapter_names`` are filled in when the adapters are
-    known. Raises ConfigError for values without a meaning.
+    Raises ConfigError for values without a meaning.
+
+    Attributes:
+        top_k: how many adapters act on a token; all of them where there are fewer.
+        router_temperature: the divisor of the scores before the softmax.
+        use_gks: whether the mean A and B of general adapters are subtracted from those of the task adapters
+            (GenKnowSub).
+        task_adapter_names: the names of the task adapters, filled in when they are known.
+        gks_adapter_names: the names of the general adapters, filled in when they are known.
+        rng_seed: kept for PEFT, which finds prototypes from a random vector. Here they are exact, and nothing is drawn.
+
+    Example:
+        >>> config = adaptc.ArrowConfig(top_k=2, router_temperature=1.0)
     """
 
     top_k: int = 3

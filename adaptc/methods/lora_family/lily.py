@@ -37,7 +37,16 @@ _ALL_LINEAR = "all-linear"
 
 @dataclass
 class LilyConfig(TargetedConfig):
-    """PEFT's ``LilyConfig``: same names, same defaults. Raises ConfigError for values without a meaning."""
+    """PEFT's ``LilyConfig``: same names, same defaults. Raises ConfigError for values without a meaning.
+
+    Attributes:
+        stride_A: how many layers in succession share one A.
+        num_B: the number of B that all layers share.
+        scaling: the factor on the change.
+
+    Example:
+        >>> config = adaptc.LilyConfig(r=8, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "LILY"
 

@@ -38,8 +38,23 @@ VARIANT_FIELDS = (
 class LoraConfig(TargetedConfig):
     """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set.
 
-    ``ensure_weight_tying``: layers tied to the input embedding change with it, whichever of them is named. PEFT has two
-    parameters on one memory for that; here it is one parameter, whose gradient is the sum.
+    Attributes:
+        lora_alpha: the numerator of the scale alpha / r.
+        lora_dropout: the dropout probability of the adapter's input.
+        use_rslora: whether the scale is alpha / sqrt(r).
+        init_lora_weights: True starts with B zero, "gaussian" also draws A from a normal distribution. "pissa", "olora"
+            and "orthogonal" are schemes of their own, and False draws both factors.
+        trainable_token_indices: rows of embeddings that are trained, or name -> rows.
+        use_dora: whether the weight is split into magnitude and direction (DoRA).
+        alora_invocation_tokens: the tokens from which on the adapter acts (aLoRA).
+        layer_replication: ranges of blocks that are repeated, each with adapters of its own.
+        lora_bias: whether B has a bias.
+        arrow_config: the routing of Arrow, an :class:`adaptc.ArrowConfig`.
+        ensure_weight_tying: whether layers tied to the input embedding change with it, whichever of them is named. PEFT
+            has two parameters on one memory for that; here it is one parameter, whose gradient is the sum.
+
+    Example:
+        >>> config = adaptc.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     """
 
     peft_type: ClassVar[str] = "LORA"

@@ -44,7 +44,16 @@ MODES = (True, False, "bat", "mini")
 
 @dataclass
 class MissConfig(TargetedConfig):
-    """PEFT's ``MissConfig``: same names, same defaults. Files of peft_type BONE give this config, too."""
+    """PEFT's ``MissConfig``: same names, same defaults. Files of peft_type BONE give this config, too.
+
+    Attributes:
+        miss_dropout: the dropout probability of the adapter's input.
+        mini_r: the rank along the outputs, for ``init_weights="mini"``.
+        init_weights: True starts as the identity; "bat" and "mini" choose variants.
+
+    Example:
+        >>> config = adaptc.MissConfig(r=8, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "MISS"
     dropout_field: ClassVar[str] = "miss_dropout"

@@ -32,7 +32,19 @@ from adaptc.torch_modes import outside_modes
 
 @dataclass
 class RandLoraConfig(TargetedConfig):
-    """PEFT's ``RandLoraConfig``: same names, same defaults. Raises ConfigError for values without a meaning."""
+    """PEFT's ``RandLoraConfig``: same names, same defaults. Raises ConfigError for values without a meaning.
+
+    Attributes:
+        projection_prng_key: the seed of the shared bases.
+        save_projection: whether files hold the shared bases.
+        sparse: whether the bases have the values -1, 0 and 1, with a third of them not zero.
+        very_sparse: whether the bases have few values that are not zero.
+        randlora_dropout: the dropout probability of the adapter's input.
+        randlora_alpha: the numerator of the scale.
+
+    Example:
+        >>> config = adaptc.RandLoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "RANDLORA"
     dropout_field: ClassVar[str] = "randlora_dropout"

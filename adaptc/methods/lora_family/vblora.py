@@ -40,7 +40,20 @@ UNSELECTED_LOGIT = -1e4
 
 @dataclass
 class VBLoRAConfig(TargetedConfig):
-    """PEFT's ``VBLoRAConfig``: same names, same defaults. Raises ConfigError for values without a meaning."""
+    """PEFT's ``VBLoRAConfig``: same names, same defaults. Raises ConfigError for values without a meaning.
+
+    Attributes:
+        num_vectors: the number of vectors in the shared bank.
+        vector_length: the length of a vector; it must divide the sizes of the layers.
+        topk: how many vectors of the bank make one part of a factor.
+        save_only_topk_weights: whether files hold only the chosen logits; such an adapter cannot be trained further.
+        vblora_dropout: the dropout probability of the adapter's input.
+        init_vector_bank_bound: the bound of the first values of the bank.
+        init_logits_std: the standard deviation of the first logits.
+
+    Example:
+        >>> config = adaptc.VBLoRAConfig(r=4, num_vectors=256, vector_length=64, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "VBLORA"
     dropout_field: ClassVar[str] = "vblora_dropout"

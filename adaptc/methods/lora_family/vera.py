@@ -28,7 +28,17 @@ from adaptc.torch_modes import outside_modes
 
 @dataclass
 class VeraConfig(TargetedConfig):
-    """PEFT's ``VeraConfig``: same names, same defaults. Raises ConfigError for values without a meaning."""
+    """PEFT's ``VeraConfig``: same names, same defaults. Raises ConfigError for values without a meaning.
+
+    Attributes:
+        projection_prng_key: the seed of the shared projections.
+        save_projection: whether files hold the shared projections.
+        vera_dropout: the dropout probability of the adapter's input.
+        d_initial: the first value of the vector d.
+
+    Example:
+        >>> config = adaptc.VeraConfig(r=64, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "VERA"
     dropout_field: ClassVar[str] = "vera_dropout"

@@ -32,7 +32,11 @@ from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 @dataclass
 class LoHaConfig(LycorisConfig):
-    """PEFT's ``LoHaConfig``: same names, same defaults. Raises ConfigError for illegal values."""
+    """PEFT's ``LoHaConfig``: same names, same defaults. Raises ConfigError for illegal values.
+
+    Example:
+        >>> config = adaptc.LoHaConfig(r=8, alpha=8, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "LOHA"
 

@@ -40,7 +40,16 @@ from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 @dataclass
 class LoKrConfig(LycorisConfig):
-    """PEFT's ``LoKrConfig``: same names, same defaults. Raises ConfigError for illegal values."""
+    """PEFT's ``LoKrConfig``: same names, same defaults. Raises ConfigError for illegal values.
+
+    Attributes:
+        decompose_both: whether the first factor of the product is decomposed, too.
+        decompose_factor: the size of the first factor; -1 for the most even split.
+        rank_dropout_scale: whether the rows that ``rank_dropout`` leaves are scaled up.
+
+    Example:
+        >>> config = adaptc.LoKrConfig(r=8, alpha=8, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "LOKR"
     schemes: ClassVar[tuple[Any, ...]] = (True, False, "lycoris")

@@ -27,7 +27,14 @@ Fill = Callable[[Tensor, torch.Generator | None], None]
 
 @dataclass
 class LycorisConfig(TargetedConfig):
-    """The fields LoHa's and LoKr's configs have in common, as PEFT has them. Raises ConfigError for illegal values."""
+    """The fields LoHa's and LoKr's configs have in common, as PEFT has them. Raises ConfigError for illegal values.
+
+    Attributes:
+        alpha: the numerator of the scale alpha / r.
+        rank_dropout: the probability in training that a row of the change is left out.
+        module_dropout: the probability in training that a layer's adapter is left out.
+        use_effective_conv2d: whether kernels of convolutions are decomposed, too.
+    """
 
     alpha_field: ClassVar[str] = "alpha"
     #: the values that ``init_weights`` may have

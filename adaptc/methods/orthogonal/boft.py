@@ -35,7 +35,15 @@ from adaptc.passes.protocol.parts.file_format import FileFormat
 class BOFTConfig(TargetedConfig):
     """PEFT's ``BOFTConfig``: same names, same defaults. Either ``boft_block_size`` or ``boft_block_num`` must be 0.
 
-    ``boft_n_butterfly_factor`` is always honoured; PEFT uses 1 where it cannot compile its CUDA extension.
+    Attributes:
+        boft_block_size: the size of a block; 0 where ``boft_block_num`` is given.
+        boft_block_num: the number of blocks; 0 where ``boft_block_size`` is given.
+        boft_n_butterfly_factor: the number of butterfly factors. It is always honoured; PEFT uses 1 where it cannot
+            compile its CUDA extension.
+        boft_dropout: the share of one factor's blocks that become the identity in training, spread over all factors.
+
+    Example:
+        >>> config = adaptc.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "v_proj"])
     """
 
     peft_type: ClassVar[str] = "BOFT"

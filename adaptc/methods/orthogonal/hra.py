@@ -27,7 +27,15 @@ from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 @dataclass
 class HRAConfig(TargetedConfig):
-    """PEFT's ``HRAConfig``: same names, same defaults."""
+    """PEFT's ``HRAConfig``: same names, same defaults.
+
+    Attributes:
+        r: the number of reflections.
+        apply_GS: whether the vectors of the reflections are made orthogonal.
+
+    Example:
+        >>> config = adaptc.HRAConfig(r=8, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "HRA"
 

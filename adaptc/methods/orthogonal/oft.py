@@ -38,9 +38,20 @@ MAX_TERMS = 256
 
 @dataclass
 class OFTConfig(TargetedConfig):
-    """PEFT's ``OFTConfig``: same names, same defaults. Either ``r`` (blocks per layer) or ``oft_block_size`` must be 0.
+    """PEFT's ``OFTConfig``: same names, same defaults. Either ``r`` or ``oft_block_size`` must be 0.
 
-    ``module_dropout`` replaces blocks by the identity in training; PEFT reads the option and ignores it.
+    Attributes:
+        r: the number of blocks of a layer; 0 where ``oft_block_size`` is given.
+        oft_block_size: the size of a block; 0 where ``r`` is given.
+        module_dropout: the probability that a block is the identity in training; PEFT reads the option and ignores it.
+        coft: whether rotations stay within ``eps`` of the identity.
+        eps: the limit of ``coft``.
+        block_share: whether all blocks of a layer share one rotation.
+        use_cayley_neumann: whether the inverse in the Cayley transform is a Neumann series.
+        num_cayley_neumann_terms: the number of terms of the series.
+
+    Example:
+        >>> config = adaptc.OFTConfig(oft_block_size=32, target_modules=["q_proj", "v_proj"])
     """
 
     peft_type: ClassVar[str] = "OFT"

@@ -32,7 +32,15 @@ ENTRIES_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 @dataclass
 class RoadConfig(TargetedConfig):
-    """PEFT's ``RoadConfig``: same names, same defaults."""
+    """PEFT's ``RoadConfig``: same names, same defaults.
+
+    Attributes:
+        variant: "road_1", "road_2" or "road_4", which have one, two or four parameters for each pair of outputs.
+        group_size: the number of outputs in which pairs are formed.
+
+    Example:
+        >>> config = adaptc.RoadConfig(variant="road_1", target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "ROAD"
 

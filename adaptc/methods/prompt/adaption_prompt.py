@@ -36,8 +36,13 @@ PROMPT, GATE = "adaption_prompt", "adaption_gate"
 class AdaptionPromptConfig(AttentionConfig):
     """PEFT's ``AdaptionPromptConfig``: same names, same defaults.
 
-    ``adapter_len``: the number of learned tokens of a layer. ``adapter_layers``: the number of adapted layers, counted
-    from the last one back. Raises ConfigError where one of them is missing or not positive.
+    Raises ConfigError where a number is missing or not positive.
+
+    Attributes:
+        adapter_len: the number of learned tokens of a layer.
+
+    Example:
+        >>> config = adaptc.AdaptionPromptConfig(adapter_len=10, adapter_layers=2, task_type="CAUSAL_LM")
     """
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"

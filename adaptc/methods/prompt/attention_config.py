@@ -18,8 +18,9 @@ from adaptc.passes.protocol.attention_method import AttentionMethod
 class AttentionConfig(AdapterConfig):
     """A config that chooses attention layers.
 
-    ``target_modules``: the name of the attention modules, by default that of the program's last one.
-    ``adapter_layers``: how many of them are adapted, counted from the last one back.
+    Attributes:
+        target_modules: the name of the attention modules; None for that of the program's last one.
+        adapter_layers: how many of them are adapted, counted from the last one back.
     """
 
     #: the fields of an example config: those that have no default

@@ -27,7 +27,14 @@ FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
 
 @dataclass
 class CartridgeConfig(KVPrefixConfig):
-    """PEFT's ``CartridgeConfig``: same names, same defaults."""
+    """PEFT's ``CartridgeConfig``: same names, same defaults.
+
+    Attributes:
+        num_frozen_tokens: how many of the first tokens do not train; they are the attention sink.
+
+    Example:
+        >>> config = adaptc.CartridgeConfig(num_virtual_tokens=256)
+    """
 
     peft_type: ClassVar[str] = "CARTRIDGE"
 

@@ -42,7 +42,21 @@ MIN_STEP = 1e-10
 
 @dataclass
 class CPTConfig(ProgramConfig):
-    """PEFT's ``CPTConfig``: same names, same defaults. ``num_virtual_tokens`` is the length of ``cpt_token_ids``."""
+    """PEFT's ``CPTConfig``: same names, same defaults. ``num_virtual_tokens`` is the length of ``cpt_token_ids``.
+
+    Attributes:
+        cpt_token_ids: the tokens of the context.
+        cpt_mask: one where a token of the context counts.
+        cpt_tokens_type_mask: the part of the context that each token belongs to.
+        opt_weighted_loss_type: "none", or "decay" for a loss in which earlier labels have less weight.
+        opt_loss_decay_factor: the factor of "decay", for each group of labels that comes later.
+        opt_projection_epsilon: how far the embeddings of inputs may move.
+        opt_projection_format_epsilon: how far the embeddings of the format may move.
+        tokenizer_name_or_path: the tokenizer of the context.
+
+    Example:
+        >>> config = adaptc.CPTConfig(num_virtual_tokens=4, cpt_token_ids=[5, 6, 7, 8], task_type="CAUSAL_LM")
+    """
 
     peft_type: ClassVar[str] = "CPT"
     supports_encoders: ClassVar[bool] = False

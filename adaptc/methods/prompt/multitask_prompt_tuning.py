@@ -37,6 +37,16 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     Three values of ``prompt_tuning_init`` start from the tensors in ``prompt_tuning_init_state_dict_path``.
     "AVERAGE_SOURCE_TASKS" takes the mean of their tasks, and "EXACT_SOURCE_TASK" the task ``prompt_tuning_init_task``;
     the adapter then has one task. "ONLY_SOURCE_SHARED" takes ``prompt_embeddings`` alone.
+
+    Attributes:
+        prompt_tuning_init_state_dict_path: the file of the tensors that three values of ``prompt_tuning_init`` start
+            from.
+        prompt_tuning_init_task: the task of "EXACT_SOURCE_TASK".
+        num_ranks: the rank of a task's factors.
+        num_tasks: the number of tasks; calls take ``task_ids`` (batch,).
+
+    Example:
+        >>> config = adaptc.MultitaskPromptTuningConfig(num_virtual_tokens=20, num_tasks=3)
     """
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"

@@ -34,8 +34,17 @@ MLP, LSTM = "MLP", "LSTM"
 class PromptEncoderConfig(ProgramConfig):
     """PEFT's ``PromptEncoderConfig``: same names, same defaults.
 
-    ``encoder_hidden_size`` is by default the width of the embeddings. As in PEFT, an MLP always has three layers and no
-    dropout: where ``encoder_num_layers`` or ``encoder_dropout`` is set, an AdaptcWarning says so.
+    As in PEFT, an MLP always has three layers and no dropout: where ``encoder_num_layers`` or ``encoder_dropout`` is
+    set, an AdaptcWarning says so.
+
+    Attributes:
+        encoder_reparameterization_type: "MLP" or "LSTM", which makes the rows while they are trained.
+        encoder_hidden_size: the width of the encoder; None for the width of the embeddings.
+        encoder_num_layers: the number of layers of an LSTM.
+        encoder_dropout: the dropout probability of an LSTM.
+
+    Example:
+        >>> config = adaptc.PromptEncoderConfig(num_virtual_tokens=20, encoder_hidden_size=128)
     """
 
     peft_type: ClassVar[str] = "P_TUNING"

@@ -32,8 +32,13 @@ ZERO = "zero"
 class PrefixTuningConfig(KVPrefixConfig):
     """PEFT's ``PrefixTuningConfig``: same names, same defaults.
 
-    ``init_weights`` "zero" starts from zeros. That changes the model, since keys of zeros are attended to like others.
-    ``encoder_hidden_size`` is by default ``token_dim``.
+    Attributes:
+        init_weights: "zero" starts from zeros. That changes the model, since keys of zeros are attended to like others.
+        encoder_hidden_size: the width of the MLP of ``prefix_projection``; None for ``token_dim``.
+        prefix_projection: whether an MLP makes the prefix while it is trained.
+
+    Example:
+        >>> config = adaptc.PrefixTuningConfig(num_virtual_tokens=20)
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"

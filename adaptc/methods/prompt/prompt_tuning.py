@@ -27,8 +27,15 @@ RANDOM, TEXT, SAMPLE_VOCAB = "RANDOM", "TEXT", "SAMPLE_VOCAB"
 class PromptTuningConfig(ProgramConfig):
     """PEFT's ``PromptTuningConfig``: same names, same defaults.
 
-    ``prompt_tuning_init`` "RANDOM" starts from normal random numbers, and "SAMPLE_VOCAB" from the embeddings of random
-    tokens. "TEXT" takes the embeddings of ``prompt_tuning_init_text``, tokenized by ``tokenizer_name_or_path``.
+    Attributes:
+        prompt_tuning_init: "RANDOM" starts from normal random numbers, "SAMPLE_VOCAB" from the embeddings of random
+            tokens, "TEXT" from those of a text.
+        prompt_tuning_init_text: the text of "TEXT".
+        tokenizer_name_or_path: the tokenizer of the text.
+        tokenizer_kwargs: further options of that tokenizer.
+
+    Example:
+        >>> config = adaptc.PromptTuningConfig(num_virtual_tokens=20)
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"

@@ -38,7 +38,18 @@ class VirtualTokensFiles(VirtualTokenFiles):
 
 @dataclass(frozen=True)
 class VirtualTokens(VirtualTokenMethod):
-    """A method with ``count`` virtual tokens, whose rows are those of the slot unless :meth:`prompt` is overridden."""
+    """A method with ``count`` virtual tokens, whose rows are those of the slot unless :meth:`prompt` is overridden.
+
+    Attributes:
+        count: the number of virtual tokens.
+        first: the scheme of the first values, in a form of the subclass's own.
+        sides: the number of stacks with rows of their own: 2 for an encoder and a decoder.
+
+    Example:
+        >>> method = adaptc.methods.VirtualTokens(count=3)
+        >>> method.prompt({"prompt_embeddings": torch.randn(3, 8)}, {}).shape
+        torch.Size([3, 8])
+    """
 
     files = VirtualTokensFiles(names=(PROMPT_EMBEDDINGS,))
 
@@ -46,7 +57,15 @@ class VirtualTokens(VirtualTokenMethod):
         return {PROMPT_EMBEDDINGS: self.rows_slot(op.out_features)}
 
     def prompt(self, slots: Slots, given: ExtraValues) -> Tensor:
-        """Return the rows: (count, width), or (batch, count, width) where rows of the batch differ."""
+        """Return the rows of the virtual tokens.
+
+        Args:
+            slots: the slot tensors by name.
+            given: the inputs that the method adds to the program, by name.
+
+        Returns:
+            (count, width), or (batch, count, width) where rows of the batch differ.
+        """
         return self.first_stack_rows(slots[PROMPT_EMBEDDINGS])
 
     def first_stack_rows(self, rows: Tensor) -> Tensor:

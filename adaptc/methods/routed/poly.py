@@ -38,7 +38,17 @@ _EPSILON = 1e-12
 
 @dataclass
 class PolyConfig(TargetedConfig):
-    """PEFT's ``PolyConfig``: same names, same defaults. Raises ConfigError for values without a meaning."""
+    """PEFT's ``PolyConfig``: same names, same defaults. Raises ConfigError for values without a meaning.
+
+    Attributes:
+        poly_type: "poly", the only kind.
+        n_tasks: the number of tasks; calls take ``task_ids`` (batch,).
+        n_skills: the number of LoRA adapters in a layer, which the tasks mix.
+        n_splits: the number of parts of a layer that are mixed separately.
+
+    Example:
+        >>> config = adaptc.PolyConfig(r=8, n_tasks=3, target_modules=["q_proj", "v_proj"])
+    """
 
     peft_type: ClassVar[str] = "POLY"
 

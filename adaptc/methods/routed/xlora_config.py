@@ -28,12 +28,27 @@ _EXPERT_FIELDS = ("experts", "sites")
 class XLoraConfig(TargetedConfig):
     """PEFT's ``XLoraConfig``: same names, same defaults. The experts say which layers are adapted.
 
-    ``adapters``: name -> directory of a plain LoRA adapter, of any ranks and layers. Names are free here; PEFT runs an
-    adapter only if they are ``'0'``, ``'1'``, and so on. ``hidden_size``: the model's, 4096 for None.
-    ``scaling_pass_value``: the scaling of every expert in the duplicated base pass that the classifier reads.
+    Attributes:
+        hidden_size: the width of the model's hidden states; 4096 for None.
+        adapters: name -> directory of a plain LoRA adapter, of any ranks and layers. Names are free here; PEFT runs an
+            adapter only if they are ``'0'``, ``'1'``, and so on.
+        enable_softmax: whether the scalings are a softmax over the experts.
+        enable_softmax_topk: whether the softmax is over the ``top_k_lora`` experts alone.
+        layerwise_scalings: whether each layer has scalings of its own.
+        xlora_depth: the number of layers of the classifier.
+        xlora_size: the width of the classifier.
+        xlora_dropout_p: the dropout probability of the classifier.
+        use_trainable_adapters: whether the experts are trained, too.
+        softmax_temperature: the divisor of the logits before the softmax.
+        top_k_lora: how many experts act on a token; None for all.
+        scaling_pass_value: the scaling of every expert in the duplicated base pass that the classifier reads.
+        global_scaling_weight: the factor on all scalings.
+        experts: the configs of the experts, filled in when they are read.
+        sites: layer -> rank and scale of each expert there, filled in when they are read. It is in the order of the
+            model's layers, in which ``layerwise_scalings`` numbers them.
 
-    Two fields are filled in when the experts are read. ``experts``: their configs. ``sites``: layer -> rank and scale
-    of each expert there. It is in the order of the model's layers, in which ``layerwise_scalings`` numbers them.
+    Example:
+        >>> config = adaptc.XLoraConfig(hidden_size=4096, adapters={"0": "path/of/one", "1": "path/of/another"})
     """
 
     peft_type: ClassVar[str] = "XLORA"

@@ -32,9 +32,16 @@ RANDOM_SCHEMES = ("xavier_uniform", "gaussian", "kaiming_uniform")
 class C3AConfig(TargetedConfig):
     """PEFT's ``C3AConfig``: same names, same defaults.
 
-    ``init_weights``: True starts at zeros. "xavier_uniform" (the default, and the meaning of False), "kaiming_uniform"
-    and "gaussian" start at random values, which change the model. Raises ConfigError for block sizes that are not
-    positive integers and for other values of ``init_weights``.
+    Raises ConfigError for block sizes that are not positive integers and for other values of ``init_weights``.
+
+    Attributes:
+        block_size: the size of a circulant block; it must divide the sizes of the layer.
+        block_size_pattern: name or expression -> the block size of these modules.
+        init_weights: True starts at zeros. "xavier_uniform" (the default, and the meaning of False), "kaiming_uniform"
+            and "gaussian" start at random values, which change the model.
+
+    Example:
+        >>> config = adaptc.C3AConfig(block_size=64, target_modules=["q_proj", "v_proj"])
     """
 
     peft_type: ClassVar[str] = "C3A"

@@ -29,10 +29,19 @@ from adaptc.passes.protocol.method import Scale, Slots
 
 @dataclass
 class FourierFTConfig(TargetedConfig):
-    """PEFT's ``FourierFTConfig``: same names, same defaults. ``fan_in_fan_out`` follows from the layer.
+    """PEFT's ``FourierFTConfig``: same names, same defaults.
 
-    ``init_weights`` True starts at zeros; False, the default, at a random spectrum, which changes the model. Raises
-    ConfigError for numbers of frequencies that are not positive integers, and for a seed of None.
+    Raises ConfigError for numbers of frequencies that are not positive integers, and for a seed of None.
+
+    Attributes:
+        n_frequency: the number of trained frequencies of a layer.
+        scaling: the factor on the change.
+        random_loc_seed: the seed of the places of the frequencies.
+        n_frequency_pattern: name or expression -> the number of frequencies of these modules.
+        init_weights: True starts at zeros; False, the default, at a random spectrum, which changes the model.
+
+    Example:
+        >>> config = adaptc.FourierFTConfig(n_frequency=1000, target_modules=["q_proj", "v_proj"])
     """
 
     peft_type: ClassVar[str] = "FOURIERFT"

@@ -34,8 +34,13 @@ SLOT = "ia3_l"
 class IA3Config(TargetedConfig):
     """PEFT's ``IA3Config``: same names, same defaults.
 
-    ``feedforward_modules``: the targets whose inputs are scaled, as endings of module names or a regular expression
-    for whole names; [] for none. ``fan_in_fan_out`` is kept for files only: the program shows how a weight is stored.
+    Attributes:
+        feedforward_modules: the targets whose inputs are scaled, as endings of module names or an expression for whole
+            names; [] for none.
+        init_ia3_weights: whether the factors start at one.
+
+    Example:
+        >>> config = adaptc.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     """
 
     peft_type: ClassVar[str] = "IA3"

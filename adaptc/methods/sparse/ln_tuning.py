@@ -26,6 +26,9 @@ class LNTuningConfig(TargetedConfig):
 
     ``target_modules`` may name modules of any type. The default is PEFT's table; for an architecture that is not in it,
     every LayerNorm and RMSNorm.
+
+    Example:
+        >>> config = adaptc.LNTuningConfig(target_modules=["norm"])
     """
 
     peft_type: ClassVar[str] = "LN_TUNING"

@@ -41,6 +41,14 @@ class ShiraConfig(TargetedConfig):
     function also gets ``random_seed``, if it takes an argument of that name.
 
     Raises ConfigError for an r that is no positive integer.
+
+    Attributes:
+        r: the number of trained entries, as the rank of a LoRA with as many parameters.
+        mask_type: "random" draws the places; any other name needs ``mask_fn``.
+        random_seed: the seed of the places; None for always the same ones.
+
+    Example:
+        >>> config = adaptc.ShiraConfig(r=8, target_modules=["q_proj", "v_proj"])
     """
 
     peft_type: ClassVar[str] = "SHIRA"

@@ -20,8 +20,14 @@ from adaptc.methods._shared.saved_modules import TokenRows
 class TrainableTokensConfig(TargetedConfig):
     """PEFT's ``TrainableTokensConfig``: same names, same defaults.
 
-    ``target_modules`` is by default the input embedding; heads tied to it change with it. ``init_weights=False`` starts
-    from random rows instead of the embedding's.
+    ``target_modules`` is by default the input embedding; heads tied to it change with it.
+
+    Attributes:
+        token_indices: the rows to train.
+        init_weights: whether the rows start as those of the embedding; False starts from random rows.
+
+    Example:
+        >>> config = adaptc.TrainableTokensConfig(token_indices=[5, 6], target_modules=["embed_tokens"])
     """
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"

@@ -46,11 +46,23 @@ FILTERS = "waveft_filters"
 
 @dataclass
 class WaveFTConfig(TargetedConfig):
-    """PEFT's ``WaveFTConfig``: same names, same defaults. ``fan_in_fan_out`` follows from the layer.
+    """PEFT's ``WaveFTConfig``: same names, same defaults.
 
-    With ``proportional_parameters`` a layer's number of coefficients is in proportion to its size, with ``n_frequency``
-    as the mean; ``n_frequency_pattern`` then has no effect. Raises ConfigError for an unknown wavelet, numbers of
-    frequencies that are not positive integers, a seed of None, and where PyWavelets is missing.
+    Raises ConfigError for an unknown wavelet, numbers of frequencies that are not positive integers, a seed of None,
+    and where PyWavelets is missing.
+
+    Attributes:
+        n_frequency: the number of trained coefficients of a layer.
+        scaling: the factor on the change.
+        wavelet_family: the wavelet, by its name in PyWavelets.
+        use_idwt: whether the coefficients are of a wavelet transform; False adds them to the weight as they are.
+        random_loc_seed: the seed of the places of the coefficients.
+        n_frequency_pattern: name or expression -> the number of coefficients of these modules.
+        proportional_parameters: whether a layer's number of coefficients is in proportion to its size, with
+            ``n_frequency`` as the mean; ``n_frequency_pattern`` then has no effect.
+
+    Example:
+        >>> config = adaptc.WaveFTConfig(n_frequency=1000, target_modules=["q_proj", "v_proj"])
     """
 
     peft_type: ClassVar[str] = "WAVEFT"

@@ -13,8 +13,30 @@ from adaptc.passes.protocol.parts.method_part import MethodPart, Slots
 class BankForm(MethodPart):
     """The form of a site where each row of a batch has its own mix of adapters. By default they act one by one.
 
-    ``row_wise``: whether each row of a batch is computed from that row alone; where not, per-row adapters are
-    impossible.
+    Args:
+        row_wise: whether each row of a batch is computed from that row alone; where not, per-row adapters are
+            impossible.
+
+    Arguments of the functions:
+        - `op`: the op that reads the weight, an :class:`adaptc.methods.Op`.
+        - `x`: the input of the layer.
+        - `y`: the output of the layer without adapters.
+        - `W`: the weight in canonical layout.
+        - `b`: the bias (out,), or None.
+        - `slots`: name -> tensor, those of all adapters.
+        - `scale`: the scales of all adapters, or None for a method without one.
+        - `mix`: how much of each adapter acts, in a shape that broadcasts to (*y.shape, adapters).
+        - `c`: how much of each adapter acts in a row, (rows, adapters).
+        - `starts`: the first and last rank of each adapter among the ranks of all.
+
+    Example:
+        >>> class ShiftBank(adaptc.methods.BankForm):
+        ...     def apply(self, op, x, y, W, b, slots, scale, mix):
+        ...         changes = x.sum(-1)[..., None, None] * slots["shift"].T
+        ...         return y + (mix * changes).sum(-1)
+        >>> slots, mix = {"shift": torch.ones(2, 7)}, torch.tensor([1.0, 0.5])
+        >>> ShiftBank().apply(None, torch.ones(2, 5), torch.zeros(2, 7), None, None, slots, None, mix)[0, 0]
+        tensor(7.5000)
     """
 
     def __init__(self, row_wise: bool = True) -> None:

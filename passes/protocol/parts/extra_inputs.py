@@ -9,7 +9,19 @@ from adaptc.passes.protocol.parts.method_part import MethodPart, Slots
 
 
 class ExtraInputs(MethodPart):
-    """The coefficients that a method reads, and the inputs that it adds to the program. By default there are none."""
+    """The coefficients that a method reads, and the inputs that it adds to the program. By default there are none.
+
+    Arguments of the functions:
+        - `slots`: name -> tensor of the adapter.
+        - `given`: the values of the added inputs, by name.
+
+    Example:
+        >>> class Tasks(adaptc.methods.ExtraInputs):
+        ...     def extras(self):
+        ...         return {"task_ids": adaptc.methods.ExtraInput(torch.int64)}
+        >>> Tasks().extras()["task_ids"].axes
+        ('batch',)
+    """
 
     def coefficients(self) -> Mapping[str, Coefficient]:
         """Return the coefficients that the method's regions read, by the name under which they are among the slots.

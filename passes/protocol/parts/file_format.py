@@ -15,8 +15,31 @@ from adaptc.passes.protocol.parts.method_part import MethodPart, Slots
 class FileFormat(MethodPart):
     """The tensors that files hold for a site. By default these are the slots that are ``saved``, unchanged.
 
-    ``names`` are the names of the tensors in files, after the path of the site, for readers of a file that have no
-    model. ``summed`` is the name of the tensor in which the weight's change is linear, and '' where there is none.
+    Args:
+        names: the names of the tensors in files, after the path of the site, for readers of a file that have no model.
+        summed: the name of the tensor in which the weight's change is linear; '' where there is none.
+
+    Arguments of the functions:
+        - `op`: the op that reads the weight, an :class:`adaptc.methods.Op`.
+        - `W`: the weight in canonical layout.
+        - `dtype`: the adapter's dtype.
+        - `slots`: name -> tensor of the adapter at this site.
+        - `found`: name -> tensor, what a file holds for this site; for ``derived`` the slots made from it.
+        - `place`: the name of the site in the model.
+        - `slot`: the name of the slot.
+        - `adapter`: the name of the adapter.
+        - `rest`: the end of a file's key.
+        - `change`: a low-rank change, with ``down``, ``up``, ``scale`` and ``bias``.
+        - `like`: the tensors of another adapter of this method at this site.
+
+    Example:
+        >>> class ShiftFiles(adaptc.methods.FileFormat):
+        ...     def read(self, op, found):
+        ...         return {"shift": found["shift_vector"]}
+        ...     def write(self, op, slots):
+        ...         return {"shift_vector": slots["shift"]}
+        >>> [*ShiftFiles(names=("shift_vector",)).write(None, {"shift": torch.zeros(7)})]
+        ['shift_vector']
     """
 
     def __init__(self, names: tuple[str, ...] = (), summed: str = "") -> None:
@@ -24,7 +47,11 @@ class FileFormat(MethodPart):
         self._summed = summed
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the slots made from a file's tensors for this site. Raises CheckpointError."""
+        """Return the slots made from a file's tensors for this site.
+
+        Raises:
+            CheckpointError: the tensors do not fit together.
+        """
         return dict(found)
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
@@ -67,7 +94,10 @@ class FileFormat(MethodPart):
     def low_rank(self, found: Slots) -> LowRank | None:
         """Return the change that a file's tensors make at a site, if it is the matmul of two tensors and nothing else.
 
-        None for all other methods. Raises CheckpointError for tensors that do not fit together.
+        None for all other methods.
+
+        Raises:
+            CheckpointError: the tensors do not fit together.
         """
         return None
 

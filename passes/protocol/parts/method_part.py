@@ -21,20 +21,26 @@ Slots = Mapping[str, Tensor]
 class Slot:
     """The specification of one adapter tensor at a site.
 
-    ``shape`` is the size that the method's options give. ``fill`` is the identity value, where it is a constant.
-    ``dtype`` None means the adapter's dtype. ``free`` are the axes whose size an adapter may choose, such as the rank.
-    All other axes must match when adapters are swapped.
+    Attributes:
+        shape: the shape that the method's options give.
+        fill: the identity value, where it is a constant.
+        free: the axes whose size an adapter may choose, such as the rank. All other axes must match when adapters are
+            swapped.
+        dtype: the dtype; None means the adapter's dtype.
+        trainable: whether training changes the slot.
+        saved: whether files hold the slot. False for slots that follow from the config.
+        shared: whether the slot is one tensor for all sites of the model, such as VeRA's projections. Its key in files
+            has no module path.
+        shared_axes_cut: axes along which a site reads only the beginning of a shared slot. The slot is as long there as
+            the largest site of its adapter needs. This length may differ between adapters, so binding an adapter cuts
+            it or pads it with zeros.
+        repeated: whether files hold the shared slot a second time under each site.
+        apart: whether none of the slot's free sizes follows from the adapter's rank. A tuple names the size along each
+            free axis. Sizes with one name are equal in all slots of the site.
 
-    ``saved`` is False for slots that follow from the config and are not in files. ``shared`` slots are one tensor for
-    all sites of the model, such as VeRA's projections. Their key in files has no module path. ``repeated``: files hold
-    the shared slot a second time under each site.
-
-    ``shared_axes_cut`` are axes along which a site reads only the beginning of a shared slot. The slot is as long there
-    as the largest site of its adapter needs. This length may differ between adapters, so binding an adapter cuts it or
-    pads it with zeros.
-
-    ``apart`` says that none of the slot's free sizes follows from the adapter's rank. A tuple names each free axis.
-    Sizes with one name are equal in all slots of the site.
+    Example:
+        >>> adaptc.methods.Slot((3, 24), free=(0,)).shape
+        (3, 24)
     """
 
     shape: tuple[int, ...]

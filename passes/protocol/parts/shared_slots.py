@@ -12,7 +12,21 @@ from adaptc.passes.protocol.parts.method_part import MethodPart
 class SharedSlots(MethodPart):
     """The slots that sites of an adapter share. By default there are none.
 
-    ``shares``: whether the method has slots that all sites share.
+    Args:
+        shares: whether the method has slots that all sites share.
+
+    Arguments of the functions:
+        - `sites`: the sites of one adapter, each as (method, op), in the order of the model's modules.
+        - `home`: the name of the embedding's module.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class OneShift(Shift):
+        ...     sharing = adaptc.methods.SharedSlots(shares=True)
+        ...     def slots(self, op):
+        ...         return {"shift": adaptc.methods.Slot((op.out_features,), shared=True)}
+        >>> OneShift().sharing.shares()
+        True
     """
 
     def __init__(self, shares: bool = False) -> None:
@@ -23,19 +37,18 @@ class SharedSlots(MethodPart):
         return self._shares
 
     def settle_shared_sizes(self, sites: Sequence[tuple[Any, Op]]) -> list[Any]:
-        """Return the methods of all sites of one adapter, given as (method, op), adjusted to each other's sizes.
+        """Return the methods of all sites of one adapter, adjusted to each other's sizes.
 
         A shared slot must be as large as its largest site needs. It is asked of the class, so there is no ``method``.
         """
         return [method for method, _ in sites]
 
     def grouped_slots(self, sites: Sequence[tuple[Any, Op]]) -> list[Mapping[str, int]]:
-        """Return, for each site, the slots that it shares with others: slot name -> index of the group's first site.
+        """Return a dict for each site: the name of a slot that it shares with others -> the group's first site.
 
-        ``sites`` are those of one adapter, as (method, op), in the order of the model's modules. The index counts in
-        ``sites``. The adapter decides which slots are one tensor. In the program and in files each site has a slot of
-        its own, so adapters with different groups run through the same code. It is asked of the class, so there is no
-        ``method``.
+        The first site is an index into ``sites``. The adapter decides which slots are one tensor. In the program and in
+        files each site has a slot of its own, so adapters with different groups run through the same code. It is asked
+        of the class, so there is no ``method``.
         """
         return [{} for _ in sites]
 

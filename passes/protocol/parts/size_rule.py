@@ -12,8 +12,25 @@ from adaptc.passes.protocol.parts.method_part import MethodPart, Slots
 class SizeRule(MethodPart):
     """The sizes that adapters choose. By default it is the rank, if the method has the field ``r``.
 
-    ``exact``: whether the size of a slot along a free axis has a meaning, so that the slot must not be padded to a
-    larger one.
+    Args:
+        exact: whether the size of a slot along a free axis has a meaning, so that the slot must not be padded to a
+            larger one.
+
+    Arguments of the functions:
+        - `op`: the op that reads the weight, an :class:`adaptc.methods.Op`.
+        - `rank`: the rank.
+        - `slots`: name -> tensor of the adapter at this site.
+
+    Example:
+        >>> class Width(adaptc.methods.SizeRule):
+        ...     def rank(self):
+        ...         return self.method.width
+        >>> @dataclass(frozen=True)
+        ... class WideShift(Shift):
+        ...     sizes = Width()
+        ...     width: int = 4
+        >>> WideShift().sizes.rank()
+        4
     """
 
     def __init__(self, exact: bool = False) -> None:
