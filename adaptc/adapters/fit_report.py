@@ -26,7 +26,7 @@ class SiteFit:
 
 @dataclass(frozen=True, repr=False)
 class FitReport(Report):
-    """A report with one :class:`SiteFit` for each weight. ``whole`` lists modules that the adapter has whole."""
+    """A report with one :class:`SiteFit` for each weight. ``saved_modules`` has modules that are saved as a whole."""
 
     source: str
     sites: Sequence[SiteFit]

@@ -84,7 +84,7 @@ def test_directories_of_transformers(tied: bool, tmp_path: Path):
     assert (tmp_path / "base" / model_tensors.SAFE_WEIGHTS_INDEX_NAME).is_file()
     found = adaptc.subtract_adapter(tmp_path / "tuned", tmp_path / "base", rank=3)
     assert found.report.error < 1e-5
-    assert len(found.report.whole) == 5
+    assert len(found.report.saved_modules) == 5
     ids = torch.randint(0, 53, (2, 7))
     want = other(ids).logits
     prog = adaptc.compile(llama(tie_word_embeddings=tied), found)

@@ -55,9 +55,8 @@ def test_tokens(name, tmp_path):
         padded = torch.nn.functional.pad(ids, (4, 0))
         mask = (padded != 0).long()
         got = gen.generate(padded, attention_mask=mask, max_new_tokens=9, **GREEDY)
-        if (
-            gen.spec.sliding_window is None
-        ):  # padding lies between the keys in front and the text, where a window sees it
+        # Padding lies between the keys in front and the text, where a window sees it.
+        if gen.spec.layout.sliding_window is None:
             assert torch.equal(got[:, 4:], expected)
     assert torch.equal(
         gen.bind(None).generate(ids, max_new_tokens=9, **GREEDY), continued(FAMILIES[name].build(), ids, 9)

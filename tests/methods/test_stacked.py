@@ -25,7 +25,7 @@ OWN = {
 }
 #: the same of its objects: it is wrapped anew by those who settle sizes; what a method says of its files where there is
 #: no model is asked of the method alone; an embedding has no experts
-OWN_OF_PARTS = {"files.summed", "files.low_rank", "files.with_low_rank"}
+OWN_OF_PARTS = {"files.summed", "files.low_rank", "files.with_low_rank", "files.with_names"}
 OWN_OF_PARTS |= {"sharing.settle_shared_sizes", "sharing.grouped_slots", "sharing.tied_to"}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,6 +47,12 @@ class FileFormat(MethodPart):
     def __init__(self, names: tuple[str, ...] = (), summed: str = "") -> None:
         self.names = names
         self._summed = summed
+
+    def with_names(self, *names: str) -> Self:
+        """Return this object with other names, as in ``files = VirtualTokens.files.with_names("my_rows")``."""
+        new = copy(self)
+        new.names = names
+        return new
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the slots made from a file's tensors for this site.
