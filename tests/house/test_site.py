@@ -82,7 +82,7 @@ LINKS = {
 }
 DOCSTRINGS = {
     "a parameter": (
-        "adaptc/api/any_report.py",
+        "adaptc/api/reporting.py",
         "        changes: whether",
         "        change: whether",
         "Args: does not describe changes",
