@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def build(root: Path) -> subprocess.CompletedProcess[str]:
     """Build the site of a copy of the project."""
     subprocess.run(["make", "-s", "tree"], cwd=root, check=True)
     command = [sys.executable, "-m", "tests.house.site"]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    # Without the paths of this process, or the copy would be built by the tests of the original.
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
