@@ -157,7 +157,11 @@ class Source:
 
     def definition(self, module: str, name: str) -> Function | ast.ClassDef | None:
         """Return the definition of ``name`` in a module; of an overloaded function the last, which has the body."""
-        found = [n for n in self.tree(module).body if isinstance(n, (Function, ast.ClassDef)) and n.name == name]
+        found = [
+            n
+            for n in self.tree(module).body
+            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and n.name == name
+        ]
         return found[-1] if found else None
 
     def names(self, package: str) -> list[PublicName]:
@@ -227,7 +231,7 @@ class Source:
             for one in node.body:
                 if isinstance(one, ast.AnnAssign) and ast.unparse(one.target) == "unsupported_fields":
                     keys = one.value.keys if isinstance(one.value, ast.Dict) else []
-                    found |= {k.value: "" for k in keys if isinstance(k, ast.Constant)}
+                    found |= {k.value: "" for k in keys if isinstance(k, ast.Constant) and isinstance(k.value, str)}
         return found
 
 
