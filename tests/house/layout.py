@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 #: folder -> the package that it is imported as
 SOURCE = {"adaptc": "adaptc", "passes": "adaptc.passes", "kernels": "adaptc.kernels"}
 MAX_FILES = 15

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.house.docstring_parts import entries as parse_entries
 from tests.house.docstring_parts import sections as parse_sections
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ("adaptc", "passes", "kernels")
 #: words in a sentence, at most
 LONGEST = 30
