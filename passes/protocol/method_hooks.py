@@ -32,7 +32,7 @@ class Hooks:
 
     name: ClassVar[str] = ""
     #: the name of a family of method classes that use the same slot names; empty where one base class tells the family
-    family: ClassVar[str] = ""
+    slot_family: ClassVar[str] = ""
     #: True for a method that replaces a weight without reading it. It must come first at a weight: it would discard
     #: the changes of methods before it.
     replaces: ClassVar[bool] = False
@@ -83,8 +83,8 @@ class Hooks:
         return isinstance(other, Hooks) and other.family_key() == self.family_key()
 
     def family_key(self) -> Any:
-        """Return a key, equal for methods whose slots may share a name: ``family``, or the class below ``Method``."""
-        return self.family or [c for c in type(self).__mro__ if issubclass(c, Hooks)][-3]
+        """Return a key, equal for methods whose slots may share a name: ``slot_family``, or the lowest class."""
+        return self.slot_family or [c for c in type(self).__mro__ if issubclass(c, Hooks)][-3]
 
     def options(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, for the tags of a program's regions; dtypes become text."""

@@ -21,7 +21,7 @@ PARTS = {n: v for n, v in vars(Hooks).items() if isinstance(v, MethodPart)}
 
 #: name that a hook had -> the name it has
 _RENAMED = {
-    "kin": "family",
+    "kin": "slot_family",
     "akin": "is_variant_of",
     "lineage": "family_key",
     "nested": "inside_multihead_attention",

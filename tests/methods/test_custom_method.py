@@ -284,7 +284,7 @@ class OlderPromptConfig(adaptc.methods.ProgramConfig):
 def test_hooks_of_an_older_adaptc_are_refused_with_what_they_are_called_now() -> None:
     told = {
         "Older was written for an older adaptc",
-        "kin is called family now",
+        "kin is called slot_family now",
         "clash is called conflict_with now",
         "exact_sizes is sizes.exact now",
         "minimal is sizes.minimal now",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import adaptc
 from adaptc import ConfigError
 from adaptc.cli import app
 from adaptc.methods._shared import registry as _registry
+from adaptc.methods._shared.registry import METHODS, _load_class
+from adaptc.passes.protocol.method import Method
+from adaptc.passes.protocol.program_method import ProgramMethod
 
 SOURCE = textwrap.dedent(
     '''
@@ -236,3 +240,13 @@ def test_methods_of_peft_that_are_refused_say_why(tmp_path: Path) -> None:
     for given in (config, tmp_path, {"peft_type": "SHADOW"}):
         with pytest.raises(ConfigError, match="'SHADOW' is not supported: its adapter is a second decoder"):
             adaptc.compile(nn.Linear(3, 4), given, example_inputs=torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_option_hides_a_hook(name: str) -> None:
+    """An option of the name of a hook would answer in its place, as WaveFT's ``family`` of wavelets did once."""
+    method = _load_class(METHODS[name])
+    base = ProgramMethod if issubclass(method, ProgramMethod) else Method
+    own = {f.name for f in dataclasses.fields(method)} - {f.name for f in dataclasses.fields(base)}
+    # Both are switches that the protocol has for methods without such an option, too.
+    assert {n for n in own if hasattr(base, n)} <= {"dropout", "training"}

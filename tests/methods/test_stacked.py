@@ -20,7 +20,7 @@ from tests.support.method_table import Experts
 #: nothing nested; methods of a whole program, which say what cannot be trained on, are never stacked, nor are those
 #: with coefficients or extras, which do experts themselves or refuse them; the rest follows from what it does say
 OWN = {
-    *("is_variant_of", "defines", "drops_input", "inside_multihead_attention", "name", "family", "swappable"),
+    *("is_variant_of", "defines", "drops_input", "inside_multihead_attention", "name", "slot_family", "swappable"),
     *("training", "dropout", "filled", "untrainable", "kernels", "extra_inputs"),
 }
 #: the same of its objects: it is wrapped anew by those who settle sizes; what a method says of its files where there is

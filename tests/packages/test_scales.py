@@ -87,7 +87,7 @@ def test_a_package_is_made_with_the_factors_of_its_program(both: tuple[Any, Any]
     said = "'default' is scaled by -0.5 at 1 site, 'default' is scaled by 2 at 1 site"
     assert adaptc.report(package).data()["strength"] == said
     assert said in str(adaptc.report(package))
-    assert ours.binding.strength() == said
+    assert ours.binding.describe_scales() == said
     for p in (ours, package):
         p.set_scale(1)
     same(ours, package)

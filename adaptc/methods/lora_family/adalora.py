@@ -201,7 +201,7 @@ class AdaLora(Method):
     """AdaLoRA at one site. ``kept``: the mask of the terms, of ``init_r``, that the adapter's file holds; None: all."""
 
     name: ClassVar[str] = "adalora"
-    family: ClassVar[str] = "lora"
+    slot_family: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"init_r", "kept"}
     files = AdaLoraFiles()

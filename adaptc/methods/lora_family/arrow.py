@@ -133,7 +133,7 @@ class Arrow(Method):
     """Arrow at one site. ``r``: the sum of the ranks of its ``count`` adapters."""
 
     name: ClassVar[str] = "arrow"
-    family: ClassVar[str] = "lora"
+    slot_family: ClassVar[str] = "lora"
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"count", "top_k", "temperature"}
     takes_complex: ClassVar[bool] = False  # scores have an order
     files = ArrowFiles(names=(A, B, OWNER, SCALES))

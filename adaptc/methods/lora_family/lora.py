@@ -183,7 +183,7 @@ class Lora(Method):
     """
 
     name: ClassVar[str] = "lora"
-    family: ClassVar[str] = "lora"
+    slot_family: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"rslora", "with_bias", "repeat"}
     files = LoraFiles(names=LORA_NAMES)
