@@ -83,7 +83,10 @@ class Hooks:
         return isinstance(other, Hooks) and other.family_key() == self.family_key()
 
     def family_key(self) -> Any:
-        """Return a key, equal for methods whose slots may share a name: ``slot_family``, or the lowest class."""
+        """Return a key, equal for methods whose slots may share a name.
+
+        It is ``slot_family``, or else the class below ``Method``.
+        """
         return self.slot_family or [c for c in type(self).__mro__ if issubclass(c, Hooks)][-3]
 
     def options(self) -> dict[str, Any]:
