@@ -49,7 +49,7 @@ def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool
     seen = mask[:, before:].bool()[:, -keep:] if keep else mask[:, before:].bool()
     torch.testing.assert_close(found[0][seen], logits[seen], rtol=1e-4, atol=1e-5)
     kept = torch.arange(max(whole.ring_start, found[1].ring_start), filled)
-    assert len(kept) == min(filled, gen.spec.sliding_window)
+    assert len(kept) == min(filled, gen.spec.layout.sliding_window)
     valid = mask.bool()[:, kept]
     for a, b in zip(found[1].tensors, whole.tensors, strict=True):
         a, b = (t[:, :, kept % t.shape[2]].transpose(1, 2)[valid] for t in (a, b))
