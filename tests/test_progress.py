@@ -364,7 +364,7 @@ def test_a_terminal_shows_the_innermost_stage_and_its_count_and_is_cleaned() -> 
         with stage("outer work"):
             shown("outer work")
             with stage("inner work") as inner:
-                for _ in inner.over(range(3)):
+                for _ in inner.track(range(3)):
                     time.sleep(0.2)
             print("a warning", file=sys.stderr)
             print("a result")
@@ -401,7 +401,7 @@ def test_errors_and_interrupts_leave_the_terminal_as_it_was() -> None:
             kept = error  # with the frames that it came through
         try:
             with stage("counting") as counting:
-                for _ in counting.over(range(2)):
+                for _ in counting.track(range(2)):
                     shown("counting")
                     raise ValueError
         except ValueError as error:
@@ -472,19 +472,19 @@ def test_stderr_that_others_put_in_its_place_meanwhile_comes_back() -> None:
     """A ``redirect_stderr`` in one thread may begin or end while the line of another does."""
     run = session("""
         import contextlib, io
-        usual = progress._wanted
+        usual = progress._can_show_line
         def meanwhile(always):
             if threading.current_thread() is not threading.main_thread():
                 sys.stderr = io.StringIO()  # after the line has seen that this is the terminal
                 return True
             return usual(always)
-        progress._wanted = meanwhile
+        progress._can_show_line = meanwhile
         with stage("begins"):
             shown("begins")
             time.sleep(0.2)
             sys.stderr = first  # as the other thread has it again
         assert sys.stderr is first
-        progress._wanted = usual
+        progress._can_show_line = usual
         other = contextlib.redirect_stderr(io.StringIO())
         with stage("ends"):
             shown("ends")
