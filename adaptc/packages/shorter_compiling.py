@@ -89,7 +89,7 @@ def _exported(usual: Any, module: fx.GraphModule, args: Sequence[Any], options: 
         inputs_to_parameters=dict(zip(names, parameters, strict=False)),
         inputs_to_buffers=dict(zip(own, buffers, strict=False)),
     )
-    LOGGER.info("lowered %d ops, %d of them distinct", found.ops, found.distinct)
+    LOGGER.debug("lowered %d ops, %d of them distinct", found.ops, found.distinct)
     return fx.GraphModule({}, found.graph), signature
 
 

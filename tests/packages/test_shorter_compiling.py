@@ -70,7 +70,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
     handler, level = Told(), LOGGER.level
     monkeypatch.setattr(LOGGER, "disabled", False)
     LOGGER.addHandler(handler)
-    LOGGER.setLevel(logging.INFO)
+    LOGGER.setLevel(logging.DEBUG)
     yield handler
     LOGGER.removeHandler(handler)
     LOGGER.setLevel(level)
