@@ -30,7 +30,7 @@ from adaptc.errors import BackendError, CheckpointError, ConfigError, short_repr
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.cpp_slot_table import METADATA_KEY, slot_table
 from adaptc.packages.manifest import Contents, Manifest
-from adaptc.packages.shorter_compiling import equal_ops_once, one_check_of_instructions
+from adaptc.packages.shorter_compiling import equal_ops_once, older_objects_spared, one_check_of_instructions
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.progress import stage
 
@@ -86,6 +86,7 @@ def compile_archive(
             hold_graph_lock(),
             equal_ops_once(),
             one_check_of_instructions(),
+            older_objects_spared(),
             torch.no_grad(),
             warnings.catch_warnings(),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch._inductor.decomposition import select_decomp_table
 import adaptc
 from adaptc import LoraConfig
 from adaptc.packages import compiling
-from adaptc.packages.shorter_compiling import equal_ops_once, one_check_of_instructions
+from adaptc.packages.shorter_compiling import equal_ops_once, older_objects_spared, one_check_of_instructions
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.progress import LOGGER
 from tests.support.method_table import ENTRIES, Entry
@@ -251,3 +252,38 @@ def test_chosen_instructions(kinds: list[Any], monkeypatch: pytest.MonkeyPatch) 
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     with inductor_config.patch({"cpp.simdlen": 4}), one_check_of_instructions():
         assert cpu_vec_isa.valid_vec_isa_list() == kinds[2:]
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """No frozen objects in the test; what pytest's configuration had frozen is frozen again afterwards."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    if frozen:
+        gc.freeze()
+
+
+def stop_inside_of_spared_objects(seen: list[int]) -> None:
+    with older_objects_spared():
+        seen.append(gc.get_freeze_count())
+        raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("thawed")
+def test_older_objects_are_spared_while_it_lasts() -> None:
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        stop_inside_of_spared_objects(seen)
+    assert seen[0] > 10_000
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.usefixtures("thawed")
+def test_objects_that_somebody_froze_stay_frozen() -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with older_objects_spared():
+        pass
+    assert gc.get_freeze_count() > frozen // 2
