@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from adaptc.program.adapted_program import AdaptedProgram
     from adaptc.program.rescale import rescale_adapter_scale
     from adaptc.progress import get_verbosity, set_verbosity
-    from adaptc.state.bound import BoundProgram
+    from adaptc.state.runner import Runner
 
 __version__ = "0.1.0"
 
@@ -104,7 +104,7 @@ PUBLIC = {
     "get_verbosity": "adaptc.progress",
     # what one holds
     "AdaptedProgram": "adaptc.program.adapted_program",
-    "BoundProgram": "adaptc.state.bound",
+    "Runner": "adaptc.state.runner",
     "Bank": "adaptc.bank.bank",
     "Adapter": "adaptc.adapters.adapter",
     "Generator": "adaptc.generation.generator",
@@ -160,6 +160,7 @@ NAMESPACES = ("training", "prefixes", "methods", "debug")
 
 #: names that were public here -> what they are called now
 MOVED = {
+    "BoundProgram": "adaptc.Runner",
     "RankAllocator": "adaptc.training.RankAllocator",
     "orthogonal_loss": "adaptc.training.orthogonal_loss",
     "lorafa_optimizer": "adaptc.training.lorafa_optimizer",

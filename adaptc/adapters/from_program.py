@@ -13,8 +13,9 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.program.wrapper import unwrap
 from adaptc.state.adapter_output import prepare_for_file
-from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
+from adaptc.state.graph_engine import graph_runner
+from adaptc.state.runner import Runner
 
 
 def as_adapter_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str] | None = None) -> Adapter:
@@ -28,7 +29,7 @@ def as_adapter_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[
         data = load(adapter, key_mapping=key_mapping)
         return adapter_of_data(data, config if data.format == STATE_DICT_KEYS else None)
     adapter = unwrap(adapter)
-    if isinstance(adapter, (ProgramCore, BoundProgram)):
+    if isinstance(adapter, ProgramCore) or graph_runner(adapter) is not None:
         return adapter_of_program(*program_and_binding(adapter))
     if isinstance(adapter, Binding):
         raise AdaptcError(
@@ -40,7 +41,7 @@ def as_adapter_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[
     )
 
 
-def program_and_binding(adapter: ProgramCore | BoundProgram) -> tuple[ProgramCore, Binding]:
+def program_and_binding(adapter: ProgramCore | Runner) -> tuple[ProgramCore, Binding]:
     """Return the program and the binding of ``adapter``. Raises ConfigError where that has no adapter, or several."""
     program = adapter if isinstance(adapter, ProgramCore) else adapter.program
     binding = adapter.binding

@@ -25,8 +25,8 @@ from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.program.wrapper import unwrap
 from adaptc.runtime.options import RunOptions
-from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
+from adaptc.state.graph_engine import graph_runner
 from adaptc.state.merge_program import unload_program
 
 
@@ -69,7 +69,7 @@ def convert_to_lora(
         4
     """
     truncation, adapter = parse_rank(rank), unwrap(adapter)
-    if isinstance(adapter, (ProgramCore, BoundProgram)):
+    if isinstance(adapter, ProgramCore) or graph_runner(adapter) is not None:
         said = {"model": model, "example_inputs": example_inputs, "config": config}
         if given := [
             n for n, v in (said | {"key_mapping": key_mapping, "component": component}).items() if v is not None

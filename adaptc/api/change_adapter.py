@@ -6,12 +6,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from adaptc.packages.packaged_program import BoundPackage, PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.swap import swap_adapter
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
 from adaptc.reports.results import SwapReport
-from adaptc.state.bound import BoundProgram
+from adaptc.state.runner import Runner
 
 
 @accepts_wrappers
@@ -68,7 +68,7 @@ def swap(
     return SwapReport.from_binding(program.adaptation.attachments, binding, time.perf_counter() - start)
 
 
-def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> BoundProgram | BoundPackage:
+def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> Runner:
     """Return a callable that keeps ``adapter`` whatever ``program`` is swapped to, for any thread; None gives the base.
 
     Args:

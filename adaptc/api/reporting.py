@@ -17,21 +17,19 @@ from adaptc.errors import AdaptcError
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.causal_generator import CausalGenerator
 from adaptc.generation.generator import Generator
-from adaptc.generation.generator_bank import GeneratorBank
-from adaptc.packages.package_bank import PackagedBank
 from adaptc.packages.package_report import PackageReport
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import adds_notes, check_program
 from adaptc.program.xlora_scalings import check_scalings, expert_scalings
 from adaptc.reports.coverage import CoverageReport
-from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
+from adaptc.state.runner import Runner
 from adaptc.value_types import validates_options
 
 
 def xlora_scalings(
-    program: ProgramCore | BoundProgram | Generator, *args: Any, adapter_name: str | None = None, **inputs: Any
+    program: ProgramCore | Runner | Generator, *args: Any, adapter_name: str | None = None, **inputs: Any
 ) -> Tensor:
     """Return the scalings that X-LoRA's classifier gives for the tokens of one call, as PEFT's ``get_latest_scalings``.
 
@@ -84,13 +82,13 @@ def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport:
 
 
 @overload
-def report(program: Bank | GeneratorBank | PackagedBank, *, changes: bool = False) -> BankReport: ...
+def report(program: Bank, *, changes: bool = False) -> BankReport: ...
 
 
 @adds_notes
 @validates_options("changes")
 def report(
-    program: AdaptedProgram | PackagedProgram | Bank | GeneratorBank | PackagedBank, *, changes: bool = False
+    program: AdaptedProgram | PackagedProgram | Bank, *, changes: bool = False
 ) -> CoverageReport | PackageReport | BankReport:
     """Return a report of what was adapted, what was left out, and the adapter's norms; it prints as tables.
 
@@ -110,7 +108,7 @@ def report(
         >>> adaptc.report(prog).trainable
         24
     """
-    if isinstance(program, (Bank, GeneratorBank, PackagedBank)):
+    if isinstance(program, Bank):
         if changes:
             raise AdaptcError("changes=True is of one adapter: ask the program, swapped to each of the bank's")
         return program.report()

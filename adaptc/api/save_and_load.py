@@ -15,7 +15,6 @@ from adaptc.adapters.adapter import Adapter
 from adaptc.bank.bank import Bank
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.generation.artifact import load_package_contents, read_generator
-from adaptc.generation.generator_bank import GeneratorBank
 from adaptc.packages.package_program import package_program
 from adaptc.packages.write_bank import package_bank
 from adaptc.program.adapted_program import AdaptedProgram
@@ -150,7 +149,7 @@ def save_adapter(
 
 
 def package(
-    program: AdaptedProgram | ProgramWrapper | Bank | GeneratorBank,
+    program: AdaptedProgram | ProgramWrapper | Bank,
     path: str | os.PathLike[str],
     *,
     max_rank: int | None = None,
@@ -185,11 +184,12 @@ def package(
     """
     inside: Any = program
     package_files = parts = None
-    if tokenizer is not None and not isinstance(program, (ProgramWrapper, GeneratorBank)):
+    generates = isinstance(program, ProgramWrapper) or (isinstance(program, Bank) and program.generator is not None)
+    if tokenizer is not None and not generates:
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
-    if isinstance(program, GeneratorBank):
-        inside, package_files = program.bank, program.package_files(tokenizer)
-    if isinstance(program, (Bank, GeneratorBank)):
+    if isinstance(program, Bank):
+        if program.generator is not None:
+            package_files = program.generator.package_files(tokenizer)
         options = {"capacity": capacity, "max_rank": max_rank, "products": products, "package_files": package_files}
         return package_bank(inside, Path(path), **options)
     if capacity is not None:

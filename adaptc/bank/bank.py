@@ -1,55 +1,41 @@
 """Serve batches whose rows each use an adapter of their own, none, or a weighted mix.
 
-A bank takes a program with adapter sites, and adapters that fit them. Each row of a call gets what a program with that
-row's adapters alone would compute. A new adapter, a new rank or another selection for rows compiles nothing. Code is
-made at the first call, and for a call of more adapters than there is code for (see ``bank_code``).
+A bank has adapters by name, and a placement that runs them. Each row of a call gets what the program with that row's
+adapters alone would compute. A new adapter, a new rank or another selection for rows compiles nothing.
 
-A call reads one frozen :class:`BankContents`, which is replaced as a whole, so it keeps the adapters that it began
-with.
+There are two placements. ``StackPlacement`` runs a program's graph on stacks of the adapters in use. In a package,
+``PackagePlacement`` writes each adapter to an index of the compiled code.
 
-A call whose rows all want one adapter, or all the base, runs the program or its base directly, where that compiles
-nothing. All others run code that takes coefficients (see ``rows``), on a stack of the adapters in use.
+A call reads one frozen ``BankContents``, which is replaced as a whole, so it keeps the adapters that it began with.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import fields, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.bank.bank_code import BankCode, find_kernel_sites
-from adaptc.bank.base_program import check_bank_options, take_base_program
-from adaptc.bank.capacity import Limits
-from adaptc.bank.compile_bank import RowProgram
-from adaptc.bank.holdings import BankContents, BankView
-from adaptc.bank.row_adapters import Mixes, adapter_names_in, check_adapter_names, parse_row_adapters
-from adaptc.bank.selection import AdapterStack, ProgramSelection
-from adaptc.bank.stack_adapters import stack_adapters
-from adaptc.bank.warm_up import warm_bank
-from adaptc.binding.bind_adapter import bind_adapter
+from adaptc.bank.bank_report import BankReport
+from adaptc.bank.placement import Placement
+from adaptc.bank.row_adapters import Mixes, RowSelection, adapter_names_in, check_adapter_names, parse_row_adapters
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError, ConfigError, did_you_mean, short_repr
-from adaptc.locks import reset_after_fork
+from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, short_repr
+from adaptc.public_names import warn_renamed
 from adaptc.runtime.dynamo_boundary import not_traced
-from adaptc.runtime.executor import Executor
-from adaptc.runtime.mutated_buffers import copy_sharing_memory
-from adaptc.state.bound import BoundProgram
-from adaptc.state.core import ProgramCore
+from adaptc.state.runner import Runner
+from adaptc.tables import format_bytes
 from adaptc.torch_modes import outside_modes
 
 
-class Bank(BankView):
-    """Adapters by name for the rows of a program's batches, made by ``AdaptedProgram.bank``.
+class Bank:
+    """Adapters by name for the rows of batches, made by ``AdaptedProgram.bank`` and ``Generator.bank``.
 
-    Iterating yields the names, least recently used first.
+    ``adaptc.load_package`` makes one from the package of a bank. Iterating yields the names, least recently used first.
 
     Example:
         >>> bank = prog.bank({"fr": lora_weights(seed=0)[1], "de": lora_weights(seed=1)[1]})
@@ -60,51 +46,22 @@ class Bank(BankView):
     @outside_modes()
     def __init__(
         self,
-        program: ProgramCore,
+        placement: Placement,
         adapters: Mapping[str, Any] | None = None,
-        *,
-        capacity: int | None = None,
-        max_rank: int | None = None,
-        max_bytes: int | None = None,
-        evict: bool = False,
         loader: Callable[[str], Any] | None = None,
-        probes: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> None:
-        check_bank_options(options)
-        self.limits = Limits(capacity, max_rank, max_bytes, evict)
         if loader is not None and not callable(loader):
             raise ConfigError(f"loader={short_repr(loader)} must be a function of a name that gives an adapter")
-        self._program = program.snapshot()
-        self.loader, self._probes = loader, probes
-        #: the program without adapters, and its sites
-        self.base_program = take_base_program(self._program)
-        #: part -> where the rows of the batch are in it; a program that is called as a whole is the only part, ""
-        self.row_programs = self._find_rows()
-        #: ids of the sites that fused GPU kernels compute
-        self.kernel_sites = find_kernel_sites(self.base_program, self.row_programs, self._program.options)
-        self.code_cache = BankCode(
-            self.row_programs, self._program.options, self.limits, self.base_program.training, self.kernel_sites
-        )
-        #: FQN -> this bank's own copy of a tensor that calls write to (a cache, a counter)
-        self.state: Mapping[str, Tensor] = copy_sharing_memory(
-            self.base_program.base, self.base_program.written_tensors
-        )
-        self._contents = BankContents()
-        self._lock = reset_after_fork(threading.RLock())
-        self._untraced_call = not_traced(_call)
         if not isinstance(adapters or {}, Mapping):
             raise ConfigError(f"adapters={short_repr(adapters)} must be a dict of adapters by name")
+        self.placement, self.loader = placement, loader
+        #: the generator whose prompts are the rows; None for a program that generates nothing
+        self.generator: Any = None
+        self._table = placement.table
+        self._untraced_call = not_traced(_call)
         for name, adapter in (adapters or {}).items():
             self.add(name, adapter, **options)
-
-    def _find_rows(self) -> Mapping[str, RowProgram]:
-        return {"": RowProgram.locate_rows(self.base_program, self._probes)}
-
-    @property
-    def row_program(self) -> RowProgram:
-        """Return where the rows are, for a program that is called as a whole."""
-        return self.row_programs[""]
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -123,16 +80,17 @@ class Bank(BankView):
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"the name of an adapter is a string, not {short_repr(name)}")
-        if name in self._contents.adapters:
-            raise _name_taken_error(name)
-        binding = self._bind_adapter(name, adapter, options)
-        with self._lock:
-            if name in self._contents.adapters:
-                raise _name_taken_error(name)
-            self._contents = self._with_adapter(self._contents, name, binding)
+        self._check_free(name)
+        binding = self._bind(name, adapter, options)
+        with self._table.lock:
+            self._check_free(name)
+            self._table.contents = self.placement.store(self._table.contents, name, binding)
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
         """Replace the adapter called ``name`` by another one. After an error the bank is unchanged.
+
+        In a package the new adapter goes to a free index where there is one, so calls that have begun keep the old one.
+        Without a free index it is written over the old one, unless a generation keeps that.
 
         Args:
             name: the name of the adapter.
@@ -142,11 +100,11 @@ class Bank(BankView):
         Raises:
             AdaptcError: the bank does not have the name; also what :meth:`add` raises.
         """
-        check_adapter_names([name], self._contents.adapters)
-        binding = self._bind_adapter(name, adapter, options)
-        with self._lock:
-            check_adapter_names([name], self._contents.adapters)
-            self._contents = self._with_adapter(self._contents, name, binding)
+        check_adapter_names([name], self.adapters)
+        binding = self._bind(name, adapter, options)
+        with self._table.lock:
+            check_adapter_names([name], self.adapters)
+            self._table.contents = self.placement.store(self._table.contents, name, binding)
 
     def remove(self, name: str) -> None:
         """Remove an adapter; calls that have begun keep it.
@@ -157,29 +115,20 @@ class Bank(BankView):
         Raises:
             AdaptcError: the bank does not have the name.
         """
-        with self._lock:
-            check_adapter_names([name], self._contents.adapters)
-            self._contents = self._contents.without_adapters([name])
+        with self._table.lock:
+            check_adapter_names([name], self.adapters)
+            self._table.contents = self._table.contents.without_adapters([name])
 
-    def _with_adapter(
-        self, contents: BankContents, name: str, binding: Binding, needed_names: Collection[str] = ()
-    ) -> BankContents:
-        """Return ``contents`` with one more adapter, and without those that the limits evict for it, never
-        ``needed_names`` ones.
+    def _check_free(self, name: str) -> None:
+        if name in self.adapters:
+            raise ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
 
-        Raises ConfigError where there is no room.
-        """
-        gone = self.limits.choose_evicted(contents.adapters, contents.use_order, name, binding, needed_names)
-        return contents.with_adapter(name, binding, gone)
-
-    def _bind_adapter(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
+    def _bind(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
         try:
-            binding = bind_adapter(self._program, adapter, trainable=self.base_program.training, **options)
-            self.limits.check_adapter(name, binding, was_read=isinstance(adapter, (str, os.PathLike, Mapping)))
+            return self.placement.bind(name, adapter, options)
         except AdaptcError as error:
             error.add_note(f"It is adapter {name!r} of the bank.")
             raise
-        return binding
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -192,44 +141,59 @@ class Bank(BankView):
         """
         return self._untraced_call(self, args, kwargs, adapters)
 
-    def assigned(self, adapters: Any) -> ProgramSelection:
-        """Return a callable that keeps this assignment and these adapters, for the calls of a generation.
+    def select(self, adapters: Any) -> Any:
+        """Return a callable that keeps this selection and these adapters, for calls that belong together.
+
+        In a package nothing else is written to the indices of these adapters while the callable exists.
 
         Args:
             adapters: an entry for each row, as calls take them.
 
         Returns:
-            a callable of batches that have each row once, or each row equally many times in succession (beams).
+            a :class:`Runner` of batches that have each row once, or each row equally many times in succession (beams).
+            The bank of a generator gives a generator over it.
+
+        Raises:
+            AdaptcError: the bank does not have a name.
         """
-        mixes = parse_row_adapters(adapters)
-        return self.make_selection(mixes, self._bindings_for_call(adapter_names_in(mixes)))
+        made = self.select_rows(parse_row_adapters(adapters))
+        return made if self.generator is None else self.generator.with_runner(made)
 
-    def make_selection(self, mixes: Mixes, table: Mapping[str, Binding]) -> ProgramSelection:
-        """Return a callable that keeps the selection ``mixes`` and the adapters of ``table``, which need not be in the
-        bank."""
-        return ProgramSelection(self._callable_or_stack(mixes, table), mixes, self, self._program, table)
+    def select_rows(self, mixes: Mixes, repeats: bool = True) -> Runner:
+        """Return a runner for rows with these ``mixes``. ``repeats``: a batch may have each row several times."""
+        adapters = self._adapters_for_call(adapter_names_in(mixes))
+        return self.placement.select(RowSelection.of_mixes(mixes, adapters, repeats))
 
-    def _bindings_for_call(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
+    def snapshot_call(self, scale: Any = None) -> Runner:
+        """Raise AdaptcError: calls say which adapters each row has, where programs return the current one."""
+        return self.select_rows(parse_row_adapters(...))
+
+    def assigned(self, adapters: Any) -> Any:
+        """Return what :meth:`select` returns; it is called so now."""
+        warn_renamed("Bank.assigned", "Bank.select")
+        return self.select(adapters)
+
+    def _adapters_for_call(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
         """Return the adapters that a call names, and note that they were used. The loader loads those that are missing.
         The call keeps them even if the bank drops them meanwhile.
 
         Raises AdaptcError for a name that neither the bank nor its loader has, ConfigError where the limits allow no
         more.
         """
-        self.limits.check_call(names)
-        table = self._contents.adapters
-        found = {n: table[n] for n in names if n in table}
+        self.placement.limits.check_call(names)
+        present = self.adapters
+        found = {n: present[n] for n in names if n in present}
         missing = [n for n in names if n not in found]
         if missing and self.loader is None:
-            check_adapter_names(missing, table)
+            check_adapter_names(missing, present)
         loaded = {n: self._load(n) for n in missing}
-        with self._lock:
-            held = self._contents
+        with self._table.lock:
+            now = self._table.contents
             for name, binding in loaded.items():
-                if name not in held.adapters:  # else another thread was first
-                    held = self._with_adapter(held, name, binding, names)
-                found[name] = held.adapters[name]
-            self._contents = held.after_use_of(names)
+                if name not in now.adapters:  # else another thread was first
+                    now = self.placement.store(now, name, binding, names)
+                found[name] = now.adapters[name]
+            self._table.contents = now.after_use_of(names)
         return found
 
     def _load(self, name: str) -> Binding:
@@ -237,89 +201,55 @@ class Bank(BankView):
         found = self.loader(name)
         if found is None:
             raise AdaptcError(f"the bank has no adapter {name!r}, and its loader gave none{did_you_mean(name, self)}")
-        return self._bind_adapter(name, found, {})
+        return self._bind(name, found, {})
 
-    def _callable_or_stack(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | AdapterStack:
-        """Return what computes a selection: a callable where all rows want the base, or one adapter with weight 1;
-        else a stack.
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any = ..., **kwargs: Any
+    ) -> Any:
+        """Generate with adapters of its own for each prompt. Each gets the tokens that it would get alone.
 
-        It is a stack, too, where that callable would compile something, and for adapters that train.
+        Args:
+            inputs: the prompts, as for :meth:`Generator.generate`.
+            generation_config: transformers' options.
+            adapters: an entry for each prompt, as calls take them. All beams and samples of a prompt keep it.
+            **kwargs: further arguments of :meth:`Generator.generate`.
+
+        Returns:
+            what :meth:`Generator.generate` returns.
+
+        Raises:
+            AdaptcError: there are not as many entries as prompts, or the bank is of a program that generates nothing.
         """
-        names = adapter_names_in(mixes)
-        if not self.base_program.attachments or not (
-            names or self._would_compile(self._program.call_state.base_program)
-        ):
-            return self._base_callable()
-        alone = bool(names) and all(mix == {names[0]: 1.0} for mix in mixes) and not self.base_program.training
-        if alone and not self._would_compile(self._program):
-            return self._single_callable(names[0], table)
-        return self._find_stack(names, table)
+        return self._require_generator().generate(inputs, generation_config, adapters=adapters, **kwargs)
 
-    def _would_compile(self, program: Any) -> bool:
-        """Return whether calls of ``program`` would compile something; None stands for a base that nobody has made
-        yet."""
-        if not self.code_cache.uses_compiler:
-            return False
-        if program is None or program.call_state.executor is None:
-            return True
-        return not all(code.is_compiled for code in self.executors_of(program))
+    def prefill(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
+        """Return the cache of a batch of prompts, each read with adapters of its own.
 
-    def _base_callable(self) -> Callable[..., Any]:
-        base: ProgramCore = self._program.base  # type: ignore[attr-defined]
-        return self._with_state(base, Binding.empty()) if self.state else base.snapshot_call()
+        Args:
+            *args: the prompts, as for :meth:`Generator.prefill`.
+            adapters: an entry for each prompt, as calls take them.
+            **kwargs: further arguments of :meth:`Generator.prefill`.
 
-    def _with_state(self, program: ProgramCore, binding: Binding) -> Callable[..., Any]:
-        """Return a callable that runs ``program`` with ``binding`` on the buffers of the bank."""
-        code = program.executor()
-        arguments = code.arguments_with_state(binding, self.state)
-        return lambda *args, **kwargs: code(arguments, args, kwargs)
+        Returns:
+            the cache.
 
-    def _single_callable(self, name: str, table: Mapping[str, Binding]) -> Callable[..., Any]:
-        return self._with_state(self._program, table[name]) if self.state else self._bound_adapter(name, table)
+        Raises:
+            AdaptcError: there are not as many entries as prompts, or the bank is of a program that generates nothing.
+        """
+        return self._require_generator().prefill(*args, adapters=adapters, **kwargs)
 
-    def _bound_adapter(self, name: str, table: Mapping[str, Binding]) -> BoundProgram:
-        found = self._contents.bound_programs.get(name)
-        if found is None or found.binding is not table[name]:
-            found = BoundProgram(self._program, table[name])
-            with self._lock:
-                self._contents = self._contents.with_bound(name, found)
-        return found
-
-    def _find_stack(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> AdapterStack:
-        kept = self._contents.stacks
-        found = next((s for s in reversed(kept) if not names or s.serves(names, table)), None)
-        if found is None:
-            members = tuple(table[n] for n in names)
-            found = self._make_stack(names, members, self.code_cache.stack_capacity(len(names)))
-        # A kept stack would miss the optimizer's updates of adapters that train, so their stack is made in every call.
-        if not self.base_program.training:
-            with self._lock:
-                self._contents = self._contents.with_stack(found)
-        return found
-
-    def _make_stack(self, names: tuple[str, ...], members: tuple[Binding, ...], count: int) -> AdapterStack:
-        source, like = self.base_program, members or (self._program.binding,)
-        # A stack of adapters that train is not kept, and the caller's transforms and modes must see how it is made.
-        with nullcontext() if source.training else outside_modes():
-            return AdapterStack(
-                names, members, count, stack_adapters(like, source.attachments, source.ops, count, self.kernel_sites)
+    def _require_generator(self) -> Any:
+        if self.generator is None:
+            raise AdaptcError(
+                "this bank is of a program that does not generate: make it of what adaptc.compile_for_generation "
+                "gives, with gen.bank({...})"
             )
-
-    def empty_stack(self, count: int) -> AdapterStack:
-        """Return a stack with a capacity of ``count`` that holds no adapter of the bank, for making code."""
-        return self._make_stack((), (), count)
-
-    def executor_for(self, stack: AdapterStack, has_long_rows: bool) -> Executor:
-        """Return the code of calls on ``stack``, made at the first such call. ``has_long_rows``: as for
-        :meth:`BankCode.of`."""
-        return self.code_cache.executor_for("", stack, has_long_rows)
-
-    def executors_of(self, program: ProgramCore) -> list[Executor]:
-        """Return the code of calls of ``program``, made now if it was not."""
-        return [program.executor()]
+        return self.generator
 
     def warm(self, adapters: int | None = None) -> None:
         """Make now all code that calls need, so that no call waits for it. Other calls go on meanwhile.
+
+        A package has all its code already.
 
         Args:
             adapters: the most adapters of a call. None stands for the capacity, or without one for the adapters in the
@@ -328,7 +258,83 @@ class Bank(BankView):
         Raises:
             ConfigError: ``adapters`` is no number from 1 to the capacity.
         """
-        warm_bank(self, adapters)
+        self.placement.warm(adapters)
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.contents.use_order)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def __getitem__(self, name: str) -> Binding:
+        """Return the adapter called ``name``, bound to the program. Raises KeyError where there is none."""
+        held = self.adapters
+        if name not in held:
+            raise KeyError(f"the bank has no adapter {name!r}{did_you_mean(name, held)}")
+        return held[name]
+
+    @property
+    def adapters(self) -> Mapping[str, Binding]:
+        """Return the present adapters by name."""
+        return self._table.contents.adapters
+
+    @property
+    def capacity(self) -> int | None:
+        """Return how many adapters the bank may hold; None for any number."""
+        return self.placement.limits.capacity
+
+    @property
+    def max_rank(self) -> int | None:
+        """Return the largest rank; None for any. In a package each site has its own, see :attr:`ranks`."""
+        return self.placement.limits.max_rank
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return, of a package, the largest rank at each site with a rank, by the FQN of its parameter; else {}."""
+        return getattr(self.program, "ranks", {})
+
+    @property
+    def path(self) -> Path | None:
+        """Return the file of a package; None for a bank in memory."""
+        return getattr(self.program, "path", None)
+
+    @property
+    def program(self) -> Any:
+        """Return the program as it was when the bank was made, or the package."""
+        return self.placement.program
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that calls run on."""
+        return self.program.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that came with the package of a generator's bank; None where there is none."""
+        return None if self.generator is None else self.generator.tokenizer
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all adapters; tensors that several share count once."""
+        return self.report().nbytes
+
+    @property
+    def held(self) -> int:
+        """Return the bytes of the stacks of adapters that the bank keeps for its next calls."""
+        return self.report().stack_bytes
+
+    def report(self) -> BankReport:
+        """Return a table of the adapters with their sites, ranks and bytes, and the stacks that the bank keeps.
+
+        Returns:
+            the report, which prints as a table.
+        """
+        return self.placement.report(self._table.contents)
 
     # -- copies and exports --------------------------------------------------------------------------------------------
 
@@ -342,53 +348,44 @@ class Bank(BankView):
             a program with one more keyword, ``adapter_coefficients``: float32 (rows, adapters), in the order given.
 
         Raises:
-            AdaptcError: the bank does not have a name.
+            AdaptcError: the bank does not have a name, or its program is a package or is called part by part.
             ConfigError: there is no adapter.
         """
-        table = self._contents.adapters
+        table = self.adapters
         if isinstance(adapters, str) or not all(isinstance(n, str) for n in adapters or ()):
             raise ConfigError(f"adapters={short_repr(adapters)} must be a list of names, or None for all adapters")
         names = tuple(table) if adapters is None else tuple(adapters)
         check_adapter_names(names, table)
         if not names:
             raise ConfigError("the bank is empty, so there is nothing to export")
-        made = stack_adapters(
-            [table[n] for n in names], self.base_program.attachments, self.base_program.ops, len(names)
-        )
-        # Slots in a stack are strided views; archives want contiguous tensors.
-        made = replace(made, values={f: t.detach().contiguous() for f, t in made.values.items()})
-        return self.row_program.export_program(made, len(names))
+        return self.placement.export({n: table[n] for n in names})
 
     def __copy__(self) -> Bank:
         """Return a bank with the same adapters and the program's buffers; adding to one does not change the other."""
-        return self._copy_with(self._program, dict)
+        made = Bank(self.placement.copy(None), self._table.contents.by_last_use(), self.loader)
+        return made.attach_generator(self.generator)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
         """Return a bank with tensors of its own, whose buffers continue from what this bank's calls wrote."""
-        made = self._copy_with(copy.deepcopy(self._program, memo), partial(copy.deepcopy, memo=memo))
-        made.state = copy_sharing_memory(self.state, self.state)
-        return made
+        adapters = copy.deepcopy(self._table.contents.by_last_use(), memo)
+        return Bank(self.placement.copy(memo), adapters, self.loader).attach_generator(self.generator)
 
-    def _copy_with(self, program: ProgramCore, adapters: Callable[[dict[str, Binding]], dict[str, Binding]]) -> Bank:
-        now = self._contents
-        held = {n: now.adapters[n] for n in now.use_order}
-        limits = {f.name: getattr(self.limits, f.name) for f in fields(self.limits)}
-        return self._make_bank(program, adapters(held), loader=self.loader, probes=self._probes, **limits)
-
-    def _make_bank(self, program: ProgramCore, adapters: Mapping[str, Any], **options: Any) -> Bank:
-        return Bank(program, adapters, **options)
+    def attach_generator(self, generator: Any) -> Bank:
+        """Return this bank, whose rows are the prompts of a generator like ``generator`` from now on; None for none."""
+        self.generator = None if generator is None else generator.with_runner(self)
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise AdaptcError(
-            "a bank cannot be pickled: write its program with adaptc.save, its adapters with adaptc.save_adapter, and "
-            "make another where they are read; copy.deepcopy(bank) gives one with tensors of its own"
-        )
+        raise self.placement.pickle_error()
 
-
-def _name_taken_error(name: str) -> ConfigError:
-    return ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
+    def __repr__(self) -> str:
+        limits = f" of {self.capacity}" if self.capacity else ""
+        names = f": {listing(map(repr, self.adapters))}" if len(self) else ""
+        return f"<Bank: {len(self)}{limits} adapters, {format_bytes(self.nbytes)}{names}>"
 
 
 def _call(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
-    bank.row_program.check_call(len(parse_row_adapters(adapters)), args, kwargs)
-    return bank.assigned(adapters).run(args, kwargs)
+    mixes = parse_row_adapters(adapters)
+    bank.placement.check_call(len(mixes), args, kwargs)
+    runner = bank.select_rows(mixes, repeats=False)
+    return runner.engine.run(runner.prepared, args, kwargs)

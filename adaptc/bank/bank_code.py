@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from adaptc.bank.base_program import BaseProgram
 from adaptc.bank.capacity import Limits
 from adaptc.bank.compile_bank import RowProgram
-from adaptc.bank.selection import AdapterStack
+from adaptc.bank.stack_adapters import AdapterStack
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu

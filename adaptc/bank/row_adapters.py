@@ -1,19 +1,24 @@
-"""Turn what callers say of the rows of a batch (no adapter, one, or a weighted mix) into coefficients.
+"""Turn what callers say of the rows of a batch (no adapter, one, or a weighted mix) into a selection.
 
 Callers give one entry per row. It becomes a mix: the row's adapters with their weights, which are finite numbers. Names
-are checked against those of the bank, and weights of zero are dropped.
+are checked against those of the bank, and weights of zero are dropped. A :class:`RowSelection` has the mixes with the
+adapters that they name. Code reads them as coefficients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, did_you_mean, listing, short_repr
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, short_repr
+from adaptc.state.overrides import SCALE_KEYWORD
+from adaptc.state.runner import AdapterSelection
 from adaptc.value_types import is_finite_in_float32
 
 #: for each row the weights of its adapters, by name
@@ -91,3 +96,63 @@ def make_coefficients(mixes: Mixes, names: Sequence[str], count: int, device: to
         for name, weight in mix.items():
             out[row, at[name]] = weight
     return out.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSelection(AdapterSelection):
+    """The adapters of each row of a batch.
+
+    ``mixes``: the mix of each row. ``adapters``: name -> the binding of each adapter in them. ``repeats``: a batch may
+    have each row several times in succession, as the beams of a prompt are; else it has each row once.
+    """
+
+    mixes: Mixes
+    adapters: Mapping[str, Binding]
+    repeats: bool = True
+
+    @classmethod
+    def of_mixes(cls, mixes: Mixes, adapters: Mapping[str, Binding], repeats: bool = True) -> RowSelection:
+        """Return the selection of these mixes; its binding tells the names of its adapters alone."""
+        names = ", ".join(map(str, adapter_names_in(mixes))) or "the base"
+        return cls(replace(Binding.empty(), source=names), mixes, adapters, repeats)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the adapters, in the order in which rows name them first."""
+        return adapter_names_in(self.mixes)
+
+    @property
+    def has_adapter(self) -> bool:
+        return any(self.mixes)
+
+    @property
+    def single_adapter(self) -> str | None:
+        """Return the name of the adapter that all rows use alone, with weight 1; None where there is no such one."""
+        names = self.names
+        return names[0] if names and all(mix == {names[0]: 1.0} for mix in self.mixes) else None
+
+    def coefficients(self, rows: int, names: Sequence[str], count: int, device: torch.device) -> Tensor:
+        """Return the coefficients of a batch of so many rows, as :func:`make_coefficients` lays them out.
+
+        Raises AdaptcError where ``rows`` is not a multiple of the number of mixes.
+        """
+        each, rest = divmod(rows, len(self.mixes)) if self.mixes else (0, rows)
+        if rest:
+            raise AdaptcError(f"adapters has {len(self.mixes)} entries, and the batch has {rows} rows")
+        return make_coefficients(tuple(m for m in self.mixes for _ in range(each)), names, count, device)
+
+    def scale_error(self, scale: Any) -> ConfigError:
+        return ConfigError(
+            f"{SCALE_KEYWORD}={short_repr(scale)} is not taken where each row has adapters of its own: give a row "
+            "a weight, as in adapters=[{'fr': 0.5}, ...]"
+        )
+
+    def check_encoder_rows(self, rows: int) -> None:
+        """Raise AdaptcError where a call encodes another number of rows than the selection has: nothing tells which
+        rows they are."""
+        if rows != len(self.mixes):
+            raise AdaptcError(
+                f"adapters has {len(self.mixes)} entries, and {rows} rows are encoded: give one entry for each row. "
+                "Where a generation goes on with some of its rows alone, or has them several times (recordings that "
+                "are cut, timestamps, several temperatures or answers), run those of each adapter by themselves"
+            )

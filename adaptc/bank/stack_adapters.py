@@ -7,8 +7,8 @@ adapters reads the tensor without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -22,6 +22,35 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.bank_method import RANK_STARTS
 from adaptc.passes.protocol.method import Method, Slot
 from adaptc.runtime.rank_padding import Padding, find_paddings
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterStack:
+    """Adapters stacked for calls that mix them by row.
+
+    ``names`` and ``bindings``: the adapters and their bindings, by place. ``capacity``: the number of places that the
+    code reads, of which some may be filler. ``binding``: the stacked tensors.
+    """
+
+    names: tuple[str, ...]
+    bindings: tuple[Binding, ...]
+    capacity: int
+    binding: Binding
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.binding.values.values())
+
+    @property
+    def named_bindings(self) -> Iterable[tuple[str, Binding]]:
+        """Return each name with its binding."""
+        return zip(self.names, self.bindings, strict=True)
+
+    def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
+        """Return whether the stack has the adapters ``names`` as ``table`` has them now, and at most twice as many
+        adapters."""
+        own = dict(self.named_bindings)
+        return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
 
 
 def stack_adapters(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from adaptc.bank.bank_code import BankCode
 from adaptc.bank.capacity import Limits
-from adaptc.bank.selection import AdapterStack
+from adaptc.bank.placement import BankTable
+from adaptc.bank.stack_adapters import AdapterStack
 from adaptc.binding.binding import Binding
 from adaptc.errors import ConfigError, short_repr
 from adaptc.progress import stage
@@ -28,10 +29,10 @@ class WarmableBank(Protocol):
     state: Mapping[str, Tensor]
     code_cache: BankCode
 
+    table: BankTable
+
     @property
     def program(self) -> ProgramCore: ...
-
-    def __len__(self) -> int: ...
 
     def empty_stack(self, count: int) -> AdapterStack: ...
 
@@ -56,7 +57,7 @@ def max_call_adapters(adapters: int | None, capacity: int | None, adapter_count:
 def warm_bank(bank: WarmableBank, adapters: int | None) -> None:
     """Make the code for calls of up to ``adapters`` adapters, and compute the hoisted values. ``adapters`` is read as
     :func:`max_call_adapters` says, which raises."""
-    most = max_call_adapters(adapters, bank.limits.capacity, len(bank))
+    most = max_call_adapters(adapters, bank.limits.capacity, len(bank.table.contents.adapters))
     base: Any = bank.program.base  # type: ignore[attr-defined]
     with stage("warming the program of the bank"):
         for program, binding in ((base, Binding.empty()), (bank.program, bank.program.binding)):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adaptc.bank.bank import Bank
 from adaptc.errors import CheckpointError
 from adaptc.generation.description import SPEC_FILE, facts_of, spec_from_package
 from adaptc.generation.generator import Generator
-from adaptc.generation.generator_bank import GeneratorBank
 from adaptc.generation.kinds import make_generator
 from adaptc.packages.manifest import Contents
-from adaptc.packages.package_bank import PackagedBank
+from adaptc.packages.package_placement import bank_of_package
 from adaptc.packages.package_report import PackageReport
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.subprogram import output_names
@@ -24,18 +24,18 @@ from adaptc.safe_pt2.archive import read_sidecar
 from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path
 
 
-def load_package_contents(path: Path) -> Generator | PackagedProgram | PackagedBank | GeneratorBank:
+def load_package_contents(path: Path) -> Generator | PackagedProgram | Bank:
     """Return the generator, or the bank that generates, in a package; the package itself where it generates nothing.
 
     Raises the errors of :class:`PackagedProgram`. A spec that cannot be read raises before any code is loaded.
     """
     with stage(f"reading the package {path.name}"):
         found = PackagedProgram(path, spec_from_package)
-    held = found if found.manifest.bank is None else PackagedBank(found)
-    if found.parsed_contents is None:
-        return held
-    made = make_generator(found, found.parsed_contents)
-    return GeneratorBank(made, held) if isinstance(held, PackagedBank) else made
+    generator = None if found.parsed_contents is None else make_generator(found, found.parsed_contents)
+    if found.manifest.bank is None:
+        return found if generator is None else generator
+    bank = bank_of_package(found)
+    return bank if generator is None else bank.attach_generator(generator)
 
 
 def read_package_report(path: Path) -> PackageReport:

@@ -58,6 +58,11 @@ class CausalGenerator(Generator):
 
         Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
+        if self._is_of_bank(kwargs):
+            prompts = next(
+                (t for t in (inputs, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds"))) if t is not None), None
+            )
+            return self.for_rows(kwargs.pop("adapters", ...), prompts).generate(inputs, generation_config, **kwargs)
         check_options(kwargs, generation_config, self.spec.vocab_size)
         scale = kwargs.pop(SCALE_KEYWORD, None)
         if prefix_attachments(self._runner):
@@ -81,6 +86,9 @@ class CausalGenerator(Generator):
         Copies of it can be continued any number of times. ``adapter_inputs`` are those that an adapter added, such as
         ``task_ids``.
         """
+        if self._is_of_bank(adapter_inputs):
+            pinned = self.for_rows(adapter_inputs.pop("adapters", ...), input_ids)
+            return pinned.prefill(input_ids, attention_mask, **adapter_inputs)
         past = self.new_cache(
             **{n: adapter_inputs.pop(n) for n in prefix_input_names(self._runner) if n in adapter_inputs}
         )

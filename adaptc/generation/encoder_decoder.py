@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError
 from adaptc.generation.arguments import validate
 from adaptc.generation.arguments.adapter_inputs import pop_step_inputs
@@ -38,12 +37,10 @@ from adaptc.generation.seq2seq.validate_seq2seq import (
     select_encoder_inputs,
 )
 from adaptc.generation.spec import cache_argument_name
-from adaptc.generation.step_runner import PartsRunner
+from adaptc.generation.step_runner import StepRunner
 from adaptc.runtime.calls.output_form import apply_return_dict
-from adaptc.state.bound import BoundProgram
-from adaptc.state.core import ProgramCore
 from adaptc.state.overrides import SCALE_KEYWORD
-from adaptc.state.program_parts import ProgramPart, pin_parts
+from adaptc.state.runner import ProgramPart, Runner
 
 _NO_INPUTS: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -57,9 +54,8 @@ class EncoderDecoder(Generator):
     """
 
     spec: Seq2SeqSpec
-    _runner: ProgramCore | BoundProgram | PartsRunner
 
-    def __init__(self, runner: ProgramCore | BoundProgram | PartsRunner, spec: Seq2SeqSpec) -> None:
+    def __init__(self, runner: StepRunner, spec: Seq2SeqSpec) -> None:
         super().__init__(runner, spec)
         self.main_input_name = spec.main_input_name
         #: the program's parts with the pinned adapter, while a generation is running
@@ -95,6 +91,16 @@ class EncoderDecoder(Generator):
 
         Raises AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
         """
+        if self._is_of_bank(kwargs):
+            prompts = next(
+                (
+                    t
+                    for t in (inputs, *(kwargs.get(n) for n in (self.main_input_name, "inputs_embeds")))
+                    if t is not None
+                ),
+                None,
+            )
+            return self.for_rows(kwargs.pop("adapters", ...), prompts).generate(inputs, generation_config, **kwargs)
         check_options(kwargs, generation_config, self.spec.vocab_size)
         scale, given = kwargs.pop(SCALE_KEYWORD, None), pop_adapter_inputs(self._runner, kwargs)
         if (states := checks.states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
@@ -110,6 +116,9 @@ class EncoderDecoder(Generator):
         Copies of it can be decoded any number of times. ``adapter_inputs`` has the inputs that an adapter added, such
         as ``task_ids``.
         """
+        if self._is_of_bank(adapter_inputs):
+            rows = self.for_rows(adapter_inputs.pop("adapters", ...), inputs)
+            return rows.prefill(inputs, attention_mask, **adapter_inputs)
         pinned = self.snapshot_call()
         made = pinned.new_cache()
         pinned.prefix_inputs = pop_adapter_inputs(self._runner, adapter_inputs)
@@ -142,10 +151,7 @@ class EncoderDecoder(Generator):
         now."""
         if self.pinned_parts is not None:
             return self.pinned_parts
-        runner = self._runner
-        if isinstance(runner, (ProgramCore, BoundProgram)):
-            return pin_parts(runner, self.spec.part_outputs, scale)
-        return runner.parts(scale)
+        return self._runner.snapshot_call(scale).parts(self.spec.part_outputs)
 
     def encode(
         self, inputs: Tensor, attention_mask: Tensor | None = None, adapter_inputs: Mapping[str, Tensor] = _NO_INPUTS
@@ -157,8 +163,8 @@ class EncoderDecoder(Generator):
         checks.check_encoder_input(self.spec, inputs, attention_mask)
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
-        if isinstance(self._runner, RowSelection):
-            self._runner.check_encoder_rows(inputs.shape[0])
+        if isinstance(self._runner, Runner):
+            self._runner.selection.check_encoder_rows(inputs.shape[0])
         given = {
             self.spec.main_input_name: inputs.contiguous(),
             "attention_mask": attention_mask.long().contiguous(),

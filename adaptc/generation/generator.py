@@ -16,6 +16,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from adaptc.bank.bank import Bank
+from adaptc.bank.row_adapters import parse_row_adapters
+from adaptc.bank.stack_placement import make_bank
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
 from adaptc.generation.arguments.adapter_inputs import used_input_names, with_zero_inputs
@@ -23,13 +26,13 @@ from adaptc.generation.cache.cache_change import CacheChange
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import gate_names_of_method, refuse_token_gates
 from adaptc.generation.description import files_for_package, spec_to_json
-from adaptc.generation.generator_bank import GeneratorBank, make_bank
 from adaptc.generation.modes.step_draw import draw_examples, draw_probe_steps
 from adaptc.generation.spec import GenerationSpec, cache_argument_name, spec_for_passes
 from adaptc.generation.step_runner import StepRunner
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
-from adaptc.state.bound import PinnedRunner
+from adaptc.state.core import ProgramCore
+from adaptc.state.runner import Runner
 
 
 class Generator(ProgramWrapper):
@@ -66,12 +69,12 @@ class Generator(ProgramWrapper):
         ``swap``, ``merge``, ``save`` and the other functions of adaptc work on it. Raises AdaptcError for a generator
         that keeps one adapter.
         """
-        if isinstance(self._runner, PinnedRunner):
+        if isinstance(self._runner, Runner):
             raise AdaptcError(
                 f"this generator keeps {self._runner.binding.source!r}: swap, merge and save the one that it was bound "
                 "to"
             )
-        return self._runner
+        return self._runner.program if isinstance(self._runner, Bank) else self._runner
 
     @property
     def runner(self) -> StepRunner:
@@ -135,7 +138,7 @@ class Generator(ProgramWrapper):
         """
         return self.with_runner(self.program.bind(adapter, **options))
 
-    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
+    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
         """Return a bank of adapters by name, of which each prompt of a batch takes its own.
 
         ``gen.bank({...}).generate(ids, adapters=["fr", None, {"de": 0.7, "style": 0.3}])`` generates with it.
@@ -146,8 +149,40 @@ class Generator(ProgramWrapper):
 
         Returns:
             the bank.
+
+        Raises:
+            ConfigError: the generator is a package, whose code was compiled for one adapter at a time.
         """
-        return make_bank(self, adapters, limits)
+        program = self.program
+        if not isinstance(program, ProgramCore):
+            raise ConfigError(
+                "this package has room for one adapter at a time: package a bank instead, with "
+                "adaptc.package(gen.bank({...}), path)"
+            )
+        made = make_bank(program, adapters, probes=self.probes(), part_outputs=self.part_outputs(), **limits)
+        return made.attach_generator(self)
+
+    def for_rows(self, adapters: Any, prompts: Any) -> Self:
+        """Return a generator that keeps the selection ``adapters`` for ``prompts`` (batch, ...).
+
+        Raises AdaptcError where there are not as many entries as prompts, before any adapter is loaded, and where the
+        generator has no bank.
+        """
+        if not isinstance(self._runner, Bank):
+            raise AdaptcError(
+                "adapters= names adapters of a bank: make one with bank = gen.bank({...}), and call bank.generate"
+            )
+        mixes = parse_row_adapters(adapters)
+        if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != len(mixes):
+            raise AdaptcError(
+                f"adapters has {len(mixes)} entries, and there are {prompts.shape[0]} prompts: give one for each, None "
+                "for the base"
+            )
+        return self.with_runner(self._runner.select_rows(mixes))
+
+    def _is_of_bank(self, kwargs: Mapping[str, Any]) -> bool:
+        """Return whether a call of ``generate`` or ``prefill`` has adapters for each prompt, or must have them."""
+        return "adapters" in kwargs or isinstance(self._runner, Bank)
 
     @property
     def base(self) -> Self:
@@ -180,7 +215,7 @@ class Generator(ProgramWrapper):
 
     def __repr__(self) -> str:
         f = self.spec
-        what = "keeping" if isinstance(self._runner, PinnedRunner) else "of"
+        what = "keeping" if isinstance(self._runner, Runner) else "of"
         return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runner!r}"
 
     # -- calls ---------------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from adaptc.bank.row_adapters import adapter_names_in
-from adaptc.bank.selection import ProgramSelection
+from adaptc.bank.row_adapters import RowSelection
 from adaptc.binding.sources.configs import as_config
 from adaptc.errors import AdaptcError
 from adaptc.generation.cache.cache_prefix import CachePrefix
@@ -29,8 +28,8 @@ from adaptc.generation.modes.step_spec import StepSpec
 from adaptc.generation.step_runner import StepRunner
 from adaptc.passes.analysis.cache_inputs import count_passes
 from adaptc.passes.graph.lifted import user_inputs
-from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
+from adaptc.state.runner import program_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -104,10 +103,13 @@ def step_output(logits: torch.Tensor, past: Any) -> Any:
 def spec_for_passes(spec: GenerationSpec, runner: StepRunner) -> GenerationSpec:
     """Return the spec with the cache layout that ``runner`` needs: a program, a package, or what is bound to
     either."""
-    if isinstance(runner, ProgramSelection) and not adapter_names_in(runner.mixes):
+    program = program_of(runner)
+    if not isinstance(program, ProgramCore):
+        return spec
+    selection = getattr(runner, "selection", None)
+    if isinstance(selection, RowSelection) and not selection.has_adapter:
         return spec.with_passes(1)  # a bank runs rows without any adapter on the base
-    program = runner.program if isinstance(runner, BoundProgram) else runner
-    return spec.with_passes(count_passes(user_inputs(program))) if isinstance(program, ProgramCore) else spec
+    return spec.with_passes(count_passes(user_inputs(program)))
 
 
 def base_pass_method_name(adapters: Sequence[Any]) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
-from adaptc.state.program_parts import ProgramPart
+from adaptc.state.runner import Runner
 
 
 class StepRunner(Protocol):
-    """A program, a package of one, or an adapter bound to either."""
+    """A program, a package of one, an adapter bound to either, or a bank."""
 
     @property
     def binding(self) -> Any:
@@ -21,16 +20,8 @@ class StepRunner(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def snapshot_call(self, scale: Any = None) -> Callable[..., Any]:
-        """Return a callable that keeps the current adapter; ``scale`` is the ``adapter_scale`` of its calls."""
+    def snapshot_call(self, scale: Any = None) -> Runner:
+        """Return a runner that keeps the current adapter; ``scale`` is the ``adapter_scale`` of its calls."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-class PartsRunner(StepRunner, Protocol):
-    """A package of a program in parts, or an adapter bound to one, or the rows of a bank on such a program."""
-
-    def parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
-        """Return the parts by name, all with the current adapter."""
-        ...

@@ -78,7 +78,7 @@ class SlotCapacity:
     Values are padded to ``shape`` by ``padding``; where that is None they must have exactly this shape. Where every
     element is ``identity``, the site computes the base. None means that no single value does, so a tensor is stored if
     there is one. ``unread`` says that the code reads no such slot. Then an adapter's values keep their own size (see
-    ``packages.unused_slots``).
+    ``passes.lower.unused_slots``).
     """
 
     shape: tuple[int, ...]

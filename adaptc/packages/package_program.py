@@ -22,7 +22,6 @@ from adaptc.errors import BackendError, ConfigError
 from adaptc.packages.compiling import check_package_options, write_package
 from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart, PackagedSite, SlotCapacity
 from adaptc.packages.packaged_program import PackagedProgram
-from adaptc.packages.unused_slots import find_unused_slots, remove_slots
 from adaptc.packages.zero_sizes import nonzero_conditions
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.analysis.index_bounds import find_index_bounds
@@ -30,6 +29,7 @@ from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.subprogram import extract_subprogram
 from adaptc.passes.lower.choose_products import ChooseMatmuls, MatmulChoices
+from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Slot
 from adaptc.passes.protocol.program_method import ProgramMethod

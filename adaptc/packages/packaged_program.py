@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,63 +22,19 @@ from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.errors import AdaptcError, ConfigError, SwapError, short_repr
 from adaptc.locks import reset_after_fork
 from adaptc.packages import manifest as _package_file
-from adaptc.packages.compiled_code import checker_of_whole, divide_code, load_models, run_part
+from adaptc.packages.compiled_code import CompiledCode, checker_of_whole, divide_code, load_models
 from adaptc.packages.constants import PackagedBinding, multiply_scale
 from adaptc.packages.manifest import SINGLE_MODEL, Contents
+from adaptc.packages.package_engine import PackageEngine
 from adaptc.packages.pad_adapter import AdapterPadder
 from adaptc.patterns import limit_pattern_time
 from adaptc.reports.results import SwapReport
-from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.options import check_byte_limit
 from adaptc.state.adaptation import Adaptation
-from adaptc.state.bound import PinnedRunner
 from adaptc.state.overrides import SCALE_KEYWORD
-from adaptc.state.program_parts import ProgramPart
+from adaptc.state.runner import AdapterSelection, Runner
 from adaptc.torch_modes import outside_modes
 from adaptc.value_types import validates_options
-
-
-class BoundPackage(PinnedRunner):
-    """A callable that runs a package with one adapter, whatever is swapped; :meth:`PackagedProgram.bind` makes it."""
-
-    form, why = "apply", "the form that the package was compiled in"
-    binding: PackagedBinding
-
-    def __init__(self, package: PackagedProgram, binding: PackagedBinding) -> None:
-        self.package, self.binding = package, binding
-
-    @property
-    def program(self) -> PackagedProgram:
-        """Return the package that the adapter is bound to."""
-        return self.package
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run this adapter; inputs and output type are those of the package."""
-        return self.package.run(self.binding, args, kwargs)
-
-    def parts(self, scale: Any = None) -> dict[str, ProgramPart]:
-        """Return the parts of the package with this adapter, by name. Raises ConfigError for a ``scale``."""
-        self._refuse_scale(scale)
-        return self.package.parts_with(self.binding)
-
-    @property
-    def device(self) -> torch.device:
-        return self.package.device
-
-    @property
-    def held(self) -> HoistedMemory:
-        """Return the memory of the adapter's values."""
-        return HoistedMemory(len(self.binding.constants), self.binding.nbytes)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise AdaptcError(
-            f"what is bound to a package can be neither copied nor pickled: load {self.package.path} where it is "
-            "needed, and bind the adapter there"
-        )
-
-    def __repr__(self) -> str:
-        total = len(self.package.manifest.sites)
-        return f"BoundPackage({self.binding.source!r}, {len(self.binding.methods)} of {total} sites)"
 
 
 class PackagedProgram:
@@ -125,8 +80,10 @@ class PackagedProgram:
             self.parsed_contents = None if parse_contents is None else parse_contents(contents)
             self._owner_token, self._swap_lock = object(), reset_after_fork(threading.Lock())
             self._current = self._padder.packaged_binding(self._owner_token) if m.sites else None
-        self._code_by_part = divide_code(self._load(), self.path, m, self._padder.shapes, self._current)
-        self.inputs = checker_of_whole(m, self._code_by_part)
+        self.code_by_part: Mapping[str, CompiledCode] = divide_code(
+            self._load(), self.path, m, self._padder.shapes, self._current
+        )
+        self.inputs = checker_of_whole(m, self.code_by_part)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
@@ -172,13 +129,13 @@ class PackagedProgram:
             now = self._current_with_scale(kwargs.pop(SCALE_KEYWORD))
         return self.run(now, args, kwargs)
 
-    def snapshot_call(self, scale: Any = None) -> Callable[..., Any]:
+    def snapshot_call(self, scale: Any = None) -> Runner:
         """Return a callable that keeps the adapter that is current now, for calls that belong together.
 
         ``scale`` is as ``adapter_scale`` of calls.
         """
         now = self._current_with_scale(scale)
-        return partial(_run_package, self, None) if now is None else BoundPackage(self, now)
+        return Runner(PackageEngine(self), AdapterSelection(now))
 
     def _current_with_scale(self, scale: Any) -> PackagedBinding | None:
         with outside_modes():
@@ -198,29 +155,12 @@ class PackagedProgram:
     def run(self, adapter: PackagedBinding | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs with ``adapter``, which was padded for this package; None for a package without sites."""
         if not self.manifest.parts:
-            return self._code_by_part[SINGLE_MODEL].run(adapter, args, kwargs)
+            return self.code_by_part[SINGLE_MODEL].run(adapter, args, kwargs)
         inputs_by_name = {i.name: v for i, v in zip(self.manifest.inputs, self.inputs(args, kwargs), strict=True)}
         out: dict[str, Tensor] = {}
-        for code in self._code_by_part.values():
+        for code in self.code_by_part.values():
             out |= code.run(adapter, (), {name: inputs_by_name[name] for name in code.inputs.names})
         return out
-
-    def parts(self, scale: Any = None) -> dict[str, ProgramPart]:
-        """Return the parts of the program by name, each with the adapter that is current now.
-
-        Each part is called by itself. A package that is called as a whole has none. ``scale`` is as ``adapter_scale``
-        of calls.
-        """
-        return self.parts_with(self._current_with_scale(scale))
-
-    def parts_with(self, adapter: PackagedBinding | None) -> dict[str, ProgramPart]:
-        """Return the parts of the program by name, each with ``adapter``, which was padded for this package."""
-        if not self.manifest.parts:
-            return {}
-        return {
-            n: ProgramPart(partial(run_part, c, adapter), frozenset(c.inputs.names), adapter)
-            for n, c in self._code_by_part.items()
-        }
 
     @validates_options("adapter_name", "key_mapping", "component")
     def swap(
@@ -271,7 +211,7 @@ class PackagedProgram:
         scale: float | Mapping[str, float] | None = None,
         form: str = "apply",
         memory_limit: int | None = None,
-    ) -> BoundPackage:
+    ) -> Runner:
         """Return a callable that keeps this adapter, whatever the package is swapped to; any thread may use it.
 
         The callable holds the adapter's values, padded to the room there is, and shares the code and the base.
@@ -303,10 +243,11 @@ class PackagedProgram:
             if scale is not None:
                 raise ConfigError("the base has no scale: bind(None) takes no options of adapters")
             return self.base
-        return BoundPackage(self, self._pad_adapter(adapter, config, adapter_name, key_mapping, component, scale))
+        new = self._pad_adapter(adapter, config, adapter_name, key_mapping, component, scale)
+        return Runner(PackageEngine(self), AdapterSelection(new))
 
     @property
-    def base(self) -> BoundPackage:
+    def base(self) -> Runner:
         """Return a callable with no adapter at any site, which leaves the current adapter as it is.
 
         Raises:
@@ -318,7 +259,9 @@ class PackagedProgram:
                 f"{self.path} holds only its own adapter's version of {lost_weights[:3]} (its initialisation changed "
                 "the base); package the original model for one without an adapter"
             )
-        return BoundPackage(self, self._padder.pad(self._padder.base_binding(now), self._owner_token))
+        return Runner(
+            PackageEngine(self), AdapterSelection(self._padder.pad(self._padder.base_binding(now), self._owner_token))
+        )
 
     @validates_options("adapter_name", "key_mapping", "component")
     def pad_adapter(
@@ -340,7 +283,7 @@ class PackagedProgram:
 
     def write_member(self, index: int, values: Mapping[str, Tensor]) -> None:
         """Write the values of one adapter at its index in the package of a bank, in the code of every part."""
-        for code in self._code_by_part.values():
+        for code in self.code_by_part.values():
             code.constants.write_member(index, values)
 
     @limit_pattern_time()
@@ -395,7 +338,3 @@ class PackagedProgram:
     def __repr__(self) -> str:
         adapter = "no adapter sites" if self.current is None else f"adapter {self.current.source!r}"
         return f"PackagedProgram({str(self.path)!r}, {len(self.manifest.sites)} sites, {adapter})"
-
-
-def _run_package(package: PackagedProgram, adapter: PackagedBinding | None, *args: Any, **kwargs: Any) -> Any:
-    return package.run(adapter, args, kwargs)

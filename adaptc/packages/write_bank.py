@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from adaptc.bank.bank import Bank
 from adaptc.bank.compile_bank import RowProgram
-from adaptc.bank.divided_bank import BankWithParts
+from adaptc.bank.stack_placement import StackPlacement
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, short_repr
 from adaptc.methods import AdapterConfig
@@ -23,9 +23,9 @@ from adaptc.packages.compiling import check_package_options, write_package
 from adaptc.packages.manifest import SINGLE_MODEL, Manifest, PackagedPart, PackagedSite
 from adaptc.packages.package_program import PackageBuilder, pad_slot, with_index_bounds
 from adaptc.packages.pad_adapter import unused_slot_key
-from adaptc.packages.unused_slots import find_unused_slots, remove_slots
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
 from adaptc.progress import stage
 from adaptc.runtime.calls.call_inputs import Inputs
 
@@ -49,8 +49,9 @@ def package_bank(
 
     Raises ConfigError for a bank that is empty, for one with more adapters than ``capacity``, and for a packaged one.
     """
-    if not isinstance(bank, Bank):
-        raise ConfigError(f"a {type(bank).__name__} is a package already: package the bank that it was made of")
+    placement = bank.placement
+    if not isinstance(placement, StackPlacement):
+        raise ConfigError(f"this bank is of a package already, {bank.path}: package the bank that it was made of")
     check_package_options(path, max_rank, products)
     members = dict(bank.adapters)
     if not members:
@@ -63,7 +64,7 @@ def package_bank(
     ranks = {n: _max_rank(b) for n, b in members.items()}
     largest_adapter = max(members, key=ranks.__getitem__)
     rank_capacity = max_rank or bank.max_rank or max(ranks.values()) or None
-    builder = _BankPackageBuilder(bank, members, members[largest_adapter], rank_capacity, products, max(count, 2))
+    builder = _BankPackageBuilder(placement, members, members[largest_adapter], rank_capacity, products, max(count, 2))
     with stage(f"preparing a bank of {len(members)} adapters for its package"):
         models, manifest, tensors = builder.build_models()
     return write_package(path, models, manifest, tensors, package_files or {})
@@ -73,30 +74,29 @@ def _max_rank(b: Binding) -> int:
     return max((r for m in b.methods.values() if (r := m.sizes.rank()) is not None), default=0)
 
 
-def _bank_sources(bank: Bank) -> dict[str, tuple[RowProgram, Sequence[str]]]:
+def _bank_sources(placement: StackPlacement) -> dict[str, tuple[RowProgram, Sequence[str]]]:
     """Return name -> (what is compiled by itself, the names of its outputs), one entry for each part of the bank.
 
     A bank that is called as a whole is one part, and lists no outputs.
     """
-    if isinstance(bank, BankWithParts):
-        return {name: (source, bank.part_outputs[name]) for name, source in bank.row_programs.items()}
-    return {SINGLE_MODEL: (bank.row_program, ())}
+    outputs, parts = placement.part_outputs, placement.row_programs
+    return {SINGLE_MODEL if outputs is None else n: (source, (outputs or {}).get(n, ())) for n, source in parts.items()}
 
 
 class _BankPackageBuilder(PackageBuilder):
     def __init__(
         self,
-        bank: Bank,
+        placement: StackPlacement,
         members: Mapping[str, Binding],
         binding: Binding,
         max_rank: int | None,
         products: str,
         capacity: int,
     ) -> None:
-        super().__init__(bank.program.with_binding(binding), max_rank, products)
+        super().__init__(placement.program.with_binding(binding), max_rank, products)
         if self.program.example_inputs is None:
             raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
-        self.bank, self.members, self.capacity = bank, members, capacity
+        self.placement, self.members, self.capacity = placement, members, capacity
 
     def build_models(self) -> tuple[dict[str, ExportedProgram], Manifest, dict[str, Tensor]]:
         """Return the models by name, the manifest and the tensors of the package.
@@ -123,9 +123,9 @@ class _BankPackageBuilder(PackageBuilder):
             for a in self.attachments
             for w in [self.base_weight(a)]
         ]
-        is_single_model = not isinstance(self.bank, BankWithParts)
+        is_single_model = self.placement.part_outputs is None
         models, parts, products = dict[str, ExportedProgram](), dict[str, PackagedPart](), []
-        for name, (source, outputs) in _bank_sources(self.bank).items():
+        for name, (source, outputs) in _bank_sources(self.placement).items():
             lifted = LiftedProgram(source.export_program(stack, self.capacity))
             remove_slots(lifted, self.unused_slots & lifted.placeholders.keys())
             exported = lifted.finish()

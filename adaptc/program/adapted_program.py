@@ -14,6 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.bank.bank import Bank
+from adaptc.bank.stack_placement import make_bank
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.analysis.graph_view import format_graph
@@ -30,10 +31,11 @@ from adaptc.program.program_scale import ScalableProgram
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.options import checkpoint_blocks
 from adaptc.runtime.variants import Fusion
-from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
+from adaptc.state.graph_engine import bind_program, snapshot_runner
 from adaptc.state.merge_program import unload_program
 from adaptc.state.program_repr import attachment_ids_at, describe_as_table, describe_program
+from adaptc.state.runner import Runner
 from adaptc.training.pretrained_module import pretrained_class
 from adaptc.training.program_module import MATMULS_META, ProgramModule, plain_class
 from adaptc.tuning.matmul_table import choose_for_gradient, choose_matmul, chooses_matmuls
@@ -48,9 +50,7 @@ class AdaptedProgram(ScalableProgram):
         torch.Size([2, 3])
     """
 
-    def bind(
-        self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any
-    ) -> BoundProgram:
+    def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Runner:
         """Return a callable that keeps this adapter and can be used from any thread.
 
         Buffers that calls write to (a cache, a counter) are copied now and belong to the callable. Neither the program
@@ -76,10 +76,15 @@ class AdaptedProgram(ScalableProgram):
         if adapter is None:
             if said := [name for name, value in options.items() if value is not None]:
                 raise ConfigError(f"the base has no {said[0]}: prog.bind(None) takes no options of adapters")
-            bare = BoundProgram(self.base, None, form, memory_limit)
-            self.run_state.add_bound_program(bare)
+            bare = bind_program(self.base, None, form, memory_limit)
+            self.run_state.add_bound(bare.prepared)
             return bare
-        return BoundProgram(self, bind_adapter(self, adapter, **options), form, memory_limit)
+        return bind_program(self, bind_adapter(self, adapter, **options), form, memory_limit)
+
+    def snapshot_call(self, scale: Any = None) -> Runner:
+        """Return a runner that keeps the current binding, for calls that belong together; see
+        :func:`snapshot_runner`."""
+        return snapshot_runner(self, scale)
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
         """Return a bank: adapters by name, of which each row of a batch takes its own.
@@ -101,7 +106,7 @@ class AdaptedProgram(ScalableProgram):
                 site, the output or the buffer is named.
             AdaptcError: what :meth:`Bank.add` raises.
         """
-        return Bank(self, adapters, **limits)
+        return make_bank(self, adapters, **limits)
 
     # -- how it shows itself -------------------------------------------------------------------------------------------
 

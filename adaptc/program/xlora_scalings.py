@@ -6,11 +6,13 @@ this pass runs, and nothing is changed. The adapter's method says what to show o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from adaptc.binding.binding import Binding
 from adaptc.errors import ConfigError, listing
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import copy_graph
@@ -19,25 +21,25 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.coefficients import Coefficient
 from adaptc.passes.protocol.regions import BASE_PASS_KEY, COEFFICIENT_ROLE, node_tag
 from adaptc.program.wrapper import check_program
-from adaptc.state.bound import BoundProgram
+from adaptc.runtime.executor import Executor
 from adaptc.state.core import ProgramCore
+from adaptc.state.graph_engine import graph_runner
+from adaptc.state.runner import Runner
 
 
-def check_scalings(program: ProgramCore | BoundProgram, adapter_name: str | None) -> None:
+def check_scalings(program: ProgramCore | Runner, adapter_name: str | None) -> None:
     """Raise what :func:`expert_scalings` would raise for this program and name, whatever the inputs. It is ConfigError
     where the program runs no such adapter, or runs several and ``adapter_name`` chooses none."""
-    check_program(program, "xlora_scalings", BoundProgram)
-    _, executor, binding, _ = program.snapshot_executor()
+    _, executor, binding, _ = _executor_and_state(program)
     _find_xlora(executor.attachments, binding.values, adapter_name)
 
 
 def expert_scalings(
-    program: ProgramCore | BoundProgram, *args: Any, adapter_name: str | None = None, **inputs: Any
+    program: ProgramCore | Runner, *args: Any, adapter_name: str | None = None, **inputs: Any
 ) -> Tensor:
     """Return the weights of the experts, (batch, tokens, adapted layers, experts), for the inputs of a call.
     ``adaptc.debug.xlora_scalings`` tells more."""
-    check_program(program, "xlora_scalings", BoundProgram)
-    _, executor, binding, state = program.snapshot_executor()
+    _, executor, binding, state = _executor_and_state(program)
     attachment, name, c = _find_xlora(executor.attachments, binding.values, adapter_name)
     arguments = executor.arguments_with_state(binding, state)
     flat = executor.inputs(args, inputs, arguments.added_tokens)
@@ -52,6 +54,15 @@ def expert_scalings(
         b.adapter == attachment.adapter and name in b.reads and b.id in binding.methods for b in executor.attachments
     )
     return found.expand(-1, -1, there, -1) if found.shape[2] == 1 else found
+
+
+def _executor_and_state(program: Any) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
+    """Return what calls of a program, or of what is bound to one, run. Raises AdaptcError for anything else."""
+    runner = graph_runner(program)
+    if runner is not None:
+        return runner.prepared.executor_and_state()
+    check_program(program, "xlora_scalings")
+    return program.snapshot_executor()
 
 
 def _find_xlora(attachments: Any, values: Any, adapter_name: str | None) -> tuple[Attachment, str, Coefficient]:

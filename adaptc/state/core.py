@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -39,7 +38,7 @@ from adaptc.runtime.options import RunOptions
 from adaptc.state.adaptation import Adaptation, check_options
 from adaptc.state.follow_binding import ExportedParts
 from adaptc.state.overrides import MAX_SCALED_BINDINGS, SCALE_KEYWORD, apply_override, override_key, override_of
-from adaptc.state.running import CallState, ExportedView, RunState, call_current, call_with_state
+from adaptc.state.running import CallState, ExportedView, RunState, call_current
 from adaptc.state.values import clone_tensors, map_tensor
 from adaptc.torch_modes import outside_modes
 
@@ -222,18 +221,6 @@ class ProgramCore(ExportedParts):
         AdaptcError that names the input which does not fit.
         """
         return self._untraced_call(self, args, kwargs)
-
-    def snapshot_call(self, scale: Any = None) -> Callable[..., Any]:
-        """Return a callable that keeps the current binding, for calls that belong together; its ``binding`` is that
-        binding.
-
-        It shares the code, and the buffers that calls write to, with the program. Making it does not look at the graph.
-        ``scale``: as ``adapter_scale`` of calls.
-        """
-        now = self.compiled_state_for(scale)
-        made: Any = partial(not_traced(call_with_state), now)
-        made.binding = now.binding
-        return made
 
     def snapshot_executor(self, scale: Any = None) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
         """Return what calls that begin now run: the program, its code, the binding, and no state, since they share the

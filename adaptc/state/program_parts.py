@@ -7,8 +7,7 @@ part has no state, adapter or base of its own, so only the program needs to be s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,59 +21,32 @@ from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.runtime.executor import Arguments, Executor
-from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
-
-
-@dataclass(frozen=True)
-class ProgramPart:
-    """A callable of some of a program's outputs, by name, and the names of the inputs that it takes. ``binding``: the
-    adapter that it keeps, None where it keeps none."""
-
-    run: Callable[..., dict[str, Tensor]]
-    inputs: Collection[str]
-    binding: Any = None
+from adaptc.state.runner import ProgramPart
 
 
 def pin_parts(
-    program: ProgramCore | BoundProgram, parts: Mapping[str, Sequence[str]], scale: Any = None
-) -> dict[str, ProgramPart]:
-    """Return a callable for each entry of ``parts`` (name -> names of outputs), all pinned to the adapter of this
-    moment.
-
-    ``scale``: the ``adapter_scale`` of their calls. Raises ConfigError for a name that is not an output.
-    """
-    return _make_parts(*program.snapshot_executor(scale), parts)
-
-
-def bind_parts(
-    program: ProgramCore, binding: Binding, state: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
-) -> dict[str, ProgramPart]:
-    """Return a callable for each entry of ``parts``, pinned to ``binding`` and to the caller's own ``state``.
-
-    ``state``: FQN -> a buffer that calls write to, in place of the program's. Raises ConfigError for a name that is not
-    an output.
-    """
-    return _make_parts(program, program.executor(), binding, state, parts)
-
-
-def executors_of_parts(program: ProgramCore, parts: Mapping[str, Sequence[str]]) -> list[Executor]:
-    """Return the code of each of ``parts``, made now where it was not made before."""
-    anchor = program.executor()
-    return [_part_executor(program, anchor, tuple(outputs)) for outputs in parts.values()]
-
-
-def _make_parts(
     program: ProgramCore,
     whole_executor: Executor,
     binding: Binding,
     state: Mapping[str, Tensor],
     parts: Mapping[str, Sequence[str]],
 ) -> dict[str, ProgramPart]:
+    """Return a callable for each entry of ``parts`` (name -> names of outputs), all pinned to ``binding``.
+
+    ``whole_executor``: the code of the whole program. ``state``: FQN -> a buffer that calls write to, in place of the
+    program's. Raises ConfigError for a name that is not an output.
+    """
     return {
         name: _pin_part(_part_executor(program, whole_executor, tuple(outputs)), binding, state)
         for name, outputs in parts.items()
     }
+
+
+def executors_of_parts(program: ProgramCore, parts: Mapping[str, Sequence[str]]) -> list[Executor]:
+    """Return the code of each of ``parts``, made now where it was not made before."""
+    anchor = program.executor()
+    return [_part_executor(program, anchor, tuple(outputs)) for outputs in parts.values()]
 
 
 def _pin_part(executor: Executor, binding: Binding, state: Mapping[str, Tensor]) -> ProgramPart:

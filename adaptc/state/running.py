@@ -72,13 +72,6 @@ def state_with_overrides(program: Any, kwargs: Mapping[str, Any]) -> tuple[Any, 
     return program.compiled_state_for(None if mine else inputs.pop(SCALE_KEYWORD, None)), inputs
 
 
-def call_with_state(state: CallState, *args: Any, **kwargs: Any) -> Any:
-    """Call a program as it was when ``state`` was made ready, whatever it has become since."""
-    assert state.executor is not None
-    assert state.arguments is not None
-    return state.executor(state.arguments, args, kwargs)
-
-
 def check_base_meta(base: Mapping[str, Any], expected_meta: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise AdaptcError where a base tensor has another shape, dtype or device than ``expected_meta`` says."""
     for fqn, (shape, dtype, device) in expected_meta.items():
@@ -105,7 +98,7 @@ class RunState:
     traced_regions: dict[Any, fx.Graph] = field(default_factory=dict)
     merged_programs: dict[Any, Any] = field(default_factory=dict)
     modules: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    bound_programs: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    bound: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     bound_executors: weakref.WeakValueDictionary[RunOptions, Executor] = field(
         default_factory=weakref.WeakValueDictionary
     )
@@ -119,13 +112,13 @@ class RunState:
         caller holds the lock."""
         self.call_state = state
         self.bound_executors.clear()
-        for bound in self.bound_programs:
+        for bound in self.bound:
             bound.set_hoist_limit(state.options.hoist_limit)
 
-    def add_bound_program(self, bound: Any) -> None:
+    def add_bound(self, bound: Any) -> None:
         """Make ``bound`` follow the program's limit on hoisted values from now on."""
         with self.lock:
-            self.bound_programs.add(bound)
+            self.bound.add(bound)
             bound.set_hoist_limit(self.call_state.options.hoist_limit)
 
     def shared_executor(self, options: RunOptions, make: Callable[[], Executor]) -> Executor:

@@ -8,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.passes.analysis.program_facts import written_tensors
-from adaptc.state.bound import BoundProgram
+from adaptc.state.runner import Runner
 
 
 class BufferSnapshot:
@@ -21,7 +21,7 @@ class BufferSnapshot:
         tensors: list[torch.Tensor] = []
         for p in (program, model):
             tensors += written_tensors(p) if isinstance(p, ExportedProgram) else []
-        if isinstance(model, BoundProgram):
+        if isinstance(model, Runner):
             tensors += model.state.values()
         self.copies = [(t, t.detach().clone()) for t in tensors]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.bank.divided_bank import BankWithParts
 from tests.generation.models import case, generator, prompt
 from tests.generation.test_bank import NAMES, Mixed, row
 from tests.generation.test_encoder_decoders import WITH_ENCODER, expected, read, said
@@ -49,15 +48,15 @@ def test_logits_of_each_row_are_those_of_its_program(family: str) -> None:
     gen, given = generator(family), prompt(4, 7, (2, 0, 3))
     given["decoder_input_ids"] = prompt(4, 5, seed=3)["input_ids"]
     with torch.no_grad():
-        mixed = bank(family).assigned(NAMES).forward(**given).logits
+        mixed = bank(family).select(NAMES).forward(**given).logits
         alone = {n: gen.bind(d).forward(**given).logits for n, d in case(family).adapters.items()}
-        base = bank(family).assigned([None] * 4).forward(**given).logits
+        base = bank(family).select([None] * 4).forward(**given).logits
     torch.testing.assert_close(mixed[0], alone["first"][0], rtol=0, atol=2e-5)
     torch.testing.assert_close(mixed[2], alone["second"][2], rtol=0, atol=2e-5)
     torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=2e-5)
     for name, i in (("second", 0), ("first", 2), ("first", 1), ("first", 3), ("second", 3)):
         assert float((mixed[i] - alone[name][i]).abs().max()) > 1e-3
-    same = bank(family).assigned(["second"] * 4)
+    same = bank(family).select(["second"] * 4)
     with torch.no_grad():
         torch.testing.assert_close(same.forward(**given).logits, alone["second"], rtol=0, atol=2e-5)
 
@@ -71,7 +70,7 @@ def test_what_was_encoded_is_decoded_again() -> None:
     for how in ({}, BEAMS):
         again = said(Mixed(made, NAMES), {"past_key_values": cache.copy()}, **how)
         assert torch.equal(again, alone[str(how)])
-    states = made.assigned(NAMES).get_encoder()(**given)
+    states = made.select(NAMES).get_encoder()(**given)
     mask = {"attention_mask": given["attention_mask"]}
     assert torch.equal(said(Mixed(made, NAMES), {**mask, "encoder_outputs": states}), alone["{}"])
 
@@ -104,11 +103,11 @@ def test_refused_by_name() -> None:
         made.prefill(given["input_ids"][:2], adapters=NAMES)
     with pytest.raises(adaptc.ConfigError, match="give a row a weight"):
         said(Mixed(made, NAMES), given, adapter_scale=0.5)
-    assert isinstance(made.bank, BankWithParts)
-    for call in (made.bank.exported, lambda: made.bank(**given, adapters=NAMES), made.bank.assigned(NAMES)):
+    assert made.placement.part_outputs
+    for call in (made.exported, lambda: made(**given, adapters=NAMES), made.select(NAMES).runner):
         with pytest.raises(adaptc.AdaptcError, match="part by part"):
             call()
-    other = copy.copy(made.bank)
+    other = copy.copy(made)
     other.remove("second")
     assert (list(made), list(other)) == (["first", "second"], ["first"])
 

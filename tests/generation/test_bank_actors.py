@@ -137,7 +137,7 @@ def test_packages(tmp_path: Path) -> None:
     out = generated(Mixed(package, rows), inputs)
     assert torch.equal(out, generated(Mixed(bank, rows), inputs))
     assert torch.equal(out[:1], generated(longer().model, row(inputs, 0)))
-    assert torch.equal(out[1:2], generated(package.assigned([None]), row(inputs, 1)))
+    assert torch.equal(out[1:2], generated(package.select([None]), row(inputs, 1)))
     with pytest.raises(ConfigError, match="mixes 'one' and 'other', which begin to act at other tokens"):
         generated(Mixed(package, [{"one": 0.5, "other": 0.5}] * 6), inputs)
 

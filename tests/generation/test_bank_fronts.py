@@ -92,7 +92,7 @@ def test_caches_are_continued(family: str, cls: str) -> None:
     mixed, expected = Mixed(made, ROWS), said(Mixed(made, ROWS), inputs)
     past = made.prefill(ids[:, :5], mask[:, :5], adapters=ROWS)
     assert (past.length, past.prefix_length, past.left_padding.tolist()) == (12, 7, [0, 7, 5, 0])
-    for one in (past.copy(), made.assigned(ROWS).new_cache(), made.prefill(ids, mask, adapters=ROWS)):
+    for one in (past.copy(), made.select(ROWS).new_cache(), made.prefill(ids, mask, adapters=ROWS)):
         assert torch.equal(said(mixed, inputs, past_key_values=one), expected)
     whole = torch.cat([torch.ones(4, 7, dtype=torch.int64), mask], 1)
     more = {"input_ids": ids[:, 5:], "attention_mask": whole}
@@ -103,7 +103,7 @@ def test_caches_are_continued(family: str, cls: str) -> None:
     out = said(mixed, inputs, new=3, return_dict_in_generate=True)
     longer = {"input_ids": out.sequences, "attention_mask": torch.cat([mask, torch.ones_like(ids[:, :3])], 1)}
     assert torch.equal(said(mixed, longer, new=4, past_key_values=out[cache_argument_name()]), expected)
-    logits = made.assigned(ROWS)(ids, attention_mask=mask).logits
+    logits = made.select(ROWS)(ids, attention_mask=mask).logits
     for i, name in enumerate(ROWS):
         own = alone(family, cls, name)(ids[i : i + 1], attention_mask=mask[i : i + 1]).logits
         torch.testing.assert_close(logits[i][mask[i].bool()], own[0][mask[i].bool()])
@@ -160,7 +160,7 @@ def test_refused_by_name() -> None:
     with pytest.raises(AdaptcError, match=r"6\d positions, 7 of them of tokens that the adapter has in front"):
         said(Mixed(made, ROWS), inputs, new=50)
     with pytest.raises(AdaptcError, match="in front of each of 4 rows, and the cache is for 3"):
-        said(made.assigned(ROWS), text(3, 6, None))
+        said(made.select(ROWS), text(3, 6, None))
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_a_bank_says_what_is_in_it() -> None:
 @pytest.mark.long
 def test_nothing_is_pickled() -> None:
     gen, made = generator(), bank()
-    for one in (gen, gen.base, generator("t5"), made.assigned(NAMES)):
+    for one in (gen, gen.base, generator("t5"), made.select(NAMES)):
         with pytest.raises(adaptc.AdaptcError, match=r"cannot be pickled: .*adaptc\.save.*copy\.deepcopy"):
             pickle.dumps(one)
     with pytest.raises(adaptc.AdaptcError, match="a bank cannot be pickled"):

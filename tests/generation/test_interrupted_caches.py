@@ -38,7 +38,7 @@ REFUSED = "compute the text again with gen.prefill"
 def made(kind: str) -> tuple[Any, StepCache]:
     """What generates, and a cache of :data:`TEXT`."""
     if kind == "rows":
-        gen = generator().bank(case("llama").adapters).assigned(["second", {"first": 0.6, "second": -0.4}])
+        gen = generator().bank(case("llama").adapters).select(["second", {"first": 0.6, "second": -0.4}])
     elif kind == "state":
         gen = both()[1]
     elif kind == "text":

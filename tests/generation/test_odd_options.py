@@ -113,7 +113,7 @@ def test_what_was_added_to_a_generation_config_is_kept(tmp_path: Path, monkeypat
     config._from_model_config = True
     config.house_rules, config.retries = {"tone": ["kind", "short"]}, 7
     monkeypatch.setattr(gen, "generation_config", config)
-    for other in (gen.bind(None), gen.base, copy.copy(gen), copy.deepcopy(gen), gen.bank({}).assigned([None])):
+    for other in (gen.bind(None), gen.base, copy.copy(gen), copy.deepcopy(gen), gen.bank({}).select([None])):
         assert other.generation_config.retries == 7
     files = gen.package_files(None)
     read = understood(files)

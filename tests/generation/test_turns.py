@@ -59,10 +59,10 @@ def test_a_prefix_behind_tokens_of_several_adapters_has_several_rows_of_each(mas
     made, inputs = bank(), text(4, 8, "left")
     ids, mask = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 0), inputs["attention_mask"]
     given = {"input_ids": ids, "attention_mask": mask if masked else None}
-    expected = generated(made.assigned(ROWS), {"input_ids": ids, "attention_mask": mask}, num_beams=2)
+    expected = generated(made.select(ROWS), {"input_ids": ids, "attention_mask": mask}, num_beams=2)
     past = made.prefill(ids[:, :5], mask[:, :5], adapters=ROWS)
     past.batch_repeat_interleave(2)
-    assert torch.equal(generated(made.assigned(ROWS), given, past_key_values=past, num_beams=2), expected)
+    assert torch.equal(generated(made.select(ROWS), given, past_key_values=past, num_beams=2), expected)
 
 
 @pytest.mark.long

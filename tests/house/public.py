@@ -26,8 +26,9 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
         "AdaptedProgram": "bind bank base module graph_view binding backend fuse kernels hoist_limit pack checkpoint "
         "held fusion products packed passes to resync_base_tensors run_decompositions "
         f"{_SCALES} set_adapter set_adapters disable_adapter",
-        "BoundProgram": "held state device",
-        "Bank": "add replace remove warm assigned exported report program adapters capacity max_rank nbytes held",
+        "Runner": "held state device",
+        "Bank": "add replace remove select generate prefill warm exported report program adapters capacity max_rank "
+        "nbytes held",
         "Adapter": "write to",
         "Generator": "generate prefill new_cache forward bind bank base tokenizer device dtype",
         "Binding": "adapters_by_name to",

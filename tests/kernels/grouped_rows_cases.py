@@ -140,26 +140,26 @@ CHOSEN: list[Any] = ["a", None, "b", {"a": 0.5, "c": -2.0, "b": 1.0}, "c"]
 
 def check_bank(program: adaptc.AdaptedProgram, plain: Any, grouped: Any, device: torch.device | str = "cpu") -> None:
     """Long rows and short ones; beams; an adapter that is replaced, and one that comes."""
-    assert {i.partition(".")[0] for i in grouped.kernel_sites} == {"up", "down"}
-    assert not plain.kernel_sites
+    assert {i.partition(".")[0] for i in grouped.placement.kernel_sites} == {"up", "down"}
+    assert not plain.placement.kernel_sites
     for length in (1, 9, 40):
         ids = torch.randint(0, 11, (5, length), generator=torch.Generator().manual_seed(length)).to(device)
         out = grouped(ids, adapters=CHOSEN)
         torch.testing.assert_close(out, plain(ids, adapters=CHOSEN), rtol=1e-5, atol=2e-6)
         assert torch.equal(out[1], grouped(ids, adapters=["b", None, "b", "a", "c"])[1])
         beams = ids.repeat_interleave(2, 0)
-        torch.testing.assert_close(grouped.assigned(CHOSEN)(beams)[::2], out, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(grouped.select(CHOSEN)(beams)[::2], out, rtol=1e-5, atol=2e-6)
     fewer: list[Any] = [{"a": 0.5}, None, "a", None, {"a": -1.0}]
     torch.testing.assert_close(grouped(ids, adapters=fewer), plain(ids, adapters=fewer), rtol=1e-5, atol=2e-6)
-    assert len(grouped.code_cache.executors) == 1  # for any number of adapters
+    assert len(grouped.placement.code_cache.executors) == 1  # for any number of adapters
     for one in (plain, grouped):
         one.replace("a", one["b"])
     torch.testing.assert_close(grouped(ids, adapters=CHOSEN), plain(ids, adapters=CHOSEN), rtol=1e-5, atol=2e-6)
     assert not torch.equal(grouped(ids, adapters=CHOSEN)[0], out[0])
-    (stack,) = (s for s in grouped._contents.stacks if s.names[0] == "a")
+    (stack,) = (s for s in grouped.placement.table.contents.placed.stacks if s.names[0] == "a")
     found = {f.split(".")[0]: torch.diff(t)[::2].tolist() for f, t in stack.binding.values.items() if RANK_STARTS in f}
     assert found == {"up": [17, 17, 1], "down": [17, 17, 0]}
-    used = {str(n.target) for code in grouped.code_cache.executors for n in code.module.graph.nodes}
+    used = {str(n.target) for code in grouped.placement.code_cache.executors for n in code.module.graph.nodes}
     assert "adaptc.grouped_rows.default" in used
 
 

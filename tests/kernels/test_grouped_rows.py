@@ -36,10 +36,10 @@ def test_banks_off_the_gpu(tmp_path: Path) -> None:
 def test_kernels_are_for_a_gpu_unless_they_are_asked_for(tmp_path: Path) -> None:
     """Nowhere else does a bank take them by itself; nor for an export, nor where it is compiled."""
     program, _, grouped = bank_of(tmp_path, kernels=None)
-    assert not grouped.kernel_sites
+    assert not grouped.placement.kernel_sites
     program.kernels = True
     asked = program.bank(grouped.adapters)
-    assert asked.kernel_sites
+    assert asked.placement.kernel_sites
     targets = {str(n.target) for n in asked.exported().graph.nodes}
     assert not [t for t in targets if t.startswith("adaptc")]
     ids = torch.randint(0, 11, (5, 3))
@@ -97,5 +97,5 @@ def test_methods_without_kernels_stay_as_they_are() -> None:
         plain = program.bank({"a": program.binding})(ids, adapters=["a", None, {"a": 0.5}])
         program.kernels = True
         bank = program.bank({"a": program.binding})
-        assert not bank.kernel_sites
+        assert not bank.placement.kernel_sites
         torch.testing.assert_close(bank(ids, adapters=["a", None, {"a": 0.5}]), plain)

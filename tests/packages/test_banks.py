@@ -150,7 +150,13 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_adapters(made, full)
             if name is not None:
                 torch.testing.assert_close(found[row], alone[now[name][-1]][row])
 
-    files = ("/packages/package_bank.py", "/packages/packaged_program.py", "/packages/constants.py")
+    files = (
+        "/packages/package_placement.py",
+        "/bank/bank.py",
+        "/bank/placement.py",
+        "/packages/packaged_program.py",
+        "/packages/constants.py",
+    )
     deeds = [lambda: packaged.replace("a", ready["d"]), lambda: packaged.remove("a")]
     for deed in deeds if full else [*deeds, lambda: packaged.add("d", ready["d"])]:
         assert interrupt_at_every_line(deed, reset, seen, works, files) >= 4
@@ -177,7 +183,7 @@ def test_an_adapter_that_was_interrupted_twice_is_refused_until_it_is_replaced(m
     packaged = adaptc.load_package(path)
     ready = {n: program.bind(d).binding for n, d in dirs.items()}
     packaged.add("c", ready["c"])
-    x, write = torch.randn(3, 2, 7), type(packaged._package).write_member
+    x, write = torch.randn(3, 2, 7), type(packaged.program).write_member
     others = packaged(x, adapters=["b", "c", None])
 
     class Cut(dict):
@@ -191,7 +197,7 @@ def test_an_adapter_that_was_interrupted_twice_is_refused_until_it_is_replaced(m
 
     def interrupted():
         with monkeypatch.context() as m:
-            m.setattr(type(packaged._package), "write_member", torn)
+            m.setattr(type(packaged.program), "write_member", torn)
             with pytest.raises(KeyboardInterrupt):
                 packaged.replace("a", ready["d"])
         with pytest.raises(adaptc.AdaptcError, match=r"'a' is not whole, since bank.replace was interrupted twice"):

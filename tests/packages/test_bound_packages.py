@@ -142,7 +142,7 @@ def test_forms_and_copies(net: Packaged, bound: Any) -> None:
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(AdaptcError, match="bind the adapter there"):
             attempt(bound[0][0])
-    assert repr(bound[1][0]) == "BoundPackage('state dict', 1 of 6 sites)"
+    assert repr(bound[1][0]) == "Runner('state dict', 1 of 6 sites, packaged)"
 
 
 def test_what_is_bound_owns_its_values(net: Packaged) -> None:

@@ -179,7 +179,7 @@ def test_nothing_is_made_again_for_another_assignment(program: Any, monkeypatch:
 
     monkeypatch.setattr("adaptc.bank.compile_bank.RowProgram.make_executor", fail)
     bank(X, adapters=["c", "b", "b"])
-    monkeypatch.setattr("adaptc.bank.bank.stack_adapters", fail)
+    monkeypatch.setattr("adaptc.bank.stack_placement.stack_adapters", fail)
     bank(X, adapters=[{"b": 0.5}, {"c": 2.0}, None])
     bank(X[:2], adapters=["c", None])
 

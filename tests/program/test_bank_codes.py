@@ -72,14 +72,14 @@ def test_of_adapters_side_by_side_there_is_one_code_for_all_numbers(options: dic
     bank = made.bank(adapters)
     for length in (1, 30):
         check(bank, made, adapters, 3, length)
-    codes = len(bank.code_cache.executors)
+    codes = len(bank.placement.code_cache.executors)
     assert codes <= 2
     for length in (1, 30):
         for count in (2, 5, 11, 7, 4):
             bank(inputs(length), adapters=chosen(count))
         check(bank, made, adapters, 11, length)
         check(bank, made, adapters, 2, length)
-    assert len(bank.code_cache.executors) <= 2
+    assert len(bank.placement.code_cache.executors) <= 2
     before = len(built)
     for count in range(1, 12):
         bank(inputs(2), adapters=chosen(count))
@@ -93,11 +93,11 @@ def test_of_adapters_one_after_the_other_there_is_one_for_each_power_of_two(opti
     bank = made.bank(adapters)
     for count in (3, 5, 4, 7, 2):
         check(bank, made, adapters, count, 2)
-    assert {s.capacity for s in bank._contents.stacks} <= {2, 4, 8}
-    assert len(bank.code_cache.executors) == 3
+    assert {s.capacity for s in bank.placement.table.contents.placed.stacks} <= {2, 4, 8}
+    assert len(bank.placement.code_cache.executors) == 3
     small = made.bank({n: adapters[n] for n in NAMES[:5]}, capacity=5)
     check(small, made, adapters, 5, 2)
-    assert [s.capacity for s in small._contents.stacks] == [5]
+    assert [s.capacity for s in small.placement.table.contents.placed.stacks] == [5]
 
 
 @pytest.mark.long
@@ -113,7 +113,7 @@ def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: py
     monkeypatch.setattr(LoraBank, "apply_fused", lambda *args: None)
     made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"]))
     bank = made.bank(adapters)
-    assert not bank.code_cache.serves_any_count
+    assert not bank.placement.code_cache.serves_any_count
     for count in (2, 3):
         check(bank, made, adapters, count, 2)
 

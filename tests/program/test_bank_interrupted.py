@@ -16,7 +16,7 @@ from tests.support.interrupts import interrupt_at_every_line
 
 RANKS = {"a": 2, "b": 5, "c": 3, "d": 7}
 #: the files that say what a bank holds
-FILES = ("/bank/bank.py", "/bank/holdings.py", "/bank/divided_bank.py", "/bank/capacity.py")
+FILES = ("/bank/bank.py", "/bank/placement.py", "/bank/stack_placement.py", "/bank/capacity.py")
 
 
 class Subject:

@@ -121,7 +121,7 @@ class Banks(RuleBasedStateMachine):
     def assigned_before(self) -> None:
         """What was assigned stays as it was, whatever goes."""
         name, rank = next(iter(self.held.items()))
-        chosen = self.bank.assigned([name, None, name])
+        chosen = self.bank.select([name, None, name])
         self.used(name)
         self.bank.replace(name, adapter_tensors(RANKS[0] if rank != RANKS[0] else RANKS[1]))
         self.held[name] = RANKS[0] if rank != RANKS[0] else RANKS[1]

@@ -56,7 +56,7 @@ def test_a_deep_copy_goes_on_from_what_was_written(chosen: list[str | None]) -> 
     bank = made.bank({"a": made.binding, "b": state_of(made, 1)})
     runs = {
         "bank": (bank, lambda one: one(X, adapters=chosen)),
-        "assigned": (made.bank({"a": made.binding, "b": state_of(made, 1)}).assigned(chosen), lambda one: one(X)),
+        "assigned": (made.bank({"a": made.binding, "b": state_of(made, 1)}).select(chosen), lambda one: one(X)),
         **{form: (made.bind(made.binding, form=form), lambda one: one(X)) for form in ("apply", "weight")},
         "base": (made.bind(None), lambda one: one(X)),
     }

@@ -45,7 +45,7 @@ def runs() -> Iterator[tuple[str, Callable[..., Any]]]:
     yield "base", prog.base
     yield "merged", adaptc.merge(prog)
     yield "bank", lambda *args, **kwargs: bank(*args, adapters=["one", None], **kwargs)
-    yield "assignment", bank.assigned(["one", None])
+    yield "assignment", bank.select(["one", None])
     yield "trained", adaptc.compile(FAMILIES["llama"].build(), CONFIG, training=True).module()
 
 

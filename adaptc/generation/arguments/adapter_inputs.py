@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError
 from adaptc.generation.step_runner import StepRunner
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.protocol.program_method import ProgramMethod
-from adaptc.state.bound import BoundProgram, PinnedRunner, program_of
 from adaptc.state.core import ProgramCore
+from adaptc.state.runner import Runner, program_of
 
 #: name of a program's input -> name of the caller's argument
 InputNames = Mapping[str, str]
@@ -26,7 +25,7 @@ InputNames = Mapping[str, str]
 
 def used_input_names(runner: StepRunner) -> InputNames:
     """Return the inputs that adapters at layers added and that ``runner`` uses; empty where it keeps the base."""
-    return {} if isinstance(runner, PinnedRunner) and not runner.has_adapter else _added_inputs(runner)
+    return {} if isinstance(runner, Runner) and not runner.has_adapter else _added_inputs(runner)
 
 
 def _added_inputs(runner: StepRunner, all_methods: bool = False) -> InputNames:
@@ -52,11 +51,10 @@ def _expected_inputs(runner: StepRunner) -> Mapping[str, Any]:
     program = program_of(runner)
     if isinstance(program, PackagedProgram):
         return dict(program.inputs.expected)
-    if isinstance(runner, RowSelection):
-        runner = program if runner.has_adapter else program.base  # rows without any adapter run on the base
-    assert isinstance(runner, (ProgramCore, BoundProgram))
-    executor = runner.compiled_state().executor
-    return {} if executor is None else dict(executor.inputs.expected)
+    if isinstance(runner, Runner):
+        return runner.expected_inputs
+    assert isinstance(program, ProgramCore)
+    return dict(program.executor().inputs.expected)
 
 
 def pop_step_inputs(runner: StepRunner, kwargs: dict[str, Any], rows: int) -> dict[str, Tensor]:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.bank.selection import RowSelection
+from adaptc.bank.row_adapters import RowSelection
 from adaptc.binding.sources.configs import as_config
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.passes.protocol.coefficients import Coefficient
 from adaptc.passes.protocol.method import Method
-from adaptc.state.bound import program_of
+from adaptc.state.runner import program_of
 
 #: coefficient name -> the coefficient, and the slots that it is computed from
 Gates = Mapping[str, tuple[Coefficient, Sequence[Tensor]]]
@@ -80,10 +80,11 @@ class TokenGates:
         The base has none. Raises ConfigError for a row that mixes adapters with different invocation tokens.
         """
         program = program_of(runner)
-        if not isinstance(runner, RowSelection):
+        selection = getattr(runner, "selection", None)
+        if not isinstance(selection, RowSelection):
             return cls(names, [_gates_of_binding(program, binding)])
-        known = {name: _gates_of_binding(program, b) for name, b in runner.adapters.items()}
-        return cls(names, [_gates_of_mix([(n, known[n]) for n in mix]) for mix in runner.mixes])
+        known = {name: _gates_of_binding(program, b) for name, b in selection.adapters.items()}
+        return cls(names, [_gates_of_mix([(n, known[n]) for n in mix]) for mix in selection.mixes])
 
     def for_prompt(self, ids: Tensor | None, past: StepCache | None, offset: int) -> TokenGates:
         """Return the coefficients for a generation of the text ``ids`` (rows, tokens).

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from adaptc.bank.selection import RowSelection
+from adaptc.bank.row_adapters import RowSelection
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
 from adaptc.generation.cache.cache_prefix import CachePrefix
@@ -24,9 +24,8 @@ from adaptc.generation.spec import GenerationSpec, cache_argument_name
 from adaptc.generation.step_runner import StepRunner
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.program_method import PREFIX_FUNCTIONS, ProgramMethod
-from adaptc.state.bound import program_of
 from adaptc.state.core import ProgramCore
-from adaptc.state.program_parts import ProgramPart
+from adaptc.state.runner import ProgramPart, program_of
 from adaptc.torch_modes import outside_modes
 
 #: binding -> how often each tensor that was read had been written to, and the :class:`CachePrefix` computed from them
@@ -88,10 +87,11 @@ def prefix_for(
     that the adapter cannot take, and where the virtual tokens leave no room for a text.
     """
     prefix_of = partial(_prefix_of_adapter, runner, spec, device, openings)
-    if isinstance(runner, RowSelection):
+    selection = getattr(runner, "selection", None)
+    if isinstance(selection, RowSelection):
         made = batched_prefix(
-            runner.mixes,
-            lambda name, own: prefix_of(runner.adapters[name], runner.for_one_row(name), own),
+            selection.mixes,
+            lambda name, own: prefix_of(selection.adapters[name], runner.for_one_row(name), own),  # type: ignore[union-attr]
             spec,
             adapter_inputs,
         )
