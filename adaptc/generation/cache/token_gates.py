@@ -74,8 +74,8 @@ class TokenGates:
 
     @classmethod
     def from_binding(cls, names: Sequence[str], runner: Any, binding: Any) -> TokenGates:
-        """Return the coefficients of the adapter in ``binding``, or of each row's adapters where ``runner`` is an
-        assignment.
+        """Return the coefficients of the adapter in ``binding``, or of each row's adapters where ``runner`` has
+        a selection by row.
 
         The base has none. Raises ConfigError for a row that mixes adapters with different invocation tokens.
         """
