@@ -76,7 +76,9 @@ class PackageEngine(Engine):
     def run(self, prepared: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(prepared, IndexedRows):
             return self._package.run(prepared, args, kwargs)
-        c = self._coefficients(prepared, self._package.manifest.inputs, kwargs)
+        inputs = self._package.manifest.inputs
+        by_place = zip((i.name for i in inputs), args, strict=False) if all(isinstance(a, Tensor) for a in args) else ()
+        c = self._coefficients(prepared, inputs, {**dict(by_place), **kwargs})
         return self._package.run(None, args, {**kwargs, COEFFICIENTS_INPUT: c})
 
     def parts(self, prepared: Any, outputs: Mapping[str, Sequence[str]]) -> Mapping[str, ProgramPart]:
@@ -96,7 +98,13 @@ class PackageEngine(Engine):
         return run_part(self._package.code_by_part[name], None, **kwargs, **{COEFFICIENTS_INPUT: c})
 
     def _coefficients(self, rows: IndexedRows, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> Tensor:
-        return rows.code_coefficients(_count_rows(rows, inputs, kwargs), self.device)
+        count = _count_rows(rows, inputs, kwargs)
+        if not rows.repeats and count != len(rows.mixes):
+            raise AdaptcError(
+                f"adapters has {len(rows.mixes)} entries, and the batch has {count} rows: give one for each row, None "
+                "for the base"
+            )
+        return rows.code_coefficients(count, self.device)
 
     def expected_inputs(self, prepared: Any) -> Mapping[str, Any]:
         return dict(self._package.inputs.expected)
@@ -125,13 +133,11 @@ class PackageEngine(Engine):
 
 
 def _count_rows(rows: IndexedRows, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> int:
-    """Return how many rows a call has: as its inputs tell where rows may repeat, else as many as the selection."""
-    if not rows.repeats:
-        return len(rows.mixes)
+    """Return how many rows a call has: as its inputs tell, else as many as the selection."""
     shapes = {i.name: i.tensor.shape for i in inputs if i.tensor is not None}
     size = shapes[COEFFICIENTS_INPUT][0]
     if isinstance(size, int):
-        return size
+        return size if rows.repeats else len(rows.mixes)
     for name, shape in shapes.items():
         if size in shape and isinstance(value := kwargs.get(name), Tensor) and value.ndim == len(shape):
             return value.shape[shape.index(size)]

@@ -1,6 +1,6 @@
 """Check the names in a method's class: none may hide a function of the protocol, and none may be that of an older hook.
 
-Python takes a field or a value of the class for the function of that name, and never calls a function whose name the
+Python takes a field or a value of the class for the function of that name. It never calls a function whose name the
 protocol does not know. So both would be ignored, or fail far from their cause.
 """
 
