@@ -84,7 +84,7 @@ def _drop_base_weights(
     return kept
 
 
-def _read_expert(data: ResolvedAdapter, index: int, name: str, path: str) -> LoadedAdapter:
+def _read_expert(data: ResolvedAdapter, index: int, name: str, path: str) -> AdapterData[dict[str, Any]]:
     subdirectory = None if data.path is None else data.path / str(index)
     if subdirectory is not None and (subdirectory / CONFIG_NAME).is_file():
         try:
