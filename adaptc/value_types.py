@@ -80,12 +80,25 @@ def validates_options(*options: str) -> Callable[[F], F]:
                 kwargs[name] = validate_option(name, rules[name], kwargs[name])
             return function(*args, **kwargs)
 
-        hints = typing.get_type_hints(function)
-        rules = {name: rule for name in options if (rule := make_rule(hints[name])) is not None}
-        assert len(rules) == len(options)
+        rules = _option_rules(function, *options)
         return typing.cast("F", call)
 
     return decorate
+
+
+def checked_options(function: Callable[..., Any], **options: Any) -> list[Any]:
+    """Return the values of these ``options``, in the order and form in which ``function``, whose annotations say what
+    fits, takes them. Raises ConfigError as :func:`validate_option` does."""
+    rules = _option_rules(function, *options)
+    return [validate_option(name, rules[name], value) for name, value in options.items()]
+
+
+@functools.cache
+def _option_rules(function: Callable[..., Any], *options: str) -> Mapping[str, Rule]:
+    hints = typing.get_type_hints(function)
+    rules = {name: rule for name in options if (rule := make_rule(hints[name])) is not None}
+    assert len(rules) == len(options)
+    return rules
 
 
 def validate_option(option: str, rule: Rule, value: Any) -> Any:

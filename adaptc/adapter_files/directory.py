@@ -28,10 +28,12 @@ from adaptc.adapter_files.adapter_data import AdapterData
 from adaptc.adapter_files.format import (
     CONFIG_NAME,
     MODEL_CARD_NAME,
+    MODEL_LEVEL_KEYS,
+    MODEL_PREFIX,
+    MODULE_PREFIX,
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
     bare_key,
-    bare_keys,
     check_no_model,
     file_key,
     stored_config,
@@ -109,11 +111,7 @@ def read_adapter(
     file = directory / weights_name
     if not raw:
         raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
-
-    names = bare_keys(file, list(raw), config["peft_type"])
-    tensors = {names[key]: t for key, t in raw.items()}
-    if len(tensors) != len(raw):
-        rename_bare_keys(names, (), file)  # raises, and names the two keys
+    tensors = _with_bare_keys(raw, config["peft_type"], file)
     if target_device.type != "cpu":
         try:
             tensors, flat_tensors = {k: t.to(target_device) for k, t in tensors.items()}, ()
@@ -150,6 +148,28 @@ def _read_once(
     if locate_adapter(path, adapter_name, subfolder) != directory:  # a write had hidden the adapter that was asked for
         raise FileChangedError(f"{os.fspath(path)} kept changing while it was read. Read it again when that is done.")
     return config, directory, weights_name, raw, runs
+
+
+def _with_bare_keys(tensors: Mapping[str, Tensor], peft_type: str, file: Path) -> dict[str, Tensor]:
+    """Return ``tensors`` of a file with bare keys.
+
+    Raises CheckpointError where only some keys have a known prefix, and where two name one tensor.
+    """
+    bare = {key: bare_key(key, peft_type) for key in tensors}
+    if not any(key.startswith(MODEL_PREFIX) for key in tensors):
+        return dict(tensors)
+    if odd := [k for k, b in bare.items() if not b]:
+        raise CheckpointError(
+            f"{file}: {len(odd)} of {len(tensors)} keys do not have the prefix a {peft_type} file uses "
+            f"('{MODULE_PREFIX}', or '{MODEL_PREFIX}' for "
+            f"{sorted(MODEL_LEVEL_KEYS.get(peft_type, ())) or 'nothing else'}): {odd[:3]}. Rename them, or drop the "
+            "prefix from all keys."
+        )
+    names = {k: b for k, b in bare.items() if b}
+    renamed = {names[k]: t for k, t in tensors.items()}
+    if len(renamed) != len(tensors):
+        rename_bare_keys(names, (), file)  # raises, and names the two keys
+    return renamed
 
 
 def read_checked(read: Callable[[OpenedFile], T], file: OpenedFile) -> T:

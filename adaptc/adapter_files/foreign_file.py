@@ -16,12 +16,11 @@ from torch import Tensor
 
 from adaptc.adapter_files import safe_load, safetensors_reader
 from adaptc.adapter_files.adapter_data import FILE_KEYS, AdapterData, LoadedAdapter
-from adaptc.adapter_files.atomic_write import is_abandoned, list_stages
 from adaptc.adapter_files.directory import read_adapter, read_checked
 from adaptc.adapter_files.format import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from adaptc.adapter_files.formats import diffusers
 from adaptc.adapter_files.stable_read import OpenedFile, retry_while_changing
-from adaptc.errors import CheckpointError, short_repr
+from adaptc.errors import CheckpointError
 from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
 
 
@@ -38,41 +37,6 @@ def read_adapter_file(file: Path) -> LoadedAdapter:
     return AdapterData(
         config, MappingProxyType(tensors), str(file), file, format=FILE_KEYS, component_configs=header_configs
     )
-
-
-def find_adapter_file(path: Path, adapter_name: str | None) -> Path | None:
-    """Return the file to read by itself, or None where PEFT's rules find the adapter or explain why there is none."""
-    try:
-        if path.is_file():
-            if adapter_name not in (None, "default"):
-                raise CheckpointError(
-                    f"{path} is a file, which has no adapter {adapter_name!r} in it; leave out the name"
-                )
-            return path
-        if not path.is_dir() or adapter_name not in (None, "default"):
-            return None
-        if any((path / n).is_file() for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-            return None
-        if any(
-            not is_abandoned(s) for s in list_stages(path)
-        ):  # a write is under way, so other files will be there soon
-            return None
-        entries = sorted(path.iterdir())
-        if any(not d.name.startswith(".") and (d / CONFIG_NAME).is_file() for d in entries if d.is_dir()):
-            return None
-    except OSError as exc:
-        raise CheckpointError(f"cannot look for an adapter in {path}: {exc}. Check its permissions.") from exc
-    for name in (diffusers.LORA_WEIGHT_NAME_SAFE, diffusers.LORA_WEIGHT_NAME):
-        if (path / name).is_file():
-            return path / name
-    found = [f for f in entries if f.suffix == ".safetensors" and not f.name.startswith(".") and f.is_file()]
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{path} holds several files of tensors, {short_repr([f.name for f in found])}, and no {CONFIG_NAME}. Give "
-            f"the path "
-            "of the one that is the adapter."
-        )
-    return found[0] if found else None
 
 
 def _read_once(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:

@@ -71,21 +71,6 @@ def bare_key(key: str, peft_type: str) -> str | None:
     return rest if rest != key and rest.split(".", 1)[0] in MODEL_LEVEL_KEYS.get(peft_type, ()) else None
 
 
-def bare_keys(file: Path, keys: list[str], peft_type: str) -> dict[str, str]:
-    """Return each of ``keys`` with its bare form. Raises CheckpointError when only some have a known prefix."""
-    bare = {k: bare_key(k, peft_type) for k in keys}
-    if not any(k.startswith(MODEL_PREFIX) for k in keys):
-        return {k: k for k in keys}
-    if odd := [k for k, b in bare.items() if not b]:
-        raise CheckpointError(
-            f"{file}: {len(odd)} of {len(keys)} keys do not have the prefix a {peft_type} file uses "
-            f"('{MODULE_PREFIX}', or '{MODEL_PREFIX}' for "
-            f"{sorted(MODEL_LEVEL_KEYS.get(peft_type, ())) or 'nothing else'}): {odd[:3]}. Rename them, or drop the "
-            "prefix from all keys."
-        )
-    return {k: b for k, b in bare.items() if b}
-
-
 def routed_names(config: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapters beside an Arrow router of this config between which it routes."""
     arrow = config.get("arrow_config")

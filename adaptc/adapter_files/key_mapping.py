@@ -19,14 +19,8 @@ RenameRules = Sequence[tuple[Pattern | re.Pattern[str], str]]
 
 
 def compile_rules(key_mapping: Mapping[str, str] | None) -> RenameRules:
-    """Return the rules in the order in which they are tried. Raises ConfigError for anything but a dict of
-    expressions."""
-    try:
-        return [(compile_pattern("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
-    except (AttributeError, TypeError, RuntimeError) as exc:
-        raise ConfigError(
-            f"bad key_mapping: {exc}; give a dict of regular expressions and what to put in their place"
-        ) from exc
+    """Return the rules in the order in which they are tried. Raises ConfigError for a bad expression."""
+    return [(compile_pattern("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
 
 
 def rename_key(key: str, rules: RenameRules) -> str:

@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.adapter_files.adapter_data import PEFT_KEYS, STATE_DICT_KEYS, AdapterData, LoadedAdapter
+from adaptc.adapter_files.atomic_write import is_abandoned, list_stages
 from adaptc.adapter_files.check_state_dict import check_state_dict, is_state_dict
 from adaptc.adapter_files.directory import read_adapter
-from adaptc.adapter_files.foreign_file import find_adapter_file, read_adapter_file
-from adaptc.adapter_files.format import peft_component_error, routed_names
+from adaptc.adapter_files.foreign_file import read_adapter_file
+from adaptc.adapter_files.format import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    peft_component_error,
+    routed_names,
+)
+from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.key_mapping import RenameRules, compile_rules, rename_tensors
-from adaptc.errors import AdaptcError, CheckpointError, ConfigError
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
+from adaptc.value_types import checked_options
 
 
 def has_tensors(source: Any) -> bool:
@@ -51,9 +60,12 @@ def load(
     Raises CheckpointError for what cannot be read or bound, ConfigError for options that do not go with ``source``, and
     AdaptcError for a ``source`` of another kind.
     """
+    adapter_name, key_mapping, component = checked_options(
+        load, adapter_name=adapter_name, key_mapping=key_mapping, component=component
+    )
     rules = compile_rules(key_mapping)
     if isinstance(source, (str, os.PathLike)):
-        file = find_adapter_file(Path(source), adapter_name)
+        file = _find_file(Path(source), adapter_name)
         data: LoadedAdapter = (
             read_adapter(source, adapter_name=adapter_name)
             if file is None
@@ -79,6 +91,39 @@ def load(
             raise peft_component_error(component, data.source)
         data = replace(data, component=component)
     return data
+
+
+def _find_file(path: Path, adapter_name: str | None) -> Path | None:
+    """Return the file to read by itself, or None where PEFT's rules find the adapter or explain why there is none."""
+    try:
+        if path.is_file():
+            if adapter_name not in (None, "default"):
+                raise CheckpointError(
+                    f"{path} is a file, which has no adapter {adapter_name!r} in it; leave out the name"
+                )
+            return path
+        if not path.is_dir() or adapter_name not in (None, "default"):
+            return None
+        if any((path / n).is_file() for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            return None
+        # While a write is under way, other files will be there soon.
+        if any(not is_abandoned(s) for s in list_stages(path)):
+            return None
+        entries = sorted(path.iterdir())
+        if any(not d.name.startswith(".") and (d / CONFIG_NAME).is_file() for d in entries if d.is_dir()):
+            return None
+    except OSError as exc:
+        raise CheckpointError(f"cannot look for an adapter in {path}: {exc}. Check its permissions.") from exc
+    for name in (LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME):
+        if (path / name).is_file():
+            return path / name
+    found = [f for f in entries if f.suffix == ".safetensors" and not f.name.startswith(".") and f.is_file()]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds several files of tensors, {short_repr([f.name for f in found])}, and no {CONFIG_NAME}. Give "
+            "the path of the one that is the adapter."
+        )
+    return found[0] if found else None
 
 
 def _read_expert(data: LoadedAdapter, name: str, rules: RenameRules) -> LoadedAdapter:

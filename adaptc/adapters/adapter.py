@@ -20,7 +20,7 @@ from adaptc.adapter_files.load import load
 from adaptc.adapters.combining.combine_options import CombineOptions, parse_weight
 from adaptc.adapters.combining.combine_tensors import combine_tensors
 from adaptc.binding.sources.composite_adapters import join_routed
-from adaptc.binding.sources.configs import as_config, config_of
+from adaptc.binding.sources.configs import as_config, loaded_config
 from adaptc.binding.sources.write_directory import write_with_experts
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig
@@ -190,4 +190,5 @@ def adapter_of_data(data: LoadedAdapter, config: Any = None) -> Adapter:
         if data.config is None:
             raise CheckpointError(f"{data.path} has no adapter_config.json beside it; say the config with config=")
     joined = join_routed(data)
-    return Adapter(config_of(joined) if config is None else as_config(config), joined.tensors, data.source)
+    found = loaded_config(joined.config) if config is None else as_config(config)
+    return Adapter(found, joined.tensors, data.source)

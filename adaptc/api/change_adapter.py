@@ -8,15 +8,13 @@ from typing import Any
 
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.swap import swap_adapter
-from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
+from adaptc.program.wrapper import ProgramWrapper, check_program
 from adaptc.reports.results import SwapReport
 from adaptc.state.runner import Runner
 
 
-@accepts_wrappers
 def swap(
-    program: AdaptedProgram | PackagedProgram,
+    program: AdaptedProgram | PackagedProgram | ProgramWrapper,
     adapter: Any,
     *,
     config: Any = None,
@@ -60,12 +58,13 @@ def swap(
     """
     options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
     options |= {"component": component, "scale": scale}
-    if isinstance(program, PackagedProgram):
-        return program.swap(adapter, **options)
-    check_program(program, "swap")
+    inside = program.program if isinstance(program, ProgramWrapper) else program
+    if isinstance(inside, PackagedProgram):
+        return inside.swap(adapter, **options)
+    check_program(inside, "swap")
     start = time.perf_counter()
-    binding = swap_adapter(program, adapter, **options)
-    return SwapReport.from_binding(program.adaptation.attachments, binding, time.perf_counter() - start)
+    binding = inside.swap_adapter(adapter, **options)
+    return SwapReport.from_binding(inside.adaptation.attachments, binding, time.perf_counter() - start)
 
 
 def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> Runner:

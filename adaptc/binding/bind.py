@@ -67,48 +67,29 @@ def bind(
     not finite, in the tensors or in the dtype of their slot. Raises SwapError for keys of sites that the program does
     not have.
     """
-    copy = copy_tensors and data.is_shared
-    if plans is None:
-        return _bind_in_full(spec, data, copy)
-    key = structure_key(spec, data.config, data.tensors, data.infer_ranks)
-    plan = None if key is None else plans.find_plan(key)
+    copy, tensors, source = copy_tensors and data.is_shared, data.tensors, data.source
+    structure = None if plans is None else structure_key(spec, data)
+    plan = None if plans is None else plans.find_plan(structure)
     if plan is not None and (made := plan(data, copy=copy)) is not None:
         return made
-    binding = _bind_in_full(spec, data, copy)
-    plans.learn_plan(key, spec, binding, data.tensors, infer_ranks=data.infer_ranks)
-    return binding
-
-
-def _bind_in_full(spec: BindingSpec, data: ResolvedAdapter, copy: bool) -> Binding:
-    config, tensors, source, infer_ranks = data.config, data.tensors, data.source, data.infer_ranks
     check_finite(tensors, source)
-    config = _complete_from_model(config, spec, source)
+    config = _complete_from_model(data.config, spec, source)
     builder = BindingBuilder(spec, config, tensors.values() if copy else ())
     builder.is_from_file = True
     unused_keys = dict.fromkeys(tensors)
-    matched_sites = _match_sites(spec, config, tensors, unused_keys, infer_ranks=infer_ranks)
-    if infer_ranks:
-        for a, method, slot_tensors in matched_sites:
-            check_rank(a, method, slot_tensors, source)
+    matched_sites = _match_sites(spec, config, tensors, unused_keys, infer_ranks=data.infer_ranks)
+    methods = {a.id: method for a, method, _ in matched_sites}
+    if data.infer_ranks:
+        for a, method, site_tensors in matched_sites:
+            check_rank(a, method, site_tensors, source)
         builder.config = _with_found_ranks(config, spec, [(a, method) for a, method, _ in matched_sites])
-    builder.find_shared_slots({a.id: method for a, method, _ in matched_sites})
-    for a, method, slot_tensors in matched_sites:
-        op = spec.ops[a.id]
-        check_number_kinds(a, op, method, slot_tensors, spec.adapter_dtype(a), source, is_read=False)
-        try:
-            slot_tensors = method.files.read(op, slot_tensors)
-        except CheckpointError as error:
-            raise CheckpointError(f"{source}: {error}") from None
-        check_shapes(a, op, method, slot_tensors, source)
-        check_number_kinds(a, op, method, slot_tensors, spec.adapter_dtype(a), source, is_read=True)
-        if spec.trainable and (why := method.untrainable(slot_tensors)):
-            raise CheckpointError(f"{source} cannot be trained on: {why}")
-        init = (
-            method.init(op, spec.canonical_weight(a), spec.adapter_dtype(a)) if method.changes_base_at_init() else None
-        )
-        full = {**_derive_missing(a, op, method, spec, slot_tensors), **slot_tensors}
-        builder.add_site(a, method, full, None if init is None else init.base)
-    builder.fill_absent_sites({a.id: method for a, method, _ in matched_sites})
+    builder.find_shared_slots(methods)
+    for a, method, site_tensors in matched_sites:
+        slots, base = _read_slots(spec, a, method, site_tensors, source), None
+        if method.changes_base_at_init():
+            base = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a)).base
+        builder.add_site(a, method, slots, base)
+    builder.fill_absent_sites(methods)
     for key in list(unused_keys):
         twin = primary_key(spec, key)
         if twin is not None and twin in tensors and not _equal_values(tensors[key], tensors[twin]):
@@ -117,11 +98,14 @@ def _bind_in_full(spec: BindingSpec, data: ResolvedAdapter, copy: bool) -> Bindi
             del unused_keys[key]
     if unused_keys:
         raise unbound_keys_error(spec, config, list(unused_keys), source, tensors)
-    if not builder.methods:
+    if not methods:
         raise SwapError(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
-    return replace(builder.build(source), origin=data.origin)
+    binding = replace(builder.build(source), origin=data.origin)
+    if plans is not None:
+        plans.learn_plan(structure, spec, binding, data)
+    return binding
 
 
 def _equal_values(one: Tensor, other: Tensor) -> bool:
@@ -229,6 +213,31 @@ def _slots_or_empty(method: Method, op: Op) -> Mapping[str, Slot]:
         return {}
 
 
+def _read_slots(spec: BindingSpec, a: Attachment, method: Method, site_tensors: Slots, source: str) -> Slots:
+    """Return the value of each slot of ``a``, made of the tensors that a file has for it.
+
+    Slots without a tensor follow from the config. Where the adapter's own method lacks a slot, it gets its identity
+    value. Raises CheckpointError and SwapError for tensors that do not fit.
+    """
+    op, dtype = spec.ops[a.id], spec.adapter_dtype(a)
+    check_number_kinds(a, op, method, site_tensors, dtype, source, is_read=False)
+    try:
+        slots = method.files.read(op, site_tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    check_shapes(a, op, method, slots, source)
+    check_number_kinds(a, op, method, slots, dtype, source, is_read=True)
+    if spec.trainable and (why := method.untrainable(slots)):
+        raise CheckpointError(f"{source} cannot be trained on: {why}")
+    missing = [n for n in a.method.slots(op) if n not in slots]
+    if not missing:
+        return slots
+    derived = method.files.derived(op, spec.canonical_weight(a), dtype, slots)
+    if not method.slots(op).keys() >= set(missing):
+        derived = {**a.method.identity(op, spec.canonical_weight(a), dtype), **derived}
+    return {**{n: derived[n] for n in missing}, **slots}
+
+
 def settle_shared_slots(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
     """Return the methods of one adapter, by attachment id, with the sizes that ``settle_shared_sizes`` settles among
     them."""
@@ -239,21 +248,6 @@ def settle_shared_slots(methods: Mapping[str, Method], ops: Mapping[str, Op]) ->
         new = kind.sharing.settle_shared_sizes([parts[i] for i in ids])
         out |= {i: methods[i].rewrap(m) for i, m in zip(ids, new, strict=True)}
     return out
-
-
-def _derive_missing(a: Attachment, op: Op, method: Method, spec: BindingSpec, slot_tensors: Slots) -> dict[str, Tensor]:
-    """Return values for the slots of ``a`` that have no tensor in ``found``.
-
-    They follow from the config. Where the adapter's own method lacks a slot, it gets its identity value.
-    """
-    own = method.slots(op)
-    missing = [n for n in a.method.slots(op) if n not in slot_tensors]
-    if not missing:
-        return {}
-    derived = method.files.derived(op, spec.canonical_weight(a), spec.adapter_dtype(a), slot_tensors)
-    if any(n not in own for n in missing):
-        derived = {**a.method.identity(op, spec.canonical_weight(a), spec.adapter_dtype(a)), **derived}
-    return {n: derived[n] for n in missing}
 
 
 def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ from adaptc.errors import ConfigError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.patterns import limit_pattern_time
 from adaptc.torch_modes import outside_modes
-from adaptc.value_types import validates_options
 
 
 class Bindable(Protocol):
@@ -46,7 +45,6 @@ class Bindable(Protocol):
     def spec(self, trainable: bool = False) -> BindingSpec: ...
 
 
-@validates_options("adapter_name", "key_mapping", "component")
 @limit_pattern_time()
 @outside_modes()
 def bind_adapter(

@@ -180,16 +180,3 @@ class BindingSpec:
         """Return the base weight of a site in the layout that methods see."""
         weight = self.weights[a.fqn].detach()
         return self.ops[a.id].canonical(weight) if weight.ndim > 1 else weight
-
-    def wrap_value(self, value: Tensor, trainable: bool, is_present: bool) -> Tensor:
-        """Return ``value`` as the program holds it: a parameter if it is ``trainable``, and a plain tensor otherwise.
-
-        It requires gradients only where the spec is trainable and the adapter is ``is_present`` at the site.
-        """
-        # Training writes to parameters and running statistics, and must not write to the caller's tensors.
-        value = value.detach().clone() if self.trainable else value.detach()
-        if not trainable:
-            return value
-        return nn.Parameter(
-            value, requires_grad=self.trainable and is_present and (value.is_floating_point() or value.is_complex())
-        )

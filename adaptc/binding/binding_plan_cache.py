@@ -137,55 +137,45 @@ class BindingPlanCache:
             self._fitting_bindings.add(binding)
         return binding
 
-    def find_plan(self, structure: Hashable) -> BindingPlan | None:
+    def find_plan(self, structure: Hashable | None) -> BindingPlan | None:
+        """Return the plan for adapters of this ``structure``, as :func:`structure_key` gives it, or None."""
         with self._lock:
             if structure in self.plans:
                 self.plans.move_to_end(structure)
             return self.plans.get(structure)
 
     def learn_plan(
-        self,
-        structure: Hashable,
-        spec: BindingSpec,
-        binding: Binding,
-        tensors: Mapping[str, Tensor],
-        *,
-        infer_ranks: bool,
+        self, structure: Hashable | None, spec: BindingSpec, binding: Binding, data: ResolvedAdapter
     ) -> None:
-        """Remember how ``binding`` was made from ``tensors``, by their keys, or that its structure has no plan."""
+        """Remember how ``binding`` was made from the tensors of ``data``, or that its structure has no plan."""
         if structure is None or spec.ops is not self.ops or spec.trainable:
             return
         with self._lock:
             if structure in self.plans:
                 return
-        plan = _make_plan(spec, binding, tensors, infer_ranks=infer_ranks)
+        plan = _make_plan(spec, binding, data.tensors, infer_ranks=data.infer_ranks)
         with self._lock:
             self.plans[structure] = plan
             while len(self.plans) > MAX_STRUCTURES:
                 self.plans.popitem(last=False)
 
 
-def structure_key(
-    spec: BindingSpec, config: Any, tensors: Mapping[str, Tensor], *other_keys: Hashable
-) -> Hashable | None:
-    """Return a key that is equal for two adapters with one plan, or None where no plan may be used or made.
-
-    ``config`` is a config, or the content of its file. ``other_keys`` is whatever else the binding depends on.
-    """
+def structure_key(spec: BindingSpec, data: ResolvedAdapter) -> Hashable | None:
+    """Return a key that is equal for two adapters with one plan, or None where no plan may be used or made."""
     if spec.trainable:
         return None
     out: list[Hashable] = []
-    for key, t in tensors.items():
+    for key, t in data.tensors.items():
         if type(t) not in _PLAIN_TYPES or t.layout is not torch.strided or t.is_meta:
             return None
         out.append((key, t.shape, t.dtype, t.device))
     try:
-        frozen = _hashable(config if isinstance(config, dict) else vars(config))
+        frozen = _hashable(vars(data.config))
     except (_UnhashableValue, RecursionError):  # making the config refuses one that is nested too deep
         return None
     # Weights shared with the model change their dtype and device when the user moves the model, and slots follow them.
     weights = [(w.dtype, w.device) for w in (spec.weights[a.fqn] for a in spec.attachments)]
-    return other_keys, type(config), frozen, tuple(weights), tuple(out)
+    return data.infer_ranks, type(data.config), frozen, tuple(weights), tuple(out)
 
 
 class _UnhashableValue(Exception):

@@ -107,7 +107,9 @@ class BindingBuilder:
 
     def _copy_if_shared(self, value: Tensor) -> Tensor:
         """Return ``value``, copied where it shares memory with the caller's tensors."""
-        return value.detach().clone() if memory_address(value) in self.caller_memory else value
+        if self.caller_memory and memory_address(value) in self.caller_memory:
+            return value.detach().clone()
+        return value
 
     def _is_embedding_key(self, key: str) -> bool:
         """Return whether ``key`` is the weight of an embedding or output head by PEFT's names, and is not trained as a
@@ -159,9 +161,12 @@ class BindingBuilder:
                 value = original.to(*conversion, copy=slot.shared)
                 if is_present:
                     self.casts.append(Cast(a.file_key(name, slot), a.fqn, original, value))
-                if not self.spec.trainable:  # or else it is copied anyhow
-                    value = self._copy_if_shared(value)
-                self.values[fqn] = self.spec.wrap_value(value, slot.trainable, is_present)
+                # Training writes to parameters and running statistics, and must not write to the caller's tensors.
+                value = value.detach().clone() if self.spec.trainable else self._copy_if_shared(value.detach())
+                if slot.trainable:
+                    learns = self.spec.trainable and is_present and (value.is_floating_point() or value.is_complex())
+                    value = torch.nn.Parameter(value, requires_grad=learns)
+                self.values[fqn] = value
                 if is_present and not slot.shared:
                     self.file_values[fqn] = a.file_key(name, slot), original
         if scale is not None:

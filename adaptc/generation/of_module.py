@@ -17,7 +17,6 @@ from adaptc.generation.generator import Generator
 from adaptc.generation.seq2seq.seq2seq_spec import decoder_length
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.program.recapture import adapter_in_memory, isolated_capture, rebuild_model
-from adaptc.program.swap import swap_adapter
 from adaptc.training.pretrained_module import PretrainedModule
 
 #: the most rows, and the most positions where the model numbers none: only memory limits them, as caches grow with a
@@ -48,9 +47,8 @@ def _generator_for(module: PretrainedModule) -> Generator:
     made: Generator = known[1]
     binding = module.binding()
     # Adapters of a module may have different sites; the generator has the sites of the current one only.
-    swap_adapter(
-        made.program,
-        binding if binding.values.keys() == made.program.binding_plans.tensor_names else adapter_in_memory(module),
+    made.program.swap_adapter(
+        binding if binding.values.keys() == made.program.binding_plans.tensor_names else adapter_in_memory(module)
     )
     new = made.shallow_copy()
     new.generation_config = module.generation_config

@@ -32,7 +32,6 @@ from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.prefixes.text_ids import text_to_ids
 from adaptc.prefixes.text_key_values import compute_text_kv
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.swap import swap_adapter
 from adaptc.program.wrapper import ProgramWrapper, check_program
 from adaptc.value_types import validates_options
 
@@ -216,5 +215,5 @@ class _Target:
         own = file_tensors(spec_of_adapter(spec, self.name) if several else spec, self.binding)
         config = self.config.replace(num_virtual_tokens=self.count)
         new = Adapter(config, {**own, PROMPT_EMBEDDINGS: rows}, f"a cache of {self.count} tokens")
-        swap_adapter(self.program, {self.name: new} if several else new)
+        self.program.swap_adapter({self.name: new} if several else new)
         return rows

@@ -20,7 +20,7 @@ from adaptc.binding.bind import bind, initial_values, settle_shared_slots
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter, stack_bindings, with_settled_sizes
 from adaptc.binding.sources.composite_adapters import join_routed
-from adaptc.binding.sources.configs import as_config, config_of, new_adapter
+from adaptc.binding.sources.configs import as_config, loaded_config, new_adapter
 from adaptc.binding.sources.other_formats import for_component
 from adaptc.binding.sources.resolve import resolve
 from adaptc.capture.capture import CapturedProgram, capture
@@ -286,7 +286,7 @@ def _read_adapter(source: Any, key_mapping: Mapping[str, str] | None) -> Adapter
     if data.format != PEFT_KEYS:
         return data
     joined = join_routed(data)
-    return joined.with_config(config_of(joined))
+    return joined.with_config(loaded_config(joined.config))
 
 
 def _require_targets(config: AdapterConfig) -> PlannedConfig:

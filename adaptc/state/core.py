@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
 from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.errors import AdaptcError, SwapError
@@ -291,6 +292,21 @@ class ProgramCore(ExportedParts):
             return Executor(
                 still, a.attachments, self._ops, options, a.inputs(still), a.training, self.base_tensors_or_empty()
             )
+
+    def swap_adapter(self, adapter: Any, **options: Any) -> Binding:
+        """Bind ``adapter``, make that the current binding, and return it; an error leaves the old one in place.
+
+        ``options``: those of :func:`bind_adapter`. Where adapters act together and threads swap different ones of them,
+        all of these changes are kept.
+        """
+        while True:
+            old = self.current
+            new = bind_adapter(self, adapter, trainable=self._adaptation.training, **options)
+            if old is None or not old.joint_adapters:
+                self.install(new)
+                return new
+            if self.compare_and_swap(old, new):
+                return new
 
     def install(self, binding: Binding) -> None:
         """Make ``binding`` the current one; the caller has checked that it fits."""

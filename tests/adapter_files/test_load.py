@@ -77,6 +77,22 @@ def test_options_that_do_not_go_with_the_source(folder: Path) -> None:
             load(other)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter_name": 5}, "adapter_name must be a string or None, got 5"),
+        ({"component": ["unet"]}, r"component must be a string or None, got \['unet'\]"),
+        ({"key_mapping": ["up"]}, "key_mapping must be a dict of strings or None, got"),
+        ({"key_mapping": {"up": 3}}, r"key_mapping\['up'\] must be a string, got 3"),
+    ],
+)
+def test_options_of_another_type(folder: Path, options: dict[str, Any], message: str) -> None:
+    program = adaptc.compile(UpDown(), CONFIG, example_inputs=IDS)
+    for call in (lambda: load(folder, **options), lambda: adaptc.swap(program, folder, **options)):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
 @pytest.mark.parametrize("form", ["state dict", "object"])
 def test_tensors_that_were_compiled_may_be_edited(form: str, folder: Path) -> None:
     tensors = load_file(folder / SAFE)

@@ -22,7 +22,7 @@ from adaptc.adapter_files.directory import check_finite, read_adapter
 from adaptc.adapter_files.format import CONFIG_NAME
 from adaptc.binding.binding import ResolvedAdapter
 from adaptc.binding.file_keys import base_weight_name
-from adaptc.binding.sources.configs import config_of
+from adaptc.binding.sources.configs import loaded_config
 from adaptc.errors import CheckpointError, short_repr
 from adaptc.methods import ExpertAdapter, make_arrow_adapter, routed_adapter_names
 from adaptc.methods.lora_family.arrow import ArrowConfig
@@ -39,7 +39,7 @@ def join_routed(data: LoadedAdapter) -> AdapterData[Any]:
     if not data.experts or data.config is None:
         return data
     tasks, general = (
-        [ExpertAdapter(config_of(e), e.tensors, e.source) for e in map(data.experts.__getitem__, names)]
+        [ExpertAdapter(loaded_config(e.config), e.tensors, e.source) for e in map(data.experts.__getitem__, names)]
         for names in routed_adapter_names(data.config)
     )
     if not tasks:
@@ -55,7 +55,9 @@ def join_experts(data: ResolvedAdapter, paths: Mapping[str, str], weights: Mappi
     for i, (name, path) in enumerate(paths.items()):
         one = _read_expert(data, i, name, path)
         check_finite(one.tensors, one.source)
-        experts.append(ExpertAdapter(config_of(one), _drop_base_weights(one.tensors, weights, one.source), one.source))
+        experts.append(
+            ExpertAdapter(loaded_config(one.config), _drop_base_weights(one.tensors, weights, one.source), one.source)
+        )
     own = None if data.is_new else data.tensors
     config, tensors = data.config.with_experts(experts, own, list(weights))
     source = str(Path(experts[0].source).parent) if data.is_new else data.source
@@ -82,7 +84,7 @@ def _drop_base_weights(
     return kept
 
 
-def _read_expert(data: ResolvedAdapter, index: int, name: str, path: str) -> LoadedAdapter:
+def _read_expert(data: ResolvedAdapter, index: int, name: str, path: str) -> AdapterData[dict[str, Any]]:
     subdirectory = None if data.path is None else data.path / str(index)
     if subdirectory is not None and (subdirectory / CONFIG_NAME).is_file():
         try:

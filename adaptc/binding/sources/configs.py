@@ -42,14 +42,13 @@ def config_from_dict(data: Mapping[str, Any]) -> AdapterConfig:
     return cls.from_dict(data)
 
 
-def config_of(data: AdapterData[Any]) -> AdapterConfig:
-    """Return the config of an adapter that was loaded, which has one.
+def loaded_config(fields: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
+    """Return the config object of a loaded adapter that has the config ``fields``.
 
     EVA's options are left out, since they only choose first values and leave the base as it was.
     """
-    if isinstance(data.config, AdapterConfig):
-        return data.config
-    fields = data.config
+    if isinstance(fields, AdapterConfig):
+        return fields
     if fields.get("init_lora_weights") == "eva":
         fields = {**fields, "init_lora_weights": True, "eva_config": None}
     return config_from_dict(fields)

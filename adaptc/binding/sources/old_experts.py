@@ -30,14 +30,19 @@ _MIXTRAL_MOE = ".block_sparse_moe."  # Mixtral's, now ``.mlp.``
 ExpertTensors = dict[tuple[int, str, str], Tensor]
 
 
+def is_expert_key(key: str) -> bool:
+    """Return whether ``key`` is that of a layer in a mixture of experts, of the old kind or the new."""
+    return _MIXTRAL_MOE in key or ".experts." in key
+
+
 def stack_old_experts(data: ResolvedAdapter, weights: Mapping[str, Tensor]) -> ResolvedAdapter:
-    """Return ``data`` for the model with these weights, or the same object when no key in it is of the old kind.
+    """Return ``data``, which has keys of experts, for the model with these weights.
+
+    It is the same object when no key in it is of the old kind.
 
     Raises CheckpointError when an expert or a projection of a stacked parameter is missing. Raises ConfigError when the
     config gives single experts ranks or alphas of their own.
     """
-    if not any(_MIXTRAL_MOE in key or ".experts." in key for key in data.tensors):
-        return data
     moe_modules: dict[str, ExpertTensors] = {}
     new_tensors: dict[str, Tensor] = {}
     old_modules: list[str] = []

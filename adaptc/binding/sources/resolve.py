@@ -17,8 +17,8 @@ from adaptc.adapter_files.check_state_dict import bare_tensors
 from adaptc.adapter_files.format import peft_component_error
 from adaptc.binding.binding import ResolvedAdapter
 from adaptc.binding.sources.composite_adapters import join_experts, join_routed
-from adaptc.binding.sources.configs import config_of
-from adaptc.binding.sources.old_experts import stack_old_experts
+from adaptc.binding.sources.configs import loaded_config
+from adaptc.binding.sources.old_experts import is_expert_key, stack_old_experts
 from adaptc.binding.sources.other_formats import has_peft_keys, translate_to_peft, with_targets
 from adaptc.errors import CheckpointError
 from adaptc.methods import AdapterConfig, TargetedConfig
@@ -52,9 +52,10 @@ def resolve(
     if find_targets and config is not None and isinstance(found.config, TargetedConfig):
         found = found.with_config(with_targets(found.config, found.tensors, weights))
     if not isinstance(found.config, AdapterConfig):
-        found = replace(found, config=config_of(found))
-    new = stack_old_experts(found, weights)
-    return join_experts(new, paths, weights) if (paths := new.config.expert_paths()) else new
+        found = replace(found, config=loaded_config(found.config))
+    if any(map(is_expert_key, found.tensors)):
+        found = stack_old_experts(found, weights)
+    return join_experts(found, paths, weights) if (paths := found.config.expert_paths()) else found
 
 
 def _with_bare_keys(
