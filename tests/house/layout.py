@@ -27,8 +27,8 @@ ONE_A_FILE = tuple(
         *("passes.adapt", "passes.virtual_tokens", "passes.optimize", "passes.lower", "passes.train"),
     )
 )
-#: files of any size that the facade's tables name
-NAMED = ("adaptc.debug", "adaptc.program.rescale", "adaptc.runtime.recompiles")
+#: files of any size that tables of public names name
+NAMED = ("adaptc.adapters.arrow_adapter", "adaptc.debug", "adaptc.program.rescale", "adaptc.runtime.recompiles")
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
