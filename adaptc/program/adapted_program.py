@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from adaptc.bank.bank import Bank
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.errors import ConfigError
+from adaptc.matmul_tuning import PackedWeights, memory_of_packed
 from adaptc.passes.analysis.graph_view import format_graph
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
@@ -28,7 +29,6 @@ from adaptc.runtime.variants import Fusion
 from adaptc.state.bound import BoundProgram
 from adaptc.state.merge_program import unload_program
 from adaptc.state.program_repr import attachment_ids_at, describe_as_table, describe_program
-from adaptc.tuning.packed_weights import PackedWeights, memory_of_packed
 
 
 class AdaptedProgram(ScalableProgram):

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import AdaptcError
+from adaptc.matmul_tuning import choose_for_gradient, choose_matmul, chooses_matmuls
 from adaptc.passes.graph.module_paths import program_module_paths
 from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.optimize.direct_calls import CallSizesDirectly
@@ -26,7 +27,6 @@ from adaptc.state.adaptation import ModuleGenerate
 from adaptc.state.core import ProgramCore
 from adaptc.training.pretrained_module import PretrainedModule, pretrained_class
 from adaptc.training.program_module import MATMULS_META, ProgramModule, plain_class
-from adaptc.tuning.matmul_table import choose_for_gradient, choose_matmul, chooses_matmuls
 
 
 @dataclass(frozen=True)
