@@ -16,6 +16,8 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
+from adaptc.archives.checksum import add_checksum
+from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding
 from adaptc.binding.check_binding import fingerprint
@@ -36,12 +38,10 @@ from adaptc.passes.graph.pass_infra import PassManager
 from adaptc.passes.graph.torch_caches import drop_dead_code, release_shape_env
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
+from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
-from adaptc.safe_pt2.checksum import add_checksum
-from adaptc.safe_pt2.program import read_program
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.state.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.state.core import ProgramCore
 

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, check_json
+from adaptc.archives.refusal import UnsafeFile, short_repr
 from adaptc.binding.binding import Binding
 from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import BackendError, CheckpointError, ConfigError
@@ -23,8 +25,6 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
-from adaptc.safe_pt2.json_schema import DictOf, Nullable, OptionalField, Size, check_json
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 #: a function that generates with the module of a program, of that module and the arguments of its ``generate``
 ModuleGenerate = Callable[..., Any]
