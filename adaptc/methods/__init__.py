@@ -31,7 +31,11 @@ from adaptc.methods.prompt.virtual_tokens import VirtualTokens
 from adaptc.public_names import lazy_names
 
 if TYPE_CHECKING:
-    from adaptc.methods._rooms_above import arrow_adapter, check_method, create_arrow_model  # a stub
+    from adaptc.methods._rooms_above import (  # pyright: ignore[reportMissingModuleSource]  # it is a stub
+        arrow_adapter,
+        check_method,
+        create_arrow_model,
+    )
     from adaptc.passes.graph.ops import Op
     from adaptc.passes.protocol.coefficients import ExtraInput
     from adaptc.passes.protocol.method import InitialValues, Method, Slot
