@@ -163,7 +163,7 @@ class _DeltaSource:
 def _compile_program(model: Any, adapter: Any, example_inputs: Any, **options: Any) -> AdaptedProgram:
     model = unwrap(model)
     base = unload_program(model) if isinstance(model, AdaptedProgram) else model
-    return compile_model(base, adapter, RunOptions(), example_inputs=example_inputs, **options)
+    return compile_model(AdaptedProgram, base, adapter, RunOptions(), example_inputs=example_inputs, **options)
 
 
 def _bind_to_program(program: AdaptedProgram, adapter: Any, key_mapping: Mapping[str, str] | None) -> Binding:

@@ -14,10 +14,7 @@ from adaptc.errors import ConfigError, short_repr
 from adaptc.generation.of_module import generate_with_module
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
-from adaptc.program.packing import find_bounds_read, make_packed_module
 from adaptc.runtime.options import RunOptions
-from adaptc.training.packed_calls import PackedCalls
-from adaptc.training.pretrained_module import PretrainedModule
 from adaptc.value_types import validates_options
 
 
@@ -101,6 +98,7 @@ def compile(
     if adapter is None:
         adapter, config = config, None
     return compile_model(
+        AdaptedProgram,
         model,
         adapter,
         options,
@@ -114,6 +112,7 @@ def compile(
         component=component,
         override=config,
         generator=generator,
+        generate=generate_with_module,
     )
 
 
@@ -147,8 +146,3 @@ def create_arrow_model(
     """
     adapter = arrow_adapter(task_specific_adapter_paths, arrow_config, general_adapter_paths)
     return compile(base_model, adapter, **options)
-
-
-# Modules capture their models again for these; set here, since importing them there would be a circle.
-PretrainedModule.generate_function = generate_with_module
-PackedCalls.make_packed_module, PackedCalls.find_bounds_read = make_packed_module, find_bounds_read

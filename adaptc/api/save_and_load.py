@@ -91,7 +91,7 @@ def load(
         >>> adaptc.load(adaptc.save(prog, "model.pt2")).binding.config.r
         2
     """
-    program = load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
+    program = load_program(AdaptedProgram, Path(path), RunOptions(backend, hoist_limit, fuse), device)
     return read_generator(Path(path), program) or program
 
 

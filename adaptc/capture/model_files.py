@@ -15,8 +15,8 @@ import torch
 
 from adaptc.adapter_files.safe_load import read_json_object
 from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
+from adaptc.archives.refusal import describe_error
 from adaptc.errors import CheckpointError, short_repr
-from adaptc.safe_pt2.refusal import describe_error
 
 #: names of tokenizer files
 _TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|spm|bpe|tiktoken)")

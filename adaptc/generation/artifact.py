@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adaptc.archives.archive import read_sidecar
+from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.bank.bank import Bank
 from adaptc.errors import CheckpointError
 from adaptc.generation.description import SPEC_FILE, facts_of, spec_from_package
@@ -20,8 +22,6 @@ from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.subprogram import output_names
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.progress import stage
-from adaptc.safe_pt2.archive import read_sidecar
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path
 
 
 def load_package_contents(path: Path) -> Generator | PackagedProgram | Bank:

@@ -30,6 +30,7 @@ from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec, decoder_length, 
 from adaptc.generation.seq2seq.seq2seq_step import STATES, EncoderDescription, captured_as_seq2seq_step
 from adaptc.generation.spec import base_pass_method_name
 from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import CompilePlan, build_program, plan_adapters
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
@@ -142,7 +143,7 @@ def _compile(
     program, spec = capture_step(
         model,
         lambda step: _plan_step(model, adapter, options, step, plan_options),
-        lambda step: build_program(step, options, values),
+        lambda step: build_program(AdaptedProgram, step, options, values),
         lambda layout, length: _spec_fields(model, layout, max_batch, length),
         _resolve_max_length(max_length, position_count),
         position_count if isinstance(position_count, int) else None,
@@ -181,7 +182,7 @@ def _compile_seq2seq(
     )
     with stage(f"checking the encoder and the step against {name}"):
         check_seq2seq_matches_model(model, planned_step.captured.program, spec)
-    return make_generator(build_program(planned_step, options, generator), spec)
+    return make_generator(build_program(AdaptedProgram, planned_step, options, generator), spec)
 
 
 def _plan_step(

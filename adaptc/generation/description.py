@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from adaptc.archives.json_schema import Nullable, OptionalField, Size, check_json
+from adaptc.archives.names import parse_json
+from adaptc.archives.refusal import UnsafeFile, describe_error, short_repr
 from adaptc.capture.model_files import tokenizer_failure
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.errors import short_repr as shown_user_value
@@ -21,9 +24,6 @@ from adaptc.generation.seq2seq.seq2seq_spec import CROSS_PREFIX, Seq2SeqSpec
 from adaptc.generation.spec import GenerationSpec
 from adaptc.packages.manifest import Contents, is_package_file_name
 from adaptc.passes.analysis.cache_inputs import count_passes
-from adaptc.safe_pt2.json_schema import Nullable, OptionalField, Size, check_json
-from adaptc.safe_pt2.names import parse_json
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, short_repr
 
 SPEC_FILE = "adaptc.generation.json"
 SPEC_FORMAT = 1

@@ -31,8 +31,11 @@ from adaptc.methods.prompt.virtual_tokens import VirtualTokens
 from adaptc.public_names import lazy_names
 
 if TYPE_CHECKING:
-    from adaptc.adapters.arrow_adapter import arrow_adapter
-    from adaptc.api.adapt_model import create_arrow_model
+    from adaptc.methods._rooms_above import (  # pyright: ignore[reportMissingModuleSource]  # it is a stub
+        arrow_adapter,
+        check_method,
+        create_arrow_model,
+    )
     from adaptc.passes.graph.ops import Op
     from adaptc.passes.protocol.coefficients import ExtraInput
     from adaptc.passes.protocol.method import InitialValues, Method, Slot
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
     from adaptc.passes.protocol.parts.shared_slots import SharedSlots
     from adaptc.passes.protocol.parts.size_rule import SizeRule
     from adaptc.passes.protocol.program_method import ProgramMethod
-    from adaptc.verify.check_method import check_method
 
 #: public name -> the module that defines it; the other names below are for the rest of adaptc
 PUBLIC = {
@@ -104,5 +106,6 @@ __all__ = [
     "default_and_pattern",
 ]
 
-# Looked up when used: these lie in packages above this one.
+# Looked up when used: some lie in rooms above this one, which it does not import; ``_rooms_above.pyi`` tells type
+# checkers of those.
 __getattr__, __dir__ = lazy_names(__name__, PUBLIC)

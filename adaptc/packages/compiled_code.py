@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.archives.containers import check_registered, read_tree_spec
+from adaptc.archives.refusal import UnsafeFile, printable_path
 from adaptc.errors import AdaptcError, BackendError
 from adaptc.packages.constants import Constants, PackagedBinding
 from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart
@@ -26,8 +28,6 @@ from adaptc.passes.graph.pytree import pytree
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.calls.check_indices import check_index_bounds, check_not_transformed
 from adaptc.runtime.strides import lay_out, write_back
-from adaptc.safe_pt2.containers import check_registered, read_tree_spec
-from adaptc.safe_pt2.refusal import UnsafeFile, printable_path
 
 
 class CompiledCode:

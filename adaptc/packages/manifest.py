@@ -28,16 +28,16 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from adaptc.archives.archive import Archive, open_archive
+from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, check_json
+from adaptc.archives.names import parse_json
+from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path, short_repr
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_from_dict
 from adaptc.passes.graph.ops import LAYER_OPS, Op
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.runtime.calls.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
-from adaptc.safe_pt2.archive import Archive, open_archive
-from adaptc.safe_pt2.json_schema import DictOf, Nullable, OptionalField, Size, check_json
-from adaptc.safe_pt2.names import parse_json
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path, short_repr
 from adaptc.state.adaptation import ATTACHMENT_SCHEMA, check_header
 
 FORMAT = 4

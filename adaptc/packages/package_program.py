@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError
+from adaptc.matmul_tuning import choose_packaged, chooses_matmuls
 from adaptc.packages.compiling import check_package_options, write_package
 from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart, PackagedSite, SlotCapacity
 from adaptc.packages.packaged_program import PackagedProgram
@@ -41,8 +42,6 @@ from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.mutated_buffers import written_placeholders
 from adaptc.runtime.rank_padding import Padding, find_paddings
 from adaptc.state.core import ProgramCore
-from adaptc.tuning.compiled_matmuls import choose_packaged
-from adaptc.tuning.matmul_table import chooses_matmuls
 
 __all__ = ["PackagedProgram", "package_program"]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.archives.refusal import UnsafeFile
 from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding
 from adaptc.binding.sources.configs import config_from_dict
@@ -22,7 +23,6 @@ from adaptc.packages.constants import PackagedBinding
 from adaptc.packages.manifest import Manifest, PackagedSite, SlotCapacity
 from adaptc.passes.graph.storage import memory_address
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.safe_pt2.refusal import UnsafeFile
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 

@@ -7,39 +7,30 @@ bound, trained and moved. Its state, and how that stays consistent, is in ``core
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.bank.bank import Bank
 from adaptc.bank.stack_placement import make_bank
 from adaptc.binding.bind_adapter import bind_adapter
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import ConfigError
+from adaptc.matmul_tuning import PackedWeights, memory_of_packed
 from adaptc.passes.analysis.graph_view import format_graph
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
-from adaptc.passes.graph.module_paths import program_module_paths
 from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.torch_caches import drop_dead_code
 from adaptc.passes.lower.choose_products import MatmulChoices
-from adaptc.passes.optimize.direct_calls import CallSizesDirectly
-from adaptc.passes.train.split_head import cut_at_head
-from adaptc.passes.train.training_pipeline import fuse_training
+from adaptc.program.module_factory import ProgramModuleFactory
 from adaptc.program.program_scale import ScalableProgram
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.options import checkpoint_blocks
 from adaptc.runtime.variants import Fusion
-from adaptc.state.core import ProgramCore
 from adaptc.state.graph_engine import bind_program, snapshot_runner
 from adaptc.state.merge_program import unload_program
 from adaptc.state.program_repr import attachment_ids_at, describe_as_table, describe_program
 from adaptc.state.runner import Runner
-from adaptc.training.pretrained_module import pretrained_class
-from adaptc.training.program_module import MATMULS_META, ProgramModule, plain_class
-from adaptc.tuning.matmul_table import choose_for_gradient, choose_matmul, chooses_matmuls
-from adaptc.tuning.packed_weights import PackedWeights, memory_of_packed
 
 
 class AdaptedProgram(ScalableProgram):
@@ -360,44 +351,3 @@ class AdaptedProgram(ScalableProgram):
         """
         with hold_graph_lock():
             return LiftedProgram(self.snapshot()).finish().run_decompositions(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class ProgramModuleFactory:
-    """The arguments of :meth:`AdaptedProgram.module` that say how a module is made of a program."""
-
-    check_guards: bool
-    logits: str
-
-    def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
-        source, inputs = program.adaptation.source, program.adaptation.inputs(program)
-        takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
-        kind = plain_class(*takes) if source is None else pretrained_class(source.model_class, *takes)
-        return kind(program, owner, self.make_graph(program), self)
-
-    def make_graph(self, program: ProgramCore, head_path: str | None = None) -> fx.GraphModule:
-        """Return the graph module that a :class:`ProgramModule` runs; with ``head_path``, only as far as the linear
-        layer of that path.
-
-        Raises AdaptcError where the program does not end in one linear layer ``head_path``.
-        """
-        graph = ExportedProgram.module(program, check_guards=self.check_guards)
-        values = {} if program.current is None else program.current.values
-        trainable = {id(t) for t in values.values() if t.requires_grad}
-        for p in graph.parameters():
-            p.requires_grad_(id(p) in trainable)
-        if head_path is not None and not cut_at_head(graph, head_path, program_module_paths(program)):
-            raise AdaptcError(
-                f"the program does not end in one linear layer {head_path!r}, so it has no part before it"
-            )
-        fuse = bool(trainable and program.options.fuse)
-        logits = self.logits if head_path is None else "all"
-        # Torch's compilers and the writer of packages ask without guards: they can only take torch's own operators.
-        chosen = (choose_matmul, choose_for_gradient) if fuse and self.check_guards and chooses_matmuls() else None
-        result = fuse_training(graph, fuse=fuse, logits=logits, choose=chosen)
-        found = {} if chosen is None else result.data[-1]
-        if self.check_guards:  # the graph that a compiler asks for, without guards, keeps its sizes as operators
-            CallSizesDirectly()(graph.graph)
-            graph.recompile()
-        graph.meta[MATMULS_META] = tuple(MatmulChoices(choices, what) for what, choices in found.items())
-        return graph

@@ -7,9 +7,9 @@ stays as it was. Without ``recompile`` nothing is compiled, and SwapError is rai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from adaptc.adapter_files.adapter_data import AdapterData, LoadedAdapter
 from adaptc.binding.bind import bind, file_tensors, initial_values, settle_shared_slots
@@ -19,23 +19,15 @@ from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter
 from adaptc.errors import ConfigError, SwapError, listing, short_repr
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.train.set_mode import SetMode
+from adaptc.program.compile_program import CompilePlan, compile_model, plan_adapters
 from adaptc.state.core import ProgramCore
 from adaptc.state.merge_program import unload_program
 from adaptc.tables import shorten_paths
 
-
-@dataclass(frozen=True)
-class CompileFunctions:
-    """The two halves of ``adaptc.compile``, handed in because the module that has them (``compile``) imports this
-    one."""
-
-    plan_adapters: Callable[..., Any]
-    compile_model: Callable[..., Any]
+P = TypeVar("P", bound=ProgramCore)
 
 
-def with_added_adapter(
-    program: ProgramCore, name: str, adapter: Any, recompile: bool, functions: CompileFunctions
-) -> Any:
+def with_added_adapter(program: P, name: str, adapter: Any, recompile: bool) -> P:
     """Return ``program`` with one more adapter, called ``name``; see ``AdaptedProgram.add_adapter``."""
     adapters_by_name({name: None})  # raises ConfigError for a name that is not allowed
     snapshot = program.snapshot()
@@ -49,7 +41,7 @@ def with_added_adapter(
     if snapshot.adaptation.training:
         base = SetMode(training=True)(base).output
     options: dict[str, Any] = {"training": snapshot.adaptation.training, "autocast": snapshot.adaptation.autocast}
-    plan = functions.plan_adapters(base, {name: adapter}, snapshot.options, **options)
+    plan = plan_adapters(base, {name: adapter}, snapshot.options, **options)
     left = {_weight_and_method(a): a for a in snapshot.adaptation.attachments if a.adapter == name}
     missing = [a for a in plan.spec.attachments if not _can_run(left.get(_weight_and_method(a)), a)]
     if not missing:
@@ -66,10 +58,11 @@ def with_added_adapter(
         )
     old = {n: part.active_form or part for n, part in adapters.items()}
     files = {n: to_adapter_data(snapshot, n, part) for n, part in old.items()}
-    made = functions.compile_model(base, {**files, name: adapter}, snapshot.options, **options)
+    made = compile_model(type(program), base, {**files, name: adapter}, snapshot.options, **options)
     adaptation = replace(
         made.adaptation,
         source=snapshot.adaptation.source,
+        generate=snapshot.adaptation.generate,
         fills=snapshot.adaptation.fills,
         forward_arg_names=snapshot.adaptation.forward_arg_names,
     )
@@ -95,7 +88,7 @@ def _can_run(site: Attachment | None, wanted: Attachment) -> bool:
     return site is not None and site.method.structure() == wanted.method.structure()
 
 
-def _bind_at_deleted_sites(program: ProgramCore, name: str, plan: Any) -> None:
+def _bind_at_deleted_sites(program: ProgramCore, name: str, plan: CompilePlan) -> None:
     """Bind the planned adapter at the sites that a deleted adapter of its name left, and make that binding current."""
     adapter = plan.adapters[0]
     while True:

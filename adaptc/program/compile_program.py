@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -52,17 +52,18 @@ from adaptc.passes.protocol.method_checks import check_promises
 from adaptc.passes.protocol.program_checks import check_program_promises
 from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.patterns import limit_pattern_time
-from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.add_adapter import CompileFunctions
 from adaptc.progress import stage
 from adaptc.runtime.calls.call_inputs import FULL_LIKE
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import remember_tensors
-from adaptc.state.adaptation import Adaptation
+from adaptc.state.adaptation import Adaptation, ModuleGenerate
+from adaptc.state.core import ProgramCore
 from adaptc.targets.attention_plan import plan_attention
 from adaptc.targets.merge_plans import merge_plans
 from adaptc.targets.plan_layers import Plan, plan_layers
 from adaptc.targets.program_plan import plan_program
+
+P = TypeVar("P", bound=ProgramCore)
 
 #: configs that say where a program is to be adapted
 PlannedConfig = TargetedConfig | ProgramConfig | AttentionConfig
@@ -171,18 +172,33 @@ def plan_adapters(
 @with_graph_lock
 @match_inference_mode
 def compile_model(
-    model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **plan_options: Any
-) -> AdaptedProgram:
-    """Compile ``model`` as ``adaptc.compile`` does; ``plan_options`` as for :func:`planned`."""
-    return build_program(plan_adapters(model, config, options, **plan_options), options, generator)
+    program_class: type[P],
+    model: Any,
+    config: Any,
+    options: RunOptions,
+    *,
+    generator: torch.Generator | None = None,
+    generate: ModuleGenerate | None = None,
+    **plan_options: Any,
+) -> P:
+    """Compile ``model`` as ``adaptc.compile`` does, into a program of ``program_class``.
+
+    ``generate``: see :attr:`Adaptation.generate`. ``plan_options``: as for :func:`plan_adapters`.
+    """
+    planned = plan_adapters(model, config, options, **plan_options)
+    return build_program(program_class, planned, options, generator, generate)
 
 
 @with_graph_lock
 def build_program(
-    planned: CompilePlan, options: RunOptions, generator: torch.Generator | None = None
-) -> AdaptedProgram:
+    program_class: type[P],
+    planned: CompilePlan,
+    options: RunOptions,
+    generator: torch.Generator | None = None,
+    generate: ModuleGenerate | None = None,
+) -> P:
     """Return the captured program with its adapters, whose values are made here: the second half of
-    ``adaptc.compile``."""
+    ``adaptc.compile``. The arguments are those of :func:`compile_model`."""
     spec, captured = planned.spec, planned.captured
     _check_methods(spec)
     name = "the program" if captured.base is None else captured.base.class_name
@@ -204,6 +220,7 @@ def build_program(
         autocast=spec.autocast_adapter_dtype,
         unread=spec.unread,
         source=captured.source,
+        generate=generate,
     )
     inject = Inject(spec.attachments, binding.values, adaptation.header(binding), captured.training)
     with stage(f"inserting adapters at {len(spec.attachments)} sites of {name}"):
@@ -212,7 +229,7 @@ def build_program(
     remember_tensors([*captured.program.state_dict.values(), *done.output.state_dict.values()])
     drop_dead_code()
     release_shape_env(done.output.graph, just_captured=captured.base is not None)
-    return AdaptedProgram(done.output, adaptation, binding, options)
+    return program_class(done.output, adaptation, binding, options)
 
 
 def _default_inputs(spec: BindingSpec) -> dict[str, tuple[str, str]]:
@@ -375,6 +392,3 @@ def _initial_binding(
         return initial_values(spec, config, generator)
     own = settle_shared_slots({a.id: a.method for a in plan.attachments}, spec.ops)
     return initial_values(spec, config, generator, methods_by_id=own)
-
-
-AdaptedProgram.compile_functions = CompileFunctions(plan_adapters, compile_model)

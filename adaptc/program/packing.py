@@ -40,6 +40,7 @@ def make_packed_module(module: PretrainedModule, has_mask: bool) -> PretrainedMo
         inputs |= {"labels": ids.clone()} if "labels" in module.inputs.names else {}
         inputs |= {"attention_mask": torch.ones_like(ids)} if has_mask else {}
         compiled_program = compile_model(
+            type(program),
             rebuild_model(module),
             adapter_in_memory(module),
             program.options,

@@ -4,12 +4,11 @@ alone."""
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +16,8 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
+from adaptc.archives.checksum import add_checksum
+from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding
 from adaptc.binding.check_binding import fingerprint
@@ -24,7 +25,6 @@ from adaptc.binding.combine_bindings import stack_bindings
 from adaptc.binding.file_keys import base_weight_name
 from adaptc.binding.grouped_slots import find_slot_groups
 from adaptc.binding.sources.configs import config_from_dict
-from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_from_dict
 from adaptc.passes.adapt.choose_forms import with_compilable_form
@@ -38,15 +38,14 @@ from adaptc.passes.graph.pass_infra import PassManager
 from adaptc.passes.graph.torch_caches import drop_dead_code, release_shape_env
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
-from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
-from adaptc.safe_pt2.checksum import add_checksum
-from adaptc.safe_pt2.program import read_program
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.state.adaptation import Adaptation, check_format, check_header, check_tags
-from adaptc.training.program_module import ProgramModule
+from adaptc.state.core import ProgramCore
+
+P = TypeVar("P", bound=ProgramCore)
 
 
 @with_graph_lock
@@ -56,7 +55,7 @@ def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[st
     Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
     stays one, and an existing file keeps its permissions.
     """
-    if isinstance(program, AdaptedProgram):
+    if isinstance(program, ProgramCore):
         program.check_base()
         program = program.snapshot()
         _check_none_disabled(program, path)
@@ -86,12 +85,12 @@ def _expanded_allowed(program: ExportedProgram) -> Iterator[None]:
         yield
 
 
-def _check_none_disabled(program: AdaptedProgram, path: Path) -> None:
+def _check_none_disabled(program: ProgramCore, path: Path) -> None:
     if program.current is not None and (off := program.current.inactive_names):
         raise CheckpointError(
             f"cannot save {path}: a program's file holds what calls compute, and {', '.join(map(repr, off))} would be "
-            f"lost, which is off. Let all act first, program.set_active({program.available_adapters}), or take it out: "
-            "program.delete_adapter, or adaptc.unload for the only one"
+            f"lost, which is off. Let all act first, program.set_active({list(program.current.adapters_by_name)}), or "
+            "take it out: program.delete_adapter, or adaptc.unload for the only one"
         )
 
 
@@ -119,9 +118,12 @@ def _without_empty_blocks(program: ExportedProgram, path: Path) -> ExportedProgr
 
 
 @with_graph_lock
-def load_program(path: Path, options: RunOptions, device: torch.device | str | None = None) -> AdaptedProgram:
-    """Read a program from a file. ``device``: the device for all its tensors; None leaves them where they were saved
-    from.
+def load_program(
+    program_class: type[P], path: Path, options: RunOptions, device: torch.device | str | None = None
+) -> P:
+    """Read a program of ``program_class`` from a file.
+
+    ``device``: the device for all its tensors; None leaves them where they were saved from.
 
     Raises CheckpointError when the file is missing, damaged or not a program. Raises BackendError when it holds kernels
     that cannot run here, or where there is no such device.
@@ -135,7 +137,7 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
             register_kernels(str(path))
         program = saved.to_exported_program()
     try:
-        loaded = from_program(program, options, str(path))
+        loaded = from_program(program_class, program, options, str(path))
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged header can break any of its readers
@@ -151,10 +153,10 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
 
 @with_graph_lock
 def from_program(
-    program: ExportedProgram, options: RunOptions | None = None, source: str = "program"
-) -> AdaptedProgram:
-    """Return an AdaptedProgram of any exported program; one without regions has no adapter and can only be called and
-    saved.
+    program_class: type[P], program: ExportedProgram, options: RunOptions | None = None, source: str = "program"
+) -> P:
+    """Return a program of ``program_class`` of any exported program; one without regions has no adapter and can only be
+    called and saved.
 
     ``source``: the name of the program in errors, and as the source of its binding. Raises CheckpointError where its
     regions are of another format.
@@ -169,7 +171,7 @@ def from_program(
         check_format(stored, source)
     check_tags(lifted.graph)
     if stored is None:
-        return AdaptedProgram(lifted.finish(), Adaptation(), options=replace(options, fuse=False))
+        return program_class(lifted.finish(), Adaptation(), options=replace(options, fuse=False))
     found = read_attachments(lifted.graph, method_from_dict)
     check_header(stored, {a.id for a in found})
     adaptation = Adaptation.from_header(stored, found)
@@ -180,33 +182,7 @@ def from_program(
         # The program has forms that this backend cannot compile for every rank (see ``with_compilable_form``).
         done = PassManager([Unload(), Inject(wanted, binding.values, stored)])(made)
         made, adaptation = done.output, replace(adaptation, attachments=done.data[1])
-    return AdaptedProgram(made, adaptation, binding, options)
-
-
-def unpickle_module(
-    data: bytes, source: PretrainedFacts | None, options: RunOptions, logits: str, training: bool, checkpoint_every: Any
-) -> ProgramModule:
-    """Return the module that :func:`_pickle_module` took apart."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "module.pt2"
-        path.write_bytes(data)
-        loaded = load_program(path, options)
-    adaptation = replace(loaded.adaptation, source=source)
-    module = AdaptedProgram(loaded, adaptation, loaded.current, options).module(logits=logits)
-    if checkpoint_every is not None:
-        module.checkpoint(checkpoint_every)
-    return module.train(training)
-
-
-def _pickle_module(module: ProgramModule) -> tuple[Any, ...]:
-    program = module.program
-    with tempfile.TemporaryDirectory() as folder:
-        data = save_program(program, Path(folder) / "module.pt2").read_bytes()
-    how = program.adaptation.source, program.options, module.factory.logits, module.training, module.checkpoint_every
-    return unpickle_module, (data, *how)
-
-
-ProgramModule.pickle_module = staticmethod(_pickle_module)
+    return program_class(made, adaptation, binding, options)
 
 
 def _read_binding(

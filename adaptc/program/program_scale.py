@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_scale import (
@@ -19,7 +19,7 @@ from adaptc.binding.binding_scale import (
     without_adapter,
 )
 from adaptc.errors import ConfigError, listing
-from adaptc.program.add_adapter import CompileFunctions, with_added_adapter
+from adaptc.program.add_adapter import with_added_adapter
 from adaptc.public_names import warn_renamed
 from adaptc.state.core import ProgramCore
 from adaptc.state.overrides import overriding
@@ -28,9 +28,6 @@ from adaptc.torch_modes import outside_modes
 
 class ScalableProgram(ProgramCore):
     """A program whose adapters can be scaled, turned on and off, added and deleted."""
-
-    #: the functions that compile programs; ``api`` sets it
-    compile_functions: ClassVar[CompileFunctions | None] = None
 
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
         """Multiply the scale that an adapter was made with (LoRA's alpha / r, and its like) by ``scale``.
@@ -187,9 +184,8 @@ class ScalableProgram(ProgramCore):
             MergeError: another program needs the base, and a file held only what an adapter made of it.
             AdaptcError: what ``adaptc.compile`` raises.
         """
-        assert self.compile_functions is not None
         with outside_modes():
-            return with_added_adapter(self, name, adapter, recompile, self.compile_functions)
+            return with_added_adapter(self, name, adapter, recompile)
 
     def _update_binding(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
         """Install ``change`` of the current binding. It is made again where another thread installed a binding

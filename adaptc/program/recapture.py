@@ -24,10 +24,7 @@ def rebuild_model(module: PretrainedModule) -> nn.Module:
     made again, and for a module that FSDP2 shards."""
     shell = module.source.skeleton
     if shell is None or not module.can_recapture:
-        raise AdaptcError(
-            "the model of this module cannot be captured again, which generation and packed sequences need: that of "
-            "adaptc.compile(model, config, training=True) can, of a model that generates"
-        )
+        raise module.recapture_error()
     own = module.tensors()
     if any(mesh_of(t) is not None for t in own.values()):
         raise AdaptcError(

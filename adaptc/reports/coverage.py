@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
+from adaptc.matmul_tuning import PackedWeights
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.storage import storage_key
@@ -37,7 +38,6 @@ from adaptc.tables import (
     to_json_value,
     with_count,
 )
-from adaptc.tuning.packed_weights import PackedWeights
 
 #: the most target entries that are full module names and have a row each; more of them share one row
 MAX_ENTRY_ROWS = 12

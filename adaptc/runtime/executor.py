@@ -21,6 +21,15 @@ from torch.export.graph_signature import InputKind, OutputKind
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.locks import reset_after_fork
+from adaptc.matmul_tuning import (
+    PackedLayers,
+    PackedWeights,
+    adapter_speed,
+    choose_compiled,
+    choose_matmul,
+    chooses_matmuls,
+    memory_of_packed,
+)
 from adaptc.passes.analysis.costs import example_sizes
 from adaptc.passes.analysis.index_bounds import find_index_bounds
 from adaptc.passes.graph.graph_lock import hold_graph_lock
@@ -45,10 +54,6 @@ from adaptc.runtime.strides import CompiledStrides
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, find_buffer, is_packable, move_into_buffer
 from adaptc.torch_modes import outside_transforms
-from adaptc.tuning.adapter_speeds import adapter_speed
-from adaptc.tuning.compiled_matmuls import choose_compiled
-from adaptc.tuning.matmul_table import choose_matmul, chooses_matmuls
-from adaptc.tuning.packed_weights import PackedLayers, PackedWeights, memory_of_packed
 
 
 class Executor:

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from adaptc.safe_pt2.containers import read_tree_spec
-from adaptc.safe_pt2.names import check_identifier, check_plain
-from adaptc.safe_pt2.refusal import UnsafeFile
+from adaptc.archives.containers import read_tree_spec
+from adaptc.archives.names import check_identifier, check_plain
+from adaptc.archives.refusal import UnsafeFile
 from adaptc.safe_pt2.schema import schema
 
 _SYM_ARGUMENTS = (schema.SymIntArgument, schema.SymFloatArgument, schema.SymBoolArgument)

@@ -1,6 +1,6 @@
 """Read the example inputs of a program from the pickle in its file.
 
-Only tensors and plain values are read, in containers that torch knows (see :mod:`adaptc.safe_pt2.containers`).
+Only tensors and plain values are read, in containers that torch knows (see :mod:`adaptc.archives.containers`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptc.archives.archive import Archive
+from adaptc.archives.names import check_plain
+from adaptc.archives.refusal import UnsafeFile, describe_error, short_repr
 from adaptc.passes.graph.pytree import pytree
-from adaptc.safe_pt2.archive import Archive
-from adaptc.safe_pt2.names import check_plain
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, short_repr
 
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 100

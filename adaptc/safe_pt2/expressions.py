@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adaptc.safe_pt2.names import check_plain, word_set
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
+from adaptc.archives.names import check_plain, word_set
+from adaptc.archives.refusal import UnsafeFile, short_repr
 
 _MAX_LENGTH = 8_000
 _PRINTABLE = re.compile(r"[\x20-\x7e]+")

@@ -25,8 +25,8 @@ from torch._export.serde.serialize import _SYM_OPS
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload
 
-from adaptc.safe_pt2.names import word_set
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
+from adaptc.archives.names import word_set
+from adaptc.archives.refusal import UnsafeFile, short_repr
 
 _OP_TARGET = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 _HIGHER_ORDER_TARGET = re.compile(r"torch\.ops\.higher_order\.([A-Za-z_]\w*)", re.ASCII)

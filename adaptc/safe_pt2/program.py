@@ -22,21 +22,19 @@ from torch import Tensor
 from torch._export.serde.serialize import ExportedProgramDeserializer
 from torch.export import ExportedProgram
 
-from adaptc.errors import CheckpointError
+from adaptc.archives import archive as records
+from adaptc.archives.archive import open_archive
+from adaptc.archives.checksum import verify_checksum
+from adaptc.archives.containers import check_registered
+from adaptc.archives.names import parse_json
+from adaptc.archives.refusal import UnsafeFile, raises_checkpoint_error
 from adaptc.passes.graph.graph_lock import hold_graph_lock
-from adaptc.safe_pt2 import archive as records
 from adaptc.safe_pt2 import operators
-from adaptc.safe_pt2.archive import open_archive
 from adaptc.safe_pt2.check_references import check_references
-from adaptc.safe_pt2.checksum import verify_checksum
-from adaptc.safe_pt2.containers import check_registered
 from adaptc.safe_pt2.example_values import read_example_inputs
-from adaptc.safe_pt2.names import parse_json
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.safe_pt2.schema import SchemaBuilder, schema
 from adaptc.safe_pt2.tensors import read_tensors
 
-_REMEDY = "Save or download it again"
 _MAX_JSON_BYTES = 128 << 20  # SmolLM2's is 5 MB
 _MAX_INPUT_BYTES = 4 << 30
 
@@ -66,7 +64,7 @@ class SavedProgram:
 
         Raises CheckpointError for operators and types that are not known here, and where the graph is no valid one.
         """
-        with _as_checkpoint_error(self.path):
+        with raises_checkpoint_error(self.path):
             check_registered(set(self.container_types))
             for target, names in sorted(self.targets.items()):
                 operators.check_operator_exists(target, names)
@@ -86,7 +84,7 @@ def read_program(path: Path) -> SavedProgram:
 
     Raises CheckpointError for a file that is missing, damaged, could run code, or is not a program.
     """
-    with _as_checkpoint_error(path), open_archive(path) as archive:
+    with raises_checkpoint_error(path), open_archive(path) as archive:
         records.check_records(archive)
         verify_checksum(archive)
         with _in_record(records.MODEL_RECORD):
@@ -124,19 +122,3 @@ def _in_record(record: str) -> Iterator[None]:
         raise (
             error if error.location.startswith("record ") else error.prepend_location(f"record {record!r}, ")
         ) from None
-
-
-@contextmanager
-def _as_checkpoint_error(path: Path) -> Iterator[None]:
-    """Run the block, and turn any error of it into a CheckpointError that names the file."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise CheckpointError(f"there is no file {printable_path(path)}") from error
-    except Exception as error:  # what torch raises on a forged graph can be anything
-        why = str(error) if isinstance(error, UnsafeFile) else describe_error(error)
-        raise CheckpointError(
-            f"{printable_path(path)} cannot be read as an exported program: {why}. {_REMEDY}"
-        ) from error

@@ -24,8 +24,8 @@ from torch._export.serde import schema
 from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch._export.serde.union import _Union, _UnionTag
 
+from adaptc.archives.refusal import UnsafeFile, short_repr
 from adaptc.safe_pt2 import string_rules
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 __all__ = ["DTYPES", "SchemaBuilder", "schema"]
 

@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from adaptc.archives.containers import read_tree_spec
+from adaptc.archives.names import check_identifier, check_one_line, check_plain, clean_lines, clean_message, parse_json
+from adaptc.archives.refusal import UnsafeFile, short_repr
 from adaptc.safe_pt2 import operators
-from adaptc.safe_pt2.containers import read_tree_spec
 from adaptc.safe_pt2.expressions import check_guard, check_size_expression, is_symbol
-from adaptc.safe_pt2.names import check_identifier, check_one_line, check_plain, clean_lines, clean_message, parse_json
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 TextCheck = Callable[[str], str]
 

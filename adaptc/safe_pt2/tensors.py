@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.safe_pt2.archive import Archive
-from adaptc.safe_pt2.refusal import UnsafeFile
+from adaptc.archives.archive import Archive
+from adaptc.archives.refusal import UnsafeFile
 from adaptc.safe_pt2.schema import DTYPES, schema
 
 # An expanded weight reads elements several times over. One that needs this many more bytes once it is written out is a

@@ -8,13 +8,15 @@ format has a number. A file of another format is refused with an error that name
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, check_json
+from adaptc.archives.refusal import UnsafeFile, short_repr
 from adaptc.binding.binding import Binding
 from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import BackendError, CheckpointError, ConfigError
@@ -23,8 +25,9 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
-from adaptc.safe_pt2.json_schema import DictOf, Nullable, OptionalField, Size, check_json
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
+
+#: a function that generates with the module of a program, of that module and the arguments of its ``generate``
+ModuleGenerate = Callable[..., Any]
 
 #: number of the format of the header and of region tags
 FORMAT = 2
@@ -95,6 +98,8 @@ class Adaptation:
     trail: Sequence[tuple[str, int]] = ()
     #: the model that the program was captured from; None where a file was loaded, since files do not say
     source: PretrainedFacts | None = None
+    #: what modules of the program generate with, handed down by ``adaptc.compile``; None where they do not generate
+    generate: ModuleGenerate | None = None
 
     def header(self, binding: Binding) -> dict[str, Any]:
         """Return the header as plain JSON values: this record, the order of its attachments, and what the tensors do

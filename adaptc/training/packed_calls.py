@@ -7,8 +7,8 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -22,12 +22,6 @@ SEQUENCE_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length
 class PackedCalls:
     """The modules for calls of ``module``, a ``PretrainedModule``, with ``position_ids``. ``packed_modules``: whether a
     call has an attention_mask -> the module that takes it."""
-
-    #: a function that makes the module that takes ``position_ids``, of a module and whether there is a mask; ``api``
-    #: sets it to ``packing.packed``
-    make_packed_module: ClassVar[Callable[[Any, bool], Any]]
-    #: a function that returns which of :data:`SEQUENCE_BOUNDS` a module's model reads; ``packing.find_bounds_read``
-    find_bounds_read: ClassVar[Callable[[Any], Collection[str]]]
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -46,7 +40,7 @@ class PackedCalls:
         if told := [n for n in SEQUENCE_BOUNDS if kwargs.pop(n, None) is not None]:
             known = self._bounds_read
             if known is None:
-                known = self._bounds_read = not_traced(type(self).find_bounds_read)(module)
+                known = self._bounds_read = not_traced(module.factory.find_bounds_read)(module)
             if read := [n for n in told if n in known]:
                 raise AdaptcError(
                     f"{listing(map(repr, read))} cannot be given: the model computes something else with it than "
@@ -59,7 +53,7 @@ class PackedCalls:
             kwargs["position_ids"] = positions.expand(len(ids), -1)
         masked = kwargs.get("attention_mask") is not None
         if masked not in self.packed_modules:
-            self.packed_modules[masked] = not_traced(type(self).make_packed_module)(module, masked)
+            self.packed_modules[masked] = not_traced(module.factory.make_packed_module)(module, masked)
         found = self.packed_modules[masked]
         if found.checkpoint_every != module.checkpoint_every:
             found.keep_activations() if module.checkpoint_every is None else found.checkpoint(module.checkpoint_every)

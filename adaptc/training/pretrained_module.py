@@ -70,8 +70,6 @@ class PretrainedModule(PretrainedFiles):
 
     #: the model's class
     model_class: ClassVar[type] = nn.Module
-    #: a function that generates, of a module and the arguments of its ``generate``; ``api`` sets it
-    generate_function: ClassVar[Callable[..., Any]]
 
     def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: ModuleFactory) -> None:
         embedding_hook = insert_embedding_hook(graph, program)
@@ -157,6 +155,13 @@ class PretrainedModule(PretrainedFiles):
         """Return whether the model can be captured again: the program has adapters, was captured for training, and
         generates."""
         return self.source.skeleton is not None and bool(self.program.adaptation.attachments)
+
+    def recapture_error(self) -> AdaptcError:
+        """Return the error for a module that needs its model captured again, which it cannot be."""
+        return AdaptcError(
+            "the model of this module cannot be captured again, which generation and packed sequences need: that of "
+            "adaptc.compile(model, config, training=True) can, of a model that generates"
+        )
 
     def explain_failure(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """Return the likely fault of a call that a layer refused, as the base class does. Token ids and labels outside
@@ -294,7 +299,10 @@ class PretrainedModule(PretrainedFiles):
         ``adaptc.compile_for_generation`` does. Raises AdaptcError for a module whose program was not captured for
         training. Raises, too, as that function and its ``generate`` do.
         """
-        return type(self).generate_function(self, inputs, generation_config, **kwargs)
+        generate = self.program.adaptation.generate
+        if generate is None:
+            raise self.recapture_error()
+        return generate(self, inputs, generation_config, **kwargs)
 
     def push_to_hub(self, *_: Any, **__: Any) -> Any:
         raise AdaptcError(

@@ -21,7 +21,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,7 +41,8 @@ _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
 class ModuleFactory(Protocol):
-    """A maker of modules for programs. ``logits``: see ``AdaptedProgram.module``."""
+    """A maker of modules for programs, and of what a module needs that only rooms above this one can make. ``logits``:
+    see ``AdaptedProgram.module``."""
 
     @property
     def logits(self) -> str: ...
@@ -51,6 +52,19 @@ class ModuleFactory(Protocol):
     def make_graph(self, program: ProgramCore, head_path: str | None = None) -> fx.GraphModule:
         """Return the graph that the module of ``program`` runs. With ``head_path``, the path of the last layer, the
         graph ends in what that layer reads. Raises AdaptcError where the program does not end in that layer."""
+        ...
+
+    def pickle(self, module: Any) -> tuple[Any, ...]:
+        """Return how ``pickle`` makes ``module`` again: a callable and its arguments."""
+        ...
+
+    def make_packed_module(self, module: Any, has_mask: bool) -> Any:
+        """Return a ``PretrainedModule`` of the same model and parameters as ``module``, another one, that takes
+        ``position_ids``, and an ``attention_mask`` where ``has_mask``."""
+        ...
+
+    def find_bounds_read(self, module: Any) -> Collection[str]:
+        """Return which of ``SEQUENCE_BOUNDS`` the model of ``module``, a ``PretrainedModule``, reads."""
         ...
 
 
@@ -65,8 +79,6 @@ class ProgramModule(AdapterStateDict):
     nobody swaps."""
 
     graph_module: fx.GraphModule
-    #: a function that returns how ``pickle`` makes a module again: a callable and its arguments; ``files`` sets it
-    pickle_module: ClassVar[Callable[[ProgramModule], tuple[Any, ...]]]
 
     def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, factory: ModuleFactory) -> None:
         nn.Module.__init__(self)
@@ -268,7 +280,7 @@ class ProgramModule(AdapterStateDict):
         return new.train(self.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return type(self).pickle_module(self)
+        return self.factory.pickle(self)
 
 
 def make_forward(

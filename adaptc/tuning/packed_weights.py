@@ -15,8 +15,8 @@ Private torch use, with the public route that was tried:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from adaptc.locks import reset_after_fork
-from adaptc.passes.lower.choose_products import MatmulChoice, MatmulChoices
-from adaptc.passes.protocol.matmul_op import LINEAR, can_use_onednn, linear_matmul, onednn_matmul
-from adaptc.tables import format_bytes
+from adaptc.passes.lower.choose_products import MatmulChoice
+from adaptc.passes.protocol.matmul_op import LINEAR, PACKED, can_use_onednn, linear_matmul, onednn_matmul
 from adaptc.torch_modes import outside_modes
 from adaptc.tuning.matmul_table import MIN_SIZE, matmul_table
 from adaptc.tuning.matmul_times import Times, least_times, make_operands, measure_times, unpacked_matmuls
@@ -34,33 +33,6 @@ from adaptc.tuning.matmul_times import Times, least_times, make_operands, measur
 _lock = reset_after_fork(threading.Lock())
 #: (address, shape, strides, dtype) of a weight -> a packed copy that some layer holds
 _copies_by_memory: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class PackedWeights:
-    """The packed copies that are held now: ``count`` of them, with ``nbytes`` in all.
-
-    ``choices`` has one entry for each layer of the base: at which rows it reads a packed copy, and why.
-    """
-
-    count: int = 0
-    nbytes: int = 0
-    choices: tuple[MatmulChoice, ...] = ()
-
-    def __str__(self) -> str:
-        """Return a line for the memory and one for each reason; '' where nothing was to be packed."""
-        if not self.choices:
-            return ""
-        lines = [f"packed: a second copy of {self.count} weights ({format_bytes(self.nbytes)})"]
-        for group in MatmulChoices(self.choices).table_rows():
-            count, why = f"{group['count']} layers", group["why"]
-            if group["kind"] == PACKED:
-                ratios = [r for c in self.choices if c.kind == PACKED and c.reason == why for r in c.ratios]
-                times = f", {min(ratios):.2f} to {max(ratios):.2f} of its time" if ratios else ""
-                lines.append(f"packed for {count} at {group['rows']} ({why}{times})")
-            else:
-                lines.append(f"not packed for {count} ({why})")
-        return "\n".join(lines)
 
 
 class PackedLayers:
@@ -85,14 +57,6 @@ class PackedLayers:
             return None
         self.layers.append(PackedLayer(choice.classes, matmul_args))
         return self.layers[-1]
-
-
-def memory_of_packed(packs: Iterable[PackedLayers | None]) -> PackedWeights:
-    """Return what several pieces of code hold now, a shared copy counted once; None is code that packs nothing."""
-    found = [p for p in packs if p is not None]
-    made = {id(c): c for p in found for layer in p.layers for c in layer.copies}
-    nbytes = sum(c.numel() * c.itemsize for c in made.values())
-    return PackedWeights(len(made), nbytes, tuple(c for p in found for c in p.choices))
 
 
 class PackedLayer:
@@ -142,7 +106,6 @@ class PackedLayer:
             return copy
 
 
-PACKED = "packed"
 #: the number of rows that the packed layout is made for; it is right for any number
 PACK_ROWS = 128
 

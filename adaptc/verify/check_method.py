@@ -236,7 +236,9 @@ class _LayerTrial:
     # -- what a user does with an adapter ------------------------------------------------------------------------------
 
     def _compile(self, adapter: Any, training: bool = False) -> AdaptedProgram:
-        return compile_model(self.model, adapter, RunOptions(), example_inputs=self.args, training=training)
+        return compile_model(
+            AdaptedProgram, self.model, adapter, RunOptions(), example_inputs=self.args, training=training
+        )
 
     @cached_property
     def program(self) -> AdaptedProgram:
@@ -310,7 +312,8 @@ class _LayerTrial:
 
     def _check_program_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            loaded = load_program(save_program(self.program, Path(folder, "program.pt2")), RunOptions())
+            path = save_program(self.program, Path(folder, "program.pt2"))
+            loaded = load_program(AdaptedProgram, path, RunOptions())
             if list(loaded.adaptation.attachments) != list(self.program.adaptation.attachments):
                 raise MethodError("its options are not what they were: options() and from_options() must be inverse")
             self._require_equal("the program read from its file", self._run_program(loaded))

@@ -44,6 +44,8 @@ LINEAR, ONEDNN = "linear", "onednn"
 MATMUL_KINDS = (LINEAR, ONEDNN)
 #: the name of the way in which products at the classes of ``columns`` are computed
 COLUMNS = "columns"
+#: the name of the way in which products with a packed copy of the weight are computed
+PACKED = "packed"
 
 #: the most rows of each class of calls; one more class has all calls with more rows
 ROW_CLASS_LIMITS = (1, 4, 16, 256)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import adaptc
+from adaptc.archives.refusal import UnsafeFile
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.description import facts_of
 from adaptc.generation.modes.all_modes import MODES, candidates, mode_to_json
 from adaptc.generation.modes.cache_mode import CacheMode
-from adaptc.safe_pt2.refusal import UnsafeFile
 from tests.generation.models import case, generator
 from tests.support.families import FAMILIES
 

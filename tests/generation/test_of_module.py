@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,30 @@ def test_an_initialisation_that_changed_the_base() -> None:
     for _ in range(5):
         ids = torch.cat([ids, trained(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(found[2:], ids)
+
+
+@pytest.mark.long
+def test_modules_that_were_made_of_others_generate(tmp_path: Path) -> None:
+    """Copies, pickles in a process that has not imported more of adaptc, and programs that got an adapter."""
+    program = adaptc.compile(model(), adaptc.LoraConfig(**CONFIG), training=True)
+    trained = program.module()
+    trained.load_state_dict(values(trained, 1))
+    wanted = trained.generate(**prompts(), do_sample=False, **OPTIONS)
+    others = {
+        "copy": copy.deepcopy(trained),
+        "options": program.with_options(fuse=False).module(),
+        "added": program.add_adapter("other", adaptc.LoraConfig(**CONFIG), recompile=True).module(),
+    }
+    for name, other in others.items():
+        assert torch.equal(other.generate(**prompts(), do_sample=False, **OPTIONS), wanted), name
+    torch.save({"module": trained, "inputs": {**prompts(), **OPTIONS}}, tmp_path / "module.pt")
+    code = (
+        "import sys, torch\n"
+        "given = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.save(given['module'].generate(**given['inputs'], do_sample=False), sys.argv[2])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "module.pt", tmp_path / "ids.pt"], check=True)
+    assert torch.equal(torch.load(tmp_path / "ids.pt"), wanted)
 
 
 @pytest.mark.long

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptc
+from adaptc.archives.refusal import UnsafeFile
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.modes import chunked_prefill
 from adaptc.generation.modes.all_modes import RECURRENT, SLIDING_WINDOW, STATIC
 from adaptc.generation.modes.static_mode import StaticMode
 from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.protocol.regions import node_tag
-from adaptc.safe_pt2.refusal import UnsafeFile
 from adaptc.state.adaptation import check_tags
 from tests.generation.models import generated, prompt
 from tests.generation.test_without_a_cache import Forgetful

@@ -21,15 +21,19 @@ SOURCE = Path(adaptc.__file__)
 
 
 def imported_for_checkers(source: Path = SOURCE) -> dict[str, str]:
-    """Name -> module, of the imports under TYPE_CHECKING; packages of adaptc aside."""
+    """Name -> module, of the imports under TYPE_CHECKING and in stubs beside ``source``; packages of adaptc aside."""
+    blocks = [b.body for b in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(b, ast.If)]
+    stubs = {f.stem: f for f in source.parent.glob("*.pyi")}
     found: dict[str, str] = {}
-    for block in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(block, ast.If):
-            for statement in block.body:
-                assert isinstance(statement, ast.ImportFrom)
-                assert statement.module is not None
-                if statement.module != "adaptc":
-                    found |= {a.asname or a.name: statement.module for a in statement.names}
+    for statement in (s for body in blocks for s in body):
+        assert isinstance(statement, ast.ImportFrom)
+        assert statement.module is not None
+        if stub := stubs.get(statement.module.rpartition(".")[2]):
+            inside = [s for s in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(s, ast.ImportFrom)]
+            homes = {a.asname or a.name: str(s.module) for s in inside for a in s.names}
+            found |= {a.name: homes[a.name] for a in statement.names}
+        elif statement.module != "adaptc":
+            found |= {a.asname or a.name: statement.module for a in statement.names}
     return found
 
 

@@ -16,6 +16,7 @@ import adaptc
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"adaptc": "adaptc", "passes": "adaptc/passes", "kernels": "adaptc/kernels"}
+SUFFIXES = (".py", ".pyi")
 MAX_BYTES = 20480
 
 
@@ -47,10 +48,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.long
 def test_wheel_holds_every_source_file_under_adaptc(wheel: list[str]) -> None:
     at = {ROOT / folder: target for folder, target in SOURCES.items()}
-    expected = {f"{at[root]}/{f.relative_to(root).as_posix()}" for root in at for f in root.rglob("*.py")}
+    files = {f: root for root in at for f in root.rglob("*") if f.suffix in SUFFIXES}
+    expected = {f"{at[root]}/{f.relative_to(root).as_posix()}" for f, root in files.items()}
     assert {"adaptc/passes/__init__.py", "adaptc/kernels/__init__.py", "adaptc/methods/__init__.py"} <= expected
-    assert {n for n in wheel if n.endswith(".py")} == expected
-    assert "adaptc/py.typed" in wheel
+    assert {n for n in wheel if n.endswith(SUFFIXES)} == expected
+    assert {"adaptc/py.typed", "adaptc/methods/_rooms_above.pyi"} <= {*wheel}
 
 
 def test_wheel_installs_nothing_else_at_the_top(wheel: list[str]) -> None:

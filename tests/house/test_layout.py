@@ -62,3 +62,12 @@ def test_a_small_file_for_one_importer_is_found(tmp_path: Path) -> None:
 
 def test_a_method_may_be_small(tmp_path: Path) -> None:
     assert not found(tmp_path, methods__of__tiny="a = 1\n", methods__of____init__="")
+
+
+def test_an_attribute_of_another_module_is_not_set(tmp_path: Path) -> None:
+    text = f"from adaptc.state.core import Core\nCore.made, Core.found = print, len\n{LINES}"
+    faults_found = found(tmp_path, program__of__user=text, state__of__core=f"class Core: ...\n{LINES}")
+    assert [f.split(" when")[0] for f in faults_found] == [
+        "adaptc.program.user sets Core.made",
+        "adaptc.program.user sets Core.found",
+    ]

@@ -15,7 +15,7 @@ from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.passes.protocol import matmul_op as op
 from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.train.base_products import frozen_linear
-from adaptc.program import adapted_program as adapted
+from adaptc.program import module_factory
 from tests.program.test_training import KW, batch, peft_twin, randomised, steps
 from tests.support.families import FAMILIES
 
@@ -35,8 +35,8 @@ def _choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> MatmulChoi
 @pytest.fixture(autouse=True)
 def fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTC_PRODUCTS")
-    monkeypatch.setattr(adapted, "choose_matmul", _choose)
-    monkeypatch.setattr(adapted, "choose_for_gradient", _choose_for_gradient)
+    monkeypatch.setattr(module_factory, "choose_matmul", _choose)
+    monkeypatch.setattr(module_factory, "choose_for_gradient", _choose_for_gradient)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._sympy import functions as F
 from torch.utils._sympy.numbers import int_oo
 
+from adaptc.archives.refusal import UnsafeFile
 from adaptc.safe_pt2.expressions import check_guard, check_size_expression
-from adaptc.safe_pt2.refusal import UnsafeFile
 from tests.support.cover import examples
 
 S = sympy.Symbol("s7", integer=True, positive=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from adaptc.archives.refusal import UnsafeFile, short_repr
 from adaptc.generation.cache.cache_layout import CacheLayout, StateLayout
 from adaptc.generation.modes.cache_mode import CacheMode
 from adaptc.generation.modes.exact_length_mode import ExactLengthMode
@@ -16,7 +17,6 @@ from adaptc.generation.modes.sliding_window_mode import SlidingWindowMode
 from adaptc.generation.modes.static_mode import StaticMode
 from adaptc.generation.modes.step_spec import StepSpec
 from adaptc.generation.modes.uncached_mode import UncachedMode
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 SLIDING_WINDOW, STATIC, EXACT_LENGTH, RECURRENT, UNCACHED = MODES = (
     SlidingWindowMode(),

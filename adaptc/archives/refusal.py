@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from adaptc.errors import CheckpointError
 
 _MAX_LOCATION = 400  # the most characters of a place in a message
 
@@ -50,3 +54,19 @@ def describe_error(error: BaseException) -> str:
 def printable_path(path: Path) -> str:
     """Return a path for a message, with escapes for bytes that are not UTF-8, so that the message can be printed."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+@contextmanager
+def raises_checkpoint_error(path: Path) -> Iterator[None]:
+    """Run the block, which reads a program, and turn any error of it into a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointError(f"there is no file {printable_path(path)}") from error
+    except Exception as error:  # what torch raises on a forged graph can be anything
+        why = str(error) if isinstance(error, UnsafeFile) else describe_error(error)
+        raise CheckpointError(
+            f"{printable_path(path)} cannot be read as an exported program: {why}. Save or download it again"
+        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
+from adaptc.archives.refusal import UnsafeFile, short_repr
 
 
 class DictOf:

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptc.archives.names import check_identifier, check_plain, parse_json
+from adaptc.archives.refusal import UnsafeFile, short_repr
 from adaptc.passes.graph.pytree import pytree
-from adaptc.safe_pt2.names import check_identifier, check_plain, parse_json
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
 
 _LIST_TYPES = frozenset(
     ["builtins.tuple", "builtins.list", "torch.Size", "torch.fx.immutable_collections.immutable_list"]

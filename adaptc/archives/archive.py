@@ -24,9 +24,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
 
+from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path, short_repr
 from adaptc.errors import CheckpointError
 from adaptc.locks import reset_after_fork
-from adaptc.safe_pt2.refusal import UnsafeFile, describe_error, printable_path, short_repr
 
 _MAX_RECORDS = 200_000
 _MAX_DIRECTORY_BYTES = 64 << 20

@@ -10,8 +10,8 @@ import hashlib
 import zipfile
 from pathlib import Path
 
-from adaptc.safe_pt2.archive import Archive, open_archive
-from adaptc.safe_pt2.refusal import UnsafeFile
+from adaptc.archives.archive import Archive, open_archive
+from adaptc.archives.refusal import UnsafeFile
 
 #: torch.export.load takes this record for one of the extra files that users put beside a program
 CHECKSUM_RECORD = "data/extra/adaptc.sha256"

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from adaptc.safe_pt2.refusal import UnsafeFile, short_repr
+from adaptc.archives.refusal import UnsafeFile, short_repr
 
 # Control characters, and those that Python or C++ may take for the end of a line.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
