@@ -57,8 +57,8 @@ def load(
     keys without PEFT's prefix. ``component`` chooses from a file whose keys name components. ``with_experts`` also
     reads the adapters beside an Arrow router.
 
-    Raises CheckpointError for what cannot be read or bound, ConfigError for options that do not go with ``source``, and
-    AdaptcError for a ``source`` of another kind.
+    Raises CheckpointError for what cannot be read or bound. Raises ConfigError for options that do not go with
+    ``source``, and AdaptcError for a ``source`` of another kind.
     """
     adapter_name, key_mapping, component = checked_options(
         load, adapter_name=adapter_name, key_mapping=key_mapping, component=component
