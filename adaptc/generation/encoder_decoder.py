@@ -42,7 +42,6 @@ from adaptc.generation.step_runner import PartsRunner
 from adaptc.runtime.calls.output_form import apply_return_dict
 from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
-from adaptc.state.overrides import SCALE_KEYWORD
 from adaptc.state.program_parts import ProgramPart, pin_parts
 
 _NO_INPUTS: Mapping[str, Tensor] = MappingProxyType({})
@@ -91,16 +90,17 @@ class EncoderDecoder(Generator):
         ``attention_mask`` marks padding on the left or the right. ``encoder_outputs`` takes the place of the encoder's
         input, together with the mask. ``decoder_input_ids`` are the first tokens of the answer. ``past_key_values`` (or
         ``cache``) is a cache of :meth:`prefill` or of an earlier call, to continue from. ``decoder_input_ids`` then
-        holds the tokens that are in it. ``adapter_scale`` is as for calls of programs, for this generation alone.
+        holds the tokens that are in it.
 
         Raises AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
         """
         check_options(kwargs, generation_config, self.spec.vocab_size)
-        scale, given = kwargs.pop(SCALE_KEYWORD, None), pop_adapter_inputs(self._runner, kwargs)
+        scaled, given = self.pop_scale(kwargs), pop_adapter_inputs(self._runner, kwargs)
         if (states := checks.states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
             kwargs["attention_mask"] = encoder_states_mask(self._runner, states, kwargs.get("attention_mask"))
         inputs, kwargs = checks.check_generate_arguments(self.spec, inputs, kwargs)
-        new = self.snapshot_call(scale)
+        with scaled:
+            new = self.snapshot_call()
         new.prefix_inputs = given
         return new.run_generate(inputs, generation_config, kwargs)
 
@@ -134,18 +134,18 @@ class EncoderDecoder(Generator):
     def is_pinned(self) -> bool:
         return self.pinned_parts is not None
 
-    def pin(self, scale: Any) -> None:
-        self.pinned_parts = self.parts_to_run(scale)
+    def pin(self) -> None:
+        self.pinned_parts = self.parts_to_run()
 
-    def parts_to_run(self, scale: Any = None) -> Mapping[str, ProgramPart]:
+    def parts_to_run(self) -> Mapping[str, ProgramPart]:
         """Return the program's parts by name, all with one adapter: the generation's, or else the one that is current
         now."""
         if self.pinned_parts is not None:
             return self.pinned_parts
         runner = self._runner
         if isinstance(runner, (ProgramCore, BoundProgram)):
-            return pin_parts(runner, self.spec.part_outputs, scale)
-        return runner.parts(scale)
+            return pin_parts(runner, self.spec.part_outputs)
+        return runner.parts()
 
     def encode(
         self, inputs: Tensor, attention_mask: Tensor | None = None, adapter_inputs: Mapping[str, Tensor] = _NO_INPUTS

@@ -21,8 +21,8 @@ class StepRunner(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def snapshot_call(self, scale: Any = None) -> Callable[..., Any]:
-        """Return a callable that keeps the current adapter; ``scale`` is the ``adapter_scale`` of its calls."""
+    def snapshot_call(self) -> Callable[..., Any]:
+        """Return a callable that keeps the current adapter."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -31,6 +31,6 @@ class StepRunner(Protocol):
 class PartsRunner(StepRunner, Protocol):
     """A package of a program in parts, or an adapter bound to one, or the rows of a bank on such a program."""
 
-    def parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
+    def parts(self) -> Mapping[str, ProgramPart]:
         """Return the parts by name, all with the current adapter."""
         ...

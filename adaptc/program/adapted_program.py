@@ -44,7 +44,7 @@ class AdaptedProgram(ScalableProgram):
     """A program with adapters, made by ``adaptc.compile`` and ``adaptc.load``, not by hand.
 
     Example:
-        >>> prog(x, adapter_scale=0.5).shape
+        >>> prog(x).shape
         torch.Size([2, 3])
     """
 

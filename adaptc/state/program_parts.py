@@ -36,15 +36,13 @@ class ProgramPart:
     binding: Any = None
 
 
-def pin_parts(
-    program: ProgramCore | BoundProgram, parts: Mapping[str, Sequence[str]], scale: Any = None
-) -> dict[str, ProgramPart]:
+def pin_parts(program: ProgramCore | BoundProgram, parts: Mapping[str, Sequence[str]]) -> dict[str, ProgramPart]:
     """Return a callable for each entry of ``parts`` (name -> names of outputs), all pinned to the adapter of this
     moment.
 
-    ``scale``: the ``adapter_scale`` of their calls. Raises ConfigError for a name that is not an output.
+    Raises ConfigError for a name that is not an output.
     """
-    return _make_parts(*program.snapshot_executor(scale), parts)
+    return _make_parts(*program.snapshot_executor(), parts)
 
 
 def bind_parts(
