@@ -120,10 +120,8 @@ class PartsSelection(RowSelection):
     def for_one_row(self, name: str) -> BoundProgram:
         return BoundProgram(self.program, self.adapters[name])
 
-    def parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
-        """Return the callable of each part. Raises ConfigError for a ``scale``, since each row has adapters of its
-        own."""
-        self._refuse_scale(scale)
+    def parts(self) -> Mapping[str, ProgramPart]:
+        """Return the callable of each part."""
         return self._parts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PartsSelection:

@@ -18,13 +18,12 @@ from torch import Tensor
 from adaptc.bank.compile_bank import COEFFICIENTS_INPUT, RowProgram
 from adaptc.bank.row_adapters import Mixes, adapter_names_in, make_coefficients
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError, ConfigError, short_repr
+from adaptc.errors import AdaptcError
 from adaptc.passes.protocol.low_rank_rows import MAX_STACKED_POSITIONS
 from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.runtime.executor import Executor
 from adaptc.state.bound import BoundProgram, PinnedRunner
 from adaptc.state.core import ProgramCore
-from adaptc.state.overrides import SCALE_KEYWORD
 from adaptc.torch_modes import outside_modes
 
 
@@ -102,13 +101,6 @@ class RowSelection(PinnedRunner):
     @property
     def has_adapter(self) -> bool:
         return any(self.mixes)
-
-    def _refuse_scale(self, scale: Any) -> None:
-        if scale is not None:
-            raise ConfigError(
-                f"{SCALE_KEYWORD}={short_repr(scale)} is not taken where each row has adapters of its own: give a row "
-                "a weight, as in adapters=[{'fr': 0.5}, ...]"
-            )
 
     @abstractmethod
     def for_one_row(self, name: str) -> PinnedRunner:

@@ -251,9 +251,8 @@ class PackagedSelection(RowSelection):
         """Run a call with so many rows."""
         return self._package.run(None, args, {**kwargs, COEFFICIENTS_INPUT: self._make_coefficients(rows)})
 
-    def parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
-        """Return the parts of the package with these adapters, by name. Raises ConfigError for a ``scale``."""
-        self._refuse_scale(scale)
+    def parts(self) -> Mapping[str, ProgramPart]:
+        """Return the parts of the package with these adapters, by name."""
         parts, inputs = self._package.parts_with(None), self._package.manifest.parts
         return {
             n: ProgramPart(partial(self._run_part, p, inputs[n].inputs), {*p.inputs} - {COEFFICIENTS_INPUT})

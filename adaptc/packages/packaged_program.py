@@ -66,9 +66,8 @@ class BoundPackage(PinnedRunner):
         """Run this adapter; inputs and output type are those of the package."""
         return self.package.run(self.binding, args, kwargs)
 
-    def parts(self, scale: Any = None) -> dict[str, ProgramPart]:
-        """Return the parts of the package with this adapter, by name. Raises ConfigError for a ``scale``."""
-        self._refuse_scale(scale)
+    def parts(self) -> dict[str, ProgramPart]:
+        """Return the parts of the package with this adapter, by name."""
         return self.package.parts_with(self.binding)
 
     @property

@@ -36,7 +36,6 @@ from adaptc.runtime.mutated_buffers import copy_sharing_memory
 from adaptc.runtime.options import RunOptions, check_byte_limit
 from adaptc.state.core import ProgramCore
 from adaptc.state.merge_program import merge_program
-from adaptc.state.overrides import SCALE_KEYWORD
 from adaptc.tables import format_bytes
 
 FORMS = ("apply", "weight", "auto")
@@ -73,20 +72,9 @@ class PinnedRunner(ABC):
         """Return whether it has an adapter at any site; the base has none."""
         return bool(self.binding.methods)
 
-    def snapshot_call(self, scale: Any = None) -> Callable[..., Any]:
-        """Return the callable itself, which keeps its adapter already; programs return another one here.
-
-        Raises ConfigError for a ``scale``: the callable has its own.
-        """
-        self._refuse_scale(scale)
+    def snapshot_call(self) -> Callable[..., Any]:
+        """Return the callable itself, which keeps its adapter already; programs return another one here."""
         return self
-
-    def _refuse_scale(self, scale: Any) -> None:
-        if scale is not None:
-            raise ConfigError(
-                f"{SCALE_KEYWORD}={short_repr(scale)}: what is bound keeps its adapter as it is; bind another, with "
-                "program.bind(adapter, scale=...)"
-            )
 
 
 def program_of(runner: Any) -> Any:
@@ -137,9 +125,8 @@ class BoundProgram(PinnedRunner):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._untraced_call(self, args, kwargs)
 
-    def snapshot_executor(self, scale: Any = None) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
+    def snapshot_executor(self) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
         """Return what calls run: the program, its code, the binding, and state that is not the program's."""
-        self._refuse_scale(scale)
         now = self.compiled_state()
         assert now.executor is not None
         return self._run_program, now.executor, self._run_binding, self._state
