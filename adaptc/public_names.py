@@ -9,15 +9,29 @@ package: their ``__module__`` is the package's name.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+#: packages whose frames may lie between the use of an old name and its warning
+_NO_USERS = {"adaptc", "torch", "importlib"}
+
 
 def warn_renamed(old: str, new: str) -> None:
-    """Warn, with DeprecationWarning, the caller of the function that calls this one: ``old`` is called ``new`` now."""
-    warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
+    """Warn, with DeprecationWarning, that ``old`` is called ``new`` now.
+
+    The warning names the line that uses ``old``: the innermost one outside of adaptc. Python shows it once for each
+    such line.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NO_USERS and frame.f_back:
+        frame = frame.f_back
+    assert frame is not None
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    module, text = frame.f_globals.get("__name__", "<unknown>"), f"{old} is called {new} now"
+    warnings.warn_explicit(text, DeprecationWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)
 
 
 def lazy_names(

@@ -40,7 +40,7 @@ def swap(
         key_mapping: regular expression -> replacement, applied to the keys (PEFT's rule), without their
             ``base_model.model.``. Where all keys differ by a prefix, the error has the mapping that fits.
         component: the part to take of a file that has several; see :func:`compile`.
-        scale: a factor on the scale that the adapter was made with, as :meth:`AdaptedProgram.set_scale` sets it.
+        scale: a factor on the scale that the adapter was made with, as :meth:`AdaptedProgram.set_active` sets it.
 
     Returns:
         a report of the sites, the ranks and the time that it took.

@@ -164,7 +164,7 @@ class Bank:
         adapters = self._adapters_for_call(adapter_names_in(mixes))
         return self.placement.select(RowSelection.of_mixes(mixes, adapters, repeats))
 
-    def snapshot_call(self, scale: Any = None) -> Runner:
+    def snapshot_call(self) -> Runner:
         """Raise AdaptcError: calls say which adapters each row has, where programs return the current one."""
         return self.select_rows(parse_row_adapters(...))
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, short_repr
-from adaptc.state.overrides import SCALE_KEYWORD
+from adaptc.errors import AdaptcError, did_you_mean, listing, short_repr
 from adaptc.state.runner import AdapterSelection
 from adaptc.value_types import is_finite_in_float32
 
@@ -140,12 +139,6 @@ class RowSelection(AdapterSelection):
         if rest:
             raise AdaptcError(f"adapters has {len(self.mixes)} entries, and the batch has {rows} rows")
         return make_coefficients(tuple(m for m in self.mixes for _ in range(each)), names, count, device)
-
-    def scale_error(self, scale: Any) -> ConfigError:
-        return ConfigError(
-            f"{SCALE_KEYWORD}={short_repr(scale)} is not taken where each row has adapters of its own: give a row "
-            "a weight, as in adapters=[{'fr': 0.5}, ...]"
-        )
 
     def check_encoder_rows(self, rows: int) -> None:
         """Raise AdaptcError where a call encodes another number of rows than the selection has: nothing tells which

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,14 @@ class Binding:
     def adapters_by_name(self) -> Mapping[str, Binding]:
         """Return the binding's adapters by name: its parts, or itself."""
         return self.joint_adapters or {self.name: self}
+
+    def scale_tensor(self, fqn: str) -> Tensor | None:
+        """Return the scale ``fqn`` as calls read it; None where calls read none."""
+        return self.values.get(fqn)
+
+    def with_scale_tensors(self, scales: Mapping[str, Tensor], factors: Mapping[str, float]) -> Self:
+        """Return a binding with these scales, by FQN, and these ``scale_factors``; it shares all other tensors."""
+        return replace(self, values={**self.values, **scales}, scale_factors=factors)
 
     @property
     def inactive_names(self) -> list[str]:

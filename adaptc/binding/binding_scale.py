@@ -8,7 +8,7 @@ scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,9 @@ from adaptc.value_types import make_rule, validate_option
 
 #: entries that choose modules: names, their endings or beginnings, or one regular expression
 ModuleChoice = str | Iterable[str] | None
+#: adapters by name that are to act; with factors on their scales, where None keeps those that an adapter has
+ActiveChoice = str | Sequence[str] | Mapping[str, float | None]
+TurnOff = Callable[[BindingSpec, Binding], Binding]
 _FACTOR = make_rule(float)
 
 
@@ -80,12 +83,20 @@ def with_scales_multiplied(spec: BindingSpec, binding: Binding, multiplier: floa
     return _with_adapters(spec, binding, bindings)
 
 
-def with_active(spec: BindingSpec, binding: Binding, adapters: Any) -> Binding:
+def with_active(
+    spec: BindingSpec,
+    binding: Binding,
+    adapters: Any,
+    modules: ModuleChoice = None,
+    off: TurnOff | None = None,
+) -> Binding:
     """Return ``binding`` with these adapters active and all others turned off.
 
-    ``adapters`` is a name, names, or a mapping of names to their new factors. Raises ConfigError like
-    :func:`scale_adapter`.
+    ``adapters`` is a name, names, or a mapping of names to their new factors. None keeps the factors that an adapter
+    has. ``modules`` limits the new factors to some modules. ``off`` turns one adapter off, :func:`turn_off` by default.
+    Raises ConfigError like :func:`scale_adapter`.
     """
+    off = off or turn_off
     if isinstance(adapters, str):
         adapters = [adapters]
     if not isinstance(adapters, (Mapping, Sequence, set, frozenset)):
@@ -93,15 +104,18 @@ def with_active(spec: BindingSpec, binding: Binding, adapters: Any) -> Binding:
             f"adapters must be a name, a list of names, or a dict of names and factors, got {short_repr(adapters)}"
         )
     check_adapter_names(binding, adapters)
+    factors = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters)
+    if modules is not None and all(factor is None for factor in factors.values()):
+        raise ConfigError("modules says where factors hold: give a dict of names and factors with it")
     bindings = dict(binding.adapters_by_name)
     for name, adapter in bindings.items():
         own = _spec_of(spec, binding, name)
-        adapter = (adapter.active_form or adapter) if name in adapters else turn_off(own, adapter)
-        if isinstance(adapters, Mapping) and name in adapters:
-            factor = parse_factor(adapters[name], f"the factor of {name!r}")
+        adapter = (adapter.active_form or adapter) if name in factors else off(own, adapter)
+        if factors.get(name) is not None:
+            factor = parse_factor(factors[name], f"the factor of {name!r}")
             # A method without a scale acts as it was made. A factor of 1 asks for just that, and must not raise.
-            if factor != 1 or sites_with_scale(own, adapter):
-                adapter = _scale_sites(own, adapter, name, factor)
+            if factor != 1 or modules is not None or sites_with_scale(own, adapter):
+                adapter = _scale_sites(own, adapter, name, factor, modules)
         bindings[name] = adapter
     return _with_adapters(spec, binding, bindings)
 
@@ -248,18 +262,21 @@ def _with_factors(spec: BindingSpec, adapter: Binding, factors: Mapping[str, flo
     if adapter.active_form is not None:
         idle = _with_factors(spec, adapter.active_form, factors)
         return adapter if idle is adapter.active_form else replace(adapter, active_form=idle)
-    values: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    changed: dict[str, float] = {}
     for a in spec.attachments:
         if a.id not in factors or factors[a.id] == adapter.scale_factors.get(a.id, 1.0):
             continue
         method, fqn = adapter.methods[a.id], a.scale_slot or a.scale_fqn
         scale = finite_scale(method.scale(spec.ops[a.id]) * factors[a.id], a, adapter.config)  # type: ignore[operator]
-        old = adapter.values[fqn]
-        values[fqn] = torch.tensor(scale, dtype=old.dtype, device=old.device)
-    if not values:
+        old = adapter.scale_tensor(fqn)
+        if old is None:
+            continue
+        scales[fqn] = torch.tensor(scale, dtype=old.dtype, device=old.device)
+        changed[a.id] = factors[a.id]
+    if not scales:
         return adapter
-    new = {i: f for i, f in {**adapter.scale_factors, **factors}.items() if f != 1}
-    return replace(adapter, values={**adapter.values, **values}, scale_factors=new)
+    return adapter.with_scale_tensors(scales, {i: f for i, f in {**adapter.scale_factors, **changed}.items() if f != 1})
 
 
 def _has_scale(spec: BindingSpec, a: Attachment, method: Any) -> bool:

@@ -30,7 +30,6 @@ from adaptc.generation.prefix.prefix_for import (
 from adaptc.generation.spec import GenerationSpec, cache_argument_name, step_output
 from adaptc.generation.step_runner import StepRunner
 from adaptc.runtime.calls.output_form import apply_return_dict
-from adaptc.state.overrides import SCALE_KEYWORD
 
 
 class CausalGenerator(Generator):
@@ -53,8 +52,7 @@ class CausalGenerator(Generator):
         ``past_key_values`` (or ``cache``) is a cache of :meth:`prefill` or of an earlier call, to continue from.
         ``input_ids`` then begins with the tokens that are in the cache. With an ``attention_mask`` for all tokens, it
         may instead hold the new tokens alone. The call writes to the cache; ``cache.copy()`` keeps it as it was.
-        ``adapter_scale`` is as for calls of programs, for this generation alone. Inputs that an adapter asks for, such
-        as ``task_ids``, have a value for each prompt.
+        Inputs that an adapter asks for, such as ``task_ids``, have a value for each prompt.
 
         Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
@@ -64,15 +62,17 @@ class CausalGenerator(Generator):
             )
             return self.for_rows(kwargs.pop("adapters", ...), prompts).generate(inputs, generation_config, **kwargs)
         check_options(kwargs, generation_config, self.spec.vocab_size)
-        scale = kwargs.pop(SCALE_KEYWORD, None)
+        scaled = self.pop_scale(kwargs)
         if prefix_attachments(self._runner):
             refuse_token_gates(self.spec.token_gate_inputs, "tokens of another adapter would stand in front")
-            pinned = self.snapshot_call(scale)
+            with scaled:
+                pinned = self.snapshot_call()
             kwargs = with_prefix_arguments(pinned, inputs, kwargs)
             kwargs, pinned.offset, recomputes_last = validate.check_generate_arguments(self.spec, inputs, kwargs)
             return pinned.run_generate(inputs, generation_config, kwargs, recomputes_last)
         kwargs, offset, recomputes_last = validate.check_generate_arguments(self.spec, inputs, kwargs)
-        pinned = self.snapshot_call(scale)
+        with scaled:
+            pinned = self.snapshot_call()
         pinned.offset = offset
         if pinned.token_gates is not None:
             ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -111,8 +111,8 @@ class CausalGenerator(Generator):
     def is_pinned(self) -> bool:
         return self.step is not None
 
-    def pin(self, scale: Any) -> None:
-        step: Any = self._runner.snapshot_call(scale)
+    def pin(self) -> None:
+        step: Any = self._runner.snapshot_call()
         self.step = step
         if self.spec.token_gate_inputs and not prefix_attachments(self._runner):
             self.token_gates = TokenGates.from_binding(self.spec.token_gate_inputs, self._runner, step.binding)

@@ -39,7 +39,6 @@ from adaptc.generation.seq2seq.validate_seq2seq import (
 from adaptc.generation.spec import cache_argument_name
 from adaptc.generation.step_runner import StepRunner
 from adaptc.runtime.calls.output_form import apply_return_dict
-from adaptc.state.overrides import SCALE_KEYWORD
 from adaptc.state.runner import ProgramPart, Runner
 
 _NO_INPUTS: Mapping[str, Tensor] = MappingProxyType({})
@@ -87,7 +86,7 @@ class EncoderDecoder(Generator):
         ``attention_mask`` marks padding on the left or the right. ``encoder_outputs`` takes the place of the encoder's
         input, together with the mask. ``decoder_input_ids`` are the first tokens of the answer. ``past_key_values`` (or
         ``cache``) is a cache of :meth:`prefill` or of an earlier call, to continue from. ``decoder_input_ids`` then
-        holds the tokens that are in it. ``adapter_scale`` is as for calls of programs, for this generation alone.
+        holds the tokens that are in it.
 
         Raises AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
         """
@@ -102,11 +101,12 @@ class EncoderDecoder(Generator):
             )
             return self.for_rows(kwargs.pop("adapters", ...), prompts).generate(inputs, generation_config, **kwargs)
         check_options(kwargs, generation_config, self.spec.vocab_size)
-        scale, given = kwargs.pop(SCALE_KEYWORD, None), pop_adapter_inputs(self._runner, kwargs)
+        scaled, given = self.pop_scale(kwargs), pop_adapter_inputs(self._runner, kwargs)
         if (states := checks.states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
             kwargs["attention_mask"] = encoder_states_mask(self._runner, states, kwargs.get("attention_mask"))
         inputs, kwargs = checks.check_generate_arguments(self.spec, inputs, kwargs)
-        new = self.snapshot_call(scale)
+        with scaled:
+            new = self.snapshot_call()
         new.prefix_inputs = given
         return new.run_generate(inputs, generation_config, kwargs)
 
@@ -143,15 +143,15 @@ class EncoderDecoder(Generator):
     def is_pinned(self) -> bool:
         return self.pinned_parts is not None
 
-    def pin(self, scale: Any) -> None:
-        self.pinned_parts = self.parts_to_run(scale)
+    def pin(self) -> None:
+        self.pinned_parts = self.parts_to_run()
 
-    def parts_to_run(self, scale: Any = None) -> Mapping[str, ProgramPart]:
+    def parts_to_run(self) -> Mapping[str, ProgramPart]:
         """Return the program's parts by name, all with one adapter: the generation's, or else the one that is current
         now."""
         if self.pinned_parts is not None:
             return self.pinned_parts
-        return self._runner.snapshot_call(scale).parts(self.spec.part_outputs)
+        return self._runner.snapshot_call().parts(self.spec.part_outputs)
 
     def encode(
         self, inputs: Tensor, attention_mask: Tensor | None = None, adapter_inputs: Mapping[str, Tensor] = _NO_INPUTS

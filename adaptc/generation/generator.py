@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adaptc.bank.bank import Bank
 from adaptc.bank.row_adapters import parse_row_adapters
 from adaptc.bank.stack_placement import make_bank
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.generation.arguments import validate
 from adaptc.generation.arguments.adapter_inputs import used_input_names, with_zero_inputs
 from adaptc.generation.cache.cache_change import CacheChange
@@ -32,6 +32,7 @@ from adaptc.generation.step_runner import StepRunner
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
 from adaptc.state.core import ProgramCore
+from adaptc.state.overrides import SCALE_KEYWORD, scaling_of_call
 from adaptc.state.runner import Runner
 
 
@@ -229,9 +230,8 @@ class Generator(ProgramWrapper):
             generation_config: transformers' options.
             **kwargs: transformers' further options. ``past_key_values`` (or ``cache``) is a cache of :meth:`prefill` or
                 of an earlier call, to continue from. The ids of a decoder then begin with the tokens that the cache
-                holds. The call writes to the cache; ``cache.copy()`` keeps it as it was. ``adapter_scale`` is a factor
-                for this generation alone. Inputs that an adapter asks for, such as ``task_ids``, have a value for each
-                prompt.
+                holds. The call writes to the cache; ``cache.copy()`` keeps it as it was. Inputs that an adapter asks
+                for, such as ``task_ids``, have a value for each prompt.
 
         Returns:
             what transformers returns: token ids (batch, tokens), or an output object.
@@ -297,19 +297,32 @@ class Generator(ProgramWrapper):
         """Return whether this object is of one generation, whose adapter it keeps."""
 
     @abstractmethod
-    def pin(self, scale: Any) -> None:
-        """Keep the adapter that is current now, on this object; ``scale`` is the ``adapter_scale``."""
+    def pin(self) -> None:
+        """Keep the adapter that is current now, on this object."""
 
-    def snapshot_call(self, scale: Any = None) -> Self:
-        """Return a generator that keeps the adapter that is current now, for one generation.
-
-        ``scale`` is the ``adapter_scale``.
-        """
+    def snapshot_call(self) -> Self:
+        """Return a generator that keeps the adapter that is current now, for one generation."""
         new = self.shallow_copy()
         new.has_run_step = False
         if not self.is_pinned:
-            new.pin(scale)
+            new.pin()
         return new
+
+    def pop_scale(self, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Take the deprecated ``adapter_scale`` out of ``kwargs``; return the block in which it holds.
+
+        Raises ConfigError for one that is not taken.
+        """
+        scale = kwargs.pop(SCALE_KEYWORD, ...)
+        if scale is ...:
+            return contextlib.nullcontext()
+        if isinstance(self._runner, Runner) and scale is not None:
+            raise ConfigError(
+                f"{SCALE_KEYWORD}={short_repr(scale)}: what is bound keeps its adapter as it is; bind another, with "
+                "program.bind(adapter, scale=...). Where each row has adapters of its own, give a row a weight, as in "
+                "adapters=[{'fr': 0.5}, ...]"
+            )
+        return scaling_of_call(self._runner, scale, "generator.generate")
 
     def run_generate(
         self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], recomputes_last: bool = False

@@ -20,8 +20,8 @@ class StepRunner(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def snapshot_call(self, scale: Any = None) -> Runner:
-        """Return a runner that keeps the current adapter; ``scale`` is the ``adapter_scale`` of its calls."""
+    def snapshot_call(self) -> Runner:
+        """Return a runner that keeps the current adapter."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -13,14 +13,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.binding_scale import ModuleChoice, check_adapter_names, choose_sites, parse_factor
-from adaptc.binding.check_tensors import finite_scale
+from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError
 from adaptc.locks import reset_after_fork
 from adaptc.torch_modes import outside_modes, outside_transforms
@@ -36,6 +34,14 @@ class PackagedBinding(Binding):
 
     constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     owner_token: object = None
+
+    def scale_tensor(self, fqn: str) -> Tensor | None:
+        return self.constants.get(fqn, self.values.get(fqn))
+
+    def with_scale_tensors(self, scales: Mapping[str, Tensor], factors: Mapping[str, float]) -> Self:
+        constants = {**self.constants, **{f: t for f, t in scales.items() if f in self.constants}}
+        values = {**self.values, **{f: t for f, t in scales.items() if f not in self.constants}}
+        return replace(self, values=values, constants=constants, scale_factors=factors)
 
     @property
     def nbytes(self) -> int:
@@ -120,29 +126,3 @@ class Constants:
     def _record_call(self) -> None:
         if self._device.type != "cpu":
             self._last_call = torch.accelerator.current_stream(self._device).record_event()
-
-
-def multiply_scale(
-    spec: BindingSpec, binding: PackagedBinding, scale: Any, adapter: str | None = None, modules: ModuleChoice = None
-) -> PackagedBinding:
-    """Return ``binding`` with its original scale multiplied by ``scale``. It shares all tensors but the scales.
-
-    ``scale`` is a factor, or factors by adapter name; a name that a mapping lacks counts as 1. ``adapter`` and
-    ``modules``, and the errors, are those of ``AdaptedProgram.set_scale``.
-    """
-    names = list(scale) if isinstance(scale, Mapping) else [] if adapter is None else [adapter]
-    check_adapter_names(binding, names)
-    if isinstance(scale, Mapping):
-        scale = scale.get(binding.name, 1.0)
-    factor = parse_factor(scale)
-    chosen = set(choose_sites(spec, binding, binding.name, modules))
-    constants, factors = dict(binding.constants), dict(binding.scale_factors)
-    for a in spec.attachments:
-        if a.id not in chosen or a.scale_slot is None:
-            continue
-        original_scale: Any = binding.methods[a.id].scale(spec.ops[a.id])
-        old = constants[a.scale_slot]
-        value = finite_scale(original_scale * factor, a, binding.config)
-        constants[a.scale_slot] = torch.tensor(value, dtype=old.dtype, device=old.device)
-        factors[a.id] = factor
-    return replace(binding, constants=constants, scale_factors={i: f for i, f in factors.items() if f != 1})

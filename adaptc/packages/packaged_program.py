@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,36 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.bind_adapter import bind_adapter
-from adaptc.binding.binding import BindingSpec
+from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
+from adaptc.binding.binding_scale import with_scale
 from adaptc.errors import AdaptcError, ConfigError, SwapError, short_repr
 from adaptc.locks import reset_after_fork
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.compiled_code import CompiledCode, checker_of_whole, divide_code, load_models
-from adaptc.packages.constants import PackagedBinding, multiply_scale
+from adaptc.packages.constants import PackagedBinding
 from adaptc.packages.manifest import SINGLE_MODEL, Contents
 from adaptc.packages.package_engine import PackageEngine
 from adaptc.packages.pad_adapter import AdapterPadder
 from adaptc.patterns import limit_pattern_time
+from adaptc.program.program_scale import AdapterScales
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.options import check_byte_limit
 from adaptc.state.adaptation import Adaptation
-from adaptc.state.overrides import SCALE_KEYWORD
+from adaptc.state.overrides import (
+    NO_OVERRIDE,
+    SCALE_KEYWORD,
+    Override,
+    apply_override,
+    override_of,
+    scaling_of_call,
+)
 from adaptc.state.runner import AdapterSelection, Runner
 from adaptc.torch_modes import outside_modes
 from adaptc.value_types import validates_options
 
 
-class PackagedProgram:
+class PackagedProgram(AdapterScales):
     """A program in a file written by ``adaptc.package``: call it like the program it was made from, ``swap`` its
     adapter, ``bind`` others beside it.
 
@@ -80,6 +89,8 @@ class PackagedProgram:
             self.parsed_contents = None if parse_contents is None else parse_contents(contents)
             self._owner_token, self._swap_lock = object(), reset_after_fork(threading.Lock())
             self._current = self._padder.packaged_binding(self._owner_token) if m.sites else None
+            #: the adapter, the view and the adapter's scaled form of the last call with a view
+            self._last_scaled: tuple[PackagedBinding, Override, PackagedBinding] | None = None
         self.code_by_part: Mapping[str, CompiledCode] = divide_code(
             self._load(), self.path, m, self._padder.shapes, self._current
         )
@@ -120,37 +131,43 @@ class PackagedProgram:
         return now
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the current adapter; inputs and output type are those of the program that was packaged.
-
-        ``adapter_scale`` is a factor as for :meth:`set_scale`, for this call alone.
-        """
-        now = self._current
+        """Run the current adapter; inputs and output type are those of the program that was packaged."""
         if SCALE_KEYWORD in kwargs and SCALE_KEYWORD not in self.inputs.names:
-            now = self._current_with_scale(kwargs.pop(SCALE_KEYWORD))
-        return self.run(now, args, kwargs)
+            with scaling_of_call(self, kwargs.pop(SCALE_KEYWORD), "package"):
+                return self.run(self._adapter_of_call(), args, kwargs)
+        return self.run(self._adapter_of_call(), args, kwargs)
 
-    def snapshot_call(self, scale: Any = None) -> Runner:
-        """Return a callable that keeps the adapter that is current now, for calls that belong together.
+    def snapshot_call(self) -> Runner:
+        """Return a callable that keeps the adapter that is current now, for calls that belong together."""
+        return Runner(PackageEngine(self), AdapterSelection(self._adapter_of_call()))
 
-        ``scale`` is as ``adapter_scale`` of calls.
-        """
-        now = self._current_with_scale(scale)
-        return Runner(PackageEngine(self), AdapterSelection(now))
+    def _adapter_of_call(self) -> PackagedBinding | None:
+        """Return the current adapter, with the scales that calls of this thread see."""
+        now, override, known = self._current, override_of(self), self._last_scaled
+        if now is None or override == NO_OVERRIDE:
+            return now
+        if known is None or known[0] is not now or known[1] != override:
+            with outside_modes():
+                made = apply_override(self.spec(), now, override, self.turn_off_adapter)
+            assert isinstance(made, PackagedBinding)
+            # Remembered, so that calls in one block do not each copy the adapter into the code.
+            known = self._last_scaled = now, override, made
+        return known[2]
 
-    def _current_with_scale(self, scale: Any) -> PackagedBinding | None:
-        with outside_modes():
-            return self._current if scale is None else multiply_scale(self.spec(), self._require_adapter(), scale)
-
-    def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
-        """Multiply the scale that the current adapter was made with by ``scale``.
-
-        Args:
-            scale: the factor.
-            adapter: the name of the adapter, as for :meth:`AdaptedProgram.set_scale`, which also lists the errors.
-            modules: the modules to scale; None for all.
-        """
+    def update_binding(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
         with self._swap_lock, outside_modes():
-            self._current = multiply_scale(self.spec(), self._require_adapter(), scale, adapter, modules)
+            self._install(change(self.spec(), self._require_adapter()))
+
+    def _install(self, adapter: Binding) -> None:
+        assert isinstance(adapter, PackagedBinding)
+        self._current, self._last_scaled = adapter, None
+
+    def turn_off_adapter(self, spec: BindingSpec, adapter: Binding) -> Binding:
+        """Return ``adapter`` turned off, padded as the code takes it."""
+        if adapter.active_form is not None:
+            return adapter
+        named = {n: getattr(adapter, n) for n in ("name", "source", "origin")}
+        return replace(self.base.binding, **named, active_form=adapter)
 
     def run(self, adapter: PackagedBinding | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs with ``adapter``, which was padded for this package; None for a package without sites."""
@@ -196,7 +213,7 @@ class PackagedProgram:
         start = time.perf_counter()
         new = self._pad_adapter(adapter, config, adapter_name, key_mapping, component, scale)
         with self._swap_lock:
-            self._current = new
+            self._install(new)
         return SwapReport.from_binding(self.adaptation.attachments, new, time.perf_counter() - start)
 
     @validates_options("adapter_name", "key_mapping", "component")
@@ -306,7 +323,7 @@ class PackagedProgram:
                 raise SwapError(
                     f"the binding of {adapter.source!r} belongs to another package; bind the adapter's own files here"
                 )
-            return adapter if scale is None else multiply_scale(self.spec(), adapter, scale)
+            return adapter if scale is None else with_scale(self.spec(), adapter, scale)  # type: ignore[return-value]
         binding = bind_adapter(
             self,
             adapter,

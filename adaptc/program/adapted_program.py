@@ -37,7 +37,7 @@ class AdaptedProgram(ScalableProgram):
     """A program with adapters, made by ``adaptc.compile`` and ``adaptc.load``, not by hand.
 
     Example:
-        >>> prog(x, adapter_scale=0.5).shape
+        >>> prog(x).shape
         torch.Size([2, 3])
     """
 
@@ -72,10 +72,10 @@ class AdaptedProgram(ScalableProgram):
             return bare
         return bind_program(self, bind_adapter(self, adapter, **options), form, memory_limit)
 
-    def snapshot_call(self, scale: Any = None) -> Runner:
+    def snapshot_call(self) -> Runner:
         """Return a runner that keeps the current binding, for calls that belong together; see
         :func:`snapshot_runner`."""
-        return snapshot_runner(self, scale)
+        return snapshot_runner(self)
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
         """Return a bank: adapters by name, of which each row of a batch takes its own.

@@ -6,66 +6,83 @@ begun keep the binding they began with. A change that raises changes nothing. Wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_scale import (
-    parse_factor,
+    ActiveChoice,
+    ModuleChoice,
     scale_adapter,
+    turn_off,
     with_active,
-    with_scales_multiplied,
     without_adapter,
 )
 from adaptc.errors import ConfigError, listing
 from adaptc.program.add_adapter import with_added_adapter
 from adaptc.public_names import warn_renamed
 from adaptc.state.core import ProgramCore
-from adaptc.state.overrides import overriding
+from adaptc.state.overrides import Override, overriding, scaling
 from adaptc.torch_modes import outside_modes
 
 
-class ScalableProgram(ProgramCore):
-    """A program whose adapters can be scaled, turned on and off, added and deleted."""
+class AdapterScales(ABC):
+    """The adapters of a program or a package by name, which can be scaled and turned on and off."""
 
-    def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
-        """Multiply the scale that an adapter was made with (LoRA's alpha / r, and its like) by ``scale``.
+    @property
+    @abstractmethod
+    def binding(self) -> Any:
+        """Return the current binding. Raises AdaptcError where there is no adapter."""
 
-        The last call counts, so that 0.5 twice is 0.5, and 1 gives back, to the bit, what the adapter was made with. 0
-        takes away all that is added to a weight. What the adapter trains as it is (``modules_to_save``, biases, tokens)
-        has no scale, and stays.
+    @abstractmethod
+    def update_binding(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
+        """Install ``change`` of the current binding."""
 
-        ``adaptc.merge`` and ``adaptc.save`` see the scale. ``adaptc.save_adapter`` writes the adapter as it was made,
+    def turn_off_adapter(self, spec: BindingSpec, adapter: Binding) -> Binding:
+        """Return one adapter with identity values, which keeps its active form. Raises SwapError where there is no
+        base."""
+        return turn_off(spec, adapter)
+
+    def set_active(self, adapters: ActiveChoice, modules: ModuleChoice = None) -> None:
+        """Let these adapters of the program act, by name, and no others; a dict also says how strongly each acts.
+
+        A factor multiplies the scale that its adapter was made with (LoRA's alpha / r, and its like). The last call
+        counts, so that 0.5 twice is 0.5, and 1 gives back, to the bit, what the adapter was made with. 0 takes away all
+        that is added to a weight. What an adapter trains as it is (``modules_to_save``, biases, tokens) has no scale,
+        and stays.
+
+        The layers of the adapters that are left out compute what they would without them. These adapters keep their
+        tensors and factors.
+
+        ``adaptc.merge`` and ``adaptc.save`` see the factors. ``adaptc.save_adapter`` writes the adapter as it was made,
         and warns. Callables that were bound before, and modules that were made, keep the scale that they have.
 
         Args:
-            scale: the factor.
-            adapter: the name of the adapter, which may be left out where there is one.
-            modules: the modules to scale, None for all. It is a list of names of modules, or of their beginnings or
-                endings ("layers.0" is all of that layer). A single string is one of these, or a regular expression for
-                whole names.
+            adapters: a name, a list of names, or a dict of names and factors. A name without a factor, or with None,
+                keeps the factor that it has. An empty list leaves the base. The only adapter of a program is called
+                "default" where it was given no name.
+            modules: the modules that the factors hold for, None for all; all other modules keep theirs. It is a list of
+                names of modules, or of their beginnings or endings ("layers.0" is all of that layer). A single string
+                is one of these, or a regular expression for whole names.
 
         Raises:
-            ConfigError: the names choose nothing, or the scale is not a finite number. The same for methods without a
-                factor on what they change (IA3, OFT, ...), where PEFT warns or says nothing.
-        """
-        self._update_binding(lambda spec, now: scale_adapter(spec, now, scale, adapter, modules))
-
-    def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
-        """Let these adapters of the program act, by name, and no others.
-
-        The layers of the others compute what they would without them, and their tensors are kept.
-
-        Args:
-            adapters: a name or a list of names. A dict of factors stands for a list of its names, and :meth:`set_scale`
-                of each. An empty list leaves the base.
-
-        Raises:
-            ConfigError: a name is unknown, or a factor is none that :meth:`set_scale` takes.
+            ConfigError: a name is unknown, ``modules`` chooses nothing, or a factor is not a finite number. The same
+                for methods without a factor on what they change (IA3, OFT, ...), where PEFT warns or says nothing.
             SwapError: the program has no base.
+
+        Example:
+            >>> prog.set_active({"default": 0.5})
+            >>> prog.set_active({"default": 1})
         """
-        self._update_binding(lambda spec, now: with_active(spec, now, adapters))
+        self.update_binding(lambda spec, now: with_active(spec, now, adapters, modules, self.turn_off_adapter))
+
+    def set_scale(self, scale: float, adapter: str | None = None, modules: ModuleChoice = None) -> None:
+        """Multiply the scale that one adapter was made with, whether it acts or not. Deprecated: use
+        :meth:`set_active`."""
+        warn_renamed("program.set_scale", "program.set_active({name: factor}, modules=...)")
+        self.update_binding(lambda spec, now: scale_adapter(spec, now, scale, adapter, modules))
 
     @property
     def active_adapters(self) -> list[str]:
@@ -87,28 +104,30 @@ class ScalableProgram(ProgramCore):
         Returns:
             a context manager.
         """
-        return overriding(self, off=True)
+        return overriding(self, Override(is_disabled=True))
 
-    def scaled(self, multiplier: float) -> AbstractContextManager[None]:
-        """Run the block with the scales of all adapters multiplied, for the calls that :meth:`disabled` would turn to
-        the base.
+    def scaled(self, scale: float | Mapping[str, float | None]) -> AbstractContextManager[None]:
+        """Run the block with other scales, for the calls that :meth:`disabled` would turn to the base.
 
-        The factor is on the scales that hold when a call begins.
+        A program remembers the last few of these scales, each with its hoisted values.
 
         Args:
-            multiplier: the factor.
+            scale: a factor, which multiplies all scales that hold when a call begins. Or a dict of names and factors:
+                calls compute what they would after :meth:`set_active` with it. Numbers of nested blocks multiply; of
+                dicts the innermost counts.
 
         Returns:
             a context manager.
 
         Raises:
-            ConfigError: the multiplier is not a finite number, or no method has a scale.
+            ConfigError: a factor is not a finite number, a name is unknown, or no method has a scale.
+
+        Example:
+            >>> with prog.scaled(0.5):
+            ...     prog(x).shape
+            torch.Size([2, 3])
         """
-        factor = parse_factor(multiplier, "multiplier")
-        with_scales_multiplied(
-            self.spec(), self.binding, factor
-        )  # tried now, or a call in the block would be the first to raise
-        return overriding(self, factor=factor)
+        return scaling(self, scale, self.turn_off_adapter)
 
     # -- the verbs of PEFT and diffusers -------------------------------------------------------------------------------
 
@@ -123,7 +142,7 @@ class ScalableProgram(ProgramCore):
         self.set_active(adapter_name)
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float | None] | None = None
     ) -> None:
         """Let these adapters act with these factors, as ``set_adapters`` of a diffusers pipeline does.
 
@@ -149,6 +168,10 @@ class ScalableProgram(ProgramCore):
         warn_renamed("program.rescaled", "program.scaled")
         return self.scaled(multiplier)
 
+
+class ScalableProgram(ProgramCore, AdapterScales):
+    """A program whose adapters can be scaled, turned on and off, added and deleted."""
+
     def delete_adapter(self, name: str) -> None:
         """Take one of several adapters out.
 
@@ -162,7 +185,7 @@ class ScalableProgram(ProgramCore):
             ConfigError: the name is unknown.
             SwapError: it is the only adapter.
         """
-        self._update_binding(lambda spec, now: without_adapter(spec, now, name))
+        self.update_binding(lambda spec, now: without_adapter(spec, now, name))
 
     def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
         """Give the program one more adapter, which acts together with those that it has.
@@ -187,7 +210,7 @@ class ScalableProgram(ProgramCore):
         with outside_modes():
             return with_added_adapter(self, name, adapter, recompile)
 
-    def _update_binding(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
+    def update_binding(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
         """Install ``change`` of the current binding. It is made again where another thread installed a binding
         meanwhile."""
         old, new = None, None
@@ -197,8 +220,8 @@ class ScalableProgram(ProgramCore):
                 new = self.binding_plans.remember_fitting(change(self.spec(), old))
 
 
-def weighted_adapters(names: str | Sequence[str], weights: float | Sequence[float] | None) -> dict[str, float]:
-    """Return name -> factor. ``weights``: a number for all ``names``, or one for each; None stands for 1.
+def weighted_adapters(names: str | Sequence[str], weights: float | Sequence[float | None] | None) -> dict[str, float]:
+    """Return name -> factor. ``weights``: a number for all ``names``, or one for each; None stands for 1 in both.
 
     Raises ConfigError where there are not as many weights as names, or a name is given twice.
     """
@@ -211,4 +234,4 @@ def weighted_adapters(names: str | Sequence[str], weights: float | Sequence[floa
         )
     if len({*names}) < len(names):
         raise ConfigError(f"an adapter is named twice: {listing(names)}; give each name once, with its weight")
-    return dict(zip(names, weights, strict=True))
+    return dict(zip(names, [1.0 if w is None else w for w in weights], strict=True))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Self, TypeVar
 
+from adaptc.binding.binding_scale import ActiveChoice, ModuleChoice
 from adaptc.errors import AdaptcError
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.public_names import warn_renamed
@@ -94,32 +95,31 @@ class ProgramWrapper(ABC):
             "with tensors of its own"
         )
 
-    def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
-        """Multiply the scale that an adapter was made with; see :meth:`AdaptedProgram.set_scale`."""
-        self.program.set_scale(scale, adapter, modules)
-
-    def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
+    def set_active(self, adapters: ActiveChoice, modules: ModuleChoice = None) -> None:
         """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_active`."""
-        self._require_program("set_active").set_active(adapters)
+        self.program.set_active(adapters, modules)
+
+    def set_scale(self, scale: float, adapter: str | None = None, modules: ModuleChoice = None) -> None:
+        """Multiply the scale that an adapter was made with. Deprecated: use :meth:`set_active`."""
+        self.program.set_scale(scale, adapter, modules)
 
     @property
     def active_adapters(self) -> list[str]:
         """Return the names of the adapters that act; see :attr:`AdaptedProgram.active_adapters`."""
-        return self._require_program("active_adapters").active_adapters
+        return self.program.active_adapters
 
     @property
     def available_adapters(self) -> list[str]:
         """Return the names of all adapters; see :attr:`AdaptedProgram.available_adapters`."""
-        return self._require_program("available_adapters").available_adapters
+        return self.program.available_adapters
 
     def disabled(self) -> AbstractContextManager[None]:
         """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
-        return self._require_program("disabled").disabled()
+        return self.program.disabled()
 
-    def scaled(self, multiplier: float) -> AbstractContextManager[None]:
-        """Return a context manager in which calls have the scales of all adapters multiplied; see
-        :meth:`AdaptedProgram.scaled`."""
-        return self._require_program("scaled").scaled(multiplier)
+    def scaled(self, scale: float | Mapping[str, float | None]) -> AbstractContextManager[None]:
+        """Return a context manager in which calls have other scales; see :meth:`AdaptedProgram.scaled`."""
+        return self.program.scaled(scale)
 
     def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
         """Return :meth:`scaled`, which this is called now."""
@@ -128,17 +128,17 @@ class ProgramWrapper(ABC):
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_adapter`."""
-        self._require_program("set_adapter").set_adapter(adapter_name)
+        self.program.set_adapter(adapter_name)
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float | None] | None = None
     ) -> None:
         """Let these adapters act with these factors; see :meth:`AdaptedProgram.set_adapters`."""
-        self._require_program("set_adapters").set_adapters(adapter_names, adapter_weights)
+        self.program.set_adapters(adapter_names, adapter_weights)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
-        return self._require_program("disable_adapter").disable_adapter()
+        return self.program.disable_adapter()
 
     def delete_adapter(self, name: str) -> None:
         """Delete one of several adapters; see :meth:`AdaptedProgram.delete_adapter`."""

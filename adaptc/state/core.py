@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
 from adaptc.binding.binding_plan_cache import BindingPlanCache
-from adaptc.errors import AdaptcError, SwapError
+from adaptc.errors import AdaptcError
 from adaptc.passes.adapt.move import MoveToDevice, usable_device
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
@@ -38,7 +38,7 @@ from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 from adaptc.state.adaptation import Adaptation, check_options
 from adaptc.state.follow_binding import ExportedParts
-from adaptc.state.overrides import MAX_SCALED_BINDINGS, SCALE_KEYWORD, apply_override, override_key, override_of
+from adaptc.state.overrides import MAX_SCALED_BINDINGS, NO_OVERRIDE, apply_override, override_of
 from adaptc.state.running import CallState, ExportedView, RunState, call_current
 from adaptc.state.values import clone_tensors, map_tensor
 from adaptc.torch_modes import outside_modes
@@ -215,18 +215,16 @@ class ProgramCore(ExportedParts):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current binding; same output type as the captured model. Safe while other threads swap.
 
-        Inputs may have any strides and any size of free dimensions. ``adapter_scale``: for this call alone, a factor as
-        for ``set_scale``, or a dict of names and factors as for ``set_active``. The last few are remembered, each with
-        its hoisted values. Buffers that the model writes to, such as caches, are the program's: each call sees what
-        calls before it wrote, whatever was swapped in between. ``torch.compile`` leaves the call as it is. Raises an
-        AdaptcError that names the input which does not fit.
+        Inputs may have any strides and any size of free dimensions. Buffers that the model writes to, such as caches,
+        are the program's: each call sees what calls before it wrote, whatever was swapped in between. ``torch.compile``
+        leaves the call as it is. Raises an AdaptcError that names the input which does not fit.
         """
         return self._untraced_call(self, args, kwargs)
 
-    def snapshot_executor(self, scale: Any = None) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
+    def snapshot_executor(self) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
         """Return what calls that begin now run: the program, its code, the binding, and no state, since they share the
         program's."""
-        now = self.compiled_state_for(scale)
+        now = self.compiled_state_of_call()
         assert now.executor is not None
         return self, now.executor, now.binding or Binding.empty(), {}
 
@@ -258,25 +256,23 @@ class ProgramCore(ExportedParts):
                     run.call_state = replace(run.call_state, executor=executor, arguments=arguments)
                     return run.call_state
 
-    def compiled_state_for(self, scale: Any) -> CallState:
-        """Return what a call of this thread reads that asks for ``scale``, with its code (see ``overrides``).
+    def compiled_state_of_call(self) -> CallState:
+        """Return what a call of this thread reads, with its code and its view of the program (see ``overrides``).
 
-        Raises ConfigError for adapters and methods that ``scale`` is not for. Raises SwapError where there is no
-        adapter, or no base to turn adapters off for.
+        Raises ConfigError for adapters and methods that the view's scales are not for. Raises SwapError where there is
+        no base to turn adapters off for.
         """
-        key, now = override_key(self, scale), self.compiled_state()
-        if key is None or (now.binding is None and scale is None):
+        override, now = override_of(self), self.compiled_state()
+        if override == NO_OVERRIDE or now.binding is None:
             return now
-        if now.binding is None:
-            raise SwapError(f"{SCALE_KEYWORD}={scale!r}: the program has no adapter; it was merged or unloaded")
-        found = now.scaled_bindings.get(key)
+        found = now.scaled_bindings.get(override)
         if found is None:
             with outside_modes():
-                found = apply_override(self.spec(), now.binding, override_of(self), scale)
+                found = apply_override(self.spec(), now.binding, override)
             with self._run_state.lock:
                 while len(now.scaled_bindings) >= MAX_SCALED_BINDINGS:
                     now.scaled_bindings.pop(next(iter(now.scaled_bindings)))
-                now.scaled_bindings[key] = found
+                now.scaled_bindings[override] = found
         assert now.executor is not None
         return replace(now, binding=found, arguments=now.executor.arguments(found))
 

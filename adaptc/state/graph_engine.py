@@ -171,19 +171,19 @@ class PreparedBinding:
 class SnapshotBinding(PreparedBinding):
     """The binding that a program had at one moment, on the program's own code and buffers; nothing changes it."""
 
-    def __init__(self, program: ProgramCore, scale: Any) -> None:
-        ready = program.compiled_state_for(scale)
+    def __init__(self, program: ProgramCore) -> None:
+        ready = program.compiled_state_of_call()
         self._program, self._binding, self._state = program, ready.binding or Binding.empty(), {}
         self._now = _CallState(ready.options, ready.executor, ready.arguments)
         self.binding = ready.binding
 
 
-def snapshot_runner(program: ProgramCore, scale: Any = None) -> Runner:
+def snapshot_runner(program: ProgramCore) -> Runner:
     """Return a runner that keeps the current binding of ``program``, on its code and the buffers that calls write to.
 
-    Making it does not look at the graph. ``scale``: the ``adapter_scale`` of its calls.
+    Making it does not look at the graph. It keeps the scales of a block of ``program.scaled`` that the caller is in.
     """
-    prepared = SnapshotBinding(program, scale)
+    prepared = SnapshotBinding(program)
     return Runner(GraphEngine(program, {}), AdapterSelection(prepared.binding), prepared)
 
 

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, ConfigError, short_repr
+from adaptc.errors import AdaptcError
 from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.runtime.hoisted_values import HoistedMemory
-from adaptc.state.overrides import SCALE_KEYWORD
 
 #: the name of the one part of a program that is called as a whole
 FORWARD = "forward"
@@ -50,13 +49,6 @@ class AdapterSelection:
     def has_adapter(self) -> bool:
         """Return whether there is an adapter at any site; the base has none."""
         return self.binding is not None and bool(self.binding.methods)
-
-    def scale_error(self, scale: Any) -> ConfigError:
-        """Return the error for calls that ask for a ``scale``, which a selection does not take."""
-        return ConfigError(
-            f"{SCALE_KEYWORD}={short_repr(scale)}: what is bound keeps its adapter as it is; bind another, with "
-            "program.bind(adapter, scale=...)"
-        )
 
     def check_encoder_rows(self, rows: int) -> None:
         """Raise AdaptcError where a call may not encode so many rows. One adapter takes any number."""
@@ -198,13 +190,8 @@ class Runner:
         """
         return self.engine.memory(self.prepared)
 
-    def snapshot_call(self, scale: Any = None) -> Runner:
-        """Return the runner itself, which keeps its adapters already; programs return another one here.
-
-        Raises ConfigError for a ``scale``: the runner has its own.
-        """
-        if scale is not None:
-            raise self.selection.scale_error(scale)
+    def snapshot_call(self) -> Runner:
+        """Return the runner itself, which keeps its adapters already; programs return another one here."""
         return self
 
     def for_one_row(self, name: str) -> Runner:

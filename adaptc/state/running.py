@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from adaptc.locks import reset_after_fork
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
-from adaptc.state.overrides import SCALE_KEYWORD, active_overrides
+from adaptc.state.overrides import SCALE_KEYWORD, Override, active_overrides, scaling_of_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class CallState:
     """The values that a call reads: the binding and the options, and the code and arguments for them once these were
     made.
 
-    ``base_program``: the program of the base, once it was made. ``scaled_bindings``: what a call asks for -> the
-    binding with these other scales.
+    ``base_program``: the program of the base, once it was made. ``scaled_bindings``: the view of a call -> the
+    binding with the scales of this view.
     """
 
     binding: Binding | None
@@ -36,7 +36,7 @@ class CallState:
     executor: Executor | None = None
     arguments: Arguments | None = None
     base_program: Any = None
-    scaled_bindings: dict[Hashable, Binding] = field(default_factory=dict)
+    scaled_bindings: dict[Override, Binding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +56,19 @@ class ExportedView:
 
 def call_current(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``program`` with the binding that it has when the call begins."""
+    if SCALE_KEYWORD in kwargs and not _is_model_input(program, SCALE_KEYWORD):
+        inputs = {name: value for name, value in kwargs.items() if name != SCALE_KEYWORD}
+        with scaling_of_call(program, kwargs[SCALE_KEYWORD], "program"):
+            return call_current(program, args, inputs)
     now = program.call_state
-    if SCALE_KEYWORD in kwargs or active_overrides():
-        now, kwargs = state_with_overrides(program, kwargs)
-    elif now.arguments is None:
-        now = program.compiled_state()
+    if now.arguments is None or active_overrides():
+        now = program.compiled_state_of_call()
     return now.executor(now.arguments, args, kwargs)
 
 
-def state_with_overrides(program: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return what a call that may ask for other scales reads, and the inputs of the model: ``kwargs`` without the
-    scale. A model whose own input has that name keeps it."""
-    now, inputs = program.compiled_state(), dict(kwargs)
-    mine = SCALE_KEYWORD in now.executor.inputs.names or SCALE_KEYWORD in now.executor.inputs.forward_arg_names
-    return program.compiled_state_for(None if mine else inputs.pop(SCALE_KEYWORD, None)), inputs
+def _is_model_input(program: Any, name: str) -> bool:
+    inputs = program.executor().inputs
+    return name in inputs.names or name in inputs.forward_arg_names
 
 
 def check_base_meta(base: Mapping[str, Any], expected_meta: Mapping[str, tuple[Any, ...]]) -> None:

@@ -18,21 +18,21 @@ from tests.house.docstring_parts import entries, sections
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("adaptc", "adaptc.training", "adaptc.prefixes", "adaptc.methods", "adaptc.debug")
 
-_SCALES = "set_scale set_active active_adapters available_adapters disabled scaled delete_adapter add_adapter"
+_SCALES = "set_active active_adapters available_adapters disabled scaled set_adapter set_adapters disable_adapter"
 #: public class -> its members that users call, in the order of the reference; inherited ones, too
 MEMBERS: Mapping[str, tuple[str, ...]] = {
     name: tuple(members.split())
     for name, members in {
         "AdaptedProgram": "bind bank base module graph_view binding backend fuse kernels hoist_limit pack checkpoint "
         "held fusion products packed passes to resync_base_tensors run_decompositions "
-        f"{_SCALES} set_adapter set_adapters disable_adapter",
+        f"{_SCALES} delete_adapter add_adapter",
         "Runner": "held state device",
         "Bank": "add replace remove select generate prefill warm exported report program adapters capacity max_rank "
         "nbytes held",
         "Adapter": "write to",
         "Generator": "generate prefill new_cache forward bind bank base tokenizer device dtype",
         "Binding": "adapters_by_name to",
-        "PackagedProgram": "swap bind base set_scale ranks binding",
+        "PackagedProgram": f"swap bind base {_SCALES} ranks binding",
         "RankAllocator": "update_and_allocate rank_pattern",
         "TargetedConfig": "method with_model_defaults to_dict",
         "ProgramConfig": "method with_model_defaults",

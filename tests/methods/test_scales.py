@@ -54,16 +54,18 @@ def test_a_factor_is_peft_s(entry: str, layer: str) -> None:
         merged = theirs.merge_and_unload()(*args) if s.entry.has_weight_form else None
     assert not torch.allclose(before, expected, rtol=1e-3, atol=1e-3)
     with adaptc.debug.assert_no_recompiles():
-        program.set_scale(99.0)
-        program.set_scale(FACTOR)  # what counts is the last one
+        program.set_active({"default": 99.0})
+        program.set_active({"default": FACTOR})  # what counts is the last one
         assert_close(program(*args), expected, s.tolerance)
     assert_valid(program)
     if merged is not None:
         assert_close(adaptc.merge(program)(*args), merged, s.tolerance * 10)
     assert_close(program.bind(s.directory, scale=FACTOR)(*args), expected, s.tolerance)
-    program.set_scale(1)
+    program.set_active({"default": 1})
     assert torch.equal(program(*args), before)
-    assert_close(program(*args, adapter_scale=FACTOR), expected, s.tolerance)
+    for block in (program.scaled(FACTOR), program.scaled({"default": FACTOR})):
+        with block:
+            assert_close(program(*args), expected, s.tolerance)
     assert torch.equal(program(*args), before)
     adaptc.swap(program, s.directory, scale=FACTOR)
     assert_close(program(*args), expected, s.tolerance)
@@ -75,12 +77,11 @@ def test_methods_without_a_scale_are_refused_by_name(entry: str) -> None:
     program, args = s.compile(), s.args(5)
     before = program(*args)
     for attempt in (
-        lambda: program.set_scale(0.5),
         lambda: program.bind(s.directory, scale=0.5),
         lambda: adaptc.swap(program, s.directory, scale=0.5),
-        lambda: program(*args, adapter_scale=0.5),
         lambda: program.set_active({"default": 0.5}),
         lambda: program.scaled(0.5),
+        lambda: program.scaled({"default": 0.5}),
     ):
         with pytest.raises(ConfigError, match=program.binding.config.peft_type):
             attempt()

@@ -24,8 +24,8 @@ def run(call: Any, **how: Any) -> Tensor:
         return call(*args, **kwargs, **how)["y"]
 
 
-def same(ours: Any, package: Any, **how: Any) -> None:
-    torch.testing.assert_close(run(package, **how), run(ours, **how), rtol=2e-5, atol=2e-5)
+def same(ours: Any, package: Any) -> None:
+    torch.testing.assert_close(run(package), run(ours), rtol=2e-5, atol=2e-5)
 
 
 @pytest.fixture
@@ -38,13 +38,19 @@ def both(net: Packaged) -> tuple[Any, Any]:
 def test_a_factor_is_that_of_the_program(both: tuple[Any, Any], net: Packaged) -> None:
     ours, package = both
     before = run(package)
-    for how in ((0.5,), (0.5,), (-3, "default", "conv"), (0, None, ["lin", "experts"])):
+    for factor, modules in ((0.5, None), (0.5, None), (-3, "conv"), (0, ["lin", "experts"])):
         for p in both:
-            p.set_scale(*how)
+            p.set_active({"default": factor}, modules)
         same(ours, package)
         assert package.binding.scale_factors == ours.binding.scale_factors
     assert not torch.allclose(run(package), before, rtol=1e-2)
-    same(ours, package, adapter_scale=2)
+    for scale in (-2, {"default": 0.75}):
+        with ours.scaled(scale), package.scaled(scale):
+            same(ours, package)
+            with ours.scaled(3), package.scaled(3):
+                same(ours, package)
+                with ours.disabled(), package.disabled():
+                    same(ours, package)
     same(ours, package)
     tensors = adapter(net.program, CONFIG, seed=4)
     same(ours.bind(tensors, config=CONFIG, scale=0.3), package.bind(tensors, config=CONFIG, scale=0.3))
@@ -55,18 +61,58 @@ def test_a_factor_is_that_of_the_program(both: tuple[Any, Any], net: Packaged) -
     assert not bound.binding.scale_factors
     assert package.binding.scale_factors
     for p in both:
-        p.set_scale(1)
+        p.set_active({"default": 1})
     same(ours, bound)
     assert adaptc.verify(package, ours).ok
+
+
+def test_its_adapter_is_on_and_off(both: tuple[Any, Any]) -> None:
+    ours, package = both
+    package.set_active({"default": 0.5})
+    before = run(package)
+    for p in both:
+        p.set_active([])
+        assert (p.active_adapters, p.available_adapters) == ([], ["default"])
+    same(ours, package)
+    assert torch.equal(run(package), run(package.base))
+    assert adaptc.report(package).data()["strength"] == "'default' is off"
+    package.set_active("default")  # with the factor that it had
+    assert torch.equal(run(package), before)
+    assert package.active_adapters == ["default"]
+    with package.scaled({}):
+        assert torch.equal(run(package), run(package.base))
+    package.set_active([])
+    adaptc.swap(package, ours.binding.active_form, scale=0.5)
+    assert package.active_adapters == ["default"]
+    assert torch.equal(run(package), before)
+    for p in both:
+        p.set_active({"default": 1})
+
+
+def test_old_names_warn_and_work(both: tuple[Any, Any]) -> None:
+    _, package = both
+    package.set_active({"default": 2})
+    expected = run(package)
+    package.set_active({"default": 1})
+    with pytest.warns(DeprecationWarning, match=r"package\.scaled\(scale\)") as told:
+        found = run(package, adapter_scale=2)
+    assert torch.equal(found, expected)
+    with pytest.warns(DeprecationWarning, match="set_active") as also_told:
+        package.set_scale(2, "default")
+    assert [w.filename for w in (*told, *also_told)] == [__file__] * 2
+    assert torch.equal(run(package), expected)
+    package.set_active({"default": 1})
 
 
 def test_what_is_refused_changes_nothing(both: tuple[Any, Any]) -> None:
     _, package = both
     before, binding = run(package), package.binding
     for attempt in (
-        lambda: package.set_scale(0.5, "other"),
-        lambda: package.set_scale(0.5, modules="head"),
-        lambda: package.set_scale(float("inf")),
+        lambda: package.set_active({"other": 0.5}),
+        lambda: package.set_active({"default": 0.5}, modules="head"),
+        lambda: package.set_active({"default": float("inf")}),
+        lambda: package.scaled("much"),
+        lambda: package.scaled({"other": 0.5}),
         lambda: package.bind(None, scale=0.5),
         lambda: run(package, adapter_scale="much"),
     ):
@@ -79,8 +125,8 @@ def test_what_is_refused_changes_nothing(both: tuple[Any, Any]) -> None:
 @pytest.mark.long
 def test_a_package_is_made_with_the_factors_of_its_program(both: tuple[Any, Any], tmp_path: Path) -> None:
     ours = copy.copy(both[0])
-    ours.set_scale(-0.5, modules="lin")
-    ours.set_scale(2, modules="conv")
+    ours.set_active({"default": -0.5}, modules="lin")
+    ours.set_active({"default": 2}, modules="conv")
     package = adaptc.load_package(adaptc.package(ours, tmp_path / "scaled.pt2", max_rank=3))
     same(ours, package)
     assert package.binding.scale_factors == ours.binding.scale_factors
@@ -89,7 +135,7 @@ def test_a_package_is_made_with_the_factors_of_its_program(both: tuple[Any, Any]
     assert said in str(adaptc.report(package))
     assert ours.binding.describe_scales() == said
     for p in (ours, package):
-        p.set_scale(1)
+        p.set_active({"default": 1})
     same(ours, package)
     ours.set_active([])
     with pytest.raises(ConfigError, match="'default' is off"):

@@ -58,7 +58,7 @@ def test_another_program_has_both(model: nn.Module, folder: Path, first: str) ->
     old = adaptc.compile(model, folder / first, example_inputs=X, adapter_name="one")
     scaled = first in ("lora", "pissa", "dora")
     if scaled:
-        old.set_scale(0.5)
+        old.set_active({"one": 0.5})
     before, binding = old(X), old.binding
     with pytest.raises(SwapError, match=r"no sites of lora .* at up, down.*recompile=True"):
         old.add_adapter("two", folder / "lora")
@@ -67,7 +67,7 @@ def test_another_program_has_both(model: nn.Module, folder: Path, first: str) ->
     assert_valid(new)
     both = adaptc.compile(model, {"one": folder / first, "two": folder / "lora"}, example_inputs=X)
     if scaled:
-        both.set_scale(0.5, "one")
+        both.set_active({"one": 0.5, "two": None})
     assert_close(new(X), both(X), 1e-9)
     assert new.available_adapters == ["one", "two"]
     assert old.binding is binding

@@ -101,18 +101,18 @@ def twins(model: nn.Module, folder: Path) -> Twins:
 def test_factors_as_peft(twins: Twins) -> None:
     twins.check()
     for factor in (0.5, 0.5, -2.0, 0):
-        twins.ours.set_scale(factor, "style")
+        twins.ours.set_active({"style": factor, "task": None})
         twins.scale(factor, "style")
         twins.check()
-    twins.ours.set_scale(3, "task", modules="layers.1")
+    twins.ours.set_active({"style": None, "task": 3}, modules="layers.1")
     twins.scale(3, "task", ".layers.1.")
     twins.check()
     assert len(twins.ours.binding.scale_factors) == 13 + 2  # layers.1 is none of layers.10 and layers.11
-    twins.ours.set_scale(0.25, adapter="task", modules=["layers.10.down", "layers.3"])
+    twins.ours.set_active({"task": 0.25, "style": None}, modules=["layers.10.down", "layers.3"])
     twins.scale(0.25, "task", ".layers.10.down.")
     twins.scale(0.25, "task", ".layers.3.")
     twins.check()
-    twins.ours.set_scale(7, "style", modules=r"layers\.[0-4]\.up")
+    twins.ours.set_active({"style": 7, "task": None}, r"layers\.[0-4]\.up")
     for i in range(5):
         twins.scale(7, "style", f".layers.{i}.up.")
     twins.check()
@@ -136,18 +136,23 @@ def test_the_active_ones_as_peft(twins: Twins) -> None:
     twins.scale(0.7, "task")
     twins.scale(0.2, "style")
     twins.check()
+    twins.ours.set_active({"task": 9})
     twins.ours.set_active(("style",))
-    twins.ours.set_scale(9, "task")  # of one that is off
     assert twins.ours.active_adapters == ["style"]
-    twins.ours.set_active({"style", "task"})
+    twins.ours.set_active({"style", "task"})  # which keep their factors, that are off or on
     twins.scale(9, "task")
+    twins.check()
+    twins.ours.set_active({"task": 4}, "layers.2")
+    assert twins.ours.active_adapters == ["task"]
+    twins.ours.set_active(["style", "task"])
+    twins.scale(4, "task", ".layers.2.")
     twins.check()
 
 
 @pytest.mark.long
 def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
     ours, theirs = twins.ours, twins.theirs
-    ours.set_scale(0.5, "task")
+    ours.set_active({"task": 0.5, "style": None})
     twins.scale(0.5, "task")
     before = ours(IDS)
     with ours.scaled(3), rescale_adapter_scale(theirs, 3):
@@ -164,25 +169,57 @@ def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
     assert torch.equal(ours(IDS), before)
 
 
-@pytest.mark.parametrize("block", ["disabled", "rescaled"])
+BLOCKS = {
+    "disabled": lambda p: p.disabled(),
+    "a factor": lambda p: p.scaled(2),
+    "factors": lambda p: p.scaled({"task": 2}),
+}
+
+
+@pytest.mark.parametrize("block", list(BLOCKS))
 def test_a_block_that_raises_leaves_nothing(twins: Twins, block: str) -> None:
     ours = twins.ours
     before = ours(IDS)
-    with pytest.raises(KeyError), ours.disabled() if block == "disabled" else ours.scaled(2):
+    with pytest.raises(KeyError), BLOCKS[block](ours):
         raise KeyError
+    assert torch.equal(ours(IDS), before)
+
+
+def test_blocks_with_names(twins: Twins, model: nn.Module) -> None:
+    """What calls in the block compute is what they would after ``set_active``; numbers of other blocks multiply."""
+    ours, other = twins.ours, copy.copy(twins.ours)
+    ours.set_active({"task": 0.5, "style": 3})
+    before = ours(IDS)
+
+    def check(factors: dict[str, float]) -> None:
+        other.set_active(factors)
+        assert_close(ours(IDS), other(IDS), 1e-9)
+
+    with ours.scaled({"task": 0.3}):
+        check({"task": 0.3})
+        with ours.scaled(2):
+            check({"task": 0.6})
+            with ours.scaled({"style": -1, "task": None}):
+                check({"style": -2, "task": 1})
+            check({"task": 0.6})
+        with ours.scaled({}):
+            assert_close(ours(IDS), model(IDS), 1e-9)
+        with ours.disabled():
+            assert_close(ours(IDS), model(IDS), 1e-9)
     assert torch.equal(ours(IDS), before)
 
 
 def test_calls_and_what_is_bound(twins: Twins, folder: Path) -> None:
     ours = twins.ours
     before = ours(IDS)
-    found = ours(IDS, adapter_scale={"task": 0.3})
-    both = ours(IDS, adapter_scale=0.5)
+    with ours.scaled({"task": 0.3}):
+        found = ours(IDS)
+    with ours.scaled(0.5):
+        both = ours(IDS)
     bound = ours.bind({"style": folder / "style"}, scale=0.5)(IDS)
     named = ours.bind(ours, scale={"style": 0.5})
     assert_close(ours.bind(ours, scale={"style": 0.5}, form="weight")(IDS), bound, 1e-9)
     assert torch.equal(ours(IDS), before)
-    assert torch.equal(ours(IDS, adapter_scale=None), before)
     ours.set_active({"task": 0.3})
     assert torch.equal(ours(IDS), found)
     ours.set_active({"task": 0.5, "style": 0.5})
@@ -190,32 +227,31 @@ def test_calls_and_what_is_bound(twins: Twins, folder: Path) -> None:
     ours.set_active({"task": 1, "style": 0.5})
     assert torch.equal(ours(IDS), bound)
     assert torch.equal(named(IDS), bound)
-    with ours.disabled():
-        assert torch.equal(named(IDS), bound)  # what is bound keeps what it has
-    with pytest.raises(AdaptcError, match="adapter_scale"):
-        named(IDS, adapter_scale=0.5)
+    for block in BLOCKS.values():
+        with block(ours):
+            assert torch.equal(named(IDS), bound)  # what is bound keeps what it has
 
 
 def test_what_calls_ask_for_is_remembered_and_let_go(twins: Twins) -> None:
     ours = twins.ours
     for factor in range(9):
-        ours(IDS, adapter_scale=factor)
+        with ours.scaled(factor / 4):
+            ours(IDS)
     assert len(ours.call_state.scaled_bindings) == 4
-    ours.set_scale(2, "task")
+    ours.set_active({"task": 2})
     assert not ours.call_state.scaled_bindings
 
 
 @pytest.mark.parametrize("factor", [np.float16(0.5), np.float32(0.5), np.int64(2)])
 def test_numbers_of_numpy_are_factors(twins: Twins, factor: Any) -> None:
-    twins.ours.set_scale(factor, "task")
+    twins.ours.set_active({"task": factor, "style": None})
     twins.scale(float(factor), "task")
     twins.check()
 
 
 def test_a_swap_is_of_one_adapter_as_it_was_made(twins: Twins, folder: Path) -> None:
     ours = twins.ours
-    ours.set_scale(0.5, "style")
-    ours.set_scale(3, "task")
+    ours.set_active({"style": 0.5, "task": 3})
     ours.set_active(["task"])
     adaptc.swap(ours, {"style": folder / "style"})
     twins.scale(3, "task")
@@ -229,7 +265,7 @@ def test_a_swap_is_of_one_adapter_as_it_was_made(twins: Twins, folder: Path) -> 
     twins.check()
     adaptc.swap(ours, {"task": None})
     with pytest.raises(ConfigError, match="no sites here"):
-        ours.set_scale(2, "task")
+        ours.set_active({"task": 2})
 
 
 def test_a_model_s_own_input_of_that_name() -> None:
@@ -252,7 +288,7 @@ def test_a_model_s_own_input_of_that_name() -> None:
 @pytest.mark.long
 def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Path, tmp_path: Path) -> None:
     ours = twins.ours
-    ours.set_scale(0.5, "task")
+    ours.set_active({"task": 0.5, "style": None})
     ours.delete_adapter("style")
     with quiet():
         twins.theirs.delete_adapter("style")
@@ -265,9 +301,9 @@ def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Pat
     assert ours.available_adapters == ["task"]
     for attempt in (
         lambda: ours.set_active(["style"]),
-        lambda: ours.set_scale(0.5, "style"),
+        lambda: ours.set_active({"style": 0.5}),
         lambda: ours.delete_adapter("style"),
-        lambda: ours(IDS, adapter_scale={"style": 1}),
+        lambda: ours.scaled({"style": 1}),
         lambda: adaptc.swap(ours, {"style": folder / "style"}),
         lambda: adaptc.save_adapter(ours, tmp_path, adapter_name="style"),
     ):
@@ -290,7 +326,7 @@ def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Pat
 @pytest.mark.long
 def test_adapter_files_have_what_was_made(twins: Twins, folder: Path, tmp_path: Path) -> None:
     ours = twins.ours
-    ours.set_scale(0.5, "task")
+    ours.set_active({"task": 0.5, "style": None})
     with pytest.warns(AdaptcWarning, match=r"'task' is scaled by 0.5 at 24 sites.*as it was made"):
         adaptc.save_adapter(ours, tmp_path, adapter_name="task")
     ours.set_active(["task"])
@@ -328,8 +364,8 @@ def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
     assert_close(merged(IDS), expected, 1e-9)
     ours.set_active({"style": 3})
     assert torch.equal(adaptc.unmerge(merged)(IDS), expected)
-    for block in (ours.disabled(), ours.scaled(2)):
-        with block:
+    for block in BLOCKS.values():
+        with block(ours):
             with pytest.raises(AdaptcError, match="merge is called inside of"):
                 adaptc.merge(ours)
             with pytest.raises(AdaptcError, match="save_adapter is called inside of"):
@@ -337,24 +373,26 @@ def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
 
 
 BAD = {
-    "the order": (lambda p: p.set_scale("task", 0.5), r"set_scale\(0.5, adapter='task'\)"),
-    "no number": (lambda p: p.set_scale(None, "task"), "scale must be a number"),
-    "a truth value": (lambda p: p.set_scale(True, "task"), "scale must be a number"),
-    "not finite": (lambda p: p.set_scale(float("nan"), "task"), "finite"),
-    "too large with the alpha": (lambda p: p.set_scale(3e38, "style"), "finite in float32"),
-    "whose": (lambda p: p.set_scale(0.5), "say whose scale it is.*'style', 'task'"),
-    "no such name": (lambda p: p.set_scale(0.5, "styles"), "called 'styles' here; there are 'style', 'task'"),
-    "no such module": (lambda p: p.set_scale(0.5, "task", "layer.3"), "nearest are 'layers.3'"),
-    "a module of the other": (lambda p: p.set_scale(0.5, "task", ["up", "embed"]), "'embed' chooses nothing"),
-    "saved as a whole": (lambda p: p.set_scale(0.5, "style", "head"), "'head.weight'.*no scale there"),
-    "no module": (lambda p: p.set_scale(0.5, "style", []), "empty list"),
-    "modules by number": (lambda p: p.set_scale(0.5, "style", 3), "modules=3 must be the name of a module"),
-    "an expression": (lambda p: p.set_scale(0.5, "style", "(up"), "modules"),
-    "active, no such name": (lambda p: p.set_active(["style", "taste"]), "'taste'"),
-    "active, no names": (lambda p: p.set_active(3), "a list of names"),
-    "active, no number": (lambda p: p.set_active({"style": "much"}), "factor of 'style' must be a number"),
-    "no factor": (lambda p: p.scaled("2"), "multiplier must be a number"),
-    "a call": (lambda p: p(IDS, adapter_scale=[1]), "adapter_scale must be a number"),
+    "no number": (lambda p: p.set_active({"style": "much"}), "factor of 'style' must be a number"),
+    "a truth value": (lambda p: p.set_active({"task": True}), "factor of 'task' must be a number"),
+    "not finite": (lambda p: p.set_active({"task": float("nan")}), "finite"),
+    "too large with the alpha": (lambda p: p.set_active({"style": 3e38}), "finite in float32"),
+    "a factor alone": (lambda p: p.set_active(0.5), "a dict of names and factors"),
+    "no such name": (lambda p: p.set_active({"styles": 0.5}), "called 'styles' here; there are 'style', 'task'"),
+    "no such names": (lambda p: p.set_active(["style", "taste"]), "'taste'"),
+    "no names": (lambda p: p.set_active(3), "a list of names"),
+    "no such module": (lambda p: p.set_active({"task": 0.5}, "layer.3"), "nearest are 'layers.3'"),
+    "a module of the other": (lambda p: p.set_active({"task": 0.5}, ["up", "embed"]), "'embed' chooses nothing"),
+    "not of each": (lambda p: p.set_active({"style": 1, "task": 1}, "embed"), "'embed' chooses nothing.*'task'"),
+    "saved as a whole": (lambda p: p.set_active({"style": 0.5}, "head"), "'head.weight'.*no scale there"),
+    "no module": (lambda p: p.set_active({"style": 0.5}, []), "empty list"),
+    "modules by number": (lambda p: p.set_active({"style": 0.5}, 3), "modules=3 must be the name of a module"),
+    "an expression": (lambda p: p.set_active({"style": 0.5}, "(up"), "modules"),
+    "modules of no factor": (lambda p: p.set_active(["style"], "up"), "give a dict of names and factors"),
+    "modules of no factors": (lambda p: p.set_active({"style": None}, "up"), "give a dict of names and factors"),
+    "no factor": (lambda p: p.scaled("2"), "scale must be a number"),
+    "no factors": (lambda p: p.scaled({"task": "2"}), "factor of 'task' must be a number"),
+    "a block of no such name": (lambda p: p.scaled({"styles": 2}), "called 'styles' here"),
     "a name that is there": (
         lambda p: p.add_adapter("task", LoraConfig(target_modules=["up"])),
         "called 'task' already",
@@ -387,7 +425,7 @@ def memo() -> dict[str, Twins]:
 def test_reports_say_it(twins: Twins, model: nn.Module) -> None:
     ours = twins.ours
     ours.set_active({"task": 0.5})
-    ours.set_scale(3, "task", modules="layers.7")
+    ours.set_active({"task": 3}, modules="layers.7")
     said = "'style' is off, 'task' is scaled by 0.5 at 22 sites, 'task' is scaled by 3 at 2 sites"
     report = adaptc.report(ours)
     assert said in str(report)
@@ -412,12 +450,12 @@ def test_set_adapter_and_disable_adapter_as_peft(twins: Twins, names: str | list
     twins.check()
 
 
-@pytest.mark.parametrize("weights", [None, 0.25, [0.5, -2.0]])
+@pytest.mark.parametrize("weights", [None, 0.25, [0.5, -2.0], [None, 0.5]])
 def test_set_adapters_weighs_as_diffusers_does(twins: Twins, weights: Any) -> None:
     twins.ours.set_adapters(["task", "style"], weights)
     values = weights if isinstance(weights, list) else [1.0 if weights is None else weights] * 2
     for name, value in zip(["task", "style"], values, strict=True):
-        twins.scale(value, name)
+        twins.scale(1.0 if value is None else value, name)
     twins.check()
     before = twins.ours(IDS)
     for names, wrong, match in (
@@ -428,14 +466,3 @@ def test_set_adapters_weighs_as_diffusers_does(twins: Twins, weights: Any) -> No
         with pytest.raises(ConfigError, match=match):
             twins.ours.set_adapters(names, wrong)
         assert torch.equal(twins.ours(IDS), before)
-
-
-def test_old_names_of_the_block_warn_and_work(twins: Twins) -> None:
-    with twins.ours.scaled(0.5):
-        expected = twins.ours(IDS)
-    for old in (twins.ours.rescaled, lambda f: adaptc.rescale_adapter_scale(twins.ours, f)):
-        with pytest.warns(DeprecationWarning, match=r"program\.scaled") as told:
-            block = old(0.5)
-        assert len(told) == 1
-        with block:
-            assert torch.equal(twins.ours(IDS), expected)

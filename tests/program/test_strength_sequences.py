@@ -105,7 +105,7 @@ STEPS = st.one_of(
     st.tuples(st.just("add"), st.sampled_from(NAMES), st.integers(0, 2)),
     st.tuples(st.just("call"), st.dictionaries(st.sampled_from(NAMES), FACTORS, min_size=1)),
     st.tuples(st.just("disabled")),
-    st.tuples(st.just("rescaled"), FACTORS),
+    st.tuples(st.just("scaled"), FACTORS),
 )
 
 
@@ -113,7 +113,8 @@ def apply(step: tuple, p: adaptc.AdaptedProgram, m: Model) -> None:  # type: ign
     """One step of both; names that are gone are left out of it."""
     match step:
         case ("scale", name, factor, site) if name in m.files:
-            p.set_scale(factor, name, site)
+            m.active.add(name)
+            p.set_active({n: factor if n == name else None for n in m.active}, site)
             m.factors |= {(name, s): factor for s in SITES if site in (None, s)}
         case ("active", names):
             m.active = names & m.files.keys()
@@ -138,7 +139,8 @@ def apply(step: tuple, p: adaptc.AdaptedProgram, m: Model) -> None:  # type: ign
             m.files[name] = file
             m.active.add(name)
         case ("call", weights) if weights.keys() <= m.files.keys():
-            same(p(X, adapter_scale=weights), m(weights))
+            with p.scaled(weights):
+                same(p(X), m(weights))
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -153,7 +155,7 @@ def test_any_sequence(backend: str, steps: list[tuple]) -> None:  # type: ignore
             if step[0] == "disabled":
                 blocks.enter_context(p.disabled())
                 off = True
-            elif step[0] == "rescaled":
+            elif step[0] == "scaled":
                 blocks.enter_context(p.scaled(step[1]))
                 times *= step[1]
             elif step[0] != "call" or (not off and times == 1):
@@ -222,17 +224,18 @@ def test_threads_see_their_own_blocks_and_all_of_what_is_set() -> None:
                 same(p(X), base)
             one_of(p(X), list(states.values()))
 
-    def rescales() -> None:
+    def multiplies() -> None:
         while time.monotonic() < end:
             with p.scaled(3):
                 one_of(p(X), tripled)
 
     def asks() -> None:
         while time.monotonic() < end:
-            same(p(X, adapter_scale={"third": 0.25}), Model()({"third": 0.25}))
+            with p.scaled({"third": 0.25}):
+                same(p(X), Model()({"third": 0.25}))
 
     p.set_active({"style": 0.5, "task": -0.5})
-    together(sets, calls, disables, rescales, asks)
+    together(sets, calls, disables, multiplies, asks)
 
 
 def test_what_two_threads_set_is_all_set() -> None:
@@ -242,10 +245,10 @@ def test_what_two_threads_set_is_all_set() -> None:
     def worker(name: str, file: int) -> Callable[[], None]:
         def work() -> None:
             for i in range(40):
-                p.set_scale(i, name)
+                p.set_active({n: i if n == name else None for n in NAMES})
                 if i % 8 == 7:
                     adaptc.swap(p, {name: files()[file]}, scale=i)
-            p.set_scale(file + 2, name)
+            p.set_active({n: file + 2 if n == name else None for n in NAMES})
 
         return work
 

@@ -193,7 +193,7 @@ def test_what_is_made_inside_is_as_if_made_outside(mode: str) -> None:
     def inside(x: Tensor) -> Any:
         for p in (called, swapped, strong):
             adaptc.swap(p, adapter)
-        strong.set_scale(0.5)
+        strong.set_active({"default": 0.5})
         kept["bound"] = called.bind(adapter)
         kept["weights"] = called.bind(adapter, form="weight")
         kept["bank"] = called.bank(adapters)
@@ -203,7 +203,9 @@ def test_what_is_made_inside_is_as_if_made_outside(mode: str) -> None:
         if mode == "fake tensors":
             return x  # whose values nothing real computes with
         calls = [called, swapped, strong, kept["bound"], kept["weights"], kept["merged"], kept["module"]]
-        out = [f(x) for f in calls] + [called(x, adapter_scale=0.5)]
+        with called.scaled(0.5):
+            weaker = called(x)
+        out = [*(f(x) for f in calls), weaker]
         out += [b(x, adapters=ROWS) for b in (bank, kept["bank"])]
         return torch.stack(out)
 
@@ -216,7 +218,8 @@ def test_what_is_made_inside_is_as_if_made_outside(mode: str) -> None:
         f(leaf).sum().backward()
         assert float(leaf.grad.abs().max()) > 0  # type: ignore[union-attr]
     torch.testing.assert_close(strong(X), half, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(called(X, adapter_scale=0.5), half, rtol=1e-4, atol=1e-4)
+    with called.scaled(0.5):
+        torch.testing.assert_close(called(X), half, rtol=1e-4, atol=1e-4)
     for b in (bank, kept["bank"]):
         torch.testing.assert_close(b(X, adapters=ROWS), rows, rtol=1e-4, atol=1e-4)
 

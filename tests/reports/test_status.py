@@ -92,9 +92,9 @@ def test_of_other_methods(cls: str, options: dict[str, Any]) -> None:
 
 def test_scales_and_tables() -> None:
     ours, _ = twins(False, **CONFIGS)
-    ours.set_scale(0.5, "style", "layers.0")
+    ours.set_active({"style": 0.5}, "layers.0")
     ours.set_active({"style": 0.5})
-    ours.set_scale(2, "style", "embed")
+    ours.set_active({"style": 2}, "embed")
     status = adaptc.debug.get_model_status(ours)
     assert status.scales == {"style": "irregular", "task": 1.0}
     layers = adaptc.debug.get_layer_status(ours)
