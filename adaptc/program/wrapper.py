@@ -6,23 +6,23 @@ A function that gets such an object works on the program inside. A program that 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Self, TypeVar
 
-from adaptc.binding.binding_scale import ActiveChoice, ModuleChoice
+from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import AdaptcError
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.public_names import warn_renamed
+from adaptc.program.program_scale import AdapterScales
 from adaptc.state.model_directory import write_program_model
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class ProgramWrapper(ABC):
+class ProgramWrapper(AdapterScales):
     """An object that holds a program; the functions of adaptc take a derived class for the program inside."""
 
     @property
@@ -95,50 +95,21 @@ class ProgramWrapper(ABC):
             "with tensors of its own"
         )
 
-    def set_active(self, adapters: ActiveChoice, modules: ModuleChoice = None) -> None:
-        """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_active`."""
-        self.program.set_active(adapters, modules)
+    # -- scales are those of the program inside ------------------------------------------------------------------------
 
-    def set_scale(self, scale: float, adapter: str | None = None, modules: ModuleChoice = None) -> None:
-        """Multiply the scale that an adapter was made with. Deprecated: use :meth:`set_active`."""
-        self.program.set_scale(scale, adapter, modules)
+    def update_binding(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
+        self.program.update_binding(change)
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Return the names of the adapters that act; see :attr:`AdaptedProgram.active_adapters`."""
-        return self.program.active_adapters
-
-    @property
-    def available_adapters(self) -> list[str]:
-        """Return the names of all adapters; see :attr:`AdaptedProgram.available_adapters`."""
-        return self.program.available_adapters
+    def turn_off_adapter(self, spec: BindingSpec, adapter: Binding) -> Binding:
+        return self.program.turn_off_adapter(spec, adapter)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
         return self.program.disabled()
 
     def scaled(self, scale: float | Mapping[str, float | None]) -> AbstractContextManager[None]:
-        """Return a context manager in which calls have other scales; see :meth:`AdaptedProgram.scaled`."""
         return self.program.scaled(scale)
 
-    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
-        """Return :meth:`scaled`, which this is called now."""
-        warn_renamed("rescaled", "scaled")
-        return self.scaled(multiplier)
-
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_adapter`."""
-        self.program.set_adapter(adapter_name)
-
-    def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float | None] | None = None
-    ) -> None:
-        """Let these adapters act with these factors; see :meth:`AdaptedProgram.set_adapters`."""
-        self.program.set_adapters(adapter_names, adapter_weights)
-
-    def disable_adapter(self) -> AbstractContextManager[None]:
-        """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
-        return self.program.disable_adapter()
+    # -- what a package cannot do --------------------------------------------------------------------------------------
 
     def delete_adapter(self, name: str) -> None:
         """Delete one of several adapters; see :meth:`AdaptedProgram.delete_adapter`."""
