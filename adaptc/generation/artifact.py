@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from adaptc.errors import CheckpointError
+from adaptc.generation.compile_generation import make_generator
 from adaptc.generation.description import SPEC_FILE, facts_of, spec_from_package
 from adaptc.generation.generator import Generator
 from adaptc.generation.generator_bank import GeneratorBank
-from adaptc.generation.kinds import make_generator
 from adaptc.packages.manifest import Contents
 from adaptc.packages.package_bank import PackagedBank
 from adaptc.packages.package_report import PackageReport

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,37 @@ from adaptc.generation.modes.all_modes import STATIC
 from adaptc.generation.modes.cache_mode import CacheMode
 from adaptc.generation.modes.step_draw import StepDraw
 from adaptc.generation.modes.step_spec import StepSpec
-from adaptc.generation.step_runner import StepRunner
 from adaptc.passes.analysis.cache_inputs import count_passes
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
+from adaptc.state.program_parts import ProgramPart
+
+
+class StepRunner(Protocol):
+    """What computes steps: a program, a package of one, or an adapter bound to either."""
+
+    @property
+    def binding(self) -> Any:
+        """Return the adapter that calls use."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def snapshot_call(self, scale: Any = None) -> Callable[..., Any]:
+        """Return a callable that keeps the current adapter; ``scale`` is the ``adapter_scale`` of its calls."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class PartsRunner(StepRunner, Protocol):
+    """A package of a program in parts, or an adapter bound to one, or the rows of a bank on such a program."""
+
+    def parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
+        """Return the parts by name, all with the current adapter."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,13 +64,15 @@ class GenerationSpec(StepSpec):
     """The spec of a step program: what its graph does not hold.
 
     ``config`` and ``generation_config`` are copies of the model's. ``tokenizer`` returns the tokenizer that came with
-    the program; None for none. ``cache_mode`` says what a step keeps of earlier tokens.
+    the program; None for none. ``cache_mode`` says what a step keeps of earlier tokens. ``main_input_name`` is the name
+    of the prompts that are read first.
     """
 
     config: Any
     generation_config: Any
     tokenizer: Callable[[], Any] | None = None
     cache_mode: CacheMode = STATIC
+    main_input_name: str = "input_ids"
     #: number of passes -> the spec of the same step with so many
     specs_by_passes: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -91,14 +119,6 @@ def cache_argument_name() -> str:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-def step_output(logits: torch.Tensor, past: Any) -> Any:
-    """Return the logits and the cache of a step as a transformers model output."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    fields: dict[str, Any] = {cache_argument_name(): past}
-    return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]
 
 
 def spec_for_passes(spec: GenerationSpec, runner: StepRunner) -> GenerationSpec:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError
-from adaptc.generation.step_runner import StepRunner
+from adaptc.generation.spec import StepRunner
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.state.bound import BoundProgram, PinnedRunner, program_of

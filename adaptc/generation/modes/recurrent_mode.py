@@ -26,7 +26,7 @@ from torch.export import Dim
 from adaptc.capture.model_state import keyword_only_parameter, patch_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.cache.cache_layout import CacheLayout, StateLayout
-from adaptc.generation.cache.state_cache import state_cache_class
+from adaptc.generation.cache.state_cache import StateCache
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import refuse_token_gates
 from adaptc.generation.modes.cache_mode import CacheMode, Inputs, StepFunction
@@ -47,6 +47,7 @@ class RecurrentMode(CacheMode):
     text_manner = "token by token"
     can_take_back = False
     takes_slots = False
+    cache_type = StateCache
 
     def capture(
         self,
@@ -82,9 +83,6 @@ class RecurrentMode(CacheMode):
             if i in wanted:
                 logits[i] = found
         return torch.cat([logits[i] for i in logit_indices], 1)
-
-    def cache_type(self) -> type[StepCache]:
-        return state_cache_class()
 
     def pad_prefix(self, tensor: Tensor, count: int) -> Tensor:
         """Return the state ``tensor`` as it is: no position of it is empty."""
