@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.generation.arguments import validate
-from adaptc.generation.arguments.step_tokens import StepTokens
+from adaptc.generation.arguments.step_tokens import StepTokens, step_arguments
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import TokenGates, refuse_token_gates
-from adaptc.generation.generator import Generator, step_arguments
+from adaptc.generation.generator import Generator
 from adaptc.generation.prefix.prefix_for import prefix_attachments, with_prefix_arguments
 from adaptc.generation.spec import GenerationSpec, StepRunner, cache_argument_name
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from adaptc.bank.selection import RowSelection
 from adaptc.errors import AdaptcError
 from adaptc.generation.arguments import validate
 from adaptc.generation.arguments.adapter_inputs import pop_step_inputs
-from adaptc.generation.arguments.step_tokens import StepTokens
+from adaptc.generation.arguments.step_tokens import StepTokens, step_arguments
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.description import files_for_package
-from adaptc.generation.generator import Generator, step_arguments
+from adaptc.generation.generator import Generator
 from adaptc.generation.modes.chunked_prefill import last_token_indices
 from adaptc.generation.prefix.prefix_for import count_virtual_tokens, pop_prefix_inputs
 from adaptc.generation.seq2seq import validate_seq2seq as checks
@@ -35,12 +35,10 @@ from adaptc.state.bound import BoundProgram
 from adaptc.state.core import ProgramCore
 from adaptc.state.program_parts import ProgramPart, pin_parts
 
-_NO_INPUTS: Mapping[str, Tensor] = MappingProxyType({})
-
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """What the encoder reads: ``inputs`` with their ``attention_mask``, or its ``outputs`` where it has run."""
+    """The source of an answer: the encoder's ``inputs`` and ``attention_mask``, or its ``outputs`` where it has run."""
 
     inputs: Any
     attention_mask: Tensor | None
@@ -104,9 +102,7 @@ class EncoderDecoder(Generator):
         validate.refuse_unknown(adapter_inputs)
         self.read_source(past, source, source.inputs.shape[0], step_inputs)
 
-    def encode(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, adapter_inputs: Mapping[str, Tensor] = _NO_INPUTS
-    ) -> Tensor:
+    def encode(self, inputs: Tensor, attention_mask: Tensor | None, adapter_inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the encoder's last hidden states (batch, positions, hidden), for a pinned generator.
 
         ``adapter_inputs`` has the inputs that adapters added, by name.

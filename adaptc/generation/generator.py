@@ -22,7 +22,7 @@ from adaptc.generation.arguments import validate
 from adaptc.generation.arguments.adapter_inputs import pop_step_inputs, used_input_names, with_zero_inputs
 from adaptc.generation.arguments.generate_options import check_options
 from adaptc.generation.arguments.step_tokens import StepTokens
-from adaptc.generation.cache.cache_change import CacheChange
+from adaptc.generation.cache.cache_interface import CacheChange
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import gate_names_of_method, refuse_token_gates
 from adaptc.generation.description import files_for_package, spec_to_json
@@ -229,7 +229,7 @@ class Generator(ProgramWrapper):
         inputs, kwargs = pinned.prepare_generation(inputs, kwargs)
         past = kwargs.get(cache_argument_name())
         with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
-            if pinned.recomputes_last and past is not None:
+            if pinned.recomputes_last:
                 past.crop(-1)
             try:
                 with torch.no_grad():
@@ -247,8 +247,7 @@ class Generator(ProgramWrapper):
         Copies of the cache can be continued any number of times.
 
         Args:
-            inputs: the prompts, token ids (batch, tokens). Whisper's encoder reads features (batch, mels, frames). They
-                may be given by the name of the model's main input, too.
+            inputs: the prompts as for :meth:`generate`, or by the name of the model's main input.
             attention_mask: (batch, tokens), zero at padding; None for prompts without padding.
             **adapter_inputs: inputs that an adapter asks for, such as ``task_ids`` (batch,).
 
@@ -312,10 +311,9 @@ class Generator(ProgramWrapper):
         others: dict[str, Any],
         source: Any = None,
     ) -> Any:
-        """Compute the step of the tokens ``new``, for :meth:`forward` of a pinned generator, and write it to ``past``.
+        """Compute the step of the tokens ``new`` for :meth:`forward`, and write it to ``past``, or to a new cache.
 
-        ``past`` None gives a new cache. ``others`` are the further arguments of ``forward``, of which adapters take
-        some. ``source`` is what :meth:`read_source` takes.
+        ``others`` are the further arguments of ``forward``, of which adapters take some.
         """
         rows = new.row_count
         prefix_inputs = {} if past is not None else pop_prefix_inputs(self._runner, others, self.cache_openings)
@@ -348,17 +346,14 @@ class Generator(ProgramWrapper):
         return self if self.is_pinned else self.snapshot_call()
 
     def snapshot_call(self, scale: Any = None) -> Self:
-        """Return a generator that keeps the adapter that is current now, for one call.
-
-        ``scale`` is the ``adapter_scale``.
-        """
+        """Return a generator for one call, which keeps the adapter that is current now; see :meth:`pin`."""
         new = self.shallow_copy()
         new.has_run_step = False
         if not self.is_pinned:
             new.pin(scale)
         return new
 
-    # -- what differs between models with an encoder and without one ---------------------------------------------------
+    # -- what the two kinds do, on a pinned generator ------------------------------------------------------------------
 
     @abstractmethod
     def pin(self, scale: Any) -> None:
@@ -366,10 +361,7 @@ class Generator(ProgramWrapper):
 
     @abstractmethod
     def prepare_generation(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the checked arguments of :meth:`generate`, for a pinned generator.
-
-        Raises AdaptcError for what the program cannot do.
-        """
+        """Return the arguments of :meth:`generate`. Raises AdaptcError for what the program cannot do."""
 
     @abstractmethod
     def read_prompt(
@@ -382,10 +374,7 @@ class Generator(ProgramWrapper):
 
     @abstractmethod
     def compute_logits(self, past: StepCache, new: StepTokens, inputs: dict[str, Tensor]) -> Tensor:
-        """Run the step of the tokens ``new`` on the cache ``past``; returns the logits (batch, kept, vocabulary).
-
-        ``inputs`` are the step's inputs by name, but for those of the cache.
-        """
+        """Run the step of the tokens ``new``, which are in ``inputs``; returns the logits (batch, kept, vocabulary)."""
 
     @abstractmethod
     def step_output(self, logits: Tensor, past: StepCache, returns_cache: bool) -> Any:
@@ -451,15 +440,3 @@ class Generator(ProgramWrapper):
         if tokenizer is None and generation_config.stop_strings is not None:
             tokenizer = self.tokenizer
         return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)  # type: ignore[misc]
-
-
-def step_arguments(name: str, new_tokens: Tensor, positions_name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the next step: ``new_tokens`` as ``name``, their position_ids, and all others.
-
-    Arguments of generation modes, such as a tokenizer, are left out; transformers hands them on to steps.
-    """
-    others = {n: v for n, v in kwargs.items() if n not in validate.MODE_ARGUMENTS}
-    positions, count = others.get(positions_name), new_tokens.shape[1]
-    if positions is not None and positions.shape[-1] != count:
-        others[positions_name] = positions[:, -count:]
-    return {name: new_tokens, **others}

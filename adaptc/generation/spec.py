@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from adaptc.bank.row_adapters import adapter_names_in
 from adaptc.bank.selection import ProgramSelection
-from adaptc.binding.sources.configs import as_config
-from adaptc.errors import AdaptcError
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.cache.step_cache import StepCache
+from adaptc.generation.cache.token_gates import readable_methods
 from adaptc.generation.modes.all_modes import STATIC
 from adaptc.generation.modes.cache_mode import CacheMode
+from adaptc.generation.modes.static_step import StepSpec
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.modes.step_spec import StepSpec
 from adaptc.passes.analysis.cache_inputs import count_passes
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.state.bound import BoundProgram
@@ -34,7 +33,7 @@ from adaptc.state.program_parts import ProgramPart
 
 
 class StepRunner(Protocol):
-    """What computes steps: a program, a package of one, or an adapter bound to either."""
+    """A runner of steps: a program, a package of one, or an adapter bound to either."""
 
     @property
     def binding(self) -> Any:
@@ -135,11 +134,7 @@ def base_pass_method_name(adapters: Sequence[Any]) -> str:
 
     An adapter whose config cannot be read here is passed over.
     """
-    for one in adapters:
-        try:
-            method = as_config(one).method("", "linear")
-        except AdaptcError:  # the compilation raises this error
-            continue
+    for method in readable_methods(adapters):
         if any(c.base_pass is not None for c in method.extra_inputs.coefficients().values()):
             return method.name
     return ""

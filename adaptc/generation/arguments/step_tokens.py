@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -12,6 +13,19 @@ from adaptc.generation.arguments import validate
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.modes.static_step import token_inputs
 from adaptc.generation.spec import GenerationSpec
+
+#: arguments of generation modes, which transformers hands on to steps
+MODE_ARGUMENTS = frozenset(
+    {
+        "tokenizer",
+        "assistant_tokenizer",
+        "assistant_model",
+        "streamer",
+        "synced_gpus",
+        "inputs_tensor",
+        "trust_remote_code",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +96,15 @@ class StepTokens:
             positions = past.next_position_ids(rows, tokens) if self.position_ids is None else self.position_ids
             inputs["position_ids"] = positions.to(past.device).expand(rows, -1).contiguous()
         return inputs
+
+
+def step_arguments(name: str, new_tokens: Tensor, positions_name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the next step: ``new_tokens`` as ``name``, their position_ids, and all others.
+
+    Arguments of generation modes, such as a tokenizer, are left out; transformers hands them on to steps.
+    """
+    others = {n: v for n, v in kwargs.items() if n not in MODE_ARGUMENTS}
+    positions, count = others.get(positions_name), new_tokens.shape[1]
+    if positions is not None and positions.shape[-1] != count:
+        others[positions_name] = positions[:, -count:]
+    return {name: new_tokens, **others}

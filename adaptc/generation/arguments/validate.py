@@ -29,22 +29,10 @@ _UNSUPPORTED = {
 }
 
 _NEEDS_CACHE = "use_cache=False is not taken: the program was captured with a cache. Leave it out"
-#: arguments of generation modes, which transformers hands on to steps
-MODE_ARGUMENTS = frozenset(
-    {
-        "tokenizer",
-        "assistant_tokenizer",
-        "assistant_model",
-        "streamer",
-        "synced_gpus",
-        "inputs_tensor",
-        "trust_remote_code",
-    }
-)
 
 
 def check_generate_arguments(
-    spec: GenerationSpec, inputs: Tensor | None, kwargs: Mapping[str, Any]
+    spec: GenerationSpec, inputs: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], int, bool]:
     """Return the checked arguments of ``generate``, an offset, and whether the last token is computed again.
 
@@ -52,7 +40,6 @@ def check_generate_arguments(
     again where the cache holds the whole prompt, since its logits are needed. Raises AdaptcError for arguments that the
     program or its cache cannot take.
     """
-    kwargs = dict(kwargs)
     past = pop_cache(spec, kwargs)
     ids, inputs_embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
@@ -104,37 +91,23 @@ def check_generate_arguments(
 def pop_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> Any:
     """Remove the cache from the arguments of ``generate``, in place, and return it; None where there is none.
 
-    Sets ``use_cache`` (see :func:`set_use_cache`). Raises AdaptcError for arguments that no program takes.
+    Sets ``use_cache`` to what the program was captured with, which overrides a generation config that training left
+    with ``use_cache=False``. Raises AdaptcError for arguments that no program takes.
     """
     past = kwargs.pop("past_key_values", None)
     past = kwargs.pop("cache", None) if past is None else past
     refuse_unsupported(kwargs)
-    set_use_cache(spec, kwargs)
-    return past
-
-
-def set_use_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> None:
-    """Set ``use_cache`` in the arguments of ``generate``, in place, to what the program was captured with.
-
-    A generation config that training left with ``use_cache=False`` is overridden. Raises AdaptcError where a caller
-    passes ``use_cache=False`` to a program with a cache, or ``return_dict=False``.
-    """
     if kwargs.get("return_dict") is False:
         raise AdaptcError(
             "return_dict=False is not taken by generate, which gives tokens: return_dict_in_generate says whether they "
             "come in an object with scores and the cache"
         )
     kwargs.pop("return_dict", None)
-    if not spec.cache_mode.has_cache:
-        return
-    if kwargs.get("use_cache") is False:
-        raise AdaptcError(_NEEDS_CACHE)
-    kwargs["use_cache"] = True
-
-
-def prepend_ones(count: int, mask: Tensor) -> Tensor:
-    """Prepend ``count`` ones to ``mask`` (batch, tokens); returns (batch, count + tokens)."""
-    return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
+    if spec.cache_mode.has_cache:
+        if kwargs.get("use_cache") is False:
+            raise AdaptcError(_NEEDS_CACHE)
+        kwargs["use_cache"] = True
+    return past
 
 
 def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:

@@ -18,9 +18,8 @@ from torch.nn.functional import pad
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.cache.step_cache import StepCache, as_transformers_cache
-from adaptc.generation.modes.static_step import StepExample
+from adaptc.generation.modes.static_step import StepExample, StepSpec
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.modes.step_spec import StepSpec
 
 #: computes the logits (batch, kept, vocabulary) from the inputs of a step program, by name
 StepFunction = Callable[..., Tensor]

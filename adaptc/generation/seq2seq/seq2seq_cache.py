@@ -73,8 +73,6 @@ class CrossCache(StepCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.decoded_length
 
-    get_query_offset = get_seq_length
-
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove + self.prefix_length if tokens_to_remove > 0 else tokens_to_remove)
 

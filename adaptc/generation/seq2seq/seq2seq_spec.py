@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import CaptureError, ConfigError
-from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.cache.step_cache import as_transformers_cache
 from adaptc.generation.modes.step_draw import StepDraw
@@ -31,30 +30,18 @@ __all__ = ["CROSS_PREFIX", "Seq2SeqSpec", "refuse_composite_model", "decoder_len
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Seq2SeqSpec(GenerationSpec):
+class Seq2SeqSpec(GenerationSpec, EncoderDescription):
     """The spec of an encoder-decoder's program: what its graph does not hold.
 
-    The encoder reads tokens, or features of the shape ``feature_shape`` without the batch. ``max_source_length`` is the
-    most tokens that it reads; None for any number. ``cross_layout`` is the layout of the cross-attention's keys and
-    values. ``encoder_hidden_size`` is the width of the encoder's states. ``conv_strides`` are those of whisper's
-    convolutions.
+    ``max_source_length`` is the most tokens that the encoder reads; None for any number. ``encoder_hidden_size`` is the
+    width of its states.
     """
 
-    feature_shape: tuple[int, ...] | None
     max_source_length: int | None
-    cross_layout: CacheLayout
     encoder_hidden_size: int
-    conv_strides: tuple[int, int]
-
-    @property
-    def encoder_description(self) -> EncoderDescription:
-        """Return the description of the model's encoder with which it is captured."""
-        return EncoderDescription(
-            self.main_input_name, self.feature_shape, self.conv_strides, self.layout, self.cross_layout
-        )
 
     def capture(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return captured_as_seq2seq_step(model, self.encoder_description)
+        return captured_as_seq2seq_step(model, self)
 
     def new_cache(self, device: torch.device, prefix: CachePrefix | None = None) -> CrossCache:
         """Return a cache that holds nothing but ``prefix``.

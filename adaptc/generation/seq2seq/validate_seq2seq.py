@@ -16,7 +16,6 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError
 from adaptc.generation.arguments import validate
-from adaptc.generation.arguments.validate import prepend_ones
 from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_input_names
 from adaptc.generation.seq2seq.seq2seq_cache import CrossCache, check_equal_rows
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
@@ -189,4 +188,5 @@ def encoder_states_mask(runner: StepRunner, states: Any, mask: Any) -> Any:
         or mask.ndim != 2
     ):
         return mask
-    return prepend_ones(max(states.shape[1] - mask.shape[1], 0), mask)
+    count = max(states.shape[1] - mask.shape[1], 0)
+    return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
