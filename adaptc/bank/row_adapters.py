@@ -43,6 +43,21 @@ def parse_row_adapters(adapters: Any) -> Mixes:
     return tuple(_parse_mix(i, one) for i, one in enumerate(adapters))
 
 
+def parse_prompt_adapters(adapters: Any, prompts: Any) -> Mixes:
+    """Return the mixes of ``adapters``, which has an entry for each of ``prompts`` (batch, ...), as
+    :func:`parse_row_adapters` does.
+
+    Raises AdaptcError where there are not as many entries as prompts.
+    """
+    mixes = parse_row_adapters(adapters)
+    if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != len(mixes):
+        raise AdaptcError(
+            f"adapters has {len(mixes)} entries, and there are {prompts.shape[0]} prompts: give one for each, None for "
+            "the base"
+        )
+    return mixes
+
+
 def _parse_mix(row: int, entry: Any) -> dict[str, float]:
     if entry is None:
         return {}

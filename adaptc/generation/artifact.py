@@ -12,9 +12,9 @@ from adaptc.archives.archive import read_sidecar
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.bank.bank import Bank
 from adaptc.errors import CheckpointError
+from adaptc.generation.compile_generation import make_generator
 from adaptc.generation.description import SPEC_FILE, facts_of, spec_from_package
 from adaptc.generation.generator import Generator
-from adaptc.generation.kinds import make_generator
 from adaptc.packages.manifest import Contents
 from adaptc.packages.package_placement import bank_of_package
 from adaptc.packages.package_report import PackageReport

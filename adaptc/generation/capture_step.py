@@ -8,7 +8,7 @@ knows of. Such a model must never give wrong tokens, so each step is run on a te
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,10 @@ from adaptc.errors import AdaptcWarning, CaptureError, ConfigError, TargetError
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.modes.all_modes import Candidate, candidates
 from adaptc.generation.modes.static_step import StepExample
+from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
+from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, decoder_inputs
 from adaptc.generation.spec import GenerationSpec
+from adaptc.passes.graph.subprogram import extract_subprogram
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import CompilePlan
 from adaptc.progress import stage
@@ -31,6 +34,8 @@ _MAX_MESSAGE = 300
 #: the most tokens of the text that steps are checked with; sliding windows that are shorter are exceeded
 _TOKENS = 24
 _ROWS, _PADDING = 2, 3
+#: the tokens of an encoder-decoder's answer, and of the text that its encoder reads
+_DECODER_TOKENS, _SOURCE_LENGTH, _SOURCE_PADDING = 8, 6, 2
 
 
 def capture_step(
@@ -88,7 +93,7 @@ def capture_step(
         )
         try:
             with stage(f"checking {mode.step_name} against {name}"):
-                check_step_matches_model(model, partial(run_graph, captured), spec)
+                check_step_matches_model(model, captured, spec)
         except CaptureError as error:
             failures.append(error)
             continue
@@ -137,41 +142,66 @@ def _shortened_message(error: CaptureError) -> str:
 
 
 @torch.no_grad()
-def check_step_matches_model(model: Any, step: Callable[..., Tensor], spec: GenerationSpec) -> None:
-    """Raise CaptureError where the logits of ``step`` differ from the model's for tokens that are no padding.
+def check_step_matches_model(model: Any, program: ExportedProgram, spec: GenerationSpec) -> None:
+    """Raise CaptureError where the logits of a program's steps differ from the model's for tokens that are no padding.
 
-    ``step`` is called with the inputs of the step program. Nothing is checked on the meta device, nor for a program of
-    at most five positions.
+    ``program`` is the captured step, or the three parts of an encoder-decoder, whose encoder reads padding. Nothing is
+    checked on the meta device, nor for a program of too few positions.
     """
-    device = next(model.parameters()).device
-    length = min(_TOKENS, spec.max_length)
-    if device.type == "meta" or length <= _PADDING + 2:
+    parameter, is_seq2seq = next(model.parameters()), isinstance(spec, Seq2SeqSpec)
+    tokens, padding = (_DECODER_TOKENS, 0) if is_seq2seq else (_TOKENS, _PADDING)
+    length = min(tokens, spec.max_length)
+    if parameter.device.type == "meta" or length <= padding + 2:
         return
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, spec.vocab_size, (_ROWS, length), generator=draw).to(device)
+    ids = torch.randint(0, spec.vocab_size, (_ROWS, length), generator=draw).to(parameter.device)
     mask = torch.ones_like(ids)
-    mask[0, :_PADDING] = 0
+    mask[0, :padding] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    given: dict[str, Tensor] = {"position_ids": positions} if spec.takes_position_ids else {}
-    expected = run_model(model, input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
-    found = torch.cat([step(**i) for i in spec.cache_mode.check_inputs(spec, ids, mask, positions)], 1)
+    name, step = type(model).__name__, partial(run_graph, program)
+    text: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
+    what, so = f"{spec.cache_mode.text_manner} what it says itself", "as a step"
+    if isinstance(spec, Seq2SeqSpec):
+        source = _draw_source(spec, draw, parameter)
+        step = _decoder_step(program, spec, source)
+        text, what, so = (
+            {**source, "decoder_input_ids": ids},
+            "in steps what it says at once",
+            "as an encoder and a step",
+        )
+    elif spec.takes_position_ids:
+        text["position_ids"] = positions
     seen = mask.bool()
-    check_logits(
-        found[seen],
-        expected[seen],
-        spec,
-        f"{type(model).__name__} does not say {spec.cache_mode.text_manner} what it says itself",
-        "so it cannot be captured as a step",
-    )
-
-
-def check_logits(found: Tensor, expected: Tensor, spec: GenerationSpec, what: str, so: str) -> None:
-    """Raise CaptureError where the logits ``found`` of a program are not the model's, ``expected``.
-
-    The message says ``what`` differs, how far, and what follows, ``so``.
-    """
+    expected = run_model(model, **text, use_cache=False).logits[seen]
+    found = torch.cat([step(**i) for i in spec.cache_mode.check_inputs(spec, ids, mask, positions)], 1)[seen]
     error, size = (found.float() - expected.float()).abs().max(), expected.float().abs().max()
     # Both compute with the same kernels; a wrong mask or position shows in the first digits.
     allowed = (1e-3 if spec.layout.dtype.itemsize >= 4 else 0.1) * size
     if not bool(error <= allowed):
-        raise CaptureError(f"{what} (logits differ by {float(error):.3g}), {so}")
+        raise CaptureError(
+            f"{name} does not say {what} (logits differ by {float(error):.3g}), so it cannot be captured {so}"
+        )
+
+
+def _draw_source(spec: Seq2SeqSpec, draw: torch.Generator, like: Tensor) -> dict[str, Tensor]:
+    """Draw what an encoder reads, on the device of ``like``: tokens with padding, or features of its dtype."""
+    if spec.feature_shape is not None:
+        return {spec.main_input_name: torch.randn(_ROWS, *spec.feature_shape, generator=draw).to(like)}
+    ids = torch.randint(0, spec.vocab_size, (_ROWS, _SOURCE_LENGTH), generator=draw).to(like.device)
+    mask = torch.ones_like(ids)
+    mask[0, :_SOURCE_PADDING] = 0
+    return {spec.main_input_name: ids, "attention_mask": mask}
+
+
+def _decoder_step(program: ExportedProgram, spec: Seq2SeqSpec, source: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """Return a callable of the decoder's steps, after the program's other parts have read ``source``."""
+    parts = {name: extract_subprogram(program, outputs) for name, outputs in spec.part_outputs.items()}
+
+    def run(name: str, values: Mapping[str, Tensor]) -> Any:
+        takes = parts[name].call_spec.in_spec.children()[1].context  # type: ignore[union-attr]
+        return run_graph(parts[name], **{n: values[n] for n in takes})
+
+    known: dict[str, Tensor] = {**source, **run("encode", source)}
+    known |= run("cross", known)
+    known[STATES_MASK] = known.get("attention_mask", known[STATES].new_ones(known[STATES].shape[:2], dtype=torch.int64))
+    return lambda **inputs: run("step", known | decoder_inputs(inputs))["logits"]

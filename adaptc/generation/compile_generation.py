@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,21 +21,23 @@ from adaptc.capture.where_made import match_inference_mode
 from adaptc.errors import CaptureError, ConfigError, short_repr
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.token_gates import gate_names_of_adapters, refuse_token_gates
-from adaptc.generation.capture_step import capture_step
+from adaptc.generation.capture_step import capture_step, check_step_matches_model
+from adaptc.generation.causal_generator import CausalGenerator
+from adaptc.generation.encoder_decoder import EncoderDecoder, Whisper
 from adaptc.generation.generator import Generator
-from adaptc.generation.kinds import make_generator
-from adaptc.generation.modes.static_step import StepExample
 from adaptc.generation.prefix.prefix_for import check_step_takes_prefix
-from adaptc.generation.seq2seq.check_seq2seq import check_seq2seq_matches_model
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec, decoder_length, encoder_length, refuse_composite_model
 from adaptc.generation.seq2seq.seq2seq_step import STATES, EncoderDescription, captured_as_seq2seq_step
-from adaptc.generation.spec import base_pass_method_name
+from adaptc.generation.spec import GenerationSpec, base_pass_method_name
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.compile_program import CompilePlan, build_program, plan_adapters
+from adaptc.program.compile_program import build_program, plan_adapters
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import validates_options
+
+G = TypeVar("G", bound=Generator)
 
 
 @validates_options("adapter_name", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator")
@@ -142,7 +145,7 @@ def _compile(
     values = plan_options.pop("generator")
     program, spec = capture_step(
         model,
-        lambda step: _plan_step(model, adapter, options, step, plan_options),
+        lambda step: plan_adapters(model, adapter, options, **vars(step), **plan_options),
         lambda step: build_program(AdaptedProgram, step, options, values),
         lambda layout, length: _spec_fields(model, layout, max_batch, length),
         _resolve_max_length(max_length, position_count),
@@ -166,31 +169,36 @@ def _compile_seq2seq(
     name, generator = type(model).__name__, plan_options.pop("generator")
     with stage(f"capturing {name} as an encoder and a step"), captured_as_seq2seq_step(model, description) as step:
         try:
-            planned_step = _plan_step(model, adapter, options, step, plan_options)
+            planned_step = plan_adapters(model, adapter, options, **vars(step), **plan_options)
         except CaptureError as error:
             raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
     spec = Seq2SeqSpec(
-        **_spec_fields(model, description.self_layout, max_batch, length),
+        **_spec_fields(model, description.layout, max_batch, length) | vars(description),
         takes_position_ids="decoder_position_ids" in step.example_inputs,
         takes_inputs_embeds=False,
-        main_input_name=description.main_input_name,
-        feature_shape=description.feature_shape,
         max_source_length=None if description.feature_shape else encoder_length(config),
-        cross_layout=description.cross_layout,
         encoder_hidden_size=step.example_inputs[STATES].shape[-1],
-        conv_strides=description.conv_strides,
     )
     with stage(f"checking the encoder and the step against {name}"):
-        check_seq2seq_matches_model(model, planned_step.captured.program, spec)
+        check_step_matches_model(model, planned_step.captured.program, spec)
     return make_generator(build_program(AdaptedProgram, planned_step, options, generator), spec)
 
 
-def _plan_step(
-    model: nn.Module, adapter: Any, options: RunOptions, step: StepExample, plan_options: Mapping[str, Any]
-) -> CompilePlan:
-    return plan_adapters(
-        model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **plan_options
-    )
+def make_generator(runner: AdaptedProgram | PackagedProgram, spec: GenerationSpec) -> Generator:
+    """Return the generator that runs ``runner``: a program, or a package of one."""
+    if not isinstance(spec, Seq2SeqSpec):
+        return _as_transformers_model(CausalGenerator)(runner, spec)
+    return _as_transformers_model(EncoderDecoder if spec.feature_shape is None else Whisper)(runner, spec)
+
+
+@cache
+def _as_transformers_model(cls: type[G]) -> type[G]:
+    """Return a class of generators as a subclass of ``transformers.GenerationMixin``, or of whisper's."""
+    from transformers import GenerationMixin
+    from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
+
+    mixin = WhisperGenerationMixin if issubclass(cls, Whisper) else GenerationMixin
+    return type(cls.__name__, (cls, mixin), {"__module__": cls.__module__})
 
 
 def _spec_fields(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:

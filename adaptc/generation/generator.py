@@ -1,7 +1,8 @@
-"""Hold what all generators share: the program inside, the pinned adapter of a call, and transformers' ``generate``.
+"""Generate by transformers' ``generate``, with the adapter that is current when a call begins.
 
-``causal_generator`` and ``encoder_decoder`` derive the two kinds, which say how a prompt becomes a cache and
-how a step is computed.
+A call of ``generate`` keeps that adapter to its end, whatever is swapped meanwhile. The cache belongs to the call, or
+to its caller. ``causal_generator`` and ``encoder_decoder`` derive the two kinds of generators, which say how a prompt
+becomes a cache and how a step is computed.
 """
 
 from __future__ import annotations
@@ -9,34 +10,39 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from adaptc.bank.bank import Bank
-from adaptc.bank.row_adapters import parse_row_adapters
+from adaptc.bank.row_adapters import parse_prompt_adapters
 from adaptc.bank.stack_placement import make_bank
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.generation.arguments import validate
-from adaptc.generation.arguments.adapter_inputs import used_input_names, with_zero_inputs
-from adaptc.generation.cache.cache_change import CacheChange
+from adaptc.generation.arguments.adapter_inputs import pop_step_inputs, with_zero_inputs
+from adaptc.generation.arguments.generate_options import check_options
+from adaptc.generation.arguments.step_tokens import StepTokens
+from adaptc.generation.cache.cache_interface import CacheChange
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import gate_names_of_method, refuse_token_gates
 from adaptc.generation.description import files_for_package, spec_to_json
 from adaptc.generation.modes.step_draw import draw_examples, draw_probe_steps
-from adaptc.generation.spec import GenerationSpec, cache_argument_name, spec_for_passes
-from adaptc.generation.step_runner import StepRunner
+from adaptc.generation.prefix.prefix_for import pop_prefix_inputs, prefix_for
+from adaptc.generation.spec import GenerationSpec, StepRunner, cache_argument_name, spec_for_passes
+from adaptc.generation.transformers_model import TransformersModel
+from adaptc.passes.protocol.program_method import PREFIX_FUNCTIONS
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
+from adaptc.runtime.calls.output_form import apply_return_dict
 from adaptc.state.core import ProgramCore
 from adaptc.state.overrides import SCALE_KEYWORD, scaling_of_call
-from adaptc.state.runner import Runner
+from adaptc.state.runner import ProgramPart, Runner
 
 
-class Generator(ProgramWrapper):
+class Generator(TransformersModel, ProgramWrapper):
     """A generator over a program, made by ``adaptc.compile_for_generation``.
 
     ``config`` and ``generation_config`` are copies of the model's.
@@ -47,19 +53,25 @@ class Generator(ProgramWrapper):
         torch.Size([2, 10])
     """
 
-    # What transformers asks of a model's class.
-    main_input_name = "input_ids"
-    base_model_prefix = "model"
-    input_modalities = ("text",)
-    _is_stateful = False
+    #: the kinds of virtual tokens that a cache begins with (see ``prefix_for``)
+    cache_openings: ClassVar[Sequence[str]] = PREFIX_FUNCTIONS
 
     def __init__(self, runner: StepRunner, spec: GenerationSpec) -> None:
         #: a program, a package of one, or an adapter bound to either
         self._runner: StepRunner = runner
         self.spec = spec_for_passes(spec, runner)
         self.config, self.generation_config = spec.config, spec.generation_config
+        self.main_input_name = spec.main_input_name
+        #: what computes a step with the pinned adapter; None outside of a call
+        self.step: Callable[..., Any] | ProgramPart | None = None
+        #: whether this object is of one generation, which has checked its tokens and owns its cache
+        self.is_generating = False
         #: whether this generation has computed a step
         self.has_run_step = False
+        #: the number of cache positions whose tokens are not part of the ids
+        self.offset = 0
+        #: whether the cache holds the whole prompt, whose last token is computed again for its logits, in its place
+        self.recomputes_last = False
 
     # -- the program inside --------------------------------------------------------------------------------------------
 
@@ -173,17 +185,7 @@ class Generator(ProgramWrapper):
             raise AdaptcError(
                 "adapters= names adapters of a bank: make one with bank = gen.bank({...}), and call bank.generate"
             )
-        mixes = parse_row_adapters(adapters)
-        if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != len(mixes):
-            raise AdaptcError(
-                f"adapters has {len(mixes)} entries, and there are {prompts.shape[0]} prompts: give one for each, None "
-                "for the base"
-            )
-        return self.with_runner(self._runner.select_rows(mixes))
-
-    def _is_of_bank(self, kwargs: Mapping[str, Any]) -> bool:
-        """Return whether a call of ``generate`` or ``prefill`` has adapters for each prompt, or must have them."""
-        return "adapters" in kwargs or isinstance(self._runner, Bank)
+        return self.with_runner(self._runner.select_rows(parse_prompt_adapters(adapters, prompts)))
 
     @property
     def base(self) -> Self:
@@ -221,7 +223,6 @@ class Generator(ProgramWrapper):
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate as transformers' ``generate`` does, with the adapter that is current at the call.
 
@@ -230,8 +231,10 @@ class Generator(ProgramWrapper):
             generation_config: transformers' options.
             **kwargs: transformers' further options. ``past_key_values`` (or ``cache``) is a cache of :meth:`prefill` or
                 of an earlier call, to continue from. The ids of a decoder then begin with the tokens that the cache
-                holds. The call writes to the cache; ``cache.copy()`` keeps it as it was. Inputs that an adapter asks
-                for, such as ``task_ids``, have a value for each prompt.
+                holds. A model without an encoder also takes the new tokens alone, with an ``attention_mask`` for all.
+                The call writes to the cache; ``cache.copy()`` keeps it as it was. Inputs that an adapter asks for,
+                such as ``task_ids``, have a value for each prompt. ``encoder_outputs`` takes the place of an encoder's
+                input, together with the mask. ``adapters`` has an entry for each prompt, for a generator of a bank.
 
         Returns:
             what transformers returns: token ids (batch, tokens), or an output object.
@@ -239,15 +242,37 @@ class Generator(ProgramWrapper):
         Raises:
             AdaptcError: the program cannot do it. Nothing was decoded, and no cache was written to.
         """
+        if "adapters" in kwargs or isinstance(self._runner, Bank):
+            named = (kwargs.get(n) for n in (self.main_input_name, "inputs_embeds"))
+            prompts = next((t for t in (inputs, *named) if t is not None), None)
+            rows = self.for_rows(kwargs.pop("adapters", ...), prompts)
+            return rows.generate(inputs, generation_config, **kwargs)
+        check_options(kwargs, generation_config, self.spec.vocab_size)
+        with self.pop_scale(kwargs):
+            pinned = self.snapshot_call()
+        pinned.is_generating = True
+        inputs, kwargs = pinned.prepare_generation(inputs, kwargs)
+        past = kwargs.get(cache_argument_name())
+        with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
+            if pinned.recomputes_last:
+                past.crop(-1)
+            try:
+                with torch.no_grad():
+                    return super(Generator, pinned).generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+            except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
+                if pinned.has_run_step or isinstance(error, AdaptcError):
+                    raise
+                raise ConfigError(str(error)) from error  # transformers refused an argument
 
-    @abstractmethod
-    def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None, **adapter_inputs: Any) -> StepCache:
+    def prefill(
+        self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **adapter_inputs: Any
+    ) -> StepCache:
         """Return the cache of a prompt, from which :meth:`generate` continues.
 
         Copies of the cache can be continued any number of times.
 
         Args:
-            inputs: the prompts, token ids (batch, tokens). Whisper's encoder reads features (batch, mels, frames).
+            inputs: the prompts as for :meth:`generate`, or by the name of the model's main input.
             attention_mask: (batch, tokens), zero at padding; None for prompts without padding.
             **adapter_inputs: inputs that an adapter asks for, such as ``task_ids`` (batch,).
 
@@ -257,8 +282,16 @@ class Generator(ProgramWrapper):
         Raises:
             AdaptcError: the prompts do not fit the program, or the adapter's inputs are wrong.
         """
+        inputs = validate.pop_main_input(self.spec, inputs, adapter_inputs)
+        if "adapters" in adapter_inputs or isinstance(self._runner, Bank):
+            rows = self.for_rows(adapter_inputs.pop("adapters", ...), inputs)
+            return rows.prefill(inputs, attention_mask, **adapter_inputs)
+        pinned = self.snapshot_call()
+        past = pinned.new_cache(**pop_prefix_inputs(self._runner, adapter_inputs, self.cache_openings))
+        with torch.no_grad():
+            pinned.read_prompt(past, inputs, attention_mask, adapter_inputs)
+        return past
 
-    @abstractmethod
     def new_cache(self, **adapter_inputs: Any) -> StepCache:
         """Return a cache that holds nothing but the virtual tokens of the current adapter.
 
@@ -271,6 +304,10 @@ class Generator(ProgramWrapper):
         Raises:
             AdaptcError: the adapter lacks an input, or does not take one.
         """
+        step = self.as_pinned().step
+        assert step is not None
+        prefix = prefix_for(self._runner, step, self.spec, self.device, adapter_inputs, self.cache_openings)
+        return self.spec.new_cache(self.device, prefix)
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -291,17 +328,53 @@ class Generator(ProgramWrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
-    @property
-    @abstractmethod
-    def is_pinned(self) -> bool:
-        """Return whether this object is of one generation, whose adapter it keeps."""
+    def run_step(
+        self,
+        new: StepTokens,
+        past: Any,
+        *,
+        use_cache: bool | None,
+        returns_cache: bool,
+        return_dict: bool | None,
+        others: dict[str, Any],
+        source: Any = None,
+    ) -> Any:
+        """Compute the step of the tokens ``new`` for :meth:`forward`, and write it to ``past``, or to a new cache.
 
-    @abstractmethod
-    def pin(self) -> None:
-        """Keep the adapter that is current now, on this object."""
+        ``others`` are the further arguments of ``forward``, of which adapters take some.
+        """
+        rows = new.row_count
+        prefix_inputs = {} if past is not None else pop_prefix_inputs(self._runner, others, self.cache_openings)
+        adapter_inputs = pop_step_inputs(self._runner, others, rows) if rows else {}
+        validate.check_forward_arguments(use_cache if returns_cache else None, others)
+        new.check_tokens(self.spec)
+        if past is None:
+            past = self.new_cache(**prefix_inputs)
+            new = new.after_prefix_of(past)
+        else:
+            past = validate.as_own_cache(self.spec, past)
+            past.check_finished(is_own_generation=self.is_generating)
+            past.check_rows(rows)
+        new.check(self.spec, past)
+        with CacheChange(past):
+            self.read_source(past, source, rows, adapter_inputs)
+            inputs = new.write_to(past, self.spec, self.device) | adapter_inputs
+            self.has_run_step = True
+            logits = self.compute_logits(past, new, inputs)
+            past.resize_rings(1)
+            return apply_return_dict(self.step_output(logits, past, returns_cache), return_dict)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Return whether this object is of one call, whose adapter it keeps."""
+        return self.step is not None
+
+    def as_pinned(self) -> Self:
+        """Return this generator where it is pinned already; else one that keeps the adapter that is current now."""
+        return self if self.is_pinned else self.snapshot_call()
 
     def snapshot_call(self) -> Self:
-        """Return a generator that keeps the adapter that is current now, for one generation."""
+        """Return a generator for one call, which keeps the adapter that is current now; see :meth:`pin`."""
         new = self.shallow_copy()
         new.has_run_step = False
         if not self.is_pinned:
@@ -324,75 +397,29 @@ class Generator(ProgramWrapper):
             )
         return scaling_of_call(self._runner, scale, "generator.generate")
 
-    def run_generate(
-        self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], recomputes_last: bool = False
-    ) -> Any:
-        """Return what transformers' ``generate`` gives, for a pinned generator.
+    # -- what the two kinds do, on a pinned generator ------------------------------------------------------------------
 
-        ``recomputes_last`` says that the cache holds the whole prompt. Its last token is then computed again for its
-        logits, which overwrites that position.
-        """
-        past = kwargs.get(cache_argument_name())
-        with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
-            if recomputes_last and past is not None:
-                past.crop(-1)
-            try:
-                with torch.no_grad():
-                    return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-            except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
-                if self.has_run_step or isinstance(error, AdaptcError):
-                    raise
-                raise ConfigError(str(error)) from error  # transformers refused an argument
+    @abstractmethod
+    def pin(self) -> None:
+        """Keep the adapter that is current now, in :attr:`step`."""
 
-    def own_cache(self, past: Any, rows: int | None = None) -> StepCache:
-        """Return ``past`` as a cache with ``rows`` rows that this generator may write to; None for any number.
+    @abstractmethod
+    def prepare_generation(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return the arguments of :meth:`generate`. Raises AdaptcError for what the program cannot do."""
 
-        Raises AdaptcError for a cache of another program, and for one that another call writes to.
-        """
-        found = validate.as_own_cache(self.spec, past, rows)
-        found.check_finished(is_own_generation=self.is_pinned)
-        return found
+    @abstractmethod
+    def read_prompt(
+        self, past: StepCache, inputs: Tensor | None, attention_mask: Tensor | None, adapter_inputs: dict[str, Any]
+    ) -> None:
+        """Read a prompt into ``past``, a new cache, for :meth:`prefill`."""
 
-    # -- what transformers asks of a model -----------------------------------------------------------------------------
+    def read_source(self, past: StepCache, source: Any, rows: int, adapter_inputs: Mapping[str, Tensor]) -> None:
+        """Let ``past`` hold what an encoder makes of ``source``, before a step of ``rows`` rows."""
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise AdaptcError: continuous batching runs the layers of a model, with a paged cache."""
-        raise AdaptcError(
-            "generate_batch needs the layers of a model: give gen.generate rows that are padded on the left"
-        )
+    @abstractmethod
+    def compute_logits(self, past: StepCache, new: StepTokens, inputs: dict[str, Tensor]) -> Tensor:
+        """Run the step of the tokens ``new``, which are in ``inputs``; returns the logits (batch, kept, vocabulary)."""
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return True
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return True
-
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        return False
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        return {}
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        own = used_input_names(self._runner).values()
-        super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in own})  # type: ignore[misc]
-
-    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None) -> Any:
-        if tokenizer is None and generation_config.stop_strings is not None:
-            tokenizer = self.tokenizer
-        return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)  # type: ignore[misc]
-
-
-def step_arguments(name: str, new_tokens: Tensor, positions_name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the next step: ``new_tokens`` as ``name``, their position_ids, and all others.
-
-    Arguments of generation modes, such as a tokenizer, are left out; transformers hands them on to steps.
-    """
-    others = {n: v for n, v in kwargs.items() if n not in validate.MODE_ARGUMENTS}
-    positions, count = others.get(positions_name), new_tokens.shape[1]
-    if positions is not None and positions.shape[-1] != count:
-        others[positions_name] = positions[:, -count:]
-    return {name: new_tokens, **others}
+    @abstractmethod
+    def step_output(self, logits: Tensor, past: StepCache, returns_cache: bool) -> Any:
+        """Return the result of a step as transformers' output object."""

@@ -11,25 +11,41 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from adaptc.bank.row_adapters import RowSelection
-from adaptc.binding.sources.configs import as_config
-from adaptc.errors import AdaptcError
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.cache.step_cache import StepCache
+from adaptc.generation.cache.token_gates import readable_methods
 from adaptc.generation.modes.all_modes import STATIC
 from adaptc.generation.modes.cache_mode import CacheMode
+from adaptc.generation.modes.static_step import StepSpec
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.modes.step_spec import StepSpec
-from adaptc.generation.step_runner import StepRunner
 from adaptc.passes.analysis.cache_inputs import count_passes
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.state.core import ProgramCore
-from adaptc.state.runner import program_of
+from adaptc.state.runner import Runner, program_of
+
+
+class StepRunner(Protocol):
+    """A runner of steps: a program, a package of one, an adapter bound to either, or a bank."""
+
+    @property
+    def binding(self) -> Any:
+        """Return the adapter that calls use."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def snapshot_call(self) -> Runner:
+        """Return a runner that keeps the current adapter."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,13 +53,15 @@ class GenerationSpec(StepSpec):
     """The spec of a step program: what its graph does not hold.
 
     ``config`` and ``generation_config`` are copies of the model's. ``tokenizer`` returns the tokenizer that came with
-    the program; None for none. ``cache_mode`` says what a step keeps of earlier tokens.
+    the program; None for none. ``cache_mode`` says what a step keeps of earlier tokens. ``main_input_name`` is the name
+    of the prompts that are read first.
     """
 
     config: Any
     generation_config: Any
     tokenizer: Callable[[], Any] | None = None
     cache_mode: CacheMode = STATIC
+    main_input_name: str = "input_ids"
     #: number of passes -> the spec of the same step with so many
     specs_by_passes: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -92,14 +110,6 @@ def cache_argument_name() -> str:
     return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def step_output(logits: torch.Tensor, past: Any) -> Any:
-    """Return the logits and the cache of a step as a transformers model output."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    fields: dict[str, Any] = {cache_argument_name(): past}
-    return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]
-
-
 def spec_for_passes(spec: GenerationSpec, runner: StepRunner) -> GenerationSpec:
     """Return the spec with the cache layout that ``runner`` needs: a program, a package, or what is bound to
     either."""
@@ -117,11 +127,7 @@ def base_pass_method_name(adapters: Sequence[Any]) -> str:
 
     An adapter whose config cannot be read here is passed over.
     """
-    for one in adapters:
-        try:
-            method = as_config(one).method("", "linear")
-        except AdaptcError:  # the compilation raises this error
-            continue
+    for method in readable_methods(adapters):
         if any(c.base_pass is not None for c in method.extra_inputs.coefficients().values()):
             return method.name
     return ""

@@ -21,7 +21,7 @@ import torch
 
 import adaptc
 from adaptc.generation.cache.cache_layout import CacheLayout
-from adaptc.generation.cache.step_cache import cache_class
+from adaptc.generation.cache.step_cache import StepCache, as_transformers_cache
 from adaptc.tables import format_bytes
 from tests.benchmarks.against_peft import Sides
 from tests.benchmarks.harness import Row, interleave, machine, markdown
@@ -149,7 +149,7 @@ def memory(positions: int = 8192) -> str:
         theirs = transformers.StaticCache(config=config, max_cache_len=positions)
         heads, dim = cache["num_key_value_heads"], cache["head_dim"]
         theirs.early_initialization(1, heads, dim, torch.bfloat16, torch.device("cpu"))
-        ours = cache_class()(layout, None, positions, torch.device("cpu"), layout.sliding_window)
+        ours = as_transformers_cache(StepCache)(layout, None, positions, torch.device("cpu"), layout.sliding_window)
         ours.reserve(1, positions)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
         lines.append(

@@ -147,7 +147,7 @@ def test_a_step_that_raised_leaves_no_mask_behind(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(gen.program), "__call__", fail)
+        patch.setattr(type(gen.program), "snapshot_call", lambda *args, **kwargs: fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             gen.forward(new, torch.tensor([[1] * 5 + [0, 0], [1] * 7]), past_key_values=past)
     assert past.length == 5

@@ -16,7 +16,8 @@ import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig, prefixes
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache.cache_layout import State, StateLayout, cache_from_output
-from adaptc.generation.cache.state_cache import state_cache_class
+from adaptc.generation.cache.state_cache import StateCache
+from adaptc.generation.cache.step_cache import as_transformers_cache
 from adaptc.generation.spec import cache_argument_name
 from tests.support.chats import tokenizer
 from tests.support.cover import examples
@@ -147,7 +148,7 @@ def test_caches_of_generators():
         take(gen.base.prefill(ids.expand(2, -1)), num_virtual_tokens=1)
     states = StateLayout((), torch.float32, states=(State(0, "conv_states", 0, (3,), torch.float32),))
     with pytest.raises(AdaptcError, match="keeps states"):
-        take(state_cache_class()(states, None, 9, torch.device("cpu")), num_virtual_tokens=1)
+        take(as_transformers_cache(StateCache)(states, None, 9, torch.device("cpu")), num_virtual_tokens=1)
     sliding = generator("mistral")
     past = sliding.base.prefill(words(40))
     sliding.base.forward(words(1), past_key_values=past)

@@ -49,7 +49,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_bad_input(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, how, message = BAD[what]
     gen, steps = generator(), []
-    monkeypatch.setattr(type(gen.program), "__call__", lambda *args, **kwargs: steps.append(1))
+    monkeypatch.setattr(type(gen.spec.cache_mode), "run", lambda *args, **kwargs: steps.append(1))
     with pytest.raises(adaptc.AdaptcError, match=message):
         generated(gen, given, **how)
     assert not steps

@@ -16,7 +16,7 @@ from adaptc.chat.active_adapter import ActiveAdapter
 from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.generation.cache import sliding_window
 from adaptc.generation.cache.cache_layout import CacheLayout
-from adaptc.generation.cache.step_cache import cache_class
+from adaptc.generation.cache.step_cache import StepCache, as_transformers_cache
 from adaptc.generation.modes.all_modes import SLIDING_WINDOW, STATIC
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer
@@ -42,7 +42,7 @@ def static_bytes(config: Any, rows: int, positions: int) -> int:
 def test_bytes_are_those_of_the_static_cache(family: str, positions: int) -> None:
     model = FAMILIES[family].build()
     layout = CacheLayout.from_model(model)
-    made = cache_class()(layout, None, 64, torch.device("cpu"), layout.sliding_window)
+    made = as_transformers_cache(StepCache)(layout, None, 64, torch.device("cpu"), layout.sliding_window)
     made.expected_length = positions
     made.reserve(3, positions)
     most = -(-positions // 8) * 8  # rooms are of whole eights

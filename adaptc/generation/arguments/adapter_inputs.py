@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.step_runner import StepRunner
+from adaptc.generation.spec import StepRunner
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.state.core import ProgramCore

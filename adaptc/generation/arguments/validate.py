@@ -29,22 +29,10 @@ _UNSUPPORTED = {
 }
 
 _NEEDS_CACHE = "use_cache=False is not taken: the program was captured with a cache. Leave it out"
-#: arguments of generation modes, which transformers hands on to steps
-MODE_ARGUMENTS = frozenset(
-    {
-        "tokenizer",
-        "assistant_tokenizer",
-        "assistant_model",
-        "streamer",
-        "synced_gpus",
-        "inputs_tensor",
-        "trust_remote_code",
-    }
-)
 
 
 def check_generate_arguments(
-    spec: GenerationSpec, inputs: Tensor | None, kwargs: Mapping[str, Any]
+    spec: GenerationSpec, inputs: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], int, bool]:
     """Return the checked arguments of ``generate``, an offset, and whether the last token is computed again.
 
@@ -52,7 +40,6 @@ def check_generate_arguments(
     again where the cache holds the whole prompt, since its logits are needed. Raises AdaptcError for arguments that the
     program or its cache cannot take.
     """
-    kwargs = dict(kwargs)
     past = pop_cache(spec, kwargs)
     ids, inputs_embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
@@ -68,7 +55,7 @@ def check_generate_arguments(
         return kwargs, 0, False
     if prompt is None:
         raise AdaptcError("a cache is continued by tokens: give input_ids")
-    as_own_cache(spec, past, None).check_finished()
+    as_own_cache(spec, past).check_finished()
     kwargs[cache_argument_name()] = past
     cached_length, (rows, length, *_) = past.length, prompt.shape
     if past.rows and past.rows % rows:
@@ -104,37 +91,23 @@ def check_generate_arguments(
 def pop_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> Any:
     """Remove the cache from the arguments of ``generate``, in place, and return it; None where there is none.
 
-    Sets ``use_cache`` (see :func:`set_use_cache`). Raises AdaptcError for arguments that no program takes.
+    Sets ``use_cache`` to what the program was captured with, which overrides a generation config that training left
+    with ``use_cache=False``. Raises AdaptcError for arguments that no program takes.
     """
     past = kwargs.pop("past_key_values", None)
     past = kwargs.pop("cache", None) if past is None else past
     refuse_unsupported(kwargs)
-    set_use_cache(spec, kwargs)
-    return past
-
-
-def set_use_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> None:
-    """Set ``use_cache`` in the arguments of ``generate``, in place, to what the program was captured with.
-
-    A generation config that training left with ``use_cache=False`` is overridden. Raises AdaptcError where a caller
-    passes ``use_cache=False`` to a program with a cache, or ``return_dict=False``.
-    """
     if kwargs.get("return_dict") is False:
         raise AdaptcError(
             "return_dict=False is not taken by generate, which gives tokens: return_dict_in_generate says whether they "
             "come in an object with scores and the cache"
         )
     kwargs.pop("return_dict", None)
-    if not spec.cache_mode.has_cache:
-        return
-    if kwargs.get("use_cache") is False:
-        raise AdaptcError(_NEEDS_CACHE)
-    kwargs["use_cache"] = True
-
-
-def prepend_ones(count: int, mask: Tensor) -> Tensor:
-    """Prepend ``count`` ones to ``mask`` (batch, tokens); returns (batch, count + tokens)."""
-    return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
+    if spec.cache_mode.has_cache:
+        if kwargs.get("use_cache") is False:
+            raise AdaptcError(_NEEDS_CACHE)
+        kwargs["use_cache"] = True
+    return past
 
 
 def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
@@ -146,18 +119,12 @@ def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
 
 
 def check_generation(
-    spec: GenerationSpec,
-    generation_config: Any,
-    generation_mode: Any,
-    batch: int,
-    length: int,
-    past: StepCache | None,
-    offset: int,
+    spec: GenerationSpec, generation_config: Any, generation_mode: Any, batch: int, length: int, prefix_length: int
 ) -> None:
     """Check a generation as transformers has prepared it, and raise AdaptcError for what the program cannot do.
 
     ``generation_config`` is the generation config in use, and ``batch`` the number of rows before beams. ``length`` is
-    the number of positions that the cache needs beside the ``offset`` that it already holds.
+    the number of positions that the cache needs, of which ``prefix_length`` are virtual tokens.
     """
     refuse_unsupported({name: getattr(generation_config, name, None) for name in _UNSUPPORTED})
     if generation_config.use_cache is False and spec.cache_mode.has_cache:
@@ -168,16 +135,25 @@ def check_generation(
             "assisted decoding takes back what was guessed wrong, and the model keeps a state, which cannot be: leave "
             "out assistant_model and prompt_lookup_num_tokens"
         )
-    beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    rows = batch * beams
-    begun = 0 if past is None else past.prefix_length
-    if past is not None and begun < past.length and begun and generation_config.prefill_chunk_size:
+    count = count_sequences(generation_config)
+    rows_note = f" ({batch} of {count} sequences each)" if count > 1 else ""
+    check_cache_size(spec, batch * count, length, rows_note, prefix_length)
+
+
+def count_sequences(generation_config: Any) -> int:
+    """Return how many rows of the cache each prompt has: its beams, or its samples."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+
+
+def check_continued_cache(past: StepCache, generation_config: Any, rows: int) -> None:
+    """Raise AdaptcError where a generation of ``rows`` rows cannot continue from the caller's cache ``past``."""
+    begun = past.prefix_length
+    if begun < past.length and begun and generation_config.prefill_chunk_size:
         raise AdaptcError(
             f"prefill_chunk_size is not taken where a cache with text in it begins with {begun} tokens of the "
             "adapter's: leave it out"
         )
-    check_cache_size(spec, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "", begun)
-    if past is not None and past.rows and past.rows != rows:
+    if past.rows and past.rows != rows:
         raise AdaptcError(
             f"the cache has {past.rows} rows and this generation {rows}: cache.batch_repeat_interleave(n) makes n of "
             "each"
@@ -287,21 +263,16 @@ def check_attention_mask(
         raise AdaptcError(f"{name} must be a tensor {wanted}, one number for each position{has}; got {found}")
 
 
-def as_own_cache(spec: GenerationSpec, past: Any, rows: int | None) -> StepCache:
-    """Return ``past`` if it is a cache of this program, or of what is bound to it, with ``rows`` rows; else raise
-    AdaptcError.
-
-    ``rows`` None means any number.
-    """
+def as_own_cache(spec: GenerationSpec, past: Any) -> StepCache:
+    """Return ``past`` if it is a cache of this program, or of what is bound to it; else raise AdaptcError."""
+    name = spec.main_input_name
     if not isinstance(past, StepCache):
         raise AdaptcError(
-            f"a {type(past).__name__} is no cache of this program: gen.prefill(input_ids) and gen.generate(..., "
+            f"a {type(past).__name__} is no cache of this program: gen.prefill({name}) and gen.generate(..., "
             "return_dict_in_generate=True) give one"
         )
     if past.owner is not spec:
-        raise AdaptcError("this cache is of another program: compute the prompt again with gen.prefill(input_ids)")
-    if rows is not None and past.rows and past.rows != rows:
-        raise AdaptcError(f"the cache has {past.rows} rows, and the step {rows}")
+        raise AdaptcError(f"this cache is of another program: compute the prompt again with gen.prefill({name})")
     return past
 
 
@@ -319,7 +290,24 @@ def check_forward_arguments(use_cache: Any, kwargs: Mapping[str, Any]) -> None:
     refuse_unknown({n: v for n, v in kwargs.items() if n not in _UNSUPPORTED})
 
 
-def check_tokens_or_embeddings(input_ids: Any, inputs_embeds: Any) -> None:
-    """Raise AdaptcError unless one of the two is given."""
+def check_tokens_or_embeddings(input_ids: Any, inputs_embeds: Any, name: str) -> None:
+    """Raise AdaptcError unless one of the two is given; ``name`` is the name of ``input_ids``."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")
+        is_causal = name == "input_ids"
+        hint = (
+            ", or inputs_embeds (batch, tokens, width) instead"
+            if is_causal
+            else ": give the tokens that begin the answer"
+        )
+        raise AdaptcError(f"a step takes {name} (batch, tokens){hint}")
+
+
+def pop_main_input(spec: GenerationSpec, inputs: Any, kwargs: dict[str, Any]) -> Any:
+    """Return ``inputs``, or else the argument with the name of the main input, which is removed from ``kwargs``.
+
+    Raises AdaptcError where both are given.
+    """
+    named = kwargs.pop(spec.main_input_name, None)
+    if inputs is not None and named is not None:
+        raise AdaptcError(f"{spec.main_input_name} is given twice: by its name, and in the first place")
+    return named if inputs is None else inputs

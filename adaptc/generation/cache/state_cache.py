@@ -5,7 +5,6 @@ A state has one size for any number of positions. It holds no single tokens, so 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -72,11 +71,3 @@ class StateCache(StepCache):
 
     def last_position(self) -> list[Tensor]:
         return []  # no token of a state cache is computed again
-
-
-@cache
-def state_cache_class() -> type:
-    """Return :class:`StateCache` as a subclass of ``transformers.Cache``."""
-    from transformers.cache_utils import Cache
-
-    return type("StateCache", (StateCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})

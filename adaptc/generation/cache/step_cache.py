@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -355,8 +355,14 @@ class StepCache(CacheInterface):
         if self.unfinished or (self.generating and not is_own_generation):
             raise AdaptcError(
                 "a call that writes to this cache was interrupted, or goes on, so what the cache holds is not known: "
-                "compute the text again with gen.prefill(input_ids), or call cache.reset() and give the whole text"
+                f"compute the text again with gen.prefill({getattr(self.owner, 'main_input_name', 'input_ids')}), or "
+                "call cache.reset() and give the whole text"
             )
+
+    def check_rows(self, rows: int) -> None:
+        """Raise AdaptcError where a step of ``rows`` rows cannot be computed from the cache."""
+        if self.rows and self.rows != rows:
+            raise AdaptcError(f"the cache has {self.rows} rows, and the step {rows}")
 
     def activate_past_recording(self) -> None:
         """Keep all positions that are computed from now on, so that any of them can be cropped."""
@@ -372,9 +378,12 @@ class StepCache(CacheInterface):
         )
 
 
+C = TypeVar("C", bound=StepCache)
+
+
 @cache
-def cache_class() -> type:
-    """Return :class:`StepCache` as a subclass of ``transformers.Cache``."""
+def as_transformers_cache(cls: type[C]) -> type[C]:
+    """Return a class of caches as a subclass of ``transformers.Cache``."""
     from transformers.cache_utils import Cache
 
-    return type("StepCache", (StepCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})
+    return type(cls.__name__, (cls, Cache), {"__module__": cls.__module__, "__hash__": object.__hash__})

@@ -8,6 +8,7 @@ cache remembers. Tokens that a generation writes invoke nothing, as in PEFT, but
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -33,14 +34,15 @@ NEVER = torch.iinfo(torch.int64).max
 
 def gate_names_of_adapters(adapters: Sequence[Any]) -> tuple[str, ...]:
     """Return the names of the token coefficients that ``adapters`` read, as far as their configs can be read here."""
-    found: dict[str, None] = {}
+    return tuple(dict.fromkeys(n for m in readable_methods(adapters) for n in gate_names_of_method(m)))
+
+
+def readable_methods(adapters: Sequence[Any]) -> Iterator[Method]:
+    """Yield the methods of those of ``adapters`` whose configs can be read here."""
     for one in adapters:
-        try:
-            method = as_config(one).method("", "linear")
-        except AdaptcError:  # the compilation raises this error
-            continue
-        found |= dict.fromkeys(gate_names_of_method(method))
-    return tuple(found)
+        # The compilation raises this error.
+        with contextlib.suppress(AdaptcError):
+            yield as_config(one).method("", "linear")
 
 
 def gate_names_of_method(method: Method) -> list[str]:

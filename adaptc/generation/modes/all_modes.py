@@ -15,7 +15,7 @@ from adaptc.generation.modes.exact_length_mode import ExactLengthMode
 from adaptc.generation.modes.recurrent_mode import RecurrentMode
 from adaptc.generation.modes.sliding_window_mode import SlidingWindowMode
 from adaptc.generation.modes.static_mode import StaticMode
-from adaptc.generation.modes.step_spec import StepSpec
+from adaptc.generation.modes.static_step import StepSpec
 from adaptc.generation.modes.uncached_mode import UncachedMode
 
 SLIDING_WINDOW, STATIC, EXACT_LENGTH, RECURRENT, UNCACHED = MODES = (

@@ -17,10 +17,9 @@ from torch.nn.functional import pad
 
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.cache_prefix import CachePrefix
-from adaptc.generation.cache.step_cache import StepCache, cache_class
-from adaptc.generation.modes.static_step import StepExample
+from adaptc.generation.cache.step_cache import StepCache, as_transformers_cache
+from adaptc.generation.modes.static_step import StepExample, StepSpec
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.modes.step_spec import StepSpec
 
 #: computes the logits (batch, kept, vocabulary) from the inputs of a step program, by name
 StepFunction = Callable[..., Tensor]
@@ -45,6 +44,7 @@ class CacheMode(ABC):
     can_take_back: ClassVar[bool] = True
     #: whether a step takes ``slots``, the positions that its tokens go to
     takes_slots: ClassVar[bool] = True
+    cache_type: ClassVar[type[StepCache]] = StepCache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -89,13 +89,12 @@ class CacheMode(ABC):
 
     def new_cache(self, spec: StepSpec, device: torch.device, prefix: CachePrefix | None = None) -> StepCache:
         """Return a cache that holds nothing but ``prefix``."""
-        made = self.cache_type()(self.cache_layout(spec), spec, spec.max_length, device, self.ring_window(spec.layout))
+        made = as_transformers_cache(self.cache_type)(
+            self.cache_layout(spec), spec, spec.max_length, device, self.ring_window(spec.layout)
+        )
         if prefix is not None:
             made.start_with_prefix(prefix)
         return made
-
-    def cache_type(self) -> type[StepCache]:
-        return cache_class()
 
     def cache_layout(self, spec: StepSpec) -> CacheLayout:
         return spec.layout

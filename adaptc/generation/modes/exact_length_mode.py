@@ -7,8 +7,8 @@ text. Each call therefore cuts the cache's tensors, which the static mode hands 
 from __future__ import annotations
 
 from adaptc.generation.modes.static_mode import StaticMode
+from adaptc.generation.modes.static_step import StepSpec
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.modes.step_spec import StepSpec
 
 
 class ExactLengthMode(StaticMode):

@@ -1,7 +1,7 @@
 """Keep the states of a recurrent model such as Mamba, whose step reads one token and writes the states after it.
 
 The model's layers keep the last inputs of a convolution and the state of a recurrence. Inside
-:func:`captured_as_state_step` its ``forward`` takes plain tensors alone. A text is read token by token: a step of
+:meth:`RecurrentMode.capture` its ``forward`` takes plain tensors alone. A text is read token by token: a step of
 several tokens would be a loop, which a capture unrolls for one fixed number of them.
 
     input_ids      (batch, 1)         int64
@@ -16,24 +16,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from adaptc.capture.model_state import keyword_only_parameter, patch_forward
-from adaptc.errors import CaptureError
+from adaptc.capture.model_state import patch_forward
 from adaptc.generation.cache.cache_layout import CacheLayout, StateLayout
-from adaptc.generation.cache.state_cache import state_cache_class
+from adaptc.generation.cache.state_cache import StateCache
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import refuse_token_gates
 from adaptc.generation.modes.cache_mode import CacheMode, Inputs, StepFunction
 from adaptc.generation.modes.chunked_prefill import last_token_indices
-from adaptc.generation.modes.static_step import StepExample, replaced_embeddings, token_inputs
+from adaptc.generation.modes.static_step import (
+    StepExample,
+    StepSpec,
+    find_cache_argument,
+    replaced_embeddings,
+    token_inputs,
+)
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.modes.step_spec import StepSpec
 from adaptc.tables import format_bytes
 
 _ROWS = 3
@@ -47,17 +50,40 @@ class RecurrentMode(CacheMode):
     text_manner = "token by token"
     can_take_back = False
     takes_slots = False
+    cache_type = StateCache
 
+    @contextlib.contextmanager
     def capture(
         self,
         model: nn.Module,
         layout: CacheLayout,
         size_limit: int | None = None,
         token_gate_inputs: Sequence[str] = (),
-    ) -> AbstractContextManager[StepExample]:
+    ) -> Iterator[StepExample]:
         refuse_token_gates(token_gate_inputs, f"{type(model).__name__} would generate from a state")
         assert isinstance(layout, StateLayout)
-        return captured_as_state_step(model, layout)
+        cache_argument, takes = find_cache_argument(model, "cache_params"), inspect.signature(model.forward).parameters
+        step, original = _example_step(model, layout, "inputs_embeds" in takes), model.forward
+
+        def forward(
+            input_ids: Tensor,
+            seen: Tensor,
+            inputs_embeds: Tensor | None = None,
+            embedded: Tensor | None = None,
+            **states: Tensor,
+        ) -> Tensor:
+            # The model writes to the tensors that it is given, and rows without a token must keep their states.
+            made = [states[name].clone() for name in layout.names]
+            caches = {cache_argument: _cache_over_states(layout, made)}
+            with replaced_embeddings(model, inputs_embeds, embedded):
+                logits = original(input_ids=input_ids, use_cache=True, **caches).logits
+            for name, new in zip(layout.names, made, strict=True):
+                old = states[name]
+                old.copy_(torch.where(seen.view(-1, *[1] * (new.ndim - 1)), new, old))
+            return logits
+
+        with patch_forward(model, forward, step.parameters):
+            yield step
 
     def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
         rows, length = ids.shape
@@ -83,9 +109,6 @@ class RecurrentMode(CacheMode):
                 logits[i] = found
         return torch.cat([logits[i] for i in logit_indices], 1)
 
-    def cache_type(self) -> type[StepCache]:
-        return state_cache_class()
-
     def pad_prefix(self, tensor: Tensor, count: int) -> Tensor:
         """Return the state ``tensor`` as it is: no position of it is empty."""
         return tensor
@@ -108,40 +131,6 @@ class RecurrentMode(CacheMode):
         drawn = {n: draw.normal(t.shape, t.dtype) for n, t in states.items()}
         token = {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
         return token | draw.embeddings(spec, rows, 1)
-
-
-@contextlib.contextmanager
-def captured_as_state_step(model: nn.Module, layout: StateLayout) -> Iterator[StepExample]:
-    """Run the block with ``model`` as its step; its own forward is restored afterwards.
-
-    Raises CaptureError for a model whose forward takes no cache.
-    """
-    takes = inspect.signature(model.forward).parameters
-    cache_argument = next((n for n in ("cache", "cache_params", "past_key_values") if n in takes), None)
-    if cache_argument is None:
-        raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step, original = _example_step(model, layout, "inputs_embeds" in takes), model.forward
-
-    def forward(
-        input_ids: Tensor,
-        seen: Tensor,
-        inputs_embeds: Tensor | None = None,
-        embedded: Tensor | None = None,
-        **states: Tensor,
-    ) -> Tensor:
-        # The model writes to the tensors that it is given, and rows without a token must keep their states.
-        made = [states[name].clone() for name in layout.names]
-        with replaced_embeddings(model, inputs_embeds, embedded):
-            logits = original(
-                input_ids=input_ids, use_cache=True, **{cache_argument: _cache_over_states(layout, made)}
-            ).logits
-        for name, new in zip(layout.names, made, strict=True):
-            old = states[name]
-            old.copy_(torch.where(seen.view(-1, *[1] * (new.ndim - 1)), new, old))
-        return logits
-
-    with patch_forward(model, forward, list(map(keyword_only_parameter, step.example_inputs))):
-        yield step
 
 
 def _example_step(model: Any, layout: StateLayout, with_embeds: bool) -> StepExample:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.modes.static_mode import StaticMode
-from adaptc.generation.modes.step_spec import StepSpec
+from adaptc.generation.modes.static_step import StepSpec
 from adaptc.tables import format_bytes
 
 

@@ -5,20 +5,32 @@ It fits every model whose layers keep keys and values and whose masks do not fol
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from adaptc.capture.model_state import patch_forward
 from adaptc.generation.cache.cache_layout import CacheLayout
+from adaptc.generation.cache.sliding_window import ring_masks
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.modes.cache_mode import CacheMode, Inputs, StepFunction
 from adaptc.generation.modes.chunked_prefill import run_chunked
-from adaptc.generation.modes.static_step import StepExample, captured_as_step, token_inputs
-from adaptc.generation.modes.step_spec import StepSpec
+from adaptc.generation.modes.static_attention import packed_attention
+from adaptc.generation.modes.static_step import (
+    StepExample,
+    StepSpec,
+    cache_over_tensors,
+    equate_sizes,
+    example_step,
+    find_cache_argument,
+    replaced_embeddings,
+    token_inputs,
+)
 from adaptc.tables import format_bytes
 
 
@@ -33,14 +45,39 @@ class StaticMode(CacheMode):
     #: whether sliding-window layers keep only their window
     uses_rings: ClassVar[bool] = False
 
+    @contextlib.contextmanager
     def capture(
         self,
         model: nn.Module,
         layout: CacheLayout,
         size_limit: int | None = None,
         token_gate_inputs: Sequence[str] = (),
-    ) -> AbstractContextManager[StepExample]:
-        return captured_as_step(model, layout, size_limit, self.uses_rings, token_gate_inputs)
+    ) -> Iterator[StepExample]:
+        cache_argument, parameters = find_cache_argument(model), inspect.signature(model.forward).parameters
+        with_positions, with_embeds = "position_ids" in parameters, "inputs_embeds" in parameters
+        step = example_step(model, layout, with_positions, with_embeds, size_limit, self.uses_rings)
+        for name in token_gate_inputs:
+            step.example_inputs[name] = torch.zeros_like(step.example_inputs["input_ids"], dtype=torch.bool)
+            step.dynamic_shapes[name] = step.dynamic_shapes["input_ids"]
+        original, takes_logits_to_keep, names = model.forward, "logits_to_keep" in parameters, layout.names
+
+        def forward(**inputs: Any) -> Tensor:
+            equate_sizes(inputs, step.dynamic_shapes)
+            slots, keep = inputs.pop("slots"), inputs.pop("keep")
+            tensors = [inputs.pop(n) for n in names]
+            given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
+            for name in token_gate_inputs:
+                del inputs[name]
+            if takes_logits_to_keep:
+                inputs["logits_to_keep"] = keep
+            inputs[cache_argument] = cache_over_tensors(tensors, slots, layout, self.uses_rings)
+            with replaced_embeddings(model, *given):
+                logits = original(**inputs, use_cache=True).logits
+            return logits if takes_logits_to_keep else logits[:, keep]
+
+        masks = ring_masks() if self.uses_rings else contextlib.nullcontext()
+        with patch_forward(model, forward, step.parameters), masks, packed_attention():
+            yield step
 
     def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield three chunks: several tokens, one, and the rest."""

@@ -1,6 +1,6 @@
 """Turn a causal model into its step: a forward that takes the cache as tensors and writes it in place.
 
-Inside :func:`captured_as_step` the model's ``forward`` takes plain tensors alone and gives logits. So it is captured,
+Inside :meth:`StaticMode.capture` the model's ``forward`` takes plain tensors alone and gives logits. So it is captured,
 adapted and compiled as any other forward. Four sizes are free: rows, tokens (one, or a whole prompt), positions of the
 cache, and tokens whose logits are wanted.
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,15 +30,36 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from adaptc.capture.model_state import keyword_only_parameter, patch_forward
+from adaptc.capture.model_state import keyword_only_parameter
 from adaptc.errors import CaptureError
 from adaptc.generation.cache.cache_layout import CacheLayout
-from adaptc.generation.cache.sliding_window import RingPositions, ring_masks
-from adaptc.generation.modes.static_attention import packed_attention
-from adaptc.generation.modes.step_spec import StepSpec
+from adaptc.generation.cache.sliding_window import RingPositions
 
 #: sizes of the example inputs: all different and none of them one, because torch would specialize on these
 _ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepSpec:
+    """The sizes of a step program, and the inputs that it takes.
+
+    ``layout`` is that of its cache. ``max_batch`` and ``max_length`` are the most rows and positions that a cache may
+    have. ``takes_position_ids`` and ``takes_inputs_embeds`` say whether the step takes position_ids, and inputs_embeds.
+    ``vocab_size`` is the number of tokens, ``hidden_size`` the size of their embeddings, ``embeds_dtype`` their dtype.
+    ``mode_reason`` says why a better cache mode failed for the model; '' where none did.
+    """
+
+    layout: CacheLayout
+    max_batch: int
+    max_length: int
+    takes_position_ids: bool
+    takes_inputs_embeds: bool
+    vocab_size: int
+    hidden_size: int
+    embeds_dtype: torch.dtype
+    mode_reason: str = ""
+    #: the token coefficients that a step takes, with a value for each of its tokens (see ``token_gates``)
+    token_gate_inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,60 +67,28 @@ class StepExample:
     """The example inputs of a step and their free sizes, for ``adaptc.compile(model, ..., example_inputs,
     dynamic_shapes)``.
 
-    The model is captured with them inside of :func:`captured_as_step`.
+    The model is captured with them inside of :meth:`CacheMode.capture`.
     """
 
     example_inputs: dict[str, Tensor]
     dynamic_shapes: dict[str, dict[int, Any]]
 
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return the parameters of the step's forward: the inputs, all by keyword."""
+        return list(map(keyword_only_parameter, self.example_inputs))
 
-@contextlib.contextmanager
-def captured_as_step(
-    model: nn.Module,
-    layout: CacheLayout,
-    size_limit: int | None = None,
-    use_rings: bool = False,
-    token_gate_inputs: Sequence[str] = (),
-) -> Iterator[StepExample]:
-    """Run the block with ``model`` as its step; its own forward is restored afterwards.
 
-    ``size_limit`` bounds the positions of tokens and cache; None for any number. With ``use_rings``, sliding-window
-    layers keep only their window. ``token_gate_inputs`` names inputs that only adapters read. Raises CaptureError for a
-    model whose forward takes no cache.
+def find_cache_argument(model: nn.Module, *names: str) -> str:
+    """Return the name of the argument that is a cache, of the forward of ``model``; one of ``names`` or the usual ones.
+
+    Raises CaptureError where the forward takes no cache.
     """
     parameters = inspect.signature(model.forward).parameters
-    cache_argument = next((n for n in ("cache", "past_key_values") if n in parameters), None)
-    if cache_argument is None:
+    found = next((n for n in ("cache", "past_key_values", *names) if n in parameters), None)
+    if found is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = example_step(
-        model, layout, "position_ids" in parameters, "inputs_embeds" in parameters, size_limit, use_rings
-    )
-    for name in token_gate_inputs:
-        step.example_inputs[name] = torch.zeros_like(step.example_inputs["input_ids"], dtype=torch.bool)
-        step.dynamic_shapes[name] = step.dynamic_shapes["input_ids"]
-    original, takes_logits_to_keep, names = model.forward, "logits_to_keep" in parameters, layout.names
-
-    def forward(**inputs: Any) -> Tensor:
-        equate_sizes(inputs, step.dynamic_shapes)
-        slots, keep = inputs.pop("slots"), inputs.pop("keep")
-        tensors = [inputs.pop(n) for n in names]
-        given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
-        for name in token_gate_inputs:
-            del inputs[name]
-        if takes_logits_to_keep:
-            inputs["logits_to_keep"] = keep
-        inputs[cache_argument] = cache_over_tensors(tensors, slots, layout, use_rings)
-        with replaced_embeddings(model, *given):
-            logits = original(**inputs, use_cache=True).logits
-        return logits if takes_logits_to_keep else logits[:, keep]
-
-    masks = ring_masks() if use_rings else contextlib.nullcontext()
-    with (
-        patch_forward(model, forward, list(map(keyword_only_parameter, step.example_inputs))),
-        masks,
-        packed_attention(),
-    ):
-        yield step
+    return found
 
 
 def equate_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -> None:
@@ -140,8 +129,11 @@ def example_step(
     size_limit: int | None = None,
     use_rings: bool = False,
 ) -> StepExample:
-    """Return the example inputs of a step of ``model`` and their free sizes; the options are as for
-    :func:`captured_as_step`."""
+    """Return the example inputs of a step of ``model`` and their free sizes.
+
+    ``size_limit`` bounds the positions of tokens and cache; None for any number. With ``use_rings``, sliding-window
+    layers keep only their window.
+    """
     device = next(model.parameters()).device
     rows, kept_dim = Dim("rows"), Dim("kept")
     tokens, length = (Dim(n) if size_limit is None else Dim(n, max=size_limit) for n in ("tokens", "length"))

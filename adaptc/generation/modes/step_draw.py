@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.modes.step_spec import StepSpec
+from adaptc.generation.modes.static_step import StepSpec
 
 #: the most rows, and the most tokens of a step
 _MAX_SIZE = 7

@@ -1,6 +1,6 @@
 """Keep no cache: a step is given the whole text each time.
 
-Inside :func:`captured_uncached_step` the model's ``forward`` takes the inputs of ``step`` without those of a cache, and
+Inside :meth:`UncachedMode.capture` the model's ``forward`` takes the inputs of ``step`` without those of a cache, and
 as many mask positions as tokens. Between steps a :class:`StepCache` holds token ids and position_ids in the place of
 keys and values. So generation continues from it as from any cache and gives the same answers. Each step computes the
 whole text again.
@@ -11,22 +11,20 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.model_state import keyword_only_parameter, patch_forward
+from adaptc.capture.model_state import patch_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.cache.cache_layout import CacheLayout, LayerLayout
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import refuse_token_gates
 from adaptc.generation.modes.cache_mode import CacheMode, Inputs, StepFunction
 from adaptc.generation.modes.chunked_prefill import last_token_indices
-from adaptc.generation.modes.static_step import StepExample, example_step
+from adaptc.generation.modes.static_step import StepExample, StepSpec, example_step
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.modes.step_spec import StepSpec
 
 #: the layout of a cache that holds a text: its token ids as keys, its position_ids as values
 TEXT_LAYOUT = CacheLayout((LayerLayout(1, 1, 1),), torch.int64)
@@ -41,15 +39,39 @@ class UncachedMode(CacheMode):
     has_cache = False
     takes_slots = False
 
+    @contextlib.contextmanager
     def capture(
         self,
         model: nn.Module,
         layout: CacheLayout,
         size_limit: int | None = None,
         token_gate_inputs: Sequence[str] = (),
-    ) -> AbstractContextManager[StepExample]:
+    ) -> Iterator[StepExample]:
+        """Return a context as :meth:`CacheMode.capture` does.
+
+        Raises CaptureError for a model whose forward takes no attention_mask, because the rows of a batch could not
+        differ in length.
+        """
         refuse_token_gates(token_gate_inputs, f"{type(model).__name__} would generate without a cache")
-        return captured_uncached_step(model, size_limit)
+        takes = inspect.signature(model.forward).parameters
+        if "attention_mask" not in takes:
+            raise CaptureError(f"the forward of {type(model).__name__} takes no attention_mask")
+        step = _without_cache_inputs(
+            example_step(model, CacheLayout((), torch.float32), "position_ids" in takes, False, size_limit)
+        )
+        original, takes_logits_to_keep, caches = model.forward, "logits_to_keep" in takes, "use_cache" in takes
+
+        def forward(**inputs: Any) -> Tensor:
+            keep = inputs.pop("keep")
+            if takes_logits_to_keep:
+                inputs["logits_to_keep"] = keep
+            if caches:
+                inputs["use_cache"] = False
+            logits = original(**inputs).logits
+            return logits if takes_logits_to_keep else logits[:, keep]
+
+        with patch_forward(model, forward, step.parameters):
+            yield step
 
     def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
         given = {"position_ids": positions} if spec.takes_position_ids else {}
@@ -82,34 +104,6 @@ class UncachedMode(CacheMode):
 
     def draw_span(self, draw: StepDraw, length: int) -> tuple[int, int]:
         return draw.size(0, 0), length
-
-
-@contextlib.contextmanager
-def captured_uncached_step(model: nn.Module, size_limit: int | None = None) -> Iterator[StepExample]:
-    """Run the block with ``model`` as its step without a cache; its own forward is restored afterwards.
-
-    ``size_limit`` bounds the tokens; None for any number. Raises CaptureError for a model whose forward takes no
-    attention_mask, because the rows of a batch could not differ in length.
-    """
-    takes = inspect.signature(model.forward).parameters
-    if "attention_mask" not in takes:
-        raise CaptureError(f"the forward of {type(model).__name__} takes no attention_mask")
-    step = _without_cache_inputs(
-        example_step(model, CacheLayout((), torch.float32), "position_ids" in takes, False, size_limit)
-    )
-    original, takes_logits_to_keep, caches = model.forward, "logits_to_keep" in takes, "use_cache" in takes
-
-    def forward(**inputs: Any) -> Tensor:
-        keep = inputs.pop("keep")
-        if takes_logits_to_keep:
-            inputs["logits_to_keep"] = keep
-        if caches:
-            inputs["use_cache"] = False
-        logits = original(**inputs).logits
-        return logits if takes_logits_to_keep else logits[:, keep]
-
-    with patch_forward(model, forward, list(map(keyword_only_parameter, step.example_inputs))):
-        yield step
 
 
 def _without_cache_inputs(step: StepExample) -> StepExample:

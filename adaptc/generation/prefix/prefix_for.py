@@ -20,8 +20,7 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.prefix.batched_prefix import batched_prefix
-from adaptc.generation.spec import GenerationSpec, cache_argument_name
-from adaptc.generation.step_runner import StepRunner
+from adaptc.generation.spec import GenerationSpec, StepRunner, cache_argument_name
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.program_method import PREFIX_FUNCTIONS, ProgramMethod
 from adaptc.state.core import ProgramCore
@@ -42,10 +41,10 @@ def prefix_attachments(runner: StepRunner, openings: Sequence[str] = PREFIX_FUNC
     return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening() in openings]
 
 
-def prefix_input_names(runner: StepRunner) -> list[str]:
+def prefix_input_names(runner: StepRunner, openings: Sequence[str] = PREFIX_FUNCTIONS) -> list[str]:
     """Return the names of the inputs that the attachments of :func:`prefix_attachments` ask of a caller, such as
     ``task_ids``."""
-    methods = [a.method for a in prefix_attachments(runner)]
+    methods = [a.method for a in prefix_attachments(runner, openings)]
     return [
         n
         for m in methods
@@ -53,6 +52,14 @@ def prefix_input_names(runner: StepRunner) -> list[str]:
         for n, e in m.extra_inputs.extras().items()
         if e.place is None
     ]
+
+
+def pop_prefix_inputs(
+    runner: StepRunner, kwargs: dict[str, Any], openings: Sequence[str] = PREFIX_FUNCTIONS
+) -> dict[str, Any]:
+    """Remove the inputs of :func:`prefix_input_names` from ``kwargs`` and return those that are given, by name."""
+    values = {name: kwargs.pop(name, None) for name in prefix_input_names(runner, openings)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_step_takes_prefix(runner: StepRunner, spec: GenerationSpec, model_name: str) -> None:
@@ -74,7 +81,7 @@ def check_step_takes_prefix(runner: StepRunner, spec: GenerationSpec, model_name
 @torch.no_grad()
 def prefix_for(
     runner: StepRunner,
-    step: Callable[..., Any] | ProgramPart | None,
+    step: Callable[..., Any] | ProgramPart,
     spec: GenerationSpec,
     device: torch.device,
     adapter_inputs: Mapping[str, Any],
@@ -82,9 +89,9 @@ def prefix_for(
 ) -> CachePrefix | None:
     """Return what a cache begins with for the adapter that ``step`` keeps; None where it has no virtual tokens.
 
-    ``step`` None means the adapter that is current now. ``adapter_inputs`` has the values of the inputs that
-    :func:`prefix_input_names` names. ``openings`` is as for :func:`prefix_attachments`. Raises AdaptcError for values
-    that the adapter cannot take, and where the virtual tokens leave no room for a text.
+    ``adapter_inputs`` has the values of the inputs that :func:`prefix_input_names` names. ``openings`` is as for
+    :func:`prefix_attachments`. Raises AdaptcError for values that the adapter cannot take, and where the virtual tokens
+    leave no room for a text.
     """
     prefix_of = partial(_prefix_of_adapter, runner, spec, device, openings)
     selection = getattr(runner, "selection", None)
@@ -98,7 +105,6 @@ def prefix_for(
         if made is None:
             _refuse_unknown_inputs(adapter_inputs)
         return made
-    step = runner.snapshot_call() if step is None and prefix_attachments(runner) else step
     call = step.run if isinstance(step, ProgramPart) else step
     return prefix_of(getattr(step, "binding", None), call, adapter_inputs)
 
@@ -109,7 +115,7 @@ def _prefix_of_adapter(
     device: torch.device,
     openings: Sequence[str],
     binding: Any,
-    step: Callable[..., Any] | None,
+    step: Callable[..., Any],
     adapter_inputs: Mapping[str, Any],
 ) -> CachePrefix | None:
     """Return what a cache begins with for the one adapter in ``binding``, which ``step`` runs with; None for
@@ -122,7 +128,6 @@ def _prefix_of_adapter(
     _refuse_unknown_inputs({n: v for n, v in adapter_inputs.items() if not any(n in f.caller_inputs for f in prefixes)})
     if not prefixes:
         return None
-    assert step is not None
     check_virtual_tokens_fit(count := sum(f.count for f in prefixes), spec)
     own = [f.select_inputs(adapter_inputs, device) for f in prefixes]
     if rows := [t.shape[0] for values in own for t in values.values()]:
@@ -260,17 +265,16 @@ def _tensor_versions(program: Any, binding: Any) -> list[tuple[int, int]]:
     return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
 
 
-def with_prefix_arguments(generator: Any, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def with_prefix_arguments(generator: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``generate``, with a cache that begins with the adapter's virtual tokens.
 
     ``generator`` is a generator that keeps its adapter. The arguments stay as they are where the adapter has no virtual
     tokens. Raises AdaptcError for arguments that the adapter does not take.
     """
-    kwargs = dict(kwargs)
-    adapter_inputs = {name: kwargs.pop(name) for name in prefix_input_names(generator.runner) if name in kwargs}
+    adapter_inputs = pop_prefix_inputs(generator.runner, kwargs)
     input_ids = kwargs.get("input_ids") if inputs is None else inputs
     past = next((v for name in ("past_key_values", "cache") if (v := kwargs.get(name)) is not None), None)
-    if past is not None and any(v is not None for v in adapter_inputs.values()):
+    if past is not None and adapter_inputs:
         raise AdaptcError(
             f"{next(iter(adapter_inputs))} says what a new cache begins with, and this one has begun: leave out one of "
             "the two"

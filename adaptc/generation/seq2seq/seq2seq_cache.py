@@ -8,13 +8,19 @@ reordered, repeated or selected take their states along. The cache reports the n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, Self
 
 from torch import Tensor
 
+from adaptc.errors import AdaptcError
 from adaptc.generation.cache.step_cache import StepCache
+
+
+def check_equal_rows(encoded: int, decoded: int) -> None:
+    """Raise AdaptcError where the encoder and the decoder have different numbers of rows."""
+    if encoded != decoded:
+        raise AdaptcError(f"{encoded} rows were encoded, and decoder_input_ids has {decoded}: give as many")
 
 
 class CrossCache(StepCache):
@@ -67,8 +73,6 @@ class CrossCache(StepCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.decoded_length
 
-    get_query_offset = get_seq_length
-
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove + self.prefix_length if tokens_to_remove > 0 else tokens_to_remove)
 
@@ -76,6 +80,14 @@ class CrossCache(StepCache):
         seen = {"states": self.states, "states_mask": self.states_mask}
         made = {name: None if t is None else change(t) for name, t in seen.items()}
         return {**super()._map_rows(change), **made, "cross_tensors": tuple(change(t) for t in self.cross_tensors)}
+
+    def check_rows(self, rows: int) -> None:
+        if self.rows:
+            check_equal_rows(self.rows, rows)
+
+    def prepend_prefix_mask(self, mask: Tensor) -> Tensor:
+        """Return ``mask`` as it is: masks of the decoder's tokens leave out virtual tokens (see :meth:`write_mask`)."""
+        return mask
 
     # -- as transformers' own whisper reads one ------------------------------------------------------------------------
 
@@ -95,11 +107,3 @@ class CrossCache(StepCache):
 def _as_layers(tensors: Sequence[Tensor]) -> Any:
     pairs = zip(tensors[::2], tensors[1::2], strict=True)
     return SimpleNamespace(layers=[SimpleNamespace(keys=keys, values=values) for keys, values in pairs])
-
-
-@cache
-def cross_cache_class() -> type:
-    """Return :class:`CrossCache` as a subclass of ``transformers.Cache``."""
-    from transformers.cache_utils import Cache
-
-    return type("CrossCache", (CrossCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.errors import CaptureError
-from adaptc.generation.cache.cache_layout import CacheLayout
+from adaptc.errors import CaptureError, ConfigError
 from adaptc.generation.cache.cache_prefix import CachePrefix
+from adaptc.generation.cache.step_cache import as_transformers_cache
 from adaptc.generation.modes.step_draw import StepDraw
-from adaptc.generation.seq2seq.seq2seq_cache import CrossCache, cross_cache_class
+from adaptc.generation.seq2seq.seq2seq_cache import CrossCache
 from adaptc.generation.seq2seq.seq2seq_step import (
     CROSS_PREFIX,
     STATES,
@@ -30,36 +30,33 @@ __all__ = ["CROSS_PREFIX", "Seq2SeqSpec", "refuse_composite_model", "decoder_len
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Seq2SeqSpec(GenerationSpec):
+class Seq2SeqSpec(GenerationSpec, EncoderDescription):
     """The spec of an encoder-decoder's program: what its graph does not hold.
 
-    ``main_input_name`` is the name of the encoder's input: tokens, or features of the shape ``feature_shape`` without
-    the batch. ``max_source_length`` is the most tokens that the encoder reads; None for any number. ``cross`` is the
-    layout of the cross-attention's keys and values. ``encoder_hidden_size`` is the width of the encoder's states.
-    ``conv_strides`` are those of whisper's convolutions.
+    ``max_source_length`` is the most tokens that the encoder reads; None for any number. ``encoder_hidden_size`` is the
+    width of its states.
     """
 
-    main_input_name: str
-    feature_shape: tuple[int, ...] | None
     max_source_length: int | None
-    cross_layout: CacheLayout
     encoder_hidden_size: int
-    conv_strides: tuple[int, int]
-
-    @property
-    def encoder_description(self) -> EncoderDescription:
-        """Return the description of the model's encoder with which it is captured."""
-        return EncoderDescription(
-            self.main_input_name, self.feature_shape, self.conv_strides, self.layout, self.cross_layout
-        )
 
     def capture(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return captured_as_seq2seq_step(model, self.encoder_description)
+        return captured_as_seq2seq_step(model, self)
 
     def new_cache(self, device: torch.device, prefix: CachePrefix | None = None) -> CrossCache:
-        made: CrossCache = cross_cache_class()(self.layout, self, self.max_length, device)
-        if prefix is not None:
-            made.start_with_prefix(prefix)
+        """Return a cache that holds nothing but ``prefix``.
+
+        Raises ConfigError for rows with different numbers of virtual tokens, where the model takes no position_ids.
+        """
+        made = as_transformers_cache(CrossCache)(self.layout, self, self.max_length, device)
+        if prefix is None:
+            return made
+        if not self.takes_position_ids and prefix.left_padding is not None and bool(prefix.left_padding.any()):
+            raise ConfigError(
+                f"the adapters of these rows put several numbers of tokens in front, up to {prefix.count}, and this "
+                "model counts the positions of all rows alike: generate those of each number in a batch of their own"
+            )
+        made.start_with_prefix(prefix)
         return made
 
     def draw_inputs(self, draw: StepDraw, rows: int | None = None) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -27,11 +27,17 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from adaptc.capture.explain_failure import run_model
-from adaptc.capture.model_state import keyword_only_parameter, patch_forward
+from adaptc.capture.model_state import patch_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.cache.cache_layout import CacheLayout, cache_from_output
 from adaptc.generation.modes.static_attention import packed_attention
-from adaptc.generation.modes.static_step import StepExample, cache_over_tensors, equate_sizes, example_step
+from adaptc.generation.modes.static_step import (
+    StepExample,
+    cache_over_tensors,
+    equate_sizes,
+    example_step,
+    find_cache_argument,
+)
 
 STATES, STATES_MASK = "states", "states_mask"
 #: the prefix of the names of the cross-attention's keys and values
@@ -43,19 +49,19 @@ T = TypeVar("T")
 _ENCODED_ROWS, _SOURCE_LENGTH, _STATES_LENGTH = 4, 7, 9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class EncoderDescription:
     """A description of what a model's encoder reads, and of the decoder's caches.
 
     ``main_input_name`` is the name of its input: tokens (batch, length), or features of the fixed shape (batch,
-    *``feature_shape``). ``conv_strides`` are those of whisper's convolutions, which shorten the features.
-    ``self_layout`` is the layout of the decoder's own cache, ``cross_layout`` that of the cross-attention.
+    *``feature_shape``). ``conv_strides`` are those of whisper's convolutions, which shorten the features. ``layout`` is
+    the layout of the decoder's own cache, ``cross_layout`` that of the cross-attention.
     """
 
+    layout: CacheLayout
     main_input_name: str
     feature_shape: tuple[int, ...] | None
     conv_strides: tuple[int, int]
-    self_layout: CacheLayout
     cross_layout: CacheLayout
 
     def example_input(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -82,21 +88,22 @@ class EncoderDescription:
             raise CaptureError(
                 f"the encoder of {model_name} reads {main_input_name}, and generation is for tokens and for whisper"
             )
-        bare = cls(
-            main_input_name, feature_shape, conv_strides, CacheLayout((), torch.float32), CacheLayout((), torch.float32)
+        empty, first = CacheLayout((), torch.float32), next(model.parameters())
+        made = cls(
+            layout=empty,
+            main_input_name=main_input_name,
+            feature_shape=feature_shape,
+            conv_strides=conv_strides,
+            cross_layout=empty,
         )
-        first = next(model.parameters())
         ids = torch.zeros(1, 2, dtype=torch.int64, device=first.device)
-        source = {main_input_name: bare.example_input(1, first.device, first.dtype)}
-        out = run_model(model, **source, decoder_input_ids=ids, use_cache=True)
-        found = cache_from_output(out)
+        source = {main_input_name: made.example_input(1, first.device, first.dtype)}
+        found = cache_from_output(run_model(model, **source, decoder_input_ids=ids, use_cache=True))
         own, cross = (getattr(found, f"{which}_attention_cache", None) for which in ("self", "cross"))
-        return cls(
-            main_input_name,
-            feature_shape,
-            conv_strides,
-            CacheLayout.from_cache(model_name, own),
-            CacheLayout.from_cache(model_name, cross, CROSS_PREFIX),
+        return replace(
+            made,
+            layout=CacheLayout.from_cache(model_name, own),
+            cross_layout=CacheLayout.from_cache(model_name, cross, CROSS_PREFIX),
         )
 
 
@@ -106,32 +113,35 @@ def captured_as_seq2seq_step(model: nn.Module, description: EncoderDescription) 
 
     Raises CaptureError for a model whose forward takes no cache, or no ``encoder_outputs``.
     """
-    takes = inspect.signature(model.forward).parameters
-    cache_argument = next((n for n in ("cache", "past_key_values") if n in takes), None)
-    if cache_argument is None or "encoder_outputs" not in takes:
-        raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    cache_argument, takes = find_cache_argument(model), inspect.signature(model.forward).parameters
+    if "encoder_outputs" not in takes:
+        raise CaptureError(f"the forward of {type(model).__name__} takes no encoder_outputs")
     step = _example_step(model, description, with_position_ids="decoder_position_ids" in takes)
     original, encoder = model.forward, model.get_encoder()  # type: ignore[operator]
 
     def forward(**inputs: Any) -> dict[str, Tensor]:
         equate_sizes(inputs, step.dynamic_shapes)
         slots, keep, states = inputs.pop("slots"), inputs.pop("keep"), inputs.pop(STATES)
-        own = [inputs.pop(n) for n in description.self_layout.names]
+        own = [inputs.pop(n) for n in description.layout.names]
         cross = [inputs.pop(n) for n in description.cross_layout.names]
         read = {name: inputs.pop(name) for name in (description.main_input_name, "attention_mask") if name in inputs}
         found = encoder(**read)[0]
-        seen = _cross_attention_cache(cross)
-        inputs[cache_argument] = _encoder_decoder_cache(cache_over_tensors(own, slots, description.self_layout), seen)
+        pairs = zip(cross[::2], cross[1::2], strict=True)
+        layers = [_cross_layer_class()(*pair) for pair in pairs]
+        own_cache = cache_over_tensors(own, slots, description.layout)
+        inputs[cache_argument] = EncoderDecoderCache(own_cache, Cache(layers=layers))
         inputs["attention_mask"] = inputs.pop(STATES_MASK, None)
         logits = original(encoder_outputs=(states,), **inputs, use_cache=True).logits
-        made = [t for layer in seen.layers for t in layer.new_tensors]
+        made = [t for layer in layers for t in layer.new_tensors]
         return {
             STATES: found,
             **dict(zip(description.cross_layout.names, made, strict=True)),
             "logits": logits[:, keep],
         }
 
-    with patch_forward(model, forward, list(map(keyword_only_parameter, step.example_inputs))), packed_attention():
+    with patch_forward(model, forward, step.parameters), packed_attention():
         yield step
 
 
@@ -141,44 +151,23 @@ def decoder_inputs(inputs: Mapping[str, T]) -> dict[str, T]:
 
 
 def _example_step(model: nn.Module, description: EncoderDescription, with_position_ids: bool) -> StepExample:
-    first = next(model.parameters())
-    device = first.device
+    first, name, cross = next(model.parameters()), description.main_input_name, description.cross_layout
+    device, dtype = first.device, cross.dtype
     encoded_rows, source_length, positions = (Dim(n) for n in ("sources", "read", "positions"))
-    decoder = example_step(model, description.self_layout, with_position_ids, False)
+    decoder = example_step(model, description.layout, with_position_ids, False)
     inputs, shapes = decoder_inputs(decoder.example_inputs), decoder_inputs(decoder.dynamic_shapes)
     decoded_rows, rows = inputs["decoder_input_ids"].shape[0], shapes["decoder_input_ids"][0]
-    inputs[description.main_input_name] = description.example_input(_ENCODED_ROWS, device, first.dtype)
-    shapes[description.main_input_name] = (
-        {0: encoded_rows} if description.feature_shape else {0: encoded_rows, 1: source_length}
-    )
+    inputs[name], shapes[name] = description.example_input(_ENCODED_ROWS, device, first.dtype), {0: encoded_rows}
     if not description.feature_shape:
         inputs["attention_mask"] = torch.ones(_ENCODED_ROWS, _SOURCE_LENGTH, dtype=torch.int64, device=device)
-        shapes["attention_mask"] = {0: encoded_rows, 1: source_length}
         inputs[STATES_MASK] = torch.ones(decoded_rows, _STATES_LENGTH, dtype=torch.int64, device=device)
+        shapes[name] = shapes["attention_mask"] = {0: encoded_rows, 1: source_length}
         shapes[STATES_MASK] = {0: rows, 1: positions}
-    width = run_model(model.get_encoder(), inputs[description.main_input_name])[0].shape[-1]  # type: ignore[operator]
-    inputs[STATES] = torch.zeros(
-        decoded_rows, _STATES_LENGTH, width, dtype=description.cross_layout.dtype, device=device
-    )
-    shapes[STATES] = {0: rows, 1: positions}
-    for name, shape in zip(
-        description.cross_layout.names, description.cross_layout.shapes(decoded_rows, _STATES_LENGTH), strict=True
-    ):
-        inputs[name] = torch.zeros(shape, dtype=description.cross_layout.dtype, device=device)
-        shapes[name] = {0: rows, 2: positions}
+    width = run_model(model.get_encoder(), inputs[name])[0].shape[-1]  # type: ignore[operator]
+    inputs[STATES] = torch.zeros(decoded_rows, _STATES_LENGTH, width, dtype=dtype, device=device)
+    inputs |= cross.zeros(decoded_rows, device, _STATES_LENGTH)
+    shapes |= {STATES: {0: rows, 1: positions}} | {key: {0: rows, 2: positions} for key in cross.names}
     return StepExample(inputs, shapes)
-
-
-def _cross_attention_cache(tensors: list[Tensor]) -> Any:
-    from transformers.cache_utils import Cache
-
-    return Cache(layers=[_cross_layer_class()(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)])
-
-
-def _encoder_decoder_cache(self_cache: Any, cross_cache: Any) -> Any:
-    from transformers.cache_utils import EncoderDecoderCache
-
-    return EncoderDecoderCache(self_cache, cross_cache)
 
 
 @cache

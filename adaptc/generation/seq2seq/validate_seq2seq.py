@@ -14,35 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError
 from adaptc.generation.arguments import validate
-from adaptc.generation.arguments.validate import prepend_ones
-from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.prefix.prefix_for import prefix_attachments, prefix_input_names
-from adaptc.generation.seq2seq.seq2seq_cache import CrossCache
+from adaptc.generation.seq2seq.seq2seq_cache import CrossCache, check_equal_rows
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
-from adaptc.generation.spec import cache_argument_name
-from adaptc.generation.step_runner import StepRunner
+from adaptc.generation.spec import StepRunner, cache_argument_name
 
 
 def check_generate_arguments(
-    spec: Seq2SeqSpec, inputs: Tensor | None, kwargs: Mapping[str, Any]
+    spec: Seq2SeqSpec, inputs: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Return the checked arguments of ``generate``: the encoder's input, or None, and all others by name.
 
     Raises AdaptcError for arguments that the program or its cache cannot take.
     """
-    kwargs = dict(kwargs)
-    named = kwargs.pop(spec.main_input_name, None)
-    if inputs is not None and named is not None:
-        raise AdaptcError(f"{spec.main_input_name} is given twice: by its name, and in the first place")
-    inputs, past = named if inputs is None else inputs, validate.pop_cache(spec, kwargs)
+    inputs = validate.pop_main_input(spec, inputs, kwargs)
+    past = validate.pop_cache(spec, kwargs)
     for name in ("inputs_embeds", "decoder_inputs_embeds"):
         if kwargs.get(name) is not None:
             raise AdaptcError(f"{name} is not taken by a program with an encoder: give {spec.main_input_name}")
     decoder_input_ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("attention_mask")
     if decoder_input_ids is not None:
-        require_decoder_input(spec, decoder_input_ids)
+        validate.check_input_ids(spec, decoder_input_ids, "decoder_input_ids")
     if inputs is not None:
         check_encoder_input(spec, inputs, None if spec.feature_shape else mask)
     if (encoder_states := states_from_outputs(kwargs.get("encoder_outputs"))) is not None:
@@ -54,7 +48,7 @@ def check_generate_arguments(
             check_equal_rows(read.shape[0], decoder_input_ids.shape[0])
             _check_decoder_mask(kwargs, decoder_input_ids)
         return inputs, kwargs
-    past = validate.as_own_cache(spec, past, None)
+    past = validate.as_own_cache(spec, past)
     past.check_finished()
     assert isinstance(past, CrossCache)
     return None, _arguments_with_cache(spec, past, inputs, encoder_states, kwargs)
@@ -91,14 +85,6 @@ def _arguments_with_cache(
 def _check_decoder_mask(kwargs: Mapping[str, Any], decoder_input_ids: Tensor) -> None:
     name = "decoder_attention_mask"
     validate.check_attention_mask(kwargs.get(name), decoder_input_ids.shape, 0, name)
-
-
-def require_decoder_input(spec: Seq2SeqSpec, decoder_input_ids: Any) -> Tensor:
-    """Return the decoder's tokens. Raises AdaptcError for anything but token ids (batch, tokens)."""
-    if decoder_input_ids is None:
-        raise AdaptcError("a step takes decoder_input_ids (batch, tokens): give the tokens that begin the answer")
-    validate.check_input_ids(spec, decoder_input_ids, "decoder_input_ids")
-    return decoder_input_ids
 
 
 def require_encoder_input(spec: Seq2SeqSpec, source: Tensor | None) -> Tensor:
@@ -166,21 +152,6 @@ def check_encoder_states(spec: Seq2SeqSpec, encoder_states: Any, mask: Any) -> N
         )
 
 
-def check_equal_rows(encoded: int, decoded: int) -> None:
-    """Raise AdaptcError where the encoder and the decoder have different numbers of rows."""
-    if encoded != decoded:
-        raise AdaptcError(f"{encoded} rows were encoded, and decoder_input_ids has {decoded}: give as many")
-
-
-def check_prefix_positions(spec: Seq2SeqSpec, prefix: CachePrefix) -> None:
-    """Raise ConfigError for rows with different numbers of virtual tokens, where the model takes no position_ids."""
-    if not spec.takes_position_ids and prefix.left_padding is not None and bool(prefix.left_padding.any()):
-        raise ConfigError(
-            f"the adapters of these rows put several numbers of tokens in front, up to {prefix.count}, and this model "
-            "counts the positions of all rows alike: generate those of each number in a batch of their own"
-        )
-
-
 def check_nothing_decoded(past: CrossCache) -> None:
     """Raise AdaptcError where several sequences per row are asked for and the cache already holds decoded tokens."""
     if past.decoded_length:
@@ -194,11 +165,6 @@ def check_nothing_decoded(past: CrossCache) -> None:
 ENCODER_OPENINGS, DECODER_OPENINGS = ("prompt",), ("past_key_values",)
 
 
-def pop_adapter_inputs(runner: StepRunner, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Remove the inputs that adapters' virtual tokens depend on from ``kwargs`` and return them by name."""
-    return {name: value for name in prefix_input_names(runner) if (value := kwargs.pop(name, None)) is not None}
-
-
 def select_encoder_inputs(
     input_names: Collection[str], runner: StepRunner, adapter_inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -206,7 +172,7 @@ def select_encoder_inputs(
 
     Raises AdaptcError for a missing one.
     """
-    names = [n for n in prefix_input_names(runner) if n in input_names]
+    names = [n for n in prefix_input_names(runner, ENCODER_OPENINGS) if n in input_names]
     for name in names:
         if not isinstance(adapter_inputs.get(name), Tensor):
             raise AdaptcError(f"the adapter needs {name}, a tensor with an entry for each row that is encoded")
@@ -222,4 +188,5 @@ def encoder_states_mask(runner: StepRunner, states: Any, mask: Any) -> Any:
         or mask.ndim != 2
     ):
         return mask
-    return prepend_ones(max(states.shape[1] - mask.shape[1], 0), mask)
+    count = max(states.shape[1] - mask.shape[1], 0)
+    return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
