@@ -25,7 +25,7 @@ from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES
 from tests.support.subject import FILE, save_random_adapter, subject
 
-LONG = "adaptc.binding.bind._bind_in_full"
+LONG = "adaptc.binding.bind._match_sites"
 
 
 def same(found: Any, expected: Any) -> None:
