@@ -12,8 +12,8 @@ import adaptc
 from adaptc.generation import encoder_decoder
 from adaptc.generation.cache.step_cache import StepCache
 from tests.generation.models import generated, generator, prompt
-from tests.generation.test_states import both
-from tests.generation.test_without_a_cache import whole
+from tests.generation.test_recurrent_models import both
+from tests.generation.test_uncached_models import whole
 
 #: refused by adaptc, by transformers, and by what transformers calls before the first step
 BAD: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import adaptc
 from tests.generation.models import case, generated, generator, prompt
 from tests.support.families import FAMILIES
 
-#: but for mamba, which has tests of its own (test_states.py)
+#: but for mamba, which has tests of its own (test_recurrent_models.py)
 CAUSAL = [name for name, family in FAMILIES.items() if family.kind == "causal" and name != "mamba"]
 
 

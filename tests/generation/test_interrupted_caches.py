@@ -20,8 +20,8 @@ from adaptc.generation.cache.step_cache import StepCache
 from tests.generation import test_alora as alora
 from tests.generation import test_virtual_tokens as prompted
 from tests.generation.models import case, generated, generator, prompt
-from tests.generation.test_states import both
-from tests.generation.test_without_a_cache import whole
+from tests.generation.test_recurrent_models import both
+from tests.generation.test_uncached_models import whole
 from tests.support.families import FAMILIES
 from tests.support.interrupts import LineInterrupt
 

@@ -18,7 +18,7 @@ from adaptc.errors import AdaptcError, ConfigError, MergeError
 from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import generated
 from tests.generation.test_prefixes import continued
-from tests.generation.test_without_a_cache import first_gpt
+from tests.generation.test_uncached_models import first_gpt
 from tests.support.chats import tokenizer
 from tests.support.cover import examples
 from tests.support.families import FAMILIES

@@ -24,7 +24,7 @@ from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.state.adaptation import check_tags
 from tests.generation.models import generated, prompt
-from tests.generation.test_without_a_cache import Forgetful
+from tests.generation.test_uncached_models import Forgetful
 from tests.support import invoked
 from tests.support.cover import examples
 from tests.support.families import FAMILIES

@@ -12,7 +12,7 @@ from torch import Tensor
 import adaptc
 from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import case, generated, generator, prompt
-from tests.generation.test_bank_fronts import ROWS, bank
+from tests.generation.test_bank_virtual_tokens import ROWS, bank
 from tests.generation.test_virtual_tokens import generator as prompted
 from tests.support.families import FAMILIES
 from tests.support.prompts import text

@@ -14,10 +14,10 @@ from torch import Tensor
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError
 from tests.generation import test_alora as invoked
-from tests.generation import test_tasks as tasks
+from tests.generation import test_task_ids as tasks
 from tests.generation.models import generated
 from tests.generation.test_bank import Mixed, row
-from tests.generation.test_packaged_actors import LONG, longer
+from tests.generation.test_packaged_token_gates import LONG, longer
 from tests.support.families import FAMILIES
 from tests.support.invoked import alora_oracle
 

@@ -15,7 +15,7 @@ import torch
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, SwapError
 from tests.generation import test_alora as invoked
-from tests.generation import test_tasks as tasks
+from tests.generation import test_task_ids as tasks
 from tests.generation.models import generated
 from tests.support.families import FAMILIES
 from tests.support.invoked import alora_oracle
