@@ -111,7 +111,7 @@ def test_scales_and_tables() -> None:
     assert isinstance(layers, list)
 
 
-def test_language_models_are_refused() -> None:
+def test_programs_without_adapters_are_refused() -> None:
     ours, _ = twins(False, **CONFIGS)
     for program in (adaptc.merge(ours), adaptc.unload(ours)):
         for status in (adaptc.debug.get_model_status, adaptc.debug.get_layer_status):
