@@ -366,6 +366,6 @@ def test_packaged(tmp_path):
     program = adaptc.compile(model, configs("lora"), example_inputs=IDS)
     adaptc.package(program, tmp_path / "x.pt2")
     package = adaptc.load_package(tmp_path / "x.pt2")
-    assert [op.bound for op in package.ops.values()] == [(1.5, float("inf"))]
+    assert [op.max_norm for op in package.ops.values()] == [(1.5, float("inf"))]
     adaptc.swap(package, tmp_path / "peft")
     assert_close(package(IDS), theirs(IDS).detach(), 1e-6)
