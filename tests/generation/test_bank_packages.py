@@ -92,9 +92,6 @@ def test_a_generation_keeps_its_adapters() -> None:
 
 def test_refused_by_name(tmp_path: Path) -> None:
     packaged, given = loaded(), prompt(4, 6)
-    for names, message in ((["first"] * 3, "3 entries, and there are 4"), (["third"] * 4, "no adapter 'third'")):
-        with pytest.raises(adaptc.AdaptcError, match=message):
-            generated(Mixed(packaged, names), given)
     with pytest.raises(adaptc.ConfigError, match="give a row a weight"):
         generated(Mixed(packaged, NAMES), given, adapter_scale=0.5)
     with pytest.raises(adaptc.ConfigError, match="a tokenizer goes into"):
@@ -102,8 +99,8 @@ def test_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(adaptc.ConfigError, match="empty"):
         adaptc.package(generator().bank(), tmp_path / "one.pt2")
     with pytest.raises(adaptc.AdaptcError, match="package a bank"):
-        packaged._generator.bank()
-    with pytest.raises(adaptc.ConfigError, match="is a package already"):
+        packaged.generator.bank()
+    with pytest.raises(adaptc.ConfigError, match="of a package already"):
         adaptc.package(packaged, tmp_path / "one.pt2")
     assert not list(tmp_path.iterdir())
     assert packaged.report().data()["adapters"].keys() == {"first", "second"}
@@ -147,4 +144,4 @@ def test_models_with_an_encoder(family: str) -> None:
     turned: list[Any] = ["third", None, "first", {"third": 0.6, "first": -0.4}]
     assert torch.equal(said(Mixed(packaged, turned), given), said(Mixed(bank, NAMES), given))
     with pytest.raises(adaptc.AdaptcError, match="part by part"):
-        packaged.bank(**given, adapters=NAMES)
+        packaged(**given, adapters=NAMES)

@@ -56,27 +56,6 @@ def test_rows_of_a_package_are_those_of_its_bank(made):
     torch.testing.assert_close(packaged(x, adapters=["b", "b"]), single(x))
 
 
-def test_adapters_come_and_go_in_compiled_code(made):
-    program, _, path, dirs = made
-    packaged = adaptc.load_package(path)
-    x = torch.randn(3, 2, 7)
-    packaged.add("c", dirs["c"])
-    torch.testing.assert_close(packaged(x, adapters=["c"] * 3), program.bind(dirs["c"])(x))
-    with pytest.raises(adaptc.ConfigError, match="made for 3 adapters"):
-        packaged.add("d", dirs["d"])
-    packaged.replace("a", dirs["d"])
-    mixed = packaged(x, adapters=["a", "b", "c"])
-    for row, name in enumerate(["d", "b", "c"]):
-        torch.testing.assert_close(mixed[row], program.bind(dirs[name])(x)[row])
-    packaged.remove("b")
-    with pytest.raises(adaptc.AdaptcError, match="no adapter 'b'"):
-        packaged(x, adapters=["b", None, None])
-    assert "b" not in packaged
-    packaged.add("a again", dirs["a"])
-    torch.testing.assert_close(packaged(x, adapters=["a again"] * 3), program.bind(dirs["a"])(x))
-    assert packaged.report().data()["adapters"].keys() == {"a", "c", "a again"}
-
-
 @pytest.mark.long
 def test_what_does_not_fit_leaves_a_package_as_it_is(made, tmp_path):
     _, _, path, dirs = made
