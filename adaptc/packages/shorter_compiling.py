@@ -140,8 +140,8 @@ _FROZEN_AT_START = 1000
 def older_objects_spared() -> Iterator[None]:
     """Run the block with the garbage collector passing over the objects that exist already.
 
-    Inductor makes objects by the million, so that Python often looks at every object of the process: a tenth of the
-    time of a package. Where somebody froze objects before, nothing is done, since unfreezing knows no subsets.
+    It is off under the lock on graphs, but torch collects by itself while it compiles, each time over every object of
+    the process. Where somebody froze objects before, nothing is done, since unfreezing knows no subsets.
     """
     if gc.get_freeze_count() > _FROZEN_AT_START:
         yield

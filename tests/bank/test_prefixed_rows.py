@@ -73,11 +73,11 @@ def test_a_row_gets_what_its_adapter_gives_alone(cls: str, beside: str | None) -
     found: list[Tensor] = []
     for length in (SHORT, LONG):
         inputs = text(4, length, None)
-        out = logits(made.assigned(names), inputs)
+        out = logits(made.select(names), inputs)
         for i, name in enumerate(names):
             expected = logits(alone[name], {k: v[i : i + 1] for k, v in inputs.items()})
             torch.testing.assert_close(out[i : i + 1], expected)
-        found.append(logits(made.assigned([None] * 4), inputs))
+        found.append(logits(made.select([None] * 4), inputs))
         # each of the adapters matters, or the comparison would say nothing
         assert all((out[i] - found[-1][i]).abs().max() > 1e-3 for i, name in enumerate(names) if name is not None)
 
@@ -88,7 +88,7 @@ def test_code_follows_what_stands_beside_the_prefix(beside: str | None) -> None:
     bank = generator("PrefixTuningConfig", beside).bank(given)
     names = ["seven", None, "two", "two" if beside is None else "other"]
     for length in (SHORT, LONG):
-        logits(bank.assigned(names), text(4, length, None))
+        logits(bank.select(names), text(4, length, None))
     rows = bank.bank.row_program
     assert not any(isinstance(a.method, KVPrefixMethod) for a in rows.attachments)
     assert rows.is_side_by_side == (beside == "LoraConfig")

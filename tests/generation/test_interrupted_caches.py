@@ -201,7 +201,7 @@ def state_of(past: StepCache) -> Any:
     cross = [t.tolist() for t in getattr(past, "cross_tensors", ())]
     mask = past.mask[:, : past.length].tolist()
     tensors: list[Tensor] = []
-    if past.length:
+    if past.length and past.tensors:  # a cache that was reset has no memory, also where virtual tokens count
         tensors = past.tensors if isinstance(past, StateCache) else past.view_up_to(past.length)
     return past.length, past.rows, values, cross, mask, [t.tolist() for t in tensors]
 

@@ -14,7 +14,6 @@ import adaptc
 from adaptc.errors import ConfigError
 from adaptc.passes.graph.subprogram import extract_subprogram, output_names
 from adaptc.runtime.executor import Arguments
-from adaptc.state.program_parts import pin_parts
 
 NEW = {
     f"{name}.lora_{side}.weight": torch.randn(shape, generator=torch.Generator().manual_seed(4))
@@ -63,7 +62,7 @@ def inputs(rows: int, seed: int = 0) -> dict[str, Tensor]:
 def test_parts_compute_what_the_whole_does(program: adaptc.AdaptedProgram) -> None:
     """Each takes what it needs alone; sizes are read off an input that it has; writes stay with what reads them."""
     assert output_names(program) == ["left", "right", "total"]
-    parts = pin_parts(program, PARTS)
+    parts = program.snapshot_call().parts(PARTS)
     assert {n: set(p.inputs) for n, p in parts.items()} == {"left": {"a"}, "right": {"b", "memory"}}
     for rows in (1, 3, 6):
         whole, given, mine = inputs(rows), inputs(rows), inputs(rows)
@@ -77,11 +76,11 @@ def test_parts_compute_what_the_whole_does(program: adaptc.AdaptedProgram) -> No
 
 def test_parts_keep_one_adapter_and_their_code(program: adaptc.AdaptedProgram) -> None:
     """What is pinned stays as it was; the next ones have what was swapped in, all of them, and no new code."""
-    before = pin_parts(program, PARTS)
+    before = program.snapshot_call().parts(PARTS)
     old = {n: p.run(**{k: inputs(3)[k] for k in p.inputs}) for n, p in before.items()}
     bound = program.bind(NEW)
     adaptc.swap(program, NEW)
-    for parts in (pin_parts(program, PARTS), pin_parts(bound, PARTS)):
+    for parts in (program.snapshot_call().parts(PARTS), bound.parts(PARTS)):
         whole = program(**inputs(3))
         for name, part in parts.items():
             found = part.run(**{k: inputs(3)[k] for k in part.inputs})
@@ -96,7 +95,7 @@ def test_parts_keep_one_adapter_and_their_code(program: adaptc.AdaptedProgram) -
 
 @pytest.mark.long
 def test_parts_that_are_over_keep_no_adapter(program: adaptc.AdaptedProgram) -> None:
-    parts = pin_parts(program, PARTS)
+    parts = program.snapshot_call().parts(PARTS)
     parts["left"].run(a=inputs(3)["a"])
     taken = [weakref.ref(held) for held in parts["left"].run.args if isinstance(held, Arguments)]
     adaptc.swap(program, NEW)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc import ConfigError, MethodError, TargetError
-from adaptc.methods import InitialValues, Op, Slot, TargetedConfig
+from adaptc.methods import FileFormat, InitialValues, Op, Slot, TargetedConfig
 from adaptc.passes.protocol.method import Method
 from adaptc.verify import check_method
 from adaptc.verify.check_method import LAYERS, MethodReport
@@ -98,6 +98,11 @@ def test_a_right_method_passes_every_check_at_every_layer_it_takes(
     assert max(map(len, text.splitlines())) <= 120 + len("embedding: refused. ") + 200
 
 
+class DoublingFiles(FileFormat):
+    def write(self, op: Op, slots: Any) -> dict[str, torch.Tensor]:
+        return {name: 2 * t for name, t in slots.items()}
+
+
 #: functions replaced, and the check that fails
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "baked": (
@@ -138,7 +143,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "options that are not kept": ({"options": lambda self: {}}, "program files"),
     "files that are not read back": (
-        {"write": lambda self, op, slots: {n: t * 2 for n, t in slots.items()}},
+        {"files": DoublingFiles()},
         "adapter files",
     ),
     "a merge that is refused": ({"check_merge": lambda self, op: "it does not want to"}, ""),
