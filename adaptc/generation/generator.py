@@ -254,7 +254,7 @@ class Generator(TransformersModel, ProgramWrapper):
         inputs, kwargs = pinned.prepare_generation(inputs, kwargs)
         past = kwargs.get(cache_argument_name())
         with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
-            if pinned.recomputes_last:
+            if past is not None and pinned.recomputes_last:
                 past.crop(-1)
             try:
                 with torch.no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor
 import adaptc
 from adaptc.errors import TargetError
 from adaptc.methods.prompt.key_values import KVPrefixMethod
+from adaptc.state.runner import FORWARD
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle
 from tests.support.prompts import prompt_oracle, text
@@ -89,10 +90,10 @@ def test_code_follows_what_stands_beside_the_prefix(beside: str | None) -> None:
     names = ["seven", None, "two", "two" if beside is None else "other"]
     for length in (SHORT, LONG):
         logits(bank.select(names), text(4, length, None))
-    rows = bank.bank.row_program
+    rows = bank.placement.row_programs[FORWARD]
     assert not any(isinstance(a.method, KVPrefixMethod) for a in rows.attachments)
     assert rows.is_side_by_side == (beside == "LoraConfig")
-    assert len(bank.bank.code_cache.executors) == CODES[beside]
+    assert len(bank.placement.code_cache.executors) == CODES[beside]
 
 
 @pytest.mark.parametrize("cls", PREFIXES)

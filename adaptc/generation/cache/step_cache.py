@@ -386,4 +386,5 @@ def as_transformers_cache(cls: type[C]) -> type[C]:
     """Return a class of caches as a subclass of ``transformers.Cache``."""
     from transformers.cache_utils import Cache
 
-    return type(cls.__name__, (cls, Cache), {"__module__": cls.__module__, "__hash__": object.__hash__})
+    made: Any = type(cls.__name__, (cls, Cache), {"__module__": cls.__module__, "__hash__": object.__hash__})
+    return made
