@@ -212,6 +212,7 @@ class EncoderDecoder(Generator):
         return Seq2SeqLMOutput(logits=logits, **fields)  # type: ignore[arg-type]
 
     def fit_cache(self, past: StepCache, generation_config: Any, rows: int, sequences: int) -> None:
+        assert isinstance(past, CrossCache)
         if sequences > 1:
             checks.check_nothing_decoded(past)
             past.batch_repeat_interleave(sequences)

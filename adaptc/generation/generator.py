@@ -229,7 +229,7 @@ class Generator(ProgramWrapper):
         inputs, kwargs = pinned.prepare_generation(inputs, kwargs)
         past = kwargs.get(cache_argument_name())
         with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
-            if pinned.recomputes_last:
+            if pinned.recomputes_last and past is not None:
                 past.crop(-1)
             try:
                 with torch.no_grad():

@@ -48,7 +48,7 @@ class Seq2SeqSpec(GenerationSpec, EncoderDescription):
 
         Raises ConfigError for rows with different numbers of virtual tokens, where the model takes no position_ids.
         """
-        made = as_transformers_cache(CrossCache)(self.layout, self, self.max_length, device)
+        made: CrossCache = as_transformers_cache(CrossCache)(self.layout, self, self.max_length, device)
         if prefix is None:
             return made
         if not self.takes_position_ids and prefix.left_padding is not None and bool(prefix.left_padding.any()):
