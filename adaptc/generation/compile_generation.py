@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,8 +36,6 @@ from adaptc.program.compile_program import build_program, plan_adapters
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import validates_options
-
-G = TypeVar("G", bound=Generator)
 
 
 @validates_options("adapter_name", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator")
@@ -192,7 +190,7 @@ def make_generator(runner: AdaptedProgram | PackagedProgram, spec: GenerationSpe
 
 
 @cache
-def _as_transformers_model(cls: type[G]) -> type[G]:
+def _as_transformers_model(cls: type[Generator]) -> Any:
     """Return a class of generators as a subclass of ``transformers.GenerationMixin``, or of whisper's."""
     from transformers import GenerationMixin
     from transformers.models.whisper.generation_whisper import WhisperGenerationMixin

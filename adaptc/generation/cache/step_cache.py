@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -378,11 +378,8 @@ class StepCache(CacheInterface):
         )
 
 
-C = TypeVar("C", bound=StepCache)
-
-
 @cache
-def as_transformers_cache(cls: type[C]) -> type[C]:
+def as_transformers_cache(cls: type[StepCache]) -> Any:
     """Return a class of caches as a subclass of ``transformers.Cache``."""
     from transformers.cache_utils import Cache
 

@@ -89,7 +89,7 @@ class CacheMode(ABC):
 
     def new_cache(self, spec: StepSpec, device: torch.device, prefix: CachePrefix | None = None) -> StepCache:
         """Return a cache that holds nothing but ``prefix``."""
-        made = as_transformers_cache(self.cache_type)(
+        made: StepCache = as_transformers_cache(self.cache_type)(
             self.cache_layout(spec), spec, spec.max_length, device, self.ring_window(spec.layout)
         )
         if prefix is not None:
