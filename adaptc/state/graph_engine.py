@@ -75,8 +75,13 @@ class GraphEngine(Engine):
     def state(self, prepared: PreparedBinding) -> Mapping[str, Tensor]:
         return self._state
 
+    @property
+    def own_weights(self) -> tuple[Tensor, ...]:
+        """Return the weights of the weight form; none in the apply form."""
+        return () if self._own is None else self._own[1]
+
     def memory(self, prepared: PreparedBinding) -> HoistedMemory:
-        own = () if self._own is None else self._own[1]
+        own = self.own_weights
         return HoistedMemory(len(own), sum(t.nbytes for t in own)) + prepared.hoisted_memory
 
     def copy(self, runner: Runner, memo: dict[int, Any] | None) -> Runner:

@@ -98,7 +98,7 @@ def test_sizes_that_are_equal_have_one_letter():
 
 def test_bindings_modules_and_bound_callables_are_short(prog):
     assert repr(prog.binding) == "<Binding: LORA adapter 'default' from 'first values', rank 3, at 2 sites>"
-    assert repr(prog.bind(prog.binding)).startswith("Bound(")
+    assert repr(prog.bind(prog.binding)).startswith("Runner(")
     assert "2 sites" in repr(prog.spec())
     trained = program(training=True).module()
     first, second, third = repr(trained).splitlines()

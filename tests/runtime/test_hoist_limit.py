@@ -49,7 +49,7 @@ def test_setting_it_frees_what_is_held() -> None:
     prog = program()
     calls = [prog, *bound(prog)]
     before = [[call(x) for x in ROWS] for call in calls]
-    held = [prog.call_state.arguments, *(b._call_state.arguments for b in calls[1:])]
+    held = [prog.call_state.arguments, *(b.prepared.compiled_state().arguments for b in calls[1:])]
     gone = [weakref.ref(t) for a in held for t in values(a)]
     assert len(gone) >= 2 * len(calls)
     assert all(nbytes(call.held) > 0 for call in calls)
@@ -98,10 +98,10 @@ def test_other_options_stay_those_of_the_time_it_was_bound() -> None:
     prog.hoist_limit = 300
     for call in (*calls, *later):
         call(X)
-    assert {b._call_state.options.hoist_limit for b in (*calls, *later)} == {300}
-    assert [b._call_state.executor.fusion.groups for b in calls] == [1] * 3
-    assert len({id(b._call_state.executor) for b in calls}) == 1
-    assert {id(b._call_state.executor) for b in later} == {id(prog.executor())}
+    assert {b.prepared.compiled_state().options.hoist_limit for b in (*calls, *later)} == {300}
+    assert [b.prepared.compiled_state().executor.fusion.groups for b in calls] == [1] * 3
+    assert len({id(b.prepared.compiled_state().executor) for b in calls}) == 1
+    assert {id(b.prepared.compiled_state().executor) for b in later} == {id(prog.executor())}
 
 
 def test_the_weight_form_keeps_its_weights_and_no_more() -> None:
@@ -110,7 +110,7 @@ def test_the_weight_form_keeps_its_weights_and_no_more() -> None:
     for limit in (None, 0):
         prog.hoist_limit = limit
         out.append(own(X))
-        weights = sum(t.nbytes for t in own._own_weights)
+        weights = sum(t.nbytes for t in own.engine.own_weights)
         assert own.held.nbytes + own.held.shared_nbytes >= weights
         assert limit is None or nbytes(own.held) == weights
     close(*out)

@@ -1,9 +1,9 @@
-"""Lily: y' = y + s sum_i p_i B_i A x (Zhong et al., 2407.09946).
+"""Lily: y' = y + s sum_i p_i B_i A x, p the mean of softmax(R A x) over all tokens (Zhong et al., 2407.09946).
 
-p is the mean of softmax(R A x) over all tokens. All layers with the same target entry and weight shape share their
-factors B; each run of ``stride_A`` of these layers shares one A. Only the router R is a layer's own. As in PEFT, the
-mean is over the whole batch, padding included. So the result of a row depends on the other rows of its batch, and a
-step of generation averages over its own tokens only. No weight does the same, and per-row adapters are not possible.
+All layers with the same target entry and weight shape share their factors B; each run of ``stride_A`` of these layers
+shares one A. Only the router R is a layer's own. As in PEFT, the mean is over the whole batch, padding included. So the
+result of a row depends on the other rows of its batch, and a step of generation averages over its own tokens only. No
+weight does the same, and per-row adapters are not possible.
 
 Slots: ``lily_A.weight`` (r, in), ``lily_router.weight`` (n, r) and ``lily_B.weight``, here (n, r, out), and in PEFT's
 files (n r, out). Files repeat shared tensors under each layer.

@@ -1,10 +1,10 @@
-"""RandLoRA: W' = W + s B (l * A * g), a sum of n random bases (Albert et al., 2502.00987).
+"""RandLoRA: W' = W + s B (l * A * g), a sum of n = ceil(min(out, in) / r) bases (Albert et al., 2502.00987).
 
-n = ceil(min(out, in) / r). Slots, in PEFT's shapes, with S and L the smaller and the larger size of the weight: each
-site has ``randlora_lambda`` (r, n) and ``randlora_gamma`` (n, S). All sites share the frozen ``randlora_A`` (r, 1, S)
-and ``randlora_B`` (L, n, r), as large as the largest site needs. A is multiplied to (r n, S), rank-major, and B
-flattened to (L, n r), basis-major, so the two are not paired rank by rank. Where in > out, the result is transposed.
-Files repeat A and B under every site. s = alpha / r.
+Slots, in PEFT's shapes, with S and L the smaller and the larger size of the weight: each site has ``randlora_lambda``
+(r, n) and ``randlora_gamma`` (n, S). All sites share the frozen ``randlora_A`` (r, 1, S) and ``randlora_B`` (L, n, r),
+as large as the largest site needs. A is multiplied to (r n, S), rank-major, and B flattened to (L, n r), basis-major,
+so the two are not paired rank by rank. Where in > out, the result is transposed. Files repeat A and B under every site.
+s = alpha / r.
 
 The rank is part of the structure: n follows from it, so no size is free of another.
 """
