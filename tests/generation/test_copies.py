@@ -58,9 +58,8 @@ def test_adapters_come_and_go_in_each_copy_of_a_bank_alone(how: Any) -> None:
 def test_a_bank_says_what_is_in_it() -> None:
     made = bank()
     generated(Mixed(made, NAMES), TEXT, new=2)
-    inside = made.bank
-    assert made["second"] is inside["second"] is made.adapters["second"]
-    assert (made.nbytes, made.held, made.capacity) == (inside.nbytes, inside.held, None)
+    assert made["second"] is made.adapters["second"]
+    assert made.capacity is None
     assert min(made.nbytes, made.held) > 0
     with pytest.raises(KeyError, match="the bank has no adapter 'third'"):
         made["third"]
