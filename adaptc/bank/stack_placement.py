@@ -70,6 +70,7 @@ class StackPlacement(Placement):
 
     program: ProgramCore
 
+    @outside_modes()
     def __init__(
         self,
         program: ProgramCore,
