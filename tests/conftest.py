@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 
 # Before transformers and huggingface_hub are imported: both read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -83,3 +84,10 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed torch's and Python's generators, so that what a test draws does not depend on the tests before it."""
+    random.seed(0)
+    torch.manual_seed(0)

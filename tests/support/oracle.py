@@ -185,8 +185,9 @@ class Oracle:
     def wrap_and_save(
         cls, name: str, config: peft.PeftConfig, path: Path, *, model: nn.Module | None = None, seed: int = 0
     ) -> Oracle:
-        """``model`` replaces the family's own (a task head, another dtype)."""
-        with quiet(*EXPECTED_WARNINGS):
+        """``model`` replaces the family's own (a task head, another dtype); ``seed`` decides all values drawn."""
+        with quiet(*EXPECTED_WARNINGS), torch.random.fork_rng():
+            torch.manual_seed(seed)
             wrapped = peft.get_peft_model(FAMILIES[name].build() if model is None else model, config).eval()
             randomize(wrapped, seed)
             wrapped.save_pretrained(str(path))
