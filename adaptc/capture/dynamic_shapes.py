@@ -33,6 +33,7 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from adaptc.capture.float_stand_ins import float_stand_ins
 from adaptc.capture.fixed_sizes import flat_input_names
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.quick_sizes import fast_size_arithmetic
@@ -60,10 +61,11 @@ def export(
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
         for copies in (copy_equal_layers, contextlib.nullcontext):
             with contextlib.redirect_stderr(printed), patched, preserve_state(model, only_traced=True):
-                with copies(model) as once, fast_size_arithmetic():
+                with copies(model) as once, fast_size_arithmetic(), float_stand_ins(model) as put_back:
                     program = torch.export.export(
                         model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
                     )
+                put_back(program)
                 if not isinstance(once, CopiedLayers) or once.is_sound():
                     # Models make masks that none of their layers reads.
                     if program.graph.eliminate_dead_code():

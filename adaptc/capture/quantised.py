@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.errors import CaptureError
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
 #: packages whose layers and tensors hold quantised weights
 _LIBRARIES = frozenset(
@@ -123,6 +124,8 @@ def _tensor_reason(t: Any) -> str | None:
     if not isinstance(t, Tensor):
         return None
     kind = type(t)
+    if isinstance(t, QuantizedTensor):
+        return None
     if t.is_quantized:
         return f"a quantised tensor ({t.dtype})"
     # A DTensor wraps plain numbers, of which each process holds a shard.

@@ -1,0 +1,88 @@
+"""Multiply by a quantised matrix, and look rows up in one, without a float copy of it that lasts.
+
+    adaptc::qlinear(x, stored, bias, scheme, rows, columns)   x (..., columns) -> (..., rows) of x's dtype
+
+``stored`` are the scheme's tensors in the order of its layout, ``scheme`` its text (see ``all_schemes``). The gradient
+of ``x`` and of the bias is made of the same tensors: the matrix is frozen, and nothing keeps its float values from the
+forward to the backward. Where another way to compute the matmul is faster, ``quantized_kernels`` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.op_rules import decompose_in_transforms
+from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.scheme import Scheme
+
+
+def quantized_linear(
+    x: Tensor, scheme: Scheme, stored: Mapping[str, Tensor], shape: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    """Return x W^T + bias, (..., rows), for the matrix W of ``shape`` (rows, columns) that ``scheme`` stores."""
+    rows, columns = shape
+    ordered = [stored[role] for role in scheme.layout(rows, columns)]
+    return torch.ops.adaptc.qlinear(x, ordered, bias, scheme_text(scheme), rows, columns)
+
+
+def quantized_embedding(
+    scheme: Scheme, stored: Mapping[str, Tensor], shape: Sequence[int], indices: Tensor, dtype: torch.dtype
+) -> Any:
+    """Return the rows ``indices`` (...) of the matrix of ``shape``, as (..., columns) of ``dtype``.
+
+    Returns NotImplemented for a scheme whose rows cannot be read one by one.
+    """
+    picked = scheme.select_rows(stored, shape, indices.reshape(-1))
+    if picked is None:
+        return NotImplemented
+    count = indices.numel()
+    return scheme.dequantize(picked, count, shape[1]).to(dtype).reshape(*indices.shape, shape[1])
+
+
+def _values(stored: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    read = scheme_from_text(scheme)
+    by_role = dict(zip(read.layout(rows, columns), stored, strict=True))
+    return read.dequantize(by_role, rows, columns).to(dtype)
+
+
+def _plain_qlinear(
+    x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
+) -> Tensor:
+    return F.linear(x, _values(stored, scheme, rows, columns, x.dtype), bias)
+
+
+@torch.library.custom_op("adaptc::qlinear", mutates_args=())
+def qlinear_op(
+    x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
+) -> Tensor:
+    """Compute the matmul as an op, for graphs and for gradients."""
+    return _plain_qlinear(x, stored, bias, scheme, rows, columns)
+
+
+@qlinear_op.register_fake
+def _(x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int) -> Tensor:
+    torch._check(x.shape[-1] == columns, lambda: f"qlinear: x has {x.shape[-1]} columns, and the weight {columns}")
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, stored, _, ctx.scheme, ctx.rows, ctx.columns = inputs
+    ctx.save_for_backward(*stored)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    need_x, _, need_bias = ctx.needs_input_grad[:3]
+    gx = None
+    if need_x:
+        gx = g @ _values(ctx.saved_tensors, ctx.scheme, ctx.rows, ctx.columns, g.dtype)
+    no_gradients = [None] * len(ctx.saved_tensors)
+    return gx, no_gradients, g.reshape(-1, g.shape[-1]).sum(0) if need_bias else None, None, None, None
+
+
+qlinear_op.register_autograd(_backward, setup_context=_save_for_backward)
+decompose_in_transforms("qlinear", _plain_qlinear)

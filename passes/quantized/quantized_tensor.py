@@ -1,0 +1,183 @@
+"""Give a quantised weight the face of a tensor, so that a program, a pass or a merge takes it for a weight.
+
+A :class:`QuantizedTensor` has the shape and the dtype of the weight and holds the tensors of its scheme. ``linear`` and
+``embedding`` read it as it is stored; every other operation reads its values, made for that operation alone. It is
+frozen: nothing writes to it, and it takes no gradient.
+
+Private torch use, with the public route that was tried: ``Tensor._make_wrapper_subclass`` makes a tensor without memory
+of its own. Public: ``Tensor._make_subclass``'s public twin ``as_subclass`` needs the memory of the whole weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+from adaptc.errors import AdaptcError
+from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear
+from adaptc.passes.quantized.scheme import Scheme
+
+aten = torch.ops.aten
+
+
+class QuantizedTensor(Tensor):
+    """A weight that is stored by a scheme.
+
+    Attributes:
+        scheme: how it is stored.
+        stored: role -> tensor, as the scheme's ``layout`` says.
+        is_transposed: whether the stored matrix is the transpose of the weight, which then has two axes.
+    """
+
+    scheme: Scheme
+    stored: Mapping[str, Tensor]
+    is_transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        scheme: Scheme,
+        stored: Mapping[str, Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        is_transposed: bool = False,
+    ) -> QuantizedTensor:
+        device = stored["codes"].device
+        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        made.scheme, made.stored, made.is_transposed = scheme, dict(stored), is_transposed
+        return made
+
+    @classmethod
+    def quantize(cls, weight: Tensor, scheme: Scheme, is_transposed: bool = False) -> QuantizedTensor:
+        """Return ``weight`` stored by ``scheme``. Raises ConfigError where the scheme cannot store it."""
+        matrix = weight.t() if is_transposed else weight.reshape(weight.shape[0], -1)
+        return cls(scheme, scheme.quantize(matrix), weight.shape, weight.dtype, is_transposed)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Return (rows, columns) of the stored matrix."""
+        rows, columns = self.shape[0], prod(self.shape[1:])
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
+    @property
+    def memory_tensor(self) -> Tensor:
+        """Return the stored tensor by whose memory this weight is known."""
+        return self.stored["codes"]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Return the bytes of the stored tensors."""
+        return sum(t.nbytes for t in self.stored.values())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """Return the weight's values as a plain tensor of ``dtype``, by default its own."""
+        matrix = self.scheme.dequantize(self.stored, *self.matrix_shape).to(dtype or self.dtype)
+        return matrix.t().contiguous() if self.is_transposed else matrix.reshape(self.shape)
+
+    def with_stored(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedTensor:
+        """Return this weight with ``change`` applied to each stored tensor, and with values of ``dtype``."""
+        stored = {role: change(t) for role, t in self.stored.items()}
+        return QuantizedTensor(self.scheme, stored, self.shape, dtype or self.dtype, self.is_transposed)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        reader = _READERS.get(func)
+        if reader is not None and (found := reader(*args, **kwargs)) is not NotImplemented:
+            return found
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _COPIES:
+            return _copy_of(args[0], func, kwargs)
+        if func in _WRITES and isinstance(args[0], QuantizedTensor):
+            raise AdaptcError(
+                f"{args[0]!r} is frozen, and {func} would write to it: put another tensor in its place, such as "
+                "tensor.dequantize()"
+            )
+        args, kwargs = tree_map_only(QuantizedTensor, lambda t: t.dequantize(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) not in memo:
+            memo[id(self)] = _as_parameter_like(self, self.with_stored(torch.clone))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.scheme, dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed)
+
+
+def _rebuild(*arguments: Any) -> QuantizedTensor:
+    return QuantizedTensor(*arguments)
+
+
+def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:
+    return torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
+
+
+#: operations whose result is quantised, too
+_COPIES = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.lift_fresh.default,
+    aten._to_copy.default,
+    aten.pin_memory.default,
+}
+#: operations that write to their first argument
+_WRITES = {aten.copy_.default, aten.add_.Tensor, aten.mul_.Tensor, aten.fill_.Scalar, aten.zero_.default}
+
+
+def _copy_of(t: QuantizedTensor, func: Any, kwargs: Mapping[str, Any]) -> QuantizedTensor:
+    if func is aten.clone.default:
+        return t.with_stored(torch.clone)
+    if func is aten._to_copy.default:
+        device = kwargs.get("device")
+        return t.with_stored((lambda s: s) if device is None else (lambda s: s.to(device)), kwargs.get("dtype"))
+    return t.with_stored(lambda s: s)
+
+
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor) or isinstance(bias, QuantizedTensor):
+        return NotImplemented
+    if weight.ndim != 2 or weight.is_transposed:
+        return NotImplemented
+    return quantized_linear(x, weight.scheme, weight.stored, weight.matrix_shape, bias)
+
+
+def _embedding(weight: Any, indices: Any, padding_idx: int = -1, *_: Any, **__: Any) -> Any:
+    if not isinstance(weight, QuantizedTensor) or weight.is_transposed:
+        return NotImplemented
+    return quantized_embedding(weight.scheme, weight.stored, weight.matrix_shape, indices, weight.dtype)
+
+
+#: operations that read a weight as it is stored
+_READERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    aten.linear.default: _linear,
+    aten.embedding.default: _embedding,
+}
