@@ -34,6 +34,7 @@ from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Slot
 from adaptc.passes.protocol.program_method import ProgramMethod
+from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.progress import stage
@@ -252,7 +253,8 @@ class PackageBuilder:
         It is in inference mode, has padded slots, and shares base tensors with the program that is packaged.
         """
         training = self.program.adaptation.training
-        lifted = LiftedProgram(SetMode(training=False)(self.program).program if training else self.program)
+        program = SetMode(training=False)(self.program).program if training else self.program
+        lifted = LiftedProgram(ExpandQuantized()(program).output)
         names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
         modules = lifted.program.graph_module
         Respecialize(self.attachments, self.program.ops, names, self.values, modules=modules)(lifted.graph)

@@ -37,6 +37,7 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pass_infra import PassManager
 from adaptc.passes.graph.torch_caches import drop_dead_code, release_shape_env
 from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
 from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
@@ -59,7 +60,7 @@ def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[st
         program.check_base()
         program = program.snapshot()
         _check_none_disabled(program, path)
-    program = _without_empty_blocks(program, path)
+    program = ExpandQuantized()(_without_empty_blocks(program, path)).output
     try:
         with stage(f"writing {path.name}"), atomic_replace(path, "new.pt2") as new:
             with open_for_torch_save(new) as file, _expanded_allowed(program):
@@ -162,7 +163,7 @@ def from_program(
     regions are of another format.
     """
     options = options or RunOptions()
-    lifted = LiftedProgram(program)
+    lifted = LiftedProgram(CollectQuantized()(program).output)
     for fqn, tensor in lifted.state_dict.items():
         if isinstance(tensor, torch.nn.Parameter):
             lifted.state_dict[fqn] = tensor.requires_grad_(False)

@@ -40,6 +40,7 @@ from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.graph.storage import storage_key
 from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.added_lengths import VirtualTokenLengths, lookup_error
 from adaptc.runtime.arguments import Arguments
@@ -75,6 +76,8 @@ class Executor:
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.options, self.attachments, self.ops = options, attachments, ops
+        if options.backend == "inductor":
+            program = ExpandQuantized(fuse=True)(program).output
         lifted_program = LiftedProgram(program)  # not kept: it refers to the program, and so to the program's binding
         self.module = fx.GraphModule(program.graph_module, lifted_program.graph)
         if training:

@@ -50,7 +50,8 @@ class QuantizedTensor(Tensor):
     ) -> QuantizedTensor:
         device = stored["codes"].device
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
-        made.scheme, made.stored, made.is_transposed = scheme, dict(stored), is_transposed
+        made.scheme, made.is_transposed = scheme, is_transposed
+        made.stored = {role: stored[role] for role in scheme.layout(*made.matrix_shape)}
         return made
 
     @classmethod
@@ -77,7 +78,11 @@ class QuantizedTensor(Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """Return the weight's values as a plain tensor of ``dtype``, by default its own."""
-        matrix = self.scheme.dequantize(self.stored, *self.matrix_shape).to(dtype or self.dtype)
+        return self.values_of(self.stored, dtype)
+
+    def values_of(self, stored: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """Return what :meth:`dequantize` would return for other ``stored`` tensors, which may be fake."""
+        matrix = self.scheme.dequantize(stored, *self.matrix_shape).to(dtype or self.dtype)
         return matrix.t().contiguous() if self.is_transposed else matrix.reshape(self.shape)
 
     def with_stored(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedTensor:

@@ -1,0 +1,160 @@
+"""Write quantised weights as plain tensors and the ops that dequantise them, and read such a program back.
+
+:class:`ExpandQuantized` is for whatever knows no tensor of ours: files, other runtimes and compilers. Each quantised
+weight becomes the tensors of its scheme, under ``<name of the weight>.<role>``, and a few ATen nodes that make the
+weight of them. The last of these nodes keeps what the weight was in ``node.meta["custom"]["adaptc_quantized"]``:
+
+    names        the names of the weight; a tied weight has several
+    scheme       the scheme's text
+    shape        the weight's shape
+    transposed   whether the stored matrix is the transpose
+    parameter    whether the weight was a parameter
+
+:class:`CollectQuantized` undoes this, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from adaptc.errors import PassError
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.ops import operands
+from adaptc.passes.graph.pass_infra import Pass, PassResult
+from adaptc.passes.protocol.trace import inline, trace_function
+from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+
+#: the key of a dequantised weight's record in a node's custom meta
+QUANTIZED_META = "adaptc_quantized"
+
+
+@dataclass(frozen=True)
+class ExpandQuantized(Pass):
+    """A pass that writes quantised weights as plain tensors; its count is that of the weights.
+
+    ``fuse`` lets linear layers call ``adaptc::qlinear``, for code that runs beside adaptc and is not written to a file.
+    """
+
+    name: ClassVar[str] = "expand_quantized"
+
+    fuse: bool = False
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = LiftedProgram(subject)
+        names_by_node: dict[fx.Node, list[str]] = {}
+        for fqn, tensor in lifted.state_dict.items():
+            if isinstance(tensor, QuantizedTensor):
+                names_by_node.setdefault(lifted.placeholders[fqn], []).append(fqn)
+        for node, names in names_by_node.items():
+            _expand(lifted, node, names, self.fuse)
+        return PassResult(lifted.finish() if names_by_node else subject, len(names_by_node))
+
+
+def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) -> None:
+    weight: QuantizedTensor = lifted.state_dict[names[0]]
+    stored = {role: lifted.add_tensor(f"{names[0]}.{role}", t) for role, t in weight.stored.items()}
+    if fuse:
+        for user in [n for n in node.users if _is_linear_of(n, node) and not weight.is_transposed]:
+            x, _, bias = operands(user)
+            user.target, user.kwargs = torch.ops.adaptc.qlinear.default, {}
+            user.args = (x, list(stored.values()), bias, scheme_text(weight.scheme), *weight.matrix_shape)
+    if users := list(node.users):
+
+        def dequantize(*tensors: Tensor) -> Tensor:
+            return weight.values_of(dict(zip(stored, tensors, strict=True)))
+
+        region = trace_function(dequantize, [n.meta["val"] for n in stored.values()])
+        positions = {n: i for i, n in enumerate(lifted.graph.nodes)}
+        first = min(users, key=positions.__getitem__)
+        out = inline(lifted.graph, region, list(stored.values()), first, first, lambda role: {})
+        record = {
+            "names": names,
+            "scheme": scheme_text(weight.scheme),
+            "shape": list(weight.shape),
+            "transposed": weight.is_transposed,
+            "parameter": isinstance(weight, torch.nn.Parameter),
+        }
+        for made in _region_of(out, set(stored.values())):
+            del made.meta["custom"]
+            lifted.nodes[made.name] = made
+        out.meta["custom"] = {QUANTIZED_META: record}
+        node.replace_all_uses_with(out)
+    lifted.remove_tensor(names[0])
+
+
+def _is_linear_of(node: fx.Node, weight: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.linear.default:
+        return False
+    x, w, bias = operands(node)
+    return w is weight and x is not weight and bias is not weight
+
+
+@dataclass(frozen=True)
+class CollectQuantized(Pass):
+    """A pass that turns dequantised weights back into quantised ones; its count is that of the weights.
+
+    Raises PassError where a record does not fit the tensors that the program has.
+    """
+
+    name: ClassVar[str] = "collect_quantized"
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = LiftedProgram(subject)
+        found = [(n, r) for n in lifted.graph.nodes if (r := _record_of(n)) is not None]
+        for node, record in found:
+            _collect(lifted, node, record)
+        return PassResult(lifted.finish() if found else subject, len(found))
+
+
+def _record_of(node: fx.Node) -> Mapping[str, Any] | None:
+    custom = node.meta.get("custom")
+    return custom.get(QUANTIZED_META) if isinstance(custom, dict) else None
+
+
+def _collect(lifted: LiftedProgram, out: fx.Node, record: Mapping[str, Any]) -> None:
+    names, scheme = list(record["names"]), scheme_from_text(record["scheme"])
+    shape = tuple(int(s) for s in record["shape"])
+    dtype: torch.dtype = out.meta["val"].dtype
+    rows, columns = shape[0], int(torch.Size(shape).numel() // max(shape[0], 1))
+    if record["transposed"]:
+        rows, columns = columns, rows
+    roles = scheme.layout(rows, columns)
+    fqns = {role: f"{names[0]}.{role}" for role in roles}
+    if missing := [f for f in fqns.values() if f not in lifted.state_dict]:
+        raise PassError(f"the quantised weight {names[0]!r} lacks its tensor {missing[0]!r}")
+    stored = {role: lifted.tensor(f) for role, f in fqns.items()}
+    scheme.check(stored, rows, columns)
+    weight: Tensor = QuantizedTensor(scheme, stored, shape, dtype, bool(record["transposed"]))
+    if record["parameter"]:
+        weight = torch.nn.Parameter(weight, requires_grad=False)
+    region = _region_of(out, {lifted.placeholders[f] for f in fqns.values()})
+    placeholder = lifted.add_tensor(names[0], weight)
+    for name in names[1:]:
+        lifted.state_dict[name], lifted.placeholders[name] = weight, placeholder
+    out.replace_all_uses_with(placeholder)
+    for node in region:
+        lifted.graph.erase_node(node)
+        lifted.nodes.pop(node.name, None)
+    for fqn in fqns.values():
+        if not lifted.placeholders[fqn].users:
+            lifted.remove_tensor(fqn)
+
+
+def _region_of(out: fx.Node, inputs: set[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that ``out`` is made of, from ``inputs``, each before the nodes that it reads."""
+    found: dict[fx.Node, None] = {}
+    stack = [out]
+    while stack:
+        node = stack.pop()
+        if node not in inputs and node.op == "call_function":
+            found.pop(node, None)
+            found[node] = None
+            stack.extend(node.all_input_nodes)
+    return list(found)
