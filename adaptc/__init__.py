@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adaptc.api.adapt_model import compile
     from adaptc.api.change_adapter import bind, swap
     from adaptc.api.merge_and_lower import merge, unload, unmerge, verify
+    from adaptc.api.quantize import quantize
     from adaptc.api.reporting import report
     from adaptc.api.save_and_load import load, load_package, package, save, save_adapter
     from adaptc.bank.bank import Bank
@@ -93,6 +94,7 @@ PUBLIC = {
     "save_adapter": "adaptc.api.save_and_load",
     "package": "adaptc.api.save_and_load",
     "load_package": "adaptc.api.save_and_load",
+    "quantize": "adaptc.api.quantize",
     "report": "adaptc.api.reporting",
     "verify": "adaptc.api.merge_and_lower",
     "rescale_adapter_scale": "adaptc.program.rescale",

@@ -13,6 +13,7 @@ from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merge_pass import SiteMerge
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
+from adaptc.passes.quantized.quantize_weights import WeightQuantization
 from adaptc.tables import (
     WIDTH,
     Column,
@@ -20,6 +21,7 @@ from adaptc.tables import (
     Table,
     as_text,
     dtype_name,
+    format_bytes,
     format_error,
     format_error_or_dash,
     shorten_paths,
@@ -163,6 +165,69 @@ class MergeReport(Report):
                     "error": to_json_value(s.error),
                 }
                 for s in self.sites
+            ],
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class QuantizeReport(Report):
+    """A report of ``adaptc.quantize``: one :class:`WeightQuantization` per weight.
+
+    A weight's ``error`` is the norm of its change over its norm.
+    """
+
+    weights: Sequence[WeightQuantization]
+
+    @property
+    def bytes_before(self) -> int:
+        """Return the bytes of the weights before."""
+        return sum(w.bytes_before for w in self.weights)
+
+    @property
+    def bytes_after(self) -> int:
+        """Return the bytes of what is stored."""
+        return sum(w.bytes_after for w in self.weights)
+
+    @property
+    def max_error(self) -> float:
+        """Return the largest error of a weight."""
+        return max((w.error for w in self.weights), default=0.0)
+
+    def render(self, width: int = WIDTH, most: int = 20) -> str:
+        """Return the report as text, with the ``most`` weights of largest error."""
+        return as_text(self.sections(most), width)
+
+    def sections(self, max_rows: int = 20) -> list[str | Table]:
+        schemes = "; ".join(sorted({w.scheme for w in self.weights}))
+        head = (
+            f"quantised {len(self.weights)} weights ({schemes}): {format_bytes(self.bytes_before)} -> "
+            f"{format_bytes(self.bytes_after)}, largest error {self.max_error:.2%}"
+        )
+        ordered = sorted(self.weights, key=lambda w: w.error, reverse=True)
+        rows = [
+            (w.fqn, w.scheme, f"{w.error:.2%}", format_bytes(w.bytes_before), format_bytes(w.bytes_after))
+            for w in ordered[:max_rows]
+        ]
+        number_columns = [Column(n, right=True, no_wrap=True) for n in ("error", "before", "after")]
+        omitted = len(ordered) - len(rows)
+        more = f"and {omitted} more, each with an error of at most {ordered[max_rows].error:.2%}" if omitted > 0 else ""
+        return [head, Table(["weight", "scheme", *number_columns], rows), more]
+
+    def data(self) -> dict[str, Any]:
+        """Return ``bytes_before``, ``bytes_after``, ``largest_error`` and ``weights`` (one dict each)."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "largest_error": to_json_value(self.max_error),
+            "weights": [
+                {
+                    "weight": w.fqn,
+                    "scheme": w.scheme,
+                    "error": to_json_value(w.error),
+                    "bytes_before": w.bytes_before,
+                    "bytes_after": w.bytes_after,
+                }
+                for w in self.weights
             ],
         }
 

@@ -78,6 +78,8 @@ class ProgramCore(ExportedParts):
         self._untraced_call = not_traced(call_current)
         #: the report of the merge that made the program; None for all others
         self.merge_report: Any = None
+        #: the report of the ``adaptc.quantize`` that made the program; None for all others
+        self.quantize_report: Any = None
         call_state = CallState(binding, options)
         if isinstance(program, ProgramCore) and program.adaptation is adaptation:
             same, known = program.call_state, program.run_state
@@ -147,7 +149,7 @@ class ProgramCore(ExportedParts):
 
     def _share_with(self, binding: Binding | None, options: RunOptions) -> Self:
         new = type(self)(self, self._adaptation, binding, options, origin=self._origin)
-        new.merge_report = self.merge_report
+        new.merge_report, new.quantize_report = self.merge_report, self.quantize_report
         return new
 
     def to(self, device: torch.device | str) -> Self:
@@ -190,7 +192,7 @@ class ProgramCore(ExportedParts):
         originals = {k: map_tensor(t, copy_tensor) for k, t in self.originals.items()}
         origin = self._origin if origin is None else origin
         new = type(self)(program, self._adaptation, own, now.options, originals, origin)
-        new.merge_report = self.merge_report
+        new.merge_report, new.quantize_report = self.merge_report, self.quantize_report
         return new
 
     def __copy__(self) -> Self:

@@ -30,9 +30,12 @@ from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.protocol.trace import inline, trace_function
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.passes.quantized.scheme import Scheme
 
 #: the key of a dequantised weight's record in a node's custom meta
 QUANTIZED_META = "adaptc_quantized"
+#: the key of the name of the node that a rounded input is made of
+ROUNDED_META = "adaptc_rounded"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) 
             x, _, bias = operands(user)
             user.target, user.kwargs = torch.ops.adaptc.qlinear.default, {}
             user.args = (x, list(stored.values()), bias, scheme_text(weight.scheme), *weight.matrix_shape)
+    elif weight.scheme.rounds_inputs:
+        for user in [n for n in node.users if _is_linear_of(n, node)]:
+            _round_input(lifted, user, weight.scheme)
     if users := list(node.users):
 
         def dequantize(*tensors: Tensor) -> Tensor:
@@ -89,6 +95,19 @@ def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) 
     lifted.remove_tensor(names[0])
 
 
+def _round_input(lifted: LiftedProgram, user: fx.Node, scheme: Scheme) -> None:
+    """Let a linear layer read a rounded input."""
+    x = operands(user)[0]
+    out = inline(
+        lifted.graph, trace_function(lambda value: scheme.round_input(value), [x.meta["val"]]), [x], user, user, lambda role: {}
+    )
+    for made in _region_of(out, {x}):
+        del made.meta["custom"]
+        lifted.nodes[made.name] = made
+    out.meta["custom"] = {ROUNDED_META: x.name}
+    user.update_arg(0, out)
+
+
 def _is_linear_of(node: fx.Node, weight: fx.Node) -> bool:
     if node.target is not torch.ops.aten.linear.default:
         return False
@@ -110,6 +129,10 @@ class CollectQuantized(Pass):
         found = [(n, r) for n in lifted.graph.nodes if (r := _record_of(n)) is not None]
         for node, record in found:
             _collect(lifted, node, record)
+        for node in [n for n in lifted.graph.nodes if ROUNDED_META in (n.meta.get("custom") or {})]:
+            x = lifted.nodes[node.meta["custom"][ROUNDED_META]]
+            node.replace_all_uses_with(x)
+            _erase(lifted, _region_of(node, {x}))
         return PassResult(lifted.finish() if found else subject, len(found))
 
 
@@ -139,16 +162,20 @@ def _collect(lifted: LiftedProgram, out: fx.Node, record: Mapping[str, Any]) -> 
     for name in names[1:]:
         lifted.state_dict[name], lifted.placeholders[name] = weight, placeholder
     out.replace_all_uses_with(placeholder)
-    for node in region:
-        lifted.graph.erase_node(node)
-        lifted.nodes.pop(node.name, None)
+    _erase(lifted, region)
     for fqn in fqns.values():
         if not lifted.placeholders[fqn].users:
             lifted.remove_tensor(fqn)
 
 
+def _erase(lifted: LiftedProgram, region: list[fx.Node]) -> None:
+    for node in region:
+        lifted.graph.erase_node(node)
+        lifted.nodes.pop(node.name, None)
+
+
 def _region_of(out: fx.Node, inputs: set[fx.Node]) -> list[fx.Node]:
-    """Return the nodes that ``out`` is made of, from ``inputs``, each before the nodes that it reads."""
+    """Return the nodes that ``out`` is made of, from ``inputs``, each before all nodes that it reads."""
     found: dict[fx.Node, None] = {}
     stack = [out]
     while stack:

@@ -67,6 +67,10 @@ class IntegerScheme(Scheme):
         if self.activations not in ("float", "int8"):
             raise ConfigError(f"activations={self.activations!r} is neither 'float' nor 'int8'")
 
+    def __str__(self) -> str:
+        groups = f" in groups of {self.group_size}" if self.group_size else ""
+        return f"int{self.bits}{groups}{', int8 activations' if self.activations == 'int8' else ''}"
+
     def layout(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         group = self.group_size or columns
         if columns % group or (self.super_group and columns % self.super_group):
@@ -107,6 +111,18 @@ class IntegerScheme(Scheme):
             minimums = self._in_units(stored, "minimums", "super_minimums", columns)
             values = values - self._per_column(minimums, stored, columns)
         return values
+
+    @property
+    def rounds_inputs(self) -> bool:
+        return self.activations == "int8"
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """Return each row of ``x`` (..., columns) rounded to 127 steps of its largest magnitude on either side."""
+        if not self.rounds_inputs:
+            return x
+        values = x.float()
+        step = values.abs().amax(-1, keepdim=True) / 127
+        return ((values / torch.where(step == 0, 1.0, step)).round() * step).to(x.dtype)
 
     def select_rows(self, stored: Mapping[str, Tensor], shape: Sequence[int], indices: Tensor) -> dict[str, Tensor]:
         return {role: t if role == "group_index" else t.index_select(0, indices) for role, t in stored.items()}

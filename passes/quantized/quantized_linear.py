@@ -53,7 +53,11 @@ def _values(stored: Sequence[Tensor], scheme: str, rows: int, columns: int, dtyp
 def _plain_qlinear(
     x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
 ) -> Tensor:
-    return F.linear(x, _values(stored, scheme, rows, columns, x.dtype), bias)
+    weight = _values(stored, scheme, rows, columns, x.dtype)
+    read = scheme_from_text(scheme)
+    if read.rounds_inputs:  # the rounding is no part of the derivative
+        x = x + (read.round_input(x) - x).detach()
+    return F.linear(x, weight, bias)
 
 
 @torch.library.custom_op("adaptc::qlinear", mutates_args=())

@@ -34,6 +34,10 @@ class Scheme(ABC):
     name: ClassVar[str]
 
     @abstractmethod
+    def __str__(self) -> str:
+        """Return the scheme in a few words, for reports and messages."""
+
+    @abstractmethod
     def layout(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         """Return role -> shape and dtype of the tensors that store a matrix.
 
@@ -50,6 +54,15 @@ class Scheme(ABC):
 
         Raises ConfigError where the scheme cannot store this matrix.
         """
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Return whether inputs of a layer are rounded by :meth:`round_input` before they meet the matrix."""
+        return False
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """Return the input ``x`` (..., columns) as the layer reads it, of the same shape and dtype."""
+        return x
 
     def check(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> None:
         """Raise ConfigError, with the role of the tensor, where ``stored`` is not what :meth:`layout` says.

@@ -72,6 +72,9 @@ class TableScheme(Scheme):
         if self.block_size < 1 or self.scale_block < 0:
             raise ConfigError(f"block_size={self.block_size}: the number of elements that share a scale")
 
+    def __str__(self) -> str:
+        return f"{self.table} in blocks of {self.block_size}{', quantised scales' if self.scale_block else ''}"
+
     def layout(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         count = rows * columns
         blocks = -(-count // self.block_size)

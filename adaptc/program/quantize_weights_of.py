@@ -1,0 +1,170 @@
+"""Choose the weights that ``adaptc.quantize`` stores in few bits, in a program or in a model.
+
+Targets follow the rules of ``target_modules`` in configs: names, a regular expression, or "all-linear", which leaves
+out the output layer. Embeddings are stored only where they are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaptc.errors import ConfigError, TargetError
+from adaptc.passes.analysis.program_facts import all_module_types, qualified_name
+from adaptc.passes.analysis.sites import find_consumers, layer_kind_of
+from adaptc.passes.graph.graph_lock import hold_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.quantized.choose_scheme import choose_scheme
+from adaptc.passes.quantized.quantize_weights import (
+    QuantizeWeights,
+    WeightQuantization,
+    describe_quantization,
+    quantize_weight,
+)
+from adaptc.passes.quantized.scheme import Scheme
+from adaptc.progress import stage
+from adaptc.state.core import ProgramCore
+from adaptc.targets.attach_site import MATRIX_KINDS
+from adaptc.targets.name_rules import TargetCandidate, select_targets
+
+P = TypeVar("P", bound=ProgramCore)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """The options of ``adaptc.quantize``, which says what they mean."""
+
+    scheme: str
+    group_size: int | None = None
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that could be quantised: the module that has it, the kind of layer that reads it, and its tensor."""
+
+    module: str
+    kind: str
+    tensor: Tensor
+    class_name: str
+
+    @property
+    def is_transposed(self) -> bool:
+        """Return whether the weight is stored as (in, out), so that its output channels are columns."""
+        return self.kind == "addmm"
+
+    def scheme(self, options: QuantizeOptions) -> Scheme:
+        rows = self.tensor.shape[1] if self.is_transposed else self.tensor.shape[0]
+        return choose_scheme(options.scheme, options.group_size, self.tensor.numel() // max(rows, 1))
+
+
+def quantize_program(
+    program: P, options: QuantizeOptions, progress: bool = False
+) -> tuple[P, Sequence[WeightQuantization]]:
+    """Return a program whose chosen weights are quantised, with its current adapter, and a row for each weight.
+
+    Raises ConfigError or TargetError, and leaves ``program`` unchanged.
+    """
+    with hold_graph_lock(), stage("quantising weights", always=progress) as running:
+        still = program.snapshot()
+        if still.originals:
+            raise ConfigError(
+                f"the adapter's initialisation changed {list(still.originals)[:3]}: quantise the base, with "
+                "adaptc.unload(program), and compile the adapter into that"
+            )
+        weights = _weights_of_program(still)
+        source = still.adaptation.source
+        head = None if source is None else source.output_embedding
+        chosen = _choose(weights, options, head, list(all_module_types(still)))
+        schemes = {fqn: weights[fqn].scheme(options) for fqn in chosen}
+        transposed = frozenset(f for f in chosen if weights[f].is_transposed)
+        done = QuantizeWeights(schemes, transposed, running.track)(still)
+        binding = still.call_state.binding
+        return type(program)(done.output, still.adaptation, binding, still.options), done.data
+
+
+def quantize_module(
+    model: nn.Module, options: QuantizeOptions, progress: bool = False
+) -> Sequence[WeightQuantization]:
+    """Store the chosen weights of ``model`` in few bits, in the model itself, and return a row for each.
+
+    Raises ConfigError or TargetError, and leaves ``model`` unchanged.
+    """
+    modules = dict(model.named_modules())
+    weights: dict[str, _Weight] = {}
+    for path, module in modules.items():
+        kind = next((k for c, k in _KIND_OF_CLASS.items() if qualified_name(type(module)) == c), None)
+        weight = vars(module).get("_parameters", {}).get("weight")
+        if kind is not None and weight is not None:
+            weights[f"{path}.weight".removeprefix(".")] = _Weight(path, kind, weight, qualified_name(type(module)))
+    getter: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
+    output = getter()
+    head = next((n for n, m in modules.items() if m is output), None)
+    chosen = _choose(weights, options, head, list(modules))
+    made: dict[str, Tensor] = {}
+    rows: list[WeightQuantization] = []
+    with stage(f"quantising {len(chosen)} weights of {type(model).__name__}", always=progress) as running:
+        for fqn in running.track(chosen):
+            w = weights[fqn]
+            made[fqn] = quantize_weight(fqn, w.tensor, w.scheme(options), w.is_transposed)
+            rows.append(describe_quantization(fqn, w.tensor, made[fqn]))  # type: ignore[arg-type]
+    for fqn, weight in made.items():
+        old = weights[fqn].tensor
+        for module in modules.values():  # a tied weight is replaced in every module that has it
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter is old:
+                    setattr(module, name, weight)
+    return rows
+
+
+#: class of a layer -> the kind of op that reads its weight
+_KIND_OF_CLASS = {
+    "torch.nn.modules.linear.Linear": "linear",
+    "transformers.pytorch_utils.Conv1D": "addmm",
+    "torch.nn.modules.conv.Conv1d": "conv1d",
+    "torch.nn.modules.conv.Conv2d": "conv2d",
+    "torch.nn.modules.conv.Conv3d": "conv3d",
+    "torch.nn.modules.sparse.Embedding": "embedding",
+}
+
+
+def _weights_of_program(program: ExportedProgram) -> dict[str, _Weight]:
+    """Return the weights of layers of a program by FQN; a tied weight has the name of the layer that it is read by."""
+    lifted, types = LiftedProgram(program, edit=False), all_module_types(program)
+    found: dict[str, _Weight] = {}
+    for fqn, node in lifted.placeholders.items():
+        tensor = lifted.state_dict.get(fqn)
+        if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2:
+            continue
+        kinds = {layer_kind_of(n, source, tensor.ndim) for n, source in find_consumers(node)}
+        kind = next((k for k in MATRIX_KINDS if k in kinds), None)
+        module = fqn.rpartition(".")[0]
+        if kind is not None:
+            found[fqn] = _Weight(module, kind, tensor, types.get(module, ""))
+    return found
+
+
+def _choose(
+    weights: Mapping[str, _Weight], options: QuantizeOptions, head: str | None, modules: Iterable[str]
+) -> list[str]:
+    """Return the names of the weights that ``options`` choose; a tied weight is named once."""
+    if not weights:
+        raise TargetError("no layer of the model has a weight of two axes or more, so there is nothing to quantise")
+    selection = select_targets(
+        [TargetCandidate(w.module, w.class_name, w.kind) for w in weights.values()],
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude or None,
+        output_embedding=head,
+        all_names=list(modules),
+        parameters=list(weights),
+    )
+    by_module = {w.module: fqn for fqn, w in weights.items()}
+    chosen: dict[int, str] = {}
+    for name in selection.names:
+        chosen.setdefault(id(weights[by_module[name]].tensor), by_module[name])
+    return list(chosen.values())

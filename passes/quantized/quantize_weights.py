@@ -1,0 +1,99 @@
+"""Store weights of a program, or parameters of a model, by a scheme, and report what that costs in accuracy.
+
+Nothing else of the program changes: its graph reads the same weights, whose values are those of the scheme. All weights
+are made before the first one is replaced, so a failure changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from adaptc.errors import ConfigError, PassError
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.pass_infra import Pass, PassResult
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.passes.quantized.scheme import Scheme
+
+#: dtypes of weights that schemes store
+QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class WeightQuantization:
+    """What storing one weight did.
+
+    Attributes:
+        fqn: the weight's name.
+        scheme: the name of the scheme, in words.
+        error: the norm of the change of the weight over the norm of the weight.
+        bytes_before: the bytes of the weight as it was.
+        bytes_after: the bytes of the stored tensors.
+    """
+
+    fqn: str
+    scheme: str
+    error: float
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_weight(fqn: str, weight: Tensor, scheme: Scheme, is_transposed: bool) -> QuantizedTensor:
+    """Return ``weight`` stored by ``scheme``, a parameter where it is one.
+
+    Raises ConfigError, which names the weight, where the scheme cannot store it.
+    """
+    if isinstance(weight, QuantizedTensor):
+        raise ConfigError(f"{fqn!r} is quantised already, by {weight.scheme}; leave it out with exclude=")
+    if weight.dtype not in QUANTIZABLE:
+        raise ConfigError(f"{fqn!r} is {weight.dtype}, and weights of float32, bfloat16 and float16 are quantised")
+    try:
+        made = QuantizedTensor.quantize(weight.detach(), scheme, is_transposed)
+    except ConfigError as error:
+        raise ConfigError(f"{fqn!r}: {error}") from error
+    is_parameter = isinstance(weight, torch.nn.Parameter)
+    return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
+
+
+def describe_quantization(fqn: str, before: Tensor, after: QuantizedTensor) -> WeightQuantization:
+    """Return the report of one weight. Its old values are read once more, and nothing is kept of them."""
+    old = before.detach().float()
+    change = float(torch.linalg.vector_norm(after.dequantize(torch.float32) - old))
+    size = float(torch.linalg.vector_norm(old))
+    return WeightQuantization(
+        fqn, str(after.scheme), change / size if size else change, before.nbytes, after.stored_bytes
+    )
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """A pass that stores weights by schemes; its count is that of the weights, its data a WeightQuantization of each.
+
+    ``schemes`` maps the FQN of a weight to its scheme. Weights in ``transposed`` are stored as (in, out) and quantised
+    along the other axis. ``progress`` wraps the sequence of names.
+    """
+
+    name: ClassVar[str] = "quantize_weights"
+
+    schemes: Mapping[str, Scheme] = field(repr=False)
+    transposed: frozenset[str] = frozenset()
+    progress: Callable[[Sequence[str]], Any] = field(default=iter, repr=False)
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = LiftedProgram(subject)
+        if unknown := [f for f in self.schemes if f not in lifted.placeholders]:
+            raise PassError(f"the program has no weight {unknown[0]!r}")
+        made: dict[str, QuantizedTensor] = {}
+        rows: list[WeightQuantization] = []
+        for fqn in self.progress(list(self.schemes)):
+            old = lifted.tensor(fqn)
+            made[fqn] = quantize_weight(fqn, old, self.schemes[fqn], fqn in self.transposed)
+            rows.append(describe_quantization(fqn, old, made[fqn]))
+        for fqn, weight in made.items():
+            lifted.set_tensor(fqn, weight)
+        return PassResult(lifted.finish(), len(rows), data=tuple(rows))
