@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.state.core import ProgramCore
+from adaptc.state.merge_quantized import parse_quantized_merge
 from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
 from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale
@@ -26,9 +27,16 @@ from adaptc.verify.verify import verify_program
 
 
 @needs_graph
-@validates_options("safe", "keep_base", "progress")
+@validates_options("safe", "keep_base", "progress", "dequantize", "requantize", "keep")
 def merge(
-    program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
+    program: AdaptedProgram,
+    *,
+    safe: bool = True,
+    keep_base: bool = True,
+    progress: bool = False,
+    dequantize: bool = False,
+    requantize: bool = False,
+    keep: Literal["residual"] | None = None,
 ) -> AdaptedProgram:
     """Return a plain ATen program with the current adapter folded into the weights.
 
@@ -42,12 +50,18 @@ def merge(
             restores them bit for bit. Without it, each old weight is freed before the next new one is made, and
             ``program`` must not be used any more. Fused siblings share memory, which is freed with the last of them.
         progress: whether to show a bar on a terminal from the start.
+        dequantize: whether quantised weights that the adapter changes become plain weights of their dtype.
+        requantize: whether such weights are stored by their scheme again, with the rounding errors in the report.
+        keep: "residual" leaves such weights as they are, and the adapter's own tensors beside them as part of the
+            graph. Nothing is rounded, and the program has no adapter any more.
 
     Returns:
         the merged program, which needs no adaptc once it is saved.
 
     Raises:
-        MergeError: a method has no form on the weight, or a result is not finite. ``program`` is unchanged.
+        MergeError: a method has no form on the weight, a result is not finite, or the adapter changes quantised
+            weights and none of the last three options says how. ``program`` is unchanged.
+        ConfigError: more than one of these options is given.
         AdaptcError: a module of the program trains other tensors than the program has.
 
     Example:
@@ -58,7 +72,13 @@ def merge(
     check_no_override(program, "merge")
     check_not_stale(program)
     source = program.binding.source
-    new, rows = merge_program(program, safe=safe, keep_base=keep_base, progress=progress)
+    new, rows = merge_program(
+        program,
+        safe=safe,
+        keep_base=keep_base,
+        progress=progress,
+        quantized=parse_quantized_merge(dequantize, requantize, keep),
+    )
     new.merge_report = MergeReport(rows, source)
     return new
 

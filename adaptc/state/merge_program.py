@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from adaptc.errors import MergeError
+from adaptc.passes.adapt.keep_regions import KeepRegions
 from adaptc.passes.adapt.merge_pass import Merge, SiteMerge
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.graph.graph_lock import hold_graph_lock, with_graph_lock
@@ -27,6 +28,7 @@ from adaptc.passes.graph.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.progress import stage
 from adaptc.state.core import MergeOrigin, ProgramCore
+from adaptc.state.merge_quantized import QuantizedMerge, attachments_to_keep, requantize
 
 P = TypeVar("P", bound=ProgramCore)
 
@@ -66,17 +68,19 @@ def merge_program(
     safe: bool = True,
     keep_base: bool = True,
     progress: bool = False,
+    quantized: QuantizedMerge | None = None,
 ) -> tuple[P, Sequence[SiteMerge]]:
     """Return the merged program, and one :class:`SiteMerge` per merged weight; ``adaptc.merge`` tells more.
 
-    ``progress``: show progress in a terminal from the start. Raises MergeError, and leaves ``program`` unchanged.
+    ``progress``: show progress in a terminal from the start. ``quantized``: what becomes of weights that are quantised;
+    None refuses them. Raises MergeError, and leaves ``program`` unchanged.
     """
     with hold_graph_lock(), stage(f"merging {len(program.binding.methods)} sites", always=progress) as merging:
         if keep_base:
             still = program.snapshot()
-            return _merge(still, MergeOrigin(program, still.binding), None, safe, merging.track)
+            return _merge(still, MergeOrigin(program, still.binding), None, safe, merging.track, quantized)
         with program.swap_lock():
-            return _merge(program, None, program.release_base_tensor, safe, merging.track)
+            return _merge(program, None, program.release_base_tensor, safe, merging.track, quantized)
 
 
 def _merge(
@@ -85,15 +89,21 @@ def _merge(
     release: Callable[[str], None] | None,
     safe: bool,
     progress: Callable[[Sequence[Any]], Any],
+    quantized: QuantizedMerge | None,
 ) -> tuple[P, Sequence[SiteMerge]]:
     program.check_base()
     binding = program.binding
     present = [a for a in program.adaptation.attachments if a.id in binding.methods]
     rest = tuple(a.id for a in program.adaptation.attachments if a.id not in binding.methods)
-    merge_pass = Merge(present, dict(binding.values), safe, release, progress, rest)
+    kept = attachments_to_keep(program, present, quantized)
+    present = [a for a in present if a not in kept]
+    values = dict(binding.values)
+    merge_pass = Merge(present, values, safe, release, progress, rest)
+    if quantized is QuantizedMerge.REQUANTIZE:
+        merge_pass = replace(merge_pass, store=requantize)
     del binding  # it may hold base tensors, which ``release`` could not free then
-    key = tuple(a.id for a in present)
-    is_reusable = release is None and not any(a.method.has_bias() for a in present)
+    key = (quantized, *(a.id for a in present))
+    is_reusable = release is None and not kept and not any(a.method.has_bias() for a in present)
     shapes = {k: t.shape for k, t in program.base_tensors.items() if isinstance(t, Tensor)}
     memo = program.run_state.merged_programs
     known: MergeMemo | None = memo.get(key) if is_reusable else None
@@ -103,9 +113,10 @@ def _merge(
             made = known.with_weights(weights)
             rows = [replace(r, untied=u) for r, u in zip(rows, known.untied, strict=True)]
             return _make_program(program, made, made.adaptation, origin), rows
-    passes: list[Pass] = [merge_pass, *([SetMode(training=False)] if program.adaptation.training else [])]
+    keeping = [KeepRegions(frozenset(a.id for a in kept), values)] if kept else []
+    passes: list[Pass] = [*keeping, merge_pass, *([SetMode(training=False)] if program.adaptation.training else [])]
     done = PassManager(passes)(program)
-    rows = done.data[0]
+    rows = done.data[len(keeping)]
     bare = program.adaptation.without_adapters()
     new = _make_program(program, done.output, replace(bare, trail=(*bare.trail, *done.trail)), origin)
     if is_reusable and all(new.state_dict[r.fqn].shape == shapes[r.fqn] for r in rows):

@@ -41,6 +41,7 @@ class MergeErrors:
     def __init__(self, exact: Callable[[], Tensor], stored: Tensor, rounded: Tensor) -> None:
         self._tensors: Any = exact, stored, rounded
         self._versions = _versions(stored, rounded)
+        self._is_plain = type(rounded) in (Tensor, torch.nn.Parameter)
         self._errors = nan, nan
 
     def __call__(self) -> tuple[float, float]:
@@ -48,10 +49,16 @@ class MergeErrors:
             exact, stored, rounded = self._tensors
             self._tensors = None
             if _versions(stored, rounded) == self._versions:
-                value = rounded if rounded.dtype.to_real() in (torch.float32, torch.float64) else exact()
-                error = 0.0 if rounded.dtype == value.dtype else _largest_difference(value, rounded)
+                is_exact = self._is_plain and rounded.dtype.to_real() in (torch.float32, torch.float64)
+                value = rounded if is_exact else exact()
+                error = 0.0 if is_exact else _largest_difference(value, rounded)
                 self._errors = _largest_difference(value, stored), error
         return self._errors
+
+
+def _round_to_dtype(old: Tensor, exact: Tensor) -> Tensor:
+    """Return the weight ``exact`` in the dtype of the weight that it replaces, and in its layout."""
+    return _with_strides_of(old, exact.to(old.dtype))
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class Merge(Pass):
     ``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite. ``dropped_ids`` has
     the ids of attachments to remove without merging, since the adapter does not have them.
 
+    ``store(old, exact)`` returns the tensor that takes the place of the weight ``old``; by default it has its dtype.
+
     ``release(fqn)`` is called right after a weight was replaced. A caller who gives up the base can free it then,
     before the next one is made. ``progress`` wraps the sequence of weights.
     """
@@ -92,6 +101,7 @@ class Merge(Pass):
     release: Callable[[str], None] | None = field(default=None, repr=False)
     progress: Callable[[Sequence[Any]], Any] = field(default=iter, repr=False)
     dropped_ids: Sequence[str] = field(default=(), repr=False)
+    store: Callable[[Tensor, Tensor], Tensor] = field(default=_round_to_dtype, repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
@@ -163,7 +173,7 @@ class Merge(Pass):
         stored, dtype = lifted.tensor(first.fqn), _merge_dtype(lifted.tensor(first.fqn))
         arguments = {a.id: self._slots_and_scale(a, dtype) for a in group}
         exact = self._exact_weight(lifted, group, ops, dtype, arguments)
-        rounded = _with_strides_of(stored, exact().to(stored.dtype))
+        rounded = self.store(stored, exact())
         if any(memory_address(rounded) == memory_address(self.values[f]) for a in group for f in a.slots.values()):
             rounded = rounded.clone()  # the merged weight must not change when such a slot is trained further
         self._check_finite(first, first.fqn, rounded)

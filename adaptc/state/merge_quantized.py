@@ -1,0 +1,61 @@
+"""Say what a merge makes of quantised weights: plain weights, quantised weights, or the same weights and a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from torch import Tensor
+
+from adaptc.errors import ConfigError, MergeError, short_repr
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.state.core import ProgramCore
+
+
+class QuantizedMerge(Enum):
+    """What becomes of the quantised weights that an adapter changes; ``adaptc.merge`` says what each is."""
+
+    DEQUANTIZE = "dequantize=True"
+    REQUANTIZE = "requantize=True"
+    KEEP_RESIDUAL = 'keep="residual"'
+
+
+def parse_quantized_merge(dequantize: bool, requantize: bool, keep: str | None) -> QuantizedMerge | None:
+    """Return what the options of ``adaptc.merge`` say, None for none. Raises ConfigError for more than one."""
+    if keep not in (None, "residual"):
+        raise ConfigError(f"keep={short_repr(keep)} is not 'residual'")
+    given = {
+        QuantizedMerge.DEQUANTIZE: dequantize,
+        QuantizedMerge.REQUANTIZE: requantize,
+        QuantizedMerge.KEEP_RESIDUAL: keep is not None,
+    }
+    chosen = [option for option, is_given in given.items() if is_given]
+    if len(chosen) > 1:
+        raise ConfigError(f"{chosen[0].value} and {chosen[1].value} exclude each other: give one of them")
+    return chosen[0] if chosen else None
+
+
+def attachments_to_keep(
+    program: ProgramCore, present: Sequence[Attachment], quantized: QuantizedMerge | None
+) -> list[Attachment]:
+    """Return the attachments at quantised weights that stay in the graph, which are none but for ``KEEP_RESIDUAL``.
+
+    Raises MergeError where there are quantised weights and ``quantized`` is None.
+    """
+    base = program.base_tensors
+    found = [a for a in present if isinstance(base.get(a.fqn), QuantizedTensor)]
+    if found and quantized is None:
+        ways = " or ".join(option.value for option in QuantizedMerge)
+        raise MergeError(
+            f"site {found[0].id!r} and {len(found) - 1} more have quantised weights ({base[found[0].fqn].scheme}), and "
+            f"a merge would round or enlarge them: say which, with {ways}"
+        )
+    return found if quantized is QuantizedMerge.KEEP_RESIDUAL else []
+
+
+def requantize(old: Tensor, exact: Tensor) -> Tensor:
+    """Return the weight ``exact`` as the weight ``old`` is stored: by its scheme, or in its dtype."""
+    if not isinstance(old, QuantizedTensor):
+        return exact.to(old.dtype)
+    return QuantizedTensor.quantize(exact.to(old.dtype), old.scheme, old.is_transposed)
