@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import adaptc
 from adaptc.binding.bind import initial_values
+from adaptc.passes.quantized.integer_scheme import IntegerScheme
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from tests.support.method_table import ENTRIES
 from tests.support.subject import (
     FILE,
@@ -240,6 +242,41 @@ def check_rows(s: Subject, tmp_path: Path) -> None:
     assert_close(found, torch.stack([one[0], base[1], other[2], mix, one[4]]), 1e-8)
 
 
+def check_quantized_base(s: Subject, tmp_path: Path) -> None:
+    """On a quantised weight an adapter does what it does on a plain weight of the same values."""
+    stored, plain = copy.deepcopy(s.base), copy.deepcopy(s.base)
+    for name, weight in list(stored.layer.named_parameters()):
+        if weight.ndim > 1:
+            quantized = QuantizedTensor.quantize(weight.detach(), IntegerScheme())
+            setattr(stored.layer, name, torch.nn.Parameter(quantized, requires_grad=False))
+            setattr(plain.layer, name, torch.nn.Parameter(quantized.dequantize()))
+    options = {"example_inputs": s.args(3)}
+    program, expected = (adaptc.compile(m, s.directory, **options) for m in (stored, plain))
+    assert_valid(program)
+    args = s.args(5)
+    assert_close(program(*args), expected(*args), s.tolerance)
+    assert not torch.allclose(program(*args), s.program(*args), rtol=1e-6, atol=1e-6)
+    path = adaptc.save(program, tmp_path / "program.pt2")
+    assert_close(adaptc.load(path)(*args), expected(*args), s.tolerance)
+    assert_close(torch.export.load(path).module()(*args), expected(*args), s.tolerance)
+    if s.entry.has_weight_form:
+        kept = adaptc.merge(program, keep="residual")
+        assert_close(kept(*args), expected(*args), s.tolerance)
+        merged = adaptc.merge(program, dequantize=True)
+        assert_close(merged(*args), adaptc.merge(expected)(*args), s.tolerance)
+        assert torch.equal(adaptc.unmerge(merged)(*args), program(*args))
+    grads = []
+    for model in (stored, plain):
+        trained = adaptc.compile(model, s.directory, training=True, **options)
+        module = trained.module()
+        module.eval()
+        loss(module(*args)).backward()
+        grads.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    for name, grad in grads[1].items():
+        assert_close(grads[0][name], grad, max(1.0, float(grad.abs().max())) * s.tolerance * 10)
+
+
 CHECKS = [
     check_outputs,
     check_gradients,
@@ -252,6 +289,7 @@ CHECKS = [
     check_reload,
     check_dtypes,
     check_rows,
+    check_quantized_base,
 ]
 
 
