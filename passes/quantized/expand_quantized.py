@@ -99,7 +99,12 @@ def _round_input(lifted: LiftedProgram, user: fx.Node, scheme: Scheme) -> None:
     """Let a linear layer read a rounded input."""
     x = operands(user)[0]
     out = inline(
-        lifted.graph, trace_function(lambda value: scheme.round_input(value), [x.meta["val"]]), [x], user, user, lambda role: {}
+        lifted.graph,
+        trace_function(lambda value: scheme.round_input(value), [x.meta["val"]]),
+        [x],
+        user,
+        user,
+        lambda role: {},
     )
     for made in _region_of(out, {x}):
         del made.meta["custom"]

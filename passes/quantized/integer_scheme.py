@@ -124,8 +124,10 @@ class IntegerScheme(Scheme):
         step = values.abs().amax(-1, keepdim=True) / 127
         return ((values / torch.where(step == 0, 1.0, step)).round() * step).to(x.dtype)
 
-    def select_rows(self, stored: Mapping[str, Tensor], shape: Sequence[int], indices: Tensor) -> dict[str, Tensor]:
-        return {role: t if role == "group_index" else t.index_select(0, indices) for role, t in stored.items()}
+    def select_rows(
+        self, stored: Mapping[str, Tensor], shape: Sequence[int], rows: slice | Tensor
+    ) -> tuple[Scheme, dict[str, Tensor]]:
+        return self, {role: t if role == "group_index" else t[rows] for role, t in stored.items()}
 
     def unpack_codes(self, stored: Mapping[str, Tensor], columns: int) -> Tensor:
         """Return the codes (rows, columns) as int8 where they have 8 bits, else as uint8."""

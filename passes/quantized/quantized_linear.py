@@ -9,7 +9,7 @@ forward to the backward. Where another way to compute the matmul is faster, ``qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from adaptc.op_rules import decompose_in_transforms
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
 from adaptc.passes.quantized.scheme import Scheme
+
+#: how many elements are dequantised at once
+BLOCK_ELEMENTS = 1 << 18
 
 
 def quantized_linear(
@@ -37,11 +40,11 @@ def quantized_embedding(
 
     Returns NotImplemented for a scheme whose rows cannot be read one by one.
     """
-    picked = scheme.select_rows(stored, shape, indices.reshape(-1))
-    if picked is None:
+    found = scheme.select_rows(stored, shape, indices.reshape(-1))
+    if found is None:
         return NotImplemented
-    count = indices.numel()
-    return scheme.dequantize(picked, count, shape[1]).to(dtype).reshape(*indices.shape, shape[1])
+    picked, tensors = found
+    return picked.dequantize(tensors, indices.numel(), shape[1]).to(dtype).reshape(*indices.shape, shape[1])
 
 
 def _values(stored: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -60,12 +63,34 @@ def _plain_qlinear(
     return F.linear(x, weight, bias)
 
 
+def _value_blocks(
+    stored: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the matrix in blocks of rows, as (rows, values): a block stays in the processor's cache."""
+    read = scheme_from_text(scheme)
+    read, by_role = read.with_plain_scales(dict(zip(read.layout(rows, columns), stored, strict=True)))
+    step = max(1, BLOCK_ELEMENTS // max(columns, 1))
+    if step >= rows or read.select_rows(by_role, (rows, columns), slice(0, 1)) is None:
+        yield slice(0, rows), read.dequantize(by_role, rows, columns).to(dtype)
+        return
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        found = read.select_rows(by_role, (rows, columns), block)
+        assert found is not None
+        yield block, found[0].dequantize(found[1], block.stop - start, columns).to(dtype)
+
+
 @torch.library.custom_op("adaptc::qlinear", mutates_args=())
 def qlinear_op(
     x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
 ) -> Tensor:
     """Compute the matmul as an op, for graphs and for gradients."""
-    return _plain_qlinear(x, stored, bias, scheme, rows, columns)
+    x = scheme_from_text(scheme).round_input(x)
+    parts = [
+        F.linear(x, w, None if bias is None else bias[r])
+        for r, w in _value_blocks(stored, scheme, rows, columns, x.dtype)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 @qlinear_op.register_fake
@@ -83,7 +108,9 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     need_x, _, need_bias = ctx.needs_input_grad[:3]
     gx = None
     if need_x:
-        gx = g @ _values(ctx.saved_tensors, ctx.scheme, ctx.rows, ctx.columns, g.dtype)
+        for rows, values in _value_blocks(ctx.saved_tensors, ctx.scheme, ctx.rows, ctx.columns, g.dtype):
+            part = g[..., rows] @ values
+            gx = part if gx is None else gx.add_(part)
     no_gradients = [None] * len(ctx.saved_tensors)
     return gx, no_gradients, g.reshape(-1, g.shape[-1]).sum(0) if need_bias else None, None, None, None
 

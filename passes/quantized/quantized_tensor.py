@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from adaptc.errors import AdaptcError
+from adaptc.passes.quantized.fast_linear import fast_linear
 from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear
 from adaptc.passes.quantized.scheme import Scheme
+from adaptc.torch_modes import has_transform_or_tangent
 
 aten = torch.ops.aten
 
@@ -38,6 +40,7 @@ class QuantizedTensor(Tensor):
     scheme: Scheme
     stored: Mapping[str, Tensor]
     is_transposed: bool
+    _prepared: dict[str, tuple[Tensor, ...]]
 
     @staticmethod
     def __new__(
@@ -50,7 +53,7 @@ class QuantizedTensor(Tensor):
     ) -> QuantizedTensor:
         device = stored["codes"].device
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
-        made.scheme, made.is_transposed = scheme, is_transposed
+        made.scheme, made.is_transposed, made._prepared = scheme, is_transposed, {}
         made.stored = {role: stored[role] for role in scheme.layout(*made.matrix_shape)}
         return made
 
@@ -79,6 +82,17 @@ class QuantizedTensor(Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """Return the weight's values as a plain tensor of ``dtype``, by default its own."""
         return self.values_of(self.stored, dtype)
+
+    def prepared(self, key: str, prepare: Callable[[QuantizedTensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what ``prepare`` makes of this weight for a kernel, made at the first call and kept under ``key``."""
+        if key not in self._prepared:
+            self._prepared[key] = prepare(self)
+        return self._prepared[key]
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Return the bytes of what kernels keep besides the stored tensors."""
+        return sum(t.nbytes for made in self._prepared.values() for t in made)
 
     def values_of(self, stored: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Return what :meth:`dequantize` would return for other ``stored`` tensors, which may be fake."""
@@ -144,6 +158,7 @@ def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:
     return torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 #: operations whose result is quantised, too
 _COPIES = {
     aten.detach.default,
@@ -171,6 +186,12 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if weight.ndim != 2 or weight.is_transposed:
         return NotImplemented
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
+    if type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = fast_linear(x, weight, bias)
+        if found is not None:
+            return found
     return quantized_linear(x, weight.scheme, weight.stored, weight.matrix_shape, bias)
 
 

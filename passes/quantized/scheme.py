@@ -84,12 +84,16 @@ class Scheme(ABC):
             if found.is_floating_point() and not bool(torch.isfinite(found).all()):
                 raise ConfigError(f"{role!r} of {self.name} has values that are not finite")
 
-    def select_rows(
-        self, stored: Mapping[str, Tensor], shape: Sequence[int], indices: Tensor
-    ) -> dict[str, Tensor] | None:
-        """Return the tensors that store the rows ``indices`` (n,) of a matrix of ``shape``.
+    def with_plain_scales(self, stored: Mapping[str, Tensor]) -> tuple[Scheme, Mapping[str, Tensor]]:
+        """Return a scheme, and its tensors, of the same values, whose scales are quantised no more."""
+        return self, stored
 
-        None where rows do not lie by themselves.
+    def select_rows(
+        self, stored: Mapping[str, Tensor], shape: Sequence[int], rows: slice | Tensor
+    ) -> tuple[Scheme, dict[str, Tensor]] | None:
+        """Return the scheme and the tensors that store some rows of a matrix of ``shape`` (rows, columns).
+
+        ``rows`` is a slice, or indices (n,). None where rows do not lie by themselves.
         """
         return None
 

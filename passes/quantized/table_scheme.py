@@ -14,7 +14,7 @@ Source: Dettmers et al., QLoRA (2023), section 3; the layout is that of bitsandb
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -91,19 +91,27 @@ class TableScheme(Scheme):
 
     def dequantize(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         count, codes = rows * columns, stored["codes"]
-        indices = torch.stack([codes >> 4, codes & 15], 1).reshape(-1)[:count]
-        values = stored["table"][indices.int()]
+        # A byte's two values at once: looking up bytes is many times faster than taking them apart.
+        table = stored["table"]
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)
+        values = pairs.index_select(0, codes.int()).reshape(-1)[:count]
         return _by_blocks(values, self.block_scales(stored), self.block_size).reshape(rows, columns)
 
+    def with_plain_scales(self, stored: Mapping[str, Tensor]) -> tuple[Scheme, Mapping[str, Tensor]]:
+        if not self.scale_block:
+            return self, stored
+        plain = {"codes": stored["codes"], "table": stored["table"], "scales": self.block_scales(stored)}
+        return replace(self, scale_block=0), plain
+
     def select_rows(
-        self, stored: Mapping[str, Tensor], shape: Sequence[int], indices: Tensor
-    ) -> dict[str, Tensor] | None:
-        rows, columns = shape
+        self, stored: Mapping[str, Tensor], shape: Sequence[int], rows: slice | Tensor
+    ) -> tuple[Scheme, dict[str, Tensor]] | None:
+        count, columns = shape
         if columns % self.block_size or columns % 2:
             return None
-        scales = self.block_scales(stored).reshape(rows, -1).index_select(0, indices).reshape(-1)
-        codes = stored["codes"].reshape(rows, -1).index_select(0, indices).reshape(-1)
-        return {"codes": codes, "table": stored["table"], "scales": scales}
+        plain, tensors = self.with_plain_scales(stored)
+        parts = {role: tensors[role].reshape(count, -1)[rows].reshape(-1) for role in ("codes", "scales")}
+        return plain, {**parts, "table": tensors["table"]}
 
     def block_scales(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Return the scales (blocks,), float32."""

@@ -1,0 +1,86 @@
+"""Multiply by a quantised matrix with torch's own kernels for a CPU, where there is one for the scheme and the call.
+
+    integer, 8 bits, int8 activations   any dtype, any rows    ``_int_mm`` of the rounded input
+    integer, 8 bits, a scale per row    bfloat16, few rows     ``_weight_int8pack_mm``
+    integer, 4 bits in groups           bfloat16, few rows     ``_weight_int4pack_mm_for_cpu`` of a packed copy
+
+The limits of rows are those above which a matmul of dequantised values is faster on CPUs with AVX-512. Results differ
+from those of dequantised values by rounding: the first one's sums are exact, and the last one reads scales and zeros as
+bfloat16.
+
+Private torch use: these three ops, which have no public names. Public: none; torchao calls the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adaptc.passes.quantized.integer_scheme import IntegerScheme
+
+if TYPE_CHECKING:
+    from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+
+#: the numbers of rows up to which the kernels of each are faster
+INT8_ROWS, INT4_ROWS = 8, 256
+#: group sizes that the kernel for 4 bits takes
+_INT4_GROUPS = (32, 64, 128, 256)
+
+
+def fast_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+    """Return x W^T + bias, (..., rows) of ``x``'s dtype, for a call without gradients; None without a kernel for it."""
+    scheme = weight.scheme
+    if not isinstance(scheme, IntegerScheme) or x.device.type != "cpu" or scheme.has_group_index or scheme.bits == 6:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    if scheme == IntegerScheme(activations="int8"):
+        y = _int8_dynamic(rows, weight)
+    elif x.dtype != torch.bfloat16 or not rows.shape[0]:
+        return None
+    elif scheme.bits == 8 and not (scheme.group_size or scheme.zero_dtype or scheme.offset or scheme.has_minimums):
+        if rows.shape[0] > INT8_ROWS:
+            return None
+        y = torch._weight_int8pack_mm(rows, weight.stored["codes"], _row_scales(weight))
+    elif _has_int4_kernel(scheme, weight) and rows.shape[0] <= INT4_ROWS:
+        packed, scales = weight.prepared("int4", _pack_int4)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, scheme.group_size, scales)
+    else:
+        return None
+    y = y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _int8_dynamic(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    values = x.float()
+    steps = values.abs().amax(-1, keepdim=True) / 127
+    codes = (values / torch.where(steps == 0, 1.0, steps)).round().to(torch.int8)
+    sums = torch._int_mm(codes, weight.stored["codes"].t())
+    return (sums * (steps * weight.stored["scales"].t())).to(x.dtype)
+
+
+def _row_scales(weight: QuantizedTensor) -> Tensor:
+    """Return the scales (rows,) as bfloat16."""
+    scheme = weight.scheme
+    assert isinstance(scheme, IntegerScheme)
+    (scales,) = weight.prepared("int8", lambda w: ((w.stored["scales"][:, 0].float() * scheme.step).bfloat16(),))
+    return scales
+
+
+def _has_int4_kernel(scheme: IntegerScheme, weight: QuantizedTensor) -> bool:
+    plain = not (scheme.has_minimums or scheme.super_group or scheme.step != 1.0)
+    rows, columns = weight.matrix_shape
+    return scheme.bits == 4 and plain and scheme.group_size in _INT4_GROUPS and not rows % 16 and not columns % 2
+
+
+def _pack_int4(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    """Return the kernel's copy of the codes, and its (groups, rows, 2) of scales and of values at code 8, bfloat16."""
+    scheme, stored = weight.scheme, weight.stored
+    assert isinstance(scheme, IntegerScheme)
+    codes = scheme.unpack_codes(stored, weight.matrix_shape[1])
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    scales = stored["scales"].float()
+    zeros = stored["zeros"].float() if scheme.zero_dtype else 0.0
+    middles = (8 - scheme.offset - zeros) * scales
+    return packed, torch.stack([scales, middles], -1).transpose(0, 1).contiguous().bfloat16()
