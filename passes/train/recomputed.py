@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
+
+_CHECKPOINT: Any = checkpoint  # torch gives its function no types
 
 
 class RecomputedSegment(nn.Module):
@@ -27,5 +29,5 @@ class RecomputedSegment(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         if self.is_enabled and self.training and torch.is_grad_enabled():
-            return checkpoint(self.body, *inputs, use_reentrant=False)
+            return _CHECKPOINT.checkpoint(self.body, *inputs, use_reentrant=False)
         return self.body(*inputs)

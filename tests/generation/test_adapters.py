@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 import adaptc
 from tests.generation.models import case, generated, generator, prompt
+from tests.support.turns import Turns
 
 
 class SwapAfter:
@@ -119,11 +119,12 @@ def _in_threads(seconds: float) -> None:
     expected = [found.expected(n, text) for n, text in zip(names, texts, strict=True)]
     of_any = {n: found.expected(n, texts[0]).tolist() for n in ("first", "second")}
     wrong: list[Any] = []
-    stop = time.monotonic() + seconds
+    swaps: list[int] = []
+    turns = Turns(seconds, lambda: len(swaps) > 2)
 
     def generate(i: int) -> None:
         try:
-            while time.monotonic() < stop and not wrong:
+            while turns.go_on() and not wrong:
                 if not torch.equal(generated(bound[i], texts[i]), expected[i]):
                     wrong.append(names[i])
                 if generated(gen, texts[0]).tolist() not in of_any.values():
@@ -135,16 +136,15 @@ def _in_threads(seconds: float) -> None:
     for t in threads:
         t.start()
     try:
-        turn = 0
-        while time.monotonic() < stop and not wrong:
-            adaptc.swap(gen, found.adapters[("second", "first")[turn % 2]])
-            turn += 1
+        while turns.go_on() and not wrong:
+            adaptc.swap(gen, found.adapters[("second", "first")[len(swaps) % 2]])
+            swaps.append(1)
     finally:
         for t in threads:
             t.join()
         adaptc.swap(gen, found.adapters["first"])
     assert not wrong
-    assert turn > 2
+    assert len(swaps) > 2
 
 
 @pytest.mark.long

@@ -3,12 +3,11 @@ every step: what it gets alone, and what PEFT gives."""
 
 from __future__ import annotations
 
-import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import adaptc
 from tests.generation.models import case, generator, prompt
@@ -62,48 +61,12 @@ def test_logits_of_each_row_are_those_of_its_program(family: str) -> None:
 
 
 @pytest.mark.long
-def test_what_was_encoded_is_decoded_again() -> None:
-    """A cache of the bank's, for beams too; and what the encoder gave."""
+def test_what_the_encoder_gave_is_decoded() -> None:
     made, given = bank("bart"), prompt(4, 9, (4, 0, 1))
-    cache = made.prefill(given["input_ids"], given["attention_mask"], adapters=NAMES)
-    alone = {str(how): said(Mixed(made, NAMES), given, **how) for how in ({}, BEAMS)}
-    for how in ({}, BEAMS):
-        again = said(Mixed(made, NAMES), {"past_key_values": cache.copy()}, **how)
-        assert torch.equal(again, alone[str(how)])
     states = made.select(NAMES).get_encoder()(**given)
     mask = {"attention_mask": given["attention_mask"]}
-    assert torch.equal(said(Mixed(made, NAMES), {**mask, "encoder_outputs": states}), alone["{}"])
-
-
-@pytest.mark.long
-def test_a_generation_keeps_its_adapters_in_all_parts() -> None:
-    made, given, dirs = bank("t5"), prompt(4, 6, (0, 2)), case("t5").adapters
-    before = said(Mixed(made, NAMES), given)
-
-    def replacing(ids: Tensor, scores: Tensor) -> Tensor:
-        if ids.shape[1] == 4:
-            made.replace("first", dirs["second"])
-        return scores
-
-    assert torch.equal(said(Mixed(made, NAMES), given, logits_processor=[replacing]), before)
-    twice: list[Any] = ["second", None, "second", {"second": 0.2}]
-    assert torch.equal(said(Mixed(made, NAMES), given), said(Mixed(made, twice), given))
-
-
-@pytest.mark.long
-def test_refused_by_name() -> None:
-    made, given = bank("bart"), prompt(4, 6)
-    with pytest.raises(adaptc.AdaptcError, match="4 entries, and there are 2 prompts"):
-        made.prefill(given["input_ids"][:2], adapters=NAMES)
-    with pytest.raises(adaptc.ConfigError, match="give a row a weight"):
-        said(Mixed(made, NAMES), given, adapter_scale=0.5)
-    assert made.placement.part_outputs
-    for call in (made.exported, lambda: made(**given, adapters=NAMES), made.select(NAMES).runner):
-        with pytest.raises(adaptc.AdaptcError, match="part by part"):
-            call()
-    other = copy.copy(made)
-    other.remove("second")
-    assert (list(made), list(other)) == (["first", "second"], ["first"])
+    again = said(Mixed(made, NAMES), {**mask, "encoder_outputs": states})
+    assert torch.equal(again, said(Mixed(made, NAMES), given))
 
 
 @pytest.mark.slow
@@ -115,3 +78,18 @@ def test_inductor_compiles_each_part_once() -> None:
         assert torch.equal(said(Mixed(made, names), given, **how), said(Mixed(plain, names), given, **how))
         with adaptc.debug.assert_no_recompiles():
             said(Mixed(made, names), given, **how)
+
+
+@pytest.mark.slow
+def test_a_package_hears_what_its_bank_hears(tmp_path: Path) -> None:
+    """Three models of code, of which each takes the coefficients of its rows."""
+    made, dirs, given = bank("whisper"), case("whisper").adapters, read("whisper", 4, 9)
+    packaged = adaptc.load_package(adaptc.package(made, tmp_path / "whisper.pt2", capacity=3, max_rank=5))
+    for how in ({}, {"num_beams": 3}):
+        assert torch.equal(said(Mixed(packaged, NAMES), given, **how), said(Mixed(made, NAMES), given, **how))
+    packaged.replace("first", dirs["second"])
+    packaged.add("third", dirs["first"])
+    turned: list[Any] = ["third", None, "first", {"third": 0.6, "first": -0.4}]
+    assert torch.equal(said(Mixed(packaged, turned), given), said(Mixed(made, NAMES), given))
+    with pytest.raises(adaptc.AdaptcError, match="part by part"):
+        packaged(**given, adapters=NAMES)

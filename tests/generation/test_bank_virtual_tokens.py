@@ -110,21 +110,6 @@ def test_caches_are_continued(family: str, cls: str) -> None:
 
 
 @pytest.mark.long
-def test_a_generation_keeps_its_tokens() -> None:
-    """Whatever is put in the place of an adapter while a text is generated."""
-    made, inputs = bank(), text(4, 6, None)
-    expected = said(Mixed(made, ROWS), inputs)
-
-    def replacing(ids: Any, scores: Any) -> Any:
-        if ids.shape[1] == 8:
-            made.replace("seven", oracle("llama", PROMPT, 2).path)
-        return scores
-
-    assert torch.equal(said(Mixed(made, ROWS), inputs, logits_processor=[replacing]), expected)
-    assert torch.equal(said(Mixed(made, ROWS), inputs), said(Mixed(made, ["two", None, "two", "two"]), inputs))
-
-
-@pytest.mark.long
 def test_tasks(tmp_path: Path) -> None:
     """Where a row's tokens follow from its task, each row has its own."""
     config = adaptc.MultitaskPromptTuningConfig(num_virtual_tokens=2, **TASKS)

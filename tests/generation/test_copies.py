@@ -12,7 +12,7 @@ import torch
 
 import adaptc
 from tests.generation.models import case, generated, generator, prompt
-from tests.generation.test_bank import NAMES, Mixed, bank
+from tests.generation.test_bank import NAMES, bank
 
 TEXT = prompt(4, 6, (0, 2))
 
@@ -38,34 +38,6 @@ def test_caches_are_of_a_copy_that_shares_the_weights() -> None:
     assert torch.equal(generated(copy.copy(gen), TEXT, past_key_values=past.copy()), generated(gen, TEXT))
     with pytest.raises(adaptc.AdaptcError, match="this cache is of another program"):
         generated(copy.deepcopy(gen), TEXT, past_key_values=past)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
-def test_adapters_come_and_go_in_each_copy_of_a_bank_alone(how: Any) -> None:
-    made = bank()
-    expected = generated(Mixed(made, NAMES), TEXT)
-    other = how(made)
-    other.remove("second")
-    other.add("third", case("llama").adapters["second"])
-    assert (list(made), list(other)) == (["first", "second"], ["first", "third"])
-    renamed = [{"third": -0.4, "first": 0.6} if isinstance(n, dict) else "third" if n == "second" else n for n in NAMES]
-    assert torch.equal(generated(Mixed(other, renamed), TEXT), expected)
-    assert torch.equal(generated(Mixed(made, NAMES), TEXT), expected)
-
-
-@pytest.mark.long
-def test_a_bank_says_what_is_in_it() -> None:
-    made = bank()
-    generated(Mixed(made, NAMES), TEXT, new=2)
-    assert made["second"] is made.adapters["second"]
-    assert made.capacity is None
-    assert min(made.nbytes, made.held) > 0
-    with pytest.raises(KeyError, match="the bank has no adapter 'third'"):
-        made["third"]
-    for call in (made.generate, made.prefill):
-        with pytest.raises(adaptc.AdaptcError, match="adapters= is missing"):
-            call(**TEXT)
 
 
 @pytest.mark.long

@@ -6,7 +6,6 @@ import copy
 import pickle
 import random
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import adaptc
 from adaptc import AdaptcError, CheckpointError, ConfigError, SwapError
 from adaptc.packages.constants import Constants
 from tests.support.packaged_nets import NET_CONFIG, SIZES, Packaged, adapter, net_inputs
+from tests.support.turns import Turns
 
 CONFIGS = [
     NET_CONFIG.replace(r=r, lora_alpha=2.0 * r + 1, rank_pattern={"conv": 3}, use_rslora=r % 2 == 0)
@@ -212,17 +212,18 @@ def test_threads_call_bind_and_swap_at_once(net: Packaged, bound: Any) -> None:
     """Eight threads, four adapters bound, a fifth swapped in and out: each result is all of one adapter's."""
     package = net.runner
     alone = [run(theirs) for _, theirs in bound]
-    end = time.monotonic() + 3
     done: list[str] = []
+    every_kind = {"bound", "swap", "current", "bind"}
+    turns = Turns(3, lambda: set(done) == every_kind)
 
     def calls(i: int) -> None:
-        while time.monotonic() < end:
+        while turns.go_on():
             close(run(bound[i][0]), alone[i])
             done.append("bound")
 
     def swaps(seed: int) -> None:
         rng = random.Random(seed)
-        while time.monotonic() < end:
+        while turns.go_on():
             i = rng.randrange(4)
             if rng.random() < 0.5:
                 adaptc.swap(package, bound[i][0].binding)
@@ -231,13 +232,13 @@ def test_threads_call_bind_and_swap_at_once(net: Packaged, bound: Any) -> None:
             done.append("swap")
 
     def current() -> None:
-        while time.monotonic() < end:
+        while turns.go_on():
             found = run(package)
             assert sum(torch.allclose(found, a, rtol=1e-4, atol=1e-4) for a in alone) == 1, found
             done.append("current")
 
     def binds() -> None:
-        while time.monotonic() < end:
+        while turns.go_on():
             for i in range(4):
                 close(run(package.bind(tensors(net, i), config=CONFIGS[i])), alone[i])
             done.append("bind")
@@ -247,4 +248,4 @@ def test_threads_call_bind_and_swap_at_once(net: Packaged, bound: Any) -> None:
     with threads(work) as errors:
         pass
     assert not errors, errors
-    assert set(done) == {"bound", "swap", "current", "bind"}
+    assert set(done) == every_kind

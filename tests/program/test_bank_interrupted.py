@@ -83,14 +83,6 @@ def test_evicting_for_another(subject: Subject) -> None:
     free_for_other_threads(subject.bank)
 
 
-def test_putting_another_in_the_place_of_one(subject: Subject) -> None:
-    assert interrupted(subject, lambda bank: bank.replace("a", subject.ready["c"])) > 20
-
-
-def test_removing(subject: Subject) -> None:
-    assert interrupted(subject, lambda bank: bank.remove("a")) > 5
-
-
 def test_loading_what_a_call_names(subject: Subject) -> None:
     """Several are loaded for one call, and come together or not at all."""
 

@@ -20,6 +20,7 @@ import adaptc
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import shared_base_program
 from tests.support.prompts import prompt_oracle
+from tests.support.turns import PATIENCE, Turns
 from tests.support.xlora import OTHERS, experts, peft_model, save_xlora_adapter
 
 IDS = torch.randint(4, VOCAB, (2, 7), generator=torch.Generator().manual_seed(3))
@@ -96,12 +97,13 @@ def test_threads_see_whole_adapters(kind: str, tmp_path: Path) -> None:
         stored: 1,
         lambda i: torch.testing.assert_close(program.base(input_ids=IDS).logits, plain): 6,
     }
-    done, faults, end = [0], [], time.monotonic() + SECONDS
+    done, faults = [0], []
+    turns = Turns(SECONDS, lambda: done[0] > 20)
 
     def work(number: int) -> None:
         rng = random.Random(number)
         with torch.no_grad():
-            while time.monotonic() < end and not faults:
+            while turns.go_on() and not faults:
                 try:
                     rng.choices(list(deeds), list(deeds.values()))[0](rng.randrange(2))
                 except BaseException:
@@ -115,7 +117,7 @@ def test_threads_see_whole_adapters(kind: str, tmp_path: Path) -> None:
         for t in pool:
             t.start()
         for t in pool:
-            t.join(SECONDS + 120)
+            t.join(SECONDS + 2 * PATIENCE)
     finally:
         sys.setswitchinterval(interval)
     assert not faults, faults[0]

@@ -11,7 +11,6 @@ import faulthandler
 import random
 import sys
 import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.graph.graph_lock import GRAPH_LOCK
 from tests.support.gated_net import X, adapter_tensors, compile_net, config, net
+from tests.support.turns import PATIENCE, Turns
 
 RANKS = (2, 7, 3)
 #: of adapter values: so large that the outputs are far apart
@@ -176,12 +176,16 @@ def switching_often() -> Iterator[None]:
         sys.setswitchinterval(old)
 
 
-def everything_at_once(stage: Stage, seconds: float, threads: int, deeds: dict[Deed, int], seed: int) -> None:
-    end, faults = time.monotonic() + seconds, []
+def everything_at_once(
+    stage: Stage, seconds: float, threads: int, deeds: dict[Deed, int], seed: int, calls: int = 0, all_turns: int = 0
+) -> None:
+    """Until the seconds are over, and there were more ``calls`` and ``all_turns`` than this."""
+    faults: list[str] = []
+    turns = Turns(seconds, lambda: stage.done["calls"] > calls and sum(stage.done.values()) > all_turns)
 
     def work(number: int) -> None:
         rng = random.Random(seed * 100 + number)
-        while time.monotonic() < end and not faults:
+        while turns.go_on() and not faults:
             deed = rng.choices(list(deeds), list(deeds.values()))[0]
             try:
                 deed(stage, rng)
@@ -194,7 +198,7 @@ def everything_at_once(stage: Stage, seconds: float, threads: int, deeds: dict[D
         for t in pool:
             t.start()
         for t in pool:
-            t.join(seconds + 120)
+            t.join(seconds + 2 * PATIENCE)
     assert not faults, faults[0]
     if any(t.is_alive() for t in pool):
         faulthandler.dump_traceback(sys.__stderr__)
@@ -204,7 +208,7 @@ def everything_at_once(stage: Stage, seconds: float, threads: int, deeds: dict[D
 @pytest.mark.long
 def test_threads_see_whole_adapters(tmp_path: Path) -> None:
     stage = Stage.of(tmp_path, "eager")
-    everything_at_once(stage, 15, 6, DEEDS, seed=1)
+    everything_at_once(stage, 15, 6, DEEDS, seed=1, calls=10, all_turns=30)
     assert stage.done["calls"] > 10
     assert sum(stage.done.values()) > 30
 
@@ -214,7 +218,7 @@ def test_threads_that_only_call_and_swap(tmp_path: Path) -> None:
     """Calls and swaps alone come to many more turns."""
     stage = Stage.of(tmp_path, "eager")
     few = {d: n for d, n in DEEDS.items() if d in (calls, swaps_a_binding, swaps_a_folder, copies, runs_the_base)}
-    everything_at_once(stage, 5, 4, few, seed=2)
+    everything_at_once(stage, 5, 4, few, seed=2, calls=50)
     assert stage.done["calls"] > 50
 
 
