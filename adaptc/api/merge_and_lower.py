@@ -16,8 +16,8 @@ from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.state.core import ProgramCore
-from adaptc.state.merge_quantized import parse_quantized_merge
 from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
+from adaptc.state.merge_quantized import parse_quantized_merge
 from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale
 from adaptc.value_types import validates_options

@@ -33,8 +33,8 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from adaptc.capture.float_stand_ins import float_stand_ins
 from adaptc.capture.fixed_sizes import flat_input_names
+from adaptc.capture.float_stand_ins import float_stand_ins
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.quick_sizes import fast_size_arithmetic
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers

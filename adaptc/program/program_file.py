@@ -37,8 +37,8 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pass_infra import PassManager
 from adaptc.passes.graph.torch_caches import drop_dead_code, release_shape_env
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
+from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
 from adaptc.runtime.gpu_variants import register_kernels

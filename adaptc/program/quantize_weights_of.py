@@ -88,9 +88,7 @@ def quantize_program(
         return type(program)(done.output, still.adaptation, binding, still.options), done.data
 
 
-def quantize_module(
-    model: nn.Module, options: QuantizeOptions, progress: bool = False
-) -> Sequence[WeightQuantization]:
+def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool = False) -> Sequence[WeightQuantization]:
     """Store the chosen weights of ``model`` in few bits, in the model itself, and return a row for each.
 
     Raises ConfigError or TargetError, and leaves ``model`` unchanged.

@@ -44,11 +44,12 @@ def attachments_to_keep(
     Raises MergeError where there are quantised weights and ``quantized`` is None.
     """
     base = program.base_tensors
-    found = [a for a in present if isinstance(base.get(a.fqn), QuantizedTensor)]
+    weights = {a.id: w for a in present if isinstance(w := base.get(a.fqn), QuantizedTensor)}
+    found = [a for a in present if a.id in weights]
     if found and quantized is None:
         ways = " or ".join(option.value for option in QuantizedMerge)
         raise MergeError(
-            f"site {found[0].id!r} and {len(found) - 1} more have quantised weights ({base[found[0].fqn].scheme}), and "
+            f"site {found[0].id!r} and {len(found) - 1} more have quantised weights ({weights[found[0].id].scheme}), and "
             f"a merge would round or enlarge them: say which, with {ways}"
         )
     return found if quantized is QuantizedMerge.KEEP_RESIDUAL else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from functools import lru_cache
+from typing import Any
 
 from adaptc.errors import ConfigError
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
@@ -28,11 +29,11 @@ def scheme_text(scheme: Scheme) -> str:
 def scheme_from_text(text: str) -> Scheme:
     """Return the scheme that ``text`` names. Raises ConfigError for an unknown scheme or option, or a wrong value."""
     try:
-        options = json.loads(text)
+        options: dict[str, Any] = json.loads(text)
         kind = SCHEMES[options.pop("scheme")]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{text!r} names no scheme: one of {', '.join(SCHEMES)}") from error
-    types = {f.name: type(f.default) for f in fields(kind)}
+    types: dict[str, type] = {f.name: type(f.default) for f in fields(kind)}
     for name, value in options.items():
         if name not in types or type(value) is not types[name]:
             raise ConfigError(f"{kind.name} has no option {name}={value!r}; its options are {', '.join(types)}")

@@ -27,7 +27,7 @@ def choose_scheme(name: str, group_size: int | None, columns: int) -> Scheme:
         raise ConfigError(
             f"scheme={short_repr(name)} is not one of {', '.join(SCHEME_NAMES)}{did_you_mean(str(name), SCHEME_NAMES)}"
         )
-    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1):
+    if group_size is not None and (isinstance(group_size, bool) or group_size < 1):
         raise ConfigError(f"group_size={short_repr(group_size)}: a positive number of columns that share a scale")
     if name in ("nf4", "fp4"):
         return TableScheme(name, group_size or TABLE_BLOCK, SCALE_BLOCK)

@@ -98,14 +98,12 @@ def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) 
 def _round_input(lifted: LiftedProgram, user: fx.Node, scheme: Scheme) -> None:
     """Let a linear layer read a rounded input."""
     x = operands(user)[0]
-    out = inline(
-        lifted.graph,
-        trace_function(lambda value: scheme.round_input(value), [x.meta["val"]]),
-        [x],
-        user,
-        user,
-        lambda role: {},
-    )
+
+    def round_input(value: Tensor) -> Tensor:
+        return scheme.round_input(value)
+
+    region = trace_function(round_input, [x.meta["val"]])
+    out = inline(lifted.graph, region, [x], user, user, lambda role: {})
     for made in _region_of(out, {x}):
         del made.meta["custom"]
         lifted.nodes[made.name] = made
@@ -142,8 +140,8 @@ class CollectQuantized(Pass):
 
 
 def _record_of(node: fx.Node) -> Mapping[str, Any] | None:
-    custom = node.meta.get("custom")
-    return custom.get(QUANTIZED_META) if isinstance(custom, dict) else None
+    custom: Mapping[str, Any] = node.meta.get("custom") or {}
+    return custom.get(QUANTIZED_META)
 
 
 def _collect(lifted: LiftedProgram, out: fx.Node, record: Mapping[str, Any]) -> None:

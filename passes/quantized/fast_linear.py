@@ -13,7 +13,7 @@ Private torch use: these three ops, which have no public names. Public: none; to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from adaptc.passes.quantized.integer_scheme import IntegerScheme
 
 if TYPE_CHECKING:
     from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+
+aten: Any = torch.ops.aten
 
 #: the numbers of rows up to which the kernels of each are faster
 INT8_ROWS, INT4_ROWS = 8, 256
@@ -42,10 +44,10 @@ def fast_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tens
     elif scheme.bits == 8 and not (scheme.group_size or scheme.zero_dtype or scheme.offset or scheme.has_minimums):
         if rows.shape[0] > INT8_ROWS:
             return None
-        y = torch._weight_int8pack_mm(rows, weight.stored["codes"], _row_scales(weight))
+        y = aten._weight_int8pack_mm(rows, weight.stored["codes"], _row_scales(weight))
     elif _has_int4_kernel(scheme, weight) and rows.shape[0] <= INT4_ROWS:
         packed, scales = weight.prepared("int4", _pack_int4)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, scheme.group_size, scales)
+        y = aten._weight_int4pack_mm_for_cpu(rows, packed, scheme.group_size, scales)
     else:
         return None
     y = y.reshape(*x.shape[:-1], y.shape[-1])
@@ -56,7 +58,7 @@ def _int8_dynamic(x: Tensor, weight: QuantizedTensor) -> Tensor:
     values = x.float()
     steps = values.abs().amax(-1, keepdim=True) / 127
     codes = (values / torch.where(steps == 0, 1.0, steps)).round().to(torch.int8)
-    sums = torch._int_mm(codes, weight.stored["codes"].t())
+    sums: Tensor = aten._int_mm(codes, weight.stored["codes"].t())
     return (sums * (steps * weight.stored["scales"].t())).to(x.dtype)
 
 
@@ -79,7 +81,7 @@ def _pack_int4(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     scheme, stored = weight.scheme, weight.stored
     assert isinstance(scheme, IntegerScheme)
     codes = scheme.unpack_codes(stored, weight.matrix_shape[1])
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    packed: Tensor = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     scales = stored["scales"].float()
     zeros = stored["zeros"].float() if scheme.zero_dtype else 0.0
     middles = (8 - scheme.offset - zeros) * scales

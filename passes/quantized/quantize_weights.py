@@ -19,6 +19,7 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.scheme import Scheme
+from adaptc.torch_typing import vector_norm
 
 #: dtypes of weights that schemes store
 QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,8 +64,7 @@ def quantize_weight(fqn: str, weight: Tensor, scheme: Scheme, is_transposed: boo
 def describe_quantization(fqn: str, before: Tensor, after: QuantizedTensor) -> WeightQuantization:
     """Return the report of one weight. Its old values are read once more, and nothing is kept of them."""
     old = before.detach().float()
-    change = float(torch.linalg.vector_norm(after.dequantize(torch.float32) - old))
-    size = float(torch.linalg.vector_norm(old))
+    change, size = float(vector_norm(after.dequantize(torch.float32) - old)), float(vector_norm(old))
     return WeightQuantization(
         fqn, str(after.scheme), change / size if size else change, before.nbytes, after.stored_bytes
     )

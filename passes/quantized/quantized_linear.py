@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from adaptc.op_rules import decompose_in_transforms
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
 from adaptc.passes.quantized.scheme import Scheme
+from adaptc.torch_typing import custom_op
 
 #: how many elements are dequantised at once
 BLOCK_ELEMENTS = 1 << 18
@@ -80,7 +81,7 @@ def _value_blocks(
         yield block, found[0].dequantize(found[1], block.stop - start, columns).to(dtype)
 
 
-@torch.library.custom_op("adaptc::qlinear", mutates_args=())
+@custom_op("adaptc::qlinear", mutates_args=())
 def qlinear_op(
     x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
 ) -> Tensor:
@@ -95,8 +96,7 @@ def qlinear_op(
 
 @qlinear_op.register_fake
 def _(x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int) -> Tensor:
-    torch._check(x.shape[-1] == columns, lambda: f"qlinear: x has {x.shape[-1]} columns, and the weight {columns}")
-    return x.new_empty((*x.shape[:-1], rows))
+    return F.linear(x, x.new_empty((rows, columns)), bias)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from adaptc.errors import AdaptcError
+from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.quantized.fast_linear import fast_linear
 from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear
 from adaptc.passes.quantized.scheme import Scheme
@@ -44,15 +44,15 @@ class QuantizedTensor(Tensor):
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type[Self],
         scheme: Scheme,
         stored: Mapping[str, Tensor],
         shape: Sequence[int],
         dtype: torch.dtype,
         is_transposed: bool = False,
-    ) -> QuantizedTensor:
-        device = stored["codes"].device
-        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+    ) -> Self:
+        tensor_class: Any = Tensor
+        made: Self = tensor_class._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=stored["codes"].device)
         made.scheme, made.is_transposed, made._prepared = scheme, is_transposed, {}
         made.stored = {role: stored[role] for role in scheme.layout(*made.matrix_shape)}
         return made
@@ -119,8 +119,8 @@ class QuantizedTensor(Tensor):
         reader = _READERS.get(func)
         if reader is not None and (found := reader(*args, **kwargs)) is not NotImplemented:
             return found
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        # Without types and in the name of Tensor itself: torch would make results instances of this class.
+        return Tensor.__torch_function__(func, (), tuple(args), dict(kwargs))  # type: ignore[arg-type]
 
     @classmethod
     def __torch_dispatch__(
@@ -138,8 +138,10 @@ class QuantizedTensor(Tensor):
                 f"{args[0]!r} is frozen, and {func} would write to it: put another tensor in its place, such as "
                 "tensor.dequantize()"
             )
-        args, kwargs = tree_map_only(QuantizedTensor, lambda t: t.dequantize(), (args, kwargs))
-        return func(*args, **kwargs)
+        plain_args, plain_kwargs = pytree.tree_map_only(
+            QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs)
+        )
+        return func(*plain_args, **plain_kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -188,9 +190,7 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
         return NotImplemented
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
     if type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x):
-        with torch._C.DisableTorchFunctionSubclass():
-            found = fast_linear(x, weight, bias)
-        if found is not None:
+        if (found := fast_linear(x, weight, bias)) is not None:
             return found
     return quantized_linear(x, weight.scheme, weight.stored, weight.matrix_shape, bias)
 

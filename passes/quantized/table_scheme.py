@@ -6,7 +6,8 @@ largest magnitude of its block. The tensors, for a matrix of n elements:
     codes            uint8 (n / 2,), two indices each, the first in the high half
     table            float32 (16,), the values
     scales           float32 (blocks,), the largest magnitudes; with ``scale_block`` they are uint8, indices into:
-    scale_table      float32 (256,) in units of super_scales, float32 (blocks / scale_block,), plus scale_offset, float32 ()
+    scale_table      float32 (256,), multiplied by super_scales, float32 (blocks / scale_block,), and added to
+                     scale_offset, float32 ()
 
 Source: Dettmers et al., QLoRA (2023), section 3; the layout is that of bitsandbytes' ``QuantState``.
 """

@@ -272,7 +272,8 @@ def check_quantized_base(s: Subject, tmp_path: Path) -> None:
         module.eval()
         loss(module(*args)).backward()
         grads.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and grads[0]
+    assert grads[0].keys() == grads[1].keys()
+    assert grads[0]
     for name, grad in grads[1].items():
         assert_close(grads[0][name], grad, max(1.0, float(grad.abs().max())) * s.tolerance * 10)
 
