@@ -11,13 +11,13 @@ from adaptc.errors import BackendError, MergeError
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.lower.lower_regions import Lower
+from adaptc.passes.quantized.quantized_merge import parse_quantized_merge
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.state.core import ProgramCore
 from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
-from adaptc.state.merge_quantized import parse_quantized_merge
 from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale
 from adaptc.value_types import validates_options
@@ -59,8 +59,8 @@ def merge(
         the merged program, which needs no adaptc once it is saved.
 
     Raises:
-        MergeError: a method has no form on the weight, a result is not finite, or the adapter changes quantised
-            weights and none of the last three options says how. ``program`` is unchanged.
+        MergeError: a method has no form on the weight, or a result is not finite. So does an adapter that changes
+            quantised weights, where none of the last three options says how. ``program`` is unchanged.
         ConfigError: more than one of these options is given.
         AdaptcError: a module of the program trains other tensors than the program has.
 

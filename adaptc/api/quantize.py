@@ -39,8 +39,8 @@ def quantize(
         scheme: "int8": one scale for each output. "int8_dynamic": the same weights, and inputs that are rounded to int8
             in each call, which is the fastest for long inputs. "int4": a scale and a zero for each group of inputs.
             "nf4" and "fp4": sixteen values, scaled by blocks, with quantised scales (QLoRA).
-        group_size: the number of inputs that share a scale. The default is a row for int8, 64 elements for nf4 and
-            fp4, and for int4 the largest divisor of the layer's inputs up to 32.
+        group_size: the number of inputs that share a scale. The default is a row for int8, and 64 elements for nf4 and
+            fp4. For int4 it is the largest divisor of the layer's inputs up to 32.
         target_modules: which layers, as in configs. "all-linear" leaves out the output layer; embeddings are quantised
             where they are named.
         exclude: layers to leave out, as ``exclude_modules`` in configs.

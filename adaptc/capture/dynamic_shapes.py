@@ -34,13 +34,13 @@ from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaptc.capture.fixed_sizes import flat_input_names
-from adaptc.capture.float_stand_ins import float_stand_ins
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.quick_sizes import fast_size_arithmetic
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.pytree import pytree
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
 _UNKNOWN_OUTPUT = "not a known type"
 
@@ -78,6 +78,40 @@ def export(
     finally:
         # On a data-dependent branch torch prints the whole graph so far, thousands of lines before a short error.
         sys.stderr.write(printed.getvalue().replace(graph, "").strip("\n"))
+
+
+@contextlib.contextmanager
+def float_stand_ins(model: nn.Module) -> Iterator[Callable[[ExportedProgram], None]]:
+    """Run the block with plain parameters in the place of ``model``'s quantised ones, which torch cannot export.
+
+    They are all zeros. An export reads no values, so their memory is never touched, and takes no room.
+
+    The block is given a function that puts the quantised weights into a program that was exported in the block.
+    """
+    stand_ins: dict[int, nn.Parameter] = {}
+    weights: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            if isinstance(weight, QuantizedTensor):
+                replaced.append((module, name, weight))
+
+    def put_back(program: ExportedProgram) -> None:
+        for fqn, tensor in program.state_dict.items():
+            if id(tensor) in weights:
+                program.state_dict[fqn] = weights[id(tensor)]
+
+    try:
+        for module, name, weight in replaced:
+            if id(weight) not in stand_ins:
+                zeros = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+                stand_in = stand_ins[id(weight)] = nn.Parameter(zeros, requires_grad=False)
+                weights[id(stand_in)] = weight
+            setattr(module, name, stand_ins[id(weight)])
+        yield put_back
+    finally:
+        for module, name, weight in replaced:
+            setattr(module, name, weight)
 
 
 def export_with_free_dims(

@@ -18,7 +18,7 @@ from adaptc.passes.analysis.program_facts import all_module_types, qualified_nam
 from adaptc.passes.analysis.sites import find_consumers, layer_kind_of
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
-from adaptc.passes.quantized.choose_scheme import choose_scheme
+from adaptc.passes.quantized.all_schemes import choose_scheme
 from adaptc.passes.quantized.quantize_weights import (
     QuantizeWeights,
     WeightQuantization,

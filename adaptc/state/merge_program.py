@@ -20,15 +20,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from adaptc.errors import MergeError
-from adaptc.passes.adapt.keep_regions import KeepRegions
 from adaptc.passes.adapt.merge_pass import Merge, SiteMerge
-from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.adapt.unload import KeepRegions, Unload
 from adaptc.passes.graph.graph_lock import hold_graph_lock, with_graph_lock
 from adaptc.passes.graph.pass_infra import Pass, PassManager
+from adaptc.passes.quantized.quantized_merge import QuantizedMerge, attachments_to_keep, requantize
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.progress import stage
 from adaptc.state.core import MergeOrigin, ProgramCore
-from adaptc.state.merge_quantized import QuantizedMerge, attachments_to_keep, requantize
 
 P = TypeVar("P", bound=ProgramCore)
 
@@ -95,7 +94,7 @@ def _merge(
     binding = program.binding
     present = [a for a in program.adaptation.attachments if a.id in binding.methods]
     rest = tuple(a.id for a in program.adaptation.attachments if a.id not in binding.methods)
-    kept = attachments_to_keep(program, present, quantized)
+    kept = attachments_to_keep(program.base_tensors, present, quantized)
     present = [a for a in present if a not in kept]
     values = dict(binding.values)
     merge_pass = Merge(present, values, safe, release, progress, rest)

@@ -13,15 +13,29 @@ Private torch use: these three ops, which have no public names. Public: none; to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
+from adaptc.passes.quantized.scheme import Scheme
 
-if TYPE_CHECKING:
-    from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+
+class PreparedWeight(Protocol):
+    """A quantised weight, which keeps what kernels made of it."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def stored(self) -> Mapping[str, Tensor]: ...
+    @property
+    def matrix_shape(self) -> tuple[int, int]: ...
+    def prepared(self, key: str, prepare: Callable[[Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what ``prepare`` makes of this weight, made at the first call and kept under ``key``."""
+        ...
+
 
 aten: Any = torch.ops.aten
 
@@ -31,7 +45,7 @@ INT8_ROWS, INT4_ROWS = 8, 256
 _INT4_GROUPS = (32, 64, 128, 256)
 
 
-def fast_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+def fast_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor | None:
     """Return x W^T + bias, (..., rows) of ``x``'s dtype, for a call without gradients; None without a kernel for it."""
     scheme = weight.scheme
     if not isinstance(scheme, IntegerScheme) or x.device.type != "cpu" or scheme.has_group_index or scheme.bits == 6:
@@ -54,7 +68,7 @@ def fast_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tens
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _int8_dynamic(x: Tensor, weight: QuantizedTensor) -> Tensor:
+def _int8_dynamic(x: Tensor, weight: PreparedWeight) -> Tensor:
     values = x.float()
     steps = values.abs().amax(-1, keepdim=True) / 127
     codes = (values / torch.where(steps == 0, 1.0, steps)).round().to(torch.int8)
@@ -62,7 +76,7 @@ def _int8_dynamic(x: Tensor, weight: QuantizedTensor) -> Tensor:
     return (sums * (steps * weight.stored["scales"].t())).to(x.dtype)
 
 
-def _row_scales(weight: QuantizedTensor) -> Tensor:
+def _row_scales(weight: PreparedWeight) -> Tensor:
     """Return the scales (rows,) as bfloat16."""
     scheme = weight.scheme
     assert isinstance(scheme, IntegerScheme)
@@ -70,13 +84,13 @@ def _row_scales(weight: QuantizedTensor) -> Tensor:
     return scales
 
 
-def _has_int4_kernel(scheme: IntegerScheme, weight: QuantizedTensor) -> bool:
+def _has_int4_kernel(scheme: IntegerScheme, weight: PreparedWeight) -> bool:
     plain = not (scheme.has_minimums or scheme.super_group or scheme.step != 1.0)
     rows, columns = weight.matrix_shape
     return scheme.bits == 4 and plain and scheme.group_size in _INT4_GROUPS and not rows % 16 and not columns % 2
 
 
-def _pack_int4(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+def _pack_int4(weight: PreparedWeight) -> tuple[Tensor, ...]:
     """Return the kernel's copy of the codes, and its (groups, rows, 2) of scales and of values at code 8, bfloat16."""
     scheme, stored = weight.scheme, weight.stored
     assert isinstance(scheme, IntegerScheme)

@@ -12,8 +12,8 @@ The value of an element is (code - offset - zero) * scale * step - minimum. Code
     super_scales, super_minimums   float16 (rows, columns / super_group)
     group_index  int32 (columns,) the group of each column, where groups are not runs of columns (GPTQ's act order)
 
-Source: the layouts of GPTQ, AWQ and HQQ checkpoints and of GGUF's Q8_0, Q4_0, Q4_K and Q6_K are rewritten to this one
-without a change of any code or scale (``adaptc/quantized_files``).
+Source: the layouts of GPTQ, AWQ and HQQ checkpoints, and of GGUF's Q8_0, Q4_0, Q4_K and Q6_K. They are rewritten to
+this one without a change of any code or scale.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class WeightQuantization:
-    """What storing one weight did.
+    """A report of the storing of one weight.
 
     Attributes:
         fqn: the weight's name.

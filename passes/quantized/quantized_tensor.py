@@ -42,9 +42,8 @@ class QuantizedTensor(Tensor):
     is_transposed: bool
     _prepared: dict[str, tuple[Tensor, ...]]
 
-    @staticmethod
     def __new__(
-        cls: type[Self],
+        cls,
         scheme: Scheme,
         stored: Mapping[str, Tensor],
         shape: Sequence[int],
@@ -138,10 +137,8 @@ class QuantizedTensor(Tensor):
                 f"{args[0]!r} is frozen, and {func} would write to it: put another tensor in its place, such as "
                 "tensor.dequantize()"
             )
-        plain_args, plain_kwargs = pytree.tree_map_only(
-            QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs)
-        )
-        return func(*plain_args, **plain_kwargs)
+        plain = pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs))
+        return func(*plain[0], **plain[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -189,9 +186,9 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if weight.ndim != 2 or weight.is_transposed:
         return NotImplemented
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
-    if type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x):
-        if (found := fast_linear(x, weight, bias)) is not None:
-            return found
+    is_plain = type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x)
+    if is_plain and (found := fast_linear(x, weight, bias)) is not None:
+        return found
     return quantized_linear(x, weight.scheme, weight.stored, weight.matrix_shape, bias)
 
 

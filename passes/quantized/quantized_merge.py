@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 
 from adaptc.errors import ConfigError, MergeError, short_repr
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
-from adaptc.state.core import ProgramCore
 
 
 class QuantizedMerge(Enum):
-    """What becomes of the quantised weights that an adapter changes; ``adaptc.merge`` says what each is."""
+    """The options of ``adaptc.merge`` for the quantised weights that an adapter changes."""
 
     DEQUANTIZE = "dequantize=True"
     REQUANTIZE = "requantize=True"
@@ -37,20 +37,19 @@ def parse_quantized_merge(dequantize: bool, requantize: bool, keep: str | None) 
 
 
 def attachments_to_keep(
-    program: ProgramCore, present: Sequence[Attachment], quantized: QuantizedMerge | None
+    base: Mapping[str, Any], present: Sequence[Attachment], quantized: QuantizedMerge | None
 ) -> list[Attachment]:
     """Return the attachments at quantised weights that stay in the graph, which are none but for ``KEEP_RESIDUAL``.
 
-    Raises MergeError where there are quantised weights and ``quantized`` is None.
+    ``base`` maps FQNs to base tensors. Raises MergeError where there are quantised weights and ``quantized`` is None.
     """
-    base = program.base_tensors
     weights = {a.id: w for a in present if isinstance(w := base.get(a.fqn), QuantizedTensor)}
     found = [a for a in present if a.id in weights]
     if found and quantized is None:
         ways = " or ".join(option.value for option in QuantizedMerge)
         raise MergeError(
-            f"site {found[0].id!r} and {len(found) - 1} more have quantised weights ({weights[found[0].id].scheme}), and "
-            f"a merge would round or enlarge them: say which, with {ways}"
+            f"site {found[0].id!r} and {len(found) - 1} more have quantised weights ({weights[found[0].id].scheme}). A "
+            f"merge would round or enlarge them: say which, with {ways}"
         )
     return found if quantized is QuantizedMerge.KEEP_RESIDUAL else []
 
