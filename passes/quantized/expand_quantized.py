@@ -62,7 +62,7 @@ class ExpandQuantized(Pass):
 
 def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) -> None:
     weight: QuantizedTensor = lifted.state_dict[names[0]]
-    stored = {role: lifted.add_tensor(f"{names[0]}.{role}", t) for role, t in weight.stored.items()}
+    stored = {role: lifted.add_tensor(f"{names[0]}.{role}", _with_own_memory(t)) for role, t in weight.stored.items()}
     if fuse:
         for user in [n for n in node.users if _is_linear_of(n, node) and not weight.is_transposed]:
             x, _, bias = operands(user)
@@ -93,6 +93,11 @@ def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) 
         out.meta["custom"] = {QUANTIZED_META: record}
         node.replace_all_uses_with(out)
     lifted.remove_tensor(names[0])
+
+
+def _with_own_memory(t: Tensor) -> Tensor:
+    """Return ``t``, or a copy where it is a part of other memory, which torch writes to files as a whole."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
 
 
 def _round_input(lifted: LiftedProgram, user: fx.Node, scheme: Scheme) -> None:

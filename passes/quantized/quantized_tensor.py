@@ -60,7 +60,8 @@ class QuantizedTensor(Tensor):
     def quantize(cls, weight: Tensor, scheme: Scheme, is_transposed: bool = False) -> QuantizedTensor:
         """Return ``weight`` stored by ``scheme``. Raises ConfigError where the scheme cannot store it."""
         matrix = weight.t() if is_transposed else weight.reshape(weight.shape[0], -1)
-        return cls(scheme, scheme.quantize(matrix), weight.shape, weight.dtype, is_transposed)
+        stored = {role: t.clone(memory_format=torch.contiguous_format) for role, t in scheme.quantize(matrix).items()}
+        return cls(scheme, stored, weight.shape, weight.dtype, is_transposed)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -26,12 +26,15 @@ from adaptc.kernels.lora_siblings import sibling_factors, sibling_table
 from adaptc.op_rules import OPS_WITH_RULES
 from adaptc.passes.protocol import low_rank_rows
 from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, ONEDNN
+from adaptc.passes.quantized import quantized_linear
+from adaptc.passes.quantized.all_schemes import scheme_text
+from adaptc.passes.quantized.table_scheme import TableScheme
 from adaptc.tuning import compiled_matmuls as compiled_products
 
 # torch's own, in make_dual
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 #: which make torch know ops
-MODULES = low_rank_rows, compiled_products
+MODULES = low_rank_rows, compiled_products, quantized_linear
 _DRAW = torch.Generator().manual_seed(0)
 
 
@@ -93,12 +96,20 @@ def grouped(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: T
 
 C = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -0.5]], dtype=torch.float64)
 NARROW = {"dtype": torch.float32}
+NF4 = TableScheme(block_size=4)
+_DRAWN = NF4.quantize(of(5, 8))
+STORED = {role: _DRAWN[role] for role in NF4.layout(5, 8)}
 CASES = {
     "product": Case(
         (of(3, 7, **NARROW), of(5, 7, **NARROW), of(5, **NARROW), ONEDNN, ALL_ROW_CLASSES, []), range(3), linear
     ),
     "product_called": Case(
         (of(3, 7, **NARROW), of(5, 7, **NARROW), None, ONEDNN, ALL_ROW_CLASSES, []), range(2), linear
+    ),
+    "qlinear": Case(
+        (of(3, 8), list(STORED.values()), of(5), scheme_text(NF4), 5, 8),
+        (0, 2),
+        lambda x, _, b, *__: F.linear(x, NF4.dequantize(STORED, 5, 8).double(), b),
     ),
     # Of many positions, whose products are those of each adapter alone.
     "low_rank_rows": Case((of(3, 9, 7), of(3, 9, 5), of(2, 2, 7), of(2, 5, 2), of(2), C), range(6), rows),

@@ -1,0 +1,1 @@
+"""Weights stored in few bits, and programs that read them."""

@@ -1,0 +1,93 @@
+"""The kernels that read a quantised weight as it is stored: the results of its values, up to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from adaptc.passes.quantized.all_schemes import choose_scheme
+from adaptc.passes.quantized.fast_linear import INT4_ROWS, INT8_ROWS, fast_linear
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+
+#: bfloat16 has 8 bits, and sums of 64 products round a few times
+TOLERANCE = 2e-2
+
+
+def weight(name: str, rows: int = 48, columns: int = 64, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+    torch.manual_seed(0)
+    return QuantizedTensor.quantize(torch.randn(rows, columns).to(dtype), choose_scheme(name, None, columns))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm().clamp(min=1e-9))
+
+
+@given(st.sampled_from(["int8", "int4"]), st.integers(1, 9), st.booleans())
+def test_few_rows_in_bfloat16(name, rows, with_bias):
+    q = weight(name)
+    rows = min(rows, INT8_ROWS)
+    x = torch.randn(rows, 64).bfloat16()
+    bias = torch.randn(48).bfloat16() if with_bias else None
+    found = fast_linear(x, q, bias)
+    assert found is not None
+    assert found.dtype == torch.bfloat16
+    expected = F.linear(x.float(), q.dequantize(torch.float32), None if bias is None else bias.float())
+    assert relative(found, expected) < TOLERANCE
+
+
+@given(st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(1, 3))
+def test_rounded_inputs(rows, dtype, batch):
+    """The sums are those of integers, and equal those of the rounded input's values."""
+    q = weight("int8_dynamic", 21, 35, dtype)
+    x = torch.randn(batch, rows, 35).to(dtype)
+    x[0, 0] = 0
+    found = fast_linear(x, q, None)
+    assert found is not None
+    assert found.dtype == dtype
+    assert not found[0, 0].any()
+    expected = F.linear(q.scheme.round_input(x.float()), q.dequantize(torch.float32))
+    assert relative(found, expected) < (1e-5 if dtype == torch.float32 else TOLERANCE)
+
+
+def test_calls_without_a_kernel():
+    for name, x, reason in (
+        ("int8", torch.randn(2, 64), "float32"),
+        ("int8", torch.randn(INT8_ROWS + 1, 64).bfloat16(), "rows"),
+        ("int4", torch.randn(INT4_ROWS + 1, 64).bfloat16(), "rows"),
+        ("nf4", torch.randn(2, 64).bfloat16(), "scheme"),
+        ("int8", torch.randn(0, 64).bfloat16(), "no rows"),
+    ):
+        q = weight(name)
+        assert fast_linear(x, q, None) is None, reason
+        found = F.linear(x, q)
+        torch.testing.assert_close(found, F.linear(x, q.dequantize().to(x.dtype)), rtol=TOLERANCE, atol=0.1)
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(40, 64, 32), (48, 64, 16), (48, 60, 4)])
+def test_sizes_that_the_int4_kernel_does_not_take(rows, columns, group):
+    torch.manual_seed(0)
+    q = QuantizedTensor.quantize(torch.randn(rows, columns).bfloat16(), choose_scheme("int4", group, columns))
+    x = torch.randn(2, columns).bfloat16()
+    assert fast_linear(x, q, None) is None
+    assert relative(F.linear(x, q), F.linear(x.float(), q.dequantize().float())) < TOLERANCE
+
+
+def test_packed_copies_are_made_once_and_counted():
+    q = weight("int4")
+    assert q.prepared_bytes == 0
+    x = torch.randn(2, 64).bfloat16()
+    first = fast_linear(x, q, None)
+    bytes_kept = q.prepared_bytes
+    assert bytes_kept > 0
+    assert torch.equal(first, fast_linear(x, q, None))
+    assert q.prepared_bytes == bytes_kept
+
+
+def test_a_gradient_takes_no_kernel():
+    q = weight("int8")
+    x = torch.randn(2, 64).bfloat16().requires_grad_()
+    F.linear(x, q).float().sum().backward()
+    torch.testing.assert_close(x.grad, q.dequantize().float().sum(0).bfloat16().expand(2, -1), rtol=TOLERANCE, atol=0.1)
