@@ -41,15 +41,16 @@ def in_transform() -> bool:
 
 def is_wrapped_or_dual(value: Any) -> bool:
     """Return whether ``value`` is a tensor that a transform of ``torch.func`` has wrapped, or that has a tangent."""
-    return isinstance(value, Tensor) and (is_functorch_wrapped_tensor(value) or _has_tangent(value))
+    return isinstance(value, Tensor) and (is_functorch_wrapped_tensor(value) or has_tangent(value))
 
 
 def has_transform_or_tangent(*values: Any) -> bool:
     """Return whether a derivative is taken other than by backward: a transform is on, or a tensor has a tangent."""
-    return in_transform() or any(isinstance(v, Tensor) and _has_tangent(v) for v in values)
+    return in_transform() or any(isinstance(v, Tensor) and has_tangent(v) for v in values)
 
 
-def _has_tangent(t: Tensor) -> bool:
+def has_tangent(t: Tensor) -> bool:
+    """Return whether a tensor has a tangent, so that a forward-mode derivative is taken."""
     return forward_ad.unpack_dual(t).tangent is not None
 
 

@@ -8,6 +8,9 @@ contiguous, while the rows of x, y, h and v may have any stride. The bank and th
 only the columns below the rank of its adapter are written or read.
 """
 
+# pyright: basic
+# Bodies of kernels are triton's language: their arguments have no types, and so has nothing that is made of them.
+
 from __future__ import annotations
 
 from typing import Any

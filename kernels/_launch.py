@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton as _wrap_triton
+from torch.library import wrap_triton as _wrap_triton  # pyright: ignore[reportUnknownVariableType]  # it has no types
 from triton import knobs
 from triton.runtime.jit import JITFunction
 

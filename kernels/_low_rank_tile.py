@@ -1,5 +1,8 @@
 """Compute one tile of a matmul over the rank, for all kernels that add a low-rank term to a matrix."""
 
+# pyright: basic
+# Bodies of kernels are triton's language: their arguments have no types, and so has nothing that is made of them.
+
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping

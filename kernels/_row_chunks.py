@@ -39,7 +39,7 @@ def chunk_count(n_rows: int, n_adapters: int, chunk: int) -> int:
     return -(-n_rows // chunk) + n_adapters + 1
 
 
-def rows_per_chunk(n_rows: int) -> int:
+def rows_per_chunk(n_rows: int | torch.SymInt) -> int:
     """Return the size of the chunks that a batch is cut into: small for few rows, so that there are programs enough.
 
     A symbolic number of rows always gets the same size, so that another batch compiles nothing anew.

@@ -16,6 +16,9 @@ number per row and tile is written, and these are summed up in an order that no 
 Gradients. DoRA takes the norm for a constant, so dora_norm has none; dora_epilogue has those of all its tensors.
 """
 
+# pyright: basic
+# Bodies of kernels are triton's language: their arguments have no types, and so has nothing that is made of them.
+
 from __future__ import annotations
 
 from typing import Any

@@ -38,7 +38,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.library import triton_op
 
 from adaptc.kernels._grouped_products import launch_expand, launch_outer, launch_shrink
 from adaptc.kernels._launch import check, check_floats, runs_kernels
@@ -55,6 +54,7 @@ from adaptc.kernels._row_chunks import (
     take_per_adapter,
 )
 from adaptc.op_rules import decompose_in_transforms
+from adaptc.torch_typing import to_python, triton_op
 
 __all__ = [
     "Chunks",
@@ -156,19 +156,28 @@ def grouped_outer(
 
 
 @grouped_shrink.register_fake
-def _(x, bank, starts, order, adapter, start, length, chunk, max_rank):
+def _(
+    x: Tensor, bank: Tensor, starts: Tensor, order: Tensor, adapter: Tensor, start: Tensor, length: Tensor,
+    chunk: int, max_rank: int,
+) -> Tensor:  # fmt: skip
     _check("grouped_shrink", x, bank, starts, Chunks(order, adapter, start, length), chunk)
     return x.new_empty((x.shape[0], max_rank), dtype=sum_dtype(x, bank))
 
 
 @grouped_expand.register_fake
-def _(y, h, bank, starts, scales, order, adapter, start, length, chunk):
+def _(
+    y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor,
+    order: Tensor, adapter: Tensor, start: Tensor, length: Tensor, chunk: int,
+) -> Tensor:  # fmt: skip
     _check("grouped_expand", y, bank, starts, Chunks(order, adapter, start, length), chunk, h, scales)
     return y.new_empty(y.shape)
 
 
 @grouped_outer.register_fake
-def _(h, v, starts, order, adapter, start, length, chunk, n_rows):
+def _(
+    h: Tensor, v: Tensor, starts: Tensor, order: Tensor, adapter: Tensor, start: Tensor, length: Tensor,
+    chunk: int, n_rows: int,
+) -> Tensor:  # fmt: skip
     _check("grouped_outer", v, v, starts, Chunks(order, adapter, start, length), chunk, h)
     return v.new_empty((n_rows, v.shape[1]), dtype=sum_dtype(h, v))
 
@@ -282,7 +291,7 @@ def reference_grouped_lora(
     x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scales: Tensor, index: Tensor
 ) -> Tensor:
     """Return the result of :func:`grouped_lora`, computed adapter by adapter."""
-    dtype, out, edges = sum_dtype(x, y, A, B), y.clone(), starts.tolist()
+    dtype, out, edges = sum_dtype(x, y, A, B), y.clone(), to_python(starts)
     for i, (start, end) in enumerate(pairwise(edges)):
         rows = (index == i).nonzero().squeeze(1)
         if start < end:

@@ -28,8 +28,9 @@ from adaptc.kernels._row_chunks import Chunks, cut_into_chunks, rows_per_chunk, 
 from adaptc.kernels.grouped_lora import grouped_expand, grouped_shrink
 from adaptc.op_rules import decompose_in_transforms
 from adaptc.torch_modes import outside_modes
+from adaptc.torch_typing import untyped_library
 
-_LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
+_LIBRARY = untyped_library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("grouped_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor starts, Tensor scale, Tensor c) -> Tensor")
 
 #: rows by the adapter that each has in one pass, the size of chunks, and (T, 1) what each counts; None where all 1
@@ -67,7 +68,7 @@ def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Ten
 
 
 _LIBRARY.impl("grouped_rows", _compute, "CompositeExplicitAutograd")
-torch.library.register_fake("adaptc::grouped_rows", _fake, lib=_LIBRARY)
+untyped_library.register_fake("adaptc::grouped_rows", _fake, lib=_LIBRARY)
 
 
 def reference_grouped_rows(
@@ -76,12 +77,13 @@ def reference_grouped_rows(
     """Return the result of :func:`grouped_rows` by plain ops, which multiply every row by every adapter's factors."""
     ranks, dtype = torch.diff(starts)[::2], sum_dtype(x, y, A)
     own = (torch.arange(A.shape[1], device=A.device) < ranks[:, None])[:, :, None]
-    A, B = A.where(own, 0).to(dtype), B.where(own.mT, 0).to(dtype)
+    down, up = A.where(own, 0).to(dtype), B.where(own.mT, 0).to(dtype)
     mix = (c.to(dtype) * scale[::2].to(dtype)).repeat_interleave(x.shape[0] // max(c.shape[0], 1), 0)
     mix = mix.view(mix.shape[0], *([1] * (x.ndim - 2)), -1, 1)
-    h = (x.to(dtype) @ A.flatten(0, 1).t()).unflatten(-1, A.shape[:2])
+    h: Any = x.to(dtype) @ down.flatten(0, 1).t()  # torch gives unflatten no types
+    h = h.unflatten(-1, A.shape[:2])
     h = (h * mix).masked_fill(mix == 0, 0)
-    return (y.to(dtype) + h.flatten(-2) @ B.transpose(0, 1).flatten(1).t()).to(y.dtype)
+    return (y.to(dtype) + h.flatten(-2) @ up.transpose(0, 1).flatten(1).t()).to(y.dtype)
 
 
 decompose_in_transforms("grouped_rows", reference_grouped_rows, nondifferentiable=range(7))

@@ -17,6 +17,9 @@ inputs give the same bits. All tensors but the scale have gradients, without a k
 projection of other matrices, where the larger is cast as it is read and not copied.
 """
 
+# pyright: basic
+# Bodies of kernels are triton's language: their arguments have no types, and so has nothing that is made of them.
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -23,6 +23,9 @@ The backward computes h again instead of keeping it. R is small, so that takes R
 matmul. Autograd would keep a tensor for every layer and token. W gets a gradient only if it asks for one.
 """
 
+# pyright: basic
+# Bodies of kernels are triton's language: their arguments have no types, and so has nothing that is made of them.
+
 from __future__ import annotations
 
 from dataclasses import replace

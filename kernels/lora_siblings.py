@@ -16,6 +16,9 @@ inputs give the same bits. Gradients for y, h and B use torch ops and the block-
 inference. That matrix is small: it has as many columns as h.
 """
 
+# pyright: basic
+# Bodies of kernels are triton's language: their arguments have no types, and so has nothing that is made of them.
+
 from __future__ import annotations
 
 from collections.abc import Sequence

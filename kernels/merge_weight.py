@@ -15,6 +15,9 @@ the rounding of float32. Where that lies on the border between two values of W's
 in the last place. Subtracting scale * B A again would not give W back: the saved values do.
 """
 
+# pyright: basic
+# Bodies of kernels are triton's language: their arguments have no types, and so has nothing that is made of them.
+
 from __future__ import annotations
 
 import torch

@@ -71,7 +71,7 @@ PUBLIC = {
 }
 
 __all__ = [
-    *PUBLIC,
+    *PUBLIC,  # pyright: ignore[reportUnsupportedDunderAll]
     "NO_GRAPH_DEFAULTS",
     "PROMPT_EMBEDDINGS",
     "AdapterConfig",

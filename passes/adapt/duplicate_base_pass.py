@@ -22,6 +22,7 @@ from adaptc.errors import TargetError
 from adaptc.passes.analysis.cache_inputs import all_cache_inputs, count_passes, pass_prefix
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.mutation import memory_groups, written_inputs
+from adaptc.passes.graph.ops import custom_meta
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag, site_op
 from adaptc.passes.protocol.trace import inline, output_region_inputs, trace_region
@@ -61,9 +62,8 @@ def duplicate_before_graph(
     with lifted.graph.inserting_before(first):
         for old in [n for n in lifted.graph.nodes if n in wanted]:
             new = lifted.graph.node_copy(old, lambda n: copies.get(n, replacements.get(n, n)))
-            custom = old.meta.get("custom")
             kept = {k: old.meta[k] for k in _COPIED_META if k in old.meta}
-            new.meta = {**kept, "custom": {**(custom or {}), "adaptc": tag(str(len(copies)))}}
+            new.meta = {**kept, "custom": {**custom_meta(old), "adaptc": tag(str(len(copies)))}}
             copies[old] = new
             lifted.nodes[new.name] = new
     return copies[node], copies
@@ -86,7 +86,7 @@ def _required_nodes(lifted: LiftedProgram, node: fx.Node, writable: Collection[f
     roots = [node, *(w for n in writable for w in writers.get(memory[n], ()))]
     last = max(order[n] for n in (*roots, *writers.get(memory[node], ())))
     lasting_memory = {memory[n] for n in lifted.graph.find_nodes(op="placeholder") if n not in writable}
-    required, stack, seen = set(), roots, set()
+    required, stack, seen = set[fx.Node](), roots, set[fx.Node]()
     while stack:
         n = stack.pop()
         if n in seen or node_tag(n) is not None:

@@ -58,7 +58,7 @@ class ExposeSubgraphParams(Pass):
 
     name: ClassVar[str] = "expose_subgraph_params"
 
-    class_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    class_names: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         if not has_unexposed_params(subject):
@@ -210,7 +210,7 @@ class _ParamExposer:
         if traced_owner is not None:
             return traced_owner, ()
         origin = self._source_parameter(operands(node)[2] if node.target in LAYER_OPS else argument(node, 2), path)
-        fitting = []
+        fitting: list[str] = []
         for fqn in self.lifted.fqns_of(source):
             module, _, param = fqn.rpartition(".")
             type_of = self.class_names.get(module, "")

@@ -107,7 +107,7 @@ class _FormCosts:
 
     sizes: Mapping[str, int]
     training: bool
-    choices: dict[Any, FormChoice] = field(default_factory=dict)
+    choices: dict[Any, FormChoice] = field(default_factory=dict[Any, FormChoice])
 
 
 @dataclass
@@ -335,7 +335,7 @@ class _Injector:
 
     def _make_tag(self, base: fx.Node, kind: str, consumer: fx.Node) -> Callable[[str], dict[str, Any]]:
         a = replace(self.attachment, form=self.form, why=self.reason)
-        more = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
+        more: dict[str, Any] = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
         if isinstance(a.method, ProgramMethod):
             more["given"] = [n for n in a.method.extra_inputs.extras() if (n, "extra input") in self.latest_outputs]
         elif given := [a.reads[n] for n in a.method.extra_inputs.extras()]:

@@ -135,8 +135,8 @@ class _RowInjector:
     coefficients: fx.Node
     uses_fused_ops: bool
     kernel_sites: Collection[str]
-    traces: dict[Any, fx.Graph] = field(default_factory=dict)
-    latest_outputs: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    traces: dict[Any, fx.Graph] = field(default_factory=dict[Any, fx.Graph])
+    latest_outputs: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
     def run(self) -> None:
         calls: dict[fx.Node, list[tuple[Attachment, fx.Node]]] = {}

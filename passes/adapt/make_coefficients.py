@@ -60,16 +60,16 @@ class CoefficientMaker:
     lifted: LiftedProgram
     adapter_count: int | None = None
     attachments: Sequence[Attachment] = ()
-    nodes_by_key: dict[Any, fx.Node] = field(default_factory=dict)
+    nodes_by_key: dict[Any, fx.Node] = field(default_factory=dict[Any, fx.Node])
     #: coefficient that is an input of a step -> what it is made from in other programs
-    step_inputs: dict[str, Any] = field(default_factory=dict)
+    step_inputs: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def with_coefficients(self, a: Attachment) -> Attachment:
         """Return the attachment with the nodes of the coefficients that it reads, computing those that are missing.
 
         Raises TargetError for a site whose output does not have one entry per token, or no rows for an added input.
         """
-        added = {} if isinstance(a.method, ProgramMethod) else a.method.extra_inputs.extras()
+        added: Mapping[str, ExtraInput] = {} if isinstance(a.method, ProgramMethod) else a.method.extra_inputs.extras()
         extra_inputs = {name: self._extra_input(a, name, extra).name for name, extra in added.items()}
         coefficients = a.method.extra_inputs.coefficients()
         if not coefficients:
@@ -113,7 +113,11 @@ class CoefficientMaker:
     def _repeat_for_adapters(self, a: Attachment, name: str, node: fx.Node) -> fx.Node:
         """Return ``node`` repeated for each adapter along a new first axis: a caller gives each row its own value."""
         count = self.adapter_count or 0
-        region = trace_function(lambda v: v.unsqueeze(0).expand(count, *[-1] * v.ndim), [node.meta["val"]])
+
+        def repeat(value: Tensor) -> Tensor:
+            return value.unsqueeze(0).expand(count, *[-1] * value.ndim)
+
+        region = trace_function(repeat, [node.meta["val"]])
         first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
         before = set(self.lifted.graph.nodes)
         out = inline(self.lifted.graph, region, [node], first, node, _tags(a, name, node))

@@ -26,6 +26,7 @@ from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.graph.storage import memory_address
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import remove_regions, site_op
+from adaptc.torch_typing import vector_norm
 
 #: a bias placeholder (None where there is none yet), the nodes that add it, and its new value
 _MergedBias = tuple[fx.Node | None, list[fx.Node], Tensor]
@@ -128,7 +129,7 @@ class Merge(Pass):
             if made.shape == stored.shape and (made.is_floating_point() or made.is_complex()):
                 before = _to_merge_dtype(stored, high)
                 with torch.no_grad():
-                    yield fqn, (float(torch.linalg.vector_norm(made - before)), float(torch.linalg.vector_norm(before)))
+                    yield fqn, (float(vector_norm(made - before)), float(vector_norm(before)))
 
     def _attachments_by_weight(self, lifted: LiftedProgram) -> tuple[dict[str, Op], list[list[Attachment]]]:
         """Return attachment id -> its op, and the attachments grouped by weight."""

@@ -41,13 +41,13 @@ class Respecialize(GraphPass):
     ops: Mapping[str, Op] = field(repr=False)
     placeholders: Mapping[str, str] = field(repr=False)
     tensors: Mapping[str, Tensor] = field(repr=False)
-    traces: dict[Any, fx.Graph] = field(default_factory=dict, repr=False)
+    traces: dict[Any, fx.Graph] = field(default_factory=dict[Any, fx.Graph], repr=False)
     modules: nn.Module | None = field(default=None, repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         names = {n.name: n for n in subject.nodes}
         inputs = {fqn: names[name] for fqn, name in self.placeholders.items()}
-        fake, stale = fake_maker(subject), set()
+        fake, stale = fake_maker(subject), set[str]()
         for fqn, tensor in self.tensors.items():
             node = inputs[fqn]
             if tuple(node.meta["val"].shape) != tuple(tensor.shape):

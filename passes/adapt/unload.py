@@ -26,7 +26,7 @@ class Unload(Pass):
 
     name: ClassVar[str] = "unload"
 
-    originals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    originals: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,7 @@ from torch import Tensor, fx, nn
 from adaptc.passes.graph.module_paths import clean_path, module_paths_of
 from adaptc.passes.graph.mutation import is_metadata_assert, is_pure, memory_groups, written_inputs
 from adaptc.passes.protocol.regions import node_tag
+from adaptc.torch_typing import is_list_or_tuple, shape_of
 
 #: the number that stands for a free size, where only the order of magnitude matters
 FREE_SIZE_GUESS = 64
@@ -125,9 +126,9 @@ class _NodeStream:
     def _argument_kinds(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             return "parameter" if value in self.parameters else "context" if value in self.gradient_free else "value"
-        if isinstance(value, (list, tuple)):
+        if is_list_or_tuple(value):
             return tuple(map(self._argument_kinds, value))
-        return type(value)
+        return cast(Any, type(value))  # of anything
 
     def passed_on(self, start: int, end: int) -> list[int]:
         """Return the positions of the values that nodes ``start`` to ``end`` make and later nodes read."""
@@ -227,7 +228,7 @@ def _chains_by_names(stream: _NodeStream) -> list[list[int]]:
             if counted is not None:
                 first = spans[counted[1] or ""].setdefault(path, (i, i))[0]
                 spans[counted[1] or ""][path] = (first, i + 1)
-    proposed = []
+    proposed: list[list[int]] = []
     for blocks in spans.values():
         ordered = sorted(blocks.values())
         if all(a[1] <= b[0] for a, b in pairwise(ordered)):
@@ -242,14 +243,14 @@ def _chains_by_names(stream: _NodeStream) -> list[list[int]]:
 
 
 def _stack_paths(node: fx.Node, module_paths: Collection[str]) -> list[str]:
-    stack = node.meta.get("nn_module_stack") or {}
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     return [clean_path(entry[0], module_paths) for entry in stack.values()]
 
 
 def _value_type(node: fx.Node) -> Any:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
-        return type(value)
+        return cast(Any, type(value))  # of anything
     return _UNBACKED.sub("u", str(tuple(value.shape))), value.dtype
 
 
@@ -257,7 +258,7 @@ def _element_count(node: fx.Node) -> int:
     value, count = node.meta.get("val"), 1
     if not isinstance(value, Tensor):
         return 0
-    for size in value.shape:
+    for size in shape_of(value):
         count *= size if isinstance(size, int) else FREE_SIZE_GUESS
     return count
 
@@ -283,7 +284,7 @@ def find_repeats(sequence: Sequence[int], limit: int) -> list[RepeatedStretch]:
 
     Of each period, only the longest run counts. The best comes first; of equal ones, that of the shorter period.
     """
-    items, found, min_matches = torch.tensor(sequence, dtype=torch.int64), [], 0
+    items, found, min_matches = torch.tensor(sequence, dtype=torch.int64), list[RepeatedStretch](), 0
     for period in range(1, len(sequence) // 2 + 1):
         same = items[period:] == items[:-period]
         # This cheap count rules out most periods.

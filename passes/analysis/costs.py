@@ -6,7 +6,7 @@ adapters as numbers. The callers decide what is cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.mutation import has_view_schema
 from adaptc.passes.graph.pytree import pytree
+from adaptc.torch_typing import shape_of
 
 aten = torch.ops.aten
 
@@ -38,19 +39,20 @@ _REDUCED_OPERANDS = {
     aten.linalg_inv: 0,
 }
 #: functions in torch's expressions of sizes (torch.utils._sympy.functions), in terms of sympy's own
-_FUNCTIONS: dict[str, Any] = {
-    "FloorDiv": lambda a, b: sympy.floor(a / b),
-    "CleanDiv": lambda a, b: a / b,
-    "CeilDiv": lambda a, b: sympy.ceiling(a / b),
-    "IntTrueDiv": lambda a, b: a / b,
-    "PythonMod": lambda a, b: a - b * sympy.floor(a / b),
-    "ModularIndexing": lambda a, b, c: sympy.Mod(sympy.floor(a / b), c),
-    "PowByNatural": lambda a, b: a**b,
+_UNARY_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "CeilToInt": sympy.ceiling,
     "FloorToInt": sympy.floor,
     "TruncToInt": sympy.floor,
     "ToFloat": lambda a: a,
     "Identity": lambda a: a,
+}
+_BINARY_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "FloorDiv": lambda a, b: sympy.floor(a / b),
+    "CleanDiv": lambda a, b: a / b,
+    "CeilDiv": lambda a, b: sympy.ceiling(a / b),
+    "IntTrueDiv": lambda a, b: a / b,
+    "PythonMod": lambda a, b: a - b * sympy.floor(a / b),
+    "PowByNatural": lambda a, b: a**b,
 }
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 
@@ -92,8 +94,8 @@ def count_node_operations(node: fx.Node) -> Any:
     out = _element_count(value.shape)
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _REDUCED_OPERANDS:
-        operand = node.args[_REDUCED_OPERANDS[packet]].meta["val"]  # type: ignore[union-attr, index]
-        return 2 * out * size_expression(operand.shape[-1])
+        operand: Any = node.args[_REDUCED_OPERANDS[packet]]
+        return 2 * out * size_expression(operand.meta["val"].shape[-1])
     if packet in _CONVOLUTIONS:
         return 2 * out * _element_count(node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
     return out
@@ -108,10 +110,16 @@ def size_expression(size: Any) -> Any:
     return sympy.Integer(size) if isinstance(size, int) else _parse_size(str(size))
 
 
+def _modular_index(a: Any, b: Any, c: Any) -> Any:
+    return sympy.Mod(sympy.floor(a / b), c)
+
+
 @cache
 def _parse_size(text: str) -> Any:
     """Return the text of a symbolic size as an expression of positive integers."""
-    parsed: Any = parse_expr(text, local_dict=_FUNCTIONS)
+    parsed: Any = parse_expr(
+        text, local_dict={**_UNARY_FUNCTIONS, **_BINARY_FUNCTIONS, "ModularIndexing": _modular_index}
+    )
     # Any other function in torch's expression stands for a size of which nothing is known.
     for unknown in parsed.atoms(AppliedUndef):
         parsed = parsed.xreplace({unknown: sympy.Symbol(str(unknown))})
@@ -128,7 +136,7 @@ def example_sizes(program: ExportedProgram) -> dict[str, int]:
     out: dict[str, int] = {}
     for value, fake in zip(values, graph_inputs.values(), strict=True):
         if isinstance(value, Tensor) and isinstance(fake, Tensor):
-            out |= {str(s): int(n) for s, n in zip(fake.shape, value.shape, strict=True) if not isinstance(s, int)}
+            out |= {str(s): int(n) for s, n in zip(shape_of(fake), value.shape, strict=True) if not isinstance(s, int)}
     return out
 
 

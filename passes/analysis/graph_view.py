@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from adaptc.passes.protocol.regions import node_tag, region_tag
+from adaptc.torch_typing import named_modules
 
 BAR, TOP, END = "| ", "+ ", "+"
 
@@ -28,7 +29,7 @@ def format_graph(module: fx.GraphModule, names: Mapping[str, str], only_sites: I
     """
     site_ids = None if only_sites is None else set(only_sites)
     blocks = [_format_nodes(module.graph, names, site_ids)]
-    for name, inner in module.named_modules():
+    for name, inner in named_modules(module):
         if name and isinstance(inner, fx.GraphModule):
             found = _format_nodes(inner.graph, {}, site_ids)
             blocks.append([f"block {name}:", *(f"  {line}" for line in found)] if found else [])

@@ -53,7 +53,7 @@ def _indexed_inputs(lifted: LiftedProgram, node: fx.Node, slots: Collection[str]
         found = [(argument(node, 0), i, n, True) for i, n in indices]
     else:
         return []
-    out = []
+    out: list[tuple[fx.Node, int, int]] = []
     for table, dim, index, negative in found:
         source, shape = _index_input(lifted, index), table.meta["val"].shape
         if source is not None and isinstance(shape[dim], int) and _before_views(table).name not in slots:

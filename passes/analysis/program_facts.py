@@ -19,6 +19,7 @@ from adaptc.passes.graph.module_paths import clean_path, program_module_paths
 from adaptc.passes.graph.mutation import find_written_nodes
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.graph.train_eval import training_mode_of
+from adaptc.torch_typing import named_modules, shape_of
 
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
@@ -34,7 +35,7 @@ def use_first_module_names(program: ExportedProgram, model: nn.Module) -> None:
     """
     first_names: dict[int, str] = {}
     renames: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         parent, _, attribute = name.rpartition(".")
         holder = first_names.get(id(model.get_submodule(parent)), parent)
         first_names.setdefault(id(module), name)
@@ -42,7 +43,7 @@ def use_first_module_names(program: ExportedProgram, model: nn.Module) -> None:
             renames[name] = f"{holder}.{attribute}".removeprefix(".")
     if not renames:
         return
-    module_paths = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    module_paths = {name for name, _ in named_modules(model, remove_duplicate=False)}
     for node in all_nodes(program):
         stack = node.meta.get("nn_module_stack")
         if stack:
@@ -55,7 +56,8 @@ def module_types(program: ExportedProgram) -> dict[str, str]:
     module_paths = program_module_paths(program)
     types: dict[str, str] = {}
     for node in all_nodes(program):
-        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+        stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+        for path, cls in stack.values():
             types.setdefault(clean_path(path, module_paths), cls if isinstance(cls, str) else qualified_name(cls))
     return types
 
@@ -86,8 +88,7 @@ def keyword_inputs(program: ExportedProgram) -> dict[str, Any]:
     """Return the keyword inputs by name, with the values that stand for them in the graph."""
     spec = program.call_spec.in_spec
     inputs = list(user_inputs(program).values())
-    _, kwargs = pytree.tree_unflatten(inputs, spec) if spec is not None else ((), {})
-    return dict(kwargs)
+    return {} if spec is None else dict(pytree.tree_unflatten(inputs, spec)[1])
 
 
 def input_fills(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple[str, str]]:
@@ -108,7 +109,7 @@ def input_fills(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tu
         elif main == "input_ids" and labels.ndim == inputs[main].ndim and not encoder_decoder:
             default_fills["labels"] = ("ignore_like", main)
     if labels is not None and main is not None and labels.is_floating_point():
-        sizes = [n for n in labels.shape[1:] if isinstance(n, int)]
+        sizes = [n for n in shape_of(labels)[1:] if isinstance(n, int)]
         if len(sizes) == labels.ndim - 1:
             kind = str(labels.dtype).removeprefix("torch.")
             default_fills["labels"] = (f"nan_rows:{','.join(map(str, (kind, *sizes)))}", main)
@@ -121,4 +122,4 @@ def written_tensors(program: ExportedProgram) -> list[Tensor]:
     names = [fqn for placeholder, fqn in fqns_by_placeholder(signature).items() if placeholder in dirty]
     names += [s.target for s in signature.output_specs if s.kind in _MUTATIONS and s.target is not None]
     tensors = {**program.constants, **program.state_dict}
-    return [tensors[fqn] for fqn in dict.fromkeys(names) if isinstance(tensors.get(fqn), Tensor)]
+    return [t for t in map(tensors.get, dict.fromkeys(names)) if isinstance(t, Tensor)]

@@ -17,7 +17,7 @@ from adaptc.passes.analysis.program_facts import module_types
 from adaptc.passes.graph.higher_order import subgraph_input_of
 from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
 from adaptc.passes.graph.module_paths import module_path, module_paths_of
-from adaptc.passes.graph.ops import CASTS, LAYER_OPS, LINEAR_META, TRANSPOSED_CONVS, argument
+from adaptc.passes.graph.ops import CASTS, LAYER_OPS, LINEAR_META, TRANSPOSED_CONVS, argument, custom_meta
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def mark_linear(program: ExportedProgram, modules: Collection[str]) -> None:
         owner, _, name = fqns.get(node.name, "").rpartition(".")
         if name == "weight" and owner in modules:
             for reader, _ in find_consumers(node):
-                reader.meta["custom"] = {**(reader.meta.get("custom") or {}), LINEAR_META: True}
+                reader.meta["custom"] = {**custom_meta(reader), LINEAR_META: True}
 
 
 def is_cast(user: fx.Node, source: fx.Node) -> bool:
@@ -164,7 +164,7 @@ def _sites_of(
                 consumers=tuple(n.name for n, _ in site_consumers),
                 tied=len({n for n, _ in site_consumers}) != len({n for n, _ in all_consumers}),
                 module_type=types.get(module, ""),
-                is_linear_class=any((n.meta.get("custom") or {}).get(LINEAR_META) for n, _ in site_consumers),
+                is_linear_class=any(custom_meta(n).get(LINEAR_META) for n, _ in site_consumers),
             )
 
 

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from adaptc.locks import reset_after_fork
@@ -42,7 +42,7 @@ _LOCK_OWNER = _LockOwner()
 
 
 @contextlib.contextmanager
-def hold_graph_lock() -> Iterator[None]:
+def hold_graph_lock() -> Generator[None]:
     """Run the block with :data:`GRAPH_LOCK` held, Python's garbage collector off, and torch's modes of the caller off.
 
     A mode that the block itself enters stays on, also in nested uses.
@@ -87,7 +87,8 @@ class graph_locked_property(Generic[R]):
     def __get__(self, owner: Any, kind: type | None = None) -> R:
         if owner is None:
             return self  # type: ignore[return-value]
-        known, name = vars(owner), self.function.__name__
+        known: dict[str, R] = owner.__dict__
+        name = self.function.__name__
         with hold_graph_lock():
             if name not in known:
                 known[name] = self.function(owner)

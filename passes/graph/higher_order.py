@@ -11,7 +11,7 @@ layer's node wherever a pass looks for the node that reads a parameter. ``adapt.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from adaptc.passes.graph.module_paths import module_path
-from adaptc.passes.graph.ops import LAYER_OPS, SUBGRAPH_INPUT_META, called_op, operands
+from adaptc.passes.graph.ops import LAYER_OPS, SUBGRAPH_INPUT_META, called_op, custom_meta, operands
+from adaptc.torch_typing import is_list_or_tuple
 
 #: the name that strict captures give to the root inside a block
 _ROOT = "_export_root"
@@ -76,8 +77,7 @@ class SubgraphInput:
 
 def subgraph_input_of(node: fx.Node) -> SubgraphInput | None:
     """Return the layer behind a subgraph input; None for all other nodes."""
-    custom = node.meta.get("custom")
-    meta: Mapping[str, Any] | None = custom.get(SUBGRAPH_INPUT_META) if isinstance(custom, dict) else None
+    meta: Mapping[str, Any] | None = custom_meta(node).get(SUBGRAPH_INPUT_META)
     if meta is None:
         return None
     target, rest = called_op(node)
@@ -142,7 +142,7 @@ class HigherOrderCall:
             n.op in ("placeholder", "output") for b in self.bodies() for n in b.graph.nodes
         )
 
-    def copy_bodies(self, copy: Any) -> None:
+    def copy_bodies(self, copy: Callable[[fx.GraphModule], fx.GraphModule]) -> None:
         """Give this call bodies made by ``copy``, under names that nothing else in its module uses."""
         for i, node in zip(self.layout.bodies, self._body_nodes(), strict=True):
             name, body = str(node.target), copy(getattr(self.module, str(node.target)))
@@ -198,4 +198,4 @@ def _with_item(values: Any, index: int, value: fx.Node) -> list[Any]:
 
 
 def _as_lists(value: Any) -> Any:
-    return [_as_lists(v) for v in value] if isinstance(value, (tuple, list)) else value
+    return [_as_lists(v) for v in value] if is_list_or_tuple(value) else value

@@ -18,7 +18,7 @@ Private torch use, with the public route that was tried:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
@@ -58,8 +58,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def empty_graph_like(graph: fx.Graph) -> fx.Graph:
     """Return a graph without nodes that has the tracer class and code generator of ``graph``."""
-    new = fx.Graph(tracer_cls=graph._tracer_cls)
-    new.set_codegen(graph._codegen)
+    private: Any = graph  # fx has no public names for these two
+    new = fx.Graph(tracer_cls=private._tracer_cls)
+    new.set_codegen(private._codegen)
     return new
 
 
@@ -102,7 +103,7 @@ def fake_tensor_mode() -> FakeTensorMode:
 
 
 @contextmanager
-def suppress_size_guards(fakes: Iterable[Any]) -> Iterator[None]:
+def suppress_size_guards(fakes: Iterable[Any]) -> Generator[None]:
     """Run the block with guards on the symbolic sizes of ``fakes`` suppressed, in the fake mode of these tensors.
 
     Without this, a fake convolution would ask for the batch size to choose its kernel, and the answer would become part
@@ -342,9 +343,10 @@ class LiftedProgram:
         keyword_names = [n for n, s in zip(kwargs.context, user_inputs(old), strict=True) if s in self.input_specs]
         values = {} if old.example_inputs is None else old.example_inputs[1]
         examples = {n: values[n] for n in keyword_names if n in values}
+        own: Any = first.signature  # the program's, never None
         signature = replace(
-            first.signature,  # type: ignore[type-var]
-            inputs=[a for a in first.signature.inputs if a.name in self.input_specs],  # type: ignore[union-attr]
+            own,
+            inputs=[a for a in own.inputs if a.name in self.input_specs],
             in_spec=pytree.tree_structure(((), dict.fromkeys(keyword_names, 0))),
             out_spec=pytree.tree_structure(dict.fromkeys(names, 0)),
             forward_arg_names=keyword_names,
@@ -355,9 +357,9 @@ class LiftedProgram:
         """Return the signature of the graph as it is now."""
         inputs = [self.input_specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
         out_node = self.graph.output_node()
-        values = out_node.args[0]
+        values: Any = out_node.args[0]
         outputs: list[OutputSpec] = []
-        for spec, value in zip(self.output_specs, values, strict=True):  # type: ignore[arg-type]
+        for spec, value in zip(self.output_specs, values, strict=True):
             renamed = isinstance(value, fx.Node) and spec.arg.name != value.name
             outputs.append(replace(spec, arg=replace(spec.arg, name=value.name)) if renamed else spec)
         return ExportGraphSignature(inputs, outputs)
@@ -370,7 +372,7 @@ class LiftedProgram:
         return self._build_program(root, self.module_calls, self.example_inputs)
 
     def _build_program(self, root: fx.GraphModule | None, module_calls: Any, examples: Any) -> ExportedProgram:
-        old = self.program
+        old: Any = self.program  # torch leaves its ranges untyped
         new = ExportedProgram(
             root=old.graph_module if root is None else root,
             graph=self.graph,

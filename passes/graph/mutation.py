@@ -18,8 +18,9 @@ from networkx.utils import UnionFind
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.ops import argument, schema_of
 from adaptc.passes.graph.train_eval import MODE_FLAGS, SDPA, STATISTICS_ARGUMENTS, training_mode_of
+from adaptc.torch_typing import is_list_or_tuple, shape_of
 
 aten = torch.ops.aten
 
@@ -46,8 +47,8 @@ _TRUSTED_NAMESPACES = ("aten", "prims", "adaptc")
 def has_static_sizes(node: fx.Node) -> bool:
     """Return whether the value is a tensor, or a tuple of tensors, whose sizes are all ints."""
     value = node.meta.get("val")
-    parts = value if isinstance(value, (tuple, list)) else [value]
-    return bool(parts) and all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in parts)
+    parts = value if is_list_or_tuple(value) else [value]
+    return bool(parts) and all(isinstance(v, Tensor) and all(isinstance(s, int) for s in shape_of(v)) for v in parts)
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -57,11 +58,15 @@ def is_pure(node: fx.Node) -> bool:
         return False
     if target is operator.getitem or target is aten.detach_.default:
         return True
-    if not isinstance(target, OpOverload) or target.namespace not in _TRUSTED_NAMESPACES or target._schema.is_mutable:
+    if (
+        not isinstance(target, OpOverload)
+        or target.namespace not in _TRUSTED_NAMESPACES
+        or schema_of(target).is_mutable
+    ):
         return False
     if target in MODE_FLAGS or target is SDPA:
         return not training_mode_of(node)
-    if not target._schema.returns and not is_metadata_assert(node):
+    if not schema_of(target).returns and not is_metadata_assert(node):
         return False  # an op without results is an assertion, and failing is its effect
     name = target.overloadpacket.__name__
     return torch.Tag.nondeterministic_seeded not in target.tags and not name.startswith(_UNINITIALIZED)
@@ -83,8 +88,8 @@ def written_inputs(node: fx.Node) -> Iterable[fx.Node]:
         return () if harmless else node.all_input_nodes
     if not isinstance(target, OpOverload):
         return ()
-    found = [argument(node, i) for i in STATISTICS_ARGUMENTS.get(target, ()) if training_mode_of(node)]
-    for i, a in enumerate(target._schema.arguments):
+    found = [argument(node, i) for i in STATISTICS_ARGUMENTS.get(node.target, ()) if training_mode_of(node)]
+    for i, a in enumerate(schema_of(target).arguments):
         if a.alias_info is not None and a.alias_info.is_write:
             found.append(argument(node, i))
     return _argument_nodes(found)
@@ -92,7 +97,8 @@ def written_inputs(node: fx.Node) -> Iterable[fx.Node]:
 
 def has_mutable_schema(node: fx.Node) -> bool:
     """Return whether the schema of the node's op says that it writes to an argument."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    target = node.target
+    return isinstance(target, OpOverload) and schema_of(target).is_mutable
 
 
 def aliased_inputs(node: fx.Node) -> Iterable[fx.Node]:
@@ -101,8 +107,8 @@ def aliased_inputs(node: fx.Node) -> Iterable[fx.Node]:
     if node.op != "call_function":
         return ()
     if isinstance(target, OpOverload):
-        if any(r.alias_info is not None for r in target._schema.returns):
-            arguments = enumerate(target._schema.arguments)
+        if any(r.alias_info is not None for r in schema_of(target).returns):
+            arguments = enumerate(schema_of(target).arguments)
             return _argument_nodes(argument(node, i) for i, a in arguments if a.alias_info is not None)
         if target is aten.einsum.default:  # with one operand it may only transpose, and then returns a view
             operands = _argument_nodes([argument(node, 1)])
@@ -148,14 +154,14 @@ def find_written_nodes(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
 def writers_by_node(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Return, for each node whose memory may be written to, the nodes that may write to it, in order."""
     memory = memory_groups(graph)
-    by_group: dict[Any, list[fx.Node]] = {}
+    by_group: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         for group in dict.fromkeys(memory[n] for n in written_inputs(node)):
             by_group.setdefault(group, []).append(node)
     return {n: by_group[memory[n]] for n in graph.nodes if memory[n] in by_group}
 
 
-def memory_groups(graph: fx.Graph, non_aliasing: Collection[Any] = ()) -> UnionFind:
+def memory_groups(graph: fx.Graph, non_aliasing: Collection[Any] = ()) -> UnionFind[fx.Node]:
     """Return the nodes of a graph in groups that may share memory.
 
     ``non_aliasing`` are Python functions among the targets whose results never share memory with their arguments.

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from adaptc.torch_typing import is_dict, is_list_or_tuple, vector_norm
+
 aten = torch.ops.aten
 
 #: op -> (kind, position of input, weight and bias, position of the first remaining argument)
@@ -191,7 +193,7 @@ class Op:
         limit, order = self.max_norm
         rows = self.stored(canonical)
         constant = rows.detach()
-        length = torch.linalg.vector_norm(constant, order, dim=-1, keepdim=True)
+        length = vector_norm(constant, order, dim=-1, keepdim=True)
         short = torch.where(length > limit, constant * (limit / (length + 1e-7)), constant)
         return self.canonical(short + (rows - constant))
 
@@ -280,6 +282,17 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def schema_of(op: Any) -> torch.FunctionSchema:
+    """Return the schema of ``op``, an ``OpOverload``; fx gives the target of a node no narrower type."""
+    return op._schema
+
+
+def custom_meta(node: fx.Node) -> dict[str, Any]:
+    """Return what captures and passes wrote into the custom meta of a node; an empty dict for most nodes."""
+    custom = node.meta.get("custom")
+    return custom if is_dict(custom) else {}
+
+
 def operands(node: fx.Node) -> tuple[Any, Any, Any]:
     """Return the (input, weight, bias) arguments of a node whose target is in :data:`LAYER_OPS`; bias None when
     absent."""
@@ -291,8 +304,8 @@ def argument(node: fx.Node, position: int) -> Any:
     """Return a node's argument by its position in the schema, from args, kwargs or the schema's default."""
     if position < len(node.args):
         return node.args[position]
-    schema = node.target._schema.arguments[position]  # type: ignore[union-attr]  # OpOverload
-    return node.kwargs.get(schema.name, schema.default_value if schema.has_default_value() else None)
+    parameter = schema_of(node.target).arguments[position]
+    return node.kwargs.get(parameter.name, parameter.default_value if parameter.has_default_value() else None)
 
 
 def set_argument(node: fx.Node, position: int, value: Any) -> None:
@@ -300,7 +313,7 @@ def set_argument(node: fx.Node, position: int, value: Any) -> None:
     if position < len(node.args):
         node.update_arg(position, value)
     else:
-        node.update_kwarg(node.target._schema.arguments[position].name, value)  # type: ignore[union-attr]
+        node.update_kwarg(schema_of(node.target).arguments[position].name, value)
 
 
 def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
@@ -315,18 +328,18 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
 
 def max_norm_of(consumer: fx.Node) -> tuple[float, float] | None:
     """Return (largest norm, order of the norm) of the rows that a node looks up; None without such a bound."""
-    max_norm = (consumer.meta.get("custom") or {}).get(MAX_NORM_META)
+    max_norm = custom_meta(consumer).get(MAX_NORM_META)
     return None if max_norm is None else (float(max_norm[0]), float(max_norm[1]))
 
 
 def mark_max_norm(consumer: fx.Node, max_norm: tuple[float, float]) -> None:
     """Store ``max_norm`` where :func:`max_norm_of` reads it, as text, since JSON has no safe form of infinity."""
-    consumer.meta["custom"] = {**(consumer.meta.get("custom") or {}), MAX_NORM_META: [str(v) for v in max_norm]}
+    consumer.meta["custom"] = {**custom_meta(consumer), MAX_NORM_META: [str(v) for v in max_norm]}
 
 
 def called_op(consumer: fx.Node) -> tuple[Any, tuple[Any, ...]]:
     """Return the op by which a node reads a weight, and its remaining arguments; (None, ()) for an unknown op."""
-    meta = (consumer.meta.get("custom") or {}).get(SUBGRAPH_INPUT_META)
+    meta = custom_meta(consumer).get(SUBGRAPH_INPUT_META)
     if meta is not None:
         return (None, ()) if meta["op"] is None else (_BY_NAME[meta["op"][0]], _as_tuples(meta["op"][1]))
     return (consumer.target, _other_args(consumer)) if consumer.target in LAYER_OPS else (None, ())
@@ -334,9 +347,9 @@ def called_op(consumer: fx.Node) -> tuple[Any, tuple[Any, ...]]:
 
 def _other_args(consumer: fx.Node) -> tuple[Any, ...]:
     first = LAYER_OPS[consumer.target][4]
-    n = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
+    n = len(schema_of(consumer.target).arguments)
     rest = [_as_tuples(argument(consumer, i)) for i in range(first, n)]
-    groups = (consumer.meta.get("custom") or {}).get(GROUPS_META)
+    groups = custom_meta(consumer).get(GROUPS_META)
     return tuple(rest if groups is None else [*rest[:-1], groups])
 
 
@@ -345,20 +358,20 @@ def make_dense(consumer: fx.Node, remember: bool) -> None:
 
     ``remember`` keeps the number of groups in the node's meta, so that :func:`make_grouped` can undo it.
     """
-    count = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
+    count = len(schema_of(consumer.target).arguments)
     arguments = [argument(consumer, i) for i in range(count)]
     if remember:
-        consumer.meta["custom"] = {GROUPS_META: arguments[-1], **(consumer.meta.get("custom") or {})}
+        consumer.meta["custom"] = {GROUPS_META: arguments[-1], **custom_meta(consumer)}
     consumer.args, consumer.kwargs = (*arguments[:-1], 1), {}
 
 
 def make_grouped(consumer: fx.Node) -> None:
     """Undo :func:`make_dense`, if it was done and remembered."""
-    custom = dict(consumer.meta.get("custom") or {})
+    custom = dict(custom_meta(consumer))
     if GROUPS_META in custom:
         consumer.args = (*consumer.args[:-1], custom.pop(GROUPS_META))
         consumer.meta["custom"] = custom
 
 
 def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(_as_tuples, value)) if is_list_or_tuple(value) else value

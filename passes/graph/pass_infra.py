@@ -134,7 +134,7 @@ class PassManager(Generic[T]):
 
     passes: Sequence[PassBase[T]]
     observe: Callable[[PassBase[T], PassResult[T]], None] | None = None
-    results: list[PassResult[T]] = field(default_factory=list)
+    results: list[PassResult[T]] = field(default_factory=list[PassResult[T]])
 
     @with_graph_lock
     def __call__(self, subject: T) -> PassResult[T]:

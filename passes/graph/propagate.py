@@ -21,6 +21,7 @@ from adaptc.errors import PassError
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import fake_mode_of, suppress_size_guards
 from adaptc.passes.graph.ops import argument
+from adaptc.torch_typing import is_list_or_tuple
 
 aten = torch.ops.aten
 
@@ -94,6 +95,6 @@ def _value_key(value: Any) -> Any:
     """Return a key that is equal for values which look alike to the nodes that read them."""
     if isinstance(value, Tensor):
         return tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, value.device
-    if isinstance(value, (tuple, list)):
+    if is_list_or_tuple(value):
         return tuple(map(_value_key, value))
     return str(value)

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from adaptc.errors import ConfigError, short_repr
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.mutation import is_pure, memory_groups, written_inputs
+from adaptc.torch_typing import shape_of
 
 
 def output_names(program: ExportedProgram) -> list[str]:
@@ -99,7 +100,7 @@ def _redirect_size_reads(graph: fx.Graph, needed: Collection[fx.Node]) -> None:
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if node in needed and isinstance(value, Tensor):
-            for axis, size in enumerate(value.shape):
+            for axis, size in enumerate(shape_of(value)):
                 if not isinstance(size, int):
                     size_sources.setdefault(str(size), (node, axis))
     for node in graph.nodes:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from adaptc.torch_typing import is_mapping, shape_of
+
 #: the example value of every free size
 SIZE_HINT = 16
 
@@ -55,10 +57,10 @@ class FreeSizeFakes:
 
         The size along a free axis is called ``name``, or as the mapping ``free_axes`` says.
         """
-        names = free_axes if isinstance(free_axes, Mapping) else dict.fromkeys(free_axes, name)
+        names: Mapping[int, str] = free_axes if is_mapping(free_axes) else dict.fromkeys(free_axes, name)
         shape = [
             self.size(names[i]) if i in names else s if isinstance(s, int) else self.size(str(s))
-            for i, s in enumerate(value.shape)
+            for i, s in enumerate(shape_of(value))
         ]
         with self.mode:
             return torch.empty(shape, dtype=value.dtype, device=value.device)

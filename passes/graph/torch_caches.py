@@ -15,9 +15,10 @@ import gc
 import linecache
 import types
 from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import fx
-from torch.fx.graph_module import _loader
+from torch.fx.graph_module import _loader  # pyright: ignore[reportPrivateUsage]  # the docstring says why
 
 from adaptc.passes.graph.lifted import fake_mode_of
 
@@ -34,7 +35,7 @@ def release_shape_env(graph: fx.Graph, *, just_captured: bool) -> None:
     the graph was just captured and its guards are made.
     """
     env = getattr(fake_mode_of(graph), "shape_env", None)
-    for function in vars(type(env)).values():
+    for function in vars(cast(type, type(env))).values():  # any class
         clear = getattr(function, "cache_clear", None)
         if clear is not None:
             clear()
@@ -60,7 +61,8 @@ def drop_dead_code(*, force: bool = False) -> None:
 
     ``force`` drops them in any case. The caller must hold ``GRAPH_LOCK``.
     """
-    texts = _loader.eval_cache
+    loader: Any = _loader
+    texts: dict[str, str] = loader.eval_cache
     max_texts, max_characters = _next_limits[0]
     if not force and len(texts) <= max_texts and sum(map(len, list(texts.values()))) <= max_characters:
         return

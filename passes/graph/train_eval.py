@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.ops import argument, custom_meta
 
 aten = torch.ops.aten
 
@@ -69,13 +69,13 @@ MODE_FLAGS: dict[Any, ModeFlag] = {
 }
 #: ops that write running statistics in training without saying so in their schemas
 _WRITES_SILENTLY = (aten.batch_norm.default, aten.instance_norm.default, aten.native_batch_norm.default)
-STATISTICS_ARGUMENTS = dict.fromkeys(_WRITES_SILENTLY, (3, 4))
+STATISTICS_ARGUMENTS: dict[Any, tuple[int, int]] = dict.fromkeys(_WRITES_SILENTLY, (3, 4))
 
 
 def training_mode_of(node: fx.Node) -> bool | None:
     """Return whether the node is set to training; None where it computes the same in either mode."""
     if node.target is SDPA:
-        kept = (node.meta.get("custom") or {}).get(DROPOUT_META)
+        kept = custom_meta(node).get(DROPOUT_META)
         return True if argument(node, SDPA_DROPOUT) else False if kept else None
     flag = MODE_FLAGS.get(node.target)
     if flag is None:

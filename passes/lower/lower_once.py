@@ -26,6 +26,7 @@ from torch import SymInt, Tensor, fx
 
 from adaptc.passes.graph.lifted import fake_mode_of
 from adaptc.passes.graph.mutation import is_metadata_assert, is_pure
+from adaptc.torch_typing import is_dict, is_list_or_tuple, symbolic_expression
 
 aten = torch.ops.aten
 
@@ -126,9 +127,9 @@ class _Cases:
     def _arguments(self, value: Any, numbers: Mapping[fx.Node, int]) -> Any:
         if isinstance(value, fx.Node):
             return fx.Node, numbers[value]
-        if isinstance(value, (tuple, list)):
+        if is_list_or_tuple(value):
             return tuple, *(self._arguments(v, numbers) for v in value)
-        if isinstance(value, dict):
+        if is_dict(value):
             return dict, *((k, self._arguments(v, numbers)) for k, v in value.items())
         return self._look(value)
 
@@ -144,14 +145,14 @@ class _Cases:
             return SymInt, _expression(value)
         if isinstance(value, (torch.SymFloat, torch.SymBool)):
             raise NotOnce("the graph computes with numbers other than sizes")
-        if isinstance(value, (tuple, list)):
+        if is_list_or_tuple(value):
             return tuple, *map(self._look, value)
         return type(value), repr(value)  # the text tells 0.0 from -0.0
 
     def lowered(self, lower: Lower) -> dict[Any, _Form]:
         """Return the lowered form of each case. All are lowered as one graph that has nothing but them."""
-        graph, values = fx.Graph(), []
-        inputs, outputs = {}, {}
+        graph, values = fx.Graph(), list[Any]()
+        inputs, outputs = dict[Any, list[fx.Node]](), dict[Any, list[fx.Node]]()
         for key, case in self.cases.items():
             inputs[key] = [graph.placeholder(f"{case.node.name}_{i}") for i in range(len(case.inputs))]
             with self.mode:
@@ -196,7 +197,7 @@ class _Cases:
 def _count(node: fx.Node) -> int | None:
     """Return how many tensors an op gives; None for one that is no list. Raises NotOnce for other values."""
     value = node.meta.get("val")
-    if isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value):
+    if is_list_or_tuple(value) and all(isinstance(v, Tensor) for v in value):
         return len(value)
     if not isinstance(value, Tensor):
         raise NotOnce(f"{node.target} gives something else than tensors")
@@ -204,7 +205,7 @@ def _count(node: fx.Node) -> int | None:
 
 
 def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, SymInt) else size
+    return symbolic_expression(size) if isinstance(size, SymInt) else size
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -213,7 +214,7 @@ def _is_size(node: fx.Node) -> bool:
 
 def _between(starts: Iterable[fx.Node], ends: Iterable[Any], order: Mapping[fx.Node, int]) -> tuple[fx.Node, ...]:
     """Return the nodes that compute ``ends`` from the placeholders ``starts``, in order, without sizes."""
-    known, found, todo = set(starts), set(), list(ends)
+    known, found, todo = set(starts), set[fx.Node](), list(ends)
     while todo:
         node = todo.pop()
         if not isinstance(node, fx.Node) or (node not in known and node.op != "call_function" and not _is_size(node)):

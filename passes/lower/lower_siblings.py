@@ -54,7 +54,7 @@ def find_lowered_groups(graph: fx.Graph, base: Collection[str], frozen: Collecti
     ``base`` has the placeholders of weights that may be packed. ``frozen`` has the nodes that are constant in a
     binding.
     """
-    import adaptc.kernels  # noqa: F401  # makes torch know the ops
+    import adaptc.kernels  # noqa: F401  # pyright: ignore[reportUnusedImport]  # makes torch know the ops
 
     dirty, kept = find_written_nodes(graph)
     groups: dict[Any, SiblingGroup] = {}

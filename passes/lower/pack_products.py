@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.protocol.matmul_op import LINEAR
+from adaptc.torch_typing import shape_of
 
 #: (rows, columns, dtype of a weight, the remaining arguments of its ``adaptc::product``) -> a callable that takes
 #: (x, weight, bias), or None to leave the layer as it is
@@ -36,7 +37,7 @@ class PackWeights(GraphPass):
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         count = 0
-        matmul_arguments: dict[Any, Any] = {
+        matmul_arguments: dict[Any, Callable[[fx.Node], tuple[Any, ...]]] = {
             torch.ops.aten.linear.default: lambda n: (LINEAR, ()),
             torch.ops.adaptc.product.default: lambda n: n.args[3:],
         }
@@ -45,7 +46,7 @@ class PackWeights(GraphPass):
             value = weight.meta.get("val")
             if weight.op != "placeholder" or weight.name not in self.base or not isinstance(value, Tensor):
                 continue
-            if value.ndim != 2 or value.device.type != "cpu" or not all(isinstance(s, int) for s in value.shape):
+            if value.ndim != 2 or value.device.type != "cpu" or not all(isinstance(s, int) for s in shape_of(value)):
                 continue
             out, width = map(int, value.shape)
             made = self.make_layer(out, width, value.dtype, matmul_arguments[node.target](node))

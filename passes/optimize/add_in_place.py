@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import adaptc.passes.protocol.matmul_op  # noqa: F401  # makes torch know its op
+import adaptc.passes.protocol.matmul_op  # noqa: F401  # pyright: ignore[reportUnusedImport]  # makes torch know its op
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.protocol.low_rank_rows import low_rank_rows_in_place

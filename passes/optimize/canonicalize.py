@@ -10,17 +10,18 @@ returned by the program, so that no two outputs become one tensor. The checks of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 
 from adaptc.passes.graph.mutation import erase_dead_nodes, find_written_nodes, is_metadata_assert, is_pure
-from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.ops import argument, schema_of
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.graph.train_eval import training_mode_of
+from adaptc.torch_typing import is_list_or_tuple, is_mapping
 
 aten = torch.ops.aten
 
@@ -87,11 +88,11 @@ def _earlier_equal(node: fx.Node, nodes_by_key: dict[Any, fx.Node]) -> fx.Node |
 
 def _key(value: Any) -> Any:
     """Return a key that tells arguments of different types apart: 1, 1.0 and True are equal in Python."""
-    if isinstance(value, (tuple, list)):
+    if is_list_or_tuple(value):
         return tuple(map(_key, value))
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return tuple((k, _key(value[k])) for k in sorted(value))
-    return (type(value), value) if not isinstance(value, slice) else str(value)
+    return (type(value), value) if not isinstance(value, slice) else str(cast(Any, value))
 
 
 def _unchanged_argument(node: fx.Node, user_inputs: Collection[str], differentiable: bool) -> fx.Node | None:
@@ -120,7 +121,7 @@ def _always(node: fx.Node) -> bool:
 
 
 def _does_not_copy(node: fx.Node) -> bool:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload
+    names = [a.name for a in schema_of(node.target).arguments]
     layout = argument(node, names.index("memory_format"))
     return not argument(node, names.index("copy")) and layout in (None, torch.preserve_format)
 

@@ -48,7 +48,7 @@ class SiblingFuser:
     stacked_weights: dict[tuple[str, ...], StackedWeight]
     stacked: bool
     in_float32: bool = False
-    frozen_nodes: dict[Any, fx.Node] = field(default_factory=dict)
+    frozen_nodes: dict[Any, fx.Node] = field(default_factory=dict[Any, fx.Node])
 
     def __post_init__(self) -> None:
         self.first_layer = min(m.linear for m in self.group.layers)

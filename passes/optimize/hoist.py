@@ -236,7 +236,7 @@ def _make_prologue(
     for node in reversed(analysis.graph.nodes):
         if node in required and node not in earlier_outputs:
             required.update(node.all_input_nodes)
-    new, values = fx.Graph(), {}
+    new, values = fx.Graph(), dict[fx.Node, fx.Node]()
     inputs = [n for n in analysis.graph.nodes if n in required and (n.op == "placeholder" or n in earlier_outputs)]
     for node in inputs:
         values[node] = _add_placeholder(new, node)
@@ -256,7 +256,7 @@ def _make_main(
     read = {m for n in graph.nodes if n not in removed for m in n.all_input_nodes}
     placeholders = graph.find_nodes(op="placeholder")
     kept = [n for n in placeholders if n.name not in user_inputs and (n in read or n not in analysis.stage_by_node)]
-    new, values = empty_graph_like(graph), {}
+    new, values = empty_graph_like(graph), dict[fx.Node, fx.Node]()
     for node in [*kept, *hoisted, *(n for n in placeholders if n.name in user_inputs)]:
         values[node] = _add_placeholder(new, node)
     for node in graph.nodes:

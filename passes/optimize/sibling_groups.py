@@ -78,7 +78,7 @@ class SiblingGroup:
     """The layers that read the tensor ``x``."""
 
     x: fx.Node
-    layers: list[GroupLayer] = field(default_factory=list)
+    layers: list[GroupLayer] = field(default_factory=list[GroupLayer])
 
     @property
     def updates(self) -> list[LoraUpdate]:

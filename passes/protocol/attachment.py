@@ -35,14 +35,14 @@ class Attachment:
     adapter: str = "default"
     form: str = "auto"
     consumers: tuple[str, ...] = ()
-    slots: Mapping[str, str] = field(default_factory=dict)
+    slots: Mapping[str, str] = field(default_factory=dict[str, str])
     scale_slot: str | None = None
     entry: str = ""
     name: str = ""
     tied: bool = False
     variant: int = 0
     why: str = ""
-    reads: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def fqn(self) -> str:
@@ -104,4 +104,5 @@ class Attachment:
         ``method_of`` makes the method of the name and the options in ``data``.
         """
         plain = {f.name: data[f.name] for f in fields(cls) if f.name != "reads" or "reads" in data}
-        return cls(**{**plain, "method": method_of(data), "consumers": tuple(data["consumers"])})
+        options: dict[str, Any] = {**plain, "method": method_of(data), "consumers": tuple(data["consumers"])}
+        return cls(**options)

@@ -226,7 +226,7 @@ def make_call_function(
 
         def adapted(k: int) -> Tensor:
             new: dict[int, Tensor] = {}
-            shifts = []
+            shifts: list[Tensor] = []
             for one, p, mine in zip(sites, parameters, site_values, strict=True):
                 _, s, z = mine[k]
                 new[one.position] = change_parameter(one.site, p, s, z)

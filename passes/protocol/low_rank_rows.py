@@ -32,11 +32,12 @@ from torch.nn import functional as F
 
 from adaptc.op_rules import decompose_in_transforms
 from adaptc.torch_modes import has_transform_or_tangent
+from adaptc.torch_typing import to_python, untyped_library
 
 #: the most positions of a row, times adapters, at which one matmul with all factors is faster; plain operators are too
 MAX_STACKED_POSITIONS = 16
 
-_LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
+_LIBRARY = untyped_library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("low_rank_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor")
 
 
@@ -154,7 +155,7 @@ def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) 
 
 
 _LIBRARY.impl("low_rank_rows", _compute, "CompositeExplicitAutograd")
-torch.library.register_fake("adaptc::low_rank_rows", _fake, lib=_LIBRARY)
+untyped_library.register_fake("adaptc::low_rank_rows", _fake, lib=_LIBRARY)
 decompose_in_transforms("low_rank_rows", stacked_matmul, nondifferentiable=range(6))
 
 
@@ -180,7 +181,7 @@ def _read_runs(c: Tensor) -> tuple[UniformRuns, MixedRuns]:
     """Return the division of the rows by :func:`divide_rows`, remembered for the last tensor ``c``."""
     if _LAST_READ.c is not None and _LAST_READ.c() is c and _LAST_READ.version == c._version:
         return _LAST_READ.runs
-    found = divide_rows(c.tolist())
+    found = divide_rows(to_python(c))
     _LAST_READ.c, _LAST_READ.runs, _LAST_READ.version = ref(c), found, c._version
     return found
 
@@ -216,4 +217,4 @@ def divide_rows(rows: Sequence[Sequence[float]]) -> tuple[UniformRuns, MixedRuns
 
 
 def _scale_values(scale: Tensor) -> list[float]:
-    return scale.tolist() if scale.ndim else [float(scale)]
+    return to_python(scale) if scale.ndim else [float(scale)]

@@ -33,12 +33,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from adaptc.errors import BackendError, short_repr
 from adaptc.op_rules import decompose_in_transforms
-from adaptc.torch_modes import in_transform
+from adaptc.torch_modes import has_tangent, in_transform
+from adaptc.torch_typing import custom_op
 
 LINEAR, ONEDNN = "linear", "onednn"
 MATMUL_KINDS = (LINEAR, ONEDNN)
@@ -134,7 +134,7 @@ def onednn_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("adaptc::product", mutates_args=())
+@custom_op("adaptc::product", mutates_args=())
 def linear_matmul_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int], columns: Sequence[int]
 ) -> Tensor:
@@ -190,7 +190,7 @@ def _class_of(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> int 
     if weight.layout != torch.strided or not (weight.is_contiguous() or weight.t().is_contiguous()):
         return None
     # The op would drop a forward-mode derivative without an error.
-    dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, weight, bias))
+    dual = any(t is not None and has_tangent(t) for t in (x, weight, bias))
     return None if dual else row_class(count // width)
 
 

@@ -25,6 +25,7 @@ from adaptc.passes.protocol.method import InitialValues, Method
 from adaptc.passes.protocol.method_names import check_names
 from adaptc.passes.protocol.parts.method_part import Slot
 from adaptc.passes.protocol.trace import first_difference, trace_region
+from adaptc.torch_typing import fork_rng
 
 #: the free sizes of example inputs: a linear layer gets (*FREE, in_features)
 EXAMPLE_SIZES = (3, 5)
@@ -85,7 +86,7 @@ def code_serves_all_sizes(method: Method, op: Op) -> None:
 def first_values_fit(method: Method, op: Op) -> None:
     """Raise MethodError unless init() returns what slots() announces and leaves the given weight unchanged."""
     slots = method.slots(op)
-    with torch.random.fork_rng(devices=[]):
+    with fork_rng([]):
         W = _example_weight(op)
         before = W.clone()
         first = _example_initial(method, op, W).slots
@@ -104,7 +105,7 @@ def first_values_fit(method: Method, op: Op) -> None:
 
 def identity_is_the_base(method: Method, op: Op) -> None:
     """Raise MethodError unless the layer with identity values computes what it does without an adapter."""
-    with torch.random.fork_rng(devices=[]):
+    with fork_rng([]):
         W, b = _example_weight(op), torch.randn(op.out_features, dtype=torch.float64)
         slots, scale = method.identity(op, W, W.dtype), _scale_tensor(method, op)
         if method.has_weight():
@@ -118,7 +119,7 @@ def identity_is_the_base(method: Method, op: Op) -> None:
 
 def first_values_learn(method: Method, op: Op) -> None:
     """Raise MethodError unless some gradient at the first values is not zero, so that training can start."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with fork_rng([]), torch.enable_grad():
         W = _example_weight(op)
         first = _example_initial(method, op, W)
         base, slots = W if first.base is None else first.base.to(W.dtype), dict(first.slots)
@@ -164,7 +165,7 @@ def forms_agree(method: Method, op: Op) -> None:
     """
     if not method.has_weight() or not (method.has_apply_form(op) or method.looks_at_base()):
         return
-    with torch.random.fork_rng(devices=[]):
+    with fork_rng([]):
         W = _example_weight(op)
         first = _example_initial(method, op, W)
         base = W if first.base is None else first.base.to(W.dtype)

@@ -113,7 +113,7 @@ def check_old_hooks(method_class: type[Method]) -> None:
     found = [n for n in {**_RENAMED, **_MOVED} if n in own and n not in vars(Hooks) and n not in vars(Method)]
     if not found:
         return
-    told, parts = [], {}
+    told, parts = list[str](), dict[str, str]()
     for name in found:
         if name in _RENAMED:
             told.append(f"{name} is called {_RENAMED[name]} now")

@@ -16,6 +16,7 @@ from adaptc.errors import AdaptcError, MethodError
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method_checks import first_values_fit
 from adaptc.passes.protocol.program_method import ProgramMethod
+from adaptc.torch_typing import fork_rng, manual_seed
 
 _ROWS, _EXTRA_SIZE, _TOKENS = 3, 2, 5
 
@@ -25,8 +26,8 @@ def check_program_promises(method: ProgramMethod, op: Op) -> None:
     name = type(method).__name__
     try:
         first_values_fit(method, op)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad(), fork_rng([]):
+            manual_seed(0)
             _check_identity(method, op, name)
             if method.opening() == "prompt":
                 _check_prompt(method, op, name)

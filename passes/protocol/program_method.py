@@ -105,7 +105,7 @@ class ProgramValue:
     name: str
     node: fx.Node
     readers: tuple[fx.Node, ...]
-    constants: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
     read_nodes: tuple[fx.Node, ...] = ()
 
     @property

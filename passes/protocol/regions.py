@@ -26,7 +26,7 @@ from typing import Any
 from torch import fx
 
 from adaptc.passes.graph.lifted import LiftedProgram
-from adaptc.passes.graph.ops import Op, make_grouped, op_of
+from adaptc.passes.graph.ops import Op, custom_meta, make_grouped, op_of
 from adaptc.passes.graph.propagate import propagate_fakes
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
@@ -39,8 +39,7 @@ BASE_PASS_KEY = "first_pass"
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:
     """Return the adaptc tag of a region's node; None for all other nodes."""
-    custom = node.meta.get("custom")
-    return custom.get("adaptc") if isinstance(custom, dict) else None
+    return custom_meta(node).get("adaptc")
 
 
 def region_tag(node: fx.Node) -> dict[str, Any] | None:

@@ -64,7 +64,8 @@ def frozen_linear(x: Tensor, w: Tensor, b: Tensor | None, kinds: MatmulKinds) ->
     x, w, b = cast(x, dtype), cast(w, dtype), cast(b, dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return base_matmul(x, w, b, kinds)
-    return _FrozenLinear.apply(x, w, b, kinds)
+    step: Any = _FrozenLinear  # torch gives apply no types
+    return step.apply(x, w, b, kinds)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -52,7 +52,8 @@ def checkpoint(module: fx.GraphModule, every: int | Literal["auto"] = "auto") ->
     Raises ConfigError for any other value of ``every``. Raises AdaptcError where no block is repeated, where none can
     be computed twice, or where the module has segments already. The module is unchanged then.
     """
-    if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+    given: Any = every  # callers may give anything
+    if given != "auto" and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         raise ConfigError(f'every={short_repr(every)} is neither "auto" nor a number of blocks from 1')
     result = Checkpoint(1 if every == "auto" else every)(module.graph)
     module.recompile()

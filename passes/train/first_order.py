@@ -42,9 +42,8 @@ def first_order_only(step_name: str) -> Callable[[Callable[..., Any]], Callable[
             # The results depend on all that they were made from, so that a derivative by any of it reaches the error.
             ties = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
             at = [i for i, t in enumerate(out) if isinstance(t, Tensor)]
-            new = list(
-                _RaisingBackward.apply(step_name, [out[i] for i in at], torch.ones((), requires_grad=True), *ties)
-            )
+            step: Any = _RaisingBackward  # torch gives apply no types
+            new = list(step.apply(step_name, [out[i] for i in at], torch.ones((), requires_grad=True), *ties))
             return tuple(new.pop(0) if isinstance(t, Tensor) else t for t in out)
 
         return run

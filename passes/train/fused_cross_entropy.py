@@ -7,6 +7,7 @@ of ``head_loss.linear_cross_entropy``, which gives both. Values and gradients ar
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,10 +65,14 @@ class FuseCrossEntropy(GraphPass):
             for old, piece in zip((replaced, node), new, strict=True):
                 piece.meta = dict(old.meta)
                 # Nodes before the new call cannot read it, so they keep the old logits.
-                old.replace_all_uses_with(piece, delete_user_cb=lambda user: user > made)  # noqa: B023
+                old.replace_all_uses_with(piece, delete_user_cb=_comes_after(made))
             count += 1
         erase_dead_nodes(subject)
         return PassResult(subject, count)
+
+
+def _comes_after(node: fx.Node) -> Callable[[fx.Node], bool]:
+    return lambda other: other > node
 
 
 def _match_loss(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

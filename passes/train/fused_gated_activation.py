@@ -76,7 +76,8 @@ def gated_activation(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) ->
     """
     if a.dtype != b.dtype or needs_plain_ops(a, b):
         return act(a, **options) * b
-    return _GatedActivation.apply(a, b, act, options)
+    step: Any = _GatedActivation  # torch gives apply no types
+    return step.apply(a, b, act, options)
 
 
 class _GatedActivation(torch.autograd.Function):

@@ -151,7 +151,8 @@ def lora_linears(
             x, x if adapter_input is None else adapter_input, weights, biases, downs, ups, scales
         )
     kinds = kinds or [()] * len(weights)
-    return _LoraLinears.apply(kinds, autocast_dtype(x), x, adapter_input, *weights, *biases, *downs, *ups, *scales)
+    step: Any = _LoraLinears  # torch gives apply no types
+    return step.apply(kinds, autocast_dtype(x), x, adapter_input, *weights, *biases, *downs, *ups, *scales)
 
 
 def _plain_lora_linears(x: Tensor, adapter_input: Tensor, *lists: Sequence[Any]) -> Sequence[Tensor]:
@@ -181,7 +182,7 @@ class _LoraLinears(torch.autograd.Function):
         rows = cast(x, dtype).reshape(-1, x.shape[-1])
         adapter_rows = rows if adapter_input is None else cast(adapter_input, dtype).reshape(rows.shape)
         h = adapter_rows @ _stack_downs(downs).t()
-        out = []
+        out: list[Tensor] = []
         for w, b, up, s, part, by in zip(weights, biases, ups, scales, _split_by_layer(h, downs), kinds, strict=True):
             y = base_matmul(rows, w, b, by)
             wide = y.to(h.dtype).addmm_(part * s, up.t()).to(y.dtype)
@@ -248,4 +249,5 @@ def _stack_downs(downs: Sequence[Tensor]) -> Tensor:
 
 def _split_by_layer(h: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Split h by columns, into those of each layer."""
-    return h.split([a.shape[0] for a in downs], dim=1)
+    untyped: Any = h  # torch gives split no types
+    return untyped.split([a.shape[0] for a in downs], dim=1)

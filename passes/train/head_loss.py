@@ -62,7 +62,8 @@ def linear_cross_entropy(
         )
     # Not inside the step: nonzero() makes a compiler break its graph, which it can do only outside of the step.
     at = _labelled_rows(labels != ignore_index, 0) if labelled_only else None
-    return _LinearCrossEntropy.apply(
+    step: Any = _LinearCrossEntropy  # torch gives apply no types
+    return step.apply(
         x, w, b, labels.long(), at, autocast_dtype(x), logits_dtype, loss_dtype, mean, ignore_index, kinds
     )
 

@@ -6,11 +6,15 @@ there before. Outputs and gradients are those of the graph, bit for bit: dropout
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as checkpointing
+
+#: torch gives its arguments no types
+checkpoint: Callable[..., Any] = cast(Any, checkpointing).checkpoint
 
 
 class RecomputedSegment(nn.Module):

@@ -15,7 +15,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.passes.graph.lifted import LiftedProgram, copy_graph
-from adaptc.passes.graph.ops import argument, set_argument
+from adaptc.passes.graph.ops import argument, custom_meta, set_argument
 from adaptc.passes.graph.pass_infra import GraphPass, Pass, PassResult
 from adaptc.passes.graph.train_eval import (
     BATCH_COUNTER,
@@ -80,7 +80,7 @@ class SetGraphMode(GraphPass):
         return PassResult(subject, count)
 
     def _set_attention_dropout(self, node: fx.Node) -> bool:
-        p, custom = argument(node, SDPA_DROPOUT), dict(node.meta.get("custom") or {})
+        p, custom = argument(node, SDPA_DROPOUT), dict(custom_meta(node))
         if self.training and not p and custom.get(DROPOUT_META):
             return _update_argument(node, SDPA_DROPOUT, custom[DROPOUT_META])
         if not self.training and p:

@@ -80,9 +80,9 @@ class _KVPrefixInserter:
     extra_inputs: Mapping[str, fx.Node]
     tag: Tag
     #: nodes whose fake values are not computed yet
-    without_value: set[fx.Node] = field(default_factory=set)
+    without_value: set[fx.Node] = field(default_factory=set[fx.Node])
     #: mask, position or size -> its copy for the longer sequence
-    longer_copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    longer_copies: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
     def run(self, places: Sequence[ProgramValue]) -> None:
         method, op = self._method(), site_op(self.lifted, self.attachment)
@@ -137,7 +137,7 @@ class _KVPrefixInserter:
 
     def _copy_for_longer_inputs(self, side_edges: Sequence[SideRead], side_nodes: set[fx.Node]) -> None:
         """Copy the nodes that masks and positions are computed from, each after its original, for longer inputs."""
-        needed, stack = set(), [edge.node for edge in side_edges]
+        needed, stack = set[fx.Node](), [edge.node for edge in side_edges]
         while stack:
             node = stack.pop()
             if node in needed or node not in side_nodes or node in self.longer_copies:

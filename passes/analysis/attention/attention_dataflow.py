@@ -27,6 +27,7 @@ from adaptc.passes.graph.module_paths import module_path, program_module_paths
 from adaptc.passes.graph.mutation import has_view_schema
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.protocol.regions import node_tag
+from adaptc.torch_typing import is_list_or_tuple
 
 T = TypeVar("T")
 
@@ -336,7 +337,7 @@ def _rank(node: Node) -> int:
 def _shape(node: Any) -> list[str]:
     """Return the sizes as text: comparing symbolic sizes as numbers would add guards to the program."""
     value = node.meta.get("val")
-    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    value = value[0] if is_list_or_tuple(value) and value else value
     return [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
 
 

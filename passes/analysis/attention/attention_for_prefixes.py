@@ -29,6 +29,7 @@ from adaptc.passes.analysis.cache_inputs import find_kv_inputs
 from adaptc.passes.analysis.tokens.token_inputs import Lookup
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.regions import node_tag, region_tag
+from adaptc.torch_typing import symbolic_expression
 
 aten = torch.ops.aten
 
@@ -179,7 +180,7 @@ def find_length_dependent(lifted: LiftedProgram, lookup: Lookup) -> set[fx.Node]
             continue
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
-            follows = value.node.expr.free_symbols == {size}
+            follows = symbolic_expression(value).free_symbols == {size}
         else:
             follows = not out.isdisjoint(node.all_input_nodes)
         if follows:

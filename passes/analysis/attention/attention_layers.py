@@ -94,7 +94,7 @@ def find_output_projection(lifted: LiftedProgram, core: fx.Node) -> fx.Node:
 
     Raises TargetError where there is none, or several.
     """
-    seen, found, stack = {core}, [], [core]
+    seen, found, stack = {core}, list[fx.Node](), [core]
     while stack:
         for user in stack.pop().users:
             if user in seen or user.op != "call_function" or not _is_numeric(user):
@@ -221,7 +221,7 @@ def _nearest_nodes(lifted: LiftedProgram, start: fx.Node, matches: Callable[[fx.
     The search looks through adapters. It does not go past a projection or an attention.
     """
     seen: set[fx.Node] = set()
-    found, stack = [], [start]
+    found, stack = list[fx.Node](), [start]
     while stack:
         node = stack.pop()
         while (tag := region_tag(node)) is not None:

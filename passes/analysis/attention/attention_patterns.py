@@ -161,7 +161,7 @@ class AttentionCore:
         The unknown op is the first later one that does more to scores than add, mask or normalise them. It is None
         where there is none. ``baddbmm`` adds within the matmul, so for it the list is empty.
         """
-        rest, scalings = list(self.scores[1:]), []
+        rest, scalings = list(self.scores[1:]), list[fx.Node]()
         while (
             self.baddbmm_alpha() is None
             and rest

@@ -70,7 +70,7 @@ def find_decoder_values(lifted: LiftedProgram, method: ProgramMethod) -> list[Pr
             f"{method.name} puts tokens in front of a decoder's, and of {LABELS!r} that are longer in front the model "
             f"makes another first token: capture it with {IDS}, or say num_transformer_submodules=1"
         )
-    out = []
+    out: list[ProgramValue] = []
     if ids is not None:
         out.append(ProgramValue("decoder_tokens", ids, value_readers(ids), {"plain": ordinary_token_id(lifted, ids)}))
     if mask is not None:

@@ -9,6 +9,7 @@ Takes an opened program without adapters, and does not change it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -65,8 +66,8 @@ def _candidates(lifted: LiftedProgram, ids: fx.Node) -> Iterator[fx.Node]:
 
 
 def _outputs(lifted: LiftedProgram) -> Iterator[fx.Node]:
-    values = lifted.graph.output_node().args[0]
-    for value, spec in zip(values, lifted.output_specs, strict=True):  # type: ignore[arg-type]
+    values: Any = lifted.graph.output_node().args[0]
+    for value, spec in zip(values, lifted.output_specs, strict=True):
         if spec.kind == OutputKind.USER_OUTPUT and isinstance(value, fx.Node):
             yield value
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.passes.graph.ops import CASTS, LAYER_OPS, argument
+from adaptc.torch_typing import shape_of, symbolic_expression
 
 aten = torch.ops.aten
 
@@ -70,7 +71,7 @@ def entrywise_inputs(node: fx.Node) -> Sequence[fx.Node]:
 
 def sizes_of(tensor: Tensor) -> list[Any]:
     """Return the sizes of ``tensor`` as sympy expressions, which are equal where the program knows that sizes are."""
-    return [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in tensor.shape]
+    return [symbolic_expression(s) if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in shape_of(tensor)]
 
 
 def _is_token_count(size: Any, rows: Any, length: Any) -> bool:

@@ -10,7 +10,7 @@ Takes an opened program and does not change it. Errors name what was looked for 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from adaptc.passes.graph.ops import CASTS, argument
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.protocol.program_method import PREFIX_FUNCTIONS, ProgramMethod, ProgramValue
 from adaptc.passes.protocol.regions import region_tag
+from adaptc.torch_typing import is_mapping
 
 aten = torch.ops.aten
 
@@ -54,7 +55,7 @@ class Lookup:
 
 def find_lookups(lifted: LiftedProgram) -> list[Lookup]:
     """Return all embedding lookups of a program whose indices are an integer input, in graph order."""
-    found = []
+    found: list[Lookup] = []
     for node in lifted.graph.find_nodes(op="call_function", target=_EMBEDDING):
         ids = integer_input_of(lifted, argument(node, 1), VIEWS)
         if ids is not None:
@@ -181,8 +182,8 @@ def _loss_value(lifted: LiftedProgram) -> ProgramValue | None:
     labels, spec = lifted.nodes.get("labels"), lifted.program.call_spec.out_spec
     values: Any = lifted.graph.output_node().args[0]
     users = [v for v, s in zip(values, lifted.output_specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
-    outputs = pytree.tree_unflatten(users, spec) if spec is not None else None
-    loss, logits = (outputs.get(n) if isinstance(outputs, Mapping) else None for n in ("loss", "logits"))
+    outputs: Any = pytree.tree_unflatten(users, spec) if spec is not None else None
+    loss, logits = (outputs.get(n) if is_mapping(outputs) else None for n in ("loss", "logits"))
     if not all(isinstance(n, fx.Node) for n in (labels, loss, logits)):
         return None
     return ProgramValue("loss", loss, (lifted.graph.output_node(),), read_nodes=(logits, labels))  # type: ignore[arg-type]
@@ -207,12 +208,12 @@ def ordinary_token_id(lifted: LiftedProgram, ids: fx.Node) -> int:
 def module_output_of(lifted: LiftedProgram, lookup: fx.Node) -> fx.Node:
     """Return the output of the module of a lookup: the lookup itself, or the last node of the module (a scale)."""
     module_paths = module_paths_of([*lifted.state_dict, *lifted.constants])
-    region_outputs = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n))}
+    region_outputs: dict[str, fx.Node] = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n))}
     lookup_module, node = module_path(lookup, module_paths), lookup
     while True:
         while node.name in region_outputs:  # adapters of the lookup stand in for it
             node = region_outputs[node.name]
-        readers = [u for u in node.users if not is_metadata_assert(u)]
+        readers: list[fx.Node] = [u for u in node.users if not is_metadata_assert(u)]
         if (
             not lookup_module
             or len(readers) != 1

@@ -1,0 +1,3 @@
+from typing import Any
+
+def parse_expr(s: str, local_dict: dict[str, Any] | None = None) -> Any: ...
