@@ -6,6 +6,7 @@ promises. Nothing is computed here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar
@@ -59,6 +60,16 @@ def is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
     return isinstance(value, Mapping)
 
 
+def is_path(value: Any) -> TypeGuard[str | os.PathLike[str]]:
+    """Return whether ``value`` is a path; ``isinstance`` leaves open whether it is one of text or of bytes."""
+    return isinstance(value, (str, os.PathLike))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, as ``vars`` does, which leaves their type unknown."""
+    return vars(value)
+
+
 def shape_of(tensor: Tensor) -> Sequence[int | torch.SymInt]:
     """Return the sizes of a tensor, which are symbolic where a program's inputs have free sizes; torch says int."""
     return tensor.shape
@@ -80,6 +91,12 @@ def vector_norm(tensor: Tensor, order: float = 2, dim: int | None = None, keepdi
     """Return the norms of vectors along ``dim``, or that of all entries, as ``torch.linalg.vector_norm`` does."""
     linalg: Any = torch.linalg
     return linalg.vector_norm(tensor, order, dim=dim, keepdim=keepdim)
+
+
+def block_diag(*tensors: Tensor) -> Tensor:
+    """Return a matrix that has these matrices along its diagonal, as ``torch.block_diag`` does."""
+    untyped: Any = torch
+    return untyped.block_diag(*tensors)
 
 
 def fork_rng(devices: Iterable[int] | None = None) -> AbstractContextManager[None]:

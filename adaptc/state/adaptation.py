@@ -25,6 +25,7 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
+from adaptc.torch_typing import is_dict
 
 #: a function that generates with the module of a program, of that module and the arguments of its ``generate``
 ModuleGenerate = Callable[..., Any]
@@ -84,9 +85,9 @@ class Adaptation:
     """
 
     attachments: Sequence[Attachment] = ()
-    matches: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    matches: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     left_out: Sequence[Sequence[str]] = ()
-    fills: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    fills: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     #: names of the inputs that the model's ``forward`` takes, in order; empty where they are not known
     forward_arg_names: Sequence[str] = ()
     training: bool = False
@@ -94,7 +95,7 @@ class Adaptation:
     #: FQNs of base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
     residual: Sequence[str] = ()
     #: key -> FQN of tensors that the program does not read, but files hold, as parts of modules trained as a whole
-    unread: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict[str, str])
     trail: Sequence[tuple[str, int]] = ()
     #: the model that the program was captured from; None where a file was loaded, since files do not say
     source: PretrainedFacts | None = None
@@ -173,11 +174,11 @@ def check_tags(graph: fx.Graph) -> None:
     names = {node.name for node in graph.nodes}
     inputs = {node.name for node in graph.find_nodes(op="placeholder")}
     for node in graph.nodes:
-        tag = node_tag(node)
+        tag: Any = node_tag(node)  # of a file, which may have anything there
         if tag is None:
             continue
         try:
-            out = isinstance(tag, dict) and tag.get("role") == "out"
+            out = is_dict(tag) and tag.get("role") == "out"
             check_json(tag, _OUT_TAG_SCHEMA if out else _TAG_SCHEMA)
             if strange := [n for n in ((tag["base"], tag["node"]) if out else ()) if n not in names]:
                 raise UnsafeFile(f"it stands in for the node {short_repr(strange[0])}, which the program has not")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from filecmp import cmp
 from pathlib import Path
@@ -146,7 +146,7 @@ def has_other_model(directory: Path) -> bool:
 
 
 @contextmanager
-def without_trainer_name(directory: Path) -> Iterator[None]:
+def without_trainer_name(directory: Path) -> Generator[None]:
     """Run the block, which writes an adapter into ``directory``, and then remove a second name for its weights.
 
     That name would be of the adapter that was there before. A whole model under that name stays.
@@ -158,7 +158,7 @@ def without_trainer_name(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def with_trainer_name(directory: Path) -> Iterator[None]:
+def with_trainer_name(directory: Path) -> Generator[None]:
     """Run the block, which writes an adapter into ``directory``, and then give its weights a second name for Trainer to
     find.
 

@@ -13,8 +13,11 @@ half precision, where rounding W' once is not what the program does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import ConfigError, short_repr
@@ -36,7 +39,8 @@ MAX_OVERHEAD_SHARE = 0.05
 def make_own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tuple[Tensor, ...]]:
     """Return the base's program on the weights that ``binding`` makes, and those weights; all others are shared."""
     made, _ = merge_program(program.with_binding(binding))
-    shared = {storage_key(t) for t in program.base_tensors.values() if isinstance(t, Tensor)}
+    base: Mapping[str, Any] = program.base_tensors  # objects that are no tensors, too
+    shared = {storage_key(t) for t in base.values() if isinstance(t, Tensor)}
     new = {f: t for f, t in made.state_dict.items() if isinstance(t, Tensor) and storage_key(t) not in shared}
     # Fused siblings move into one buffer. Weights that are shared with the program must stay where they are.
     made.set_options(fuse=frozenset(new))
@@ -48,7 +52,8 @@ def choose_form(program: ProgramCore, binding: Binding, form: str, memory_limit:
 
     Raises ConfigError for a form that does not exist, and for a limit that is no number of bytes.
     """
-    if not isinstance(form, str) or form not in FORMS:
+    given: Any = form  # callers may give anything
+    if not isinstance(given, str) or given not in FORMS:
         raise ConfigError(f"form={short_repr(form)} is not one of {', '.join(FORMS)}")
     check_byte_limit(memory_limit, "memory_limit")
     if not program.adaptation.attachments:
@@ -80,10 +85,13 @@ def region_overhead(program: ProgramCore) -> float:
     program = program.snapshot()
     graph, sizes = program.graph, example_sizes(program)
     layers = {name for a in program.adaptation.attachments for name in a.consumers}
-    regions, base = [], []
+    regions, base = list[fx.Node](), list[fx.Node]()
     for node in graph.nodes:
         if node.op == "call_function":
-            (regions if node_tag(node) else base if node.name in layers else []).append(node)
+            if node_tag(node):
+                regions.append(node)
+            elif node.name in layers:
+                base.append(node)
     work = [
         sum(evaluate_at_sizes(count_node_operations(n), sizes) for n in nodes) + DISPATCH * len(nodes)
         for nodes in (regions, base)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx
 
@@ -60,7 +60,7 @@ class ExportedParts(ProgramProperties):
         return self._updated_export().module
 
     @graph_module.setter
-    def graph_module(self, value: fx.GraphModule) -> None:
+    def graph_module(self, value: fx.GraphModule) -> NoReturn:
         raise AttributeError("the graph of a program is changed by passes, which return a new program")
 
     @property
@@ -68,7 +68,7 @@ class ExportedParts(ProgramProperties):
         return self.graph_module.graph
 
     @graph.setter
-    def graph(self, value: fx.Graph) -> None:
+    def graph(self, value: fx.Graph) -> NoReturn:
         raise AttributeError("the graph of a program is changed by passes, which return a new program")
 
     @property
@@ -77,7 +77,7 @@ class ExportedParts(ProgramProperties):
         return self._updated_export().tensors
 
     @state_dict.setter
-    def state_dict(self, value: Mapping[str, Any]) -> None:
+    def state_dict(self, value: Mapping[str, Any]) -> NoReturn:
         raise AttributeError("use adaptc.swap to change adapter tensors; base tensors are fixed")
 
     def release_base_tensor(self, fqn: str) -> None:

@@ -13,7 +13,7 @@ gives the base, in which every tensor is the object that it was before compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -94,7 +94,8 @@ def _merge(
     del binding  # it may hold base tensors, which ``release`` could not free then
     key = tuple(a.id for a in present)
     is_reusable = release is None and not any(a.method.has_bias() for a in present)
-    shapes = {k: t.shape for k, t in program.base_tensors.items() if isinstance(t, Tensor)}
+    base: Mapping[str, Any] = program.base_tensors  # objects that are no tensors, too
+    shapes = {k: t.shape for k, t in base.items() if isinstance(t, Tensor)}
     memo = program.run_state.merged_programs
     known: MergeMemo | None = memo.get(key) if is_reusable else None
     if known is not None:

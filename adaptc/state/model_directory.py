@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from adaptc.errors import AdaptcError, CheckpointError, ConfigError, listing, sh
 from adaptc.passes.graph.storage import memory_address
 from adaptc.progress import stage
 from adaptc.state.core import ProgramCore
+from adaptc.torch_typing import attributes_of
 
 _TIE_OPTION = "tie_word_embeddings"
 #: weight files of any format and sharding, which a reader would prefer to the new ones or mix with them
@@ -202,7 +203,8 @@ def _can_untie(model: nn.Module, config: Any) -> bool:
     """
     for one in _configs_with_ties(config):
         setattr(one, _TIE_OPTION, False)
-    read = type(config).from_dict(config.to_dict())
+    config_class: Any = cast(Any, type(config))  # of any release of transformers
+    read = config_class.from_dict(config.to_dict())
     kinds = {type(m) for m in model.modules()}
     return not any(getattr(one, _TIE_OPTION) for one in _configs_with_ties(read)) and not any(
         map(_reads_tie_option, kinds)
@@ -211,7 +213,7 @@ def _can_untie(model: nn.Module, config: Any) -> bool:
 
 def _configs_with_ties(config: Any) -> list[Any]:
     """Return the config and the configs inside it that have the option ``tie_word_embeddings``."""
-    return [one for one in (config, *vars(config).values()) if hasattr(one, _TIE_OPTION)]
+    return [one for one in (config, *attributes_of(config).values()) if hasattr(one, _TIE_OPTION)]
 
 
 def _reads_tie_option(kind: type[nn.Module]) -> bool:

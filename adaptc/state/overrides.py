@@ -7,7 +7,7 @@ Blocks may be nested, of one program and of several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_scale import TurnOff, parse_factor, with_active, with_scale, with_scales_multiplied
 from adaptc.errors import AdaptcError, SwapError
 from adaptc.public_names import warn_renamed
+from adaptc.torch_typing import is_mapping
 
 #: the deprecated keyword of calls that scales the adapters
 SCALE_KEYWORD = "adapter_scale"
@@ -50,7 +51,7 @@ def override_of(program: Any) -> Override:
 
 
 @contextmanager
-def overriding(program: Any, added: Override) -> Iterator[None]:
+def overriding(program: Any, added: Override) -> Generator[None]:
     """Run the block with a view of ``program`` for this thread or task. It adds to the views of blocks around it:
     factors multiply, adapters that are off stay off, and the innermost choice counts."""
     before, around = active_overrides(), override_of(program)
@@ -85,7 +86,7 @@ def scaling_of_call(program: Any, scale: Any, call: str) -> AbstractContextManag
     ``call`` is the code of such a call. Raises ConfigError for factors that are not finite numbers. Raises SwapError
     where there is no adapter.
     """
-    if isinstance(scale, Mapping):
+    if is_mapping(scale):
         chosen: Any = _parse_choice(scale, SCALE_KEYWORD)
     else:
         chosen = None if scale is None else parse_factor(scale, SCALE_KEYWORD)

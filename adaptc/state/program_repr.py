@@ -80,7 +80,8 @@ def describe_facts(program: ProgramCore) -> dict[str, str]:
     """Return four lines of text by name: "adapter", "inputs", "parameters", and "runs", which says how the program
     runs."""
     now = program.call_state
-    base, slots = program.base_tensors_or_empty(), {} if now.binding is None else now.binding.values
+    base = program.base_tensors_or_empty()
+    slots: Mapping[str, Tensor] = {} if now.binding is None else now.binding.values
     options = [now.options.backend]
     if program.adaptation.training:
         options.append("captured for training")
@@ -107,7 +108,7 @@ def _describe_inputs(program: ProgramCore) -> str:
     found = user_inputs_of_graph(program.run_state.exported.module.graph, program.graph_signature)
     letters: dict[Any, str] = {}
     names = (f"{c}{n or ''}" for n in count() for c in ascii_lowercase)
-    shown = []
+    shown: list[str] = []
     for name, value in found.items():
         if isinstance(value, Tensor):
             sizes = ", ".join(_describe_size(n, letters, names) for n in value.shape)

@@ -36,7 +36,7 @@ class CallState:
     executor: Executor | None = None
     arguments: Arguments | None = None
     base_program: Any = None
-    scaled_bindings: dict[Override, Binding] = field(default_factory=dict)
+    scaled_bindings: dict[Override, Binding] = field(default_factory=dict[Override, Binding])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +94,15 @@ class RunState:
 
     call_state: CallState
     exported: ExportedView
-    traced_regions: dict[Any, fx.Graph] = field(default_factory=dict)
-    merged_programs: dict[Any, Any] = field(default_factory=dict)
-    modules: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    bound: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    traced_regions: dict[Any, fx.Graph] = field(default_factory=dict[Any, fx.Graph])
+    merged_programs: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    modules: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet[Any])
+    bound: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet[Any])
     bound_executors: weakref.WeakValueDictionary[RunOptions, Executor] = field(
-        default_factory=weakref.WeakValueDictionary
+        default_factory=weakref.WeakValueDictionary[RunOptions, Executor]
     )
     part_executors: weakref.WeakKeyDictionary[Executor, dict[Any, Executor]] = field(
-        default_factory=weakref.WeakKeyDictionary
+        default_factory=weakref.WeakKeyDictionary[Executor, dict[Any, Executor]]
     )
     lock: threading.RLock = field(default_factory=lambda: reset_after_fork(threading.RLock()))
 
