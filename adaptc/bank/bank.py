@@ -53,7 +53,8 @@ class Bank:
     ) -> None:
         if loader is not None and not callable(loader):
             raise ConfigError(f"loader={short_repr(loader)} must be a function of a name that gives an adapter")
-        if not isinstance(adapters or {}, Mapping):
+        given: Any = adapters or {}  # callers may give anything
+        if not isinstance(given, Mapping):
             raise ConfigError(f"adapters={short_repr(adapters)} must be a dict of adapters by name")
         self.placement, self.loader = placement, loader
         #: the generator whose prompts are the rows; None for a program that generates nothing
@@ -78,7 +79,8 @@ class Bank:
             CheckpointError: the adapter does not fit, or is not finite.
             SwapError: the adapter needs other sites.
         """
-        if not isinstance(name, str) or not name:
+        given: Any = name  # callers may give anything
+        if not isinstance(given, str) or not name:
             raise ConfigError(f"the name of an adapter is a string, not {short_repr(name)}")
         self._check_free(name)
         binding = self._bind(name, adapter, options)
@@ -352,7 +354,8 @@ class Bank:
             ConfigError: there is no adapter.
         """
         table = self.adapters
-        if isinstance(adapters, str) or not all(isinstance(n, str) for n in adapters or ()):
+        given: Any = adapters  # callers may give anything
+        if isinstance(given, str) or not all(isinstance(n, str) for n in given or ()):
             raise ConfigError(f"adapters={short_repr(adapters)} must be a list of names, or None for all adapters")
         names = tuple(table) if adapters is None else tuple(adapters)
         check_adapter_names(names, table)

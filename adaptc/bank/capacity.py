@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ class Limits:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name}={short_repr(value)} must be a positive integer, or None for no limit")
-        if not isinstance(self.evict, bool):
+        evict: Any = self.evict  # callers may give anything
+        if not isinstance(evict, bool):
             raise ConfigError(f"evict={short_repr(self.evict)} must be True or False")
 
     def check_call(self, names: Collection[str]) -> None:

@@ -118,7 +118,7 @@ class RowProgram(BaseProgram):
         if name in (places := list(self.forward_arg_names)) and places.index(name) < len(args):
             return args[places.index(name)]
         spec = self.program.call_spec.in_spec
-        names = [] if spec is None else spec.children()[1].context or []
+        names: list[str] = [] if spec is None else spec.children()[1].context or []
         flat, found = pytree.tree_flatten((args, {n: kwargs[n] for n in names if n in kwargs}))
         return flat[list(user_inputs(self.program)).index(name)] if found == spec else None
 
@@ -179,7 +179,7 @@ class RowProgram(BaseProgram):
         """
         with stage(f"making the code of a bank for {'any number of' if any_count else count} adapters"):
             program = self.export_program(stack, count, has_long_rows, kernel_sites)
-        pairs = []
+        pairs: list[tuple[Attachment, Attachment]] = []
         for i, a in enumerate(self.attachments):
             of, lies = with_rank_starts(a) if a.id in kernel_sites else a, a.id in kernel_sites
             # All methods are called "rows" here, so the ids of several at one weight differ by the number alone.

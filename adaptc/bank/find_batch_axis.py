@@ -39,6 +39,7 @@ from adaptc.passes.graph.lifted import LiftedProgram, user_inputs
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.protocol.bank_method import RowAxis
 from adaptc.runtime.mutated_buffers import written_placeholders
+from adaptc.torch_typing import fork_rng, shape_of
 
 #: numbers of rows to run with where their number is free: the first that the program takes, so a prime if it can be
 ROW_COUNTS = (3, 2, 4, 1)
@@ -146,7 +147,7 @@ def _replace_each_row(
     one, other = ([inputs[n] for n in fakes] for inputs in probes)
     first = next(v for n, v in zip(fakes, one, strict=True) if n in batch.inputs)
     before = _run_and_record(program, one, node_names, random_weights)
-    out = []
+    out: list[dict[str, Tensor | None]] = []
     for row in range(first.shape[batch.first_input[1]]):
         mixed = [_replace_row(a, b, batch.inputs.get(n), row) for n, a, b in zip(fakes, one, other, strict=True)]
         after = _run_and_record(program, mixed, node_names, random_weights)
@@ -184,7 +185,9 @@ def _input_shapes(program: ExportedProgram, batch: Batch, count: int) -> dict[st
     for name, axis in batch.inputs.items():
         value = known.get(name)
         like = value if isinstance(value, Tensor) else fakes[name]
-        out[name] = [count if i == axis else n if isinstance(n, int) else FREE_SIZE for i, n in enumerate(like.shape)]
+        out[name] = [
+            count if i == axis else n if isinstance(n, int) else FREE_SIZE for i, n in enumerate(shape_of(like))
+        ]
     return out
 
 
@@ -225,7 +228,7 @@ def _run_and_record(
     # Nor may it change the caller's inputs, which the program may write to as well.
     own = [t.clone() if isinstance(t, Tensor) else t for t in flat]
     gpus = {t.device.index or 0 for t in (*lifted, *own) if isinstance(t, Tensor) and t.is_cuda}
-    with torch.random.fork_rng(sorted(gpus)):  # every run draws the same numbers, and none of the caller's
+    with fork_rng(sorted(gpus)):  # every run draws the same numbers, and none of the caller's
         return _Recorder(program.graph_module, set(names)).record([*lifted, *own])
 
 
@@ -233,7 +236,8 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
         self.inputs = module.graph.find_nodes(op="placeholder")
-        self.names, self.recorded = names, {}
+        self.names = names
+        self.recorded: dict[str, Any] = {}
 
     def record(self, flat: Sequence[Any]) -> dict[str, Any]:
         super().run(*flat)

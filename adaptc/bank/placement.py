@@ -41,7 +41,7 @@ class BankContents:
     """
 
     placed: Any
-    adapters: Mapping[str, Binding] = field(default_factory=dict)
+    adapters: Mapping[str, Binding] = field(default_factory=dict[str, Binding])
     use_order: tuple[str, ...] = ()
 
     def with_adapter(self, name: str, binding: Binding, evicted: Collection[str] = ()) -> Self:

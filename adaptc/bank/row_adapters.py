@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, did_you_mean, listing, short_repr
 from adaptc.state.runner import AdapterSelection
+from adaptc.torch_typing import is_mapping
 from adaptc.value_types import is_finite_in_float32
 
 #: for each row the weights of its adapters, by name
@@ -40,7 +41,7 @@ def parse_row_adapters(adapters: Any) -> Mixes:
             f"adapters={short_repr(adapters)} is no list: give one entry for each row of the batch, a name, None for "
             'the base, or a mix such as {"fr": 0.7, "style": 0.3}'
         )
-    return tuple(_parse_mix(i, one) for i, one in enumerate(adapters))
+    return tuple(_parse_mix(i, one) for i, one in enumerate(cast("Sequence[Any]", adapters)))
 
 
 def parse_prompt_adapters(adapters: Any, prompts: Any) -> Mixes:
@@ -63,12 +64,12 @@ def _parse_mix(row: int, entry: Any) -> dict[str, float]:
         return {}
     if isinstance(entry, str):
         return {entry: 1.0}
-    if not isinstance(entry, Mapping):
+    if not is_mapping(entry):
         raise AdaptcError(
             f"adapters[{row}] is {short_repr(entry)}: expected a name, None for the base, or a dict of names and "
             "weights"
         )
-    out = {}
+    out: dict[str, float] = {}
     for name, weight in entry.items():
         if not isinstance(name, str) or not _is_number(weight):
             raise AdaptcError(
@@ -81,7 +82,7 @@ def _parse_mix(row: int, entry: Any) -> dict[str, float]:
 
 
 def _is_number(weight: Any) -> bool:
-    return isinstance(weight, Real) and not isinstance(weight, bool) and is_finite_in_float32(weight)
+    return not isinstance(weight, bool) and isinstance(weight, Real) and is_finite_in_float32(weight)
 
 
 def adapter_names_in(mixes: Mixes) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pytree import named_leaves, pytree
 from adaptc.passes.protocol.bank_method import ROW_LAYOUTS, RowAxis
 from adaptc.runtime.mutated_buffers import written_placeholders
+from adaptc.torch_typing import symbolic_expression
 
 #: share of the largest change up to which a change is rounding: with one row replaced, others may be rounded otherwise
 #: (matmuls of other sizes); what mixes rows changes them by far more
@@ -70,7 +71,8 @@ def program_outputs(program: ExportedProgram) -> dict[str, ProgramOutput]:
     for name in sorted(written_placeholders(program.graph)):
         outputs[name] = ProgramOutput(f"what is written to {inputs[name]!r}", nodes[name].meta["val"], True)
     leaves: list[Any] = []
-    for spec, node in zip(program.graph_signature.output_specs, last.args[0], strict=True):  # type: ignore[arg-type]
+    values: Any = last.args[0]
+    for spec, node in zip(program.graph_signature.output_specs, values, strict=True):
         if spec.kind == OutputKind.USER_OUTPUT:
             leaves.append(node)
         elif (found := nodes.get(getattr(node, "name", ""))) is not None:
@@ -105,7 +107,7 @@ def candidate_axes(value: Any, size: Any) -> Iterator[RowAxis]:
 
 
 def size_expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+    return symbolic_expression(size) if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
 def is_free_size(size: Any) -> bool:

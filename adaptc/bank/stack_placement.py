@@ -48,7 +48,7 @@ class StackCache:
     """The stacks that are kept, most recently used last, and the runners of single adapters, by name."""
 
     stacks: tuple[AdapterStack, ...] = ()
-    runners: Mapping[str, Runner] = field(default_factory=dict)
+    runners: Mapping[str, Runner] = field(default_factory=dict[str, Runner])
 
     def without_stale(self, adapters: Mapping[str, Binding]) -> Self:
         """Return the cache without what is of adapters other than these."""
@@ -137,7 +137,8 @@ class StackPlacement(Placement):
         if not self.base_program.attachments or not (
             names or self._would_compile(self.program.call_state.base_program)
         ):
-            base: ProgramCore = self.program.base  # type: ignore[attr-defined]
+            program: Any = self.program  # of a class above, which has a base
+            base: ProgramCore = program.base
             return Runner(GraphEngine(base, self.state), AdapterSelection(Binding.empty()))
         if single is not None and not self.base_program.training and not self._would_compile(self.program):
             return self._single_runner(single, selection.adapters)

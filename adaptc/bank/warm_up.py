@@ -47,7 +47,8 @@ def max_call_adapters(adapters: int | None, capacity: int | None, adapter_count:
     """
     if adapters is None:
         return capacity or max(adapter_count, 2)
-    number = isinstance(adapters, int) and not isinstance(adapters, bool)
+    given: Any = adapters  # callers may give anything
+    number = isinstance(given, int) and not isinstance(given, bool)
     if not number or adapters < 1 or (capacity is not None and adapters > capacity):
         until = "" if capacity is None else f" to {capacity}, which the bank may hold"
         raise ConfigError(f"adapters={short_repr(adapters)} is no number of adapters from 1{until}")
@@ -58,9 +59,9 @@ def warm_bank(bank: WarmableBank, adapters: int | None) -> None:
     """Make the code for calls of up to ``adapters`` adapters, and compute the hoisted values. ``adapters`` is read as
     :func:`max_call_adapters` says, which raises."""
     most = max_call_adapters(adapters, bank.limits.capacity, len(bank.table.contents.adapters))
-    base: Any = bank.program.base  # type: ignore[attr-defined]
+    whole: Any = bank.program  # of a class above, which has a base
     with stage("warming the program of the bank"):
-        for program, binding in ((base, Binding.empty()), (bank.program, bank.program.binding)):
+        for program, binding in ((whole.base, Binding.empty()), (whole, whole.binding)):
             for code in bank.executors_of(program):
                 _warm_executor(code, binding, bank.state)
     with stage(f"warming the bank for calls of up to {most} adapters") as warming:
