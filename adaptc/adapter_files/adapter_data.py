@@ -24,7 +24,7 @@ class FileOrigin:
 
     format: str = "PEFT"
     component: str = ""
-    other_components: Mapping[str, int] = field(default_factory=dict)
+    other_components: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __str__(self) -> str:
         of = f" ({self.component})" if self.component else ""
@@ -63,7 +63,7 @@ class AdapterData(Generic[ConfigT]):
     #: the format that the file had before it was converted to PEFT's
     origin: FileOrigin = PEFT_ORIGIN
     #: the adapters beside this one between which it routes, by name
-    experts: Mapping[str, AdapterData[Any]] = field(default_factory=dict, repr=False)
+    experts: Mapping[str, AdapterData[Any]] = field(default_factory=dict[str, Any], repr=False)
     #: the component that the caller asks for; None where the keys are to tell
     component: str | None = None
     #: what the header of a file says on the components in it, None where it says nothing

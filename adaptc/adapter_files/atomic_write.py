@@ -15,7 +15,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -43,7 +43,7 @@ class RollbackError(CheckpointError):
 
 
 @contextmanager
-def open_stage(parent: Path) -> Iterator[Path]:
+def open_stage(parent: Path) -> Generator[Path]:
     """Run the block with a stage inside ``parent``, and remove the stage afterwards.
 
     The stage lies inside ``parent`` and not beside it, since an adapter directory may be a mount point and renames must
@@ -98,7 +98,7 @@ def _make_stage(stage: Path) -> int:
 
 
 @contextmanager
-def atomic_replace(path: Path, name: str = "new") -> Iterator[Path]:
+def atomic_replace(path: Path, name: str = "new") -> Generator[Path]:
     """Run the block with the path of a new file called ``name``, which then becomes the file ``path``.
 
     A symbolic link stays one, and its target is written. An existing file's permissions are kept; a new file follows
@@ -119,7 +119,7 @@ def atomic_replace(path: Path, name: str = "new") -> Iterator[Path]:
 
 
 @contextmanager
-def forbid_overwrite(path: Path) -> Iterator[None]:
+def forbid_overwrite(path: Path) -> Generator[None]:
     """Run the block so that its writes may make ``path``, a file or a directory, but replace nothing there.
 
     Writes raise CheckpointError where another process has made ``path`` by then.

@@ -16,13 +16,14 @@ from torch.nn import Parameter
 from adaptc.adapter_files.format import bare_key
 from adaptc.errors import CheckpointError
 from adaptc.torch_modes import is_wrapped_or_dual
+from adaptc.torch_typing import is_mapping
 
 _EXPECTED = "expected a dense torch.Tensor that holds its values"
 
 
 def is_state_dict(value: Any) -> bool:
     """Return whether ``value`` is a non-empty mapping of tensors."""
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+    return is_mapping(value) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
 
 
 def check_state_dict(tensors: Mapping[Any, Any], source: str) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ from adaptc.adapter_files.locate import (
 )
 from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile, retry_while_changing
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, short_repr
+from adaptc.torch_typing import to_python
 
 __all__ = [
     "bare_key",
@@ -260,7 +261,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike[str] =
             continue
         bad = ~torch.isfinite(t.float() if t.is_floating_point() and t.itemsize == 1 else t)
         if count := int(bad.sum()):
-            first = tuple(bad.nonzero()[0].tolist())
+            first = tuple(to_python(bad.nonzero()[0]))
             raise CheckpointError(
                 f"{os.fspath(source)}: {key!r} {tuple(t.shape)} holds {count} values that are NaN or infinite, first "
                 f"at {first}. The training run diverged or the file is damaged; use an earlier checkpoint."

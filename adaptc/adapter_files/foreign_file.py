@@ -21,6 +21,7 @@ from adaptc.adapter_files.format import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, W
 from adaptc.adapter_files.formats import diffusers
 from adaptc.adapter_files.stable_read import OpenedFile, retry_while_changing
 from adaptc.errors import CheckpointError
+from adaptc.torch_typing import is_dict
 from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
 
 
@@ -71,7 +72,7 @@ def _read_header_configs(file: OpenedFile) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(text)
-        if not isinstance(value, dict):
+        if not is_dict(value):
             raise ValueError(f"it is a {type(value).__name__}")
         if is_nested_too_deep(value):
             raise ValueError(f"it is nested deeper than {MAX_DEPTH}")

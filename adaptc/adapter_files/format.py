@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
+from adaptc.torch_typing import is_mapping
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -74,10 +75,15 @@ def bare_key(key: str, peft_type: str) -> str | None:
 def routed_names(config: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapters beside an Arrow router of this config between which it routes."""
     arrow = config.get("arrow_config")
-    if not isinstance(arrow, Mapping):
+    if not is_mapping(arrow):
         return []
-    names = [arrow.get("task_adapter_names"), arrow.get("gks_adapter_names") if arrow.get("use_gks") else None]
-    return [n for group in names if isinstance(group, Sequence) for n in group if isinstance(n, str)]
+    groups: list[Any] = [
+        arrow.get("task_adapter_names"),
+        arrow.get("gks_adapter_names") if arrow.get("use_gks") else None,
+    ]
+    return [
+        n for group in groups if isinstance(group, Sequence) for n in cast("Sequence[Any]", group) if isinstance(n, str)
+    ]
 
 
 def peft_component_error(component: str, source: str) -> ConfigError:
@@ -105,7 +111,7 @@ def to_json_value(value: Any) -> Any:
     """Convert a value for ``json.dumps``: sets become sorted lists (PEFT's order follows the hash seed), enums their
     value."""
     if isinstance(value, (set, frozenset)):
-        return sorted(value, key=lambda v: (str(type(v)), v))
+        return sorted(cast("set[Any]", value), key=lambda v: (f"{type(v)}", v))
     if isinstance(value, Enum):
         return value.value
     raise TypeError(f"{value!r} is a {type(value).__name__}")
@@ -116,13 +122,14 @@ def write_model_card(existing: Path, new: Path, config: Mapping[str, Any], extra
 
     Returns False, with a warning, when the metadata of ``existing`` cannot be read.
     """
-    from huggingface_hub import metadata_load, metadata_save
+    import huggingface_hub
 
+    hub: Any = huggingface_hub  # it has no type for what these functions read and write
     base = config.get("base_model_name_or_path")
     try:
         text = existing.read_text(encoding="utf-8") if existing.is_file() else ""
-        meta = dict(metadata_load(existing) or {}) if text else {}
-        tags = {*(meta.get("tags") or []), *extra_tags}
+        meta: dict[str, Any] = dict(hub.metadata_load(existing) or {}) if text else {}
+        tags: set[Any] = {*(meta.get("tags") or []), *extra_tags}
     except Exception as exc:  # people edit the YAML, and any parser error means that it cannot be read
         warnings.warn(f"{existing} left as it is: its metadata cannot be read ({exc})", AdaptcWarning, stacklevel=3)
         return False
@@ -140,7 +147,7 @@ def write_model_card(existing: Path, new: Path, config: Mapping[str, Any], extra
         text or f"\n# {config['peft_type']} adapter{of}\n\n### Framework versions\n\n- PEFT {config['peft_version']}\n",
         encoding="utf-8",
     )
-    metadata_save(new, meta)
+    hub.metadata_save(new, meta)
     return True
 
 

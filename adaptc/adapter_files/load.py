@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adaptc.adapter_files.adapter_data import PEFT_KEYS, STATE_DICT_KEYS, AdapterData, LoadedAdapter
 from adaptc.adapter_files.atomic_write import is_abandoned, list_stages
@@ -27,6 +27,7 @@ from adaptc.adapter_files.format import (
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.key_mapping import RenameRules, compile_rules, rename_tensors
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
+from adaptc.torch_typing import is_mapping, is_path
 from adaptc.value_types import checked_options
 
 
@@ -64,7 +65,7 @@ def load(
         load, adapter_name=adapter_name, key_mapping=key_mapping, component=component
     )
     rules = compile_rules(key_mapping)
-    if isinstance(source, (str, os.PathLike)):
+    if is_path(source):
         file = _find_file(Path(source), adapter_name)
         data: LoadedAdapter = (
             read_adapter(source, adapter_name=adapter_name)
@@ -79,7 +80,7 @@ def load(
             f"adapter_name={adapter_name!r} chooses from a directory of adapters, and the adapter is a "
             f"{type(source).__name__}: leave it out"
         )
-    elif isinstance(source, Mapping):
+    elif is_mapping(source):
         tensors = check_state_dict(source, "state dict")
         data = AdapterData(None, tensors, "state dict", format=STATE_DICT_KEYS, is_shared=True)
     else:
@@ -145,4 +146,4 @@ def _check_object(source: Any) -> LoadedAdapter:
             f"{type(source).__name__}"
         )
     check_state_dict(data.tensors, data.source)
-    return replace(data, is_shared=True)
+    return replace(cast("LoadedAdapter", data), is_shared=True)

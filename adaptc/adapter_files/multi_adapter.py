@@ -6,7 +6,7 @@ Either all of the new directories are there afterwards, or the old ones are as t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from adaptc.errors import CheckpointError
 
 
 @contextmanager
-def write_together(root: Path, names: Sequence[str]) -> Iterator[Path]:
+def write_together(root: Path, names: Sequence[str]) -> Generator[Path]:
     """Run the block with a stage in which it writes directories of these names, then move them into ``root``.
 
     A model card is moved, too, where ``root`` has none. Raises CheckpointError for bad names and places, and for full

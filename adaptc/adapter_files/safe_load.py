@@ -22,6 +22,7 @@ from torch import Tensor
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
 from adaptc.adapter_files.stable_read import OpenedFile
 from adaptc.errors import CheckpointError
+from adaptc.torch_typing import is_dict
 from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
 
 MAX_JSON_BYTES = 16 << 20  # the largest real adapter configs are a few hundred KiB
@@ -39,7 +40,7 @@ def read_json_object(file: OpenedFile) -> dict[str, Any]:
         lfs = _lfs_hint(data)
         reason = f"{type(exc).__name__}: {exc}"
         raise CheckpointError(f"{path} is not valid JSON ({reason}).{lfs} Save or download it again.") from exc
-    if not isinstance(value, dict):
+    if not is_dict(value):
         raise CheckpointError(f"{path} must hold a JSON object of config fields, but holds a {type(value).__name__}.")
     if is_nested_too_deep(value):
         raise CheckpointError(
@@ -91,7 +92,7 @@ def load_pickle(file: OpenedFile) -> dict[str, Tensor]:
             f"{path} was refused: {why}. A .bin file is a pickle, which can run code when loaded; only tensors are "
             f"accepted.{_lfs_hint(_first_bytes(file))} {remedy}"
         ) from exc
-    if not isinstance(value, dict):
+    if not is_dict(value):
         raise CheckpointError(f"{path} must hold a dict of tensors, but holds a {type(value).__name__}. {remedy}")
     for key, t in value.items():
         if not isinstance(key, str) or not isinstance(t, Tensor):
@@ -104,7 +105,7 @@ def load_pickle(file: OpenedFile) -> dict[str, Tensor]:
     return {key: t.detach() for key, t in value.items()}
 
 
-def to_dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_dense(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the values as contiguous CPU tensors that each own their storage, as both file formats need."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -14,7 +14,7 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 
 @contextmanager
-def open_for_torch_save(path: Path) -> Iterator[IO[bytes]]:
+def open_for_torch_save(path: Path) -> Generator[IO[bytes]]:
     """Run the block with a new file to hand to torch.
 
     Afterwards it raises the first error of the disk, or what a delayed signal handler raises, such as
@@ -43,7 +43,7 @@ def open_for_torch_save(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _delay_signals(file: _NonRaisingFile) -> Iterator[None]:
+def _delay_signals(file: _NonRaisingFile) -> Generator[None]:
     """Run the block, and handle signals that come during it afterwards.
 
     A signal that raises KeyboardInterrupt also ends the writing, since nobody will want the file.

@@ -30,6 +30,7 @@ from adaptc.adapter_files.safe_load import MAX_JSON_BYTES, load_safetensors
 from adaptc.adapter_files.stable_read import OpenedFile
 from adaptc.errors import CheckpointError
 from adaptc.locks import reset_after_fork
+from adaptc.torch_typing import is_dict
 
 #: the number of layouts kept; the least recently used is dropped first
 MAX_LAYOUTS = 32
@@ -114,7 +115,7 @@ def read_metadata(file: OpenedFile) -> dict[str, str]:
         texts = json.loads(start[8:], object_pairs_hook=_refuse_duplicates).get("__metadata__", {})
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{file.path} has a header that cannot be read ({exc}). Download it again.") from exc
-    return {k: v for k, v in texts.items() if isinstance(v, str)} if isinstance(texts, dict) else {}
+    return {k: v for k, v in texts.items() if isinstance(v, str)} if is_dict(texts) else {}
 
 
 def _read_aligned(file: OpenedFile) -> Any:
