@@ -6,13 +6,21 @@ there before. Outputs and gradients are those of the graph, bit for bit: dropout
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
+<<<<<<< HEAD
 from torch.utils import checkpoint
 
 _CHECKPOINT: Any = checkpoint  # torch gives its function no types
+=======
+from torch.utils import checkpoint as checkpointing
+
+#: torch gives its arguments no types
+checkpoint: Callable[..., Any] = cast(Any, checkpointing).checkpoint
+>>>>>>> 08015a71f1d738999b666a591a2e676c053e5cb2
 
 
 class RecomputedSegment(nn.Module):
