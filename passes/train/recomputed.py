@@ -11,16 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-<<<<<<< HEAD
-from torch.utils import checkpoint
-
-_CHECKPOINT: Any = checkpoint  # torch gives its function no types
-=======
 from torch.utils import checkpoint as checkpointing
 
 #: torch gives its arguments no types
 checkpoint: Callable[..., Any] = cast(Any, checkpointing).checkpoint
->>>>>>> 08015a71f1d738999b666a591a2e676c053e5cb2
 
 
 class RecomputedSegment(nn.Module):
@@ -37,5 +31,5 @@ class RecomputedSegment(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         if self.is_enabled and self.training and torch.is_grad_enabled():
-            return _CHECKPOINT.checkpoint(self.body, *inputs, use_reentrant=False)
+            return checkpoint(self.body, *inputs, use_reentrant=False)
         return self.body(*inputs)
