@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -243,7 +243,7 @@ def settle_shared_slots(methods: Mapping[str, Method], ops: Mapping[str, Op]) ->
     them."""
     out: dict[str, Method] = dict(methods)
     parts = {i: m.unwrap(ops[i]) for i, m in methods.items()}
-    for kind in dict.fromkeys(type(m) for m, _ in parts.values()):
+    for kind in dict.fromkeys(cast(type[Method], type(m)) for m, _ in parts.values()):
         ids = [i for i, (m, _) in parts.items() if type(m) is kind]
         new = kind.sharing.settle_shared_sizes([parts[i] for i in ids])
         out |= {i: methods[i].rewrap(m) for i, m in zip(ids, new, strict=True)}

@@ -6,7 +6,7 @@ A binding owns its values: a directory is read into memory of its own, and a cal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -24,6 +24,7 @@ from adaptc.errors import ConfigError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.patterns import limit_pattern_time
 from adaptc.torch_modes import outside_modes
+from adaptc.torch_typing import is_mapping
 
 
 class Bindable(Protocol):
@@ -91,11 +92,12 @@ def bind_adapter(
             raise ConfigError(f"{said[0]} is for files and state dicts, and this is bound already: leave it out")
         made = _check_binding(target, binding)
         return made if scale is None else target.binding_plans.remember_fitting(with_scale(target.spec(), made, scale))
-    known, names = None if config is None else as_config(config), None
+    known = None if config is None else as_config(config)
+    names: tuple[str, ...] | None = None
     if current.joint_adapters:
         source = {"adapter_name": adapter_name, "key_mapping": key_mapping, "component": component}
         made = _exchange_adapters(target, current, adapter, known, trainable, source)
-        names = tuple(adapter)  # type: ignore[arg-type]  # it was found to be a mapping
+        names = tuple(cast("Mapping[str, Any]", adapter))  # it was found to be one
     else:
         spec = target.spec(trainable)
         if lost := list(spec.residual):
@@ -119,7 +121,7 @@ def _check_binding(target: Bindable, binding: Binding) -> Binding:
             "this is the base, which is no adapter: call prog.base or what prog.bind(None) returned, or take the "
             "adapter out with adaptc.unload"
         )
-    if binding.values.keys() != target.binding_plans.tensor_names:
+    if frozenset(binding.values) != target.binding_plans.tensor_names:
         raise SwapError(
             "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
         )
@@ -147,7 +149,7 @@ def _exchange_adapters(
     Adapters that are not named stay, and None turns one off. ``source`` has the options of :func:`load`.
     """
     bindings = dict(current.joint_adapters)
-    if not isinstance(adapters, Mapping) or not adapters or not bindings.keys() >= adapters.keys():
+    if not is_mapping(adapters) or not adapters or not bindings.keys() >= adapters.keys():
         raise SwapError(
             f"the program has several adapters that act together; name the one to change, for example "
             f"swap(prog, {{{next(iter(bindings))!r}: adapter}}), of {list(bindings)}"
@@ -157,7 +159,8 @@ def _exchange_adapters(
     spec = target.spec(trainable)
     for name in [n for n, a in adapters.items() if a is None]:
         bindings[name] = initial_values(spec_of_adapter(spec, name), bindings[name].config, methods_by_id={})
-    loaded = {n: load(a, **{**source, "component": None}) for n, a in adapters.items() if a is not None}
+    options: dict[str, Any] = {**source, "component": None}
+    loaded = {n: load(a, **options) for n, a in adapters.items() if a is not None}
     for name, data in zip(loaded, for_component(list(loaded.values()), source["component"]), strict=True):
         resolved = resolve(data, spec.weights, config=config, default=bindings[name].config)
         # Plans are for the spec of the whole program, and a part has its own.

@@ -56,14 +56,14 @@ class Binding:
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
     config: AdapterConfig
-    changed_base: Mapping[str, Tensor] = field(default_factory=dict)
+    changed_base: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     name: str = "default"
     source: str = ""
-    extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    joint_adapters: Mapping[str, Binding] = field(default_factory=dict)
-    base_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    extra_tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    joint_adapters: Mapping[str, Binding] = field(default_factory=dict[str, Any])
+    base_fingerprints: Mapping[str, str] = field(default_factory=dict[str, str])
     origin: FileOrigin = PEFT_ORIGIN
-    scale_factors: Mapping[str, float] = field(default_factory=dict)
+    scale_factors: Mapping[str, float] = field(default_factory=dict[str, float])
     active_form: Binding | None = None
 
     @property
@@ -86,7 +86,7 @@ class Binding:
 
     def describe_scales(self) -> str:
         """Return in words which adapters are off or scaled; '' where all act with their original scale."""
-        phrases = []
+        phrases: list[str] = []
         for name, part in self.adapters_by_name.items():
             if part.active_form is not None:
                 phrases.append(f"{name!r} is off")
@@ -166,9 +166,9 @@ class BindingSpec:
     weights: Mapping[str, Tensor]
     autocast_adapter_dtype: bool = True
     trainable: bool = False
-    unread: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict[str, str])
     residual: Sequence[str] = ()
-    max_norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    max_norms: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     def max_norm_of(self, fqn: str) -> tuple[float, float] | None:
         """Return the limit on the row norms of a base weight, or None where it has none."""

@@ -25,7 +25,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ def _hashable(value: Any) -> Hashable:
 
     Raises _UnhashableValue for a value of any other type.
     """
-    value_type = type(value)
+    value_type = cast(type[Any], type(value))
     if value_type is str or value is None:
         return value
     if value_type in (bool, int, float):
@@ -243,8 +243,8 @@ def _make_plan(
     names = [t.fqn for t in tensor_values] + [f.fqn for f in fill_values]
     if (
         len(names) != len(set(names))
-        or set(names) != binding.values.keys()
-        or {t.key for t in tensor_values} != tensors.keys()
+        or set(names) != set(binding.values)
+        or {t.key for t in tensor_values} != set(tensors)
     ):
         return None
     values = binding.values

@@ -8,9 +8,9 @@ scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from adaptc.binding.combine_bindings import spec_of_adapter, stack_bindings
 from adaptc.errors import ConfigError, SwapError, did_you_mean, listing, short_repr
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.patterns import compile_pattern, limit_pattern_time
+from adaptc.torch_typing import is_mapping
 from adaptc.value_types import make_rule, validate_option
 
 #: entries that choose modules: names, their endings or beginnings, or one regular expression
@@ -103,8 +104,9 @@ def with_active(
         raise ConfigError(
             f"adapters must be a name, a list of names, or a dict of names and factors, got {short_repr(adapters)}"
         )
-    check_adapter_names(binding, adapters)
-    factors = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters)
+    names = cast("Collection[Any]", adapters)
+    check_adapter_names(binding, names)
+    factors: dict[Any, Any] = dict(adapters) if is_mapping(adapters) else dict.fromkeys(names)
     if modules is not None and all(factor is None for factor in factors.values()):
         raise ConfigError("modules says where factors hold: give a dict of names and factors with it")
     bindings = dict(binding.adapters_by_name)
@@ -128,7 +130,7 @@ def with_scale(spec: BindingSpec, binding: Binding, scale: Any, names: Iterable[
     """
     if scale is None:
         return binding
-    given = scale if isinstance(scale, Mapping) else dict.fromkeys(names or binding.adapters_by_name, scale)
+    given: Mapping[str, Any] = scale if is_mapping(scale) else dict.fromkeys(names or binding.adapters_by_name, scale)
     check_adapter_names(binding, given)
     parts = dict(binding.adapters_by_name)
     for name, factor in given.items():
@@ -152,7 +154,9 @@ def binding_of_parts(spec: BindingSpec, bindings: Mapping[str, Binding]) -> Bind
     """Return one binding of several adapters. Attachments of any other adapter get identity values."""
     gone = [a for a in spec.attachments if a.adapter not in bindings]
     config = next(iter(bindings.values())).config
-    others = initial_values(replace(spec, attachments=gone), config, methods_by_id={}).values if gone else {}
+    others: Mapping[str, Tensor] = {}
+    if gone:
+        others = initial_values(replace(spec, attachments=gone), config, methods_by_id={}).values
     return stack_bindings(bindings, spec.attachments, others)
 
 
@@ -195,7 +199,8 @@ def choose_sites(spec: BindingSpec, adapter: Binding, name: str, modules: Module
         )
     if modules is None:
         return [a.id for a in present_sites if a.id in ids_with_scale]
-    if not isinstance(modules, Iterable):
+    given: Any = modules  # callers may give anything
+    if not isinstance(given, Iterable):
         raise ConfigError(f"modules={short_repr(modules)} must be the name of a module, or a list of names")
     chosen: dict[str, None] = {}
     for entry in [modules] if isinstance(modules, str) else list(modules):

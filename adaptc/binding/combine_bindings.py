@@ -19,6 +19,7 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import ConfigError
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
+from adaptc.torch_typing import is_mapping
 
 
 def spec_of_adapter(spec: BindingSpec, name: str) -> BindingSpec:
@@ -83,7 +84,7 @@ def adapters_by_name(config: Any) -> dict[str, Any] | None:
 
     Raises ConfigError for a name that is no text, is empty or has a dot.
     """
-    if not isinstance(config, Mapping) or "peft_type" in config or not config or is_state_dict(config):
+    if not is_mapping(config) or "peft_type" in config or not config or is_state_dict(config):
         return None
     bad = [n for n in config if not isinstance(n, str) or not n or "." in n]
     if bad:
@@ -97,7 +98,7 @@ def with_settled_sizes(spec: BindingSpec) -> BindingSpec:
     by_adapter: dict[str, list[Attachment]] = {}
     for a in spec.attachments:
         by_adapter.setdefault(a.adapter, []).append(a)
-    methods = {}
+    methods: dict[str, Method] = {}
     for group in by_adapter.values():
         methods |= settle_shared_slots({a.id: a.method for a in group}, spec.ops)
     return replace(spec, attachments=[replace(a, method=methods[a.id]) for a in spec.attachments])

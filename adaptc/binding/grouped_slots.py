@@ -7,6 +7,7 @@ them, so that it is trained once. Code that moves or copies values keeps it one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
@@ -28,7 +29,7 @@ def find_slot_groups(
     present.sort(key=lambda a: place.get(a.fqn, len(place)))
     parts = {a.id: methods[a.id].unwrap(ops[a.id]) for a in present}
     out: dict[str, str] = {}
-    for kind in dict.fromkeys(type(m) for m, _ in parts.values()):
+    for kind in dict.fromkeys(cast(type[Method], type(m)) for m, _ in parts.values()):
         sites = [a for a in present if type(parts[a.id][0]) is kind]
         for a, firsts in zip(sites, kind.sharing.grouped_slots([parts[a.id] for a in sites]), strict=True):
             out |= {_fqn(a, name, ops): _fqn(sites[i], name, ops) for name, i in firsts.items()}

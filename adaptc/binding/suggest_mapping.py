@@ -39,7 +39,8 @@ def suggest_mappings(keys: Sequence[str], sites: Iterable[str], slot_names: Iter
     remaining = [k for k in keys if k not in program_keys]
     chosen: list[_PrefixPair] = []
     while remaining:
-        pairs = next((p for k in remaining if (p := _prefix_pairs(k, sites_by_end, slot_names))), {})
+        found = (_prefix_pairs(k, sites_by_end, slot_names) for k in remaining)
+        pairs = next(filter(None, found), dict[_PrefixPair, int]())
         if not pairs or len(chosen) == MAX_PREFIXES:
             return []
         fits = {pair: {k for k in remaining if _exchange_prefix(k, *pair) in program_keys} for pair in pairs}

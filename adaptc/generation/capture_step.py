@@ -204,4 +204,8 @@ def _decoder_step(program: ExportedProgram, spec: Seq2SeqSpec, source: Mapping[s
     known: dict[str, Tensor] = {**source, **run("encode", source)}
     known |= run("cross", known)
     known[STATES_MASK] = known.get("attention_mask", known[STATES].new_ones(known[STATES].shape[:2], dtype=torch.int64))
-    return lambda **inputs: run("step", known | decoder_inputs(inputs))["logits"]
+
+    def step(**inputs: Any) -> Tensor:
+        return run("step", known | decoder_inputs(inputs))["logits"]
+
+    return step

@@ -125,7 +125,11 @@ def _compile(
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
     check_not_quantised(model)
     by_name = adapters_by_name(adapter)
-    adapters = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
+    adapters: list[Any] = [adapter]
+    if by_name is not None:
+        adapters = list(by_name.values())
+    elif isinstance(adapter, list):
+        adapters = cast("list[Any]", adapter)
     token_gate_inputs, base_pass_method = gate_names_of_adapters(adapters), base_pass_method_name(adapters)
     name, config = type(model).__name__, cast(Any, model.config)
     if not getattr(model, "can_generate", bool)():

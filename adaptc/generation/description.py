@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
@@ -24,6 +23,7 @@ from adaptc.generation.seq2seq.seq2seq_spec import CROSS_PREFIX, Seq2SeqSpec
 from adaptc.generation.spec import GenerationSpec
 from adaptc.packages.manifest import Contents, is_package_file_name
 from adaptc.passes.analysis.cache_inputs import count_passes
+from adaptc.torch_typing import attributes_of, is_dict, is_path
 
 SPEC_FILE = "adaptc.generation.json"
 SPEC_FORMAT = 1
@@ -116,16 +116,17 @@ def facts_of(
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if not isinstance(stored, dict) or stored.get("format") != SPEC_FORMAT:
-        found = stored.get("format") if isinstance(stored, dict) else stored
+    if not is_dict(stored) or stored.get("format") != SPEC_FORMAT:
+        found = stored.get("format") if is_dict(stored) else stored
         raise UnsafeFile(f"its format is {found!r}, and this adaptc reads {SPEC_FORMAT}")
     check_json(stored, _SCHEMA)
     kind = stored["config"].get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UnsafeFile(f"this release of transformers has no model_type {kind!r}")
     layout, seq2seq = _layout_from_json(stored).with_passes(count_passes(inputs)), stored.get("across")
-    fields = {
-        "config": CONFIG_MAPPING[kind].from_dict(stored["config"]),
+    config_class: Any = CONFIG_MAPPING[kind]  # transformers gives from_dict no types
+    fields: dict[str, Any] = {
+        "config": config_class.from_dict(stored["config"]),
         "generation_config": _read_generation_config(stored["generation_config"]),
         "layout": layout,
         **{field: stored[key] for key, field in _PLAIN_FIELDS.items()},
@@ -160,7 +161,7 @@ def _config_to_json(config: Any, config_name: str) -> Any:
     try:
         return json.loads(config.to_json_string(use_diff=False))
     except (TypeError, ValueError) as error:
-        for key, value in vars(config).items():
+        for key, value in attributes_of(config).items():
             try:
                 json.dumps(value)
             except (TypeError, ValueError):
@@ -178,7 +179,8 @@ def _read_generation_config(stored: dict[str, Any]) -> Any:
     """
     from transformers import GenerationConfig
 
-    config = GenerationConfig.from_dict(stored)
+    config_class: Any = GenerationConfig  # transformers gives from_dict no types
+    config = config_class.from_dict(stored)
     for name, value in stored.items():
         if not hasattr(config, name):
             setattr(config, name, value)
@@ -258,7 +260,7 @@ def _load_tokenizer(source: Any) -> Any:
 
     if isinstance(source, PreTrainedTokenizerBase):
         return source
-    if not isinstance(source, (str, os.PathLike)):
+    if not is_path(source):
         raise ConfigError(
             f"tokenizer must be a tokenizer of transformers or the directory of one, not a {type(source).__name__}"
         )
@@ -266,7 +268,8 @@ def _load_tokenizer(source: Any) -> Any:
     if not path.is_dir():
         raise ConfigError(f"tokenizer: there is no directory {path}")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizers: Any = AutoTokenizer  # transformers gives from_pretrained no types
+        return tokenizers.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for broken files
         raise ConfigError(f"{path} has no tokenizer that can be read: {tokenizer_failure(path, error)}") from error
 
@@ -302,7 +305,8 @@ def _tokenizer_reader(files: Mapping[str, bytes]) -> Callable[[], Any]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
             try:
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                tokenizers: Any = AutoTokenizer  # transformers gives from_pretrained no types
+                return tokenizers.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as error:
                 raise CheckpointError(
                     f"the tokenizer in the package cannot be read here: {describe_error(error)}. Package the program "

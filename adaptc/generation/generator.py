@@ -7,10 +7,11 @@ becomes a cache and how a step is computed.
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -132,7 +133,7 @@ class Generator(TransformersModel, ProgramWrapper):
         return draw_probe_steps(self.spec.draw_inputs, self.device)
 
     @contextlib.contextmanager
-    def as_program(self, model: Any) -> Iterator[Any]:
+    def as_program(self, model: Any) -> collections.abc.Generator[Any]:
         if not isinstance(model, nn.Module):
             yield model.program if isinstance(model, Generator) else model
             return

@@ -63,7 +63,7 @@ class GenerationSpec(StepSpec):
     cache_mode: CacheMode = STATIC
     main_input_name: str = "input_ids"
     #: number of passes -> the spec of the same step with so many
-    specs_by_passes: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    specs_by_passes: dict[int, Any] = field(default_factory=dict[int, Any], init=False, repr=False)
 
     def with_passes(self, passes: int) -> Self:
         """Return the spec of the same step with ``passes`` passes in it (see :class:`CacheLayout`).

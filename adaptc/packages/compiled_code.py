@@ -129,7 +129,8 @@ def divide_code(
     """
     m = manifest
     parts = m.parts or {SINGLE_MODEL: PackagedPart(m.inputs, m.ranges, m.guards)}
-    header, device = {"fills": {}} if m.parts else m.header, torch.device(m.device)
+    header: Mapping[str, Any] = {"fills": {}} if m.parts else m.header
+    device = torch.device(m.device)
     code_by_part = {
         name: CompiledCode(
             path, models[name].loader, part.inputs, header, part.ranges, part.guards, shapes, device, packaged

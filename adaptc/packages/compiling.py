@@ -14,7 +14,7 @@ import errno
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,7 @@ MATMUL_CHOICES = ("measured", "plain")
 
 
 @contextmanager
-def code_folder(new: Path) -> Iterator[Path]:
+def code_folder(new: Path) -> Generator[Path]:
     """Run the block with a temporary folder for the compiler.
 
     It lies beside the file ``new``, or in the system's folder where the compiler could not read such a path. It is
@@ -93,10 +93,12 @@ def compile_archive(
             # torch copies its own tree specs by a class that it has deprecated.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             for number, (name, program) in enumerate(models.items(), 1):
-                args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+                examples: Any = program.example_inputs  # never None: checked by the caller
+                args, kwargs = examples
                 module, folder = program.module(check_guards=False), work_folder / name
                 folder.mkdir()
-                options = {"aot_inductor.output_path": str(folder), "aot_inductor.metadata": dict(metadata[name])}
+                options: dict[str, Any] = {"aot_inductor.output_path": str(folder)}
+                options["aot_inductor.metadata"] = dict(metadata[name])
                 if hasattr(aot_inductor, "enable_line_tables"):
                     # They are for tools that look for the time a program takes, and cost a tenth of the compiler's.
                     options["aot_inductor.enable_line_tables"] = False
@@ -114,9 +116,11 @@ def check_package_options(path: Path, max_rank: int | None, products: str) -> No
     """Raise CheckpointError for a path where no package can be written, ConfigError for options of other values."""
     if path.suffix != ".pt2" or not path.parent.is_dir():
         raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
-    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
+    rank: Any = max_rank  # callers may give anything, here and below
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ConfigError(f"max_rank must be a positive integer, got {max_rank!r}")
-    if not isinstance(products, str) or products not in MATMUL_CHOICES:
+    chosen: Any = products
+    if not isinstance(chosen, str) or chosen not in MATMUL_CHOICES:
         raise ConfigError(f"products={short_repr(products)} is not one of {', '.join(MATMUL_CHOICES)}")
 
 

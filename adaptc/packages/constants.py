@@ -32,7 +32,7 @@ class PackagedBinding(Binding):
     that no code reads. ``owner_token`` is a token of the package that the values fit.
     """
 
-    constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    constants: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     owner_token: object = None
 
     def scale_tensor(self, fqn: str) -> Tensor | None:

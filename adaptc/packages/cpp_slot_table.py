@@ -26,6 +26,7 @@ from typing import Any
 from adaptc.binding.binding_plan_cache import takes_file_tensors
 from adaptc.packages.manifest import Input, Manifest, PackagedSite, SlotCapacity
 from adaptc.tables import dtype_name
+from adaptc.torch_typing import is_list_or_tuple
 
 METADATA_KEY = "adaptc_slots"
 VERSION = 1
@@ -82,5 +83,5 @@ def _reason_closed(s: PackagedSite, m: Manifest) -> str:
 def _format_field(value: Any) -> str:
     if value is None or value == () or value == []:
         return "-"
-    text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    text = ",".join(map(str, value)) if is_list_or_tuple(value) else str(value)
     return text.replace("\t", "\\t").replace("\n", "\\n")

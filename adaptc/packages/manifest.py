@@ -17,12 +17,12 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf, isinf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load, save
@@ -39,6 +39,7 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.runtime.calls.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
 from adaptc.state.adaptation import ATTACHMENT_SCHEMA, check_header
+from adaptc.torch_typing import is_dict
 
 FORMAT = 4
 MANIFEST = "data/extra/adaptc.json"
@@ -134,7 +135,7 @@ class Manifest:
     inputs: Sequence[Input]
     ranges: Mapping[str, tuple[float, float]]
     sites: Sequence[PackagedSite] = ()
-    rooms: Mapping[str, SlotCapacity] = field(default_factory=dict)
+    rooms: Mapping[str, SlotCapacity] = field(default_factory=dict[str, SlotCapacity])
     bases: Sequence[str] = ()
     #: conditions on sizes that the compiled code relies on, beside ``ranges``
     guards: Sequence[str] = ()
@@ -142,7 +143,7 @@ class Manifest:
     products: Sequence[Mapping[str, Any]] = ()
     #: "count", how many adapters a bank has room for, and "names", of those in it, by place; None for no bank
     bank: Mapping[str, Any] | None = None
-    parts: Mapping[str, PackagedPart] = field(default_factory=dict)
+    parts: Mapping[str, PackagedPart] = field(default_factory=dict[str, PackagedPart])
     torch: str = torch.__version__
     format: int = FORMAT
 
@@ -156,8 +157,8 @@ class Contents:
     """
 
     manifest: Manifest
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    package_files: Mapping[str, bytes] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    package_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 def write(path: Path, contents: Contents) -> None:
@@ -208,7 +209,7 @@ def is_package(path: Path) -> bool:
 
 
 @contextmanager
-def as_checkpoint_errors(path: Path) -> Iterator[None]:
+def as_checkpoint_errors(path: Path) -> Generator[None]:
     """Run the block with every error turned into a CheckpointError that names the file, BackendError excepted."""
     try:
         yield
@@ -227,7 +228,7 @@ def _read(path: Path, archive: Archive) -> Contents:
     data = parse_json(
         archive.read_record(MANIFEST, _MAX_JSON_BYTES), allow_nan=True
     )  # an input may be the constant inf
-    if not isinstance(data, dict) or "format" not in data:
+    if not is_dict(data) or "format" not in data:
         raise UnsafeFile("its manifest has no format number")
     if data["format"] != FORMAT:
         raise CheckpointError(
@@ -340,7 +341,7 @@ def _capacity_data(room: SlotCapacity) -> dict[str, Any]:
 
 
 def _dtypes_to_strings(value: Any) -> Any:
-    if isinstance(value, dict):
+    if is_dict(value):
         return {k: _dtypes_to_strings(v) for k, v in value.items()}
     return str(value) if isinstance(value, torch.dtype) else value
 
@@ -408,7 +409,7 @@ _TARGET_BY_NAME = {str(target): target for target in LAYER_OPS}
 
 
 def _lists_to_tuples(value: Any) -> Any:
-    return tuple(_lists_to_tuples(v) for v in value) if isinstance(value, list) else value
+    return tuple(_lists_to_tuples(v) for v in cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def _parse_dtype(name: str) -> torch.dtype:

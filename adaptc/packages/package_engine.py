@@ -42,7 +42,7 @@ class IndexedRows(RowSelection):
     ``index_by_name``: the index of each adapter in the code. ``capacity``: the number of indices.
     """
 
-    index_by_name: Mapping[str, int] = field(default_factory=dict)
+    index_by_name: Mapping[str, int] = field(default_factory=dict[str, int])
     capacity: int = 0
 
     def code_coefficients(self, rows: int, device: torch.device) -> Tensor:

@@ -35,7 +35,7 @@ class Indices:
     ``incomplete``: the names of adapters whose indices may hold a mix of two adapters' values, after interrupts.
     """
 
-    index_by_name: Mapping[str, int] = field(default_factory=dict)
+    index_by_name: Mapping[str, int] = field(default_factory=dict[str, int])
     incomplete: frozenset[str] = frozenset()
 
     def without_stale(self, adapters: Mapping[str, Binding]) -> Self:

@@ -76,7 +76,8 @@ def package_program(
     cannot be compiled, as without a C++ compiler. Raises CheckpointError where the file cannot be written. ``path`` is
     then as it was.
     """
-    if not isinstance(program, AdaptedProgram):
+    given: Any = program  # callers may give anything
+    if not isinstance(given, AdaptedProgram):
         raise ConfigError(f"package takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}")
     program = program.snapshot()
     check_package_options(path, max_rank, products)
@@ -236,13 +237,15 @@ class PackageBuilder:
 
     def describe_inputs(self, program: ExportedProgram, checker: Inputs) -> list[Input]:
         """Return the flat inputs of a program as its manifest has them."""
-        args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+        examples: Any = program.example_inputs  # never None: checked by the caller
+        args, kwargs = examples
         written_names = {*written_placeholders(program.graph), *program.graph_signature.user_inputs_to_mutate.values()}
-        specs = []
+        specs: list[Input] = []
         for value, (name, expected) in zip(checker(args, kwargs), checker.expected, strict=True):
             if isinstance(value, Tensor):
-                order = range(value.ndim) if value.is_contiguous() else value.dim_order()
-                specs.append(Input(name, expected, None, tuple(order), name in written_names))
+                untyped: Any = value  # torch gives dim_order no types
+                order = tuple(range(value.ndim)) if value.is_contiguous() else tuple(untyped.dim_order())
+                specs.append(Input(name, expected, None, order, name in written_names))
             else:
                 specs.append(Input(name, None, expected))
         return specs

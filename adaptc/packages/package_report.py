@@ -16,6 +16,7 @@ from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Contents, Manifest
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.packages.pad_adapter import AdapterPadder
+from adaptc.passes.protocol.method import Method
 from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, to_json_value, with_count
 
 
@@ -102,8 +103,8 @@ class PackageReport(Report):
     def _from_manifest(
         cls, path: Path, m: Manifest, binding: Binding | None, rank_capacities: Mapping[str, int]
     ) -> PackageReport:
-        methods = {} if binding is None else binding.methods
-        sites = []
+        methods: Mapping[str, Method] = {} if binding is None else binding.methods
+        sites: list[PackageSite] = []
         for s in m.sites:
             a, method = s.attachment, methods.get(s.attachment.id)
             rank = None if method is None else method.sizes.rank()

@@ -135,7 +135,7 @@ class AdapterPadder:
                 binding.changed_base.get(fqn, self.stored_tensors[f"base.{fqn}"]).detach().to(self.shapes[fqn][1])
             )
         adapter_storages = {memory_address(t) for t in (*binding.values.values(), *binding.changed_base.values())}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for fqn, value in padded.items():
             own_value = value.to(self.device)
             tensors[fqn] = own_value.clone() if memory_address(own_value) in adapter_storages else own_value

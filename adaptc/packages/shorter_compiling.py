@@ -21,7 +21,7 @@ import dataclasses
 import gc
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ from adaptc.progress import LOGGER
 
 
 @contextmanager
-def equal_ops_once() -> Iterator[None]:
+def equal_ops_once() -> Generator[None]:
     """Run the block with programs lowered by ``lower_once`` where AOTInductor compiles them in this thread."""
     from torch._inductor import compile_fx as module
 
@@ -97,7 +97,7 @@ def _exported(usual: Any, module: fx.GraphModule, args: Sequence[Any], options: 
 
 
 def _fakes(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    fake, made = fake_maker(graph), {}
+    fake, made = fake_maker(graph), dict[str, Tensor]()
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
             raise NotOnce(f"{name} is a tensor of a special kind")
@@ -106,7 +106,7 @@ def _fakes(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def one_check_of_instructions() -> Iterator[None]:
+def one_check_of_instructions() -> Generator[None]:
     """Run the block with inductor checking vector instructions up to the first kind that works, which it uses.
 
     Each check compiles and loads a small library. Nothing is checked less, or otherwise, than inductor does. It checks
@@ -137,7 +137,7 @@ _FROZEN_AT_START = 1000
 
 
 @contextmanager
-def older_objects_spared() -> Iterator[None]:
+def older_objects_spared() -> Generator[None]:
     """Run the block with the garbage collector passing over the objects that exist already.
 
     It is off under the lock on graphs, but torch collects by itself while it compiles, each time over every object of

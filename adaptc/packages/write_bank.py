@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ def package_bank(
     if not members:
         raise ConfigError("the bank is empty: a package of it is made for adapters like those that are in it")
     count = capacity if capacity is not None else bank.capacity or len(members) + 1
-    if not isinstance(count, int) or isinstance(count, bool) or count < len(members):
+    given: Any = count  # callers may give anything
+    if not isinstance(given, int) or isinstance(given, bool) or count < len(members):
         raise ConfigError(
             f"capacity={short_repr(capacity)} is no number of adapters from {len(members)}, which are in it"
         )
@@ -124,7 +126,7 @@ class _BankPackageBuilder(PackageBuilder):
             for w in [self.base_weight(a)]
         ]
         is_single_model = self.placement.part_outputs is None
-        models, parts, products = dict[str, ExportedProgram](), dict[str, PackagedPart](), []
+        models, parts, products = dict[str, ExportedProgram](), dict[str, PackagedPart](), list[Any]()
         for name, (source, outputs) in _bank_sources(self.placement).items():
             lifted = LiftedProgram(source.export_program(stack, self.capacity))
             remove_slots(lifted, self.unused_slots & lifted.placeholders.keys())
@@ -136,7 +138,7 @@ class _BankPackageBuilder(PackageBuilder):
             products += matmuls.table_rows()
         inputs_by_name = {i.name: i for one in parts.values() for i in one.inputs}
         ranges = {size: limits for one in parts.values() for size, limits in one.ranges.items()}
-        guards = parts[SINGLE_MODEL].guards if is_single_model else []
+        guards: Sequence[str] = parts[SINGLE_MODEL].guards if is_single_model else []
         bank_data = {"count": self.capacity, "names": list(self.members)}
         manifest = Manifest(
             self.device(),

@@ -59,7 +59,7 @@ def _runs_with_sizes(program: ExportedProgram, inputs: Inputs, sizes: dict[str, 
             with mode:
                 expected = torch.empty(shape, dtype=expected.dtype)
         user_inputs.append(expected)
-    lifted_values = [lifted.tensor(fqn) for fqn in lifted.placeholders]
+    lifted_values: list[Any] = [lifted.tensor(fqn) for fqn in lifted.placeholders]
     fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in lifted_values]
     try:
         with mode, torch.no_grad():

@@ -350,4 +350,5 @@ class AdaptedProgram(ScalableProgram):
             the program.
         """
         with hold_graph_lock():
-            return LiftedProgram(self.snapshot()).finish().run_decompositions(*args, **kwargs)
+            program: Any = LiftedProgram(self.snapshot()).finish()  # torch types this method by halves
+            return program.run_decompositions(*args, **kwargs)

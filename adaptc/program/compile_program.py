@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -62,6 +62,7 @@ from adaptc.targets.attention_plan import plan_attention
 from adaptc.targets.merge_plans import merge_plans
 from adaptc.targets.plan_layers import Plan, plan_layers
 from adaptc.targets.program_plan import plan_program
+from adaptc.torch_typing import is_list_or_tuple, named_modules
 
 P = TypeVar("P", bound=ProgramCore)
 
@@ -135,7 +136,8 @@ def plan_adapters(
     override: Any = None,
 ) -> CompilePlan:
     """Capture ``model`` and plan its sites: the first half of ``adaptc.compile``, which makes no values yet."""
-    if not isinstance(form, str) or form not in FORMS:
+    given: Any = form  # callers may give anything
+    if not isinstance(given, str) or given not in FORMS:
         raise ConfigError(f"form={short_repr(form)} is not one of {', '.join(FORMS)}")
     by_name = adapters_by_name(config)
     requests = _parse_requests(config, by_name, adapter_name, key_mapping, component, override)
@@ -255,7 +257,7 @@ def _check_methods(spec: BindingSpec) -> None:
                 check_program_promises(method, op)
                 continue
             half = spec.weights[a.fqn].dtype.itemsize < 4
-            methods_to_check.setdefault(type(method), {})[(method, op, half)] = None
+            methods_to_check.setdefault(cast(type[Method], type(method)), {})[(method, op, half)] = None
     for sites in methods_to_check.values():
         smallest = min(sites, key=lambda site: prod(site[1].shape))
         for site in sites:
@@ -270,10 +272,11 @@ def _parse_requests(
     component: str | None,
     override: Any,
 ) -> list[AdapterRequest]:
+    given: list[tuple[str, Any]]
     if by_name is not None:
         given = list(by_name.items())
     else:
-        given = [(name, c) for c in (config if isinstance(config, (list, tuple)) else [config])]
+        given = [(name, c) for c in (config if is_list_or_tuple(config) else [config])]
     if not given:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
     read = [_read_adapter(c, key_mapping) for _, c in given]
@@ -355,7 +358,7 @@ def _transposed_experts(model: Any) -> frozenset[str]:
     """Return the modules that store stacked experts as (experts, in, out), by transformers' own flag."""
     if not isinstance(model, nn.Module):
         return frozenset()
-    return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
+    return frozenset(n for n, m in named_modules(model) if getattr(m, "is_transposed", False))
 
 
 def _is_trainable(adapter: PlannedAdapter, training: bool) -> bool:

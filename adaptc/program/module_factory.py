@@ -4,12 +4,12 @@ packed sequences."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.capture.capture import PretrainedFacts
@@ -49,7 +49,7 @@ class ProgramModuleFactory:
         Raises AdaptcError where the program does not end in one linear layer ``head_path``.
         """
         graph = ExportedProgram.module(program, check_guards=self.check_guards)
-        values = {} if program.current is None else program.current.values
+        values: Mapping[str, Tensor] = {} if program.current is None else program.current.values
         trainable = {id(t) for t in values.values() if t.requires_grad}
         for p in graph.parameters():
             p.requires_grad_(id(p) in trainable)
@@ -62,7 +62,7 @@ class ProgramModuleFactory:
         # Torch's compilers and the writer of packages ask without guards: they can only take torch's own operators.
         chosen = (choose_matmul, choose_for_gradient) if fuse and self.check_guards and chooses_matmuls() else None
         result = fuse_training(graph, fuse=fuse, logits=logits, choose=chosen)
-        found = {} if chosen is None else result.data[-1]
+        found: dict[str, Any] = {} if chosen is None else result.data[-1]
         if self.check_guards:  # the graph that a compiler asks for, without guards, keeps its sizes as operators
             CallSizesDirectly()(graph.graph)
             graph.recompile()

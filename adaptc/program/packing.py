@@ -20,6 +20,7 @@ from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.train.recomputed import RecomputedSegment
 from adaptc.program.compile_program import compile_model
 from adaptc.program.recapture import adapter_in_memory, isolated_capture, rebuild_model
+from adaptc.torch_typing import manual_seed, named_modules
 from adaptc.training.packed_calls import SEQUENCE_BOUNDS
 from adaptc.training.pretrained_module import PretrainedModule
 
@@ -58,7 +59,7 @@ def make_packed_module(module: PretrainedModule, has_mask: bool) -> PretrainedMo
 
 def _share_tensors(module: PretrainedModule, new: PretrainedModule) -> None:
     """Let ``new`` read the parameters and buffers of ``module``, and run the hooks on its input embeddings."""
-    for path, holder in [("", module), *module.named_modules()]:
+    for path, holder in [("", module), *named_modules(module)]:
         theirs = _find_submodule(new, path)
         if theirs is not None:
             for own in (theirs, new.graph_module) if not path else (theirs,):
@@ -96,7 +97,7 @@ def find_bounds_read(module: PretrainedModule) -> list[str]:
     bounds: dict[str, Any] = dict(zip(SEQUENCE_BOUNDS, (ends, ends, longest, longest, index), strict=True))
 
     def logits(**more: Any) -> Tensor:
-        torch.manual_seed(0)  # both runs draw the same dropout
+        manual_seed(0)  # both runs draw the same dropout
         return model(input_ids=ids, position_ids=positions, use_cache=False, **more).logits
 
     with isolated_capture(module), torch.no_grad():

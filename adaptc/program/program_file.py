@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,9 +34,11 @@ from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.higher_order import find_higher_order_calls
 from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.pass_infra import PassManager
 from adaptc.passes.graph.torch_caches import drop_dead_code, release_shape_env
 from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
 from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.program.read_program_file import read_program
@@ -45,6 +47,7 @@ from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
 from adaptc.state.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.state.core import ProgramCore
+from adaptc.torch_typing import named_modules
 
 P = TypeVar("P", bound=ProgramCore)
 
@@ -74,7 +77,7 @@ def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[st
 
 
 @contextlib.contextmanager
-def _expanded_allowed(program: ExportedProgram) -> Iterator[None]:
+def _expanded_allowed(program: ExportedProgram) -> Generator[None]:
     """Run the block without torch's warning about memory that no tensor fills, which torch writes as it is.
 
     The warning is no alarm for tensors that are views of one number, where that number is all there is. A program has
@@ -102,7 +105,7 @@ def _without_empty_blocks(program: ExportedProgram, path: Path) -> ExportedProgr
     """
     root = program.graph_module
     empty_blocks = [c.node.name for c in find_higher_order_calls(root) if c.is_empty()]
-    for name, module in root.named_modules():
+    for name, module in named_modules(root):
         found = find_higher_order_calls(module) if isinstance(module, fx.GraphModule) else []
         if any(c.has_no_outputs() for c in found if name or c.node.name not in empty_blocks):
             raise CheckpointError(
@@ -196,8 +199,8 @@ def _read_binding(
         fqn: lifted.tensor(fqn) for a in attachments_found if a.adapter not in stored["parts"] for fqn in a.tensor_names
     }
     for name, part in stored["parts"].items():
-        beside = {} if parts else {k: stored[k] for k in ("unread", "carried")}
-        own = {**stored, "unread": {}, "carried": [], **beside, **part}
+        beside: dict[str, Any] = {} if parts else {k: stored[k] for k in ("unread", "carried")}
+        own: dict[str, Any] = {**stored, "unread": {}, "carried": [], **beside, **part}
         parts[name] = _read_adapter_binding(lifted, [a for a in attachments_found if a.adapter == name], own, source)
     return stack_bindings(parts, attachments_found, gone)
 
@@ -208,7 +211,7 @@ def _read_adapter_binding(
     config = config_from_dict(stored["config"])
     present = set(stored["present"])
     values: dict[str, torch.Tensor] = {}
-    methods, ops = {}, {}
+    methods, ops = dict[str, Method](), dict[str, Op]()
     is_trainable = stored["training"] or not config.inference_mode
     for a in attachments_found:
         op = site_op(lifted, a)

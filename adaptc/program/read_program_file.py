@@ -69,7 +69,7 @@ def _graph_text(archive: Archive) -> bytes:
 
 
 try:
-    from adaptc.safe_pt2.program import read_program
+    from adaptc.safe_pt2.program import read_program  # pyright: ignore[reportUnusedImport]  # for others
 except ModuleNotFoundError as error:
     if error.name != "adaptc.safe_pt2":
         raise

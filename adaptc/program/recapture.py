@@ -6,7 +6,7 @@ tensors that the module has now. The adapter is in a form that ``compile`` takes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
 from adaptc.program.add_adapter import to_adapter_data
+from adaptc.torch_typing import fork_rng
 from adaptc.training.pretrained_module import PretrainedModule
 from adaptc.training.sharded_tensors import mesh_of
 
@@ -45,7 +46,7 @@ def adapter_in_memory(module: PretrainedModule) -> Any:
     """
     binding = module.binding()
     parts = {n: p.active_form or p for n, p in binding.joint_adapters.items()}
-    made = {}
+    made: dict[str, Any] = {}
     for n, p in (parts or {binding.name: binding.active_form or binding}).items():
         data = to_adapter_data(module.program, n, p)
         made[n] = data.with_config({**(data.config or {}), "layer_replication": None})
@@ -53,8 +54,8 @@ def adapter_in_memory(module: PretrainedModule) -> Any:
 
 
 @contextmanager
-def isolated_capture(module: PretrainedModule) -> Iterator[None]:
+def isolated_capture(module: PretrainedModule) -> Generator[None]:
     """Run the block so that captures in it neither depend on training nor change it: the random state is put back after
     it, and autocast is off, so that it is not written into a graph."""
-    with torch.random.fork_rng(), torch.autocast(module.device.type, enabled=False):
+    with fork_rng(), torch.autocast(module.device.type, enabled=False):
         yield

@@ -15,7 +15,10 @@ from adaptc.errors import TargetError
 #: layer of one expert -> its part of a stacked parameter
 EXPERT_LAYER_PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 #: stacked parameter -> its parts, in the order of its rows; the order is also that in which modules register them
-STACKED_PARAMETERS = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+STACKED_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "experts.gate_up_proj": ("gate", "up"),
+    "experts.down_proj": ("down",),
+}
 
 
 def check_no_single_experts(targets: Any, modules: Collection[str], weights: Iterable[str]) -> None:

@@ -6,13 +6,15 @@ there before. Outputs and gradients are those of the graph, bit for bit: dropout
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.utils import checkpoint
+from torch.utils import checkpoint as checkpointing
 
-_CHECKPOINT: Any = checkpoint  # torch gives its function no types
+#: torch gives its arguments no types
+checkpoint: Callable[..., Any] = cast(Any, checkpointing).checkpoint
 
 
 class RecomputedSegment(nn.Module):
@@ -29,5 +31,5 @@ class RecomputedSegment(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         if self.is_enabled and self.training and torch.is_grad_enabled():
-            return _CHECKPOINT.checkpoint(self.body, *inputs, use_reentrant=False)
+            return checkpoint(self.body, *inputs, use_reentrant=False)
         return self.body(*inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
 from adaptc.binding.binding import ResolvedAdapter
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.methods import AdapterConfig, config_class
+from adaptc.torch_typing import is_mapping, is_path
 
 
 def as_config(config: Any) -> AdapterConfig:
@@ -24,9 +24,9 @@ def as_config(config: Any) -> AdapterConfig:
     if isinstance(config, AdapterConfig):
         config.check_types()  # fields may have been set since it was made
         return config
-    if isinstance(config, (str, os.PathLike)):
+    if is_path(config):
         return config_from_dict(read_config(config))
-    if isinstance(config, Mapping):
+    if is_mapping(config):
         return config_from_dict(config)
     if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
         return config_from_peft(config)

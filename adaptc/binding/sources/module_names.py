@@ -7,6 +7,7 @@ diffusers, or of the original code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ _TEXT_MODEL_PREFIX = "text_model."
 class ModuleNames:
     """The names of a model's modules that have a weight called ``weight``, in the spellings that files use."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Any]) -> None:
         self.shapes = {
             fqn.removesuffix(".weight"): tuple(t.shape)
             for fqn, t in weights.items()

@@ -23,6 +23,7 @@ from adaptc.binding.sources.configs import config_from_dict
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.methods import pattern_value
 from adaptc.targets.expert_targets import EXPERT_LAYER_PARTS, STACKED_PARAMETERS
+from adaptc.torch_typing import block_diag
 
 _KEY = re.compile(rf"((.+)\.experts\.(\d+)\.({'|'.join(EXPERT_LAYER_PARTS)}))\.lora_([AB])\.weight")
 _MIXTRAL_MOE = ".block_sparse_moe."  # Mixtral's, now ``.mlp.``
@@ -105,7 +106,7 @@ def _stack_factors(
                     "projection of each."
                 )
         downs += [tensors[e, part, "A"] for part in projections]
-        ups.append(torch.block_diag(*(tensors[e, part, "B"] for part in projections)))
+        ups.append(block_diag(*(tensors[e, part, "B"] for part in projections)))
     try:
         return torch.cat(downs), torch.stack(ups, -1).flatten(1)
     except RuntimeError as error:
@@ -127,7 +128,7 @@ def _convert_config(
                 "parameter; such an adapter cannot be converted."
             )
     modules = {k.partition(".lora_")[0] for k in new_keys if ".lora_" in k and ".experts" not in k}
-    targets = config.get("target_modules") or []
+    targets: Any = config.get("target_modules") or []
     if isinstance(targets, str):
         new["target_modules"] = sorted(modules)
     else:

@@ -99,7 +99,7 @@ def with_targets(
     """
     if config.target_modules is not None:
         return config
-    names, modules = ModuleNames(weights), {}
+    names, modules = ModuleNames(weights), dict[str, None]()
     for key in tensors:
         if key in weights:
             continue

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import ConfigError, short_repr
+from adaptc.torch_typing import is_list_or_tuple
 
 _INTEGER_OPTIONS = (
     "max_length max_new_tokens min_length min_new_tokens num_beams num_return_sequences top_k no_repeat_ngram_size "
@@ -38,17 +39,17 @@ _GENERATED_TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def _is_token_ids(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim < 2 and not value.is_floating_point()
-    return _is_integer(value) or (isinstance(value, (list, tuple)) and all(map(_is_token_ids, value)))
+    return _is_integer(value) or (is_list_or_tuple(value) and all(map(_is_token_ids, value)))
 
 
 def _is_callable_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(callable, value))
+    return is_list_or_tuple(value) and all(map(callable, value))
 
 
 #: (what the option takes, for the message; whether a value is that)
@@ -56,7 +57,7 @@ _Rule = tuple[str, Callable[[Any], bool]]
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_INTEGER_OPTIONS.split(), ("a whole number", _is_integer)),
     **dict.fromkeys(
-        _NUMBER_OPTIONS.split(), ("a number", lambda v: isinstance(v, (Real, Tensor)) and not isinstance(v, bool))
+        _NUMBER_OPTIONS.split(), ("a number", lambda v: not isinstance(v, bool) and isinstance(v, (Real, Tensor)))
     ),
     **dict.fromkeys(_BOOLEAN_OPTIONS.split(), ("True or False", lambda v: isinstance(v, bool))),
     **dict.fromkeys(_TOKEN_OPTIONS.split(), ("the number of a token, or a list of them", _is_token_ids)),

@@ -16,6 +16,7 @@ from adaptc.errors import AdaptcError, short_repr
 from adaptc.generation.cache.cache_layout import CacheLayout, check_row_indices
 from adaptc.generation.cache.cache_prefix import CachePrefix
 from adaptc.generation.cache.sliding_window import RingRange
+from adaptc.torch_typing import attributes_of
 
 
 class CacheInterface:
@@ -117,7 +118,8 @@ class CacheInterface:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, one copy after another."""
-        if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+        given: Any = repeats  # callers may give anything
+        if not isinstance(given, int) or isinstance(given, bool) or repeats < 1:
             raise AdaptcError(
                 f"repeats={short_repr(repeats)} must be a number of one or more: how often each row is there"
             )
@@ -155,22 +157,22 @@ class CacheChange:
 
     def __enter__(self) -> None:
         past = self.past
-        kept = dict(vars(past), mask=past.mask.clone())
+        kept = dict(attributes_of(past), mask=past.mask.clone())
         if self.flag_name == "generating" and past.length:
             self.saved_last_position = [t.clone() for t in past.last_position()]
         self.restore_point = kept
-        vars(past)[self.flag_name] = True
+        attributes_of(past)[self.flag_name] = True
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         # The mark is removed last: a call that is interrupted before that counts as failed.
-        vars(self.past).update(
+        attributes_of(self.past).update(
             {self.flag_name: self.restore_point[self.flag_name]} if kind is None else self._restore()
         )
 
     def _restore(self) -> dict[str, bool]:
         """Restore the cache, which stays marked until that is done, and return the marks that it has then."""
         past, kept = self.past, self.restore_point
-        vars(past).update(kept, unfinished=True)
+        attributes_of(past).update(kept, unfinished=True)
         for now, was in zip(past.last_position(), self.saved_last_position, strict=False):
             now.copy_(was)
         if not past.is_intact and past.length <= past.prefix_length:

@@ -18,6 +18,7 @@ from adaptc.capture.explain_failure import run_model
 from adaptc.errors import AdaptcError, CaptureError, short_repr
 from adaptc.passes.analysis.cache_inputs import KV_KINDS as KEY_VALUE_KINDS
 from adaptc.passes.analysis.cache_inputs import STATE, cache_input_name, pass_prefix
+from adaptc.torch_typing import to_python
 
 #: the cache layers of transformers that keep keys and values, of all positions or of a sliding window
 _ATTENTION_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -206,5 +207,5 @@ def check_row_indices(indices: Any, rows: int) -> Tensor:
         found = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else short_repr(indices)
         raise AdaptcError(f"rows of a cache are chosen by a tensor (rows,) of int64, got {found}")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
-        raise AdaptcError(f"the cache has {rows} rows, and rows {short_repr(indices.tolist())} are asked for")
+        raise AdaptcError(f"the cache has {rows} rows, and rows {short_repr(to_python(indices))} are asked for")
     return indices

@@ -11,7 +11,7 @@ are given the position at each entry instead. Everything else in a mask is the m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,18 +90,19 @@ class RingMasks:
 
 
 @contextlib.contextmanager
-def ring_masks() -> Iterator[None]:
+def ring_masks() -> Generator[None]:
     """Run the block with :class:`RingMasks` in the place of transformers' "sdpa" and "eager" mask functions."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
 
-    usual = {name: FUNCTIONS[name] for name in ("sdpa", "eager")}
+    functions: Any = FUNCTIONS  # of a class without types
+    usual = {name: functions[name] for name in ("sdpa", "eager")}
     for name, function in usual.items():
-        FUNCTIONS[name] = RingMasks(function, is_additive=name == "eager")  # type: ignore[assignment]
+        functions[name] = RingMasks(function, is_additive=name == "eager")
     try:
         yield
     finally:
         for name, function in usual.items():
-            FUNCTIONS[name] = function
+            functions[name] = function
 
 
 def choose_ring_size(window: int, filled: int, tokens: int, allocated: int, current: int) -> int:

@@ -71,7 +71,7 @@ class StepCache(CacheInterface):
 
         Memory is allocated by the first step, which says how many rows there are.
         """
-        empty = {**self._empty_attributes(), "tensors": [], "left_padding": None, "active_from": {}}
+        empty: dict[str, Any] = {**self._empty_attributes(), "tensors": [], "left_padding": None, "active_from": {}}
         marks = {"unfinished": False, "generating": False}
         self._set_attributes(
             prefix=prefix, length=prefix.count, ring_range=RingRange(0, prefix.count), **marks, **empty
@@ -325,7 +325,8 @@ class StepCache(CacheInterface):
         if self.prefix is not None:
             self.start_with_prefix(self.prefix)
             return
-        empty = {"mask": torch.ones_like(self.mask), "length": 0, "ring_range": RingRange(), "active_from": {}}
+        empty: dict[str, Any] = {"mask": torch.ones_like(self.mask), "length": 0, "ring_range": RingRange()}
+        empty["active_from"] = {}
         self._set_attributes(unfinished=False, generating=False, **empty | self._empty_attributes())
 
     def _empty_attributes(self) -> dict[str, Any]:

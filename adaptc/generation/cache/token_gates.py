@@ -71,7 +71,7 @@ class TokenGates:
 
     names: Sequence[str]
     gates: Sequence[Gates]
-    prompt_values: Mapping[str, Tensor] = field(default_factory=dict)
+    prompt_values: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     offset: int = 0
 
     @classmethod
@@ -161,7 +161,7 @@ class TokenGates:
 def _gates_of_binding(program: Any, binding: Any) -> Gates:
     """Return the token coefficients of the adapter in ``binding`` with their slots; empty for the base."""
     gates: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
-    values = {} if binding is None else binding.values
+    values: Mapping[str, Tensor] = {} if binding is None else binding.values
     for a in program.adaptation.attachments:
         for name in gate_names_of_method(a.method):
             c = a.method.extra_inputs.coefficients()[name]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from adaptc.generation.modes.static_step import (
 )
 from adaptc.generation.modes.step_draw import StepDraw
 from adaptc.tables import format_bytes
+from adaptc.torch_typing import to_python
 
 _ROWS = 3
 
@@ -59,7 +60,7 @@ class RecurrentMode(CacheMode):
         layout: CacheLayout,
         size_limit: int | None = None,
         token_gate_inputs: Sequence[str] = (),
-    ) -> Iterator[StepExample]:
+    ) -> Generator[StepExample]:
         refuse_token_gates(token_gate_inputs, f"{type(model).__name__} would generate from a state")
         assert isinstance(layout, StateLayout)
         cache_argument, takes = find_cache_argument(model, "cache_params"), inspect.signature(model.forward).parameters
@@ -96,7 +97,7 @@ class RecurrentMode(CacheMode):
         self, step: StepFunction, past: StepCache, inputs: Inputs, tokens: int, logits_to_keep: int | Tensor
     ) -> Tensor:
         cached_length = past.length
-        logit_indices = last_token_indices(logits_to_keep, tokens, torch.device("cpu")).tolist()
+        logit_indices = to_python(last_token_indices(logits_to_keep, tokens, torch.device("cpu")))
         wanted = set(logit_indices)
         states = dict(zip(past.layout.names, past.tensors, strict=True))
         logits: dict[int, Tensor] = {}

@@ -8,7 +8,7 @@ cache.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class PackedAttention:
         out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
         if groups == 1:
             return out.transpose(1, 2).contiguous(), None
-        apart = out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4)
+        untyped: Any = out  # torch gives unflatten no types
+        apart: Tensor = untyped.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4)
         return apart.contiguous().view(batch, length, heads, value.shape[-1]), None
 
     def _float_mask(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -110,15 +111,17 @@ def _is_bool_mask(mask: Any) -> bool:
 
 
 @contextlib.contextmanager
-def packed_attention() -> Iterator[None]:
+def packed_attention() -> Generator[None]:
     """Run the block with :class:`PackedAttention` in the place of transformers' "sdpa" attention and masks."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
 
-    usual, mask = ATTENTION["sdpa"], MASKS["sdpa"]
+    functions: Any = ATTENTION  # of a class without types
+    masks: Any = MASKS
+    usual, mask = functions["sdpa"], masks["sdpa"]
     packed = PackedAttention(usual)
-    ATTENTION["sdpa"], MASKS["sdpa"] = packed, packed.wrap_mask_function(mask)  # type: ignore[assignment]
+    functions["sdpa"], masks["sdpa"] = packed, packed.wrap_mask_function(mask)
     try:
         yield
     finally:
-        ATTENTION["sdpa"], MASKS["sdpa"] = usual, mask
+        functions["sdpa"], masks["sdpa"] = usual, mask

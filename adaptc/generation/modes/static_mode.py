@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -52,7 +52,7 @@ class StaticMode(CacheMode):
         layout: CacheLayout,
         size_limit: int | None = None,
         token_gate_inputs: Sequence[str] = (),
-    ) -> Iterator[StepExample]:
+    ) -> Generator[StepExample]:
         cache_argument, parameters = find_cache_argument(model), inspect.signature(model.forward).parameters
         with_positions, with_embeds = "position_ids" in parameters, "inputs_embeds" in parameters
         step = example_step(model, layout, with_positions, with_embeds, size_limit, self.uses_rings)

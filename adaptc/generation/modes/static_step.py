@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -107,14 +107,16 @@ def equate_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -
 
 
 @contextlib.contextmanager
-def replaced_embeddings(model: Any, inputs_embeds: Tensor | None, is_embedded: Tensor | None) -> Iterator[None]:
+def replaced_embeddings(model: Any, inputs_embeds: Tensor | None, is_embedded: Tensor | None) -> Generator[None]:
     """Run the block with an input embedding that gives ``inputs_embeds`` where ``is_embedded`` is true."""
     if inputs_embeds is None or is_embedded is None:
         yield
         return
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, out: torch.where(is_embedded, inputs_embeds.to(out.dtype), out)
-    )
+
+    def replace_rows(module: Any, args: Any, out: Tensor) -> Tensor:
+        return torch.where(is_embedded, inputs_embeds.to(out.dtype), out)
+
+    hook = model.get_input_embeddings().register_forward_hook(replace_rows)
     try:
         yield
     finally:
@@ -201,8 +203,12 @@ def cache_over_tensors(tensors: list[Tensor], slots: Tensor, layout: CacheLayout
     found = [(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
     layers = [_written_layer_class()(*one, one[-1] and use_rings) for one in found]
     made = Cache(layers=layers)
+
     # Captures that copy equal layers ask by this which tensors and settings belong to layer i.
-    vars(made)["traced_layer"] = lambda i: (layers[i].given_tensors, (layers[i].is_sliding, layers[i].is_ring))
+    def traced_layer(i: int) -> tuple[Any, tuple[bool, bool]]:
+        return layers[i].given_tensors, (layers[i].is_sliding, layers[i].is_ring)
+
+    vars(made)["traced_layer"] = traced_layer
     return made
 
 
@@ -210,11 +216,13 @@ def cache_over_tensors(tensors: list[Tensor], slots: Tensor, layout: CacheLayout
 def _written_layer_class() -> type:
     from transformers.cache_utils import StaticLayer
 
-    class WrittenLayer(StaticLayer):
+    layer_class: Any = StaticLayer  # its types leave out what is a tensor here
+
+    class WrittenLayer(layer_class):
         """A layer of transformers' static cache over given tensors, written at given positions."""
 
         def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, is_sliding: bool, is_ring: bool) -> None:
-            super().__init__(keys.shape[2])
+            layer_class.__init__(self, keys.shape[2])
             self.keys, self.values, self.slots = keys, values, slots
             self.given_tensors = keys, values
             self.is_sliding, self.is_ring = is_sliding, is_ring

@@ -83,7 +83,7 @@ def draw_examples(draw_inputs: DrawInputs, device: torch.device, options: Mappin
 
 def draw_probe_steps(draw_inputs: DrawInputs, device: torch.device) -> list[dict[str, Tensor]]:
     """Draw the inputs of two steps of three rows, with equal sizes but different tokens and cache contents."""
-    out = []
+    out: list[dict[str, Tensor]] = []
     for seed in (1, 2):
         draw = StepDraw(torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed))
         made = draw_inputs(draw, 3)

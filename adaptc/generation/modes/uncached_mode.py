@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class UncachedMode(CacheMode):
         layout: CacheLayout,
         size_limit: int | None = None,
         token_gate_inputs: Sequence[str] = (),
-    ) -> Iterator[StepExample]:
+    ) -> Generator[StepExample]:
         """Return a context as :meth:`CacheMode.capture` does.
 
         Raises CaptureError for a model whose forward takes no attention_mask, because the rows of a batch could not

@@ -260,7 +260,9 @@ def _refuse_unknown_inputs(adapter_inputs: Mapping[str, Any]) -> None:
 
 def _tensor_versions(program: Any, binding: Any) -> list[tuple[int, int]]:
     """Return (number of writes, address) of each tensor that a step may read."""
-    base = program.base_tensors if isinstance(program, ProgramCore) else {}  # the weights of a package are constant
+    base: Mapping[str, Any] = {}  # the weights of a package are constant
+    if isinstance(program, ProgramCore):
+        base = program.base_tensors
     tensors = [t for t in (*base.values(), *binding.values.values()) if isinstance(t, Tensor)]
     return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
 

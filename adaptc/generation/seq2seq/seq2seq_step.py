@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -78,9 +78,10 @@ class EncoderDescription:
         """
         model_name, main_input_name = type(model).__name__, str(getattr(model, "main_input_name", ""))
         feature_shape: tuple[int, ...] | None = None
-        conv_strides = 1, 1
+        conv_strides: tuple[int, int] = 1, 1
         if main_input_name == "input_features" and hasattr(model.config, "num_mel_bins"):
-            encoder: Any = model.get_encoder()  # type: ignore[operator]
+            whisper: Any = model
+            encoder = whisper.get_encoder()
             conv_strides = encoder.conv1.stride[0], encoder.conv2.stride[0]
             frames = conv_strides[0] * conv_strides[1] * model.config.max_source_positions  # type: ignore[union-attr]
             feature_shape = model.config.num_mel_bins, frames  # type: ignore[union-attr]
@@ -108,7 +109,7 @@ class EncoderDescription:
 
 
 @contextlib.contextmanager
-def captured_as_seq2seq_step(model: nn.Module, description: EncoderDescription) -> Iterator[StepExample]:
+def captured_as_seq2seq_step(model: nn.Module, description: EncoderDescription) -> Generator[StepExample]:
     """Run the block with ``model`` as its three parts; its own forward is restored afterwards.
 
     Raises CaptureError for a model whose forward takes no cache, or no ``encoder_outputs``.
@@ -119,7 +120,8 @@ def captured_as_seq2seq_step(model: nn.Module, description: EncoderDescription) 
     if "encoder_outputs" not in takes:
         raise CaptureError(f"the forward of {type(model).__name__} takes no encoder_outputs")
     step = _example_step(model, description, with_position_ids="decoder_position_ids" in takes)
-    original, encoder = model.forward, model.get_encoder()  # type: ignore[operator]
+    untyped: Any = model
+    original, encoder = model.forward, untyped.get_encoder()
 
     def forward(**inputs: Any) -> dict[str, Tensor]:
         equate_sizes(inputs, step.dynamic_shapes)
@@ -174,12 +176,14 @@ def _example_step(model: nn.Module, description: EncoderDescription, with_positi
 def _cross_layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
-    class CrossLayer(DynamicLayer):
+    layer_class: Any = DynamicLayer  # its __init__ has no types
+
+    class CrossLayer(layer_class):
         """A cache layer that shows the keys and values it was made with, and notes those that the model computes
         now."""
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
-            super().__init__()
+            layer_class.__init__(self)
             self.given_tensors, self.new_tensors = (keys, values), (keys, values)
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
