@@ -30,6 +30,7 @@ from adaptc.progress import stage
 from adaptc.state.core import ProgramCore
 from adaptc.targets.attach_site import MATRIX_KINDS
 from adaptc.targets.name_rules import TargetCandidate, select_targets
+from adaptc.targets.plan_layers import guess_output_head
 
 P = TypeVar("P", bound=ProgramCore)
 
@@ -52,6 +53,7 @@ class _Weight:
     kind: str
     tensor: Tensor
     class_name: str
+    is_embedding: bool = False
 
     @property
     def is_transposed(self) -> bool:
@@ -79,7 +81,7 @@ def quantize_program(
             )
         weights = _weights_of_program(still)
         source = still.adaptation.source
-        head = None if source is None else source.output_embedding
+        head = _guess_head(weights) if source is None else source.output_embedding
         chosen = _choose(weights, options, head, list(all_module_types(still)))
         schemes = {fqn: weights[fqn].scheme(options) for fqn in chosen}
         transposed = frozenset(f for f in chosen if weights[f].is_transposed)
@@ -131,6 +133,17 @@ _KIND_OF_CLASS = {
 }
 
 
+def _guess_head(weights: Mapping[str, _Weight]) -> str | None:
+    """Return the module of a program without a model that seems to be its output layer."""
+    # A tied weight also has the name that the embedding knows it by.
+    linear = [w for w in weights.values() if w.kind == "linear" and not w.class_name.endswith("Embedding")]
+    return guess_output_head(
+        {w.tensor.shape[0] for w in weights.values() if w.is_embedding},
+        {w.module: w.tensor.shape[0] for w in linear},
+        lambda module: any(w.module == module and w.is_embedding for w in weights.values()),
+    )
+
+
 def _weights_of_program(program: ExportedProgram) -> dict[str, _Weight]:
     """Return the weights of layers of a program by FQN; a tied weight has the name of the layer that it is read by."""
     lifted, types = LiftedProgram(program, edit=False), all_module_types(program)
@@ -143,7 +156,7 @@ def _weights_of_program(program: ExportedProgram) -> dict[str, _Weight]:
         kind = next((k for k in MATRIX_KINDS if k in kinds), None)
         module = fqn.rpartition(".")[0]
         if kind is not None:
-            found[fqn] = _Weight(module, kind, tensor, types.get(module, ""))
+            found[fqn] = _Weight(module, kind, tensor, types.get(module, ""), "embedding" in kinds)
     return found
 
 

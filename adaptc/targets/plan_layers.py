@@ -7,7 +7,7 @@ instead. The rules on names are in ``name_rules``; this module applies them to t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -81,6 +81,19 @@ def plan_layers(
     attachments, ConfigError for options without a meaning at a selected site.
     """
     return _LayerPlanner(config, program, facts, adapter, lifted or LiftedProgram(program, edit=False), tell).run()
+
+
+def guess_output_head(
+    vocabularies: Collection[int], outputs: Mapping[str, int], is_tied: Callable[[str], bool]
+) -> str | None:
+    """Return the module that seems to be a program's output head; None where there is not exactly one.
+
+    It is the linear layer tied to an embedding, or else the linear layer with as many outputs as an embedding has rows.
+    ``vocabularies``: the rows of embeddings. ``outputs``: linear layer -> its outputs.
+    """
+    linear = [module for module, count in outputs.items() if count in vocabularies]
+    heads = [module for module in linear if is_tied(module)] or linear
+    return heads[0] if len(heads) == 1 else None
 
 
 class _LayerPlanner:
@@ -275,18 +288,15 @@ class _LayerPlanner:
         return found
 
     def _guess_output_head(self) -> str | None:
-        """Return the module that seems to be the output head of a bare program; None where there is not exactly one.
-
-        It is the linear layer tied to an embedding, or else the linear layer with as many outputs as an embedding has
-        rows.
-        """
+        """Return the module that seems to be the output head of a bare program; None for a captured model."""
         if not self.facts.is_bare_program:
             return None
-        vocab = {s.shape[0] for s in self.sites if s.kind == "embedding"}
-        linear = [s for s in self.sites if s.kind == "linear" and s.shape[0] in vocab and s.param == "weight"]
-        tied = [s for s in linear if any(t.kind == "embedding" for t in self.parameter_planner.sites_tied_to(s))]
-        heads = tied or linear
-        return heads[0].module if len(heads) == 1 else None
+        layers = {s.module: s for s in self.sites if s.kind == "linear" and s.param == "weight"}
+        return guess_output_head(
+            {s.shape[0] for s in self.sites if s.kind == "embedding"},
+            {m: s.shape[0] for m, s in layers.items()},
+            lambda m: any(t.kind == "embedding" for t in self.parameter_planner.sites_tied_to(layers[m])),
+        )
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 

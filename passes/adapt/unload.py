@@ -55,7 +55,6 @@ class KeepRegions(Pass):
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted, count = LiftedProgram(subject), 0
         slot_fqns: dict[str, None] = {}
-        lifted.freeze()
         for node in lifted.graph.nodes:
             tag = node_tag(node)
             if tag is None or (tag["role"] != COEFFICIENT_ROLE and tag["site"] not in self.ids):
