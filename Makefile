@@ -82,6 +82,7 @@ demo-all: $(PASSED)
 	$(BIN)/python examples/train_trainer.py
 	$(BIN)/python examples/custom_module.py
 	$(BIN)/python examples/custom_method.py
+	$(BIN)/python examples/qlora.py
 
 $(PASSED): examples/quickstart.py examples/pirate.txt examples/telegram.txt $(TRAINED) | $(VENV)/.demo.stamp
 	$(QUICKSTART)
