@@ -2,9 +2,9 @@
 
 A module or exported program passes where each of its weights is a plain tensor of numbers, or a quantised weight of
 ours. ``quantized_layers`` makes the latter of the layers that are read. Otherwise a CaptureError names the first
-quantised layer, and how to get weights that can be adapted. This file knows the libraries' classes of layers and tensors,
-torch's own quantised tensors and modules, and tensors that wrap others. It also knows weights that are packed into
-integers or stored in 8-bit floats. It imports none of the libraries.
+quantised layer, and how to get weights that can be adapted. This file knows the libraries' classes of layers and
+tensors, torch's own quantised tensors and modules, and tensors that wrap others. It also knows weights that are packed
+into integers or stored in 8-bit floats. It imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ _PLAIN_LAYERS = frozenset({"bitsandbytes.nn.modules.Embedding", "bitsandbytes.nn
 #: names that only packed weights have
 _PACKED_NAMES = frozenset({"qweight", "weight_packed", "packed_weight", "W_q", "weight_q"})
 _ADVICE = (
-    f"adaptc adapts plain weights in float32, bfloat16 or float16, and reads quantised ones of these kinds: "
-    f"{READ_FORMATS}. Dequantise the model first (model.dequantize() where transformers quantised it), load it without a "
-    "quantization_config and with dtype=torch.bfloat16, or quantise it as one of these kinds"
+    "adaptc adapts plain weights in float32, bfloat16 or float16, and reads quantised ones of these kinds: "
+    f"{READ_FORMATS}. Quantise the model as one of these, dequantise it first (model.dequantize() where transformers "
+    "quantised it), or load it without a quantization_config and with dtype=torch.bfloat16"
 )
 
 

@@ -55,8 +55,8 @@ def _read_4bit(module: Any) -> QuantizedTensor:
     shape = (module.out_features, module.in_features)
     if tuple(state.shape) != shape:
         raise CaptureError(
-            f"its quant_state is of a weight {tuple(state.shape)}, and the layer has one of {shape}: quantise it from a "
-            "weight (out_features, in_features)"
+            f"its quant_state is of a weight {tuple(state.shape)}, and the layer has one of {shape}: quantise it from "
+            "a weight (out_features, in_features)"
         )
     scale_block = 0
     stored = {"table": as_plain_tensor(state.code)}

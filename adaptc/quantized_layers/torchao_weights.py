@@ -1,8 +1,8 @@
 """Read weights of torchao: ``Int8Tensor`` and ``IntxUnpackedToInt8Tensor``, whose codes are shared.
 
-These are the classes with integers that torchao makes on a CPU. ``Int8Tensor`` has a scale per row, per group of columns
-or for the whole weight; its inputs may be rounded to int8 row by row. ``IntxUnpackedToInt8Tensor`` stores codes of 1 to
-8 bits as int8, with zeros where it is asymmetric.
+These are the classes with integers that torchao makes on a CPU. ``Int8Tensor`` has a scale per row, per group of
+columns or for the whole weight; its inputs may be rounded to int8 row by row. ``IntxUnpackedToInt8Tensor`` stores codes
+of 1 to 8 bits as int8, with zeros where it is asymmetric.
 """
 
 from __future__ import annotations
