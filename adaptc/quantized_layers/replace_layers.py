@@ -19,10 +19,12 @@ from adaptc.errors import CaptureError
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.quantized_layers.bitsandbytes_layers import BITSANDBYTES
 from adaptc.quantized_layers.gguf_layers import GGUF
+from adaptc.quantized_layers.hqq_layers import HQQ
 from adaptc.quantized_layers.linear_layer import QuantizedLinear, class_path
+from adaptc.quantized_layers.packed_words import AWQ, GPTQ
 from adaptc.quantized_layers.torchao_weights import TORCHAO_FORMATS, find_torchao_codes, read_torchao_weight
 
-_READERS = (BITSANDBYTES, GGUF)
+_READERS = (BITSANDBYTES, GPTQ, AWQ, HQQ, GGUF)
 #: what is read, for messages
 READ_FORMATS = "; ".join([*(r.formats for r in _READERS), TORCHAO_FORMATS])
 

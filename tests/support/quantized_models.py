@@ -41,13 +41,16 @@ def replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module], names: li
 
 
 def plain_twin(model: Any, dequantize: Callable[[Any], Tensor], names: list[str] = TARGETS) -> Any:
-    """Return a model of :class:`Net` with the weights of ``model``, those of ``names`` by the library's own reading."""
-    twin = Net((model.up.in_features, model.up.out_features, model.down.out_features)).eval()
+    """Return a float32 :class:`Net` with the weights of ``model``, those of ``names`` by the library's own reading."""
+    layers = {name: model.get_submodule(name) for name in ("up", "down", "head")}
+    weights = {name: dequantize(m) if name in names else m.weight for name, m in layers.items()}
+    twin = Net((weights["up"].shape[1], weights["down"].shape[1], weights["down"].shape[0])).eval()
     with torch.no_grad():
-        for name, layer in model.named_children():
-            plain = twin.get_submodule(name)
-            plain.weight = nn.Parameter(dequantize(layer) if name in names else layer.weight)  # type: ignore[assignment]
-            plain.bias = layer.bias if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        for name, layer in layers.items():
+            plain: Any = twin.get_submodule(name)
+            plain.weight.copy_(weights[name])
+            if plain.bias is not None:
+                plain.bias.copy_(layer.bias)
     return twin
 
 
