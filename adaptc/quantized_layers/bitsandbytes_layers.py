@@ -5,7 +5,7 @@ packs a 4-bit weight anew for its own kernel, and its scales become bfloat16. Su
 library's AVX-512 kernel takes wrong scales where rows are no whole number of blocks. Here these weights have the values
 that the library's quantiser and its other kernels give them.
 
-A ``Linear8bitLt`` has a row of int8 codes CB and a scale SCB for each output, and its value is CB * SCB * (1 / 127). In
+A ``Linear8bitLt`` has a row of int8 codes CB and a scale SCB for each output. Its values are CB * SCB * (1 / 127). In
 eval mode the library also rounds the layer's input to int8, but for columns with outliers. Here the input is not
 rounded, as in the library's own training. So the layer's output is the more exact one of the two.
 """

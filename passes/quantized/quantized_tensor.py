@@ -124,6 +124,10 @@ class QuantizedTensor(Tensor):
                 f"{args[0]!r} is frozen, and {func} would write to it: put another tensor in its place, such as "
                 "tensor.dequantize()"
             )
+        if func in _SHAPE_READERS:
+            kwargs.setdefault("device", args[0].device)
+            args, kwargs = tree_map_only(QuantizedTensor, _without_values, (args, kwargs))
+            return func(*args, **kwargs)
         args, kwargs = tree_map_only(QuantizedTensor, lambda t: t.dequantize(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -153,8 +157,21 @@ _COPIES = {
     aten._to_copy.default,
     aten.pin_memory.default,
 }
+#: operations that read the shape and the dtype of their first argument, and no values
+_SHAPE_READERS = {
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+}
 #: operations that write to their first argument
 _WRITES = {aten.copy_.default, aten.add_.Tensor, aten.mul_.Tensor, aten.fill_.Scalar, aten.zero_.default}
+
+
+def _without_values(t: QuantizedTensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
 
 def _copy_of(t: QuantizedTensor, func: Any, kwargs: Mapping[str, Any]) -> QuantizedTensor:
