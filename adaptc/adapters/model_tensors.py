@@ -21,6 +21,7 @@ from adaptc.capture.model_files import read_skeleton
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.passes.graph.ops import Op, aten
+from adaptc.quantized_layers.replace_layers import plain_layers
 
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 _CONV_OPS = {nn.Conv1d: ("conv1d", aten.conv1d.default), nn.Conv2d: ("conv2d", aten.conv2d.default)}
@@ -64,11 +65,14 @@ class _TensorsOnDisk:
 def open_model_tensors(model: Any) -> Iterator[ModelTensors]:
     """Run the block with the tensors of ``model``.
 
-    Raises CheckpointError for files, ConfigError for a value that is no model, and CaptureError for a quantised one.
+    Raises CheckpointError for files, ConfigError for a value that is no model, and CaptureError for a quantised one
+    that cannot be read.
     """
     if isinstance(model, nn.Module):
-        check_not_quantised(model)
-        yield _TensorsInMemory(type(model).__name__, _without_tied(model.state_dict(), _tied_parameters(model)))
+        with plain_layers(model) as plain:
+            check_not_quantised(plain)
+            tensors = _without_tied(plain.state_dict(), _tied_parameters(plain))
+        yield _TensorsInMemory(type(model).__name__, tensors)
     elif isinstance(model, Mapping) and model and all(isinstance(t, Tensor) for t in model.values()):
         yield _TensorsInMemory("a state dict", model)
     elif isinstance(model, (str, os.PathLike)):

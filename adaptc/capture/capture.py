@@ -52,6 +52,7 @@ from adaptc.passes.analysis.program_facts import (
 from adaptc.passes.analysis.sites import mark_linear
 from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
+from adaptc.quantized_layers.replace_layers import plain_layers
 
 #: the classes that PEFT takes for linear layers, by name, since transformers is not imported
 _LINEAR_CLASSES = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
@@ -143,8 +144,11 @@ def capture(
     ``max_norm`` no longer write to their weight (see ``RemoveMaxNormWrites``). Where that weight has rows that are too
     long, the program gets a weight of its own.
 
+    Quantised layers of other libraries that ``plain_layers`` reads are captured as linear layers with their weights as
+    they are stored.
+
     Raises :class:`CaptureError` with torch's reason in one line, and with the original error as its cause. Also raises
-    it for quantised models.
+    it for quantised models that cannot be read.
     """
     program = _program_in(model)
     if program is not None:
@@ -163,7 +167,12 @@ def capture(
     # A module from torch.compile would prefix every name with `_orig_mod.`.
     if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.get_submodule("_orig_mod")
-    check_not_quantised(model)
+    with plain_layers(model) as plain:
+        check_not_quantised(plain)
+        return _capture_module(plain, example_inputs, dynamic_shapes, training)
+
+
+def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, training: bool) -> CapturedProgram:
     with stage(f"capturing {type(model).__name__}"), _prepare_model(model, training):
         program = _canonicalize(_export_module(model, example_inputs, dynamic_shapes, training))
     use_first_module_names(program, model)

@@ -1,9 +1,10 @@
-"""Refuse models with quantised weights by name, before anything is captured.
+"""Refuse models with quantised weights that are not read, by name, before anything is captured.
 
-A module or exported program passes where all its weights are plain tensors of numbers. Otherwise a CaptureError names
-the first quantised layer, and how to get plain weights. This file knows the libraries' classes of layers and tensors,
-torch's own quantised tensors and modules, and tensors that wrap others. It also knows weights that are packed into
-integers or stored in 8-bit floats. It imports none of the libraries.
+A module or exported program passes where each of its weights is a plain tensor of numbers, or a quantised weight of
+ours. ``quantized_layers`` makes the latter of the layers that are read. Otherwise a CaptureError names the first
+quantised layer, and how to get weights that can be adapted. This file knows the libraries' classes of layers and
+tensors, torch's own quantised tensors and modules, and tensors that wrap others. It also knows weights that are packed
+into integers or stored in 8-bit floats. It imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import CaptureError
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.quantized_layers.linear_layer import class_path
+from adaptc.quantized_layers.replace_layers import READ_FORMATS
 
 #: packages whose layers and tensors hold quantised weights
 _LIBRARIES = frozenset(
@@ -82,13 +85,14 @@ _PLAIN_LAYERS = frozenset({"bitsandbytes.nn.modules.Embedding", "bitsandbytes.nn
 #: names that only packed weights have
 _PACKED_NAMES = frozenset({"qweight", "weight_packed", "packed_weight", "W_q", "weight_q"})
 _ADVICE = (
-    "adaptc adapts plain weights in float32, bfloat16 or float16: dequantise the model first (model.dequantize() where "
-    "transformers quantised it), or load it without a quantization_config and with dtype=torch.bfloat16"
+    "adaptc adapts plain weights in float32, bfloat16 or float16, and reads quantised ones of these kinds: "
+    f"{READ_FORMATS}. Quantise the model as one of these, dequantise it first (model.dequantize() where transformers "
+    "quantised it), or load it without a quantization_config and with dtype=torch.bfloat16"
 )
 
 
 def check_not_quantised(model: nn.Module | ExportedProgram) -> None:
-    """Raise CaptureError for a quantised model."""
+    """Raise CaptureError for a model with quantised weights of others, which ``plain_layers`` did not read."""
     name = type(model).__name__
     if isinstance(model, ExportedProgram):
         found = next(((k, w) for k, t in model.state_dict.items() if (w := _tensor_reason(t))), None)
@@ -97,15 +101,16 @@ def check_not_quantised(model: nn.Module | ExportedProgram) -> None:
         return
     for path, module in model.named_modules():
         if (why := _module_reason(module)) is not None:
-            raise CaptureError(f"{name} is quantised: {path!r} is a {_class_path(type(module))}{why}. {_ADVICE}")
-    if how := _declared_method(model):
+            raise CaptureError(f"{name} is quantised: {path!r} is a {class_path(type(module))}{why}. {_ADVICE}")
+    is_read = any(isinstance(p, QuantizedTensor) for p in model.parameters())
+    if (how := _declared_method(model)) and not is_read:
         raise CaptureError(f"{name} says that it is quantised ({how}). {_ADVICE}")
 
 
 def _module_reason(module: nn.Module) -> str | None:
     """Return what to say of a module with quantised weights after its class name, or None for a plain module."""
     kind = type(module)
-    full = _class_path(kind)
+    full = class_path(kind)
     if _is_library_class(kind) and full not in _PLAIN_LAYERS:
         return ""
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
@@ -130,7 +135,7 @@ def _tensor_reason(t: Any) -> str | None:
         return f"a quantised tensor ({t.dtype})"
     # A DTensor wraps plain numbers, of which each process holds a shard.
     wraps = hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.distributed.")
-    return f"a {_class_path(kind)}" if wraps or _is_library_class(kind) else None
+    return f"a {class_path(kind)}" if wraps or _is_library_class(kind) else None
 
 
 def _is_library_class(kind: type) -> bool:
@@ -138,10 +143,6 @@ def _is_library_class(kind: type) -> bool:
     integration = where.removeprefix("transformers.integrations.").partition(".")[0]
     known = where.partition(".")[0] in _LIBRARIES or f"{where}.".startswith(_MODULE_PREFIXES)
     return known or (where.startswith("transformers.integrations.") and integration in _INTEGRATIONS)
-
-
-def _class_path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _is_integer(t: Any) -> bool:

@@ -34,6 +34,7 @@ from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import build_program, plan_adapters
 from adaptc.progress import stage
+from adaptc.quantized_layers.replace_layers import plain_layers
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import validates_options
 
@@ -123,7 +124,16 @@ def _compile(
     :func:`plan_adapters`."""
     if not isinstance(model, nn.Module) or not is_pretrained_model(model):
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
-    check_not_quantised(model)
+    with plain_layers(model):
+        check_not_quantised(model)
+        return _compile_plain(model, adapter, options, max_batch=max_batch, max_length=max_length, **plan_options)
+
+
+def _compile_plain(
+    model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **plan_options: Any
+) -> Generator:
+    """Return the generator of a transformers model without quantised layers of others; the arguments are those of
+    :func:`_compile`."""
     by_name = adapters_by_name(adapter)
     adapters: list[Any] = [adapter]
     if by_name is not None:

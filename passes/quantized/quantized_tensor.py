@@ -138,6 +138,10 @@ class QuantizedTensor(Tensor):
                 f"{args[0]!r} is frozen, and {func} would write to it: put another tensor in its place, such as "
                 "tensor.dequantize()"
             )
+        if func in _SHAPE_READERS:
+            kwargs.setdefault("device", args[0].device)
+            empty = pytree.tree_map_only(QuantizedTensor, _without_values, (tuple(args), kwargs))
+            return func(*empty[0], **empty[1])
         plain = pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs))
         return func(*plain[0], **plain[1])
 
@@ -168,8 +172,21 @@ _COPIES = {
     aten._to_copy.default,
     aten.pin_memory.default,
 }
+#: operations that read the shape and the dtype of their first argument, and no values
+_SHAPE_READERS = {
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+}
 #: operations that write to their first argument
 _WRITES = {aten.copy_.default, aten.add_.Tensor, aten.mul_.Tensor, aten.fill_.Scalar, aten.zero_.default}
+
+
+def _without_values(t: QuantizedTensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
 
 def _copy_of(t: QuantizedTensor, func: Any, kwargs: Mapping[str, Any]) -> QuantizedTensor:

@@ -23,7 +23,7 @@ MIN_LINES = 60
 ONE_A_FILE = tuple(
     f"adaptc.{package}."
     for package in (
-        *("methods", "adapter_files.formats", "cli", "kernels", "generation.modes"),
+        *("methods", "adapter_files.formats", "cli", "kernels", "generation.modes", "quantized_layers"),
         *("passes.adapt", "passes.virtual_tokens", "passes.optimize", "passes.lower", "passes.train"),
     )
 )

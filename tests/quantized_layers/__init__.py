@@ -1,0 +1,1 @@
+"""Models with layers that other libraries quantised."""

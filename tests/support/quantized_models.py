@@ -1,0 +1,91 @@
+"""Models with layers that other libraries quantised, and the checks that every such model passes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import adaptc
+
+#: how a merge is told that quantised weights become plain ones, where it asks
+_MERGE_OPTIONS = {"dequantize": True} if "dequantize" in inspect.signature(adaptc.merge).parameters else {}
+TARGETS = ["up", "down"]
+
+
+class Net(nn.Module):
+    """Two linear layers, ``up`` and ``down``, and a plain one behind them."""
+
+    def __init__(self, sizes: tuple[int, int, int], seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up = nn.Linear(sizes[0], sizes[1])
+        self.down = nn.Linear(sizes[1], sizes[2], bias=False)
+        self.head = nn.Linear(sizes[2], 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(torch.tanh(self.up(x))))
+
+
+def replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module], names: list[str] = TARGETS) -> Any:
+    """Return ``model`` in eval mode with ``make`` of each of its layers ``names`` in the place of that layer."""
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, make(model.get_submodule(name)))  # type: ignore[arg-type]
+    return model.eval()
+
+
+def plain_twin(model: Any, dequantize: Callable[[Any], Tensor], names: list[str] = TARGETS) -> Any:
+    """Return a float32 :class:`Net` with the weights of ``model``, those of ``names`` by the library's own reading."""
+    layers = {name: model.get_submodule(name) for name in ("up", "down", "head")}
+    weights = {name: dequantize(m) if name in names else m.weight for name, m in layers.items()}
+    twin = Net((weights["up"].shape[1], weights["down"].shape[1], weights["down"].shape[0])).eval()
+    with torch.no_grad():
+        for name, layer in layers.items():
+            plain: Any = twin.get_submodule(name)
+            plain.weight.copy_(weights[name])
+            if plain.bias is not None:
+                plain.bias.copy_(layer.bias)
+    return twin
+
+
+def adapters(build: Callable[[], nn.Module], path: Path, names: list[str] = TARGETS) -> list[tuple[str, nn.Module]]:
+    """Return two LoRAs, each as (directory, model of PEFT that has it), made by PEFT on models that ``build`` gives."""
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=3, target_modules=names, init_lora_weights=False)
+        model = peft.get_peft_model(build(), config).eval()  # type: ignore[arg-type]
+        model.save_pretrained(path / str(seed))
+        made.append((str(path / str(seed)), model))
+    return made
+
+
+def check_adapted(
+    model: nn.Module, made: list[tuple[str, nn.Module]], inputs: tuple[Tensor, ...], tolerance: float
+) -> Any:
+    """Compile, swap, merge, unmerge and unload; compare each with PEFT's models. Returns the program."""
+    (first, first_model), (second, second_model) = made
+    with torch.no_grad():
+        expected = [m(*inputs) for m in (first_model, second_model)]
+    program = adaptc.compile(model, first, example_inputs=inputs)
+    check_close(program(*inputs), expected[0], tolerance)
+    base = program.base(*inputs)
+    adaptc.swap(program, second)
+    check_close(program(*inputs), expected[1], tolerance)
+    merged = adaptc.merge(program, **_MERGE_OPTIONS)
+    check_close(merged(*inputs), expected[1], tolerance)
+    assert torch.equal(adaptc.unmerge(merged)(*inputs), program(*inputs))
+    assert torch.equal(adaptc.unload(program)(*inputs), base)
+    return program
+
+
+def check_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert that the largest difference is at most ``tolerance`` times the largest value."""
+    difference, size = (found - expected).abs().max(), expected.abs().max()
+    assert difference <= tolerance * size, (float(difference), float(size))
