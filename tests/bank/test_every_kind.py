@@ -118,6 +118,11 @@ def test_a_selection_keeps_its_adapters(kind: Kind) -> None:
     close(before, kind.rows(bank, ROWS))
     bank.replace("first", second)
     bank.remove("second")
+    if kind.is_packaged:
+        with pytest.raises(adaptc.ConfigError, match="that go on keep 2 that are gone"):
+            bank.add("third", second)
+    else:
+        bank.add("third", second)
     close(kind.of_one(kept), before)
     close(kind.rows(bank, ["first"] * 4), kind.alone("second"))
     with pytest.raises(adaptc.AdaptcError, match="pickled"):

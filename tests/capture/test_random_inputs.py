@@ -46,7 +46,9 @@ LOOKUPS = lookups()
 
 @given(seed=st.integers(0, 10**6))
 def test_integers_stay_below_what_they_are_looked_up_in(seed: int) -> None:
-    for run in draw_inputs(LOOKUPS, seed=seed):
+    runs = list(draw_inputs(LOOKUPS, seed=seed))
+    assert runs
+    for run in runs:
         words, kinds, labels, mask = run.args
         assert words.shape[0] == 2 * kinds.shape[0] == 2 * labels.shape[0] == 2 * mask.shape[0]
         assert 2 <= kinds.shape[0] <= 40

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 import adaptc
 from adaptc import CheckpointError, training
@@ -97,6 +98,6 @@ def test_trainer_does_not_go_on_from_damaged_weights(run: Path, tmp_path: Path) 
         f.truncate(file.stat().st_size // 2)
     trained: Any = module()
     before = {k: t.clone() for k, t in trained.state_dict().items()}
-    with pytest.raises(Exception, match=r"safetensors|deserializ"):
+    with pytest.raises(SafetensorError, match=r"safetensors|deserializ"):
         train(trained, tmp_path / "other", resume=str(run / "checkpoint-4"), max_steps=8)
     assert all((t == before[k]).all() for k, t in trained.state_dict().items())

@@ -12,9 +12,9 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError
 from tests.support.custom_models import Attention, FunctionalHead, Mixture, Net, Shared, Tied
-from tests.support.oracle import assert_differs
+from tests.support.oracle import assert_differs, quiet
 from tests.support.site_cases import ids
-from tests.support.site_checks import adapter_parameters, assert_close, assert_valid, quiet
+from tests.support.site_checks import adapter_parameters, assert_close, assert_valid
 
 SCHEMES = [True, "gaussian", "orthogonal", "pissa", "PiSSA_niter_5", "olora"]
 CHANGING = [s for s in SCHEMES if str(s).lower().startswith(("pissa", "olora"))]

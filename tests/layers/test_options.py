@@ -13,9 +13,9 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, SwapError, TargetError
 from tests.support.custom_models import Attention, Bilinear, Mixture, Net, OneLayer, Recurrent, WeightInsideBlock
-from tests.support.oracle import assert_same
+from tests.support.oracle import assert_same, quiet
 from tests.support.site_cases import LORA, floats, ids
-from tests.support.site_checks import adapter_parameters, assert_close, assert_valid, quiet, without_prefix
+from tests.support.site_checks import adapter_parameters, assert_close, assert_valid, without_prefix
 
 #: its time, in a loop
 pytestmark = pytest.mark.filterwarnings("ignore:Recurrent was captured for some sizes alone")

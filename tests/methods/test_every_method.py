@@ -19,7 +19,9 @@ def test_method(check, entry, layer, tmp_path):
 
 
 def test_refused_by_name():
-    for entry, layer in refusals():
+    found = [*refusals()]
+    assert found
+    for entry, layer in found:
         s = Subject(BY_NAME[entry], layer)
         with pytest.raises((adaptc.TargetError, adaptc.ConfigError), match="layer"):
             s.compile(s.config())

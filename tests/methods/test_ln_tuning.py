@@ -12,8 +12,8 @@ from adaptc import LNTuningConfig
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from tests.support.custom_models import Attention, Net
 from tests.support.families import FAMILIES
-from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, run
-from tests.support.site_checks import assert_close, assert_valid, quiet, without_prefix
+from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, quiet, run
+from tests.support.site_checks import assert_close, assert_valid, without_prefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 

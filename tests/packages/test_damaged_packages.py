@@ -144,6 +144,8 @@ def test_any_damage(package: Path, tmp_path: Path, block: int) -> None:
                 assert str(tmp_path) in str(error), case  # noqa: PT017
             except AssertionError:
                 assert _same_records(tmp_path / "bad.pt2", records), f"{case}: changed code would be loaded"
+            else:
+                pytest.fail(f"{case}: it was loaded without its code")
         forged, _ = mutate_json(manifest, rng)
         if forged != manifest:
             records_of = records | {MANIFEST: json.dumps(forged).encode()}

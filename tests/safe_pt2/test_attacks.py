@@ -17,7 +17,7 @@ import torch
 import adaptc
 from adaptc import CheckpointError
 from tests.support.archives import CONSTANTS, MODEL, SAMPLES, WEIGHTS, edit_json_record, read_records, write_records
-from tests.support.saved_programs import save_small
+from tests.support.saved_programs import outputs, outputs_are_equal, save_small
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,14 @@ def pickled(value: Any) -> bytes:
 
 def code(marker: Path) -> str:
     return f"__import__('pathlib').Path('{marker}').touch()"
+
+
+def test_the_payloads_of_these_tests_run(tmp_path: Path) -> None:
+    """Where nothing refuses them; else that they leave no trace would say nothing."""
+    pickle.loads(pickle.dumps(Payload(tmp_path / "plain")))
+    torch.load(io.BytesIO(pickled(Payload(tmp_path / "torch"))), weights_only=False)
+    eval(code(tmp_path / "code"))
+    assert {p.name for p in tmp_path.iterdir()} == {"plain", "torch", "code"}
 
 
 # -- pickles ---------------------------------------------------------------------------------------------------------
@@ -313,4 +321,7 @@ def test_words_for_people_lose_their_line_ends(good: Path, marker: Path, tmp_pat
     metas = [n.meta for n in loaded.graph.nodes if "File 'a'" in n.meta.get("stack_trace", "")]
     assert metas[0]["stack_trace"].count("\n") == 1
     assert "\r" not in metas[0]["stack_trace"]
+    assert outputs_are_equal(outputs(loaded), outputs(adaptc.load(good)))
+    loaded.module()
+    loaded.graph_module.print_readable(print_output=False)
     assert not marker.exists()

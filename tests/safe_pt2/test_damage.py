@@ -412,6 +412,7 @@ def test_the_header_of_the_adapter(good: Path, tmp_path: Path, field: str, value
     """A header of other types is refused, or it changes nothing of the program."""
 
     def change(data: Any) -> None:
+        assert _tags(data)
         for metadata in _tags(data):
             custom = json.loads(metadata["custom"])
             custom["adaptc"]["header"][field] = value

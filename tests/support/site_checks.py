@@ -6,11 +6,9 @@ Both answer the same three questions: the outputs, the gradients of the adapter 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,18 +30,10 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import op_of
 from adaptc.state.adaptation import Adaptation
 from adaptc.targets.plan_layers import plan_layers
+from tests.support.oracle import quiet
 from tests.support.site_cases import CASES, Case
 
 PREFIX = "base_model.model."
-
-
-@contextlib.contextmanager
-def quiet(*messages: str) -> Iterator[None]:
-    """PEFT's warnings about things that are the point of a case."""
-    with warnings.catch_warnings():
-        for message in messages:
-            warnings.filterwarnings("ignore", message=message)
-        yield
 
 
 #: what PEFT says of tied weights, of target_parameters, and of saving a model it cannot name

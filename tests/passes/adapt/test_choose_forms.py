@@ -35,7 +35,9 @@ def forms(batch: int, **options) -> dict[str, tuple[str, str]]:
 
 
 def test_small_ranks_stay_around_the_layer():
-    for module, (form, why) in forms(3).items():
+    found = forms(3)
+    assert found.keys() == {"up", "conv"}
+    for module, (form, why) in found.items():
         assert form == "apply", module
         assert "operations per call around the layer" in why
         assert "at the sizes of the example inputs" in why
