@@ -141,7 +141,7 @@ def _compile_plain(
     elif isinstance(adapter, list):
         adapters = cast("list[Any]", adapter)
     token_gate_inputs, base_pass_method = gate_names_of_adapters(adapters), base_pass_method_name(adapters)
-    name, config = type(model).__name__, cast(Any, model.config)
+    name, config = type(model).__name__, model.config
     if not getattr(model, "can_generate", bool)():
         raise CaptureError(f"{name} does not generate: give a model for language modelling")
     if config.is_encoder_decoder:

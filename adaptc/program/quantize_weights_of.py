@@ -31,6 +31,7 @@ from adaptc.state.core import ProgramCore
 from adaptc.targets.attach_site import MATRIX_KINDS
 from adaptc.targets.name_rules import TargetCandidate, select_targets
 from adaptc.targets.plan_layers import guess_output_head
+from adaptc.torch_typing import named_modules
 
 P = TypeVar("P", bound=ProgramCore)
 
@@ -95,7 +96,7 @@ def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool =
 
     Raises ConfigError or TargetError, and leaves ``model`` unchanged.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     weights: dict[str, _Weight] = {}
     for path, module in modules.items():
         kind = next((k for c, k in _KIND_OF_CLASS.items() if qualified_name(type(module)) == c), None)

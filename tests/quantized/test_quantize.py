@@ -109,7 +109,7 @@ def test_a_tied_head_stays_and_a_tied_embedding_stays_tied():
 )
 def test_refusals_change_nothing(options, error, reason):
     model = Net()
-    before = {n: t for n, t in model.named_parameters()}
+    before = dict(model.named_parameters())
     program = adaptc.compile(model, LoraConfig(r=2, target_modules=["up"]), example_inputs=X)
     for subject in (model, program):
         with pytest.raises(error, match=reason):

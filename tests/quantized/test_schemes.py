@@ -80,7 +80,7 @@ def test_a_scheme_is_read_back_from_its_text(scheme):
     "text", ["", "7", "{}", '{"scheme": "other"}', '{"scheme": "integer", "bits": "8"}', '{"scheme": "table", "x": 1}']
 )
 def test_a_text_that_names_no_scheme(text):
-    with pytest.raises(ConfigError, match="scheme|option"):
+    with pytest.raises(ConfigError, match=r"scheme|option"):
         scheme_from_text(text)
 
 
