@@ -2,8 +2,8 @@
 
 The weight is reshaped to groups. An element's value is (code - zero) * scale, with a scale and a zero for each group.
 Both are floats. With axis 1 a group is a run of ``group_size`` elements. With axis 0 the weight is reshaped to
-(group_size, groups), and a group is a column of that. Its elements lie in one column of the weight, some rows apart. Codes of 4 bits
-are packed along the first axis of the reshaped weight, those of its first half in the high bits.
+(group_size, groups), and a group is a column of that. Its elements lie in one column of the weight, some rows apart.
+Codes of 4 bits are packed along the first axis of the reshaped weight, those of its first half in the high bits.
 """
 
 from __future__ import annotations
