@@ -171,6 +171,19 @@ def merge(
     key_mapping: KeyMapping = None,
     component: Component = None,
     safe: Annotated[bool, typer.Option(help="Refuse weights that are not finite.")] = True,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Make plain weights of the quantised ones that the adapter changes.")
+    ] = False,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Store quantised weights that the adapter changes by their scheme again."),
+    ] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="residual", help="Keep quantised weights, and the adapter beside them.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fold the adapter into the weights, and tell how much rounding each weight took.
@@ -206,7 +219,8 @@ def merge(
         adapted = adaptc.load(program)
         if adapter is not None:
             adaptc.swap(adapted, adapter, **options)
-    merged = adaptc.merge(adapted, safe=safe, keep_base=False)
+    ways: dict[str, Any] = {"dequantize": dequantize, "requantize": requantize, "keep": keep}
+    merged = adaptc.merge(adapted, safe=safe, keep_base=False, **ways)
     merged_program = merged.program if isinstance(merged, adaptc.Generator) else merged
     written_path = (
         write_program_model(merged, path, companions_from=program) if is_model_directory else adaptc.save(merged, path)

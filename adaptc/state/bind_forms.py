@@ -26,6 +26,8 @@ from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
 from adaptc.passes.protocol.regions import node_tag
+from adaptc.passes.quantized.quantized_merge import QuantizedMerge
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.runtime.options import check_byte_limit
 from adaptc.state.core import ProgramCore
 from adaptc.state.merge_program import merge_program
@@ -38,7 +40,7 @@ MAX_OVERHEAD_SHARE = 0.05
 @with_graph_lock
 def make_own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tuple[Tensor, ...]]:
     """Return the base's program on the weights that ``binding`` makes, and those weights; all others are shared."""
-    made, _ = merge_program(program.with_binding(binding))
+    made, _ = merge_program(program.with_binding(binding), quantized=QuantizedMerge.DEQUANTIZE)
     base: Mapping[str, Any] = program.base_tensors  # objects that are no tensors, too
     shared = {storage_key(t) for t in base.values() if isinstance(t, Tensor)}
     new = {f: t for f, t in made.state_dict.items() if isinstance(t, Tensor) and storage_key(t) not in shared}
@@ -64,6 +66,8 @@ def choose_form(program: ProgramCore, binding: Binding, form: str, memory_limit:
     weights = {a.fqn: program.base_tensors[a.fqn] for a in adapted}
     if any(a.method.check_merge(program.ops[a.id]) for a in adapted):
         return "apply", "a method of the adapter has no form on the weight"
+    if any(isinstance(t, QuantizedTensor) for t in weights.values()):
+        return "apply", "plain weights would take the memory that quantised ones save"
     if any(t.is_floating_point() and t.itemsize < 4 for t in weights.values()):
         return "apply", "weights in half precision would round the change"
     needed = sum(t.nbytes for t in weights.values())

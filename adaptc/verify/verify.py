@@ -29,6 +29,8 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.graph.graph_lock import GRAPH_LOCK
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.regions import added_inputs
+from adaptc.passes.quantized.quantized_merge import QuantizedMerge
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
 from adaptc.verify.checks import Verifier, adapter_input_names
@@ -138,8 +140,19 @@ class _ProgramVerifier(Verifier):
             # An adapter that changes nothing would merge into the same weights, and the check could not fail.
             program, note = self._perturbed_program(), "with random values, since the current adapter changes nothing"
             adapted = self.run_all(program)
-        check = self._compare(name, adapted, self.run_all(_with_eager_backend(merge_program(program, safe=False)[0])))
+        check = self._compare(
+            name,
+            adapted,
+            self.run_all(_with_eager_backend(merge_program(program, safe=False, quantized=self._way_to_merge())[0])),
+        )
         return replace(check, note=check.note or note)
+
+    def _way_to_merge(self) -> QuantizedMerge:
+        """Return how to merge into quantised weights, so that the result computes what the adapted program does."""
+        base: Mapping[str, Any] = self.program.base_tensors
+        adapted = [base.get(a.fqn) for a in self.program.adaptation.attachments]
+        rounds = any(isinstance(w, QuantizedTensor) and w.scheme.rounds_inputs for w in adapted)
+        return QuantizedMerge.KEEP_RESIDUAL if rounds else QuantizedMerge.DEQUANTIZE
 
     def _perturbed_program(self) -> AdaptedProgram:
         """Return a copy of the program whose adapter is the current one plus noise."""
@@ -162,7 +175,7 @@ class _ProgramVerifier(Verifier):
         if reason := self._reason_not_mergeable():
             return Check(name, None, note=reason)
         before = digests(self.program.state_dict)
-        restored = unmerge_program(merge_program(self.program, safe=False)[0])
+        restored = unmerge_program(merge_program(self.program, safe=False, quantized=self._way_to_merge())[0])
         after = digests(restored.state_dict)
         changed = [k for k in before | after if before.get(k) != after.get(k)]
         if changed:

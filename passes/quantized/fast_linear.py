@@ -41,6 +41,8 @@ aten: Any = torch.ops.aten
 
 #: the numbers of rows up to which the kernels of each are faster
 INT8_ROWS, INT4_ROWS = 8, 256
+#: the columns that the kernel for 8 bits reads at once: it reads past the end of a row of another number
+_INT8_COLUMNS = 32
 #: group sizes that the kernel for 4 bits takes
 _INT4_GROUPS = (32, 64, 128, 256)
 
@@ -50,13 +52,13 @@ def fast_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tenso
     scheme = weight.scheme
     if not isinstance(scheme, IntegerScheme) or x.device.type != "cpu" or scheme.has_group_index or scheme.bits == 6:
         return None
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     if scheme == IntegerScheme(activations="int8"):
         y = _int8_dynamic(rows, weight)
     elif x.dtype != torch.bfloat16 or not rows.shape[0]:
         return None
     elif scheme.bits == 8 and not (scheme.group_size or scheme.zero_dtype or scheme.offset or scheme.has_minimums):
-        if rows.shape[0] > INT8_ROWS:
+        if rows.shape[0] > INT8_ROWS or rows.shape[1] % _INT8_COLUMNS or not weight.stored["codes"].is_contiguous():
             return None
         y = aten._weight_int8pack_mm(rows, weight.stored["codes"], _row_scales(weight))
     elif _has_int4_kernel(scheme, weight) and rows.shape[0] <= INT4_ROWS:

@@ -66,6 +66,23 @@ def test_calls_without_a_kernel():
         torch.testing.assert_close(found, F.linear(x, q.dequantize().to(x.dtype)), rtol=TOLERANCE, atol=0.1)
 
 
+@pytest.mark.parametrize("columns", [1, 15, 31, 33, 40, 63])
+def test_rows_that_the_int8_kernel_would_read_past(columns):
+    """It reads columns by the dozen, without a look at where a row ends: that was the end of the process."""
+    q = weight("int8", 17, columns)
+    x = torch.randn(3, columns).bfloat16()
+    assert fast_linear(x, q, None) is None
+    assert relative(F.linear(x, q), F.linear(x.float(), q.dequantize().float())) < TOLERANCE
+
+
+def test_inputs_that_lie_apart():
+    q = weight("int8")
+    wide = torch.randn(3, 128).bfloat16()
+    for x in (wide[:, ::2], wide[:, 64:], wide.t()[:64].t(), wide[:1, :64].expand(5, 64)):
+        expected = F.linear(x.float(), q.dequantize().float())
+        assert relative(fast_linear(x, q, None), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize(("rows", "columns", "group"), [(40, 64, 32), (48, 64, 16), (48, 60, 4)])
 def test_sizes_that_the_int4_kernel_does_not_take(rows, columns, group):
     torch.manual_seed(0)

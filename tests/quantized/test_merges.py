@@ -127,3 +127,21 @@ def test_files_are_read_without_adaptc(way, tmp_path):
     if isinstance(before, QuantizedTensor):
         assert found.scheme == before.scheme
         assert all(torch.equal(t, before.stored[role]) for role, t in found.stored.items())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "nf4"])
+def test_verification_merges_without_rounding(scheme):
+    report = adaptc.verify(program(scheme=scheme), Net(scheme))
+    assert report.ok, str(report)
+
+
+def test_bound_forms(tmp_path):
+    """By default an adapter is bound beside quantised weights; on request it gets plain weights of its own."""
+    prog = program()
+    path = str(adaptc.save_adapter(prog, tmp_path))
+    expected = prog(X)
+    for form in ("auto", "apply", "weight"):
+        runner = prog.bind(path, form=form)
+        torch.testing.assert_close(runner(X), expected, rtol=1e-5, atol=1e-5)
+        assert (runner.form == "weight") == (form == "weight")
+    assert isinstance(prog.state_dict["up.weight"], QuantizedTensor)
