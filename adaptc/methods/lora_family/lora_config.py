@@ -68,13 +68,13 @@ class LoraConfig(TargetedConfig):
     writes_unset_fields: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
     unsupported_fields: ClassVar[Mapping[str, str]] = {
-        "loftq_config": "LoftQ quantises the base, and programs hold unquantised weights",
+        "loftq_config": "first values that make up for quantisation are not implemented; quantise the base with adaptc.quantize",
         "eva_config": "initialisation from activations is not implemented",
         "corda_config": "initialisation from activations is not implemented",
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "velora_config": NOT_IMPLEMENTED,
-        "use_qalora": "it needs GPTQ layers, which torch.export does not capture",
+        "use_qalora": "its pooled inputs are not implemented; LoRA without it takes quantised bases",
         "monteclora_config": NOT_IMPLEMENTED,
         "use_bdlora": NOT_IMPLEMENTED,
         "kasa_config": NOT_IMPLEMENTED,
