@@ -48,8 +48,8 @@ def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
     The block is given the model: ``model`` itself, or a plain layer where it is a quantised layer. Layers and weights
     with several names keep them all. Quantised layers that cannot be read stay as they are.
 
-    Raises CaptureError for a layer of a kind that is read, whose tensors contradict each other, or which has an option
-    that is not. Nothing was replaced then.
+    Raises CaptureError where tensors of a layer contradict each other, or an option of it is not read. Nothing was
+    replaced then.
     """
     root, swaps = _find_swaps(model)
     try:

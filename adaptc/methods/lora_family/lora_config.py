@@ -68,7 +68,7 @@ class LoraConfig(TargetedConfig):
     writes_unset_fields: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
     unsupported_fields: ClassVar[Mapping[str, str]] = {
-        "loftq_config": "first values that make up for quantisation are not implemented; quantise the base with adaptc.quantize",
+        "loftq_config": "its first values are not implemented; quantise the base with adaptc.quantize",
         "eva_config": "initialisation from activations is not implemented",
         "corda_config": "initialisation from activations is not implemented",
         "lora_ga_config": "initialisation from gradients is not implemented",
