@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 
 import adaptc
 
-#: how a merge is told that quantised weights become plain ones, where it asks
-_MERGE_OPTIONS = {"dequantize": True} if "dequantize" in inspect.signature(adaptc.merge).parameters else {}
 TARGETS = ["up", "down"]
 
 
@@ -78,7 +75,7 @@ def check_adapted(
     base = program.base(*inputs)
     adaptc.swap(program, second)
     check_close(program(*inputs), expected[1], tolerance)
-    merged = adaptc.merge(program, **_MERGE_OPTIONS)
+    merged = adaptc.merge(program, dequantize=True)
     check_close(merged(*inputs), expected[1], tolerance)
     assert torch.equal(adaptc.unmerge(merged)(*inputs), program(*inputs))
     assert torch.equal(adaptc.unload(program)(*inputs), base)
