@@ -18,6 +18,8 @@ import adaptc
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from tests.support.quantized_models import adapters, check_close
 
+pytestmark = pytest.mark.long
+
 NAMES = ["q_proj", "down_proj"]
 
 
