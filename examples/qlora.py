@@ -18,7 +18,7 @@ from quickstart import console, heading
 import adaptc
 
 CONFIG = adaptc.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-STYLE, WORD = "pirate", quickstart.STYLES["pirate"]
+STYLE, WORD, STEPS = "pirate", quickstart.STYLES["pirate"], 12
 
 
 def megabytes(program: adaptc.AdaptedProgram) -> float:
@@ -44,7 +44,7 @@ def main(out: Path) -> int:
     console.print(f"the base takes {megabytes(student):.0f} MB, and took {plain:.0f} MB in bfloat16")
     check("the base takes half of the memory", megabytes(student) < 0.5 * plain)
     lessons = [quickstart.encode_lesson(tokenizer, *p) for p in quickstart.read_lessons(quickstart.HERE / "pirate.txt")]
-    loss = quickstart.train(student, lessons, STYLE)
+    loss = quickstart.train(student, lessons, STYLE, STEPS)
     adaptc.save_adapter(student, out / STYLE)
     check(f"the {STYLE} adapter learned", loss < 1.8)
 

@@ -105,6 +105,7 @@ def _merge(
     is_reusable = release is None and not kept and not any(a.method.has_bias() for a in present)
     base: Mapping[str, Any] = program.base_tensors  # objects that are no tensors, too
     shapes = {k: t.shape for k, t in base.items() if isinstance(t, Tensor)}
+    del base  # as above
     memo = program.run_state.merged_programs
     known: MergeMemo | None = memo.get(key) if is_reusable else None
     if known is not None:
