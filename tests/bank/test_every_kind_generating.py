@@ -55,11 +55,11 @@ def test_a_generation_keeps_the_adapters_that_it_began_with(kind: Kind) -> None:
     bank, (first, second), steps = kind.bank(), kind.adapters.values(), []
     # Virtual tokens are there or are not: no row has a part of them.
     names = ROWS if kind.way != "virtual tokens" else [*ROWS[:3], "first"]
-    expected = kind.rows(bank, names, new=6)
+    expected = kind.rows(bank, names, new=8)
 
     def changing(ids: Tensor, scores: Tensor) -> Tensor:
         steps.append(ids.shape[1])
-        if len(steps) == 3:
+        if len(steps) == 2:
             bank.replace("first", second)
             bank.remove("second")
             if kind.is_packaged:
@@ -67,16 +67,16 @@ def test_a_generation_keeps_the_adapters_that_it_began_with(kind: Kind) -> None:
                     bank.add("third", first)
         return scores
 
-    close(kind.rows(bank, names, new=6, logits_processor=[changing]), expected)
-    assert len(steps) == 6
+    close(kind.rows(bank, names, new=8, logits_processor=[changing]), expected)
+    assert len(steps) == 8
     assert list(bank) == ["first"]
     gc.collect()
     close(kind.rows(bank, ["first"] * 4), kind.alone("second"))
     bank.add("third", first)
     turned = {"first": "third", "second": "first"}
     now = [{turned[k]: w for k, w in n.items()} if isinstance(n, dict) else n and turned[n] for n in names]
-    close(kind.rows(bank, now, new=6), expected)
-    different = kind.rows(bank, [n and "first" for n in names], new=6)
+    close(kind.rows(bank, now, new=8), expected)
+    different = kind.rows(bank, [n and "first" for n in names], new=8)
     assert not all(torch.equal(a, b) for a, b in zip(different, expected, strict=True))
 
 
