@@ -276,7 +276,8 @@ class Bank:
     def __getitem__(self, name: str) -> Binding:
         """Return the adapter called ``name``, bound to the program. Raises KeyError where there is none."""
         held = self.adapters
-        if not isinstance(name, str) or name not in held:
+        given: Any = name  # callers may give anything
+        if not isinstance(given, str) or given not in held:
             raise KeyError(f"the bank has no adapter {short_repr(name)}{did_you_mean(str(name), held)}")
         return held[name]
 
