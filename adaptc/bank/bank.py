@@ -276,14 +276,20 @@ class Bank:
     def __getitem__(self, name: str) -> Binding:
         """Return the adapter called ``name``, bound to the program. Raises KeyError where there is none."""
         held = self.adapters
-        if name not in held:
-            raise KeyError(f"the bank has no adapter {name!r}{did_you_mean(name, held)}")
+        given: Any = name  # callers may give anything
+        if not isinstance(given, str) or given not in held:
+            raise KeyError(f"the bank has no adapter {short_repr(name)}{did_you_mean(str(name), held)}")
         return held[name]
 
     @property
     def adapters(self) -> Mapping[str, Binding]:
         """Return the present adapters by name."""
         return self._table.contents.adapters
+
+    @property
+    def binding(self) -> Binding:
+        """Raise AdaptcError: rows have adapters, where programs and runners have one."""
+        raise AdaptcError("a bank has an adapter for each row, and none of its own: bank[name] is one of its adapters")
 
     @property
     def capacity(self) -> int | None:
@@ -390,5 +396,10 @@ class Bank:
 def _call(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
     mixes = parse_row_adapters(adapters)
     bank.placement.check_call(len(mixes), args, kwargs)
+    if bank.generator is not None:
+        raise AdaptcError(
+            "this bank is of a program that generates: call bank.generate, or bank.select(adapters), which computes "
+            "single steps"
+        )
     runner = bank.select_rows(mixes, repeats=False)
     return runner.engine.run(runner.prepared, args, kwargs)

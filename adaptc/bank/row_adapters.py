@@ -92,7 +92,10 @@ def adapter_names_in(mixes: Mixes) -> tuple[str, ...]:
 
 def check_adapter_names(names: Collection[str], available: Collection[str]) -> None:
     """Raise AdaptcError for a name that is not among the ``available``."""
-    for name in names:
+    given: Collection[Any] = names  # callers may give anything
+    for name in given:
+        if not isinstance(name, str):
+            raise AdaptcError(f"the name of an adapter is a string, not {short_repr(name)}")
         if name not in available:
             raise AdaptcError(
                 f"the bank has no adapter {short_repr(name)}; it has {listing(map(repr, available)) or 'none'}"

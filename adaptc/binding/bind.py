@@ -17,7 +17,7 @@ from adaptc.adapter_files.directory import check_finite
 from adaptc.binding.binding import Binding, BindingSpec, ResolvedAdapter
 from adaptc.binding.binding_plan_cache import BindingPlanCache, structure_key
 from adaptc.binding.builder import EMBEDDING_NAMES, BindingBuilder, resize_shared_axes
-from adaptc.binding.check_tensors import check_number_kinds, check_rank, check_shapes, unbound_keys_error
+from adaptc.binding.check_tensors import check_method, check_number_kinds, check_rank, check_shapes, unbound_keys_error
 from adaptc.binding.file_keys import primary_key, slot_file_keys
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
@@ -79,6 +79,8 @@ def bind(
     unused_keys = dict.fromkeys(tensors)
     matched_sites = _match_sites(spec, config, tensors, unused_keys, infer_ranks=data.infer_ranks)
     methods = {a.id: method for a, method, _ in matched_sites}
+    for a, _, site_tensors in matched_sites:
+        check_method(a, config, site_tensors, source)
     if data.infer_ranks:
         for a, method, site_tensors in matched_sites:
             check_rank(a, method, site_tensors, source)

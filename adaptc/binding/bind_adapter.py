@@ -119,7 +119,7 @@ def _check_binding(target: Bindable, binding: Binding) -> Binding:
     if not binding.values:
         raise SwapError(
             "this is the base, which is no adapter: call prog.base or what prog.bind(None) returned, or take the "
-            "adapter out with adaptc.unload"
+            "adapter out with adaptc.unload. What bank.select gives has several; bank[name] is one"
         )
     if frozenset(binding.values) != target.binding_plans.tensor_names:
         raise SwapError(

@@ -37,6 +37,17 @@ def check_rank(a: Attachment, method: Method, slot_tensors: Mapping[str, Tensor]
     )
 
 
+def check_method(a: Attachment, config: AdapterConfig, site_tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError for tensors of the method at a site whose ``config`` is that of another method."""
+    if site_tensors and not a.method.is_made_by(config, a):
+        name = next(iter(site_tensors))
+        raise CheckpointError(
+            f"{source}: its config says {config.peft_type}, and {a.key!r} has the tensor {name!r} of the method "
+            f"{a.method.name!r}, which the program has there. The config does not belong to the weights: give the one "
+            "that they were saved with."
+        )
+
+
 def check_shapes(a: Attachment, op: Op, method: Method, slot_tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise SwapError for slots that the program lacks at a site, and CheckpointError for missing and misshapen
     tensors."""

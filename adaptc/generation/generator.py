@@ -81,14 +81,18 @@ class Generator(TransformersModel, ProgramWrapper):
         """Return the step program, an :class:`AdaptedProgram` or a :class:`PackagedProgram`.
 
         ``swap``, ``merge``, ``save`` and the other functions of adaptc work on it. Raises AdaptcError for a generator
-        that keeps one adapter.
+        that keeps one adapter, and for that of a bank.
         """
+        if isinstance(self._runner, Bank):
+            raise AdaptcError(
+                "each prompt has adapters of the bank: bank.replace changes one, adapters=[{name: 0.5}, ...] scales it"
+            )
         if isinstance(self._runner, Runner):
             raise AdaptcError(
                 f"this generator keeps {self._runner.binding.source!r}: swap, merge and save the one that it was bound "
                 "to"
             )
-        return self._runner.program if isinstance(self._runner, Bank) else self._runner
+        return self._runner
 
     @property
     def runner(self) -> StepRunner:
@@ -244,9 +248,7 @@ class Generator(TransformersModel, ProgramWrapper):
             AdaptcError: the program cannot do it. Nothing was decoded, and no cache was written to.
         """
         if "adapters" in kwargs or isinstance(self._runner, Bank):
-            named = (kwargs.get(n) for n in (self.main_input_name, "inputs_embeds"))
-            prompts = next((t for t in (inputs, *named) if t is not None), None)
-            rows = self.for_rows(kwargs.pop("adapters", ...), prompts)
+            rows = self.for_rows(kwargs.pop("adapters", ...), validate.find_prompts(self.spec, inputs, kwargs))
             return rows.generate(inputs, generation_config, **kwargs)
         check_options(kwargs, generation_config, self.spec.vocab_size)
         with self.pop_scale(kwargs):

@@ -7,7 +7,7 @@ begun keep the binding they began with. A change that raises changes nothing. Wh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from adaptc.binding.binding_scale import (
     with_active,
     without_adapter,
 )
-from adaptc.errors import ConfigError, listing
+from adaptc.errors import ConfigError, MergeError, listing, short_repr
 from adaptc.program.add_adapter import with_added_adapter
 from adaptc.public_names import warn_renamed
 from adaptc.state.core import ProgramCore
@@ -172,6 +172,22 @@ class AdapterScales(ABC):
 class ScalableProgram(ProgramCore, AdapterScales):
     """A program whose adapters can be scaled, turned on and off, added and deleted."""
 
+    def disabled(self) -> AbstractContextManager[None]:
+        """Run the block with calls that compute the base; see :meth:`AdapterScales.disabled`.
+
+        Returns:
+            a context manager.
+
+        Raises:
+            MergeError: the adapter is merged into the weights.
+        """
+        if self.merge_report is not None:
+            raise MergeError(
+                "the adapter is merged into the weights, so calls cannot leave it out: adaptc.unmerge(program) gives "
+                "the program that it was merged from, and that one's disabled() calls compute the base"
+            )
+        return super().disabled()
+
     def delete_adapter(self, name: str) -> None:
         """Take one of several adapters out.
 
@@ -225,6 +241,9 @@ def weighted_adapters(names: str | Sequence[str], weights: float | Sequence[floa
 
     Raises ConfigError where there are not as many weights as names, or a name is given twice.
     """
+    given: Any = names  # callers may give anything
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"adapter_names={short_repr(names)} must be a name or a list of names")
     names = [names] if isinstance(names, str) else list(names)
     if not isinstance(weights, Sequence):
         weights = [1.0 if weights is None else weights] * len(names)

@@ -57,8 +57,8 @@ def overriding(program: Any, added: Override) -> Generator[None]:
     before, around = active_overrides(), override_of(program)
     chosen = around.chosen if added.chosen is None else added.chosen
     view = Override(around.is_disabled or added.is_disabled, around.factor * added.factor, chosen)
-    _overrides.set((*before, (program, view)))
     try:
+        _overrides.set((*before, (program, view)))
         yield
     finally:
         _overrides.set(before)

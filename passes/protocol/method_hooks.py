@@ -130,6 +130,11 @@ class Hooks:
         new: Any = None if make is None else make(place.name or place.module, place.kind)
         return new if self.is_variant_of(new) else self
 
+    def is_made_by(self, config: Any, place: SiteDescription) -> bool:
+        """Return whether ``config`` makes this method or a variant of it at this site."""
+        make = getattr(config, "method", None)
+        return make is None or self.is_variant_of(make(place.name or place.module, place.kind))
+
     def config_from_model(self, op: Op) -> dict[str, Any]:
         """Return values, by name, for the options that a config may leave to the model."""
         return {}

@@ -87,6 +87,10 @@ def test_what_is_refused_changes_nothing(kind: Kind) -> None:
         (lambda: bank.replace("first", None), adaptc.AdaptcError, "None is no adapter"),
         (lambda: bank.exported(["first", "q"]), adaptc.AdaptcError, "no adapter 'q'"),
         (lambda: bank["fourth"], KeyError, "no adapter 'fourth'"),
+        (lambda: bank[4], KeyError, "no adapter 4"),
+        (lambda: bank[["first"]], KeyError, r"no adapter \['first'\]"),
+        (lambda: kind.source.bind(bank), adaptc.AdaptcError, r"bank\[name\] is one of its adapters"),
+        (lambda: kind.source.bind(bank.select(ROWS)), adaptc.AdaptcError, r"bank\[name\] is one"),
         (lambda: pickle.dumps(bank), adaptc.AdaptcError, unpickled),
     ):
         with pytest.raises(error, match=message):
@@ -173,4 +177,15 @@ def test_generators_name_the_bank_that_they_lack() -> None:
             deed(ids, adapters=ROWS)
     found = bank.generator.generate(ids, adapters=ROWS, max_new_tokens=3, do_sample=False)
     assert torch.equal(found, bank.generate(ids, adapters=ROWS, max_new_tokens=3, do_sample=False))
-    assert bank.generator.program is bank.program
+    for change in (
+        lambda: adaptc.swap(bank.generator, bank["first"]),
+        lambda: bank.generator.set_active({"default": 0.5}),
+        lambda: bank.generator.scaled(0.5),
+        lambda: bank.generator.program,
+    ):
+        with pytest.raises(adaptc.AdaptcError, match=r"bank\.replace changes one"):
+            change()
+    with pytest.raises(adaptc.AdaptcError, match=r"bank\[name\] is one of its adapters"):
+        assert bank.generator.active_adapters
+    with pytest.raises(adaptc.AdaptcError, match=r"call bank\.generate"):
+        bank(ids, adapters=ROWS)

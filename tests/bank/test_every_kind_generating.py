@@ -117,6 +117,17 @@ def test_prompts_are_refused_by_name(kind: Kind) -> None:
 
 
 @kinds("encoder-decoder")
+def test_what_was_encoded_counts_the_prompts(kind: Kind) -> None:
+    bank, given = kind.bank(), prompt(4, 6)
+    states = kind.source.get_encoder()(**given)
+    past = bank.prefill(given["input_ids"], given["attention_mask"], adapters=ROWS)
+    for read in ({"past_key_values": past}, {"cache": past}, {"encoder_outputs": states}):
+        for rows in (["first"], ["first", "second"], [None] * 8):
+            with pytest.raises(adaptc.AdaptcError, match=f"{len(rows)} entries, and there are 4 prompts"):
+                bank.generate(**read, adapters=rows, max_new_tokens=2)
+
+
+@kinds("encoder-decoder")
 def test_a_bank_with_an_encoder_is_called_part_by_part(kind: Kind) -> None:
     bank = kind.bank()
     with pytest.raises(adaptc.AdaptcError, match="part by part"):

@@ -65,6 +65,12 @@ def test_what_is_no_assignment_is_refused(adapters: Any, message: str) -> None:
         parse_row_adapters(adapters)
 
 
+@pytest.mark.parametrize("name", [None, 3, b"de", ("de",), ["de"]])
+def test_a_name_that_is_no_string_is_refused(name: Any) -> None:
+    with pytest.raises(adaptc.AdaptcError, match="the name of an adapter is a string, not"):
+        check_adapter_names([name], NAMES)
+
+
 def test_an_unknown_name_comes_with_those_nearest() -> None:
     with pytest.raises(adaptc.AdaptcError, match=r"no adapter 'styl'; it has 'de', 'fr', 'style'; nearest are 'style'"):
         check_adapter_names(["fr", "styl"], NAMES)

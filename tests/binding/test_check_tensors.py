@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import LoraConfig, SwapError
+from adaptc import CheckpointError, LoraConfig, SwapError
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
 
@@ -48,6 +50,31 @@ def test_a_binding_of_another_program_is_refused(options: dict[str, Any], says: 
             take(program, other.binding)
     assert program.binding is bound
     assert torch.equal(program(X), before)
+
+
+@pytest.mark.parametrize("peft_type", ["LOHA", "VERA", "BOFT", "POLY"])
+def test_tensors_with_the_config_of_another_method_are_refused(peft_type: str, tmp_path: Path) -> None:
+    program = compiled()
+    folder = adaptc.save_adapter(compiled(4), tmp_path / "adapter")
+    config = folder / "adapter_config.json"
+    kept = {n: v for n, v in json.loads(config.read_text()).items() if n in ("target_modules", "r")}
+    config.write_text(json.dumps({**kept, "peft_type": peft_type}))
+    before, bank = program(X), program.bank({"one": program.binding})
+    for take in (
+        lambda: adaptc.swap(program, folder),
+        lambda: program.bind(folder),
+        lambda: bank.add("two", folder),
+    ):
+        with (
+            warnings.catch_warnings(action="ignore", category=adaptc.AdaptcWarning),
+            pytest.raises(
+                CheckpointError,
+                match=f"its config says {peft_type}, and 'up' has the tensor 'lora_A.weight' of the method 'lora'",
+            ),
+        ):
+            take()
+    assert torch.equal(program(X), before)
+    assert list(bank) == ["one"]
 
 
 @pytest.mark.long

@@ -14,7 +14,8 @@ from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import AdaptcError, AdaptcWarning, CheckpointError, ConfigError, LoraConfig, SwapError
+from adaptc import AdaptcError, AdaptcWarning, CheckpointError, ConfigError, LoraConfig, MergeError, SwapError
+from tests.support.interrupts import LineInterrupt
 from tests.support.subject import assert_close, assert_valid, quiet
 
 
@@ -355,6 +356,32 @@ def test_program_files_have_what_calls_compute(twins: Twins, tmp_path: Path) -> 
     assert not (tmp_path / "other.pt2").exists()
 
 
+def test_an_interrupt_as_a_block_begins_leaves_nothing(twins: Twins) -> None:
+    files, before = ("state/overrides.py",), twins.ours(IDS)
+
+    def call_in_block() -> None:
+        with twins.ours.scaled(2):
+            twins.ours(IDS)
+
+    call_in_block()  # the first makes what the others remember
+    with LineInterrupt(files=files) as lines:
+        call_in_block()
+    # Python handles no signal before the last line, which the trace can interrupt: it puts back what was.
+    for stop in range(1, lines.count):
+        with pytest.raises(KeyboardInterrupt), LineInterrupt(stop, files):
+            call_in_block()
+        assert torch.equal(twins.ours(IDS), before), stop
+
+
+def test_a_merged_adapter_cannot_be_left_out(twins: Twins) -> None:
+    merged = adaptc.merge(twins.ours)
+    for block in (merged.disabled, merged.disable_adapter):
+        with pytest.raises(MergeError, match=r"merged into the weights.*adaptc\.unmerge"):
+            block()
+    with adaptc.unmerge(merged).disabled(), adaptc.unload(twins.ours).disabled():
+        pass
+
+
 @pytest.mark.long
 def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
     ours = twins.ours
@@ -393,6 +420,7 @@ BAD = {
     "no factor": (lambda p: p.scaled("2"), "scale must be a number"),
     "no factors": (lambda p: p.scaled({"task": "2"}), "factor of 'task' must be a number"),
     "a block of no such name": (lambda p: p.scaled({"styles": 2}), "called 'styles' here"),
+    "names that are none": (lambda p: p.set_adapters(3, 0.5), "adapter_names=3 must be a name or a list of names"),
     "a name that is there": (
         lambda p: p.add_adapter("task", LoraConfig(target_modules=["up"])),
         "called 'task' already",

@@ -88,6 +88,18 @@ def check_generate_arguments(
     return kwargs, prefix_length, again
 
 
+def find_prompts(spec: GenerationSpec, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return the argument of ``generate`` that has a row for each prompt; None where there is none.
+
+    A cache that an encoder's states are in stands for the prompts that were encoded.
+    """
+    encoded, past = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
+    encoded = encoded[0] if isinstance(encoded, tuple) and encoded else getattr(encoded, "last_hidden_state", encoded)
+    states = getattr(kwargs.get("cache") if past is None else past, "states", None)
+    known = (inputs, kwargs.get(spec.main_input_name), kwargs.get("inputs_embeds"), encoded, states)
+    return next((t for t in known if t is not None), None)
+
+
 def pop_cache(spec: GenerationSpec, kwargs: dict[str, Any]) -> Any:
     """Remove the cache from the arguments of ``generate``, in place, and return it; None where there is none.
 

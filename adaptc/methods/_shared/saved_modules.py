@@ -88,6 +88,9 @@ class TrainedParameter(Method):
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         return self
 
+    def is_made_by(self, config: Any, place: SiteDescription) -> bool:
+        return True  # parameters are trained beside any method
+
     def conflict_with(self, other: Any) -> str:
         return "all of it" if isinstance(other, (TrainedParameter, TokenRows)) else ""
 
@@ -151,6 +154,9 @@ class TokenRows(Method):
             names = (place.key, place.entry)
             tokens = next((v for k, v in tokens.items() if any(n == k or n.endswith(f".{k}") for n in names)), None)
         return self if tokens is None else replace(self, indices=tuple(tokens))
+
+    def is_made_by(self, config: Any, place: SiteDescription) -> bool:
+        return True  # tokens are trained beside any method
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
         values = self.identity(op, W, dtype)
