@@ -77,8 +77,7 @@ class PackageEngine(Engine):
         if not isinstance(prepared, IndexedRows):
             return self._package.run(prepared, args, kwargs)
         inputs = self._package.manifest.inputs
-        by_place = zip((i.name for i in inputs), args, strict=False) if all(isinstance(a, Tensor) for a in args) else ()
-        c = self._coefficients(prepared, inputs, {**dict(by_place), **kwargs})
+        c = self._coefficients(prepared, inputs, inputs_by_name(inputs, args, kwargs))
         return self._package.run(None, args, {**kwargs, COEFFICIENTS_INPUT: c})
 
     def parts(self, prepared: Any, outputs: Mapping[str, Sequence[str]]) -> Mapping[str, ProgramPart]:
@@ -98,13 +97,10 @@ class PackageEngine(Engine):
         return run_part(self._package.code_by_part[name], None, **kwargs, **{COEFFICIENTS_INPUT: c})
 
     def _coefficients(self, rows: IndexedRows, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> Tensor:
-        count = _count_rows(rows, inputs, kwargs)
-        if not rows.repeats and count != len(rows.mixes):
-            raise AdaptcError(
-                f"adapters has {len(rows.mixes)} entries, and the batch has {count} rows: give one for each row, None "
-                "for the base"
-            )
-        return rows.code_coefficients(count, self.device)
+        if not rows.repeats:
+            check_row_count(len(rows.mixes), inputs, kwargs)
+        count = find_row_count(inputs, kwargs)
+        return rows.code_coefficients(len(rows.mixes) if count is None else count, self.device)
 
     def expected_inputs(self, prepared: Any) -> Mapping[str, Any]:
         return dict(self._package.inputs.expected)
@@ -132,13 +128,27 @@ class PackageEngine(Engine):
         return f"Runner({binding.source!r}, {len(binding.methods)} of {total} sites, packaged)"
 
 
-def _count_rows(rows: IndexedRows, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> int:
-    """Return how many rows a call has: as its inputs tell, else as many as the selection."""
+def inputs_by_name(inputs: Sequence[Input], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by the names of the code's ``inputs``; positional ones where all are tensors."""
+    by_place = zip((i.name for i in inputs), args, strict=False) if all(isinstance(a, Tensor) for a in args) else ()
+    return {**dict(by_place), **kwargs}
+
+
+def find_row_count(inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> int | None:
+    """Return how many rows a call has, as its arguments tell or the code demands; None where neither does."""
     shapes = {i.name: i.tensor.shape for i in inputs if i.tensor is not None}
     size = shapes[COEFFICIENTS_INPUT][0]
     if isinstance(size, int):
-        return size if rows.repeats else len(rows.mixes)
+        return size
     for name, shape in shapes.items():
         if size in shape and isinstance(value := kwargs.get(name), Tensor) and value.ndim == len(shape):
             return value.shape[shape.index(size)]
-    return len(rows.mixes)
+    return None
+
+
+def check_row_count(count: int, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> None:
+    """Raise AdaptcError where a call does not have ``count`` rows, the number of entries in ``adapters``."""
+    if (rows := find_row_count(inputs, kwargs)) not in (None, count):
+        raise AdaptcError(
+            f"adapters has {count} entries, and the batch has {rows} rows: give one for each row, None for the base"
+        )

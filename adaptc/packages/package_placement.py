@@ -23,7 +23,7 @@ from adaptc.bank.warm_up import max_call_adapters
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.packages.constants import PackagedBinding
-from adaptc.packages.package_engine import IndexedRows, PackageEngine
+from adaptc.packages.package_engine import IndexedRows, PackageEngine, check_row_count, inputs_by_name
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.state.runner import Runner
 
@@ -124,6 +124,8 @@ class PackagePlacement(Placement):
     def check_call(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.program.manifest.parts:
             raise parts_error()
+        inputs = self.program.manifest.inputs
+        check_row_count(count, inputs, inputs_by_name(inputs, args, kwargs))
 
     def select(self, selection: RowSelection) -> Runner:
         """Return a runner that keeps ``selection``; nothing else is written to its indices while it exists.

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import AdaptcError
+from adaptc.passes.graph.ops import schema_of
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.quantized.fast_linear import fast_linear
 from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear
@@ -116,6 +117,8 @@ class QuantizedTensor(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__setitem__ and isinstance(args[0], QuantizedTensor):  # it would write to a copy
+            raise _frozen_error(args[0], func)
         reader = _READERS.get(func)
         if reader is not None and (found := reader(*args, **kwargs)) is not NotImplemented:
             return found
@@ -133,11 +136,9 @@ class QuantizedTensor(Tensor):
         kwargs = dict(kwargs or {})
         if func in _COPIES:
             return _copy_of(args[0], func, kwargs)
-        if func in _WRITES and isinstance(args[0], QuantizedTensor):
-            raise AdaptcError(
-                f"{args[0]!r} is frozen, and {func} would write to it: put another tensor in its place, such as "
-                "tensor.dequantize()"
-            )
+        for value in _written_values(func, args, kwargs):
+            if isinstance(value, QuantizedTensor):
+                raise _frozen_error(value, func)
         if func in _SHAPE_READERS:
             kwargs.setdefault("device", args[0].device)
             empty = pytree.tree_map_only(QuantizedTensor, _without_values, (tuple(args), kwargs))
@@ -181,8 +182,20 @@ _SHAPE_READERS = {
     aten.new_zeros.default,
     aten.new_ones.default,
 }
-#: operations that write to their first argument
-_WRITES = {aten.copy_.default, aten.add_.Tensor, aten.mul_.Tensor, aten.fill_.Scalar, aten.zero_.default}
+
+
+def _written_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments that an op writes to, as its schema says."""
+    named = {**dict(zip((a.name for a in schema_of(func).arguments), args, strict=False)), **kwargs}
+    written = [a.name for a in schema_of(func).arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [named[name] for name in written if name in named]
+
+
+def _frozen_error(weight: QuantizedTensor, func: object) -> AdaptcError:
+    return AdaptcError(
+        f"{weight!r} is frozen, and {func} would write to it: put another tensor in its place, such as "
+        "tensor.dequantize()"
+    )
 
 
 def _without_values(t: QuantizedTensor) -> Tensor:

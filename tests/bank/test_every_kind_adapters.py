@@ -80,9 +80,7 @@ def test_a_loader_gives_what_is_missing(kind: Kind) -> None:
 
 
 @every_kind
-def test_a_call_of_other_rows_loads_nothing(kind: Kind, request: pytest.FixtureRequest) -> None:
-    if kind.is_packaged and kind.way == "call":
-        request.applymarker(pytest.mark.xfail(reason="it counts its rows after it has loaded", strict=True))
+def test_a_call_of_other_rows_loads_nothing(kind: Kind) -> None:
     bank, asked = kind.bank(), []
     bank.loader = asked.append
     for names in (["third", "first"], ["third"] * 5):

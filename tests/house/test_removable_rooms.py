@@ -120,7 +120,7 @@ def run_without(room: str, folder: Path, *scripts: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (outputs_of(model, x, tensors) for tensors in adapters)
-    assert not torch.allclose(first, second, atol=0.1)
+    assert float((first - second).abs().max()) > 0.1  # the two adapters are told apart by their outputs
     wanted = {"compiled": first, "module": first, "packaged": first, "swapped": second, "loaded": second}
     for name, y in torch.load(folder / "found.pt").items():
         torch.testing.assert_close(y, wanted[name], msg=lambda text, name=name: f"{name}: {text}")

@@ -12,8 +12,8 @@ from adaptc.passes.quantized.all_schemes import choose_scheme
 from adaptc.passes.quantized.fast_linear import INT4_ROWS, INT8_ROWS, fast_linear
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
-#: bfloat16 has 8 bits, and sums of 64 products round a few times
-TOLERANCE = 2e-2
+#: a bfloat16 is rounded by up to 2^-9 = 2e-3 of itself: scales, zeros and the result are, each once
+TOLERANCE = 8e-3
 
 
 def weight(name: str, rows: int = 48, columns: int = 64, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
@@ -63,7 +63,9 @@ def test_calls_without_a_kernel():
         q = weight(name)
         assert fast_linear(x, q, None) is None, reason
         found = F.linear(x, q)
-        torch.testing.assert_close(found, F.linear(x, q.dequantize().to(x.dtype)), rtol=TOLERANCE, atol=0.1)
+        assert found.shape == (x.shape[0], 48)
+        expected = F.linear(x.float(), q.dequantize(x.dtype).float())
+        assert relative(found, expected) < (1e-6 if x.dtype == torch.float32 else TOLERANCE)
 
 
 @pytest.mark.parametrize("columns", [1, 15, 31, 33, 40, 63])
@@ -107,4 +109,4 @@ def test_a_gradient_takes_no_kernel():
     q = weight("int8")
     x = torch.randn(2, 64).bfloat16().requires_grad_()
     F.linear(x, q).float().sum().backward()
-    torch.testing.assert_close(x.grad, q.dequantize().float().sum(0).bfloat16().expand(2, -1), rtol=TOLERANCE, atol=0.1)
+    assert relative(x.grad, q.dequantize().float().sum(0).expand(2, -1)) < TOLERANCE

@@ -17,6 +17,7 @@ from adaptc.passes.quantized.integer_scheme import IntegerScheme
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.table_scheme import TableScheme
 
+ROWS = torch.tensor([2, 5])
 #: without rounded inputs, which a matmul with the values does not have
 PLAIN = [n for n in SCHEME_NAMES if n != "int8_dynamic"]
 
@@ -134,7 +135,14 @@ def test_copies(name):
 def test_nothing_writes_to_it():
     q = quantized("int8")
     before = q.dequantize()
-    for write in (lambda: q.copy_(before), lambda: q.add_(1), lambda: q.zero_(), lambda: q.mul_(2), lambda: q.fill_(1)):
+    ones = torch.ones(15, 32)
+    writes = [
+        *(lambda: q.copy_(before), lambda: q.add_(1), lambda: q.zero_(), lambda: q.mul_(2), lambda: q.fill_(1)),
+        *(lambda: q.sub_(ones), lambda: q.clamp_(max=0), lambda: q.normal_(), lambda: q.index_fill_(0, ROWS, 1)),
+        *(lambda: torch.add(ones, ones, out=q), lambda: torch.nn.init.ones_(q)),
+        *(lambda: q.__setitem__(0, 1), lambda: q.__setitem__((ROWS, 2), ones[0, 0])),
+    ]
+    for write in writes:
         with pytest.raises(AdaptcError, match=r"int8.*is frozen.*dequantize\(\)"):
             write()
     assert torch.equal(q.dequantize(), before)

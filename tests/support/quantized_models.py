@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -86,3 +87,13 @@ def check_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     """Assert that the largest difference is at most ``tolerance`` times the largest value."""
     difference, size = (found - expected).abs().max(), expected.abs().max()
     assert difference <= tolerance * size, (float(difference), float(size))
+
+
+def check_refused(model: nn.Module, said: str, width: int) -> None:
+    """A capture of a model with inputs of ``width`` is refused by a text that matches ``said``, and changes nothing."""
+    before = [*model.modules(), *model.parameters()]
+    config = adaptc.LoraConfig(r=2, target_modules="all-linear")
+    with pytest.raises(adaptc.CaptureError, match=said):
+        adaptc.compile(model, config, example_inputs=(torch.randn(3, width),))
+    after = [*model.modules(), *model.parameters()]
+    assert all(a is b for a, b in zip(after, before, strict=True))

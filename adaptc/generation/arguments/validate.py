@@ -15,6 +15,7 @@ from adaptc.errors import AdaptcError, short_repr
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.spec import GenerationSpec, cache_argument_name
 from adaptc.runtime.calls.call_names import call_with_tensors
+from adaptc.torch_typing import is_list_or_tuple
 
 #: arguments that ask for what a step program cannot do -> what to do instead; None and False are let through
 _UNSUPPORTED = {
@@ -93,8 +94,9 @@ def find_prompts(spec: GenerationSpec, inputs: Any, kwargs: Mapping[str, Any]) -
 
     A cache that an encoder's states are in stands for the prompts that were encoded.
     """
-    encoded, past = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
-    encoded = encoded[0] if isinstance(encoded, tuple) and encoded else getattr(encoded, "last_hidden_state", encoded)
+    encoded: Any = kwargs.get("encoder_outputs")
+    past: Any = kwargs.get("past_key_values")
+    encoded = encoded[0] if is_list_or_tuple(encoded) and encoded else getattr(encoded, "last_hidden_state", encoded)
     states = getattr(kwargs.get("cache") if past is None else past, "states", None)
     known = (inputs, kwargs.get(spec.main_input_name), kwargs.get("inputs_embeds"), encoded, states)
     return next((t for t in known if t is not None), None)
