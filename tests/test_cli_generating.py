@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,21 @@ def test_a_program_that_generates(made: Path, tmp_path: Path) -> None:
     assert torch.equal(generated(adaptc.load(tmp_path / "merged.pt2"), text), found.expected("first", text))
     assert "no adapter" in call("show", tmp_path / "merged.pt2").stdout
     call("verify", made / "gen.pt2", "--runs", 1)
+
+
+def test_a_program_of_quantised_weights(made: Path, tmp_path: Path) -> None:
+    found, text = case("llama"), prompt(2, 5)
+    adapter, out = found.adapters["first"], tmp_path / "int8.pt2"
+    call("compile", made / "model", adapter, "-o", out, "--generate", "--max-length", 48, "--quantize", "int8")
+    gen = adaptc.load(out)
+    stored = [n for n, t in gen.program.base_tensors.items() if hasattr(t, "scheme")]
+    assert len(stored) == 14
+    model = adaptc.quantize(copy.deepcopy(found.model), "int8")
+    expected = adaptc.compile_for_generation(model, adapter, max_batch=8, max_length=48)
+    assert torch.equal(generated(gen, text), generated(expected, text))
+    wrong = ["-o", tmp_path / "no.pt2", "--quantize", "int7"]
+    refused("compile", made / "model", adapter, *wrong, said="scheme='int7' is not one of")
+    assert not (tmp_path / "no.pt2").exists()
 
 
 @pytest.mark.long

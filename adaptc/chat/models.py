@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adaptc.api.quantize import check_scheme_name, quantize_read_model
 from adaptc.api.save_and_load import load, load_package
 from adaptc.capture.model_files import is_gguf, read_gguf, read_model, tokenizer_failure
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
@@ -35,11 +36,14 @@ class ModelOptions:
     device: str | None = None
     dtype: str | None = None
     tokenizer: Path | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         RunOptions(self.backend, None, True)  # raises for a wrong backend before a model is read
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ConfigError(f"dtype={short_repr(self.dtype)} is no dtype of torch: give float32, bfloat16 or float16")
+        if self.quantize is not None:
+            check_scheme_name(self.quantize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +78,8 @@ def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
     tokenizer = _load_tokenizer(options.tokenizer or path)  # the quicker one first
     model = read_gguf(path, options.dtype) if is_gguf(path) else read_model(path, options.dtype)
     _check_decoder_only(path, model.config)
+    if options.quantize is not None:
+        model = quantize_read_model(model, options.quantize, path)
     if options.device is not None:
         model.to(_usable_device(options.device))
 
@@ -90,7 +96,7 @@ def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
 
 
 def _open_program(path: Path, options: ModelOptions) -> OpenedModel:
-    _refuse_fixed_options(options, "max_length", "dtype")
+    _refuse_fixed_options(options, "max_length", "dtype", "quantize")
     device = None if options.device is None else _usable_device(options.device)
     generator: Any = load(path, backend=options.backend, device=device)
     _check_generates(path, generator)
@@ -101,7 +107,7 @@ def _open_program(path: Path, options: ModelOptions) -> OpenedModel:
 
 
 def _open_package(path: Path, options: ModelOptions) -> OpenedModel:
-    _refuse_fixed_options(options, "max_length", "dtype", "device", "backend")
+    _refuse_fixed_options(options, "max_length", "dtype", "device", "backend", "quantize")
     generator: Any = load_package(path)
     _check_generates(path, generator)
     tokenizer = None if options.tokenizer is not None else generator.tokenizer

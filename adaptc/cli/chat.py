@@ -45,6 +45,13 @@ def chat(
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights, such as bfloat16; by default that of the file, of GGUF float32.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help='Store weights in few bits: int8, int8_dynamic, int4, nf4, fp4; or "file", as a GGUF file does.',
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A tokenizer's directory, if it is not with the model.")
     ] = None,
@@ -61,7 +68,7 @@ def chat(
     from adaptc.chat.models import ModelOptions
 
     choice = TokenChoice(max_new_tokens, temperature, greedy, seed)
-    model_options = ModelOptions(max_length, backend, device, dtype, tokenizer)
+    model_options = ModelOptions(max_length, backend, device, dtype, tokenizer, quantize)
     run_chat(model, _parse_named_paths(adapter or []), system=system, choice=choice, options=model_options)
 
 

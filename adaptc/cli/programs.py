@@ -105,6 +105,13 @@ def compile_(
         int | None,
         typer.Option(min=1, help="With --generate: tokens of a text at most, by default all the model takes."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help='Store weights in few bits first: int8, int8_dynamic, int4, nf4, fp4; or "file", as a GGUF file does.',
+        ),
+    ] = None,
     key_mapping: KeyMapping = None,
     component: Component = None,
     as_json: Json = False,
@@ -114,10 +121,13 @@ def compile_(
     The model's inputs are made from its config. For other models export a program in Python (torch.export.save) and
     give that.
     """
+    from adaptc.api.quantize import check_scheme_name, quantize_read_model
     from adaptc.binding.sources.configs import read_config_file
     from adaptc.capture.model_files import is_gguf, read_gguf, read_model
 
     adaptc = import_adaptc()
+    if quantize is not None:
+        check_scheme_name(quantize)
     _check_generate(generate, training, {"--max-batch": max_batch, "--max-length": max_length})
 
     path = choose_output_path(out, output, force, model, adapter)
@@ -127,10 +137,12 @@ def compile_(
     if generate:
         # A saved program cannot be captured again as a step with a cache, so only models are read here.
         found = read_gguf(model, None) if is_gguf(model) else read_model(model)
+        found = found if quantize is None else quantize_read_model(found, quantize, model)
         options |= {"max_batch": max_batch or 8, "max_length": max_length}
         program = adaptc.compile_for_generation(found, config, **options)
     else:
         found = adaptc.load(model) if model.is_file() else read_model(model)
+        found = found if quantize is None else quantize_read_model(found, quantize, model)
         program = adaptc.compile(found, config, training=training, **options)
     print_result(as_json, adaptc.report(program), adaptc.save(program, path))
 

@@ -1,32 +1,37 @@
 """Choose the weights that ``adaptc.quantize`` stores in few bits, in a program or in a model.
 
 Targets follow the rules of ``target_modules`` in configs: names, a regular expression, or "all-linear", which leaves
-out the output layer. Embeddings are stored only where they are named.
+out the output layer. Embeddings are stored only where they are named. With a GGUF file, the targets are all weights
+that the file stores in blocks, where none are named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.errors import ConfigError, TargetError
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, TargetError
 from adaptc.passes.analysis.program_facts import all_module_types, qualified_name
 from adaptc.passes.analysis.sites import find_consumers, layer_kind_of
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.quantized.all_schemes import choose_scheme
 from adaptc.passes.quantized.quantize_weights import (
+    QuantizeBy,
+    Quantizer,
     QuantizeWeights,
     WeightQuantization,
     describe_quantization,
     quantize_weight,
 )
-from adaptc.passes.quantized.scheme import Scheme
 from adaptc.progress import stage
+from adaptc.quantized_layers.gguf_file import describe_unfound, find_weights, read_gguf_matrices
 from adaptc.state.core import ProgramCore
 from adaptc.targets.attach_site import MATRIX_KINDS
 from adaptc.targets.name_rules import TargetCandidate, select_targets
@@ -40,10 +45,17 @@ P = TypeVar("P", bound=ProgramCore)
 class QuantizeOptions:
     """The options of ``adaptc.quantize``, which says what they mean."""
 
-    scheme: str
+    scheme: str | None = None
     group_size: int | None = None
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: str | Sequence[str] | None = None
     exclude: str | Sequence[str] = ()
+    gguf_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scheme is None) == (self.gguf_file is None):
+            raise ConfigError("quantize takes one of the two: a scheme, or the gguf_file that the model is from")
+        if self.gguf_file is not None and self.group_size is not None:
+            raise ConfigError("group_size goes with a scheme: the groups of a gguf_file are those of its blocks")
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,9 @@ class _Weight:
         """Return whether the weight is stored as (in, out), so that its output channels are columns."""
         return self.kind == "addmm"
 
-    def scheme(self, options: QuantizeOptions) -> Scheme:
+    def quantizer(self, scheme: str, group_size: int | None) -> Quantizer:
         rows = self.tensor.shape[1] if self.is_transposed else self.tensor.shape[0]
-        return choose_scheme(options.scheme, options.group_size, self.tensor.numel() // max(rows, 1))
+        return QuantizeBy(choose_scheme(scheme, group_size, self.tensor.numel() // max(rows, 1)), self.is_transposed)
 
 
 def quantize_program(
@@ -83,10 +95,8 @@ def quantize_program(
         weights = _weights_of_program(still)
         source = still.adaptation.source
         head = _guess_head(weights) if source is None else source.output_embedding
-        chosen = _choose(weights, options, head, list(all_module_types(still)))
-        schemes = {fqn: weights[fqn].scheme(options) for fqn in chosen}
-        transposed = frozenset(f for f in chosen if weights[f].is_transposed)
-        done = QuantizeWeights(schemes, transposed, running.track)(still)
+        quantizers = _choose(weights, options, head, list(all_module_types(still)))
+        done = QuantizeWeights(quantizers, running.track)(still)
         binding = still.call_state.binding
         return type(program)(done.output, still.adaptation, binding, still.options), done.data
 
@@ -106,14 +116,14 @@ def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool =
     getter: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
     output = getter()
     head = next((n for n, m in modules.items() if m is output), None)
-    chosen = _choose(weights, options, head, list(modules))
     made: dict[str, Tensor] = {}
     rows: list[WeightQuantization] = []
-    with stage(f"quantising {len(chosen)} weights of {type(model).__name__}", always=progress) as running:
-        for fqn in running.track(chosen):
-            w = weights[fqn]
-            made[fqn] = quantize_weight(fqn, w.tensor, w.scheme(options), w.is_transposed)
-            rows.append(describe_quantization(fqn, w.tensor, made[fqn]))  # type: ignore[arg-type]
+    with stage(f"quantising weights of {type(model).__name__}", always=progress) as running:
+        quantizers = _choose(weights, options, head, list(modules))
+        for fqn in running.track(list(quantizers)):
+            old = weights[fqn].tensor
+            new = made[fqn] = quantize_weight(fqn, old, quantizers[fqn])
+            rows.append(describe_quantization(fqn, old, new))
     for fqn, weight in made.items():
         old = weights[fqn].tensor
         for module in modules.values():  # a tied weight is replaced in every module that has it
@@ -162,17 +172,46 @@ def _weights_of_program(program: ExportedProgram) -> dict[str, _Weight]:
 
 
 def _choose(
-    weights: Mapping[str, _Weight], options: QuantizeOptions, head: str | None, modules: Iterable[str]
-) -> list[str]:
-    """Return the names of the weights that ``options`` choose; a tied weight is named once."""
+    weights: Mapping[str, _Weight], options: QuantizeOptions, head: str | None, modules: Sequence[str]
+) -> dict[str, Quantizer]:
+    """Return the weights that ``options`` choose, and what makes the quantised form of each; a tied weight is named
+    once."""
     if not weights:
         raise TargetError("no layer of the model has a weight of two axes or more, so there is nothing to quantise")
+    if options.scheme is not None:
+        names = _select(weights, options, "all-linear", head, modules)
+        return {fqn: weights[fqn].quantizer(options.scheme, options.group_size) for fqn in names}
+    assert options.gguf_file is not None
+    matrices = read_gguf_matrices(options.gguf_file)
+    found = find_weights(matrices, {n: (w.tensor, w.is_transposed) for n, w in weights.items() if w.tensor.ndim == 2})
+    unfound = describe_unfound(matrices, found)
+    if not found:
+        raise CheckpointError(f"{options.gguf_file!r}: {unfound or 'the file stores no matrix in blocks'}")
+    if unfound:
+        warnings.warn(f"{options.gguf_file!r}: {unfound}; these stay as they are", AdaptcWarning, stacklevel=2)
+    names = _select(weights, options, [weights[fqn].module for fqn in found], head, modules)
+    if absent := [fqn for fqn in names if fqn not in found]:
+        raise TargetError(
+            f"{absent[0]!r} has not the values of any matrix that {options.gguf_file!r} stores in blocks: leave it out "
+            "with exclude=, or load the model from this file"
+        )
+    return {fqn: partial(found[fqn].quantized, is_transposed=weights[fqn].is_transposed) for fqn in names}
+
+
+def _select(
+    weights: Mapping[str, _Weight],
+    options: QuantizeOptions,
+    default: str | Sequence[str],
+    head: str | None,
+    modules: Sequence[str],
+) -> list[str]:
+    """Return the names of the weights that the targets of ``options`` select."""
     selection = select_targets(
         [TargetCandidate(w.module, w.class_name, w.kind) for w in weights.values()],
-        target_modules=options.target_modules,
+        target_modules=default if options.target_modules is None else options.target_modules,
         exclude_modules=options.exclude or None,
         output_embedding=head,
-        all_names=list(modules),
+        all_names=modules,
         parameters=list(weights),
     )
     by_module = {w.module: fqn for fqn, w in weights.items()}

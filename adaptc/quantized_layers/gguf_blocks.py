@@ -4,12 +4,13 @@ A row of a matrix is a run of blocks. Of these types of blocks, with the bytes o
 
     Q8_0   32 elements, 34 bytes: float16 scale, int8 codes
     Q4_0   32 elements, 18 bytes: float16 scale, codes of element i and i + 16 in the halves of byte i, plus 8
+    Q4_1   32 elements, 20 bytes: float16 scale, float16 value of code 0, codes as in Q4_0
     Q4_K   256 elements, 144 bytes: float16 units of scales and minimums, 8 scales and 8 minimums of 6 bits in 12 bytes,
            then codes: bytes of 64 elements, of which the first 32 are in the low halves
     Q6_K   256 elements, 210 bytes: the low 4 bits of the codes, their high 2 bits, 16 int8 scales, the scales' float16
            unit; codes are plus 32
 
-Source: the structs ``block_q8_0``, ``block_q4_0``, ``block_q4_K`` and ``block_q6_K`` of ggml.
+Source: the structs ``block_q8_0``, ``block_q4_0``, ``block_q4_1``, ``block_q4_K`` and ``block_q6_K`` of ggml.
 """
 
 from __future__ import annotations
@@ -82,6 +83,12 @@ def _q4_0(blocks: Tensor) -> dict[str, Tensor]:
     return {"codes": pack_nibbles(_rows(codes)), "scales": _half(blocks, 0).contiguous()}
 
 
+def _q4_1(blocks: Tensor) -> dict[str, Tensor]:
+    codes = torch.cat([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], -1)
+    scales, lowest = _half(blocks, 0).contiguous(), _half(blocks, 2).contiguous()
+    return {"codes": pack_nibbles(_rows(codes)), "scales": scales, "minimums": -lowest}
+
+
 def _q4_k(blocks: Tensor) -> dict[str, Tensor]:
     first, second, last = (blocks[..., i : i + 4] for i in (4, 8, 12))
     scales = torch.cat([first & 63, (last & 15) | ((first >> 6) << 4)], -1)
@@ -114,6 +121,7 @@ def _q6_k(blocks: Tensor) -> dict[str, Tensor]:
 BLOCK_TYPES: dict[int, BlockType] = {
     8: BlockType("Q8_0", 32, 34, IntegerScheme(group_size=32, scale_dtype="float16"), _q8_0),
     2: BlockType("Q4_0", 32, 18, IntegerScheme(bits=4, group_size=32, offset=8, scale_dtype="float16"), _q4_0),
+    3: BlockType("Q4_1", 32, 20, IntegerScheme(bits=4, group_size=32, scale_dtype="float16", has_minimums=True), _q4_1),
     12: BlockType(
         "Q4_K",
         256,

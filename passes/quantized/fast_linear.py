@@ -87,18 +87,21 @@ def _row_scales(weight: PreparedWeight) -> Tensor:
 
 
 def _has_int4_kernel(scheme: IntegerScheme, weight: PreparedWeight) -> bool:
-    plain = not (scheme.has_minimums or scheme.super_group or scheme.step != 1.0)
     rows, columns = weight.matrix_shape
-    return scheme.bits == 4 and plain and scheme.group_size in _INT4_GROUPS and not rows % 16 and not columns % 2
+    plain = scheme.bits == 4 and scheme.step == 1.0 and scheme.group_size in _INT4_GROUPS
+    return plain and not rows % 16 and not columns % 2
 
 
 def _pack_int4(weight: PreparedWeight) -> tuple[Tensor, ...]:
     """Return the kernel's copy of the codes, and its (groups, rows, 2) of scales and of values at code 8, bfloat16."""
     scheme, stored = weight.scheme, weight.stored
     assert isinstance(scheme, IntegerScheme)
-    codes = scheme.unpack_codes(stored, weight.matrix_shape[1])
+    columns = weight.matrix_shape[1]
+    codes = scheme.unpack_codes(stored, columns)
     packed: Tensor = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-    scales = stored["scales"].float()
+    scales = scheme.group_scales(stored, columns)
     zeros = stored["zeros"].float() if scheme.zero_dtype else 0.0
     middles = (8 - scheme.offset - zeros) * scales
+    if scheme.has_minimums:
+        middles = middles - scheme.group_minimums(stored, columns)
     return packed, torch.stack([scales, middles], -1).transpose(0, 1).contiguous().bfloat16()

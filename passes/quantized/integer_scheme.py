@@ -7,13 +7,13 @@ The value of an element is (code - offset - zero) * scale * step - minimum. Code
     high_codes   6 bits: uint8 (rows, columns / 4), the high 2 bits of four columns, the first in the lowest
     scales       (rows, groups) of ``scale_dtype``
     zeros        (rows, groups) of ``zero_dtype``, where there are any
-    minimums     (rows, groups) uint8, where there are any; with them, and with ``super_group``, the scales are integers
-                 in units of:
-    super_scales, super_minimums   float16 (rows, columns / super_group)
+    minimums     (rows, groups) of ``scale_dtype``, where there are any
+    super_scales, super_minimums   float16 (rows, columns / super_group), with ``super_group``: the units of the scales
+                 and of the minimums, which are integers then
     group_index  int32 (columns,) the group of each column, where groups are not runs of columns (GPTQ's act order)
 
-Source: the layouts of GPTQ, AWQ and HQQ checkpoints, and of GGUF's Q8_0, Q4_0, Q4_K and Q6_K. They are rewritten to
-this one without a change of any code or scale.
+Source: the layouts of GPTQ, AWQ and HQQ checkpoints, and of GGUF's Q8_0, Q4_0, Q4_1, Q4_K and Q6_K. They are rewritten
+to this one without a change of any code or scale.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class IntegerScheme(Scheme):
         if self.zero_dtype:
             stored["zeros"] = StoredTensor((rows, groups), getattr(torch, self.zero_dtype))
         if self.has_minimums:
-            stored["minimums"] = StoredTensor((rows, groups), torch.uint8)
+            stored["minimums"] = StoredTensor((rows, groups), getattr(torch, self.scale_dtype))
         if self.super_group:
             units = StoredTensor((rows, columns // self.super_group), torch.float16)
             stored |= {"super_scales": units} | ({"super_minimums": units} if self.has_minimums else {})
@@ -103,13 +103,11 @@ class IntegerScheme(Scheme):
             values = values - self.offset
         if self.zero_dtype:
             values = values - self._per_column(stored["zeros"].float(), stored, columns)
-        scales = self._in_units(stored, "scales", "super_scales", columns)
-        values = values * self._per_column(scales, stored, columns)
+        values = values * self._per_column(self.group_scales(stored, columns), stored, columns)
         if self.step != 1.0:
             values = values * self.step
         if self.has_minimums:
-            minimums = self._in_units(stored, "minimums", "super_minimums", columns)
-            values = values - self._per_column(minimums, stored, columns)
+            values = values - self._per_column(self.group_minimums(stored, columns), stored, columns)
         return values
 
     @property
@@ -139,6 +137,14 @@ class IntegerScheme(Scheme):
             high = stored["high_codes"]
             codes = codes | (_interleave([(high >> shift) & 3 for shift in (0, 2, 4, 6)], columns) << 4)
         return codes
+
+    def group_scales(self, stored: Mapping[str, Tensor], columns: int) -> Tensor:
+        """Return the scales (rows, groups), float32, without the factor ``step``."""
+        return self._in_units(stored, "scales", "super_scales", columns)
+
+    def group_minimums(self, stored: Mapping[str, Tensor], columns: int) -> Tensor:
+        """Return the minimums (rows, groups), float32, of a scheme that has them."""
+        return self._in_units(stored, "minimums", "super_minimums", columns)
 
     def _in_units(self, stored: Mapping[str, Tensor], role: str, unit_role: str, columns: int) -> Tensor:
         """Return the tensor ``role`` (rows, groups), float32, times its units where the scheme has any."""

@@ -1,4 +1,4 @@
-"""Store weights of a program, or parameters of a model, by a scheme, and report what that costs in accuracy.
+"""Store weights of a program, or parameters of a model, in few bits, and report what that costs in accuracy.
 
 Nothing else of the program changes: its graph reads the same weights, whose values are those of the scheme. All weights
 are made before the first one is replaced, so a failure changes nothing.
@@ -44,17 +44,33 @@ class WeightQuantization:
     bytes_after: int
 
 
-def quantize_weight(fqn: str, weight: Tensor, scheme: Scheme, is_transposed: bool) -> QuantizedTensor:
-    """Return ``weight`` stored by ``scheme``, a parameter where it is one.
+#: makes the quantised form of a weight; raises ConfigError where the weight has none
+Quantizer = Callable[[Tensor], QuantizedTensor]
 
-    Raises ConfigError, which names the weight, where the scheme cannot store it.
+
+@dataclass(frozen=True)
+class QuantizeBy:
+    """The quantizer of a scheme. ``is_transposed``: the weight is stored as (in, out), and quantised along the other
+    axis."""
+
+    scheme: Scheme
+    is_transposed: bool = False
+
+    def __call__(self, weight: Tensor) -> QuantizedTensor:
+        return QuantizedTensor.quantize(weight, self.scheme, self.is_transposed)
+
+
+def quantize_weight(fqn: str, weight: Tensor, quantizer: Quantizer) -> QuantizedTensor:
+    """Return ``weight`` as ``quantizer`` makes it, a parameter where it is one.
+
+    Raises ConfigError, which names the weight, where the weight cannot be stored so.
     """
     if isinstance(weight, QuantizedTensor):
         raise ConfigError(f"{fqn!r} is quantised already, by {weight.scheme}; leave it out with exclude=")
     if weight.dtype not in QUANTIZABLE:
         raise ConfigError(f"{fqn!r} is {weight.dtype}, and weights of float32, bfloat16 and float16 are quantised")
     try:
-        made = QuantizedTensor.quantize(weight.detach(), scheme, is_transposed)
+        made = quantizer(weight.detach())
     except ConfigError as error:
         raise ConfigError(f"{fqn!r}: {error}") from error
     is_parameter = isinstance(weight, torch.nn.Parameter)
@@ -64,7 +80,7 @@ def quantize_weight(fqn: str, weight: Tensor, scheme: Scheme, is_transposed: boo
 def describe_quantization(fqn: str, before: Tensor, after: QuantizedTensor) -> WeightQuantization:
     """Return the report of one weight. Its old values are read once more, and nothing is kept of them."""
     old = before.detach().float()
-    change, size = float(vector_norm(after.dequantize(torch.float32) - old)), float(vector_norm(old))
+    change, size = float(vector_norm(after.dequantize().float() - old)), float(vector_norm(old))
     return WeightQuantization(
         fqn, str(after.scheme), change / size if size else change, before.nbytes, after.stored_bytes
     )
@@ -72,27 +88,25 @@ def describe_quantization(fqn: str, before: Tensor, after: QuantizedTensor) -> W
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """A pass that stores weights by schemes; its count is that of the weights, its data a WeightQuantization of each.
+    """A pass that stores weights in few bits; its count is that of the weights, its data a WeightQuantization of each.
 
-    ``schemes`` maps the FQN of a weight to its scheme. Weights in ``transposed`` are stored as (in, out) and quantised
-    along the other axis. ``progress`` wraps the sequence of names.
+    ``quantizers`` maps the FQN of a weight to what makes its quantised form. ``progress`` wraps the sequence of names.
     """
 
     name: ClassVar[str] = "quantize_weights"
 
-    schemes: Mapping[str, Scheme] = field(repr=False)
-    transposed: frozenset[str] = frozenset()
+    quantizers: Mapping[str, Quantizer] = field(repr=False)
     progress: Callable[[Sequence[str]], Any] = field(default=iter, repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
-        if unknown := [f for f in self.schemes if f not in lifted.placeholders]:
+        if unknown := [f for f in self.quantizers if f not in lifted.placeholders]:
             raise PassError(f"the program has no weight {unknown[0]!r}")
         made: dict[str, QuantizedTensor] = {}
         rows: list[WeightQuantization] = []
-        for fqn in self.progress(list(self.schemes)):
+        for fqn in self.progress(list(self.quantizers)):
             old = lifted.tensor(fqn)
-            made[fqn] = quantize_weight(fqn, old, self.schemes[fqn], fqn in self.transposed)
+            made[fqn] = quantize_weight(fqn, old, self.quantizers[fqn])
             rows.append(describe_quantization(fqn, old, made[fqn]))
         for fqn, weight in made.items():
             lifted.set_tensor(fqn, weight)

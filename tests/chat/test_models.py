@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 
 import adaptc
 from adaptc.chat import models
@@ -16,6 +17,7 @@ from adaptc.chat.active_adapter import ChatAdapters
 from adaptc.chat.models import ModelOptions, open_model
 from tests.support.chats import SIZES, SPECIAL, ChatModel, no_output
 from tests.support.families import FAMILIES, VOCAB
+from tests.support.gguf_files import write_gguf
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_the_dtype_is_that_of_the_file_or_the_one_asked_for(chats: ChatModel, ca
 
 
 def test_a_gguf_file(tmp_path: Path, captured: list[Any]) -> None:
-    written = write_gguf(tmp_path / "tiny.gguf")
+    written = write_gguf(tmp_path / "tiny.gguf", VOCAB, special=SPECIAL)["output"]
     found = open_model(tmp_path / "tiny.gguf", ModelOptions())
     assert found.tokenizer("w9 w12", add_special_tokens=False)["input_ids"]
     assert found.capture is not None
@@ -68,50 +70,22 @@ def test_a_gguf_file(tmp_path: Path, captured: list[Any]) -> None:
         open_model(tmp_path / "tiny.gguf", ModelOptions())
 
 
-def write_gguf(path: Path) -> torch.Tensor:
-    """A llama of one layer with words as its tokens; gives the weight of its head."""
-    import gguf
-    import numpy as np
-
-    hidden, inner, heads = 24, 40, 3
-    rng = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (VOCAB, hidden),
-        "output": (VOCAB, hidden),
-        "blk.0.ffn_gate": (inner, hidden),
-        "blk.0.ffn_up": (inner, hidden),
-        "blk.0.ffn_down": (hidden, inner),
-        **{f"blk.0.attn_{n}": (hidden, hidden) for n in ("q", "k", "v", "output")},
-        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (hidden,)),
-    }
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_block_count(1)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(i) for i in range(10)] + ["Ġ", "Ġw"]
-    tokens = [*SPECIAL, *letters]
-    tokens += [f"<{i}>" for i in range(VOCAB - len(tokens))]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (VOCAB - len(SPECIAL)))
-    writer.add_token_merges(["Ġ w"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    tensors = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
-    for name, values in tensors.items():
-        writer.add_tensor(f"{name}.weight", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return torch.from_numpy(tensors["output"])
+def test_weights_are_stored_in_few_bits(chats: ChatModel, tmp_path: Path, captured: list[Any]) -> None:
+    file = tmp_path / "tiny.gguf"
+    sizes: dict[str, Any] = {"hidden": 32, "inner": 64, "heads": 4, "kv_heads": 4}
+    write_gguf(file, VOCAB, special=SPECIAL, kinds={"blk.0.ffn_up": Kind.Q4_0, "token_embd": Kind.Q8_0}, **sizes)
+    for path, scheme in ((file, "file"), (file, "int8"), (chats.folder / "model", "int4")):
+        capture = open_model(path, ModelOptions(quantize=scheme)).capture
+        assert capture is not None
+        capture(None)
+    stored = [{n: str(t.scheme) for n, t in m.named_parameters() if hasattr(t, "scheme")} for m, _, _ in captured]
+    up, table = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+    assert stored[0] == {up: "int4 in groups of 32", table: "int8 in groups of 32"}
+    assert stored[1][up] == "int8"
+    assert table not in stored[1]
+    assert all(how.startswith("int4") for how in stored[2].values())
+    with pytest.raises(adaptc.ConfigError, match=r"'file' keeps the blocks of a GGUF file, and .*model is none"):
+        open_model(chats.folder / "model", ModelOptions(quantize="file"))
 
 
 def test_a_gguf_file_without_the_package_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +113,7 @@ def test_a_program_that_generates(chats: ChatModel, tmp_path: Path) -> None:
     answer = own.generator.generate(ids, max_new_tokens=6, do_sample=False)
     assert answer[0, 4:].tolist() == chats.uncached_answer("one", ids[0].tolist())
     assert made.new_cache().max_length == SIZES["max_length"]
-    for how in (ModelOptions(max_length=9), ModelOptions(dtype="float16")):
+    for how in (ModelOptions(max_length=9), ModelOptions(dtype="float16"), ModelOptions(quantize="int8")):
         with pytest.raises(adaptc.ConfigError, match="is part of a saved program"):
             open_model(file, how)
 
@@ -179,5 +153,7 @@ def test_options_are_checked_before_anything_is_read(chats: ChatModel) -> None:
         ModelOptions(backend="eagre")
     with pytest.raises(adaptc.ConfigError, match="float3"):
         ModelOptions(dtype="float3")
+    with pytest.raises(adaptc.ConfigError, match="scheme='int5' is not one of"):
+        ModelOptions(quantize="int5")
     with pytest.raises(adaptc.ConfigError, match="device='nowhere'"):
         open_model(chats.folder / "model", ModelOptions(device="nowhere"))

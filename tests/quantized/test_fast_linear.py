@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from adaptc.passes.quantized.all_schemes import choose_scheme
 from adaptc.passes.quantized.fast_linear import INT4_ROWS, INT8_ROWS, fast_linear
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.quantized_layers.gguf_file import GgufMatrix
+from tests.support.gguf_files import blocks
 
 #: a bfloat16 is rounded by up to 2^-9 = 2e-3 of itself: scales, zeros and the result are, each once
 TOLERANCE = 8e-3
@@ -92,6 +95,17 @@ def test_sizes_that_the_int4_kernel_does_not_take(rows, columns, group):
     x = torch.randn(2, columns).bfloat16()
     assert fast_linear(x, q, None) is None
     assert relative(F.linear(x, q), F.linear(x.float(), q.dequantize().float())) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K])
+def test_blocks_of_gguf_files_that_the_int4_kernel_takes(kind):
+    q = GgufMatrix("m", kind, torch.from_numpy(blocks(kind, 48, 256))).quantized(torch.bfloat16)
+    x = torch.randn(3, 256).bfloat16()
+    found = fast_linear(x, q, None)
+    # Scales, minimums and results are bfloat16, and random blocks have large minimums.
+    expected = F.linear(x.float(), q.dequantize(torch.float32))
+    assert relative(found, expected) < 2 * TOLERANCE
+    assert q.prepared_bytes > 0
 
 
 def test_packed_copies_are_made_once_and_counted():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
@@ -20,6 +19,7 @@ from adaptc import CaptureError
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.quantized_layers.gguf_blocks import block_type, rewrite_blocks
 from adaptc.quantized_layers.replace_layers import plain_layers
+from tests.support.gguf_files import blocks
 from tests.support.quantized_models import (
     Net,
     adapters,
@@ -30,21 +30,8 @@ from tests.support.quantized_models import (
     replaced,
 )
 
-KINDS = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_K, Kind.Q6_K]
+KINDS = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q6_K]
 SIZES = (256, 512, 7)
-#: the bytes at which blocks have float16 numbers
-HALVES = {Kind.Q8_0: [0], Kind.Q4_0: [0], Kind.Q4_K: [0, 2], Kind.Q6_K: [208]}
-
-
-def blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> Any:
-    """Return random blocks (rows, bytes), whose every bit is drawn, with finite scales."""
-    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    draw = np.random.default_rng(seed)
-    made = draw.integers(0, 256, (rows, columns // elements, nbytes), dtype=np.uint8)
-    for start in HALVES[kind]:
-        halves = (draw.normal(size=(rows, columns // elements, 1)) / 512).astype(np.float16)
-        made[..., start : start + 2] = halves.view(np.uint8)
-    return made.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +54,7 @@ def test_a_row_may_have_an_odd_number_of_blocks() -> None:
 
 @pytest.mark.parametrize("kind", [k for k in Kind if k not in KINDS])
 def test_other_types_are_refused_by_name(kind: Kind) -> None:
-    with pytest.raises(CaptureError, match=rf"type {kind.name}, and Q8_0, Q4_0, Q4_K, Q6_K are read"):
+    with pytest.raises(CaptureError, match=rf"type {kind.name}, and Q8_0, Q4_0, Q4_1, Q4_K, Q6_K are read"):
         block_type(kind)
 
 
@@ -157,7 +144,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
         r"layer 'up', a diffusers.*GGUFLinear.*'weight' must be torch.uint8 \(512, 272\), and is .*\(512, 238\)",
     ),
     "nan": (with_nan, r"'weight' has values that are not finite"),
-    "type": (of_other_type, r"layer 'up', a .*GgufLinear.*type number 13, and Q8_0, Q4_0, Q4_K, Q6_K are read"),
+    "type": (of_other_type, r"layer 'up', a .*GgufLinear.*type number 13, and Q8_0, Q4_0, Q4_1, Q4_K, Q6_K are read"),
     "permuted": (permuted, "input_permutation"),
 }
 
