@@ -118,13 +118,11 @@ class LoraBank(BankForm):
         # adapters nor a rank as a constant.
         each = (mix.unsqueeze(-1) * torch.ones_like(A.flatten(2).select(2, 0), dtype=mix.dtype)).flatten(-2)
         if op.is_conv:
-            h = op.down(prepare_adapter_input(self.method, op, x, wide), down)
+            h = op.down(self.method.adapter_input(op, x, wide), down)
             delta = op.up(cast(multiply_or_zero(h, each.movedim(-1, 1).squeeze(-1)), wide), up.flatten(1))
         else:
-            h = op.down(
-                prepare_adapter_input(self.method, op, x, wide),
-                op.with_max_norm(down) if op.kind == "embedding" else down,
-            )
+            down = op.with_max_norm(down) if op.kind == "embedding" else down
+            h = op.down(self.method.adapter_input(op, x, wide), down)
             delta = torch.nn.functional.linear(cast(multiply_or_zero(h, each.squeeze(-2)), wide), up)
         if self.method.with_bias:
             biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
@@ -263,7 +261,7 @@ class Lora(Method):
         return self.repeat * self.alpha / (sqrt(self.r) if self.rslora else self.r)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        A, B = self._factors(op, slots)
+        A, B = self.weight_factors(op, slots)
         return cast(op.add_low_rank(W, A, B, scale), W.dtype)
 
     def has_bias(self) -> bool:
@@ -277,11 +275,18 @@ class Lora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
-        x = prepare_adapter_input(self, op, x, A.dtype)
-        delta = op.down_up(x, A, B)
+        delta = op.down_up(self.adapter_input(op, x, A.dtype), A, B)
         if self.with_bias:
             delta = delta + op.along_out(slots["lora_B.bias"], delta)
         return cast(y + delta * scale, y.dtype)
+
+    def adapter_input(self, op: Op, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what A multiplies: the layer's input in ``dtype``, with dropout in training."""
+        return prepare_adapter_input(self, op, x, dtype)
+
+    def weight_factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Return A and B as the weight adds them, which reads the layer's input as it is."""
+        return self._factors(op, slots)
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         A, B, *_ = slots.values()

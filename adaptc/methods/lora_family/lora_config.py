@@ -18,6 +18,7 @@ from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
 from adaptc.methods.lora_family.arrow_experts import split_arrow_adapter
 from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
 from adaptc.methods.lora_family.lora import Lora
+from adaptc.methods.lora_family.qalora import QaLora
 
 NOT_IMPLEMENTED = "this LoRA variant is not implemented"
 
@@ -47,6 +48,8 @@ class LoraConfig(TargetedConfig):
         trainable_token_indices: rows of embeddings that are trained, or name -> rows.
         use_dora: whether the weight is split into magnitude and direction (DoRA).
         alora_invocation_tokens: the tokens from which on the adapter acts (aLoRA).
+        use_qalora: whether the adapter's input is pooled over groups of features (QA-LoRA).
+        qalora_group_size: the number of features in a group, which divides those of every layer.
         layer_replication: ranges of blocks that are repeated, each with adapters of its own.
         lora_bias: whether B has a bias.
         arrow_config: the routing of Arrow, an :class:`adaptc.ArrowConfig`.
@@ -62,6 +65,7 @@ class LoraConfig(TargetedConfig):
         {},
         {"use_dora": True},
         {"alora_invocation_tokens": [1]},
+        {"use_qalora": True},
         {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
     )
     dropout_field: ClassVar[str] = "lora_dropout"
@@ -74,7 +78,6 @@ class LoraConfig(TargetedConfig):
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "velora_config": NOT_IMPLEMENTED,
-        "use_qalora": "its pooled inputs are not implemented; LoRA without it takes quantised bases",
         "monteclora_config": NOT_IMPLEMENTED,
         "use_bdlora": NOT_IMPLEMENTED,
         "kasa_config": NOT_IMPLEMENTED,
@@ -127,6 +130,7 @@ class LoraConfig(TargetedConfig):
                     f"ensure_weight_tying=True has no meaning with {option}=True, which tied layers have apart"
                 )
         self._check_invocation()
+        self._check_pooling()
         self._check_arrow()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if len(variants) > 1:
@@ -146,6 +150,22 @@ class LoraConfig(TargetedConfig):
                 f"init_lora_weights={scheme!r} changes the base weight, and before the tokens that invoke aLoRA the "
                 "model is to be the base; use True, 'gaussian' or 'orthogonal'"
             )
+
+    def _check_pooling(self) -> None:
+        if not self.use_qalora:
+            return
+        check_integers(self, {"qalora_group_size": self.qalora_group_size})
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} has no meaning for QA-LoRA, whose A reads groups of "
+                "features; use True, False or 'gaussian'"
+            )
+        for option in ("lora_bias", "ensure_weight_tying"):
+            if getattr(self, option):
+                raise ConfigError(
+                    f"{option}=True has no meaning with use_qalora=True: PEFT's QA-LoRA has no bias, and none at "
+                    "embeddings; unset one of the two"
+                )
 
     def _check_arrow(self) -> None:
         if self.arrow_config is None:
@@ -206,6 +226,7 @@ class LoraConfig(TargetedConfig):
             alpha_pattern=dict(others),
             use_rslora=False,
             use_dora=False,
+            use_qalora=False,
             lora_bias=bias,
             init_lora_weights=True,
             ensure_weight_tying=False,
@@ -224,6 +245,8 @@ class LoraConfig(TargetedConfig):
         }
         if self.alora_invocation_tokens is not None:
             return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
+        if self.use_qalora:
+            return QaLora(**options, group_size=self.qalora_group_size)
         return (Dora if self.use_dora else Lora)(**options)
 
     def _arrow_method(self, rank: int) -> Arrow:
