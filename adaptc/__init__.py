@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from adaptc.generation.generator import Generator
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
+    from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
     from adaptc.methods.lora_family.miss import MissConfig
     from adaptc.methods.lycoris.loha import LoHaConfig
@@ -114,6 +115,7 @@ PUBLIC = {
     "PackagedProgram": "adaptc.packages.packaged_program",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
+    "LoftQConfig": "adaptc.methods.lora_family.loftq",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
     "OFTConfig": "adaptc.methods.orthogonal.oft",
     "BOFTConfig": "adaptc.methods.orthogonal.boft",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,13 +19,17 @@ from adaptc.passes.analysis.program_facts import all_module_types, qualified_nam
 from adaptc.passes.analysis.sites import find_consumers, layer_kind_of
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method
 from adaptc.passes.quantized.all_schemes import choose_scheme
 from adaptc.passes.quantized.quantize_weights import (
     QuantizeWeights,
     WeightQuantization,
+    check_quantizable,
     describe_quantization,
     quantize_weight,
 )
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.progress import stage
 from adaptc.state.core import ProgramCore
@@ -75,20 +80,53 @@ def quantize_program(
     """
     with hold_graph_lock(), stage("quantising weights", always=progress) as running:
         still = program.snapshot()
-        if still.originals:
-            raise ConfigError(
-                f"the adapter's initialisation changed {list(still.originals)[:3]}: quantise the base, with "
-                "adaptc.unload(program), and compile the adapter into that"
-            )
         weights = _weights_of_program(still)
         source = still.adaptation.source
         head = _guess_head(weights) if source is None else source.output_embedding
         chosen = _choose(weights, options, head, list(all_module_types(still)))
         schemes = {fqn: weights[fqn].scheme(options) for fqn in chosen}
         transposed = frozenset(f for f in chosen if weights[f].is_transposed)
-        done = QuantizeWeights(schemes, transposed, running.track)(still)
-        binding = still.call_state.binding
-        return type(program)(done.output, still.adaptation, binding, still.options), done.data
+        sources = _quantized_by_adapter(still, schemes)
+        done = QuantizeWeights(schemes, transposed, running.track, sources)(still)
+        # The program's base is the quantised weight from now on, and no adapter brings it.
+        names = {n for fqn in sources for n, t in still.state_dict.items() if t is still.state_dict[fqn]}
+        binding, current = still.call_state.binding, still.originals
+        binding = None if binding is None else binding.without_changed_base(names)
+        originals = {n: t for n, t in current.items() if n not in names}
+        return type(program)(done.output, still.adaptation, binding, still.options, originals), done.data
+
+
+def _quantized_by_adapter(program: ProgramCore, schemes: Mapping[str, Scheme]) -> dict[str, Callable[[], Any]]:
+    """Return FQN -> a function that makes the stored weight, where the current adapter's first values quantised it.
+
+    Raises ConfigError for weights that first values changed in another way, or quantised by another scheme.
+    """
+    sources: dict[str, Callable[[], Any]] = {}
+    originals, methods = program.originals, program.binding.methods if program.adaptation.attachments else {}
+    for fqn in (f for f in schemes if f in originals):
+        site = next((a for a in program.adaptation.attachments if a.fqn == fqn and a.id in methods), None)
+        scheme = None if site is None else methods[site.id].base_scheme()
+        if site is None or scheme is None:
+            raise ConfigError(
+                f"the adapter's initialisation changed {fqn!r}: quantise the base, with adaptc.unload(program), and "
+                "compile the adapter into that; or leave the weight out with exclude="
+            )
+        if not schemes[fqn].has_codes_of(scheme):
+            raise ConfigError(
+                f"the first values of the adapter make up for the error of {scheme} at {fqn!r}, and not for that of "
+                f"{schemes[fqn]}: quantise with the same bits and group_size, or leave the weight out with exclude="
+            )
+        check_quantizable(fqn, originals[fqn])
+        sources[fqn] = partial(_stored_base, program.ops[site.id], methods[site.id], originals[fqn])
+    return sources
+
+
+def _stored_base(op: Op, method: Method, original: Tensor) -> Tensor:
+    """Return the weight that the first values of ``method`` make of ``original``, as it is stored in few bits."""
+    base = method.init(op, op.canonical(original.detach()), original.dtype).base
+    assert isinstance(base, QuantizedTensor)
+    made = QuantizedTensor(base.scheme, base.stored, original.shape, original.dtype, op.kind == "addmm")
+    return nn.Parameter(made, requires_grad=False)
 
 
 def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool = False) -> Sequence[WeightQuantization]:

@@ -49,16 +49,21 @@ def quantize_weight(fqn: str, weight: Tensor, scheme: Scheme, is_transposed: boo
 
     Raises ConfigError, which names the weight, where the scheme cannot store it.
     """
-    if isinstance(weight, QuantizedTensor):
-        raise ConfigError(f"{fqn!r} is quantised already, by {weight.scheme}; leave it out with exclude=")
-    if weight.dtype not in QUANTIZABLE:
-        raise ConfigError(f"{fqn!r} is {weight.dtype}, and weights of float32, bfloat16 and float16 are quantised")
+    check_quantizable(fqn, weight)
     try:
         made = QuantizedTensor.quantize(weight.detach(), scheme, is_transposed)
     except ConfigError as error:
         raise ConfigError(f"{fqn!r}: {error}") from error
     is_parameter = isinstance(weight, torch.nn.Parameter)
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
+
+
+def check_quantizable(fqn: str, weight: Tensor) -> None:
+    """Raise ConfigError, which names the weight, where it is quantised already or of a dtype that schemes lack."""
+    if isinstance(weight, QuantizedTensor):
+        raise ConfigError(f"{fqn!r} is quantised already, by {weight.scheme}; leave it out with exclude=")
+    if weight.dtype not in QUANTIZABLE:
+        raise ConfigError(f"{fqn!r} is {weight.dtype}, and weights of float32, bfloat16 and float16 are quantised")
 
 
 def describe_quantization(fqn: str, before: Tensor, after: QuantizedTensor) -> WeightQuantization:
@@ -75,7 +80,8 @@ class QuantizeWeights(Pass):
     """A pass that stores weights by schemes; its count is that of the weights, its data a WeightQuantization of each.
 
     ``schemes`` maps the FQN of a weight to its scheme. Weights in ``transposed`` are stored as (in, out) and quantised
-    along the other axis. ``progress`` wraps the sequence of names.
+    along the other axis. ``sources`` has functions that make some of the quantised weights, by
+    FQN. ``progress`` wraps the sequence of names.
     """
 
     name: ClassVar[str] = "quantize_weights"
@@ -83,6 +89,7 @@ class QuantizeWeights(Pass):
     schemes: Mapping[str, Scheme] = field(repr=False)
     transposed: frozenset[str] = frozenset()
     progress: Callable[[Sequence[str]], Any] = field(default=iter, repr=False)
+    sources: Mapping[str, Callable[[], QuantizedTensor]] = field(default_factory=dict[str, Any], repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
@@ -92,7 +99,10 @@ class QuantizeWeights(Pass):
         rows: list[WeightQuantization] = []
         for fqn in self.progress(list(self.schemes)):
             old = lifted.tensor(fqn)
-            made[fqn] = quantize_weight(fqn, old, self.schemes[fqn], fqn in self.transposed)
+            source = self.sources.get(fqn)
+            made[fqn] = (
+                quantize_weight(fqn, old, self.schemes[fqn], fqn in self.transposed) if source is None else source()
+            )
             rows.append(describe_quantization(fqn, old, made[fqn]))
         for fqn, weight in made.items():
             lifted.set_tensor(fqn, weight)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.option_checks import check_matrix, prepare_adapter_input
+from adaptc.methods.lora_family.loftq import LOFTQ_SCHEMES, LoftQConfig
 from adaptc.methods.lora_family.lora_init import init_lora
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.low_rank_rows import low_rank_rows, multiply_or_zero
@@ -178,12 +179,19 @@ class Lora(Method):
 
     ``repeat``: how often PEFT adds B A. At the ``out_proj`` of a MultiheadAttention it is 2: PEFT's wrapper adds B A,
     and the wrapped layer adds it again. Adapters are trained that way, so it is what their files mean.
+    ``loftq_bits`` and ``loftq_iter`` are those of the scheme "loftq".
     """
 
     name: ClassVar[str] = "lora"
     slot_family: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
-    swappable: ClassVar[frozenset[str]] = Method.swappable | {"rslora", "with_bias", "repeat"}
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {
+        "rslora",
+        "with_bias",
+        "repeat",
+        "loftq_bits",
+        "loftq_iter",
+    }
     files = LoraFiles(names=LORA_NAMES)
     sizes = LoraSizes()
     bank = LoraBank()
@@ -198,6 +206,8 @@ class Lora(Method):
     scheme: bool | str = True
     training: bool = False
     repeat: int = 1
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
     def slots(self, op: Op) -> dict[str, Slot]:
         check_matrix("LoRA", op)
@@ -238,6 +248,7 @@ class Lora(Method):
             b_shape=b_slot.shape,
             dtype=dtype,
             generator=generator,
+            loftq=LoftQConfig(self.loftq_bits, self.loftq_iter),
         )
         values = {a: A, b: B}
         for name, slot in rest:
@@ -250,7 +261,11 @@ class Lora(Method):
         return dataclasses.replace(new, repeat=self.repeat) if isinstance(new, Lora) else new
 
     def changes_base_at_init(self) -> bool:
-        return isinstance(self.scheme, str) and self.scheme.lower().startswith(("pissa", "olora"))
+        return isinstance(self.scheme, str) and self.scheme.lower().startswith(("pissa", "olora", "loftq"))
+
+    def base_scheme(self) -> Any:
+        is_loftq = isinstance(self.scheme, str) and self.scheme.lower() == "loftq"
+        return LOFTQ_SCHEMES[self.loftq_bits] if is_loftq else None
 
     def inside_multihead_attention(self) -> Lora:
         if self.with_bias:
