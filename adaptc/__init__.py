@@ -43,12 +43,9 @@ if TYPE_CHECKING:
     from adaptc.generation.generator import Generator
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
-    from adaptc.methods.lora_family.lily import LilyConfig
+    from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
     from adaptc.methods.lora_family.miss import MissConfig
-    from adaptc.methods.lora_family.randlora import RandLoraConfig
-    from adaptc.methods.lora_family.vblora import VBLoRAConfig
-    from adaptc.methods.lora_family.vera import VeraConfig
     from adaptc.methods.lycoris.loha import LoHaConfig
     from adaptc.methods.lycoris.lokr import LoKrConfig
     from adaptc.methods.orthogonal.boft import BOFTConfig
@@ -64,6 +61,10 @@ if TYPE_CHECKING:
     from adaptc.methods.prompt.prompt_tuning import PromptTuningConfig
     from adaptc.methods.routed.poly import PolyConfig
     from adaptc.methods.routed.xlora_config import XLoraConfig
+    from adaptc.methods.shared_factors.lily import LilyConfig
+    from adaptc.methods.shared_factors.randlora import RandLoraConfig
+    from adaptc.methods.shared_factors.vblora import VBLoRAConfig
+    from adaptc.methods.shared_factors.vera import VeraConfig
     from adaptc.methods.sparse.c3a import C3AConfig
     from adaptc.methods.sparse.fourierft import FourierFTConfig
     from adaptc.methods.sparse.ia3 import IA3Config
@@ -114,13 +115,14 @@ PUBLIC = {
     "PackagedProgram": "adaptc.packages.packaged_program",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
+    "LoftQConfig": "adaptc.methods.lora_family.loftq",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
     "OFTConfig": "adaptc.methods.orthogonal.oft",
     "BOFTConfig": "adaptc.methods.orthogonal.boft",
     "HRAConfig": "adaptc.methods.orthogonal.hra",
-    "VeraConfig": "adaptc.methods.lora_family.vera",
-    "RandLoraConfig": "adaptc.methods.lora_family.randlora",
-    "VBLoRAConfig": "adaptc.methods.lora_family.vblora",
+    "VeraConfig": "adaptc.methods.shared_factors.vera",
+    "RandLoraConfig": "adaptc.methods.shared_factors.randlora",
+    "VBLoRAConfig": "adaptc.methods.shared_factors.vblora",
     "LoHaConfig": "adaptc.methods.lycoris.loha",
     "LoKrConfig": "adaptc.methods.lycoris.lokr",
     "IA3Config": "adaptc.methods.sparse.ia3",
@@ -130,7 +132,7 @@ PUBLIC = {
     "WaveFTConfig": "adaptc.methods.sparse.waveft",
     "XLoraConfig": "adaptc.methods.routed.xlora_config",
     "C3AConfig": "adaptc.methods.sparse.c3a",
-    "LilyConfig": "adaptc.methods.lora_family.lily",
+    "LilyConfig": "adaptc.methods.shared_factors.lily",
     "PolyConfig": "adaptc.methods.routed.poly",
     "ShiraConfig": "adaptc.methods.sparse.shira",
     "LNTuningConfig": "adaptc.methods.sparse.ln_tuning",

@@ -11,7 +11,7 @@ from adaptc.errors import BackendError, MergeError
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.lower.lower_regions import Lower
-from adaptc.passes.quantized.quantized_merge import parse_quantized_merge
+from adaptc.passes.quantized.quantized_merge import parse_correction_rank, parse_quantized_merge
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
@@ -27,7 +27,7 @@ from adaptc.verify.verify import verify_program
 
 
 @needs_graph
-@validates_options("safe", "keep_base", "progress", "dequantize", "requantize", "keep")
+@validates_options("safe", "keep_base", "progress", "dequantize", "requantize", "correction_rank", "keep")
 def merge(
     program: AdaptedProgram,
     *,
@@ -36,6 +36,7 @@ def merge(
     progress: bool = False,
     dequantize: bool = False,
     requantize: bool = False,
+    correction_rank: int | None = None,
     keep: Literal["residual"] | None = None,
 ) -> AdaptedProgram:
     """Return a plain ATen program with the current adapter folded into the weights.
@@ -52,6 +53,8 @@ def merge(
         progress: whether to show a bar on a terminal from the start.
         dequantize: whether quantised weights that the adapter changes become plain weights of their dtype.
         requantize: whether such weights are stored by their scheme again, with the rounding errors in the report.
+        correction_rank: the rank of a correction that stays in the graph beside each requantised weight. It has the
+            largest singular terms of the rounding error, and the report has the error that is left.
         keep: "residual" leaves such weights as they are, and the adapter's own tensors beside them as part of the
             graph. Nothing is rounded, and the program has no adapter any more.
 
@@ -61,7 +64,7 @@ def merge(
     Raises:
         MergeError: a method has no form on the weight, or a result is not finite. So does an adapter that changes
             quantised weights, where none of the last three options says how. ``program`` is unchanged.
-        ConfigError: more than one of these options is given.
+        ConfigError: more than one of these options is given, or ``correction_rank`` without ``requantize``.
         AdaptcError: a module of the program trains other tensors than the program has.
 
     Example:
@@ -72,12 +75,14 @@ def merge(
     check_no_override(program, "merge")
     check_not_stale(program)
     source = program.binding.source
+    quantized = parse_quantized_merge(dequantize, requantize, keep)
     new, rows = merge_program(
         program,
         safe=safe,
         keep_base=keep_base,
         progress=progress,
-        quantized=parse_quantized_merge(dequantize, requantize, keep),
+        quantized=quantized,
+        correction_rank=parse_correction_rank(correction_rank, quantized),
     )
     new.merge_report = MergeReport(rows, source)
     return new

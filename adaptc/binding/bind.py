@@ -24,6 +24,7 @@ from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method, Slot, Slots
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
 
 def initial_values(
@@ -43,6 +44,12 @@ def initial_values(
     builder.find_shared_slots(methods)
     for a in present:
         method = methods[a.id]
+        if method.base_scheme() is not None and isinstance(spec.weights[a.fqn], QuantizedTensor):
+            raise ConfigError(
+                f"{a.fqn!r} is quantised already, and the first values of LoftQ are made of the float weight: compile "
+                "the float model with init_lora_weights='loftq', and then adaptc.quantize(program, 'nf4'). For the "
+                "weights as they are, adaptc.subtract_adapter(float_model, quantised_model, rank=r) makes the adapter"
+            )
         init = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
         if any(n not in slots for n in a.method.slots(op)):  # slots that this adapter's options do not have
@@ -88,7 +95,8 @@ def bind(
     builder.find_shared_slots(methods)
     for a, method, site_tensors in matched_sites:
         slots, base = _read_slots(spec, a, method, site_tensors, source), None
-        if method.changes_base_at_init():
+        keeps_base = method.base_scheme() is not None and isinstance(spec.weights[a.fqn], QuantizedTensor)
+        if method.changes_base_at_init() and not keeps_base:
             base = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a)).base
         builder.add_site(a, method, slots, base)
     builder.fill_absent_sites(methods)

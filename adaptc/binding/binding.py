@@ -7,7 +7,7 @@ call. A :class:`BindingSpec` is what a program, or a package of one, asks of a b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -111,6 +111,20 @@ class Binding:
 
     def __repr__(self) -> str:
         return f"<Binding: {self.summary()}>"
+
+    def without_changed_base(self, names: Collection[str]) -> Self:
+        """Return this binding without its own version of the base weights ``names``, which its program now has."""
+
+        def rest(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {n: v for n, v in values.items() if n not in names}
+
+        return replace(
+            self,
+            changed_base=rest(self.changed_base),
+            base_fingerprints=rest(self.base_fingerprints),
+            joint_adapters={n: b.without_changed_base(names) for n, b in self.joint_adapters.items()},
+            active_form=None if self.active_form is None else self.active_form.without_changed_base(names),
+        )
 
     @classmethod
     def empty(cls) -> Binding:

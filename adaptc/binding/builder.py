@@ -23,6 +23,7 @@ from adaptc.passes.adapt.embedding_max_norm import limit_row_norms
 from adaptc.passes.graph.storage import memory_address, storage_key
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method, Slot
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
 #: keys of biases inside PEFT's wrapper of a module that is trained as a whole, and of the original module
 WRAPPED_BIAS_KEY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$")
@@ -62,7 +63,8 @@ class BindingBuilder:
                     "a scheme that leaves the base alone (init_lora_weights=True, 'gaussian', 'orthogonal'), or untie "
                     "the weight in the model."
                 )
-            self._replace_base(a.fqn, op.stored(base).contiguous())
+            plain = base.dequantize() if isinstance(base, QuantizedTensor) else base
+            self._replace_base(a.fqn, op.stored(plain).contiguous())
 
     def _replace_base(self, fqn: str, value: Tensor) -> None:
         """Replace a base weight under each of its names."""

@@ -190,6 +190,12 @@ def merge(
         bool,
         typer.Option("--requantize", help="Store quantised weights that the adapter changes by their scheme again."),
     ] = False,
+    correction_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK", help="With --requantize: keep a correction of this rank beside each.", show_default=False
+        ),
+    ] = None,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -232,7 +238,7 @@ def merge(
         if adapter is not None:
             adaptc.swap(adapted, adapter, **options)
     ways: dict[str, Any] = {"dequantize": dequantize, "requantize": requantize, "keep": keep}
-    merged = adaptc.merge(adapted, safe=safe, keep_base=False, **ways)
+    merged = adaptc.merge(adapted, safe=safe, keep_base=False, correction_rank=correction_rank, **ways)
     merged_program = merged.program if isinstance(merged, adaptc.Generator) else merged
     written_path = (
         write_program_model(merged, path, companions_from=program) if is_model_directory else adaptc.save(merged, path)

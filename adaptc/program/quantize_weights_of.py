@@ -21,15 +21,19 @@ from adaptc.passes.analysis.program_facts import all_module_types, qualified_nam
 from adaptc.passes.analysis.sites import find_consumers, layer_kind_of
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.method import Method
 from adaptc.passes.quantized.all_schemes import choose_scheme
 from adaptc.passes.quantized.quantize_weights import (
     QuantizeBy,
     Quantizer,
     QuantizeWeights,
     WeightQuantization,
+    check_quantizable,
     describe_quantization,
     quantize_weight,
 )
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.progress import stage
 from adaptc.quantized_layers.gguf_file import describe_unfound, find_weights, read_gguf_matrices
 from adaptc.state.core import ProgramCore
@@ -87,18 +91,51 @@ def quantize_program(
     """
     with hold_graph_lock(), stage("quantising weights", always=progress) as running:
         still = program.snapshot()
-        if still.originals:
-            raise ConfigError(
-                f"the adapter's initialisation changed {list(still.originals)[:3]}: quantise the base, with "
-                "adaptc.unload(program), and compile the adapter into that"
-            )
         weights = _weights_of_program(still)
         source = still.adaptation.source
         head = _guess_head(weights) if source is None else source.output_embedding
         quantizers = _choose(weights, options, head, list(all_module_types(still)))
-        done = QuantizeWeights(quantizers, running.track)(still)
-        binding = still.call_state.binding
-        return type(program)(done.output, still.adaptation, binding, still.options), done.data
+        own = _quantized_by_adapter(still, quantizers)
+        done = QuantizeWeights({**quantizers, **own}, running.track)(still)
+        # The program's base is the quantised weight from now on, and no adapter brings it.
+        names = {n for fqn in own for n, t in still.state_dict.items() if t is still.state_dict[fqn]}
+        binding, current = still.call_state.binding, still.originals
+        binding = None if binding is None else binding.without_changed_base(names)
+        originals = {n: t for n, t in current.items() if n not in names}
+        return type(program)(done.output, still.adaptation, binding, still.options, originals), done.data
+
+
+def _quantized_by_adapter(program: ProgramCore, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+    """Return the quantizers of weights that the first values of the current adapter quantised, by FQN.
+
+    Raises ConfigError for weights that first values changed in another way, or quantised by another scheme.
+    """
+    found: dict[str, Quantizer] = {}
+    originals, methods = program.originals, program.binding.methods if program.adaptation.attachments else {}
+    for fqn in (f for f in quantizers if f in originals):
+        site = next((a for a in program.adaptation.attachments if a.fqn == fqn and a.id in methods), None)
+        scheme, chosen = None if site is None else methods[site.id].base_scheme(), quantizers[fqn]
+        if site is None or scheme is None:
+            raise ConfigError(
+                f"the adapter's initialisation changed {fqn!r}: quantise the base, with adaptc.unload(program), and "
+                "compile the adapter into that; or leave the weight out with exclude="
+            )
+        if not isinstance(chosen, QuantizeBy) or not chosen.scheme.has_codes_of(scheme):
+            other = chosen.scheme if isinstance(chosen, QuantizeBy) else "the file"
+            raise ConfigError(
+                f"the first values of the adapter make up for the error of {scheme} at {fqn!r}, and not for that of "
+                f"{other}: quantise with the same bits and group_size, or leave the weight out with exclude="
+            )
+        check_quantizable(fqn, originals[fqn])
+        found[fqn] = partial(_stored_base, program.ops[site.id], methods[site.id], originals[fqn])
+    return found
+
+
+def _stored_base(op: Op, method: Method, original: Tensor, weight: Tensor) -> QuantizedTensor:
+    """Return what the first values of ``method`` make of ``original``, in few bits; ``weight`` has its values."""
+    base = method.init(op, op.canonical(original.detach()), original.dtype).base
+    assert isinstance(base, QuantizedTensor)
+    return QuantizedTensor(base.scheme, base.stored, weight.shape, weight.dtype, op.kind == "addmm")
 
 
 def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool = False) -> Sequence[WeightQuantization]:

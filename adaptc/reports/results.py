@@ -92,7 +92,8 @@ class MergeReport(Report):
     """A report of a merge: one :class:`SiteMerge` per merged weight, and where the adapter came from.
 
     A site's ``delta`` is the largest change of an element, and its ``error`` the largest rounding of one to the
-    weight's dtype. Their quotient tells how much of the change rounding may hide.
+    weight's dtype. Their quotient tells how much of the change rounding may hide. Where a low-rank correction stands
+    beside the weight, ``error`` is what it leaves of ``rounding_error``.
     """
 
     sites: Sequence[SiteMerge]
@@ -141,13 +142,21 @@ class MergeReport(Report):
             for s in ordered[:max_rows]
         ]
         number_columns = [Column(n, right=True, no_wrap=True) for n in ("largest change", "rounding error", "relative")]
+        columns: list[str | Column] = ["weight", "dtype", *number_columns, "untied"]
+        if any(s.correction_rank for s in ordered):
+            columns.append("correction")
+            corrections = [
+                f"rank {s.correction_rank}, from {format_error(s.rounding_error)}" if s.correction_rank else "-"
+                for s in ordered[:max_rows]
+            ]
+            rows = [(*row, correction) for row, correction in zip(rows, corrections, strict=True)]
         omitted = len(ordered) - len(rows)
         more = (
             f"and {omitted} more, each with a rounding error of at most {format_error(ordered[max_rows].error)}"
             if omitted > 0
             else ""
         )
-        return [head, Table(["weight", "dtype", *number_columns, "untied"], rows), more]
+        return [head, Table(columns, rows), more]
 
     def data(self) -> dict[str, Any]:
         """Return ``source``, ``largest_change``, ``largest_error``, ``untied`` (FQNs) and ``weights`` (one dict
@@ -163,6 +172,14 @@ class MergeReport(Report):
                     "dtype": dtype_name(s.dtype),
                     "change": to_json_value(s.delta),
                     "error": to_json_value(s.error),
+                    **(
+                        {
+                            "correction_rank": s.correction_rank,
+                            "rounding_error": to_json_value(s.rounding_error),
+                        }
+                        if s.correction_rank
+                        else {}
+                    ),
                 }
                 for s in self.sites
             ],

@@ -20,11 +20,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from adaptc.errors import MergeError
+from adaptc.methods.lora_family.lora import Lora
+from adaptc.passes.adapt.correct_merge import AddCorrections, CorrectedStorage, check_correctable
 from adaptc.passes.adapt.merge_pass import Merge, SiteMerge
 from adaptc.passes.adapt.unload import KeepRegions, Unload
 from adaptc.passes.graph.graph_lock import hold_graph_lock, with_graph_lock
 from adaptc.passes.graph.pass_infra import Pass, PassManager
 from adaptc.passes.quantized.quantized_merge import QuantizedMerge, attachments_to_keep, requantize
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.progress import stage
 from adaptc.state.core import MergeOrigin, ProgramCore
@@ -68,18 +71,22 @@ def merge_program(
     keep_base: bool = True,
     progress: bool = False,
     quantized: QuantizedMerge | None = None,
+    correction_rank: int = 0,
 ) -> tuple[P, Sequence[SiteMerge]]:
     """Return the merged program, and one :class:`SiteMerge` per merged weight; ``adaptc.merge`` tells more.
 
     ``progress``: show progress in a terminal from the start. ``quantized``: what becomes of weights that are quantised;
-    None refuses them. Raises MergeError, and leaves ``program`` unchanged.
+    None refuses them. ``correction_rank``: the rank of what is kept beside weights that are requantised. Raises
+    MergeError, and leaves ``program`` unchanged.
     """
     with hold_graph_lock(), stage(f"merging {len(program.binding.methods)} sites", always=progress) as merging:
         if keep_base:
             still = program.snapshot()
-            return _merge(still, MergeOrigin(program, still.binding), None, safe, merging.track, quantized)
+            origin = MergeOrigin(program, still.binding)
+            return _merge(still, origin, None, safe, merging.track, quantized, correction_rank)
         with program.swap_lock():
-            return _merge(program, None, program.release_base_tensor, safe, merging.track, quantized)
+            release = program.release_base_tensor
+            return _merge(program, None, release, safe, merging.track, quantized, correction_rank)
 
 
 def _merge(
@@ -89,6 +96,7 @@ def _merge(
     safe: bool,
     progress: Callable[[Sequence[Any]], Any],
     quantized: QuantizedMerge | None,
+    correction_rank: int,
 ) -> tuple[P, Sequence[SiteMerge]]:
     program.check_base()
     binding = program.binding
@@ -100,9 +108,14 @@ def _merge(
     merge_pass = Merge(present, values, safe, release, progress, rest)
     if quantized is QuantizedMerge.REQUANTIZE:
         merge_pass = replace(merge_pass, store=requantize)
+    corrected = CorrectedStorage(correction_rank) if correction_rank else None
+    if corrected is not None:
+        for a in (a for a in present if isinstance(program.base_tensors.get(a.fqn), QuantizedTensor)):
+            check_correctable(a, program.ops[a.id])
+        merge_pass = replace(merge_pass, store=corrected)
     del binding  # it may hold base tensors, which ``release`` could not free then
     key = (quantized, *(a.id for a in present))
-    is_reusable = release is None and not kept and not any(a.method.has_bias() for a in present)
+    is_reusable = release is None and not kept and corrected is None and not any(a.method.has_bias() for a in present)
     base: Mapping[str, Any] = program.base_tensors  # objects that are no tensors, too
     shapes = {k: t.shape for k, t in base.items() if isinstance(t, Tensor)}
     del base  # as above
@@ -115,14 +128,22 @@ def _merge(
             rows = [replace(r, untied=u) for r, u in zip(rows, known.untied, strict=True)]
             return _make_program(program, made, made.adaptation, origin), rows
     keeping = [KeepRegions(frozenset(a.id for a in kept), values)] if kept else []
-    passes: list[Pass] = [*keeping, merge_pass, *([SetMode(training=False)] if program.adaptation.training else [])]
+    correcting = [AddCorrections(present, corrected.corrections, _correction_method)] if corrected is not None else []
+    modes = [SetMode(training=False)] if program.adaptation.training else []
+    passes: list[Pass] = [*keeping, merge_pass, *correcting, *modes]
     done = PassManager(passes)(program)
     rows = done.data[len(keeping)]
+    if corrected is not None:
+        rows = [corrected.row(r) for r in rows]
     bare = program.adaptation.without_adapters()
     new = _make_program(program, done.output, replace(bare, trail=(*bare.trail, *done.trail)), origin)
     if is_reusable and all(new.state_dict[r.fqn].shape == shapes[r.fqn] for r in rows):
         memo[key] = MergeMemo.from_merged(new, rows)
     return new, rows
+
+
+def _correction_method(rank: int) -> Lora:
+    return Lora(r=rank, alpha=rank)
 
 
 def _make_program(program: P, exported: Any, adaptation: Any, origin: MergeOrigin | None) -> P:

@@ -57,28 +57,38 @@ class MergeErrors:
         return self._errors
 
 
-def _round_to_dtype(old: Tensor, exact: Tensor) -> Tensor:
+def _round_to_dtype(fqn: str, old: Tensor, exact: Tensor) -> Tensor:
     """Return the weight ``exact`` in the dtype of the weight that it replaces, and in its layout."""
     return _with_strides_of(old, exact.to(old.dtype))
 
 
 @dataclass(frozen=True)
 class SiteMerge:
-    """A merged weight: ``delta`` is the largest change of an element, ``error`` the largest rounding error of one."""
+    """A merged weight: ``delta`` is the largest change of an element, ``error`` the largest rounding error of one.
+
+    With a low-rank correction beside the weight, of rank ``correction_rank``, the error is what that leaves.
+    ``rounding_error`` is the error without it.
+    """
 
     site: str
     fqn: str
     dtype: torch.dtype
     measure_errors: Callable[[], tuple[float, float]] = field(repr=False, compare=False)
     untied: bool = False
+    correction_rank: int = 0
+    left_error: float = field(default=nan, repr=False)
 
     @property
     def delta(self) -> float:
         return self.measure_errors()[0]
 
     @property
-    def error(self) -> float:
+    def rounding_error(self) -> float:
         return self.measure_errors()[1]
+
+    @property
+    def error(self) -> float:
+        return self.left_error if self.correction_rank else self.rounding_error
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,8 @@ class Merge(Pass):
     ``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite. ``dropped_ids`` has
     the ids of attachments to remove without merging, since the adapter does not have them.
 
-    ``store(old, exact)`` returns the tensor that takes the place of the weight ``old``; by default it has its dtype.
+    ``store(fqn, old, exact)`` returns the tensor that takes the place of the weight ``old``; by default it has its
+    dtype.
 
     ``release(fqn)`` is called right after a weight was replaced. A caller who gives up the base can free it then,
     before the next one is made. ``progress`` wraps the sequence of weights.
@@ -102,7 +113,7 @@ class Merge(Pass):
     release: Callable[[str], None] | None = field(default=None, repr=False)
     progress: Callable[[Sequence[Any]], Any] = field(default=iter, repr=False)
     dropped_ids: Sequence[str] = field(default=(), repr=False)
-    store: Callable[[Tensor, Tensor], Tensor] = field(default=_round_to_dtype, repr=False)
+    store: Callable[[str, Tensor, Tensor], Tensor] = field(default=_round_to_dtype, repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
@@ -174,7 +185,7 @@ class Merge(Pass):
         stored, dtype = lifted.tensor(first.fqn), _merge_dtype(lifted.tensor(first.fqn))
         arguments = {a.id: self._slots_and_scale(a, dtype) for a in group}
         exact = self._exact_weight(lifted, group, ops, dtype, arguments)
-        rounded = self.store(stored, exact())
+        rounded = self.store(first.fqn, stored, exact())
         if any(memory_address(rounded) == memory_address(self.values[f]) for a in group for f in a.slots.values()):
             rounded = rounded.clone()  # the merged weight must not change when such a slot is trained further
         self._check_finite(first, first.fqn, rounded)

@@ -168,6 +168,13 @@ class Hooks:
         """Return whether its first values come with a changed base weight (PiSSA), which its adapters then need."""
         return False
 
+    def base_scheme(self) -> Any:
+        """Return the scheme by which the first values quantise the base weight (LoftQ); None where they do not.
+
+        ``InitialValues.base`` then is a quantised tensor. A weight that is quantised already stays as it is.
+        """
+        return None
+
     def check_merge(self, op: Op) -> str | None:
         """Return why this site cannot be merged, or None when it can."""
         return None

@@ -65,16 +65,21 @@ def quantize_weight(fqn: str, weight: Tensor, quantizer: Quantizer) -> Quantized
 
     Raises ConfigError, which names the weight, where the weight cannot be stored so.
     """
-    if isinstance(weight, QuantizedTensor):
-        raise ConfigError(f"{fqn!r} is quantised already, by {weight.scheme}; leave it out with exclude=")
-    if weight.dtype not in QUANTIZABLE:
-        raise ConfigError(f"{fqn!r} is {weight.dtype}, and weights of float32, bfloat16 and float16 are quantised")
+    check_quantizable(fqn, weight)
     try:
         made = quantizer(weight.detach())
     except ConfigError as error:
         raise ConfigError(f"{fqn!r}: {error}") from error
     is_parameter = isinstance(weight, torch.nn.Parameter)
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
+
+
+def check_quantizable(fqn: str, weight: Tensor) -> None:
+    """Raise ConfigError, which names the weight, where it is quantised already or of a dtype that schemes lack."""
+    if isinstance(weight, QuantizedTensor):
+        raise ConfigError(f"{fqn!r} is quantised already, by {weight.scheme}; leave it out with exclude=")
+    if weight.dtype not in QUANTIZABLE:
+        raise ConfigError(f"{fqn!r} is {weight.dtype}, and weights of float32, bfloat16 and float16 are quantised")
 
 
 def describe_quantization(fqn: str, before: Tensor, after: QuantizedTensor) -> WeightQuantization:

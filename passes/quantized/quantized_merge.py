@@ -36,6 +36,19 @@ def parse_quantized_merge(dequantize: bool, requantize: bool, keep: str | None) 
     return chosen[0] if chosen else None
 
 
+def parse_correction_rank(rank: int | None, quantized: QuantizedMerge | None) -> int:
+    """Return the rank of corrections, 0 for none. Raises ConfigError for a rank that goes with no other option."""
+    if rank is None:
+        return 0
+    if rank < 1:
+        raise ConfigError(f"correction_rank={short_repr(rank)}: a positive integer, or None for no correction")
+    if quantized is not QuantizedMerge.REQUANTIZE:
+        raise ConfigError(
+            f"correction_rank={rank} corrects the rounding of {QuantizedMerge.REQUANTIZE.value}: give both"
+        )
+    return rank
+
+
 def attachments_to_keep(
     base: Mapping[str, Any], present: Sequence[Attachment], quantized: QuantizedMerge | None
 ) -> list[Attachment]:
@@ -54,8 +67,8 @@ def attachments_to_keep(
     return found if quantized is QuantizedMerge.KEEP_RESIDUAL else []
 
 
-def requantize(old: Tensor, exact: Tensor) -> Tensor:
-    """Return the weight ``exact`` as the weight ``old`` is stored: by its scheme, or in its dtype."""
+def requantize(fqn: str, old: Tensor, exact: Tensor) -> Tensor:
+    """Return the weight ``exact`` as the weight ``old``, called ``fqn``, is stored: by its scheme, or in its dtype."""
     if not isinstance(old, QuantizedTensor):
         return exact.to(old.dtype)
     return QuantizedTensor.quantize(exact.to(old.dtype), old.scheme, old.is_transposed)

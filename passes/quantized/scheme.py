@@ -84,6 +84,10 @@ class Scheme(ABC):
             if found.is_floating_point() and not bool(torch.isfinite(found).all()):
                 raise ConfigError(f"{role!r} of {self.name} has values that are not finite")
 
+    def has_codes_of(self, other: Scheme) -> bool:
+        """Return whether this scheme gives a weight the codes that ``other`` gives it, up to how scales are stored."""
+        return self == other
+
     def with_plain_scales(self, stored: Mapping[str, Tensor]) -> tuple[Scheme, Mapping[str, Tensor]]:
         """Return a scheme, and its tensors, of the same values, whose scales are quantised no more."""
         return self, stored

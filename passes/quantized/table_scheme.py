@@ -98,6 +98,9 @@ class TableScheme(Scheme):
         values = pairs.index_select(0, codes.int()).reshape(-1)[:count]
         return _by_blocks(values, self.block_scales(stored), self.block_size).reshape(rows, columns)
 
+    def has_codes_of(self, other: Scheme) -> bool:
+        return isinstance(other, TableScheme) and replace(self, scale_block=0) == replace(other, scale_block=0)
+
     def with_plain_scales(self, stored: Mapping[str, Tensor]) -> tuple[Scheme, Mapping[str, Tensor]]:
         if not self.scale_block:
             return self, stored

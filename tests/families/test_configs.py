@@ -27,13 +27,11 @@ from tests.support.oracle import (
 CPU_OFFLOAD = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
 #: A value for every field that is refused, as PEFT's own config takes it.
 REFUSED: dict[str, Any] = {
-    "loftq_config": {"init_lora_weights": "loftq", "loftq_config": peft.LoftQConfig()},
     "eva_config": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
     "lora_ga_config": {"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()},
     "megatron_config": {"megatron_config": {"tensor_model_parallel_size": 1}},
     "velora_config": {"velora_config": peft.VeloraConfig()},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
-    "use_qalora": {"use_qalora": True},
     "monteclora_config": {"monteclora_config": peft.MontecloraConfig()},
     "use_bdlora": {"use_bdlora": peft.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
     "arrow_config": {"arrow_config": peft.ArrowConfig()},
@@ -65,7 +63,7 @@ def peft_config(**options: Any) -> peft.LoraConfig:
 
 @pytest.mark.parametrize("name", sorted(adaptc.LoraConfig.unsupported_fields))
 def test_what_is_not_supported_is_refused_by_name(name: str, oracle: Oracle, tmp_path: Path):
-    """As a config of peft's, and in a file. ``loftq`` objects need scipy, so that one comes as a mapping."""
+    """As a config of peft's, and in a file."""
     options = REFUSED[name]
     value = options[name]
     plain = (
@@ -75,11 +73,7 @@ def test_what_is_not_supported_is_refused_by_name(name: str, oracle: Oracle, tmp
         if dataclasses.is_dataclass(value)
         else value
     )
-    config = (
-        {"peft_type": "LORA", "target_modules": ["q_proj"], name: plain}
-        if name == "loftq_config"
-        else peft_config(**options)
-    )
+    config = peft_config(**options)
     with pytest.raises(adaptc.ConfigError, match=rf"LoraConfig\.{name}=.* is not supported: "):
         adaptc.compile(shared_base_program("llama"), config)
     if name == "runtime_config":  # PEFT never writes it
@@ -95,7 +89,7 @@ def test_what_is_not_supported_is_refused_by_name(name: str, oracle: Oracle, tmp
             call()
 
 
-@pytest.mark.parametrize("scheme", ["eva", "corda", "loftq", "lora_ga", "nonsense"])
+@pytest.mark.parametrize("scheme", ["eva", "corda", "lora_ga", "nonsense"])
 def test_initialisations_that_do_not_exist_are_refused_by_name(scheme: str):
     with pytest.raises(adaptc.ConfigError, match=rf"init_lora_weights.*{scheme}"):
         adaptc.compile(

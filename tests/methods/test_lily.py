@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LilyConfig
-from adaptc.methods.lora_family.lily import Lily
+from adaptc.methods.shared_factors.lily import Lily
 from tests.support.subject import FILE, assert_close, assert_valid, file_key_of, loss, quiet
 
 #: more layers than have one digit, so that order by name is not order in the model

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, RandLoraConfig, SwapError
-from adaptc.methods.lora_family.randlora import RandLora, draw_bases
+from adaptc.methods.shared_factors.randlora import RandLora, draw_bases
 from adaptc.passes.graph.ops import Op
 from tests.support.chain import (
     FILE,

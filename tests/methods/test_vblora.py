@@ -10,7 +10,7 @@ from torch import nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, TargetError, VBLoRAConfig
-from adaptc.methods.lora_family.vblora import VBLoRA
+from adaptc.methods.shared_factors.vblora import VBLoRA
 from adaptc.passes.graph.ops import Op
 from adaptc.runtime.rank_padding import find_paddings
 from tests.support.chain import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, VeraConfig
-from adaptc.methods.lora_family.vera import Vera
+from adaptc.methods.shared_factors.vera import Vera
 from adaptc.passes.graph.ops import Op
 from adaptc.runtime.rank_padding import find_paddings
 from tests.support.chain import (

@@ -173,6 +173,15 @@ ENTRIES: list[Entry] = [
         peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
         other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
     ),
+    # PEFT has it at GPTQ's layers alone, which test_qalora.py builds around plain ones.
+    Entry(
+        "qalora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "use_qalora": True, "qalora_group_size": 3},
+        peft=(),
+        refused_layers=("embedding", *CONVS, "conv_transpose"),
+        other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
+    ),
     Entry(
         "adalora",
         "AdaLoraConfig",

@@ -53,6 +53,7 @@ class PerExpertMethod(Method):
     structure, family_key, conflict_with = map(per_expert, ("structure", "family_key", "conflict_with"))
     has_weight, looks_at_base, check_merge = map(per_expert, ("has_weight", "looks_at_base", "check_merge"))
     changes_base_at_init, config_from_model = map(per_expert, ("changes_base_at_init", "config_from_model"))
+    base_scheme = per_expert("base_scheme")
 
     def slots(self, op: Op) -> dict[str, Slot]:
         def stack(s: Slot) -> Slot:

@@ -61,6 +61,7 @@ class AdaLoraConfig(LoraConfig):
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"total_step": 100},)
     unsupported_fields: ClassVar[Mapping[str, str]] = {
         **LoraConfig.unsupported_fields,
+        "loftq_config": "PEFT has no LoftQ for AdaLoRA",
         "use_rslora": _IGNORED_BY_PEFT,
         "lora_bias": _IGNORED_BY_PEFT,
         "alpha_pattern": _IGNORED_BY_PEFT,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.option_checks import check_matrix, prepare_adapter_input
+from adaptc.methods.lora_family.loftq import LOFTQ_SCHEMES, LoftQConfig
 from adaptc.methods.lora_family.lora_init import init_lora
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.low_rank_rows import low_rank_rows, multiply_or_zero
@@ -118,13 +119,11 @@ class LoraBank(BankForm):
         # adapters nor a rank as a constant.
         each = (mix.unsqueeze(-1) * torch.ones_like(A.flatten(2).select(2, 0), dtype=mix.dtype)).flatten(-2)
         if op.is_conv:
-            h = op.down(prepare_adapter_input(self.method, op, x, wide), down)
+            h = op.down(self.method.adapter_input(op, x, wide), down)
             delta = op.up(cast(multiply_or_zero(h, each.movedim(-1, 1).squeeze(-1)), wide), up.flatten(1))
         else:
-            h = op.down(
-                prepare_adapter_input(self.method, op, x, wide),
-                op.with_max_norm(down) if op.kind == "embedding" else down,
-            )
+            down = op.with_max_norm(down) if op.kind == "embedding" else down
+            h = op.down(self.method.adapter_input(op, x, wide), down)
             delta = torch.nn.functional.linear(cast(multiply_or_zero(h, each.squeeze(-2)), wide), up)
         if self.method.with_bias:
             biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
@@ -180,12 +179,19 @@ class Lora(Method):
 
     ``repeat``: how often PEFT adds B A. At the ``out_proj`` of a MultiheadAttention it is 2: PEFT's wrapper adds B A,
     and the wrapped layer adds it again. Adapters are trained that way, so it is what their files mean.
+    ``loftq_bits`` and ``loftq_iter`` are those of the scheme "loftq".
     """
 
     name: ClassVar[str] = "lora"
     slot_family: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
-    swappable: ClassVar[frozenset[str]] = Method.swappable | {"rslora", "with_bias", "repeat"}
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {
+        "rslora",
+        "with_bias",
+        "repeat",
+        "loftq_bits",
+        "loftq_iter",
+    }
     files = LoraFiles(names=LORA_NAMES)
     sizes = LoraSizes()
     bank = LoraBank()
@@ -200,6 +206,8 @@ class Lora(Method):
     scheme: bool | str = True
     training: bool = False
     repeat: int = 1
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
     def slots(self, op: Op) -> dict[str, Slot]:
         check_matrix("LoRA", op)
@@ -240,6 +248,7 @@ class Lora(Method):
             b_shape=b_slot.shape,
             dtype=dtype,
             generator=generator,
+            loftq=LoftQConfig(self.loftq_bits, self.loftq_iter),
         )
         values = {a: A, b: B}
         for name, slot in rest:
@@ -252,7 +261,11 @@ class Lora(Method):
         return dataclasses.replace(new, repeat=self.repeat) if isinstance(new, Lora) else new
 
     def changes_base_at_init(self) -> bool:
-        return isinstance(self.scheme, str) and self.scheme.lower().startswith(("pissa", "olora"))
+        return isinstance(self.scheme, str) and self.scheme.lower().startswith(("pissa", "olora", "loftq"))
+
+    def base_scheme(self) -> Any:
+        is_loftq = isinstance(self.scheme, str) and self.scheme.lower() == "loftq"
+        return LOFTQ_SCHEMES[self.loftq_bits] if is_loftq else None
 
     def inside_multihead_attention(self) -> Lora:
         if self.with_bias:
@@ -263,7 +276,7 @@ class Lora(Method):
         return self.repeat * self.alpha / (sqrt(self.r) if self.rslora else self.r)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        A, B = self._factors(op, slots)
+        A, B = self.weight_factors(op, slots)
         return cast(op.add_low_rank(W, A, B, scale), W.dtype)
 
     def has_bias(self) -> bool:
@@ -277,11 +290,18 @@ class Lora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
-        x = prepare_adapter_input(self, op, x, A.dtype)
-        delta = op.down_up(x, A, B)
+        delta = op.down_up(self.adapter_input(op, x, A.dtype), A, B)
         if self.with_bias:
             delta = delta + op.along_out(slots["lora_B.bias"], delta)
         return cast(y + delta * scale, y.dtype)
+
+    def adapter_input(self, op: Op, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what A multiplies: the layer's input in ``dtype``, with dropout in training."""
+        return prepare_adapter_input(self, op, x, dtype)
+
+    def weight_factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Return A and B as the weight adds them, which reads the layer's input as it is."""
+        return self._factors(op, slots)
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         A, B, *_ = slots.values()

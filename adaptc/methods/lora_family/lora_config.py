@@ -12,12 +12,20 @@ from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.method_parts import AdapterContent
 from adaptc.methods._shared.name_patterns import default_and_pattern, pattern_value
-from adaptc.methods._shared.option_checks import check_bias, check_integers, check_probability, check_ranks
+from adaptc.methods._shared.option_checks import (
+    check_bias,
+    check_integers,
+    check_probability,
+    check_ranks,
+    warn_unused,
+)
 from adaptc.methods.lora_family.alora import Alora
 from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
 from adaptc.methods.lora_family.arrow_experts import split_arrow_adapter
 from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
+from adaptc.methods.lora_family.loftq import LoftQConfig
 from adaptc.methods.lora_family.lora import Lora
+from adaptc.methods.lora_family.qalora import QaLora
 
 NOT_IMPLEMENTED = "this LoRA variant is not implemented"
 
@@ -43,10 +51,14 @@ class LoraConfig(TargetedConfig):
         lora_dropout: the dropout probability of the adapter's input.
         use_rslora: whether the scale is alpha / sqrt(r).
         init_lora_weights: True starts with B zero, "gaussian" also draws A from a normal distribution. "pissa", "olora"
-            and "orthogonal" are schemes of their own, and False draws both factors.
+            and "orthogonal" are schemes of their own, and False draws both factors. "loftq" quantises the weight and
+            starts with its error.
+        loftq_config: the options of "loftq", an :class:`adaptc.LoftQConfig` or a dict of its fields.
         trainable_token_indices: rows of embeddings that are trained, or name -> rows.
         use_dora: whether the weight is split into magnitude and direction (DoRA).
         alora_invocation_tokens: the tokens from which on the adapter acts (aLoRA).
+        use_qalora: whether the adapter's input is pooled over groups of features (QA-LoRA).
+        qalora_group_size: the number of features in a group, which divides those of every layer.
         layer_replication: ranges of blocks that are repeated, each with adapters of its own.
         lora_bias: whether B has a bias.
         arrow_config: the routing of Arrow, an :class:`adaptc.ArrowConfig`.
@@ -62,19 +74,18 @@ class LoraConfig(TargetedConfig):
         {},
         {"use_dora": True},
         {"alora_invocation_tokens": [1]},
+        {"use_qalora": True},
         {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
     )
     dropout_field: ClassVar[str] = "lora_dropout"
     writes_unset_fields: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
     unsupported_fields: ClassVar[Mapping[str, str]] = {
-        "loftq_config": "its first values are not implemented; quantise the base with adaptc.quantize",
         "eva_config": "initialisation from activations is not implemented",
         "corda_config": "initialisation from activations is not implemented",
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "velora_config": NOT_IMPLEMENTED,
-        "use_qalora": "its pooled inputs are not implemented; LoRA without it takes quantised bases",
         "monteclora_config": NOT_IMPLEMENTED,
         "use_bdlora": NOT_IMPLEMENTED,
         "kasa_config": NOT_IMPLEMENTED,
@@ -93,7 +104,7 @@ class LoraConfig(TargetedConfig):
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] = field(default_factory=dict)
+    loftq_config: LoftQConfig | dict[str, Any] | None = field(default_factory=dict)
     eva_config: dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
@@ -126,11 +137,27 @@ class LoraConfig(TargetedConfig):
                 raise ConfigError(
                     f"ensure_weight_tying=True has no meaning with {option}=True, which tied layers have apart"
                 )
+        # A dict, as in PEFT, which files and copies hold as it is.
+        given: Any = self.loftq_config
+        has_loftq_options = given is not None and not (isinstance(given, Mapping) and len(given) == 0)
+        self.loftq_config = asdict(LoftQConfig.from_value(self.loftq_config)) if has_loftq_options else {}
+        if self._is_loftq and not has_loftq_options:
+            raise ConfigError(
+                "init_lora_weights='loftq' needs its options: loftq_config={'loftq_bits': 4, 'loftq_iter': 1}"
+            )
+        if has_loftq_options and not self._is_loftq:
+            warn_unused(self, ("loftq_config",), "without init_lora_weights='loftq'")
+            self.loftq_config = {}
         self._check_invocation()
+        self._check_pooling()
         self._check_arrow()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
+
+    @property
+    def _is_loftq(self) -> bool:
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "loftq"
 
     def _check_invocation(self) -> None:
         tokens, scheme = self.alora_invocation_tokens, self.init_lora_weights
@@ -141,11 +168,27 @@ class LoraConfig(TargetedConfig):
         check_integers(self, {f"alora_invocation_tokens[{i}]": t for i, t in enumerate(tokens)}, minimum=0)
         if self.ensure_weight_tying:
             raise ConfigError("ensure_weight_tying=True has no meaning for aLoRA, which embeddings do not have")
-        if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora")):
+        if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora", "loftq")):
             raise ConfigError(
                 f"init_lora_weights={scheme!r} changes the base weight, and before the tokens that invoke aLoRA the "
                 "model is to be the base; use True, 'gaussian' or 'orthogonal'"
             )
+
+    def _check_pooling(self) -> None:
+        if not self.use_qalora:
+            return
+        check_integers(self, {"qalora_group_size": self.qalora_group_size})
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} has no meaning for QA-LoRA, whose A reads groups of "
+                "features; use True, False or 'gaussian'"
+            )
+        for option in ("lora_bias", "ensure_weight_tying"):
+            if getattr(self, option):
+                raise ConfigError(
+                    f"{option}=True has no meaning with use_qalora=True: PEFT's QA-LoRA has no bias, and none at "
+                    "embeddings; unset one of the two"
+                )
 
     def _check_arrow(self) -> None:
         if self.arrow_config is None:
@@ -206,8 +249,10 @@ class LoraConfig(TargetedConfig):
             alpha_pattern=dict(others),
             use_rslora=False,
             use_dora=False,
+            use_qalora=False,
             lora_bias=bias,
             init_lora_weights=True,
+            loftq_config={},
             ensure_weight_tying=False,
         )
 
@@ -222,8 +267,12 @@ class LoraConfig(TargetedConfig):
             "with_bias": self.lora_bias,
             "scheme": self.init_lora_weights,
         }
+        if self._is_loftq:
+            options |= asdict(LoftQConfig.from_value(self.loftq_config))
         if self.alora_invocation_tokens is not None:
             return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
+        if self.use_qalora:
+            return QaLora(**options, group_size=self.qalora_group_size)
         return (Dora if self.use_dora else Lora)(**options)
 
     def _arrow_method(self, rank: int) -> Arrow:

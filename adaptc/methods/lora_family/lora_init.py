@@ -2,7 +2,7 @@
 
 With ``generator=None`` the global generator is read in the same order as in PEFT 0.21.2, so that one seed gives the
 same adapter in both. Some schemes are not here because they are more than initial values of two tensors. Those are eva,
-corda, loftq and lora_ga, which need data or a quantiser, and mica, a variant of the method.
+corda and lora_ga, which need data, and mica, a variant of the method.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import ConfigError
+from adaptc.methods.lora_family.loftq import LoftQConfig, loftq_init
 
-SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
 
 _NITER = re.compile(r"pissa_niter_([0-9]{1,4})")
 
@@ -34,17 +35,20 @@ def init_lora(
     b_shape: tuple[int, ...],
     dtype: torch.dtype,
     generator: torch.Generator | None,
+    loftq: LoftQConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (A, B, new W or None) for ``init_lora_weights=scheme``, on the device of ``W``.
 
     ``W``: (out, in), embeddings (width, vocabulary), convolutions (out, in/groups, *kernel); any float dtype, never
-    modified. A and B have the given shapes and ``dtype``; new W has the shape and dtype of ``W`` and satisfies
-    W = new W + scale B A up to its rounding.
+    modified. A and B have the given shapes and ``dtype``; new W has the shape and dtype of ``W``. Except
+    for "loftq", W = new W + scale B A up to the rounding of new W.
 
     True (Hu et al. 2021, arXiv 2106.09685), "gaussian" (std 1/r): B A = 0. False: the defaults of the layers.
     "orthogonal": B A = 0 with neither zero. "pissa" (Meng et al. 2024, arXiv 2404.02948): the r largest singular terms
     of W; "pissa_niter_N" finds them by N subspace iterations. "olora" (Büyükakyüz 2024, arXiv 2406.01775): the first r
-    terms of W = QR. Embeddings take True, False and "gaussian" (which means True there), convolutions the same three.
+    terms of W = QR. "loftq": new W is a QuantizedTensor, and scale B A are the largest singular terms of what it lacks;
+    ``loftq`` has its options, by default those of LoftQConfig. Embeddings take True, False and "gaussian" (which means
+    True there), convolutions the same three.
 
     Raises :class:`ConfigError` for an unknown scheme, a scheme that this kind of layer cannot have, or an unusable r.
     """
@@ -79,10 +83,12 @@ def init_lora(
     elif name == "olora":
         Q, R = torch.linalg.qr(_float32_or_wider(W))
         A, B = R[:r], Q[:, :r]
+    elif name == "loftq":
+        A, B, new_weight = loftq_init(W, r, scale, loftq or LoftQConfig())
     elif decomposes_weight:
         A, B = _pissa_init(W, r, scale, niter and int(niter[1]), generator)
     A, B = (t.to(device=W.device, dtype=dtype).contiguous() for t in (A, B))
-    if decomposes_weight and name != "orthogonal":
+    if decomposes_weight and name not in ("orthogonal", "loftq"):
         # Taken from A and B after rounding to their dtype: with the exact factors, new W + scale B A would not be W.
         wide = _float32_or_wider(W)
         new_weight = torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()

@@ -20,6 +20,7 @@ _FENCE = re.compile(r"^\s*(```|~~~)")
 _LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".toml": "toml", ".txt": "text", ".yml": "yaml"}
 FAMILIES = {
     "lora_family": "Configs of LoRA and its relatives",
+    "shared_factors": "Configs of methods whose layers share factors",
     "lycoris": "Configs of the products of LyCORIS",
     "orthogonal": "Configs of orthogonal methods",
     "sparse": "Configs of sparse and elementwise methods",

@@ -1,0 +1,1 @@
+"""Methods of the family of LoRA whose layers share factors, random or trained."""
