@@ -1,8 +1,8 @@
 """Give a quantised weight the face of a tensor, so that a program, a pass or a merge takes it for a weight.
 
 A :class:`QuantizedTensor` has the shape and the dtype of the weight and holds the tensors of its scheme. ``linear`` and
-``embedding`` read it as it is stored; every other operation reads its values, made for that operation alone. It is
-frozen: nothing writes to it, and it takes no gradient.
+``embedding`` read it as it is stored, and so do matmuls with a matrix to the left of it. Every other operation reads its
+values, made for that operation alone. It is frozen: nothing writes to it, and it takes no gradient.
 
 Private torch use, with the public route that was tried: ``Tensor._make_wrapper_subclass`` makes a tensor without memory
 of its own. Public: ``Tensor._make_subclass``'s public twin ``as_subclass`` needs the memory of the whole weight.
@@ -22,9 +22,10 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.graph.ops import schema_of
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.quantized.fast_linear import fast_linear
-from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear
+from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear, quantized_matmul
 from adaptc.passes.quantized.scheme import Scheme
-from adaptc.torch_modes import has_transform_or_tangent
+from adaptc.torch_modes import autocast_dtype, has_transform_or_tangent
 
 aten = torch.ops.aten
 
@@ -105,6 +106,10 @@ class QuantizedTensor(Tensor):
         stored = {role: change(t) for role, t in self.stored.items()}
         return QuantizedTensor(self.scheme, stored, self.shape, dtype or self.dtype, self.is_transposed)
 
+    def transposed(self) -> QuantizedTensor:
+        """Return the transpose of this weight, which has two axes. It shares the stored tensors."""
+        return QuantizedTensor(self.scheme, self.stored, self.shape[::-1], self.dtype, not self.is_transposed)
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -136,9 +141,13 @@ class QuantizedTensor(Tensor):
         kwargs = dict(kwargs or {})
         if func in _COPIES:
             return _copy_of(args[0], func, kwargs)
+        if func is aten.t.default and args[0].ndim == 2:
+            return args[0].transposed()
         for value in _written_values(func, args, kwargs):
             if isinstance(value, QuantizedTensor):
                 raise _frozen_error(value, func)
+        if func in _MATMULS and not kwargs and (found := _matmul(func, *args)) is not None:
+            return found
         if func in _SHAPE_READERS:
             kwargs.setdefault("device", args[0].device)
             empty = pytree.tree_map_only(QuantizedTensor, _without_values, (tuple(args), kwargs))
@@ -152,11 +161,27 @@ class QuantizedTensor(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.scheme, dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed)
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        state = scheme_text(self.scheme), dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed
+        return rebuild_quantized_tensor, (*state, is_parameter)
 
 
-def _rebuild(*arguments: Any) -> QuantizedTensor:
-    return QuantizedTensor(*arguments)
+def rebuild_quantized_tensor(
+    scheme: str,
+    stored: Mapping[str, Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    is_transposed: bool,
+    is_parameter: bool,
+) -> Tensor:
+    """Return the tensor that ``pickle`` or ``torch.save`` wrote. Raises ConfigError where ``stored`` does not fit."""
+    made = QuantizedTensor(scheme_from_text(scheme), stored, shape, dtype, is_transposed)
+    made.scheme.check(stored, *made.matrix_shape)
+    return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
+
+
+# What it rebuilds is data: files of it are read with torch.load(weights_only=True), as those of other tensors are.
+torch.serialization.add_safe_globals([rebuild_quantized_tensor])
 
 
 def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:
@@ -182,6 +207,9 @@ _SHAPE_READERS = {
     aten.new_zeros.default,
     aten.new_ones.default,
 }
+
+#: operations that multiply a matrix by a quantised one on its right
+_MATMULS = {aten.mm.default, aten.addmm.default, aten.addmm_.default}
 
 
 def _written_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -216,11 +244,32 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if weight.ndim != 2 or weight.is_transposed:
         return NotImplemented
+    dtype = autocast_dtype(x)
+    if dtype is not None:  # before the choice of a kernel, which autocast would not see
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
     is_plain = type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x)
     if is_plain and (found := fast_linear(x, weight, bias)) is not None:
         return found
     return quantized_linear(x, weight.scheme, weight.stored, weight.matrix_shape, bias)
+
+
+def _matmul(func: Any, *args: Any) -> Tensor | None:
+    """Return the result of one of ``_MATMULS``; None for operands of which only the values can be read."""
+    *totals, x, weight = args
+    if not isinstance(weight, QuantizedTensor) or any(isinstance(t, QuantizedTensor) for t in (x, *totals)):
+        return None
+    if weight.ndim != 2 or any(t.dtype != weight.dtype for t in (x, *totals)) or x.shape[1] != weight.shape[0]:
+        return None
+    stored = weight.scheme, weight.stored, weight.matrix_shape
+    total = totals[0] if totals else None
+    if not weight.is_transposed:
+        found = quantized_matmul(x, *stored, None if total is None else total.expand(x.shape[0], weight.shape[1]))
+    elif weight.scheme.rounds_inputs or (total is not None and total.ndim != 1):  # what a linear layer is not
+        return None
+    else:
+        found = quantized_linear(x, *stored, total)
+    return total.copy_(found) if func is aten.addmm_.default and total is not None else found
 
 
 def _embedding(weight: Any, indices: Any, padding_idx: int = -1, *_: Any, **__: Any) -> Any:
@@ -229,9 +278,16 @@ def _embedding(weight: Any, indices: Any, padding_idx: int = -1, *_: Any, **__: 
     return quantized_embedding(weight.scheme, weight.stored, weight.matrix_shape, indices, weight.dtype)
 
 
+def _share_memory(weight: QuantizedTensor) -> QuantizedTensor:
+    for t in weight.stored.values():
+        t.share_memory_()
+    return weight
+
+
 #: operations that read a weight as it is stored
 _READERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
+    Tensor.share_memory_: _share_memory,
 }
