@@ -1,8 +1,8 @@
 """Give a quantised weight the face of a tensor, so that a program, a pass or a merge takes it for a weight.
 
-A :class:`QuantizedTensor` has the shape and the dtype of the weight and holds the tensors of its scheme. ``linear`` and
-``embedding`` read it as it is stored, and so do matmuls with a matrix to the left of it. Every other operation reads its
-values, made for that operation alone. It is frozen: nothing writes to it, and it takes no gradient.
+A :class:`QuantizedTensor` has the shape and the dtype of the weight and holds the tensors of its scheme. ``linear``,
+``embedding`` and matmuls with a matrix to the left of it read it as it is stored. Every other operation reads its values,
+made for that operation alone. It is frozen: nothing writes to it, and it takes no gradient.
 
 Private torch use, with the public route that was tried: ``Tensor._make_wrapper_subclass`` makes a tensor without memory
 of its own. Public: ``Tensor._make_subclass``'s public twin ``as_subclass`` needs the memory of the whole weight.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from adaptc.errors import AdaptcError
 from adaptc.passes.graph.ops import schema_of
 from adaptc.passes.graph.pytree import pytree
-from adaptc.passes.quantized.fast_linear import fast_linear
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.fast_linear import fast_linear
 from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear, quantized_matmul
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.torch_modes import autocast_dtype, has_transform_or_tangent
@@ -101,6 +101,20 @@ class QuantizedTensor(Tensor):
         matrix = self.scheme.dequantize(stored, *self.matrix_shape).to(dtype or self.dtype)
         return matrix.t().contiguous() if self.is_transposed else matrix.reshape(self.shape)
 
+    def shares_tensors_of(self, other: object) -> bool:
+        """Return whether ``other`` is this weight, too, in the same memory."""
+        return self._is_stored_as(other) and all(t is other.stored[r] for r, t in self.stored.items())
+
+    def has_same_values(self, other: object) -> bool:
+        """Return whether ``other`` is stored in the same way, with equal tensors."""
+        return self._is_stored_as(other) and all(torch.equal(t, other.stored[r]) for r, t in self.stored.items())
+
+    def _is_stored_as(self, other: object) -> TypeGuard[QuantizedTensor]:
+        if not isinstance(other, QuantizedTensor):
+            return False
+        own, its = ((t.scheme, t.shape, t.dtype, t.is_transposed) for t in (self, other))
+        return own == its
+
     def with_stored(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedTensor:
         """Return this weight with ``change`` applied to each stored tensor, and with values of ``dtype``."""
         stored = {role: change(t) for role, t in self.stored.items()}
@@ -124,6 +138,8 @@ class QuantizedTensor(Tensor):
         kwargs = kwargs or {}
         if func is Tensor.__setitem__ and isinstance(args[0], QuantizedTensor):  # it would write to a copy
             raise _frozen_error(args[0], func)
+        if func == _SET_DATA and isinstance(args[0], QuantizedTensor):
+            return args[0].set_data(args[1])
         reader = _READERS.get(func)
         if reader is not None and (found := reader(*args, **kwargs)) is not NotImplemented:
             return found
@@ -143,6 +159,8 @@ class QuantizedTensor(Tensor):
             return _copy_of(args[0], func, kwargs)
         if func is aten.t.default and args[0].ndim == 2:
             return args[0].transposed()
+        if func is aten.copy_.default and isinstance(args[0], QuantizedTensor) and args[0].shares_tensors_of(args[1]):
+            return args[0]  # as a module loads its own state
         for value in _written_values(func, args, kwargs):
             if isinstance(value, QuantizedTensor):
                 raise _frozen_error(value, func)
@@ -154,6 +172,17 @@ class QuantizedTensor(Tensor):
             return func(*empty[0], **empty[1])
         plain = pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs))
         return func(*plain[0], **plain[1])
+
+    def set_data(self, other: Tensor) -> None:
+        """Become what ``other`` is, as ``tensor.data = other`` asks, by which modules move their parameters.
+
+        Raises AdaptcError where ``other`` is not quantised.
+        """
+        if not isinstance(other, QuantizedTensor):
+            raise _frozen_error(self, _SET_DATA)
+        Tensor.__torch_function__(_SET_DATA, (), (self, other))  # type: ignore[arg-type]
+        self.scheme, self.stored, self.is_transposed = other.scheme, other.stored, other.is_transposed
+        self._prepared = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -189,6 +218,9 @@ def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_UNTYPED_TENSOR: Any = Tensor
+#: the function that ``tensor.data = other`` calls
+_SET_DATA: Any = _UNTYPED_TENSOR.data.__set__
 #: operations whose result is quantised, too
 _COPIES = {
     aten.detach.default,
