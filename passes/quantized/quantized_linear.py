@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.op_rules import decompose_in_transforms
-from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.all_schemes import scheme_from_text
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.torch_typing import custom_op
 
@@ -26,25 +26,24 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def quantized_linear(
-    x: Tensor, scheme: Scheme, stored: Mapping[str, Tensor], shape: Sequence[int], bias: Tensor | None
+    x: Tensor, scheme: str, stored: Sequence[Tensor], shape: Sequence[int], bias: Tensor | None
 ) -> Tensor:
-    """Return x W^T + bias, (..., rows), for the matrix W of ``shape`` (rows, columns) that ``scheme`` stores."""
-    rows, columns = shape
-    ordered = [stored[role] for role in scheme.layout(rows, columns)]
-    return torch.ops.adaptc.qlinear(x, ordered, bias, scheme_text(scheme), rows, columns)
+    """Return x W^T + bias, (..., rows), for the matrix W of ``shape`` (rows, columns).
+
+    ``scheme`` is the text of its scheme, and ``stored`` the tensors in the order of the scheme's layout.
+    """
+    return torch.ops.adaptc.qlinear(x, list(stored), bias, scheme, *shape)
 
 
 def quantized_matmul(
-    g: Tensor, scheme: Scheme, stored: Mapping[str, Tensor], shape: Sequence[int], total: Tensor | None = None
+    g: Tensor, scheme: str, stored: Sequence[Tensor], shape: Sequence[int], total: Tensor | None = None
 ) -> Tensor:
-    """Return g W, (..., columns), for the matrix W of ``shape`` (rows, columns) that ``scheme`` stores.
+    """Return g W, (..., columns), for the matrix W of :func:`quantized_linear`.
 
     ``total`` (..., columns) is added to it. Nothing is recorded for a gradient.
     """
-    rows, columns = shape
-    ordered = [stored[role] for role in scheme.layout(rows, columns)]
     with torch.no_grad():
-        return _matmul_by_blocks(g, ordered, scheme_text(scheme), rows, columns, total)
+        return _matmul_by_blocks(g, stored, scheme, *shape, total)
 
 
 def quantized_embedding(
@@ -119,8 +118,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     need_x, _, need_bias = ctx.needs_input_grad[:3]
-    gx = _matmul_by_blocks(g, ctx.saved_tensors, ctx.scheme, ctx.rows, ctx.columns) if need_x else None
-    no_gradients = [None] * len(ctx.saved_tensors)
+    stored = ctx.saved_tensors  # once: torch's checkpoint gives them no second time
+    gx = _matmul_by_blocks(g, stored, ctx.scheme, ctx.rows, ctx.columns) if need_x else None
+    no_gradients = [None] * len(stored)
     return gx, no_gradients, g.reshape(-1, g.shape[-1]).sum(0) if need_bias else None, None, None, None
 
 

@@ -35,11 +35,13 @@ class QuantizedTensor(Tensor):
 
     Attributes:
         scheme: how it is stored.
+        scheme_text: the scheme as ops take it.
         stored: role -> tensor, as the scheme's ``layout`` says.
         is_transposed: whether the stored matrix is the transpose of the weight, which then has two axes.
     """
 
     scheme: Scheme
+    scheme_text: str
     stored: Mapping[str, Tensor]
     is_transposed: bool
     _prepared: dict[str, tuple[Tensor, ...]]
@@ -54,7 +56,8 @@ class QuantizedTensor(Tensor):
     ) -> Self:
         tensor_class: Any = Tensor
         made: Self = tensor_class._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=stored["codes"].device)
-        made.scheme, made.is_transposed, made._prepared = scheme, is_transposed, {}
+        made.scheme, made.scheme_text = scheme, scheme_text(scheme)
+        made.is_transposed, made._prepared = is_transposed, {}
         made.stored = {role: stored[role] for role in scheme.layout(*made.matrix_shape)}
         return made
 
@@ -181,8 +184,8 @@ class QuantizedTensor(Tensor):
         if not isinstance(other, QuantizedTensor):
             raise _frozen_error(self, _SET_DATA)
         Tensor.__torch_function__(_SET_DATA, (), (self, other))  # type: ignore[arg-type]
-        self.scheme, self.stored, self.is_transposed = other.scheme, other.stored, other.is_transposed
-        self._prepared = {}
+        self.scheme, self.scheme_text = other.scheme, other.scheme_text
+        self.stored, self.is_transposed, self._prepared = other.stored, other.is_transposed, {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -191,7 +194,7 @@ class QuantizedTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         is_parameter = isinstance(self, torch.nn.Parameter)
-        state = scheme_text(self.scheme), dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed
+        state = self.scheme_text, dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed
         return rebuild_quantized_tensor, (*state, is_parameter)
 
 
@@ -283,7 +286,7 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     is_plain = type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x)
     if is_plain and (found := fast_linear(x, weight, bias)) is not None:
         return found
-    return quantized_linear(x, weight.scheme, weight.stored, weight.matrix_shape, bias)
+    return quantized_linear(x, weight.scheme_text, [*weight.stored.values()], weight.matrix_shape, bias)
 
 
 def _matmul(func: Any, *args: Any) -> Tensor | None:
@@ -293,7 +296,7 @@ def _matmul(func: Any, *args: Any) -> Tensor | None:
         return None
     if weight.ndim != 2 or any(t.dtype != weight.dtype for t in (x, *totals)) or x.shape[1] != weight.shape[0]:
         return None
-    stored = weight.scheme, weight.stored, weight.matrix_shape
+    stored = weight.scheme_text, [*weight.stored.values()], weight.matrix_shape
     total = totals[0] if totals else None
     if not weight.is_transposed:
         found = quantized_matmul(x, *stored, None if total is None else total.expand(x.shape[0], weight.shape[1]))

@@ -115,7 +115,6 @@ def test_a_step_makes_no_float_weight(name: str, checkpoints: bool, monkeypatch:
     losses: list[Tensor] = []
     forward = allocations(lambda: losses.append(trained(input_ids=ids, labels=ids).loss))
     backward = allocations(losses.pop().backward)
-    print("MEM", name, checkpoints, max(forward + backward), peak(forward + backward), sum(forward), min(weights), max(weights))
     assert max(forward + backward) < min(weights)
     assert peak(forward + backward) - sum(forward) < 2 * min(weights)
     assert sum(forward) < min(weights) * len(weights) / 4
@@ -143,8 +142,10 @@ def test_nothing_float_of_a_weight_is_kept_for_the_backward(name: str) -> None:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("scheme", ["nf4", "int8", "int8_dynamic", "int4"])
 def test_gradients_with_checkpoints_are_the_same_to_the_bit(scheme: str) -> None:
+    """Also through layers without an adapter, which are ops and no fused step."""
     found = []
-    own = program() if scheme == "nf4" else program_of(model(), scheme)
+    config = adaptc.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    own = program_of(model(), scheme, config=config)
     for checkpoints in (False, True):
         trained = copy.deepcopy(own).module().train()
         if checkpoints:
