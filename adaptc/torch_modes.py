@@ -78,3 +78,11 @@ def outside_modes() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast computes a matmul with x; None where it is off, or leaves x as it is."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

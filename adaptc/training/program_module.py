@@ -11,8 +11,10 @@ The module has the program's own parameters under the program's own names. It ru
 The graph module is not a child of it. The two share their tables of parameters, buffers and children. Code that
 replaces a parameter (``to``, FSDP) thus replaces it for both, and no name has a prefix.
 
-Private torch use, with the public route that was tried: the tables of ``nn.Module`` (``_parameters`` and its like).
-Public: ``register_parameter`` on both, which does not follow code that replaces a parameter of one of them.
+Private torch use, with the public route that was tried:
+- the tables of ``nn.Module`` (``_parameters`` and its like). Public: ``register_parameter`` on both, which does not
+  follow code that replaces a parameter of one of them.
+- ``_ddp_params_and_buffers_to_ignore``, which DistributedDataParallel reads. Public: none.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from torch import Tensor, fx, nn
 
 from adaptc.errors import AdaptcError, short_repr
 from adaptc.passes.lower.choose_products import MatmulChoices
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.state.core import ProgramCore
 from adaptc.state.program_repr import describe_module
 from adaptc.training.layer_tensors import Constraints, DropoutStandIn
+from adaptc.training.sharded_tensors import check_not_sharded
 from adaptc.training.state_dict_hooks import AdapterStateDict
 
 #: the entry of a training graph's ``meta`` that holds the kernels chosen for matmuls with base weights
@@ -96,6 +100,9 @@ class ProgramModule(AdapterStateDict):
         vars(self)["dropout"] = DropoutStandIn(self.set_dropout) if program.adaptation.training else None
         self.is_dropout_on = True
         self._set_training_flags(program.adaptation.training)
+        #: the names of quantised weights; DistributedDataParallel would write the first process's values to each
+        self.quantized_names = [n for n, t in self.tensors().items() if isinstance(t, QuantizedTensor)]
+        self._ddp_params_and_buffers_to_ignore = list(self.quantized_names)
         self.constraints = Constraints(program)
         self._register_state_hooks()
 
@@ -127,6 +134,7 @@ class ProgramModule(AdapterStateDict):
             self.constraints.enforce(self)
             return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)
         self._check_devices(self.inputs(args, kwargs))
+        check_not_sharded(self, self.quantized_names)
         self.constraints.enforce(self)
         try:
             return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)

@@ -6,15 +6,16 @@ operation: all processes of its mesh must make the same calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
-from adaptc.errors import CheckpointError
+from adaptc.errors import AdaptcError, CheckpointError
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
 
 def mesh_of(t: Tensor) -> Any:
@@ -25,6 +26,19 @@ def mesh_of(t: Tensor) -> Any:
 def gather(t: Tensor) -> Tensor:
     """Return ``t`` gathered from all processes of its mesh, or ``t`` itself where it is whole."""
     return t if mesh_of(t) is None else t.full_tensor()  # type: ignore[attr-defined]
+
+
+def check_not_sharded(module: nn.Module, names: Collection[str]) -> None:
+    """Raise AdaptcError where FSDP2 has replaced one of the quantised weights ``names`` by a shard of its values."""
+    if not any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+        return
+    for name in names:
+        if not isinstance(module.get_parameter(name), QuantizedTensor):
+            raise AdaptcError(
+                f"fully_shard made plain values of the quantised weight {name!r}, and shards those, which takes more "
+                "memory than the weight did. Keep frozen weights whole in each process: fully_shard(module, "
+                "ignored_params={p for p in module.parameters() if not p.requires_grad}) of a new module"
+            )
 
 
 def reshard(module: Any) -> None:

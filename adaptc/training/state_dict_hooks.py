@@ -18,6 +18,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
 from adaptc.errors import CheckpointError, did_you_mean
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.state.core import ProgramCore
 from adaptc.training.sharded_tensors import gather, shard_like
 
@@ -122,10 +123,27 @@ class AdapterStateDict(nn.Module):
                     f"state dict: {key!r} has shape {tuple(value.shape)}, and the module has it as "
                     f"{tuple(tensors[key].shape)}: the state is of another model, or of an adapter of another rank"
                 )
+        quantized = {k: t for k, t in tensors.items() if isinstance(t, QuantizedTensor) and k in state_dict}
+        if quantized and not assign:
+            state_dict = {**state_dict, **{k: _keep_quantized(k, state_dict[k], t) for k, t in quantized.items()}}
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             raise CheckpointError(f"the module does not take this state dict: {error}") from error
+
+
+def _keep_quantized(key: str, value: Any, own: QuantizedTensor) -> Tensor:
+    """Return the module's ``own`` weight in the place of an equal ``value``.
+
+    Raises CheckpointError for another value, since a quantised weight is frozen.
+    """
+    if own.has_same_values(value):
+        return own.detach()
+    found = f"stored as {value.scheme}" if isinstance(value, QuantizedTensor) else f"{value.dtype} and not quantised"
+    raise CheckpointError(
+        f"state dict: {key!r} is {found}, with other values than those of the module, which is stored as {own.scheme} "
+        "and frozen. Load the adapter alone, which state_dict() gives, or compile the model of this state"
+    )
 
 
 def keep_only_adapter(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.op_rules import decompose_in_transforms
-from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.all_schemes import scheme_from_text
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.torch_typing import custom_op
 
@@ -26,12 +26,24 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def quantized_linear(
-    x: Tensor, scheme: Scheme, stored: Mapping[str, Tensor], shape: Sequence[int], bias: Tensor | None
+    x: Tensor, scheme: str, stored: Sequence[Tensor], shape: Sequence[int], bias: Tensor | None
 ) -> Tensor:
-    """Return x W^T + bias, (..., rows), for the matrix W of ``shape`` (rows, columns) that ``scheme`` stores."""
-    rows, columns = shape
-    ordered = [stored[role] for role in scheme.layout(rows, columns)]
-    return torch.ops.adaptc.qlinear(x, ordered, bias, scheme_text(scheme), rows, columns)
+    """Return x W^T + bias, (..., rows), for the matrix W of ``shape`` (rows, columns).
+
+    ``scheme`` is the text of its scheme, and ``stored`` the tensors in the order of the scheme's layout.
+    """
+    return torch.ops.adaptc.qlinear(x, list(stored), bias, scheme, *shape)
+
+
+def quantized_matmul(
+    g: Tensor, scheme: str, stored: Sequence[Tensor], shape: Sequence[int], total: Tensor | None = None
+) -> Tensor:
+    """Return g W, (..., columns), for the matrix W of :func:`quantized_linear`.
+
+    ``total`` (..., columns) is added to it. Nothing is recorded for a gradient.
+    """
+    with torch.no_grad():
+        return _matmul_by_blocks(g, stored, scheme, *shape, total)
 
 
 def quantized_embedding(
@@ -106,13 +118,28 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     need_x, _, need_bias = ctx.needs_input_grad[:3]
-    gx = None
-    if need_x:
-        for rows, values in _value_blocks(ctx.saved_tensors, ctx.scheme, ctx.rows, ctx.columns, g.dtype):
-            part = g[..., rows] @ values
-            gx = part if gx is None else gx.add_(part)
-    no_gradients = [None] * len(ctx.saved_tensors)
+    stored = ctx.saved_tensors  # once: torch's checkpoint gives them no second time
+    gx = _matmul_by_blocks(g, stored, ctx.scheme, ctx.rows, ctx.columns) if need_x else None
+    no_gradients = [None] * len(stored)
     return gx, no_gradients, g.reshape(-1, g.shape[-1]).sum(0) if need_bias else None, None, None, None
+
+
+def _matmul_by_blocks(
+    g: Tensor, stored: Sequence[Tensor], scheme: str, rows: int, columns: int, total: Tensor | None = None
+) -> Tensor:
+    """Return g W (..., columns), plus ``total``, for g (..., rows) and the matrix W (rows, columns)."""
+    # Sums over blocks are rounded to the dtype of g once, as those of one matmul are: there may be hundreds of blocks.
+    sums = None if total is None else total.to(_sum_dtype(g.dtype), copy=True)
+    for block, values in _value_blocks(stored, scheme, rows, columns, g.dtype):
+        part = g[..., block] @ values
+        if block == slice(0, rows) and sums is None:
+            return part
+        sums = part.to(_sum_dtype(g.dtype)) if sums is None else sums.add_(part)
+    return g.new_zeros((*g.shape[:-1], columns)) if sums is None else sums.to(g.dtype)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 qlinear_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,8 +1,8 @@
 """Give a quantised weight the face of a tensor, so that a program, a pass or a merge takes it for a weight.
 
-A :class:`QuantizedTensor` has the shape and the dtype of the weight and holds the tensors of its scheme. ``linear`` and
-``embedding`` read it as it is stored; every other operation reads its values, made for that operation alone. It is
-frozen: nothing writes to it, and it takes no gradient.
+A :class:`QuantizedTensor` has the shape and the dtype of the weight and holds the tensors of its scheme. ``linear``,
+``embedding`` and matmuls with a matrix to the left of it read it as it is stored. Every other operation reads its values,
+made for that operation alone. It is frozen: nothing writes to it, and it takes no gradient.
 
 Private torch use, with the public route that was tried: ``Tensor._make_wrapper_subclass`` makes a tensor without memory
 of its own. Public: ``Tensor._make_subclass``'s public twin ``as_subclass`` needs the memory of the whole weight.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from adaptc.errors import AdaptcError
 from adaptc.passes.graph.ops import schema_of
 from adaptc.passes.graph.pytree import pytree
+from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
 from adaptc.passes.quantized.fast_linear import fast_linear
-from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear
+from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear, quantized_matmul
 from adaptc.passes.quantized.scheme import Scheme
-from adaptc.torch_modes import has_transform_or_tangent
+from adaptc.torch_modes import autocast_dtype, has_transform_or_tangent
 
 aten = torch.ops.aten
 
@@ -34,11 +35,13 @@ class QuantizedTensor(Tensor):
 
     Attributes:
         scheme: how it is stored.
+        scheme_text: the scheme as ops take it.
         stored: role -> tensor, as the scheme's ``layout`` says.
         is_transposed: whether the stored matrix is the transpose of the weight, which then has two axes.
     """
 
     scheme: Scheme
+    scheme_text: str
     stored: Mapping[str, Tensor]
     is_transposed: bool
     _prepared: dict[str, tuple[Tensor, ...]]
@@ -53,7 +56,8 @@ class QuantizedTensor(Tensor):
     ) -> Self:
         tensor_class: Any = Tensor
         made: Self = tensor_class._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=stored["codes"].device)
-        made.scheme, made.is_transposed, made._prepared = scheme, is_transposed, {}
+        made.scheme, made.scheme_text = scheme, scheme_text(scheme)
+        made.is_transposed, made._prepared = is_transposed, {}
         made.stored = {role: stored[role] for role in scheme.layout(*made.matrix_shape)}
         return made
 
@@ -100,10 +104,28 @@ class QuantizedTensor(Tensor):
         matrix = self.scheme.dequantize(stored, *self.matrix_shape).to(dtype or self.dtype)
         return matrix.t().contiguous() if self.is_transposed else matrix.reshape(self.shape)
 
+    def shares_tensors_of(self, other: object) -> bool:
+        """Return whether ``other`` is this weight, too, in the same memory."""
+        return self._is_stored_as(other) and all(t is other.stored[r] for r, t in self.stored.items())
+
+    def has_same_values(self, other: object) -> bool:
+        """Return whether ``other`` is stored in the same way, with equal tensors."""
+        return self._is_stored_as(other) and all(torch.equal(t, other.stored[r]) for r, t in self.stored.items())
+
+    def _is_stored_as(self, other: object) -> TypeGuard[QuantizedTensor]:
+        if not isinstance(other, QuantizedTensor):
+            return False
+        own, its = ((t.scheme, t.shape, t.dtype, t.is_transposed) for t in (self, other))
+        return own == its
+
     def with_stored(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedTensor:
         """Return this weight with ``change`` applied to each stored tensor, and with values of ``dtype``."""
         stored = {role: change(t) for role, t in self.stored.items()}
         return QuantizedTensor(self.scheme, stored, self.shape, dtype or self.dtype, self.is_transposed)
+
+    def transposed(self) -> QuantizedTensor:
+        """Return the transpose of this weight, which has two axes. It shares the stored tensors."""
+        return QuantizedTensor(self.scheme, self.stored, self.shape[::-1], self.dtype, not self.is_transposed)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -119,6 +141,8 @@ class QuantizedTensor(Tensor):
         kwargs = kwargs or {}
         if func is Tensor.__setitem__ and isinstance(args[0], QuantizedTensor):  # it would write to a copy
             raise _frozen_error(args[0], func)
+        if func == _SET_DATA and isinstance(args[0], QuantizedTensor):
+            return args[0].set_data(args[1])
         reader = _READERS.get(func)
         if reader is not None and (found := reader(*args, **kwargs)) is not NotImplemented:
             return found
@@ -136,9 +160,15 @@ class QuantizedTensor(Tensor):
         kwargs = dict(kwargs or {})
         if func in _COPIES:
             return _copy_of(args[0], func, kwargs)
+        if func is aten.t.default and args[0].ndim == 2:
+            return args[0].transposed()
+        if func is aten.copy_.default and isinstance(args[0], QuantizedTensor) and args[0].shares_tensors_of(args[1]):
+            return args[0]  # as a module loads its own state
         for value in _written_values(func, args, kwargs):
             if isinstance(value, QuantizedTensor):
                 raise _frozen_error(value, func)
+        if func in _MATMULS and not kwargs and (found := _matmul(func, *args)) is not None:
+            return found
         if func in _SHAPE_READERS:
             kwargs.setdefault("device", args[0].device)
             empty = pytree.tree_map_only(QuantizedTensor, _without_values, (tuple(args), kwargs))
@@ -146,17 +176,44 @@ class QuantizedTensor(Tensor):
         plain = pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs))
         return func(*plain[0], **plain[1])
 
+    def set_data(self, other: Tensor) -> None:
+        """Become what ``other`` is, as ``tensor.data = other`` asks, by which modules move their parameters.
+
+        Raises AdaptcError where ``other`` is not quantised.
+        """
+        if not isinstance(other, QuantizedTensor):
+            raise _frozen_error(self, _SET_DATA)
+        Tensor.__torch_function__(_SET_DATA, (), (self, other))  # type: ignore[arg-type]
+        self.scheme, self.scheme_text = other.scheme, other.scheme_text
+        self.stored, self.is_transposed, self._prepared = other.stored, other.is_transposed, {}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
             memo[id(self)] = _as_parameter_like(self, self.with_stored(torch.clone))
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.scheme, dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed)
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        state = self.scheme_text, dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed
+        return rebuild_quantized_tensor, (*state, is_parameter)
 
 
-def _rebuild(*arguments: Any) -> QuantizedTensor:
-    return QuantizedTensor(*arguments)
+def rebuild_quantized_tensor(
+    scheme: str,
+    stored: Mapping[str, Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    is_transposed: bool,
+    is_parameter: bool,
+) -> Tensor:
+    """Return the tensor that ``pickle`` or ``torch.save`` wrote. Raises ConfigError where ``stored`` does not fit."""
+    made = QuantizedTensor(scheme_from_text(scheme), stored, shape, dtype, is_transposed)
+    made.scheme.check(stored, *made.matrix_shape)
+    return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
+
+
+# What it rebuilds is data: files of it are read with torch.load(weights_only=True), as those of other tensors are.
+torch.serialization.add_safe_globals([rebuild_quantized_tensor])
 
 
 def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:
@@ -164,6 +221,9 @@ def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_UNTYPED_TENSOR: Any = Tensor
+#: the function that ``tensor.data = other`` calls
+_SET_DATA: Any = _UNTYPED_TENSOR.data.__set__
 #: operations whose result is quantised, too
 _COPIES = {
     aten.detach.default,
@@ -182,6 +242,9 @@ _SHAPE_READERS = {
     aten.new_zeros.default,
     aten.new_ones.default,
 }
+
+#: operations that multiply a matrix by a quantised one on its right
+_MATMULS = {aten.mm.default, aten.addmm.default, aten.addmm_.default}
 
 
 def _written_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -216,11 +279,32 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if weight.ndim != 2 or weight.is_transposed:
         return NotImplemented
+    dtype = autocast_dtype(x)
+    if dtype is not None:  # before the choice of a kernel, which autocast would not see
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
     is_plain = type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x)
     if is_plain and (found := fast_linear(x, weight, bias)) is not None:
         return found
-    return quantized_linear(x, weight.scheme, weight.stored, weight.matrix_shape, bias)
+    return quantized_linear(x, weight.scheme_text, [*weight.stored.values()], weight.matrix_shape, bias)
+
+
+def _matmul(func: Any, *args: Any) -> Tensor | None:
+    """Return the result of one of ``_MATMULS``; None for operands of which only the values can be read."""
+    *totals, x, weight = args
+    if not isinstance(weight, QuantizedTensor) or any(isinstance(t, QuantizedTensor) for t in (x, *totals)):
+        return None
+    if weight.ndim != 2 or any(t.dtype != weight.dtype for t in (x, *totals)) or x.shape[1] != weight.shape[0]:
+        return None
+    stored = weight.scheme_text, [*weight.stored.values()], weight.matrix_shape
+    total = totals[0] if totals else None
+    if not weight.is_transposed:
+        found = quantized_matmul(x, *stored, None if total is None else total.expand(x.shape[0], weight.shape[1]))
+    elif weight.scheme.rounds_inputs or (total is not None and total.ndim != 1):  # what a linear layer is not
+        return None
+    else:
+        found = quantized_linear(x, *stored, total)
+    return total.copy_(found) if func is aten.addmm_.default and total is not None else found
 
 
 def _embedding(weight: Any, indices: Any, padding_idx: int = -1, *_: Any, **__: Any) -> Any:
@@ -229,9 +313,16 @@ def _embedding(weight: Any, indices: Any, padding_idx: int = -1, *_: Any, **__: 
     return quantized_embedding(weight.scheme, weight.stored, weight.matrix_shape, indices, weight.dtype)
 
 
+def _share_memory(weight: QuantizedTensor) -> QuantizedTensor:
+    for t in weight.stored.values():
+        t.share_memory_()
+    return weight
+
+
 #: operations that read a weight as it is stored
 _READERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
+    Tensor.share_memory_: _share_memory,
 }

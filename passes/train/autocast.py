@@ -122,14 +122,6 @@ def check_dtype(x: Tensor, dtype: torch.dtype, location: str) -> None:
         )
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which autocast computes a matmul with x; None where it is off, or leaves x as it is."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
 def cast(x: Any, dtype: torch.dtype | None) -> Any:
     """Return x in ``dtype``, or x itself where either is None."""
     # Not x.to(x.dtype): the compiler of torch 2.11 loses the gradients of results that an op returns unchanged.

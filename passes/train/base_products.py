@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.passes.protocol.matmul_op import add_linear_matmul, linear_matmul, linear_matmul_op
-from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
+from adaptc.passes.train.autocast import cast, without_autocast
 from adaptc.passes.train.first_order import needs_plain_ops
+from adaptc.torch_modes import autocast_dtype
 
 #: for one dtype: kind of matmul and classes of row counts it is for, then both for the gradient of the input
 DtypeKinds = tuple[torch.dtype, str, Sequence[int], str, Sequence[int]]

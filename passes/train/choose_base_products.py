@@ -4,8 +4,8 @@ Takes the graph of a module to train, whose other steps are fused, and functions
 CPU. Values and gradients stay the same up to rounding.
 
 It covers matmuls with a frozen parameter on a CPU: those of fused layers, of the head before a loss, and of every other
-linear layer. A choice does not fix the number of rows: each matmul reads it in its call. For a base in float32 bfloat16
-is chosen for, too, since autocast may be on.
+linear layer. Quantised weights have matmuls of their own. A choice does not fix the number of rows: each matmul reads it
+in its call. For a base in float32 bfloat16 is chosen for, too, since autocast may be on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import fx, nn
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.protocol.matmul_op import LINEAR
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.train.base_products import DtypeKinds, frozen_linear
 from adaptc.passes.train.fused_lora_linear import lora_linears
 from adaptc.passes.train.head_loss import linear_cross_entropy
@@ -83,7 +84,7 @@ class ChooseBaseMatmuls(GraphPass):
         self, module: Any, weight: Any, bias: Any, choices_by_caption: dict[str, list[ChosenMatmul]]
     ) -> tuple[DtypeKinds, ...]:
         w = _find_parameter(module, weight)
-        if w is None or w.ndim != 2 or w.device.type != "cpu" or w.requires_grad:
+        if w is None or w.ndim != 2 or w.device.type != "cpu" or w.requires_grad or isinstance(w, QuantizedTensor):
             return ()
         if bias is not None and ((b := _find_parameter(module, bias)) is None or b.requires_grad):
             return ()

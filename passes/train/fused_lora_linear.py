@@ -29,9 +29,10 @@ from torch.nn import functional as F
 from adaptc.passes.graph.mutation import erase_dead_nodes, find_written_nodes
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
-from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
+from adaptc.passes.train.autocast import cast, without_autocast
 from adaptc.passes.train.base_products import MatmulKinds, base_input_gradient, base_matmul
 from adaptc.passes.train.first_order import first_order_only, needs_plain_ops
+from adaptc.torch_modes import autocast_dtype
 
 aten = torch.ops.aten
 

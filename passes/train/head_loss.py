@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
+from adaptc.passes.train.autocast import cast, without_autocast
 from adaptc.passes.train.base_products import MatmulKinds, base_input_gradient, base_matmul
 from adaptc.passes.train.first_order import first_order_only, needs_plain_ops
+from adaptc.torch_modes import autocast_dtype
 
 #: the number of elements of the logits' gradient that are computed at a time: some megabytes, which caches hold
 CHUNK_ELEMENTS = 2**21

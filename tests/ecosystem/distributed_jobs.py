@@ -24,7 +24,8 @@ from transformers import Trainer  # noqa: F401  # imported once, and not in each
 
 import adaptc
 from adaptc import AdaptcError, CheckpointError
-from tests.support.training import batch, module, optimizer_of, steps, train, trainable
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from tests.support.training import batch, module, optimizer_of, quantized_module, steps, train, trainable
 
 #: of the state of a module that is held in parts
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -65,6 +66,29 @@ def ddp(folder: Path) -> dict[str, Any]:
     with pytest.raises(AdaptcError, match="give what is inside"):
         adaptc.save_adapter(both, folder / "wrapped")
     return {"losses": found, "state": one.state_dict(), "frozen": frozen_gradients(both), "bytes": sent["bytes"]}
+
+
+def quantized(folder: Path) -> dict[str, Any]:
+    """Four steps on a quantised base: with DistributedDataParallel, and with FSDP2, which shards the adapter alone."""
+    found: dict[str, Any] = {}
+    rows = own_rows()
+    one = quantized_module()
+    both = DistributedDataParallel(one)
+    found["ddp"] = mean(steps(lambda: both(**rows).loss, trainable(both), 4))
+    found["ddp state"] = one.state_dict()
+    one = quantized_module()
+    weights = {n: t for n, t in one.named_parameters() if isinstance(t, QuantizedTensor)}
+    fully_shard(one, ignored_params={p for p in one.parameters() if not p.requires_grad})
+    found["fsdp"] = go(one, optimizer_of(one), 4)
+    assert weights
+    assert all(one.get_parameter(n) is t for n, t in weights.items())
+    adaptc.save_adapter(one, folder / "quantized")
+    found["fsdp state"] = load_file(folder / "quantized/adapter_model.safetensors")
+    one = quantized_module()
+    fully_shard(one)
+    with pytest.raises(AdaptcError, match=r"quantised weight '.*q_proj.weight'.*fully_shard\(module, ignored_params="):
+        one(**rows)
+    return found
 
 
 def in_parts() -> tuple[Any, torch.optim.Optimizer]:
@@ -156,3 +180,9 @@ def trainer(folder: Path) -> dict[str, Any]:
 def trainer_goes_on(folder: Path) -> dict[str, Any]:
     found, made = train(module(), folder / "other", resume=str(folder / "trainer/checkpoint-2"), **TRAINER)
     return {"losses": found, "state": made.model.state_dict()}
+
+
+def quantized_trainer(folder: Path) -> dict[str, Any]:
+    found, made = train(quantized_module(), folder / "quantized_trainer", bf16=True, **TRAINER)
+    assert isinstance(made.model_wrapped, DistributedDataParallel)
+    return {"losses": found}

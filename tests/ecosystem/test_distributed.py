@@ -4,6 +4,7 @@ from what they saved."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from safetensors.torch import load_file
 
 import adaptc
 from tests.ecosystem.two_processes import together
-from tests.support.training import batch, model, module, optimizer_of, steps, train, trainable
+from tests.support.training import batch, model, module, optimizer_of, quantized_module, steps, train, trainable
 
 
-def alone() -> tuple[list[float], Any]:
+def alone(made: Callable[[], Any] = module) -> tuple[list[float], Any]:
     """The losses of four steps of one process, and its module."""
 
     def loss() -> torch.Tensor:
@@ -27,7 +28,7 @@ def alone() -> tuple[list[float], Any]:
         halves = [one(**{k: t[at : at + 2] for k, t in rows.items()}).loss for at in (0, 2)]
         return (halves[0] + halves[1]) / 2
 
-    one = module()
+    one = made()
     expected = steps(loss, trainable(one), 4, optimizer_of(one))
     assert len(set(expected)) == 4
     return expected, one
@@ -74,6 +75,18 @@ def test_a_merged_model_in_two_processes_is_written_whole(tmp_path: Path) -> Non
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**found["rows"]).logits, found["logits"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.long
+def test_two_processes_on_a_quantised_base_are_as_one(tmp_path: Path) -> None:
+    """The base is rounded to bfloat16 between layers, row by row, as it is in one process: sums over rows differ."""
+    jobs = together(tmp_path, "quantized", "quantized_trainer")
+    expected, one = alone(quantized_module)
+    for how in ("ddp", "fsdp"):
+        torch.testing.assert_close(jobs["quantized"][how], expected, rtol=2**-9, atol=0)
+        torch.testing.assert_close(jobs["quantized"][f"{how} state"], one.state_dict(), rtol=2**-6, atol=2**-9)
+    expected, _ = train(quantized_module(), tmp_path / "one", bf16=True, max_steps=4)
+    torch.testing.assert_close(jobs["quantized_trainer"]["losses"], expected, rtol=2**-9, atol=0)
 
 
 @pytest.mark.long

@@ -91,7 +91,7 @@ def test_an_embedding_whose_rows_share_blocks():
 def test_other_operations_read_the_values():
     q = quantized("int8")
     w = q.dequantize()
-    for op in (lambda t: t + 1, lambda t: t.t(), lambda t: t.sum(0), lambda t: t[2:4, 1], lambda t: t.reshape(-1)):
+    for op in (lambda t: t + 1, lambda t: t.mT, lambda t: t.sum(0), lambda t: t[2:4, 1], lambda t: t.reshape(-1)):
         found = op(q)
         assert type(found) is torch.Tensor
         assert torch.equal(found, op(w))

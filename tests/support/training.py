@@ -60,6 +60,20 @@ def module(config: dict[str, Any] = CONFIG) -> Any:
     return made
 
 
+@functools.cache
+def quantized_program(scheme: str = "nf4") -> adaptc.AdaptedProgram:
+    """Not to be changed: a program of the model in bfloat16, with quantised weights and a float32 adapter."""
+    base = adaptc.quantize(copy.deepcopy(model()).to(torch.bfloat16), scheme)
+    return adaptc.compile(base, adaptc.LoraConfig(**CONFIG), training=True)
+
+
+def quantized_module(scheme: str = "nf4") -> Any:
+    """A module of a program of its own with a quantised base, with :func:`first_values`."""
+    made = copy.deepcopy(quantized_program(scheme)).module()
+    made.load_state_dict(first_values())
+    return made
+
+
 def peft_model(config: dict[str, Any] = CONFIG) -> Any:
     wrapped = peft.get_peft_model(copy.deepcopy(model()), peft.LoraConfig(**config))
     peft.set_peft_model_state_dict(wrapped, dict(first_values()))
