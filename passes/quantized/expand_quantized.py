@@ -43,11 +43,13 @@ class ExpandQuantized(Pass):
     """A pass that writes quantised weights as plain tensors; its count is that of the weights.
 
     ``fuse`` lets linear layers call ``adaptc::qlinear``, for code that runs beside adaptc and is not written to a file.
+    Without ``with_records`` nothing says what the weights were. Ops that are decomposed later would each keep a record.
     """
 
     name: ClassVar[str] = "expand_quantized"
 
     fuse: bool = False
+    with_records: bool = True
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
@@ -57,6 +59,10 @@ class ExpandQuantized(Pass):
                 names_by_node.setdefault(lifted.placeholders[fqn], []).append(fqn)
         for node, names in names_by_node.items():
             _expand(lifted, node, names, self.fuse)
+        if not self.with_records:
+            for node in lifted.graph.nodes:
+                for key in (QUANTIZED_META, ROUNDED_META):
+                    node.meta.get("custom", {}).pop(key, None)
         return PassResult(lifted.finish() if names_by_node else subject, len(names_by_node))
 
 
