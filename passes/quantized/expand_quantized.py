@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from adaptc.errors import PassError
@@ -29,6 +29,7 @@ from adaptc.passes.graph.ops import operands
 from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.protocol.trace import inline, trace_function
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.compiled_linear import LayerWriter, compiled_linear
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.scheme import Scheme
 
@@ -43,12 +44,14 @@ class ExpandQuantized(Pass):
     """A pass that writes quantised weights as plain tensors; its count is that of the weights.
 
     ``fuse`` lets linear layers call ``adaptc::qlinear``, for code that runs beside adaptc and is not written to a file.
+    ``compiled`` lets them compute as ``compiled_linear`` says, for code that is compiled and cannot be collected again.
     Without ``with_records`` nothing says what the weights were. Ops that are decomposed later would each keep a record.
     """
 
     name: ClassVar[str] = "expand_quantized"
 
     fuse: bool = False
+    compiled: bool = False
     with_records: bool = True
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
@@ -57,18 +60,39 @@ class ExpandQuantized(Pass):
         for fqn, tensor in lifted.state_dict.items():
             if isinstance(tensor, QuantizedTensor):
                 names_by_node.setdefault(lifted.placeholders[fqn], []).append(fqn)
+        writer = LayerWriter(lifted) if self.compiled else None
         for node, names in names_by_node.items():
-            _expand(lifted, node, names, self.fuse)
+            _expand(lifted, node, names, self.fuse, writer)
         if not self.with_records:
             for node in lifted.graph.nodes:
                 for key in (QUANTIZED_META, ROUNDED_META):
                     node.meta.get("custom", {}).pop(key, None)
-        return PassResult(lifted.finish() if names_by_node else subject, len(names_by_node))
+        root = None if writer is None or not writer.branches else _with_modules(subject.graph_module, writer.branches)
+        return PassResult(lifted.finish(root) if names_by_node else subject, len(names_by_node))
 
 
-def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) -> None:
+def _with_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a module that has the children of ``root``, and ``modules``."""
+    holder = nn.Module()
+    for name, child in {**dict(root.named_children()), **modules}.items():
+        holder.add_module(name, child)
+    return holder
+
+
+def _expand(
+    lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool, writer: LayerWriter | None
+) -> None:
     weight: QuantizedTensor = lifted.state_dict[names[0]]
-    stored = {role: lifted.add_tensor(f"{names[0]}.{role}", _with_own_memory(t)) for role, t in weight.stored.items()}
+    layers = [n for n in node.users if _is_linear_of(n, node)]
+    linear = None if writer is None or not layers else compiled_linear(weight)
+    held = {} if linear is None else dict(linear.tensors)
+    if linear is None or len(node.users) > len(layers):
+        held |= weight.stored
+    added = {role: lifted.add_tensor(f"{names[0]}.{role}", _with_own_memory(t)) for role, t in held.items()}
+    if writer is not None and linear is not None:
+        for layer in layers:
+            writer.replace(layer, linear, {role: added[role] for role in linear.tensors})
+    stored = {role: added[role] for role in weight.stored if role in added}
     if fuse:
         for user in [n for n in node.users if _is_linear_of(n, node) and not weight.is_transposed]:
             x, _, bias = operands(user)

@@ -134,10 +134,11 @@ class IntegerScheme(Scheme):
         codes = stored["codes"]
         if self.bits == 8:
             return codes
-        codes = _interleave([codes & 15, codes >> 4], columns)
+        # In this spelling of the shift other runtimes have the op.
+        codes = _interleave([codes & 15, torch.bitwise_right_shift(codes, 4)], columns)
         if self.bits == 6:
             high = stored["high_codes"]
-            codes = codes | (_interleave([(high >> shift) & 3 for shift in (0, 2, 4, 6)], columns) << 4)
+            codes = codes | (_interleave([torch.bitwise_right_shift(high, shift) & 3 for shift in (0, 2, 4, 6)], columns) << 4)
         return codes
 
     def _in_units(self, stored: Mapping[str, Tensor], role: str, unit_role: str, columns: int) -> Tensor:
