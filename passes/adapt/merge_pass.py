@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import MergeError
-from adaptc.passes.analysis.sites import find_consumers, isolate_readers
+from adaptc.passes.analysis.sites import find_consumers, has_other_readers, isolate_readers
 from adaptc.passes.graph.higher_order import bias_and_reader, subgraph_input_of, takes_bias
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import CASTS, LAYER_OPS, Op, argument, make_dense
@@ -142,7 +142,7 @@ class Merge(Pass):
         ops, groups = self._attachments_by_weight(lifted)
         remove_regions(lifted, [*self.dropped_ids, *(a.id for a in self.attachments)])
         for first in (group[0] for group in groups):
-            if not _reads_alone(lifted, lifted.placeholders[first.fqn], first.consumers):
+            if has_other_readers(lifted.placeholders[first.fqn], first.consumers):
                 others = [f for f in lifted.fqns_of(lifted.placeholders[first.fqn]) if f != first.fqn]
                 raise MergeError(
                     f"the adapter changes {first.fqn!r} at some of the layers that read it, and others keep the base"
@@ -160,7 +160,7 @@ class Merge(Pass):
         value, changed, row = self._evaluate(lifted, group, ops)
         biases: dict[str, Tensor] = {}
         for source, nodes, bias in changed:
-            if source is None or not _reads_alone(lifted, source, [n.name for n in nodes]):
+            if source is None or has_other_readers(source, [n.name for n in nodes]):
                 lack = "has no bias" if source is None else "shares its bias with layers that keep theirs"
                 raise MergeError(f"site {group[0].id!r} changes a bias, and the layer {lack} in the model")
             biases[str(lifted.input_specs[source.name].target)] = bias
@@ -348,11 +348,6 @@ def _as_in_program(lifted: LiftedProgram, fqn: str, value: Tensor) -> Tensor:
     """Return ``value`` as a Parameter where ``fqn`` is one in the program, and as a plain tensor otherwise."""
     parameter = lifted.input_specs[lifted.placeholders[fqn].name].kind == InputKind.PARAMETER
     return torch.nn.Parameter(value, requires_grad=False) if parameter else value
-
-
-def _reads_alone(lifted: LiftedProgram, source: fx.Node, readers: Sequence[str]) -> bool:
-    """Return whether nothing but the nodes called ``readers`` reads the tensor ``source``."""
-    return {n.name for n, _ in find_consumers(source)} <= set(readers)
 
 
 def _source_parameter(node: fx.Node | None) -> fx.Node | None:

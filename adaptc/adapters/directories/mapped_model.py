@@ -70,7 +70,7 @@ def open_mapped_model(path: Path) -> Iterator[MappedModel]:
         for name in _weight_files(path):
             try:
                 opened = stack.enter_context(safe_open(path / name, "pt"))
-                files[name] = {key: opened.get_tensor(key) for key in opened.keys()}
+                files[name] = dict(zip(opened.keys(), map(opened.get_tensor, opened.keys()), strict=True))
                 metadata[name] = dict(opened.metadata() or {})
             except (SafetensorError, OSError, RuntimeError) as error:
                 reason = short_repr(str(error))

@@ -1,8 +1,8 @@
 """Merge an adapter into the files of a transformers model, without the model in memory (``adaptc.merge_directory``).
 
 The model is compiled on its mapped files, so every method and every choice of layers means what it means elsewhere.
-Then each file is written anew, tensor by tensor. A tensor that the adapter changes is made when it is its turn, by the
-same code that merges programs, and freed after it was written. All others are copied.
+Then each file is written anew, tensor by tensor. A tensor that the adapter changes is made when its turn comes, and
+freed after it was written. The code that merges programs makes it. All others are copied.
 
 The new files have the names, the keys and the order of the old ones. Of a quantised model they hold plain weights, all
 of them, or weights of the same scheme.
@@ -70,7 +70,7 @@ def merge_into_directory(
 
 
 class _DirectoryMerge:
-    """What becomes of each key of the files.
+    """The new content of each key of the files.
 
     ``entries`` maps the name of a file to its new tensors by key, and ``rows`` is the report, which grows with them.
     """
