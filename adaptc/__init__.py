@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api.adapt_model import compile
     from adaptc.api.change_adapter import bind, swap
-    from adaptc.api.merge_and_lower import merge, unload, unmerge, verify
+    from adaptc.api.merge_and_lower import merge, merge_directory, unload, unmerge, verify
     from adaptc.api.quantize import quantize
     from adaptc.api.reporting import report
     from adaptc.api.save_and_load import load, load_package, package, save, save_adapter
@@ -88,6 +88,7 @@ PUBLIC = {
     "swap": "adaptc.api.change_adapter",
     "bind": "adaptc.api.change_adapter",
     "merge": "adaptc.api.merge_and_lower",
+    "merge_directory": "adaptc.api.merge_and_lower",
     "unmerge": "adaptc.api.merge_and_lower",
     "unload": "adaptc.api.merge_and_lower",
     "save": "adaptc.api.save_and_load",

@@ -40,7 +40,8 @@ MAX_HEADER_BYTES = 1 << 20
 _ALIGNMENT = 64
 #: the library's error for a correct header without data
 _NO_DATA_ERROR = "incomplete metadata, file not fully covered"
-_DTYPES = {
+#: names of dtypes in headers
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -170,7 +171,7 @@ def _parse_layout(header: bytes, size: int) -> FileLayout | None:
         entries_by_key: dict[str, tuple[str, torch.dtype, tuple[int, ...], int, int]] = {}
         end = 0
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
-            dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             count = prod(shape)
             if start != end or stop - start != count * dtype.itemsize or not count or start % dtype.itemsize:
                 return None

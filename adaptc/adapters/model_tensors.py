@@ -78,7 +78,7 @@ def open_model_tensors(model: Any) -> Iterator[ModelTensors]:
     elif isinstance(model, (str, os.PathLike)):
         with ExitStack() as stack:
             entries: dict[str, Any] = {}
-            for file in _safetensors_files(Path(model)):
+            for file in safetensors_files(Path(model)):
                 try:
                     opened = stack.enter_context(safe_open(file, "pt"))
                     entries |= dict.fromkeys(opened.keys(), opened)
@@ -95,7 +95,7 @@ def open_model_tensors(model: Any) -> Iterator[ModelTensors]:
         )
 
 
-def _safetensors_files(path: Path) -> list[Path]:
+def safetensors_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():

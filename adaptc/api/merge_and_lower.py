@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from adaptc.adapters.directories.merge_files import merge_into_directory
 from adaptc.errors import BackendError, MergeError
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.graph_lock import with_graph_lock
@@ -86,6 +90,70 @@ def merge(
     )
     new.merge_report = MergeReport(rows, source)
     return new
+
+
+@validates_options("dequantize", "requantize", "safe", "component", "progress")
+def merge_directory(
+    model: str | os.PathLike[str],
+    adapter: Any,
+    path: str | os.PathLike[str],
+    *,
+    dequantize: bool = False,
+    requantize: bool = False,
+    safe: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
+    progress: bool = False,
+) -> MergeReport:
+    """Merge an adapter into the files of a transformers model, without the model in memory; return the report.
+
+    The files are rewritten one tensor at a time, with the names, keys and order that they have. Weights are the same as
+    those of :func:`merge`. Tokenizer files are copied. ``from_pretrained`` loads the result.
+
+    A model that is quantised needs one of two options. Models of bitsandbytes, GPTQ and AWQ are read, without their
+    libraries; "requantize" is for bitsandbytes.
+
+    Args:
+        model: the model's directory, with ``config.json`` and safetensors files.
+        adapter: an adapter as :func:`compile` takes it, such as a PEFT directory.
+        path: the directory to write, other than ``model``.
+        dequantize: whether all quantised weights become plain ones. The config says so.
+        requantize: whether quantised weights that the adapter changes are stored by their scheme again.
+        safe: whether to refuse weights that are not finite.
+        key_mapping: as for :func:`compile`.
+        component: as for :func:`compile`.
+        progress: whether to show a bar on a terminal from the start.
+
+    Returns:
+        the report, with the rounding error of each weight.
+
+    Raises:
+        MergeError: a method has no form on the weight, a result is not finite, or the files have no place for one: a
+            bias that a layer lacks, or one of two tied weights alone. ``path`` is as it was, here and below.
+        CheckpointError: the directory has no such model, a file is damaged, or ``path`` cannot be written.
+        ConfigError: an option does not fit the model.
+        AdaptcError: what :func:`compile` raises for the adapter.
+
+    Example:
+        >>> lm.save_pretrained("base")
+        >>> config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        >>> adapter = adaptc.save_adapter(adaptc.compile(lm, config), "my-adapter")
+        >>> report = adaptc.merge_directory("base", adapter, "merged")
+        >>> report.max_error
+        0.0
+    """
+    rows, source = merge_into_directory(
+        Path(model),
+        adapter if not isinstance(adapter, os.PathLike) else str(adapter),
+        Path(path),
+        dequantize=dequantize,
+        requantize=requantize,
+        safe=safe,
+        key_mapping=key_mapping,
+        component=component,
+        progress=progress,
+    )
+    return MergeReport(rows, source)
 
 
 @accepts_wrappers

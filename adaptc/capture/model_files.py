@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptc.adapter_files.safe_load import read_json_object
 from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
 from adaptc.archives.refusal import describe_error
 from adaptc.errors import CheckpointError, short_repr
 
+#: the key of a config that says how weights are quantised
+QUANTIZATION_CONFIG = "quantization_config"
 #: names of tokenizer files
 _TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|spm|bpe|tiktoken)")
 _EXPECTED = "expected a transformers model directory (config.json and weights), or a program (.pt2)"
@@ -35,6 +39,29 @@ def read_model(path: Path, dtype: str | None = None) -> Any:
         raise CheckpointError(
             f"transformers cannot load {kind.__name__} from {path}: {short_repr(str(error))}"
         ) from error
+
+
+def make_model_of(path: Path, state: Mapping[str, Tensor]) -> Any:
+    """Return the model that a directory's config describes, with the tensors of ``state``, by the names of its files.
+
+    Tensors of the config's dtype become parameters without being copied. What the config says of quantised weights is
+    left out. Raises CheckpointError where there is no config, where transformers cannot make the model, and where
+    ``state`` lacks a tensor of it.
+    """
+    kind = _model_class(path)
+    try:
+        config = kind.config_class.from_pretrained(path, local_files_only=True)
+        if hasattr(config, QUANTIZATION_CONFIG):
+            delattr(config, QUANTIZATION_CONFIG)
+        options: dict[str, Any] = {"state_dict": dict(state), "dtype": "auto", "output_loading_info": True}
+        model, found = kind.from_pretrained(None, config=config, **options)
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"transformers cannot make {kind.__name__} of {path}: {short_repr(str(error))}"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"{path} lacks {missing[0]!r}, which {kind.__name__} needs")
+    return model
 
 
 def read_skeleton(path: Path) -> Any:

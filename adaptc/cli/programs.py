@@ -202,6 +202,10 @@ def merge(
             metavar="residual", help="Keep quantised weights, and the adapter beside them.", show_default=False
         ),
     ] = None,
+    by_file: Annotated[
+        bool,
+        typer.Option("--by-file", help="Rewrite a MODEL's files one tensor at a time, without the model in memory."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fold the adapter into the weights, and tell how much rounding each weight took.
@@ -225,6 +229,13 @@ def merge(
         option = "--component" if key_mapping is None else "--key-mapping"
         raise typer.BadParameter("it is for the adapter that --adapter names", param_hint=f"'{option}'")
     options: dict[str, Any] = {"key_mapping": parse_key_mapping(key_mapping), "component": component}
+    if by_file and (not is_model_directory or keep is not None):
+        reason = "it is for a model directory" if keep is None else "it does not go with --keep"
+        raise typer.BadParameter(reason, param_hint="'--by-file'")
+    if by_file and adapter is not None:
+        options |= {"dequantize": dequantize, "requantize": requantize, "safe": safe}
+        print_result(as_json, adaptc.merge_directory(program, adapter, path, **options), path)
+        return
     if is_model_directory:
         from adaptc.capture.model_files import read_model
         from adaptc.state.model_directory import check_target_dir, write_program_model

@@ -257,7 +257,7 @@ class PackageBuilder:
         """
         training = self.program.adaptation.training
         program = SetMode(training=False)(self.program).program if training else self.program
-        lifted = LiftedProgram(ExpandQuantized()(program).output)
+        lifted = LiftedProgram(program)
         names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
         modules = lifted.program.graph_module
         Respecialize(self.attachments, self.program.ops, names, self.values, modules=modules)(lifted.graph)
@@ -271,8 +271,13 @@ class PackageBuilder:
         return self.choose_matmuls(lifted)
 
     def choose_matmuls(self, lifted: LiftedProgram) -> tuple[ExportedProgram, MatmulChoices]:
-        """Choose the matmuls of an opened program's base, unless ``products`` is "plain"; return it and the choices."""
+        """Choose the matmuls of an opened program's base, unless ``products`` is "plain"; return it and the choices.
+
+        Quantised weights become plain tensors. Layers read them as they are stored, where there is a way.
+        """
         products = MatmulChoices()
+        # After all that looks for the layers of sites: a layer may become a few other nodes here.
+        lifted = LiftedProgram(ExpandQuantized(compiled=self.products != "plain")(lifted.finish()).output)
         if self.products != "plain" and chooses_matmuls():
             base = {node.name for fqn, node in lifted.placeholders.items() if fqn not in self.capacities}
             products = ChooseMatmuls(base, choose_packaged, compiled=True)(lifted.graph).data

@@ -22,6 +22,7 @@ from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
 from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.torch_caches import drop_dead_code
 from adaptc.passes.lower.choose_products import MatmulChoices
+from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.program.module_factory import ProgramModuleFactory
 from adaptc.program.program_scale import ScalableProgram
 from adaptc.runtime.hoisted_values import HoistedMemory
@@ -342,6 +343,9 @@ class AdaptedProgram(ScalableProgram):
     def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
         """Return a plain program in other operators, as ``ExportedProgram.run_decompositions`` does.
 
+        Quantised weights become plain tensors and the operators that dequantise them. Exporters to other runtimes call
+        this method, so they need to know no scheme.
+
         Args:
             *args: the arguments of torch's method.
             **kwargs: the keyword arguments of torch's method.
@@ -350,5 +354,6 @@ class AdaptedProgram(ScalableProgram):
             the program.
         """
         with hold_graph_lock():
-            program: Any = LiftedProgram(self.snapshot()).finish()  # torch types this method by halves
+            plain = ExpandQuantized(with_records=False)(LiftedProgram(self.snapshot()).finish()).output
+            program: Any = plain  # torch types this method by halves
             return program.run_decompositions(*args, **kwargs)

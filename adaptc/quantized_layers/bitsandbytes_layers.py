@@ -26,7 +26,7 @@ from adaptc.quantized_layers.linear_layer import LayerReader, as_plain_tensor, c
 _LINEAR_4BIT = frozenset(f"bitsandbytes.nn.modules.{n}" for n in ("Linear4bit", "LinearNF4", "LinearFP4"))
 _LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
 #: 1 / 127 as the library writes it
-_STEP_8BIT = 7.874015718698502e-3
+STEP_8BIT = 7.874015718698502e-3
 _NOT_QUANTIZED = "holds a weight that is not quantised yet: move the model to its device first, model.to(device)"
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -108,7 +108,7 @@ def _read_8bit(module: Any, dtype: torch.dtype) -> QuantizedTensor:
     scales = require_tensor("SCB", scales, (shape[0],), [torch.float32])
     stored = {"codes": as_plain_tensor(weight), "scales": scales.reshape(-1, 1)}
     compute = dtype if module.bias is None or module.bias.dtype not in _FLOAT_DTYPES else module.bias.dtype
-    return make_weight(IntegerScheme(step=_STEP_8BIT), stored, {"codes": "weight", "scales": "SCB"}, shape, compute)
+    return make_weight(IntegerScheme(step=STEP_8BIT), stored, {"codes": "weight", "scales": "SCB"}, shape, compute)
 
 
 BITSANDBYTES = LayerReader("Linear4bit and Linear8bitLt of bitsandbytes", _find_codes, _read)

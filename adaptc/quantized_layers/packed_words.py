@@ -60,7 +60,8 @@ def _codes(module: nn.Module) -> Tensor | None:
     return codes if isinstance(codes, Tensor) and hasattr(module, "qzeros") else None
 
 
-def _read_gptq(module: Any, dtype: torch.dtype) -> QuantizedTensor:
+def read_gptq(module: Any, dtype: torch.dtype) -> QuantizedTensor:
+    """Return the weight of ``module``, a layer of GPTQ or what has its attributes. Raises CaptureError."""
     bits, (rows, columns), group = _sizes(module)
     if bits not in (4, 8):
         raise CaptureError(f"it has codes of {bits} bits, and GPTQ layers of 4 and 8 bits are read")
@@ -80,7 +81,8 @@ def _read_gptq(module: Any, dtype: torch.dtype) -> QuantizedTensor:
     return _make(module, bits, group, codes, zeros, _group_index(module, columns, group, groups), compute)
 
 
-def _read_awq(module: Any, dtype: torch.dtype) -> QuantizedTensor:
+def read_awq(module: Any, dtype: torch.dtype) -> QuantizedTensor:
+    """Return the weight of ``module``, a layer of AWQ or what has its attributes. Raises CaptureError."""
     bits, (rows, columns), group = _sizes(module)
     if bits != 4:
         raise CaptureError(f"it has codes of {bits} bits, and AWQ layers of 4 bits are read")
@@ -178,5 +180,5 @@ def _make(
     return make_weight(scheme, stored, names, (rows, columns), compute)
 
 
-GPTQ = LayerReader("GPTQ layers of auto_gptq and gptqmodel with 4 or 8 bits", _find_gptq_codes, _read_gptq)
-AWQ = LayerReader("AWQ layers of awq (WQLinear_GEMM) and gptqmodel", _find_awq_codes, _read_awq)
+GPTQ = LayerReader("GPTQ layers of auto_gptq and gptqmodel with 4 or 8 bits", _find_gptq_codes, read_gptq)
+AWQ = LayerReader("AWQ layers of awq (WQLinear_GEMM) and gptqmodel", _find_awq_codes, read_awq)

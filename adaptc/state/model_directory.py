@@ -34,7 +34,7 @@ from adaptc.torch_typing import attributes_of
 
 _TIE_OPTION = "tie_word_embeddings"
 #: weight files of any format and sharding, which a reader would prefer to the new ones or mix with them
-_WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 #: files that a model's directory has beside the model: tokenizers, processors, chat templates, licences
 _COMPANION_FILES = re.compile(r".*\.(json|jinja|txt|model|tiktoken|vocab|bpe|spm)|(LICEN[CS]E|NOTICE).*")
 _NOT_COMPANION_FILES = re.compile(r"config\.json|generation_config\.json|adapter_.*|.*\.index\.json|\..*")
@@ -107,11 +107,11 @@ def write_model(
         with stage(f"writing {source.model_class.__name__} to {target.name}"), atomic_write.open_stage(target) as aside:
             model.save_pretrained(aside, **options)
             if companions_from is not None:
-                _copy_companions(companions_from, aside)
+                copy_companions(companions_from, aside)
             names = [p.name for p in aside.iterdir() if p.name != CONFIG]
             for name in (*names, CONFIG):
                 atomic_write.fsync_file(aside / name)
-            stale = [p.name for p in target.iterdir() if _WEIGHT_FILES.fullmatch(p.name) and p.name not in names]
+            stale = [p.name for p in target.iterdir() if WEIGHT_FILES.fullmatch(p.name) and p.name not in names]
             atomic_write.commit(aside, target, weights_files=names, config_file=CONFIG, stale_files=stale)
         atomic_write.remove_abandoned(target, with_old_files=True)
     except CheckpointError:
@@ -261,7 +261,8 @@ def _separate_memory(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> 
     return {k: out[tied[k]] if tied.get(k) in out else out.get(k, t) for k, t in tensors.items()}
 
 
-def _copy_companions(model: Path, stage: Path) -> None:
+def copy_companions(model: Path, stage: Path) -> None:
+    """Copy the files that lie beside a model, such as those of its tokenizer, where ``stage`` does not have them."""
     for file in sorted(model.iterdir()):
         usual = _COMPANION_FILES.fullmatch(file.name) and not _NOT_COMPANION_FILES.fullmatch(file.name)
         if usual and file.is_file() and not (stage / file.name).exists():

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import nan
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import MergeError
-from adaptc.passes.analysis.sites import find_consumers, isolate_readers
+from adaptc.passes.analysis.sites import find_consumers, has_other_readers, isolate_readers
 from adaptc.passes.graph.higher_order import bias_and_reader, subgraph_input_of, takes_bias
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import CASTS, LAYER_OPS, Op, argument, make_dense
@@ -91,6 +92,14 @@ class SiteMerge:
         return self.left_error if self.correction_rank else self.rounding_error
 
 
+class MergedWeight(NamedTuple):
+    """A weight that a merge makes, the biases that change with it, by name, and the row of the report."""
+
+    value: Tensor
+    biases: Mapping[str, Tensor]
+    row: SiteMerge
+
+
 @dataclass(frozen=True)
 class Merge(Pass):
     """A pass that merges adapters into weights; its count is that of the weights, its data a SiteMerge for each.
@@ -117,10 +126,7 @@ class Merge(Pass):
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
-        for a in self.attachments:
-            reason = a.method.check_merge(site_op(lifted, a))
-            if reason is not None:
-                raise MergeError(f"site {a.id!r} cannot be merged: {reason}. Keep it as an adapter, or unload() it.")
+        self._check_methods(lifted)
         ops, groups = self._attachments_by_weight(lifted)
         remove_regions(lifted, [*self.dropped_ids, *(a.id for a in self.attachments)])
         if self.release is not None:  # What is given up cannot come back, so nothing may fail later than here.
@@ -135,6 +141,41 @@ class Merge(Pass):
         ops, groups = self._attachments_by_weight(lifted)
         made = [(g[0].fqn, self._evaluate(lifted, g, ops)) for g in self.progress(groups)]
         return [_as_in_program(lifted, fqn, value) for fqn, (value, _, _) in made], [row for _, (_, _, row) in made]
+
+    def lazy_weights(self, program: ExportedProgram) -> dict[str, Callable[[], MergedWeight]]:
+        """Return, by name, a function for each weight that the merge changes, which makes that weight alone.
+
+        The program is unchanged, and nothing is kept of a weight. Raises MergeError for a weight that other layers read
+        unchanged, since it would need a second tensor. The functions raise it for biases that the program lacks.
+        """
+        lifted = LiftedProgram(program)  # a copy, in which the adapters' own readers of weights are gone
+        self._check_methods(lifted)
+        ops, groups = self._attachments_by_weight(lifted)
+        remove_regions(lifted, [*self.dropped_ids, *(a.id for a in self.attachments)])
+        for first in (group[0] for group in groups):
+            if has_other_readers(lifted.placeholders[first.fqn], first.consumers):
+                others = [f for f in lifted.fqns_of(lifted.placeholders[first.fqn]) if f != first.fqn]
+                raise MergeError(
+                    f"the adapter changes {first.fqn!r} at some of the layers that read it, and others keep the base"
+                    f"{f' (it is tied to {others[0]!r})' if others else ''}: the merged model has two weights for it"
+                )
+        return {group[0].fqn: partial(self._merged_weight, lifted, group, ops) for group in groups}
+
+    def _check_methods(self, lifted: LiftedProgram) -> None:
+        for a in self.attachments:
+            reason = a.method.check_merge(site_op(lifted, a))
+            if reason is not None:
+                raise MergeError(f"site {a.id!r} cannot be merged: {reason}. Keep it as an adapter, or unload() it.")
+
+    def _merged_weight(self, lifted: LiftedProgram, group: list[Attachment], ops: Mapping[str, Op]) -> MergedWeight:
+        value, changed, row = self._evaluate(lifted, group, ops)
+        biases: dict[str, Tensor] = {}
+        for source, nodes, bias in changed:
+            if source is None or has_other_readers(source, [n.name for n in nodes]):
+                lack = "has no bias" if source is None else "shares its bias with layers that keep theirs"
+                raise MergeError(f"site {group[0].id!r} changes a bias, and the layer {lack} in the model")
+            biases[str(lifted.input_specs[source.name].target)] = bias
+        return MergedWeight(value, biases, row)
 
     def weight_change_norms(self, program: ExportedProgram) -> Iterator[tuple[str, tuple[float, float]]]:
         """Yield the FQN of each weight, with the Frobenius norms of its change and of the old weight.

@@ -55,6 +55,11 @@ def find_consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
                 yield user, source
 
 
+def has_other_readers(placeholder: fx.Node, readers: Collection[str]) -> bool:
+    """Return whether a parameter is read by other nodes than those called ``readers``, seen through casts."""
+    return any(node.name not in readers for node, _ in find_consumers(placeholder))
+
+
 def mark_linear(program: ExportedProgram, modules: Collection[str]) -> None:
     """Mark the nodes that read the weights of ``modules``: their classes derive from linear layers."""
     fqns = fqns_by_placeholder(program.graph_signature)

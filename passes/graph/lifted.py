@@ -364,14 +364,14 @@ class LiftedProgram:
             outputs.append(replace(spec, arg=replace(spec.arg, name=value.name)) if renamed else spec)
         return ExportGraphSignature(inputs, outputs)
 
-    def finish(self, root: fx.GraphModule | None = None) -> ExportedProgram:
+    def finish(self, root: torch.nn.Module | None = None) -> ExportedProgram:
         """Return the edited program, which its constructor validates.
 
         ``root`` is the module that holds the graphs of its blocks; None takes that of the opened program.
         """
         return self._build_program(root, self.module_calls, self.example_inputs)
 
-    def _build_program(self, root: fx.GraphModule | None, module_calls: Any, examples: Any) -> ExportedProgram:
+    def _build_program(self, root: torch.nn.Module | None, module_calls: Any, examples: Any) -> ExportedProgram:
         old: Any = self.program  # torch leaves its ranges untyped
         new = ExportedProgram(
             root=old.graph_module if root is None else root,

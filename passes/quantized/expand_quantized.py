@@ -17,18 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from adaptc.errors import PassError
+from adaptc.errors import ConfigError, PassError, short_repr
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import operands
 from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.protocol.trace import inline, trace_function
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.compiled_linear import LayerWriter, compiled_linear
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.scheme import Scheme
 
@@ -43,11 +45,15 @@ class ExpandQuantized(Pass):
     """A pass that writes quantised weights as plain tensors; its count is that of the weights.
 
     ``fuse`` lets linear layers call ``adaptc::qlinear``, for code that runs beside adaptc and is not written to a file.
+    ``compiled`` lets them compute as ``compiled_linear`` says, for code that is compiled and cannot be collected again.
+    Without ``with_records`` nothing says what the weights were. Ops that are decomposed later would each keep a record.
     """
 
     name: ClassVar[str] = "expand_quantized"
 
     fuse: bool = False
+    compiled: bool = False
+    with_records: bool = True
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
@@ -55,14 +61,37 @@ class ExpandQuantized(Pass):
         for fqn, tensor in lifted.state_dict.items():
             if isinstance(tensor, QuantizedTensor):
                 names_by_node.setdefault(lifted.placeholders[fqn], []).append(fqn)
+        writer = LayerWriter(lifted) if self.compiled else None
         for node, names in names_by_node.items():
-            _expand(lifted, node, names, self.fuse)
-        return PassResult(lifted.finish() if names_by_node else subject, len(names_by_node))
+            _expand(lifted, node, names, self.fuse, writer)
+        if not self.with_records:
+            for node in lifted.graph.nodes:
+                for key in (QUANTIZED_META, ROUNDED_META):
+                    node.meta.get("custom", {}).pop(key, None)
+        root = None if writer is None or not writer.branches else _with_modules(subject.graph_module, writer.branches)
+        return PassResult(lifted.finish(root) if names_by_node else subject, len(names_by_node))
 
 
-def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool) -> None:
+def _with_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a module that has the children of ``root``, and ``modules``."""
+    holder = nn.Module()
+    for name, child in {**dict(root.named_children()), **modules}.items():
+        holder.add_module(name, child)
+    return holder
+
+
+def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool, writer: LayerWriter | None) -> None:
     weight: QuantizedTensor = lifted.state_dict[names[0]]
-    stored = {role: lifted.add_tensor(f"{names[0]}.{role}", _with_own_memory(t)) for role, t in weight.stored.items()}
+    layers = [n for n in node.users if _is_linear_of(n, node)]
+    linear = None if writer is None or not layers else compiled_linear(weight)
+    held = {} if linear is None else dict(linear.tensors)
+    if linear is None or len(node.users) > len(layers):
+        held |= weight.stored
+    added = {role: lifted.add_tensor(f"{names[0]}.{role}", _with_own_memory(t)) for role, t in held.items()}
+    if writer is not None and linear is not None:
+        for layer in layers:
+            writer.replace(layer, linear, {role: added[role] for role in linear.tensors})
+    stored = {role: added[role] for role in weight.stored if role in added}
     if fuse:
         for user in [n for n in node.users if _is_linear_of(n, node) and not weight.is_transposed]:
             x, _, bias = operands(user)
@@ -150,21 +179,7 @@ def _record_of(node: fx.Node) -> Mapping[str, Any] | None:
 
 
 def _collect(lifted: LiftedProgram, out: fx.Node, record: Mapping[str, Any]) -> None:
-    names, scheme = list(record["names"]), scheme_from_text(record["scheme"])
-    shape = tuple(int(s) for s in record["shape"])
-    dtype: torch.dtype = out.meta["val"].dtype
-    rows, columns = shape[0], int(torch.Size(shape).numel() // max(shape[0], 1))
-    if record["transposed"]:
-        rows, columns = columns, rows
-    roles = scheme.layout(rows, columns)
-    fqns = {role: f"{names[0]}.{role}" for role in roles}
-    if missing := [f for f in fqns.values() if f not in lifted.state_dict]:
-        raise PassError(f"the quantised weight {names[0]!r} lacks its tensor {missing[0]!r}")
-    stored = {role: lifted.tensor(f) for role, f in fqns.items()}
-    scheme.check(stored, rows, columns)
-    weight: Tensor = QuantizedTensor(scheme, stored, shape, dtype, bool(record["transposed"]))
-    if record["parameter"]:
-        weight = torch.nn.Parameter(weight, requires_grad=False)
+    names, weight, fqns = _read_weight(lifted, out, record)
     region = _region_of(out, {lifted.placeholders[f] for f in fqns.values()})
     placeholder = lifted.add_tensor(names[0], weight)
     for name in names[1:]:
@@ -174,6 +189,37 @@ def _collect(lifted: LiftedProgram, out: fx.Node, record: Mapping[str, Any]) -> 
     for fqn in fqns.values():
         if not lifted.placeholders[fqn].users:
             lifted.remove_tensor(fqn)
+
+
+def _read_weight(
+    lifted: LiftedProgram, out: fx.Node, record: Mapping[str, Any]
+) -> tuple[list[str], Tensor, dict[str, str]]:
+    """Return the names of a weight, the weight, and the names of its stored tensors by role.
+
+    Raises PassError, which names the weight, where the record and the tensors do not belong together.
+    """
+    name = repr(out.name)  # until the record says another
+    try:
+        names = [str(n) for n in record["names"]]
+        name = repr(names[0])
+        scheme, is_transposed = scheme_from_text(record["scheme"]), bool(record["transposed"])
+        shape = tuple(int(s) for s in record["shape"])
+        dtype: torch.dtype = out.meta["val"].dtype
+        if shape != tuple(out.meta["val"].shape):
+            raise ConfigError(f"its record says {shape}, and the program computes {tuple(out.meta['val'].shape)}")
+        rows, columns = shape[0], prod(shape[1:])
+        if is_transposed:
+            rows, columns = columns, rows
+        fqns = {role: f"{names[0]}.{role}" for role in scheme.layout(rows, columns)}
+        if missing := [f for f in fqns.values() if f not in lifted.state_dict]:
+            raise ConfigError(f"it lacks its tensor {missing[0]!r}")
+        stored = {role: lifted.tensor(f) for role, f in fqns.items()}
+        scheme.check(stored, rows, columns)
+        weight: Tensor = QuantizedTensor(scheme, stored, shape, dtype, is_transposed)
+        return names, nn.Parameter(weight, requires_grad=False) if record["parameter"] else weight, fqns
+    except (ConfigError, LookupError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"its record is {short_repr(dict(record))}"
+        raise PassError(f"the quantised weight {name} is damaged: {reason}") from error
 
 
 def _erase(lifted: LiftedProgram, region: list[fx.Node]) -> None:

@@ -49,41 +49,74 @@ _INT4_GROUPS = (32, 64, 128, 256)
 
 def fast_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor | None:
     """Return x W^T + bias, (..., rows) of ``x``'s dtype, for a call without gradients; None without a kernel for it."""
-    scheme = weight.scheme
-    if not isinstance(scheme, IntegerScheme) or x.device.type != "cpu" or scheme.has_group_index or scheme.bits == 6:
+    kind = kernel_for(weight, x.dtype)
+    if kind is None or x.device.type != "cpu":
         return None
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if kind != "int8_dynamic" and not 0 < rows.shape[0] <= (INT8_ROWS if kind == "int8" else INT4_ROWS):
+        return None
+    return linear_by_kernel(kind, weight.scheme, x, prepared_tensors(kind, weight), bias)
+
+
+def kernel_for(weight: PreparedWeight, dtype: torch.dtype) -> str | None:
+    """Return the name of the kernel for this weight and inputs of ``dtype``, or None: "int8_dynamic", "int8" or "int4".
+
+    The last two are for few rows, as the limits above say.
+    """
+    scheme = weight.scheme
+    if not isinstance(scheme, IntegerScheme) or scheme.has_group_index or scheme.bits == 6:
+        return None
     if scheme == IntegerScheme(activations="int8"):
-        y = _int8_dynamic(rows, weight)
-    elif x.dtype != torch.bfloat16 or not rows.shape[0]:
+        return "int8_dynamic"
+    if dtype != torch.bfloat16:
         return None
-    elif scheme.bits == 8 and not (scheme.group_size or scheme.zero_dtype or scheme.offset or scheme.has_minimums):
-        if rows.shape[0] > INT8_ROWS or rows.shape[1] % _INT8_COLUMNS or not weight.stored["codes"].is_contiguous():
-            return None
-        y = aten._weight_int8pack_mm(rows, weight.stored["codes"], _row_scales(weight))
-    elif _has_int4_kernel(scheme, weight) and rows.shape[0] <= INT4_ROWS:
-        packed, scales = weight.prepared("int4", _pack_int4)
-        y = aten._weight_int4pack_mm_for_cpu(rows, packed, scheme.group_size, scales)
+    if scheme.bits == 8:
+        is_plain = not (scheme.group_size or scheme.zero_dtype or scheme.offset or scheme.has_minimums)
+        fits = not weight.matrix_shape[1] % _INT8_COLUMNS and weight.stored["codes"].is_contiguous()
+        return "int8" if is_plain and fits else None
+    return "int4" if _has_int4_kernel(scheme, weight) else None
+
+
+def prepared_tensors(kind: str, weight: PreparedWeight) -> dict[str, Tensor]:
+    """Return the tensors that the kernel ``kind`` reads, by role: stored ones, and those it keeps of them."""
+    if kind == "int8_dynamic":
+        return {role: weight.stored[role] for role in ("codes", "scales")}
+    if kind == "int8":
+        (scales,) = weight.prepared("int8", _row_scales)
+        return {"codes": weight.stored["codes"], "row_scales": scales}
+    packed, scales = weight.prepared("int4", _pack_int4)
+    return {"packed_codes": packed, "group_scales": scales}
+
+
+def linear_by_kernel(
+    kind: str, scheme: Scheme, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None
+) -> Tensor:
+    """Return x W^T + bias by the kernel ``kind``, of what :func:`prepared_tensors` gives for a weight of ``scheme``."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if kind == "int8_dynamic":
+        y = _int8_dynamic(rows, tensors)
+    elif kind == "int8":
+        y = aten._weight_int8pack_mm(rows, tensors["codes"], tensors["row_scales"])
     else:
-        return None
+        assert isinstance(scheme, IntegerScheme)
+        y = aten._weight_int4pack_mm_for_cpu(rows, tensors["packed_codes"], scheme.group_size, tensors["group_scales"])
     y = y.reshape(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _int8_dynamic(x: Tensor, weight: PreparedWeight) -> Tensor:
+def _int8_dynamic(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     values = x.float()
     steps = values.abs().amax(-1, keepdim=True) / 127
     codes = (values / torch.where(steps == 0, 1.0, steps)).round().to(torch.int8)
-    sums: Tensor = aten._int_mm(codes, weight.stored["codes"].t())
-    return (sums * (steps * weight.stored["scales"].t())).to(x.dtype)
+    sums: Tensor = aten._int_mm(codes, tensors["codes"].t())
+    return (sums * (steps * tensors["scales"].t())).to(x.dtype)
 
 
-def _row_scales(weight: PreparedWeight) -> Tensor:
+def _row_scales(weight: PreparedWeight) -> tuple[Tensor, ...]:
     """Return the scales (rows,) as bfloat16."""
     scheme = weight.scheme
     assert isinstance(scheme, IntegerScheme)
-    (scales,) = weight.prepared("int8", lambda w: ((w.stored["scales"][:, 0].float() * scheme.step).bfloat16(),))
-    return scales
+    return ((weight.stored["scales"][:, 0].float() * scheme.step).bfloat16(),)
 
 
 def _has_int4_kernel(scheme: IntegerScheme, weight: PreparedWeight) -> bool:

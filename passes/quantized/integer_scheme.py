@@ -110,6 +110,16 @@ class IntegerScheme(Scheme):
             values = values - self._per_column(self.group_minimums(stored, columns), stored, columns)
         return values
 
+    def check(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        super().check(stored, rows, columns)
+        if self.has_group_index:
+            index, groups = stored["group_index"], columns // (self.group_size or columns)
+            if bool(((index < 0) | (index >= groups)).any()):
+                raise ConfigError(
+                    f"'group_index' of {self.name} must be of groups 0 to {groups - 1}, and is from {index.min()} to "
+                    f"{index.max()}"
+                )
+
     @property
     def rounds_inputs(self) -> bool:
         return self.activations == "int8"
@@ -132,10 +142,12 @@ class IntegerScheme(Scheme):
         codes = stored["codes"]
         if self.bits == 8:
             return codes
-        codes = _interleave([codes & 15, codes >> 4], columns)
+        # In this spelling of the shift other runtimes have the op.
+        codes = _interleave([codes & 15, torch.bitwise_right_shift(codes, 4)], columns)
         if self.bits == 6:
             high = stored["high_codes"]
-            codes = codes | (_interleave([(high >> shift) & 3 for shift in (0, 2, 4, 6)], columns) << 4)
+            parts = [torch.bitwise_right_shift(high, shift) & 3 for shift in (0, 2, 4, 6)]
+            codes = codes | (_interleave(parts, columns) << 4)
         return codes
 
     def group_scales(self, stored: Mapping[str, Tensor], columns: int) -> Tensor:

@@ -1,0 +1,147 @@
+"""Layers of packages on quantised weights: which are computed on the codes, and that they compute the same."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+from adaptc import LoraConfig
+from adaptc.passes.quantized.expand_quantized import ExpandQuantized
+
+#: (scheme, dtype of the weight) -> the op by which a layer of 64 inputs and 48 outputs is computed
+KERNELS: dict[tuple[str, torch.dtype], str] = {
+    ("int8_dynamic", torch.float32): "_int_mm",
+    ("int8_dynamic", torch.bfloat16): "_int_mm",
+    ("int8", torch.bfloat16): "_weight_int8pack_mm",
+    ("int8", torch.float32): "sum",
+    ("int4", torch.bfloat16): "_weight_int4pack_mm_for_cpu",
+}
+#: those that are dequantised in each call
+DEQUANTIZED = [("int4", torch.float32), ("nf4", torch.float32), ("nf4", torch.bfloat16), ("int8", torch.float16)]
+#: relative to the largest value: an 8-bit mantissa, read more than once, in bfloat16
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+#: of rows; few and many for every kernel
+ROWS = (1, 2, 4, 5, 8, 9, 17, 300)
+
+
+class Net(nn.Module):
+    def __init__(self, columns: int, rows: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.up, self.down = nn.Linear(columns, rows), nn.Linear(rows, 7)
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+@cache
+def program(
+    scheme: str, dtype: torch.dtype, columns: int = 64, rows: int = 48, **options: Any
+) -> adaptc.AdaptedProgram:
+    model = adaptc.quantize(Net(columns, rows, dtype), scheme, exclude=["down"], **options)
+    x = torch.randn(3, 5, columns, dtype=dtype)
+    config = LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False)
+    return adaptc.compile(model, config, example_inputs=x)
+
+
+def ops(graph: Any) -> set[str]:
+    """The names of all ops in a graph and in the ways that it chooses from."""
+    found = {str(n.target).partition(".")[2].partition(".")[0] for n in graph.graph.nodes if n.op == "call_function"}
+    return found.union(*(ops(child) for child in graph.children()))
+
+
+def check(prog: adaptc.AdaptedProgram, dtype: torch.dtype, columns: int = 64) -> Any:
+    """The compiled form computes what the program does, for few rows and for many; returns that form."""
+    plain = ExpandQuantized(compiled=True)(prog).output
+    run = plain.module(check_guards=False)
+    for count in ROWS:
+        for shape in ((1, count), (count, 1)):
+            x = torch.randn(*shape, columns, generator=torch.Generator().manual_seed(count)).to(dtype)
+            with torch.no_grad():
+                found, expected = run(x), prog(x)
+            assert found.shape == expected.shape
+            assert found.dtype == expected.dtype
+            error = float((found - expected).abs().max() / expected.abs().max())
+            assert error < TOLERANCE[dtype], (count, error)
+    return plain
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), KERNELS, ids=str)
+def test_a_layer_is_computed_on_its_codes(scheme: str, dtype: torch.dtype) -> None:
+    plain = check(program(scheme, dtype), dtype)
+    assert KERNELS[scheme, dtype] in ops(plain.graph_module)
+    few_and_many = scheme == "int8"
+    assert any(n.target is torch.ops.higher_order.cond for n in plain.graph.nodes) == few_and_many
+    # What is computed for any number of rows has no tensor of the weight's size but the codes.
+    made = [n for n in plain.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+    assert not [n for n in made if n.meta["val"].dtype == dtype and tuple(n.meta["val"].shape) == (48, 64)]
+    assert ("up.weight.codes" in plain.state_dict) == (scheme != "int4")  # the kernel's copy is enough
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("scheme", "dtype"), DEQUANTIZED, ids=str)
+def test_other_layers_are_dequantised(scheme: str, dtype: torch.dtype) -> None:
+    plain = check(program(scheme, dtype), dtype)
+    assert not ops(plain.graph_module) & {"cond", *(k for k in KERNELS.values() if k != "sum")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "columns", "rows", "options"),
+    [
+        ("int8", torch.bfloat16, 67, 48, {}),  # the kernel would read past the end of a row
+        ("int8", torch.bfloat16, 64, 48, {"group_size": 16}),
+        ("int8", torch.float32, 64, 48, {"group_size": 16}),
+        ("int4", torch.bfloat16, 64, 47, {}),  # it takes 16 rows at once
+        ("int4", torch.bfloat16, 69, 48, {}),  # in groups of 23
+    ],
+    ids=str,
+)
+def test_sizes_that_a_kernel_does_not_take(
+    scheme: str, dtype: torch.dtype, columns: int, rows: int, options: dict[str, Any]
+) -> None:
+    plain = check(program(scheme, dtype, columns, rows, **options), dtype, columns)
+    assert not ops(plain.graph_module) & {"cond", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"}
+
+
+def test_a_fixed_number_of_rows_needs_no_choice() -> None:
+    for count in (4, 5):
+        model = adaptc.quantize(Net(64, 48, torch.float32), "int8", exclude=["down"])
+        x = torch.randn(count, 64)
+        exported = torch.export.export(model, (x,))
+        config = LoraConfig(r=3, target_modules=["up"], init_lora_weights=False)
+        prog = adaptc.compile(exported, config)
+        plain = ExpandQuantized(compiled=True)(prog).output
+        torch.testing.assert_close(plain.module()(x), prog(x), rtol=1e-5, atol=1e-5)
+        assert ("sum" in ops(plain.graph_module)) == (count == 4)
+        assert not any(n.target is torch.ops.higher_order.cond for n in plain.graph.nodes)
+
+
+def test_a_weight_that_something_else_reads_keeps_its_stored_tensors() -> None:
+    """A tied embedding looks rows up in the codes, and the head multiplies by a packed copy."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.tokens, self.head = nn.Embedding(48, 64), nn.Linear(64, 48, bias=False)
+            self.head.weight = self.tokens.weight
+            self.to(torch.bfloat16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.tokens(ids))
+
+    ids = torch.arange(21).reshape(3, 7)
+    model = adaptc.quantize(Tied(), "int4", target_modules=["tokens"])
+    config = LoraConfig(r=3, target_modules=["head"], init_lora_weights=False)
+    prog = adaptc.compile(model, config, example_inputs=ids)
+    plain = ExpandQuantized(compiled=True)(prog).output
+    assert {"tokens.weight.codes", "tokens.weight.packed_codes"} <= plain.state_dict.keys()
+    found, expected = plain.module(check_guards=False)(ids), prog(ids)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
