@@ -44,6 +44,11 @@ def is_wrapped_or_dual(value: Any) -> bool:
     return isinstance(value, Tensor) and (is_functorch_wrapped_tensor(value) or has_tangent(value))
 
 
+def in_dispatch_mode() -> bool:
+    """Return whether a dispatch mode is on, such as those of tracing and of fake tensors."""
+    return bool(_len_torch_dispatch_stack())
+
+
 def has_transform_or_tangent(*values: Any) -> bool:
     """Return whether a derivative is taken other than by backward: a transform is on, or a tensor has a tangent."""
     return in_transform() or any(isinstance(v, Tensor) and has_tangent(v) for v in values)

@@ -1,14 +1,15 @@
-"""Multiply by a quantised matrix with torch's own kernels for a CPU, where there is one for the scheme and the call.
+"""Multiply by a quantised matrix with kernels for a CPU, where there is one for the scheme and the call.
 
     integer, 8 bits, int8 activations   any dtype, any rows    ``_int_mm`` of the rounded input
     integer, 8 bits, a scale per row    bfloat16, few rows     ``_weight_int8pack_mm``
     integer, 4 bits in groups           bfloat16, few rows     ``_weight_int4pack_mm_for_cpu`` of a packed copy
+    table                               bfloat16, few rows     bitsandbytes' kernel, of a copy in another order
 
 The limits of rows are those above which a matmul of dequantised values is faster on CPUs with AVX-512. Results differ
-from those of dequantised values by rounding: the first one's sums are exact, and the last one reads scales and zeros as
+from those of dequantised values by rounding: the first one's sums are exact, and the last two read scales and zeros as
 bfloat16.
 
-Private torch use: these three ops, which have no public names. Public: none; torchao calls the same ones.
+Private torch use: the first three ops, which have no public names. Public: none; torchao calls the same ones.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adaptc.passes.quantized.bitsandbytes_kernels import MAX_ROWS, multiply_few_rows, pack_weight
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
 from adaptc.passes.quantized.scheme import Scheme
+from adaptc.passes.quantized.table_scheme import TableScheme
 
 
 class PreparedWeight(Protocol):
@@ -49,6 +52,8 @@ _INT4_GROUPS = (32, 64, 128, 256)
 
 def fast_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor | None:
     """Return x W^T + bias, (..., rows) of ``x``'s dtype, for a call without gradients; None without a kernel for it."""
+    if isinstance(weight.scheme, TableScheme):
+        return _table_linear(x, weight, bias)
     kind = kernel_for(weight, x.dtype)
     if kind is None or x.device.type != "cpu":
         return None
@@ -58,10 +63,27 @@ def fast_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tenso
     return linear_by_kernel(kind, weight.scheme, x, prepared_tensors(kind, weight), bias)
 
 
-def kernel_for(weight: PreparedWeight, dtype: torch.dtype) -> str | None:
-    """Return the name of the kernel for this weight and inputs of ``dtype``, or None: "int8_dynamic", "int8" or "int4".
+def _table_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor | None:
+    scheme, rows = weight.scheme, x.reshape(-1, x.shape[-1])
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < rows.shape[0] <= MAX_ROWS:
+        return None
 
-    The last two are for few rows, as the limits above say.
+    def pack(of: PreparedWeight) -> tuple[Tensor, ...]:
+        plain, tensors = scheme.with_plain_scales(of.stored)
+        return pack_weight(plain, tensors, of.matrix_shape) if isinstance(plain, TableScheme) else ()
+
+    packed = weight.prepared("table", pack)
+    if not packed or not isinstance(scheme, TableScheme):
+        return None
+    y = multiply_few_rows(rows.contiguous(), scheme, packed, weight.matrix_shape)
+    y = y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def kernel_for(weight: PreparedWeight, dtype: torch.dtype) -> str | None:
+    """Return the name of torch's kernel for this weight and inputs of ``dtype``; None where there is none.
+
+    The names are "int8_dynamic", "int8" and "int4". The last two are for few rows, as the limits above say.
     """
     scheme = weight.scheme
     if not isinstance(scheme, IntegerScheme) or scheme.has_group_index or scheme.bits == 6:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from adaptc.op_rules import decompose_in_transforms
 from adaptc.passes.quantized.all_schemes import scheme_from_text
+from adaptc.passes.quantized.bitsandbytes_kernels import dequantize_matrix
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.torch_typing import custom_op
 
@@ -57,7 +58,7 @@ def quantized_embedding(
     if found is None:
         return NotImplemented
     picked, tensors = found
-    return picked.dequantize(tensors, indices.numel(), shape[1]).to(dtype).reshape(*indices.shape, shape[1])
+    return dequantize_matrix(picked, tensors, indices.numel(), shape[1], dtype).reshape(*indices.shape, shape[1])
 
 
 def _values(stored: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -84,13 +85,13 @@ def _value_blocks(
     read, by_role = read.with_plain_scales(dict(zip(read.layout(rows, columns), stored, strict=True)))
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
     if step >= rows or read.select_rows(by_role, (rows, columns), slice(0, 1)) is None:
-        yield slice(0, rows), read.dequantize(by_role, rows, columns).to(dtype)
+        yield slice(0, rows), dequantize_matrix(read, by_role, rows, columns, dtype)
         return
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         found = read.select_rows(by_role, (rows, columns), block)
         assert found is not None
-        yield block, found[0].dequantize(found[1], block.stop - start, columns).to(dtype)
+        yield block, dequantize_matrix(*found, block.stop - start, columns, dtype)
 
 
 @custom_op("adaptc::qlinear", mutates_args=())

@@ -22,6 +22,7 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.graph.ops import schema_of
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.bitsandbytes_kernels import dequantize_matrix
 from adaptc.passes.quantized.fast_linear import fast_linear
 from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear, quantized_matmul
 from adaptc.passes.quantized.scheme import Scheme
@@ -101,7 +102,7 @@ class QuantizedTensor(Tensor):
 
     def values_of(self, stored: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Return what :meth:`dequantize` would return for other ``stored`` tensors, which may be fake."""
-        matrix = self.scheme.dequantize(stored, *self.matrix_shape).to(dtype or self.dtype)
+        matrix = dequantize_matrix(self.scheme, stored, *self.matrix_shape, dtype or self.dtype)
         return matrix.t().contiguous() if self.is_transposed else matrix.reshape(self.shape)
 
     def shares_tensors_of(self, other: object) -> bool:

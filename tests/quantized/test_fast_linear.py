@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from adaptc.passes.quantized.all_schemes import choose_scheme
+from adaptc.passes.quantized.bitsandbytes_kernels import MAX_ROWS, _multiplies
 from adaptc.passes.quantized.fast_linear import INT4_ROWS, INT8_ROWS, fast_linear
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.quantized_layers.gguf_file import GgufMatrix
@@ -60,7 +61,8 @@ def test_calls_without_a_kernel():
         ("int8", torch.randn(2, 64), "float32"),
         ("int8", torch.randn(INT8_ROWS + 1, 64).bfloat16(), "rows"),
         ("int4", torch.randn(INT4_ROWS + 1, 64).bfloat16(), "rows"),
-        ("nf4", torch.randn(2, 64).bfloat16(), "scheme"),
+        ("nf4", torch.randn(2, 64), "float32"),
+        ("nf4", torch.randn(2, 64).bfloat16(), "sizes"),
         ("int8", torch.randn(0, 64).bfloat16(), "no rows"),
     ):
         q = weight(name)
@@ -106,6 +108,24 @@ def test_blocks_of_gguf_files_that_the_int4_kernel_takes(kind):
     expected = F.linear(x.float(), q.dequantize(torch.float32))
     assert relative(found, expected) < 2 * TOLERANCE
     assert q.prepared_bytes > 0
+
+
+@pytest.mark.skipif(not _multiplies("nf4"), reason="the kernel needs a CPU with AVX-512 BF16")
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_few_rows_of_a_table(name, with_bias):
+    q = weight(name, 96, 128)
+    assert q.scheme.scale_block
+    bias = torch.randn(96).bfloat16() if with_bias else None
+    for shape in ((1, 128), (2, 3, 128), (MAX_ROWS, 128)):
+        x = torch.randn(shape).bfloat16()
+        found = fast_linear(x, q, bias)
+        assert found is not None
+        assert torch.equal(F.linear(x, q, bias), found)
+        expected = F.linear(x.float(), q.dequantize(torch.float32), None if bias is None else bias.float())
+        assert relative(found, expected) < TOLERANCE
+    assert fast_linear(torch.randn(MAX_ROWS + 1, 128).bfloat16(), q, None) is None
+    assert 0.5 <= q.prepared_bytes / q.numel() < 0.6
 
 
 def test_packed_copies_are_made_once_and_counted():
