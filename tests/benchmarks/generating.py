@@ -45,17 +45,17 @@ def run(sides: Sides, rounds: int = 5, inductor: bool = False) -> list[Row]:
         candidates |= {"adaptc, AOTInductor": packaged}
     rows: list[Row] = []
     for batch in (1, 8):
-        calls = {name: _call(model, batch, PROMPT, NEW) for name, model in candidates.items()}
+        calls = {name: decode_call(model, batch, PROMPT, NEW) for name, model in candidates.items()}
         with _peft_compiled(sides.peft) if inductor else nullcontext() as compiled:
             if compiled is not None:
                 static = {"cache_implementation": "static", "disable_compile": True}
-                calls["PEFT, torch.compile, static cache"] = _call(compiled, batch, PROMPT, NEW, **static)
-            rows += _each(interleave(f"generate, batch {batch}, per new token", calls, "PEFT", rounds, 1), NEW)
-    calls = {name: _call(model, 1, 512, 1) for name, model in candidates.items()}
+                calls["PEFT, torch.compile, static cache"] = decode_call(compiled, batch, PROMPT, NEW, **static)
+            rows += per_token(interleave(f"generate, batch {batch}, per new token", calls, "PEFT", rounds, 1), NEW)
+    calls = {name: decode_call(model, 1, 512, 1) for name, model in candidates.items()}
     rows += interleave("first token of a prompt of 512", calls, "PEFT", rounds, 1)
     loop = adaptc.compile_for_generation(_least(), adaptc.LoraConfig(target_modules=["q_proj"]), max_batch=8)
-    rows += _each(
-        interleave("transformers' loop (a model of width 8)", {"adaptc": _call(loop, 1, 4, NEW)}, "adaptc"), NEW
+    rows += per_token(
+        interleave("transformers' loop (a model of width 8)", {"adaptc": decode_call(loop, 1, 4, NEW)}, "adaptc"), NEW
     )
     print(f"the least a step of one row can take: {_floor(sides, gen):.1f} ms", file=sys.stderr)
     return rows
@@ -79,7 +79,8 @@ def _peft_compiled(model: Any) -> Iterator[Any]:
         inner.forward = plain
 
 
-def _call(model: Any, batch: int, length: int, new: int, **more: Any) -> Callable[[], None]:
+def decode_call(model: Any, batch: int, length: int, new: int, **more: Any) -> Callable[[], None]:
+    """Return a call that generates ``new`` tokens after a prompt of ``length``, greedily."""
     inputs = tokens(batch, length)
     inputs["input_ids"] %= model.config.vocab_size
     ends: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
@@ -92,7 +93,8 @@ def _call(model: Any, batch: int, length: int, new: int, **more: Any) -> Callabl
     return call
 
 
-def _each(rows: list[Row], count: int) -> list[Row]:
+def per_token(rows: list[Row], count: int) -> list[Row]:
+    """Return the rows of calls that make ``count`` tokens as rows of one token."""
     return [Row(r.work, r.candidate, r.milliseconds / count, r.ratio, r.rounds) for r in rows]
 
 
