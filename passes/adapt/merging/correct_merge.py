@@ -1,8 +1,7 @@
 """Keep a low-rank correction beside each weight that a merge stored in few bits again.
 
-A merged weight M is stored as Q. The correction B A has the largest singular terms of M - Q, so that Q + B A is the
-matrix of its rank at Q that is nearest to M. It becomes a part of the graph, as an adapter does that is kept beside a
-quantised weight.
+A merged weight M is stored as Q. The correction B A has the largest singular terms of M - Q: no other matrix of its
+rank brings Q nearer to M. It becomes a part of the graph, as an adapter does that is kept beside a quantised weight.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import SiteMerge
+from adaptc.passes.adapt.merging.merge_pass import SiteMerge
 from adaptc.passes.adapt.unload import KeepRegions
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
