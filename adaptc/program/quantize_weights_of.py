@@ -102,10 +102,11 @@ def _quantized_by_adapter(program: ProgramCore, schemes: Mapping[str, Scheme]) -
     Raises ConfigError for weights that first values changed in another way, or quantised by another scheme.
     """
     sources: dict[str, Callable[[], Any]] = {}
-    originals, methods = program.originals, program.binding.methods if program.adaptation.attachments else {}
+    originals = program.originals
+    methods: Mapping[str, Method] = program.binding.methods if originals and program.adaptation.attachments else {}
     for fqn in (f for f in schemes if f in originals):
         site = next((a for a in program.adaptation.attachments if a.fqn == fqn and a.id in methods), None)
-        scheme = None if site is None else methods[site.id].base_scheme()
+        scheme: Scheme | None = None if site is None else methods[site.id].base_scheme()
         if site is None or scheme is None:
             raise ConfigError(
                 f"the adapter's initialisation changed {fqn!r}: quantise the base, with adaptc.unload(program), and "

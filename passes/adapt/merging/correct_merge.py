@@ -27,6 +27,7 @@ from adaptc.passes.protocol.parts.low_rank import LowRank
 from adaptc.passes.protocol.regions import site_op
 from adaptc.passes.quantized.quantized_merge import requantize
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.torch_typing import reduced_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +66,10 @@ class CorrectedStorage:
 
 def _correct(exact: Tensor, stored: QuantizedTensor, rank: int) -> Correction:
     error = (exact - stored.dequantize(exact.dtype)).reshape(exact.shape[0], -1)
-    U, S, Vh = torch.linalg.svd(error, full_matrices=False)
+    U, S, Vh = reduced_svd(error)
     root = S[:rank].sqrt()
     # Rounded to the weight's dtype, in which the layer computes; what that costs is part of the error.
-    up, down = ((t.to(stored.dtype)).contiguous() for t in (U[:, :rank] * root, root[:, None] * Vh[:rank]))
+    up, down = (t.to(stored.dtype).contiguous() for t in (U[:, :rank] * root, root[:, None] * Vh[:rank]))
     left = error - up.to(error.dtype) @ down.to(error.dtype)
     return Correction(up, down, float(left.abs().max()) if left.numel() else 0.0)
 
