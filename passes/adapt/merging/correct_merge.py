@@ -54,7 +54,8 @@ class CorrectedStorage:
 
     def __call__(self, fqn: str, old: Tensor, exact: Tensor) -> Tensor:
         stored = requantize(fqn, old, exact)
-        if isinstance(stored, QuantizedTensor):
+        # A merge that gives up the base makes each weight twice.
+        if isinstance(stored, QuantizedTensor) and fqn not in self.corrections:
             self.corrections[fqn] = _correct(exact, stored, self.rank)
         return stored
 
