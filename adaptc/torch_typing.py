@@ -93,6 +93,12 @@ def vector_norm(tensor: Tensor, order: float = 2, dim: int | None = None, keepdi
     return linalg.vector_norm(tensor, order, dim=dim, keepdim=keepdim)
 
 
+def reduced_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (rows, n), S (n,) and Vh (n, columns) with n the smaller side, as ``torch.linalg.svd`` does."""
+    linalg: Any = torch.linalg
+    return linalg.svd(matrix, full_matrices=False)
+
+
 def block_diag(*tensors: Tensor) -> Tensor:
     """Return a matrix that has these matrices along its diagonal, as ``torch.block_diag`` does."""
     untyped: Any = torch

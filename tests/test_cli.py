@@ -114,6 +114,19 @@ def test_merge_another_adapter(files: Files, tmp_path: Path) -> None:
     torch.testing.assert_close(output(tmp_path / "m.pt2", files.x), files.other(files.x), rtol=1e-5, atol=1e-6)
 
 
+def test_merge_into_quantised_weights_with_a_correction(files: Files, tmp_path: Path) -> None:
+    small = adaptc.quantize(adaptc.unload(files.own), "int8")
+    path = adaptc.save(adaptc.compile(small, files.adapter), tmp_path / "small.pt2")
+    refused("merge", path, tmp_path / "m.pt2", "--correction-rank", "2", said="give both")
+    result = call("merge", path, tmp_path / "m.pt2", "--requantize", "--correction-rank", "2")
+    assert "rank 2, from" in result.stdout
+    weights = json.loads(
+        call("merge", path, tmp_path / "n.pt2", "--requantize", "--correction-rank", "5", "--json").stdout
+    )
+    (row,) = (w for w in weights["weights"] if "correction_rank" in w)
+    assert row["error"] < row["rounding_error"]
+
+
 def test_merge_is_safe_unless_told_otherwise(files: Files, tmp_path: Path) -> None:
     path = tmp_path / "inf.pt2"
     program = adaptc.compile(files.model, files.own.binding.config, example_inputs=files.x)

@@ -34,6 +34,7 @@ from adaptc.passes.quantized.quantize_weights import (
     quantize_weight,
 )
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.passes.quantized.scheme import Scheme
 from adaptc.progress import stage
 from adaptc.quantized_layers.gguf_file import describe_unfound, find_weights, read_gguf_matrices
 from adaptc.state.core import ProgramCore
@@ -111,10 +112,12 @@ def _quantized_by_adapter(program: ProgramCore, quantizers: Mapping[str, Quantiz
     Raises ConfigError for weights that first values changed in another way, or quantised by another scheme.
     """
     found: dict[str, Quantizer] = {}
-    originals, methods = program.originals, program.binding.methods if program.adaptation.attachments else {}
+    originals = program.originals
+    methods: Mapping[str, Method] = program.binding.methods if originals and program.adaptation.attachments else {}
     for fqn in (f for f in quantizers if f in originals):
         site = next((a for a in program.adaptation.attachments if a.fqn == fqn and a.id in methods), None)
-        scheme, chosen = None if site is None else methods[site.id].base_scheme(), quantizers[fqn]
+        scheme: Scheme | None = None if site is None else methods[site.id].base_scheme()
+        chosen = quantizers[fqn]
         if site is None or scheme is None:
             raise ConfigError(
                 f"the adapter's initialisation changed {fqn!r}: quantise the base, with adaptc.unload(program), and "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.tables import (
     Column,

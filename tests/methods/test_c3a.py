@@ -13,7 +13,7 @@ import adaptc
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods.sparse.c3a import C3A
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
 from tests.support.pass_checks import attach, export, random_values

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.methods.orthogonal.oft import Oft
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.graph.ops import Op
 from tests.support.custom_models import OneLayer
 from tests.support.pass_checks import attach, export, random_values

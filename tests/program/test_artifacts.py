@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
 from tests.support.pass_checks import attach, export, inject_all, random_values
 

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from tests.support.custom_models import Tied, UpDown
 
 X = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(3))

@@ -16,7 +16,7 @@ from adaptc import LoraConfig, MergeError
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.methods.lora_family.lora import Lora
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.program.adapted_program import AdaptedProgram
 from tests.support.cover import examples
 from tests.support.pass_checks import Snapshot, export, inject

@@ -237,6 +237,7 @@ def test_what_is_refused(tmp_path):
     pissa = adaptc.compile(Net(), LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa"), example_inputs=X)
     with pytest.raises(ConfigError, match=r"initialisation changed 'up.weight'.*unload"):
         adaptc.quantize(pissa, "nf4")
+    assert isinstance(adaptc.quantize(pissa, "nf4", exclude=["up"]).state_dict["down.weight"], QuantizedTensor)
     with pytest.raises(ConfigError, match=r"'up.weight' is quantised already.*subtract_adapter"):
         adaptc.compile(adaptc.quantize(Net(), "nf4"), config(), example_inputs=X)
     conv = nn.Sequential(nn.Conv1d(39, 5, 3))

@@ -20,6 +20,7 @@ from adaptc.passes.quantized.integer_scheme import IntegerScheme
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.passes.quantized.table_scheme import TableScheme
+from adaptc.torch_typing import reduced_svd
 from adaptc.value_types import field_rules, validate_option
 
 #: loftq_bits -> how Q is stored
@@ -84,7 +85,7 @@ def loftq_init(W: Tensor, r: int, scale: float, config: LoftQConfig) -> tuple[Te
         if config.loftq_bits == 8:
             to_store = to_store.half()
         stored = QuantizedTensor.quantize(to_store, scheme)
-        U, S, Vh = torch.linalg.svd(exact - stored.dequantize(torch.float32), full_matrices=False)
+        U, S, Vh = reduced_svd(exact - stored.dequantize(torch.float32))
         # PEFT leaves the scale out, so that with another one than 1 its product misses the error.
         root = (S[:r] / scale).sqrt()
         A, B = root[:, None] * Vh[:r], U[:, :r] * root

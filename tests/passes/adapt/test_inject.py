@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.protocol.regions import node_tag, region_tag, site_op

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from adaptc.errors import MergeError
 from adaptc.methods import TokenRows, TrainedParameter
 from adaptc.methods.lora_family.lora import Lora
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.protocol.regions import node_tag
 from tests.support.custom_models import Shared, Tied
 from tests.support.pass_checks import Snapshot, attach, export, factors, inject, inject_all

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from adaptc.errors import MergeError
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.protocol.attachment import Attachment
 from tests.support.pass_checks import Snapshot, attach, export, inject, random_values
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from adaptc.errors import ConfigError
 from adaptc.methods import TokenRows, TrainedParameter
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method

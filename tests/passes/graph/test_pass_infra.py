@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError, PassError
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import Merge
+from adaptc.passes.adapt.merging.merge_pass import Merge
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.pass_infra import Pass, PassManager, PassResult

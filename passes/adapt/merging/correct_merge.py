@@ -1,8 +1,7 @@
 """Keep a low-rank correction beside each weight that a merge stored in few bits again.
 
-A merged weight M is stored as Q. The correction B A has the largest singular terms of M - Q, so that Q + B A is the
-matrix of its rank at Q that is nearest to M. It becomes a part of the graph, as an adapter does that is kept beside a
-quantised weight.
+A merged weight M is stored as Q. The correction B A has the largest singular terms of M - Q: no other matrix of its
+rank brings Q nearer to M. It becomes a part of the graph, as an adapter does that is kept beside a quantised weight.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merge_pass import SiteMerge
+from adaptc.passes.adapt.merging.merge_pass import SiteMerge
 from adaptc.passes.adapt.unload import KeepRegions
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
@@ -28,6 +27,7 @@ from adaptc.passes.protocol.parts.low_rank import LowRank
 from adaptc.passes.protocol.regions import site_op
 from adaptc.passes.quantized.quantized_merge import requantize
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.torch_typing import reduced_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,8 @@ class CorrectedStorage:
 
     def __call__(self, fqn: str, old: Tensor, exact: Tensor) -> Tensor:
         stored = requantize(fqn, old, exact)
-        if isinstance(stored, QuantizedTensor):
+        # A merge that gives up the base makes each weight twice.
+        if isinstance(stored, QuantizedTensor) and fqn not in self.corrections:
             self.corrections[fqn] = _correct(exact, stored, self.rank)
         return stored
 
@@ -66,10 +67,10 @@ class CorrectedStorage:
 
 def _correct(exact: Tensor, stored: QuantizedTensor, rank: int) -> Correction:
     error = (exact - stored.dequantize(exact.dtype)).reshape(exact.shape[0], -1)
-    U, S, Vh = torch.linalg.svd(error, full_matrices=False)
+    U, S, Vh = reduced_svd(error)
     root = S[:rank].sqrt()
     # Rounded to the weight's dtype, in which the layer computes; what that costs is part of the error.
-    up, down = ((t.to(stored.dtype)).contiguous() for t in (U[:, :rank] * root, root[:, None] * Vh[:rank]))
+    up, down = (t.to(stored.dtype).contiguous() for t in (U[:, :rank] * root, root[:, None] * Vh[:rank]))
     left = error - up.to(error.dtype) @ down.to(error.dtype)
     return Correction(up, down, float(left.abs().max()) if left.numel() else 0.0)
 

@@ -1,0 +1,1 @@
+"""The merge of adapters into weights, and what it keeps beside them."""
