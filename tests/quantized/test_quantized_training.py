@@ -1,4 +1,4 @@
-"""A step of training on a quantised base: what memory it takes, what gradients it gives, and what a module may become."""
+"""A step of training on a quantised base: its memory and gradients, and what a module may become."""
 
 from __future__ import annotations
 

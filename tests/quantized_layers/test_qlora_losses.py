@@ -86,9 +86,7 @@ Run = tuple[Tensor, dict[str, Tensor]]
 def run(model: Any) -> Run:
     """Return the losses of the steps, and the change of each adapter tensor by its layer and slot."""
     model.train()
-    trained = {
-        n.split("layers.")[1].replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad
-    }
+    trained = {n.split("layers.")[1].replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32}
     start = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=2e-3)
@@ -168,5 +166,3 @@ def test_twenty_steps_on_weights_of_our_own_are_pefts_on_their_values(
     new_adapter(plain_twin(model), tmp_path)
     found = run(adaptc.compile(model, tmp_path, training=True).module())
     check_close(found, run(with_peft(plain_twin(model), tmp_path)), dtype)
-
-
