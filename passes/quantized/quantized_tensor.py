@@ -212,8 +212,9 @@ def rebuild_quantized_tensor(
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 
+_untyped_serialization: Any = torch.serialization
 # What it rebuilds is data: files of it are read with torch.load(weights_only=True), as those of other tensors are.
-torch.serialization.add_safe_globals([rebuild_quantized_tensor])
+_untyped_serialization.add_safe_globals([rebuild_quantized_tensor])
 
 
 def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:
