@@ -33,7 +33,8 @@ def quantized_linear(
 
     ``scheme`` is the text of its scheme, and ``stored`` the tensors in the order of the scheme's layout.
     """
-    return torch.ops.adaptc.qlinear(x, list(stored), bias, scheme, *shape)
+    rows, columns = shape
+    return torch.ops.adaptc.qlinear(x, list(stored), bias, scheme, rows, columns)
 
 
 def quantized_matmul(
@@ -43,8 +44,9 @@ def quantized_matmul(
 
     ``total`` (..., columns) is added to it. Nothing is recorded for a gradient.
     """
+    rows, columns = shape
     with torch.no_grad():
-        return _matmul_by_blocks(g, stored, scheme, *shape, total)
+        return _matmul_by_blocks(g, stored, scheme, rows, columns, total)
 
 
 def quantized_embedding(

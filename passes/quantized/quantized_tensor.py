@@ -1,8 +1,8 @@
 """Give a quantised weight the face of a tensor, so that a program, a pass or a merge takes it for a weight.
 
 A :class:`QuantizedTensor` has the shape and the dtype of the weight and holds the tensors of its scheme. ``linear``,
-``embedding`` and matmuls with a matrix to the left of it read it as it is stored. Every other operation reads its values,
-made for that operation alone. It is frozen: nothing writes to it, and it takes no gradient.
+``embedding`` and matmuls with a matrix to the left of it read it as it is stored. Every other operation reads its
+values, made for that operation alone. It is frozen: nothing writes to it, and it takes no gradient.
 
 Private torch use, with the public route that was tried: ``Tensor._make_wrapper_subclass`` makes a tensor without memory
 of its own. Public: ``Tensor._make_subclass``'s public twin ``as_subclass`` needs the memory of the whole weight.
@@ -213,8 +213,9 @@ def rebuild_quantized_tensor(
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 
+_untyped_serialization: Any = torch.serialization
 # What it rebuilds is data: files of it are read with torch.load(weights_only=True), as those of other tensors are.
-torch.serialization.add_safe_globals([rebuild_quantized_tensor])
+_untyped_serialization.add_safe_globals([rebuild_quantized_tensor])
 
 
 def _as_parameter_like(old: Tensor, new: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Takes the graph of a module to train, whose other steps are fused, and functions
 CPU. Values and gradients stay the same up to rounding.
 
 It covers matmuls with a frozen parameter on a CPU: those of fused layers, of the head before a loss, and of every other
-linear layer. Quantised weights have matmuls of their own. A choice does not fix the number of rows: each matmul reads it
-in its call. For a base in float32 bfloat16 is chosen for, too, since autocast may be on.
+linear layer. Quantised weights have matmuls of their own. A choice does not fix the number of rows: each matmul reads
+it in its call. For a base in float32 bfloat16 is chosen for, too, since autocast may be on.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from tests.benchmarks import (
     many_adapters,
     methods,
     products,
+    quantized_training,
     rewriting,
 )
 from tests.benchmarks.harness import machine, markdown
@@ -54,6 +55,8 @@ def main() -> None:
     print("## Methods above the layer\n")
     with tempfile.TemporaryDirectory() as folder:
         print(markdown(above_layers.run(Path(folder), 3 if quick else 5)), "\n")
+    print("## Training on a quantised base\n")
+    print(quantized_training.run("small" if quick else "1.1b"), "\n")
     print("## Methods: SmolLM2-135M, float32, on all linear layers\n")
     print(methods.markdown(methods.run(rounds)))
 

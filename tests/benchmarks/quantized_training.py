@@ -55,8 +55,8 @@ def _mib(count: float) -> str:
 
 def _measure(size: str, base: str) -> dict[str, float]:
     """Return the bytes and seconds of one side, from a process of its own."""
-    # Memory that is freed goes back to Linux at once, so that its peak is what is in use.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    # A weight that is freed goes back to Linux at once, so that the peak is what is in use.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(4 * MIB), "MALLOC_TRIM_THRESHOLD_": str(4 * MIB)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.quantized_training", size, base]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.passes.quantized import quantized_linear
 from adaptc.passes.quantized.all_schemes import SCHEME_NAMES, choose_scheme
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
-from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor, rebuild_quantized_tensor
 from adaptc.passes.quantized.table_scheme import TableScheme
 
 ROWS = torch.tensor([2, 5])
@@ -86,6 +90,111 @@ def test_an_embedding_whose_rows_share_blocks():
     q = QuantizedTensor.quantize(torch.randn(5, 7), TableScheme(block_size=4))
     ids = torch.tensor([4, 0])
     assert torch.equal(F.embedding(ids, q), q.dequantize()[ids])
+
+
+@given(
+    name=st.sampled_from([n for n in PLAIN if n != "fp4"]),
+    sizes=st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(1, 3)),
+    block=st.sampled_from([1, 64, 1 << 18]),
+    transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_matmuls_with_it_on_the_right(name, sizes, block, transposed, dtype):
+    """Whatever the blocks are; sums over blocks are rounded to the dtype once."""
+    count, rows, columns = sizes[0], 5 * sizes[1], 64 * sizes[2]
+    q = quantized(name, rows, columns, dtype)
+    q = q.t() if transposed else q
+    w, x, bias = q.dequantize(), torch.randn(count, q.shape[0]).to(dtype), torch.randn(q.shape[1]).to(dtype)
+    total = torch.randn(count, q.shape[1]).to(dtype)
+    with mock.patch.object(quantized_linear, "BLOCK_ELEMENTS", block):
+        found = [x @ q, torch.addmm(bias, x, q), torch.addmm(total, x, q), total.clone().addmm_(x, q)]
+    exact = [t.double() + x.double() @ w.double() for t in (torch.zeros(()), bias, total, total)]
+    for made, expected in zip(found, exact, strict=True):
+        assert type(made) is torch.Tensor
+        # Sums of up to 192 terms, each about 0.6 large.
+        torch.testing.assert_close(made.double(), expected, rtol=0, atol=64 * torch.finfo(dtype).eps)
+
+
+def test_a_matmul_adds_in_place():
+    q, total = quantized("nf4"), torch.randn(3, 32)
+    before, x = total.clone(), torch.randn(3, 15)
+    assert total.addmm_(x, q) is total
+    torch.testing.assert_close(total, before + x @ q.dequantize())
+
+
+def test_matmuls_dequantise_no_whole_matrix(monkeypatch):
+    monkeypatch.setattr(quantized_linear, "BLOCK_ELEMENTS", 64)
+    q = quantized("nf4", 15, 64)
+    monkeypatch.setattr(QuantizedTensor, "values_of", lambda *_: pytest.fail("the whole matrix"))
+    for found in (torch.randn(3, 15) @ q, torch.randn(3, 64) @ q.t(), q.t().t().t()):
+        assert found.shape[1] in (64, 15)
+
+
+def test_sums_over_many_blocks_are_rounded_once(monkeypatch):
+    q = quantized("int8", 600, 64, torch.bfloat16)
+    x = torch.randn(3, 600).bfloat16()
+    exact = x.double() @ q.dequantize().double()
+    monkeypatch.setattr(quantized_linear, "BLOCK_ELEMENTS", 64)
+    error = (x @ q - exact).norm() / exact.norm()
+    assert error < torch.finfo(torch.bfloat16).eps / 2, "that of one rounding"
+
+
+def test_its_transpose_is_stored_alike():
+    q = quantized("nf4")
+    t = q.t()
+    assert isinstance(t, QuantizedTensor)
+    assert t.stored["codes"] is q.stored["codes"]
+    assert torch.equal(t.dequantize(), q.dequantize().t())
+    assert torch.equal(t.t().dequantize(), q.dequantize())
+    assert torch.equal(t + 1, q.dequantize().t() + 1)
+
+
+def test_a_module_that_has_it_is_moved_shared_and_pickled():
+    layer = nn.Linear(32, 15)
+    layer.weight = nn.Parameter(quantized("nf4"), requires_grad=False)
+    values = layer.weight.dequantize()
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == layer.weight.dequantize().dtype == torch.bfloat16
+    layer.to(torch.float32).share_memory()
+    assert all(t.is_shared() for t in layer.weight.stored.values())
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    states = [torch.load(file, weights_only=True), pickle.loads(pickle.dumps(layer)).state_dict()]
+    for state in states:
+        assert isinstance(state["weight"], QuantizedTensor)
+        assert torch.equal(state["weight"].dequantize(), values)
+    assert isinstance(pickle.loads(pickle.dumps(layer)).weight, nn.Parameter)
+    assert layer.to("meta").weight.device == layer.weight.stored["codes"].device == torch.device("meta")
+
+
+def test_its_data_are_replaced_by_quantised_ones_alone():
+    q, other = quantized("int8"), quantized("nf4")
+    with pytest.raises(AdaptcError, match=r"int8.*is frozen"):
+        q.data = torch.zeros(15, 32)
+    assert q.scheme.name == "integer"
+    q.data = other
+    assert q.scheme == other.scheme
+    assert torch.equal(q.dequantize(), other.dequantize())
+
+
+def test_a_file_whose_tensors_do_not_fit_is_refused():
+    q = quantized("nf4")
+    broken = copy.copy(q.stored) | {"codes": q.stored["codes"][:-1]}
+    _, (text, _, *rest) = q.__reduce_ex__(2)
+    with pytest.raises(ConfigError, match=r"'codes'.*\(239,\)"):
+        rebuild_quantized_tensor(text, broken, *rest)
+
+
+def test_autocast():
+    q, bias = quantized("nf4"), torch.randn(15)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(3, 32).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = F.linear(x, q.dequantize().to(dtype), bias.to(dtype))
+            found = F.linear(x, q.to(dtype), bias.to(dtype) if dtype == torch.float64 else bias)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
 def test_other_operations_read_the_values():

@@ -1,4 +1,4 @@
-"""A step of training on a quantised base: what memory it takes, what gradients it gives, and what a module may become."""
+"""A step of training on a quantised base: its memory and gradients, and what a module may become."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ def test_the_profiler_sees_what_is_allocated() -> None:
     assert (peak(sizes), sum(sizes)) == (3_000_000, 2_000_000)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_step_makes_no_float_weight(name: str, checkpoints: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +121,7 @@ def test_a_step_makes_no_float_weight(name: str, checkpoints: bool, monkeypatch:
     assert sum(forward) < min(weights) * len(weights) / 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_nothing_float_of_a_weight_is_kept_for_the_backward(name: str) -> None:
     trained = program_of(model(name)).module().train()
@@ -154,7 +156,7 @@ def test_gradients_with_checkpoints_are_the_same_to_the_bit(scheme: str) -> None
     assert_equal(*found)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", [True, False])
 def test_autocast_computes_as_on_plain_weights(fuse: bool) -> None:
     """Also in layers without an adapter."""
@@ -175,10 +177,12 @@ def test_autocast_computes_as_on_plain_weights(fuse: bool) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.02)
 
 
-def test_a_layer_under_autocast_has_its_dtype() -> None:
+@pytest.mark.parametrize("scheme", ["nf4", "int8_dynamic"])
+def test_a_layer_under_autocast_has_its_dtype(scheme: str) -> None:
+    """Also where a kernel computes it that autocast does not see."""
     torch.manual_seed(0)
-    layer = adaptc.quantize(nn.Linear(64, 15), "nf4")
-    with torch.autocast("cpu", torch.bfloat16):
+    layer = adaptc.quantize(nn.Linear(64, 15), scheme)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         found = [layer(torch.randn(3, 64, dtype=d)).dtype for d in (torch.float32, torch.bfloat16)]
     assert found == [torch.bfloat16] * 2
 
@@ -244,6 +248,7 @@ def test_its_whole_state_is_saved_and_loaded_as_data() -> None:
     assert_equal(gradients(module()) if module().load_state_dict(state, assign=True) else {}, expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheme", ["int8", None])
 def test_the_state_of_another_base_is_refused_and_changes_nothing(scheme: str | None) -> None:
     other = model().to(torch.bfloat16) if scheme is None else adaptc.quantize(model().to(torch.bfloat16), scheme)
@@ -294,7 +299,8 @@ def test_it_is_exported_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in its compiler
+# Of torch's compiler, about what it makes itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile_gives_the_same(backend: str) -> None:
     torch.compiler.reset()

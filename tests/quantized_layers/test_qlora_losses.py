@@ -155,7 +155,7 @@ def plain_twin(model: Any) -> Any:
     return twin
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("scheme", "dtype"), [("nf4", FLOAT), ("nf4", HALF), ("int4", FLOAT), ("int8", FLOAT)])
 def test_twenty_steps_on_weights_of_our_own_are_pefts_on_their_values(
