@@ -117,8 +117,10 @@ def test_files_keep_their_names_keys_order_and_what_lies_beside_them(tmp_path: P
                     torch.testing.assert_close(b.get_tensor(key), expected[key], rtol=1e-5, atol=1e-5)
         else:
             text = name == "tokenizer.json"
-            assert old.read_text() == new.read_text() if text else json.loads(old.read_bytes()) == json.loads(
-                new.read_bytes()
+            assert (
+                old.read_text() == new.read_text()
+                if text
+                else json.loads(old.read_bytes()) == json.loads(new.read_bytes())
             )
 
 
@@ -215,7 +217,11 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
     refused(adaptc.AdaptcError, "finite|NaN", model, odd, target)
     for name, config, said in (
         ("prompt", adaptc.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "no weight can hold"),
-        ("bias", adaptc.LoraConfig(r=2, target_modules=["up_proj"], lora_bias=True, init_lora_weights=False), "no bias"),
+        (
+            "bias",
+            adaptc.LoraConfig(r=2, target_modules=["up_proj"], lora_bias=True, init_lora_weights=False),
+            "no bias",
+        ),
     ):
         adaptc.save_adapter(adaptc.compile(KIND.from_pretrained(model).eval(), config), tmp_path / name)
         refused(MergeError, said, model, tmp_path / name, target)
