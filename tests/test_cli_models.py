@@ -59,6 +59,24 @@ def test_merge_a_model_and_an_adapter(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_merge_a_model_by_its_files(made: Path, tmp_path: Path) -> None:
+    words = ("merge", made / "model", made / "adapter", "-o", tmp_path / "m", "--by-file")
+    found = json.loads(call(*words, "--json").stdout)
+    assert found["wrote"] == str(tmp_path / "m")
+    assert len(found["sites"]) == 1
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        got = merged(input_ids=IDS).logits
+    torch.testing.assert_close(got, torch.load(made / "logits.pt"), rtol=1e-4, atol=1e-5)
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {p.name for p in (made / "model").iterdir()}
+    refused(*words, said="is there already; --force replaces it")
+    assert "--keep" in call(*words[:-2], tmp_path / "n", "--by-file", "--keep", "residual", code=2).stderr
+    assert "model directory" in call("merge", made / "adapted.pt2", tmp_path / "n.pt2", "--by-file", code=2).stderr
+    assert call(*words[:-2], tmp_path / "n", "--by-file", "--dequantize", code=1).stderr.count("plain weights") == 1
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.long
 def test_merge_a_model_refuses(made: Path, tmp_path: Path) -> None:
     model, adapter = made / "model", made / "adapter"
     refused("merge", model, adapter, "-o", adapter, "--force", said="holds an adapter")

@@ -54,11 +54,17 @@ def make_model_of(path: Path, state: Mapping[str, Tensor]) -> Any:
         if hasattr(config, QUANTIZATION_CONFIG):
             delattr(config, QUANTIZATION_CONFIG)
         options: dict[str, Any] = {"state_dict": dict(state), "dtype": "auto", "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # they are refused below, by name
         model, found = kind.from_pretrained(None, config=config, **options)
     except Exception as error:  # as above
         raise CheckpointError(
             f"transformers cannot make {kind.__name__} of {path}: {short_repr(str(error))}"
         ) from error
+    for name, found_shape, expected_shape in sorted(found["mismatched_keys"]):
+        raise CheckpointError(
+            f"{path} has {name!r} of shape {tuple(found_shape)}, and {kind.__name__} with its config has one of "
+            f"{tuple(expected_shape)}"
+        )
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{path} lacks {missing[0]!r}, which {kind.__name__} needs")
     return model

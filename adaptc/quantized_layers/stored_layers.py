@@ -14,8 +14,9 @@ The words of the other two are rewritten, as ``packed_words`` does it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -53,7 +54,7 @@ class StoredWeight:
         name: the name of the weight, which need not be a key.
         keys: the keys that hold it.
         shape: its shape, (outputs, inputs).
-        read: returns the weight.
+        read: returns the weight. Raises CheckpointError where its tensors do not belong together.
         write: takes a weight of the same scheme and returns the tensors of all keys; None where none are written.
     """
 
@@ -85,11 +86,24 @@ def find_stored_weights(
         if make is None:
             continue
         name, read = make
-        try:
-            found[name] = read(name, config, keys, get, dtype)
-        except CaptureError as error:
-            raise CheckpointError(f"the quantised weight {name!r} cannot be read: {error}") from error
+        with _errors_of(name):
+            weight = read(name, config, keys, get, dtype)
+            found[name] = replace(weight, read=partial(_read, weight))
     return found
+
+
+def _read(weight: StoredWeight) -> QuantizedTensor:
+    with _errors_of(weight.name):
+        return weight.read()
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Run the block with errors that name the weight."""
+    try:
+        yield
+    except CaptureError as error:
+        raise CheckpointError(f"the quantised weight {name!r} cannot be read: {error}") from error
 
 
 def _reader_of(method: str, key: str) -> tuple[str, Callable[..., StoredWeight]] | None:
@@ -112,7 +126,7 @@ def _four_bit(
         nested = int(state.get("nested_blocksize", 0))
         scheme = TableScheme(state["quant_type"], int(state["blocksize"]), nested)
         offset = torch.tensor(float(state["nested_offset"])) if nested else None
-    except (KeyError, TypeError, ValueError, AttributeError, CaptureError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CaptureError(f"its state {short_repr(state)} says no scheme ({short_repr(str(error))})") from error
     if len(shape) != 2 or state["quant_type"] not in TABLES or not isinstance(dtype, torch.dtype):
         raise CaptureError(f"its state is of a weight {shape} of {dtype}, and weights (outputs, inputs) are read")

@@ -26,8 +26,10 @@ from adaptc.adapter_files import atomic_write
 from adaptc.adapter_files.format import CONFIG_NAME as ADAPTER_CONFIG
 from adaptc.adapter_files.format import MODEL_CONFIG_NAME as CONFIG
 from adaptc.capture.capture import PretrainedFacts
+from adaptc.capture.model_files import QUANTIZATION_CONFIG
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, listing, short_repr
 from adaptc.passes.graph.storage import memory_address
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.progress import stage
 from adaptc.state.core import ProgramCore
 from adaptc.torch_typing import attributes_of
@@ -61,6 +63,12 @@ def write_program_model(
             "file or made of an exported program: compile the model itself, and merge that"
         )
     state = {k: t for k, t in program.state_dict.items() if isinstance(t, Tensor)}
+    if quantized := [k for k, t in state.items() if isinstance(t, QuantizedTensor)]:
+        raise CheckpointError(
+            f"{quantized[0]!r} and {len(quantized) - 1} more weights of the program are quantised, and a directory of "
+            "transformers holds plain weights: merge into the files of the quantised model (adaptc.merge_directory), "
+            "write the program with adaptc.save, or compile and merge the model before it is quantised"
+        )
     return write_model(source, state, path, companions_from=companions_from, **check_save_options(options))
 
 
@@ -138,6 +146,8 @@ def check_target_dir(target: Path) -> None:
 def _make_filled_model(source: PretrainedFacts, state: Mapping[str, Tensor]) -> Any:
     """Return a model with the class and config of ``source`` that holds the tensors of ``state``."""
     config = copy.deepcopy(source.config)
+    if hasattr(config, QUANTIZATION_CONFIG):  # all weights are plain here, and a reader would look for others
+        delattr(config, QUANTIZATION_CONFIG)
     model = _make_meta_model(source.model_class, config)
     if torn := _find_untied(model, state):
         if _can_untie(model, config):

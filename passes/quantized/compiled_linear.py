@@ -41,12 +41,12 @@ _Linear = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
 class CompiledLinear:
     """A layer's computation: a function of the input, of ``tensors`` by role, and of the bias.
 
-    ``for_many`` takes its place above ``most_rows`` rows; both are None where it serves any number.
+    ``for_many`` takes its place above ``most_rows`` rows. It is None where the function serves any number of rows.
     """
 
     tensors: Mapping[str, Tensor]
     compute: _Linear
-    most_rows: int | None = None
+    most_rows: int = 0
     for_many: _Linear | None = None
 
 
@@ -121,7 +121,7 @@ class LayerWriter:
         return out
 
     def _choose(
-        self, layer: fx.Node, count: Any, most_rows: int | None, ways: Sequence[fx.Graph], inputs: Sequence[fx.Node]
+        self, layer: fx.Node, count: Any, most_rows: int, ways: Sequence[fx.Graph], inputs: Sequence[fx.Node]
     ) -> fx.Node:
         """Return the result of the first of ``ways`` for up to ``most_rows`` rows, else of the second."""
         graph, x = self.lifted.graph, inputs[0]

@@ -161,6 +161,7 @@ def test_memory_never_holds_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert max(seen) - seen[0] < nbytes / 4
 
 
+@pytest.mark.long
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, adapter, _ = made("loha")
     shutil.copytree(model, tmp_path / "merged")
@@ -183,6 +184,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
+@pytest.mark.long
 def test_files_of_another_sharding_are_replaced(tmp_path: Path) -> None:
     model, adapter, expected = made("loha")
     KIND.from_pretrained(model).save_pretrained(tmp_path / "merged")

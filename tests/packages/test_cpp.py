@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import adaptc
 from tests.support.packaged_nets import NET_CONFIG, Packaged, adapter, net_inputs
@@ -117,6 +117,27 @@ def test_it_computes_what_python_does(
             tensors = [v for v in wanted[name].values() if v is not None]
             for got, want in zip(outputs, tensors, strict=True):
                 torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_it_runs_packages_on_quantised_bases(program: Path, tmp_path: Path, scheme: str) -> None:
+    """Also where few rows and many are computed in two ways, and with another adapter."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(64, 47), nn.Tanh(), nn.Linear(47, 7))
+    adaptc.quantize(net, scheme, exclude=["2"])
+    config = adaptc.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+    prog = adaptc.compile(net, config, example_inputs=torch.randn(3, 64))
+    path = adaptc.package(prog, tmp_path / "net.pt2")
+    adapted = prog.bind(prog.binding)
+    other = adaptc.save_adapter(adaptc.compile(net, config, example_inputs=torch.randn(3, 64)), tmp_path / "other")
+    for rows in (3, 11):
+        x = torch.randn(rows, 64)
+        save_file({"input": x}, tmp_path / "inputs.safetensors")
+        found = parsed(done([str(program), str(path), str(tmp_path / "inputs.safetensors"), str(other)]).stdout)
+        expected = {"packaged": adapted(x), str(other): prog.bind(str(other))(x)}
+        assert found.keys() == expected.keys()
+        for name, (got,) in found.items():
+            torch.testing.assert_close(got, expected[name], rtol=2e-5, atol=2e-5)
 
 
 def test_what_it_does_not_understand_is_refused(

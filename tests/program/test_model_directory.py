@@ -308,3 +308,20 @@ def test_a_write_that_fails_leaves_the_old_model(
         module.save_pretrained(tmp_path, max_shard_size="10KB")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
     same(loaded(CAUSAL, tmp_path), first, {"input_ids": IDS})
+
+
+@pytest.mark.long
+def test_quantised_weights_are_refused_and_plain_ones_are_written(tmp_path: Path) -> None:
+    """A config that speaks of quantised weights does so no more where an adapter's merge made all of them plain."""
+    config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    model = adaptc.quantize(llama(num_hidden_layers=1), "int8", target_modules=["q_proj"])
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    prog = adaptc.compile(model, config)
+    for way in ({"requantize": True}, {"keep": "residual"}):
+        with pytest.raises(CheckpointError, match=r"q_proj.weight' and 0 more .* adaptc\.merge_directory"):
+            adaptc.merge(prog, **way).module().save_pretrained(tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+    adaptc.merge(prog, dequantize=True).module().save_pretrained(tmp_path / "m")
+    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(found(input_ids=IDS).logits, prog(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    assert model.config.quantization_config["load_in_8bit"]

@@ -110,6 +110,7 @@ def test_sizes_that_a_kernel_does_not_take(
     assert not ops(plain.graph_module) & {"cond", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"}
 
 
+@pytest.mark.long
 def test_a_fixed_number_of_rows_needs_no_choice() -> None:
     for count in (4, 5):
         model = adaptc.quantize(Net(64, 48, torch.float32), "int8", exclude=["down"])
@@ -123,6 +124,7 @@ def test_a_fixed_number_of_rows_needs_no_choice() -> None:
         assert not any(n.target is torch.ops.higher_order.cond for n in plain.graph.nodes)
 
 
+@pytest.mark.long
 def test_a_weight_that_something_else_reads_keeps_its_stored_tensors() -> None:
     """A tied embedding looks rows up in the codes, and the head multiplies by a packed copy."""
 
