@@ -93,9 +93,8 @@ def kernel_for(weight: PreparedWeight, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return None
     if scheme.bits == 8:
-        is_plain = not (scheme.group_size or scheme.zero_dtype or scheme.offset or scheme.has_minimums)
         fits = not weight.matrix_shape[1] % _INT8_COLUMNS and weight.stored["codes"].is_contiguous()
-        return "int8" if is_plain and fits else None
+        return "int8" if scheme.has_row_scales and fits else None
     return "int4" if _has_int4_kernel(scheme, weight) else None
 
 

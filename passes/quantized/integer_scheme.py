@@ -121,6 +121,12 @@ class IntegerScheme(Scheme):
                 )
 
     @property
+    def has_row_scales(self) -> bool:
+        """Return whether a value is its code of 8 bits times one scale for the row, and nothing else."""
+        plain = not (self.group_size or self.offset or self.zero_dtype or self.has_minimums or self.has_group_index)
+        return self.bits == 8 and plain
+
+    @property
     def rounds_inputs(self) -> bool:
         return self.activations == "int8"
 

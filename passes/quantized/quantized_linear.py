@@ -10,7 +10,7 @@ forward to the backward. Where another way to compute the matmul is faster, ``qu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from adaptc.op_rules import decompose_in_transforms
 from adaptc.passes.quantized.all_schemes import scheme_from_text
 from adaptc.passes.quantized.bitsandbytes_kernels import dequantize_matrix
+from adaptc.passes.quantized.integer_scheme import IntegerScheme
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.torch_typing import custom_op
 
@@ -79,21 +80,34 @@ def _plain_qlinear(
     return F.linear(x, weight, bias)
 
 
-def _value_blocks(
-    stored: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the matrix in blocks of rows, as (rows, values): a block stays in the processor's cache."""
+class _Block(NamedTuple):
+    """Some rows of a matrix: values (rows, columns) times ``scales`` (rows,), where there are any."""
+
+    rows: slice
+    values: Tensor
+    scales: Tensor | None = None
+
+
+def _blocks(stored: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype) -> Iterator[_Block]:
+    """Yield the matrix in blocks of rows: a block stays in the processor's cache."""
     read = scheme_from_text(scheme)
     read, by_role = read.with_plain_scales(dict(zip(read.layout(rows, columns), stored, strict=True)))
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
+    if isinstance(read, IntegerScheme) and read.has_row_scales and dtype == torch.bfloat16:
+        # Codes of 8 bits are exact in bfloat16. Scaling the results instead of the codes is one pass less over them.
+        scales = (by_role["scales"][:, 0].float() * read.step).to(dtype)
+        for start in range(0, rows, step):
+            block = slice(start, min(start + step, rows))
+            yield _Block(block, by_role["codes"][block].to(dtype), scales[block])
+        return
     if step >= rows or read.select_rows(by_role, (rows, columns), slice(0, 1)) is None:
-        yield slice(0, rows), dequantize_matrix(read, by_role, rows, columns, dtype)
+        yield _Block(slice(0, rows), dequantize_matrix(read, by_role, rows, columns, dtype))
         return
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         found = read.select_rows(by_role, (rows, columns), block)
         assert found is not None
-        yield block, dequantize_matrix(*found, block.stop - start, columns, dtype)
+        yield _Block(block, dequantize_matrix(*found, block.stop - start, columns, dtype))
 
 
 @custom_op("adaptc::qlinear", mutates_args=())
@@ -102,10 +116,16 @@ def qlinear_op(
 ) -> Tensor:
     """Compute the matmul as an op, for graphs and for gradients."""
     x = scheme_from_text(scheme).round_input(x)
-    parts = [
-        F.linear(x, w, None if bias is None else bias[r])
-        for r, w in _value_blocks(stored, scheme, rows, columns, x.dtype)
-    ]
+    parts: list[Tensor] = []
+    for block in _blocks(stored, scheme, rows, columns, x.dtype):
+        own_bias = None if bias is None else bias[block.rows]
+        if block.scales is None:
+            parts.append(F.linear(x, block.values, own_bias))
+        else:
+            scaled = F.linear(x, block.values).mul_(block.scales)
+            parts.append(scaled if own_bias is None else scaled.add_(own_bias))
+    if not parts:
+        return x.new_empty((*x.shape[:-1], 0))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
@@ -133,9 +153,10 @@ def _matmul_by_blocks(
     """Return g W (..., columns), plus ``total``, for g (..., rows) and the matrix W (rows, columns)."""
     # Sums over blocks are rounded to the dtype of g once, as those of one matmul are: there may be hundreds of blocks.
     sums = None if total is None else total.to(_sum_dtype(g.dtype), copy=True)
-    for block, values in _value_blocks(stored, scheme, rows, columns, g.dtype):
-        part = g[..., block] @ values
-        if block == slice(0, rows) and sums is None:
+    for block in _blocks(stored, scheme, rows, columns, g.dtype):
+        own = g[..., block.rows] if block.scales is None else g[..., block.rows] * block.scales
+        part = own @ block.values
+        if block.rows == slice(0, rows) and sums is None:
             return part
         sums = part.to(_sum_dtype(g.dtype)) if sums is None else sums.add_(part)
     return g.new_zeros((*g.shape[:-1], columns)) if sums is None else sums.to(g.dtype)

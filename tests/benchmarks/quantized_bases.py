@@ -1,7 +1,7 @@
 """Files, decode and prefill of quantised bases: next to bfloat16, and to PEFT on bitsandbytes and torchao.
 
-``python -m tests.benchmarks.quantized_bases [size] [rounds]``, for a size of ``quantized_training.SIZES``. All sides have
-the same weights and the same adapter: rank 16 on all linear layers, over weights in bfloat16. The aims, on "1.1b":
+``python -m tests.benchmarks.quantized_bases [size] [rounds]``, for a size of ``quantized_training.SIZES``. All sides
+have the same weights and the same adapter: rank 16 on all linear layers, over weights in bfloat16. The aims, on "1.1b":
 
     a program's file, int8 and nf4 over bfloat16             0.56 and 0.34 at most
     decode with the adapter over the base alone, int8        1.08
