@@ -100,12 +100,19 @@ class AdapterPadder:
         """Raise SwapError for an adapter of ``config`` that changes base weights which the file does not hold."""
         for s in self.manifest.sites:
             a = s.attachment
-            if a.method.rebind(config, a).changes_base_at_init() and a.fqn not in self.manifest.bases:
+            method = a.method.rebind(config, a)
+            if method.changes_base_at_init() and a.fqn not in self.manifest.bases:
+                quantised = (
+                    ""
+                    if method.base_scheme() is None
+                    else " Where the package holds the quantised weights that the adapter was trained on, set "
+                    "init_lora_weights to true in its config."
+                )
                 raise SwapError(
                     f"an adapter of this {type(config).__name__} changes the base weight {a.fqn!r} by its first "
                     "values, and the package does not hold the base. Package the program with such an adapter as its "
                     "current one, or convert the adapter to plain LoRA with PEFT's "
-                    "save_pretrained(path_initial_model_for_weight_conversion=...)."
+                    f"save_pretrained(path_initial_model_for_weight_conversion=...).{quantised}"
                 )
 
     def pad(self, binding: Binding, owner_token: object) -> PackagedBinding:
