@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
-from adaptc.passes.adapt.merging.merge_pass import SiteMerge
+from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.quantized.quantize_weights import WeightQuantization

@@ -22,7 +22,8 @@ from torch import Tensor
 from adaptc.errors import MergeError
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.merging.correct_merge import AddCorrections, CorrectedStorage, check_correctable
-from adaptc.passes.adapt.merging.merge_pass import Merge, SiteMerge
+from adaptc.passes.adapt.merging.merge_pass import Merge
+from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.passes.adapt.unload import KeepRegions, Unload
 from adaptc.passes.graph.graph_lock import hold_graph_lock, with_graph_lock
 from adaptc.passes.graph.pass_infra import Pass, PassManager

@@ -15,7 +15,7 @@ import torch
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.adapt.merging.merge_pass import SiteMerge
+from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.reports.adapter_report import AdapterReport
 from adaptc.reports.coverage import CoverageReport, SiteCoverage
 from adaptc.reports.results import MergeReport, SwapReport

@@ -25,7 +25,8 @@ from adaptc.adapters.directories.write_tensors import TensorEntry, write_tensors
 from adaptc.adapters.model_tensors import SAFE_WEIGHTS_INDEX_NAME
 from adaptc.capture.model_files import QUANTIZATION_CONFIG
 from adaptc.errors import CheckpointError, ConfigError, MergeError, listing, short_repr
-from adaptc.passes.adapt.merging.merge_pass import Merge, MergedWeight, SiteMerge
+from adaptc.passes.adapt.merging.merge_pass import Merge, MergedWeight
+from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.quantized.quantized_merge import requantize as store_by_scheme
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor

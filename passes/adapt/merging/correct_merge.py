@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.merging.merge_pass import SiteMerge
+from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.passes.adapt.unload import KeepRegions
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
