@@ -18,6 +18,7 @@ from tests.benchmarks import (
     many_adapters,
     methods,
     products,
+    quantized_bases,
     quantized_training,
     rewriting,
 )
@@ -55,6 +56,10 @@ def main() -> None:
     print("## Methods above the layer\n")
     with tempfile.TemporaryDirectory() as folder:
         print(markdown(above_layers.run(Path(folder), 3 if quick else 5)), "\n")
+    print("## Quantised bases\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for table in quantized_bases.run("small" if quick else "1.1b", 3 if quick else 5, Path(folder)):
+            print(table, "\n")
     print("## Training on a quantised base\n")
     print(quantized_training.run("small" if quick else "1.1b"), "\n")
     print("## Methods: SmolLM2-135M, float32, on all linear layers\n")

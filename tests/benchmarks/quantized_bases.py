@@ -96,8 +96,8 @@ def prefill_call(gen: Any) -> Callable[[], object]:
     return call
 
 
-def run(size: str, rounds: int, folder: Path) -> tuple[str, list[Row]]:
-    """Measure all sides, and return the table of files and the rows of times."""
+def run(size: str, rounds: int, folder: Path) -> tuple[str, str]:
+    """Measure all sides, and return the table of files and that of times."""
     adapter = write_adapter(size, folder)
     gens: dict[str, Any] = {
         scheme: adaptc.compile_for_generation(model_of(size, scheme), str(adapter), max_batch=1, max_length=LENGTH)
@@ -117,13 +117,13 @@ def run(size: str, rounds: int, folder: Path) -> tuple[str, list[Row]]:
         calls = {peer: decode_call(peft_side(size, library, adapter), 1, PROMPT, NEW)}
         calls["adaptc"] = decode_call(gens[scheme], 1, PROMPT, NEW)
         rows += per_token(interleave(f"decode next to {library}", calls, peer, rounds, 1), NEW)
-    return table, rows
+    return table, markdown(rows)
 
 
 if __name__ == "__main__":
     load = os.getloadavg()[0]
     chosen, count = [*sys.argv[1:], *("1.1b", "5")[len(sys.argv) - 1 :]][:2]
     with tempfile.TemporaryDirectory() as made_in:
-        found_files, found_rows = run(chosen, int(count), Path(made_in))
+        tables = run(chosen, int(count), Path(made_in))
     print(f"A llama of size {chosen}, measured on {machine()}, load {load:.1f} before.\n")
-    print(found_files, "\n\n", markdown(found_rows), sep="")
+    print("\n\n".join(tables))
