@@ -63,12 +63,6 @@ def write_program_model(
             "file or made of an exported program: compile the model itself, and merge that"
         )
     state = {k: t for k, t in program.state_dict.items() if isinstance(t, Tensor)}
-    if quantized := [k for k, t in state.items() if isinstance(t, QuantizedTensor)]:
-        raise CheckpointError(
-            f"{quantized[0]!r} and {len(quantized) - 1} more weights of the program are quantised, and a directory of "
-            "transformers holds plain weights: merge into the files of the quantised model (adaptc.merge_directory), "
-            "write the program with adaptc.save, or compile and merge the model before it is quantised"
-        )
     return write_model(source, state, path, companions_from=companions_from, **check_save_options(options))
 
 
@@ -103,11 +97,18 @@ def write_model(
     defaults. ``companions_from``: a model's directory, from which tokenizer and processor files are copied. Weight
     files of other formats or shardings in the directory are removed.
 
-    Raises CheckpointError where the class has no place for a tensor, or lacks one. Raises CheckpointError, too, where
-    the directory holds an adapter, and for errors of transformers or the disk. The directory is then as it was.
+    Raises CheckpointError where the class has no place for a tensor, or lacks one, or one is quantised. Raises
+    CheckpointError, too, where the directory holds an adapter, and for errors of transformers or the disk. The
+    directory is then as it was.
     """
     target = Path(path)
     check_target_dir(target)
+    if quantized := [k for k, t in state.items() if isinstance(t, QuantizedTensor)]:
+        raise CheckpointError(
+            f"{quantized[0]!r} and {len(quantized) - 1} more weights of the program are quantised, and a directory of "
+            "transformers holds plain weights: merge into the files of the quantised model (adaptc.merge_directory), "
+            "write the program with adaptc.save, or compile and merge the model before it is quantised"
+        )
     model = _make_filled_model(source, state)
     given = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
     options = {k: v for k, v in given.items() if v is not None}

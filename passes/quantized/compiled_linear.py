@@ -100,7 +100,7 @@ class LayerWriter:
         x, _, bias = operands(layer)
         inputs = [x, *placeholders.values(), *([] if bias is None else [bias])]
         roles = list(placeholders)
-        rows: Any = prod(x.meta["val"].shape[:-1])
+        rows: Any = prod(x.meta["val"].shape[:-1])  # a symbol where it may vary
         if linear.for_many is None:
             made = self._inline(layer, _trace(linear.compute, roles, inputs), inputs)
         elif isinstance(rows, int):

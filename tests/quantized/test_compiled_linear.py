@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import cache
 from typing import Any
 
@@ -76,8 +77,12 @@ def check(prog: adaptc.AdaptedProgram, dtype: torch.dtype, columns: int = 64) ->
 def test_a_layer_is_computed_on_its_codes(scheme: str, dtype: torch.dtype) -> None:
     plain = check(program(scheme, dtype), dtype)
     assert KERNELS[scheme, dtype] in ops(plain.graph_module)
-    few_and_many = scheme == "int8"
-    assert any(n.target is torch.ops.higher_order.cond for n in plain.graph.nodes) == few_and_many
+    choices: list[Any] = [n for n in plain.graph.nodes if n.target is torch.ops.higher_order.cond]
+    assert len(choices) == (1 if scheme == "int8" else 0)
+    for few, first, second, _ in (n.args for n in choices):
+        assert (few.target, few.args[1]) == (operator.le, {torch.float32: 4, torch.bfloat16: 8}[dtype])
+        assert KERNELS[scheme, dtype] in ops(plain.graph_module.get_submodule(first.target))
+        assert KERNELS[scheme, dtype] not in ops(plain.graph_module.get_submodule(second.target))
     # What is computed for any number of rows has no tensor of the weight's size but the codes.
     made = [n for n in plain.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
     assert not [n for n in made if n.meta["val"].dtype == dtype and tuple(n.meta["val"].shape) == (48, 64)]
