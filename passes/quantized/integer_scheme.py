@@ -99,26 +99,18 @@ class IntegerScheme(Scheme):
 
     def dequantize(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         values = self.unpack_codes(stored, columns).float()
+        if not self.has_group_index:
+            values = values.reshape(rows, columns // (self.group_size or columns), -1)
         if self.offset:
             values = values - self.offset
         if self.zero_dtype:
-            values = values - self._per_column(stored["zeros"].float(), stored, columns)
-        values = values * self._per_column(self.group_scales(stored, columns), stored, columns)
+            values = values - self._for_groups(stored["zeros"].float(), stored)
+        values = values * self._for_groups(self.group_scales(stored, columns), stored)
         if self.step != 1.0:
             values = values * self.step
         if self.has_minimums:
-            values = values - self._per_column(self.group_minimums(stored, columns), stored, columns)
-        return values
-
-    def check(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> None:
-        super().check(stored, rows, columns)
-        if self.has_group_index:
-            index, groups = stored["group_index"], columns // (self.group_size or columns)
-            if bool(((index < 0) | (index >= groups)).any()):
-                raise ConfigError(
-                    f"'group_index' of {self.name} must be of groups 0 to {groups - 1}, and is from {index.min()} to "
-                    f"{index.max()}"
-                )
+            values = values - self._for_groups(self.group_minimums(stored, columns), stored)
+        return values.reshape(rows, columns)
 
     @property
     def has_row_scales(self) -> bool:
@@ -170,14 +162,13 @@ class IntegerScheme(Scheme):
         if not self.super_group:
             return values
         units = stored[unit_role].float()
-        return values * units.repeat_interleave(self.super_group // (self.group_size or columns), 1)
+        return (values.unflatten(1, (units.shape[1], -1)) * units.unsqueeze(-1)).flatten(1)
 
-    def _per_column(self, values: Tensor, stored: Mapping[str, Tensor], columns: int) -> Tensor:
-        """Return ``values`` (rows, groups) so that they broadcast over (rows, columns)."""
+    def _for_groups(self, values: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """Return ``values`` (rows, groups) so that they broadcast over the columns of each group."""
         if self.has_group_index:
             return values.index_select(1, stored["group_index"])
-        groups = values.shape[1]
-        return values if groups == 1 else values.repeat_interleave(columns // groups, 1)
+        return values.unsqueeze(-1)
 
     def quantize(self, matrix: Tensor) -> dict[str, Tensor]:
         if self.super_group or self.has_group_index or self.bits == 6 or self.has_minimums:
