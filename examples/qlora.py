@@ -74,7 +74,8 @@ def main(out: Path) -> int:
         if "keep" in way:
             file = adaptc.save(merged, out / "merged.pt2")
             again = quickstart.run_without_adaptc(file, tokens)
-            check("a process without adaptc computes the same", torch.allclose(again, found, rtol=1e-2, atol=0.3))
+            # Its layers dequantise weights to bfloat16, where kernels read the codes here: each is 3 % off float32.
+            check("a process without adaptc computes the same", float((again - found).norm() / found.norm()) < 0.05)
 
     heading("Done")
     console.print(f"{time.perf_counter() - began:.0f} s, and at most {quickstart.peak_memory():.1f} GB of memory")

@@ -13,6 +13,7 @@ Public: none; its layer calls it in its forward.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -97,10 +98,15 @@ def multiply_few_rows(x: Tensor, scheme: TableScheme, packed: Sequence[Tensor], 
 @lru_cache(maxsize=1)
 def _library() -> Any:
     """Return bitsandbytes' module of functions, or None where it is missing or fails to load."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its import recommends packages, to users who need not know that it is there
     try:
         return importlib.import_module("bitsandbytes.functional")
     except Exception:  # a library that is built for another torch raises whatever its loader meets
         return None
+    finally:
+        logger.setLevel(level)
 
 
 @lru_cache(maxsize=8)
