@@ -162,7 +162,8 @@ class IntegerScheme(Scheme):
         if not self.super_group:
             return values
         units = stored[unit_role].float()
-        return (values.unflatten(1, (units.shape[1], -1)) * units.unsqueeze(-1)).reshape(values.shape)
+        grouped = values.reshape(values.shape[0], units.shape[1], -1) * units.unsqueeze(-1)
+        return grouped.reshape(values.shape)
 
     def _for_groups(self, values: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """Return ``values`` (rows, groups) so that they broadcast over the columns of each group."""
