@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from adaptc.capture.model_files import is_gguf
-from adaptc.errors import ConfigError
+from adaptc.errors import ConfigError, short_repr
 from adaptc.generation.generator import Generator
 from adaptc.passes.quantized.all_schemes import choose_scheme
 from adaptc.program.adapted_program import AdaptedProgram
@@ -21,7 +22,7 @@ from adaptc.value_types import validates_options
 M = TypeVar("M", AdaptedProgram, Generator, nn.Module)
 
 
-@validates_options("scheme", "group_size", "target_modules", "exclude", "gguf_file", "progress")
+@validates_options("scheme", "group_size", "target_modules", "exclude", "progress")
 def quantize(
     model: M,
     scheme: str | None = None,
@@ -29,7 +30,7 @@ def quantize(
     group_size: int | None = None,
     target_modules: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
-    gguf_file: str | None = None,
+    gguf_file: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> M:
     """Return a model or a program whose chosen weights are stored in few bits.
@@ -69,6 +70,9 @@ def quantize(
         >>> small.quantize_report.bytes_after < small.quantize_report.bytes_before
         True
     """
+    if not isinstance(gguf_file, str | os.PathLike | None):
+        raise ConfigError(f"gguf_file={short_repr(gguf_file)}: the path of the GGUF file that the model was read from")
+    gguf_file = None if gguf_file is None else os.fspath(gguf_file)
     options = QuantizeOptions(scheme, group_size, target_modules, exclude, gguf_file)
     if isinstance(model, ProgramWrapper | AdaptedProgram):
         return _quantize_program(model, options, progress)
@@ -100,7 +104,7 @@ def quantize_read_model(model: M, scheme: str, path: Path) -> M:
         return quantize(model, scheme)
     if not is_gguf(path):
         raise ConfigError(f"{FILE_BLOCKS!r} keeps the blocks of a GGUF file, and {path} is none: name a scheme")
-    return quantize(model, gguf_file=str(path))
+    return quantize(model, gguf_file=path)
 
 
 @accepts_wrappers

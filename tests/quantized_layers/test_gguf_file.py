@@ -60,7 +60,7 @@ def test_a_model_of_transformers_gets_the_blocks_of_its_file(file: Path, dtype: 
     model = load(file, dtype)
     before = {n: t.detach().clone() for n, t in model.state_dict().items()}
     logits = model(IDS).logits
-    assert adaptc.quantize(model, gguf_file=str(file)) is model
+    assert adaptc.quantize(model, gguf_file=file) is model
     quantised = {n for n, t in model.named_parameters() if isinstance(t, QuantizedTensor)}
     assert quantised == {f"model.{m}.weight" for m in MODULES}
     for name in quantised:
@@ -178,6 +178,7 @@ def test_what_cannot_be_taken_over_is_refused_by_name(file: Path, tmp_path: Path
     name = str(file)
     check_refused(model, "one of the two", ConfigError)
     check_refused(model, "one of the two", ConfigError, scheme="int8", gguf_file=name)
+    check_refused(model, r"gguf_file=3: the path of", ConfigError, gguf_file=3)
     check_refused(model, "those of its blocks", ConfigError, gguf_file=name, group_size=32)
     check_refused(model, "lm_head.weight' has not the values", TargetError, gguf_file=name, target_modules=["lm_head"])
     check_refused(model, r"there is no file '.*absent.gguf'", CheckpointError, gguf_file=str(tmp_path / "absent.gguf"))
