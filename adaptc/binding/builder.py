@@ -63,6 +63,12 @@ class BindingBuilder:
                     "a scheme that leaves the base alone (init_lora_weights=True, 'gaussian', 'orthogonal'), or untie "
                     "the weight in the model."
                 )
+            if isinstance(self.spec.weights[a.fqn], QuantizedTensor):
+                raise ConfigError(
+                    f"the first values of {method} change the base weight {a.fqn!r}, which is quantised and would become "
+                    "a plain one. Use a scheme that leaves the base alone (init_lora_weights=True, 'gaussian', "
+                    "'orthogonal'), or 'loftq' on the float model, which is quantised after that."
+                )
             plain = base.dequantize() if isinstance(base, QuantizedTensor) else base
             self._replace_base(a.fqn, op.stored(plain).contiguous())
 
@@ -159,7 +165,9 @@ class BindingBuilder:
                 self.values[fqn] = self.values[first]
             else:
                 # A shared tensor may belong to several programs, too, and none of them may write to it.
-                original = resize_shared_axes(tensors[name], slot)
+                # First values may be the weight itself, and what an adapter trains is stored plain.
+                plain = t.dequantize() if isinstance(t := tensors[name], QuantizedTensor) else t
+                original = resize_shared_axes(plain, slot)
                 value = original.to(*conversion, copy=slot.shared)
                 if is_present:
                     self.casts.append(Cast(a.file_key(name, slot), a.fqn, original, value))

@@ -142,3 +142,20 @@ def test_a_generator():
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(gen.generate(ids, **options), stored.generate(ids, **options))
     assert gen.program.quantize_report.weights
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "pissa_niter_2", "olora"])
+def test_first_values_that_change_the_base_are_refused(scheme, tmp_path):
+    """The quantised weight would silently become a plain one."""
+    config = LoraConfig(r=2, target_modules=["up"], init_lora_weights=scheme)
+    path = adaptc.save_adapter(adaptc.compile(Net(), config, example_inputs=X), tmp_path / "adapter")
+    net = adaptc.quantize(Net(), "nf4")
+    for adapter in (config, path):
+        with pytest.raises(ConfigError, match=r"change the base weight 'up.weight', which is quantised"):
+            adaptc.compile(net, adapter, example_inputs=X)
+    program = adaptc.compile(net, LoraConfig(r=2, target_modules=["up"], init_lora_weights=False), example_inputs=X)
+    before = program(X)
+    with pytest.raises(ConfigError, match="which is quantised"):
+        adaptc.swap(program, path)
+    assert torch.equal(program(X), before)
+    assert isinstance(program.state_dict["up.weight"], QuantizedTensor)

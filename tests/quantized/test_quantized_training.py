@@ -308,3 +308,27 @@ def test_torch_compile_gives_the_same(backend: str) -> None:
     torch.compile(trained, backend=backend)(**INPUTS).loss.backward()
     found = {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
     assert_equal(found, gradients(module()))
+
+
+def test_a_module_that_is_trained_as_a_whole_has_plain_values(tmp_path):
+    """The base's weight is frozen, and the adapter's is another one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 7))
+    config = adaptc.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
+    x = torch.randn(5, 32)
+    program = adaptc.compile(adaptc.quantize(net, "nf4"), config, example_inputs=x, training=True)
+    module = program.module()
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    (name,) = [n for n in trained if n.endswith("modules_to_save.default.weight")]
+    assert type(trained[name]) is nn.Parameter
+    assert torch.equal(trained[name], net[2].weight.dequantize())
+    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+    before = trained[name].detach().clone()
+    module(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(trained[name], before)
+    path = adaptc.save_adapter(program, tmp_path / "adapter")
+    again = adaptc.compile(net, path, example_inputs=x)
+    torch.testing.assert_close(again(x), module(x).detach(), rtol=1e-5, atol=1e-6)
+    merged = adaptc.merge(again, dequantize=True)
+    torch.testing.assert_close(merged(x), again(x), rtol=1e-5, atol=1e-6)
