@@ -65,8 +65,8 @@ class BindingBuilder:
                 )
             if isinstance(self.spec.weights[a.fqn], QuantizedTensor):
                 raise ConfigError(
-                    f"the first values of {method} change the base weight {a.fqn!r}, which is quantised and would become "
-                    "a plain one. Use a scheme that leaves the base alone (init_lora_weights=True, 'gaussian', "
+                    f"the first values of {method} change the base weight {a.fqn!r}, which is quantised and would "
+                    "become a plain one. Use a scheme that leaves the base alone (init_lora_weights=True, 'gaussian', "
                     "'orthogonal'), or 'loftq' on the float model, which is quantised after that."
                 )
             plain = base.dequantize() if isinstance(base, QuantizedTensor) else base
