@@ -124,18 +124,24 @@ def read_gguf(path: Path, dtype: str | None = None) -> Any:
         raise CheckpointError(f"transformers cannot load the model in {path}: {short_repr(str(error))}") from error
 
 
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Return the content of a directory's ``config.json``. Raises CheckpointError where there is none, or it is
+    damaged."""
+    try:
+        with OpenedFile(path / "config.json") as file:
+            return read_json_object(file)
+    except FileChangedError:
+        raise CheckpointError(f"there is no model in {path}: {_EXPECTED}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read ({error}): {_EXPECTED}") from error
+
+
 def _model_class(path: Path) -> Any:
     """Return the transformers class that a directory's config names.
 
     Raises CheckpointError where there is no readable config, or it does not name exactly one model class.
     """
-    try:
-        with OpenedFile(path / "config.json") as file:
-            config = read_json_object(file)
-    except FileChangedError:
-        raise CheckpointError(f"there is no model in {path}: {_EXPECTED}") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read ({error}): {_EXPECTED}") from error
+    config = read_model_config(path)
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     import transformers

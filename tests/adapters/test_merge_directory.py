@@ -210,7 +210,9 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
     refused(ConfigError, "exclude each other", model, adapter, target, dequantize=True, requantize=True)
     refused(ConfigError, "has plain weights", model, adapter, target, dequantize=True)
     refused(ConfigError, "has plain weights", model, adapter, target, requantize=True)
-    refused(CheckpointError, r"config\.json", adapter, adapter, target)
+    refused(CheckpointError, f"there is no model in {adapter}", adapter, adapter, target)
+    with pytest.raises(CheckpointError, match="there is no model in"):
+        adaptc.merge_directory(tmp_path / "nowhere", adapter, target)
     odd = tmp_path / "odd"
     shutil.copytree(adapter, odd)
     tensors = load_file(odd / "adapter_model.safetensors")

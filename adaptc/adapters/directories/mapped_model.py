@@ -19,10 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from adaptc.adapter_files.safe_load import read_json_object
-from adaptc.adapter_files.stable_read import OpenedFile
 from adaptc.adapters.model_tensors import safetensors_files
-from adaptc.capture.model_files import QUANTIZATION_CONFIG, make_model_of
+from adaptc.capture.model_files import QUANTIZATION_CONFIG, make_model_of, read_model_config
 from adaptc.errors import CheckpointError, short_repr
 from adaptc.quantized_layers.stored_layers import StoredWeight, find_stored_weights
 
@@ -62,8 +60,7 @@ def open_mapped_model(path: Path) -> Iterator[MappedModel]:
 
     Raises CheckpointError where the directory has no such model, or a file or a quantised weight cannot be read.
     """
-    with OpenedFile(path / "config.json") as file:
-        config = read_json_object(file)
+    config = read_model_config(path)
     with ExitStack() as stack:
         files: dict[str, dict[str, Tensor]] = {}
         metadata: dict[str, dict[str, str]] = {}
