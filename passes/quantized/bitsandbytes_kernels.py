@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from adaptc.passes.quantized.scheme import Scheme
@@ -43,7 +44,7 @@ def dequantize_matrix(
     scheme: Scheme, stored: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the matrix (rows, columns) that ``stored`` has, in ``dtype``: by a kernel, or as ``scheme`` says."""
-    if isinstance(scheme, TableScheme) and not in_transform() and not in_dispatch_mode():
+    if isinstance(scheme, TableScheme) and not (is_compiling() or in_transform() or in_dispatch_mode()):
         plain, tensors = scheme.with_plain_scales(stored)
         if isinstance(plain, TableScheme) and all(type(t) in _PLAIN for t in tensors.values()):
             values = dequantize_blocks(plain, tensors, rows * columns, dtype)

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from adaptc.errors import AdaptcError
@@ -104,6 +105,15 @@ class QuantizedTensor(Tensor):
         """Return what :meth:`dequantize` would return for other ``stored`` tensors, which may be fake."""
         matrix = dequantize_matrix(self.scheme, stored, *self.matrix_shape, dtype or self.dtype)
         return matrix.t().contiguous() if self.is_transposed else matrix.reshape(self.shape)
+
+    def linear_of_values(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias (..., rows) by no kernel for few rows, which rounds elsewhere than the gradient does.
+
+        So a loss does not depend on the size of the batch, and no copy is kept for such a kernel.
+        """
+        if self.ndim != 2 or self.is_transposed or self.scheme.rounds_inputs:
+            return F.linear(x, self, bias)
+        return quantized_linear(x, self.scheme_text, [*self.stored.values()], self.matrix_shape, bias)
 
     def shares_tensors_of(self, other: object) -> bool:
         """Return whether ``other`` is this weight, too, in the same memory."""
@@ -286,7 +296,8 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
     is_plain = type(x) in _PLAIN and not needs_gradient and not has_transform_or_tangent(x)
-    if is_plain and (found := fast_linear(x, weight, bias)) is not None:
+    # A compiler gets one op: it would trace into the choice of a kernel.
+    if is_plain and not is_compiling() and (found := fast_linear(x, weight, bias)) is not None:
         return found
     return quantized_linear(x, weight.scheme_text, [*weight.stored.values()], weight.matrix_shape, bias)
 

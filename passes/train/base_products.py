@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.passes.protocol.matmul_op import add_linear_matmul, linear_matmul, linear_matmul_op
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.train.autocast import cast, without_autocast
 from adaptc.passes.train.first_order import needs_plain_ops
 from adaptc.torch_modes import autocast_dtype
@@ -31,6 +32,8 @@ def base_matmul(x: Tensor, w: Tensor, b: Tensor | None, kinds: MatmulKinds) -> T
         if dtype == x.dtype and not torch.compiler.is_exporting():
             # A compiler cannot trace how product() chooses, so it gets an op that it does not look into.
             return (linear_matmul_op if torch.compiler.is_compiling() else linear_matmul)(x, w, b, kind, classes, [])
+    if isinstance(w, QuantizedTensor) and not torch.compiler.is_exporting():
+        return w.linear_of_values(x, b)
     return F.linear(x, w, b)
 
 

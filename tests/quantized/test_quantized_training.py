@@ -63,6 +63,14 @@ def gradients(trained: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
     return {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
 
 
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Check tensors that were computed in bfloat16, and not by the same kernels: each rounds elsewhere."""
+    assert found
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        assert (found[name] - t).float().norm() < 0.03 * t.float().norm(), name
+
+
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found
     assert found.keys() == expected.keys()
@@ -174,7 +182,7 @@ def test_autocast_computes_as_on_plain_weights(fuse: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             out = trained(**INPUTS)
         found.append((out.logits, gradients(trained)))
-    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.02)
+    assert_near(*({"logits": logits, **own} for logits, own in found))
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8_dynamic"])
@@ -292,9 +300,11 @@ def test_it_is_exported_again(tmp_path: Path) -> None:
     torch.export.save(exported, tmp_path / "exported.pt2")
     loaded = torch.export.load(tmp_path / "exported.pt2")
     with torch.no_grad():
-        expected = trained(input_ids=IDS).logits
+        first, again = (p.module()(input_ids=IDS).logits for p in (exported, loaded))
+        assert torch.equal(first, again)
+        # The exported program takes kernels for few rows, which a step of training does not.
+        assert_near({"logits": first}, {"logits": trained(input_ids=IDS).logits})
         for found in (exported, loaded):
-            assert torch.equal(found.module()(input_ids=IDS).logits, expected)
             assert len(quantized(found.state_dict.items())) == 14
 
 
@@ -308,6 +318,13 @@ def test_torch_compile_gives_the_same(backend: str) -> None:
     torch.compile(trained, backend=backend)(**INPUTS).loss.backward()
     found = {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
     assert_equal(found, gradients(module()))
+
+
+def test_a_step_takes_no_kernel_for_few_rows() -> None:
+    """They round elsewhere than the gradient does, and keep a copy of the codes."""
+    trained = module()
+    gradients(trained)
+    assert not any(t.prepared_bytes for t in trained.parameters() if isinstance(t, QuantizedTensor))
 
 
 def test_a_module_that_is_trained_as_a_whole_has_plain_values(tmp_path):
