@@ -100,7 +100,8 @@ class IntegerScheme(Scheme):
     def dequantize(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         values = self.unpack_codes(stored, columns).float()
         if not self.has_group_index:
-            values = values.reshape(rows, columns // (self.group_size or columns), -1)
+            size = self.group_size or max(columns, 1)
+            values = values.reshape(rows, columns // size, size)
         if self.offset:
             values = values - self.offset
         if self.zero_dtype:
@@ -111,6 +112,16 @@ class IntegerScheme(Scheme):
         if self.has_minimums:
             values = values - self._for_groups(self.group_minimums(stored, columns), stored)
         return values.reshape(rows, columns)
+
+    def check(self, stored: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        super().check(stored, rows, columns)
+        if self.has_group_index:
+            index, groups = stored["group_index"], columns // (self.group_size or columns)
+            if bool(((index < 0) | (index >= groups)).any()):
+                raise ConfigError(
+                    f"'group_index' of {self.name} must be of groups 0 to {groups - 1}, and is from {index.min()} to "
+                    f"{index.max()}"
+                )
 
     @property
     def has_row_scales(self) -> bool:
