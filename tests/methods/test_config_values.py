@@ -143,7 +143,8 @@ class Tiny(nn.Module):
 
 
 #: values each of which some field takes, and that may be too much for a layer
-FOR_LAYERS = ("-1", "0", "7", "10**15", "0.5", "x", "(", "[]", "['up']", "{}", "{'up': 10**15}", "{'(': 7}")
+FOR_LAYERS = ("-1", "0", "7", "10**15", "0.5", "x", "open", "[]", "['up']", "{}", "{'up': 10**15}", "{'(': 7}")
+assert ODD.keys() >= set(FOR_LAYERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
