@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
 
 # Before transformers and huggingface_hub are imported: both read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -91,3 +92,13 @@ def seeded() -> None:
     """Seed torch's and Python's generators, so that what a test draws does not depend on the tests before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def no_progress_bars() -> Iterator[None]:
+    """Switch off transformers' progress bars, for modules that ask for it with ``usefixtures``."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()

@@ -53,6 +53,13 @@ Output = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output if it is there already.")]
 Json = Annotated[bool, typer.Option("--json", help="Print what was found as one JSON object.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCHEME",
+        help='Store weights in few bits first: int8, int8_dynamic, int4, nf4, fp4; or "file", as a GGUF file does.',
+    ),
+]
 KeyMapping = Annotated[
     str | None,
     typer.Option(

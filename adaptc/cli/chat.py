@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adaptc.cli.app import app, prints_errors
+from adaptc.cli.app import Quantize, app, prints_errors
 
 
 @app.command()
@@ -45,13 +45,7 @@ def chat(
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights, such as bfloat16; by default that of the file, of GGUF float32.")
     ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCHEME",
-            help='Store weights in few bits: int8, int8_dynamic, int4, nf4, fp4; or "file", as a GGUF file does.',
-        ),
-    ] = None,
+    quantize: Quantize = None,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A tokenizer's directory, if it is not with the model.")
     ] = None,

@@ -19,6 +19,7 @@ from adaptc.cli.app import (
     Out,
     Output,
     Program,
+    Quantize,
     app,
     choose_output_path,
     import_adaptc,
@@ -105,13 +106,7 @@ def compile_(
         int | None,
         typer.Option(min=1, help="With --generate: tokens of a text at most, by default all the model takes."),
     ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCHEME",
-            help='Store weights in few bits first: int8, int8_dynamic, int4, nf4, fp4; or "file", as a GGUF file does.',
-        ),
-    ] = None,
+    quantize: Quantize = None,
     key_mapping: KeyMapping = None,
     component: Component = None,
     as_json: Json = False,

@@ -117,11 +117,7 @@ def write_model(
             model.save_pretrained(aside, **options)
             if companions_from is not None:
                 copy_companions(companions_from, aside)
-            names = [p.name for p in aside.iterdir() if p.name != CONFIG]
-            for name in (*names, CONFIG):
-                atomic_write.fsync_file(aside / name)
-            stale = [p.name for p in target.iterdir() if WEIGHT_FILES.fullmatch(p.name) and p.name not in names]
-            atomic_write.commit(aside, target, weights_files=names, config_file=CONFIG, stale_files=stale)
+            commit_model_files(aside, target)
         atomic_write.remove_abandoned(target, with_old_files=True)
     except CheckpointError:
         raise
@@ -131,6 +127,15 @@ def write_model(
             f"{short_repr(str(error))}). What was there before is unchanged."
         ) from error
     return target
+
+
+def commit_model_files(aside: Path, target: Path) -> None:
+    """Move a model's files from the directory ``aside`` to ``target``, as one change; old weight files go."""
+    names = [p.name for p in aside.iterdir() if p.name != CONFIG]
+    for name in (*names, CONFIG):
+        atomic_write.fsync_file(aside / name)
+    stale = [p.name for p in target.iterdir() if WEIGHT_FILES.fullmatch(p.name) and p.name not in names]
+    atomic_write.commit(aside, target, weights_files=names, config_file=CONFIG, stale_files=stale)
 
 
 def check_target_dir(target: Path) -> None:

@@ -16,12 +16,13 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import logging
 
 import adaptc
 from adaptc.adapters.directories import merge_files
 from adaptc.errors import CheckpointError, ConfigError, MergeError
 from tests.support.oracle import quiet
+
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 KIND = transformers.LlamaForCausalLM
 SIZES: dict[str, Any] = {
@@ -46,13 +47,6 @@ METHODS: dict[str, Any] = {
     ),
     "pissa": peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Any:
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
 
 
 @cache

@@ -16,12 +16,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 import adaptc
 from adaptc.errors import CheckpointError, ConfigError, MergeError
 from tests.quantized_layers.test_packed_words import Packed, QuantLinear, TorchQuantLinear, WQLinear_GEMM
 from tests.support.oracle import quiet
+
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 KIND = transformers.LlamaForCausalLM
 #: rows that the library's kernel on CPUs takes; the vocabulary is odd
@@ -52,13 +53,6 @@ PACKED: dict[str, tuple[Callable[[nn.Linear], Packed], dict[str, Any]]] = {
     "awq": (WQLinear_GEMM, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}),
 }
 TARGETS = ["q_proj", "down_proj"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Any:
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
 
 
 @cache

@@ -16,13 +16,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 import adaptc
 from adaptc import AdaptcError, CheckpointError, ConfigError, LoraConfig
 from adaptc.adapter_files import atomic_write
 from tests.support.families import FAMILIES
 from tests.support.oracle import TARGETS, quiet
+
+pytestmark = pytest.mark.usefixtures("no_progress_bars")
 
 CAUSAL = transformers.AutoModelForCausalLM
 #: family -> the class by which plain transformers loads it
@@ -42,13 +43,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 3,
 }
 IDS = torch.arange(14).reshape(2, 7)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Any:
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
 
 
 def llama(kind: Any = transformers.LlamaForCausalLM, **more: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from adaptc.passes.quantized import bitsandbytes_kernels
 from adaptc.passes.quantized.bitsandbytes_kernels import dequantize_blocks, multiply_few_rows, pack_weight
 from adaptc.passes.quantized.table_scheme import TableScheme
+from tests.support.quantized_models import needs_avx512_bf16
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,9 +60,10 @@ def test_quantised_scales_and_other_tables_are_not_asked_for():
     assert pack_weight(scheme, other, (4, 128)) == ()
 
 
-needs_avx512_bf16 = pytest.mark.skipif(
-    not bitsandbytes_kernels._multiplies("nf4"), reason="the kernel needs a CPU with AVX-512 BF16"
-)
+@needs_avx512_bf16
+@pytest.mark.parametrize("table", ["nf4", "fp4"])
+def test_the_kernel_is_used_where_the_cpu_has_it(table):
+    assert bitsandbytes_kernels._multiplies(table)
 
 
 @needs_avx512_bf16

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ import adaptc
 from adaptc import LoHaConfig, LoraConfig
 from adaptc.errors import ConfigError, MergeError
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from tests.support.saved_programs import check_read_without_adaptc
 
 IDS = torch.arange(21).reshape(3, 7) % 19
 TARGETS = ["words", "mix", "up", "down"]
@@ -155,17 +154,7 @@ def test_a_merged_program_takes_another_adapter_and_its_own_correction():
 @pytest.mark.long
 def test_files_are_read_without_adaptc(tmp_path):
     merged = adaptc.merge(program(), requantize=True, correction_rank=3)
-    adaptc.save(merged, tmp_path / "merged.pt2")
-    torch.save([IDS, merged(IDS)], tmp_path / "expected.pt")
-    code = (
-        "import sys, torch\n"
-        "x, expected = torch.load('expected.pt')\n"
-        "torch.testing.assert_close(torch.export.load('merged.pt2').module()(x), expected)\n"
-        "assert not any(m.partition('.')[0] == 'adaptc' for m in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
-    loaded = adaptc.load(tmp_path / "merged.pt2")
-    assert torch.equal(loaded(IDS), merged(IDS))
+    loaded = check_read_without_adaptc(merged, IDS, tmp_path)
     assert isinstance(loaded.state_dict["up.weight"], QuantizedTensor)
 
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from adaptc.passes.quantized.all_schemes import choose_scheme
-from adaptc.passes.quantized.bitsandbytes_kernels import MAX_ROWS, _multiplies
+from adaptc.passes.quantized.bitsandbytes_kernels import MAX_ROWS
 from adaptc.passes.quantized.fast_linear import INT4_ROWS, INT8_ROWS, fast_linear
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.quantized_layers.gguf_file import GgufMatrix
 from tests.support.gguf_files import blocks
+from tests.support.quantized_models import needs_avx512_bf16
 
 #: a bfloat16 is rounded by up to 2^-9 = 2e-3 of itself: scales, zeros and the result are, each once
 TOLERANCE = 8e-3
@@ -110,7 +111,7 @@ def test_blocks_of_gguf_files_that_the_int4_kernel_takes(kind):
     assert q.prepared_bytes > 0
 
 
-@pytest.mark.skipif(not _multiplies("nf4"), reason="the kernel needs a CPU with AVX-512 BF16")
+@needs_avx512_bf16
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_few_rows_of_a_table(name, with_bias):

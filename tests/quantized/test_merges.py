@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -13,6 +10,7 @@ import adaptc
 from adaptc import LoHaConfig, LoraConfig
 from adaptc.errors import ConfigError, MergeError
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from tests.support.saved_programs import check_read_without_adaptc
 
 X = torch.linspace(-2, 2, 3 * 16).reshape(3, 16)
 WAYS = [{"dequantize": True}, {"requantize": True}, {"keep": "residual"}]
@@ -110,18 +108,7 @@ def test_the_base_may_be_given_up(way):
 @pytest.mark.parametrize("way", WAYS, ids=lambda w: next(iter(w)))
 def test_files_are_read_without_adaptc(way, tmp_path):
     merged = adaptc.merge(program(scheme="nf4"), **way)
-    adaptc.save(merged, tmp_path / "merged.pt2")
-    torch.save([X, merged(X)], tmp_path / "expected.pt")
-    code = (
-        "import sys, torch\n"
-        "x, expected = torch.load('expected.pt')\n"
-        "found = torch.export.load('merged.pt2').module()(x)\n"
-        "torch.testing.assert_close(found, expected)\n"
-        "assert not any(m.partition('.')[0] == 'adaptc' for m in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
-    loaded = adaptc.load(tmp_path / "merged.pt2")
-    assert torch.equal(loaded(X), merged(X))
+    loaded = check_read_without_adaptc(merged, X, tmp_path)
     found, before = loaded.state_dict["up.weight"], merged.state_dict["up.weight"]
     assert type(found) is type(before)
     if isinstance(before, QuantizedTensor):

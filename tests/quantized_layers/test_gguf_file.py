@@ -69,8 +69,13 @@ def test_a_model_of_transformers_gets_the_blocks_of_its_file(file: Path, dtype: 
         bits = {Kind.Q8_0: 8.5, Kind.Q4_0: 4.5, Kind.Q4_1: 5, Kind.Q4_K: 4.625, Kind.Q6_K: 6.5625}
         kind = KINDS[MODULES[name.removeprefix("model.").removesuffix(".weight")]]
         assert weight.stored_bytes == bits[kind] * weight.numel() / 8
-    # The 4-bit kernels of bfloat16 round scales.
-    torch.testing.assert_close(model(IDS).logits, logits, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-4, atol=0.1)
+    assert torch.equal(model(IDS).logits, logits)
+    with torch.no_grad():
+        found = model(IDS).logits
+    # Without a gradient, layers of 4 bits in bfloat16 take a kernel that rounds scales, each to 2^-9 of itself.
+    expected = logits.detach()
+    error = float((found - expected).float().norm() / expected.float().norm())
+    assert error < (0.02 if dtype == torch.bfloat16 else 1e-6)
     report = model.quantize_report
     assert len(report.weights) == len(MODULES)
     assert report.max_error == 0

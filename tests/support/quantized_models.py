@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional
 import peft
 import pytest
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 import adaptc
 
 TARGETS = ["up", "down"]
+
+#: for bitsandbytes' product of few rows. It asks for the CPU's feature alone: a kernel that fails is no reason to skip.
+needs_avx512_bf16 = pytest.mark.skipif(
+    not bitsandbytes.functional.has_avx512bf16(), reason="bitsandbytes multiplies few rows on CPUs with AVX-512 BF16"
+)
 
 
 class Net(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,19 @@ def outputs(program: Any, rows: int = 11) -> list[Any]:
 
 def outputs_are_equal(a: list[Any], b: list[Any]) -> bool:
     return a[0].shape == b[0].shape and torch.equal(a[0], b[0]) and a[1] == b[1]
+
+
+def check_read_without_adaptc(program: Any, x: Tensor, folder: Path) -> Any:
+    """Check that a process without adaptc computes the same from the saved ``program``, and return it loaded again."""
+    adaptc.save(program, folder / "program.pt2")
+    torch.save([x, program(x)], folder / "expected.pt")
+    code = (
+        "import sys, torch\n"
+        "x, expected = torch.load('expected.pt')\n"
+        "torch.testing.assert_close(torch.export.load('program.pt2').module()(x), expected)\n"
+        "assert not any(m.partition('.')[0] == 'adaptc' for m in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, check=True)
+    loaded = adaptc.load(folder / "program.pt2")
+    assert torch.equal(loaded(x), program(x))
+    return loaded

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.adapter_files import atomic_write
+from adaptc.adapter_files.format import MODEL_CONFIG_NAME as CONFIG
 from adaptc.adapters.directories.mapped_model import SINGLE_FILE, MappedModel, open_mapped_model
 from adaptc.adapters.directories.write_tensors import TensorEntry, write_tensors
 from adaptc.adapters.model_tensors import SAFE_WEIGHTS_INDEX_NAME
@@ -34,10 +35,10 @@ from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
-from adaptc.state.model_directory import WEIGHT_FILES, check_target_dir, copy_companions
+from adaptc.state.model_directory import check_target_dir, commit_model_files, copy_companions
 from adaptc.torch_typing import is_dict
 
-_CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 
 
 def merge_into_directory(
@@ -191,11 +192,7 @@ def _write(mapped: MappedModel, merging: _DirectoryMerge, target: Path, progress
             copy_companions(mapped.path, aside)
             if (mapped.path / _GENERATION_CONFIG).is_file():
                 (aside / _GENERATION_CONFIG).write_bytes((mapped.path / _GENERATION_CONFIG).read_bytes())
-            names = [p.name for p in aside.iterdir() if p.name != _CONFIG]
-            for written in (*names, _CONFIG):
-                atomic_write.fsync_file(aside / written)
-            stale = [p.name for p in target.iterdir() if WEIGHT_FILES.fullmatch(p.name) and p.name not in names]
-            atomic_write.commit(aside, target, weights_files=names, config_file=_CONFIG, stale_files=stale)
+            commit_model_files(aside, target)
         atomic_write.remove_abandoned(target, with_old_files=True)
     except OSError as error:
         raise CheckpointError(
@@ -208,7 +205,7 @@ def _write_config(mapped: MappedModel, aside: Path, dequantize: bool) -> None:
     if dequantize:
         del config[QUANTIZATION_CONFIG]
         config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", str(mapped.dtype).partition(".")[2])
-    (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_index(mapped: MappedModel, aside: Path, files: Mapping[str, Mapping[str, TensorEntry]]) -> None:
