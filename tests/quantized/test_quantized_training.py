@@ -320,6 +320,16 @@ def test_torch_compile_gives_the_same(backend: str) -> None:
     assert_equal(found, gradients(module()))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_compiler_does_not_trace_into_the_choice_of_a_kernel(scheme: str) -> None:
+    torch.compiler.reset()
+    layer, x = adaptc.quantize(nn.Linear(64, 96).bfloat16(), scheme), torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        found = torch.compile(layer, backend="eager")(x)
+    assert torch.equal(found, layer.weight.linear_of_values(x, layer.bias))
+
+
 def test_a_step_takes_no_kernel_for_few_rows() -> None:
     """They round elsewhere than the gradient does, and keep a copy of the codes."""
     trained = module()
