@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from adaptc.program.adapted_program import AdaptedProgram
     from adaptc.program.rescale import rescale_adapter_scale
     from adaptc.progress import get_verbosity, set_verbosity
+    from adaptc.serving.compile_for_serving import compile_for_serving
+    from adaptc.serving.serving_model import ServingModel
     from adaptc.state.runner import Runner
 
 __version__ = "0.1.0"
@@ -85,6 +87,7 @@ PUBLIC = {
     # what one does
     "compile": "adaptc.api.adapt_model",
     "compile_for_generation": "adaptc.generation.compile_generation",
+    "compile_for_serving": "adaptc.serving.compile_for_serving",
     "swap": "adaptc.api.change_adapter",
     "bind": "adaptc.api.change_adapter",
     "merge": "adaptc.api.merge_and_lower",
@@ -112,6 +115,7 @@ PUBLIC = {
     "Bank": "adaptc.bank.bank",
     "Adapter": "adaptc.adapters.adapter",
     "Generator": "adaptc.generation.generator",
+    "ServingModel": "adaptc.serving.serving_model",
     "Binding": "adaptc.binding.binding",
     "PackagedProgram": "adaptc.packages.packaged_program",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",

@@ -22,7 +22,14 @@ from torch.export import ExportedProgram
 
 from adaptc.bank.bank_report import BankReport
 from adaptc.bank.placement import Placement
-from adaptc.bank.row_adapters import Mixes, RowSelection, adapter_names_in, check_adapter_names, parse_row_adapters
+from adaptc.bank.row_adapters import (
+    Mixes,
+    RowSelection,
+    adapter_names_in,
+    check_adapter_names,
+    parse_row_adapters,
+    parse_segments,
+)
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, short_repr
 from adaptc.public_names import warn_renamed
@@ -134,22 +141,25 @@ class Bank:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, adapters: Any = ..., cu_seq_lens: Any = None, **kwargs: Any) -> Any:
         """Run the program. ``adapters`` has an entry for each row of the batch: a name, None for the base, or a dict of
         names and weights. A dict adds up the changes of its adapters, each times its weight.
+
+        With ``cu_seq_lens`` (entries + 1,) entry i is of the rows from ``cu_seq_lens[i]`` to ``cu_seq_lens[i + 1]``.
 
         Raises AdaptcError for a name that the bank does not have, after the loader was asked. Raises AdaptcError where
         the batch has another number of rows than ``adapters``. In both cases nothing was computed.
         """
-        return self._untraced_call(self, args, kwargs, adapters)
+        return self._untraced_call(self, args, kwargs, adapters, cu_seq_lens)
 
-    def select(self, adapters: Any) -> Any:
+    def select(self, adapters: Any, cu_seq_lens: Any = None) -> Any:
         """Return a callable that keeps this selection and these adapters, for calls that belong together.
 
         In a package nothing else is written to the indices of these adapters while the callable exists.
 
         Args:
             adapters: an entry for each row, as calls take them.
+            cu_seq_lens: where the rows of each entry begin and end, as calls take it; None for one row each.
 
         Returns:
             a :class:`Runner` of batches that have each row once, or each row equally many times in succession (beams).
@@ -158,13 +168,16 @@ class Bank:
         Raises:
             AdaptcError: the bank does not have a name.
         """
-        made = self.select_rows(parse_row_adapters(adapters))
+        mixes = parse_row_adapters(adapters)
+        if self.generator is not None and cu_seq_lens is not None:
+            raise AdaptcError("cu_seq_lens= is for rows of one call, and prompts of a generation have one entry each")
+        made = self.select_rows(mixes, lengths=parse_segments(cu_seq_lens, len(mixes)))
         return made if self.generator is None else self.generator.with_runner(made)
 
-    def select_rows(self, mixes: Mixes, repeats: bool = True) -> Runner:
-        """Return a runner for rows with these ``mixes``. ``repeats``: a batch may have each row several times."""
-        adapters = self._adapters_for_call(adapter_names_in(mixes))
-        return self.placement.select(RowSelection.of_mixes(mixes, adapters, repeats))
+    def select_rows(self, mixes: Mixes, repeats: bool = True, lengths: tuple[int, ...] | None = None) -> Runner:
+        """Return a runner for rows with these ``mixes``. ``repeats`` and ``lengths``: as for :class:`RowSelection`."""
+        adapters = self.adapters_for_call(adapter_names_in(mixes))
+        return self.placement.select(RowSelection.of_mixes(mixes, adapters, repeats, lengths))
 
     def snapshot_call(self) -> Runner:
         """Raise AdaptcError: calls say which adapters each row has, where programs return the current one."""
@@ -175,9 +188,9 @@ class Bank:
         warn_renamed("Bank.assigned", "Bank.select")
         return self.select(adapters)
 
-    def _adapters_for_call(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
-        """Return the adapters that a call names, and note that they were used. The loader loads those that are missing.
-        The call keeps them even if the bank drops them meanwhile.
+    def adapters_for_call(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
+        """Return the adapters that a call or a request names, and note that they were used. The loader loads those that
+        are missing. The caller keeps them even if the bank drops them meanwhile.
 
         Raises AdaptcError for a name that neither the bank nor its loader has, ConfigError where the limits allow no
         more.
@@ -393,13 +406,14 @@ class Bank:
         return f"<Bank: {len(self)}{limits} adapters, {format_bytes(self.nbytes)}{names}>"
 
 
-def _call(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
+def _call(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any, cu_seq_lens: Any) -> Any:
     mixes = parse_row_adapters(adapters)
-    bank.placement.check_call(len(mixes), args, kwargs)
+    lengths = parse_segments(cu_seq_lens, len(mixes))
+    bank.placement.check_call(len(mixes) if lengths is None else sum(lengths), args, kwargs)
     if bank.generator is not None:
         raise AdaptcError(
             "this bank is of a program that generates: call bank.generate, or bank.select(adapters), which computes "
             "single steps"
         )
-    runner = bank.select_rows(mixes, repeats=False)
+    runner = bank.select_rows(mixes, repeats=False, lengths=lengths)
     return runner.engine.run(runner.prepared, args, kwargs)

@@ -32,7 +32,7 @@ def check_bank_options(options: Mapping[str, Any]) -> None:
     known = ("config", "adapter_name", "key_mapping", "component")
     for name in options:
         if name not in known:
-            limits = ("capacity", "max_rank", "max_bytes", "evict", "loader")
+            limits = ("capacity", "max_rank", "max_bytes", "evict", "loader", "axis")
             if name == "scale":
                 raise ConfigError(
                     "scale is of one adapter: bank.add(name, adapter, scale=...), or a weight in its rows"

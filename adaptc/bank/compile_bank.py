@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.bank.base_program import BaseProgram
-from adaptc.bank.find_batch_axis import Batch, find_batch, find_row_axes
+from adaptc.bank.find_batch_axis import Batch, batch_of_inputs, find_batch, find_row_axes
 from adaptc.bank.row_independence import program_outputs
 from adaptc.bank.stack_adapters import with_rank_starts
 from adaptc.binding.binding import Binding
@@ -50,15 +50,26 @@ class RowProgram(BaseProgram):
 
     @classmethod
     @with_graph_lock
-    def locate_rows(cls, base: BaseProgram, probes: Sequence[Mapping[str, Any]] = ()) -> RowProgram:
-        """Return ``base`` with where its rows are. ``probes``: as for :func:`locate`.
+    def locate_rows(
+        cls,
+        base: BaseProgram,
+        probes: Sequence[Mapping[str, Any]] = (),
+        row_inputs: Mapping[str, int] | int = 0,
+    ) -> RowProgram:
+        """Return ``base`` with where its rows are. ``probes``: as for :func:`find_row_axes`.
+
+        ``row_inputs`` is the axis of the inputs that has the rows. It is name of an input -> its axis for a program
+        whose rows are tokens of packed texts. The tokens of a text read each other there. So nothing checks that outputs
+        keep rows apart, and ``probes`` have texts of one token.
 
         Raises TargetError, which names the site, the output or the buffer, where rows cannot have adapters of their
         own.
         """
         program, ops = base.program, base.ops
         _check_input_names(program)
-        rows, lifted = find_batch(program), LiftedProgram(program, edit=False)
+        is_batch = isinstance(row_inputs, int)
+        rows = find_batch(program, row_inputs) if isinstance(row_inputs, int) else batch_of_inputs(program, row_inputs)
+        lifted = LiftedProgram(program, edit=False)
         site_nodes: dict[str, Attachment] = {}
         for a in base.attachments:
             check_row_site(lifted, a)
@@ -68,7 +79,7 @@ class RowProgram(BaseProgram):
                     site_nodes.setdefault(node.name, a)
                 if acts_around_layer(a, op) and a.method.has_input(op.as_called_by(node)):
                     site_nodes.setdefault(operands(node)[0].name, a)
-        ends = program_outputs(program)
+        ends = program_outputs(program) if is_batch else {}
         with stage("finding the rows of the batch in the program"):
             axes, why = find_row_axes(program, rows, site_nodes, probes, ends, {a.fqn for a in base.attachments})
         for name, reason in why.items():

@@ -65,17 +65,24 @@ class Batch:
         return next(iter(self.inputs.items()))
 
 
-def find_batch(program: ExportedProgram) -> Batch:
-    """Return the batch of a program: the size of the first axis of the first tensor input in which that axis is free.
+def find_batch(program: ExportedProgram, axis: int = 0) -> Batch:
+    """Return the batch of a program: the size of the ``axis`` of the first tensor input in which that axis is free.
 
-    Where it is free in none, the first tensor input gives the batch. Raises TargetError where no input has an axis.
+    Where it is free in none, the first tensor input gives the batch. Raises TargetError where no input has the axis.
     """
-    tensors = {n: v for n, v in user_inputs(program).items() if isinstance(v, Tensor) and v.ndim}
+    tensors = {n: v for n, v in user_inputs(program).items() if isinstance(v, Tensor) and v.ndim > axis}
     if not tensors:
-        raise TargetError("no input of the program has an axis of rows, so no row can have an adapter of its own")
-    first = [v.shape[0] for v in tensors.values()]
-    size = next((n for n in first if is_free_size(n)), first[0])
-    return Batch({n: 0 for n, v in tensors.items() if size_expression(v.shape[0]) == size_expression(size)}, size)
+        where = f"an axis {axis}" if axis else "an axis of rows"
+        raise TargetError(f"no input of the program has {where}, so no row can have an adapter of its own")
+    sizes = [v.shape[axis] for v in tensors.values()]
+    size = next((n for n in sizes if is_free_size(n)), sizes[0])
+    return Batch({n: axis for n, v in tensors.items() if size_expression(v.shape[axis]) == size_expression(size)}, size)
+
+
+def batch_of_inputs(program: ExportedProgram, row_inputs: Mapping[str, int]) -> Batch:
+    """Return the batch whose rows lie in these inputs, by name, along these axes."""
+    name, axis = next(iter(row_inputs.items()))
+    return Batch(row_inputs, user_inputs(program)[name].shape[axis])
 
 
 @with_graph_lock

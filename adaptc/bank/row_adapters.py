@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Real
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, did_you_mean, listing, short_repr
 from adaptc.state.runner import AdapterSelection
-from adaptc.torch_typing import is_mapping
+from adaptc.torch_typing import is_list_or_tuple, is_mapping, to_python
 from adaptc.value_types import is_finite_in_float32
 
 #: for each row the weights of its adapters, by name
@@ -57,6 +58,29 @@ def parse_prompt_adapters(adapters: Any, prompts: Any) -> Mixes:
             "the base"
         )
     return mixes
+
+
+def parse_segments(cu_seq_lens: Any, count: int) -> tuple[int, ...] | None:
+    """Return the number of rows of each of ``count`` entries of adapters, from where they begin and end; None for None.
+
+    ``cu_seq_lens`` (count + 1,) are whole numbers from 0 upwards, as attention for packed texts takes them. Raises
+    AdaptcError for anything else.
+    """
+    if cu_seq_lens is None:
+        return None
+    ends = to_python(cu_seq_lens) if isinstance(cu_seq_lens, Tensor) else cu_seq_lens
+    if (
+        not is_list_or_tuple(ends)
+        or len(ends) != count + 1
+        or not all(isinstance(n, int) and not isinstance(n, bool) for n in ends)
+        or ends[0] != 0
+        or any(a > b for a, b in pairwise(ends))
+    ):
+        raise AdaptcError(
+            f"cu_seq_lens={short_repr(ends)} must be {count + 1} whole numbers from 0 upwards, where each of the "
+            f"{count} entries of adapters begins and where the last one ends"
+        )
+    return tuple(b - a for a, b in pairwise(ends))
 
 
 def _parse_mix(row: int, entry: Any) -> dict[str, float]:
@@ -121,23 +145,36 @@ class RowSelection(AdapterSelection):
     """The adapters of each row of a batch.
 
     ``mixes``: the mix of each row. ``adapters``: name -> the binding of each adapter in them. ``repeats``: a batch may
-    have each row several times in succession, as the beams of a prompt are; else it has each row once.
+    have each row several times in succession, as the beams of a prompt are; else it has each row once. ``lengths``: how
+    many rows each mix is of, where rows are tokens and a mix is of a text; None for one each.
     """
 
     mixes: Mixes
     adapters: Mapping[str, Binding]
     repeats: bool = True
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
-    def of_mixes(cls, mixes: Mixes, adapters: Mapping[str, Binding], repeats: bool = True) -> RowSelection:
+    def of_mixes(
+        cls,
+        mixes: Mixes,
+        adapters: Mapping[str, Binding],
+        repeats: bool = True,
+        lengths: tuple[int, ...] | None = None,
+    ) -> RowSelection:
         """Return the selection of these mixes; its binding tells the names of its adapters alone."""
         names = ", ".join(map(str, adapter_names_in(mixes))) or "the base"
-        return cls(replace(Binding.empty(), source=names), mixes, adapters, repeats)
+        return cls(replace(Binding.empty(), source=names), mixes, adapters, repeats, lengths)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names of the adapters, in the order in which rows name them first."""
         return adapter_names_in(self.mixes)
+
+    @property
+    def row_count(self) -> int:
+        """Return the number of rows of a batch that has each row once."""
+        return len(self.mixes) if self.lengths is None else sum(self.lengths)
 
     @property
     def has_adapter(self) -> bool:
@@ -154,6 +191,11 @@ class RowSelection(AdapterSelection):
 
         Raises AdaptcError where ``rows`` is not a multiple of the number of mixes.
         """
+        if self.lengths is not None:
+            if sum(self.lengths) != rows:
+                raise AdaptcError(f"the lengths of the texts add up to {sum(self.lengths)}, and the batch has {rows}")
+            each_text = make_coefficients(self.mixes, names, count, device)
+            return each_text.repeat_interleave(torch.tensor(self.lengths, device=device), 0, output_size=rows)
         each, rest = divmod(rows, len(self.mixes)) if self.mixes else (0, rows)
         if rest:
             raise AdaptcError(f"adapters has {len(self.mixes)} entries, and the batch has {rows} rows")

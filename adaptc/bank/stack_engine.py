@@ -21,7 +21,7 @@ from adaptc.bank.row_adapters import RowSelection
 from adaptc.bank.stack_adapters import AdapterStack
 from adaptc.errors import AdaptcError
 from adaptc.passes.graph.lifted import user_inputs
-from adaptc.passes.protocol.low_rank_rows import MAX_STACKED_POSITIONS
+from adaptc.passes.protocol.low_rank_rows import MAX_STACKED_POSITIONS, MAX_STACKED_ROWS
 from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.state.core import ProgramCore
 from adaptc.state.graph_engine import bind_program
@@ -98,14 +98,14 @@ class StackEngine(Engine):
             return Runner(self, selection)
         adapters = copy.deepcopy(dict(selection.adapters), memo)
         engine = StackEngine(self._owner.copy_with_adapters(memo))
-        return Runner(engine, RowSelection.of_mixes(selection.mixes, adapters, selection.repeats))
+        return Runner(engine, RowSelection.of_mixes(selection.mixes, adapters, selection.repeats, selection.lengths))
 
     def pickle_error(self) -> AdaptcError:
         return AdaptcError("a selection of a bank cannot be pickled: make the bank where it is read, and select there")
 
     def describe(self, runner: Runner) -> str:
         selection: Any = runner.selection
-        return f"Runner({runner.binding.source!r}, {len(selection.mixes)} rows with adapters of their own)"
+        return f"Runner({runner.binding.source!r}, {selection.row_count} rows with adapters of their own)"
 
 
 class StackedRows:
@@ -120,10 +120,13 @@ class StackedRows:
         """Return the outputs of a part for a batch of these rows."""
         source, stack = self._owner.row_programs[part], self._stack
         first = source.batch_input(args, kwargs)
-        rows = len(self._selection.mixes) if first is None else first.shape[source.batch_axis]
+        rows = self._selection.row_count if first is None else first.shape[source.batch_axis]
         c = self._coefficients_for(part, rows)
         positions = 1 if first is None or not rows else first.numel() // rows
-        code = self._owner.code_cache.executor_for(part, stack, positions * stack.capacity > MAX_STACKED_POSITIONS)
+        limit = MAX_STACKED_POSITIONS
+        if self._selection.lengths is not None:  # rows are tokens
+            positions, limit = rows, MAX_STACKED_ROWS
+        code = self._owner.code_cache.executor_for(part, stack, positions * stack.capacity > limit)
         arguments = code.arguments_with_state(stack.binding, self._owner.part_states[part])
         return code(arguments, args, {**kwargs, COEFFICIENTS_INPUT: c})
 

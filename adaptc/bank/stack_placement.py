@@ -30,7 +30,7 @@ from adaptc.bank.stack_engine import StackEngine
 from adaptc.bank.warm_up import warm_bank
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.mutated_buffers import copy_sharing_memory
 from adaptc.state.core import ProgramCore
@@ -64,8 +64,9 @@ class StackCache:
 class StackPlacement(Placement):
     """Run rows on the graph of ``program``.
 
-    ``part_outputs``: part -> names of its outputs; None for a program that is called as a whole. ``probes``: inputs of
-    two calls whose rows differ. ``state``: FQN -> the buffer that calls write to; None for a copy of the program's.
+    ``part_outputs``: part -> names of its outputs; None for a program that is called as a whole. ``probes`` and
+    ``row_inputs``: as for :meth:`RowProgram.locate_rows`. ``state``: FQN -> the buffer that calls write to; None for a
+    copy of the program's.
     """
 
     program: ProgramCore
@@ -78,15 +79,16 @@ class StackPlacement(Placement):
         part_outputs: Mapping[str, Sequence[str]] | None = None,
         probes: Sequence[Mapping[str, Any]] = (),
         state: Mapping[str, Tensor] | None = None,
+        row_inputs: Mapping[str, int] | int = 0,
     ) -> None:
-        self.limits, self.part_outputs, self._probes = limits, part_outputs, probes
+        self.limits, self.part_outputs, self._probes, self._row_inputs = limits, part_outputs, probes, row_inputs
         self.program, self.table = program.snapshot(), BankTable(StackCache())
         #: the program without adapters, and its sites
         self.base_program = base = take_base_program(self.program)
         parts = {FORWARD: base} if part_outputs is None else {n: base.take_part(o) for n, o in part_outputs.items()}
         #: part -> where the rows of the batch are in it
         self.row_programs: Mapping[str, RowProgram] = {
-            n: RowProgram.locate_rows(part, probes) for n, part in parts.items()
+            n: RowProgram.locate_rows(part, probes, row_inputs) for n, part in parts.items()
         }
         #: ids of the sites that fused GPU kernels compute
         self.kernel_sites = find_kernel_sites(base, self.row_programs, self.program.options)
@@ -191,6 +193,11 @@ class StackPlacement(Placement):
     def warm(self, adapters: int | None) -> None:
         warm_bank(self, adapters)
 
+    def stack_of(self, members: Mapping[str, Binding]) -> AdapterStack:
+        """Return a new stack of these adapters, which the bank does not keep."""
+        names = tuple(members)
+        return self._make_stack(names, tuple(members.values()), self.code_cache.stack_capacity(len(names)))
+
     def empty_stack(self, count: int) -> AdapterStack:
         """Return a stack with a capacity of ``count`` that holds no adapter of the bank, for making code."""
         return self._make_stack((), (), count)
@@ -218,7 +225,7 @@ class StackPlacement(Placement):
     def copy(self, memo: dict[int, Any] | None) -> StackPlacement:
         program = self.program if memo is None else copy.deepcopy(self.program, memo)
         state = None if memo is None else self.state
-        return StackPlacement(program, self.limits, self.part_outputs, self._probes, state)
+        return StackPlacement(program, self.limits, self.part_outputs, self._probes, state, self._row_inputs)
 
     def copy_with_adapters(self, memo: dict[int, Any]) -> StackPlacement:
         """Return a deep copy with the adapters, for a selection of its own."""
@@ -245,12 +252,19 @@ def make_bank(
     loader: Callable[[str], Any] | None = None,
     probes: Sequence[Mapping[str, Any]] = (),
     part_outputs: Mapping[str, Sequence[str]] | None = None,
+    axis: int = 0,
+    row_inputs: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Bank:
     """Return a bank of ``program``, with the limits and options of ``AdaptedProgram.bank``.
 
-    ``probes`` and ``part_outputs`` are as for :class:`StackPlacement`. Raises ConfigError for an unknown option.
+    ``probes``, ``part_outputs`` and ``row_inputs`` are as for :class:`StackPlacement`. Raises ConfigError for an
+    unknown option.
     """
     check_bank_options(options)
+    given: Any = axis  # callers may give anything
+    if not isinstance(given, int) or isinstance(given, bool) or axis < 0:
+        raise ConfigError(f"axis={short_repr(axis)} must be the number of an axis, from 0 upwards")
     limits = Limits(capacity, max_rank, max_bytes, evict)
-    return Bank(StackPlacement(program, limits, part_outputs, probes), adapters, loader, **options)
+    placement = StackPlacement(program, limits, part_outputs, probes, row_inputs=row_inputs or axis)
+    return Bank(placement, adapters, loader, **options)

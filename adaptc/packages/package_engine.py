@@ -98,9 +98,9 @@ class PackageEngine(Engine):
 
     def _coefficients(self, rows: IndexedRows, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> Tensor:
         if not rows.repeats:
-            check_row_count(len(rows.mixes), inputs, kwargs)
+            check_row_count(rows.row_count, inputs, kwargs)
         count = find_row_count(inputs, kwargs)
-        return rows.code_coefficients(len(rows.mixes) if count is None else count, self.device)
+        return rows.code_coefficients(rows.row_count if count is None else count, self.device)
 
     def expected_inputs(self, prepared: Any) -> Mapping[str, Any]:
         return dict(self._package.inputs.expected)
@@ -122,9 +122,7 @@ class PackageEngine(Engine):
     def describe(self, runner: Runner) -> str:
         total, binding = len(self._package.manifest.sites), runner.binding
         if isinstance(runner.selection, RowSelection):
-            return (
-                f"Runner({binding.source!r}, {len(runner.selection.mixes)} rows with adapters of their own, packaged)"
-            )
+            return f"Runner({binding.source!r}, {runner.selection.row_count} rows with adapters of their own, packaged)"
         return f"Runner({binding.source!r}, {len(binding.methods)} of {total} sites, packaged)"
 
 

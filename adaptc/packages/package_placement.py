@@ -149,6 +149,7 @@ class PackagePlacement(Placement):
                 selection.mixes,
                 {n: now.adapters[n] for n in names},
                 selection.repeats,
+                selection.lengths,
                 {n: indices.index_by_name[n] for n in names},
                 self.limits.capacity,
             )

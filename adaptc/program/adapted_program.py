@@ -88,7 +88,8 @@ class AdaptedProgram(ScalableProgram):
             adapters: name -> what :meth:`bind` takes; ``bank.add`` adds more.
             **limits: ``capacity`` and ``max_bytes``, how many adapters, and how many bytes of them, the bank may hold.
                 ``max_rank``, the largest rank. ``evict=True`` lets the least recently used adapters go when it is full.
-                ``loader``, a function of a name that gives an adapter which is not there.
+                ``loader``, a function of a name that gives an adapter which is not there. ``axis``, the axis of the
+                inputs along which the rows lie: 1 for tokens (1, tokens, ...) that calls group with ``cu_seq_lens``.
 
         Returns:
             the bank.

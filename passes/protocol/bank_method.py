@@ -153,6 +153,11 @@ def _has_stretches(row_axis: RowAxis) -> bool:
     return row_axis.axis == 0 and row_axis.layout != ROW_LAYOUTS[2]
 
 
+def _is_packed(x: Tensor, y: Tensor, row_axis: RowAxis) -> bool:
+    """Return whether the rows lie along the second axis of values whose first axis has size one: packed tokens."""
+    return row_axis == RowAxis(1) and all(type(n) is int and n == 1 for n in (x.shape[0], y.shape[0]))
+
+
 def make_input_function(site: BankSite, row_axis: RowAxis) -> Callable[..., Tensor]:
     """Return the function (x, c, slots...) -> x changed by each row's adapters, for use in front of a layer."""
 
@@ -175,10 +180,12 @@ def make_output_function(site: BankSite, row_axis: RowAxis, has_bias: bool) -> C
             own, scale = site.split_tensors(slots[:-1])
             return method.bank.apply_kernel(op, x, y, own, scale, slots[-1], c)
         bank = method.bank if method.bank.is_defined() else BankForm()
-        if site.uses_fused_ops and _has_stretches(row_axis):
-            made = bank.apply_fused(op, x, y, *site.split_tensors(slots), c)
+        is_packed = _is_packed(x, y, row_axis)
+        if site.uses_fused_ops and (is_packed or _has_stretches(row_axis)):
+            own = (x[0], y[0]) if is_packed else (x, y)
+            made = bank.apply_fused(op, *own, *site.split_tensors(slots), c)
             if made is not None:
-                return made
+                return made[None] if is_packed else made
         w, c = op.canonical(w), expand_coefficients(c, y, row_axis)
         together = bank.apply(op, x, y, w, b, *site.split_tensors(slots), c)
         if together is not None:

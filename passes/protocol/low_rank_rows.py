@@ -9,7 +9,8 @@ returns a new tensor of the dtype of ``y``.
 Two ways compute it, equal up to rounding. The first is one matmul with the factors of all adapters side by side, for
 stretches of few positions. The second computes the rows of each adapter alone. There a row of the base costs nothing,
 and no row pays for another's adapter. It makes one matmul for each stretch of rows with the same adapter. If most rows
-have another adapter than the row before, one batched matmul computes all consecutive rows with one adapter each.
+have another adapter than the row before, one batched matmul computes all consecutive rows with one adapter each. Rows
+of one position, such as the tokens of packed texts, are gathered: one matmul for each adapter.
 
 The operator is for inference on any device. Programs that are exported or trained have plain operators instead. Calls
 of graphs go to :func:`low_rank_rows_direct` and to :func:`low_rank_rows_in_place`, which writes to ``y`` and returns
@@ -23,7 +24,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -36,6 +38,8 @@ from adaptc.torch_typing import to_python, untyped_library
 
 #: the most positions of a row, times adapters, at which one matmul with all factors is faster; plain operators are too
 MAX_STACKED_POSITIONS = 16
+#: the most rows of one position, times adapters, at which it is faster than gathering the rows of each adapter
+MAX_STACKED_ROWS = 128
 
 _LIBRARY = untyped_library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("low_rank_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor")
@@ -76,7 +80,10 @@ def _add_by_adapter(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor,
     x, flat = x.to(A.dtype).reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
     positions = flat.shape[0] // rows if rows else 0
     scales = _scale_values(scale)
-    uniform_runs, mixed_runs = _read_runs(c)
+    if positions == 1:
+        _add_by_gathering(x, flat, A, B, scales, _read_coefficients(c).groups)
+        return
+    uniform_runs, mixed_runs = _read_coefficients(c).runs
     for first, adapters, weights in mixed_runs:
         alphas = [w * scales[k % len(scales)] for k, w in zip(adapters, weights, strict=True)]
         same_alpha = all(w == alphas[0] for w in alphas)
@@ -109,6 +116,26 @@ def _add_by_adapter(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor,
             target.add_(torch.mm(h, B[k].t()), alpha=weight * scales[k % len(scales)])
 
 
+def _add_by_gathering(
+    x: Tensor, flat: Tensor, A: Tensor, B: Tensor, scales: Sequence[float], groups: Sequence[RowGroup]
+) -> None:
+    """Add the change of each adapter to its rows of ``flat``."""
+    for rows, k, weight in groups:
+        own = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+        h, up, scale = torch.mm(own, A[k].t()), B[k].t(), scales[k % len(scales)]
+        if isinstance(weight, Tensor):  # in the dtype of the sums, for half precision would round it
+            change = torch.mm(h, up).to(flat.dtype).mul_(weight.to(flat.dtype))
+        elif isinstance(rows, slice) and h.dtype == flat.dtype:
+            flat[rows].addmm_(h, up, alpha=weight * scale)
+            continue
+        else:
+            change, scale = torch.mm(h, up).to(flat.dtype), weight * scale
+        if isinstance(rows, slice):
+            flat[rows].add_(change, alpha=scale)
+        else:
+            flat.index_add_(0, rows, change, alpha=scale)
+
+
 def _factors_of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
     """Return the factors of some adapters, as a view if the adapters are consecutive."""
     first = adapters[0]
@@ -121,6 +148,8 @@ def _prefers_stacked(x: Tensor, c: Tensor) -> bool:
     """Return whether one matmul with all factors is the better way: few positions, or another device than the CPU."""
     rows, width = c.shape[0], x.shape[-1]
     positions = x.numel() // (rows * width) if rows and width else 0
+    if positions == 1:
+        return rows * c.shape[1] <= MAX_STACKED_ROWS or c.device.type != "cpu"
     return positions * c.shape[1] <= MAX_STACKED_POSITIONS or c.device.type != "cpu"
 
 
@@ -165,25 +194,70 @@ UniformRuns = list[tuple[int, int, int, float]]
 MixedRuns = list[tuple[int, list[int], list[float]]]
 
 
+class RowGroup(NamedTuple):
+    """The rows that have an adapter: consecutive ones as a slice, others as indices (n,); with one weight for all, or
+    weights (n, 1)."""
+
+    rows: slice | Tensor
+    adapter: int
+    weight: float | Tensor
+
+
+class CoefficientReading:
+    """Read the coefficients of a call as numbers, row by row. Each division is made when it is first asked for."""
+
+    def __init__(self, rows: Sequence[Sequence[float]]) -> None:
+        self._rows = rows
+
+    @cached_property
+    def runs(self) -> tuple[UniformRuns, MixedRuns]:
+        """Return the rows as :func:`divide_rows` divides them."""
+        return divide_rows(self._rows)
+
+    @cached_property
+    def groups(self) -> list[RowGroup]:
+        """Return the rows of each adapter."""
+        return group_rows(self._rows)
+
+
 class _LastRead(threading.local):
     """The result of reading the last coefficients, which are the same tensor at all layers of a call."""
 
     def __init__(self) -> None:
         self.c: Any = None
-        self.runs: tuple[UniformRuns, MixedRuns] = [], []
+        self.reading = CoefficientReading([])
         self.version = -1
 
 
 _LAST_READ = _LastRead()
 
 
-def _read_runs(c: Tensor) -> tuple[UniformRuns, MixedRuns]:
-    """Return the division of the rows by :func:`divide_rows`, remembered for the last tensor ``c``."""
+def _read_coefficients(c: Tensor) -> CoefficientReading:
+    """Return the coefficients (rows, count) as numbers, remembered for the last tensor ``c``."""
     if _LAST_READ.c is not None and _LAST_READ.c() is c and _LAST_READ.version == c._version:
-        return _LAST_READ.runs
-    found = divide_rows(to_python(c))
-    _LAST_READ.c, _LAST_READ.runs, _LAST_READ.version = ref(c), found, c._version
+        return _LAST_READ.reading
+    found = CoefficientReading(to_python(c))
+    _LAST_READ.c, _LAST_READ.reading, _LAST_READ.version = ref(c), found, c._version
     return found
+
+
+def group_rows(rows: Sequence[Sequence[float]]) -> list[RowGroup]:
+    """Return the rows of each adapter, given the coefficients (rows, count)."""
+    groups: list[RowGroup] = []
+    for k in range(len(rows[0]) if rows else 0):
+        own = [i for i, row in enumerate(rows) if row[k]]
+        if not own:
+            continue
+        weights = [rows[i][k] for i in own]
+        is_stretch = own[-1] - own[0] + 1 == len(own)
+        groups.append(
+            RowGroup(
+                slice(own[0], own[-1] + 1) if is_stretch else torch.tensor(own),
+                k,
+                weights[0] if len({*weights}) == 1 else torch.tensor(weights, dtype=torch.float64)[:, None],
+            )
+        )
+    return groups
 
 
 def divide_rows(rows: Sequence[Sequence[float]]) -> tuple[UniformRuns, MixedRuns]:

@@ -31,6 +31,7 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
         "nbytes held",
         "Adapter": "write to",
         "Generator": "generate prefill new_cache forward bind bank base tokenizer device dtype",
+        "ServingModel": "generate_batch init_continuous_batching device dtype",
         "Binding": "adapters_by_name to",
         "PackagedProgram": f"swap bind base {_SCALES} ranks binding",
         "RankAllocator": "update_and_allocate rank_pattern",

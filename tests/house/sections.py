@@ -17,7 +17,7 @@ from tests.house.docstring_parts import SHARED_ARGS, entries, sections
 from tests.house.public import MEMBERS, PACKAGES, Function, PublicName, Source, parameters, source
 
 #: classes whose objects functions make: the parameters of their constructors are not for users
-MADE_BY_FUNCTIONS = ("AdaptedProgram", "Runner", "Bank", "Generator", "Binding", "PackagedProgram")
+MADE_BY_FUNCTIONS = ("AdaptedProgram", "Runner", "Bank", "Generator", "ServingModel", "Binding", "PackagedProgram")
 
 
 def faults(code: Source | None = None) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Serve requests of many adapters in one step, under transformers' continuous batching."""

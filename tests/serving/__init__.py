@@ -1,0 +1,1 @@
+"""Requests with adapters of their own under transformers' continuous batching."""

@@ -1,0 +1,114 @@
+"""Each request gets the tokens that it gets by itself, whatever else is in its batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import adaptc
+from tests.generation.models import case
+from tests.generation.test_families import CAUSAL
+from tests.serving.models import expected_tokens, free_blocks, greedy, prompts, results, running, served, serving
+from tests.support.families import FAMILIES
+
+#: models that transformers' paged cache or one axis of tokens does not fit, and what their error says
+REFUSED = {
+    "bloom": "BloomForCausalLM takes no position_ids",
+    "falcon": r"1 key heads of \d+, and transformers' paged cache reserves 4 of \d+",
+    "gpt_neo": "GPTNeoForCausalLM cannot be captured as a paged step",
+    "mamba": "keeps states|paged cache",
+    "stablelm": "keys and values of different sizes",
+}
+MIXED: list[Any] = ["first", "second", None, {"first": 0.5, "second": -0.3}, "second", "first", None]
+
+
+@pytest.mark.long
+@pytest.mark.few(8)
+@pytest.mark.parametrize("family", [f for f in CAUSAL if f not in REFUSED])
+def test_tokens_are_those_of_each_request_alone(family: str) -> None:
+    """Prompts that are longer than a batch and than the windows of layers, two of them equal: blocks are shared."""
+    texts = prompts(5, 23, 1, 9, 14, 23, 2)
+    texts[5], texts[6] = texts[1], texts[1]
+    found = served(serving(family), texts, MIXED)
+    assert [one.error for one in found] == [None] * 7
+    expected = [expected_tokens(family, text, adapter) for text, adapter in zip(texts, MIXED, strict=True)]
+    assert [one.generated_tokens for one in found] == expected
+    assert expected[1] != expected[5] != expected[6]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tokens_of_two_kinds_of_layers(family: str) -> None:
+    """Full attention, and windows beside it, with and without shared blocks."""
+    texts = prompts(23, 3, 23, 8)
+    texts[2] = texts[0]
+    adapters: list[Any] = ["second", "first", None, {"first": 1.5}]
+    expected = [expected_tokens(family, text, adapter) for text, adapter in zip(texts, adapters, strict=True)]
+    for shares in (True, False):
+        found = served(serving(family), texts, adapters, allow_block_sharing=shares)
+        assert [one.generated_tokens for one in found] == expected
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_models_without_a_paged_step_are_refused(family: str) -> None:
+    model = FAMILIES[family].build()
+    with pytest.raises(adaptc.CaptureError, match=REFUSED[family]):
+        adaptc.compile_for_serving(model, adaptc.LoraConfig(r=2, target_modules="all-linear"))
+
+
+def test_evicted_requests_go_on_with_their_adapters() -> None:
+    """In a pool for a third of them, so that requests lose their blocks and are computed again."""
+    texts = prompts(9, 10, 11, 12, 9, 10, seed=3)
+    adapters = ["first", "second", None, "second", "first", {"first": 0.5, "second": 0.5}]
+    found = served(serving(), texts, adapters, new=14, num_blocks=14)
+    assert [one.error for one in found] == [None] * 6
+    expected = [expected_tokens("llama", text, adapter, 14) for text, adapter in zip(texts, adapters, strict=True)]
+    assert [one.generated_tokens for one in found] == expected
+
+
+def test_several_answers_of_one_request() -> None:
+    text, model = prompts(9)[0], serving()
+    options = greedy(model, 5)
+    options.update(do_sample=True, top_k=1, num_return_sequences=3)  # as good as greedy, which takes no such number
+    out = model.generate_batch([text], adapters=["second"], generation_config=options)
+    assert [one.generated_tokens for one in out.values()] == [expected_tokens("llama", text, "second", 5)] * 3
+
+
+def test_requests_that_name_no_adapter_have_the_program_s() -> None:
+    found, text = case("llama"), prompts(6)[0]
+    model = adaptc.compile_for_serving(found.model, found.adapters["first"], page_size=4, num_blocks=16)
+    for name in ("first", "second"):
+        adaptc.swap(model, found.adapters[name])
+        (out,) = model.generate_batch([text], max_new_tokens=5).values()
+        assert out.generated_tokens == expected_tokens("llama", text, name, 5)
+    bank = model.bank
+    assert len(bank) == 0
+    bank.add("other", found.adapters["first"])
+    (out,) = model.generate_batch([text], adapters=["other"], max_new_tokens=5).values()
+    assert out.generated_tokens == expected_tokens("llama", text, "first", 5)
+
+
+def test_requests_are_cancelled_and_streamed() -> None:
+    """A cancelled one leaves no block behind, the others get their tokens."""
+    texts = prompts(9, 12, 5)
+    with running(serving(), new=30) as manager:
+        first = manager.add_request(texts[0], adapter="first", max_new_tokens=30)
+        others = [manager.add_request(t, adapter="second", max_new_tokens=6, streaming=True) for t in texts[1:]]
+        manager.cancel_request(first)
+        found = results(manager, others)
+        assert free_blocks(manager)
+    for text, request in zip(texts[1:], others, strict=True):
+        assert found[request].generated_tokens == expected_tokens("llama", text, "second", 6)
+
+
+def test_log_probabilities_are_those_of_the_adapter() -> None:
+    text = prompts(7)[0]
+    (found,) = served(serving(), [text], ["second"], new=3, return_logprobs=True)
+    tokens = torch.tensor([text + found.generated_tokens])
+    oracle = case("llama").oracle
+    oracle.set_adapter("second")
+    with torch.no_grad():
+        logits = oracle(input_ids=tokens).logits[0, len(text) - 1 : -1].log_softmax(-1)
+    expected = logits.gather(1, tokens[0, len(text) :, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found.logprobs), expected, rtol=1e-4, atol=1e-5)
