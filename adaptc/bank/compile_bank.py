@@ -59,8 +59,8 @@ class RowProgram(BaseProgram):
         """Return ``base`` with where its rows are. ``probes``: as for :func:`find_row_axes`.
 
         ``row_inputs`` is the axis of the inputs that has the rows. It is name of an input -> its axis for a program
-        whose rows are tokens of packed texts. The tokens of a text read each other there. So nothing checks that outputs
-        keep rows apart, and ``probes`` have texts of one token.
+        whose rows are tokens of packed texts. The tokens of a text read each other there. So nothing checks that
+        outputs keep rows apart, and ``probes`` have texts of one token.
 
         Raises TargetError, which names the site, the output or the buffer, where rows cannot have adapters of their
         own.

@@ -74,7 +74,13 @@ def open_model(path: Path, options: ModelOptions) -> OpenedModel:
     return _open_package(path, options) if is_package(path) else _open_program(path, options)
 
 
-def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
+def read_model_and_tokenizer(path: Path, options: ModelOptions) -> tuple[Any, Any]:
+    """Return the model in a transformers directory or a GGUF file, on its device, and its tokenizer.
+
+    Raises CheckpointError, and ConfigError for options that do not fit.
+    """
+    if not path.is_dir() and not is_gguf(path):
+        raise CheckpointError(f"there is no model at {path}: give a transformers model directory, or a GGUF file")
     tokenizer = _load_tokenizer(options.tokenizer or path)  # the quicker one first
     model = read_gguf(path, options.dtype) if is_gguf(path) else read_model(path, options.dtype)
     _check_decoder_only(path, model.config)
@@ -82,6 +88,11 @@ def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
         model = quantize_read_model(model, options.quantize, path)
     if options.device is not None:
         model.to(_usable_device(options.device))
+    return model, tokenizer
+
+
+def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
+    model, tokenizer = read_model_and_tokenizer(path, options)
 
     def capture(adapter: Any) -> Generator:
         return compile_for_generation(

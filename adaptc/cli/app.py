@@ -222,3 +222,14 @@ def options(
     if verbose or quiet:
         import_adaptc().set_verbosity("info" if verbose else "error")
     _run_python_files(imported)
+
+
+def parse_named_paths(pairs: list[str]) -> dict[str, Path]:
+    """Return the paths of options ``NAME=PATH``, by name. Raises BadParameter for anything else."""
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not name or not path or name in found:
+            raise typer.BadParameter(f"{pair!r}: expected NAME=PATH, each name once", param_hint="'--adapter'")
+        found[name] = Path(path)
+    return found

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adaptc.cli.app import Quantize, app, prints_errors
+from adaptc.cli.app import Quantize, app, parse_named_paths, prints_errors
 
 
 @app.command()
@@ -63,14 +63,4 @@ def chat(
 
     choice = TokenChoice(max_new_tokens, temperature, greedy, seed)
     model_options = ModelOptions(max_length, backend, device, dtype, tokenizer, quantize)
-    run_chat(model, _parse_named_paths(adapter or []), system=system, choice=choice, options=model_options)
-
-
-def _parse_named_paths(pairs: list[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for pair in pairs:
-        name, _, path = pair.partition("=")
-        if not name or not path or name in found:
-            raise typer.BadParameter(f"{pair!r}: expected NAME=PATH, each name once", param_hint="'--adapter'")
-        found[name] = Path(path)
-    return found
+    run_chat(model, parse_named_paths(adapter or []), system=system, choice=choice, options=model_options)

@@ -137,19 +137,22 @@ class ServingModel(ProgramWrapper):
         Returns:
             an :class:`AdapterBatchingManager`.
         """
-        from transformers import ContinuousBatchingConfig
-
         known = vars(self).get("_cached_continuous_batching_manager")
         if known is not None:
             return known
-        spec = self.spec
         options = copy.copy(self.generation_config if generation_config is None else generation_config)
         if options.eos_token_id is None:
             options.eos_token_id = -1
-        batching = continuous_batching_config or ContinuousBatchingConfig(
-            page_size=spec.page_size, num_blocks=spec.num_blocks, max_batch_tokens=spec.max_batch_tokens
-        )
+        batching = continuous_batching_config or self.batching_config()
         return batching_manager_class()(self, options, batching, workload_hints)
+
+    def batching_config(self, **options: Any) -> Any:
+        """Return transformers' options of continuous batching, with the sizes that the model was compiled for."""
+        from transformers import ContinuousBatchingConfig
+
+        spec = self.spec
+        sizes = {"page_size": spec.page_size, "num_blocks": spec.num_blocks, "max_batch_tokens": spec.max_batch_tokens}
+        return ContinuousBatchingConfig(**{**sizes, **options})
 
     def generate_batch(
         self, inputs: Sequence[Sequence[int]], *args: Any, adapters: Any = ..., **kwargs: Any

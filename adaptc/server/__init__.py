@@ -1,0 +1,1 @@
+"""Serve a model with many adapters over HTTP, by transformers' OpenAI-compatible app."""
