@@ -65,6 +65,7 @@ def _listen(host: str, port: int) -> socket.socket:
             made = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind((host, port))
+            made.listen(128)  # so that clients wait until the server answers
         except OSError as error:
             raise ConfigError(f"no server can listen at {host}:{port} ({error.strerror or error})") from error
         opened.pop_all()
