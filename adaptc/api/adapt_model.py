@@ -15,6 +15,8 @@ from adaptc.generation.of_module import generate_with_module
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.runtime.options import RunOptions
+from adaptc.serving.of_module import generate_batch_with_module
+from adaptc.state.adaptation import ModuleGenerate
 from adaptc.value_types import validates_options
 
 
@@ -112,7 +114,7 @@ def compile(
         component=component,
         override=config,
         generator=generator,
-        generate=generate_with_module,
+        generate=ModuleGenerate(generate_with_module, generate_batch_with_module),
     )
 
 

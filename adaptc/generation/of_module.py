@@ -7,7 +7,8 @@ parameters, so no value that was computed from older ones is used.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from adaptc.training.pretrained_module import PretrainedModule
 #: the most rows, and the most positions where the model numbers none: only memory limits them, as caches grow with a
 #: call
 _UNLIMITED = 2**24
+
+W = TypeVar("W")
 
 
 def generate_with_module(module: PretrainedModule, inputs: Tensor | None, generation_config: Any, **kwargs: Any) -> Any:
@@ -38,15 +41,23 @@ def generate_with_module(module: PretrainedModule, inputs: Tensor | None, genera
 @with_graph_lock
 def _generator_for(module: PretrainedModule) -> Generator:
     """Return a generator with the module's current adapter; each thread that asks gets one of its own."""
+    return captured_for_module(module, "generator", _capture_generator)
+
+
+def captured_for_module(module: PretrainedModule, kind: str, capture: Callable[[PretrainedModule], W]) -> W:
+    """Return what ``capture`` makes of the module, with the module's current adapter and generation config.
+
+    It is captured once, and kept on the module as its ``kind``. The caller holds the graph lock.
+    """
     frozen = [t for t in module.parameters() if not t.requires_grad]
-    known = vars(module).get("generator")
+    known = vars(module).get(kind)
     # A frozen weight that was replaced must be captured anew, as the program holds the old tensor.
     if known is None or [*map(id, known[0])] != [*map(id, frozen)]:
         with isolated_capture(module):
-            known = vars(module)["generator"] = frozen, _capture_generator(module)
-    made: Generator = known[1]
+            known = vars(module)[kind] = frozen, capture(module)
+    made: Any = known[1]
     binding = module.binding()
-    # Adapters of a module may have different sites; the generator has the sites of the current one only.
+    # Adapters of a module may have different sites; the program has the sites of the current one only.
     made.program.swap_adapter(
         binding if binding.values.keys() == made.program.binding_plans.tensor_names else adapter_in_memory(module)
     )

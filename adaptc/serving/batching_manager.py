@@ -49,6 +49,11 @@ class AdapterPrompt(list[int]):
         self.adapter = adapter
 
 
+def pool_positions(batching: Any) -> int | None:
+    """Return how many positions the pool of these options of continuous batching has; None where memory decides."""
+    return None if batching.num_blocks is None else batching.num_blocks * batching.page_size
+
+
 def adapter_of(state: Any) -> RequestAdapter | None:
     """Return the adapters that the state of a request carries; None where it was added without any."""
     return state.logit_processor_kwargs.get(ADAPTER)
@@ -63,6 +68,7 @@ class AdapterBatchingManager:
     model: Any
     generation_config: Any
     batch_processor: Any
+    continuous_batching_config: Any
     logit_processor: Any
 
     def __init__(self, model: Any, generation_config: Any, continuous_batching_config: Any, hints: Any = None) -> None:
@@ -101,7 +107,7 @@ class AdapterBatchingManager:
         chosen = adapter if isinstance(adapter, RequestAdapter) else self.model.request_adapter(adapter)
         tokens = [*input_ids]
         limit = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.model.check_request(tokens, limit)
+        self.model.check_request(tokens, limit, pool_positions(self.continuous_batching_config))
         return super().add_request(tokens, request_id, max_new_tokens, *args, **kwargs, **{ADAPTER: chosen})  # type: ignore[misc]
 
     def _create_batch_processor(self) -> Any:

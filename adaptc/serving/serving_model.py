@@ -25,7 +25,7 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
-from adaptc.serving.batching_manager import AdapterPrompt, batching_manager_class
+from adaptc.serving.batching_manager import AdapterPrompt, batching_manager_class, pool_positions
 from adaptc.serving.paged_layout import PagedLayout
 from adaptc.serving.paged_step import captured_as_paged_step, probe_paged_step, row_inputs_of
 from adaptc.serving.request_adapter import RequestAdapter
@@ -95,10 +95,11 @@ class ServingModel(ProgramWrapper):
         self._requests.add(made)
         return made
 
-    def check_request(self, tokens: Sequence[int], max_new_tokens: int | None) -> None:
+    def check_request(self, tokens: Sequence[int], max_new_tokens: int | None, room: int | None) -> None:
         """Raise AdaptcError for a request that would end all others.
 
-        Its prompt has no tokens or others than the model's, or its text exceeds the positions of model or cache.
+        Its prompt has no tokens or others than the model's, or its text exceeds the positions of the model or those of
+        the cache, ``room``; None where they are not known.
         """
         spec, prompt_length = self.spec, len(tokens)
         if not prompt_length:
@@ -110,10 +111,9 @@ class ServingModel(ProgramWrapper):
                     f"the prompt has the token {short_repr(token)}: the model has the whole numbers below "
                     f"{spec.vocab_size}"
                 )
-        room = spec.num_blocks * spec.page_size
-        limit = room if spec.position_count is None else min(room, spec.position_count)
-        length = prompt_length + (max_new_tokens or 0)
-        if length > limit:
+        limits = [n for n in (room, spec.position_count) if n is not None]
+        length, limit = prompt_length + (max_new_tokens or 0), min(limits, default=None)
+        if limit is not None and length > limit:
             what = f"the cache has room for {room}" if limit == room else f"the model has positions for {limit}"
             raise AdaptcError(
                 f"the prompt has {prompt_length} tokens, and {max_new_tokens or 0} new ones are asked for: {what}. "
@@ -143,8 +143,17 @@ class ServingModel(ProgramWrapper):
         options = copy.copy(self.generation_config if generation_config is None else generation_config)
         if options.eos_token_id is None:
             options.eos_token_id = -1
-        batching = continuous_batching_config or self.batching_config()
+        batching = self._sized(continuous_batching_config)
         return batching_manager_class()(self, options, batching, workload_hints)
+
+    def _sized(self, batching: Any) -> Any:
+        """Return transformers' options with a size of the pool, where they leave it to the memory of the machine."""
+        if batching is None:
+            return self.batching_config()
+        if batching.num_blocks is None and batching.max_memory_percent is None:
+            batching = copy.copy(batching)
+            batching.num_blocks = -(-self.spec.num_blocks * self.spec.page_size // batching.page_size)
+        return batching
 
     def batching_config(self, **options: Any) -> Any:
         """Return transformers' options of continuous batching, with the sizes that the model was compiled for."""
@@ -155,13 +164,21 @@ class ServingModel(ProgramWrapper):
         return ContinuousBatchingConfig(**{**sizes, **options})
 
     def generate_batch(
-        self, inputs: Sequence[Sequence[int]], *args: Any, adapters: Any = ..., **kwargs: Any
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        *,
+        adapters: Any = ...,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Generate for many prompts, as transformers' ``generate_batch`` does.
 
         Args:
             inputs: the token ids of each prompt.
-            *args: further arguments of transformers' ``generate_batch``.
+            generation_config: transformers' options of generation; None for the model's.
+            continuous_batching_config: transformers' options of continuous batching; None for the sizes that the model
+                was compiled for.
             adapters: an entry for each prompt: a name of the bank, None for the base, or a dict of names and weights.
                 Where it is left out, the adapter that the program has now.
             **kwargs: further arguments of transformers' ``generate_batch``.
@@ -183,11 +200,13 @@ class ServingModel(ProgramWrapper):
                     "None for the base"
                 )
             chosen = [self.request_adapter(one) for one in adapters]
-        options = kwargs.get("generation_config", args[0] if args else None) or self.generation_config
+        limit, room = kwargs.get("max_new_tokens"), pool_positions(self._sized(continuous_batching_config))
+        if limit is None:
+            limit = (generation_config or self.generation_config).max_new_tokens
         for prompt in prompts:
-            self.check_request(prompt, kwargs.get("max_new_tokens", options.max_new_tokens))
+            self.check_request(prompt, limit, room)
         wrapped = [AdapterPrompt(prompt, one) for prompt, one in zip(prompts, chosen, strict=True)]
-        return super().generate_batch(wrapped, *args, **kwargs)  # type: ignore[misc]
+        return super().generate_batch(wrapped, generation_config, continuous_batching_config, **kwargs)  # type: ignore[misc]
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

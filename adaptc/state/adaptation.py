@@ -27,8 +27,17 @@ from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
 from adaptc.torch_typing import is_dict
 
-#: a function that generates with the module of a program, of that module and the arguments of its ``generate``
-ModuleGenerate = Callable[..., Any]
+
+@dataclass(frozen=True)
+class ModuleGenerate:
+    """The functions that generate with the module of a program, as ``generate`` and ``generate_batch`` do.
+
+    Each takes the module, and the arguments of the method of that name.
+    """
+
+    generate: Callable[..., Any]
+    generate_batch: Callable[..., Any]
+
 
 #: number of the format of the header and of region tags
 FORMAT = 2

@@ -299,10 +299,21 @@ class PretrainedModule(PretrainedFiles):
         ``adaptc.compile_for_generation`` does. Raises AdaptcError for a module whose program was not captured for
         training. Raises, too, as that function and its ``generate`` do.
         """
-        generate = self.program.adaptation.generate
-        if generate is None:
+        functions = self.program.adaptation.generate
+        if functions is None:
             raise self.recapture_error()
-        return generate(self, inputs, generation_config, **kwargs)
+        return functions.generate(self, inputs, generation_config, **kwargs)
+
+    def generate_batch(self, inputs: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> Any:
+        """Generate for many prompts as the model's ``generate_batch`` does, with the current adapter.
+
+        The first call captures a program as ``adaptc.compile_for_serving`` does, on the module's own tensors. Raises
+        as :meth:`generate` does.
+        """
+        functions = self.program.adaptation.generate
+        if functions is None:
+            raise self.recapture_error()
+        return functions.generate_batch(self, inputs, *args, **kwargs)
 
     def push_to_hub(self, *_: Any, **__: Any) -> Any:
         raise AdaptcError(

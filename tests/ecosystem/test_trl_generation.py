@@ -79,6 +79,26 @@ def test_grpo_losses_are_pefts(trained: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_grpo_losses_are_pefts_with_continuous_batching(trained: Any, tmp_path: Path) -> None:
+    """Both sides answer under transformers' continuous batching, and draw the same numbers."""
+
+    def run(policy: Any) -> torch.Tensor:
+        args = GRPOConfig(
+            **options(tmp_path),
+            max_completion_length=5,
+            num_generations=2,
+            use_transformers_continuous_batching=True,
+            transformers_continuous_batching_config={"num_blocks": 64, "page_size": 8, "max_batch_tokens": 32},
+        )
+        trainer = GRPOTrainer(
+            policy, reward_funcs=reward, args=args, train_dataset=prompts(), processing_class=tokenizer()
+        )
+        return logged(trainer, "loss", "reward", "entropy", "grad_norm", "num_tokens")
+
+    same(run(trained), run(peft_model()))
+
+
+@pytest.mark.long
 def test_rloo_losses_are_pefts_with_the_base_as_the_reference(trained: Any, tmp_path: Path) -> None:
     """PEFT's reference is the adapter as it was, so B is zero here, and it is the base."""
     zero = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in first_values().items()}

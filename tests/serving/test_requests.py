@@ -112,3 +112,18 @@ def test_log_probabilities_are_those_of_the_adapter() -> None:
         logits = oracle(input_ids=tokens).logits[0, len(text) - 1 : -1].log_softmax(-1)
     expected = logits.gather(1, tokens[0, len(text) :, None])[:, 0]
     torch.testing.assert_close(torch.tensor(found.logprobs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_compiled_steps_give_the_same_tokens() -> None:
+    """One compilation for all sizes, adapters and mixes."""
+    texts = prompts(5, 23, 1, 9)
+    model = serving("llama", "inductor")
+    adapters: list[Any] = ["first", "second", None, {"first": 0.5, "second": -0.3}]
+    found = served(model, texts, adapters)
+    assert [one.error for one in found] == [None] * 4
+    expected = [expected_tokens("llama", text, adapter) for text, adapter in zip(texts, adapters, strict=True)]
+    assert [one.generated_tokens for one in found] == expected
+    with adaptc.debug.assert_no_recompiles():
+        found = served(model, texts[::-1], ["second", {"second": 2.0}, "first", None])
+    assert found[0].generated_tokens == expected_tokens("llama", texts[-1], "second")
