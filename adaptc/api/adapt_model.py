@@ -15,7 +15,7 @@ from adaptc.generation.of_module import generate_with_module
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.runtime.options import RunOptions
-from adaptc.serving.of_module import generate_batch_with_module
+from adaptc.serving.compile_for_serving import generate_batch_with_module
 from adaptc.state.adaptation import ModuleGenerate
 from adaptc.value_types import validates_options
 

@@ -1,10 +1,13 @@
-"""Compile a transformers model and adapters to an object that answers requests under continuous batching."""
+"""Compile a transformers model and adapters to an object that answers requests under continuous batching.
+
+:func:`generate_batch_with_module` does so for a module that is being trained, once, on the module's own tensors.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +20,12 @@ from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.where_made import match_inference_mode
 from adaptc.errors import AdaptcError, CaptureError, ConfigError, short_repr
 from adaptc.generation.cache.token_gates import gate_names_of_method, refuse_token_gates
+from adaptc.generation.of_module import captured_for_module
 from adaptc.methods import ProgramConfig
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import build_program, plan_adapters
+from adaptc.program.recapture import adapter_in_memory, rebuild_model
 from adaptc.progress import stage
 from adaptc.quantized_layers.replace_layers import plain_layers
 from adaptc.runtime.options import RunOptions
@@ -28,6 +33,7 @@ from adaptc.serving.check_step import check_step_matches_model
 from adaptc.serving.paged_layout import PagedLayout
 from adaptc.serving.paged_step import captured_as_paged_step
 from adaptc.serving.serving_model import ServingModel, ServingSpec, as_transformers_model, make_serving_bank
+from adaptc.training.pretrained_module import PretrainedModule
 
 
 def compile_for_serving(
@@ -166,4 +172,43 @@ def _check_configs(adapter: Any, name: str) -> None:
     raise ConfigError(
         f"{type(config).__name__} puts virtual tokens in front of a text, for which a paged cache has no rows: serve "
         f"{name} with adapters of its layers, or generate with adaptc.compile_for_generation"
+    )
+
+
+def generate_batch_with_module(
+    module: PretrainedModule,
+    inputs: Sequence[Sequence[int]],
+    generation_config: Any = None,
+    continuous_batching_config: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Generate with the parameters that ``module`` has now, in eval mode and its own dtype.
+
+    The pool has room for all prompts, unless ``continuous_batching_config`` says how large it is. Raises as
+    :meth:`ServingModel.generate_batch` does.
+    """
+    with torch.autocast(module.device.type, enabled=False):
+        serving = _serving_for(module)
+        options = generation_config or serving.generation_config
+        batching = copy.copy(continuous_batching_config or serving.batching_config(num_blocks=None))
+        if batching.num_blocks is None and batching.max_memory_percent is None:
+            new = kwargs.get("max_new_tokens") or options.max_new_tokens or 0
+            answers = options.num_return_sequences or 1
+            pages = sum(-(-(len(prompt) + new) // batching.page_size) for prompt in inputs)
+            batching.num_blocks = 2 * answers * pages + 1
+        return serving.generate_batch(inputs, generation_config, batching, **kwargs)
+
+
+@with_graph_lock
+def _serving_for(module: PretrainedModule) -> ServingModel:
+    return captured_for_module(module, "serving", _capture_serving)
+
+
+def _capture_serving(module: PretrainedModule) -> ServingModel:
+    program = module.program
+    return compile_for_serving(
+        rebuild_model(module),
+        adapter_in_memory(module),
+        autocast_adapter_dtype=program.adaptation.autocast,
+        hoist_limit=program.options.hoist_limit,
     )
