@@ -14,13 +14,14 @@ from torch.export import ExportedProgram
 from adaptc.adapters.adapter import Adapter
 from adaptc.bank.bank import Bank
 from adaptc.errors import AdaptcError, ConfigError, short_repr
-from adaptc.generation.artifact import load_package_contents, read_generator
 from adaptc.packages.package_program import package_program
 from adaptc.packages.write_bank import package_bank
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.program_file import load_program, save_program
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
 from adaptc.runtime.options import RunOptions
+from adaptc.serving.serving_file import load_package_contents, wrapper_of_file
+from adaptc.serving.serving_model import ServingModel
 from adaptc.state.adapter_output import write_adapter
 from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale, write_module_adapter
@@ -80,7 +81,8 @@ def load(
         device: the device of its tensors and its adapter; None leaves them where they were.
 
     Returns:
-        an :class:`AdaptedProgram`, whose adapters are found in the graph; for a saved generator a :class:`Generator`.
+        an :class:`AdaptedProgram`, whose adapters are found in the graph; for a saved generator a :class:`Generator`,
+        for a saved serving model a :class:`ServingModel` with an empty bank.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another format, or has something that could run code:
@@ -92,7 +94,7 @@ def load(
         2
     """
     program = load_program(AdaptedProgram, Path(path), RunOptions(backend, hoist_limit, fuse), device)
-    return read_generator(Path(path), program) or program
+    return wrapper_of_file(Path(path), program) or program
 
 
 @accepts_wrappers
@@ -160,10 +162,10 @@ def package(
     """Compile ``program`` ahead of time with AOTInductor into one file with swappable adapters; return its path.
 
     The file is machine code, which runs when it is loaded. The package of a :class:`Generator` holds the step (and the
-    encoder), the generation config, and the tokenizer.
+    encoder), the generation config, and the tokenizer. That of a :class:`ServingModel` holds its bank.
 
     Args:
-        program: a program, a generator, or a bank of one of these.
+        program: a program, a generator, a bank of one of these, or a serving model.
         path: the file to write.
         max_rank: the largest rank of later swaps; None for the present ranks.
         products: "measured" uses the base's fastest matmuls on this machine, "plain" torch's.
@@ -187,6 +189,10 @@ def package(
     generates = isinstance(program, ProgramWrapper) or (isinstance(program, Bank) and program.generator is not None)
     if tokenizer is not None and not generates:
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
+    if isinstance(program, ServingModel):
+        package_files = program.package_files(tokenizer)
+        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "package_files": package_files}
+        return package_bank(program.bank, Path(path), **options)
     if isinstance(program, Bank):
         if program.generator is not None:
             package_files = program.generator.package_files(tokenizer)

@@ -51,7 +51,7 @@ def show(
     from adaptc.packages.manifest import is_package
 
     if is_package(path):
-        from adaptc.generation.artifact import read_package_report
+        from adaptc.serving.serving_file import read_package_report
 
         print_result(
             as_json, read_package_report(path)

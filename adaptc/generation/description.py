@@ -84,23 +84,23 @@ def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
     """
     stored = {
         "format": SPEC_FORMAT,
-        "config": _config_to_json(spec.config, "config"),
-        "generation_config": _config_to_json(spec.generation_config, "generation_config"),
+        "config": config_to_json(spec.config, "config"),
+        "generation_config": config_to_json(spec.generation_config, "generation_config"),
         "layers": [vars(layer) for layer in spec.layout.layers],
-        "dtype": _dtype_name(spec.layout.dtype),
+        "dtype": dtype_name(spec.layout.dtype),
         **{key: getattr(spec, field) for key, field in _PLAIN_FIELDS.items()},
-        "embeds_dtype": _dtype_name(spec.embeds_dtype),
+        "embeds_dtype": dtype_name(spec.embeds_dtype),
     }
     stored |= mode_to_json(spec.cache_mode, spec)
     if spec.token_gate_inputs:
         stored["acts"] = list(spec.token_gate_inputs)
     if isinstance(spec.layout, StateLayout):
-        stored["states"] = [{**vars(s), "dtype": _dtype_name(s.dtype)} for s in spec.layout.states]
+        stored["states"] = [{**vars(s), "dtype": dtype_name(s.dtype)} for s in spec.layout.states]
     if isinstance(spec, Seq2SeqSpec):
         stored["across"] = {
             **{key: getattr(spec, field) for key, field in _SEQ2SEQ_FIELDS.items()},
             "layers": [vars(layer) for layer in spec.cross_layout.layers],
-            "dtype": _dtype_name(spec.cross_layout.dtype),
+            "dtype": dtype_name(spec.cross_layout.dtype),
         }
     return {SPEC_FILE: json.dumps(stored)}
 
@@ -114,23 +114,17 @@ def facts_of(
     returns the tokenizer that came with the program. Raises UnsafeFile where the spec cannot be read or does not fit
     the program.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     if not is_dict(stored) or stored.get("format") != SPEC_FORMAT:
         found = stored.get("format") if is_dict(stored) else stored
         raise UnsafeFile(f"its format is {found!r}, and this adaptc reads {SPEC_FORMAT}")
     check_json(stored, _SCHEMA)
-    kind = stored["config"].get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UnsafeFile(f"this release of transformers has no model_type {kind!r}")
     layout, seq2seq = _layout_from_json(stored).with_passes(count_passes(inputs)), stored.get("across")
-    config_class: Any = CONFIG_MAPPING[kind]  # transformers gives from_dict no types
     fields: dict[str, Any] = {
-        "config": config_class.from_dict(stored["config"]),
-        "generation_config": _read_generation_config(stored["generation_config"]),
+        "config": read_config(stored["config"]),
+        "generation_config": read_generation_config(stored["generation_config"]),
         "layout": layout,
         **{field: stored[key] for key, field in _PLAIN_FIELDS.items()},
-        "embeds_dtype": _dtype_from_name(stored["embeds_dtype"]),
+        "embeds_dtype": dtype_from_name(stored["embeds_dtype"]),
         "tokenizer": tokenizer,
         "cache_mode": mode_from_json(stored, layout, inputs),
         "mode_reason": stored.get("why", ""),
@@ -156,7 +150,7 @@ def facts_of(
     return spec
 
 
-def _config_to_json(config: Any, config_name: str) -> Any:
+def config_to_json(config: Any, config_name: str) -> Any:
     """Return a config as JSON values. Raises ConfigError for an attribute that JSON cannot hold."""
     try:
         return json.loads(config.to_json_string(use_diff=False))
@@ -172,7 +166,18 @@ def _config_to_json(config: Any, config_name: str) -> Any:
         raise ConfigError(f"gen.{config_name} cannot be written: {error}") from error
 
 
-def _read_generation_config(stored: dict[str, Any]) -> Any:
+def read_config(stored: dict[str, Any]) -> Any:
+    """Return a model's config. Raises UnsafeFile where this release of transformers does not have its model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind: Any = stored.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UnsafeFile(f"this release of transformers has no model_type {kind!r}")
+    config_class: Any = CONFIG_MAPPING[kind]  # transformers gives from_dict no types
+    return config_class.from_dict(stored)
+
+
+def read_generation_config(stored: dict[str, Any]) -> Any:
     """Return the generation config, including attributes that users added.
 
     transformers drops these from a generation config that was made from a model's config.
@@ -192,11 +197,11 @@ def _layout_from_json(stored: Any, name_prefix: str = "") -> CacheLayout:
         if strange := [s["kind"] for s in stored["states"] if s["kind"] not in STATE_KINDS]:
             raise UnsafeFile(f"a state is one of {short_repr(strange[0])}")
         states = tuple(
-            State(**s | {"sizes": tuple(s["sizes"]), "dtype": _dtype_from_name(s["dtype"])}) for s in stored["states"]
+            State(**s | {"sizes": tuple(s["sizes"]), "dtype": dtype_from_name(s["dtype"])}) for s in stored["states"]
         )
-        return StateLayout((), _dtype_from_name(stored["dtype"]), name_prefix, states=states)
+        return StateLayout((), dtype_from_name(stored["dtype"]), name_prefix, states=states)
     return CacheLayout(
-        tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype_from_name(stored["dtype"]), name_prefix
+        tuple(LayerLayout(**layer) for layer in stored["layers"]), dtype_from_name(stored["dtype"]), name_prefix
     )
 
 
@@ -206,11 +211,11 @@ def _conv_strides(numbers: list[int]) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype_from_name(name: str) -> torch.dtype:
+def dtype_from_name(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise UnsafeFile(f"{name!r} is no dtype")
@@ -223,7 +228,7 @@ _TOKENIZER_FOLDER = "tokenizer/"
 def files_for_package(spec: GenerationSpec, tokenizer: Any = None) -> dict[str, bytes]:
     """Return the files of a package by path. Raises ConfigError for anything but a tokenizer that fits the program."""
     files = {name: text.encode() for name, text in spec_to_json(spec).items()}
-    return files if tokenizer is None else files | _tokenizer_files(_load_tokenizer(tokenizer), spec)
+    return files | tokenizer_files(tokenizer, spec.vocab_size)
 
 
 def spec_from_package(contents: Contents) -> GenerationSpec | None:
@@ -236,22 +241,31 @@ def spec_from_package(contents: Contents) -> GenerationSpec | None:
         if files:
             raise UnsafeFile(f"it carries {min(files)!r}, which is of no program")
         return None
-    tokenizer = {
-        n.removeprefix(_TOKENIZER_FOLDER): data for n, data in files.items() if n.startswith(_TOKENIZER_FOLDER)
-    }
-    if strange := sorted(n for n in files if n != SPEC_FILE and not n.startswith(_TOKENIZER_FOLDER)):
-        raise UnsafeFile(f"it carries {strange[0]!r}, which is none of what generates")
+    tokenizer = tokenizer_of_package(files, SPEC_FILE)
     inputs = {i.name for i in contents.manifest.inputs}
     outputs = [name for part in contents.manifest.parts.values() for name in part.outputs]
     try:
         return facts_of(
             parse_json(files[SPEC_FILE], allow_nan=True),
             inputs,
-            _tokenizer_reader(tokenizer) if tokenizer else None,
+            tokenizer,
             outputs,
         )
     except UnsafeFile as error:
         raise error.prepend_location(f"what it says of generation, {SPEC_FILE!r}: ") from None
+
+
+def tokenizer_of_package(files: Mapping[str, bytes], spec_file: str) -> Callable[[], Any] | None:
+    """Return a function that returns the tokenizer in the files of a package; None where there is none.
+
+    Raises UnsafeFile for a file that is neither ``spec_file`` nor of a tokenizer.
+    """
+    tokenizer = {
+        n.removeprefix(_TOKENIZER_FOLDER): data for n, data in files.items() if n.startswith(_TOKENIZER_FOLDER)
+    }
+    if strange := sorted(n for n in files if n != spec_file and not n.startswith(_TOKENIZER_FOLDER)):
+        raise UnsafeFile(f"it carries {strange[0]!r}, which is none of what generates")
+    return _tokenizer_reader(tokenizer) if tokenizer else None
 
 
 def _load_tokenizer(source: Any) -> Any:
@@ -274,10 +288,17 @@ def _load_tokenizer(source: Any) -> Any:
         raise ConfigError(f"{path} has no tokenizer that can be read: {tokenizer_failure(path, error)}") from error
 
 
-def _tokenizer_files(tokenizer: Any, spec: GenerationSpec) -> dict[str, bytes]:
-    if len(tokenizer) > spec.vocab_size:
+def tokenizer_files(source: Any, vocab_size: int) -> dict[str, bytes]:
+    """Return the files of a package that hold the tokenizer ``source``, or that of its directory; {} for None.
+
+    Raises ConfigError for anything but a tokenizer that fits a program of ``vocab_size`` tokens.
+    """
+    if source is None:
+        return {}
+    tokenizer = _load_tokenizer(source)
+    if len(tokenizer) > vocab_size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, and the program was compiled for {spec.vocab_size}: give the "
+            f"the tokenizer has {len(tokenizer)} tokens, and the program was compiled for {vocab_size}: give the "
             "model's own, or resize the model's embeddings before it is compiled"
         )
     with tempfile.TemporaryDirectory() as folder:

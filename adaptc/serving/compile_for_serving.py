@@ -32,7 +32,8 @@ from adaptc.runtime.options import RunOptions
 from adaptc.serving.check_step import check_step_matches_model
 from adaptc.serving.paged_layout import PagedLayout
 from adaptc.serving.paged_step import captured_as_paged_step
-from adaptc.serving.serving_model import ServingModel, ServingSpec, as_transformers_model, make_serving_bank
+from adaptc.serving.serving_model import ServingModel, as_transformers_model, make_serving_bank
+from adaptc.serving.serving_spec import ServingSpec
 from adaptc.training.pretrained_module import PretrainedModule
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from adaptc.binding.binding import Binding
 from adaptc.locks import reset_after_fork
+from adaptc.packages.package_engine import IndexedRows
 
 _NUMBERS: WeakKeyDictionary[Binding, int] = WeakKeyDictionary()
 _COUNTER, _LOCK = itertools.count(1), reset_after_fork(threading.Lock())
@@ -32,14 +33,21 @@ def binding_key(binding: Binding) -> str:
 class RequestAdapter:
     """The adapters of a request: ``mix`` has the weight of each binding in ``adapters``, both by ``binding_key``.
 
-    The base has none. ``name`` is what the request asked for, for messages and metrics.
+    The base has none. ``name`` is what the request asked for, for messages and metrics. In a package ``indices`` are
+    those of the adapters in the code, and nothing else is written there while ``kept`` exists.
     """
 
-    def __init__(self, name: str, weights: Mapping[Binding, float]) -> None:
-        self.name = name
-        keys = {binding: binding_key(binding) for binding in weights}
-        self.adapters: Mapping[str, Binding] = {key: binding for binding, key in keys.items()}
-        self.mix: Mapping[str, float] = {keys[binding]: weight for binding, weight in weights.items() if weight}
+    def __init__(
+        self, name: str, mix: Mapping[str, float], bindings: Mapping[str, Binding], kept: IndexedRows | None = None
+    ) -> None:
+        self.name, self.kept = name, kept
+        keys = {n: binding_key(bindings[n]) for n in mix}
+        self.adapters: Mapping[str, Binding] = {key: bindings[n] for n, key in keys.items()}
+        self.indices: Mapping[str, int] = {} if kept is None else {k: kept.index_by_name[n] for n, k in keys.items()}
+        weights: dict[str, float] = {}
+        for n, weight in mix.items():  # one binding may have several names
+            weights[keys[n]] = weights.get(keys[n], 0.0) + weight
+        self.mix: Mapping[str, float] = {key: weight for key, weight in weights.items() if weight}
 
     @property
     def salt(self) -> bytes:

@@ -10,7 +10,6 @@ import collections.abc
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakSet
@@ -22,32 +21,15 @@ from adaptc.bank.bank import Bank
 from adaptc.bank.row_adapters import adapter_names_in, parse_row_adapters
 from adaptc.bank.stack_placement import make_bank
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError, ConfigError, short_repr
+from adaptc.errors import AdaptcError, short_repr
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
 from adaptc.serving.batching_manager import AdapterPrompt, batching_manager_class, pool_positions
-from adaptc.serving.paged_layout import PagedLayout
 from adaptc.serving.paged_step import captured_as_paged_step, probe_paged_step, row_inputs_of
 from adaptc.serving.request_adapter import RequestAdapter
-from adaptc.serving.step_adapters import StepAdapters
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ServingSpec:
-    """Hold what is known of a paged step besides its graph.
-
-    ``config`` and ``generation_config`` are copies of the model's. ``position_count``: the positions that the model is
-    for; None for any number. ``max_batch_tokens``, ``num_blocks``, ``page_size``: the sizes of a batch and of the pool.
-    """
-
-    layout: PagedLayout
-    config: Any
-    generation_config: Any
-    vocab_size: int
-    position_count: int | None
-    max_batch_tokens: int
-    num_blocks: int
-    page_size: int
+from adaptc.serving.serving_spec import ServingSpec, files_for_package, spec_to_json
+from adaptc.serving.step_adapters import step_adapters_of
 
 
 class ServingModel(ProgramWrapper):
@@ -69,12 +51,11 @@ class ServingModel(ProgramWrapper):
     _is_stateful = False
     _supports_flash_attn = False
 
-    def __init__(self, program: AdaptedProgram, spec: ServingSpec, bank: Bank) -> None:
+    def __init__(self, program: AdaptedProgram | PackagedProgram, spec: ServingSpec, bank: Bank) -> None:
         self._program, self.spec, self.bank = program, spec, bank
         self.config, self.generation_config = spec.config, spec.generation_config
         self._requests: WeakSet[RequestAdapter] = WeakSet()
-        placement: Any = bank.placement
-        self._steps = StepAdapters(placement, self._is_in_use)
+        self._steps = step_adapters_of(bank.placement, self._is_in_use)
         #: paged cache -> the list of logits processors that knows the requests of its next step
         self.recorders: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -83,15 +64,20 @@ class ServingModel(ProgramWrapper):
     def request_adapter(self, adapter: Any = ...) -> RequestAdapter:
         """Return what a request keeps that asks for ``adapter``, as ``add_request`` takes it.
 
-        Raises AdaptcError for a name that the bank does not have.
+        Raises AdaptcError for a name that the bank does not have, and for a package where ``adapter`` is left out.
         """
         if adapter is ...:
+            if isinstance(self._program, PackagedProgram):
+                raise AdaptcError(
+                    "adapter= is missing: a package has the adapters of its bank and no other. Give a name, None for "
+                    "the base, or a mix"
+                )
             binding = self._program.binding
-            made = RequestAdapter(binding.name, {binding: 1.0} if binding.methods else {})
+            mix, bindings = {binding.name: 1.0} if binding.methods else {}, {binding.name: binding}
         else:
             (mix,) = parse_row_adapters([adapter])
             bindings = self.bank.adapters_for_call(adapter_names_in((mix,)))
-            made = RequestAdapter(" + ".join(mix) or "base", {bindings[name]: weight for name, weight in mix.items()})
+        made = self._steps.request_adapter(" + ".join(mix) or "base", mix, bindings)
         self._requests.add(made)
         return made
 
@@ -253,6 +239,11 @@ class ServingModel(ProgramWrapper):
         return self.spec.layout.dtype
 
     @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that came with the package; None where there is none."""
+        return None if self.spec.tokenizer is None else self.spec.tokenizer()
+
+    @property
     def vocab_size(self) -> int:
         """Return the number of tokens."""
         return self.spec.vocab_size
@@ -280,23 +271,24 @@ class ServingModel(ProgramWrapper):
     # -- the program inside --------------------------------------------------------------------------------------------
 
     @property
-    def program(self) -> AdaptedProgram:
-        """Return the step program: ``swap``, ``merge`` and the other functions of adaptc work on it."""
+    def program(self) -> AdaptedProgram | PackagedProgram:
+        """Return the step program, or the package of one; the functions of adaptc work on it."""
         return self._program
 
     @property
-    def runner(self) -> AdaptedProgram:
+    def runner(self) -> AdaptedProgram | PackagedProgram:
         return self._program
 
     def with_program(self, program: AdaptedProgram) -> Self:
-        """Return the same for another version of the program. Raises ConfigError for a program without adapters."""
+        """Return the same for another version of the program, with an empty bank. Raises ConfigError for a program
+        without adapters."""
         return type(self)(program, self.spec, make_serving_bank(program, self.spec))
 
     def sidecar_texts(self) -> dict[str, str]:
-        raise AdaptcError("a program for serving is not written to a file yet: compile it where it serves")
+        return spec_to_json(self.spec)
 
     def package_files(self, tokenizer: Any) -> dict[str, bytes]:
-        raise ConfigError("a program for serving cannot be packaged yet")
+        return files_for_package(self.spec, tokenizer)
 
     def example_inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return dict(options)
@@ -305,10 +297,7 @@ class ServingModel(ProgramWrapper):
         return None
 
     def notes(self) -> list[str]:
-        spec = self.spec
-        kinds = ", ".join(f"{len(g.layers)} layers of {g.name.replace('_', ' ')}" for g in spec.layout.groups)
-        room = spec.num_blocks * spec.page_size
-        return [f"serves batches of up to {spec.max_batch_tokens} tokens from a pool for {room} positions ({kinds})"]
+        return self.spec.notes()
 
     @contextlib.contextmanager
     def as_program(self, model: Any) -> collections.abc.Generator[Any]:
@@ -320,10 +309,10 @@ class ServingModel(ProgramWrapper):
 
     def __copy__(self) -> Self:
         """Return a model on the same weights whose adapters are changed independently; its bank is empty."""
-        return self.with_program(copy.copy(self._program))
+        return self.with_program(copy.copy(self._require_program("copy")))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self.with_program(copy.deepcopy(self._program, memo))
+        return self.with_program(copy.deepcopy(self._require_program("copy"), memo))
 
     def __repr__(self) -> str:
         return f"{self.notes()[0]}, of\n{self._program!r}"

@@ -57,7 +57,7 @@ def made(kind: str) -> tuple[Any, StepCache]:
 
 KINDS = ["llama", "gemma2", "mistral", "gpt_neo", "state", "text", "t5", "rows", "prefix", "prompt", "alora"]
 #: lines around the blocks of a call, where nothing is wrong yet and nobody is told
-AT_THE_END = 4
+AT_THE_END = 5
 #: those of which a step writes over what came before, so that not all can be put back
 WRITTEN_OVER = {"gemma2", "mistral", "state", "prompt"}
 
