@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.bank.base_program import BaseProgram
-from adaptc.bank.find_batch_axis import Batch, batch_of_inputs, find_batch, find_row_axes
+from adaptc.bank.find_batch_axis import Batch, TokenInputs, find_batch, find_row_axes
 from adaptc.bank.row_independence import program_outputs
 from adaptc.bank.stack_adapters import with_rank_starts
 from adaptc.binding.binding import Binding
@@ -54,13 +54,13 @@ class RowProgram(BaseProgram):
         cls,
         base: BaseProgram,
         probes: Sequence[Mapping[str, Any]] = (),
-        row_inputs: Mapping[str, int] | int = 0,
+        row_inputs: TokenInputs | int = 0,
     ) -> RowProgram:
         """Return ``base`` with where its rows are. ``probes``: as for :func:`find_row_axes`.
 
-        ``row_inputs`` is the axis of the inputs that has the rows. It is name of an input -> its axis for a program
-        whose rows are tokens of packed texts. The tokens of a text read each other there. So nothing checks that
-        outputs keep rows apart, and ``probes`` have texts of one token.
+        ``row_inputs`` is the axis of the inputs that has the rows. It is :class:`TokenInputs` for a program whose rows
+        are tokens of packed texts. The tokens of a text read each other there. So nothing checks that outputs keep rows
+        apart, and ``probes`` have texts of one token.
 
         Raises TargetError, which names the site, the output or the buffer, where rows cannot have adapters of their
         own.
@@ -68,7 +68,7 @@ class RowProgram(BaseProgram):
         program, ops = base.program, base.ops
         _check_input_names(program)
         is_batch = isinstance(row_inputs, int)
-        rows = find_batch(program, row_inputs) if isinstance(row_inputs, int) else batch_of_inputs(program, row_inputs)
+        rows = find_batch(program, row_inputs) if isinstance(row_inputs, int) else row_inputs.batch(program)
         lifted = LiftedProgram(program, edit=False)
         site_nodes: dict[str, Attachment] = {}
         for a in base.attachments:

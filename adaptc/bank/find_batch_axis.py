@@ -13,7 +13,7 @@ in what the program returns and writes to; there the axis need not be known.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -54,15 +54,25 @@ class Batch:
     """The batch of a program.
 
     ``inputs``: name of a user's input -> its axis that has the rows. ``size``: the number of rows as the graph has it,
-    a number or a symbol. ``first_input``: the first of the inputs, and its axis.
+    a number or a symbol. ``first_input``: the first of the inputs, and its axis. ``picked_by``: an input with the
+    indices of the rows that go on to the end of the program, "" for none, and ``picked_size``, their number.
     """
 
     inputs: Mapping[str, int]
     size: Any
+    picked_by: str = ""
+    picked_size: Any = 0
 
     @property
     def first_input(self) -> tuple[str, int]:
         return next(iter(self.inputs.items()))
+
+    def candidates(self, value: Any) -> list[RowAxis]:
+        """Return the axes along which ``value`` may have the rows, or those of them that were picked."""
+        found = list(candidate_axes(value, self.size))
+        if not found and self.picked_by:
+            found = [replace(one, picked_by=self.picked_by) for one in candidate_axes(value, self.picked_size)]
+        return found
 
 
 def find_batch(program: ExportedProgram, axis: int = 0) -> Batch:
@@ -79,10 +89,22 @@ def find_batch(program: ExportedProgram, axis: int = 0) -> Batch:
     return Batch({n: axis for n, v in tensors.items() if size_expression(v.shape[axis]) == size_expression(size)}, size)
 
 
-def batch_of_inputs(program: ExportedProgram, row_inputs: Mapping[str, int]) -> Batch:
-    """Return the batch whose rows lie in these inputs, by name, along these axes."""
-    name, axis = next(iter(row_inputs.items()))
-    return Batch(row_inputs, user_inputs(program)[name].shape[axis])
+@dataclass(frozen=True)
+class TokenInputs:
+    """The inputs of a program whose rows are tokens of packed texts.
+
+    ``axes``: name of an input -> its axis of tokens. ``picked_by``: the input with the indices of the tokens that go on
+    to the head; "" where all do.
+    """
+
+    axes: Mapping[str, int]
+    picked_by: str = ""
+
+    def batch(self, program: ExportedProgram) -> Batch:
+        """Return the batch of these tokens."""
+        (name, axis), inputs = next(iter(self.axes.items())), user_inputs(program)
+        picked = inputs[self.picked_by].shape[0] if self.picked_by else 0
+        return Batch(self.axes, inputs[name].shape[axis], self.picked_by, picked)
 
 
 @with_graph_lock
@@ -102,7 +124,7 @@ def find_row_axes(
     random values, for zeros would hide what mixes rows in front of them.
     """
     nodes = {n.name: n for n in program.graph.nodes if n.name in node_names}
-    candidates = {name: list(candidate_axes(node.meta["val"], batch.size)) for name, node in nodes.items()}
+    candidates = {name: batch.candidates(node.meta["val"]) for name, node in nodes.items()}
     reasons = {
         n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {batch.size} rows" for n in node_names
     }

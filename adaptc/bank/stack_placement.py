@@ -23,6 +23,7 @@ from adaptc.bank.bank_report import BankReport
 from adaptc.bank.base_program import check_bank_options, take_base_program
 from adaptc.bank.capacity import Limits
 from adaptc.bank.compile_bank import RowProgram
+from adaptc.bank.find_batch_axis import TokenInputs
 from adaptc.bank.placement import BankContents, BankTable, Placement, parts_error
 from adaptc.bank.row_adapters import RowSelection
 from adaptc.bank.stack_adapters import AdapterStack, stack_adapters
@@ -79,7 +80,7 @@ class StackPlacement(Placement):
         part_outputs: Mapping[str, Sequence[str]] | None = None,
         probes: Sequence[Mapping[str, Any]] = (),
         state: Mapping[str, Tensor] | None = None,
-        row_inputs: Mapping[str, int] | int = 0,
+        row_inputs: TokenInputs | int = 0,
     ) -> None:
         self.limits, self.part_outputs, self._probes, self._row_inputs = limits, part_outputs, probes, row_inputs
         self.program, self.table = program.snapshot(), BankTable(StackCache())
@@ -253,7 +254,7 @@ def make_bank(
     probes: Sequence[Mapping[str, Any]] = (),
     part_outputs: Mapping[str, Sequence[str]] | None = None,
     axis: int = 0,
-    row_inputs: Mapping[str, int] | None = None,
+    row_inputs: TokenInputs | None = None,
     **options: Any,
 ) -> Bank:
     """Return a bank of ``program``, with the limits and options of ``AdaptedProgram.bank``.

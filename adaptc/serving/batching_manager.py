@@ -107,8 +107,8 @@ class AdapterBatchingManager:
         chosen = adapter if isinstance(adapter, RequestAdapter) else self.model.request_adapter(adapter)
         tokens = [*input_ids]
         limit = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.model.check_request(tokens, limit, pool_positions(self.continuous_batching_config))
-        return super().add_request(tokens, request_id, max_new_tokens, *args, **kwargs, **{ADAPTER: chosen})  # type: ignore[misc]
+        limit = self.model.check_request(tokens, limit, pool_positions(self.continuous_batching_config))
+        return super().add_request(tokens, request_id, limit, *args, **kwargs, **{ADAPTER: chosen})  # type: ignore[misc]
 
     def _create_batch_processor(self) -> Any:
         known = self.batch_processor

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from adaptc.bank.find_batch_axis import TokenInputs
 from adaptc.capture.model_state import patch_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.modes.static_attention import packed_attention
@@ -153,12 +154,12 @@ def captured_as_paged_step(model: nn.Module, layout: PagedLayout) -> Generator[S
         yield step
 
 
-def row_inputs_of(layout: PagedLayout) -> dict[str, int]:
-    """Return the inputs that have an axis of tokens -> that axis."""
+def token_inputs_of(layout: PagedLayout) -> TokenInputs:
+    """Return which inputs have an axis of tokens, and which one picks tokens."""
     made = {"input_ids": 1, "position_ids": 1}
     for group in layout.groups:
         made |= {group.write_name: 0, group.mask_name: 2}
-    return made
+    return TokenInputs(made, picked_by="keep")
 
 
 def probe_paged_step(layout: PagedLayout, vocab_size: int, device: torch.device) -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Self
@@ -22,11 +23,12 @@ from adaptc.bank.row_adapters import adapter_names_in, parse_row_adapters
 from adaptc.bank.stack_placement import make_bank
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, short_repr
+from adaptc.locks import reset_after_fork
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
 from adaptc.serving.batching_manager import AdapterPrompt, batching_manager_class, pool_positions
-from adaptc.serving.paged_step import captured_as_paged_step, probe_paged_step, row_inputs_of
+from adaptc.serving.paged_step import captured_as_paged_step, probe_paged_step, token_inputs_of
 from adaptc.serving.request_adapter import RequestAdapter
 from adaptc.serving.serving_spec import ServingSpec, files_for_package, spec_to_json
 from adaptc.serving.step_adapters import step_adapters_of
@@ -54,7 +56,9 @@ class ServingModel(ProgramWrapper):
     def __init__(self, program: AdaptedProgram | PackagedProgram, spec: ServingSpec, bank: Bank) -> None:
         self._program, self.spec, self.bank = program, spec, bank
         self.config, self.generation_config = spec.config, spec.generation_config
+        #: what requests keep, of all threads
         self._requests: WeakSet[RequestAdapter] = WeakSet()
+        self._lock = reset_after_fork(threading.Lock())
         self._steps = step_adapters_of(bank.placement, self._is_in_use)
         #: paged cache -> the list of logits processors that knows the requests of its next step
         self.recorders: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -78,11 +82,14 @@ class ServingModel(ProgramWrapper):
             (mix,) = parse_row_adapters([adapter])
             bindings = self.bank.adapters_for_call(adapter_names_in((mix,)))
         made = self._steps.request_adapter(" + ".join(mix) or "base", mix, bindings)
-        self._requests.add(made)
+        with self._lock:
+            self._requests.add(made)
         return made
 
-    def check_request(self, tokens: Sequence[int], max_new_tokens: int | None, room: int | None) -> None:
-        """Raise AdaptcError for a request that would end all others.
+    def check_request(self, tokens: Sequence[int], max_new_tokens: int | None, room: int | None) -> int | None:
+        """Return the most new tokens of a request: ``max_new_tokens``, or for None as many as there is room for.
+
+        Raises AdaptcError for a request that would end all others.
 
         Its prompt has no tokens or others than the model's, or its text exceeds the positions of the model or those of
         the cache, ``room``; None where they are not known.
@@ -98,16 +105,19 @@ class ServingModel(ProgramWrapper):
                     f"{spec.vocab_size}"
                 )
         limits = [n for n in (room, spec.position_count) if n is not None]
-        length, limit = prompt_length + (max_new_tokens or 0), min(limits, default=None)
-        if limit is not None and length > limit:
+        new, limit = 1 if max_new_tokens is None else max_new_tokens, min(limits, default=None)
+        if limit is not None and prompt_length + new > limit:
             what = f"the cache has room for {room}" if limit == room else f"the model has positions for {limit}"
             raise AdaptcError(
-                f"the prompt has {prompt_length} tokens, and {max_new_tokens or 0} new ones are asked for: {what}. "
+                f"the prompt has {prompt_length} tokens, and {new} new ones are asked for: {what}. "
                 "Shorten the prompt, ask for fewer" + (", or compile with more num_blocks" if limit == room else "")
             )
 
+        return limit - prompt_length if max_new_tokens is None and limit is not None else max_new_tokens
+
     def _is_in_use(self, binding: Binding) -> bool:
-        return any(binding in one.adapters.values() for one in self._requests)
+        with self._lock:
+            return any(binding in one.adapters.values() for one in self._requests)
 
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
@@ -323,7 +333,7 @@ def make_serving_bank(program: AdaptedProgram, spec: ServingSpec, **limits: Any)
     return make_bank(
         program,
         probes=probe_paged_step(spec.layout, spec.vocab_size, program.device),
-        row_inputs=row_inputs_of(spec.layout),
+        row_inputs=token_inputs_of(spec.layout),
         **limits,
     )
 

@@ -136,6 +136,7 @@ class _RowInjector:
     uses_fused_ops: bool
     kernel_sites: Collection[str]
     traces: dict[Any, fx.Graph] = field(default_factory=dict[Any, fx.Graph])
+    picked_coefficients: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node])
     latest_outputs: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
     def run(self) -> None:
@@ -149,6 +150,16 @@ class _RowInjector:
         for node, replaced in calls.items():
             self._add_repeated_call(node, replaced)
 
+    def _coefficients_at(self, row_axis: RowAxis) -> fx.Node:
+        """Return the coefficients of the rows that are at ``row_axis``: all, or those that an input picks."""
+        name = row_axis.picked_by
+        if name and name not in self.picked_coefficients:
+            all_rows, indices = self.coefficients, self.lifted.nodes[name]
+            region = trace_function(_pick_rows, [all_rows.meta["val"], indices.meta["val"]])
+            before = max((all_rows, indices), key=list(self.lifted.graph.nodes).index).next
+            self.picked_coefficients[name] = self._inline_untagged(region, [all_rows, indices], before, all_rows)
+        return self.picked_coefficients.get(name, self.coefficients)
+
     def _bank_site(self, a: Attachment, op: Op) -> BankSite:
         names, grouped = tuple(n for n in a.input_names if n != RANK_STARTS), a.id in self.kernel_sites
         return BankSite(a.method, op, names, a.scale_slot is not None, self.adapter_count, self.uses_fused_ops, grouped)
@@ -158,13 +169,14 @@ class _RowInjector:
         slots, site = self._slot_nodes(a), self._bank_site(a, op)
         if a.method.has_input(op):
             x = operands(node)[0]
-            inputs, row_axis = [x, self.coefficients, *slots], self.axes[x.name]
+            row_axis = self.axes[x.name]
+            inputs = [x, self._coefficients_at(row_axis), *slots]
             region = self._trace_region(("input", site, row_axis), partial(make_input_function, site, row_axis), inputs)
             set_argument(node, LAYER_OPS[node.target][1], self._inline_untagged(region, inputs, node, node))
         if a.method.has_apply(op):
             y, row_axis = self.latest_outputs.get(node, node), self.axes[node.name]
             kind, inputs = output_region_inputs(node, y)
-            inputs = [*inputs, self.coefficients, *slots]
+            inputs = [*inputs, self._coefficients_at(row_axis), *slots]
             biased = kind == "apply_bias"
             region = self._trace_region(
                 (kind, site, row_axis), partial(make_output_function, site, row_axis, biased), inputs
@@ -189,7 +201,7 @@ class _RowInjector:
         if layer and len(replaced) == 1 and operands(node)[2] is replaced[0][1]:
             b = self.lifted.placeholders[replaced[0][0].fqn]
             op = _layer_op(node)
-            inputs = [y, b, self.coefficients, *slots]
+            inputs = [y, b, self._coefficients_at(row_axis), *slots]
             region = self._trace_region(
                 ("bias", sites[0], row_axis, op), partial(make_bias_function, sites[0], row_axis, op), inputs
             )
@@ -201,7 +213,7 @@ class _RowInjector:
         call = _call_again(node, own, [read.meta["val"].dtype for _, read in replaced], places)
         biases = [_bias_position(a, node, read, own) for a, read in replaced]
         each = [ReplacedParameter(*one) for one in zip(sites, places, biases, strict=True)]
-        inputs = [y, node, *own, *parameters, self.coefficients, *slots]
+        inputs = [y, node, *own, *parameters, self._coefficients_at(row_axis), *slots]
         region = self._trace_region(None, partial(make_call_function, call, each, row_axis, len(own)), inputs)
         self._insert_after(node, region, inputs)
 
@@ -229,6 +241,10 @@ class _RowInjector:
             if node not in known:
                 del node.meta["custom"]
         return out
+
+
+def _pick_rows(coefficients: Tensor, indices: Tensor) -> Tensor:
+    return coefficients.index_select(0, indices)
 
 
 def _bias_position(a: Attachment, node: fx.Node, read: fx.Node, call_inputs: Sequence[fx.Node]) -> int | None:

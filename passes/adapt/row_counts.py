@@ -49,8 +49,9 @@ def is_count_independent(
             where, fakes = axes[node.name], [n.meta["val"] for n in output_region_inputs(node, node)[1]]
             key = (a.method, op, where, trace_key(fakes))
             if key not in results:
+                rows = lifted.nodes[where.picked_by].meta["val"].shape[0] if where.picked_by else row_count
                 results[key] = all(
-                    _has_equal_regions(lifted, a, op, where, fakes, row_count, at_once) for at_once in (False, True)
+                    _has_equal_regions(lifted, a, op, where, fakes, rows, at_once) for at_once in (False, True)
                 )
             if not results[key]:
                 return False

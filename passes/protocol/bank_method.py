@@ -35,10 +35,14 @@ RANK_STARTS = "starts"
 
 @dataclass(frozen=True)
 class RowAxis:
-    """The position of a batch's rows in a value: an axis, and one of :data:`ROW_LAYOUTS`."""
+    """The position of a batch's rows in a value: an axis, and one of :data:`ROW_LAYOUTS`.
+
+    ``picked_by``: the input that says which of the rows are there, by their indices; "" where all are.
+    """
 
     axis: int
     layout: str = "rows"
+    picked_by: str = ""
 
     def row_indices(self, indices: Any, axis_size: int, row_count: int) -> Any:
         """Return the row, out of ``count``, of each of the indices ``indices`` along an axis of this ``axis_size``."""
@@ -155,7 +159,8 @@ def _has_stretches(row_axis: RowAxis) -> bool:
 
 def _is_packed(x: Tensor, y: Tensor, row_axis: RowAxis) -> bool:
     """Return whether the rows lie along the second axis of values whose first axis has size one: packed tokens."""
-    return row_axis == RowAxis(1) and all(type(n) is int and n == 1 for n in (x.shape[0], y.shape[0]))
+    is_second = (row_axis.axis, row_axis.layout) == (1, ROW_LAYOUTS[0])
+    return is_second and all(type(n) is int and n == 1 for n in (x.shape[0], y.shape[0]))
 
 
 def make_input_function(site: BankSite, row_axis: RowAxis) -> Callable[..., Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import adaptc
-from tests.generation.models import case
+from tests.generation.models import case, generated
 from tests.generation.test_families import CAUSAL
-from tests.serving.models import expected_tokens, free_blocks, greedy, prompts, results, running, served, serving
+from tests.serving.models import SIZES, expected_tokens, free_blocks, greedy, prompts, results, running, served, serving
+from tests.support.banks import save_random_adapters
 from tests.support.families import FAMILIES
 
 #: models that transformers' paged cache or one axis of tokens does not fit, and what their error says
@@ -127,3 +129,62 @@ def test_compiled_steps_give_the_same_tokens() -> None:
     with adaptc.debug.assert_no_recompiles():
         found = served(model, texts[::-1], ["second", {"second": 2.0}, "first", None])
     assert found[0].generated_tokens == expected_tokens("llama", texts[-1], "second")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"config": adaptc.LoraConfig(r=3, use_dora=True, target_modules="all-linear", init_lora_weights=False)},
+    "ia3": {"config": adaptc.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])},
+    "embedding": {"config": adaptc.LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"], init_lora_weights=False)},
+    "head": {"config": adaptc.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])},
+    "lora_head": {"config": adaptc.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], init_lora_weights=False)},
+    "oft": {"config": adaptc.OFTConfig(oft_block_size=2, r=0, target_modules=["q_proj", "up_proj"])},
+    "int8": {
+        "config": adaptc.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False),
+        "quantize": "int8",
+    },
+    "bfloat16": {
+        "config": adaptc.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False),
+        "dtype": torch.bfloat16,
+    },
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_methods_and_bases(variant: str, tmp_path: Path) -> None:
+    """The same tokens as in a bank of prompts."""
+    said = VARIANTS[variant]
+    model = FAMILIES["llama"].build().to(said.get("dtype", torch.float32))
+    if "quantize" in said:
+        model = adaptc.quantize(model, said["quantize"])
+    generator = adaptc.compile_for_generation(model, said["config"], max_batch=4, max_length=48)
+    paths = save_random_adapters(generator.program, tmp_path)
+    adapters = {"one": paths[0], "two": paths[1]}
+    model = adaptc.compile_for_serving(model, said["config"], adapters=adapters, **SIZES)
+    texts, names = prompts(5, 19, 1, 9), ["one", "two", None, "one"]
+    found = [one.generated_tokens for one in served(model, texts, names)]
+    bank = generator.bank(adapters)
+    expected = [
+        generated(bank, torch.tensor([text]), new=7, adapters=[name])[0, len(text) :].tolist()
+        for text, name in zip(texts, names, strict=True)
+    ]
+    assert found == expected
+    alone = [one.generated_tokens for one in served(model, texts, [None] * 4)]
+    assert alone[2] == found[2]
+    assert alone != found
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "page", "prompt_length", "new"), [("llama", 12, 4, 40, 8), ("gemma2", 5, 5, 13, 12)]
+)
+def test_a_text_may_fill_the_pool(family: str, blocks: int, page: int, prompt_length: int, new: int) -> None:
+    model, (text,) = serving(family), prompts(prompt_length)
+    sizes = {"num_blocks": blocks, "page_size": page}
+    (found,) = served(model, [text], ["first"], new, **sizes)
+    assert found.generated_tokens == expected_tokens(family, text, "first", new)
+    with pytest.raises(adaptc.AdaptcError, match=f"the cache has room for {blocks * page}"):
+        served(model, [text], ["first"], new + 1, **sizes)
+    with running(model, **sizes) as manager:  # one that says no limit gets as many as there is room for
+        manager.generation_config.max_new_tokens = None
+        (done,) = results(manager, [manager.add_request(text, adapter="first")]).values()
+    assert done.generated_tokens == expected_tokens(family, text, "first", new)
