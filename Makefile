@@ -74,10 +74,12 @@ cpp: $(VENV)/.test.stamp
 
 demo: $(VENV)/.demo.stamp
 	$(QUICKSTART)
+	$(BIN)/python examples/serve.py $(ADAPTERS)
 
 # The examples that are scripts, all of them. Adapters of a quickstart that passed are used again.
 demo-all: $(PASSED)
 	$(BIN)/python examples/generate.py $(ADAPTERS)
+	$(BIN)/python examples/serve.py $(ADAPTERS)
 	$(BIN)/python examples/many_adapters.py $(ADAPTERS)
 	$(BIN)/python examples/train_trainer.py
 	$(BIN)/python examples/custom_module.py

