@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -62,6 +62,40 @@ def has_tangent(t: Tensor) -> bool:
 def outside_transforms() -> AbstractContextManager[Any]:
     """Run the block with no transform of ``torch.func`` on, for code that has no rule for transforms."""
     return temporarily_clear_interpreter_stack() if in_transform() else nullcontext()
+
+
+def enters_autocast(graph: fx.Graph) -> bool:
+    """Return whether one node of ``graph`` enters autocast and another leaves it, as torch captures blocks with
+    branches."""
+    return any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in graph.nodes)
+
+
+@contextmanager
+def leaving_autocast() -> Iterator[None]:
+    """Run the block, and where it fails leave the autocast that it has entered.
+
+    A graph of :func:`enters_autocast` that fails in between would leave it on for all that the thread computes later.
+    """
+    depth = _autocast_depth()
+    before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in AUTOCAST_DEVICES]
+    try:
+        yield
+    except BaseException:
+        for _ in range(_autocast_depth() - depth):
+            torch.autocast_decrement_nesting()
+        for device, was_enabled, dtype in before:
+            torch.set_autocast_enabled(device, was_enabled)
+            torch.set_autocast_dtype(device, dtype)
+        if not depth:
+            torch.clear_autocast_cache()
+        raise
+
+
+def _autocast_depth() -> int:
+    """Return how many blocks of autocast the thread is in."""
+    inside = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return inside - 1
 
 
 @contextmanager

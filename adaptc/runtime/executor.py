@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,7 +55,7 @@ from adaptc.runtime.options import PACK_DTYPES, RunOptions
 from adaptc.runtime.strides import CompiledStrides
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, find_buffer, is_packable, move_into_buffer
-from adaptc.torch_modes import outside_transforms
+from adaptc.torch_modes import enters_autocast, leaving_autocast, outside_transforms
 
 
 class Executor:
@@ -131,6 +132,7 @@ class Executor:
         self._index_bounds = [(i, n, bounds[n]) for i, (n, _) in enumerate(self.inputs.expected) if n in bounds]
         self.virtual_tokens = VirtualTokenLengths.from_graph(self.module.graph, attachments)
         self.fixed_variant = PLAIN if training else self.variants.cheapest_variant(example_sizes(program))
+        self._enters_autocast = enters_autocast(self.module.graph)
         self._compiled: Callable[..., Any] | None = None
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
 
@@ -303,7 +305,8 @@ class Executor:
             check_index_bounds(name, flat[i], bounds)
         is_outermost = begin_reading()
         try:
-            return self.inputs.call_names.convert_output(self._run(arguments, flat), args, kwargs)
+            with leaving_autocast() if self._enters_autocast else nullcontext():
+                return self.inputs.call_names.convert_output(self._run(arguments, flat), args, kwargs)
         except (RuntimeError, IndexError, ZeroDivisionError) as error:
             if why := self.inputs.explain_zero_size(flat, error):
                 raise AdaptcError(why) from error

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Literal, Protocol, Self
 
@@ -35,6 +36,7 @@ from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.state.core import ProgramCore
 from adaptc.state.program_repr import describe_module
+from adaptc.torch_modes import enters_autocast, leaving_autocast
 from adaptc.training.layer_tensors import Constraints, DropoutStandIn
 from adaptc.training.sharded_tensors import check_not_sharded
 from adaptc.training.state_dict_hooks import AdapterStateDict
@@ -92,6 +94,7 @@ class ProgramModule(AdapterStateDict):
         self.original_device = self._device()
         owner.run_state.modules.add(self)
         self.inputs = program.adaptation.inputs(program)
+        self.enters_autocast = enters_autocast(graph.graph)
         #: the number of repeated blocks that are computed again at a time; None where all activations are kept
         self.checkpoint_every: int | Literal["auto"] | None = None
         #: the number of blocks that its graphs were divided for, or None before the first time
@@ -137,7 +140,8 @@ class ProgramModule(AdapterStateDict):
         check_not_sharded(self, self.quantized_names)
         self.constraints.enforce(self)
         try:
-            return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)
+            with leaving_autocast() if self.enters_autocast else nullcontext():
+                return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)
         except ZeroDivisionError as error:
             why = self.inputs.explain_zero_size(self.inputs(args, kwargs), error)
             raise AdaptcError(why or "the model divides by a number that is zero for these inputs") from error

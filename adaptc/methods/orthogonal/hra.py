@@ -113,5 +113,7 @@ class Hra(Rotation):
             # Without the addition on the diagonal, vectors that are zero or depend on others would make this singular.
             ridge = torch.where(used, 4 * torch.finfo(u.dtype).eps, 1.0).to(u.dtype)
             return U, 2 * solve_unchecked(gram + torch.diag_embed(ridge), U, left=False)
-        # T^-1 is the part of U^T U above the diagonal, and one half on it.
-        return U, 2 * torch.linalg.solve_triangular(2 * gram, U, upper=True, left=False, unitriangular=True)
+        # T^-1 is the part of U^T U above the diagonal, and one half on it. Nothing reads the diagonal. Its addition
+        # brings the matmul back to the dtype of U, where autocast computed it in another.
+        inverse = 2 * gram + torch.diag_embed(squares)
+        return U, 2 * torch.linalg.solve_triangular(inverse, U, upper=True, left=False, unitriangular=True)
