@@ -289,7 +289,10 @@ def killed(tmp_path: Path, kills: int) -> None:
         expected = found if expected is None else expected
         assert torch.equal(found, expected)
     adaptc.save(net(), path)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt2"]
+    # A process that is killed before it has locked its stage leaves an empty directory, which goes after a day.
+    begun = [p for p in tmp_path.iterdir() if p.name.startswith(atomic_write._UNLOCKED_PREFIX)]
+    assert all(not any(p.iterdir()) for p in begun)
+    assert [p.name for p in tmp_path.iterdir() if p not in begun] == ["a.pt2"]
 
 
 @pytest.mark.long
