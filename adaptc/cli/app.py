@@ -60,6 +60,13 @@ Quantize = Annotated[
         help='Store weights in few bits first: int8, int8_dynamic, int4, nf4, fp4; or "file", as a GGUF file does.',
     ),
 ]
+Device = Annotated[str | None, typer.Option(help="Move the model there first, such as cuda.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the weights, such as bfloat16; by default that of the file, of GGUF float32.")
+]
+Tokenizer = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A tokenizer's directory, if it is not with the model.")
+]
 KeyMapping = Annotated[
     str | None,
     typer.Option(

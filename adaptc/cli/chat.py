@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adaptc.cli.app import Quantize, app, parse_named_paths, prints_errors
+from adaptc.cli.app import Device, Dtype, Quantize, Tokenizer, app, parse_named_paths, prints_errors
 
 
 @app.command()
@@ -41,14 +41,10 @@ def chat(
         typer.Option(min=2, help="How long a conversation may be, in tokens; by default all the model takes."),
     ] = None,
     backend: Annotated[str, typer.Option(help="eager or inductor.")] = "eager",
-    device: Annotated[str | None, typer.Option(help="Move the model there first, such as cuda.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights, such as bfloat16; by default that of the file, of GGUF float32.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A tokenizer's directory, if it is not with the model.")
-    ] = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Talk to a model, and swap its adapters while the conversation goes on. Works on local files, without a network.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adaptc.cli.app import Quantize, app, parse_named_paths, prints_errors
+from adaptc.cli.app import Device, Dtype, Quantize, Tokenizer, app, parse_named_paths, prints_errors
 
 
 @app.command()
@@ -45,14 +45,10 @@ def serve(
     page_size: Annotated[int, typer.Option(min=4, help="Positions of a block.")] = 32,
     max_requests: Annotated[int, typer.Option(min=1, help="The most requests that wait or run.")] = 1024,
     backend: Annotated[str, typer.Option(help="eager or inductor.")] = "eager",
-    device: Annotated[str | None, typer.Option(help="Move the model there first, such as cuda.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights, such as bfloat16; by default that of the file, of GGUF float32.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A tokenizer's directory, if it is not with the model.")
-    ] = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Answer requests of many adapters over HTTP, as OpenAI's API does.
 
