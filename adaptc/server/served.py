@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adaptc.errors import AdaptcError, did_you_mean, short_repr
+from adaptc.locks import reset_after_fork
 from adaptc.server.server_options import ServerOptions
 from adaptc.serving.request_adapter import RequestAdapter
 from adaptc.serving.serving_model import ServingModel
@@ -98,7 +99,7 @@ class Served:
     def __init__(self, serving: ServingModel, tokenizer: Any, options: ServerOptions) -> None:
         self.serving, self.tokenizer, self.options = serving, tokenizer, options
         self.metrics = Metrics(self)
-        self._lock = threading.Lock()
+        self._lock = reset_after_fork(threading.Lock())
         self._manager: Any = None
 
     @property
