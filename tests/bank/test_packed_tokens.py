@@ -49,10 +49,6 @@ def test_each_text_gets_what_its_adapter_alone_gives(method: str, layer: str, tm
             if not isinstance(name, dict):
                 assert_close(found[:, start:end], alone[name][:, start:end], 1e-8)
         assert float((alone["one"] - alone["two"]).abs().max()) > 1e-3
-        assert (
-            float((found[:, ends[3] : ends[4]] - alone[None][:, ends[3] : ends[4]]).abs().sum()) > 0
-            or ends[3] == ends[4]
-        )
 
 
 def two_linears() -> tuple[nn.Module, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from adaptc.chat.models import ModelOptions
 from adaptc.server.run import server_in_thread
@@ -39,6 +40,7 @@ class Running:
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    torch.manual_seed(0)
     return make_chat_model(tmp_path_factory.mktemp("served"))
 
 
