@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from contextvars import ContextVar
 from typing import Any
 
+from adaptc.errors import AdaptcError
 from adaptc.server.served import CURRENT, CurrentRequest, RequestRefusedError, Served
 
 #: the HTTP request of the current task, which tells whether the client is still there
 HTTP_REQUEST: ContextVar[Any] = ContextVar("adaptc_http_request")
 #: how often a client is looked for while it waits, in seconds
 _SECONDS_BETWEEN_LOOKS = 0.25
-#: fields of a body that would change the meaning of an answer, and are not supported
+#: fields that would change the meaning of an answer and are not supported, with the value that changes nothing
 _UNSUPPORTED = {
     "n": 1,
     "logprobs": False,
@@ -20,6 +22,11 @@ _UNSUPPORTED = {
     "response_format": {"type": "text"},
     "best_of": 1,
     "echo": False,
+    "stop": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "generation_config": None,
 }
 
 
@@ -46,6 +53,8 @@ class AdapterHandler:
         # transformers goes by the model's config alone; OpenAI's clients mean it when they give a temperature.
         asks_to_draw = bool(body.get("temperature")) or body.get("top_p") is not None
         CURRENT.set(CurrentRequest(name, adapter, asks_to_draw))
+        # The client chooses the header, and may choose it twice; the manager knows a request by its id alone.
+        request_id = f"{request_id}-{uuid.uuid4().hex}"
         answer = asyncio.ensure_future(self._inner.handle_request(body, request_id))
         try:
             while not (await asyncio.wait({answer}, timeout=_SECONDS_BETWEEN_LOOKS))[0]:
@@ -53,6 +62,10 @@ class AdapterHandler:
                 if http is not None and await http.is_disconnected():
                     raise RequestRefusedError(499, "the client is gone")
             return answer.result()
+        except AdaptcError:  # a few of them are ValueErrors too
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestRefusedError(422, f"the body cannot be read: {type(error).__name__}: {error}") from error
         except BaseException:
             if not answer.done():
                 answer.cancel()

@@ -104,6 +104,9 @@ class ServingModel(ProgramWrapper):
                     f"the prompt has the token {short_repr(token)}: the model has the whole numbers below "
                     f"{spec.vocab_size}"
                 )
+        wanted: Any = max_new_tokens
+        if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
+            raise AdaptcError(f"max_new_tokens is {short_repr(wanted)}: give a whole number from 1, or None")
         limits = [n for n in (room, spec.position_count) if n is not None]
         new, limit = 1 if max_new_tokens is None else max_new_tokens, min(limits, default=None)
         if limit is not None and prompt_length + new > limit:

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -114,6 +115,14 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"logprobs": True}, 422, "'logprobs' is not supported"),
     ({"response_format": {"type": "json_object"}}, 422, "'response_format' is not supported"),
     ({"unheard_of": 1}, 422, "unheard_of"),
+    ({"stop": ["."]}, 422, "'stop' is not supported"),
+    ({"frequency_penalty": 0.5}, 422, "'frequency_penalty' is not supported"),
+    ({"presence_penalty": 0.5}, 422, "'presence_penalty' is not supported"),
+    ({"logit_bias": {"5": 100}}, 422, "'logit_bias' is not supported"),
+    ({"generation_config": "{}"}, 422, "'generation_config' is not supported"),
+    ({"max_tokens": "many"}, 422, "cannot be read|max_new_tokens is"),
+    ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
+    ({"messages": None}, 422, "cannot be read"),
 ]
 
 
@@ -141,6 +150,20 @@ def test_keys_sizes_and_bodies_are_checked(running: Running) -> None:
     assert httpx.post(url, content=b" " * (9 << 20), headers=key).status_code == 413
     for path in ("/load_model", "/reset", "/v1/systemone"):
         assert httpx.post(f"{running.address}{path}", json={}, headers=key).status_code == 404
+
+
+def test_requests_with_one_request_id_are_told_apart(running: Running) -> None:
+    """A client may send one X-Request-ID twice, and each request still gets its own answer."""
+    headers, ids = {"Authorization": f"Bearer {KEY}", "X-Request-ID": "same"}, running.ids(MESSAGES)
+
+    def answer(name: str) -> str:
+        body = {"model": name, "messages": MESSAGES, "max_tokens": 5}
+        url = f"{running.address}/v1/chat/completions"
+        return httpx.post(url, json=body, headers=headers, timeout=60).json()["choices"][0]["message"]["content"]
+
+    names = ["one", "two"] * 3
+    with ThreadPoolExecutor(6) as threads:
+        assert [*threads.map(answer, names)] == [running.expected_text(name, ids, 5) for name in names]
 
 
 def test_a_client_that_is_gone_frees_its_blocks(running: Running) -> None:

@@ -94,6 +94,8 @@ def test_wrong_requests_are_refused_and_others_go_on() -> None:
             (text, {"adapter": {"first": float("inf")}}, "finite in float32"),
             ([], {}, "the prompt has no tokens"),
             ([5] * 60, {"max_new_tokens": 5}, "the model has positions for 64"),
+            ([5], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+            ([5], {"max_new_tokens": True}, "max_new_tokens is True"),
             ([5] * 65, {"max_new_tokens": 1}, "the model has positions for 64"),
             ([5, 4000], {}, "4000"),
             ([5, -1], {}, "-1"),
