@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import adaptc
 from adaptc import CheckpointError, LoraConfig
@@ -169,6 +171,32 @@ def test_who_was_first_stays_of_directories(
     refused("export-adapter", files.program, "-o", out, said="made by somebody else in the meantime")
     assert [p.name for p in out.iterdir()] == [name]
     assert (out / name).read_text() == "another's"
+
+
+@pytest.mark.parametrize("r", [3, 4])
+def test_a_writer_that_was_overtaken_replaces_nothing(tmp_path: Path, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process writes all of the adapter after this one found the directory empty."""
+    folder, usual, calls = tmp_path / "folder", atomic_write.copy_mode, list[Any]()
+
+    def save(r: int) -> None:
+        write_adapter(folder, {"peft_type": "LORA", "r": r}, {"a.lora_A.weight": torch.full((1, 2), float(r))})
+
+    def overtaken(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:  # both files were looked for by now
+            monkeypatch.setattr(atomic_write, "copy_mode", usual)
+            contextvars.Context().run(save, 3)
+
+    monkeypatch.setattr(atomic_write, "copy_mode", overtaken)
+    with (
+        atomic_write.forbid_overwrite(folder),
+        pytest.raises(CheckpointError, match="made by somebody else in the meantime"),
+    ):
+        save(r)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
+    assert len(calls) == 2
+    (weights,) = load_file(folder / "adapter_model.safetensors").values()
+    assert weights.tolist() == [[3.0, 3.0]]
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -133,7 +133,7 @@ def forbid_overwrite(path: Path) -> Generator[None]:
 
 
 def is_protected(target: Path) -> bool:
-    """Return whether a write must not replace ``target`` (see :func:`only_new`)."""
+    """Return whether a write must not replace ``target`` (see :func:`forbid_overwrite`)."""
     real = Path(os.path.realpath(target))
     return any(path == real or path in real.parents for path in _protected_paths.get())
 
@@ -175,33 +175,36 @@ def commit(
     """Move the files ``weights_files`` (weights) and ``config_file`` (config) of ``stage`` into ``target`` as one
     change.
 
-    The files ``stale_files`` of ``target`` are dropped. The head makes the directory readable, so a head and bodies of
-    different writes must never be seen together. When the head does not change, there is one body and nothing is stale,
-    one rename is the whole change. Otherwise the old head leaves first and the new one arrives last. An exception puts
-    everything back. A process killed in between leaves a directory without a head, which every reader refuses. Links
-    stay links.
+    The files ``stale_files`` of ``target`` are dropped. The config makes the directory readable, so a config and
+    weights of different writes must never be seen together. When the config does not change, there is one file of
+    weights and nothing is stale, one rename is the whole change. Otherwise the old config leaves first and the new one
+    arrives last. An exception puts everything back. A process killed in between leaves a directory without a config,
+    which every reader refuses. Links stay links.
     """
     old_directory = stage / OLD_FILES_DIR
     # For a link its target is replaced, so that the link stays; stale links themselves are removed.
     targets = {n: Path(os.path.realpath(target / n)) for n in (config_file, *weights_files)}
     removed = {n: target / n for n in stale_files if os.path.lexists(target / n)}
-    for name, path in targets.items():
+    for path in (targets | removed).values():
         check_overwrite(path)
+    for name, path in targets.items():
         copy_mode(path, stage / name)
-    same = targets[config_file].is_file() and targets[config_file].read_bytes() == (stage / config_file).read_bytes()
+    config = targets[config_file]
+    same = config.is_file() and config.read_bytes() == (stage / config_file).read_bytes() and not is_protected(config)
     if same and not removed and len(weights_files) == 1:
         os.replace(stage / weights_files[0], targets[weights_files[0]])
     else:
         old_directory.mkdir()
         try:
             for name, path in (targets | removed).items():
-                if os.path.lexists(path):
+                # A protected file that appeared since the check above is another writer's: ``move_file`` refuses there.
+                if os.path.lexists(path) and not is_protected(path):
                     os.replace(path, old_directory / name)
             for name in (*weights_files, config_file):
                 move_file(stage / name, targets[name])
         except BaseException as exc:
             try:
-                # The new head leaves first, since it must not be seen with old bodies.
+                # The new config leaves first, since it must not be seen with old weights.
                 for name, path in targets.items():
                     if not (stage / name).exists():
                         os.replace(path, stage / name)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptc.passes.graph.lifted import fake_maker
+from adaptc.passes.lower.functional_writes import without_writes
 from adaptc.passes.lower.lower_once import NotOnce, lower_once
 from adaptc.progress import LOGGER
 
@@ -75,7 +76,8 @@ def _exported(usual: Any, module: fx.GraphModule, args: Sequence[Any], options: 
 
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
-    found = lower_once(module.graph, _fakes(module.graph, {**parameters, **buffers}), lower)
+    graph, written = without_writes(module.graph)
+    found = lower_once(graph, _fakes(graph, {**parameters, **buffers}), lower)
     (signature,) = signatures
     if signature.input_tokens or signature.user_inputs_to_mutate:
         raise NotOnce("ops have effects")
@@ -88,7 +90,8 @@ def _exported(usual: Any, module: fx.GraphModule, args: Sequence[Any], options: 
         parameters=list(parameters),
         buffers=list(buffers),
         user_inputs=names[first:],
-        user_outputs=[r.name if isinstance(r, fx.Node) else None for r in results],
+        user_outputs=[r.name if isinstance(r, fx.Node) else None for r in results[len(written) :]],
+        user_inputs_to_mutate={str(r): names[first + i] for r, i in zip(results, written, strict=False)},
         inputs_to_parameters=dict(zip(names, parameters, strict=False)),
         inputs_to_buffers=dict(zip(own, buffers, strict=False)),
     )

@@ -205,7 +205,22 @@ def _count(node: fx.Node) -> int | None:
 
 
 def _expression(size: Any) -> Any:
-    return symbolic_expression(size) if isinstance(size, SymInt) else size
+    """Return a size as an int or an expression, the same for sizes that are written in two ways.
+
+    The stride of a reshaped tensor may be the least of a size and its multiples. sympy finds that this is the size,
+    and torch's own class for it does not.
+    """
+    if not isinstance(size, SymInt):
+        return size
+    return symbolic_expression(size).replace(_is_extreme, _by_sympy)
+
+
+def _is_extreme(expression: Any) -> bool:
+    return type(expression).__name__ in ("Min", "Max")
+
+
+def _by_sympy(extreme: Any) -> Any:
+    return getattr(sympy, type(extreme).__name__)(*extreme.args)
 
 
 def _is_size(node: fx.Node) -> bool:

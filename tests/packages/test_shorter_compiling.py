@@ -116,6 +116,10 @@ class Lowered:
         with torch.no_grad():
             return lowered(*tensors, *args)  # type: ignore[operator]  # a GraphModule
 
+    def output_names(self) -> list[str]:
+        graph: Any = self.graph
+        return [node.name for node in graph.graph.output_node().args[0]]
+
 
 #: a method and a layer that it takes
 PAIRS = [
@@ -144,22 +148,63 @@ def test_methods(entry: Entry, layer: str) -> None:
     assert len(ours.user_inputs) == len(theirs.user_inputs)
 
 
-class Keeps(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(3, 5)
+class Steps(nn.Module):
+    """Layers that each write to caches of their own, as decode steps do; or to a part of them."""
 
-    def forward(self, x: Tensor, cache: Tensor) -> Tensor:
-        cache.add_(self.lin(x))
-        return cache * 2
+    def __init__(self, part: bool = False) -> None:
+        super().__init__()
+        self.layers, self.part = nn.ModuleList(nn.Linear(5, 5) for _ in range(4)), part
+
+    def forward(self, x: Tensor, caches: list[Tensor], slots: Tensor) -> Tensor:
+        for layer, cache in zip(self.layers, caches, strict=True):
+            if self.part:
+                cache[:1].mul_(2.0)
+            x = layer(x + cache.index_copy_(0, slots, x).sum(0))
+        return x
+
+
+def steps() -> tuple[Tensor, list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(2, 5, generator=generator), [torch.zeros(7, 5) for _ in range(4)], torch.tensor([3, 1])
+
+
+def test_steps_that_write_to_caches_are_lowered_once(told: Told) -> None:
+    program = torch.export.export(Steps(), steps())
+    with equal_ops_once():
+        short = Lowered(program)
+    assert "of them distinct" in told.text
+    usual = Lowered(program)
+    x, caches, slots = steps()
+    found, expected = short(x, *caches, slots), usual(x, *caches, slots)
+    assert len(found) == len(expected) == 5
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for signature in (short.signature, usual.signature):
+        written = signature.user_inputs_to_mutate.values()
+        assert [signature.user_inputs.index(name) for name in written] == [1, 2, 3, 4]
+    assert list(short.signature.user_inputs_to_mutate) == short.output_names()[:4]
+    assert short.signature.user_outputs == short.output_names()[4:]
+
+
+def test_packaged_steps_write_to_their_caches(tmp_path: Path, told: Told) -> None:
+    program = torch.export.export(Steps(), steps())
+    (file := tmp_path / "folder").mkdir()
+    compiling.compile_archive({"model": program}, file, tmp_path / "steps.pt2", {"model": {}})
+    assert "of them distinct" in told.text
+    run = torch._inductor.aoti_load_package(str(tmp_path / "steps.pt2"))
+    x, caches, slots = steps()
+    _, own_caches, _ = own = steps()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x, caches, slots), program.module()(*own), atol=1e-6, rtol=0)
+    for cache, own_cache in zip(caches, own_caches, strict=True):
+        torch.testing.assert_close(cache, own_cache, atol=1e-6, rtol=0)
+        assert cache.any()
 
 
 def test_the_usual_way_by_a_reason(told: Told) -> None:
-    x, cache = torch.randn(2, 3), torch.zeros(2, 5)
-    program = torch.export.export(Keeps(), (x, cache))
+    program = torch.export.export(Steps(part=True), steps())
     with equal_ops_once():
         short = Lowered(program)
-    assert "lowering the program as a whole: aten.add_.Tensor may do more" in told.text
+    assert "lowering the program as a whole: aten.mul_.Tensor may do more" in told.text
     assert short.signature.user_inputs_to_mutate == Lowered(program).signature.user_inputs_to_mutate != {}
 
 

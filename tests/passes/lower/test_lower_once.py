@@ -162,6 +162,25 @@ def test_what_tells_ops_apart() -> None:
     assert _distinct(lambda x, y: (x.exp(), y.exp()), x, y, dynamic_shapes={"args": ({0: AUTO}, {1: AUTO})}) == 2
 
 
+class SharedMask(nn.Module):
+    """A mask for two heads that share a key: its reshaped form has a stride that is the least of two sizes."""
+
+    def forward(self, mask: Tensor, x: Tensor) -> Tensor:
+        rows, one, queries, keys = mask.shape
+        wide = mask[:, :, None].expand(rows, one, 2, queries, keys).reshape(rows, one, -1, keys)
+        return x.masked_fill(wide, 0.0)
+
+
+def test_a_stride_that_is_written_in_another_way() -> None:
+    mask, x = torch.rand(3, 1, 5, 7) > 0.5, torch.randn(3, 2, 10, 7)
+    shapes = {"mask": {0: AUTO, 2: AUTO, 3: AUTO}, "x": {0: AUTO, 2: AUTO, 3: AUTO}}
+    both = Both(SharedMask(), mask, x, dynamic_shapes=shapes)
+    (wide,) = both.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default)
+    assert "Min" in str(wide.meta["val"].stride())
+    (found,), (expected,) = both.run(both.once().graph, mask, x), both.run(both.whole(), mask, x)
+    assert torch.equal(found, expected)
+
+
 class Keeps(nn.Module):
     def forward(self, x: Tensor, cache: Tensor) -> Tensor:
         cache.add_(x)
