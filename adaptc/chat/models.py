@@ -71,7 +71,7 @@ def open_model(path: Path, options: ModelOptions) -> OpenedModel:
             f"there is no model at {path}: give a transformers model directory, a GGUF file, or a program (.pt2) of "
             "adaptc.compile_for_generation"
         )
-    return _open_package(path, options) if is_package(path) else _open_program(path, options)
+    return _open_saved(path, options)
 
 
 def read_model_and_tokenizer(path: Path, options: ModelOptions) -> tuple[Any, Any]:
@@ -106,24 +106,31 @@ def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
     return OpenedModel(tokenizer, capture)
 
 
-def _open_program(path: Path, options: ModelOptions) -> OpenedModel:
-    _refuse_fixed_options(options, "max_length", "dtype", "quantize")
-    device = None if options.device is None else _usable_device(options.device)
-    generator: Any = load(path, backend=options.backend, device=device)
-    _check_generates(path, generator)
+def _open_saved(path: Path, options: ModelOptions) -> OpenedModel:
+    generator, tokenizer = read_saved_and_tokenizer(path, options, _check_generates)
     binding = generator.program.binding
-    return OpenedModel(
-        _load_tokenizer(options.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {}
-    )
+    own = {"own": binding} if (binding.methods if is_package(path) else binding) else {}
+    return OpenedModel(tokenizer, None, (generator,), own)
 
 
-def _open_package(path: Path, options: ModelOptions) -> OpenedModel:
-    _refuse_fixed_options(options, "max_length", "dtype", "device", "backend", "quantize")
-    generator: Any = load_package(path)
-    _check_generates(path, generator)
-    tokenizer = None if options.tokenizer is not None else generator.tokenizer
-    own = {"own": generator.program.binding} if generator.program.binding.methods else {}
-    return OpenedModel(tokenizer or _load_tokenizer(options.tokenizer or path.parent), None, (generator,), own)
+def read_saved_and_tokenizer(path: Path, options: ModelOptions, check: Callable[[Path, Any], None]) -> tuple[Any, Any]:
+    """Return what a program file or a package holds, and its tokenizer: its own, or that of the directory it is in.
+
+    ``check`` raises for what the caller does not take. Raises CheckpointError, and ConfigError for options that are
+    settled when a program is made.
+    """
+    fixed, own = ["max_length", "dtype", "quantize"], None
+    if is_package(path):
+        _refuse_fixed_options(options, *fixed, "device", "backend")
+        found: Any = load_package(path)
+        check(path, found)
+        own = found.tokenizer if options.tokenizer is None else None
+    else:
+        _refuse_fixed_options(options, *fixed)
+        device = None if options.device is None else _usable_device(options.device)
+        found = load(path, backend=options.backend, device=device)
+        check(path, found)
+    return found, own or _load_tokenizer(options.tokenizer or path.parent)
 
 
 def _refuse_fixed_options(options: ModelOptions, *names: str) -> None:

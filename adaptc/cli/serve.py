@@ -15,7 +15,11 @@ from adaptc.cli.app import Device, Dtype, Quantize, Tokenizer, app, parse_named_
 def serve(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL", help="A transformers model directory, or a GGUF file.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="A transformers model directory, a GGUF file, or a program or package (.pt2) that serves.",
+            show_default=False,
+        ),
     ],
     adapter: Annotated[
         list[str] | None,
@@ -29,6 +33,13 @@ def serve(
         Path | None,
         typer.Option(metavar="DIR", help="Let requests load adapters that lie below this directory."),
     ] = None,
+    load_on_use: Annotated[
+        bool,
+        typer.Option(
+            "--load-on-use",
+            help="Take the name of a directory below the adapter root as a model, loaded at its first request.",
+        ),
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="The base's name in requests; by default that of the file or directory.")
     ] = None,
@@ -40,9 +51,13 @@ def serve(
     ] = None,
     max_adapters: Annotated[int | None, typer.Option(min=1, help="The most adapters at once.")] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of an adapter.")] = None,
-    max_batch_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a step.")] = 256,
-    num_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the pool of keys and values.")] = 256,
-    page_size: Annotated[int, typer.Option(min=4, help="Positions of a block.")] = 32,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens of a step; 256 where the model is compiled here.")
+    ] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Blocks of the pool of keys and values; 256 by default.")
+    ] = None,
+    page_size: Annotated[int | None, typer.Option(min=4, help="Positions of a block; 32 by default.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="The most requests that wait or run.")] = 1024,
     backend: Annotated[str, typer.Option(help="eager or inductor.")] = "eager",
     device: Device = None,
@@ -55,10 +70,8 @@ def serve(
     /v1/chat/completions, /v1/completions, /v1/responses and /v1/models are there. The model of a request is the base or
     an adapter's name; "adapter": {"fr": 0.7, "de": 0.3} in its body mixes adapters. /metrics is for Prometheus.
     """
-    from adaptc.chat.models import ModelOptions
+    from adaptc.server import ServerOptions, open_server
     from adaptc.server.run import run_server
-    from adaptc.server.served import Served
-    from adaptc.server.server_options import ServerOptions, open_served_model
 
     options = ServerOptions(
         name or model.resolve().stem,
@@ -70,7 +83,8 @@ def serve(
         num_blocks,
         page_size,
         max_requests,
+        load_on_use=load_on_use,
         adapters=parse_named_paths(adapter or []),
     )
-    model_options = ModelOptions(None, backend, device, dtype, tokenizer, quantize)
-    run_server(lambda: Served(*open_served_model(model, model_options, options), options), host, port)
+    model_options = {"backend": backend, "device": device, "dtype": dtype, "tokenizer": tokenizer, "quantize": quantize}
+    run_server(lambda: open_server(model, options, **model_options), host, port)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from contextvars import ContextVar
 from typing import Any
 
-from adaptc.errors import AdaptcError
-from adaptc.server.served import CURRENT, CurrentRequest, RequestRefusedError, Served
+from adaptc.errors import AdaptcError, listing
+from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.served import CURRENT, CurrentRequest, Served
 
 #: the HTTP request of the current task, which tells whether the client is still there
 HTTP_REQUEST: ContextVar[Any] = ContextVar("adaptc_http_request")
@@ -26,8 +28,11 @@ _UNSUPPORTED = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "generation_config": None,
 }
+#: fields of transformers' generation config, which ``transformers chat`` sends as JSON, that mean something here
+_CONFIG_FIELDS = {"do_sample", "max_new_tokens", "temperature", "top_k", "top_p", "transformers_version"}
+#: fields that say how long an answer may be
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config")
 
 
 class AdapterHandler:
@@ -46,13 +51,16 @@ class AdapterHandler:
         for name, neutral in _UNSUPPORTED.items():
             if body.get(name, neutral) not in (neutral, None):
                 raise RequestRefusedError(422, f"{name!r} is not supported here: leave it out")
+        _check_tool_choice(body)
+        _check_generation_config(body)
         mix = body.pop("adapter", ...)
         name = body.setdefault("model", served.options.name)
         body.setdefault("stream", False)  # OpenAI's default, at every endpoint
         adapter = await asyncio.to_thread(served.request_adapter, name, mix)
         # transformers goes by the model's config alone; OpenAI's clients mean it when they give a temperature.
         asks_to_draw = bool(body.get("temperature")) or body.get("top_p") is not None
-        CURRENT.set(CurrentRequest(name, adapter, asks_to_draw))
+        has_length = any(body.get(field) is not None for field in _LENGTHS)
+        CURRENT.set(CurrentRequest(name, adapter, asks_to_draw, has_length))
         # The client chooses the header, and may choose it twice; the manager knows a request by its id alone.
         request_id = f"{request_id}-{uuid.uuid4().hex}"
         answer = asyncio.ensure_future(self._inner.handle_request(body, request_id))
@@ -69,5 +77,27 @@ class AdapterHandler:
         except BaseException:
             if not answer.done():
                 answer.cancel()
-                served.manager().cancel_request(request_id)
+                served.cancel(request_id, adapter)
             raise
+
+
+def _check_tool_choice(body: dict[str, Any]) -> None:
+    """Raise RequestRefusedError with the status 422 for a choice of tools that the model is not held to."""
+    choice = body.get("tool_choice")
+    if choice not in (None, "auto") and (choice != "none" or body.get("tools")):
+        raise RequestRefusedError(422, "'tool_choice' is not supported here, but for 'auto': leave it out")
+
+
+def _check_generation_config(body: dict[str, Any]) -> None:
+    """Raise RequestRefusedError with the status 422 for fields of a generation config that would be ignored."""
+    text = body.get("generation_config")
+    if text is None:
+        return
+    try:
+        fields = json.loads(text)
+    except (TypeError, ValueError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise RequestRefusedError(422, "'generation_config' is no JSON object")
+    if others := fields.keys() - _CONFIG_FIELDS:
+        raise RequestRefusedError(422, f"'generation_config' has {listing(map(repr, others))}, not supported here")

@@ -7,13 +7,14 @@ import importlib.util
 from typing import Any
 
 from adaptc.errors import AdaptcError, ConfigError, listing
-from adaptc.server.adapter_routes import load_adapter, unload_adapter
+from adaptc.server.adapter_routes import add_adapter_routes
 from adaptc.server.handlers import HTTP_REQUEST, AdapterHandler
-from adaptc.server.served import RequestRefusedError, Served
+from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.served import Served
 from adaptc.server.transformers_parts import parts_classes
 
 #: routes of transformers' app that are of other models than a served one
-_OTHER_ROUTES = {"/v1/systemone", "/v1/audio/transcriptions", "/load_model", "/reset"}
+_OTHER_ROUTES = {"/v1/systemone", "/v1/audio/transcriptions", "/reset"}
 #: routes that need no key: whoever watches the server asks them
 _OPEN_ROUTES = {"/health"}
 
@@ -26,7 +27,14 @@ def check_packages() -> None:
 
 
 def build_app(served: Served) -> Any:
-    """Return the FastAPI app of ``served``; :func:`check_packages` says whether that is possible."""
+    """Return the FastAPI app of a server.
+
+    Args:
+        served: what :func:`adaptc.server.open_server` opened.
+
+    Returns:
+        the app, with the routes of OpenAI's API, of adapters, and ``/health`` and ``/metrics``.
+    """
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, PlainTextResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -65,13 +73,7 @@ def build_app(served: Served) -> Any:
         HTTP_REQUEST.set(request)
         return await call_next(request)
 
-    @app.post("/v1/load_lora_adapter")
-    async def load(body: dict[str, Any]) -> Any:
-        return PlainTextResponse(await load_adapter(served, body))
-
-    @app.post("/v1/unload_lora_adapter")
-    async def unload(body: dict[str, Any]) -> Any:
-        return PlainTextResponse(await unload_adapter(served, body))
+    add_adapter_routes(app, served)
 
     @app.get("/metrics")
     async def metrics() -> Any:
@@ -84,7 +86,8 @@ def _check_request(served: Served, request: Any) -> None:
     """Raise RequestRefusedError for a request with a wrong key (401), or with too large a body (413)."""
     key = served.options.api_key
     given = request.headers.get("authorization", "")
-    is_open = key is None or request.url.path in _OPEN_ROUTES
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))  # of an app that is mounted in another
+    is_open = key is None or path in _OPEN_ROUTES
     if not is_open and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
         raise RequestRefusedError(401, "the key is wrong or missing: send 'Authorization: Bearer KEY'")
     length = request.headers.get("content-length", "")

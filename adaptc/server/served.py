@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from adaptc.errors import AdaptcError, did_you_mean, short_repr
 from adaptc.locks import reset_after_fork
+from adaptc.server.adapter_root import AdapterRoot
+from adaptc.server.request_refused import RequestRefusedError
 from adaptc.server.server_options import ServerOptions
 from adaptc.serving.request_adapter import RequestAdapter
 from adaptc.serving.serving_model import ServingModel
@@ -72,21 +74,18 @@ class Metrics:
             self.duration.labels(name).observe(times[-1] - output.created_time)
 
 
-class RequestRefusedError(AdaptcError):
-    """A request that is answered with an HTTP status and a message."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 @dataclass(frozen=True, eq=False)
 class CurrentRequest:
-    """The request that a task answers: the model that it named, its adapters, and whether it asks for drawn tokens."""
+    """The request that a task answers.
+
+    It has the model that it named, its adapters, whether it asks for drawn tokens, and whether it says how long its
+    answer may be.
+    """
 
     model: str
     adapter: RequestAdapter
     asks_to_draw: bool
+    has_length: bool
 
 
 #: the request of the current task
@@ -98,9 +97,12 @@ class Served:
 
     def __init__(self, serving: ServingModel, tokenizer: Any, options: ServerOptions) -> None:
         self.serving, self.tokenizer, self.options = serving, tokenizer, options
+        self.adapter_root = AdapterRoot(options.adapter_root)
         self.metrics = Metrics(self)
         self._lock = reset_after_fork(threading.Lock())
         self._manager: Any = None
+        #: the ids of requests that were cancelled and may still get tokens
+        self._cancelled: set[str] = set()
 
     @property
     def names(self) -> list[str]:
@@ -110,17 +112,30 @@ class Served:
     def request_adapter(self, model: Any, mix: Any) -> RequestAdapter:
         """Return the adapters of a request for ``model`` with the field ``adapter`` of its body, ``...`` for none.
 
-        Raises RequestRefusedError with the status 404 for an unknown name, and 422 for what is no mix.
+        An adapter that is loaded on use may be read from its files. Raises RequestRefusedError with the status 404 for
+        an unknown name, 422 for what is no mix, and 400 for an adapter that does not fit.
         """
-        if not isinstance(model, str) or model not in self.names:
-            near = did_you_mean(str(model), self.names)
-            raise RequestRefusedError(404, f"there is no model {short_repr(model)}{near}: GET /v1/models lists them")
+        self.check_name(model)
         asked = (None if model == self.options.name else model) if mix is ... else mix
         try:
             return self.serving.request_adapter(asked)
-        except AdaptcError as error:
-            known = isinstance(asked, str) or (isinstance(asked, dict) and not {*asked} <= {*self.names})
-            raise RequestRefusedError(404 if known else 422, str(error)) from error
+        except (AdaptcError, OSError) as error:
+            asked_names: Any = [asked] if isinstance(asked, str) else asked
+            is_mix = isinstance(asked_names, (list, dict)) and all(isinstance(name, str) for name in asked_names)
+            unknown = is_mix and not all(map(self._is_known, asked_names))
+            found = is_mix and not unknown and not all(name in self.serving.bank for name in asked_names)
+            status = 404 if unknown else 400 if found else 422
+            raise RequestRefusedError(status, self.adapter_root.without_root(str(error))) from error
+
+    def check_name(self, model: Any) -> None:
+        """Raise RequestRefusedError with the status 404 for a name that requests may not give."""
+        if not isinstance(model, str) or not self._is_known(model):
+            near = did_you_mean(str(model), self.names)
+            raise RequestRefusedError(404, f"there is no model {short_repr(model)}{near}: GET /v1/models lists them")
+
+    def _is_known(self, name: str) -> bool:
+        """Return whether requests may name ``name``: it is here, or will be loaded at its use."""
+        return name in self.names or (self.options.load_on_use and self.adapter_root.find_named(name) is not None)
 
     def manager(self) -> Any:
         """Return the manager of requests, which runs. Raises RequestRefusedError with the status 503 where it ended."""
@@ -136,6 +151,33 @@ class Served:
             if self._manager.background_thread_status.fatal_error is not None:
                 raise RequestRefusedError(503, "the server has stopped to compute after an error; it must be restarted")
             return self._manager
+
+    def cancel(self, request_id: str, adapter: RequestAdapter) -> None:
+        """Cancel a request whose client is gone, where it still runs."""
+        manager = self._manager
+        if manager is not None and request_id in manager.output_router.result_handlers:
+            manager.cancel_request(request_id)
+            self.metrics.requests.labels(adapter.name, "cancelled").inc()
+            with self._lock:
+                self._cancelled.add(request_id)
+
+    def _forget_cancelled(self) -> None:
+        """Drop the handlers of cancelled requests that transformers knows no more.
+
+        It drops those of finished requests by itself. One that is dropped too early would leave its last tokens in a
+        queue that nobody reads.
+        """
+        manager = self._manager
+        if manager is None or manager.batch_processor is None or not self._cancelled:
+            return
+        scheduler = manager.batch_processor.scheduler
+        known = {*scheduler.waiting_requests, *scheduler.active_requests}
+        known |= {state.request_id for state in list(manager.input_queue.queue)}
+        with self._lock:
+            gone = {name for name in self._cancelled if name not in known}
+            self._cancelled -= gone
+        for name in gone:
+            manager.output_router.result_handlers.pop(name, None)
 
     @property
     def is_alive(self) -> bool:
@@ -153,6 +195,7 @@ class Served:
 
     def check_room(self) -> None:
         """Raise RequestRefusedError with the status 429 where as many requests are here as the server takes."""
+        self._forget_cancelled()
         if sum(self.queue_lengths) >= self.options.max_requests:
             raise RequestRefusedError(429, f"{self.options.max_requests} requests are waiting or running: try again")
 

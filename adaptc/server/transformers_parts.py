@@ -9,11 +9,15 @@ it calls. Public: ``init_cb``, which makes one for each model's name.
 
 from __future__ import annotations
 
+import json
+from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any
 
 from adaptc.errors import AdaptcError
-from adaptc.server.served import CURRENT, CurrentRequest, RequestRefusedError, Served
+from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.served import CURRENT, CurrentRequest, Served
+from adaptc.serving.batching_manager import pool_positions
 
 
 class AdapterModels:
@@ -25,10 +29,18 @@ class AdapterModels:
         self.loaded_models: dict[str, Any] = {}
 
     def process_model_name(self, model_id: str) -> str:
+        """Return the name. Raises RequestRefusedError with the status 404 for one that requests may not give."""
+        self.served.check_name(model_id)
         return model_id
 
     def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         return self.served.serving, self.served.tokenizer
+
+    async def load_model_streaming(
+        self, model_id_and_revision: str, gguf_file: str | None = None
+    ) -> AsyncIterator[str]:
+        """Yield the event of a model that is loaded: ``transformers chat`` waits for it."""
+        yield f"data: {json.dumps({'status': 'ready', 'model': model_id_and_revision, 'cached': True})}\n\n"
 
     def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         base = self.served.options.name
@@ -107,6 +119,10 @@ class RequestQueue:
             "top_p": 1.0 if greedy or config.top_p is None else float(config.top_p),
         }
         try:
+            if not self._current.has_length:
+                room = pool_positions(self._manager.continuous_batching_config)
+                most = self._served.serving.check_request([*input_ids], None, room)
+                options["max_new_tokens"] = min(n for n in (options["max_new_tokens"], most) if n is not None)
             added = self._manager.add_request(
                 input_ids,
                 request_id=request_id,
@@ -122,6 +138,9 @@ class RequestQueue:
             self._forget(request_id)
             raise RequestRefusedError(503, "the server is stopping")
         return added
+
+    def cancel_request(self, request_id: str) -> None:
+        self._served.cancel(request_id, self._current.adapter)
 
     def _forget(self, request_id: str) -> None:
         router = self._manager.output_router

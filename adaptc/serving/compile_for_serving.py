@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ def compile_for_serving(
     page_size: int = 32,
     capacity: int | None = None,
     max_rank: int | None = None,
+    evict: bool = False,
+    loader: Callable[[str], Any] | None = None,
     backend: str = "eager",
     autocast_adapter_dtype: bool = True,
     key_mapping: Mapping[str, str] | None = None,
@@ -73,6 +75,9 @@ def compile_for_serving(
         page_size: the number of positions of a block.
         capacity: the most adapters of the bank; None for any number.
         max_rank: the largest rank of an adapter of the bank; None for any.
+        evict: whether the bank's least recently used adapters make room for others.
+        loader: name -> adapter, or None for no adapter of that name. It is called for a name that the bank does not
+            have.
         backend: "eager" or "inductor".
         autocast_adapter_dtype: whether adapters of half-precision bases are float32.
         key_mapping: regular expression -> replacement, applied to the keys of adapter files.
@@ -113,7 +118,8 @@ def compile_for_serving(
     }
     program, fields = _capture(model, adapter, options, generator, plan_options)
     spec = ServingSpec(**fields, max_batch_tokens=max_batch_tokens, num_blocks=num_blocks, page_size=page_size)
-    bank = make_serving_bank(program, spec, adapters=adapters, capacity=capacity, max_rank=max_rank)
+    limits: dict[str, Any] = {"capacity": capacity, "max_rank": max_rank, "evict": evict, "loader": loader}
+    bank = make_serving_bank(program, spec, adapters=adapters, **limits)
     return as_transformers_model()(program, spec, bank)
 
 

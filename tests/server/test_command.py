@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -16,9 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 from adaptc.cli import app
+from adaptc.server import ServerOptions, open_server
+from adaptc.server.run import server_in_thread
+from tests.server.conftest import Running
 from tests.support.chats import ChatModel
 
 MESSAGES = [{"role": "user", "content": "w11 w12"}]
+TINY = {"max_batch_tokens": 16, "num_blocks": 48, "page_size": 4}
 SIZES = ("--num-blocks", "48", "--page-size", "4", "--max-batch-tokens", "16")
 
 
@@ -40,6 +45,7 @@ def command(*words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.long
 def test_a_command_serves_adapters_and_stops(chat_model: ChatModel) -> None:
     folder = chat_model.folder
     with command(str(folder / "model"), "--adapter", f"one={folder / 'one'}", "--name", "tiny") as (address, process):
@@ -52,6 +58,31 @@ def test_a_command_serves_adapters_and_stops(chat_model: ChatModel) -> None:
         assert len({a.choices[0].message.content for a in answers}) == 2
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) in (0, -signal.SIGINT, 130)
+
+
+@pytest.mark.long
+def test_transformers_chat_talks_to_it(running: Running) -> None:
+    """transformers' own chat, in a process of its own: it loads a model by name, and streams its answers."""
+    options = ServerOptions("base", **TINY, adapters=running.chat.adapters)
+    with server_in_thread(open_server(running.chat.folder / "model", options)) as address:
+        program = Path(sys.executable).with_name("transformers")
+        flags = ["do_sample=False", "max_new_tokens=4"]
+        words = "w11 w12 w30"
+        done = subprocess.run(
+            [str(program), "chat", "two", f"{address}/v1", *flags],
+            input=f"{words}\n!exit\n",
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "0"},
+        )
+        expected = running.expected_text("two", running.ids([{"role": "user", "content": words}]), 4)
+        assert expected in done.stdout, done.stdout + done.stderr
+        unknown = subprocess.run(
+            [str(program), "chat", "three", f"{address}/v1"], input="", capture_output=True, text=True, timeout=240
+        )
+        assert unknown.returncode != 0
+        assert "404" in unknown.stdout + unknown.stderr
 
 
 def test_what_cannot_be_served_is_one_line(chat_model: ChatModel, tmp_path: Path) -> None:

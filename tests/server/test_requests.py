@@ -24,6 +24,7 @@ def ask(running: Running, model: str, messages: Any = MESSAGES, **options: Any) 
     return running.client.chat.completions.create(model=model, messages=messages, **options)
 
 
+@pytest.mark.long
 def test_a_model_s_name_says_which_adapter_answers(running: Running) -> None:
     ids = running.ids(MESSAGES)
     answers = {}
@@ -53,6 +54,7 @@ def test_completions_and_responses(running: Running) -> None:
     assert answer.output_text == running.expected_text("one", running.ids(MESSAGES), 4)
 
 
+@pytest.mark.long
 def test_the_body_mixes_adapters(running: Running) -> None:
     answers = {}
     for mix in ({"one": 1.0}, {"one": 0.0}, {"one": 0.4, "two": 1.2}, {"two": 1.2, "one": 0.4}, None, "two"):
@@ -81,6 +83,7 @@ def test_each_request_draws_as_it_asks(running: Running) -> None:
     assert greedy == {running.expected_text("one", running.ids(MESSAGES), 5)}
 
 
+@pytest.mark.long
 def test_many_clients_at_once(running: Running) -> None:
     """Each gets its own answer, whatever runs beside it."""
     wrong: list[Any] = []
@@ -119,7 +122,10 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"frequency_penalty": 0.5}, 422, "'frequency_penalty' is not supported"),
     ({"presence_penalty": 0.5}, 422, "'presence_penalty' is not supported"),
     ({"logit_bias": {"5": 100}}, 422, "'logit_bias' is not supported"),
-    ({"generation_config": "{}"}, 422, "'generation_config' is not supported"),
+    ({"generation_config": '{"num_beams": 3}'}, 422, "'generation_config' has 'num_beams'"),
+    ({"generation_config": "[]"}, 422, "'generation_config' is no JSON object"),
+    ({"generation_config": {"top_k": 3}}, 422, "'generation_config' is no JSON object"),
+    ({"tool_choice": "required"}, 422, "'tool_choice' is not supported"),
     ({"max_tokens": "many"}, 422, "cannot be read|max_new_tokens is"),
     ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
     ({"messages": None}, 422, "cannot be read"),
@@ -148,8 +154,24 @@ def test_keys_sizes_and_bodies_are_checked(running: Running) -> None:
     assert httpx.get(f"{running.address}/health").json() == {"status": "ok"}
     assert httpx.post(url, content=b"{", headers=key).status_code == 422
     assert httpx.post(url, content=b" " * (9 << 20), headers=key).status_code == 413
-    for path in ("/load_model", "/reset", "/v1/systemone"):
+    for path in ("/reset", "/v1/systemone"):
         assert httpx.post(f"{running.address}{path}", json={}, headers=key).status_code == 404
+
+
+def test_a_request_without_a_length_gets_as_many_tokens_as_there_is_room_for(running: Running) -> None:
+    out = running.client.chat.completions.create(model="one", messages=MESSAGES, temperature=0)
+    count, room = out.usage.completion_tokens, running.served.serving.spec.position_count
+    text = running.expected_text("one", running.ids(MESSAGES), count)
+    assert out.choices[0].message.content == text
+    assert out.choices[0].finish_reason == "stop" or count == room - out.usage.prompt_tokens
+
+
+def test_a_generation_config_says_how_tokens_are_chosen(running: Running) -> None:
+    url, key = f"{running.address}/v1/chat/completions", {"Authorization": f"Bearer {KEY}"}
+    config = {"do_sample": False, "max_new_tokens": 4, "transformers_version": "5.0"}
+    body = {"model": "two", "messages": MESSAGES, "generation_config": json.dumps(config)}
+    answer = httpx.post(url, json=body, headers=key, timeout=60).json()
+    assert answer["choices"][0]["message"]["content"] == running.expected_text("two", running.ids(MESSAGES), 4)
 
 
 def test_requests_with_one_request_id_are_told_apart(running: Running) -> None:
