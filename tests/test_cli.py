@@ -285,6 +285,7 @@ def test_the_output_is_given_once(files: Files, tmp_path: Path, command: str) ->
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["compile", "merge", "swap", "unload", "export-adapter"])
 def test_json_is_all_there_is_on_stdout(files: Files, tmp_path: Path, command: str) -> None:
     out = tmp_path / "out"
@@ -392,6 +393,7 @@ def test_a_directory_without_a_model_says_so(llama: tuple[Any, Path], files: Fil
     compiled("cannot load LlamaForCausalLM")
 
 
+@pytest.mark.long
 def test_keys_are_renamed(files: Files, tmp_path: Path) -> None:
     tensors = {f"net.{k}": t for k, t in read_adapter(files.adapter).tensors.items()}
     inner = write_adapter(tmp_path / "inner", files.other.binding.config.to_dict(), tensors)

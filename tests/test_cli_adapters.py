@@ -65,6 +65,7 @@ def test_combine(root: Path, tmp_path: Path):
     assert {w["weight"] for w in found["weights"]} == {"up.weight", "down.weight"}
 
 
+@pytest.mark.long
 def test_to_lora(root: Path, tmp_path: Path):
     found = json.loads(call("to-lora", root / "loha.pt2", tmp_path / "a", "--rank", "9", "--json").stdout)
     assert found["error"] < 1e-6
@@ -76,7 +77,6 @@ def test_to_lora(root: Path, tmp_path: Path):
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.long
 def test_extract(root: Path, tmp_path: Path):
     before, after = root / "before.safetensors", root / "after.safetensors"
     call("extract", after, before, "-o", tmp_path / "a", "--rank", "1")

@@ -53,6 +53,7 @@ def test_a_program_that_generates(made: Path, tmp_path: Path) -> None:
     call("verify", made / "gen.pt2", "--runs", 1)
 
 
+@pytest.mark.long
 def test_a_program_of_quantised_weights(made: Path, tmp_path: Path) -> None:
     found, text = case("llama"), prompt(2, 5)
     adapter, out = found.adapters["first"], tmp_path / "int8.pt2"
@@ -77,6 +78,7 @@ def test_a_package_that_generates(made: Path, package: Path) -> None:
     assert shown["notes"] == ["cache: 2 layers, 256 B for each row and position"]
 
 
+@pytest.mark.long
 def test_a_chat_with_a_package(package: Path) -> None:
     """With the tokenizer that is in it, and adapters that are named."""
     words = ["chat", str(package), "--greedy", "--max-new-tokens", "4"]

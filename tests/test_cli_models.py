@@ -95,6 +95,7 @@ def test_merge_a_model_refuses(made: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.long
 def test_an_adapter_does_not_go_into_a_model(made: Path) -> None:
     """Which could not be loaded any more."""
     before = sorted(p.name for p in (made / "model").iterdir())

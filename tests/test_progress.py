@@ -220,6 +220,7 @@ def test_each_attempt_of_a_capture_says_so(log: Log) -> None:
     ]
 
 
+@pytest.mark.long
 def test_verify_merge_and_check_method_say_what_they_do(log: Log) -> None:
     prog = program()
     begun(log)
@@ -264,6 +265,7 @@ def test_a_package_says_what_it_compiles(tmp_path: Path, log: Log) -> None:
     assert begun(log)[:2] == ["reading the package net.pt2", "verifying: package equals program"]
 
 
+@pytest.mark.long
 def test_files_say_that_they_are_read_and_written(tmp_path: Path, log: Log) -> None:
     sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2)).eval()
@@ -390,7 +392,6 @@ def test_nothing_is_shown_where_nobody_wants_it_or_work_is_short(code: str, envi
     assert (run.code, run.terminal_text.split()) == (0, ["before", "after"])
 
 
-@pytest.mark.long
 def test_errors_and_interrupts_leave_the_terminal_as_it_was() -> None:
     run = session("""
         try:
@@ -454,7 +455,6 @@ def test_a_forked_process_shows_nothing_of_its_parents() -> None:
     check_clean(run)
 
 
-@pytest.mark.long
 def test_what_others_write_stands_above_the_line_in_one_piece() -> None:
     run = session("""
         with stage("work"):
@@ -467,7 +467,6 @@ def test_what_others_write_stands_above_the_line_in_one_piece() -> None:
     check_clean(run, "the first part and the rest", "more")
 
 
-@pytest.mark.long
 def test_stderr_that_others_put_in_its_place_meanwhile_comes_back() -> None:
     """A ``redirect_stderr`` in one thread may begin or end while the line of another does."""
     run = session("""

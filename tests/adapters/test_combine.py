@@ -110,7 +110,6 @@ def test_arithmetic_is_that_of_the_changes(adapters: Any):
         float("nan") * a
 
 
-@pytest.mark.long
 def test_the_nearest_of_a_rank_is_that_of_the_whole_decomposition(adapters: Any):
     """Products are decomposed by their factors, which must give what the matrices would."""
     (a, da), (b, db) = adapters["plain"], adapters["rslora"]

@@ -78,7 +78,6 @@ class Attention(nn.Module):
         return self.attn(x, x, x, need_weights=False)[0]
 
 
-@pytest.mark.long
 def test_layers_inside_others_are_changed_once():
     """PEFT's LoRA adds itself twice at the out_proj of MultiheadAttention."""
     torch.manual_seed(1)
@@ -129,7 +128,6 @@ def test_adapters_of_different_methods_are_combined_by_their_changes(tmp_path: P
         adaptc.combine([(prog, 1.0)])
 
 
-@pytest.mark.long
 def test_what_has_no_lora_is_refused():
     fresh = adaptc.compile(net(), adaptc.LoraConfig(r=2, target_modules=TARGETS), example_inputs=IDS)
     with pytest.raises(adaptc.ConfigError, match="changes no weight"):

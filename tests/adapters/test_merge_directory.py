@@ -95,6 +95,7 @@ def test_the_merged_model_is_pefts(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[k], in_memory[k]) for k in changed)
 
 
+@pytest.mark.long
 def test_files_keep_their_names_keys_order_and_what_lies_beside_them(tmp_path: Path) -> None:
     model, adapter, expected = made("loha")
     adaptc.merge_directory(str(model), str(adapter), str(tmp_path / "merged"))

@@ -233,7 +233,6 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
         refused(CheckpointError, said, odd, target, dequantize=True)
 
 
-@pytest.mark.long
 def test_damaged_weights_of_bitsandbytes_are_refused_by_name(tmp_path: Path) -> None:
     model = bitsandbytes_model("nf4")
     name = "model.layers.1.self_attn.q_proj.weight"

@@ -17,6 +17,7 @@ from tests.generation.models import generator, prompt
 from tests.support.builds import record_builds
 
 
+@pytest.mark.long
 @every_kind
 def test_each_row_gets_what_its_adapter_alone_gives(kind: Kind) -> None:
     bank = kind.bank()
@@ -32,6 +33,7 @@ def test_each_row_gets_what_its_adapter_alone_gives(kind: Kind) -> None:
     assert any(differ)
 
 
+@pytest.mark.long
 @every_kind
 def test_weights_of_a_row_are_those_of_a_sum(kind: Kind) -> None:
     """Of all adapters side by side, of few and many rows; a weight is a factor on the adapter's own scale."""
@@ -50,6 +52,7 @@ def not_finite(kind: Kind) -> Binding:
     return dataclasses.replace(binding, values=values)
 
 
+@pytest.mark.long
 @every_kind
 def test_what_is_refused_changes_nothing(kind: Kind) -> None:
     bank, first = kind.bank(), kind.adapters["first"]
@@ -100,6 +103,7 @@ def test_what_is_refused_changes_nothing(kind: Kind) -> None:
     close(kind.rows(bank, ROWS), before)
 
 
+@pytest.mark.long
 @every_kind
 def test_a_warm_bank_makes_nothing_in_calls(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, built = kind.bank(), record_builds(monkeypatch)
@@ -114,6 +118,7 @@ def test_a_warm_bank_makes_nothing_in_calls(kind: Kind, monkeypatch: pytest.Monk
     assert built[before:] == []
 
 
+@pytest.mark.long
 @every_kind
 def test_a_selection_keeps_its_adapters(kind: Kind) -> None:
     bank, second = kind.bank(), kind.adapters["second"]
@@ -169,6 +174,7 @@ def test_a_bank_of_a_program_does_not_generate() -> None:
             deed(torch.ones(4, 2, dtype=torch.int64), adapters=ROWS)
 
 
+@pytest.mark.long
 def test_generators_name_the_bank_that_they_lack() -> None:
     gen, bank = generator(), made_kind("generate", False).bank()
     ids = prompt(4, 6)["input_ids"]

@@ -13,6 +13,7 @@ from tests.bank.kinds import ROWS, Kind, chosen, close, every_kind, third_adapte
 from tests.generation.models import prompt
 
 
+@pytest.mark.long
 @every_kind
 def test_adapters_come_and_go(kind: Kind) -> None:
     bank, (first, second) = kind.bank(), kind.adapters.values()
@@ -55,6 +56,7 @@ def test_options_of_an_adapter_are_those_of_a_swap_or_refused(kind: Kind) -> Non
             deed()
 
 
+@pytest.mark.long
 @every_kind
 def test_a_loader_gives_what_is_missing(kind: Kind) -> None:
     """Its faults are its own, and change nothing."""
@@ -92,6 +94,7 @@ def test_a_call_of_other_rows_loads_nothing(kind: Kind) -> None:
     assert (sorted(bank), asked) == (["first", "second"], [])
 
 
+@pytest.mark.long
 @every_kind
 def test_copies_are_banks_of_their_own_or_refused(kind: Kind) -> None:
     bank = kind.bank()

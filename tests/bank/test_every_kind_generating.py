@@ -116,6 +116,7 @@ def test_prompts_are_refused_by_name(kind: Kind) -> None:
         kind.rows(bank, ROWS, adapter_scale=0.5)
 
 
+@pytest.mark.long
 @kinds("encoder-decoder")
 def test_what_was_encoded_counts_the_prompts(kind: Kind) -> None:
     bank, given = kind.bank(), prompt(4, 6)
@@ -127,6 +128,7 @@ def test_what_was_encoded_counts_the_prompts(kind: Kind) -> None:
                 bank.generate(**read, adapters=rows, max_new_tokens=2)
 
 
+@pytest.mark.long
 @kinds("encoder-decoder")
 def test_a_bank_with_an_encoder_is_called_part_by_part(kind: Kind) -> None:
     bank = kind.bank()

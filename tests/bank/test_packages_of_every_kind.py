@@ -28,6 +28,7 @@ assert not strange, strange
 """
 
 
+@pytest.mark.long
 @kinds(*WAYS, packaged=(True,))
 def test_a_fresh_process_runs_it(kind: Kind, tmp_path: Path) -> None:
     """Without the model's own code, and with an adapter that is put in there."""

@@ -32,6 +32,7 @@ def packed(s: Subject, tokens: int) -> Tensor:
     return x.reshape(1, -1, *x.shape[2:])[:, :tokens]
 
 
+@pytest.mark.long
 @pytest.mark.few(10)
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_each_text_gets_what_its_adapter_alone_gives(method: str, layer: str, tmp_path: Path) -> None:

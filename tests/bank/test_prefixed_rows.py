@@ -63,6 +63,7 @@ def logits(callable_: Any, inputs: dict[str, Tensor]) -> Tensor:
     return callable_(**inputs).logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("cls", "beside"), [*(("PrefixTuningConfig", one) for one in CODES), ("CartridgeConfig", "LoraConfig")]
 )
@@ -83,6 +84,7 @@ def test_a_row_gets_what_its_adapter_gives_alone(cls: str, beside: str | None) -
         assert all((out[i] - found[-1][i]).abs().max() > 1e-3 for i, name in enumerate(names) if name is not None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("beside", CODES, ids=str)
 def test_code_follows_what_stands_beside_the_prefix(beside: str | None) -> None:
     given = adapters("PrefixTuningConfig", beside)
@@ -96,6 +98,7 @@ def test_code_follows_what_stands_beside_the_prefix(beside: str | None) -> None:
     assert len(bank.placement.code_cache.executors) == CODES[beside]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", PREFIXES)
 def test_a_prefix_has_no_form_for_rows(cls: str) -> None:
     """Without a cache of the caller's there is nobody to give each row its prefix, and a bank is refused."""

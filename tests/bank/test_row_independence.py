@@ -77,6 +77,7 @@ MIXED: dict[str, tuple[Any, Tensor | None, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("case", list(MIXED))
 def test_rows_that_mix_behind_the_last_layer_are_refused_by_name(case: str, fixed: bool) -> None:
@@ -145,6 +146,7 @@ class Dropping(nn.Module):
         return self.drop(self.down(self.up(x))) if self.behind else self.down(self.drop(self.up(x)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("behind", [False, True])
 def test_dropout_of_programs_that_train_does_not_mix_rows(behind: bool) -> None:
     """It draws the same numbers in every run, and none of the caller's."""

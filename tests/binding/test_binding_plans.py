@@ -51,7 +51,6 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("not by recipe")
 
 
-@pytest.mark.long
 @pytest.mark.few(12)
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES])
 def test_every_method(entry: str, tmp_path: Path) -> None:

@@ -87,7 +87,6 @@ def test_a_binding_that_fits_is_taken_from_any_program() -> None:
     torch.testing.assert_close(program(X), fresh(X), rtol=1e-6, atol=1e-6)  # tensors lie elsewhere in memory
 
 
-@pytest.mark.long
 def test_pissa_goes_with_its_base(tmp_path: Path) -> None:
     pissa = compiled(3, init_lora_weights="pissa")
     same, other = compiled(3, init_lora_weights="pissa"), compiled(4, init_lora_weights="pissa")

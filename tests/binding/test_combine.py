@@ -124,7 +124,6 @@ def test_as_peft_where_peft_is_right(model: nn.Module, tmp_path: Path):
         adaptc.save_adapter(program, tmp_path)
 
 
-@pytest.mark.long
 def test_one_of_them_swaps_or_goes(model: nn.Module, tmp_path: Path):
     lora = adaptc.LoraConfig(r=3, target_modules=["up", "down"])
     hra = adaptc.HRAConfig(r=2, target_modules=["up"])
@@ -258,7 +257,6 @@ def test_what_only_one_of_them_can_train_is_refused(first: str, second: str, wha
     assert_close(program(IDS), theirs(IDS), 1e-9)
 
 
-@pytest.mark.long
 def test_a_swap_to_what_the_other_trains_is_refused(tmp_path: Path):
     torch.manual_seed(5)
     net = Tied().double().eval()

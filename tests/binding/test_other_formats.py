@@ -58,7 +58,6 @@ def test_a_file_is_taken_wherever_a_directory_is(model: nn.Module, wide: adaptc.
     assert adaptc.verify(made, model).ok
 
 
-@pytest.mark.long
 def test_a_directory_with_one_file_is_that_file(model: nn.Module, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "anything.safetensors", kohya())
     check_program_output(program(model, tmp_path), model, kohya_changes())
@@ -67,7 +66,6 @@ def test_a_directory_with_one_file_is_that_file(model: nn.Module, tmp_path: Path
         program(model, tmp_path)
 
 
-@pytest.mark.long
 def test_files_of_torch_save_are_read_and_never_run(model: nn.Module, tmp_path: Path) -> None:
     torch.save(kohya(), tmp_path / "some.pt")
     check_program_output(program(model, tmp_path / "some.pt"), model, kohya_changes())
@@ -81,6 +79,7 @@ def test_files_of_torch_save_are_read_and_never_run(model: nn.Module, tmp_path: 
         program(model, tmp_path / "bomb.ckpt")
 
 
+@pytest.mark.long
 def test_a_state_dict_is_read_as_a_file_and_owned(model: nn.Module, wide: adaptc.AdaptedProgram) -> None:
     given = kohya()
     made = program(model, given)
@@ -91,7 +90,6 @@ def test_a_state_dict_is_read_as_a_file_and_owned(model: nn.Module, wide: adaptc
     check_program_output(wide, model, kohya_changes())
 
 
-@pytest.mark.long
 def test_what_a_file_says_may_be_said_instead(model: nn.Module, wide: adaptc.AdaptedProgram) -> None:
     given = kohya(rank=3, alpha=None)
     scaled = {m: lora_change(*random_lora_factors(m, 3), 5 / 3) for m in SHAPES}
@@ -104,7 +102,6 @@ def test_what_a_file_says_may_be_said_instead(model: nn.Module, wide: adaptc.Ada
         program(model, given, config=LoraConfig(r=4))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 @pytest.mark.parametrize("as_file", [False, True])
 def test_pefts_keys_alone_need_a_scale_and_give_the_targets(
@@ -151,7 +148,6 @@ def test_other_methods_take_their_targets_from_keys_too(model: nn.Module) -> Non
         torch.testing.assert_close(new(image()), made(image()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.long
 def test_a_file_of_pefts_weights_is_its_directory(model: nn.Module, tmp_path: Path) -> None:
     made = program(model, kohya())
     adaptc.save_adapter(made, tmp_path / "peft")
@@ -277,7 +273,6 @@ def test_flat_names_that_two_modules_have_are_refused() -> None:
         adaptc.compile(Twins(), given, example_inputs=torch.randn(2, 5))
 
 
-@pytest.mark.long
 def test_original_names_of_a_unet(model: nn.Module) -> None:
     """The net has one layer a block, as the names tell."""
     original = {
@@ -295,7 +290,6 @@ def test_original_names_of_a_unet(model: nn.Module) -> None:
     check_program_output(program(model, given), model, kohya_changes(3, None))
 
 
-@pytest.mark.long
 def test_key_mapping_is_for_the_keys_of_the_file(model: nn.Module, wide: adaptc.AdaptedProgram, tmp_path: Path) -> None:
     odd = {k.replace("lora_unet_conv_in", "lora_unet_first"): t for k, t in kohya().items()}
     file = write_safetensors(tmp_path / "odd.safetensors", odd)

@@ -121,7 +121,6 @@ def test_loha_of_pefts_own_tensors(tmp_path: Path) -> None:
         torch.testing.assert_close(made(image()), theirs.eval()(image()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "r", "split", "both"),
     [(TO_Q, 1, (3, 2), None), (TO_Q, None, (3, 2), None), (CONV, 1, (2, 1), None), (CONV, None, (2, 1), None)],
@@ -166,7 +165,6 @@ def test_lokr_of_pefts_own_tensors(options: dict[str, object]) -> None:
         torch.testing.assert_close(made(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.long
 def test_three_factors_of_a_convolution_are_two(model: nn.Module) -> None:
     torch.manual_seed(2)
     down, mid, up = torch.randn(2, 7, 1, 1), torch.randn(2, 2, 3, 3), torch.randn(10, 2, 1, 1)
@@ -178,7 +176,6 @@ def test_three_factors_of_a_convolution_are_two(model: nn.Module) -> None:
         program(model, given)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("module", [TO_Q, CONV])
 def test_dora(module: str, model: nn.Module) -> None:
     a, b = random_lora_factors(module, 2)

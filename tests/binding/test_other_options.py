@@ -36,7 +36,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_options_are_named(name, tmp_path):
     config, other, message = OTHERS[name]
@@ -48,7 +47,6 @@ def test_options_are_named(name, tmp_path):
         assert f"{key.removeprefix('base_model.model.')!r} (nearest" not in str(raised.value)
 
 
-@pytest.mark.long
 def test_a_config_that_says_another_width_of_the_model():
     """What would be written of it could not be read."""
     program, rows = (

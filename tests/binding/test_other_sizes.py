@@ -55,6 +55,7 @@ def refused(program: adaptc.AdaptedProgram, folder: Path, tensors: dict[str, Ten
     assert {k: id(t) for k, t in before.items()} == {k: id(t) for k, t in program.binding.values.items()}
 
 
+@pytest.mark.long
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", [*PROMPTS, *LAYERS])
 def test_other_axes(name, tmp_path):

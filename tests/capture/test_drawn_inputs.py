@@ -39,7 +39,6 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", [name for name, other in MODELS.items() if other.cached_model])
 @pytest.mark.parametrize("given", ["made", "given"])

@@ -128,7 +128,6 @@ def test_sizes_that_are_fixed_together_are_told() -> None:
     assert re.search(r"x\.shape\[\d\] // 4.* == 12", message)
 
 
-@pytest.mark.long
 def test_widths_of_layers_are_not_told() -> None:
     assert told(Turned(), torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 3, 5)) == []
     assert told(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(2, 3, 9, 8)) == []

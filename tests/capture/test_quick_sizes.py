@@ -104,6 +104,7 @@ def test_the_program_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found.module()(y), model(y))
 
 
+@pytest.mark.long
 def test_a_condition_of_many_terms_is_shown_in_short() -> None:
     class Deep(Windows):
         def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def said(voice: ActiveAdapter) -> list[int]:
     return voice.generator.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 4:].tolist()
 
 
+@pytest.mark.long
 def test_names_directories_and_the_base(chats: ChatModel) -> None:
     voices = ChatAdapters(chats.opened_model, {"one": chats.folder / "one"}, no_output)
     assert voices.current.name == "one"

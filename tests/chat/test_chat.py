@@ -58,7 +58,6 @@ def answers(chats: ChatModel, said: list[tuple[str | None, str]], system: str | 
     return found
 
 
-@pytest.mark.long
 def test_a_conversation_with_swaps(chats: ChatModel, chat: Any) -> None:
     first, second, third = answers(chats, [("one", "w9 w12"), ("two", "w30"), (None, "w8")])
     result = chat("w9 w12\n/adapter two\nw30\n\n/base\nw8\n/quit\nw9 is not read\n")
@@ -76,7 +75,6 @@ def test_a_system_text_and_the_end_of_the_input(chats: ChatModel, chat: Any) -> 
     assert chat("w9", "--system", "w20 w21").stdout.splitlines() == [expected]
 
 
-@pytest.mark.long
 def test_reset_begins_anew(chats: ChatModel, chat: Any) -> None:
     (expected,) = answers(chats, [("one", "w9")])
     assert chat("w9\n/reset\nw9\n").stdout.splitlines() == [expected, "a new conversation", expected]

@@ -118,7 +118,6 @@ def test_a_program_that_generates(chats: ChatModel, tmp_path: Path) -> None:
             open_model(file, how)
 
 
-@pytest.mark.long
 def test_what_is_missing_is_named(chats: ChatModel, tmp_path: Path) -> None:
     with pytest.raises(adaptc.CheckpointError, match=r"there is no model at .*none: give a transformers model dir"):
         open_model(tmp_path / "none", ModelOptions())

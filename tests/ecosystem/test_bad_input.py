@@ -61,7 +61,6 @@ def test_columns(case: str, tmp_path: Path) -> None:
     unchanged(trained, tmp_path)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["input_ids", "labels"])
 def test_a_batch_on_another_device(name: str) -> None:
     rows = batch()
@@ -69,6 +68,7 @@ def test_a_batch_on_another_device(name: str) -> None:
         module()(**{**rows, name: rows[name].to("meta")})
 
 
+@pytest.mark.long
 def test_a_module_on_another_device_than_its_program() -> None:
     """Its state could not be made there, so it is not trained for nothing."""
     rows = {k: t.to("meta") for k, t in batch().items()}

@@ -74,6 +74,7 @@ def test_save_lora_adapter(name: str, variant: str, tmp_path: Path) -> None:
     close(swapped(name, tmp_path), output_tensor(theirs, name), name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("metadata", [True, False])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_save_lora_weights_of_a_pipeline(name: str, metadata: bool, tmp_path: Path) -> None:
@@ -106,7 +107,6 @@ def test_dora_of_a_unet(tmp_path: Path) -> None:
 # --- read by diffusers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_load_lora_adapter_reads_what_is_written(name: str, prefix: bool, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded), logits(one.eval()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_merged_model_in_two_processes_is_written_whole(tmp_path: Path) -> None:
     found = together(tmp_path, "merged")["merged"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -77,6 +77,7 @@ def test_what_a_killed_process_left_is_passed_over(run: Path) -> None:
         training.last_checkpoint(newer / "README.md")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_damaged_adapter_in_a_checkpoint_is_named(name: str, run: Path) -> None:
     file = run / "checkpoint-4" / name

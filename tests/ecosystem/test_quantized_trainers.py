@@ -96,6 +96,7 @@ def test_an_sft_trainer_trains_and_goes_on(checkpoints: bool, tmp_path: Path) ->
     assert rest == found, "to the bit"
 
 
+@pytest.mark.long
 def test_a_trainer_takes_a_quantised_model_of_ours(tmp_path: Path) -> None:
     """transformers refuses to train purely quantised models, which one with an adapter is not."""
     found, trainer = train(quantized_module(), tmp_path, max_steps=4, bf16=True)

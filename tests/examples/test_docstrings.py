@@ -28,6 +28,7 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "path", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else [], id=p) for p in EXAMPLES]
 )

@@ -26,6 +26,7 @@ WRITING = ROOT / "examples" / "writing_methods.md"
 
 
 @pytest.mark.long
+@pytest.mark.few(100)  # each of them
 @pytest.mark.parametrize("page", [p for p in PAGES if p != WRITING], ids=lambda p: p.stem)
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -67,12 +67,12 @@ def test_loaded(oracle: Oracle):
     assert_differs(oracle(), oracle.base_output())
 
 
+@pytest.mark.long
 def test_merged(oracle: Oracle):
     """A tied weight that one of its modules is adapted on is untied, as PEFT does."""
     oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
-@pytest.mark.long
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
@@ -149,7 +149,6 @@ def test_an_adapter_of_a_resized_model(tmp_path: Path):
         assert_same(adaptc.merge(program)(input_ids=ids), oracle.merge_copy()(input_ids=ids))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma2", "llama", "gpt2"])
 def test_trained_tokens(name: str, tmp_path: Path):
     """Rows of the embedding; where the head is tied to it the same rows change there, too."""
@@ -168,6 +167,7 @@ def test_trained_tokens(name: str, tmp_path: Path):
     )
 
 
+@pytest.mark.long
 def test_a_module_the_program_never_calls_is_no_target():
     """t5 reads the shared embedding through its stacks; PEFT adapts the module that nobody calls, without effect."""
     with pytest.raises(adaptc.TargetError, match="'shared'"):

@@ -122,12 +122,10 @@ def test_loaded(oracle: Oracle):
     assert_differs(oracle(), oracle.base_output())
 
 
-@pytest.mark.long
 def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(bare(oracle.case), oracle.path))  # type: ignore[attr-defined]
 
 
-@pytest.mark.long
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     task = CASES[oracle.case]  # type: ignore[attr-defined]
     config = adaptc.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **task.config)
@@ -169,6 +167,7 @@ def test_all_linear_leaves_the_head_of_every_task_alone():
     assert len(methods) == 2 + 2 * 6
 
 
+@pytest.mark.long
 def test_an_entry_that_ends_no_module_is_named():
     with pytest.raises(adaptc.TargetError, match=r"modules_to_save.*'clasifier'.*classifier"):
         adaptc.compile(bare("vit"), adaptc.LoraConfig(target_modules="all-linear", modules_to_save=["clasifier"]))

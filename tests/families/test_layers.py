@@ -63,6 +63,7 @@ def test_loaded(oracle: Oracle):
     oracle.check_merged(program)
 
 
+@pytest.mark.long
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")

@@ -34,7 +34,6 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Oracle.wrap_and_save(request.param, config, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.long
 def test_an_adapter_of_peft_loads(oracle: Oracle):
     program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
     for batch, seq in SIZES:
@@ -67,11 +66,13 @@ def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     oracle.check_trained(adaptc.compile(shared_base_program(oracle.name), config), tmp_path / "adapter")
 
 
+@pytest.mark.long
 def test_the_program_without_adapter_is_the_model(oracle: Oracle):
     model = oracle.family.build()
     assert_same(run(shared_base_program(oracle.name), oracle.family, 3, 7), run(model, oracle.family, 3, 7))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mixtral", "resnet")])
 def test_default_targets(name: str):
     model = FAMILIES[name].build()

@@ -60,7 +60,6 @@ def test_what_was_swapped_away_is_freed() -> None:
     assert gone() is None
 
 
-@pytest.mark.long
 def test_what_is_bound_stays() -> None:
     found, gen, text = case("llama"), generator(), prompt(2, 6, (2, 0))
     second, weights = (gen.bind(found.adapters["second"], form=form) for form in ("apply", "weight"))
@@ -72,7 +71,6 @@ def test_what_is_bound_stays() -> None:
     assert torch.equal(generated(gen, text), found.expected("first", text))
 
 
-@pytest.mark.long
 def test_functions_of_programs_take_it(tmp_path: Path) -> None:
     found, gen, text = case("llama"), generator(), prompt(2, 6, (2, 0))
     expected = found.expected("first", text)

@@ -59,6 +59,7 @@ def test_what_peft_generates(family: str, padding: str | None) -> None:
     assert torch.equal(generated(gen.base, inputs), plain)
 
 
+@pytest.mark.long
 @given(st.integers(1, 4), st.integers(1, 12), st.sampled_from([None, "left"]), st.sampled_from([None, 3]))
 @settings(max_examples=examples(8))
 def test_any_prompt(rows: int, length: int, padding: str | None, chunk: int | None) -> None:
@@ -83,6 +84,7 @@ def test_rows_are_as_alone(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(generated(gen, lookup, prompt_lookup_num_tokens=3), generated(gen, lookup))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_it_goes_on_from_a_cache_of_the_base(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,6 @@ def test_each_prompt_is_invoked_by_its_own_adapter(how: dict[str, Any]) -> None:
         assert not torch.equal(out, generated(Mixed(bank, ["one"] * 6), inputs))
 
 
-@pytest.mark.long
 def test_caches_of_prompts_are_continued() -> None:
     """Of the bank and of the base; what a row was invoked by is remembered."""
     gen, bank, inputs = invoked.generator(FAMILY), alora_bank(), alora_text()
@@ -81,7 +80,6 @@ def test_caches_of_prompts_are_continued() -> None:
     assert torch.equal(sampled, generated(Mixed(bank, ROWS), inputs, do_sample=True, num_return_sequences=2))
 
 
-@pytest.mark.long
 def test_mixes_that_begin_apart_are_refused() -> None:
     bank, inputs = alora_bank(), alora_text()
     mixed = [*ROWS[:5], {"one": 0.5, "other": 0.5}]

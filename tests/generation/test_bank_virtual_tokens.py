@@ -70,6 +70,7 @@ def test_a_prompt_gets_what_it_gets_alone(family: str, cls: str, how: dict[str, 
     assert torch.equal(said(Mixed(made, [None] * 4), inputs), said(alone(family, cls, None), inputs))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", [PROMPT, PREFIX])
 def test_peft_says_the_same(cls: str) -> None:
     inputs = text(4, 7, "left" if cls == PROMPT else None)
@@ -81,7 +82,6 @@ def test_peft_says_the_same(cls: str) -> None:
             assert torch.equal(out[i : i + 1], expected)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "cls"), [("llama", PROMPT), ("gpt2", PROMPT), ("llama", PREFIX), ("gemma3_text", PROMPT)]
 )

@@ -194,6 +194,7 @@ def test_a_mode_that_does_not_fit_the_program_is_refused(
     assert why in str(told.value)
 
 
+@pytest.mark.long
 def test_what_is_saved_says_the_name(tmp_path: Path) -> None:
     """A file without an entry is of the static mode, as files were that were saved before there were others."""
     gen = generator("gpt_neo")

@@ -25,6 +25,7 @@ def longer(ids: Tensor, count: int = 2) -> Tensor:
     return torch.cat([ids, prompt(len(ids), count, seed=3)["input_ids"]], 1)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("padding", [(), (2, 0, 1)], ids=["even", "padded"])

@@ -17,7 +17,6 @@ from tests.generation.test_bank import NAMES, bank
 TEXT = prompt(4, 6, (0, 2))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_copy_is_swapped_by_itself(how: Any, family: str) -> None:
@@ -40,7 +39,6 @@ def test_caches_are_of_a_copy_that_shares_the_weights() -> None:
         generated(copy.deepcopy(gen), TEXT, past_key_values=past)
 
 
-@pytest.mark.long
 def test_nothing_is_pickled() -> None:
     gen, made = generator(), bank()
     for one in (gen, gen.base, generator("t5"), made.select(NAMES)):

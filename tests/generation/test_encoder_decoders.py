@@ -59,7 +59,6 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     assert not torch.equal(said(gen.base, given, **drawn), said(gen, given, **drawn))
 
 
-@pytest.mark.long
 def test_padding_on_the_right_and_an_answer_that_was_begun() -> None:
     gen, given = generator(FAMILY), prompt(3, 9)
     given["attention_mask"][0, 6:] = 0
@@ -70,6 +69,7 @@ def test_padding_on_the_right_and_an_answer_that_was_begun() -> None:
     assert torch.equal(said(gen, more), expected(FAMILY, "first", more))
 
 
+@pytest.mark.long
 def test_what_the_encoder_gave_is_taken() -> None:
     """The encoder's own output, of one row and for beams."""
     gen, given = generator(FAMILY), prompt(3, 9, (4, 0, 1))
@@ -105,6 +105,7 @@ def test_a_cache_goes_on() -> None:
         said(gen, {"past_key_values": cache, "decoder_input_ids": rest}, num_beams=2)
 
 
+@pytest.mark.long
 def test_whisper_knows_languages_and_long_recordings() -> None:
     """Whisper's own generation: the language is found, its tokens come first, and a recording is cut in pieces."""
     gen, model = generator("whisper"), case("whisper").oracle

@@ -63,6 +63,7 @@ def test_logits_are_as_near_to_float64_as_those_of_peft(family: str) -> None:
     assert_no_less_accurate(torch.cat(found, 1), theirs, right, factor=1.25)
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_peft_where_they_are_told_apart(family: str) -> None:

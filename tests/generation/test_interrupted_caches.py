@@ -139,7 +139,6 @@ QUICK = {"llama", "gemma2", "state", "t5", "alora"}
 SOME = [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", SOME)
 def test_an_interrupt_leaves_a_cache_or_a_refusal(kind: str) -> None:
     found = [interrupted(kind, deed, 10) for deed in deeds_of(kind)]
@@ -169,6 +168,7 @@ CHANGES: dict[str, Callable[[StepCache], Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", ["llama", "gemma2", "state", "t5", pytest.param("prompt", marks=pytest.mark.slow), "alora"]
 )

@@ -198,7 +198,6 @@ def test_embeddings_of_any_cache(layers, heads, width, length, data):
     assert all(bool(t.any()) for pair in pairs for t in pair)
 
 
-@pytest.mark.long
 def test_caches_that_do_not_fit():
     take = prefixes.prompt_embeddings_from_past_key_values
     pairs = [tuple(torch.randn(2, 1, 2, 7, 8)) for _ in range(2)]

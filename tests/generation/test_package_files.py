@@ -28,6 +28,7 @@ def test_each_is_told_from_the_other(tmp_path: Path) -> None:
         adaptc.load_package(saved)
 
 
+@pytest.mark.long
 def test_the_tokenizer_is_in_it() -> None:
     found = packaged("llama").tokenizer
     assert found is packaged("llama").bind(None).tokenizer
@@ -79,7 +80,6 @@ def refused(path: Path, said: str) -> None:
     assert str(path) in str(info.value)
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("name", [GENERATION, FILES_PREFIX + "tokenizer/tokenizer.json"])
 def test_files_that_were_changed(name: str, tmp_path: Path) -> None:

@@ -50,12 +50,12 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     assert "cache of the encoder's states" in str(report)
 
 
+@pytest.mark.long
 def test_a_chat_is_refused() -> None:
     with pytest.raises(adaptc.CheckpointError, match="holds a model with an encoder"):
         open_model(written(FAMILY), ModelOptions())
 
 
-@pytest.mark.long
 def test_what_was_encoded_is_decoded_again() -> None:
     package, given = packaged(FAMILY), prompt(3, 9, (4, 0, 1))
     cache = package.prefill(given["input_ids"], given["attention_mask"])

@@ -72,6 +72,7 @@ def test_alora_says_what_peft_says() -> None:
     assert torch.equal(generated(package, inputs), generated(peft, inputs))
 
 
+@pytest.mark.long
 def test_alora_goes_on_from_a_cache_of_the_base() -> None:
     """The tokens that invoke it in the cache or behind it; what was invoked stays so."""
     package, gen, inputs = packaged("alora"), invoked.generator("llama"), invoked.text(3, 14, None)

@@ -95,6 +95,7 @@ def test_prefixes_say_what_peft_says() -> None:
         assert torch.equal(generated(package, ids, new=6, past_key_values=one), continued(theirs.model, ids, 6))
 
 
+@pytest.mark.long
 def test_reports_and_refusals(tmp_path: Path) -> None:
     """Tokens in front count among positions; a prompt of another width, or that is not finite, changes nothing."""
     cls, gen, package = "PromptTuningConfig", generator("PromptTuningConfig"), packaged("PromptTuningConfig")
@@ -123,7 +124,6 @@ def test_reports_and_refusals(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.long
 def test_damage_and_forgery(tmp_path: Path) -> None:
     """A manifest that says otherwise of what the code reads is refused, and so is one that lacks the prompt."""
     records = read_records(written("PromptTuningConfig"))

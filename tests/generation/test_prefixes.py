@@ -63,6 +63,7 @@ def test_tokens(name, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_bound_and_swapped_between(tmp_path):
     """What is bound keeps its keys, and so does a generation that has begun."""
     gen = generator("llama")

@@ -20,6 +20,7 @@ def prompts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return prompt(rows, length, tuple(padding), seed=draw(st.integers(0, 99)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 @given(
     text=prompts(),

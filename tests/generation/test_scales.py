@@ -93,6 +93,7 @@ def test_a_generation_keeps_the_scale_it_began_with() -> None:
         adaptc.swap(gen, found.adapters["first"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "bart"])
 def test_packages_generate_with_scales(family: str) -> None:
     """Blocks are of the thread that is in them, and a generation keeps the scale that it began with."""

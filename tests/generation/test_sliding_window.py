@@ -52,6 +52,7 @@ def test_bytes_are_those_of_the_static_cache(family: str, positions: int) -> Non
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["mistral", FAMILY])
 def test_a_generation_holds_no_more(family: str) -> None:
     """After a prompt longer than the window, and at the end."""

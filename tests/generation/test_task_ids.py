@@ -51,6 +51,7 @@ def said(model: Any, inputs: dict[str, Tensor], **how: Any) -> Tensor:
     return generated(model, inputs, **{"decoder_start_token_id": 1, **how})
 
 
+@pytest.mark.long
 @given(st.data(), st.sampled_from(["llama", "t5"]), st.integers(1, 4), st.integers(2, 9))
 @settings(max_examples=examples(8))
 def test_what_peft_generates(data: Any, family: str, rows: int, length: int) -> None:
@@ -60,7 +61,6 @@ def test_what_peft_generates(data: Any, family: str, rows: int, length: int) -> 
         assert torch.equal(said(generator(family), inputs, **how), said(oracle(family).model, inputs, **how))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_tasks_change_the_answer(family: str) -> None:
     gen, inputs = generator(family), text(5, 7, [0, 1, 2, 3, 4])

@@ -54,6 +54,7 @@ def whole() -> Any:
     return gen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_are_those_of_peft(way: str) -> None:
     text = prompt(1, 7) if way == "looked up" else prompt(3, 9, (4, 0, 1))
@@ -74,7 +75,6 @@ def test_it_is_told() -> None:
     assert "of which a step sees those up to its end alone: GPTNeoForCausalLM cannot be captured as a step" in told
 
 
-@pytest.mark.long
 def test_what_goes_on_from_a_cache_goes_on_from_the_text(tmp_path: Path) -> None:
     """Prefixes, forks, conversations, files, and the limits of a cache."""
     gen, text = whole(), prompt(2, 9, (3, 0))

@@ -78,7 +78,6 @@ def test_tokens_are_those_of_peft(name, count, batch, length, padding, new, how)
     assert torch.equal(said(gen, inputs, new, **how), peft_said(theirs.model, inputs, new, **how))
 
 
-@pytest.mark.long
 def test_swaps_and_bindings():
     """Nothing is compiled again, what is bound keeps its tokens, and so does a generation that has begun."""
     gen, inputs = generator("llama"), text(2, 5, "left")
@@ -243,6 +242,7 @@ def test_states(tmp_path):
     assert torch.equal(said(gen, {"input_ids": ids}, 6, past_key_values=past), expected)
 
 
+@pytest.mark.long
 def test_a_conversation(monkeypatch):
     """Tokens in front are read once, and count among the positions that a conversation has."""
     gen, words = generator("llama"), tokenizer()

@@ -126,7 +126,6 @@ def test_a_step_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -
     assert counted == [7, 1, 1, 1, 1]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_both_caches_go_along(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked, cut, reordered, repeated, in pieces and recorded: what is done to one is done to the other."""
@@ -157,6 +156,7 @@ def test_both_caches_go_along(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     close(torch.cat([in_steps(gen, other, [7])[0], got], 1), other, peft)
 
 
+@pytest.mark.long
 def test_a_conversation_goes_on() -> None:
     """New tokens alone behind what was said, and a lookup that guesses wrong."""
     gen, peft, text = generator(), oracle("llama").model, prompt(2, 6, (2, 0))
@@ -171,6 +171,7 @@ def test_a_conversation_goes_on() -> None:
     assert torch.equal(generated(gen, single, prompt_lookup_num_tokens=3), generated(peft, single))
 
 
+@pytest.mark.long
 def test_embeddings_instead_of_tokens() -> None:
     """No expert of these is of the embedding, so a text may come as what it gives."""
     gen, peft, text = generator("mistral"), oracle("mistral").model, prompt(2, 8, (3, 0))

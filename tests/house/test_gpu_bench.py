@@ -132,6 +132,7 @@ def test_a_candidate_that_computes_something_else_is_no_row_but_a_failure(monkey
     assert "PEFT's formula differs from adaptc by" in failures[0]
 
 
+@pytest.mark.long
 def test_a_failure_is_told_and_leaves_the_other_cases_their_rows(monkeypatch, capsys) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no such kernel")

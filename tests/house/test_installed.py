@@ -55,6 +55,7 @@ def test_wheel_holds_every_source_file_under_adaptc(wheel: list[str]) -> None:
     assert {"adaptc/py.typed", "adaptc/methods/_rooms_above.pyi"} <= {*wheel}
 
 
+@pytest.mark.long
 def test_wheel_installs_nothing_else_at_the_top(wheel: list[str]) -> None:
     top = {n.split("/")[0] for n in wheel}
     assert top == {"adaptc", f"adaptc-{adaptc.__version__}.dist-info"}

@@ -24,6 +24,7 @@ def found(root: Path, **files: str) -> list[str]:
     return list(faults(source(root, **files)))
 
 
+@pytest.mark.long
 def test_the_source_as_it_is_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main() == 0
     assert "keeps the rules" in capsys.readouterr().out

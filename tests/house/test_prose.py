@@ -59,5 +59,6 @@ def test_a_string_after_an_assignment_is_found(field: str) -> None:
     assert not list(faults('"""Return it."""\n#: how many\na = 1\n'))
 
 
+@pytest.mark.long
 def test_the_source_keeps_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
     assert main() == 0, capsys.readouterr().out

@@ -126,10 +126,12 @@ def run_without(room: str, folder: Path, *scripts: str) -> None:
         torch.testing.assert_close(y, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.long
 def test_without_the_choice_of_matmuls(tmp_path: Path) -> None:
     run_without("tuning", tmp_path, USE, IMPORT_ALL)
 
 
+@pytest.mark.long
 def test_without_the_checks_of_foreign_files(tmp_path: Path) -> None:
     run_without("safe_pt2", tmp_path, USE, FOREIGN, IMPORT_ALL)
 

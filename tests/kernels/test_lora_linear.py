@@ -101,6 +101,7 @@ OPS: dict[str, tuple[Any, Callable[..., list[Any]]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("types", [*((t, t) for t in DTYPES), (torch.bfloat16, torch.float32)])

@@ -11,7 +11,6 @@ from tests.support.site_cases import ATTENTION, floats
 from tests.support.site_checks import assert_close, assert_valid, parametrize_checks, subject
 
 
-@pytest.mark.long
 @pytest.mark.few(9)
 @parametrize_checks(ATTENTION)
 def test_site(name, check, tmp_path):
@@ -25,6 +24,7 @@ def test_keys_are_those_of_peft(name):
     assert keys - {"out.lora_A.weight", "out.lora_B.weight"} == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_captured_in_either_mode(training, mode):
@@ -45,7 +45,6 @@ def test_captured_in_either_mode(training, mode):
     assert_close(program(*x), expected)
 
 
-@pytest.mark.long
 def test_dropout_acts_on_the_input_of_each_projection():
     """PEFT merges the weights for each call, and so never drops anything."""
     model = Attention().double()

@@ -64,7 +64,6 @@ def test_as_peft_to_the_last_bit(name, dtype, autocast):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.long
 @given(
     sizes=st.tuples(*[st.integers(1, 17)] * 2),
     r=st.integers(1, 19),
@@ -114,6 +113,7 @@ def test_a_weight_cast_by_its_layer(training):
     torch.testing.assert_close(merged(x), program(x), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.long
 def test_layers_in_an_autocast_region():
     torch.manual_seed(9)
     model = Autocast().eval()

@@ -92,6 +92,7 @@ def test_trained_files_both_ways(scheme, tmp_path):
     assert torch.equal(adaptc.unload(plain)(x), model(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", CHANGING)
 @pytest.mark.parametrize(
     ("build", "target", "inputs"),
@@ -114,7 +115,6 @@ def test_a_base_weight_that_others_read_is_not_changed(scheme, build, target, in
         adaptc.compile(model, options, example_inputs=inputs)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("scheme", CHANGING)
 def test_attention_and_experts(scheme):
     torch.manual_seed(8)

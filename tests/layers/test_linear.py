@@ -40,7 +40,6 @@ def test_a_weight_the_parent_reads_too_is_untied_by_a_merge():
     assert_valid(merged)
 
 
-@pytest.mark.long
 def test_tied_weights_that_are_cast_before_each_use(tmp_path):
     model = CastTied().eval()
     ids = torch.randint(29, (2, 5))

@@ -154,6 +154,7 @@ def test_adapters_of_it_are_pefts(name, options, tmp_path):
     assert all(torch.equal(ours[k], t) for k, t in given_.items())
 
 
+@pytest.mark.long
 def test_a_file_with_the_base_is_shortened_too(tmp_path):
     """PEFT writes the weights of an embedding whose vocabulary has changed."""
 

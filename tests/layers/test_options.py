@@ -122,7 +122,6 @@ COMBINED = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", list(COMBINED))
 def test_combined_as_in_peft(name, tmp_path):
     build, inputs, options, targets = COMBINED[name]
@@ -247,6 +246,7 @@ def test_adapters_that_treat_one_weight_differently_share_a_program():
         assert_close(adaptc.merge(program)(*x), alone(*x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("more", "names"),
     [({"bias": "lora_only"}, "up.base_layer.bias"), ({"modules_to_save": ["norm"]}, "norm.weight")],

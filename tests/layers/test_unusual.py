@@ -17,6 +17,7 @@ def test_site_by_hand(name, check, tmp_path):
     check(subject(name), tmp_path)
 
 
+@pytest.mark.long
 @parametrize_checks(PARAMETERS)
 def test_parameter(name, check, tmp_path):
     check(subject(name), tmp_path)

@@ -350,7 +350,6 @@ def test_the_user_config_stays_as_it_was():
     assert config.rank_pattern is None
 
 
-@pytest.mark.long
 def test_experts_are_cut_one_by_one(tmp_path: Path):
     """A term stays in the file while one expert needs it, and is zero for the others."""
 

@@ -278,6 +278,7 @@ def test_inductor_and_packages(tmp_path: Path) -> None:
         runner.swap(tmp_path / "one")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "message"),
     [

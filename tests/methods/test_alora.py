@@ -57,7 +57,6 @@ def test_no_token_is_that_of_identity_values():
     assert not token_gate(torch.arange(20).reshape(2, 10), nowhere).any()
 
 
-@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])

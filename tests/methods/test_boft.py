@@ -58,6 +58,7 @@ def test_fields_and_defaults_are_pefts():
     assert set(theirs) - set(ours) == {"peft_type", "peft_version"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layer", list(LAYERS))
 def test_one_seed_gives_what_peft_gives(layer):
     torch.manual_seed(7)

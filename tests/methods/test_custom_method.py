@@ -205,7 +205,6 @@ def test_a_method_without_a_weight_is_not_merged_and_says_so(registry: None) -> 
     assert adaptc.verify(program, net).ok
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("layers", [["0"], ["1"], ["0", "2"]], ids="-".join)
 def test_layers_that_an_adapter_lacks_have_what_it_shares_in_its_size(
     registry: None, layers: list[str], tmp_path: Path

@@ -95,6 +95,7 @@ def spread(program: adaptc.AdaptedProgram, seed: int) -> adaptc.AdaptedProgram:
 # -- first values and options ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("scheme", "targets"),
     [
@@ -131,7 +132,6 @@ def test_the_method_follows_the_config():
     assert type(LoraConfig().method("up", "linear")) is Lora
 
 
-@pytest.mark.long
 def test_a_fresh_adapter_of_a_half_precision_base_changes_no_bit():
     """PEFT takes the first lengths in half precision, and does change the model."""
     model = net(torch.bfloat16)
@@ -244,7 +244,6 @@ def test_multihead_attention_has_it_once():
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_steps_of_training_with_dropout_are_pefts():
     """One seed gives both the same masks: what is added reads the dropped input, base product and all."""
     wrapped, program = by_peft(net(), lora_dropout=0.4), compiled(lora_dropout=0.4)
@@ -308,6 +307,7 @@ def test_lora_and_dora_in_one_program(form, tmp_path: Path):
             assert all(torch.equal(written[k], t) for k, t in given.items())
 
 
+@pytest.mark.long
 def test_what_would_lose_its_dropout_is_refused():
     """DoRA finds the base's weight at the layer, beside LoRA too; in front of the weight no input is dropped."""
     configs = [LoraConfig(target_modules=["up"], use_dora=d, lora_dropout=0.0 if d else 0.2) for d in (False, True)]

@@ -11,6 +11,7 @@ from tests.support.method_table import BY_NAME, ENTRIES
 from tests.support.subject import Subject, adapter_parameters, assert_close, subject
 
 
+@pytest.mark.long
 @pytest.mark.few(160)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
 @pytest.mark.parametrize(("entry", "layer"), cases())

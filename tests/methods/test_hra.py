@@ -54,6 +54,7 @@ def test_fields_and_defaults_are_pefts():
     assert set(theirs) - set(ours) == {"peft_type", "peft_version"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("r", "init"), [(4, True), (4, False), (5, False), (5, True)])
 def test_one_seed_gives_what_peft_gives(r, init):
     odd = "ignore" if init and r % 2 else "error"  # both warn

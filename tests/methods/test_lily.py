@@ -132,6 +132,7 @@ def gradients_of(program: adaptc.AdaptedProgram, x: Tensor) -> dict[str, Tensor 
     return {f: p.grad for f, p in module.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.long
 def test_gradients_of_what_layers_have_in_common_add_up(net: Net, plain: Any, tmp_path: Any) -> None:
     theirs, x = wrapped(net, 5), inputs(3)
     theirs.save_pretrained(str(tmp_path))

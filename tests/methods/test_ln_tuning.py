@@ -54,6 +54,7 @@ def test_default_norms_of_families(name, tmp_path):
     assert_same(run(adaptc.unload(program), oracle.family), oracle.base_output())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config",
     [
@@ -168,7 +169,6 @@ def test_half_precision_stays():
     assert torch.equal(program(X), net().bfloat16()(X))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("bare_program", [False, True])
 def test_unknown_architectures_have_their_layer_norms_trained(bare_program):
     model, inputs = FAMILIES["smollm3"].build(), FAMILIES["smollm3"].inputs(2, 5)

@@ -36,7 +36,6 @@ def test_the_rank_decides_what_is_one_tensor(r, whole):
     assert LoKr(r=r, decompose_both=True).sizes.specialized_for(Op("linear", (21, 20))).whole == whole
 
 
-@pytest.mark.long
 def test_ranks_swap_where_the_tensors_are_the_same(tmp_path):
     model, x = make_layers(nn.Linear(20, 21)), normal(5, 20)
     options = {"target_modules": ["a"], "decompose_both": True, "alpha": 3}
@@ -50,7 +49,6 @@ def test_ranks_swap_where_the_tensors_are_the_same(tmp_path):
     assert again.binding.methods["a.weight|lokr"].r == 3
 
 
-@pytest.mark.long
 def test_other_tensors_need_code_of_their_own(tmp_path):
     model, x = make_layers(nn.Linear(20, 21)), normal(5, 20)
     adapters = {"small": {"r": 3}, "large": {"r": 4}, "both": {"r": 1, "decompose_both": True}}

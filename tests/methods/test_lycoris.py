@@ -236,7 +236,6 @@ def test_tables_of_embeddings(cls, tmp_path):
         assert grad.abs().max() > 0.1, key
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_tables_with_gradients_by_frequency_have_the_weight_form(cls):
     model, ids = make_layers(nn.Embedding(15, 22, scale_grad_by_freq=True)), torch.tensor([[3, 14, 3]])

@@ -96,6 +96,7 @@ def test_saved_programs_and_the_base(tmp_path):
     assert_same(run_quietly(program.bind(None), text(2, 5)), run_quietly(FAMILIES["llama"].build(), text(2, 5)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
 def test_first_values_of_a_source(how, tmp_path):
     source = prompt_oracle("llama", tmp_path / "source", NAME, num_virtual_tokens=5, **OPTIONS)

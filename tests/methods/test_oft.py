@@ -251,6 +251,7 @@ def test_module_dropout_leaves_blocks_as_they_are():
     assert op.in_features == 3 * len(R)
 
 
+@pytest.mark.long
 def test_module_dropout_acts_in_training_alone(tmp_path):
     by_peft("linear", tmp_path, module_dropout=0.5)
     x = LAYERS["linear"][1]

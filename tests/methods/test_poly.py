@@ -75,7 +75,6 @@ def test_outputs(pair, data, batch, length):
     assert_same(called(program, given), called(oracle.model, given))
 
 
-@pytest.mark.long
 def test_rows_have_tasks_of_their_own(pair):
     name, _, program = pair
     program.validate()
@@ -94,6 +93,7 @@ def test_rows_have_tasks_of_their_own(pair):
     assert_same(called(program.bind(None), FAMILIES[name].inputs(4, 7)), plain)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bad", [5, -1])
 def test_tasks_that_there_are_not(pair, bad):
     name, _, program = pair
@@ -203,6 +203,7 @@ def test_saved_programs(tmp_path):
     assert_same(called(adaptc.unload(loaded), plain), called(FAMILIES["t5"].build(), plain))
 
 
+@pytest.mark.long
 def test_beside_another_adapter(tmp_path):
     """Two adapters of one program read one input; a site that one of them lacks has its number of tasks."""
     oracle = oracle_of("llama", tmp_path, target_modules=["q_proj"])
@@ -247,6 +248,7 @@ class Told(nn.Module):
         return self.inner(rows, task_ids=self.tasks).reshape(*x.shape[:-1], -1)
 
 
+@pytest.mark.long
 @given(batch=st.integers(1, 5), length=st.integers(2, 6), seed=st.integers(0, 9))
 def test_rows_that_peft_does_not_find(net, batch, length, seed):
     model, theirs, program = net

@@ -254,7 +254,6 @@ def test_projections_go_on_from_files(tmp_path):
         adaptc.compile(shared_base_program("llama"), theirs.path, training=True)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("projection", [False, True])
 def test_first_values(projection):
     """Zeros where they are asked for: keys of score zero, and values of nothing."""
@@ -292,7 +291,6 @@ class Causal(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, length, 12))
 
 
-@pytest.mark.long
 def test_attention_that_masks_by_order():
     torch.manual_seed(0)
     model, ids = Causal(), torch.arange(15).reshape(3, 5)

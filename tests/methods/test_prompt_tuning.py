@@ -178,6 +178,7 @@ def test_first_values_by_chance():
     assert abs(float(found[2].mean())) < 4 / math.sqrt(300 * 24)
 
 
+@pytest.mark.long
 def test_beside_lora(tmp_path):
     """Prompt tuning and LoRA act together; LoRA sees virtual tokens as all others, and not at their lookup."""
     family = FAMILIES["llama"]
@@ -265,7 +266,6 @@ def test_bad_options(options, message):
         PromptTuningConfig(**options)
 
 
-@pytest.mark.long
 def test_lora_programs_refuse_prompts(tmp_path):
     oracle = prompt_oracle("llama", tmp_path, num_virtual_tokens=5)
     program = adaptc.compile(shared_base_program("llama"), LoraConfig(r=3, target_modules=["q_proj"]))

@@ -208,6 +208,7 @@ def test_an_imported_file_hides_no_library(tmp_path: Path) -> None:
     assert "LoraConfig" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("point", ["signed_method", "signed_entry:register"])
 def test_an_installed_package_is_found_by_its_entry_point(
     saved: Path, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch

@@ -202,6 +202,7 @@ def test_any_two_methods_share_a_program():
             torch.testing.assert_close(program.module()(IDS), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_unload_gives_the_base_whatever_was_compiled():
     program = compiled().with_binding(compiled().bind(adapter("hra")[0]).binding)
     assert torch.equal(adaptc.unload(program)(IDS), torch.export.export(model(), (IDS,)).module()(IDS))

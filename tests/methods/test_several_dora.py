@@ -120,7 +120,6 @@ def test_with_dropout_it_reads_the_base_around_the_layer() -> None:
     assert [a.form for a in program.adaptation.attachments] == ["apply", "apply"]
 
 
-@pytest.mark.long
 def test_an_earlier_one_that_changes_the_weight_has_it_do_so_too() -> None:
     """A form asked for is taken or refused."""
     turn = adaptc.OFTConfig(oft_block_size=3, target_modules=["up"])

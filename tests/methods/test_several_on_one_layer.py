@@ -101,6 +101,7 @@ def check(program: Any, parts: dict[str, Path]) -> None:
         assert_same({"y": run_quietly(program, inputs).logits}, {"y": formula(parts, inputs)}, 5e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kinds", TOGETHER, ids="+".join)
 def test_in_float64(kinds: tuple[str, ...], tmp_path: Path) -> None:
     parts = {k: random(tmp_path / k, k, 1) for k in kinds}

@@ -31,7 +31,6 @@ UNUSED = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", list(UNUSED))
 def test_told_of(name, tmp_path):
     cls, unused, others = UNUSED[name]

@@ -46,7 +46,6 @@ def test_layers_of_different_sizes_share_projections(tmp_path, dtype, saved):
     torch.testing.assert_close(load_peft_chain(tmp_path / "b", dtype)(x), model(x))
 
 
-@pytest.mark.long
 def test_swaps_to_other_ranks_sites_and_projections(tmp_path):
     configs = [
         peft_config("VeraConfig", r=5, target_modules=["q", "v"]),
@@ -108,7 +107,6 @@ def test_writing_to_a_program_leaves_other_programs_their_projections():
     assert torch.equal(slots_by_file_key(compile_chain(config))["vera_A"], expected)
 
 
-@pytest.mark.long
 def test_dropout_acts_on_the_input_and_in_training_only(tmp_path):
     peft_chain(peft_config("VeraConfig", r=5, vera_dropout=0.5), tmp_path / "a")
     program, x = compile_chain(tmp_path / "a", training=True), inputs(4)

@@ -172,7 +172,6 @@ def test_one_program_for_several_methods(tmp_path):
         assert_same(run_quietly(both, text(3, 7)), run_quietly(program, text(3, 7)))
 
 
-@pytest.mark.long
 def test_two_prompts_do_not_act_together():
     configs = {f"of_{n}": PromptTuningConfig(num_virtual_tokens=n) for n in (2, 5)}
     with pytest.raises(ConfigError, match="the first tokens"):

@@ -74,7 +74,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.long
 @pytest.mark.few(9)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", OPTIONS)
@@ -99,7 +98,6 @@ def test_outputs(name, options, adapters, tmp_path):
     assert len(bare.graph.nodes) == len(shared_base_program(name).graph.nodes)
 
 
-@pytest.mark.long
 def test_a_head_that_reads_less_than_the_layers_give(adapters, tmp_path):
     """OPT projects the last hidden state before its head; PEFT's classifier is given what the head is."""
     wrapped = peft_model("opt", adapters("opt"))
@@ -129,7 +127,6 @@ def test_what_experts_count(data):
         torch.testing.assert_close(got[:, :, i], theirs.get_maybe_topk_scalings(scalings))
 
 
-@pytest.mark.long
 def test_one_first_pass_serves_all_sites(adapters):
     program = adaptc.compile(shared_base_program("llama"), config_of("llama", adapters("llama")))
     tags = {n: t for n in program.graph.nodes if (t := node_tag(n)) and t["role"] == COEFFICIENT_ROLE}

@@ -31,6 +31,7 @@ def test_options_of_banks_alone(kind: Kind, tmp_path: Any) -> None:
         adaptc.package(kind.source, tmp_path / "one.pt2", capacity=3)
 
 
+@pytest.mark.long
 def test_an_adapter_that_was_interrupted_twice_is_refused_until_it_is_replaced(
     kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_each_computes_its_own_adapter_in_any_order(net: Packaged, bound: Any) -
     assert all((a - b).abs().max() > 1e-2 for n, a in enumerate(outputs) for b in outputs[:n])
 
 
+@pytest.mark.long
 def test_the_first_adapter_comes_back_to_the_bit(net: Packaged, bound: Any) -> None:
     """It is in compiled code alone, which calls of others write over."""
     package = adaptc.load_package(net.path)
@@ -83,7 +84,6 @@ def test_the_first_adapter_comes_back_to_the_bit(net: Packaged, bound: Any) -> N
     assert torch.equal(run(package), run(other))
 
 
-@pytest.mark.long
 def test_the_base(net: Packaged, bound: Any) -> None:
     run(bound[0][0])
     close(run(net.runner.base), run(net.model))

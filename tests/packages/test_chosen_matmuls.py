@@ -85,6 +85,7 @@ def test_torch_alone_runs_it(made: tuple[adaptc.AdaptedProgram, Path], tmp_path:
     assert (b"aoti_torch_cpu__linear_pointwise" in code) == onednn_supports(torch.float32)
 
 
+@pytest.mark.long
 def test_the_report_tells_what_was_chosen(made: tuple[adaptc.AdaptedProgram, Path]) -> None:
     program, path = made
     runner = adaptc.load_package(path)
@@ -99,7 +100,6 @@ def test_the_report_tells_what_was_chosen(made: tuple[adaptc.AdaptedProgram, Pat
     assert not any("adaptc" in str(n.target) for n in program.graph.nodes)
 
 
-@pytest.mark.long
 def test_a_value_without_a_meaning(made: tuple[adaptc.AdaptedProgram, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="products='fast' is not one of measured, plain"):
         adaptc.package(made[0], tmp_path / "p.pt2", products="fast")

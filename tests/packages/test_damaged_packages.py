@@ -69,6 +69,7 @@ def test_a_record_that_was_changed(package: Path, tmp_path: Path, ending: str) -
     refused(write_records(tmp_path / "gone.pt2", records), f"{ending}' is missing")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize(
     "name", ["models/model.json", "data/weights/weight_0", "data/aotinductor/other/x.so", "data/x"]
@@ -80,7 +81,6 @@ def test_a_record_too_many(package: Path, tmp_path: Path, name: str) -> None:
     refused(write_records(tmp_path / "forged.pt2", with_right_hashes(records)), "none that a package has")
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("no_code")
 def test_compressed_records(package: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bad.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -126,7 +126,6 @@ def test_a_manifest_that_is_none(package: Path, tmp_path: Path, text: bytes) -> 
     refused(write_records(tmp_path / "bad.pt2", read_records(package) | {MANIFEST: text}), "damaged")
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("block", [0, *(pytest.param(b, marks=pytest.mark.slow) for b in range(1, 20))])
 def test_any_damage(package: Path, tmp_path: Path, block: int) -> None:

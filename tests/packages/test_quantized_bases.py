@@ -67,6 +67,7 @@ def other_adapter(prog: adaptc.AdaptedProgram, rank: int, folder: Path) -> Path:
     return adaptc.save_adapter(fresh, folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scheme", "dtype"), CASES, ids=str)
 def test_one_adapter(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Few rows and many, another adapter of another rank, one that is bound, and the base."""
@@ -84,6 +85,7 @@ def test_one_adapter(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     check(package(x), here(x), dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scheme", "dtype"), [CASES[0], CASES[2], CASES[4]], ids=str)
 def test_a_bank(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     prog = program(scheme, dtype)
@@ -97,6 +99,7 @@ def test_a_bank(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     check(package(x, adapters=["third"] * 11), prog.bind(str(other), scale=0.5)(x), dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_a_generator(scheme: str, tmp_path: Path) -> None:
     """A prompt is many rows, and each further token is one."""
@@ -112,6 +115,7 @@ def test_a_generator(scheme: str, tmp_path: Path) -> None:
     assert torch.equal(package.generate(ids, **options), gen.generate(ids, **options))
 
 
+@pytest.mark.long
 def test_plain_products_dequantise(tmp_path: Path) -> None:
     """In bfloat16 the kernel for 8 bits rounds scales, and the plain way does not."""
     prog, x = program("int8", torch.bfloat16), inputs(3, torch.bfloat16)

@@ -77,6 +77,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
     LOGGER.setLevel(level)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
@@ -185,6 +186,7 @@ def test_steps_that_write_to_caches_are_lowered_once(told: Told) -> None:
     assert short.signature.user_outputs == short.output_names()[4:]
 
 
+@pytest.mark.long
 def test_packaged_steps_write_to_their_caches(tmp_path: Path, told: Told) -> None:
     program = torch.export.export(Steps(), steps())
     (file := tmp_path / "folder").mkdir()
@@ -325,6 +327,7 @@ def test_older_objects_are_spared_while_it_lasts() -> None:
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("thawed")
 def test_objects_that_somebody_froze_stay_frozen() -> None:
     gc.freeze()

@@ -63,6 +63,7 @@ def test_written_inputs(both: Any, how: str) -> None:
         assert torch.equal(rest, cache + 1)
 
 
+@pytest.mark.long
 def test_elements_that_share_memory(both: Any) -> None:
     x, at, cache = _inputs()
     with pytest.raises(adaptc.AdaptcError, match=r"writes to its input .*cache.*share memory"):

@@ -70,6 +70,7 @@ def test_what_is_written_is_read_bit_for_bit(name: str, form: str, tmp_path: Pat
     assert all(torch.equal(one[k], t) for k, t in two.items())
 
 
+@pytest.mark.long
 def test_the_published_layout_is_written(tmp_path: Path) -> None:
     wide = program_with_all_sites()
     adaptc.swap(wide, kohya())

@@ -94,6 +94,7 @@ def test_what_trains_goes_on_training(model: nn.Module) -> None:
     assert all(t.grad is not None for t in new.binding.values.values() if t.requires_grad)
 
 
+@pytest.mark.long
 def test_sites_that_one_has_left_are_taken(model: nn.Module, folder: Path) -> None:
     program = adaptc.compile(model, {"one": folder / "ia3", "two": folder / "lora"}, example_inputs=X)
     program(X)
@@ -112,7 +113,6 @@ def test_sites_that_one_has_left_are_taken(model: nn.Module, folder: Path) -> No
     assert torch.equal(program(X), without)
 
 
-@pytest.mark.long
 def test_what_is_refused(model: nn.Module, folder: Path, tmp_path: Path) -> None:
     program = adaptc.compile(model, folder / "lora", example_inputs=X)
     for name, adapter, kind, match in (

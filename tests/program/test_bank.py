@@ -130,6 +130,7 @@ def test_whatever_becomes_of_the_program(singles: dict[str | None, Tensor]) -> N
             close(bank(X, adapters=list(chosen)), rows(singles, *chosen))
 
 
+@pytest.mark.long
 def test_modes_of_torch(program: Any, singles: dict[str | None, Tensor]) -> None:
     bank = bank_of(program)
     with torch.inference_mode():
@@ -296,6 +297,7 @@ def test_programs_without_sites_and_with_adapters_that_act_together_are_refused(
         both.bank()
 
 
+@pytest.mark.long
 def test_a_base_of_its_own_is_refused_and_others_of_that_program_are_not() -> None:
     options = {"init_lora_weights": "pissa"}
     made = adaptc.compile(net(), config(2, **options), example_inputs=X[:2])

@@ -98,7 +98,6 @@ def test_of_adapters_one_after_the_other_there_is_one_for_each_power_of_two(opti
     assert [s.capacity for s in small.placement.table.contents.placed.stacks] == [5]
 
 
-@pytest.mark.long
 def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def apply(
         self: Any, op: Any, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any, mix: Tensor

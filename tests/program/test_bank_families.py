@@ -67,6 +67,7 @@ def test_each_row_is_what_its_adapter_makes_alone(family: str, method: str, tmp_
         )
 
 
+@pytest.mark.long
 def test_a_norm_whose_weight_is_computed_is_refused() -> None:
     """Gemma adds one to it, so that what reads the parameter has no rows."""
     program = adaptc.compile(shared_base_program("gemma2"), adaptc.LNTuningConfig(target_modules=["input_layernorm"]))

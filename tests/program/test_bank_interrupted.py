@@ -83,6 +83,7 @@ def test_evicting_for_another(subject: Subject) -> None:
     free_for_other_threads(subject.bank)
 
 
+@pytest.mark.long
 def test_loading_what_a_call_names(subject: Subject) -> None:
     """Several are loaded for one call, and come together or not at all."""
 

@@ -59,6 +59,7 @@ def test_as_adapter_names(family: str, tmp_path: Path) -> None:
         assert_same(bank(**inputs, adapters=mixes), theirs(**inputs, adapter_names=ROWS))
 
 
+@pytest.mark.long
 def test_a_call_with_peft_s_keyword_says_what_is_there(tmp_path: Path) -> None:
     program = adaptc.compile(shared_base_program("llama"), adaptc.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(adaptc.AdaptcError, match=r"'adapter_names' is not taken: rows.*prog\.bank"):

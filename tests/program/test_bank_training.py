@@ -23,7 +23,6 @@ def weight(out: torch.Tensor) -> torch.Tensor:
     return torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 def test_gradients_reach_the_adapters_of_each_row(options: dict[str, Any]) -> None:
     made = adaptc.compile(net(), config(2, **options), example_inputs=torch.randn(2, 5), training=True)

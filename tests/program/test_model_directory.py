@@ -157,6 +157,7 @@ def test_layers_that_repeat_one_another_have_weights_each(tmp_path: Path) -> Non
     same(found, made, {"input_ids": IDS})
 
 
+@pytest.mark.long
 def test_shards_dtype_and_what_was_there_before(tmp_path: Path) -> None:
     for name in ("model.safetensors", "model-00001-of-00009.safetensors", "pytorch_model.bin", "notes.txt"):
         (tmp_path / name).write_text("old")

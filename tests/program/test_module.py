@@ -135,7 +135,6 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_copies_are_equal_and_their_own(way: str, fuse: bool) -> None:
@@ -176,7 +175,6 @@ def test_hooks_run() -> None:
     torch.testing.assert_close(y, 2 * call(net().eval()))
 
 
-@pytest.mark.long
 def test_hooks_on_the_embeddings_change_what_they_give() -> None:
     trained = module().eval()
     embeddings = trained.get_input_embeddings()
@@ -240,6 +238,7 @@ def test_parameters_that_others_replace_are_what_it_computes_with() -> None:
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_language_model_takes_what_its_forward_takes() -> None:
     trained, theirs = module().eval(), peft_model().eval()
     ids = batch()["input_ids"]
@@ -296,7 +295,6 @@ def kept(loss_of: Any) -> tuple[int, Tensor]:
     return sum(seen.values()), loss
 
 
-@pytest.mark.long
 def test_checkpoints_are_turned_on_and_off_by_trainers() -> None:
     trained = module()
     rows = batch(5)

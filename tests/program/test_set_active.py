@@ -120,7 +120,6 @@ def test_factors_as_peft(twins: Twins) -> None:
     assert_valid(twins.ours)
 
 
-@pytest.mark.long
 def test_the_active_ones_as_peft(twins: Twins) -> None:
     everything = twins.ours(IDS)
     for names in (["style"], ["task"], ["task", "style"]):
@@ -150,7 +149,6 @@ def test_the_active_ones_as_peft(twins: Twins) -> None:
     twins.check()
 
 
-@pytest.mark.long
 def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
     ours, theirs = twins.ours, twins.theirs
     ours.set_active({"task": 0.5, "style": None})
@@ -177,6 +175,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", list(BLOCKS))
 def test_a_block_that_raises_leaves_nothing(twins: Twins, block: str) -> None:
     ours = twins.ours
@@ -186,6 +185,7 @@ def test_a_block_that_raises_leaves_nothing(twins: Twins, block: str) -> None:
     assert torch.equal(ours(IDS), before)
 
 
+@pytest.mark.long
 def test_blocks_with_names(twins: Twins, model: nn.Module) -> None:
     """What calls in the block compute is what they would after ``set_active``; numbers of other blocks multiply."""
     ours, other = twins.ours, copy.copy(twins.ours)
@@ -382,7 +382,6 @@ def test_a_merged_adapter_cannot_be_left_out(twins: Twins) -> None:
         pass
 
 
-@pytest.mark.long
 def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
     ours = twins.ours
     ours.set_active({"task": 0.5})
@@ -478,6 +477,7 @@ def test_set_adapter_and_disable_adapter_as_peft(twins: Twins, names: str | list
     twins.check()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weights", [None, 0.25, [0.5, -2.0], [None, 0.5]])
 def test_set_adapters_weighs_as_diffusers_does(twins: Twins, weights: Any) -> None:
     twins.ours.set_adapters(["task", "style"], weights)

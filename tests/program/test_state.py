@@ -121,7 +121,6 @@ def test_a_copy_with_options_leaves_the_program_as_it_is(program: adaptc.Adapted
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_a_deep_copy_is_a_program_of_its_own(program: adaptc.AdaptedProgram, tmp_path: Path) -> None:
     expected, old = program(IDS), {k: v.clone() for k, v in program.state_dict.items()}
     twin = copy.deepcopy(program)
@@ -260,7 +259,6 @@ def test_load_to_a_device(program: adaptc.AdaptedProgram, tmp_path: Path) -> Non
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_who_looks_while_another_thread_follows_a_swap_sees_all_of_it(
     program: adaptc.AdaptedProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:

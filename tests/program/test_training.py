@@ -84,6 +84,7 @@ def test_only_adapter_parameters_train_and_their_gradients_are_pefts(llama, trai
     assert all(p.grad is None for p in llama.parameters())
 
 
+@pytest.mark.long
 def test_losses_of_twenty_steps_equal_pefts(llama, trained):
     randomised(trained, 2)
     module, peft_model = trained.module(), peft_twin(llama, trained)
@@ -186,7 +187,6 @@ def adapter_of(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
     return file_tensors(program.spec(), program.binding)
 
 
-@pytest.mark.long
 def test_a_training_program_answers_calls_without_dropout_and_merges_without_it(dropping):
     _, program = dropping
     x = torch.randn(3, 6, 7)
@@ -198,7 +198,6 @@ def test_a_training_program_answers_calls_without_dropout_and_merges_without_it(
     torch.testing.assert_close(adaptc.unload(program)(x), dropping[0](x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.long
 def test_lora_dropout_acts_on_the_adapter_input_with_the_configured_rate(dropping):
     _, program = dropping
     rates = [
@@ -217,6 +216,7 @@ def test_a_program_captured_for_inference_says_so_instead_of_training_without_dr
     assert module.eval() is module
 
 
+@pytest.mark.long
 def test_set_mode_is_a_pass_that_counts_and_undoes_itself(dropping):
     _, program = dropping
     off = SetMode(training=False)(program)

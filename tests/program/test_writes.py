@@ -94,7 +94,6 @@ def test_a_full_disk_is_an_error_of_a_package(tmp_path: Path) -> None:
     assert content(tmp_path) == before
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_what_a_write_raises_comes_after_torch_is_done(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

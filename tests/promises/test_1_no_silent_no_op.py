@@ -41,6 +41,7 @@ def base() -> torch.export.ExportedProgram:
     return adaptc.unload(adaptc.compile(FAMILIES["llama"].build(), LoraConfig(r=2, target_modules=["q_proj"])))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("field", list(MISSES))
 def test_an_entry_that_names_nothing_raises_and_names_what_is_near(
     field: str, base: torch.export.ExportedProgram

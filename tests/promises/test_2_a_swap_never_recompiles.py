@@ -97,6 +97,7 @@ def test_any_adapter(backend: str, rank: int, alpha: float, sites: set[str], row
     torch.testing.assert_close(bound, expected, **tolerance)
 
 
+@pytest.mark.long
 def test_the_guard_sees_compilations() -> None:
     """Or the tests above would say nothing."""
     with pytest.raises(RecompileError), adaptc.debug.assert_no_recompiles():

@@ -90,6 +90,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_pipelines_of_the_product_check_every_pass(name: str, checked: list[str], tmp_path: Path) -> None:
     def fresh(expected: dict[str, Any]) -> None:

@@ -286,6 +286,7 @@ FILES = [k for k in KINDS if not k.startswith("config")]
 CONFIGS = [k for k in KINDS if k.startswith("config")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_weights(seed: int, tmp_path: Path) -> None:
     fuzz(tmp_path, seed, 150, FILES)

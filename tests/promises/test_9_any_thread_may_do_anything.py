@@ -231,7 +231,6 @@ def test_threads_see_whole_adapters_for_long(backend: str, seed: int, tmp_path: 
     everything_at_once(stage, 150, 6, deeds, seed)
 
 
-@pytest.mark.long
 def test_calls_and_swaps_do_not_wait_for_work_on_graphs(tmp_path: Path) -> None:
     """While a thread compiles, or saves, for minutes, others go on: with adapters of any rank, in any form."""
     stage = Stage.of(tmp_path, "eager")

@@ -89,14 +89,12 @@ def test_a_layer_is_computed_on_its_codes(scheme: str, dtype: torch.dtype) -> No
     assert ("up.weight.codes" in plain.state_dict) == (scheme != "int4")  # the kernel's copy is enough
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("scheme", "dtype"), DEQUANTIZED, ids=str)
 def test_other_layers_are_dequantised(scheme: str, dtype: torch.dtype) -> None:
     plain = check(program(scheme, dtype), dtype)
     assert not ops(plain.graph_module) & {"cond", *(k for k in KERNELS.values() if k != "sum")}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("scheme", "dtype", "columns", "rows", "options"),
     [
@@ -115,7 +113,6 @@ def test_sizes_that_a_kernel_does_not_take(
     assert not ops(plain.graph_module) & {"cond", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"}
 
 
-@pytest.mark.long
 def test_a_fixed_number_of_rows_needs_no_choice() -> None:
     for count in (4, 5):
         model = adaptc.quantize(Net(64, 48, torch.float32), "int8", exclude=["down"])
@@ -129,7 +126,6 @@ def test_a_fixed_number_of_rows_needs_no_choice() -> None:
         assert not any(n.target is torch.ops.higher_order.cond for n in plain.graph.nodes)
 
 
-@pytest.mark.long
 def test_a_weight_that_something_else_reads_keeps_its_stored_tensors() -> None:
     """A tied embedding looks rows up in the codes, and the head multiplies by a packed copy."""
 

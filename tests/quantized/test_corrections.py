@@ -86,6 +86,7 @@ def test_what_is_left_is_the_smallest(rank, scheme, name):
     assert torch.equal(prog(IDS), expected)
 
 
+@pytest.mark.long
 @given(st.data())
 def test_a_whole_rank_leaves_nothing(data):
     scheme = data.draw(st.sampled_from(["nf4", "int8", "int4"]))
@@ -108,6 +109,7 @@ def test_half_precision(dtype):
     assert {t.dtype for t in added} == {dtype}
 
 
+@pytest.mark.long
 def test_training_programs_and_bases_that_are_given_up():
     prog = program(training=True)
     expected = adaptc.merge(program(), requantize=True, correction_rank=4)(IDS)
@@ -117,6 +119,7 @@ def test_training_programs_and_bases_that_are_given_up():
         adaptc.unmerge(merged)
 
 
+@pytest.mark.long
 def test_every_merge_has_its_own_correction():
     """A merged graph is remembered for a set of sites; one with a correction holds tensors of its adapter."""
     prog = program()
@@ -141,6 +144,7 @@ def program_of(prog: adaptc.AdaptedProgram) -> adaptc.AdaptedProgram:
     return new
 
 
+@pytest.mark.long
 def test_a_merged_program_takes_another_adapter_and_its_own_correction():
     merged = adaptc.merge(program(), requantize=True, correction_rank=3)
     torch.manual_seed(7)
@@ -158,6 +162,7 @@ def test_files_are_read_without_adaptc(tmp_path):
     assert isinstance(loaded.state_dict["up.weight"], QuantizedTensor)
 
 
+@pytest.mark.long
 def test_what_is_refused():
     prog = program()
     for options, said in (

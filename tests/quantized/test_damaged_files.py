@@ -81,7 +81,6 @@ CASES: dict[str, tuple[str, Callable[[Any], None], str]] = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_damage_is_refused_by_the_name_of_the_weight(case: str, tmp_path: Path) -> None:
     scheme, damage, said = CASES[case]
@@ -98,7 +97,6 @@ def test_damage_is_refused_by_the_name_of_the_weight(case: str, tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["damaged.pt2"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "int8_dynamic"])
 def test_a_file_that_was_not_damaged_is_read_to_the_bit(scheme: str, tmp_path: Path) -> None:
     """The same way to a file, without damage: what is refused above is refused for the damage."""

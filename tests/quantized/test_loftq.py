@@ -116,6 +116,7 @@ def test_more_steps_come_nearer():
     assert plain > errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("bits", BITS)
@@ -161,6 +162,7 @@ def test_the_base_in_few_bits(bits, steps, dtype, tmp_path):
     assert torch.equal(adaptc.unload(prog)(x), adaptc.unload(again)(x))
 
 
+@pytest.mark.long
 def test_training_merging_and_a_bank_of_the_quantised_program(tmp_path):
     small = adaptc.quantize(adaptc.compile(Net(), config(lora_alpha=9), example_inputs=X, training=True), "nf4")
     module = small.module()

@@ -70,6 +70,7 @@ def test_onnx(scheme: str, form: str, tmp_path: Path) -> None:
     assert len(weights) == (0 if form == "merged" else 2)
 
 
+@pytest.mark.long
 def test_a_program_decomposes_to_plain_operators() -> None:
     """What exporters call. The program keeps its weights, and the result says nothing of schemes."""
     prog = program("nf4")

@@ -35,6 +35,7 @@ def quantized_names(state: dict[str, object]) -> set[str]:
     return {n for n, t in state.items() if isinstance(t, QuantizedTensor)}
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
@@ -86,6 +87,7 @@ def test_targets_and_exclusions():
     ) == {"down.weight"}
 
 
+@pytest.mark.long
 def test_a_tied_head_stays_and_a_tied_embedding_stays_tied():
     program = adaptc.quantize(shared_base_program("gpt2"), "int8")
     assert "transformer.wte.weight" not in quantized_names(program.state_dict)
@@ -134,6 +136,7 @@ def test_an_adapter_that_changed_the_base():
         adaptc.quantize(program, "int8")
 
 
+@pytest.mark.long
 def test_a_generator():
     model = FAMILIES["llama"].build()
     gen = adaptc.quantize(adaptc.compile_for_generation(model, LORA), "int8")

@@ -108,6 +108,7 @@ def test_the_profiler_sees_what_is_allocated() -> None:
     assert (peak(sizes), sum(sizes)) == (3_000_000, 2_000_000)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -149,6 +150,7 @@ def test_nothing_float_of_a_weight_is_kept_for_the_backward(name: str) -> None:
     assert not shapes & {*sizes, *(s[::-1] for s in sizes)}
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("scheme", ["nf4", "int8", "int8_dynamic", "int4"])
 def test_gradients_with_checkpoints_are_the_same_to_the_bit(scheme: str) -> None:
@@ -200,6 +202,7 @@ class Choice(NamedTuple):
     classes: tuple[int, ...] = ()
 
 
+@pytest.mark.long
 def test_no_matmul_of_plain_weights_is_chosen_for_a_quantised_one() -> None:
     asked: list[tuple[int, int]] = []
 
@@ -211,6 +214,7 @@ def test_no_matmul_of_plain_weights_is_chosen_for_a_quantised_one() -> None:
     assert asked == [(61, 64)] * 2, "other weights than that of the head"
 
 
+@pytest.mark.long
 def test_it_becomes_what_other_modules_become() -> None:
     expected = gradients(module())
     assert_equal(gradients(copy.deepcopy(module())), expected)
@@ -236,6 +240,7 @@ def test_what_it_cannot_become_is_refused_by_name() -> None:
         program().to(torch.float32)
 
 
+@pytest.mark.long
 def test_its_whole_state_is_saved_and_loaded_as_data() -> None:
     trained = module()
     expected = gradients(trained)
@@ -256,6 +261,7 @@ def test_its_whole_state_is_saved_and_loaded_as_data() -> None:
     assert_equal(gradients(module()) if module().load_state_dict(state, assign=True) else {}, expected)
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("scheme", ["int8", None])
 def test_the_state_of_another_base_is_refused_and_changes_nothing(scheme: str | None) -> None:
@@ -293,6 +299,7 @@ def test_accelerate_prepares_and_steps_it(tmp_path: Path) -> None:
     assert_equal(prepared.state_dict(), state)
 
 
+@pytest.mark.long
 def test_it_is_exported_again(tmp_path: Path) -> None:
     trained = module().eval()
     exported = torch.export.export(trained, (), {"input_ids": IDS}, strict=False)
@@ -308,8 +315,8 @@ def test_it_is_exported_again(tmp_path: Path) -> None:
             assert len(quantized(found.state_dict.items())) == 14
 
 
-@pytest.mark.long
 # Of torch's compiler, about what it makes itself.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad attribute")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile_gives_the_same(backend: str) -> None:

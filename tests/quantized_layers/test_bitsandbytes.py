@@ -230,6 +230,7 @@ def test_a_weight_is_read_once_and_again_after_a_change() -> None:
     assert read()[0] is not first[0]
 
 
+@pytest.mark.long
 def test_weights_that_were_read_go_with_the_model() -> None:
     model = net(four_bit, ODD_SIZES)
     with plain_layers(model):

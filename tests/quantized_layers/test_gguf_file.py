@@ -98,6 +98,7 @@ def matrices(file: Path) -> dict[str, GgufMatrix]:
     return {m.name: m for m in read_gguf_matrices(file)}
 
 
+@pytest.mark.long
 def test_programs_and_generators_get_them_and_all_else_works(file: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
     plain = adaptc.compile(load(file, torch.float32), config)

@@ -69,6 +69,7 @@ MODELS: dict[str, tuple[Callable[[], Any], float]] = {
 IDS = torch.randint(3, 61, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_a_llama_is_adapted_as_peft_adapts_it(name: str, saved: str, tmp_path: Path) -> None:
     build, tolerance = partial(load, saved, name), MODELS[name][1]
@@ -83,6 +84,7 @@ def test_a_llama_is_adapted_as_peft_adapts_it(name: str, saved: str, tmp_path: P
     assert len(held) == 7 * model.config.num_hidden_layers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["nf4", "torchao"])
 def test_a_llama_generates_as_peft_lets_it(name: str, saved: str, tmp_path: Path) -> None:
     build = partial(load, saved, name)
@@ -95,6 +97,7 @@ def test_a_llama_generates_as_peft_lets_it(name: str, saved: str, tmp_path: Path
     assert model.model.layers[1].mlp.up_proj is layer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["fp4, double", "torchao, groups"])
 def test_a_llama_trains_as_peft_trains_it(name: str, saved: str, tmp_path: Path) -> None:
     build, tolerance = partial(load, saved, name), MODELS[name][1]

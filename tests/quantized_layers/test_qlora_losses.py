@@ -155,6 +155,7 @@ def plain_twin(model: Any) -> Any:
     return twin
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("scheme", "dtype"), [("nf4", FLOAT), ("nf4", HALF), ("int4", FLOAT), ("int8", FLOAT)])

@@ -90,6 +90,7 @@ def test_coverage_tells_which_layers_an_entry_missed(partial: adaptc.AdaptedProg
     assert re.search(r"k_proj x2 +no entry names it +model\.layers\.\{0,1\}\.self_attn\.k_proj", text)
 
 
+@pytest.mark.long
 def test_coverage_names_sites_with_their_tensors(partial: adaptc.AdaptedProgram) -> None:
     report = adaptc.report(partial)
     site = next(s for s in report.sites if s.fqn == "model.layers.1.self_attn.q_proj.weight")
@@ -162,7 +163,6 @@ def test_what_another_adapter_acts_on_is_not_left_at_the_base() -> None:
     assert "4 of them left at the base" in str(adaptc.report(program))
 
 
-@pytest.mark.long
 def test_plain_programs_have_no_adapter(partial: adaptc.AdaptedProgram) -> None:
     total = adaptc.report(partial).total - adaptc.report(partial).trainable
     for plain in (adaptc.merge(partial), adaptc.unload(partial)):

@@ -64,6 +64,7 @@ def test_every_way_the_model_is_called(run: Any) -> None:
         torch.testing.assert_close(run(*args, **kwargs), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("args", "kwargs", "match"),
     [

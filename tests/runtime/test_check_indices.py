@@ -78,6 +78,7 @@ def test_what_a_program_looks_up() -> None:
         made(**inputs() | {"ids": torch.full((3, 4), ROWS)})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["inductor", pytest.param("package", marks=pytest.mark.long)])
 def test_it_is_an_error_and_not_the_end(how: str, tmp_path: Path) -> None:
     """A process that ended would take the tests with it."""

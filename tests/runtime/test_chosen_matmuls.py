@@ -50,6 +50,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", [True, False])
 def test_it_computes_what_its_graph_says(fuse: bool, calls: list[int]) -> None:
     program = compile_block(dtype=FLOAT, fuse=fuse)
@@ -81,7 +82,6 @@ def test_one_row_and_none(calls: list[int]) -> None:
         close(program(x), program.module()(x))
 
 
-@pytest.mark.long
 def test_swaps_the_base_and_merges_too(calls: list[int]) -> None:
     program, x = compile_block(dtype=FLOAT), random_rows(8, FLOAT)
     program(x)

@@ -163,6 +163,7 @@ def test_a_weight_that_lies_otherwise_is_left_alone() -> None:
     assert sorted(c.reason for c in program.products.choices)[1] == "the weight does not lie row by row"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True])
 def test_bound_callables_and_the_base(own: bool) -> None:
     program, x = compile_block(dtype=FLOAT, backend="inductor"), random_rows(7, FLOAT)

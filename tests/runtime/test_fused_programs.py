@@ -22,6 +22,7 @@ from tests.support.families import FAMILIES
 from tests.support.sibling_nets import LAYERS, adapter, assert_close, block, compile_block, random_rows
 
 
+@pytest.mark.long
 def test_a_fused_program_computes_what_its_graph_says() -> None:
     program = compile_block()
     for n in (1, 2, 400):  # few rows are stacked, many are not
@@ -39,7 +40,6 @@ def test_compiled_code_is_plain() -> None:
     assert set(program.executor().variants.trails) == {"plain"}
 
 
-@pytest.mark.long
 def test_both_ways_of_fusing_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from adaptc.passes.optimize import sibling_cost
 

@@ -74,6 +74,7 @@ def test_every_adapter_and_size(pair: Pair, n: int, rank: int, seed: int, layers
     assert_close(fused(random_rows(n)), plain(random_rows(n)))
 
 
+@pytest.mark.long
 def test_few_rows_take_a_kernel_per_layer_and_many_share_one(pair: Pair) -> None:
     plain, fused = pair
     fused = fused.with_binding(fused.binding)
@@ -130,6 +131,7 @@ def test_inductor_compiles_kernels_once_for_all_ranks(dora: bool) -> None:
             assert_close(a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_gradients_of_a_program_that_trains(dora: bool) -> None:
     model = block()
@@ -148,6 +150,7 @@ def test_gradients_of_a_program_that_trains(dora: bool) -> None:
         assert_close(a, b)
 
 
+@pytest.mark.long
 def test_calls_of_a_program_that_trains_with_dropout_take_kernels() -> None:
     found = []
     for kernels in (False, True):

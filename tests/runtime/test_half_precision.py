@@ -80,7 +80,6 @@ def test_the_form_follows_the_rows() -> None:
     assert kinds(program) == seen
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("slots", ["float32", "own"])
 def test_who_has_no_other_form(slots: str) -> None:
     """float32 adapters have nothing to widen; float16 is not multiplied, and so is float32 in every form."""
@@ -93,6 +92,7 @@ def test_who_has_no_other_form(slots: str) -> None:
         assert "computed in float32 in 1 products (the processor does not multiply their type)" in str(program.fusion)
 
 
+@pytest.mark.long
 def test_swaps_and_bindings() -> None:
     program = compiled()
     for n in (FEW, MORE):
@@ -110,6 +110,7 @@ def test_swaps_and_bindings() -> None:
     assert kinds(program) == {"wide", "stacked"}
 
 
+@pytest.mark.long
 def test_a_write_is_seen_in_every_form() -> None:
     program = compiled()
     before = {n: program(random_rows(n, BF16)) for n in (FEW, MORE)}
@@ -134,7 +135,6 @@ def test_merged_verified_saved(tmp_path: Any) -> None:
     assert_close_to_rounding(adaptc.unload(program)(x), block(BF16)(x))
 
 
-@pytest.mark.long
 def test_copies_are_told_and_count_against_the_limit() -> None:
     program = compiled()
     program(random_rows(MORE, BF16))

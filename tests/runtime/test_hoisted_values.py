@@ -198,6 +198,7 @@ def test_a_bound_adapter_sees_writes_too() -> None:
     assert torch.equal(bound(IDS), without(program.with_binding(bound.binding))(IDS))
 
 
+@pytest.mark.long
 def test_slots_that_require_grad_are_never_held() -> None:
     """Some optimizers write past torch's count of writes."""
     config = LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False)
@@ -320,7 +321,6 @@ def test_the_limit_holds_and_changes_no_output() -> None:
     assert compiled(hoist_limit=100).hoist_limit == 100
 
 
-@pytest.mark.long
 def test_a_call_never_mixes_code_and_values_of_two_limits() -> None:
     program = compiled()
     expected = program(IDS)

@@ -64,6 +64,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert_close_to_rounding(found, expected, factor=16 if found.dtype == FLOAT else 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_it_computes_what_its_graph_says(fuse: bool, dtype: torch.dtype, made: list[Any]) -> None:
@@ -179,7 +180,6 @@ def test_gradients_and_a_machine_without_the_op(monkeypatch: pytest.MonkeyPatch)
     close(program(random_rows(2, FLOAT)), expected)
 
 
-@pytest.mark.long
 def test_values_without_a_meaning() -> None:
     for bad in ("bfloat16", True, 16, ["bf16"]):
         with pytest.raises(ConfigError, match=r"pack=.* is not one of float32, bf16, or None"):

@@ -100,6 +100,7 @@ def test_a_bare_state_dict_keeps_the_programs_alpha(program, model):
     torch.testing.assert_close(program(ids).double(), expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [2, 33])
 def test_program_is_valid_and_saves_after_a_swap(program, model, rank, tmp_path):
     tensors = adapter(rank, ["up", "conv"], rank)

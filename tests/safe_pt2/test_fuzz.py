@@ -53,6 +53,7 @@ def test_damaged_bytes(good: tuple[Path, Any], tmp_path: Path, block: int) -> No
     assert "refused" in seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", BLOCKS)
 def test_json_of_other_types(good: tuple[Path, Any], tmp_path: Path, block: int) -> None:
     """Under the seal of adaptc.save any change is refused. Without it, as a forger would have it, a value of another

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import adaptc
 from tests.generation.models import case
 from tests.serving.models import SIZES, expected_tokens, free_blocks, prompts, results, running
+from tests.support.cover import examples
 
 TEXTS = prompts(3, 21, 9, 21, 1, 14)
 NEW = 5
@@ -36,7 +37,7 @@ def expected(text: int, mix: dict[str, float]) -> list[int]:
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=examples(25), suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(STEPS, min_size=4, max_size=30), st.sampled_from([14, 48]))
 def test_each_request_gets_its_tokens_whatever_happens(steps: list[Any], blocks: int) -> None:
     found = case("llama")

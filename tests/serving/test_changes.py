@@ -22,6 +22,7 @@ def own_serving() -> Any:
     return adaptc.compile_for_serving(found.model, found.adapters["first"], adapters=adapters, **SIZES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["replace", "remove"])
 def test_a_request_keeps_the_adapter_that_it_began_with(how: str) -> None:
     """And the last such request frees it."""
@@ -52,6 +53,7 @@ def test_a_request_keeps_the_adapter_that_it_began_with(how: str) -> None:
     assert old() is None
 
 
+@pytest.mark.long
 def test_adapters_change_while_many_requests_run() -> None:
     """Each request has the adapter that its name had when it was added, from whatever thread."""
     model, found, texts = own_serving(), case("llama"), prompts(*range(3, 19))
@@ -84,6 +86,7 @@ def test_adapters_change_while_many_requests_run() -> None:
         assert done[request].generated_tokens == expected[name][i]
 
 
+@pytest.mark.long
 def test_wrong_requests_are_refused_and_others_go_on() -> None:
     model, (text,) = serving(), prompts(6)
     with running(model) as manager:
@@ -138,6 +141,7 @@ def test_what_is_no_model_or_adapter_for_it_is_refused() -> None:
             adaptc.compile_for_serving(model, adapter, **options)
 
 
+@pytest.mark.long
 def test_the_functions_of_adaptc_take_it() -> None:
     found, (text,) = case("llama"), prompts(6)
     model = own_serving()

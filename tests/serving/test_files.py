@@ -35,6 +35,7 @@ print(json.dumps([one.generated_tokens for one in out.values()]))
 """
 
 
+@pytest.mark.long
 def test_a_saved_model_serves_again(tmp_path: Path) -> None:
     found, texts = case("gemma2"), prompts(23, 5)
     path = adaptc.save(serving("gemma2"), tmp_path / "serving.pt2")
@@ -95,7 +96,6 @@ def test_adapters_of_a_package_change_while_requests_run(package: Path) -> None:
             manager.add_request(text)
 
 
-@pytest.mark.long
 def test_a_spec_that_does_not_fit_is_refused(package: Path, tmp_path: Path) -> None:
     records = read_records(package)
     stored = json.loads(records[SPEC_RECORD])

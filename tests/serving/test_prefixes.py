@@ -52,6 +52,7 @@ def watched_turns(turns: list[Any]) -> list[tuple[int, list[int]]]:
     return out
 
 
+@pytest.mark.long
 def test_requests_share_what_requests_with_the_same_adapters_computed() -> None:
     text = prompts(23)[0]
     found = watched_turns([adapter for adapter, _ in TURNS])
@@ -61,6 +62,7 @@ def test_requests_share_what_requests_with_the_same_adapters_computed() -> None:
     assert sum(matched >= 0 for matched, _ in found) >= len(TURNS) // 2
 
 
+@pytest.mark.long
 def test_without_the_adapters_a_request_would_read_what_another_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the test above would fail."""
     monkeypatch.setattr(batching_manager, "salted_tokens", lambda tokens, *_: tokens)

@@ -29,7 +29,7 @@ MIXED: list[Any] = ["first", "second", None, {"first": 0.5, "second": -0.3}, "se
 
 
 @pytest.mark.long
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", [f for f in CAUSAL if f not in REFUSED and f not in OF_EXPERTS])
 def test_tokens_are_those_of_each_request_alone(family: str) -> None:
     """Prompts that are longer than a batch and than the windows of layers, two of them equal: blocks are shared."""
@@ -42,6 +42,7 @@ def test_tokens_are_those_of_each_request_alone(family: str) -> None:
     assert expected != [expected_tokens(family, text, None) for text in texts]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_tokens_of_two_kinds_of_layers(family: str) -> None:
     """Full attention, and windows beside it, with and without shared blocks."""
@@ -54,6 +55,7 @@ def test_tokens_of_two_kinds_of_layers(family: str) -> None:
         assert [one.generated_tokens for one in found] == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", sorted(REFUSED))
 def test_models_without_a_paged_step_are_refused(family: str) -> None:
     model = FAMILIES[family].build()
@@ -69,6 +71,7 @@ def test_adapters_of_experts_are_refused(family: str) -> None:
         adaptc.compile_for_serving(found.model, found.adapters["first"])
 
 
+@pytest.mark.long
 def test_evicted_requests_go_on_with_their_adapters() -> None:
     """In a pool for a third of them, so that requests lose their blocks and are computed again."""
     texts = prompts(9, 10, 11, 12, 9, 10, seed=3)
@@ -79,6 +82,7 @@ def test_evicted_requests_go_on_with_their_adapters() -> None:
     assert [one.generated_tokens for one in found] == expected
 
 
+@pytest.mark.long
 def test_several_answers_of_one_request() -> None:
     text, model = prompts(9)[0], serving()
     options = greedy(model, 5)
@@ -87,6 +91,7 @@ def test_several_answers_of_one_request() -> None:
     assert [one.generated_tokens for one in out.values()] == [expected_tokens("llama", text, "second", 5)] * 3
 
 
+@pytest.mark.long
 def test_requests_that_name_no_adapter_have_the_program_s() -> None:
     found, text = case("llama"), prompts(6)[0]
     model = adaptc.compile_for_serving(found.model, found.adapters["first"], page_size=4, num_blocks=16)
@@ -101,6 +106,7 @@ def test_requests_that_name_no_adapter_have_the_program_s() -> None:
     assert out.generated_tokens == expected_tokens("llama", text, "first", 5)
 
 
+@pytest.mark.long
 def test_requests_are_cancelled_and_streamed() -> None:
     """A cancelled one leaves no block behind, the others get their tokens."""
     texts = prompts(9, 12, 5)
@@ -114,6 +120,7 @@ def test_requests_are_cancelled_and_streamed() -> None:
         assert found[request].generated_tokens == expected_tokens("llama", text, "second", 6)
 
 
+@pytest.mark.long
 def test_log_probabilities_are_those_of_the_adapter() -> None:
     text = prompts(7)[0]
     (found,) = served(serving(), [text], ["second"], new=3, return_logprobs=True)
@@ -184,6 +191,7 @@ def test_other_methods_and_bases(variant: str, tmp_path: Path) -> None:
     assert alone != found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "blocks", "page", "prompt_length", "new"), [("llama", 12, 4, 40, 8), ("gemma2", 5, 5, 13, 12)]
 )

@@ -3,7 +3,8 @@
 A test with parameters runs for every value of each of them, and, where it has several, for every pair of values of two:
 most faults show by a value or by a pair. A test marked ``few(n)`` runs for n of its combinations, first those that show
 new values: another choice in each file, so that all values of what many tests share (families of models) are met by
-some. ``pytest --full`` runs the whole product, and what is marked ``slow``.
+some. So do tests marked ``long`` that say nothing else, for three. ``pytest --full`` runs the whole product, and tests
+marked ``slow``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Item(Protocol):
 
 
 Axes = dict[str, Hashable]
+#: for how many combinations a test marked ``long`` runs
+LONG_COMBINATIONS = 3
 #: how many examples most properties get with ``--full``
 EXAMPLES = 20
 
@@ -42,11 +45,12 @@ def _choose_indices(items: Sequence[Any], indices: list[int]) -> list[int]:
     """Of the places of one test's items those that run."""
     first = items[indices[0]]
     few = first.get_closest_marker("few")
+    most = few.args[0] if few else LONG_COMBINATIONS if first.get_closest_marker("long") else None
     # By the file and the parameters: tests of one file, which may share what is built for a parameter, choose alike.
     home = first.nodeid.partition("::")[0]
     order = sorted(indices, key=lambda i: zlib.crc32((home + items[i].nodeid.partition("[")[2]).encode()))
     picked = pairwise({i: axes_of(items[i]) for i in order if items[i].get_closest_marker("slow") is None})
-    return picked if few is None else picked[: few.args[0]]
+    return picked[:most]
 
 
 def axes_of(item: Any) -> Axes:

@@ -54,6 +54,7 @@ class Net(nn.Module):
         return y @ self.wq
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_all_linear_finds_what_peft_s_isinstance_does(tmp_path: Any) -> None:
     torch.manual_seed(1)

@@ -142,6 +142,7 @@ def test_a_binding_of_another_program_is_refused(model):
         adaptc.swap(one, two.binding)
 
 
+@pytest.mark.long
 def test_a_saved_program_of_convolutions_is_compiled_for_every_rank_when_loaded(model, saved, tmp_path):
     ids = torch.randint(0, 13, (3, 6))
     program = adaptc.compile(model, saved["wide"], example_inputs=torch.randint(0, 13, (2, 4)))

@@ -118,7 +118,6 @@ def test_one_parameter_takes_both_gradients(kind: str, tmp_path: Path) -> None:
         assert torch.equal(state["base_model.model.lm_head.lora_A.weight"].T, up)
 
 
-@pytest.mark.long
 def test_first_values_change_nothing_and_learn() -> None:
     program = adaptc.compile(llama(), LoraConfig(**options("llama", "both")))
     assert_close(program(input_ids=X).logits, llama()(input_ids=X).logits, 1e-5)

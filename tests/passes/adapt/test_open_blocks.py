@@ -190,7 +190,6 @@ class TestThePass:
         assert result.output is program
         assert result.count == 0
 
-    @pytest.mark.long
     def test_the_program_given_stays_as_it_was_and_opens_once(self):
         program = torch.export.export(Net(nested), (torch.randn(3, 5),), strict=False)
         before = program.graph_module.print_readable(print_output=False)
@@ -231,7 +230,6 @@ class TestRefusals:
             adaptc.compile(model, config, example_inputs=torch.randn(3, 5))
 
 
-@pytest.mark.long
 def test_a_bias_that_is_trained_inside():
     """LoRA with ``bias``: the trained bias goes through a subgraph input too."""
     torch.manual_seed(0)

@@ -246,7 +246,6 @@ def test_delora_compiled_at_rank_2_is_never_swapped_to_rank_6(monkeypatch: pytes
     assert "depends on" in refused(config(r=6, target_modules=["0"]))
 
 
-@pytest.mark.long
 def test_delora_with_the_rank_in_its_scale_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     def weight(self: Any, op: Op, W: Tensor, slots: Any, scale: Any) -> Tensor:
         A, B = slots["plain_A"], slots["plain_B"]

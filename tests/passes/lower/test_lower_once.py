@@ -97,6 +97,7 @@ def stack(*blocks: nn.Module) -> Both:
     return Both(Stack(*blocks), ids(3, 5), dynamic_shapes={"ids": {0: AUTO, 1: AUTO}})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_same_bits_at_all_sizes(dtype: torch.dtype) -> None:
     both = stack(*(Block(dtype=dtype) for _ in range(3)))
@@ -108,6 +109,7 @@ def test_the_same_bits_at_all_sizes(dtype: torch.dtype) -> None:
             assert torch.equal(found, expected)
 
 
+@pytest.mark.long
 def test_the_values_and_ops_of_the_whole() -> None:
     """Apart from sizes, which are read wherever they are first seen, the same nodes with the same metadata."""
     both = stack(Block(), Block())
@@ -120,12 +122,14 @@ def test_the_values_and_ops_of_the_whole() -> None:
     assert shown(both.once().graph) == shown(both.whole())
 
 
+@pytest.mark.long
 def test_equal_layers_are_lowered_once() -> None:
     two, five = (stack(*(Block() for _ in range(n))).once() for n in (2, 5))
     assert two.distinct == five.distinct
     assert five.ops - two.ops == 3 * (five.ops - stack(*(Block() for _ in range(4))).once().ops)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "other", [lambda: Block(dtype=torch.float64), lambda: Block(epsilon=1e-6)], ids=["dtype", "argument"]
 )
@@ -149,6 +153,7 @@ def _distinct(function: Callable[..., Any], *example: Any, **options: Any) -> in
     return once.distinct
 
 
+@pytest.mark.long
 def test_what_tells_ops_apart() -> None:
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     assert _distinct(lambda x, y: (x + y, y + x), x, y) == 1
@@ -226,6 +231,7 @@ def test_reasons(model: nn.Module, inputs: int, reason: str) -> None:
     assert str(both.graph) == text
 
 
+@pytest.mark.long
 def test_another_layout_than_the_graph_says() -> None:
     both = stack(Block())
     (linear, *_) = both.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)

@@ -149,7 +149,6 @@ def test_several_blocks_are_one_segment(program: adaptc.AdaptedProgram, every: i
     assert runs == 2 * len(segments(module))
 
 
-@pytest.mark.long
 def test_a_program_says_what_its_modules_do() -> None:
     program = randomised(adaptc.compile(make_block_chain(), lora(), checkpoint=2, **KW))
     assert program.checkpoint == 2
