@@ -1,6 +1,7 @@
 """Call the functions that Python's torch binds instead of operator overloads, in graphs that an interpreter runs.
 
-The operators and their arguments stay the same. An overload is called through a schema, which costs about a microsecond
+The operators and their arguments stay the same. Attention is computed text by text where its mask says so. An
+overload is called through a schema, which costs about a microsecond
 more than the generated function. One token of a small model takes a thousand calls. Only overloads in the tables below
 are rebound.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
+from adaptc.passes.optimize.segment_attention import attention_by_segment
 from adaptc.passes.protocol.low_rank_rows import low_rank_rows_direct
 from adaptc.passes.protocol.matmul_op import linear_matmul
 from adaptc.torch_modes import in_transform
@@ -54,7 +56,6 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     F.linear: ("default",),
     F.gelu: ("default",),
     F.silu: ("default",),
-    F.scaled_dot_product_attention: ("default",),
 }
 #: overload -> the method of Tensor that does the same
 _TENSOR_METHODS: dict[Any, str] = {
@@ -81,6 +82,7 @@ def _direct_functions() -> dict[Any, Any]:
     out[torch.ops.adaptc.product.default] = linear_matmul
     out[aten.addmm_.default] = _add_matmul
     out[torch.ops.adaptc.low_rank_rows.default] = low_rank_rows_direct
+    out[aten.scaled_dot_product_attention.default] = attention_by_segment
     return out
 
 

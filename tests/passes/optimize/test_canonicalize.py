@@ -194,6 +194,7 @@ def test_bound_functions_are_the_operators_they_stand_for() -> None:
     for overload, function in DIRECT_FUNCTIONS.items():
         assert function.__name__ in (
             overload.overloadpacket.__name__,
+            "attention_by_segment",
             "_add_matmul",
             "low_rank_rows_direct",
             "linear_matmul",
