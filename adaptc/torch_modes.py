@@ -49,6 +49,12 @@ def in_dispatch_mode() -> bool:
     return bool(_len_torch_dispatch_stack())
 
 
+def may_be_traced() -> bool:
+    """Return whether a trace may be recording: what is read from a tensor would stay in it as a constant."""
+    jit: Any = torch.jit  # its types leave the function out
+    return in_dispatch_mode() or jit.is_tracing()
+
+
 def has_transform_or_tangent(*values: Any) -> bool:
     """Return whether a derivative is taken other than by backward: a transform is on, or a tensor has a tangent."""
     return in_transform() or any(isinstance(v, Tensor) and has_tangent(v) for v in values)

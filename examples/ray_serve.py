@@ -56,11 +56,13 @@ class Loaded:
     _numbers = count()
 
     def __init__(self, bank: Any, path: Path) -> None:
-        self.bank, self.name = bank, f"{path.name} {next(self._numbers)}"
-        bank.add(self.name, str(path))
+        name = f"{path.name} {next(self._numbers)}"
+        bank.add(name, str(path))  # raises for an adapter that does not fit
+        self.bank, self.name = bank, name
 
     def __del__(self) -> None:
-        self.bank.remove(self.name)
+        if name := getattr(self, "name", ""):
+            self.bank.remove(name)
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.25})
@@ -92,6 +94,8 @@ class Classifier:
             adapter = await self.load(name) if name else None
         except KeyError:
             return JSONResponse({"error": f"there is no adapter {name!r}"}, 404)
+        except adaptc.AdaptcError:
+            return JSONResponse({"error": f"the adapter {name!r} does not fit the model"}, 400)
         return {"label": await self.classify((image, adapter))}
 
 

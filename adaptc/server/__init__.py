@@ -22,7 +22,7 @@ def open_server(model: str | Path, options: ServerOptions, **model_options: Any)
     """Open a model and its adapters for the app of a server.
 
     Args:
-        model: a transformers model directory, or a GGUF file.
+        model: a transformers model directory, a GGUF file, or a program or package (.pt2) of a serving model.
         options: the options of the server.
         **model_options: ``backend``, ``device``, ``dtype``, ``quantize`` and ``tokenizer``, as of ``adaptc serve``.
 

@@ -5,7 +5,7 @@ Nothing outside of the directory is found, and no message has its place on the s
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from adaptc.errors import short_repr
 from adaptc.server.request_refused import RequestRefusedError
@@ -39,7 +39,13 @@ class AdapterRoot:
         return found
 
     def find_named(self, name: str) -> Path | None:
-        """Return the adapter directory called ``name``; None where there is none."""
+        """Return the adapter directory called ``name``; None where there is none.
+
+        A directory has one name: other spellings of its path, such as ``./fr``, would load it once more.
+        """
+        path = PurePosixPath(name)
+        if path.as_posix() != name or ".." in path.parts:
+            return None
         try:
             found = self.find(name)
         except RequestRefusedError:

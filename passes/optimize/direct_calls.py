@@ -1,9 +1,8 @@
 """Call the functions that Python's torch binds instead of operator overloads, in graphs that an interpreter runs.
 
-The operators and their arguments stay the same. Attention is computed text by text where its mask says so. An
-overload is called through a schema, which costs about a microsecond
+The operators and their arguments stay the same. An overload is called through a schema, which costs about a microsecond
 more than the generated function. One token of a small model takes a thousand calls. Only overloads in the tables below
-are rebound.
+are rebound. Attention goes to a function that computes packed texts one by one.
 """
 
 from __future__ import annotations

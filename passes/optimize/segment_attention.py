@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptc.torch_modes import has_transform_or_tangent
+from adaptc.torch_modes import has_transform_or_tangent, may_be_traced
 from adaptc.torch_typing import to_python
 
 #: the fewest scores, rows times keys, of a mask that is looked at
@@ -84,6 +84,8 @@ def attention_by_segment(
 
 def _may_divide(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     """Return whether the arguments are those of one batch row on a CPU with a mask for all heads."""
+    if may_be_traced():  # the trace would hold the segments of this mask
+        return False
     if mask.ndim != 4 or mask.device.type != "cpu" or mask.shape[:2] != (1, 1) or query.ndim != 4:
         return False
     rows, keys = mask.shape[2:]
@@ -131,7 +133,7 @@ def _segments_of(mask: Tensor) -> MaskSegments | None:
 
 def divide_mask(mask: Tensor) -> MaskSegments | None:
     """Return the segments of ``mask`` (1, 1, rows, keys); None for one that should be computed as a whole."""
-    allowed = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min
+    allowed = mask[0, 0] if mask.dtype == torch.bool else ~(mask[0, 0] <= torch.finfo(mask.dtype).min)  # NaN stays in
     as_numbers = allowed.view(torch.uint8)
     first = as_numbers.argmax(1)
     if not bool(allowed.gather(1, first[:, None]).all()):

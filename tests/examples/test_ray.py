@@ -21,7 +21,6 @@ import torch
 import adaptc
 from tests.support.chats import ChatModel, make_chat_model
 
-pytest.importorskip("ray", reason="Ray has no wheel for this Python")
 # Ray's own code uses what newer libraries have deprecated, and leaves sockets to the garbage collector.
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_serve.py"
@@ -169,3 +168,8 @@ def test_a_batch_of_images_has_an_adapter_for_each(cluster: Cluster) -> None:
     assert found == [expected[name][i] for name, i in asked]
     with pytest.raises(urllib.error.HTTPError, match="404"):
         ask("planes", 0)
+    shutil.copytree(cluster.chat.folder / "one", folder / "text")
+    for _ in range(2):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            ask("text", 0)
+    assert ask("birds", 0) == expected["birds"][0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,9 +13,6 @@ import pytest
 from tests.house.public import ROOT, Source
 from tests.house.site.pages import guide_pages, reference_pages
 
-needs_mkdocs = pytest.mark.skipif(
-    importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: make docs installs it"
-)
 COPIED = ("adaptc", "passes", "kernels", "tests", "examples")
 
 
@@ -66,7 +62,6 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@needs_mkdocs
 @pytest.mark.slow
 def test_the_site_is_built(copy: Path) -> None:
     done = build(copy)
@@ -105,7 +100,6 @@ def plant(root: Path, file: str, old: str, new: str) -> None:
     (root / file).write_text(text.replace(old, new), encoding="utf-8")
 
 
-@needs_mkdocs
 @pytest.mark.slow
 def test_links_to_nothing_fail_the_build(copy: Path) -> None:
     for file, old, new, _ in LINKS.values():

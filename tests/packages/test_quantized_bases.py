@@ -17,7 +17,7 @@ from tests.packages.test_cpp import compiler
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(compiler() is None, reason="packages are compiled by g++ or clang++, and neither is here"),
 ]
 CONFIG = LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False)
 #: relative to the largest value, for an 8-bit mantissa that is read more than once

@@ -68,6 +68,14 @@ def test_the_payloads_of_these_tests_run(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"plain", "torch", "code"}
 
 
+def test_a_file_that_is_read_is_not_taken_for_refused(good: Path, marker: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        refused(good, marker, ".")
+    marker.touch()
+    with pytest.raises(AssertionError, match="the file's code ran"):
+        refused(marker, marker, ".")
+
+
 # -- pickles ---------------------------------------------------------------------------------------------------------
 
 

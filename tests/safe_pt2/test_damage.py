@@ -52,6 +52,13 @@ def test_the_forger_of_these_tests_changes_nothing(good: Path, tmp_path: Path) -
     assert SEAL in read_records(good)
 
 
+def test_a_file_that_is_read_is_not_taken_for_refused(good: Path, tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        refused(good, ".")
+    with pytest.raises(AssertionError, match="Regex pattern did not match"):
+        refused(tmp_path / "none.pt2", "another reason")
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
+from adaptc.server import build_app
 from tests.server.conftest import KEY, Running
 
 MESSAGES: list[Any] = [{"role": "user", "content": "w11 w12 w30"}]
@@ -172,6 +175,16 @@ def test_a_generation_config_says_how_tokens_are_chosen(running: Running) -> Non
     body = {"model": "two", "messages": MESSAGES, "generation_config": json.dumps(config)}
     answer = httpx.post(url, json=body, headers=key, timeout=60).json()
     assert answer["choices"][0]["message"]["content"] == running.expected_text("two", running.ids(MESSAGES), 4)
+
+
+def test_an_app_inside_of_another_asks_for_the_key_alike(running: Running) -> None:
+    parent = FastAPI()
+    parent.mount("/llm", build_app(running.served))
+    client = TestClient(parent)
+    assert client.get("/llm/health").json() == {"status": "ok"}
+    for path in ("/llm/v1/models", "/llm/llm/health", "/llm/metrics"):
+        assert client.get(path).status_code == 401
+    assert client.get("/llm/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
 def test_requests_with_one_request_id_are_told_apart(running: Running) -> None:

@@ -166,6 +166,10 @@ class Subject:
         assert self.oracle is not None
         return Path(self._temporary.name)
 
+    def close(self) -> None:
+        """Remove what the oracle has written; subjects of the table keep it to the end of the process."""
+        self._temporary.cleanup()
+
     @cached_property
     def base(self) -> nn.Module:
         return self.case.model()

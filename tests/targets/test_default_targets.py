@@ -194,6 +194,13 @@ def test_three_towers(monkeypatch: pytest.MonkeyPatch) -> None:
     check("blip-2", model, inputs)
 
 
+def test_wrong_names_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["llama"]
+    monkeypatch.setitem(OTHER_NAMES, "llama", ["q_proj"])
+    with pytest.raises(AssertionError):
+        check("llama", family.build(), family.inputs(2, 7))
+
+
 def test_every_difference_is_checked() -> None:
     covered = {*MORE, *FAMILIES, "gemma4_text", "blip-2"}
     assert set(DIFFERS) <= covered

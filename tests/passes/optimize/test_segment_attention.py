@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptc.passes.optimize import segment_attention
@@ -110,6 +111,16 @@ def test_equal_to_attention_over_all_keys(
     if kind != "bool":
         mask = added(mask, dtype, float("-inf") if kind == "-inf" else float(torch.finfo(dtype).min))
     check(mask, dtype, enable_gqa=grouped, scale=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning")
+@pytest.mark.parametrize("trace", [make_fx, lambda f: lambda *args: torch.jit.trace(f, args)], ids=["make_fx", "jit"])
+def test_a_trace_holds_for_other_masks(trace: Any) -> None:
+    first, second = packed_mask([(2, 4, 0), (3, 1, 0)]), packed_mask([(3, 1, 0), (2, 4, 0)])
+    q, k, v = arguments(first)
+    traced = trace(lambda q, k, v, mask: attention_by_segment(q, k, v, mask))(q, k, v, first)
+    expected = scaled_dot_product_attention(q, k, v, second)
+    torch.testing.assert_close(traced(q, k, v, second), expected, atol=1e-12, rtol=0)
 
 
 @given(st.permutations(range(9)))
