@@ -24,6 +24,7 @@ from adaptc.packages import compiling
 from adaptc.packages.shorter_compiling import equal_ops_once, older_objects_spared, one_check_of_instructions
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.progress import LOGGER
+from tests.support.families import FAMILIES
 from tests.support.method_table import ENTRIES, Entry
 from tests.support.subject import subject
 
@@ -187,6 +188,48 @@ def test_steps_that_write_to_caches_are_lowered_once(told: Told) -> None:
 
 
 @pytest.mark.long
+class OnlyLoweredError(Exception):
+    """Raised in the place of compiling."""
+
+
+def only_lower(module: Any, args: Any, kwargs: Any, options: Any) -> Any:
+    """Do of ``aot_compile`` what lowers a program."""
+    module.graph.set_codegen(fx.graph.CodeGen())
+    fakes = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad(), enable_python_dispatcher():
+        compile_fx.aot_export_module(module, fakes, trace_joint=False, decompositions=select_decomp_table())
+    raise OnlyLoweredError
+
+
+def generates(name: str) -> Any:
+    config = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    return adaptc.compile_for_generation(FAMILIES[name].build(), config, max_length=24)
+
+
+def serves(name: str) -> Any:
+    config = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    return adaptc.compile_for_serving(FAMILIES[name].build(), config, num_blocks=8, page_size=4)
+
+
+#: full attention with and without shared keys, sliding windows, and a decoder with an encoder
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(generates, n) for n in ("llama", "gpt2", "gemma2", "bart")] + [(serves, n) for n in ("llama", "gemma2")],
+)
+def test_real_decoders_are_lowered_once(
+    make: Any, name: str, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = make(name)
+    if make is serves:
+        lora = adaptc.compile(FAMILIES[name].build(), LoraConfig(r=3, target_modules="all-linear"))
+        program.bank.add("one", adaptc.save_adapter(lora, tmp_path / "one"))
+    monkeypatch.setattr("torch._inductor.aot_compile", only_lower)
+    with pytest.raises(adaptc.BackendError):
+        adaptc.package(program, tmp_path / "package.pt2")
+    assert "of them distinct" in told.text, told.text
+    assert "as a whole" not in told.text, told.text
+
+
 def test_packaged_steps_write_to_their_caches(tmp_path: Path, told: Told) -> None:
     program = torch.export.export(Steps(), steps())
     (file := tmp_path / "folder").mkdir()
