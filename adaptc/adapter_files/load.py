@@ -17,13 +17,7 @@ from adaptc.adapter_files.atomic_write import is_abandoned, list_stages
 from adaptc.adapter_files.check_state_dict import check_state_dict, is_state_dict
 from adaptc.adapter_files.directory import read_adapter
 from adaptc.adapter_files.foreign_file import read_adapter_file
-from adaptc.adapter_files.format import (
-    CONFIG_NAME,
-    SAFETENSORS_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    peft_component_error,
-    routed_names,
-)
+from adaptc.adapter_files.format import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, routed_names
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.key_mapping import RenameRules, compile_rules, rename_tensors
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
@@ -44,7 +38,6 @@ def load(
     *,
     adapter_name: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
-    component: str | None = None,
     with_experts: bool = True,
 ) -> LoadedAdapter:
     """Return the adapter that ``source`` holds.
@@ -55,15 +48,12 @@ def load(
     ``torch.save``.
 
     ``adapter_name`` chooses from a directory of adapters. ``key_mapping`` maps regular expressions to replacements, for
-    keys without PEFT's prefix. ``component`` chooses from a file whose keys name components. ``with_experts`` also
-    reads the adapters beside an Arrow router.
+    keys without PEFT's prefix. ``with_experts`` also reads the adapters beside an Arrow router.
 
     Raises CheckpointError for what cannot be read or bound. Raises ConfigError for options that do not go with
     ``source``, and AdaptcError for a ``source`` of another kind.
     """
-    adapter_name, key_mapping, component = checked_options(
-        load, adapter_name=adapter_name, key_mapping=key_mapping, component=component
-    )
+    adapter_name, key_mapping = checked_options(load, adapter_name=adapter_name, key_mapping=key_mapping)
     rules = compile_rules(key_mapping)
     if is_path(source):
         file = _find_file(Path(source), adapter_name)
@@ -87,10 +77,6 @@ def load(
         data = _check_object(source)
     if rules:
         data = replace(data, tensors=rename_tensors(data.tensors, rules, data.source, data.format == PEFT_KEYS))
-    if component is not None:
-        if data.format == PEFT_KEYS:
-            raise peft_component_error(component, data.source)
-        data = replace(data, component=component)
     return data
 
 

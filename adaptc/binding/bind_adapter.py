@@ -90,29 +90,49 @@ def bind_adapter(
         asked = {"key_mapping": key_mapping or None, "config": config, "adapter_name": adapter_name}
         if said := [n for n, given in (asked | {"component": component}).items() if given is not None]:
             raise ConfigError(f"{said[0]} is for files and state dicts, and this is bound already: leave it out")
-        made = _check_binding(target, binding)
-        return made if scale is None else target.binding_plans.remember_fitting(with_scale(target.spec(), made, scale))
+        made = with_scale(target.spec(), _check_binding(target, binding), scale)
+        return target.binding_plans.remember_fitting(made)
     known = None if config is None else as_config(config)
-    names: tuple[str, ...] | None = None
-    if current.joint_adapters:
-        source = {"adapter_name": adapter_name, "key_mapping": key_mapping, "component": component}
-        made = _exchange_adapters(target, current, adapter, known, trainable, source)
-        names = tuple(cast("Mapping[str, Any]", adapter))  # it was found to be one
-    else:
-        spec = target.spec(trainable)
-        if lost := list(spec.residual):
-            raise SwapError(
-                f"the file this program came from holds only its own adapter's version of {lost[:3]} (its "
-                "initialisation changed the base), so no other adapter can be bound to it. Compile the original model "
-                "instead."
-            )
-        loaded = load(adapter, adapter_name=adapter_name, key_mapping=key_mapping, component=component)
-        data = resolve(loaded, spec.weights, config=known, default=current.config)
+    sources, bindings = _sources_by_name(current, adapter), dict(current.adapters_by_name)
+    if known is not None and len(sources) > 1:
+        raise ConfigError(f"config= is of one adapter, and {len(sources)} are given: swap to one after the other")
+    spec, is_joint = target.spec(trainable), bool(current.joint_adapters)
+    if spec.residual and not is_joint:
+        raise SwapError(
+            f"the file this program came from holds only its own adapter's version of {list(spec.residual)[:3]} (its "
+            "initialisation changed the base), so no other adapter can be bound to it. Compile the original model "
+            "instead."
+        )
+    given = {n: source for n, source in sources.items() if source is not None}
+    loaded = [load(source, adapter_name=adapter_name, key_mapping=key_mapping) for source in given.values()]
+    for name, data in zip(given, for_component(loaded, component), strict=True):
+        resolved = resolve(data, spec.weights, config=known, default=bindings[name].config)
         if check_config is not None:
-            check_config(data.config)
-        made = bind(spec, data, plans=target.binding_plans, copy_tensors=copy_tensors)
-    made = made if scale is None else with_scale(target.spec(), made, scale, names)
-    return target.binding_plans.remember_fitting(made)
+            check_config(resolved.config)
+        # Plans are for the spec of the whole program, and each of several adapters has its own.
+        own, plans = (spec_of_adapter(spec, name), None) if is_joint else (spec, target.binding_plans)
+        bindings[name] = bind(own, resolved, plans=plans, copy_tensors=copy_tensors or is_joint)
+    for name in sources.keys() - given.keys():
+        bindings[name] = initial_values(spec_of_adapter(spec, name), bindings[name].config, methods_by_id={})
+    made = binding_of_parts(spec, bindings) if is_joint else bindings[current.name]
+    return target.binding_plans.remember_fitting(with_scale(spec, made, scale, sources))
+
+
+def _sources_by_name(current: Binding, adapter: Any) -> Mapping[str, Any]:
+    """Return what is to be bound, by adapter name: ``adapter``, or its entries where several adapters act together.
+
+    None stands for an adapter to turn off, and adapters without an entry stay. Raises SwapError for a name of no
+    adapter.
+    """
+    bindings = current.joint_adapters
+    if not bindings:
+        return {current.name: adapter}
+    if not is_mapping(adapter) or not adapter or not bindings.keys() >= adapter.keys():
+        raise SwapError(
+            f"the program has several adapters that act together; name the one to change, for example "
+            f"swap(prog, {{{next(iter(bindings))!r}: adapter}}), of {list(bindings)}"
+        )
+    return cast("Mapping[str, Any]", adapter)
 
 
 def _check_binding(target: Bindable, binding: Binding) -> Binding:
@@ -134,35 +154,3 @@ def _check_binding(target: Bindable, binding: Binding) -> Binding:
     if not target.binding_plans.is_known_to_fit(binding):
         check_binding_fits(target.spec(), binding)
     return target.binding_plans.remember_fitting(binding)
-
-
-def _exchange_adapters(
-    target: Bindable,
-    current: Binding,
-    adapters: Any,
-    config: AdapterConfig | None,
-    trainable: bool,
-    source: Mapping[str, Any],
-) -> Binding:
-    """Return a binding in which the named adapters of several that act together are exchanged.
-
-    Adapters that are not named stay, and None turns one off. ``source`` has the options of :func:`load`.
-    """
-    bindings = dict(current.joint_adapters)
-    if not is_mapping(adapters) or not adapters or not bindings.keys() >= adapters.keys():
-        raise SwapError(
-            f"the program has several adapters that act together; name the one to change, for example "
-            f"swap(prog, {{{next(iter(bindings))!r}: adapter}}), of {list(bindings)}"
-        )
-    if config is not None and len(adapters) > 1:
-        raise ConfigError(f"config= is of one adapter, and {len(adapters)} are given: swap to one after the other")
-    spec = target.spec(trainable)
-    for name in [n for n, a in adapters.items() if a is None]:
-        bindings[name] = initial_values(spec_of_adapter(spec, name), bindings[name].config, methods_by_id={})
-    options: dict[str, Any] = {**source, "component": None}
-    loaded = {n: load(a, **options) for n, a in adapters.items() if a is not None}
-    for name, data in zip(loaded, for_component(list(loaded.values()), source["component"]), strict=True):
-        resolved = resolve(data, spec.weights, config=config, default=bindings[name].config)
-        # Plans are for the spec of the whole program, and a part has its own.
-        bindings[name] = bind(spec_of_adapter(spec, name), resolved)
-    return binding_of_parts(spec, bindings)

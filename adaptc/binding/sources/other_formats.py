@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adaptc.adapter_files.adapter_data import PEFT_KEYS, AdapterData, FileOrigin, LoadedAdapter
 from adaptc.adapter_files.foreign_file import has_peft_prefix
+from adaptc.adapter_files.format import peft_component_error
 from adaptc.adapter_files.formats.detect import detect_format, is_foreign_key, starts_with_component
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.formats.layers import FileLayer, convert_layer
@@ -26,6 +27,7 @@ from adaptc.binding.sources.components import ChosenComponent, choose_component
 from adaptc.binding.sources.module_names import ModuleNames
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.methods import AdapterConfig, TargetedConfig, config_class, default_and_pattern, proper_suffixes
+from adaptc.value_types import checked_options
 
 #: fields of a config that choose modules; here the keys of the file choose them
 _TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
@@ -144,8 +146,11 @@ def for_component(adapters: Sequence[AdapterData[Any]], component: str | None) -
     A single one is asked in any case, and raises itself where it has no such component. Raises ConfigError where none
     is of another format than PEFT's.
     """
+    (component,) = checked_options(for_component, component=component)
     if component is None:
         return list(adapters)
+    if len(adapters) == 1 and adapters[0].format == PEFT_KEYS and not adapters[0].is_new:
+        raise peft_component_error(component, adapters[0].source)
     found = [a.format != PEFT_KEYS and (len(adapters) == 1 or bool(component_names(a))) for a in adapters]
     if not any(found):
         raise ConfigError(
