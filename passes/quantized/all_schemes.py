@@ -12,10 +12,11 @@ from typing import Any
 
 from adaptc.errors import ConfigError, did_you_mean, short_repr
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
+from adaptc.passes.quantized.planar_scheme import PlanarScheme
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.passes.quantized.table_scheme import TableScheme
 
-SCHEMES: dict[str, type[Scheme]] = {s.name: s for s in (IntegerScheme, TableScheme)}
+SCHEMES: dict[str, type[Scheme]] = {s.name: s for s in (IntegerScheme, PlanarScheme, TableScheme)}
 
 #: names of schemes that weights can be stored in
 SCHEME_NAMES = ("int8", "int8_dynamic", "int4", "nf4", "fp4")

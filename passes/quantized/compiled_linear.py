@@ -28,11 +28,13 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import operands
 from adaptc.passes.protocol.trace import inline, trace_function
 from adaptc.passes.quantized.fast_linear import INT8_ROWS, kernel_for, linear_by_kernel, prepared_tensors
-from adaptc.passes.quantized.integer_scheme import IntegerScheme
+from adaptc.passes.quantized.planar_scheme import PlanarScheme, in_planes
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
-#: the number of rows up to which fused sums are faster than a matmul of dequantised values
-FUSED_ROWS = 4
+#: the number of rows up to which sums are faster than a matmul of dequantised values
+SUM_ROWS = 4
+#: the dtypes of weights whose layers may be sums in float32
+SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Linear = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
 
@@ -64,23 +66,48 @@ def compiled_linear(weight: QuantizedTensor) -> CompiledLinear | None:
         if kind != "int8":
             return CompiledLinear(tensors, by_kernel)
         return CompiledLinear({**weight.stored, **tensors}, by_kernel, INT8_ROWS, _dequantized_linear(weight))
-    if weight.dtype == torch.float32 and scheme == IntegerScheme(step=getattr(scheme, "step", 1.0)):
-        return CompiledLinear(dict(weight.stored), _fused_sums(scheme), FUSED_ROWS, _dequantized_linear(weight))
-    return None
+    planes = in_planes(scheme, weight.stored, weight.matrix_shape) if weight.dtype in SUM_DTYPES else None
+    if planes is None:
+        return None
+    planar, stored = planes
+    # Something else may read the weight as it is stored, whose roles have the same names.
+    names = {role: role if t is weight.stored.get(role) else f"plane_{role}" for role, t in stored.items()}
+
+    def by_role(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {role: tensors[name] for role, name in names.items()}
+
+    def by_sums(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        return linear_by_sums(planar, x, by_role(tensors), bias)
+
+    def by_values(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        return F.linear(x, planar.dequantize(by_role(tensors), *weight.matrix_shape).to(x.dtype), bias)
+
+    return CompiledLinear({names[r]: t for r, t in stored.items()}, by_sums, SUM_ROWS, by_values)
+
+
+def linear_by_sums(scheme: PlanarScheme, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, (..., rows), as sums in float32 over the columns, rounded to the dtype of ``x`` once.
+
+    It is for graphs that are compiled: the compiler makes one loop of it, and no tensor of the size of the weight.
+    """
+    inputs = x.reshape(-1, x.shape[-1]).float()
+    # The strides make the compiler write the input to memory once. Else it would compute it again for each output.
+    inputs = torch.as_strided(inputs, inputs.shape, (inputs.shape[1], 1))
+    if scheme.has_row_scales:
+        planes = [codes.float() for codes in scheme.plane_codes(stored)]
+    else:
+        planes = scheme.planes(stored)
+    products = [i.unsqueeze(-2) * w for i, w in zip(inputs.chunk(len(planes), 1), planes, strict=True)]
+    y = sum(products[1:], products[0]).sum(-1)
+    if scheme.has_row_scales:
+        y = y * stored["scales"][:, 0]
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _dequantized_linear(weight: QuantizedTensor) -> _Linear:
     def compute(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.values_of({role: tensors[role] for role in weight.stored}), bias)
-
-    return compute
-
-
-def _fused_sums(scheme: Any) -> _Linear:
-    def compute(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        sums = (x.unsqueeze(-2) * tensors["codes"].to(x.dtype)).sum(-1)
-        y = sums * (tensors["scales"][:, 0] * scheme.step)
-        return y if bias is None else y + bias
 
     return compute
 
