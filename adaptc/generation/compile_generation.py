@@ -31,6 +31,7 @@ from adaptc.generation.seq2seq.seq2seq_step import STATES, EncoderDescription, c
 from adaptc.generation.spec import GenerationSpec, base_pass_method_name
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.lifted import user_inputs
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import build_program, plan_adapters
 from adaptc.progress import stage
@@ -199,8 +200,17 @@ def _compile_seq2seq(
 def make_generator(runner: AdaptedProgram | PackagedProgram, spec: GenerationSpec) -> Generator:
     """Return the generator that runs ``runner``: a program, or a package of one."""
     if not isinstance(spec, Seq2SeqSpec):
+        if isinstance(runner, AdaptedProgram):
+            runner = runner.with_options(single_sizes=_sizes_of_one_token(runner))
         return _as_transformers_model(CausalGenerator)(runner, spec)
     return _as_transformers_model(EncoderDecoder if spec.feature_shape is None else Whisper)(runner, spec)
+
+
+def _sizes_of_one_token(program: AdaptedProgram) -> frozenset[str]:
+    """Return the free sizes of a step that are 1 in a call for one more token of one text."""
+    inputs = user_inputs(program)
+    shapes = [inputs[name].shape for name in ("input_ids", "keep") if name in inputs]
+    return frozenset(str(size) for shape in shapes for size in shape if not isinstance(size, int))
 
 
 @cache

@@ -78,7 +78,7 @@ class Executor:
     ) -> None:
         self.options, self.attachments, self.ops = options, attachments, ops
         if options.backend == "inductor":
-            program = ExpandQuantized(fuse=True)(program).output
+            program = ExpandQuantized(fuse=True, planar=True)(program).output
         lifted_program = LiftedProgram(program)  # not kept: it refers to the program, and so to the program's binding
         self.module = fx.GraphModule(program.graph_module, lifted_program.graph)
         if training:
@@ -128,12 +128,15 @@ class Executor:
         self._is_training = training
         self.variants = self._make_variants()
         self._size_locations = self.inputs.size_locations()
+        singles = options.single_sizes
+        self._single_sizes = singles if singles <= self._size_locations.keys() else frozenset[str]()
         bounds = find_index_bounds(lifted_program, small) if self.uses_inductor else {}
         self._index_bounds = [(i, n, bounds[n]) for i, (n, _) in enumerate(self.inputs.expected) if n in bounds]
         self.virtual_tokens = VirtualTokenLengths.from_graph(self.module.graph, attachments)
         self.fixed_variant = PLAIN if training else self.variants.cheapest_variant(example_sizes(program))
         self._enters_autocast = enters_autocast(self.module.graph)
-        self._compiled: Callable[..., Any] | None = None
+        #: whether code is for single rows alone -> the compiled code
+        self._compiled: dict[bool, Callable[..., Any]] = {}
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
 
     def _make_variants(self) -> GraphVariants:
@@ -321,7 +324,9 @@ class Executor:
 
     def _run(self, arguments: Arguments, flat: Sequence[Any]) -> Any:
         if self.uses_inductor and not self.inputs.describe_empty(flat):
-            code, layouts = self._compiled or self.compile(), self._strides
+            if not self.is_compiled:
+                self.compile()
+            code, layouts = self._compiled[self._has_single_sizes(flat)], self._strides
             assert layouts is not None
             with outside_transforms(), torch.no_grad():
                 taken = layouts.lay_out_inputs(flat)
@@ -344,18 +349,26 @@ class Executor:
                 arguments.tensor(name).copy_(outputs[i])
         return pytree.tree_unflatten([outputs[i] for i in self._user_outputs], self._out_spec)
 
-    def compile(self) -> Callable[..., Any]:
-        """Compile now instead of at the first call, and return the compiled code."""
+    def _has_single_sizes(self, flat: Sequence[Any]) -> bool:
+        """Return whether a call with the inputs ``flat`` runs the code for single rows."""
+        sizes = read_sizes(flat, {n: self._size_locations[n] for n in self._single_sizes})
+        return bool(self._single_sizes) and all(sizes.get(n) == 1 for n in self._single_sizes)
+
+    def compile(self) -> None:
+        """Compile now instead of at the first call: code for all sizes, and code for single rows where it is wanted."""
         with hold_graph_lock():
-            if self._compiled is None:
-                variant = self.variants.get(self.fixed_variant)
-                targets: dict[str, str | None] = {p.name: None for p in variant.sibling_packs}
-                targets.update(zip(self.placeholder_names, self.lifted_names, strict=True))
-                split = variant.split
-                self._compiled = compile_lifted(split.module, split, variant.code, targets, self.attachments, self.ops)
-            return self._compiled
+            variant = self.variants.get(self.fixed_variant)
+            targets: dict[str, str | None] = {p.name: None for p in variant.sibling_packs}
+            targets.update(zip(self.placeholder_names, self.lifted_names, strict=True))
+            split = variant.split
+            for is_single in [False, *([True] if self._single_sizes else [])]:
+                if is_single not in self._compiled:
+                    sizes = self._single_sizes if is_single else frozenset[str]()
+                    self._compiled[is_single] = compile_lifted(
+                        split.module, split, variant.code, targets, self.attachments, self.ops, sizes
+                    )
 
     @property
     def is_compiled(self) -> bool:
         """Return whether no call compiles anything any more."""
-        return self._compiled is not None or not self.uses_inductor
+        return len(self._compiled) == (2 if self._single_sizes else 1) or not self.uses_inductor

@@ -1,7 +1,8 @@
 """Compile a lifted graph with inductor, once for every batch size, sequence length and rank.
 
 The user inputs of the graph have symbolic sizes, and its slots have the sizes of one adapter. The compiled callable has
-the same flat arguments and takes every size of either. Nothing in it could decide to compile again.
+the same flat arguments and takes every size of either. Nothing in it could decide to compile again. Code for calls of
+single rows is compiled by itself, with these sizes as 1.
 
 Private torch use, with the public route that was tried:
 - ``torch._inductor.standalone_compile``: ``torch.compile`` gives equal code, but keeps guards on each of hundreds of
@@ -29,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from adaptc.errors import BackendError
 from adaptc.passes.graph.ops import Op
+from adaptc.passes.lower.linear_layers import with_chosen_layers
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.progress import stage
 from adaptc.runtime.hoisted_values import SplitGraph
@@ -81,15 +83,18 @@ def compile_lifted(
     targets: Mapping[str, str | None],
     attachments: Sequence[Attachment],
     ops: Mapping[str, Op],
+    single_sizes: frozenset[str] = frozenset(),
 ) -> Callable[..., Any]:
     """Compile ``main``, the part of ``split`` that calls run, and return a callable of the same flat arguments.
 
     ``split`` was split from ``module``. ``targets`` maps the lifted placeholders of ``module`` to FQNs, None for packed
-    buffers. The fake values in ``main`` are replaced. Raises BackendError with inductor's reason in one line.
+    buffers. The code is for calls in which the free sizes ``single_sizes`` are 1.
+    Raises BackendError with inductor's reason in one line.
     """
     from torch._inductor import standalone_compile
 
-    symbols = _ShapeSymbols()
+    main = with_chosen_layers(main)
+    symbols = _ShapeSymbols(single_sizes)
     free = _free_axes(attachments, ops)
     slots = {f for a in attachments for f in a.tensor_names}
     lifted, users = [], []
@@ -159,9 +164,13 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
 
 
 class _ShapeSymbols:
-    """A shape environment with a symbol of its own for each size that was symbolic or is free."""
+    """A shape environment with a symbol of its own for each size that was symbolic or is free.
 
-    def __init__(self) -> None:
+    The sizes called ``single_sizes`` are 1.
+    """
+
+    def __init__(self, single_sizes: frozenset[str] = frozenset()) -> None:
+        self.single_sizes = single_sizes
         self.shape_env = ShapeEnv(duck_shape=False)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env)
         self.sizes: dict[str, Any] = {}
@@ -170,6 +179,8 @@ class _ShapeSymbols:
         """Return the symbolic size called ``name``, made on first use."""
         from torch._dynamo.source import ConstantSource
 
+        if name in self.single_sizes:
+            return 1
         if name not in self.sizes:
             source = ConstantSource(f"adaptc_{name}")
             symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)

@@ -32,6 +32,8 @@ class RunOptions:
     checkpoint: int | Literal["auto"] | None = None
     #: the dtype of the weights that calls may read packed copies of, a key of :data:`PACK_DTYPES`; None packs none
     pack: str | None = None
+    #: free sizes of the program: calls in which all of them are 1 run compiled code of their own
+    single_sizes: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str) or self.backend not in BACKENDS:

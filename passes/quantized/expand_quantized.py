@@ -31,6 +31,7 @@ from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.protocol.trace import inline, trace_function
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
 from adaptc.passes.quantized.compiled_linear import LayerWriter, compiled_linear
+from adaptc.passes.quantized.planar_scheme import in_planes
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.scheme import Scheme
 
@@ -45,6 +46,7 @@ class ExpandQuantized(Pass):
     """A pass that writes quantised weights as plain tensors; its count is that of the weights.
 
     ``fuse`` lets linear layers call ``adaptc::qlinear``, for code that runs beside adaptc and is not written to a file.
+    With ``planar`` these read weights in planes, where there is such a form.
     ``compiled`` lets them compute as ``compiled_linear`` says, for code that is compiled and cannot be collected again.
     Without ``with_records`` nothing says what the weights were. Ops that are decomposed later would each keep a record.
     """
@@ -52,6 +54,7 @@ class ExpandQuantized(Pass):
     name: ClassVar[str] = "expand_quantized"
 
     fuse: bool = False
+    planar: bool = False
     compiled: bool = False
     with_records: bool = True
 
@@ -63,7 +66,12 @@ class ExpandQuantized(Pass):
                 names_by_node.setdefault(lifted.placeholders[fqn], []).append(fqn)
         writer = LayerWriter(lifted) if self.compiled else None
         for node, names in names_by_node.items():
-            _expand(lifted, node, names, self.fuse, writer)
+            if self.planar:
+                _call_planar_op(lifted, node, names[0])
+            if node.users:
+                _expand(lifted, node, names, self.fuse, writer)
+            else:
+                lifted.remove_tensor(names[0])
         if not self.with_records:
             for node in lifted.graph.nodes:
                 for key in (QUANTIZED_META, ROUNDED_META):
@@ -122,6 +130,22 @@ def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool, 
         out.meta["custom"] = {QUANTIZED_META: record}
         node.replace_all_uses_with(out)
     lifted.remove_tensor(names[0])
+
+
+def _call_planar_op(lifted: LiftedProgram, node: fx.Node, name: str) -> None:
+    """Let the linear layers of the weight called ``name`` call ``adaptc::qlinear`` with its planes, if it has any."""
+    weight: QuantizedTensor = lifted.state_dict[name]
+    layers = [n for n in node.users if _is_linear_of(n, node)]
+    found = in_planes(weight.scheme, weight.stored, weight.matrix_shape)
+    if not layers or found is None or weight.is_transposed or weight.ndim != 2:
+        return
+    planar, stored = found
+    # Something else may read the weight as it is stored, whose roles have the same names.
+    held = [lifted.add_tensor(f"{name}.plane_{role}", t) for role, t in stored.items()]
+    for layer in layers:
+        x, _, bias = operands(layer)
+        layer.target, layer.kwargs = torch.ops.adaptc.qlinear.default, {}
+        layer.args = (x, held, bias, scheme_text(planar), *weight.matrix_shape)
 
 
 def _with_own_memory(t: Tensor) -> Tensor:

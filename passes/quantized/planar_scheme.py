@@ -99,7 +99,7 @@ class PlanarScheme(Scheme):
         out: list[Tensor] = []
         for index, code in enumerate(codes):
             own = {role: parts[role][index].unsqueeze(-1) for role in roles}
-            values = code.float().unflatten(1, (own["scales"].shape[1], -1))
+            values = code.float().reshape(code.shape[0], own["scales"].shape[1], -1)
             if self.offset:
                 values = values - self.offset
             if self.has_zeros:
@@ -107,7 +107,7 @@ class PlanarScheme(Scheme):
             values = values * own["scales"]
             if self.has_minimums:
                 values = values - own["minimums"]
-            out.append(values.flatten(1))
+            out.append(values.reshape(code.shape))
         return out
 
     def plane_codes(self, stored: Mapping[str, Tensor]) -> list[Tensor]:
@@ -129,8 +129,8 @@ def in_planes(
 ) -> tuple[PlanarScheme, dict[str, Tensor]] | None:
     """Return the scheme and the tensors by role that store in planes what ``scheme`` stores as a matrix of ``shape``.
 
-    ``shape`` is (rows, columns). Codes of 8 bits are shared. None for other schemes than integers, where inputs are
-    rounded or groups are no runs of columns, and where a group would lie in two planes.
+    ``shape`` is (rows, columns). Codes of 8 bits are shared. None for other schemes than integers, and where a group
+    would lie in two planes. None, too, where inputs are rounded or groups are no runs of columns.
     """
     if not isinstance(scheme, IntegerScheme) or scheme.has_group_index or scheme.rounds_inputs:
         return None

@@ -1,0 +1,109 @@
+"""Linear layers of graphs that are about to be compiled: which are computed how, and that they compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from adaptc.passes.lower.linear_layers import SMALL_WEIGHT, with_chosen_layers
+from adaptc.passes.quantized.all_schemes import scheme_text
+from adaptc.passes.quantized.compiled_linear import SUM_ROWS
+from adaptc.passes.quantized.integer_scheme import IntegerScheme
+from adaptc.passes.quantized.planar_scheme import in_planes
+
+#: relative to the largest value
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-12}
+
+
+def layer(dtype: torch.dtype, shape: tuple[int, ...], rows: int) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """Return a graph with one linear layer of ``rows`` outputs, and its arguments for an input of ``shape``."""
+    generator = torch.Generator().manual_seed(rows)
+    tensors = [torch.randn(s, generator=generator).to(dtype) for s in (shape, (rows, shape[-1]), (rows,))]
+    graph = fx.Graph()
+    places = [graph.placeholder(name) for name in ("x", "weight", "bias")]
+    graph.output((graph.call_function(torch.ops.aten.linear.default, tuple(places)),))
+    return fx.GraphModule({}, graph), tensors
+
+
+def traced(module: fx.GraphModule, tensors: list[torch.Tensor], mode: str = "real") -> tuple[set[str], torch.Tensor]:
+    """Return the names of the ops that the layers became, and the output."""
+    made = make_fx(with_chosen_layers(module), tracing_mode=mode)(*tensors)
+    ops = {n.target.overloadpacket.__name__ for n in made.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    return ops, made(*tensors)[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "rows", "is_sum"),
+    [
+        (torch.bfloat16, (1, 1, 33), 70, True),
+        (torch.bfloat16, (33,), 70, True),
+        (torch.float16, (1, 33), 7, True),
+        (torch.bfloat16, (2, 33), 7, False),
+        (torch.bfloat16, (1, 3, 33), 7, False),
+        (torch.float32, (1, 1, 33), 7, True),
+        (torch.float32, (1, 2**9), SMALL_WEIGHT // 2**9 + 1, False),
+        (torch.float32, (3, 33), 7, False),
+        (torch.float64, (1, 33), 7, False),
+    ],
+    ids=str,
+)
+def test_layers_of_one_row_are_sums(dtype: torch.dtype, shape: tuple[int, ...], rows: int, is_sum: bool) -> None:
+    module, tensors = layer(dtype, shape, rows)
+    ops, found = traced(module, tensors)
+    assert ("sum" in ops, bool(ops & {"linear", "addmm", "t"})) == (is_sum, not is_sum)
+    expected = F.linear(*(t.double() for t in tensors))
+    assert (found.dtype, found.shape) == (dtype, expected.shape)
+    error = float((found.double() - expected).abs().max() / expected.abs().max())
+    assert error < TOLERANCE[dtype], error
+    assert [str(n.target) for n in module.graph.nodes if n.op == "call_function"] == ["aten.linear.default"]
+
+
+def test_a_number_of_rows_that_is_not_known_is_not_taken_for_one() -> None:
+    module, tensors = layer(torch.bfloat16, (5, 33), 7)
+    assert "sum" not in traced(module, tensors, "symbolic")[0]
+
+
+def quantized(scheme: IntegerScheme, dtype: torch.dtype, count: int, planar: bool) -> tuple[Any, Any, torch.Tensor]:
+    """Return a graph with a quantised layer, its arguments, and what it should compute."""
+    generator = torch.Generator().manual_seed(count)
+    stored = scheme.quantize(torch.randn(7, 24, generator=generator))
+    values, used = scheme.dequantize(stored, 7, 24), scheme
+    if planar:
+        found = in_planes(scheme, stored, (7, 24))
+        assert found is not None
+        used, stored = found
+    x = torch.randn(count, 24, generator=generator).to(dtype)
+    graph = fx.Graph()
+    places = [graph.placeholder(name) for name in ("x", *stored)]
+    arguments = (places[0], places[1:], None, scheme_text(used), 7, 24)
+    graph.output((graph.call_function(torch.ops.adaptc.qlinear.default, arguments),))
+    return fx.GraphModule({}, graph), [x, *stored.values()], F.linear(x.double(), values.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [IntegerScheme(), IntegerScheme(group_size=4), IntegerScheme(bits=4, group_size=4, zero_dtype="uint8")],
+    ids=str,
+)
+def test_quantised_layers_read_planes(scheme: IntegerScheme, dtype: torch.dtype) -> None:
+    """Few rows as sums, more as a matmul of the values, and no call of our own op, which a compiler cannot fuse."""
+    for count in (1, SUM_ROWS, SUM_ROWS + 1, 19):
+        module, arguments, expected = quantized(scheme, dtype, count, planar=True)
+        ops, found = traced(module, arguments)
+        assert ("sum" in ops) == (count <= SUM_ROWS)
+        assert "qlinear" not in ops
+        error = float((found.double() - expected).abs().max() / expected.abs().max())
+        assert error < TOLERANCE[dtype], (count, error)
+
+
+def test_other_schemes_call_our_op() -> None:
+    module, arguments, expected = quantized(IntegerScheme(group_size=4), torch.float32, 1, planar=False)
+    ops, found = traced(module, arguments)
+    assert "qlinear" in ops
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
