@@ -1,21 +1,20 @@
 """Choose how a compiler computes the linear layers of a graph that it is about to trace with sizes that it knows.
 
-For one row a layer reads its weight once, so a call takes as long as the memory. Library matmuls in half precision are
-slower for one row, and each small matmul of an adapter costs a call. As sums of products they are fused with casts,
-with additions, and with the dequantisation of a weight:
+For one row a layer reads its weight once, so a call could be as fast as the memory. Library matmuls are slower than
+that for one row, and each small matmul of an adapter costs a call. As sums of products they are fused with casts, with
+additions, and with the dequantisation of a weight:
 
-    weight                  rows                                   computed as
-    quantised, in planes    up to ``SUM_ROWS``                     sums
-    quantised, in planes    more, or a number that is not known    a matmul of its values, made in each call
-    bfloat16, float16       one                                    sums
-    float32                 one, up to ``SMALL_WEIGHT`` elements   sums; above, libraries are as fast as memory
+    weight                        rows                                   computed as
+    quantised, in planes          up to ``SUM_ROWS``                     sums
+    quantised, in planes          more, or a number that is not known    a matmul of its values, made in each call
+    float32, bfloat16, float16    one, on a CPU                          sums in float32
 
 All other layers are left as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -29,13 +28,14 @@ from adaptc.passes.quantized.planar_scheme import PlanarScheme
 
 aten = torch.ops.aten
 
-#: the elements of a float32 weight up to which a call costs more than its reading
-SMALL_WEIGHT = 1 << 17
-
 
 def with_chosen_layers(module: fx.GraphModule) -> fx.GraphModule:
     """Return a graph module like ``module``, which is left as it is, whose linear layers choose as they are traced."""
-    choices = {torch.ops.adaptc.qlinear.default: _quantized_linear, aten.linear.default: _linear}
+    choices: dict[Any, Callable[..., Tensor]] = {
+        torch.ops.adaptc.qlinear.default: _quantized_linear,
+        torch.ops.adaptc.product.default: _product,
+        aten.linear.default: _linear,
+    }
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
@@ -62,11 +62,23 @@ def _quantized_linear(
     return F.linear(x, found.dequantize(by_role, rows, columns).to(x.dtype), bias)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    is_small = weight.dtype == torch.float32 and weight.numel() <= SMALL_WEIGHT
-    is_half = weight.dtype in (torch.bfloat16, torch.float16)
-    if not (is_small or is_half) or x.device.type != "cpu" or x.dtype != weight.dtype or _rows(x) != 1:
-        return aten.linear(x, weight, bias)
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int], columns: Sequence[int]
+) -> Tensor:
+    if _is_one_row(x, weight):
+        return _sums(x, weight, bias)
+    return torch.ops.adaptc.product(x, weight, bias, kind, classes, columns)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _sums(x, weight, bias) if _is_one_row(x, weight) else aten.linear(x, weight, bias)
+
+
+def _is_one_row(x: Tensor, weight: Tensor) -> bool:
+    return _rows(x) == 1 and x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in SUM_DTYPES
+
+
+def _sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     row = x.reshape(-1).float()
     # The stride makes the compiler write the row to memory once. Else it would compute it again for each output.
     row = torch.as_strided(row, row.shape, (1,))

@@ -10,7 +10,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from adaptc.passes.lower.linear_layers import SMALL_WEIGHT, with_chosen_layers
+from adaptc.passes.lower.linear_layers import with_chosen_layers
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR
 from adaptc.passes.quantized.all_schemes import scheme_text
 from adaptc.passes.quantized.compiled_linear import SUM_ROWS
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
@@ -46,7 +47,6 @@ def traced(module: fx.GraphModule, tensors: list[torch.Tensor], mode: str = "rea
         (torch.bfloat16, (2, 33), 7, False),
         (torch.bfloat16, (1, 3, 33), 7, False),
         (torch.float32, (1, 1, 33), 7, True),
-        (torch.float32, (1, 2**9), SMALL_WEIGHT // 2**9 + 1, False),
         (torch.float32, (3, 33), 7, False),
         (torch.float64, (1, 33), 7, False),
     ],
@@ -61,6 +61,16 @@ def test_layers_of_one_row_are_sums(dtype: torch.dtype, shape: tuple[int, ...], 
     error = float((found.double() - expected).abs().max() / expected.abs().max())
     assert error < TOLERANCE[dtype], error
     assert [str(n.target) for n in module.graph.nodes if n.op == "call_function"] == ["aten.linear.default"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_whose_matmul_was_chosen(count: int) -> None:
+    module, tensors = layer(torch.float32, (count, 33), 7)
+    (node,) = (n for n in module.graph.nodes if n.op == "call_function")
+    node.target, node.args = torch.ops.adaptc.product.default, (*node.args, LINEAR, list(ALL_ROW_CLASSES), [])
+    ops, found = traced(module, tensors)
+    assert ("sum" in ops, "product" in ops) == (count == 1, count == 2)
+    torch.testing.assert_close(found, F.linear(*tensors), rtol=1e-5, atol=1e-5)
 
 
 def test_a_number_of_rows_that_is_not_known_is_not_taken_for_one() -> None:
