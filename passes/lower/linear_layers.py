@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from adaptc.passes.quantized.all_schemes import scheme_from_text
-from adaptc.passes.quantized.compiled_linear import SUM_DTYPES, SUM_ROWS, linear_by_sums
+from adaptc.passes.quantized.compiled_linear import SUM_DTYPES, SUM_ROWS, linear_by_sums, written_once
 from adaptc.passes.quantized.planar_scheme import PlanarScheme
 
 aten = torch.ops.aten
@@ -79,9 +79,6 @@ def _is_one_row(x: Tensor, weight: Tensor) -> bool:
 
 
 def _sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    row = x.reshape(-1).float()
-    # The stride makes the compiler write the row to memory once. Else it would compute it again for each output.
-    row = torch.as_strided(row, row.shape, (1,))
-    y = (weight.float() * row).sum(-1)
+    y = (weight.float() * written_once(x.reshape(-1).float())).sum(-1)
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])

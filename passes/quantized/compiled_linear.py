@@ -90,9 +90,7 @@ def linear_by_sums(scheme: PlanarScheme, x: Tensor, stored: Mapping[str, Tensor]
 
     It is for graphs that are compiled: the compiler makes one loop of it, and no tensor of the size of the weight.
     """
-    inputs = x.reshape(-1, x.shape[-1]).float()
-    # The strides make the compiler write the input to memory once. Else it would compute it again for each output.
-    inputs = torch.as_strided(inputs, inputs.shape, (inputs.shape[1], 1))
+    inputs = written_once(x.reshape(-1, x.shape[-1]).float())
     if scheme.has_row_scales:
         planes = [codes.float() for codes in scheme.plane_codes(stored)]
     else:
@@ -103,6 +101,14 @@ def linear_by_sums(scheme: PlanarScheme, x: Tensor, stored: Mapping[str, Tensor]
         y = y * stored["scales"][:, 0]
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def written_once(x: Tensor) -> Tensor:
+    """Return ``x`` as it is, with strides, for which a compiler writes it to memory once.
+
+    Else a loop over outputs may compute it, or only cast it, for each of them.
+    """
+    return torch.as_strided(x, x.shape, x.stride())
 
 
 def _dequantized_linear(weight: QuantizedTensor) -> _Linear:

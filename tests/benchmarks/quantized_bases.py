@@ -51,15 +51,15 @@ def write_adapter(size: str, folder: Path) -> Path:
     return adaptc.save_adapter(adaptc.compile(model_of(size), config), folder / "adapter")
 
 
-def peft_side(size: str, library: str, adapter: Path) -> Any:
-    """Return PEFT's model on a base that ``library`` quantised: "bitsandbytes nf4", "bitsandbytes int8" or "torchao
-    int8"."""
+def quantise_by_library(model: Any, library: str) -> Any:
+    """Quantise the linear layers of ``model`` but its head, in place, and return it.
+
+    ``library`` is "bitsandbytes nf4", "bitsandbytes int8" or "torchao int8".
+    """
     import bitsandbytes as bnb
-    import peft
     import torchao.quantization as ao
     from torch import nn
 
-    model = model_of(size)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or name == "lm_head":
             continue
@@ -75,7 +75,14 @@ def peft_side(size: str, library: str, adapter: Path) -> Any:
             new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.to("cpu"))
-    return peft.PeftModel.from_pretrained(model, adapter).eval()
+    return model
+
+
+def peft_side(size: str, library: str, adapter: Path) -> Any:
+    """Return PEFT's model on a base that ``library`` quantised."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(quantise_by_library(model_of(size), library), adapter).eval()
 
 
 def files(generators: dict[str, Any], folder: Path) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from adaptc.passes.lower.linear_layers import with_chosen_layers
 from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, LINEAR
 from adaptc.passes.quantized.all_schemes import scheme_text
-from adaptc.passes.quantized.compiled_linear import SUM_ROWS
+from adaptc.passes.quantized.compiled_linear import SUM_ROWS, written_once
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
 from adaptc.passes.quantized.planar_scheme import in_planes
 
@@ -117,3 +117,29 @@ def test_other_schemes_call_our_op() -> None:
     ops, found = traced(module, arguments)
     assert "qlinear" in ops
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "quantised"])
+def test_inputs_that_are_parts_of_other_tensors(kind: str) -> None:
+    """A compiler takes strides for those of the whole memory: slices, a column, an expanded row, what is computed."""
+    if kind == "quantised":
+        module, (x, *tensors), _ = quantized(IntegerScheme(group_size=4), torch.float32, 1, planar=True)
+        x = x.flatten()
+    else:
+        module, (x, *tensors) = layer(getattr(torch, kind), (24,), 7)
+    chosen = with_chosen_layers(module)
+    tolerance = TOLERANCE[x.dtype]
+
+    def several(wide: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        views = (wide[..., 5:29], wide[..., ::2][..., 3:27], wide[..., 7].expand(1, 24), torch.tanh(wide)[..., 24:48])
+        columns = wide.reshape(2, -1).t()[:24, 1][None]
+        return [chosen(v, *tensors)[0] for v in (*views, columns)]
+
+    wide = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    compiled: Any = torch.compile(make_fx(several)(wide, *tensors), dynamic=False, fullgraph=True)
+    for found, expected in zip(compiled(wide, *tensors), several(wide, *tensors), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=10 * tolerance)
+    strange = torch.tensor([[0.0, -0.0, float("inf"), -1.5, float("nan")] * 5])[:, :24]
+    assert torch.equal(written_once(strange).isnan(), strange.isnan())
+    assert torch.equal(written_once(strange).nan_to_num(), strange.nan_to_num())
