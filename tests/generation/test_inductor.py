@@ -72,6 +72,7 @@ def test_one_token_of_one_text_runs_code_of_its_own() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
     [

@@ -3,7 +3,7 @@
 A test with parameters runs for every value of each of them, and, where it has several, for every pair of values of two:
 most faults show by a value or by a pair. A test marked ``few(n)`` runs for n of its combinations, first those that show
 new values: another choice in each file, so that all values of what many tests share (families of models) are met by
-some. So do tests marked ``long`` that say nothing else, for three. ``pytest --full`` runs the whole product, and tests
+some. So do tests marked ``long`` that say nothing else, for one. ``pytest --full`` runs the whole product, and tests
 marked ``slow``.
 """
 
@@ -27,7 +27,7 @@ class Item(Protocol):
 
 Axes = dict[str, Hashable]
 #: for how many combinations a test marked ``long`` runs
-LONG_COMBINATIONS = 3
+LONG_COMBINATIONS = 1
 #: how many examples most properties get with ``--full``
 EXAMPLES = 20
 

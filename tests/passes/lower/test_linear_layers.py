@@ -120,6 +120,7 @@ def test_other_schemes_call_our_op() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "quantised"])
 def test_inputs_that_are_parts_of_other_tensors(kind: str) -> None:
     """A compiler takes strides for those of the whole memory: slices, a column, an expanded row, what is computed."""
