@@ -33,11 +33,12 @@ class Queue(Protocol):
 
 
 class Metrics:
-    """The counters of one server. Labels are the names of adapters, ``base`` for none."""
+    """The counters of one server. Labels are the names of adapters, and ``base_name`` for none."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, base_name: str) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+        self.base_name = base_name
         self.registry = registry = CollectorRegistry()
         label = ["adapter"]
         self.requests = Counter("adaptc_requests", "Requests that ended", [*label, "status"], registry=registry)
@@ -63,9 +64,13 @@ class Metrics:
 
         return generate_latest(self.registry)
 
+    def count_cancelled(self, adapter: RequestAdapter) -> None:
+        """Count a request whose client was gone before its end."""
+        self.requests.labels(adapter.name or self.base_name, "cancelled").inc()
+
     def count(self, adapter: RequestAdapter, output: Any) -> None:
         """Count a request that ended with ``output``, a ``GenerationOutput`` of transformers."""
-        name = adapter.name
+        name = adapter.name or self.base_name
         self.requests.labels(name, "error" if output.error else "ok").inc()
         self.prompt_tokens.labels(name).inc(len(output.prompt_ids))
         self.new_tokens.labels(name).inc(len(output.generated_tokens))
@@ -98,7 +103,7 @@ class Served:
     def __init__(self, serving: ServingModel, tokenizer: Any, options: ServerOptions) -> None:
         self.serving, self.tokenizer, self.options = serving, tokenizer, options
         self.adapter_root = AdapterRoot(options.adapter_root)
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self, options.name)
         self._lock = reset_after_fork(threading.Lock())
         self._manager: Any = None
         #: the ids of requests that were cancelled and may still get tokens
@@ -157,7 +162,7 @@ class Served:
         manager = self._manager
         if manager is not None and request_id in manager.output_router.result_handlers:
             manager.cancel_request(request_id)
-            self.metrics.requests.labels(adapter.name, "cancelled").inc()
+            self.metrics.count_cancelled(adapter)
             with self._lock:
                 self._cancelled.add(request_id)
 

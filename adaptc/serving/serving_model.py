@@ -81,7 +81,7 @@ class ServingModel(ProgramWrapper):
         else:
             (mix,) = parse_row_adapters([adapter])
             bindings = self.bank.adapters_for_call(adapter_names_in((mix,)))
-        made = self._steps.request_adapter(" + ".join(mix) or "base", mix, bindings)
+        made = self._steps.request_adapter(" + ".join(mix), mix, bindings)
         with self._lock:
             self._requests.add(made)
         return made

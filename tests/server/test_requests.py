@@ -16,6 +16,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from adaptc.server import build_app
+from adaptc.server.served import Metrics
+from adaptc.serving.request_adapter import RequestAdapter
 from tests.server.conftest import KEY, Running
 
 MESSAGES: list[Any] = [{"role": "user", "content": "w11 w12 w30"}]
@@ -233,6 +235,18 @@ def test_metrics_count_by_adapter(running: Running) -> None:
     ask(running, "two", max_tokens=4)
     assert [value(n) - b for n, b in zip(names, before, strict=True)] == [1, 4, 1]
     assert value("adaptc_requests_running") == 0
+
+
+def test_an_adapter_may_be_called_base() -> None:
+    class Empty:
+        queue_lengths = (0, 0)
+
+    metrics = Metrics(Empty(), "smol")
+    for name in ("", "base", "base"):
+        metrics.count_cancelled(RequestAdapter(name, {}, {}))
+    text = metrics.text().decode()
+    assert 'adaptc_requests_total{adapter="smol",status="cancelled"} 1.0' in text
+    assert 'adaptc_requests_total{adapter="base",status="cancelled"} 2.0' in text
 
 
 def test_adapters_are_loaded_and_unloaded(running: Running) -> None:
