@@ -107,6 +107,8 @@ def test_dora_of_a_unet(tmp_path: Path) -> None:
 # --- read by diffusers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
+@pytest.mark.few(4)
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_load_lora_adapter_reads_what_is_written(name: str, prefix: bool, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     assert not torch.equal(said(gen.base, given, **drawn), said(gen, given, **drawn))
 
 
+@pytest.mark.long
 def test_padding_on_the_right_and_an_answer_that_was_begun() -> None:
     gen, given = generator(FAMILY), prompt(3, 9)
     given["attention_mask"][0, 6:] = 0

@@ -80,6 +80,8 @@ def refused(path: Path, said: str) -> None:
     assert str(path) in str(info.value)
 
 
+@pytest.mark.long
+@pytest.mark.few(4)
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("name", [GENERATION, FILES_PREFIX + "tokenizer/tokenizer.json"])
 def test_files_that_were_changed(name: str, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_chat_is_refused() -> None:
         open_model(written(FAMILY), ModelOptions())
 
 
+@pytest.mark.long
 def test_what_was_encoded_is_decoded_again() -> None:
     package, given = packaged(FAMILY), prompt(3, 9, (4, 0, 1))
     cache = package.prefill(given["input_ids"], given["attention_mask"])

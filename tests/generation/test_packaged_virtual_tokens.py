@@ -124,6 +124,7 @@ def test_reports_and_refusals(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_damage_and_forgery(tmp_path: Path) -> None:
     """A manifest that says otherwise of what the code reads is refused, and so is one that lacks the prompt."""
     records = read_records(written("PromptTuningConfig"))

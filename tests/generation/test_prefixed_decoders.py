@@ -139,6 +139,7 @@ def test_whisper():
     assert torch.equal(generated(bank, adapters=names), wanted)
 
 
+@pytest.mark.long
 def test_rows_that_begin_at_several_places():
     """A model that counts positions by itself has one number of them for all rows."""
     gen, inputs = generator("bart"), text(3, 7, "left")

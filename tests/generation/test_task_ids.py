@@ -61,6 +61,8 @@ def test_what_peft_generates(data: Any, family: str, rows: int, length: int) -> 
         assert torch.equal(said(generator(family), inputs, **how), said(oracle(family).model, inputs, **how))
 
 
+@pytest.mark.long
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_tasks_change_the_answer(family: str) -> None:
     gen, inputs = generator(family), text(5, 7, [0, 1, 2, 3, 4])

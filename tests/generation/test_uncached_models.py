@@ -75,6 +75,7 @@ def test_it_is_told() -> None:
     assert "of which a step sees those up to its end alone: GPTNeoForCausalLM cannot be captured as a step" in told
 
 
+@pytest.mark.long
 def test_what_goes_on_from_a_cache_goes_on_from_the_text(tmp_path: Path) -> None:
     """Prefixes, forks, conversations, files, and the limits of a cache."""
     gen, text = whole(), prompt(2, 9, (3, 0))

@@ -211,6 +211,8 @@ def serves(name: str) -> Any:
     return adaptc.compile_for_serving(FAMILIES[name].build(), config, num_blocks=8, page_size=4)
 
 
+@pytest.mark.long
+@pytest.mark.few(8)
 #: full attention with and without shared keys, sliding windows, and a decoder with an encoder
 @pytest.mark.parametrize(
     ("make", "name"),
@@ -230,6 +232,7 @@ def test_real_decoders_are_lowered_once(
     assert "as a whole" not in told.text, told.text
 
 
+@pytest.mark.long
 def test_packaged_steps_write_to_their_caches(tmp_path: Path, told: Told) -> None:
     program = torch.export.export(Steps(), steps())
     (file := tmp_path / "folder").mkdir()

@@ -159,7 +159,7 @@ def test_a_weight_that_lies_otherwise_is_left_alone() -> None:
     program(random_rows(2, FLOAT))
     with Ops() as ops:
         close(program(random_rows(5, FLOAT)), program.module()(random_rows(5, FLOAT)))
-    assert ops.onednn == onednn_supports(FLOAT)
+    assert ops.onednn == 0  # the other layer's input is one row in every call, which is a sum
     assert sorted(c.reason for c in program.products.choices)[1] == "the weight does not lie row by row"
 
 
