@@ -66,6 +66,7 @@ def test_one_token_of_one_text_runs_code_of_its_own() -> None:
             text = prompt(rows, length)
             assert torch.equal(generated(gen, text, max_new_tokens=4), found.expected("first", text, max_new_tokens=4))
             assert ran == expected
+            assert len(made) == 2  # from the first call on
     general, single = made
     assert not general
     assert len(single) == 3  # texts, tokens, and tokens whose logits are kept

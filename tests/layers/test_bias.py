@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.support.site_cases import BIASES
-from tests.support.site_checks import parametrize_checks, subject
+from tests.support.site_checks import changed_by, parametrize_checks
 
 
 @pytest.mark.few(12)
 @parametrize_checks(BIASES)
 def test_site(name, check, tmp_path):
-    check(subject(name), tmp_path)
+    assert changed_by(check, name, tmp_path) == []

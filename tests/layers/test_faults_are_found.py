@@ -11,7 +11,7 @@ import torch
 
 import adaptc
 from tests.support.site_cases import BIASES, CASES
-from tests.support.site_checks import CHECKS, Subject
+from tests.support.site_checks import CHECKS, Subject, changed_by, subject
 
 NAME = BIASES[0].name
 
@@ -63,3 +63,19 @@ def test_a_fault_is_found(check: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         FAULTS[check.__name__](s, monkeypatch)
         with pytest.raises(AssertionError):
             check(s, wrong)
+
+
+def test_a_change_of_the_model_itself_is_found(tmp_path: Path) -> None:
+    name, weight = next(iter(subject(NAME).base.named_parameters()))
+    before = weight.detach().clone()
+
+    def spoil(s: Subject, tmp_path: Path) -> None:
+        with torch.no_grad():
+            weight.add_(1)
+
+    try:
+        assert changed_by(spoil, NAME, tmp_path) == [name]
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert changed_by(lambda s, path: None, NAME, tmp_path) == []

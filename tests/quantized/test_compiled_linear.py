@@ -157,5 +157,8 @@ def test_a_weight_that_something_else_reads_keeps_its_stored_tensors(dtype: torc
     prog = adaptc.compile(model, config, example_inputs=ids)
     plain = ExpandQuantized(compiled=True)(prog).output
     assert {f"tokens.weight.{role}" for role in {"codes", "scales", "zeros"} | copies} <= plain.state_dict.keys()
-    found, expected = plain.module(check_guards=False)(ids), prog(ids)
-    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    beside = ExpandQuantized(fuse=True, planar=True)(prog).output
+    assert {f"tokens.weight.{role}" for role in ("codes", "plane_codes", "plane_zeros")} <= beside.state_dict.keys()
+    for form in (plain, beside):
+        found, expected = form.module(check_guards=False)(ids), prog(ids)
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

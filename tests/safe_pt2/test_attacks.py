@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,13 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "marker"
 
 
-def refused(path: Path, marker: Path, said: str) -> None:
-    with pytest.raises(CheckpointError, match=said) as info:
+def refusal(path: Path, marker: Path) -> str:
+    """The words in which a file is refused, which name it; no code of the file has made the ``marker``."""
+    with pytest.raises(CheckpointError) as info:
         adaptc.load(path).module()  # where more texts become source
     assert not marker.exists(), "the file's code ran"
     assert str(path) in str(info.value)
-    assert not marker.exists()
+    return str(info.value)
 
 
 class Payload:
@@ -70,10 +72,10 @@ def test_the_payloads_of_these_tests_run(tmp_path: Path) -> None:
 
 def test_a_file_that_is_read_is_not_taken_for_refused(good: Path, marker: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        refused(good, marker, ".")
+        refusal(good, marker)
     marker.touch()
     with pytest.raises(AssertionError, match="the file's code ran"):
-        refused(marker, marker, ".")
+        refusal(marker, marker)
 
 
 # -- pickles ---------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_a_pickle_in_the_example_inputs(good: Path, marker: Path, tmp_path: Path
     records = read_records(good)
     records[SAMPLES] = pickled(Payload(marker)) if form == "torch" else pickle.dumps(Payload(marker))
     said = "it would call posix.mkdir" if form == "torch" else "not a zip archive"
-    refused(write_records(tmp_path / "bad.pt2", records), marker, said)
+    assert re.search(said, refusal(write_records(tmp_path / "bad.pt2", records), marker))
 
 
 def test_example_inputs_that_unpickle_expressions(good: Path, marker: Path, tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_example_inputs_that_unpickle_expressions(good: Path, marker: Path, tmp_
 
     records = read_records(good)
     records[SAMPLES] = pickled(((Fake(),), {}))
-    refused(write_records(tmp_path / "bad.pt2", records), marker, "_reconstruct_fake_tensor")
+    assert re.search("_reconstruct_fake_tensor", refusal(write_records(tmp_path / "bad.pt2", records), marker))
 
 
 @pytest.mark.parametrize("table", [WEIGHTS, CONSTANTS])
@@ -115,7 +117,7 @@ def test_pickled_weights(good: Path, marker: Path, tmp_path: Path, table: str) -
     folder = table.rpartition("/")[0]
     records[table] = json.dumps(data).encode()
     records[f"{folder}/{entry['path_name']}"] = pickled(Payload(marker))
-    refused(write_records(tmp_path / "bad.pt2", records), marker, "use_pickle.*can run code")
+    assert re.search("use_pickle.*can run code", refusal(write_records(tmp_path / "bad.pt2", records), marker))
 
 
 @pytest.mark.parametrize("kind", ["custom_obj_0", "opaque_obj_0"])
@@ -125,13 +127,13 @@ def test_objects_among_the_constants(good: Path, marker: Path, tmp_path: Path, k
     data["config"]["object"] = {"path_name": kind, "is_param": False, "use_pickle": True, "tensor_meta": None}
     records[CONSTANTS] = json.dumps(data).encode()
     records[f"data/constants/{kind}"] = pickle.dumps(Payload(marker))
-    refused(write_records(tmp_path / "bad.pt2", records), marker, f"{kind}.*can run code")
+    assert re.search(f"{kind}.*can run code", refusal(write_records(tmp_path / "bad.pt2", records), marker))
 
 
 @pytest.mark.parametrize("name", ["data/weights/model.pt", "data/constants/model.pt"])
 def test_weights_as_older_files_have_them(good: Path, marker: Path, tmp_path: Path, name: str) -> None:
     records = read_records(good) | {name: pickled(Payload(marker))}
-    refused(write_records(tmp_path / "bad.pt2", records), marker, name)
+    assert re.search(name, refusal(write_records(tmp_path / "bad.pt2", records), marker))
 
 
 def test_a_file_of_torch_2_7(marker: Path, tmp_path: Path) -> None:
@@ -141,12 +143,14 @@ def test_a_file_of_torch_2_7(marker: Path, tmp_path: Path) -> None:
         archive.writestr("serialized_exported_program.json", "{}")
         for name in ("serialized_state_dict.pt", "serialized_constants.pt", "serialized_example_inputs.pt"):
             archive.writestr(name, pickled(Payload(marker)))
-    refused(path, marker, "torch 2.7|no name that torch gives")
+    assert re.search("torch 2.7|no name that torch gives", refusal(path, marker))
 
 
 def test_compiled_code_beside_the_program(good: Path, marker: Path, tmp_path: Path) -> None:
     records = read_records(good) | {"data/aotinductor/model/x.wrapper.so": b"\x7fELF" + b"\0" * 99}
-    refused(write_records(tmp_path / "bad.pt2", records), marker, r"compiled code.*adaptc\.load_package")
+    assert re.search(
+        r"compiled code.*adaptc\.load_package", refusal(write_records(tmp_path / "bad.pt2", records), marker)
+    )
 
 
 # -- texts that are evaluated, or become source ----------------------------------------------------------------------
@@ -300,7 +304,9 @@ ROUTES: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
 @pytest.mark.parametrize("route", list(ROUTES))
 def test_texts_of_the_graph(good: Path, marker: Path, tmp_path: Path, route: str) -> None:
     change, said = ROUTES[route]
-    refused(edit_json_record(good, MODEL, lambda d: change(d, marker), tmp_path / "bad.pt2"), marker, said)
+    assert re.search(
+        said, refusal(edit_json_record(good, MODEL, lambda d: change(d, marker), tmp_path / "bad.pt2"), marker)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -314,7 +320,7 @@ def test_a_cache_of_transformers_names_no_other_class(good: Path, marker: Path, 
         good, MODEL, lambda d: root(d).update(out_spec=_out("transformers.cache_utils:DynamicCache", context)),
         tmp_path / "bad.pt2",
     )  # fmt: skip
-    refused(bad, marker, "'subprocess:Popen', which would be imported")
+    assert re.search("'subprocess:Popen', which would be imported", refusal(bad, marker))
 
 
 def test_words_for_people_lose_their_line_ends(good: Path, marker: Path, tmp_path: Path) -> None:

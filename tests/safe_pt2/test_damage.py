@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import time
 import zipfile
@@ -36,14 +37,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def refused(path: Path, said: str) -> None:
+def refusal(path: Path) -> str:
+    """The words in which a file is refused, which name it, are few, and come at once."""
     start = time.thread_time()
-    with pytest.raises(CheckpointError, match=said) as info:
+    with pytest.raises(CheckpointError) as info:
         adaptc.load(path)
     assert str(path) in str(info.value)
     assert len(str(info.value)) < 1_500
     # No measure of speed: a bomb takes hours of a processor, and everything else a fraction of a second.
     assert time.thread_time() - start < 20, "it hangs"
+    return str(info.value)
 
 
 def test_the_forger_of_these_tests_changes_nothing(good: Path, tmp_path: Path) -> None:
@@ -52,11 +55,9 @@ def test_the_forger_of_these_tests_changes_nothing(good: Path, tmp_path: Path) -
     assert SEAL in read_records(good)
 
 
-def test_a_file_that_is_read_is_not_taken_for_refused(good: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_read_is_not_taken_for_refused(good: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        refused(good, ".")
-    with pytest.raises(AssertionError, match="Regex pattern did not match"):
-        refused(tmp_path / "none.pt2", "another reason")
+        refusal(good)
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
@@ -82,13 +83,15 @@ def _length(count: Callable[[int], int]) -> Callable[[dict[str, bytes]], None]:
 def test_a_weight_of_another_length(good: Path, tmp_path: Path, count: Callable[[int], int], said: str) -> None:
     records = read_records(good)
     _length(count)(records)
-    refused(write_records(tmp_path / "bad.pt2", records), said)
+    assert re.search(said, refusal(write_records(tmp_path / "bad.pt2", records)))
 
 
 def test_weights_without_a_record(good: Path, tmp_path: Path) -> None:
     records = read_records(good)
     del records["data/weights/weight_1"]
-    refused(write_records(tmp_path / "bad.pt2", records), r"\['first.bias'\]: there is no record .*weight_1")
+    assert re.search(
+        r"\['first.bias'\]: there is no record .*weight_1", refusal(write_records(tmp_path / "bad.pt2", records))
+    )
 
 
 def _tensor(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], None]:
@@ -132,7 +135,7 @@ TABLES: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("case", list(TABLES))
 def test_the_table_of_weights(good: Path, tmp_path: Path, case: str) -> None:
     change, said = TABLES[case]
-    refused(edit_json_record(good, WEIGHTS, lambda d: change(d) and None, tmp_path / "bad.pt2"), said)
+    assert re.search(said, refusal(edit_json_record(good, WEIGHTS, lambda d: change(d) and None, tmp_path / "bad.pt2")))
 
 
 def test_an_expanded_weight_that_is_a_bomb(good: Path, tmp_path: Path) -> None:
@@ -141,9 +144,9 @@ def test_an_expanded_weight_that_is_a_bomb(good: Path, tmp_path: Path) -> None:
         entry["tensor_meta"].update(sizes=_sizes(2**40, 2**10), strides=_sizes(0, 0))
         data["config"]["unread"] = entry
 
-    refused(
-        edit_json_record(good, WEIGHTS, change, tmp_path / "bad.pt2"),
+    assert re.search(
         r"\['unread'\]: sizes .* are 4503599627370496 bytes",
+        refusal(edit_json_record(good, WEIGHTS, change, tmp_path / "bad.pt2")),
     )
 
 
@@ -159,7 +162,7 @@ def test_a_truth_value_is_zero_or_one(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(Masked(), (torch.randn(5, 3),)), tmp_path / "a.pt2")
     records = read_records(tmp_path / "a.pt2")
     records["data/weights/weight_0"] = b"\1\2\0"
-    refused(write_records(tmp_path / "bad.pt2", records), "neither true nor false")
+    assert re.search("neither true nor false", refusal(write_records(tmp_path / "bad.pt2", records)))
 
 
 # -- the archive -----------------------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def test_a_truth_value_is_zero_or_one(tmp_path: Path) -> None:
 def test_a_record_is_missing(good: Path, tmp_path: Path, name: str) -> None:
     records = read_records(good)
     del records[name]
-    refused(write_records(tmp_path / "bad.pt2", records), f"there is no record '{name}'")
+    assert re.search(f"there is no record '{name}'", refusal(write_records(tmp_path / "bad.pt2", records)))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_a_record_is_missing(good: Path, tmp_path: Path, name: str) -> None:
     ],
 )
 def test_a_record_too_many(good: Path, tmp_path: Path, name: str, said: str) -> None:
-    refused(write_records(tmp_path / "bad.pt2", read_records(good) | {name: b"x"}), said)
+    assert re.search(said, refusal(write_records(tmp_path / "bad.pt2", read_records(good) | {name: b"x"})))
 
 
 def test_files_beside_the_program_are_not_read(good: Path, tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_compressed_records(good: Path, tmp_path: Path) -> None:
             archive.writestr(f"a/{name}", data)
         archive.writestr("a/data/weights/weight_9", bytes(300 << 20))
     assert path.stat().st_size < 1 << 20
-    refused(path, "is compressed.*decompression bomb")
+    assert re.search("is compressed.*decompression bomb", refusal(path))
 
 
 def test_a_size_that_the_file_has_not(good: Path, tmp_path: Path) -> None:
@@ -210,7 +213,7 @@ def test_a_size_that_the_file_has_not(good: Path, tmp_path: Path) -> None:
     at = data.rfind(b"PK\1\2")
     data[at + 20 : at + 28] = struct.pack("<II", 0xFFFF0000, 0xFFFF0000)
     path.write_bytes(data)
-    refused(path, "claims 4294901760 bytes and there is room for")
+    assert re.search("claims 4294901760 bytes and there is room for", refusal(path))
 
 
 def test_records_that_overlap(good: Path, tmp_path: Path) -> None:
@@ -220,21 +223,21 @@ def test_records_that_overlap(good: Path, tmp_path: Path) -> None:
     size = struct.unpack("<I", data[first + 20 : first + 24])[0] + 60
     data[first + 20 : first + 28] = struct.pack("<II", size, size)
     path.write_bytes(data)
-    refused(path, "overlaps another|cut short")
+    assert re.search("overlaps another|cut short", refusal(path))
 
 
 def test_two_records_of_one_name(good: Path, tmp_path: Path) -> None:
     path = write_records(tmp_path / "twice.pt2", read_records(good))
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("forged/models/model.json", b"{}")
-    refused(path, "two records called 'models/model.json'")
+    assert re.search("two records called 'models/model.json'", refusal(path))
 
 
 def test_another_name_before_the_data(good: Path, tmp_path: Path) -> None:
     path = write_records(tmp_path / "names.pt2", read_records(good))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"forged/models/model.json", b"forged/models/madel.json", 1))
-    refused(path, "has another name in front of its data")
+    assert re.search("has another name in front of its data", refusal(path))
 
 
 def test_a_directory_without_end(tmp_path: Path) -> None:
@@ -242,23 +245,23 @@ def test_a_directory_without_end(tmp_path: Path) -> None:
     wide = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 10**9, 10**9, 10**11, 0)
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, 0, 1)
     (tmp_path / "long.pt2").write_bytes(wide + locator + end)
-    refused(tmp_path / "long.pt2", "its directory claims 1000000000 records")
+    assert re.search("its directory claims 1000000000 records", refusal(tmp_path / "long.pt2"))
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.02, 0.3, 0.7, 0.97, 0.999])
 def test_cut_short(good: Path, tmp_path: Path, kept: float) -> None:
     data = good.read_bytes()
     (tmp_path / "short.pt2").write_bytes(data[: int(len(data) * kept)])
-    refused(tmp_path / "short.pt2", "not a zip archive, or is cut short")
+    assert re.search("not a zip archive, or is cut short", refusal(tmp_path / "short.pt2"))
 
 
 def test_other_files(tmp_path: Path) -> None:
-    refused(tmp_path / "none.pt2", "there is no file")
-    refused(tmp_path, "there is no file")
+    assert re.search("there is no file", refusal(tmp_path / "none.pt2"))
+    assert re.search("there is no file", refusal(tmp_path))
     (tmp_path / "text.pt2").write_text("<!doctype html>")
-    refused(tmp_path / "text.pt2", "not a zip archive")
+    assert re.search("not a zip archive", refusal(tmp_path / "text.pt2"))
     torch.save({"a": torch.ones(3)}, tmp_path / "tensors.pt2")
-    refused(tmp_path / "tensors.pt2", "there is no record 'archive_format'")
+    assert re.search("there is no record 'archive_format'", refusal(tmp_path / "tensors.pt2"))
 
 
 def test_any_flipped_byte_of_a_weight_is_found(good: Path, tmp_path: Path) -> None:
@@ -268,14 +271,17 @@ def test_any_flipped_byte_of_a_weight_is_found(good: Path, tmp_path: Path) -> No
     at = data.find(weight)
     data[at + 17] ^= 4
     (tmp_path / "flip.pt2").write_bytes(data)
-    refused(tmp_path / "flip.pt2", r"weight_0': its bytes do not have the checksum")
+    assert re.search(r"weight_0': its bytes do not have the checksum", refusal(tmp_path / "flip.pt2"))
 
 
 def test_a_file_that_was_edited_after_it_was_saved(good: Path, tmp_path: Path) -> None:
     """Another weight with the right checksum: what adaptc.save wrote has a hash of all records."""
     records = read_records(good)
     records["data/weights/weight_0"] = bytes(140)
-    refused(write_records(tmp_path / "edited.pt2", records, keep_seal=True), "was changed after adaptc.save wrote it")
+    assert re.search(
+        "was changed after adaptc.save wrote it",
+        refusal(write_records(tmp_path / "edited.pt2", records, keep_seal=True)),
+    )
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------------
@@ -298,7 +304,7 @@ def test_a_file_that_was_edited_after_it_was_saved(good: Path, tmp_path: Path) -
 def test_json_that_is_none(good: Path, tmp_path: Path, record: str, text: bytes, said: str) -> None:
     records = read_records(good)
     records[record] = text
-    refused(write_records(tmp_path / "bad.pt2", records), f"{record}.*({said})")
+    assert re.search(f"{record}.*({said})", refusal(write_records(tmp_path / "bad.pt2", records)))
 
 
 def _graph(change: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -394,7 +400,7 @@ GRAPHS: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("case", list(GRAPHS))
 def test_the_graph(good: Path, tmp_path: Path, case: str) -> None:
     change, said = GRAPHS[case]
-    refused(edit_json_record(good, MODEL, lambda d: change(d) and None, tmp_path / "bad.pt2"), said)
+    assert re.search(said, refusal(edit_json_record(good, MODEL, lambda d: change(d) and None, tmp_path / "bad.pt2")))
 
 
 def test_what_a_program_of_a_later_torch_has_more_is_left_out(good: Path, tmp_path: Path) -> None:
@@ -404,7 +410,9 @@ def test_what_a_program_of_a_later_torch_has_more_is_left_out(good: Path, tmp_pa
 
     path = edit_json_record(good, MODEL, later, tmp_path / "later.pt2")
     assert outputs_are_equal(outputs(adaptc.load(path)), outputs(adaptc.load(good)))
-    refused(edit_json_record(good, MODEL, lambda d: d.update(later=1), tmp_path / "bad.pt2"), "has no 'later'")
+    assert re.search(
+        "has no 'later'", refusal(edit_json_record(good, MODEL, lambda d: d.update(later=1), tmp_path / "bad.pt2"))
+    )
 
 
 def _tags(data: Any) -> list[dict[str, Any]]:
@@ -470,7 +478,7 @@ def _deep() -> Any:
 def test_example_inputs(good: Path, tmp_path: Path, value: Callable[[], Any], said: str) -> None:
     records = read_records(good)
     records[SAMPLES] = _saved(value())
-    refused(write_records(tmp_path / "bad.pt2", records), f"sample_inputs.*{said}")
+    assert re.search(f"sample_inputs.*{said}", refusal(write_records(tmp_path / "bad.pt2", records)))
 
 
 def test_example_inputs_that_are_compressed(good: Path, tmp_path: Path) -> None:
@@ -480,4 +488,4 @@ def test_example_inputs_that_are_compressed(good: Path, tmp_path: Path) -> None:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     records[SAMPLES] = buffer.getvalue()
-    refused(write_records(tmp_path / "bad.pt2", records), "is compressed")
+    assert re.search("is compressed", refusal(write_records(tmp_path / "bad.pt2", records)))

@@ -329,6 +329,17 @@ def check_weight_form(s: Subject, tmp_path: Path) -> None:
     assert torch.equal(loaded(*args), program(*args))
 
 
+def changed_by(check: Any, name: str, tmp_path: Path) -> list[str]:
+    """Run a check on a case, and return the names of the tensors of the user's own model that it changed."""
+    s = subject(name)
+    before = {k: v.detach().clone() for k, v in s.base.state_dict().items()}
+    check(s, tmp_path)
+    after = s.base.state_dict()
+    assert before
+    assert before.keys() == after.keys()
+    return [k for k, v in before.items() if not torch.equal(v, after[k])]
+
+
 def dynamic_batch(args: tuple[Tensor, ...]) -> Any:
     return tuple({0: torch.export.Dim.DYNAMIC} for _ in args)
 
