@@ -111,7 +111,7 @@ def bind_adapter(
             check_config(resolved.config)
         # Plans are for the spec of the whole program, and each of several adapters has its own.
         own, plans = (spec_of_adapter(spec, name), None) if is_joint else (spec, target.binding_plans)
-        bindings[name] = bind(own, resolved, plans=plans, copy_tensors=copy_tensors or is_joint)
+        bindings[name] = bind(own, resolved, plans=plans, copy_tensors=copy_tensors)
     for name in sources.keys() - given.keys():
         bindings[name] = initial_values(spec_of_adapter(spec, name), bindings[name].config, methods_by_id={})
     made = binding_of_parts(spec, bindings) if is_joint else bindings[current.name]

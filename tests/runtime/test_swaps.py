@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +246,19 @@ def test_training_with_rank_one_is_refused_by_inductor(model):
 def test_unknown_backend_is_refused_before_anything_is_captured(model):
     with pytest.raises(adaptc.BackendError, match="eager, inductor"):
         adaptc.compile(model, LoraConfig(target_modules=["up"]), backend="tensorrt")
+
+
+def test_no_other_adapter_is_bound_to_a_file_that_lacks_the_base(tmp_path: Path) -> None:
+    """PiSSA changes the base, and a program's file holds it as it was changed."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5)), torch.randn(3, 7)
+    made = [
+        adaptc.compile(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=scheme), example_inputs=x)
+        for scheme in ("pissa", False)
+    ]
+    loaded, other = adaptc.load(adaptc.save(made[0], tmp_path / "p.pt2")), adaptc.save_adapter(made[1], tmp_path / "a")
+    expected = loaded(x)
+    for change in (lambda: adaptc.swap(loaded, other), lambda: loaded.bind(str(other))):
+        with pytest.raises(SwapError, match=r"only its own adapter's version of \['0.weight'\].*the original model"):
+            change()
+    assert torch.equal(loaded(x), expected)
