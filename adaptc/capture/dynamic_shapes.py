@@ -37,6 +37,7 @@ from adaptc.capture.fixed_sizes import flat_input_names
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.quick_sizes import fast_size_arithmetic
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
+from adaptc.capture.vision.trace_towers import traced_for_any_images
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.pytree import pytree
@@ -61,7 +62,12 @@ def export(
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
         for copies in (copy_equal_layers, contextlib.nullcontext):
             with contextlib.redirect_stderr(printed), patched, preserve_state(model, only_traced=True):
-                with copies(model) as once, fast_size_arithmetic(), float_stand_ins(model) as put_back:
+                with (
+                    copies(model) as once,
+                    fast_size_arithmetic(),
+                    traced_for_any_images(model),
+                    float_stand_ins(model) as put_back,
+                ):
                     program = torch.export.export(
                         model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
                     )

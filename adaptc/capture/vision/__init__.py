@@ -1,0 +1,1 @@
+"""Capture models whose vision towers compute from the sizes of their images."""

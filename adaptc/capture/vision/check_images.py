@@ -1,0 +1,87 @@
+"""Check a program that was traced for any images against its model, on the example.
+
+What is replaced while a model is traced gives the same where it is used as expected. A model may use it in another way,
+and that must not pass unseen. Features of images are one tensor in the program, and one for each image in the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaptc.capture.check_size_one import can_run, run_without_effects
+from adaptc.capture.run_graph import guarded_module
+from adaptc.capture.vision.tower_facts import find_towers
+from adaptc.errors import CaptureError
+from adaptc.passes.graph.pytree import pytree
+
+#: torch's message for an assertion on a value that only data tell
+_OF_VALUES = re.compile(r"Runtime assertion failed for expression \D*\bu\d+")
+#: a program's graph orders sums otherwise than the model: by how much values may differ, of the largest
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def check_any_images(
+    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
+) -> None:
+    """Raise CaptureError where ``model`` has vision towers of the known kind, and ``program`` computes something else.
+
+    In train mode, and for tensors without values, nothing is checked.
+    """
+    if training or not find_towers(model) or not can_run(model, args, kwargs):
+        return
+    with run_without_effects(model) as restore:
+        wanted = _joined_outputs(model(*args, **kwargs))
+        restore()
+        found = _joined_outputs(guarded_module(program)(*args, **kwargs))
+    for name, value in wanted.items():
+        if name not in found or not _is_close(value, found[name]):
+            raise CaptureError(
+                f"{type(model).__name__} could not be captured: its vision tower uses the grids of images in a way "
+                f"that adaptc does not know, and the program's {name} would differ from the model's. Try: adapt "
+                "the model without images (example_inputs with text alone), or its parts one by one"
+            )
+
+
+def name_value_checks(program: ExportedProgram) -> None:
+    """Let the assertions in ``program`` that models make of the values of inputs say which line of a model made them.
+
+    torch names a symbol that no user has seen.
+    """
+    for node in program.graph.nodes:
+        if str(node.target) != "aten._assert_scalar.default":
+            continue
+        condition, message = node.args
+        lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+        if _OF_VALUES.match(str(message)) and lines:
+            told = f"Runtime assertion failed: the values of the inputs do not pass the check in `{lines[-1].strip()}`"
+            node.args = (condition, told)
+
+
+def _joined_outputs(outputs: Any) -> dict[str, Tensor]:
+    """Return copies of the float tensors in ``outputs`` by name. Tensors of one list are joined along their first
+    dimension."""
+    found: dict[str, list[Tensor]] = {}
+    for path, value in pytree.tree_leaves_with_path(outputs):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            keys = [str(key).strip(".[]'") for key in path]
+            while keys and keys[-1].isdigit():
+                keys.pop()
+            found.setdefault(".".join(keys), []).append(value)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0].clone() for name, parts in found.items()}
+
+
+def _is_close(wanted: Tensor, found: Tensor) -> bool:
+    if wanted.shape != found.shape:
+        return False
+    if not wanted.numel():
+        return True
+    difference = (wanted - found).abs().max()
+    return bool(difference <= _TOLERANCE.get(wanted.dtype, 0.1) * (wanted.abs().max() + 1e-3)) or (
+        torch.equal(wanted.isnan(), found.isnan()) and torch.equal(wanted.nan_to_num(), found.nan_to_num())
+    )

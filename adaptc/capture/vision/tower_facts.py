@@ -1,0 +1,98 @@
+"""Find vision towers that compute from grids of images, and compute it for them.
+
+A tower of transformers reads what it computes of a grid from keyword arguments, where these are given
+(``transformers.vision_utils``). The towers are known by the helpers that their ``forward`` calls. No file of
+transformers is imported here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.capture.vision.image_grids import interpolate_positions, place_patches, sort_into_windows
+
+#: an input -> the names of its free dimensions, or None for one that torch is to relate
+FreeDims = Callable[[Tensor], dict[int, str | None]]
+
+
+#: helpers of transformers that compute from a grid -> the names of what they compute
+_HELPERS = {
+    "get_vision_position_ids": ("position_ids",),
+    "get_vision_cu_seqlens": ("cu_seqlens",),
+    "get_vision_attention_seqlens": ("cu_seqlens", "max_seqlen"),
+    "get_vision_window_index": ("window_index", "cu_window_seqlens", "max_window_seqlen"),
+    "get_vision_interpolation_indices_and_weights": ("interp_indices", "interp_weights"),
+}
+
+
+def find_towers(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
+    """Return the modules of ``model`` that are vision towers of the known kind, with the names of what they compute
+    from a grid."""
+    modules = list(model.modules())
+    names = {kind: _computed_facts(kind) for kind in {type(m) for m in modules}}
+    return {m: names[type(m)] for m in modules if names[type(m)]}
+
+
+def _computed_facts(kind: type[nn.Module]) -> frozenset[str]:
+    forward: Any = inspect.unwrap(kind.forward)
+    if not inspect.isfunction(forward) or "grid_thw" not in inspect.signature(forward).parameters:
+        return frozenset()
+    helpers, called = sys.modules.get(kind.__module__), forward.__code__.co_names
+    known = {n for n in _HELPERS if getattr(getattr(helpers, n, None), "__module__", "") == "transformers.vision_utils"}
+    return frozenset(name for helper in known.intersection(called) for name in _HELPERS[helper])
+
+
+def with_free_images(model: nn.Module, kwargs: Mapping[str, Any], free_dims: FreeDims) -> FreeDims:
+    """Return ``free_dims`` for a model with such towers: the number of images is free, and so is that of patches.
+
+    Their other dimensions are fixed. ``kwargs`` are the inputs of the model.
+    """
+    if not find_towers(model):
+        return free_dims
+    own: dict[int, dict[int, str | None]] = {}
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and name.endswith("grid_thw"):
+            own[id(value)] = {0: name.replace("grid_thw", "count")}
+        elif isinstance(value, Tensor) and name.startswith("pixel_values"):
+            own[id(value)] = {0: None}
+    return lambda tensor: own[id(tensor)] if id(tensor) in own else free_dims(tensor)
+
+
+def facts_of_grid(tower: Any, names: frozenset[str], count: int, grid: Tensor, merges: Tensor | None) -> dict[str, Any]:
+    """Return the ``names`` that a tower reads of what transformers computes from a grid outside of graphs.
+
+    ``count`` is the number of patches. ``merges`` is what each image's patches are merged by, where the tower has no
+    number of its own.
+    """
+    merge: Any = _setting(tower, "spatial_merge_size")
+    merge = merges if merge is None and merges is not None else merge or 1
+    places = place_patches(grid, count, merge)
+    axes = [places.row, places.column]
+    facts: dict[str, Any] = {
+        "position_ids": torch.stack([places.frame, *axes] if getattr(tower, "include_temporal", False) else axes, 1),
+        "cu_seqlens": places.image if getattr(tower, "merge_temporal", False) else places.segment,
+        "max_seqlen": count,
+    }
+    if "window_index" in names:
+        side = _setting(tower, "window_size") // merge // _setting(tower, "patch_size")
+        windows = sort_into_windows(grid, count, merge, side)
+        facts |= {"window_index": windows.order, "cu_window_seqlens": windows.segment, "max_window_seqlen": count}
+    if "interp_indices" in names:
+        facts["interp_indices"], facts["interp_weights"] = interpolate_positions(
+            places,
+            _setting(tower, "num_grid_per_side"),
+            mode=_setting(tower, "interpolation_mode") or "bilinear",
+            padding=_setting(tower, "interpolation_padding") or "border",
+            align_corners=_setting(tower, "interpolation_align_corners") is True,
+        )
+    return {name: facts[name] for name in names}
+
+
+def _setting(tower: nn.Module, name: str) -> Any:
+    return next((v for m in tower.modules() if (v := getattr(m, name, None)) is not None), None)

@@ -1,0 +1,199 @@
+"""Let a model with a vision tower be traced for any number of images of any sizes.
+
+While the model is traced,
+
+- its towers are given what they compute from grids, as tensors of :mod:`tower_facts`;
+- a tower attends within segments of patches by one call. transformers calls attention for each image, or gives the
+  boundaries of all to a flash kernel. Only the kernel's call has no loop over images. So a tower gets an attention of
+  such a name. The kernel's boundaries are replaced by a number for each patch, which patches of one segment share;
+- features of all images stay in one tensor, where the model would split them by image and join them again;
+- positions of text and images are those of :mod:`rotary_positions`.
+
+Code of the model is replaced only where the replacement gives the same, for images drawn at random. Each replacement is
+an attribute of one module for a while; no class and no function of transformers changes.
+
+Private torch use, with the public route that was tried: ``torch._check_tensor_all``, which makes an assertion on values
+in the graph. Public: ``torch.ops.aten._assert_async``, which has no place in programs for other runtimes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
+from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers
+
+#: transformers takes any name with "flash" in it for a kernel that gets boundaries
+_SEGMENT_ATTENTION = "adaptc_flash_segments"
+
+
+def _attend_in_segments(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention's output (1, patches, heads, width), and None for its weights.
+
+    ``query``, ``key`` and ``value`` are (1, heads, patches, width), and ``cu_seq_lens_q`` (patches,) are the segments.
+    ``others`` are what transformers passes to kernels.
+    """
+    mask = cu_seq_lens_q.unsqueeze(1) == cu_seq_lens_q
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _register_segment_attention() -> None:
+    """Let transformers know this attention by its name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_SEGMENT_ATTENTION, _attend_in_segments)
+
+
+@contextlib.contextmanager
+def traced_for_any_images(model: nn.Module) -> Iterator[None]:
+    """Run the block with ``model`` changed as the module says; a model without such towers is left as it is."""
+    towers = find_towers(model)
+    if not towers:
+        yield
+        return
+    _register_segment_attention()
+    splits = _KeepWhole()
+    with contextlib.ExitStack() as stack:
+        for tower, names in towers.items():
+            stack.enter_context(_attribute(tower, "forward", _tower_forward(tower, names, splits)))
+            if "cu_seqlens" in names:
+                stack.enter_context(_attribute(tower.config, "_attn_implementation_internal", _SEGMENT_ATTENTION))
+        for module in model.modules():
+            for name, make in _REPLACEMENTS.items():
+                original = getattr(module, name, None)
+                if inspect.ismethod(original) and (made := make(module, original, splits)) is not None:
+                    stack.enter_context(_attribute(module, name, made))
+        yield
+
+
+@contextlib.contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Run the block with an attribute of ``owner`` itself, which hides that of its class."""
+    own = {k: v for k, v in vars(owner).items() if k == name}
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        del vars(owner)[name]
+        vars(owner).update(own)
+
+
+class _PatchCounts:
+    """The numbers of patches of all images, of which no list can be made while a model is traced."""
+
+    def __floordiv__(self, merged: int) -> _PatchCounts:
+        return self
+
+    def tolist(self) -> _PatchCounts:
+        return self
+
+
+class _KeepWhole(TorchFunctionMode):
+    """While it is active, a tensor that is split by the numbers of patches, products of grids, stays one part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_active = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.is_active and func is Tensor.prod:
+            return _PatchCounts()
+        if func in (torch.split, Tensor.split) and isinstance(args[1], _PatchCounts):
+            return (args[0],)
+        return func(*args, **kwargs)
+
+
+def _tower_forward(tower: Any, names: frozenset[str], splits: _KeepWhole) -> Callable[..., Any]:
+    original = tower.forward
+    signature = inspect.signature(original)
+    patches_name = next(iter(signature.parameters))
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        others = given.get("kwargs", {})
+        was_active, splits.is_active = splits.is_active, False
+        try:
+            patches, grid = given[patches_name], given["grid_thw"]
+            count = patches.shape[1 if patches.ndim == 3 and patches.shape[0] == 1 else 0]
+            _check_that_grids_have_all_patches(grid, count)
+            facts = facts_of_grid(tower, names, count, grid, others.get("merge_sizes"))
+            return original(*args, **{**facts, **kwargs})
+        finally:
+            splits.is_active = was_active
+
+    return forward
+
+
+def _check_that_grids_have_all_patches(grid: Tensor, count: int) -> None:
+    torch._check_tensor_all(grid.prod(1).sum() == count)  # noqa: SLF001
+
+
+def _forward_of_image_lengths(module: Any, original: Any, splits: _KeepWhole) -> Any:
+    """Return a forward that computes the lengths of images from their grids, where it takes both."""
+    if not {"lengths", "image_shapes"} <= set(inspect.signature(original).parameters):
+        return None
+
+    @functools.wraps(original)
+    def forward(embeddings: Tensor, lengths: Tensor, image_shapes: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(embeddings, image_shapes.prod(1), image_shapes, *args, **kwargs)
+
+    return forward
+
+
+def _features(module: Any, original: Any, splits: _KeepWhole) -> Any:
+    @functools.wraps(original)
+    def features(*args: Any, **kwargs: Any) -> Any:
+        with splits:
+            return original(*args, **kwargs)
+
+    return features
+
+
+def _without_state(module: Any, original: Any, splits: _KeepWhole) -> Any:
+    """Return a method after which the module has the ``rope_deltas`` of before, which are for generation."""
+
+    @functools.wraps(original)
+    def positions(*args: Any, **kwargs: Any) -> Any:
+        before = module.rope_deltas
+        try:
+            return original(*args, **kwargs)
+        finally:
+            module.rope_deltas = before
+
+    return positions if hasattr(module, "rope_deltas") else None
+
+
+#: name of a method -> (module, method, ...) -> what takes its place, or None
+_REPLACEMENTS: dict[str, Callable[[Any, Any, _KeepWhole], Any]] = {
+    "forward": _forward_of_image_lengths,
+    "get_image_features": _features,
+    "get_video_features": _features,
+    "compute_3d_position_ids": _without_state,
+    "get_rope_index": lambda module, original, _: equal_positions(module, original),
+    "_deepstack_process": lambda module, original, _: equal_deepstack(module, original),
+}

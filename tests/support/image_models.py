@@ -1,0 +1,89 @@
+"""Tiny models whose vision towers take the patches of all images in one row, and texts with images of given sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.families import perturb
+
+IMAGE, VIDEO, START, END, VOCAB = 3, 4, 5, 6, 71
+MERGE, PATCH, FRAMES = 2, 7, 2
+Grid = tuple[int, int, int]
+
+_IDS = {
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+}  # fmt: skip
+_TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+}  # fmt: skip
+_VISION = {"depth": 2, "num_heads": 2, "in_channels": 3, "patch_size": PATCH, "temporal_patch_size": FRAMES,
+           "spatial_merge_size": MERGE}  # fmt: skip
+_GLM = {"image_start_token_id": START, "image_end_token_id": END, "video_start_token_id": 7, "video_end_token_id": 8}
+#: family -> (class of the model, class of its config, settings of the tower, settings of the config)
+FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any], Mapping[str, Any]]] = {
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", {"embed_dim": 16, "hidden_size": 24}, _IDS),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        {"hidden_size": 16, "intermediate_size": 27, "out_hidden_size": 24, "window_size": 28,
+         "fullatt_block_indexes": [1], "tokens_per_second": 2},
+        _IDS,
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        {"hidden_size": 16, "intermediate_size": 27, "out_hidden_size": 24, "num_position_embeddings": 25,
+         "deepstack_visual_indexes": [0]},
+        _IDS,
+    ),
+    "glm4v": (
+        "Glm4vForConditionalGeneration",
+        "Glm4vConfig",
+        {"hidden_size": 16, "intermediate_size": 27, "out_hidden_size": 24, "image_size": 35},
+        {**{k: v for k, v in _IDS.items() if k.endswith("token_id") and "vision" not in k}, **_GLM},
+    ),
+}  # fmt: skip
+
+
+def build(family: str) -> Any:
+    """Return the family's model, from a fixed seed, in eval mode."""
+    import transformers
+
+    model_class, config_class, tower, settings = FAMILIES[family]
+    config = getattr(transformers, config_class)(
+        text_config=dict(_TEXT), vision_config={**_VISION, **tower}, **settings
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(config)
+    perturb(model)
+    return model.eval()
+
+
+def call_with_images(rows: Sequence[Sequence[Grid]], *, pads_left: bool = False) -> dict[str, Tensor]:
+    """Return the inputs of texts with images; ``rows`` has the grids of each text's images, in patches."""
+    draw = torch.Generator().manual_seed(sum(map(len, rows)))
+    texts: list[list[int]] = []
+    for i, grids in enumerate(rows):
+        text = torch.randint(9, VOCAB, (2 + i,), generator=draw).tolist()
+        for frames, height, width in grids:
+            text += [START, *[IMAGE] * (frames * height * width // MERGE**2), END, 11 + i]
+        texts.append(text)
+    length = max(map(len, texts)) + 1
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, text in enumerate(texts):
+        own = slice(length - len(text), length) if pads_left else slice(0, len(text))
+        ids[i, own], mask[i, own] = torch.tensor(text), 1
+    grid = torch.tensor([g for grids in rows for g in grids])
+    patches = torch.randn(int(grid.prod(1).sum()), 3 * FRAMES * PATCH * PATCH, generator=draw)
+    return {
+        "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int(), "pixel_values": patches,
+        "image_grid_thw": grid,
+    }  # fmt: skip
