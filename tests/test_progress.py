@@ -392,6 +392,7 @@ def test_nothing_is_shown_where_nobody_wants_it_or_work_is_short(code: str, envi
     assert (run.code, run.terminal_text.split()) == (0, ["before", "after"])
 
 
+@pytest.mark.long
 def test_errors_and_interrupts_leave_the_terminal_as_it_was() -> None:
     run = session("""
         try:

@@ -398,6 +398,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_layers_that_are_equal_or_nearly(name: str, training: bool, counted: Counted) -> None:

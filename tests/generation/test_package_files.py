@@ -16,10 +16,12 @@ from tests.generation.packaged import packaged, tokenizer, written
 from tests.support.archives import read_records, with_right_hashes, write_records
 from tests.support.families import VOCAB
 
+#: what is compiled once serves all tests of the file
+pytestmark = [pytest.mark.long, pytest.mark.few(6)]
+
 GENERATION = FILES_PREFIX + "adaptc.generation.json"
 
 
-@pytest.mark.long
 def test_each_is_told_from_the_other(tmp_path: Path) -> None:
     with pytest.raises(adaptc.CheckpointError, match=r"is a package .* open it with adaptc\.load_package"):
         adaptc.load(written("llama"))
@@ -28,7 +30,6 @@ def test_each_is_told_from_the_other(tmp_path: Path) -> None:
         adaptc.load_package(saved)
 
 
-@pytest.mark.long
 def test_the_tokenizer_is_in_it() -> None:
     found = packaged("llama").tokenizer
     assert found is packaged("llama").bind(None).tokenizer
@@ -80,7 +81,6 @@ def refused(path: Path, said: str) -> None:
     assert str(path) in str(info.value)
 
 
-@pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("name", [GENERATION, FILES_PREFIX + "tokenizer/tokenizer.json"])

@@ -23,10 +23,12 @@ from tests.generation.test_encoder_decoders import WITH_ENCODER, expected, read,
 from tests.support.archives import read_records, with_right_hashes, write_records
 from tests.support.families import FAMILIES
 
+#: what is compiled once serves all tests of the file
+pytestmark = pytest.mark.long
+
 FAMILY = "t5"
 
 
-@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", WITH_ENCODER)
 def test_tokens_are_those_of_peft(family: str) -> None:
@@ -50,13 +52,11 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     assert "cache of the encoder's states" in str(report)
 
 
-@pytest.mark.long
 def test_a_chat_is_refused() -> None:
     with pytest.raises(adaptc.CheckpointError, match="holds a model with an encoder"):
         open_model(written(FAMILY), ModelOptions())
 
 
-@pytest.mark.long
 def test_what_was_encoded_is_decoded_again() -> None:
     package, given = packaged(FAMILY), prompt(3, 9, (4, 0, 1))
     cache = package.prefill(given["input_ids"], given["attention_mask"])
@@ -120,7 +120,6 @@ assert not strange, strange
 """
 
 
-@pytest.mark.long
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     """It needs torch and transformers, and none of the model's code."""
     out, ids = tmp_path / "out.pt", torch.tensor([[5, 17, 9]])

@@ -73,6 +73,8 @@ def test_tasks_change_the_answer(family: str) -> None:
     assert torch.equal(said(gen.bind(oracle(family).path), inputs), said(gen, inputs))
 
 
+@pytest.mark.long
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_beams_have_the_task_of_their_prompt(family: str, how: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ def inputs(shape, batch, dtype):
     return torch.randint(29, (batch, 5)) if shape is None else torch.randn(batch, *shape).to(dtype)
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", list(LAYERS))

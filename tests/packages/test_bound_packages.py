@@ -22,6 +22,9 @@ from adaptc.packages.constants import Constants
 from tests.support.packaged_nets import NET_CONFIG, SIZES, Packaged, adapter, net_inputs
 from tests.support.turns import Turns
 
+#: what is compiled once serves all tests of the file
+pytestmark = pytest.mark.long
+
 CONFIGS = [
     NET_CONFIG.replace(r=r, lora_alpha=2.0 * r + 1, rank_pattern={"conv": 3}, use_rslora=r % 2 == 0)
     for r in (1, 2, 5, 6)
@@ -52,7 +55,6 @@ def bound(net: Packaged) -> list[tuple[Any, Any]]:
     return [(net.runner.bind(t, config=c), net.program.bind(t, config=c)) for t, c in pairs]
 
 
-@pytest.mark.long
 def test_each_computes_its_own_adapter_in_any_order(net: Packaged, bound: Any) -> None:
     config = NET_CONFIG.replace(r=3, lora_alpha=5)
     adaptc.swap(net.runner, adapter(net.program, config, seed=3), config=config)
@@ -66,7 +68,6 @@ def test_each_computes_its_own_adapter_in_any_order(net: Packaged, bound: Any) -
     assert all((a - b).abs().max() > 1e-2 for n, a in enumerate(outputs) for b in outputs[:n])
 
 
-@pytest.mark.long
 def test_the_first_adapter_comes_back_to_the_bit(net: Packaged, bound: Any) -> None:
     """It is in compiled code alone, which calls of others write over."""
     package = adaptc.load_package(net.path)
@@ -207,7 +208,6 @@ def threads(workers: list[Any]) -> Iterator[list[BaseException]]:
         t.join()
 
 
-@pytest.mark.long
 def test_threads_call_bind_and_swap_at_once(net: Packaged, bound: Any) -> None:
     """Eight threads, four adapters bound, a fifth swapped in and out: each result is all of one adapter's."""
     package = net.runner

@@ -18,6 +18,9 @@ from adaptc.tuning import compiled_matmuls as compiled_products
 from tests.support.archives import read_records
 from tests.support.rounding import assert_close_to_rounding
 
+#: what is compiled once serves all tests of the file
+pytestmark = pytest.mark.long
+
 WHY, NOTHING = "measured: faster here, at no rows slower", "nothing else was measured here"
 
 
@@ -68,7 +71,6 @@ torch.save([run(x) for x in inputs], out)
 """
 
 
-@pytest.mark.long
 def test_torch_alone_runs_it(made: tuple[adaptc.AdaptedProgram, Path], tmp_path: Path) -> None:
     program, path = made
     inputs = [example(n) for n in (1, 2, 5, 100)]
@@ -85,7 +87,6 @@ def test_torch_alone_runs_it(made: tuple[adaptc.AdaptedProgram, Path], tmp_path:
     assert (b"aoti_torch_cpu__linear_pointwise" in code) == onednn_supports(torch.float32)
 
 
-@pytest.mark.long
 def test_the_report_tells_what_was_chosen(made: tuple[adaptc.AdaptedProgram, Path]) -> None:
     program, path = made
     runner = adaptc.load_package(path)

@@ -20,6 +20,9 @@ from adaptc.packages.packaged_program import PackagedProgram
 from tests.support.archives import MANIFEST, read_records, with_right_hashes, write_records
 from tests.support.damage import BLOCK, mutate_bytes, mutate_json
 
+#: what is compiled once serves all tests of the file
+pytestmark = [pytest.mark.long, pytest.mark.few(8)]
+
 INPUT = torch.linspace(-1, 2, 20).view(4, 5)
 
 
@@ -57,7 +60,6 @@ def edit(package: Path, target: Path, change: Callable[[Any], Any], *, hashed: b
     return write_records(target, with_right_hashes(records) if hashed else records)
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("ending", [".so", ".cpp", "archive_version", "serialization_id"])
 def test_a_record_that_was_changed(package: Path, tmp_path: Path, ending: str) -> None:
@@ -69,7 +71,6 @@ def test_a_record_that_was_changed(package: Path, tmp_path: Path, ending: str) -
     refused(write_records(tmp_path / "gone.pt2", records), f"{ending}' is missing")
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize(
     "name", ["models/model.json", "data/weights/weight_0", "data/aotinductor/other/x.so", "data/x"]

@@ -431,6 +431,7 @@ BAD = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("case", list(BAD))
 def test_what_is_refused_changes_nothing(model: nn.Module, folder: Path, case: str, memo: dict[str, Twins]) -> None:
     ours = memo.setdefault("twins", Twins(model, folder)).ours

@@ -23,6 +23,9 @@ MIXED: list[Any] = ["first", "second", None, {"first": 0.5, "second": -0.3}]
 READER = """
 import sys, json
 import adaptc
+
+#: what is compiled once serves all tests of the file
+pytestmark = pytest.mark.long
 forbidden = [m for m in sys.modules if m.startswith("transformers.models.llama.modeling")]
 assert not forbidden, forbidden
 model = adaptc.load_package(sys.argv[1])
@@ -35,7 +38,6 @@ print(json.dumps([one.generated_tokens for one in out.values()]))
 """
 
 
-@pytest.mark.long
 def test_a_saved_model_serves_again(tmp_path: Path) -> None:
     found, texts = case("gemma2"), prompts(23, 5)
     path = adaptc.save(serving("gemma2"), tmp_path / "serving.pt2")
@@ -58,7 +60,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return adaptc.package(serving(), path, capacity=3, max_rank=5, tokenizer=tokenizer())
 
 
-@pytest.mark.long
 def test_a_package_serves_without_the_model_s_code(package: Path) -> None:
     texts = prompts(5, 23, 1, 9)
     done = subprocess.run(
@@ -72,7 +73,6 @@ def test_a_package_serves_without_the_model_s_code(package: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
-@pytest.mark.long
 def test_adapters_of_a_package_change_while_requests_run(package: Path) -> None:
     """A request keeps its index in the code, and the last one frees it."""
     model, found, (text, other) = adaptc.load_package(package), case("llama"), prompts(9, 6)

@@ -59,6 +59,7 @@ def logits(model: Any, call: dict[str, Tensor]) -> Tensor:
     return model(**copy.deepcopy(call))["logits"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("which", CALLS)
 @pytest.mark.parametrize("pads_left", [False, True])
 def test_outputs_are_pefts(family: str, which: str, pads_left: bool) -> None:
@@ -70,12 +71,14 @@ def test_outputs_are_pefts(family: str, which: str, pads_left: bool) -> None:
         assert not torch.allclose(found, logits(oracle, call), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.few(2)
 def test_other_images_give_other_outputs(family: str) -> None:
     call = call_with_images(EXAMPLE)
     other = {**call, "pixel_values": call["pixel_values"].flip(0)}
     assert not torch.allclose(logits(program_of(family), call), logits(program_of(family), other), atol=1e-3)
 
 
+@pytest.mark.few(2)
 def test_tower_projector_and_text_are_adapted(family: str) -> None:
     keys = {a.key for a in program_of(family).adaptation.attachments}
     assert {"model.visual", "model.language_model"} <= {".".join(k.split(".")[:2]) for k in keys}
@@ -89,6 +92,7 @@ def test_tower_projector_and_text_are_adapted(family: str) -> None:
     assert keys == adapted
 
 
+@pytest.mark.few(2)
 def test_swaps_and_merges(family: str) -> None:
     program, call = program_of(family), call_with_images(CALLS["frames"])
     before = logits(program, call)
@@ -109,6 +113,7 @@ def _without(call: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     return {**call, "input_ids": ids}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("what", "said"), [("patches", "have_all_patches"), ("grids", "have_all_patches"), ("a placeholder", "placeholder")]
 )
@@ -117,6 +122,7 @@ def test_numbers_that_do_not_fit_are_refused(family: str, what: str, said: str) 
         program_of(family)(**_without(call_with_images(EXAMPLE), what))
 
 
+@pytest.mark.long
 def test_the_model_is_as_it_was(family: str) -> None:
     model = build(family)
     before = {id(m): dict(vars(m)) for m in model.modules()}
@@ -127,6 +133,7 @@ def test_the_model_is_as_it_was(family: str) -> None:
     assert model.config.vision_config._attn_implementation == implementation
 
 
+@pytest.mark.long
 def test_gradients_of_training(family: str) -> None:
     """The loss of a text with images, and the gradients of all adapters, are PEFT's."""
     oracle, path = directory_of(family)
