@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from adaptc.capture.broadcast_masks import broadcast_masks
 from adaptc.capture.check_size_one import guard_sizes_of_one, has_same_outputs
 from adaptc.capture.dynamic_shapes import FreeDims, export, export_with_free_dims, export_with_shapes
 from adaptc.capture.explain_failure import explain_inputs
@@ -38,8 +39,8 @@ from adaptc.capture.inputs.diffusion_inputs import make_example_inputs
 from adaptc.capture.inputs.example_inputs import is_pretrained_model
 from adaptc.capture.model_state import ModelSkeleton, keyword_only_parameter, patch_forward, preserve_state
 from adaptc.capture.quantised import check_not_quantised
-from adaptc.capture.vision.check_images import check_any_images, name_value_checks
-from adaptc.capture.vision.tower_facts import with_free_images
+from adaptc.capture.vision.check_outputs import check_same_outputs, name_value_checks
+from adaptc.capture.vision.tower_facts import has_free_images, with_free_images
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.embedding_max_norm import RemoveMaxNormWrites
 from adaptc.passes.adapt.linear_products import MatmulsToLinear
@@ -328,30 +329,41 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
     else:
         args, kwargs = bind_arguments(model, example_inputs)
         free_dims = with_free_images(model, kwargs, all_dims_free((args, kwargs)))
-    name = type(model).__name__
-
     with _name_forward_kwargs(model, kwargs), explain_inputs(model, args, kwargs, inputs_made=example_inputs is None):
-        if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-            program = export_with_shapes(model, args, kwargs, dynamic_shapes)
-            export_guarded = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
-            program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
-            check_any_images(model, program, args, kwargs, training)
-            return program
-        for args2, kwargs2 in enlarge_sizes_of_one(args, kwargs) if example_inputs is not None else ():
-            larger_dims = with_free_images(model, kwargs2, all_dims_free((args2, kwargs2)))
-            with contextlib.suppress(CaptureError), stage(f"exporting {name} with larger example inputs"):
-                program, fixed = export_with_free_dims(model, args2, kwargs2, larger_dims)
-                if not fixed and has_same_outputs(model, program, args, kwargs, training):
-                    export_guarded = partial(_export_with_guards, model, args2, kwargs2, larger_dims)
-                    program = guard_sizes_of_one(model, program, args2, kwargs2, export_guarded, training)
-                    check_any_images(model, program, args, kwargs, training)
-                    _warn_fixed_sizes(model, program, args2, kwargs2, larger_dims, fixed)
-                    return program
-        with stage(f"exporting {name} with free sizes"):
-            program, fixed = export_with_free_dims(model, args, kwargs, free_dims)
-        export_guarded = partial(_export_with_guards, model, args, kwargs, free_dims)
-        program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
-        check_any_images(model, program, args, kwargs, training)
+        with broadcast_masks() as masks:
+            if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
+                program = export_with_shapes(model, args, kwargs, dynamic_shapes)
+                export_guarded = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
+                program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
+            else:
+                program = _export_with_free_sizes(model, args, kwargs, free_dims, training, example_inputs is not None)
+        if masks.any or has_free_images(model):
+            check_same_outputs(model, program, args, kwargs, training)
+    return program
+
+
+def _export_with_free_sizes(
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    free_dims: FreeDims,
+    training: bool,
+    has_given_inputs: bool,
+) -> ExportedProgram:
+    name = type(model).__name__
+    for args2, kwargs2 in enlarge_sizes_of_one(args, kwargs) if has_given_inputs else ():
+        larger_dims = with_free_images(model, kwargs2, all_dims_free((args2, kwargs2)))
+        with contextlib.suppress(CaptureError), stage(f"exporting {name} with larger example inputs"):
+            program, fixed = export_with_free_dims(model, args2, kwargs2, larger_dims)
+            if not fixed and has_same_outputs(model, program, args, kwargs, training):
+                export_guarded = partial(_export_with_guards, model, args2, kwargs2, larger_dims)
+                program = guard_sizes_of_one(model, program, args2, kwargs2, export_guarded, training)
+                _warn_fixed_sizes(model, program, args2, kwargs2, larger_dims, fixed)
+                return program
+    with stage(f"exporting {name} with free sizes"):
+        program, fixed = export_with_free_dims(model, args, kwargs, free_dims)
+    export_guarded = partial(_export_with_guards, model, args, kwargs, free_dims)
+    program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
     _warn_fixed_sizes(model, program, args, kwargs, free_dims, fixed)
     return program
 

@@ -21,6 +21,8 @@ from adaptc.capture.vision.image_grids import interpolate_positions, place_patch
 FreeDims = Callable[[Tensor], dict[int, str | None]]
 
 
+#: how the names of inputs of images begin
+_OF_IMAGES = ("pixel_", "image_", "video_", "spatial_shapes")
 #: helpers of transformers that compute from a grid -> the names of what they compute
 _HELPERS = {
     "get_vision_position_ids": ("position_ids",),
@@ -39,6 +41,23 @@ def find_towers(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
     return {m: names[type(m)] for m in modules if names[type(m)]}
 
 
+def _image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the height and width of images that the model's config names."""
+    config: Any = getattr(model, "config", None)
+    size = getattr(getattr(config, "vision_config", None) or config, "image_size", None)
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return size[0], size[1]
+    return (size, size) if isinstance(size, int) else None
+
+
+def has_free_images(model: nn.Module) -> bool:
+    """Return whether ``model`` is captured for any number of images: it has such towers, or lists features of images as
+    LLaVA does."""
+    methods = [getattr(type(m), "get_image_features", None) for m in model.modules()]
+    codes = [getattr(inspect.unwrap(m), "__code__", None) for m in methods if callable(m)]
+    return bool(find_towers(model)) or any(c is not None and "list" in c.co_names for c in codes)
+
+
 def _computed_facts(kind: type[nn.Module]) -> frozenset[str]:
     forward: Any = inspect.unwrap(kind.forward)
     if not inspect.isfunction(forward) or "grid_thw" not in inspect.signature(forward).parameters:
@@ -49,18 +68,22 @@ def _computed_facts(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def with_free_images(model: nn.Module, kwargs: Mapping[str, Any], free_dims: FreeDims) -> FreeDims:
-    """Return ``free_dims`` for a model with such towers: the number of images is free, and so is that of patches.
+    """Return ``free_dims`` for a call with texts and images: there may be more or fewer images than texts.
 
-    Their other dimensions are fixed. ``kwargs`` are the inputs of the model.
+    ``kwargs`` are the inputs of the model. Of grids and patches, no other dimension is free. Neither is any of images
+    that have the one size which the config names.
     """
-    if not find_towers(model):
+    if "input_ids" not in kwargs:
         return free_dims
-    own: dict[int, dict[int, str | None]] = {}
+    has_towers, own = bool(find_towers(model)), dict[int, dict[int, str | None]]()
     for name, value in kwargs.items():
-        if isinstance(value, Tensor) and name.endswith("grid_thw"):
+        if not isinstance(value, Tensor) or not name.startswith(_OF_IMAGES):
+            continue
+        if has_towers and name.endswith("grid_thw"):
             own[id(value)] = {0: name.replace("grid_thw", "count")}
-        elif isinstance(value, Tensor) and name.startswith("pixel_values"):
-            own[id(value)] = {0: None}
+        else:
+            fixed = (has_towers and value.ndim == 2) or tuple(value.shape[-2:]) == _image_size(model)
+            own[id(value)] = {0: None} if fixed else {**free_dims(value), 0: None}
     return lambda tensor: own[id(tensor)] if id(tensor) in own else free_dims(tensor)
 
 

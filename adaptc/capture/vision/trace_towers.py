@@ -21,7 +21,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -30,8 +33,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
-from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers
+from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers, has_free_images
 
+_TORCH = str(Path(torch.__file__).parent)
 #: transformers takes any name with "flash" in it for a kernel that gets boundaries
 _SEGMENT_ATTENTION = "adaptc_flash_segments"
 
@@ -69,17 +73,16 @@ def _register_segment_attention() -> None:
 
 @contextlib.contextmanager
 def traced_for_any_images(model: nn.Module) -> Iterator[None]:
-    """Run the block with ``model`` changed as the module says; a model without such towers is left as it is."""
-    towers = find_towers(model)
-    if not towers:
+    """Run the block with ``model`` changed as the module says; a model without free images is left as it is."""
+    if not has_free_images(model):
         yield
         return
-    _register_segment_attention()
     splits = _KeepWhole()
     with contextlib.ExitStack() as stack:
-        for tower, names in towers.items():
-            stack.enter_context(_attribute(tower, "forward", _tower_forward(tower, names, splits)))
+        for tower, names in find_towers(model).items():
+            stack.enter_context(_attribute(tower, "forward", _tower_forward(tower, names)))
             if "cu_seqlens" in names:
+                _register_segment_attention()
                 stack.enter_context(_attribute(tower.config, "_attn_implementation_internal", _SEGMENT_ATTENTION))
         for module in model.modules():
             for name, make in _REPLACEMENTS.items():
@@ -112,22 +115,35 @@ class _PatchCounts:
 
 
 class _KeepWhole(TorchFunctionMode):
-    """While it is active, a tensor that is split by the numbers of patches, products of grids, stays one part."""
+    """Features of images stay in one tensor, where a function with one of ``codes`` would split them by image.
+
+    That is a split by the numbers of patches, which are products of grids, or a list of a tensor (images, patches,
+    width). What the function calls is not changed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_active = True
+        self.codes = set[CodeType]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.is_active and func is Tensor.prod:
-            return _PatchCounts()
         if func in (torch.split, Tensor.split) and isinstance(args[1], _PatchCounts):
             return (args[0],)
+        if func is Tensor.prod and self._is_called_by_features():
+            return _PatchCounts()
+        if func in (Tensor.unbind, Tensor.__len__) and args[0].ndim == 3 and self._is_called_by_features():
+            return 1 if func is Tensor.__len__ else (args[0].flatten(0, 1),)
         return func(*args, **kwargs)
 
+    def _is_called_by_features(self) -> bool:
+        """Return whether the call being handled was made in one of ``codes``, directly or by torch's own functions."""
+        frame = sys._getframe(2)  # noqa: SLF001
+        while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+            frame = frame.f_back
+        return frame is not None and frame.f_code in self.codes
 
-def _tower_forward(tower: Any, names: frozenset[str], splits: _KeepWhole) -> Callable[..., Any]:
+
+def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
     original = tower.forward
     signature = inspect.signature(original)
     patches_name = next(iter(signature.parameters))
@@ -136,15 +152,10 @@ def _tower_forward(tower: Any, names: frozenset[str], splits: _KeepWhole) -> Cal
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         others = given.get("kwargs", {})
-        was_active, splits.is_active = splits.is_active, False
-        try:
-            patches, grid = given[patches_name], given["grid_thw"]
-            count = patches.shape[1 if patches.ndim == 3 and patches.shape[0] == 1 else 0]
-            _check_that_grids_have_all_patches(grid, count)
-            facts = facts_of_grid(tower, names, count, grid, others.get("merge_sizes"))
-            return original(*args, **{**facts, **kwargs})
-        finally:
-            splits.is_active = was_active
+        patches, grid = given[patches_name], given["grid_thw"]
+        count = patches.shape[1 if patches.ndim == 3 and patches.shape[0] == 1 else 0]
+        _check_that_grids_have_all_patches(grid, count)
+        return original(*args, **{**facts_of_grid(tower, names, count, grid, others.get("merge_sizes")), **kwargs})
 
     return forward
 
@@ -166,6 +177,8 @@ def _forward_of_image_lengths(module: Any, original: Any, splits: _KeepWhole) ->
 
 
 def _features(module: Any, original: Any, splits: _KeepWhole) -> Any:
+    splits.codes.add(inspect.unwrap(original.__func__).__code__)
+
     @functools.wraps(original)
     def features(*args: Any, **kwargs: Any) -> Any:
         with splits:

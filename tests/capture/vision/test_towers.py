@@ -186,7 +186,7 @@ def test_a_tower_that_uses_grids_in_another_way_is_refused() -> None:
         return original(hidden_states, cu_seqlens=cu_seqlens, **kwargs) + cu_seqlens[-1] / 10
 
     block.forward = forward
-    with pytest.raises(adaptc.CaptureError, match="uses the grids of images in a way"):
+    with pytest.raises(adaptc.CaptureError, match="uses the grids of images, or masks of its own, in a way"):
         adaptc.compile(model, adaptc.LoraConfig(r=2), example_inputs=call_with_images(EXAMPLE))
 
 

@@ -1,7 +1,7 @@
-"""Check a program that was traced for any images against its model, on the example.
+"""Check a program against its model on the example, where code of the model was replaced while it was traced.
 
-What is replaced while a model is traced gives the same where it is used as expected. A model may use it in another way,
-and that must not pass unseen. Features of images are one tensor in the program, and one for each image in the model.
+A replacement gives the same where it is used as expected. A model may use it in another way, and that must not pass
+unseen. Features of images are one tensor in the program, and one for each image in the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.check_size_one import can_run, run_without_effects
 from adaptc.capture.run_graph import guarded_module
-from adaptc.capture.vision.tower_facts import find_towers
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.pytree import pytree
 
@@ -26,14 +25,14 @@ _OF_VALUES = re.compile(r"Runtime assertion failed for expression \D*\bu\d+")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def check_any_images(
+def check_same_outputs(
     model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
 ) -> None:
-    """Raise CaptureError where ``model`` has vision towers of the known kind, and ``program`` computes something else.
+    """Raise CaptureError where ``program`` computes something else than ``model``.
 
     In train mode, and for tensors without values, nothing is checked.
     """
-    if training or not find_towers(model) or not can_run(model, args, kwargs):
+    if training or not can_run(model, args, kwargs):
         return
     with run_without_effects(model) as restore:
         wanted = _joined_outputs(model(*args, **kwargs))
@@ -42,8 +41,8 @@ def check_any_images(
     for name, value in wanted.items():
         if name not in found or not _is_close(value, found[name]):
             raise CaptureError(
-                f"{type(model).__name__} could not be captured: its vision tower uses the grids of images in a way "
-                f"that adaptc does not know, and the program's {name} would differ from the model's. Try: adapt "
+                f"{type(model).__name__} could not be captured: it uses the grids of images, or masks of its own, in a "
+                f"way that adaptc does not know, and the program's {name} would differ from the model's. Try: adapt "
                 "the model without images (example_inputs with text alone), or its parts one by one"
             )
 
