@@ -7,7 +7,7 @@ adapter was trained on. The program is unchanged, and one weight at a time is in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class AdapterDeltas:
                 self.sites.setdefault(a.fqn, []).append(a)
             else:
                 others[a.id] = binding.methods[a.id]
-        rest = Binding(binding.values, others, config, extra_tensors=binding.extra_tensors)
+        rest = replace(binding, methods=others, config=config, changed_base={}, joint_adapters={})
         self.saved_tensors: Mapping[str, Tensor] = file_tensors(spec, rest)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ The tensors are named as in PEFT's files. Without a file, a binding has first va
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -19,7 +20,7 @@ from adaptc.binding.binding_plan_cache import BindingPlanCache, structure_key
 from adaptc.binding.builder import EMBEDDING_NAMES, BindingBuilder, resize_shared_axes
 from adaptc.binding.check_tensors import check_method, check_number_kinds, check_rank, check_shapes, unbound_keys_error
 from adaptc.binding.file_keys import primary_key, slot_file_keys
-from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
@@ -112,10 +113,21 @@ def bind(
         raise SwapError(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
+    _warn_of_idle(builder.idle_tensors, source)
     binding = replace(builder.build(source), origin=data.origin)
     if plans is not None:
         plans.learn_plan(structure, spec, binding, data)
     return binding
+
+
+def _warn_of_idle(idle: Mapping[str, Tensor], source: str) -> None:
+    if idle:
+        warnings.warn(
+            f"{source}: {len(idle)} of its tensors are of layers that the program never calls, such as "
+            f"{next(iter(idle))!r}: they have no effect here, and adaptc.save_adapter writes them with the others",
+            AdaptcWarning,
+            stacklevel=2,
+        )
 
 
 def _equal_values(one: Tensor, other: Tensor) -> bool:
@@ -275,7 +287,8 @@ def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
             values[name] = resize_shared_axes(value, slot)
         written = method.files.write(op, {n: t for n, t in values.items() if slots[n].saved})
         tensors |= {key: t for n, t in written.items() for key in slot_file_keys(a, n, slots.get(n, Slot(())))}
-    return {**tensors, **{k: tensors.get(primary_key(spec, k) or "", t) for k, t in binding.extra_tensors.items()}}
+    others = {k: tensors.get(primary_key(spec, k) or "", t) for k, t in binding.extra_tensors.items()}
+    return {**tensors, **others, **binding.idle_tensors}
 
 
 def embedding_weights(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:

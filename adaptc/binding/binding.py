@@ -7,7 +7,7 @@ call. A :class:`BindingSpec` is what a program, or a package of one, asks of a b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -38,6 +38,8 @@ class Binding:
         source: the adapter's name in messages.
         extra_tensors: key -> other tensors of its file: tensors that the program does not read, and changed base
             weights.
+        idle_tensors: key -> tensors of layers that the program never calls. They act on nothing, and are written with
+            the adapter.
         joint_adapters: name -> each of several adapters that act together; their values are in ``values``.
         base_fingerprints: FQN of each base weight in ``changed_base`` ->
             :func:`~adaptc.binding.check_binding.fingerprint` of the original.
@@ -65,6 +67,7 @@ class Binding:
     origin: FileOrigin = PEFT_ORIGIN
     scale_factors: Mapping[str, float] = field(default_factory=dict[str, float])
     active_form: Binding | None = None
+    idle_tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def adapters_by_name(self) -> Mapping[str, Binding]:
@@ -158,7 +161,8 @@ class Binding:
             return {name: move(t) for name, t in tensors.items()}
 
         def move_binding(b: Binding) -> Binding:
-            own: dict[str, Any] = {n: move_all(getattr(b, n)) for n in ("values", "changed_base", "extra_tensors")}
+            moved = ("values", "changed_base", "extra_tensors", "idle_tensors")
+            own: dict[str, Any] = {n: move_all(getattr(b, n)) for n in moved}
             own["joint_adapters"] = {name: move_binding(p) for name, p in b.joint_adapters.items()}
             return replace(b, **own, active_form=None if b.active_form is None else move_binding(b.active_form))
 
@@ -172,7 +176,8 @@ class BindingSpec:
     ``weights`` holds all base weights by FQN. ``unread`` maps a file key to the FQN of a base weight that the program
     does not read, but that files of whole modules hold. ``residual`` lists base weights of which only the adapter's own
     version is known, as in a PiSSA program that was loaded from a file. ``max_norms`` maps FQN to the limit on an
-    embedding's row norms (``Op.max_norm_of``); adapted embeddings may be left out.
+    embedding's row norms (``Op.max_norm_of``); adapted embeddings may be left out. ``find_idle``
+    returns the FQNs of weights that the program never reads, since the model never calls their layers.
     """
 
     attachments: Sequence[Attachment]
@@ -183,6 +188,16 @@ class BindingSpec:
     unread: Mapping[str, str] = field(default_factory=dict[str, str])
     residual: Sequence[str] = ()
     max_norms: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    find_idle: Callable[[], frozenset[str]] = frozenset
+
+    def is_of_idle_layer(self, key: str) -> bool:
+        """Return whether a file's ``key`` is of a layer that the program never calls."""
+        path = key
+        while path:
+            path = path.rpartition(".")[0]
+            if f"{path}.weight" in self.weights:
+                return f"{path}.weight" in self.find_idle()
+        return False
 
     def max_norm_of(self, fqn: str) -> tuple[float, float] | None:
         """Return the limit on the row norms of a base weight, or None where it has none."""

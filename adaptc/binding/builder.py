@@ -47,6 +47,7 @@ class BindingBuilder:
         self.methods: dict[str, Method] = {}
         self.changed_base: dict[str, Tensor] = {}
         self.extra_tensors: dict[str, Tensor] = {}
+        self.idle_tensors: dict[str, Tensor] = {}
 
     def find_shared_slots(self, methods: Mapping[str, Method]) -> None:
         """Note which slots of these methods are one tensor. Call it before any values are put."""
@@ -78,14 +79,17 @@ class BindingBuilder:
         self.changed_base |= {f: new for f, t in self.spec.weights.items() if f == fqn or storage_key(t) == old}
 
     def take_without_slot(self, key: str, value: Tensor, source: str) -> bool:
-        """Take a tensor for which there is no slot: one that the program does not read, or a base weight.
+        """Take a tensor without a slot: of an idle layer, one that the program does not read, or a base weight.
 
         PEFT writes the weights of adapted or resized embeddings to the file, and loads them into the base. Returns
-        False where the tensor is of neither kind. Raises CheckpointError for a wrong shape or kind of numbers.
+        False where the tensor is of no such kind. Raises CheckpointError for a wrong shape or kind of numbers.
         """
         if WRAPPED_BIAS_KEY.search(
             key
         ):  # with bias="all" PEFT also writes its wrappers' inner biases, copies of other keys
+            return True
+        if self.spec.is_of_idle_layer(key):
+            self.idle_tensors[key] = self._copy_if_shared(value)
             return True
         fqn = self.spec.unread.get(key) or base_weight_name(key)
         inside = key != fqn and key.endswith(".weight")  # a bias inside a wrapper was trained by the adapter
@@ -209,6 +213,7 @@ class BindingBuilder:
             source,
             self.extra_tensors,
             base_fingerprints=bases,
+            idle_tensors=self.idle_tensors,
         )
 
 

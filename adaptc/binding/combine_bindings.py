@@ -40,6 +40,7 @@ def stack_bindings(
     own: dict[str, Any] = {
         n: {} for n in ("values", "methods", "changed_base", "extra_tensors", "base_fingerprints", "scale_factors")
     }
+    own["idle_tensors"] = {k: t for b in bindings.values() for k, t in b.idle_tensors.items()}
     out = replace(first, **own, joint_adapters=dict(bindings), origin=PEFT_ORIGIN, active_form=None)
     changed: dict[str, str] = {}
     for name, part in bindings.items():

@@ -60,10 +60,8 @@ def broadcast_masks() -> Iterator[MasksUsed]:
     def index_mode_of_others() -> Any:
         return contextlib.nullcontext() if threading.get_ident() == thread else index_mode()
 
-    replaced = dict(zip(names, (expand_by_broadcasting, index_mode_of_others), strict=True))
-    before = {n: getattr(masking, n) for n in names}
-    vars(masking).update(replaced)
+    vars(masking).update({names[0]: expand_by_broadcasting, names[1]: index_mode_of_others})
     try:
         yield used
     finally:
-        vars(masking).update(before)
+        vars(masking).update({names[0]: expand, names[1]: index_mode})

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adaptc.binding.combine_bindings import adapters_by_name
 from adaptc.capture.inputs.example_inputs import is_pretrained_model
@@ -154,7 +154,9 @@ def _compile_plain(
             )
         return _compile_seq2seq(model, adapter, options, max_batch, max_length, **plan_options)
     _check_positive(max_batch, "max_batch")
+    _refuse_tokens_of_its_own(model)
     position_count = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    position_count = None if position_count == -1 else position_count  # XLNet's word for any number
     values = plan_options.pop("generator")
     program, spec = capture_step(
         model,
@@ -236,6 +238,21 @@ def _spec_fields(model: Any, layout: CacheLayout, max_batch: int, max_length: in
         "hidden_size": embedding.shape[1],
         "embeds_dtype": embedding.dtype,
     }
+
+
+def _refuse_tokens_of_its_own(model: Any) -> None:
+    """Raise CaptureError for a model that adds tokens to a prompt in each step, such as XLM and XLNet."""
+    prompt = torch.full((1, 3), 1, device=model.device)
+    try:
+        made = model.prepare_inputs_for_generation(prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
+    except Exception:  # a model may ask for more than a prompt, which says nothing about its tokens
+        return
+    ids = made.get("input_ids")
+    if isinstance(ids, Tensor) and not (ids.shape == prompt.shape and torch.equal(ids, prompt)):
+        raise CaptureError(
+            f"{type(model).__name__} adds tokens of its own to a prompt when it generates, which no step here does: "
+            "adapt it with adaptc.compile, and call the program on the tokens that you want"
+        )
 
 
 def _resolve_max_length(max_length: Any, position_count: Any) -> int:

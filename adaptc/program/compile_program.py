@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -41,6 +42,7 @@ from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.embedding_max_norm import max_norms_of
 from adaptc.passes.adapt.expose_subgraph_params import ExposeSubgraphParams, has_unexposed_params
 from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.analysis.unread_weights import unread_weights
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op, op_of
@@ -376,7 +378,16 @@ def _make_binding_spec(
     unread = {key: fqn for p in plans for key, fqn in p.unread_tensors.items()}
     bounds = max_norms_of(base.graph, base.signature())
     return with_settled_sizes(
-        BindingSpec(attachments, ops, base.state_dict, autocast, trainable, unread, max_norms=bounds)
+        BindingSpec(
+            attachments,
+            ops,
+            base.state_dict,
+            autocast,
+            trainable,
+            unread,
+            max_norms=bounds,
+            find_idle=partial(unread_weights, base.graph, base.signature(), base.state_dict),
+        )
     )
 
 

@@ -25,7 +25,7 @@ from adaptc.binding.combine_bindings import stack_bindings
 from adaptc.binding.file_keys import base_weight_name
 from adaptc.binding.grouped_slots import find_slot_groups
 from adaptc.binding.sources.configs import config_from_dict
-from adaptc.errors import AdaptcError, BackendError, CheckpointError
+from adaptc.errors import AdaptcError, AdaptcWarning, BackendError, CheckpointError
 from adaptc.methods import method_from_dict
 from adaptc.passes.adapt.choose_forms import with_compilable_form
 from adaptc.passes.adapt.inject import Inject
@@ -63,6 +63,7 @@ def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[st
         program.check_base()
         program = program.snapshot()
         _check_none_disabled(program, path)
+        _warn_of_idle_tensors(program, path)
     program = ExpandQuantized()(_without_empty_blocks(program, path)).output
     try:
         with stage(f"writing {path.name}"), atomic_replace(path, "new.pt2") as new:
@@ -95,6 +96,17 @@ def _check_none_disabled(program: ProgramCore, path: Path) -> None:
             f"cannot save {path}: a program's file holds what calls compute, and {', '.join(map(repr, off))} would be "
             f"lost, which is off. Let all act first, program.set_active({list(program.current.adapters_by_name)}), or "
             "take it out: program.delete_adapter, or adaptc.unload for the only one"
+        )
+
+
+def _warn_of_idle_tensors(program: ProgramCore, path: Path) -> None:
+    current = program.current
+    if current is not None and (idle := current.idle_tensors):
+        warnings.warn(
+            f"{path} has no tensors of layers that the program never calls, and its adapter has {len(idle)}, such as "
+            f"{next(iter(idle))!r}: keep the adapter's own file, or write it with adaptc.save_adapter",
+            AdaptcWarning,
+            stacklevel=4,
         )
 
 

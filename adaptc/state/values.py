@@ -9,6 +9,7 @@ replaced while a program runs are read here in one place, and are replaced in ``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.errors import AdaptcError
 from adaptc.passes.adapt.embedding_max_norm import max_norms_of
+from adaptc.passes.analysis.unread_weights import unread_weights
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.storage import storage_key
@@ -125,7 +127,8 @@ class ProgramProperties(ExportedProgram):
         # wait for the lock on graphs.
         bounds = max_norms_of(self._run_state.exported.module.graph, self._graph_signature)
         base = self.base_tensors
-        return BindingSpec(a.attachments, self._ops, base, a.autocast, trainable, a.unread, a.residual, bounds)
+        idle = partial(unread_weights, self._run_state.exported.module.graph, self._graph_signature, base)
+        return BindingSpec(a.attachments, self._ops, base, a.autocast, trainable, a.unread, a.residual, bounds, idle)
 
     def check_base(self) -> None:
         """Raise AdaptcError where a base tensor is no longer what the program was made for."""

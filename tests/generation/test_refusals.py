@@ -111,3 +111,18 @@ def test_models_that_do_not_generate() -> None:
 def test_batches_in_pages_are_refused() -> None:
     with pytest.raises(adaptc.AdaptcError, match="generate_batch"):
         generator().generate_batch([[5, 6]])
+
+
+XLM = {"vocab_size": 61, "emb_dim": 24, "n_layers": 2, "n_heads": 3, "mask_index": 5, "max_position_embeddings": 32}
+XLNET = {"vocab_size": 61, "d_model": 24, "n_layer": 2, "n_head": 3, "d_inner": 37}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "fields"),
+    [("XLMWithLMHeadModel", "XLMConfig", XLM), ("XLNetLMHeadModel", "XLNetConfig", XLNET)],
+)
+def test_models_that_add_tokens_to_a_prompt(model_class: str, config_class: str, fields: dict[str, int]) -> None:
+    """A step without these tokens would give other ones than the model, and nobody would be told."""
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).eval()
+    with pytest.raises(adaptc.CaptureError, match=f"{model_class} adds tokens of its own to a prompt"):
+        adaptc.compile_for_generation(model, adaptc.LoraConfig(r=2, target_modules="all-linear"), max_length=16)

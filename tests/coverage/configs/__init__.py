@@ -1,0 +1,1 @@
+"""Makes small configs of all families."""

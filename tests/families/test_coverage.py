@@ -1,0 +1,41 @@
+"""The tool that examines all families of transformers finds the most used ones as its page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.coverage.examine import examine
+from tests.coverage.rows import SHORT, Row, all_rows
+
+PAGE = Path(__file__).resolve().parents[1] / "coverage.md"
+#: the statuses of a class that adaptc adapts with PEFT's numbers
+ADAPTED = ("equal", "one size", "idle layers", "no effect", "runs without PEFT")
+ROWS = [row for row in all_rows() if row.family in SHORT]
+
+
+def status_on_the_page(row: Row) -> str:
+    """Return the status in the page's list of all rows."""
+    found = re.search(
+        rf"^\| {re.escape(row.family)} \| {row.model_class} \| {row.task} \| ([^|]+) \|", PAGE.read_text(), re.M
+    )
+    assert found is not None, f"{row} is not on the page"
+    return found[1].strip()
+
+
+@pytest.mark.long
+@pytest.mark.few(5)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", ROWS, ids=[r.model_class for r in ROWS])
+def test_a_family_is_adapted_as_the_page_says(row: Row) -> None:
+    result = examine(row)
+    assert result.status == status_on_the_page(row), result.reason
+    assert result.status not in ("differs", "foreign error", "crash")
+
+
+def test_the_page_has_no_wrong_number_among_the_most_used() -> None:
+    statuses = {row: status_on_the_page(row) for row in ROWS}
+    assert len(statuses) > 50
+    assert {s for s in statuses.values() if s not in ADAPTED} <= {"refused", "does not run"}
