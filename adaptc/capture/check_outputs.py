@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.capture.check_size_one import can_run, run_without_effects
+from adaptc.capture.dynamic_shapes import error_text
 from adaptc.capture.run_graph import guarded_module
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.pytree import pytree
@@ -37,14 +38,21 @@ def check_same_outputs(
     with run_without_effects(model) as restore:
         wanted = _joined_outputs(model(*args, **kwargs))
         restore()
-        found = _joined_outputs(guarded_module(program)(*args, **kwargs))
+        try:
+            found = _joined_outputs(guarded_module(program)(*args, **kwargs))
+        except Exception as error:  # what a wrong graph raises depends on the graph
+            raise CaptureError(_difference_text(model, f"the program fails ({error_text(error)})")) from error
     for name, value in wanted.items():
         if name not in found or not _is_close(value, found[name]):
-            raise CaptureError(
-                f"{type(model).__name__} could not be captured: it uses the grids of images, or masks of its own, in a "
-                f"way that adaptc does not know, and the program's {name} would differ from the model's. Try: adapt "
-                "the model without images (example_inputs with text alone), or its parts one by one"
-            )
+            raise CaptureError(_difference_text(model, f"the program's {name} would differ from the model's"))
+
+
+def _difference_text(model: nn.Module, what: str) -> str:
+    return (
+        f"{type(model).__name__} could not be captured: it uses the grids of images, or masks of its own, in a way "
+        f"that adaptc does not know, and {what}. Try: adapt the model without images (example_inputs with text alone), "
+        "or its parts one by one"
+    )
 
 
 def name_value_checks(program: ExportedProgram) -> None:

@@ -26,7 +26,7 @@ from tests.coverage.build import build_and_run
 from tests.coverage.outputs import Call, Outputs, difference, run
 from tests.coverage.peft_oracle import GENERATE, NO_EFFECT, Oracle, ask_peft, idle_layers
 from tests.coverage.rows import Result, Row
-from tests.coverage.small_values import random_ids, reason
+from tests.coverage.small_values import random_ids, reason, without_places
 
 _TEXT = {"input_ids", "attention_mask", "decoder_input_ids"}
 _OTHERS = {"pixel_values", "input_features", "input_values", "audio_values"}
@@ -140,7 +140,7 @@ def _examine_generation(model: Any, oracle: Oracle, result: Result) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         result.generation, result.generation_reason = _status(compare)
-    slow = [str(w.message).splitlines()[0][:200] for w in said if issubclass(w.category, AdaptcWarning)]
+    slow = [without_places(str(w.message).splitlines()[0])[:200] for w in said if issubclass(w.category, AdaptcWarning)]
     if result.generation == "equal" and slow:
         result.generation_reason = f"warns: {slow[0]}"
 

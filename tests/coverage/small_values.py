@@ -57,5 +57,9 @@ def reason(error: BaseException) -> str:
     """Return the type and the first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     first = lines[0] if len(lines[0]) > 30 or len(lines) < 2 else f"{lines[0]} {lines[1]}"
-    first = re.sub(r"0x[0-9a-f]+|/tmp/[^ ]+", "...", re.sub(r"/\S*/site-packages/", "", first))
-    return f"{type(error).__name__}: {first[:300]}"
+    return f"{type(error).__name__}: {without_places(first)[:300]}"
+
+
+def without_places(text: str) -> str:
+    """Return a text without what differs from run to run: addresses, and names of temporary files."""
+    return re.sub(r"0x[0-9a-f]+|/\S*/tmp\w+[^ :]*", "...", re.sub(r"/\S*/site-packages/", "", text))

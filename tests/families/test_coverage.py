@@ -11,6 +11,7 @@ from tests.coverage.examine import examine
 from tests.coverage.rows import SHORT, Row, all_rows
 
 PAGE = Path(__file__).resolve().parents[1] / "coverage.md"
+README = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
 #: the statuses of a class that adaptc adapts with PEFT's numbers
 ADAPTED = ("equal", "one size", "idle layers", "no effect", "runs without PEFT")
 ROWS = [row for row in all_rows() if row.family in SHORT]
@@ -23,6 +24,18 @@ def status_on_the_page(row: Row) -> str:
     )
     assert found is not None, f"{row} is not on the page"
     return found[1].strip()
+
+
+def test_the_readme_has_the_counts_of_the_page() -> None:
+    names = re.search(r"^\| task \|(.*)\|$", PAGE.read_text(), re.M)
+    counts = re.search(r"^\| all \|(.*)\|$", PAGE.read_text(), re.M)
+    assert names is not None
+    assert counts is not None
+    found = dict(zip(names[1].split(" | "), counts[1].split(" | "), strict=True))
+    of = {name.strip(): int(number) for name, number in found.items() if number.strip().isdigit()}
+    adapted = of["equal"] + of["no effect"] + of["runs without PEFT"]
+    said = re.findall(r"\d+", README[README.index("Of ") : README.index("[tests/coverage.md]")])
+    assert said == [str(n) for n in (of["run"], adapted, of["one size"], of["refused"])]
 
 
 @pytest.mark.long

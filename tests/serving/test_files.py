@@ -19,13 +19,14 @@ from tests.support.archives import read_records, with_right_hashes, write_record
 from tests.support.chats import tokenizer
 
 SPEC_RECORD = FILES_PREFIX + SPEC_FILE
+
+#: what is compiled once serves all tests of the file
+pytestmark = pytest.mark.long
+
 MIXED: list[Any] = ["first", "second", None, {"first": 0.5, "second": -0.3}]
 READER = """
 import sys, json
 import adaptc
-
-#: what is compiled once serves all tests of the file
-pytestmark = pytest.mark.long
 forbidden = [m for m in sys.modules if m.startswith("transformers.models.llama.modeling")]
 assert not forbidden, forbidden
 model = adaptc.load_package(sys.argv[1])

@@ -153,7 +153,7 @@ def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs).arguments
         others = given.get("kwargs", {})
         patches, grid = given[patches_name], given["grid_thw"]
-        count = patches.shape[1 if patches.ndim == 3 and patches.shape[0] == 1 else 0]
+        count = patches.shape[1 if patches.ndim in (3, 5) and patches.shape[0] == 1 else 0]
         _check_that_grids_have_all_patches(grid, count)
         return original(*args, **{**facts_of_grid(tower, names, count, grid, others.get("merge_sizes")), **kwargs})
 

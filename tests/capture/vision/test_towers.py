@@ -175,18 +175,29 @@ def test_a_saved_program_runs_without_adaptc(family: str, tmp_path: Path) -> Non
     assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
 
 
-def test_a_tower_that_uses_grids_in_another_way_is_refused() -> None:
+def last_boundary(cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens[-1] / 10
+
+
+def one_for_each_boundary(cu_seqlens: Tensor) -> Tensor:
+    """Return a number, and fail for more than eight boundaries."""
+    return torch.ones(8)[torch.arange(cu_seqlens.shape[0])].sum()
+
+
+@pytest.mark.parametrize(
+    ("use", "said"), [(last_boundary, "would differ from the model's"), (one_for_each_boundary, "the program fails")]
+)
+def test_a_tower_that_uses_grids_in_another_way_is_refused(use: Any, said: str) -> None:
     """What a model does with a tower's facts beyond attention is found by comparing outputs."""
     model = build("qwen2_vl")
-    tower = next(iter(find_towers(model)))
-    block: Any = tower.get_submodule("blocks.0")
+    block: Any = next(iter(find_towers(model))).get_submodule("blocks.0")
     original = block.forward
 
     def forward(hidden_states: Tensor, cu_seqlens: Tensor, **kwargs: Any) -> Tensor:
-        return original(hidden_states, cu_seqlens=cu_seqlens, **kwargs) + cu_seqlens[-1] / 10
+        return original(hidden_states, cu_seqlens=cu_seqlens, **kwargs) + use(cu_seqlens)
 
     block.forward = forward
-    with pytest.raises(adaptc.CaptureError, match="uses the grids of images, or masks of its own, in a way"):
+    with pytest.raises(adaptc.CaptureError, match=f"masks of its own, in a way .*{said}"):
         adaptc.compile(model, adaptc.LoraConfig(r=2), example_inputs=call_with_images(EXAMPLE))
 
 
