@@ -39,7 +39,7 @@ def test_the_readme_has_the_counts_of_the_page() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", ROWS, ids=[r.model_class for r in ROWS])
 def test_a_family_is_adapted_as_the_page_says(row: Row) -> None:
