@@ -191,12 +191,16 @@ class BindingSpec:
     find_idle: Callable[[], frozenset[str]] = frozenset
 
     def is_of_idle_layer(self, key: str) -> bool:
-        """Return whether a file's ``key`` is of a layer that the program never calls."""
+        """Return whether a file's ``key`` is of a layer that the program never calls.
+
+        A layer with a site is none: its adapter may have a weight of its own, in the place of the one that is not read.
+        """
         path = key
         while path:
             path = path.rpartition(".")[0]
             if f"{path}.weight" in self.weights:
-                return f"{path}.weight" in self.find_idle()
+                has_site = any(a.fqn.startswith(f"{path}.") for a in self.attachments)
+                return not has_site and f"{path}.weight" in self.find_idle()
         return False
 
     def max_norm_of(self, fqn: str) -> tuple[float, float] | None:

@@ -88,7 +88,7 @@ class BindingBuilder:
             key
         ):  # with bias="all" PEFT also writes its wrappers' inner biases, copies of other keys
             return True
-        if self.spec.is_of_idle_layer(key):
+        if key not in self.spec.unread and self.spec.is_of_idle_layer(key):
             self.idle_tensors[key] = self._copy_if_shared(value)
             return True
         fqn = self.spec.unread.get(key) or base_weight_name(key)
