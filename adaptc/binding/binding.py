@@ -161,8 +161,8 @@ class Binding:
             return {name: move(t) for name, t in tensors.items()}
 
         def move_binding(b: Binding) -> Binding:
-            moved = ("values", "changed_base", "extra_tensors", "idle_tensors")
-            own: dict[str, Any] = {n: move_all(getattr(b, n)) for n in moved}
+            fields = ("values", "changed_base", "extra_tensors", "idle_tensors")
+            own: dict[str, Any] = {n: move_all(getattr(b, n)) for n in fields}
             own["joint_adapters"] = {name: move_binding(p) for name, p in b.joint_adapters.items()}
             return replace(b, **own, active_form=None if b.active_form is None else move_binding(b.active_form))
 

@@ -205,7 +205,7 @@ def _make_plan(
     spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], *, infer_ranks: bool
 ) -> BindingPlan | None:
     """Return the plan of ``binding``, or None where it is not certain that one is right."""
-    if binding.changed_base or binding.extra_tensors or binding.idle_tensors or binding.joint_adapters:
+    if binding.changed_base or binding.extra_tensors or binding.joint_adapters:
         return None
     if find_slot_groups(spec.attachments, spec.ops, binding.methods, spec.weights):
         return None

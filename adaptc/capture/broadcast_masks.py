@@ -60,8 +60,8 @@ def broadcast_masks() -> Iterator[MasksUsed]:
     def index_mode_of_others() -> Any:
         return contextlib.nullcontext() if threading.get_ident() == thread else index_mode()
 
-    vars(masking).update({names[0]: expand_by_broadcasting, names[1]: index_mode_of_others})
     try:
+        vars(masking).update({names[0]: expand_by_broadcasting, names[1]: index_mode_of_others})
         yield used
     finally:
         vars(masking).update({names[0]: expand, names[1]: index_mode})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.binding.combine_bindings import adapters_by_name
+from adaptc.capture.check_size_one import run_without_effects
 from adaptc.capture.inputs.example_inputs import is_pretrained_model
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.where_made import match_inference_mode
@@ -244,7 +245,8 @@ def _refuse_tokens_of_its_own(model: Any) -> None:
     """Raise CaptureError for a model that adds tokens to a prompt in each step, such as XLM and XLNet."""
     prompt = torch.full((1, 3), 1, device=model.device)
     try:
-        made = model.prepare_inputs_for_generation(prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
+        with run_without_effects(model):
+            made = model.prepare_inputs_for_generation(prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
     except Exception:  # a model may ask for more than a prompt, which says nothing about its tokens
         return
     ids = made.get("input_ids")

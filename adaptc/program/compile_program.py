@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -386,7 +386,7 @@ def _make_binding_spec(
             trainable,
             unread,
             max_norms=bounds,
-            find_idle=partial(unread_weights, base.graph, base.signature(), base.state_dict),
+            find_idle=cache(partial(unread_weights, base.graph, base.signature(), base.state_dict)),
         )
     )
 

@@ -9,7 +9,7 @@ replaced while a program runs are read here in one place, and are replaced in ``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ class ProgramProperties(ExportedProgram):
         # wait for the lock on graphs.
         bounds = max_norms_of(self._run_state.exported.module.graph, self._graph_signature)
         base = self.base_tensors
-        idle = partial(unread_weights, self._run_state.exported.module.graph, self._graph_signature, base)
+        idle = cache(partial(unread_weights, self._run_state.exported.module.graph, self._graph_signature, base))
         return BindingSpec(a.attachments, self._ops, base, a.autocast, trainable, a.unread, a.residual, bounds, idle)
 
     def check_base(self) -> None:

@@ -57,9 +57,11 @@ def test_they_are_told_of_kept_and_written_again(adapter: tuple[Any, Path], tmp_
     torch.testing.assert_close(program(input_ids=IDS)["logits"], wrapped(input_ids=IDS)["logits"], rtol=1e-5, atol=1e-5)
     same_files(path, adaptc.save_adapter(program, tmp_path / "compiled"))
     other = adaptc.compile(model(), adaptc.LoraConfig(r=2, target_modules="all-linear"))
-    with pytest.warns(adaptc.AdaptcWarning, match=NEVER_CALLED):
-        adaptc.swap(other, path)
-    same_files(path, adaptc.save_adapter(other, tmp_path / "swapped"))
+    for times in ("once", "again"):  # what is remembered of the first swap serves the second
+        with pytest.warns(adaptc.AdaptcWarning, match=NEVER_CALLED):
+            adaptc.swap(other, path)
+        same_files(path, adaptc.save_adapter(other, tmp_path / times))
+    assert {t.device.type for t in other.binding.to("meta").idle_tensors.values()} == {"meta"}
 
 
 @torch.no_grad()
@@ -87,6 +89,18 @@ def test_banks_and_several_at_once(adapter: tuple[Any, Path]) -> None:
     with pytest.warns(adaptc.AdaptcWarning, match=NEVER_CALLED):
         both = adaptc.compile(model(), {"one": path, "other": adaptc.LoraConfig(r=2, target_modules="all-linear")})
     assert len(both.binding.idle_tensors) == 16
+
+
+def test_a_layer_that_an_adapter_replaces_is_called(tmp_path: Path) -> None:
+    """Its own weight is not read, as the adapter has another in its place."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    config = adaptc.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    program = adaptc.compile(net, config, example_inputs=torch.randn(2, 5))
+    tensors = load_file(adaptc.save_adapter(program, tmp_path / "adapter") / "adapter_model.safetensors")
+    adaptc.swap(program, tensors, config=config)
+    with pytest.raises(adaptc.SwapError, match=r"no slot in the program: '1\.lora_A"):
+        adaptc.swap(program, {**tensors, "base_model.model.1.lora_A.weight": torch.ones(2, 7)}, config=config)
 
 
 def test_layers_that_are_called_and_unknown_ones_are_refused(adapter: tuple[Any, Path]) -> None:

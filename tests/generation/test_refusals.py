@@ -11,6 +11,7 @@ import transformers
 import adaptc
 from adaptc.generation.cache.step_cache import StepCache
 from tests.generation.models import case, generated, generator, prompt
+from tests.support.families import FAMILIES
 
 IDS = prompt(2, 6)["input_ids"]
 
@@ -126,3 +127,19 @@ def test_models_that_add_tokens_to_a_prompt(model_class: str, config_class: str,
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).eval()
     with pytest.raises(adaptc.CaptureError, match=f"{model_class} adds tokens of its own to a prompt"):
         adaptc.compile_for_generation(model, adaptc.LoraConfig(r=2, target_modules="all-linear"), max_length=16)
+
+
+class Noted(transformers.LlamaForCausalLM):
+    """It writes down what it was asked last, as Qwen2-VL does its positions."""
+
+    last_prompt: Any = None
+
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:
+        self.last_prompt = input_ids
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+def test_asking_a_model_for_its_tokens_leaves_it_as_it_was() -> None:
+    model = Noted(FAMILIES["llama"].build().config).eval()
+    adaptc.compile_for_generation(model, adaptc.LoraConfig(r=2, target_modules=["q_proj"]), max_length=16)
+    assert model.last_prompt is None

@@ -17,6 +17,7 @@ from tests.kernels.matrices import (
     SCALES,
     SIZES,
     TYPES,
+    far_rows,
     matrix,
     product_error,
     rounding,
@@ -66,6 +67,13 @@ def test_the_sum_of_three_products_would_not_do() -> None:
     square = W.square().sum(1) + 2 * (B * (W @ A.T)).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
     exact = left.double().square().sum(1)
     assert ((square.double() - exact).abs() > 0.1 * exact).any()
+
+
+def test_lengths_of_a_weight_beyond_what_int32_can_count() -> None:
+    W = far_rows(3, 37)
+    W += torch.tensor([[1.0], [2.0], [4.0]])
+    A, B = torch.ones(1, 37, dtype=W.dtype), torch.ones(3, 1, dtype=W.dtype)
+    torch.testing.assert_close(dora_norm(W, A, B, -1.0), torch.tensor([0.0, 1.0, 3.0]) * 37**0.5)
 
 
 def test_lengths_that_are_zero_or_of_nothing() -> None:

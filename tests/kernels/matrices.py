@@ -54,3 +54,15 @@ def product_error(left: Tensor, right: Tensor) -> Tensor:
     """What float32 may cost left @ right, summed up in any order."""
     terms = left.shape[1] + 1
     return terms * torch.finfo(torch.float32).eps * (left.double().abs() @ right.double().abs())
+
+
+def far_rows(rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return zeros in bfloat16 (rows, cols), whose third row begins beyond what int32 can count.
+
+    On a CPU only the memory of the rows themselves is ever touched, so most of the 4 GiB are never there.
+    """
+    stride = 2**30 + 5
+    count = (rows - 1) * stride + cols
+    memory = torch.empty(0, dtype=torch.bfloat16, device=device)
+    far = memory.set_(torch.UntypedStorage(2 * count, device=device), 0, (rows, cols), (stride, 1))
+    return far.zero_()

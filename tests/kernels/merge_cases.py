@@ -17,6 +17,7 @@ from tests.kernels.matrices import (
     SCALES,
     SIZES,
     TYPES,
+    far_rows,
     matrix,
     product_error,
     rounding,
@@ -109,6 +110,17 @@ def test_a_rank_of_zero_and_an_empty_weight_change_nothing() -> None:
     assert torch.equal(merge_saving_(W, torch.empty(0, 5), torch.empty(3, 0), 1.0), before)
     assert torch.equal(W, before)
     merge_(torch.empty(0, 5), torch.empty(2, 5), torch.empty(0, 2), 1.0)
+
+
+def test_a_weight_beyond_what_int32_can_count() -> None:
+    W = far_rows(3, 37)
+    A, B = whole(2, 37, torch.bfloat16), whole(3, 2, torch.bfloat16)
+    merge_(W, A, B, 1.0)
+    assert torch.equal(W, B @ A)
+    saved = merge_saving_(W, A, B, 1.0)
+    assert torch.equal(W, 2 * (B @ A))
+    unmerge_(W, saved)
+    assert torch.equal(W, B @ A)
 
 
 def test_takes_the_scale_from_a_tensor() -> None:

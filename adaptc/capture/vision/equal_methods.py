@@ -22,7 +22,7 @@ _Method = Callable[..., Any]
 
 def equal_positions(module: Any, original: _Method) -> _Method | None:
     """Return a method that gives what ``module.get_rope_index`` gives, or None where none is known."""
-    config = getattr(module.config, "vision_config", None)
+    config = getattr(getattr(module, "config", None), "vision_config", None)
     merge = getattr(config, "spatial_merge_size", None)
     names = set(inspect.signature(original).parameters)
     if merge is None or not {"mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask"} <= names:
@@ -113,9 +113,9 @@ def _is_equal(original: _Method, method: _Method, calls: Iterator[dict[str, Any]
         for call in calls:
             try:
                 want, got = original(**call), method(**call)
-            except Exception:  # a method of another kind may refuse these inputs in any way
-                return False
-            pairs = list(zip(want, got, strict=True)) if isinstance(want, tuple) else [(want, got)]
-            if not all(torch.equal(a, b) for a, b in pairs):
+                pairs = list(zip(want, got, strict=True)) if isinstance(want, tuple) else [(want, got)]
+                if not all(torch.equal(a, b) for a, b in pairs):
+                    return False
+            except Exception:  # a method of another kind may refuse these inputs, or give anything
                 return False
     return True

@@ -96,11 +96,11 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
 def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Run the block with an attribute of ``owner`` itself, which hides that of its class."""
     own = {k: v for k, v in vars(owner).items() if k == name}
-    vars(owner)[name] = value
     try:
+        vars(owner)[name] = value
         yield
     finally:
-        del vars(owner)[name]
+        vars(owner).pop(name, None)
         vars(owner).update(own)
 
 
