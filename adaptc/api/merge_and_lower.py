@@ -256,7 +256,7 @@ def verify(
     if isinstance(program, ProgramWrapper):
         with program.as_program(model) as base_model:
             inside = program.program
-            if isinstance(inside, PackagedProgram):
+            if isinstance(inside, PackagedProgram) or program.draws_own_inputs:
                 options = program.example_inputs(options)
             return verify(inside, base_model, **options)
     return verify_program(program, model, **options)

@@ -23,7 +23,7 @@ from adaptc.errors import CaptureError
 from adaptc.passes.graph.pytree import pytree
 
 
-def bind_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+def bind_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Tensor):
         args, kwargs = (example_inputs,), {}
     elif isinstance(example_inputs, tuple):

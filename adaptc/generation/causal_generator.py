@@ -11,6 +11,7 @@ from adaptc.generation.arguments.step_tokens import StepTokens, step_arguments
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import TokenGates, refuse_token_gates
 from adaptc.generation.generator import Generator
+from adaptc.generation.modes.static_step import DEEPSTACK
 from adaptc.generation.prefix.prefix_for import prefix_attachments, with_prefix_arguments
 from adaptc.generation.spec import GenerationSpec, StepRunner, cache_argument_name
 
@@ -23,8 +24,17 @@ class CausalGenerator(Generator):
         #: the tokens at which an aLoRA adapter acts, while a generation is running
         self.token_gates: TokenGates | None = None
 
+    def pinned_step(self) -> Any:
+        """Return what runs steps with the adapter that is current now."""
+        return self._runner.snapshot_call()
+
+    def run_step_program(self, **inputs: Tensor) -> Tensor:
+        """Run the step program of a pinned generator; return the logits (batch, kept, vocabulary)."""
+        assert callable(self.step)
+        return self.step(**inputs)
+
     def pin(self) -> None:
-        step = self._runner.snapshot_call()
+        step = self.pinned_step()
         self.step = step
         if self.spec.token_gate_inputs and not prefix_attachments(self._runner):
             self.token_gates = TokenGates.from_binding(self.spec.token_gate_inputs, self._runner, step.binding)
@@ -51,6 +61,7 @@ class CausalGenerator(Generator):
             attention_mask = past.prepend_prefix_mask(attention_mask)
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             positions = past.adjust_position_ids(positions[:, past.prefix_length :])
+            positions = None if self.spec.counts_padding else positions
         self.forward(inputs, attention_mask, positions, past, logits_to_keep=1, **adapter_inputs)
 
     def forward(
@@ -74,6 +85,7 @@ class CausalGenerator(Generator):
         new = StepTokens(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
+            deepstack=others.pop(DEEPSTACK, None) if self.spec.deepstack_layers else None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             logits_to_keep=logits_to_keep,
@@ -91,8 +103,7 @@ class CausalGenerator(Generator):
     def compute_logits(self, past: StepCache, new: StepTokens, inputs: dict[str, Tensor]) -> Tensor:
         if self.token_gates is not None:
             inputs |= self.token_gates.step_inputs(new.input_ids, past, *new.shape)
-        assert callable(self.step)
-        return self.spec.cache_mode.run(self.step, past, inputs, new.shape[1], new.logits_to_keep)
+        return self.spec.cache_mode.run(self.run_step_program, past, inputs, new.shape[1], new.logits_to_keep)
 
     def step_output(self, logits: Tensor, past: StepCache, returns_cache: bool) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -117,6 +128,8 @@ class CausalGenerator(Generator):
         embedded = inputs_embeds is not None and is_first_iteration
         name, new_tokens = ("inputs_embeds", inputs_embeds) if embedded else ("input_ids", input_ids)
         assert new_tokens is not None
+        if not embedded:
+            kwargs.pop(DEEPSTACK, None)
         past = kwargs.get(cache_argument_name())
         if next_sequence_length is None and is_first_iteration and getattr(past, "prefix_length", 0):
             # transformers takes a text whose mask is longer than its tokens for a new one. Part of it may be in the
@@ -124,6 +137,8 @@ class CausalGenerator(Generator):
             next_sequence_length = new_tokens.shape[1] + self.offset - past.length  # type: ignore[union-attr]
         if next_sequence_length is not None:
             new_tokens = new_tokens[:, -next_sequence_length:]
+        if self.spec.counts_padding:
+            kwargs.pop("position_ids", None)
         arguments = step_arguments(name, new_tokens, "position_ids", kwargs)
         if getattr(past, "counts_padding", False):  # transformers counts by the attention_mask
             arguments["position_ids"] = past.adjust_position_ids(arguments.get("position_ids"))  # type: ignore[union-attr]

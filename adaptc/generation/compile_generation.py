@@ -22,10 +22,14 @@ from adaptc.capture.where_made import match_inference_mode
 from adaptc.errors import CaptureError, ConfigError, short_repr
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.token_gates import gate_names_of_adapters, refuse_token_gates
-from adaptc.generation.capture_step import capture_step, check_step_matches_model
+from adaptc.generation.capture_step import capture_step
 from adaptc.generation.causal_generator import CausalGenerator
+from adaptc.generation.compare_with_model import check_step_matches_model
 from adaptc.generation.encoder_decoder import EncoderDecoder, Whisper
 from adaptc.generation.generator import Generator
+from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
+from adaptc.generation.multimodal.prompt_part import describe_prompts
+from adaptc.generation.multimodal_generator import MultimodalGenerator
 from adaptc.generation.prefix.prefix_for import check_step_takes_prefix
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec, decoder_length, encoder_length, refuse_composite_model
 from adaptc.generation.seq2seq.seq2seq_step import STATES, EncoderDescription, captured_as_seq2seq_step
@@ -47,6 +51,7 @@ def compile_for_generation(
     adapter: Any = None,
     *,
     config: Any = None,
+    example_inputs: Any = None,
     max_batch: int = 8,
     max_length: int | None = None,
     adapter_name: str = "default",
@@ -74,6 +79,8 @@ def compile_for_generation(
         model: a transformers model that generates.
         adapter: the adapter, as for :func:`adaptc.compile`.
         config: the config of an adapter with weights, as for :func:`adaptc.compile`.
+        example_inputs: a prompt with images or audio, as the model's processor returns it, for a model that reads them.
+            Prompts may then have any number of such images, of any size that the model takes. None for text alone.
         max_batch: the most rows of a cache, beams counted.
         max_length: the most positions of a cache; None for as many as the model has.
         adapter_name: the name of a single adapter.
@@ -105,6 +112,7 @@ def compile_for_generation(
         model,
         adapter,
         RunOptions(backend, hoist_limit, fuse, pack=pack),
+        example_inputs=example_inputs,
         max_batch=max_batch,
         max_length=max_length,
         adapter_name=adapter_name,
@@ -120,7 +128,14 @@ def compile_for_generation(
 @with_graph_lock
 @match_inference_mode
 def _compile(
-    model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **plan_options: Any
+    model: Any,
+    adapter: Any,
+    options: RunOptions,
+    *,
+    example_inputs: Any,
+    max_batch: int,
+    max_length: int | None,
+    **plan_options: Any,
 ) -> Generator:
     """Return the generator of :func:`compile_for_generation`; ``plan_options`` has the further arguments of
     :func:`plan_adapters`."""
@@ -128,11 +143,17 @@ def _compile(
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
     with plain_layers(model):
         check_not_quantised(model)
-        return _compile_plain(model, adapter, options, max_batch=max_batch, max_length=max_length, **plan_options)
+        return _compile_plain(model, adapter, options, example_inputs, max_batch, max_length, **plan_options)
 
 
 def _compile_plain(
-    model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **plan_options: Any
+    model: Any,
+    adapter: Any,
+    options: RunOptions,
+    example_inputs: Any,
+    max_batch: int,
+    max_length: int | None,
+    **plan_options: Any,
 ) -> Generator:
     """Return the generator of a transformers model without quantised layers of others; the arguments are those of
     :func:`_compile`."""
@@ -153,21 +174,26 @@ def _compile_plain(
                 f"{name} has an encoder, and its answers have no first pass of their own, which {base_pass_method} "
                 "reads"
             )
+        if example_inputs is not None:
+            raise ConfigError(f"example_inputs is not taken: {name} has an encoder, whose input is known")
         return _compile_seq2seq(model, adapter, options, max_batch, max_length, **plan_options)
     _check_positive(max_batch, "max_batch")
-    _refuse_tokens_of_its_own(model)
+    counts_padding = _counts_padding(model)
     position_count = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     position_count = None if position_count == -1 else position_count  # XLNet's word for any number
-    values = plan_options.pop("generator")
+    values, prompts = plan_options.pop("generator"), None
+    if example_inputs is not None:
+        prompts = describe_prompts(model, example_inputs)
     program, spec = capture_step(
         model,
         lambda step: plan_adapters(model, adapter, options, **vars(step), **plan_options),
         lambda step: build_program(AdaptedProgram, step, options, values),
-        lambda layout, length: _spec_fields(model, layout, max_batch, length),
+        lambda layout, length: _spec_fields(model, layout, max_batch, length) | {"counts_padding": counts_padding},
         _resolve_max_length(max_length, position_count),
         position_count if isinstance(position_count, int) else None,
         token_gate_inputs,
         bool(base_pass_method) and not token_gate_inputs,  # token coefficients need a cache
+        prompts,
     )
     check_step_takes_prefix(program, spec, name)
     return make_generator(program, spec)
@@ -205,6 +231,8 @@ def make_generator(runner: AdaptedProgram | PackagedProgram, spec: GenerationSpe
     if not isinstance(spec, Seq2SeqSpec):
         if isinstance(runner, AdaptedProgram):
             runner = runner.with_options(single_sizes=_sizes_of_one_token(runner))
+        if isinstance(spec, MultimodalSpec):
+            return _as_transformers_model(MultimodalGenerator)(runner, spec)
         return _as_transformers_model(CausalGenerator)(runner, spec)
     return _as_transformers_model(EncoderDecoder if spec.feature_shape is None else Whisper)(runner, spec)
 
@@ -241,20 +269,25 @@ def _spec_fields(model: Any, layout: CacheLayout, max_batch: int, max_length: in
     }
 
 
-def _refuse_tokens_of_its_own(model: Any) -> None:
-    """Raise CaptureError for a model that adds tokens to a prompt in each step, such as XLM and XLNet."""
+def _counts_padding(model: Any) -> bool:
+    """Return whether the model's own generation leaves position_ids out, so that padding counts as tokens do.
+
+    Raises CaptureError for a model that adds tokens to a prompt in each step, such as XLM and XLNet.
+    """
     prompt = torch.full((1, 3), 1, device=model.device)
+    given = {"attention_mask": torch.ones_like(prompt), "position_ids": prompt.cumsum(1) - 1}
     try:
         with run_without_effects(model):
-            made = model.prepare_inputs_for_generation(prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
+            made = model.prepare_inputs_for_generation(prompt, **given, use_cache=False)
     except Exception:  # a model may ask for more than a prompt, which says nothing about its tokens
-        return
+        return False
     ids = made.get("input_ids")
     if isinstance(ids, Tensor) and not (ids.shape == prompt.shape and torch.equal(ids, prompt)):
         raise CaptureError(
             f"{type(model).__name__} adds tokens of its own to a prompt when it generates, which no step here does: "
             "adapt it with adaptc.compile, and call the program on the tokens that you want"
         )
+    return "position_ids" in made and made["position_ids"] is None
 
 
 def _resolve_max_length(max_length: Any, position_count: Any) -> int:

@@ -19,6 +19,7 @@ from adaptc.errors import CheckpointError, ConfigError
 from adaptc.errors import short_repr as shown_user_value
 from adaptc.generation.cache.cache_layout import STATE_KINDS, CacheLayout, LayerLayout, State, StateLayout
 from adaptc.generation.modes.all_modes import mode_from_json, mode_to_json
+from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
 from adaptc.generation.seq2seq.seq2seq_spec import CROSS_PREFIX, Seq2SeqSpec
 from adaptc.generation.spec import GenerationSpec
 from adaptc.packages.manifest import Contents, is_package_file_name
@@ -45,6 +46,7 @@ _SCHEMA: dict[str, Any] = {
     "generation_config": dict,
     "layers": _LAYERS_SCHEMA,
     "across": OptionalField(_SEQ2SEQ_SCHEMA),
+    "prompts": OptionalField({"inputs": [str], "tokens": [str], "axes": Size, "deepstack": Size}),
     "dtype": str,
     "max_batch": Size,
     "max_length": Size,
@@ -56,6 +58,7 @@ _SCHEMA: dict[str, Any] = {
     "keeps": OptionalField(str),
     "why": OptionalField(str),
     "acts": OptionalField([str]),
+    "counts_padding": OptionalField(bool),
     "states": OptionalField([{"layer": Size, "kind": str, "index": Size, "sizes": [Size], "dtype": str}]),
 }
 #: key in the file -> field of the spec
@@ -75,6 +78,13 @@ _SEQ2SEQ_FIELDS = {
     "hidden": "encoder_hidden_size",
     "strides": "conv_strides",
 }
+#: the same of a model that reads images or audio
+_PROMPT_FIELDS = {
+    "inputs": "prompt_inputs",
+    "tokens": "token_inputs",
+    "axes": "position_axes",
+    "deepstack": "deepstack_layers",
+}
 
 
 def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
@@ -92,6 +102,8 @@ def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
         "embeds_dtype": dtype_name(spec.embeds_dtype),
     }
     stored |= mode_to_json(spec.cache_mode, spec)
+    if spec.counts_padding:
+        stored["counts_padding"] = True
     if spec.token_gate_inputs:
         stored["acts"] = list(spec.token_gate_inputs)
     if isinstance(spec.layout, StateLayout):
@@ -102,6 +114,8 @@ def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
             "layers": [vars(layer) for layer in spec.cross_layout.layers],
             "dtype": dtype_name(spec.cross_layout.dtype),
         }
+    if isinstance(spec, MultimodalSpec):
+        stored["prompts"] = {key: getattr(spec, field) for key, field in _PROMPT_FIELDS.items()}
     return {SPEC_FILE: json.dumps(stored)}
 
 
@@ -129,11 +143,18 @@ def facts_of(
         "cache_mode": mode_from_json(stored, layout, inputs),
         "mode_reason": stored.get("why", ""),
         "token_gate_inputs": tuple(stored.get("acts", ())),
+        "counts_padding": stored.get("counts_padding", False),
     }
     if seq2seq is None:
         if not {*layout.names, *fields["token_gate_inputs"]} <= set(inputs):
             raise UnsafeFile("its program has no such cache")
-        return GenerationSpec(**fields)
+        if (prompts := stored.get("prompts")) is None:
+            return GenerationSpec(**fields)
+        for key, field in _PROMPT_FIELDS.items():
+            fields[field] = tuple(prompts[key]) if isinstance(prompts[key], list) else prompts[key]
+        multimodal = MultimodalSpec(**fields)
+        _check_parts(multimodal, {*multimodal.prompt_inputs} - {*multimodal.token_inputs}, inputs, outputs)
+        return multimodal
     cross_layout, features = _layout_from_json(seq2seq, CROSS_PREFIX), seq2seq["features"]
     spec = Seq2SeqSpec(
         **fields,
@@ -144,10 +165,17 @@ def facts_of(
         encoder_hidden_size=seq2seq["hidden"],
         conv_strides=_conv_strides(seq2seq["strides"]),
     )
-    lost = {n for names in spec.part_outputs.values() for n in names} - set(outputs)
-    if lost or not {*layout.names, *cross_layout.names, spec.main_input_name} <= set(inputs):
-        raise UnsafeFile("its program has no such parts")
+    _check_parts(spec, {*layout.names, *cross_layout.names, spec.main_input_name}, inputs, outputs)
     return spec
+
+
+def _check_parts(
+    spec: GenerationSpec, takes: Collection[str], inputs: Collection[str], outputs: Collection[str]
+) -> None:
+    """Raise UnsafeFile for a program that lacks an output of a part, or one of the inputs ``takes``."""
+    wanted = {n for names in (spec.part_outputs or {}).values() for n in names}
+    if not wanted <= set(outputs) or not set(takes) <= set(inputs):
+        raise UnsafeFile("its program has no such parts")
 
 
 def config_to_json(config: Any, config_name: str) -> Any:

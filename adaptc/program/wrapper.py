@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import AdaptcError
@@ -56,10 +56,13 @@ class ProgramWrapper(AdapterScales):
         Raises ConfigError for a tokenizer that does not fit, and where the wrapper cannot be packaged.
         """
 
+    #: whether random inputs of the program would not fit each other, so that :meth:`example_inputs` must give them
+    draws_own_inputs: ClassVar[bool] = False
+
     @abstractmethod
     def example_inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``options`` of verify with inputs added, for a package, which says too little of its inputs to draw
-        them."""
+        them, and where :attr:`draws_own_inputs` is set."""
 
     @abstractmethod
     def part_outputs(self) -> Mapping[str, Sequence[str]] | None:

@@ -27,6 +27,8 @@ from adaptc.targets.whole_and_rows import ParameterPlanner, outermost_modules
 
 #: the prefix of the names of a decoder's inputs, in a model with an encoder and a decoder
 _DECODER_PREFIX = "decoder_"
+#: how the names of the inputs of that part begin
+_PROMPT_PREFIX = "prompt_"
 
 
 def plan_program(
@@ -116,6 +118,8 @@ def find_token_embedding(
             )
     if not chosen:
         raise no_lookup_error(config.peft_type, lookup_texts, facts.input_embedding)
+    if len(chosen) > 1:  # a program that reads images has a part for their prompts, which is no step
+        chosen = [(s, x) for s, x in chosen if not x.ids.name.startswith(_PROMPT_PREFIX)]
     if len(chosen) > 1:
         where = listing(f"{s.module!r} (by {x.ids.name!r})" for s, x in chosen)
         raise TargetError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from adaptc.errors import ConfigError, short_repr
@@ -87,7 +88,24 @@ def _is_needed_effect(node: fx.Node, needed: Collection[fx.Node], written_memory
     if written_memory:
         return True
     inputs = node.all_input_nodes
-    return not node.users and bool(inputs) and not list(written_inputs(node)) and all(n in needed for n in inputs)
+    if node.users or not inputs or list(written_inputs(node)):
+        return False
+    return all(n in needed for n in inputs) or _checks_inputs(node, needed)
+
+
+def _checks_inputs(node: fx.Node, needed: Collection[fx.Node]) -> bool:
+    """Return whether a check follows from inputs in ``needed`` alone, through nodes that nothing else needs."""
+    todo, seen = list(node.all_input_nodes), set[fx.Node]()
+    while todo:
+        one = todo.pop()
+        if one in seen or one in needed:
+            continue
+        # Functions on sizes, such as operator.eq, are no ops of torch and have no effect.
+        if not one.all_input_nodes or (isinstance(one.target, OpOverload) and not is_pure(one)):
+            return False
+        seen.add(one)
+        todo += one.all_input_nodes
+    return True
 
 
 def _reads_input_size(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import adaptc
 from tests.generation.models import case, generated, generator, prompt
+from tests.support.families import FAMILIES
 
 
 @st.composite
@@ -37,3 +38,23 @@ def test_tokens_are_those_of_peft(
         assert torch.equal(generated(gen, text, new=new, **how), found.expected(adapter, text, new=new, **how))
     finally:
         adaptc.swap(gen, found.adapters["first"])
+
+
+def test_padding_is_counted_where_the_model_s_own_generation_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exaone 4.5 leaves position_ids out of its steps, so each token's is its place in the cache."""
+    model = FAMILIES["llama"].build().eval()
+    own = model.prepare_inputs_for_generation
+
+    def prepare(*args: object, **kwargs: object) -> dict[str, object]:
+        return own(*args, **kwargs) | {"position_ids": None}
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", prepare)
+    config = adaptc.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    gen, text = adaptc.compile_for_generation(model, config, max_length=48), prompt(3, 9, (0, 4, 2))
+    assert gen.spec.counts_padding
+    options = {"max_new_tokens": 6, "do_sample": False}
+    want = model.generate(**text, **options)
+    assert torch.equal(gen.base.generate(**text, **options), want)
+    past = gen.base.prefill(**text)
+    assert torch.equal(gen.base.generate(**text, **options, cache=past), want)
+    assert not adaptc.compile_for_generation(FAMILIES["llama"].build(), config, max_length=48).spec.counts_padding

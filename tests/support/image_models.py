@@ -87,3 +87,8 @@ def call_with_images(rows: Sequence[Sequence[Grid]], *, pads_left: bool = False)
         "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int(), "pixel_values": patches,
         "image_grid_thw": grid,
     }  # fmt: skip
+
+
+def answers(count: int, length: int) -> Tensor:
+    """Return ids (count, length) that are of no image, as a user's next turn."""
+    return torch.randint(9, VOCAB, (count, length), generator=torch.Generator().manual_seed(7))

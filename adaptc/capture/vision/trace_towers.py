@@ -80,20 +80,20 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
     splits = _KeepWhole()
     with contextlib.ExitStack() as stack:
         for tower, names in find_towers(model).items():
-            stack.enter_context(_attribute(tower, "forward", _tower_forward(tower, names)))
+            stack.enter_context(own_attribute(tower, "forward", _tower_forward(tower, names)))
             if "cu_seqlens" in names:
                 _register_segment_attention()
-                stack.enter_context(_attribute(tower.config, "_attn_implementation_internal", _SEGMENT_ATTENTION))
+                stack.enter_context(own_attribute(tower.config, "_attn_implementation_internal", _SEGMENT_ATTENTION))
         for module in model.modules():
             for name, make in _REPLACEMENTS.items():
                 original = getattr(module, name, None)
                 if inspect.ismethod(original) and (made := make(module, original, splits)) is not None:
-                    stack.enter_context(_attribute(module, name, made))
+                    stack.enter_context(own_attribute(module, name, made))
         yield
 
 
 @contextlib.contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+def own_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Run the block with an attribute of ``owner`` itself, which hides that of its class."""
     own = {k: v for k, v in vars(owner).items() if k == name}
     try:

@@ -32,8 +32,11 @@ MODE_ARGUMENTS = frozenset(
 class StepTokens:
     """The new tokens of one step: ``input_ids`` (rows, tokens), or ``inputs_embeds`` (rows, tokens, width) instead.
 
+    ``deepstack`` (rows, tokens, layers, width) are features of images that layers add to these embeddings.
+
     ``attention_mask`` is (rows, positions), of the positions in the cache and the new ones; None where none is padding.
-    ``position_ids`` is (rows, tokens) or (1, tokens); None counts on from the cache. ``logits_to_keep`` is the number
+    ``position_ids`` is (rows, tokens) or (1, tokens), or (axes, rows, tokens) where the step numbers tokens along
+    several axes; None counts on from the cache. ``logits_to_keep`` is the number
     of last tokens whose logits are wanted, 0 for all, or a tensor of token indices. ``name_prefix`` is what the names
     of these arguments begin with in errors: "decoder_" where the model has an encoder, too. ``are_checked`` says that
     a generation has checked the token ids.
@@ -41,6 +44,7 @@ class StepTokens:
 
     input_ids: Tensor | None
     inputs_embeds: Tensor | None = None
+    deepstack: Tensor | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     logits_to_keep: int | Tensor = 0
@@ -91,10 +95,13 @@ class StepTokens:
         rows, tokens = self.shape
         past.reserve(rows, past.length + tokens)
         past.write_mask(self.attention_mask, tokens)
-        inputs = token_inputs(spec, device, self.input_ids, self.inputs_embeds, rows, tokens)
+        inputs = token_inputs(spec, device, self.input_ids, self.inputs_embeds, rows, tokens, self.deepstack)
         if spec.takes_position_ids:
-            positions = past.next_position_ids(rows, tokens) if self.position_ids is None else self.position_ids
-            inputs["position_ids"] = positions.to(past.device).expand(rows, -1).contiguous()
+            positions = past.offset_positions(self.position_ids, tokens)
+            positions = past.next_position_ids(rows, tokens) if positions is None else positions
+            inputs["position_ids"] = spec.step_positions(
+                positions.to(past.device).expand(*positions.shape[:-2], rows, -1)
+            )
         return inputs
 
 
@@ -106,5 +113,5 @@ def step_arguments(name: str, new_tokens: Tensor, positions_name: str, kwargs: M
     others = {n: v for n, v in kwargs.items() if n not in MODE_ARGUMENTS}
     positions, count = others.get(positions_name), new_tokens.shape[1]
     if positions is not None and positions.shape[-1] != count:
-        others[positions_name] = positions[:, -count:]
+        others[positions_name] = positions[..., -count:]
     return {name: new_tokens, **others}

@@ -232,7 +232,8 @@ def check_step(
         raise AdaptcError("a step has no tokens: give one at least")
     if spec.takes_position_ids and position_ids is not None:
         shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else None
-        if shape not in ((rows, tokens), (1, tokens)) or position_ids.is_floating_point():
+        along_axes = [(spec.position_axes, rows, tokens)] if spec.position_axes else []
+        if shape not in ((rows, tokens), (1, tokens), *along_axes) or position_ids.is_floating_point():
             found = f"a {type(position_ids).__name__}" if shape is None else f"{shape} of {position_ids.dtype}"
             raise AdaptcError(f"{positions_name} must be a tensor {(rows, tokens)} of int64, got {found}")
     if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1 and logits_to_keep.dtype == torch.int64:

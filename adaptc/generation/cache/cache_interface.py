@@ -35,6 +35,10 @@ class CacheInterface:
     active_from: dict[str, Tensor]
     tensors: list[Tensor]
     mask: Tensor
+    #: (rows,) by how much the position after a prompt with images exceeds its number of tokens; None for texts
+    position_offset: Tensor | None = None
+    #: the position from which all tokens are counted with that offset
+    offset_from: int = 0
 
     @property
     def ring_start(self) -> int:
@@ -81,6 +85,11 @@ class CacheInterface:
 
     def check_crop(self, new_length: int) -> None:
         """Raise AdaptcError where the cache cannot be cropped to ``new_length`` positions."""
+        if self.position_offset is not None and 0 < new_length < self.offset_from:
+            raise AdaptcError(
+                f"{new_length} positions would be left, and the prompt's images or audio, which are read as a whole, "
+                f"take {self.offset_from}: keep these, or give the prompt anew without the cache"
+            )
         if not self.can_crop(new_length):
             raise AdaptcError(
                 f"{new_length} positions would be left of {self.length}, and layers that look back on "
@@ -104,8 +113,31 @@ class CacheInterface:
         self.length = left
         if left == 0:
             self.ring_range.start = self.ring_range.high_water = 0
+            self.position_offset = None
         if self.tensors:
             self.mask[:, left:] = 1
+
+    def offset_positions(self, position_ids: Tensor | None, tokens: int) -> Tensor | None:
+        """Return the position_ids of the next ``tokens`` tokens, after the mask of these was written.
+
+        ``position_ids`` is None, (rows, tokens) as counted by the attention mask, or (axes, rows, tokens) of a prompt
+        with images. What such a prompt adds to the count is kept, for the tokens after it.
+        """
+        if position_ids is not None and position_ids.ndim == 3:
+            if self.length == 0:
+                mask, positions = self.mask[:, :tokens], position_ids.to(self.device)
+                offset = positions[..., -1].amax(0) + 1 - mask.sum(1)
+                counted = mask.cumsum(1) - 1 + offset[:, None]
+                differs = ((positions != counted).any(0) & mask.bool()).any(0).nonzero()
+                start = int(differs[-1]) + 1 if len(differs) else 0
+                self._set_attributes(position_offset=offset, offset_from=start)
+            return position_ids
+        if self.position_offset is None:
+            return position_ids
+        if position_ids is None:
+            seen = self.mask[:, : self.length].sum(1, keepdim=True)
+            position_ids = seen + torch.arange(tokens, device=self.device)
+        return position_ids.to(self.device) + self.position_offset[:, None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i row ``beam_idx[i]``."""
@@ -131,6 +163,7 @@ class CacheInterface:
             "tensors": [change(t) for t in self.tensors],
             "active_from": {n: change(t) for n, t in self.active_from.items()},
             "left_padding": None if self.left_padding is None else change(self.left_padding),
+            "position_offset": None if self.position_offset is None else change(self.position_offset),
             "mask": change(self.mask) if self.tensors else self.mask,
         }
 

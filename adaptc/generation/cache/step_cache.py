@@ -72,6 +72,7 @@ class StepCache(CacheInterface):
         Memory is allocated by the first step, which says how many rows there are.
         """
         empty: dict[str, Any] = {**self._empty_attributes(), "tensors": [], "left_padding": None, "active_from": {}}
+        empty["position_offset"] = None
         marks = {"unfinished": False, "generating": False}
         self._set_attributes(
             prefix=prefix, length=prefix.count, ring_range=RingRange(0, prefix.count), **marks, **empty
@@ -299,6 +300,7 @@ class StepCache(CacheInterface):
             self.unfinished,
         )
         new.active_from = {n: t.clone() for n, t in self.active_from.items()}
+        new.position_offset, new.offset_from = self.position_offset, self.offset_from
         new.tensors, new.mask, new.left_padding = (
             [t.clone() for t in self.tensors],
             self.mask.clone(),
@@ -326,7 +328,7 @@ class StepCache(CacheInterface):
             self.start_with_prefix(self.prefix)
             return
         empty: dict[str, Any] = {"mask": torch.ones_like(self.mask), "length": 0, "ring_range": RingRange()}
-        empty["active_from"] = {}
+        empty |= {"active_from": {}, "position_offset": None}
         self._set_attributes(unfinished=False, generating=False, **empty | self._empty_attributes())
 
     def _empty_attributes(self) -> dict[str, Any]:

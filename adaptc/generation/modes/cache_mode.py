@@ -170,7 +170,7 @@ class CacheMode(ABC):
         if self.takes_slots:
             inputs["slots"] = slots
         if spec.takes_position_ids:
-            inputs["position_ids"] = slots.expand(rows, -1).contiguous()
+            inputs["position_ids"] = spec.step_positions(slots.expand(rows, -1))
         inputs |= draw.embeddings(spec, rows, tokens)
         for name in spec.token_gate_inputs:
             inputs[name] = draw.booleans((rows, tokens))

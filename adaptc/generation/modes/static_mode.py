@@ -92,7 +92,7 @@ class StaticMode(CacheMode):
             inputs = token_inputs(spec, device, ids[:, start:end], None, rows, tokens)
             inputs |= {"attention_mask": wide[:, :seen], **{n: t[:, :, :seen] for n, t in cache.items()}}
             if spec.takes_position_ids:
-                inputs["position_ids"] = positions[:, start:end].contiguous()
+                inputs["position_ids"] = spec.step_positions(positions[..., start:end])
             inputs |= {n: torch.zeros_like(inputs["input_ids"], dtype=torch.bool) for n in spec.token_gate_inputs}
             slots, keep = torch.arange(start, end, device=device), torch.arange(tokens, device=device)
             yield {**inputs, "slots": slots, "keep": keep}

@@ -7,8 +7,9 @@ cache, and tokens whose logits are wanted.
     input_ids       (batch, tokens)         int64
     inputs_embeds   (batch, tokens, width)  replace the tokens' embeddings where ``embedded`` is true
     embedded        ()                      bool; only models that take inputs_embeds have these two inputs
+    deepstack       (batch, tokens, layers, width)  features added after the first layers, for Qwen3-VL with images
     attention_mask  (batch, length)         int64, of the cache; positions after a token are always masked
-    position_ids    (batch, tokens)         int64
+    position_ids    (batch, tokens)         int64; (batch, tokens, axes) for M-RoPE in prompts with images
     slots           (tokens,)               int64: the consecutive positions of the cache that the tokens go to
     keep            (kept,)                 int64: the indices of the tokens whose logits are wanted
     alora_acts      (batch, tokens)         bool: where an aLoRA adapter acts (see ``token_gates``)
@@ -39,6 +40,10 @@ from adaptc.generation.cache.sliding_window import RingPositions
 _ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
 
 
+#: the input with features of images for layers
+DEEPSTACK = "deepstack"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StepSpec:
     """The sizes of a step program, and the inputs that it takes.
@@ -58,8 +63,23 @@ class StepSpec:
     hidden_size: int
     embeds_dtype: torch.dtype
     mode_reason: str = ""
+    #: the axes along which tokens are numbered, 3 for M-RoPE; 0 where position_ids has one number for each token
+    position_axes: int = 0
+    #: the number of layers after which features of images are added to the hidden states (Qwen3-VL's deepstack)
+    deepstack_layers: int = 0
     #: the token coefficients that a step takes, with a value for each of its tokens (see ``token_gates``)
     token_gate_inputs: tuple[str, ...] = ()
+
+    def step_positions(self, position_ids: Tensor) -> Tensor:
+        """Return the position_ids of a step for those of a caller, (rows, tokens) or (axes, rows, tokens).
+
+        They are (rows, tokens), and (rows, tokens, axes) where the step numbers tokens along several axes.
+        """
+        if self.position_axes == 0:
+            return position_ids.contiguous()
+        if position_ids.ndim == 2:
+            position_ids = position_ids.expand(self.position_axes, *position_ids.shape)
+        return position_ids.permute(1, 2, 0).contiguous()
 
 
 @dataclass(frozen=True)
@@ -175,9 +195,18 @@ def example_step(
 
 
 def token_inputs(
-    spec: StepSpec, device: torch.device, input_ids: Tensor | None, inputs_embeds: Tensor | None, rows: int, tokens: int
+    spec: StepSpec,
+    device: torch.device,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    rows: int,
+    tokens: int,
+    deepstack: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return tokens, or embeddings instead, as the inputs of a step, which has both where it takes embeddings."""
+    """Return tokens, or embeddings instead, as the inputs of a step, which has both where it takes embeddings.
+
+    ``deepstack`` (rows, tokens, layers, width) are zeros where it is None and the step takes it.
+    """
     if input_ids is None:
         input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
     out = {"input_ids": input_ids.to(device, torch.int64).contiguous()}
@@ -188,6 +217,12 @@ def token_inputs(
                 rows, tokens, spec.hidden_size
             )
         out["inputs_embeds"] = inputs_embeds.to(device, spec.embeds_dtype)
+    if spec.deepstack_layers:
+        if deepstack is None:
+            deepstack = torch.zeros(1, dtype=spec.embeds_dtype, device=device).expand(
+                rows, tokens, spec.deepstack_layers, spec.hidden_size
+            )
+        out[DEEPSTACK] = deepstack.to(device, spec.embeds_dtype)
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.modes.static_step import StepSpec
+from adaptc.generation.modes.static_step import DEEPSTACK, StepSpec
 
 #: the most rows, and the most tokens of a step
 _MAX_SIZE = 7
@@ -53,7 +53,11 @@ class StepDraw:
         if not spec.takes_inputs_embeds:
             return {}
         drawn = self.normal((rows, tokens, spec.hidden_size), spec.embeds_dtype)
-        return {"inputs_embeds": drawn, "embedded": self.booleans(())}
+        inputs = {"inputs_embeds": drawn, "embedded": self.booleans(())}
+        if spec.deepstack_layers:
+            shape = rows, tokens, spec.deepstack_layers, spec.hidden_size
+            inputs[DEEPSTACK] = self.normal(shape, spec.embeds_dtype)
+        return inputs
 
 
 #: draws the inputs of a program, with so many rows; None for any number of them

@@ -246,9 +246,8 @@ def _read_prompt(
         "embedded": torch.tensor(True, device=device),
     }
     if spec.takes_position_ids:
-        inputs["position_ids"] = (
-            torch.arange(previous_length, previous_length + count, device=device).expand(batch, -1).contiguous()
-        )
+        positions = torch.arange(previous_length, previous_length + count, device=device)
+        inputs["position_ids"] = spec.step_positions(positions.expand(batch, -1))
     spec.cache_mode.run(step, past, inputs, count, 1)
     return CachePrefix(past.filled_tensors(), previous_length + count, counts_padding=True)
 

@@ -1,0 +1,1 @@
+"""Generate from prompts that hold images or audio beside text."""

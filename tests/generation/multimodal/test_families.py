@@ -1,0 +1,63 @@
+"""Families that read images or audio in other ways than by grids: tokens are the model's, or a refusal says why not."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import adaptc
+from tests.coverage.build import build_and_run
+from tests.coverage.rows import all_rows
+
+#: features in the place of placeholders, embeddings as they are, audio, and a window of attention with padding counted
+EQUAL = ("llava", "fuyu", "aya_vision", "internvl", "exaone4_5", "video_llava", "aria")
+REFUSED = {
+    "gemma3": "masks the attention of its language model by what is in a prompt",
+    "gemma3n": "takes per_layer_inputs beside a prompt's embeddings",
+    "hunyuan_vl": "takes positions along 4 axes",
+    "idefics": "hands no embeddings of its prompt to its language model, so pixel_values, image_attention_mask",
+    "florence2": "example_inputs is not taken: Florence2ForConditionalGeneration has an encoder",
+}
+CONFIG = adaptc.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+
+
+@cache
+def model_and_calls(family: str) -> tuple[Any, Any]:
+    return build_and_run(next(r for r in all_rows() if r.family == family and r.task == "IMAGE_TEXT_TO_TEXT"))
+
+
+@pytest.mark.long
+@pytest.mark.few(3)
+@pytest.mark.parametrize("family", EQUAL)
+def test_the_base_says_what_the_model_says(family: str) -> None:
+    model, (example, call) = model_and_calls(family)
+    gen = adaptc.compile_for_generation(model, CONFIG, example_inputs=example)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        want = model.generate(**call, **options)
+        assert torch.equal(gen.base.generate(**call, **options), want)
+        assert not torch.equal(gen(**call).logits, gen.base(**call).logits)
+
+
+@pytest.mark.long
+@pytest.mark.few(5)
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_has_no_step_is_refused(family: str) -> None:
+    model, (example, _) = model_and_calls(family)
+    with pytest.raises(adaptc.AdaptcError, match=REFUSED[family]):
+        adaptc.compile_for_generation(model, CONFIG, example_inputs=example)
+
+
+@pytest.mark.long
+def test_a_fixed_number_of_images_is_told() -> None:
+    model, (example, call) = model_and_calls("smolvlm")
+    with pytest.warns(adaptc.AdaptcWarning, match=r"as many images or audio as the example has, 3 in 'pixel_"):
+        gen = adaptc.compile_for_generation(model, CONFIG, example_inputs=example)
+    with warnings.catch_warnings():
+        assert gen.base.generate(**example, max_new_tokens=2).shape[0] == len(example["input_ids"])
+    with pytest.raises(adaptc.AdaptcError, match="captured for exactly 3"):
+        gen.generate(**call, max_new_tokens=2)
