@@ -54,6 +54,7 @@ def test_first_values_and_files_are_peft_s(init, tmp_path):
     assert_close(load_peft_chain(tmp_path / "b", torch.float32)(inputs(3).float()), program(inputs(3).float()), 1e-5)
 
 
+@pytest.mark.long
 def test_adapters_of_other_ranks_and_bounds(tmp_path):
     """A program takes them by a swap. The lengths are those of the file, whatever the weight is now."""
     models = [
@@ -102,9 +103,11 @@ def test_short_vectors_are_divided_by_the_least_length(value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_holds_short_vectors(dtype):
+def test_half_precision_holds_short_and_long_vectors(dtype):
     """PEFT divides by a product of lengths there, which is zero in float16, and has NaN."""
     slots = factors(dtype=dtype)
+    slots["delora_A"][0] *= 5e4 / float(slots["delora_A"][0].abs().max())  # whose length is above float16's numbers
+    slots["delora_A"][0, 1:3] = 5e4
     slots["delora_A"][1], slots["delora_B"][:, 1] = 1e-6, 1e-6
     W, scale, exact = torch.zeros(7, 5, dtype=dtype), torch.tensor(1 / 3), {n: t.double() for n, t in slots.items()}
     expected = Delora(3).weight(LINEAR, W.double(), exact, scale.double())
@@ -116,6 +119,7 @@ def test_half_precision_holds_short_vectors(dtype):
         torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.01)
 
 
+@pytest.mark.long
 def test_several_add_up_as_in_peft(tmp_path):
     for i, name in enumerate(("one", "two")):
         peft_chain(peft_config("DeloraConfig", r=3 + i), tmp_path / name, seed=i)

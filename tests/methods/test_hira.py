@@ -80,6 +80,7 @@ def test_first_values_are_peft_s(init, tmp_path):
     assert torch.allclose(program(X), net()(X)) == (init is not False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["auto", "weight"])
 def test_changes_of_several_add_up(form, tmp_path):
     """Each reads the model's own weight, not what the one before made of it; gradients and merge too."""
@@ -203,6 +204,7 @@ def ranks(program: adaptc.AdaptedProgram) -> dict[str, int | None]:
     return {a.key: program.binding.methods[a.id].sizes.rank() for a in program.adaptation.attachments}
 
 
+@pytest.mark.long
 def test_ranks_that_peft_forgets(tmp_path):
     """PEFT does not look at rank_pattern for the first adapter of a layer, and writes it beside tensors of rank r."""
     path = tmp_path / "peft"
