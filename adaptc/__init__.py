@@ -72,6 +72,9 @@ if TYPE_CHECKING:
     from adaptc.methods.sparse.shira import ShiraConfig
     from adaptc.methods.sparse.trainable_tokens import TrainableTokensConfig
     from adaptc.methods.sparse.waveft import WaveFTConfig
+    from adaptc.methods.weight_dependent.delora import DeloraConfig
+    from adaptc.methods.weight_dependent.hira import HiraConfig
+    from adaptc.methods.weight_dependent.peanut import PeanutConfig
     from adaptc.packages.packaged_program import PackagedProgram
     from adaptc.program.adapted_program import AdaptedProgram
     from adaptc.program.rescale import rescale_adapter_scale
@@ -140,6 +143,9 @@ PUBLIC = {
     "LilyConfig": "adaptc.methods.shared_factors.lily",
     "PolyConfig": "adaptc.methods.routed.poly",
     "ShiraConfig": "adaptc.methods.sparse.shira",
+    "HiraConfig": "adaptc.methods.weight_dependent.hira",
+    "DeloraConfig": "adaptc.methods.weight_dependent.delora",
+    "PeanutConfig": "adaptc.methods.weight_dependent.peanut",
     "LNTuningConfig": "adaptc.methods.sparse.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.sparse.trainable_tokens",
     "PromptTuningConfig": "adaptc.methods.prompt.prompt_tuning",

@@ -166,10 +166,17 @@ def _with_found_ranks(
 
     Returns ``config`` unchanged where its options cannot express these ranks.
     """
+    if _gives_ranks(config, spec, methods):
+        return config
     ranks = {a.name or a.module: rank for a, method in methods if (rank := method.sizes.rank()) is not None}
     new = config.with_ranks(ranks)
-    rebound = [(a.method.rebind(new, a).sizes.specialized_for(spec.ops[a.id]), method) for a, method in methods]
-    return new if all(one.sizes.rank() == method.sizes.rank() for one, method in rebound) else config
+    return new if _gives_ranks(new, spec, methods) else config
+
+
+def _gives_ranks(config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[Attachment, Method]]) -> bool:
+    """Return whether ``config`` gives each attachment the rank of its method."""
+    rebound = [(a.method.rebind(config, a).sizes.specialized_for(spec.ops[a.id]), method) for a, method in methods]
+    return all(one.sizes.rank() == method.sizes.rank() for one, method in rebound)
 
 
 _MatchedSite = tuple[Attachment, Method, dict[str, Tensor]]

@@ -43,6 +43,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MiSS": ("MissConfig", {"r": 64}),
     "SHiRA": ("ShiraConfig", {"r": 16}),
     "RoAd": ("RoadConfig", {}),
+    "HiRA": ("HiraConfig", {"r": 32}),
+    "DeLoRA": ("DeloraConfig", {"r": 16}),
+    "PEANuT": ("PeanutConfig", {"r": 16, "depth": 1}),
     "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
 }
 

@@ -33,6 +33,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "miss": ("MissConfig", {"r": 3}),
     "shira": ("ShiraConfig", {"r": 2, "random_seed": 3}),
     "road": ("RoadConfig", {"group_size": 8}),
+    "hira": ("HiraConfig", {"r": 3}),
+    "delora": ("DeloraConfig", {"r": 3, "delora_lambda": 2}),
+    "peanut": ("PeanutConfig", {"r": 3, "depth": 1}),
     "ln_tuning": ("LNTuningConfig", {}),
 }
 
@@ -42,7 +45,7 @@ TARGETS: dict[str, tuple[list[str], list[str], tuple[str, ...]]] = {
     "bert": (["query", "value"], ["LayerNorm"], tuple(METHODS)),
     "vit": (["q_proj", "v_proj"], ["layernorm_before"], tuple(METHODS)),
     "t5": (["q", "v", "wo"], ["layer_norm"], tuple(METHODS)),
-    "resnet": (["convolution"], ["normalization"], ("dora", "adalora", "ia3", "loha", "lokr", "ln_tuning")),
+    "resnet": (["convolution"], ["normalization"], ("dora", "adalora", "ia3", "loha", "lokr", "hira", "ln_tuning")),
 }
 
 #: of the largest output: the whole model in float32, with sums (RandLoRA's over its bases) in another order than PEFT's

@@ -415,6 +415,36 @@ ENTRIES: list[Entry] = [
         other_config={"r": 2, "random_seed": 9, "init_weights": False},
         tested_layers=MATRIX_VIEW_LAYERS,
     ),
+    # PEFT ignores the padding mode of convolutions, and refuses groups.
+    Entry(
+        "hira",
+        "HiraConfig",
+        {"r": 4},
+        peft=(
+            *("linear", "linear_nobias", "addmm", "embedding"),
+            *("conv1d", "conv1d_same", "conv2d", "conv2d_1x1", "conv2d_odd", "conv3d"),
+        ),
+        other_config={"r": 7, "init_weights": "gaussian"},
+    ),
+    Entry(
+        "delora",
+        "DeloraConfig",
+        {"r": 4, "delora_lambda": 3},
+        other_config={"r": 7, "delora_lambda": 2.5, "init_weights": False},
+    ),
+    Entry(
+        "peanut",
+        "PeanutConfig",
+        {"r": 4, "scaling": 0.7},
+        other_config={"r": 7, "scaling": 1.3, "init_weights": False},
+    ),
+    Entry(
+        "peanut_deep",
+        "PeanutConfig",
+        {"r": 5, "depth": 2, "act_fn": "gelu", "scaling": 1.5},
+        other_config={"r": 3, "init_weights": False},
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
     Entry(
         "lily",
         "LilyConfig",

@@ -53,6 +53,8 @@ def resolve(
         found = found.with_config(with_targets(found.config, found.tensors, weights))
     if not isinstance(found.config, AdapterConfig):
         found = replace(found, config=loaded_config(found.config))
+    if found.config.ranks_differ_in_files():
+        found = replace(found, infer_ranks=True)
     if any(map(is_expert_key, found.tensors)):
         found = stack_old_experts(found, weights)
     return join_experts(found, paths, weights) if (paths := found.config.expert_paths()) else found

@@ -110,6 +110,10 @@ class AdapterConfig:
         """
         return matches_pattern(key, name)
 
+    def ranks_differ_in_files(self) -> bool:
+        """Return whether PEFT may write other ranks than this config says, so that the tensors of a file count."""
+        return False
+
     # -- adapters made of other adapters, which have files of their own ------------------------------------------------
 
     def expert_paths(self) -> Mapping[str, str]:
