@@ -41,6 +41,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "WaveFT": ("WaveFTConfig", {}),
     "C3A": ("C3AConfig", {"block_size": 64}),
     "MiSS": ("MissConfig", {"r": 64}),
+    "GraLoRA": ("GraloraConfig", {"r": 32}),
+    "DEFT": ("DeftConfig", {"r": 8}),
     "SHiRA": ("ShiraConfig", {"r": 16}),
     "RoAd": ("RoadConfig", {}),
     "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),

@@ -31,6 +31,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hra": ("HRAConfig", {"r": 4}),
     "c3a": ("C3AConfig", {"block_size": 8}),
     "miss": ("MissConfig", {"r": 3}),
+    "gralora": ("GraloraConfig", {"r": 4, "hybrid_r": 3, "alpha": 5}),
+    "deft": ("DeftConfig", {"r": 3, "alpha": 5}),
     "shira": ("ShiraConfig", {"r": 2, "random_seed": 3}),
     "road": ("RoadConfig", {"group_size": 8}),
     "ln_tuning": ("LNTuningConfig", {}),

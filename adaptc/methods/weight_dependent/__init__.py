@@ -1,0 +1,1 @@
+"""Methods whose change of a weight depends on the weight."""
