@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from adaptc.methods.sparse.trainable_tokens import TrainableTokensConfig
     from adaptc.methods.sparse.waveft import WaveFTConfig
     from adaptc.methods.weight_dependent.deft import DeftConfig
+    from adaptc.methods.weight_dependent.glora import GloraConfig
     from adaptc.packages.packaged_program import PackagedProgram
     from adaptc.program.adapted_program import AdaptedProgram
     from adaptc.program.rescale import rescale_adapter_scale
@@ -142,6 +143,7 @@ PUBLIC = {
     "XLoraConfig": "adaptc.methods.routed.xlora_config",
     "C3AConfig": "adaptc.methods.sparse.c3a",
     "DeftConfig": "adaptc.methods.weight_dependent.deft",
+    "GloraConfig": "adaptc.methods.weight_dependent.glora",
     "BeftConfig": "adaptc.methods.sparse.beft",
     "LilyConfig": "adaptc.methods.shared_factors.lily",
     "PolyConfig": "adaptc.methods.routed.poly",

@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MiSS": ("MissConfig", {"r": 64}),
     "GraLoRA": ("GraloraConfig", {"r": 32}),
     "DEFT": ("DeftConfig", {"r": 8}),
+    "GLoRA": ("GloraConfig", {"r": 8}),
     "SHiRA": ("ShiraConfig", {"r": 16}),
     "RoAd": ("RoadConfig", {}),
     "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),

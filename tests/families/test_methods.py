@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "miss": ("MissConfig", {"r": 3}),
     "gralora": ("GraloraConfig", {"r": 4, "hybrid_r": 3, "alpha": 5}),
     "deft": ("DeftConfig", {"r": 3, "alpha": 5}),
+    "glora": ("GloraConfig", {"r": 3}),
     "shira": ("ShiraConfig", {"r": 2, "random_seed": 3}),
     "road": ("RoadConfig", {"group_size": 8}),
     "ln_tuning": ("LNTuningConfig", {}),

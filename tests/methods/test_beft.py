@@ -105,7 +105,7 @@ def test_weights_without_a_bias_are_refused():
     model = nn.Sequential(nn.Embedding(5, 7), nn.Linear(7, 3))
     with pytest.raises(TargetError, match="BEFT adapts the bias of a layer, and a consumer of kind 'embedding' takes"):
         adaptc.compile(model, BeftConfig(target_modules=["0"]), example_inputs=torch.arange(3))
-    with pytest.raises(ConfigError, match="target_parameters.*name the layer in target_modules"):
+    with pytest.raises(ConfigError, match=r"target_parameters.*name the layer in target_modules"):
         BeftConfig(target_parameters=["0.weight"])
     with pytest.raises(ConfigError, match="init_weights must be"):
         BeftConfig(init_weights="yes")  # type: ignore[arg-type]

@@ -416,6 +416,28 @@ ENTRIES: list[Entry] = [
         tolerance=1e-5,
         tested_layers=(*MATRIX_VIEW_LAYERS, "linear_nobias"),
     ),
+    Entry("glora", "GloraConfig", {"r": 4}, other_config={"r": 7, "init_weights": False}),
+    Entry(
+        "glora_vector",
+        "GloraConfig",
+        {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        other_config={"init_weights": False},
+        tested_layers=(*MATRIX_VIEW_LAYERS, "linear_nobias"),
+    ),
+    Entry(
+        "glora_bias",
+        "GloraConfig",
+        {"r": 3, "config_A_B": "none", "config_D_E": "vector"},
+        peft=("linear",),
+        other_config={"r": 5},
+        tested_layers=("linear", "addmm", "conv2d_odd"),
+    ),
+    Entry(
+        "glora_weight",
+        "GloraConfig",
+        {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+        tested_layers=("linear", "linear_nobias", "embedding"),
+    ),
     Entry(
         "fourierft",
         "FourierFTConfig",

@@ -169,7 +169,8 @@ class Subject:
         out = {a.param: op.stored(method.weight(op, op.canonical(weight.detach()), named, scale))}
         bias = getattr(layer, "bias", None)
         if method.has_bias() and op.callable:
-            new = method.bias(op, None if bias is None else bias.detach(), named, scale)
+            own = None if bias is None else bias.detach()
+            new = method.bias_over(op, op.canonical(weight.detach()), own, own, named, scale)
             if new is not None:
                 out["bias"] = new
         return out

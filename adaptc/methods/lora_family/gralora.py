@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -80,7 +80,13 @@ class GraloraConfig(TargetedConfig):
 
     def method(self, name: str, kind: str) -> Gralora:
         return Gralora(
-            self.r, self.hybrid_r, self.gralora_k, self.alpha, self.gralora_dropout, scheme=self.init_weights
+            self.r,
+            self.hybrid_r > 0,
+            self.hybrid_r,
+            self.gralora_k,
+            self.alpha,
+            self.gralora_dropout,
+            scheme=self.init_weights,
         )
 
 
@@ -114,7 +120,7 @@ class GraloraSizes(SizeRule):
         return dataclasses.replace(self.method, r=-(-rank // k) * k)
 
     def minimal(self, op: Op) -> Gralora:
-        return dataclasses.replace(self.method, r=2 * self.method.k, hybrid_r=2 if self.method.hybrid_r else 0)
+        return dataclasses.replace(self.method, r=2 * self.method.k, hybrid_r=2 if self.method.hybrid else 0)
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Gralora:
         sizes = {}
@@ -127,7 +133,9 @@ class GraloraSizes(SizeRule):
 
 @dataclass(frozen=True)
 class Gralora(Method):
-    """GraLoRA at one site. ``scheme`` False: B is random at first, too.
+    """GraLoRA at one site. ``hybrid``: whether there is a plain LoRA of rank ``hybrid_r`` beside the blocks.
+
+    ``scheme`` False: B is random at first, too.
 
     ``dropout`` acts on the input of the blocks, and once more on that of the plain LoRA, in training only.
     """
@@ -138,15 +146,13 @@ class Gralora(Method):
     sizes = GraloraSizes()
 
     r: int = 32
+    hybrid: bool = False
     hybrid_r: int = 0
     k: int = 2
     alpha: float = 64
     dropout: float = 0.0
     scheme: bool = True
     training: bool = False
-
-    def structure(self) -> dict[str, Any]:
-        return super().structure() | {"hybrid": self.hybrid_r > 0}
 
     def slots(self, op: Op) -> dict[str, Slot]:
         check_matrix("GraLoRA", op)
@@ -162,7 +168,7 @@ class Gralora(Method):
             A: Slot((k, columns // k, k, self.r // k), free=(3,)),
             B: Slot((k, k, self.r // k, rows // k), free=(2,)),
         }
-        if self.hybrid_r:
+        if self.hybrid:
             slots[A_GENERAL] = Slot((self.hybrid_r, columns), free=(0,), apart=("hybrid_r",))
             slots[B_GENERAL] = Slot((rows, self.hybrid_r), free=(1,), apart=("hybrid_r",))
         return slots
@@ -181,7 +187,7 @@ class Gralora(Method):
         # PEFT draws the two factors of one block after the other.
         pairs = [(draw(self.r, columns // k), draw_up(rows // k, self.r)) for _ in range(k)]
         values = {A: torch.stack([a.t() for a, _ in pairs]), B: torch.stack([b.t() for _, b in pairs])}
-        if self.hybrid_r:
+        if self.hybrid:
             # PEFT makes layers, which draw values, and then draws again: without this, one seed would give other ones.
             down, up = (self.hybrid_r, columns), (rows, self.hybrid_r)
             draw(*down)
@@ -190,11 +196,11 @@ class Gralora(Method):
         return InitialValues({n: t.to(W.device, dtype) for n, t in self.files.read(op, values).items()})
 
     def scale(self, op: Op) -> float:
-        return self.alpha / (self.r + self.hybrid_r)
+        return self.alpha / (self.r + (self.hybrid_r if self.hybrid else 0))
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         delta = torch.einsum("nijs,jnso->joni", slots[A], slots[B]).reshape(op.matrix_shape)
-        if self.hybrid_r:
+        if self.hybrid:
             delta = delta + slots[B_GENERAL] @ slots[A_GENERAL]
         return cast(W + op.unmatrix(delta) * scale, W.dtype)
 
@@ -209,7 +215,7 @@ class Gralora(Method):
             delta = torch.einsum("...njs,jnso->...jo", h, slots[B]).flatten(-2)
         else:
             delta = self._down_up(op, read, *_as_matrices(a, slots[B]))
-        if self.hybrid_r:
+        if self.hybrid:
             read = prepare_adapter_input(self, op, x, a.dtype)
             delta = delta + self._down_up(op, read, slots[A_GENERAL], slots[B_GENERAL])
         return cast(y + delta * scale, y.dtype)
