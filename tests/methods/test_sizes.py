@@ -59,7 +59,6 @@ CONFIGS: dict[str, Any] = {
     "gralora": lambda: adaptc.GraloraConfig(r=HUGE),
     "gralora hybrid": lambda: adaptc.GraloraConfig(hybrid_r=HUGE),
     "gralora grid": lambda: adaptc.GraloraConfig(r=HUGE, gralora_k=HUGE),
-    "deft": lambda: adaptc.DeftConfig(r=HUGE),
     "glora": lambda: adaptc.GloraConfig(r=HUGE),
     "shira": lambda: adaptc.ShiraConfig(r=HUGE),
     "fourierft": lambda: adaptc.FourierFTConfig(n_frequency=HUGE),
