@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from adaptc.generation.generator import Generator
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
+    from adaptc.methods.lora_family.gralora import GraloraConfig
     from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
     from adaptc.methods.lora_family.miss import MissConfig
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from adaptc.methods.shared_factors.randlora import RandLoraConfig
     from adaptc.methods.shared_factors.vblora import VBLoRAConfig
     from adaptc.methods.shared_factors.vera import VeraConfig
+    from adaptc.methods.sparse.beft import BeftConfig
     from adaptc.methods.sparse.c3a import C3AConfig
     from adaptc.methods.sparse.fourierft import FourierFTConfig
     from adaptc.methods.sparse.ia3 import IA3Config
@@ -72,7 +74,9 @@ if TYPE_CHECKING:
     from adaptc.methods.sparse.shira import ShiraConfig
     from adaptc.methods.sparse.trainable_tokens import TrainableTokensConfig
     from adaptc.methods.sparse.waveft import WaveFTConfig
+    from adaptc.methods.weight_dependent.deft import DeftConfig
     from adaptc.methods.weight_dependent.delora import DeloraConfig
+    from adaptc.methods.weight_dependent.glora import GloraConfig
     from adaptc.methods.weight_dependent.hira import HiraConfig
     from adaptc.methods.weight_dependent.peanut import PeanutConfig
     from adaptc.packages.packaged_program import PackagedProgram
@@ -136,10 +140,14 @@ PUBLIC = {
     "IA3Config": "adaptc.methods.sparse.ia3",
     "RoadConfig": "adaptc.methods.orthogonal.road",
     "MissConfig": "adaptc.methods.lora_family.miss",
+    "GraloraConfig": "adaptc.methods.lora_family.gralora",
     "FourierFTConfig": "adaptc.methods.sparse.fourierft",
     "WaveFTConfig": "adaptc.methods.sparse.waveft",
     "XLoraConfig": "adaptc.methods.routed.xlora_config",
     "C3AConfig": "adaptc.methods.sparse.c3a",
+    "DeftConfig": "adaptc.methods.weight_dependent.deft",
+    "GloraConfig": "adaptc.methods.weight_dependent.glora",
+    "BeftConfig": "adaptc.methods.sparse.beft",
     "LilyConfig": "adaptc.methods.shared_factors.lily",
     "PolyConfig": "adaptc.methods.routed.poly",
     "ShiraConfig": "adaptc.methods.sparse.shira",

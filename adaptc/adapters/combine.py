@@ -58,7 +58,7 @@ def combine(
       approximation. All but "linear" may end in "_svd": they then act on the changes of the weights, cut as "svd" cuts
       them.
 
-    Methods whose change is linear in one tensor (IA3, C3A, FourierFT, WaveFT, MiSS) have only the weighted sum,
+    Methods whose change is linear in one tensor (IA3, C3A, FourierFT, WaveFT, MiSS, BEFT) have only the weighted sum,
     "linear". All is computed in float32, or in float64 where an adapter has it. rsLoRA's scale and ``lora_bias`` are
     accounted for. Tensors that are trained whole are averaged, if the weights of the adapters that have them sum to
     one.

@@ -86,7 +86,7 @@ class AdapterDeltas:
                 own = spec.weights.get(bias_name)
                 if bias is None and own is not None:
                     bias = first_bias = own.detach().to(precision)
-                bias = method.bias(op, bias, slots, scale)
+                bias = method.bias_over(op, op.canonical(base), first_bias, bias, slots, scale)
         op = spec.ops[attachments[0].id]
         change = _to_dense(op, op.canonical(value)) - _to_dense(op, op.canonical(stored.to(precision)))
         moved = bias is not None and (first_bias is None or not torch.equal(bias, first_bias))

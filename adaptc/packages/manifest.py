@@ -351,7 +351,8 @@ def _site_data(site: PackagedSite) -> dict[str, Any]:
     return {
         "attachment": site.attachment.to_dict(),
         "op": {"kind": op.kind, "shape": op.shape, "target": op.target and str(op.target), "rest": op.other_args}
-        | ({} if op.max_norm is None else {"bound": [str(v) for v in op.max_norm]}),
+        | ({} if op.max_norm is None else {"bound": [str(v) for v in op.max_norm]})
+        | ({} if op.has_bias else {"bias": False}),
         "shape": site.shape,
         "dtype": str(site.dtype),
     }
@@ -401,7 +402,7 @@ def _parse_site(data: Mapping[str, Any]) -> PackagedSite:
     op = data["op"]
     target = None if op["target"] is None else _TARGET_BY_NAME[op["target"]]
     bound = tuple(map(float, op["bound"])) if "bound" in op else None
-    op = Op(op["kind"], tuple(op["shape"]), target, _lists_to_tuples(op["rest"]), bound)  # type: ignore[arg-type]
+    op = Op(op["kind"], tuple(op["shape"]), target, _lists_to_tuples(op["rest"]), bound, op.get("bias", True))  # type: ignore[arg-type]
     return PackagedSite(a, op, tuple(data["shape"]), _parse_dtype(data["dtype"]))
 
 
@@ -444,7 +445,14 @@ MANIFEST_SCHEMA: dict[str, Any] = {
     "sites": [
         {
             "attachment": ATTACHMENT_SCHEMA,
-            "op": {"kind": str, "shape": [Size], "target": Nullable(str), "rest": list, "bound": OptionalField([str])},
+            "op": {
+                "kind": str,
+                "shape": [Size],
+                "target": Nullable(str),
+                "rest": list,
+                "bound": OptionalField([str]),
+                "bias": OptionalField(bool),
+            },
             "shape": [Size],
             "dtype": str,
         }

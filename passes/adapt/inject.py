@@ -266,7 +266,12 @@ class _Injector:
             return
         y, b = self._latest_output(node), operands(node)[2]
         kind, biases = ("new_bias", []) if b is None else ("bias", [b])
-        self._insert_after(node, y, kind, [y, *biases, *self.slot_nodes])
+        self._insert_after(node, y, kind, [y, *biases, *self._weight_of_bias(), *self.slot_nodes])
+
+    def _weight_of_bias(self) -> list[fx.Node]:
+        """Return the model's own weight, where the method's bias depends on it."""
+        reads = self.attachment.method.bias_reads_weight()
+        return [self.lifted.placeholders[self.attachment.fqn]] if reads else []
 
     def _change_subgraph_bias(self, node: fx.Node) -> None:
         op, through = self.op.as_called_by(node), subgraph_input_of(node)
@@ -277,7 +282,9 @@ class _Injector:
             # Only whether the method adds a bias is asked here, and a tensor with y's last axis alone shows that.
             none = through is not None and through.bias == ""
             found = self.cached_region_for(
-                "new_bias" if none else "bias_value", op, [like, *_fake_values(self.slot_nodes)]
+                "new_bias" if none else "bias_value",
+                op,
+                [like, *_fake_values([*self._weight_of_bias(), *self.slot_nodes])],
             )
             if any(n.op == "call_function" for n in found.nodes):
                 what = "has no bias" if none else "computes its bias there"
@@ -288,7 +295,7 @@ class _Injector:
                     "it out of the targets."
                 )
             return
-        inputs = [b, *self.slot_nodes]
+        inputs = [b, *self._weight_of_bias(), *self.slot_nodes]
         region = self.cached_region("bias_value", op, inputs)
         if any(n.op == "call_function" for n in region.nodes):
             out = inline(

@@ -98,6 +98,8 @@ class Respecialize(GraphPass):
             inputs = [placeholders[a.fqn], base]
         elif kind == "bias":
             inputs.append(operands(consumer)[2])
+        if "bias" in kind and not kind.startswith(("apply", "fused")) and a.method.bias_reads_weight():
+            inputs.append(placeholders[a.fqn])
         inputs += slot_nodes(a, placeholders, names)
         fakes = [n.meta["val"] for n in inputs]
         key = (a.method, kind, op, trace_key(fakes))

@@ -74,6 +74,7 @@ class Op:
         other_args: the remaining arguments of the op.
         max_norm: (largest norm of a row, order of the norm) of an embedding with ``max_norm``, whose weight keeps to
             it. None for all others.
+        has_bias: whether the layer adds a bias. It says nothing where the op is unknown.
 
     Arguments of the functions:
         - `x`: an input of the layer.
@@ -99,6 +100,7 @@ class Op:
     target: Any = None
     other_args: tuple[Any, ...] = ()
     max_norm: tuple[float, float] | None = None
+    has_bias: bool = True
 
     @property
     def callable(self) -> bool:
@@ -323,7 +325,16 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
     target, rest = (None, ()) if consumer is None else called_op(consumer)
     matches_kind = target in LAYER_OPS and LAYER_OPS[target][0] == kind
     max_norm = None if consumer is None else max_norm_of(consumer)
-    return Op(kind, shape, target if matches_kind else None, rest if matches_kind else (), max_norm)
+    biased = consumer is not None and _adds_bias(consumer)
+    return Op(kind, shape, target if matches_kind else None, rest if matches_kind else (), max_norm, biased)
+
+
+def _adds_bias(consumer: fx.Node) -> bool:
+    """Return whether the op by which a node reads a weight adds a bias, one that is computed there included."""
+    meta = custom_meta(consumer).get(SUBGRAPH_INPUT_META)
+    if meta is not None:
+        return meta["op"] is not None and meta["bias"] != ""
+    return consumer.target in LAYER_OPS and operands(consumer)[2] is not None
 
 
 def max_norm_of(consumer: fx.Node) -> tuple[float, float] | None:

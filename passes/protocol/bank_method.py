@@ -242,10 +242,11 @@ def make_call_function(
             for one, p, mine in zip(sites, parameters, site_values, strict=True):
                 _, s, z = mine[k]
                 new[one.position] = change_parameter(one.site, p, s, z)
-            for one, mine in zip(sites, site_values, strict=True):
+            for one, p, mine in zip(sites, parameters, site_values, strict=True):
                 if one.bias_position is not None:
                     b = None if one.bias_position < 0 else new.get(one.bias_position, tensors[one.bias_position])
-                    made = one.site.method.bias(one.site.op, b, *mine[k][1:])
+                    method, op = one.site.method, one.site.op
+                    made = method.bias_over(op, op.canonical(p), b, b, *mine[k][1:])
                     if made is not None:
                         shifts.append(one.site.op.along_out(made if b is None else made - b, y))
             return sum(shifts, call(new, tensors))

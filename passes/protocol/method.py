@@ -7,6 +7,7 @@ A method states its meaning once, as a pure function on the canonical weight (se
     apply(op, x', y, W, b, slots, scale) -> y'   y = op(x', W, b); a method may have either, both or none
     weight_over(op, W0, W, slots, scale) -> W'   only for methods that read the base W0 when other adapters changed it
     bias(op, b, slots, scale) -> b'              only for methods that change the bias
+    bias_over(op, W0, b0, b, slots, scale) -> b' only for methods whose bias depends on the base's weight or bias
 
 Injection, merge, unmerge, save, load, swap and every layer kind follow from these. Methods are frozen dataclasses of
 their options, so that equal methods on equal shapes share one trace. No function may depend on a field that is
@@ -57,6 +58,7 @@ class Method(Hooks):
         - `W`: the weight in canonical layout, (out, in) or (out, in / groups, *kernel).
         - `base`: the model's own weight, where earlier adapters made ``W`` of it.
         - `b`: the bias (out,), or None.
+        - `own`: the model's own bias, where earlier adapters made ``b`` of it.
         - `x`: the input of the layer.
         - `y`: the output of the layer.
         - `slots`: name -> tensor of the adapter at this site.
@@ -106,6 +108,15 @@ class Method(Hooks):
         """Return the changed bias, (out,); None for no bias."""
         return b
 
+    def bias_over(
+        self, op: Op, W: Tensor, own: Tensor | None, b: Tensor | None, slots: Slots, scale: Scale
+    ) -> Tensor | None:
+        """Return the changed bias where it depends on the model's own weight ``W`` or bias ``own``, (out,).
+
+        Earlier adapters made ``b`` of ``own``. By default it is :meth:`bias`.
+        """
+        return self.bias(op, b, slots, scale)
+
     def input(self, op: Op, x: Tensor, slots: Slots, scale: Scale) -> Tensor:
         """Return the changed input of the layer, with the shape of ``x``."""
         raise AssertionError(f"{type(self).__name__} has no input()")
@@ -145,7 +156,11 @@ class Method(Hooks):
         return op.callable and self.defines("apply")
 
     def has_bias(self) -> bool:
-        return self.defines("bias")
+        return self.defines("bias", "bias_over")
+
+    def bias_reads_weight(self) -> bool:
+        """Return whether the method defines a :meth:`bias_over`, which reads the model's own weight."""
+        return self.defines("bias_over")
 
     def has_apply_form(self, op: Op) -> bool:
         """Return whether there is a form around the layer, which leaves its weight alone."""

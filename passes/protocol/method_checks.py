@@ -111,7 +111,7 @@ def identity_is_the_base(method: Method, op: Op) -> None:
         if method.has_weight():
             _check_equal(method, op, "identity", "weight", method.weight(op, W, slots, scale), W)
         if method.has_bias() and op.callable:
-            _check_equal(method, op, "identity", "bias", method.bias(op, b, slots, scale), b)
+            _check_equal(method, op, "identity", "bias", method.bias_over(op, W, b, b, slots, scale), b)
         if method.has_apply_form(op):
             x = _example_input(op, torch.float64)
             _check_equal(method, op, "identity", "output", method.call_adapted(op, x, W, None, slots, scale), op(x, W))
@@ -138,7 +138,8 @@ def first_values_learn(method: Method, op: Op) -> None:
             out = method.call_adapted(op, _example_input(op, torch.float64), base, None, slots, scale)
         outputs = [out]
         if method.has_bias() and op.callable:
-            new = method.bias(op, torch.randn(op.out_features, dtype=torch.float64), slots, scale)
+            b = torch.randn(op.out_features, dtype=torch.float64)
+            new = method.bias_over(op, base, b, b, slots, scale)
             outputs += [] if new is None else [new]
         loss = sum((p.double() * torch.randn(p.shape, dtype=torch.float64)).sum() for p in outputs)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -179,7 +180,7 @@ def forms_agree(method: Method, op: Op) -> None:
         x = _example_input(op, torch.float64)
         takes_bias = LAYER_OPS[op.target][3] is not None
         b = torch.randn(op.out_features, dtype=torch.float64) if takes_bias else None
-        new = method.bias(op, b, slots, scale) if takes_bias else None
+        new = method.bias_over(op, base, b, b, slots, scale) if takes_bias else None
         around = method.call_adapted(op, x, base, b, slots, scale)
         _check_equal(method, op, "apply", "output", around, op(x, changed, new))
 
@@ -248,7 +249,8 @@ def _example_regions(method: Method, op: Op, dtype: torch.dtype) -> Iterator[_Ex
 
     def region(kind: str, inputs: list[Tensor], *like: Tensor) -> _ExampleRegion:
         shapes = tuple(dict.fromkeys(tuple(t.shape) for t in like))
-        function = {"apply_bias": "apply", "new_bias": "bias"}.get(kind, kind)
+        bias = "bias_over" if method.bias_reads_weight() else "bias"
+        function = {"apply_bias": "apply", "new_bias": bias, "bias": bias}.get(kind, kind)
         return _ExampleRegion(
             kind, function, op, tuple(slots), has_scale, (*inputs, *slot_inputs), shapes, like[0].dtype
         )
@@ -265,8 +267,9 @@ def _example_regions(method: Method, op: Op, dtype: torch.dtype) -> Iterator[_Ex
         if b is not None:
             yield region("apply_bias", [x, y, W, b], y)
     if method.has_bias() and b is not None:
-        yield region("bias", [y, b], y)
-        yield region("new_bias", [y], y)
+        own = [W] if method.bias_reads_weight() else []
+        yield region("bias", [y, b, *own], y)
+        yield region("new_bias", [y, *own], y)
 
 
 def _resized_variants(method: Method, op: Op) -> Iterator[tuple[str, Method]]:

@@ -51,6 +51,8 @@ def trace_region(
         bias_value             b               the changed bias itself
         fused, fused_bias      x, W[, b]       the layer and its adapter in one
 
+    Where the bias depends on the weight (``bias_over``), the three regions of the bias read the base W0 after b.
+
     After these inputs come the slots called ``slot_names``, then the scale if ``has_scale``. Equal arguments give
     graphs that are equal node by node.
     """
@@ -79,16 +81,21 @@ def trace_region(
     def change_weight_over_base(base: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight_over(op, op.canonical(base), op.canonical(w), *split(slots)))
 
-    def change_bias(y: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
-        new = method.bias(op, b, *split(slots))
+    def bias_of(b: Tensor | None, rest: Sequence[Tensor]) -> Tensor | None:
+        if not method.bias_reads_weight():
+            return method.bias(op, b, *split(rest))
+        return method.bias_over(op, op.canonical(rest[0]), b, b, *split(rest[1:]))
+
+    def change_bias(y: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
+        new = bias_of(b, rest)
         return y if new is b or new is None else cast(y + op.along_out(new - b, y), y.dtype)
 
-    def add_new_bias(y: Tensor, *slots: Tensor) -> Tensor:
-        new = method.bias(op, None, *split(slots))
+    def add_new_bias(y: Tensor, *rest: Tensor) -> Tensor:
+        new = bias_of(None, rest)
         return y if new is None else cast(y + op.along_out(new, y), y.dtype)
 
-    def replace_bias(b: Tensor, *slots: Tensor) -> Tensor:
-        new = method.bias(op, b, *split(slots))
+    def replace_bias(b: Tensor, *rest: Tensor) -> Tensor:
+        new = bias_of(b, rest)
         return b if new is None else cast(new, b.dtype)
 
     functions = {

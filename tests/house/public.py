@@ -40,7 +40,7 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
         "VirtualTokens": "prompt",
         "ProgramMethod": "virtual_token_count tokens attention_mask position_ids token_type_ids labels inputs_embeds "
         "past_key_values prompt loss",
-        "Method": "slots init scale weight weight_over bias input apply check_merge",
+        "Method": "slots init scale weight weight_over bias bias_over input apply check_merge",
         "FileFormat": "read write keys derived fqn inner_path in_place summed low_rank with_low_rank",
         "SizeRule": "rank with_rank minimal with_sizes_of specialized_for",
         "BankForm": "apply apply_fused has_kernel apply_kernel",

@@ -43,7 +43,9 @@ OPS: dict[str, Any] = {
 
 
 #: entries whose methods are computed by the weight wherever they are
-WEIGHT_ALONE = {"miss_bat", "fourierft", "waveft", "waveft_sym4", "waveft_sparse", "shira"}
+WEIGHT_ALONE = {"miss_bat", "fourierft", "waveft", "waveft_sym4", "waveft_sparse", "shira"} | {
+    e for e in BY_NAME if e.startswith("glora")
+}
 
 
 def method_at(entry: Entry, op: Op) -> Method:
@@ -89,6 +91,7 @@ def both(method: Method, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: 
     number = method.scale(op)
     scale = None if number is None else torch.tensor(number, dtype=torch.promote_types(W.dtype, torch.float32))
     bias = method.bias(op, b, slots, scale) if method.has_bias() else b
+    bias = None if bias is None else bias.to(W.dtype)  # a new one has the adapter's dtype
     return op(x, method.weight(op, W, slots, scale), bias), method.call_adapted(op, x, W, b, slots, scale)
 
 

@@ -18,7 +18,10 @@ FACTOR = -0.375
 #: where PEFT keeps the factor of a method's change
 SCALINGS = ("scaling", "waveft_scaling", "fourierft_scaling")
 #: methods that have none, which PEFT warns of or does not offer
-WITHOUT = ("oft", "boft", "hra", "ia3", "road", "miss", "vera", "vblora", "c3a", "trainable_tokens", "hira")
+WITHOUT = (
+    *("oft", "boft", "hra", "ia3", "road", "miss", "vera", "vblora", "c3a", "trainable_tokens"),
+    *("hira", "beft", "deft", "glora"),
+)
 #: methods that have one here alone, of which their own tests tell
 OURS = ("delora",)
 

@@ -1,5 +1,5 @@
-"""AOTInductor packages of one method of each kind: additive, multiplicative, on activations, with shared and
-grouped slots."""
+"""AOTInductor packages of one method of each kind: additive, multiplicative, on activations, on the bias by the weight,
+with shared and grouped slots."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.support.subject import assert_close, save_random_adapter, subject
 
 @pytest.mark.long
 @pytest.mark.few(1)
-@pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera", "lily"])
+@pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera", "lily", "glora"])
 def test_packaged(entry: str, tmp_path):
     s = subject(entry, "linear")
     other = save_random_adapter(s, s.config(**s.entry.other_config), tmp_path / "other", seed=9)
-    room = {"hra": 6, "lily": 7}.get(entry)  # the other adapter has a larger rank
+    room = {"hra": 6, "lily": 7, "glora": 7}.get(entry)  # the other adapter has a larger rank
     runner = adaptc.load_package(adaptc.package(s.program, tmp_path / "adapted.pt2", max_rank=room))
     assert_close(runner(*s.args(5)), s.expected(5), 1e-12)
     runner.swap(other)

@@ -169,7 +169,8 @@ class Subject:
         out = {a.param: op.stored(method.weight(op, op.canonical(weight.detach()), named, scale))}
         bias = getattr(layer, "bias", None)
         if method.has_bias() and op.callable:
-            new = method.bias(op, None if bias is None else bias.detach(), named, scale)
+            own = None if bias is None else bias.detach()
+            new = method.bias_over(op, op.canonical(weight.detach()), own, own, named, scale)
             if new is not None:
                 out["bias"] = new
         return out
@@ -179,9 +180,14 @@ class Subject:
         if not self.entry.has_weight_form:
             return self.forward_with_hook(slots, *args)
         made, model = self.adapted_parameters(slots), self.base
-        if any(t.shape != getattr(model.layer, n).shape for n, t in made.items()):  # dense where there were groups
+        own = {n: getattr(model.layer, n) for n in made}
+        if any(t is None or t.shape != made[n].shape for n, t in own.items()):
             model = copy.deepcopy(model)
-            model.layer.groups = 1
+        for n, t in own.items():
+            if t is None:
+                model.layer.register_parameter(n, nn.Parameter(torch.empty_like(made[n])))
+            elif t.shape != made[n].shape:  # dense where there were groups
+                model.layer.groups = 1
         return torch.func.functional_call(model, {f"layer.{n}": t for n, t in made.items()}, args)
 
     def forward_with_hook(self, slots: dict[str, Tensor], *args: Tensor) -> Tensor:

@@ -260,7 +260,12 @@ class Merge(Pass):
                 start = torch.zeros(ops[first.id].out_features, dtype=dtype, device=lifted.tensor(first.fqn).device)
             new = start
             for a in changing:
-                new = a.method.bias(ops[a.id], new, *arguments[a.id])
+                op = ops[a.id]
+                if a.method.bias_reads_weight():
+                    base = op.canonical(_to_merge_dtype(lifted.tensor(a.fqn), dtype))
+                    new = a.method.bias_over(op, base, start, new, *arguments[a.id])
+                else:
+                    new = a.method.bias(op, new, *arguments[a.id])
             if new is None or new is start:
                 continue
             if old is not None and target is None:

@@ -24,6 +24,7 @@ FAMILIES = {
     "lycoris": "Configs of the products of LyCORIS",
     "orthogonal": "Configs of orthogonal methods",
     "sparse": "Configs of sparse and elementwise methods",
+    "weight_dependent": "Configs of methods whose change depends on the weight",
     "prompt": "Configs of prompt methods",
     "routed": "Configs of routed methods",
 }
