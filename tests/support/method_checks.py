@@ -111,6 +111,14 @@ def check_forms(s: Subject, tmp_path: Path) -> None:
             s.compile(form="weight")
         return
     outside = a.method.has_apply_form(op)
+    if a.method.trained().is_random():  # no weight holds noise, so the forms are equal in inference alone
+        with pytest.raises(adaptc.ConfigError, match="would lose its dropout or noise"):
+            s.compile(form="weight", training=True)
+        for form in ("apply", "weight"):
+            p = s.compile(form=form)
+            assert_valid(p)
+            assert_close(p(*s.args(5)), s.expected(5), s.tolerance)
+        return
     programs = [s.compile(form=f, training=True) for f in (("apply", "weight") if outside else ("auto", "weight"))]
     assert [p.adaptation.attachments[0].form for p in programs] == ["apply" if outside else "weight", "weight"]
     grads = []
