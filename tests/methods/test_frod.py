@@ -274,6 +274,17 @@ def test_layers_without_a_common_basis_are_refused():
         adaptc.compile(Experts(5, 7), FrodConfig(target_parameters=["matrices"]), example_inputs=torch.randn(2, 5))
 
 
+def test_weights_without_a_basis_are_refused():
+    model = nn.Sequential(nn.Linear(5, 7))
+    nn.init.constant_(model[0].weight, float("nan"))
+    config = FrodConfig(target_modules=["0"])
+    with pytest.raises(ConfigError, match="not all of them are finite"):
+        adaptc.compile(model, config, example_inputs=torch.randn(2, 5))
+    nn.init.eye_(model[0].weight)  # of which one inverse is that of zeros
+    with pytest.raises(ConfigError, match=r"no common basis of its weights with regularization_alpha=-1\.0"):
+        adaptc.compile(model, config.replace(regularization_alpha=-1.0), example_inputs=torch.randn(2, 5))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -219,6 +219,10 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
             assert p.dtype == slot or not p.is_floating_point(), key
         out = program(*args)
         assert out.dtype == dtype
+        if s.entry.follows_from_base:
+            rounded = copy.deepcopy(base_model_and_program(s.layer, s.entry.widths, dtype)[0]).double()
+            same = tuple(a.double() if a.is_floating_point() else a for a in args)
+            exact = adaptc.compile(rounded, s.directory, example_inputs=same)(*same)
         # What rounding every weight, input and adapter tensor once can do; an omitted factor does far more.
         bound = (60 if dtype == torch.bfloat16 else 2000) * torch.finfo(dtype).eps * scale
         assert float((out.double() - exact).abs().max()) < bound

@@ -92,7 +92,8 @@ class Entry:
     of a tensor by its key, where normal ones are not. ``tolerance``: for methods that PEFT computes in float32 whatever
     the dtype. ``tested_layers``: layers enough for a variant of a method that another entry has on all of them.
     ``has_weight_form``: whether it means something for a weight, so that it can be merged; ``rows``: whether a row of a
-    batch depends on that row alone.
+    batch depends on that row alone. ``follows_from_base``: whether tensors that no file holds follow from the base
+    weight, so that an adapter is another one where the base is rounded.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Entry:
     tolerance: float = 1e-9
     tested_layers: tuple[str, ...] = tuple(LAYERS)
     has_weight_form: bool = True
+    follows_from_base: bool = False
     rows: bool = True
 
     def layers(self) -> list[str]:
@@ -147,7 +149,7 @@ def distinct_logits(key: str, like: Tensor) -> Tensor:
 
 
 def near_first_values(key: str, like: Tensor) -> Tensor:
-    """Values near the first ones, for tensors in a basis of the weight that is another one after any rounding."""
+    """Values near the first ones: FRoD's basis, and its columns where the weight has none, follow from rounding."""
     return like.double() + torch.randn(like.shape, dtype=torch.float64) * 0.03
 
 
@@ -402,20 +404,22 @@ ENTRIES: list[Entry] = [
         peft=MATRICES,
         refused_layers=("experts",),
         other_config={"projection_prng_key": 7, "save_projection": False, "regularization_alpha": 0.1},
+        random_values=near_first_values,
+        follows_from_base=True,
         tolerance=1e-6,  # U and l are rounded to float32
     ),
     Entry(
         "frod_drawn",
         "FrodConfig",
-        {"sparse_rate": 0.3, "save_projection": False, "init_weights": False, "progressbar": False},
+        {"sparse_rate": 0.3, "save_projection": False, "progressbar": False},
         peft=MATRICES,
         refused_layers=("experts",),
         widths=(21, 15),
-        other_config={"projection_prng_key": 7, "save_projection": True},
-        is_identity_at_init=False,
+        other_config={"projection_prng_key": 7, "save_projection": True, "init_weights": False},
         random_values=near_first_values,
+        follows_from_base=True,
         tolerance=1e-6,
-        tested_layers=MATRIX_VIEW_LAYERS,
+        tested_layers=("linear", "addmm", "embedding", "functional"),
     ),
     Entry(
         "tinylora",

@@ -10,7 +10,8 @@ Slots, in PEFT's shapes: each site has ``frod_lambda_l`` (in,) and ``frod_lambda
 ``frod_V`` (in, in), ``frod_s_indices`` (2, n) and ``frod_s_size`` (2,), which are in files with ``save_projection``,
 once for all of its sites. Without it, they are made of the weights and of ``projection_prng_key``, as PEFT makes them.
 ``frod_U`` (out, in) always follows from W and V, in float64. ``frod_is_present`` is 0 at a site that the adapter lacks,
-and is not in files. Beyond PEFT's linear layers, W is the weight as a matrix, kernels in its columns.
+and is not in files. Where W has a lower rank than V, columns of U are what rounding left there. So an adapter is made
+for one dtype of the base. Beyond PEFT's linear layers, W is the weight as a matrix, kernels in its columns.
 """
 
 from __future__ import annotations
@@ -120,18 +121,31 @@ def block_of(name: str) -> int:
 def joint_basis(matrices: Sequence[Tensor], ridge: float) -> Tensor:
     """Return a basis V (columns, columns) for matrices (rows_i, columns), by a joint decomposition of all of them.
 
-    With fewer rows than columns in all, V has the right singular vectors of the stacked matrices.
+    With fewer rows than columns in all, V has the right singular vectors of the stacked matrices. Raises ConfigError
+    for matrices that are not finite, and where an inverse does not exist.
     """
     stacked = torch.cat([m.detach().to("cpu", torch.float32) for m in matrices])
+    if not bool(stacked.isfinite().all()):
+        raise ConfigError("FRoD decomposes the weights, but not all of them are finite")
+    try:
+        return _decompose(stacked, [m.shape[0] for m in matrices], ridge)
+    except torch.linalg.LinAlgError as error:
+        raise ConfigError(
+            f"FRoD found no common basis of its weights with regularization_alpha={ridge!r} ({error}); a larger one "
+            "keeps matrices invertible"
+        ) from error
+
+
+def _decompose(stacked: Tensor, rows: list[int], ridge: float) -> Tensor:
     columns = stacked.shape[1]
     if stacked.shape[0] < columns:
         return torch.linalg.svd(stacked, full_matrices=True).Vh.t()
     q, r = torch.linalg.qr(stacked)
     eye = torch.eye(columns, dtype=r.dtype)
     total = torch.zeros_like(eye)
-    for part in q.split([m.shape[0] for m in matrices]):
+    for part in q.split(rows):
         total += torch.linalg.inv(part.t() @ part + ridge * eye)
-    return r.t() @ torch.linalg.eigh(total / len(matrices)).eigenvectors
+    return r.t() @ torch.linalg.eigh(total / len(rows)).eigenvectors
 
 
 def count_entries(size: int, rate: float) -> int:

@@ -140,6 +140,7 @@ class TinyLora(Method):
 
     name: ClassVar[str] = "tinylora"
     stacks: ClassVar[bool] = True
+    takes_complex: ClassVar[bool] = False  # PEFT's SVD is one of real numbers
     swappable: ClassVar[frozenset[str]] = Method.swappable | {
         "tying",
         "key",
