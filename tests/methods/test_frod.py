@@ -152,6 +152,7 @@ def test_first_values_are_peft_s(tmp_path, init):
     assert torch.allclose(program(x), base, rtol=1e-4, atol=1e-5) == init
 
 
+@pytest.mark.long
 def test_swaps_to_other_sites_and_places(tmp_path):
     options: list[dict[str, Any]] = [
         {"target_modules": ["q", "down"], "projection_prng_key": 1},
@@ -174,6 +175,7 @@ def test_swaps_to_other_sites_and_places(tmp_path):
         adaptc.swap(program, tmp_path / "other")
 
 
+@pytest.mark.long
 def test_changes_of_two_adapters_add_up(tmp_path):
     for name, key in (("a", 1), ("b", 2)):
         peft_blocks(tmp_path / name, sparse_rate=0.2, projection_prng_key=key, target_modules=["down"])
@@ -187,6 +189,7 @@ def test_changes_of_two_adapters_add_up(tmp_path):
     torch.testing.assert_close(both(x), adaptc.merge(both)(x), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_training_is_peft_s(tmp_path, dropout):
     model = peft_blocks(tmp_path / "a", sparse_rate=0.2, frod_dropout=dropout).train()
@@ -202,6 +205,7 @@ def test_training_is_peft_s(tmp_path, dropout):
     torch.testing.assert_close(module.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_above_half_precision_the_weight_is_made_in_float32(tmp_path):
     """PEFT rounds U, V and l to bfloat16, and with them the weight, before it has changed anything."""
     options: dict[str, Any] = {"target_modules": TARGETS, "progressbar": False}

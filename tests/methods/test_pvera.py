@@ -49,6 +49,7 @@ def test_layers_of_different_sizes_share_projections(tmp_path, dtype, saved):
     torch.testing.assert_close(load_peft_chain(tmp_path / "b", dtype)(x), model(x))
 
 
+@pytest.mark.long
 def test_swaps_to_other_ranks_sites_and_projections(tmp_path):
     configs = [
         peft_config("PveraConfig", r=5, target_modules=["q", "v"]),

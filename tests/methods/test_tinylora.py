@@ -67,6 +67,7 @@ def test_runs_are_peft_s(count, tying):
     ]
 
 
+@pytest.mark.long
 def test_swaps_to_other_ranks_sites_and_runs(tmp_path):
     configs = [
         peft_config("TinyLoraConfig", r=3, u=7, weight_tying=0.5),
@@ -125,6 +126,7 @@ class Embedded(nn.Module):
         return self.up(self.table(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_an_embedding_shares_a_vector_with_a_linear_layer(tmp_path, dropout):
     torch.manual_seed(0)

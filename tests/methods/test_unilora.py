@@ -84,6 +84,7 @@ def test_swaps_to_other_ranks_sites_and_places(tmp_path):
         assert tensor_files_are_equal(tmp_path / str(i), tmp_path / f"again{i}")
 
 
+@pytest.mark.long
 def test_a_bank_holds_adapters_of_different_sites(tmp_path):
     configs = [
         peft_config("UniLoraConfig", r=5, theta_d_length=61, target_modules=["q", "v"]),
@@ -96,6 +97,7 @@ def test_a_bank_holds_adapters_of_different_sites(tmp_path):
     torch.testing.assert_close(out, torch.stack([models[1](x)[0], models[0](x)[1]]), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_the_program_read_from_a_file_knows_its_places(tmp_path):
     model = peft_chain(peft_config("UniLoraConfig", r=5, theta_d_length=61), tmp_path / "a")
     other = peft_chain(peft_config("UniLoraConfig", r=3, theta_d_length=61, proj_seed=1), tmp_path / "b")

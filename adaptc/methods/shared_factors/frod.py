@@ -129,7 +129,7 @@ def joint_basis(matrices: Sequence[Tensor], ridge: float) -> Tensor:
         raise ConfigError("FRoD decomposes the weights, but not all of them are finite")
     try:
         return _decompose(stacked, [m.shape[0] for m in matrices], ridge)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:  # torch.linalg's, which torch does not export
         raise ConfigError(
             f"FRoD found no common basis of its weights with regularization_alpha={ridge!r} ({error}); a larger one "
             "keeps matrices invertible"
