@@ -62,8 +62,12 @@ if TYPE_CHECKING:
     from adaptc.methods.prompt.prompt_tuning import PromptTuningConfig
     from adaptc.methods.routed.poly import PolyConfig
     from adaptc.methods.routed.xlora_config import XLoraConfig
+    from adaptc.methods.shared_factors.frod import FrodConfig
     from adaptc.methods.shared_factors.lily import LilyConfig
+    from adaptc.methods.shared_factors.pvera import PveraConfig
     from adaptc.methods.shared_factors.randlora import RandLoraConfig
+    from adaptc.methods.shared_factors.tinylora import TinyLoraConfig
+    from adaptc.methods.shared_factors.unilora import UniLoraConfig
     from adaptc.methods.shared_factors.vblora import VBLoRAConfig
     from adaptc.methods.shared_factors.vera import VeraConfig
     from adaptc.methods.sparse.beft import BeftConfig
@@ -133,8 +137,12 @@ PUBLIC = {
     "BOFTConfig": "adaptc.methods.orthogonal.boft",
     "HRAConfig": "adaptc.methods.orthogonal.hra",
     "VeraConfig": "adaptc.methods.shared_factors.vera",
+    "PveraConfig": "adaptc.methods.shared_factors.pvera",
     "RandLoraConfig": "adaptc.methods.shared_factors.randlora",
     "VBLoRAConfig": "adaptc.methods.shared_factors.vblora",
+    "FrodConfig": "adaptc.methods.shared_factors.frod",
+    "TinyLoraConfig": "adaptc.methods.shared_factors.tinylora",
+    "UniLoraConfig": "adaptc.methods.shared_factors.unilora",
     "LoHaConfig": "adaptc.methods.lycoris.loha",
     "LoKrConfig": "adaptc.methods.lycoris.lokr",
     "IA3Config": "adaptc.methods.sparse.ia3",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from adaptc.binding.binding import Binding, BindingSpec, ResolvedAdapter
 from adaptc.binding.binding_plan_cache import BindingPlanCache, structure_key
 from adaptc.binding.builder import EMBEDDING_NAMES, BindingBuilder, resize_shared_axes
 from adaptc.binding.check_tensors import check_method, check_number_kinds, check_rank, check_shapes, unbound_keys_error
+from adaptc.binding.common_to_sites import settle_shared_slots, sites_of_config, with_weights
 from adaptc.binding.file_keys import primary_key, slot_file_keys
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
@@ -43,6 +44,7 @@ def initial_values(
     present = [a for a in spec.attachments if methods_by_id is None or a.id in methods_by_id]
     methods = {a.id: a.method if methods_by_id is None else methods_by_id[a.id] for a in present}
     builder.find_shared_slots(methods)
+    makers = with_weights(methods, spec)
     for a in present:
         method = methods[a.id]
         if method.base_scheme() is not None and isinstance(spec.weights[a.fqn], QuantizedTensor):
@@ -51,7 +53,7 @@ def initial_values(
                 "the float model with init_lora_weights='loftq', and then adaptc.quantize(program, 'nf4'). For the "
                 "weights as they are, adaptc.subtract_adapter(float_model, quantised_model, rank=r) makes the adapter"
             )
-        init = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
+        init = makers[a.id].init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
         if any(n not in slots for n in a.method.slots(op)):  # slots that this adapter's options do not have
             slots = {**a.method.identity(op, spec.canonical_weight(a), spec.adapter_dtype(a)), **slots}
@@ -85,7 +87,7 @@ def bind(
     builder = BindingBuilder(spec, config, tensors.values() if copy else ())
     builder.is_from_file = True
     unused_keys = dict.fromkeys(tensors)
-    matched_sites = _match_sites(spec, config, tensors, unused_keys, infer_ranks=data.infer_ranks)
+    matched_sites = _match_sites(spec, config, tensors, unused_keys, infer_ranks=data.infer_ranks, source=source)
     methods = {a.id: method for a, method, _ in matched_sites}
     for a, _, site_tensors in matched_sites:
         check_method(a, config, site_tensors, source)
@@ -94,8 +96,9 @@ def bind(
             check_rank(a, method, site_tensors, source)
         builder.config = _with_found_ranks(config, spec, [(a, method) for a, method, _ in matched_sites])
     builder.find_shared_slots(methods)
+    makers = with_weights(methods, spec)
     for a, method, site_tensors in matched_sites:
-        slots, base = _read_slots(spec, a, method, site_tensors, source), None
+        slots, base = _read_slots(spec, a, makers[a.id], site_tensors, source), None
         keeps_base = method.base_scheme() is not None and isinstance(spec.weights[a.fqn], QuantizedTensor)
         if method.changes_base_at_init() and not keeps_base:
             base = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a)).base
@@ -189,6 +192,7 @@ def _match_sites(
     unused_keys: dict[str, None],
     *,
     infer_ranks: bool,
+    source: str,
 ) -> list[_MatchedSite]:
     """Return the attachments that the adapter has, each with the adapter's own method and tensors.
 
@@ -197,6 +201,7 @@ def _match_sites(
     """
     matched: list[_MatchedSite] = []
     shared_keys: set[str] = set()
+    chosen: Collection[str] | None = None
     for a in spec.attachments:
         op = spec.ops[a.id]
         method = a.method.rebind(config, a).sizes.specialized_for(op)
@@ -206,17 +211,29 @@ def _match_sites(
         keys = {n: a.file_key(n, s) for n, s in specs.items() if s.saved}
         keys |= {n: a.file_key(n, specs.get(n, Slot(()))) for n in method.files.keys(op)}
         slot_tensors = {n: tensors[k] for n, k in keys.items() if k in tensors}
-        common = {n for n, s in specs.items() if s.shared}
+        common = {n for n, s in specs.items() if s.shared or s.key}
         if keys and not slot_tensors.keys() - common:
-            continue
-        shared_keys |= {keys[n] for n in slot_tensors.keys() & common}
+            if not slot_tensors or any(s.saved and not (s.shared or s.key) for s in specs.values()):
+                continue
+            # Files of this method hold nothing of a site, so the config says which sites there are.
+            chosen = sites_of_config(spec, config, source) if chosen is None else chosen
+            if a.id not in chosen:
+                continue
+        shared_keys |= {keys[n] for n in slot_tensors.keys() & common if not specs[n].key}
         for name in slot_tensors.keys() - common:
             unused_keys.pop(keys[name], None)
         matched.append((a, method.sizes.with_sizes_of(op, slot_tensors) if infer_ranks else method, slot_tensors))
-    _check_tied_sites(spec, {a.id for a, _, _ in matched})
     for key in shared_keys:
         unused_keys.pop(key, None)
-    methods = settle_shared_slots({a.id: method for a, method, _ in matched}, spec.ops)
+    methods = settle_shared_slots({a.id: method for a, method, _ in matched}, spec.ops, spec.weights)
+    for a, _, slot_tensors in matched:
+        for name, slot in methods[a.id].slots(spec.ops[a.id]).items():
+            if slot.key:
+                slot_tensors.pop(name, None)
+                if slot.key in tensors:
+                    slot_tensors[name] = tensors[slot.key]
+                    unused_keys.pop(slot.key, None)
+    _check_tied_sites(spec, {a.id for a, _, _ in matched})
     check_sizes(config, [(a, methods[a.id], spec.ops[a.id]) for a, _, _ in matched])
     return [(a, methods[a.id], found) for a, _, found in matched]
 
@@ -265,18 +282,6 @@ def _read_slots(spec: BindingSpec, a: Attachment, method: Method, site_tensors: 
     if not method.slots(op).keys() >= set(missing):
         derived = {**a.method.identity(op, spec.canonical_weight(a), dtype), **derived}
     return {**{n: derived[n] for n in missing}, **slots}
-
-
-def settle_shared_slots(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
-    """Return the methods of one adapter, by attachment id, with the sizes that ``settle_shared_sizes`` settles among
-    them."""
-    out: dict[str, Method] = dict(methods)
-    parts = {i: m.unwrap(ops[i]) for i, m in methods.items()}
-    for kind in dict.fromkeys(cast(type[Method], type(m)) for m, _ in parts.values()):
-        ids = [i for i, (m, _) in parts.items() if type(m) is kind]
-        new = kind.sharing.settle_shared_sizes([parts[i] for i in ids])
-        out |= {i: methods[i].rewrap(m) for i, m in zip(ids, new, strict=True)}
-    return out
 
 
 def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:

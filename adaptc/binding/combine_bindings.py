@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adaptc.adapter_files.adapter_data import PEFT_ORIGIN
 from adaptc.adapter_files.check_state_dict import is_state_dict
-from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.errors import ConfigError
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
@@ -101,5 +101,5 @@ def with_settled_sizes(spec: BindingSpec) -> BindingSpec:
         by_adapter.setdefault(a.adapter, []).append(a)
     methods: dict[str, Method] = {}
     for group in by_adapter.values():
-        methods |= settle_shared_slots({a.id: a.method for a in group}, spec.ops)
+        methods |= settle_shared_slots({a.id: a.method for a in group}, spec.ops, spec.weights)
     return replace(spec, attachments=[replace(a, method=methods[a.id]) for a in spec.attachments])

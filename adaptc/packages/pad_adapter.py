@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from adaptc.archives.refusal import UnsafeFile
-from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding
+from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.binding.sources.configs import config_from_dict
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.methods import AdapterConfig
@@ -65,7 +65,7 @@ class AdapterPadder:
         ops = {s.attachment.id: s.op for s in m.sites}
         found = [s.attachment for s in m.sites if s.attachment.id in present_sites]
         rebound = {a.id: a.method.rebind(config, a).sizes.specialized_for(ops[a.id]) for a in found}
-        methods = settle_shared_slots(rebound, ops)
+        methods = settle_shared_slots(rebound, ops, [s.attachment.fqn for s in m.sites])
         (constants, values), self._packaged_values = self._split_unused(self._packaged_values), {}
         factors = {site: f for site, f in m.header.get("factors", {}).items() if site in present_sites}
         name = m.sites[0].attachment.adapter
@@ -101,6 +101,11 @@ class AdapterPadder:
         for s in self.manifest.sites:
             a = s.attachment
             method = a.method.rebind(config, a)
+            if method.files.needs_base() and a.fqn not in self.manifest.bases:
+                raise SwapError(
+                    f"an adapter of this {type(config).__name__} has values that follow from the base weight "
+                    f"{a.fqn!r}, which the package does not hold. Swap the adapter into the program, and package that."
+                )
             if method.changes_base_at_init() and a.fqn not in self.manifest.bases:
                 quantised = (
                     ""

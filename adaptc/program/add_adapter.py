@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from adaptc.adapter_files.adapter_data import AdapterData, LoadedAdapter
-from adaptc.binding.bind import bind, file_tensors, initial_values, settle_shared_slots
+from adaptc.binding.bind import bind, file_tensors, initial_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_scale import binding_of_parts, turn_off
 from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter
+from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.errors import ConfigError, SwapError, listing, short_repr
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.train.set_mode import SetMode
@@ -110,7 +111,7 @@ def _bind_at_deleted_sites(program: ProgramCore, name: str, plan: CompilePlan) -
 def _planned_methods(part_spec: BindingSpec, planned: BindingSpec) -> dict[str, Any]:
     theirs = {_weight_and_method(a): a.method for a in planned.attachments}
     found = {a.id: theirs[_weight_and_method(a)] for a in part_spec.attachments if _weight_and_method(a) in theirs}
-    return settle_shared_slots(found, part_spec.ops)
+    return settle_shared_slots(found, part_spec.ops, part_spec.weights)
 
 
 def _carry_over_adapters(old: ProgramCore, new: Any, parts: Mapping[str, Binding]) -> Binding:

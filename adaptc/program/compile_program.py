@@ -17,9 +17,10 @@ from torch import nn
 
 from adaptc.adapter_files.adapter_data import PEFT_KEYS, AdapterData
 from adaptc.adapter_files.load import has_tensors, load
-from adaptc.binding.bind import bind, initial_values, settle_shared_slots
+from adaptc.binding.bind import bind, initial_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter, stack_bindings, with_settled_sizes
+from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.binding.sources.composite_adapters import join_routed
 from adaptc.binding.sources.configs import as_config, loaded_config, new_adapter
 from adaptc.binding.sources.other_formats import for_component
@@ -168,7 +169,7 @@ def plan_adapters(
     spec = _make_binding_spec(base, attachments, autocast, _is_trainable(adapters[0], training), plans)
     for p in plans:
         ops = {**_ops_by_site(base, [a for a in p.attachments if a.id not in spec.ops]), **spec.ops}
-        methods = settle_shared_slots({a.id: a.method for a in p.attachments}, ops)
+        methods = settle_shared_slots({a.id: a.method for a in p.attachments}, ops, spec.weights)
         check_sizes(p.config, [(a, methods[a.id], ops[a.id]) for a in p.attachments])
     return CompilePlan(captured, adapters, plans, spec, by_name is not None)
 
@@ -404,5 +405,5 @@ def _initial_binding(
     config = adapter.data.config
     if plan is None:
         return initial_values(spec, config, generator)
-    own = settle_shared_slots({a.id: a.method for a in plan.attachments}, spec.ops)
+    own = settle_shared_slots({a.id: a.method for a in plan.attachments}, spec.ops, spec.weights)
     return initial_values(spec, config, generator, methods_by_id=own)

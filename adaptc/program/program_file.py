@@ -18,10 +18,10 @@ from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
 from adaptc.archives.checksum import add_checksum
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
-from adaptc.binding.bind import settle_shared_slots
 from adaptc.binding.binding import Binding
 from adaptc.binding.check_binding import fingerprint
 from adaptc.binding.combine_bindings import stack_bindings
+from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.binding.file_keys import base_weight_name
 from adaptc.binding.grouped_slots import find_slot_groups
 from adaptc.binding.sources.configs import config_from_dict
@@ -239,7 +239,7 @@ def _read_adapter_binding(
                 slots[name].requires_grad_(slots[name].is_floating_point() or slots[name].is_complex())
     beside = {**stored["unread"], **{k: base_weight_name(k) for k in stored["carried"]}}
     carried = {key: lifted.tensor(fqn).detach() for key, fqn in beside.items()}
-    methods = settle_shared_slots(methods, ops)
+    methods = settle_shared_slots(methods, ops, lifted.state_dict)
     for fqn, first in find_slot_groups(attachments_found, ops, methods, lifted.state_dict).items():
         one, other = values[first], values[fqn]
         if (one.dtype, one.device) == (other.dtype, other.device):

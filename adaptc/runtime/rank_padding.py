@@ -60,7 +60,7 @@ def find_paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | Non
     ``form`` is the form the site was injected in, "apply" or "weight". Returns None where the method has no rank, or
     where no padding works.
     """
-    method = method.evaluated()  # dropout would differ from one try to the next
+    method = method.noiseless()  # random numbers would differ from one try to the next
     small, large = (method.sizes.with_rank(op, n * op.groups) for n in (2, 5))
     if small is None or large is None:
         return None

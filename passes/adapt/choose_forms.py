@@ -147,8 +147,8 @@ def choose_forms(candidates: Sequence[FormCandidate]) -> None:
             candidate.form, candidate.reason = choice.form, choice.reason
         if candidate.form == "weight" and method.has_apply_form(candidate.op) and candidate.has_dropout_outside():
             raise ConfigError(
-                f"site {a.id!r} would lose its dropout, which acts on what the layer reads, in the weight form "
-                f"({candidate.reason}). Set the dropout to 0, or leave out what needs this form."
+                f"site {a.id!r} would lose its dropout or noise, which act at the layer, in the weight form "
+                f"({candidate.reason}). Take them out of the config, or leave out what needs this form."
             )
         if needs_base_weight and candidate.form == "apply":
             apply_form_fqns.add(a.fqn)
@@ -190,9 +190,9 @@ def with_compilable_form(a: Attachment, backend: str) -> Attachment:
     """
     if backend != "inductor" or not a.kind.startswith("conv"):
         return a
-    if a.method.drops_input():
+    if a.method.is_random():
         raise BackendError(
-            f"dropout on the adapter input of the convolution {a.fqn!r} cannot be compiled by inductor for every rank; "
-            "train with backend='eager'"
+            f"dropout or noise in the adapter of the convolution {a.fqn!r} cannot be compiled by inductor for every "
+            "rank; train with backend='eager'"
         )
     return replace(a, form="weight")

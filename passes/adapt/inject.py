@@ -175,7 +175,7 @@ class _Injector:
                     apply_work += count_operations(region, moving)
             inside = self.cached_region("weight", self.op, weight)
             if self.has_dropout_outside():
-                self.costs.choices[key] = FormChoice("apply", "its dropout acts on what the layer reads")
+                self.costs.choices[key] = FormChoice("apply", "its dropout or noise acts at the layer")
             else:
                 cost = count_operations(inside, 0)
                 self.costs.choices[key] = choose_cheaper(
@@ -197,10 +197,12 @@ class _Injector:
         return any(subgraph_input_of(self.lifted.nodes[c]) is not None for c in self.attachment.consumers)
 
     def has_dropout_outside(self) -> bool:
-        """Return whether the apply form has dropout that the weight form lacks."""
+        """Return whether the apply form has dropout, or noise, that the weight form lacks."""
+        method = self.attachment.method
         if self.is_in_subgraph():
-            return self.attachment.method.drops_input()
-        nodes = [self.lifted.nodes[c] for c in self.attachment.consumers] if self.attachment.method.training else []
+            return method.is_random()
+        is_random = method.training or method.is_random()
+        nodes = [self.lifted.nodes[c] for c in self.attachment.consumers] if is_random else []
         if not any(has_dropout(region) for node in nodes for _, region in self._apply_regions(node)):
             return False
         return not has_dropout(self.cached_region("weight", self.op, [self._weight(), *self.slot_nodes]))

@@ -88,5 +88,5 @@ def training_mode_of(node: fx.Node) -> bool | None:
 
 
 def has_dropout(region: fx.Graph) -> bool:
-    """Return whether a region has dropout, so that no other form of the adapter can replace it."""
-    return any(node.target is aten.dropout.default for node in region.nodes)
+    """Return whether a region has dropout or draws noise, so that no other form of the adapter can replace it."""
+    return any(node.target in (aten.dropout.default, aten.randn_like.default) for node in region.nodes)

@@ -80,7 +80,7 @@ class Attachment:
 
     def file_key(self, name: str, slot: Slot) -> str:
         """Return the key of a slot in files, without the file's prefix."""
-        return name if slot.shared or not self.key else f"{self.key}.{name}"
+        return slot.key or (name if slot.shared or not self.key else f"{self.key}.{name}")
 
     def tag(self, role: str) -> dict[str, Any]:
         """Return the tag that every node of its regions carries; ``role`` is "out" for the result."""

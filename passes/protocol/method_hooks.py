@@ -160,6 +160,14 @@ class Hooks:
         """Return whether the form around a layer applies dropout to what the adapter reads."""
         return bool(self.training and self.dropout)
 
+    def is_random(self) -> bool:
+        """Return whether the form around a layer draws random numbers, for dropout or for noise."""
+        return self.drops_input()
+
+    def noiseless(self) -> Self:
+        """Return this method with nothing random in it, not even in inference."""
+        return self.evaluated()
+
     def inside_multihead_attention(self) -> Any:
         """Return this method for a layer inside another adapted one: MultiheadAttention's ``out_proj`` in PEFT."""
         return self

@@ -41,11 +41,11 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
         "ProgramMethod": "virtual_token_count tokens attention_mask position_ids token_type_ids labels inputs_embeds "
         "past_key_values prompt loss",
         "Method": "slots init scale weight weight_over bias bias_over input apply check_merge",
-        "FileFormat": "read write keys derived fqn inner_path in_place summed low_rank with_low_rank",
+        "FileFormat": "read write keys derived needs_base fqn inner_path in_place summed low_rank with_low_rank",
         "SizeRule": "rank with_rank minimal with_sizes_of specialized_for",
         "BankForm": "apply apply_fused has_kernel apply_kernel",
         "KernelForm": "why_missing apply",
-        "SharedSlots": "shares settle_shared_sizes grouped_slots tied_to",
+        "SharedSlots": "shares settle_shared_sizes grouped_slots with_weights tied_to",
         "ExtraInputs": "coefficients extras check_inputs",
         "Op": "down_up down up product add_low_rank dense along_out along_in matrix unmatrix matrix_shape canonical "
         "stored out_features in_features groups experts kernel is_conv is_pointwise",

@@ -14,10 +14,13 @@ from tests.support.method_table import BY_NAME
 from tests.support.subject import assert_valid, quiet
 
 #: defined by lengths, orders, real transforms and rotations
-REAL = ("dora", "oft", "boft", "hra", "vblora", "fourierft", "waveft", "c3a", "delora", "peanut", "deft")
+REAL = (
+    *("dora", "oft", "boft", "hra", "vblora", "fourierft", "waveft", "c3a", "delora", "peanut", "deft"),
+    *("pvera", "tinylora", "frod"),
+)
 KEPT = (
     *("lora", "ia3", "ia3_inputs", "road", "road_4", "loha", "lokr", "miss", "miss_bat"),
-    *("vera", "randlora", "shira", "hira", "gralora"),
+    *("vera", "randlora", "shira", "hira", "gralora", "unilora"),
 )
 
 

@@ -20,13 +20,23 @@ from tests.support.method_table import Experts
 #: nothing nested; methods of a whole program, which say what cannot be trained on, are never stacked, nor are those
 #: with coefficients or extras, which do experts themselves or refuse them; the rest follows from what it does say
 OWN = {
-    *("is_variant_of", "defines", "drops_input", "inside_multihead_attention", "name", "slot_family", "swappable"),
+    *(
+        "is_variant_of",
+        "defines",
+        "drops_input",
+        "is_random",
+        "noiseless",
+        "inside_multihead_attention",
+        "name",
+        "slot_family",
+        "swappable",
+    ),
     *("training", "dropout", "filled", "untrainable", "kernels", "extra_inputs"),
 }
 #: the same of its objects: it is wrapped anew by those who settle sizes; what a method says of its files where there is
 #: no model is asked of the method alone; an embedding has no experts
 OWN_OF_PARTS = {"files.summed", "files.low_rank", "files.with_low_rank", "files.with_names"}
-OWN_OF_PARTS |= {"sharing.settle_shared_sizes", "sharing.grouped_slots", "sharing.tied_to"}
+OWN_OF_PARTS |= {"sharing.settle_shared_sizes", "sharing.grouped_slots", "sharing.with_weights", "sharing.tied_to"}
 
 
 def public(cls: type) -> set[str]:

@@ -11,7 +11,7 @@ from tests.support.subject import assert_close, save_random_adapter, subject
 
 @pytest.mark.long
 @pytest.mark.few(1)
-@pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera", "lily", "glora"])
+@pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera", "pvera", "unilora", "tinylora", "lily", "glora"])
 def test_packaged(entry: str, tmp_path):
     s = subject(entry, "linear")
     other = save_random_adapter(s, s.config(**s.entry.other_config), tmp_path / "other", seed=9)
@@ -21,4 +21,16 @@ def test_packaged(entry: str, tmp_path):
     runner.swap(other)
     assert_close(runner(*s.args(2)), s.compile(other)(*s.args(2)), 1e-12)
     runner.swap(s.directory)
+    assert_close(runner(*s.args(5)), s.expected(5), 1e-12)
+
+
+@pytest.mark.long
+def test_a_package_refuses_adapters_whose_values_follow_from_its_base(tmp_path):
+    s = subject("frod", "linear")
+    runner = adaptc.load_package(adaptc.package(s.program, tmp_path / "adapted.pt2"))
+    assert_close(runner(*s.args(5)), s.expected(5), 1e-12)
+    with pytest.raises(
+        adaptc.SwapError, match=r"follow from the base weight 'layer.weight', which the package does not"
+    ):
+        runner.swap(s.directory)
     assert_close(runner(*s.args(5)), s.expected(5), 1e-12)

@@ -111,6 +111,14 @@ def check_forms(s: Subject, tmp_path: Path) -> None:
             s.compile(form="weight")
         return
     outside = a.method.has_apply_form(op)
+    if a.method.trained().is_random():  # no weight holds noise, so the forms are equal in inference alone
+        with pytest.raises(adaptc.ConfigError, match="would lose its dropout or noise"):
+            s.compile(form="weight", training=True)
+        for form in ("apply", "weight"):
+            p = s.compile(form=form)
+            assert_valid(p)
+            assert_close(p(*s.args(5)), s.expected(5), s.tolerance)
+        return
     programs = [s.compile(form=f, training=True) for f in (("apply", "weight") if outside else ("auto", "weight"))]
     assert [p.adaptation.attachments[0].form for p in programs] == ["apply" if outside else "weight", "weight"]
     grads = []
@@ -211,6 +219,10 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
             assert p.dtype == slot or not p.is_floating_point(), key
         out = program(*args)
         assert out.dtype == dtype
+        if s.entry.follows_from_base:
+            rounded = copy.deepcopy(base_model_and_program(s.layer, s.entry.widths, dtype)[0]).double()
+            same = tuple(a.double() if a.is_floating_point() else a for a in args)
+            exact = adaptc.compile(rounded, s.directory, example_inputs=same)(*same)
         # What rounding every weight, input and adapter tensor once can do; an omitted factor does far more.
         bound = (60 if dtype == torch.bfloat16 else 2000) * torch.finfo(dtype).eps * scale
         assert float((out.double() - exact).abs().max()) < bound

@@ -92,7 +92,8 @@ class Entry:
     of a tensor by its key, where normal ones are not. ``tolerance``: for methods that PEFT computes in float32 whatever
     the dtype. ``tested_layers``: layers enough for a variant of a method that another entry has on all of them.
     ``has_weight_form``: whether it means something for a weight, so that it can be merged; ``rows``: whether a row of a
-    batch depends on that row alone.
+    batch depends on that row alone. ``follows_from_base``: whether tensors that no file holds follow from the base
+    weight, so that an adapter is another one where the base is rounded.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Entry:
     tolerance: float = 1e-9
     tested_layers: tuple[str, ...] = tuple(LAYERS)
     has_weight_form: bool = True
+    follows_from_base: bool = False
     rows: bool = True
 
     def layers(self) -> list[str]:
@@ -144,6 +146,11 @@ def distinct_logits(key: str, like: Tensor) -> Tensor:
     if "logits" not in key:
         return torch.randn(like.shape, dtype=torch.float64) * 0.5
     return torch.rand(like.shape).argsort(-1).double() * 0.25
+
+
+def near_first_values(key: str, like: Tensor) -> Tensor:
+    """Values near the first ones: FRoD's basis, and its columns where the weight has none, follow from rounding."""
+    return like.double() + torch.randn(like.shape, dtype=torch.float64) * 0.03
 
 
 #: enough for methods that see of a layer but the matrix its weight is
@@ -365,6 +372,23 @@ ENTRIES: list[Entry] = [
         tested_layers=MATRIX_VIEW_LAYERS,
     ),
     Entry(
+        "pvera",
+        "PveraConfig",
+        {"r": 6},
+        peft=MATRICES,
+        refused_layers=("conv_transpose", "functional", "experts"),
+        other_config={"r": 3, "projection_prng_key": 7, "save_projection": False, "d_initial": 0.3},
+    ),
+    Entry(
+        "pvera_drawn",
+        "PveraConfig",
+        {"r": 4, "save_projection": False},
+        peft=MATRICES,
+        refused_layers=("conv_transpose", "functional", "experts"),
+        other_config={"init_weights": False},
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    Entry(
         "randlora",
         "RandLoraConfig",
         {"r": 4, "randlora_alpha": 5},
@@ -378,6 +402,63 @@ ENTRIES: list[Entry] = [
         peft=MATRICES,
         widths=(21, 15),
         other_config={"save_projection": True, "init_weights": False},
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    Entry(
+        "unilora",
+        "UniLoraConfig",
+        {"r": 4, "theta_d_length": 37},
+        peft=MATRICES,
+        other_config={"r": 3, "proj_seed": 7, "save_indices": True},
+        is_identity_at_init=False,
+    ),
+    Entry(
+        "unilora_indices",
+        "UniLoraConfig",
+        {"r": 3, "theta_d_length": 500, "save_indices": True, "init_weights": False},
+        peft=MATRICES,
+        other_config={"r": 5, "proj_seed": 7, "save_indices": False},
+        is_identity_at_init=False,
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    Entry(
+        "frod",
+        "FrodConfig",
+        {"sparse_rate": 0.1, "progressbar": False},
+        peft=MATRICES,
+        refused_layers=("experts",),
+        other_config={"projection_prng_key": 7, "save_projection": False, "regularization_alpha": 0.1},
+        random_values=near_first_values,
+        follows_from_base=True,
+        tolerance=1e-6,  # U and l are rounded to float32
+    ),
+    Entry(
+        "frod_drawn",
+        "FrodConfig",
+        {"sparse_rate": 0.3, "save_projection": False, "progressbar": False},
+        peft=MATRICES,
+        refused_layers=("experts",),
+        widths=(21, 15),
+        other_config={"projection_prng_key": 7, "save_projection": True, "init_weights": False},
+        random_values=near_first_values,
+        follows_from_base=True,
+        tolerance=1e-6,
+        tested_layers=("linear", "addmm", "embedding", "functional"),
+    ),
+    Entry(
+        "tinylora",
+        "TinyLoraConfig",
+        {"r": 3, "u": 11},
+        peft=(*MATRICES, "embedding"),
+        other_config={"r": 2, "projection_seed": 7, "save_projection": False, "weight_tying": 0.5},
+    ),
+    Entry(
+        "tinylora_drawn",
+        "TinyLoraConfig",
+        {"r": 17, "u": 5, "save_projection": False, "init_weights": "uniform"},
+        peft=MATRICES,  # PEFT says that an embedding's projections are missing, though they need not be in the file
+        other_config={"r": 4, "init_weights": False},
+        is_identity_at_init=False,
         tested_layers=MATRIX_VIEW_LAYERS,
     ),
     Entry(

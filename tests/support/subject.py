@@ -243,7 +243,8 @@ def file_key_of(name: str) -> str:
 
 def possible_file_keys(name: str) -> tuple[str, ...]:
     """PEFT drops ``weight`` from some keys of its files, and the site from those of tensors that all sites share."""
-    return (name, name.removesuffix(".weight"), name.rpartition(".")[2])
+    last = name.rsplit(".", 2)
+    return (name, name.removesuffix(".weight"), last[-1], ".".join(last[-2:]))
 
 
 def find_file_key(found: dict[str, Tensor], name: str) -> str:

@@ -39,9 +39,9 @@ def check_sizes(config: Any, sites: Iterable[tuple[SiteDescription, Method, Op]]
                 raise ConfigError(
                     f"{_describe_options(config, op)}: {name!r} of {place.key!r} would have shape {slot.shape}"
                 )
-            if slot.shared and (name, slot.shape) in seen_shared:
+            if (slot.shared or slot.key) and (slot.key or name, slot.shape) in seen_shared:
                 continue
-            seen_shared.add((name, slot.shape))
+            seen_shared.add((slot.key or name, slot.shape))
             total_bytes += _slot_bytes(slot)
             if total_bytes > limit_bytes == ALWAYS_FREE_BYTES:
                 limit_bytes = max(ALWAYS_FREE_BYTES, _available_bytes())

@@ -37,7 +37,9 @@ class PerExpertMethod(Method):
 
     name: ClassVar[str] = "stacked"
     stacks: ClassVar[bool] = True
-    files = part_per_expert("files", "write", "derived", "keys", "fqn", "inner_path", "in_place", read=_read)
+    files = part_per_expert(
+        "files", "write", "derived", "needs_base", "keys", "fqn", "inner_path", "in_place", read=_read
+    )
     sizes = part_per_expert("sizes", "rank", "with_rank", "minimal", "with_sizes_of", "specialized_for")
     sharing = part_per_expert("sharing", "shares")
     bank = property(lambda self: BankForm(self.inner.bank.row_wise))

@@ -74,6 +74,10 @@ class FileFormat(MethodPart):
         """Return values of the slots that a file does not hold, derived from ``found``, the slots that it does."""
         return self.method.identity(op, W, dtype)
 
+    def needs_base(self) -> bool:
+        """Return whether :meth:`derived` computes with the values of the base weight, so that no package can bind."""
+        return False
+
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         """Return the name of a slot in the program's state dict, which is PEFT's name in a wrapped model."""
         head, _, tail = slot.partition(".")

@@ -35,6 +35,8 @@ class Slot:
             the largest site of its adapter needs. This length may differ between adapters, so binding an adapter cuts
             it or pads it with zeros.
         repeated: whether files hold the shared slot a second time under each site.
+        key: the slot's key in files, for a tensor of the whole model that only some sites share; '' for the slot's name
+            below the site. It may depend on what ``settle_shared_sizes`` settles, which is known once all sites are.
         apart: whether none of the slot's free sizes follows from the adapter's rank. A tuple names the size along each
             free axis. Sizes with one name are equal in all slots of the site.
 
@@ -52,6 +54,7 @@ class Slot:
     shared: bool = False
     shared_axes_cut: tuple[int, ...] = ()
     repeated: bool = False
+    key: str = ""
     apart: bool | tuple[str, ...] = False
 
     def size_names(self, slot: str) -> dict[int, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.parts.method_part import MethodPart
@@ -51,6 +53,14 @@ class SharedSlots(MethodPart):
         of the class, so there is no ``method``.
         """
         return [{} for _ in sites]
+
+    def with_weights(self, sites: Sequence[tuple[Any, Op, Callable[[], Tensor]]]) -> list[Any]:
+        """Return the methods of all sites of one adapter, for making values that follow from the weights of several.
+
+        Each site comes with a function that returns its canonical base weight. The methods returned here make first
+        values and what files do not hold, and are kept nowhere. It is asked of the class, so there is no ``method``.
+        """
+        return [method for method, _, _ in sites]
 
     def tied_to(self, home: str) -> Any:
         """Return the method for a linear layer tied to the embedding at module ``home``, using the embedding's slots.
