@@ -119,6 +119,13 @@ class Hooks:
         """Return slot values at a site that the bound adapter lacks, which keep all changes by other adapters."""
         return self.identity(op, W, dtype)
 
+    def with_layer_bias(self, b: Tensor | None) -> Any:
+        """Return this method for making values at a layer with the bias ``b`` (out,), None for a layer without one.
+
+        ``init`` and ``files.derived`` are called on it. Only methods whose values follow from the bias, too, need it.
+        """
+        return self
+
     # -- lifecycle -----------------------------------------------------------------------------------------------------
 
     def rebind(self, config: Any, place: SiteDescription) -> Any:
