@@ -34,6 +34,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "OFT": ("OFTConfig", {}),
     "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
     "HRA": ("HRAConfig", {"r": 8}),
+    "PSOFT": ("PsoftConfig", {}),
+    "OSF": ("OSFConfig", {}),
     "VeRA": ("VeraConfig", {"r": 256}),
     "RandLoRA": ("RandLoraConfig", {"r": 32}),
     "VB-LoRA": ("VBLoRAConfig", {"r": 4, "vector_length": 64}),
@@ -42,6 +44,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "C3A": ("C3AConfig", {"block_size": 64}),
     "MiSS": ("MissConfig", {"r": 64}),
     "SHiRA": ("ShiraConfig", {"r": 16}),
+    "Supertuning": ("SupertuningConfig", {}),
+    "AdaMSS": ("AdamssConfig", {}),
     "RoAd": ("RoadConfig", {}),
     "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
 }

@@ -202,6 +202,9 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
     """Above a half-precision base, slots are float32 and outputs have the base's dtype and its rounding."""
     exact, scale = s.expected(5), 1.0
     for dtype, autocast in ((torch.bfloat16, True), (torch.float32, True), (torch.bfloat16, False)):
+        if s.entry.follows_base:
+            rounded = copy.deepcopy(s.base).to(dtype).double()
+            exact = adaptc.compile(rounded, s.directory, example_inputs=s.args(3))(*s.args(5))
         plain = base_model_and_program(s.layer, s.entry.widths, dtype)[1]
         args = tuple(a.to(dtype) if a.is_floating_point() else a for a in s.args(5))
         program = adaptc.compile(plain, s.directory, autocast_adapter_dtype=autocast)

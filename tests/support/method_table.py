@@ -92,7 +92,8 @@ class Entry:
     of a tensor by its key, where normal ones are not. ``tolerance``: for methods that PEFT computes in float32 whatever
     the dtype. ``tested_layers``: layers enough for a variant of a method that another entry has on all of them.
     ``has_weight_form``: whether it means something for a weight, so that it can be merged; ``rows``: whether a row of a
-    batch depends on that row alone.
+    batch depends on that row alone. ``follows_base``: whether tensors that no file has are made of the base weight, so
+    that the same file over a rounded weight is another adapter.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Entry:
     tested_layers: tuple[str, ...] = tuple(LAYERS)
     has_weight_form: bool = True
     rows: bool = True
+    follows_base: bool = False
 
     def layers(self) -> list[str]:
         return [n for n in self.tested_layers if n not in self.refused_layers]
@@ -248,6 +250,49 @@ ENTRIES: list[Entry] = [
         tested_layers=ROTATION_LAYERS,
         other_config={"r": 3},
         is_identity_at_init=False,
+    ),
+    # PEFT refuses weights in float64, so test_psoft.py compares with it in float32.
+    Entry(
+        "psoft",
+        "PsoftConfig",
+        {"r": 4},
+        peft=(),
+        other_config={"ab_svd_init": "pissa_init", "init_weights": False},
+        follows_base=True,
+    ),
+    Entry(
+        "psoft_series",
+        "PsoftConfig",
+        {"r": 5, "use_cayley_neumann": True, "num_cayley_neumann_terms": 6, "cayley_neumann_eps": 0.75},
+        peft=(),
+        other_config={"psoft_svd": "lowrank", "random_seed": 3},
+        follows_base=True,
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    Entry(
+        "psoft_free",
+        "PsoftConfig",
+        {"r": 3, "psoft_orth": False, "psoft_mag_b": False, "ab_svd_init": "pissa_init"},
+        peft=(),
+        other_config={"init_weights": False},
+        follows_base=True,
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    Entry(
+        "osf",
+        "OSFConfig",
+        {"effective_rank": 9},
+        other_config={"effective_rank": 0.5, "init_weights": False},
+        follows_base=True,
+    ),
+    Entry(
+        "osf_wide",
+        "OSFConfig",
+        {"rank_pattern": {"ay": 0.7}},
+        widths=(21, 15),
+        other_config={"rank_pattern": {"layer": 3}},
+        follows_base=True,
+        tested_layers=MATRIX_VIEW_LAYERS,
     ),
     # PEFT rounds LoHa's alpha / r to float32, and ignores the padding mode of convolutions.
     Entry(
@@ -414,6 +459,30 @@ ENTRIES: list[Entry] = [
         {"r": 3, "random_seed": 4},
         other_config={"r": 2, "random_seed": 9, "init_weights": False},
         tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    Entry(
+        "supertuning",
+        "SupertuningConfig",
+        {"sparsity": 0.9},
+        other_config={"sparsity": 0.8, "select_top": False, "save_precomputed_indices": False, "init_weights": False},
+        tested_layers=(*MATRIX_VIEW_LAYERS, "linear_nobias"),
+    ),
+    Entry(
+        "supertuning_hybrid",
+        "SupertuningConfig",
+        {"sparsity": 0.9, "select_top": False, "r": 4},
+        other_config={"r": 3, "lora_alpha": 5.0, "sparsity": 0.7},
+        tested_layers=MATRIX_VIEW_LAYERS,
+    ),
+    # PEFT has it only beside scikit-learn, and other slots: test_adamss.py compares with it.
+    Entry(
+        "adamss",
+        "AdamssConfig",
+        {"r": 6, "num_subspaces": 3, "subspace_rank": 2},
+        peft=(),
+        refused_layers=("experts",),
+        other_config={"r": 100, "num_subspaces": 4, "subspace_rank": 3, "random_seed": 5, "init_weights": None},
+        follows_base=True,
     ),
     Entry(
         "lily",
