@@ -51,7 +51,7 @@ def initial_values(
                 "the float model with init_lora_weights='loftq', and then adaptc.quantize(program, 'nf4'). For the "
                 "weights as they are, adaptc.subtract_adapter(float_model, quantised_model, rank=r) makes the adapter"
             )
-        maker = method.with_layer_bias(spec.layer_bias(a))
+        maker = method.in_mode_of(a.method).with_layer_bias(spec.layer_bias(a))
         init = maker.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
         if any(n not in slots for n in a.method.slots(op)):  # slots that this adapter's options do not have

@@ -155,6 +155,10 @@ class Hooks:
         has = any(f.name == "training" for f in dataclasses.fields(self))
         return dataclasses.replace(self, training=True) if has else self  # type: ignore[call-arg]
 
+    def in_mode_of(self, other: Any) -> Any:
+        """Return this method as it is in training where ``other`` is so, which is the method of the program's code."""
+        return self.trained() if other.training else self
+
     def untrainable(self, slots: Slots) -> str:
         """Return the reason why an adapter with these values cannot be trained; '' where it can."""
         return ""

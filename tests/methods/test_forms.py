@@ -44,6 +44,7 @@ OPS: dict[str, Any] = {
 
 #: entries whose methods are computed by the weight wherever they are
 WEIGHT_ALONE = {"miss_bat", "fourierft", "waveft", "waveft_sym4", "waveft_sparse", "shira"}
+WEIGHT_ALONE |= {"supertuning", "supertuning_hybrid"}
 
 
 def method_at(entry: Entry, op: Op) -> Method:

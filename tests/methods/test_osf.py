@@ -24,6 +24,7 @@ from tests.support.chain import (
     slots_by_file_key,
     tensor_files_are_equal,
 )
+from tests.support.method_table import LAYERS
 from tests.support.spectral import differing_fields
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -161,3 +162,30 @@ def test_fields_and_defaults_are_pefts():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert differing_fields(peft.OSFConfig(), adaptc.OSFConfig()) == {}
+
+
+@pytest.mark.parametrize("target", ["q", "k"])
+def test_adapters_that_are_swapped_in_train_with_projections_too(target, tmp_path):
+    """The slot that the projection reads belongs to the program, and follows the weight for every adapter."""
+    config = adaptc.OSFConfig(effective_rank=4, target_modules=[target], init_weights=False)
+    program, source = compile_chain(config, training=True), compile_chain(config.replace(effective_rank=5))
+    adaptc.swap(program, adaptc.save_adapter(source, tmp_path))
+    vectors = [t for k, t in slots_by_file_key(program).items() if "osf_vectors" in k]
+    assert [bool(t.any()) for t in vectors] == [True]
+    assert not [k for k in slots_by_file_key(source) if "osf_vectors" in k]
+    program.module()(inputs(5)).square().sum().backward()
+    grad = slots_by_file_key(program)[f"{target}.osf_svd_params.U_low"].grad
+    left = torch.linalg.svd(chain().get_submodule(target).weight.detach(), full_matrices=False).U[:, :5]
+    assert float((left.T @ grad).abs().max()) < 1e-5 * float(grad.abs().max())
+
+
+def test_experts_train_with_projections_too():
+    torch.manual_seed(0)
+    net = LAYERS["experts"].model((5, 7)).double()
+    config = adaptc.OSFConfig(effective_rank=2, target_parameters=["layer.matrices"], init_weights=False)
+    x = torch.randn(3, 5).double()
+    program = adaptc.compile(net, config, example_inputs=x, training=True)
+    program.module()(x).square().sum().backward()
+    grads = slots_by_file_key(program)["layer.osf_svd_params.U_low"].grad
+    left = torch.linalg.svd(net.layer.matrices.detach(), full_matrices=False).U[..., :2]
+    assert float((left.mT @ grads).abs().max()) < 1e-5 * float(grads.abs().max())

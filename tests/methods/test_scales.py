@@ -18,7 +18,10 @@ FACTOR = -0.375
 #: where PEFT keeps the factor of a method's change
 SCALINGS = ("scaling", "waveft_scaling", "fourierft_scaling")
 #: methods that have none, which PEFT warns of or does not offer
-WITHOUT = ("oft", "boft", "hra", "ia3", "road", "miss", "vera", "vblora", "c3a", "trainable_tokens")
+WITHOUT = (
+    *("oft", "boft", "hra", "ia3", "road", "miss", "vera", "vblora", "c3a", "trainable_tokens"),
+    *("osf", "supertuning", "adamss"),
+)
 
 CASES = [(e.name, layer) for e in ENTRIES for layer in e.layers() if layer in e.peft]
 WITH = [(e, layer) for e, layer in CASES if not e.startswith(WITHOUT)]

@@ -28,6 +28,7 @@ from adaptc.methods._shared.option_checks import check_matrix, warn_unused
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
 from adaptc.passes.protocol.parts.file_format import FileFormat
+from adaptc.passes.protocol.parts.method_part import SiteDescription
 from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.patterns import compile_pattern
 from adaptc.torch_modes import outside_modes
@@ -128,6 +129,11 @@ class Osf(Method):
     scheme: bool = True
     training: bool = False
 
+    def rebind(self, config: Any, place: SiteDescription) -> Any:
+        # What is bound to a program that trains needs the slot that only training reads.
+        new = super().rebind(config, place)
+        return replace(new, training=self.training) if isinstance(new, Osf) else new
+
     def terms_at(self, op: Op) -> int:
         """Return how many singular terms are trained; raise TargetError where all of them stay, or none."""
         small = min(op.matrix_shape)
@@ -175,7 +181,7 @@ class Osf(Method):
 
     @torch.no_grad()
     def frozen_terms(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the slots that follow from the weight, with those that only training reads."""
+        """Return the slots that follow from the weight."""
         (rows, columns), t = op.matrix_shape, self.terms_at(op)
         M = op.matrix(W).detach().float()  # as in PEFT, whatever the dtype
         if not bool(torch.isfinite(M).all()):
@@ -184,18 +190,15 @@ class Osf(Method):
             U, S, V = reduced_svd(M)
         k = S.shape[0] - t
         frozen = {U_INIT: U[:, k:], S_INIT: S[k:], V_INIT: V[k:]}
-        if rows != columns:
+        if self.training and rows != columns:
             frozen[VECTORS] = U if rows > columns else V
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {name: value.to(W.dtype).to(dtype).contiguous() for name, value in frozen.items()}
 
-    def scale(self, op: Op) -> float:
-        return 1.0
-
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         U, V = self._trained_factors(op, slots)
         delta = (U * slots[S_LOW]) @ V - (slots[U_INIT] * slots[S_INIT]) @ slots[V_INIT]
-        return cast(W + op.unmatrix(delta) * scale, W.dtype)
+        return cast(W + op.unmatrix(delta), W.dtype)
 
     def has_apply(self, op: Op) -> bool:
         return op.callable and op.groups == 1
@@ -206,7 +209,7 @@ class Osf(Method):
         up = torch.cat([U * slots[S_LOW], -slots[U_INIT] * slots[S_INIT]], 1)
         down = torch.cat([V, slots[V_INIT]])
         delta = op.up(op.down(x, down.reshape(-1, *op.shape[1:])), up)
-        return cast(y + delta * scale, y.dtype)
+        return cast(y + delta, y.dtype)
 
     def _trained_factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         """Return U (rows, t) and V (t, columns), in training with projected gradients."""

@@ -339,9 +339,6 @@ class Adamss(Method):
         members = clusters.unsqueeze(1) == torch.arange(count)
         return {MEMBERS: members.to(device, dtype), PLACES: places.to(device)}
 
-    def scale(self, op: Op) -> float:
-        return 1.0
-
     def _up(self, slots: Slots) -> Tensor:
         """Return B with a column for each term of each cluster, (rows, clusters * rank)."""
         own = slots[B].index_select(0, slots[PLACES])
@@ -349,10 +346,10 @@ class Adamss(Method):
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         delta = self._up(slots) @ (slots[A].flatten(0, 1) @ slots[V])
-        return cast(W + op.unmatrix(delta) * scale, W.dtype)
+        return cast(W + op.unmatrix(delta), W.dtype)
 
     def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
-        return None if b is None else cast(b + self._bias_change(slots) * scale, b.dtype)
+        return None if b is None else cast(b + self._bias_change(slots), b.dtype)
 
     def _bias_change(self, slots: Slots) -> Tensor:
         return self._up(slots) @ (slots[A].flatten(0, 1) @ slots[V_BIAS])
@@ -366,7 +363,7 @@ class Adamss(Method):
         delta = op.up(op.down(x, down.reshape(-1, *op.shape[1:])), self._up(slots))
         if b is not None:
             delta = delta + op.along_out(self._bias_change(slots), y)
-        return cast(y + delta * scale, y.dtype)
+        return cast(y + delta, y.dtype)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from adaptc.passes.protocol.parts.size_rule import SizeRule
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
 LORA_A, LORA_B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
-#: the slot with alpha / r. It is not the method's scale, since PEFT scales the low-rank part alone.
+#: the slot with alpha / r. It is not the method's scale, since it is for the low-rank part alone.
 LORA_SCALE = "supertuning_lora_scale"
 #: the most entries of a weight whose places an int32 can count
 MAX_ENTRIES = 2**31
@@ -231,15 +231,12 @@ class Supertuning(Method):
         sizes = op.matrix(W).detach().abs().flatten()
         return torch.topk(sizes, count, largest=self.largest).indices.to(torch.int32)
 
-    def scale(self, op: Op) -> float:
-        return 1.0
-
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         wide = torch.promote_types(W.dtype, slots[VALUES].dtype)
         change = self._sparse(op, slots)
         if self.hybrid:
             change = change + (slots[LORA_B] @ slots[LORA_A]) * slots[LORA_SCALE]
-        return cast(cast(W, wide) + op.unmatrix(cast(change, wide)) * cast(scale, wide), W.dtype)
+        return cast(cast(W, wide) + op.unmatrix(cast(change, wide)), W.dtype)
 
     def has_apply(self, op: Op) -> bool:
         # Only dropout needs a form around the layer: the sparse part would need a second matmul there.
@@ -250,7 +247,7 @@ class Supertuning(Method):
         dropped = prepare_adapter_input(self, op, x, slots[VALUES].dtype)
         low_rank = op.unmatrix((slots[LORA_B] @ slots[LORA_A]) * slots[LORA_SCALE])
         delta = op(plain, op.unmatrix(self._sparse(op, slots))) + op(dropped, low_rank)
-        return cast(y + delta * scale, y.dtype)
+        return cast(y + delta, y.dtype)
 
     def _sparse(self, op: Op, slots: Slots) -> Tensor:
         """Return D as a matrix, (rows, columns)."""
