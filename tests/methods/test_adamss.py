@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,3 +282,15 @@ def test_an_allocator_refuses_what_it_cannot_train(tmp_path):
     adaptc.swap(program, adaptc.save_adapter(program, tmp_path))
     with pytest.raises(AdaptcError, match="swapped since the allocator was made"):
         allocator.update_and_allocate(0)
+
+
+def test_the_callback_for_trainer_calls_the_allocator():
+    config = adaptc.AdamssConfig(**{**ASA, "mask_interval": 1, "final_warmup": 2, "asa_target_subspaces": 2})
+    program = compile_chain(config, training=True)
+    module, callback = program.module(), adaptc.training.trainer_callback(program)
+    callback.on_train_begin(SimpleNamespace(should_save=False), SimpleNamespace(), None, model=module)
+    for step in range(3):
+        module.zero_grad()
+        module(inputs(step + 1)).square().sum().backward()
+        callback.on_optimizer_step(None, SimpleNamespace(global_step=step), None)
+    assert len(callback.allocator.active_clusters) == 2
