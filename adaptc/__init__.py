@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from adaptc.methods.orthogonal.boft import BOFTConfig
     from adaptc.methods.orthogonal.hra import HRAConfig
     from adaptc.methods.orthogonal.oft import OFTConfig
+    from adaptc.methods.orthogonal.osf import OSFConfig
+    from adaptc.methods.orthogonal.psoft import PsoftConfig
     from adaptc.methods.orthogonal.road import RoadConfig
     from adaptc.methods.prompt.adaption_prompt import AdaptionPromptConfig
     from adaptc.methods.prompt.cartridge import CartridgeConfig
@@ -70,12 +72,14 @@ if TYPE_CHECKING:
     from adaptc.methods.shared_factors.unilora import UniLoraConfig
     from adaptc.methods.shared_factors.vblora import VBLoRAConfig
     from adaptc.methods.shared_factors.vera import VeraConfig
+    from adaptc.methods.sparse.adamss import AdamssConfig
     from adaptc.methods.sparse.beft import BeftConfig
     from adaptc.methods.sparse.c3a import C3AConfig
     from adaptc.methods.sparse.fourierft import FourierFTConfig
     from adaptc.methods.sparse.ia3 import IA3Config
     from adaptc.methods.sparse.ln_tuning import LNTuningConfig
     from adaptc.methods.sparse.shira import ShiraConfig
+    from adaptc.methods.sparse.supertuning import SupertuningConfig
     from adaptc.methods.sparse.trainable_tokens import TrainableTokensConfig
     from adaptc.methods.sparse.waveft import WaveFTConfig
     from adaptc.methods.weight_dependent.deft import DeftConfig
@@ -146,6 +150,8 @@ PUBLIC = {
     "LoHaConfig": "adaptc.methods.lycoris.loha",
     "LoKrConfig": "adaptc.methods.lycoris.lokr",
     "IA3Config": "adaptc.methods.sparse.ia3",
+    "PsoftConfig": "adaptc.methods.orthogonal.psoft",
+    "OSFConfig": "adaptc.methods.orthogonal.osf",
     "RoadConfig": "adaptc.methods.orthogonal.road",
     "MissConfig": "adaptc.methods.lora_family.miss",
     "GraloraConfig": "adaptc.methods.lora_family.gralora",
@@ -162,6 +168,8 @@ PUBLIC = {
     "HiraConfig": "adaptc.methods.weight_dependent.hira",
     "DeloraConfig": "adaptc.methods.weight_dependent.delora",
     "PeanutConfig": "adaptc.methods.weight_dependent.peanut",
+    "SupertuningConfig": "adaptc.methods.sparse.supertuning",
+    "AdamssConfig": "adaptc.methods.sparse.adamss",
     "LNTuningConfig": "adaptc.methods.sparse.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.sparse.trainable_tokens",
     "PromptTuningConfig": "adaptc.methods.prompt.prompt_tuning",

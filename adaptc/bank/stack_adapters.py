@@ -125,7 +125,7 @@ def _stack_slot(
     shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
     axis = slot.free[0] if slot.free else 0
     others = [tuple(t.shape) for t in tensors if tuple(t.shape) != shape]
-    if others and isinstance(slot.apart, tuple) and attachment.method.sizes.exact:
+    if others and isinstance(slot.apart, tuple) and not slot.fills_up:
         raise AdaptcError(
             f"{name!r} has shape {others[0]} in one adapter and {shape} in the largest, and none of "
             f"{' and '.join(slot.apart)} can be filled up: rows of one batch have adapters that agree in them. Run "

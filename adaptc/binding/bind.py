@@ -53,7 +53,8 @@ def initial_values(
                 "the float model with init_lora_weights='loftq', and then adaptc.quantize(program, 'nf4'). For the "
                 "weights as they are, adaptc.subtract_adapter(float_model, quantised_model, rank=r) makes the adapter"
             )
-        init = makers[a.id].init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
+        maker = makers[a.id].in_mode_of(a.method).with_layer_bias(spec.layer_bias(a))
+        init = maker.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
         if any(n not in slots for n in a.method.slots(op)):  # slots that this adapter's options do not have
             slots = {**a.method.identity(op, spec.canonical_weight(a), spec.adapter_dtype(a)), **slots}
@@ -278,7 +279,7 @@ def _read_slots(spec: BindingSpec, a: Attachment, method: Method, site_tensors: 
     missing = [n for n in a.method.slots(op) if n not in slots]
     if not missing:
         return slots
-    derived = method.files.derived(op, spec.canonical_weight(a), dtype, slots)
+    derived = method.with_layer_bias(spec.layer_bias(a)).files.derived(op, spec.canonical_weight(a), dtype, slots)
     if not method.slots(op).keys() >= set(missing):
         derived = {**a.method.identity(op, spec.canonical_weight(a), dtype), **derived}
     return {**{n: derived[n] for n in missing}, **slots}

@@ -221,3 +221,9 @@ class BindingSpec:
         """Return the base weight of a site in the layout that methods see."""
         weight = self.weights[a.fqn].detach()
         return self.ops[a.id].canonical(weight) if weight.ndim > 1 else weight
+
+    def layer_bias(self, a: Attachment) -> Tensor | None:
+        """Return the base's bias of the layer whose weight is adapted; None for a layer without one."""
+        module, _, param = a.fqn.rpartition(".")
+        bias = self.weights.get(f"{module}.bias".removeprefix(".")) if param == "weight" else None
+        return None if bias is None else bias.detach()

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from adaptc.training.checkpoints import last_checkpoint
     from adaptc.training.lorafa import lorafa_optimizer
     from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
+    from adaptc.training.subspace_allocator import SubspaceAllocator
     from adaptc.training.trainer_callbacks import check_gradients, trainer_callback
 
 #: public name -> the module that defines it
 PUBLIC = {
     "RankAllocator": "adaptc.training.rank_allocator",
     "orthogonal_loss": "adaptc.training.rank_allocator",
+    "SubspaceAllocator": "adaptc.training.subspace_allocator",
     "lorafa_optimizer": "adaptc.training.lorafa",
     "trainer_callback": "adaptc.training.trainer_callbacks",
     "check_gradients": "adaptc.training.trainer_callbacks",

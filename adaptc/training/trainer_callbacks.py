@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.methods.lora_family.adalora import AdaLoraConfig
+from adaptc.methods.sparse.adamss import AdamssConfig
 from adaptc.state.core import ProgramCore
 from adaptc.training.checkpoints import check_output_dir
 from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
+from adaptc.training.subspace_allocator import SubspaceAllocator
 
 
 def check_gradients(module: nn.Module, scaler: Any = None) -> None:
@@ -68,8 +70,9 @@ def trainer_callback(program: ProgramCore) -> Any:
 
     Before each step it raises AdaptcError with the names of gradients that are not finite. Where a scaler leaves such
     steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
-    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. When training begins it raises as
-    :class:`RankAllocator` does, and ConfigError for options of the trainer that a program cannot serve.
+    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. For AdaMSS with ``use_asa`` it
+    ends the training of clusters as :class:`SubspaceAllocator` says. When training begins it raises as these two do,
+    and ConfigError for options of the trainer that a program cannot serve.
 
     Args:
         program: the program that trains.
@@ -88,7 +91,7 @@ def trainer_callback(program: ProgramCore) -> Any:
 class _CallbackHooks:
     def __init__(self, program: ProgramCore) -> None:
         self.program = program
-        self.allocator: RankAllocator | None = None
+        self.allocator: RankAllocator | SubspaceAllocator | None = None
         self.gradient_sums: dict[str, Tensor] = {}
         self.hooks: list[Any] = []
 
@@ -103,6 +106,8 @@ class _CallbackHooks:
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].extra_loss = partial(orthogonal_loss, self.program)
+        elif isinstance(self.program.binding.config, AdamssConfig) and self.program.binding.config.use_asa:
+            self.allocator = SubspaceAllocator(self.program)
         # Trainer clips gradients before it calls back, so each one is summed by a hook when it is accumulated.
         self.remove_hooks()
         for name, p in kwargs["model"].named_parameters():

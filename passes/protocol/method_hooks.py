@@ -119,6 +119,13 @@ class Hooks:
         """Return slot values at a site that the bound adapter lacks, which keep all changes by other adapters."""
         return self.identity(op, W, dtype)
 
+    def with_layer_bias(self, b: Tensor | None) -> Any:
+        """Return this method for making values at a layer with the bias ``b`` (out,), None for a layer without one.
+
+        ``init`` and ``files.derived`` are called on it. Only methods whose values follow from the bias, too, need it.
+        """
+        return self
+
     # -- lifecycle -----------------------------------------------------------------------------------------------------
 
     def rebind(self, config: Any, place: SiteDescription) -> Any:
@@ -147,6 +154,10 @@ class Hooks:
         """Return this method as it is in training, with its dropout if it has one."""
         has = any(f.name == "training" for f in dataclasses.fields(self))
         return dataclasses.replace(self, training=True) if has else self  # type: ignore[call-arg]
+
+    def in_mode_of(self, other: Any) -> Any:
+        """Return this method as it is in training where ``other`` is so, which is the method of the program's code."""
+        return self.trained() if other.training else self
 
     def untrainable(self, slots: Slots) -> str:
         """Return the reason why an adapter with these values cannot be trained; '' where it can."""

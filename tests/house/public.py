@@ -35,6 +35,7 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
         "Binding": "adapters_by_name to",
         "PackagedProgram": f"swap bind base {_SCALES} ranks binding",
         "RankAllocator": "update_and_allocate rank_pattern",
+        "SubspaceAllocator": "update_and_allocate active_clusters",
         "TargetedConfig": "method with_model_defaults to_dict",
         "ProgramConfig": "method with_model_defaults",
         "VirtualTokens": "prompt",

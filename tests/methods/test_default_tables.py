@@ -23,6 +23,7 @@ from adaptc.methods._shared.default_targets import (
 from adaptc.methods._shared.registry import CONFIGS, config_class
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_same, file_tensors, load_peft, run
+from tests.support.row_clusters import clusters_for_peft
 
 LORA: dict[str, Any] = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 #: PEFT's name of a table -> the method's type
@@ -128,6 +129,9 @@ def test_completed_configs(kind, name):
         peft_class(**NEEDED.get(kind, {})),
         {"model_type": model.config.model_type},
     )
+    if isinstance(wanted.target_modules, str):  # OSF adapts all linear layers of a model that its table lacks
+        assert found.target_modules == wanted.target_modules == "all-linear"
+        return
     present = {t for t in wanted.target_modules if any(n == t or n.endswith(f".{t}") for n in types)}
     assert set(found.target_modules) == present
     if kind == "IA3":
@@ -135,7 +139,7 @@ def test_completed_configs(kind, name):
     assert config.target_modules is None
 
 
-@pytest.mark.parametrize("kind", sorted(k for k in NO_GRAPH_DEFAULTS if k in CONFIGS))
+@pytest.mark.parametrize("kind", sorted(k for k in NO_GRAPH_DEFAULTS - {"OSF"} if k in CONFIGS))
 def test_unknown_types_are_asked_for(kind):
     extra = {"token_indices": [1]} if kind == "TRAINABLE_TOKENS" else {}
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 7))
@@ -225,6 +229,7 @@ def test_bias_option(kind):
             cls(**NEEDED.get(kind, {}), bias=value)
 
 
+@pytest.mark.usefixtures(clusters_for_peft.__name__)
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_files_have_no_field_peft_lacks(kind):
     """PEFT warns of such fields, and warnings are errors here."""

@@ -43,9 +43,8 @@ OPS: dict[str, Any] = {
 
 
 #: entries whose methods are computed by the weight wherever they are
-WEIGHT_ALONE = {"miss_bat", "fourierft", "waveft", "waveft_sym4", "waveft_sparse", "shira"} | {
-    e for e in BY_NAME if e.startswith("glora")
-}
+WEIGHT_ALONE = {"miss_bat", "fourierft", "waveft", "waveft_sym4", "waveft_sparse", "shira"}
+WEIGHT_ALONE |= {"supertuning", "supertuning_hybrid"} | {e for e in BY_NAME if e.startswith("glora")}
 
 
 def method_at(entry: Entry, op: Op) -> Method:

@@ -20,7 +20,7 @@ SCALINGS = ("scaling", "waveft_scaling", "fourierft_scaling")
 #: methods that have none, which PEFT warns of or does not offer
 WITHOUT = (
     *("oft", "boft", "hra", "ia3", "road", "miss", "vera", "vblora", "c3a", "trainable_tokens"),
-    *("hira", "beft", "deft", "glora", "pvera", "unilora", "tinylora", "frod"),
+    *("hira", "beft", "deft", "glora", "pvera", "unilora", "tinylora", "frod", "osf", "supertuning", "adamss"),
 )
 #: methods that have one here alone, of which their own tests tell
 OURS = ("delora",)

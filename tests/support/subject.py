@@ -152,9 +152,18 @@ class Subject:
 
     # -- the oracle's answers -----------------------------------------------------------------------------------------
 
+    @cached_property
+    def trained_program(self) -> adaptc.AdaptedProgram:
+        """The program as it is trained: a method may have another derivative there, and slots that only it reads."""
+        return self.compile(training=True)
+
+    def program_of(self, slots: dict[str, Tensor]) -> adaptc.AdaptedProgram:
+        """The program that says what the method is: the trained one where ``slots`` are given, to take gradients of."""
+        return self.trained_program if slots else self.program
+
     def slots_and_scale(self, slots: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """The slots and the scale of the site, with these in their place."""
-        a, values = self.attachment, self.program.binding.values
+        (a,), values = self.program_of(slots).adaptation.attachments, self.program_of(slots).binding.values
         slot_values = {
             n: slots.get(n, values[f].double() if values[f].is_floating_point() else values[f])
             for n, f in a.slots.items()
@@ -163,7 +172,8 @@ class Subject:
 
     def adapted_parameters(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's parameters as the method makes them of the base's and of these slots."""
-        a, op = self.attachment, self.program.ops[self.attachment.id]
+        (a,) = self.program_of(slots).adaptation.attachments
+        op = self.program.ops[self.attachment.id]
         (named, scale), method, layer = self.slots_and_scale(slots), a.method, self.base.layer
         weight = getattr(layer, a.param)
         out = {a.param: op.stored(method.weight(op, op.canonical(weight.detach()), named, scale))}
@@ -216,10 +226,10 @@ class Subject:
             loss(self.wrapped(*args)).backward()
             named = {n: p.grad for n, p in self.wrapped.named_parameters() if p.requires_grad and p.grad is not None}
             return {file_key_of(n): g for n, g in named.items()}
-        a, op = self.attachment, self.program.ops[self.attachment.id]
+        (a,), op = self.trained_program.adaptation.attachments, self.program.ops[self.attachment.id]
         specs = a.method.slots(op)
         leaves = {
-            n: self.program.binding.values[f].detach().double().requires_grad_()
+            n: self.trained_program.binding.values[f].detach().double().requires_grad_()
             for n, f in a.slots.items()
             if specs[n].trainable
         }

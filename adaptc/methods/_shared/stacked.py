@@ -51,6 +51,7 @@ class PerExpertMethod(Method):
     init, weight, weight_over, scale = map(per_expert, ("init", "weight", "weight_over", "scale"))
     identity, absent, constrained = map(per_expert, ("identity", "absent", "constrained"))
     rebind, evaluated, trained = map(per_expert, ("rebind", "evaluated", "trained"))
+    in_mode_of = per_expert("in_mode_of")
     is_made_by = per_expert("is_made_by")
     structure, family_key, conflict_with = map(per_expert, ("structure", "family_key", "conflict_with"))
     has_weight, looks_at_base, check_merge = map(per_expert, ("has_weight", "looks_at_base", "check_merge"))

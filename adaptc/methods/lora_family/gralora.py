@@ -169,8 +169,8 @@ class Gralora(Method):
             B: Slot((k, k, self.r // k, rows // k), free=(2,)),
         }
         if self.hybrid:
-            slots[A_GENERAL] = Slot((self.hybrid_r, columns), free=(0,), apart=("hybrid_r",))
-            slots[B_GENERAL] = Slot((rows, self.hybrid_r), free=(1,), apart=("hybrid_r",))
+            slots[A_GENERAL] = Slot((self.hybrid_r, columns), free=(0,), apart=("hybrid_r",), fills_up=True)
+            slots[B_GENERAL] = Slot((rows, self.hybrid_r), free=(1,), apart=("hybrid_r",), fills_up=True)
         return slots
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:

@@ -22,18 +22,18 @@ from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_bias, check_probability
 from adaptc.methods.orthogonal.rotation import (
+    MAX_TERMS,
     Rotation,
+    cayley_neumann,
     cayley_transform,
     divisors,
     drop_to_identity,
     multiply_blocks,
+    skew_symmetric,
     to_solver_dtype,
 )
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
-
-#: the most terms of the Cayley-Neumann series, which has converged long before
-MAX_TERMS = 256
 
 
 @dataclass
@@ -193,8 +193,8 @@ class Oft(Rotation):
 
     def rotation_blocks(self, b: int, rows: Tensor) -> Tensor:
         """Return the blocks of R, (rows, b, b), for the slot ``rows`` (rows, b(b-1)/2)."""
-        Q = self._within_radius(_skew_symmetric(to_solver_dtype(rows), b))
-        R = _cayley_neumann(Q, self.terms) if self.terms else cayley_transform(Q)
+        Q = self._within_radius(skew_symmetric(to_solver_dtype(rows), b))
+        R = cayley_neumann(Q, self.terms) if self.terms else cayley_transform(Q)
         return drop_to_identity(R, self.dropout) if self.training and self.dropout and not self.share else R
 
     def _within_radius(self, Q: Tensor) -> Tensor:
@@ -221,31 +221,3 @@ class Oft(Rotation):
         return {
             n: self._shorten(t, torch.linalg.vector_norm(t, dim=-1, keepdim=True) * sqrt(2)) for n, t in slots.items()
         }
-
-
-def _skew_symmetric(rows: Tensor, b: int) -> Tensor:
-    """Return the skew-symmetric matrices (k, b, b) with the upper triangles ``rows`` (k, b(b-1)/2)."""
-    if b == 1:
-        return rows.sum(1).reshape(-1, 1, 1)
-    # The index, in the row of the slot, of each entry of the matrix.
-    at = torch.arange(b, device=rows.device)
-    i, j = at.unsqueeze(1), at
-    low = torch.minimum(i, j)
-    where = (low * (2 * b - 1 - low) // 2 + torch.maximum(i, j) - low - 1).clamp(min=0)
-    return rows[:, where.flatten()].reshape(-1, b, b) * (j - i).sign()
-
-
-def _cayley_neumann(Q: Tensor, terms: int) -> Tensor:
-    """Return I + 2Q + 2Q^2 + ... + Q^(terms - 1), the last power without the factor 2.
-
-    ``terms`` of 3 gives the same sum as 4, as in PEFT.
-    """
-    R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q
-    if terms == 2:
-        return R
-    power = Q @ Q
-    R = R + 2 * power
-    for _ in range(terms - 4):
-        power = power @ Q
-        R = R + 2 * power
-    return R + power @ Q

@@ -18,6 +18,9 @@ from adaptc.methods._shared.option_checks import check_matrix
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Method, Scale, Slots
 
+#: the most terms of the Cayley-Neumann series, which has converged long before
+MAX_TERMS = 256
+
 
 @dataclass(frozen=True)
 class Rotation(Method):
@@ -90,6 +93,34 @@ def solve_unchecked(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
     The check for singular matrices is left out, since it would wait for the GPU.
     """
     return torch.linalg.solve_ex(A, B, left=left).result
+
+
+def skew_symmetric(rows: Tensor, b: int) -> Tensor:
+    """Return the skew-symmetric matrices (k, b, b) with the upper triangles ``rows`` (k, b(b-1)/2)."""
+    if b == 1:
+        return rows.sum(1).reshape(-1, 1, 1)
+    # The index, in the row of the slot, of each entry of the matrix.
+    at = torch.arange(b, device=rows.device)
+    i, j = at.unsqueeze(1), at
+    low = torch.minimum(i, j)
+    where = (low * (2 * b - 1 - low) // 2 + torch.maximum(i, j) - low - 1).clamp(min=0)
+    return rows[:, where.flatten()].reshape(-1, b, b) * (j - i).sign()
+
+
+def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
+    """Return I + 2Q + 2Q^2 + ... + Q^(terms - 1), the last power without the factor 2.
+
+    ``terms`` of 3 gives the same sum as 4, as in PEFT.
+    """
+    R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q
+    if terms == 2:
+        return R
+    power = Q @ Q
+    R = R + 2 * power
+    for _ in range(terms - 4):
+        power = power @ Q
+        R = R + 2 * power
+    return R + power @ Q
 
 
 def multiply_blocks(v: Tensor, R: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Slot:
             below the site. It may depend on what ``settle_shared_sizes`` settles, which is known once all sites are.
         apart: whether none of the slot's free sizes follows from the adapter's rank. A tuple names the size along each
             free axis. Sizes with one name are equal in all slots of the site.
+        fills_up: whether zeros at the end of such named axes, in all slots that have them, change nothing. Adapters
+            that differ in these sizes can then be in one bank.
 
     Example:
         >>> adaptc.methods.Slot((3, 24), free=(0,)).shape
@@ -56,6 +58,7 @@ class Slot:
     repeated: bool = False
     key: str = ""
     apart: bool | tuple[str, ...] = False
+    fills_up: bool = False
 
     def size_names(self, slot: str) -> dict[int, str]:
         """Return the name of the size along each free axis. Only for a slot with ``apart``, whose name is ``slot``."""
