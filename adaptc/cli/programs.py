@@ -64,14 +64,20 @@ def show(
 
 @app.command()
 @prints_errors
-def methods(as_json: Json = False) -> None:
+def methods(
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="List the method types of PEFT, and what is refused of each.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the methods, what each means, and which layers it takes: around them, or on their weights."""
-    from adaptc.methods.overview import method_rows, render_text
+    from adaptc.methods.overview import coverage_rows, method_rows, render_coverage, render_text
 
     if as_json:
-        typer.echo(json.dumps([dict(vars(row)) for row in method_rows()]))
+        typer.echo(json.dumps([dict(vars(row)) for row in (coverage_rows() if coverage else method_rows())]))
     else:
-        typer.echo(render_text(shutil.get_terminal_size((120, 24)).columns))
+        render = render_coverage if coverage else render_text
+        typer.echo(render(shutil.get_terminal_size((120, 24)).columns))
 
 
 @app.command("compile")

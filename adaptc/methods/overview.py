@@ -19,6 +19,7 @@ import torch
 from adaptc.errors import AdaptcError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.program_config import ProgramConfig
+from adaptc.methods._shared.refused import UNSUPPORTED_METHODS
 from adaptc.methods._shared.registry import CONFIGS, config_class
 from adaptc.methods._shared.saved_modules import TokenRows, TrainedParameter
 from adaptc.methods._shared.stacked import PerExpertMethod
@@ -151,6 +152,36 @@ def _markdown_table(rows: Sequence[MethodRow], kinds: Sequence[str]) -> str:
         cells = [r.method, f"`{r.config}`", r.meaning.replace("|", "\\|"), *(v or "-" for v in r.kinds.values())]
         lines.append("| " + " | ".join([*cells, "yes" if r.rank else "no", link]) + " |")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """A method type of PEFT. ``config`` is the config's name here, "-" for a type that is refused.
+
+    ``refused`` maps what is refused to the reason: options of the config, or the type's own name.
+    """
+
+    peft_type: str
+    config: str
+    refused: dict[str, str]
+
+
+def coverage_rows() -> list[CoverageRow]:
+    """Return a row for each method type of PEFT that is known here, in alphabetical order."""
+    rows = [CoverageRow(kind, "-", {kind: why}) for kind, why in UNSUPPORTED_METHODS.items()]
+    for kind in CONFIGS:
+        cls = config_class(kind)
+        rows.append(CoverageRow(kind, cls.__name__, dict(cls.unsupported_fields)))
+    return sorted(rows, key=lambda row: row.peft_type)
+
+
+def render_coverage(width: int) -> str:
+    """Return the method types of PEFT and what is refused of each, as plain text ``width`` characters wide."""
+    cells = [
+        (row.peft_type, row.config, "; ".join(f"{name}: {why}" for name, why in row.refused.items()) or "all options")
+        for row in coverage_rows()
+    ]
+    return render_table(["type in PEFT", "config", "refused, and why"], cells, width=width)
 
 
 def render_text(width: int) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcError, AdaptcWarning, CheckpointError, ConfigError
-from adaptc.methods.sparse.row_clusters import cluster_rows
 from tests.support.chain import (
     FILE,
     TARGETS,
@@ -32,7 +30,6 @@ from tests.support.chain import (
     slots_by_file_key,
     tensor_files_are_equal,
 )
-from tests.support.row_clusters import HAS_SKLEARN, clusters_for_peft
 from tests.support.spectral import differing_fields
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,30 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-pytestmark = pytest.mark.usefixtures(clusters_for_peft.__name__)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_clusters_are_scikit_learn_s(seed):
-    if not HAS_SKLEARN:
-        pytest.skip("scikit-learn is not installed")
-    cluster: Any = importlib.import_module("sklearn.cluster")
-    generator = torch.Generator().manual_seed(seed)
-    for rows, columns in ((61, 12), (12, 12), (300, 100), (9, 5)):
-        points = torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q[:rows, :columns].contiguous()
-        for count in (2, 3, 7):
-            found = cluster.KMeans(count, init="random", n_init=1, max_iter=10, random_state=123456789)
-            assert np.array_equal(cluster_rows(points, count).numpy(), found.fit_predict(points.numpy()))
-
-
-def test_clusters_of_known_rows():
-    """The clusters that scikit-learn 1.9.1 finds."""
-    points = torch.tensor([[np.sin(3 * i + j * j) for j in range(4)] for i in range(23)], dtype=torch.float32)
-    assert cluster_rows(points, 4).tolist() == [1, 3, 0, 3, 0, 3, 0, 3, 0, 1, 0, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2]
-    points = torch.ones(5, 3)
-    points[0] = 2
-    assert cluster_rows(points, 2).unique().numel() == 2
-    assert cluster_rows(torch.ones(5, 3), 3).unique().numel() < 3
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(ConfigError, match=r"pip install 'adaptc\[clusters\]'"):
+        compile_chain(adaptc.AdamssConfig(r=6, num_subspaces=3, target_modules=["q"]))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -19,7 +19,6 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.methods import TargetedConfig, config_class
 from adaptc.methods._shared.registry import CONFIGS
 from adaptc.value_types import field_rules
-from tests.support.row_clusters import clusters_for_peft
 
 DEEP: Any = []
 for _ in range(100_000):
@@ -201,7 +200,6 @@ def as_json(value: Any) -> Any:
     return sorted(found) if isinstance(found, list) else found
 
 
-@pytest.mark.usefixtures(clusters_for_peft.__name__)
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "BONE"])
 def test_what_peft_holds_and_saves_is_taken(kind, tmp_path):
     """Objects of PEFT's, and the files it writes, in each of a field's types."""

@@ -23,7 +23,6 @@ from adaptc.methods._shared.default_targets import (
 from adaptc.methods._shared.registry import CONFIGS, config_class
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_same, file_tensors, load_peft, run
-from tests.support.row_clusters import clusters_for_peft
 
 LORA: dict[str, Any] = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 #: PEFT's name of a table -> the method's type
@@ -229,7 +228,6 @@ def test_bias_option(kind):
             cls(**NEEDED.get(kind, {}), bias=value)
 
 
-@pytest.mark.usefixtures(clusters_for_peft.__name__)
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_files_have_no_field_peft_lacks(kind):
     """PEFT warns of such fields, and warnings are errors here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 from typer.testing import CliRunner
 
@@ -12,7 +13,7 @@ from adaptc.cli import app
 from adaptc.methods import TargetedConfig
 from adaptc.methods.__main__ import insert_table
 from adaptc.methods._shared.registry import CONFIGS, config_class
-from adaptc.methods.overview import SAMPLE_OPS, method_rows, render_markdown
+from adaptc.methods.overview import SAMPLE_OPS, coverage_rows, method_rows, render_markdown
 from tests.support.method_table import ENTRIES
 
 PAGE = Path(__file__).parents[2] / "examples" / "methods.md"
@@ -68,3 +69,32 @@ def test_the_command_prints_it():
     result = CliRunner().invoke(app, ["methods"])
     assert result.exit_code == 0
     assert "HRAConfig" in result.stdout
+
+
+def test_every_type_of_peft_is_here_or_refused_with_a_reason():
+    rows = {row.peft_type: row for row in coverage_rows()}
+    # PEFT's list has an older name of MiSS no longer.
+    assert rows.keys() - {"BONE"} == {t.value for t in peft.PeftType}
+    assert all(len(why) > 20 for row in rows.values() for why in row.refused.values())
+    assert [k for k, row in rows.items() if row.config == "-"] == ["SHADOW"]
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS.keys() - {"BONE"}))
+def test_every_option_of_peft_is_here_or_refused_with_a_reason(kind: str):
+    theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__.keys()
+    ours = config_class(kind).__dataclass_fields__.keys()
+    refused = next(row.refused for row in coverage_rows() if row.peft_type == kind)
+    of_files = {"peft_type", "auto_mapping", "peft_version"}
+    assert theirs - ours - refused.keys() <= of_files
+
+
+def test_the_readme_counts_the_methods():
+    text = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"(LoRA and {len(CONFIGS.keys() - {'BONE'}) - 1} other methods)" in text
+
+
+def test_the_command_lists_what_is_refused():
+    done = CliRunner().invoke(app, ["methods", "--coverage"])
+    assert done.exit_code == 0
+    assert "SHADOW" in done.stdout
+    assert "velora_config" in done.stdout

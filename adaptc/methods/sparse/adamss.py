@@ -15,6 +15,8 @@ kernels in its columns.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -26,7 +28,6 @@ from torch.nn import functional as F
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, warn_unused
-from adaptc.methods.sparse.row_clusters import cluster_rows
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
 from adaptc.passes.protocol.parts.file_format import FileFormat
@@ -38,6 +39,8 @@ A, B, V = "adamss_A", "adamss_B", "adamss_newB"
 V_BIAS, MEMBERS, PLACES = "adamss_bias_column", "adamss_members", "adamss_places"
 #: the sizes in the file: the rows and terms of each cluster, and in the end the rows of V and whether it is for a bias
 LAYOUT = "adamss_layout"
+#: PEFT's seed of the clusters
+CLUSTER_SEED = 123456789
 #: the options of ``use_asa``
 SCHEDULE = (
     *("asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
@@ -127,6 +130,24 @@ class AdamssConfig(TargetedConfig):
             seed=self.random_seed,
             scheme=self.init_weights is not None,
         )
+
+
+def cluster_rows(matrix: Tensor, count: int) -> Tensor:
+    """Return the cluster of each row of ``matrix`` (rows, n), float32 on the CPU: (rows,), int64.
+
+    The call is PEFT's, with its seed: no file holds the clusters. Raises ConfigError where scikit-learn is missing.
+    """
+    try:
+        cluster: Any = importlib.import_module("sklearn.cluster")
+    except ImportError:
+        raise ConfigError(
+            "AdaMSS finds its clusters of rows with scikit-learn, which is not installed: "
+            "pip install 'adaptc[clusters]'"
+        ) from None
+    with warnings.catch_warnings():  # equal rows have fewer clusters, which the caller refuses
+        warnings.simplefilter("ignore")
+        means = cluster.KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=CLUSTER_SEED)
+        return torch.as_tensor(means.fit_predict(matrix.numpy()), dtype=torch.int64)
 
 
 class AdamssFiles(FileFormat):
