@@ -59,7 +59,8 @@ def capture_step(
         failures.append(error)
     attempts = candidates(model, layout, position_count)
     if prompts is not None:  # without a cache each step would read the images again
-        attempts = [a for a in attempts if a.mode.has_cache]
+        ahead = prompts.description.looks_ahead  # in a ring, no position is after a token
+        attempts = [a for a in attempts if a.mode.has_cache and not (ahead and a.mode.ring_window(a.layout))]
     name = type(model).__name__
     for number, candidate in enumerate(attempts, 1):
         mode, size_limit = candidate.mode, candidate.size_limit

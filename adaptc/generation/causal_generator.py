@@ -11,7 +11,6 @@ from adaptc.generation.arguments.step_tokens import StepTokens, step_arguments
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import TokenGates, refuse_token_gates
 from adaptc.generation.generator import Generator
-from adaptc.generation.modes.static_step import DEEPSTACK
 from adaptc.generation.prefix.prefix_for import prefix_attachments, with_prefix_arguments
 from adaptc.generation.spec import GenerationSpec, StepRunner, cache_argument_name
 
@@ -61,7 +60,7 @@ class CausalGenerator(Generator):
             attention_mask = past.prepend_prefix_mask(attention_mask)
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             positions = past.adjust_position_ids(positions[:, past.prefix_length :])
-            positions = None if self.spec.counts_padding else positions
+            positions = None if self.spec.counts_padding or positions is None else positions + self.spec.first_position
         self.forward(inputs, attention_mask, positions, past, logits_to_keep=1, **adapter_inputs)
 
     def forward(
@@ -85,7 +84,7 @@ class CausalGenerator(Generator):
         new = StepTokens(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            deepstack=others.pop(DEEPSTACK, None) if self.spec.deepstack_layers else None,
+            of_images={n: others.pop(n) for n in self.spec.image_inputs if n in others} or None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             logits_to_keep=logits_to_keep,
@@ -129,7 +128,8 @@ class CausalGenerator(Generator):
         name, new_tokens = ("inputs_embeds", inputs_embeds) if embedded else ("input_ids", input_ids)
         assert new_tokens is not None
         if not embedded:
-            kwargs.pop(DEEPSTACK, None)
+            for image_input in self.spec.image_inputs:
+                kwargs.pop(image_input, None)
         past = kwargs.get(cache_argument_name())
         if next_sequence_length is None and is_first_iteration and getattr(past, "prefix_length", 0):
             # transformers takes a text whose mask is longer than its tokens for a new one. Part of it may be in the
@@ -142,6 +142,9 @@ class CausalGenerator(Generator):
         arguments = step_arguments(name, new_tokens, "position_ids", kwargs)
         if getattr(past, "counts_padding", False):  # transformers counts by the attention_mask
             arguments["position_ids"] = past.adjust_position_ids(arguments.get("position_ids"))  # type: ignore[union-attr]
+        positions, first = arguments.get("position_ids"), self.spec.first_position
+        if first and positions is not None and positions.ndim == 2:  # the model's own, along several axes, are complete
+            arguments["position_ids"] = positions + first
         return arguments
 
     def _prepare_attention_mask_for_generation(

@@ -20,9 +20,8 @@ from adaptc.capture.check_size_one import run_without_effects
 from adaptc.capture.explain_failure import run_model
 from adaptc.capture.run_graph import run_graph
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
-from adaptc.generation.modes.static_step import DEEPSTACK
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
-from adaptc.generation.multimodal.prompt_part import EMBEDS, FEATURES, POSITIONS
+from adaptc.generation.multimodal.prompt_part import EMBEDS, POSITIONS, PROMPT_OUTPUTS
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
 from adaptc.generation.seq2seq.seq2seq_step import STATES, STATES_MASK, decoder_inputs
 from adaptc.generation.spec import GenerationSpec
@@ -131,21 +130,23 @@ def check_prompt_matches_model(model: Any, program: ExportedProgram, spec: Multi
         return
     part = extract_subprogram(program, spec.prompt_outputs)
     made = run_graph(part, **spec.part_inputs(example))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions, numbered = (mask.cumsum(-1) - 1).clamp(min=0) + spec.first_position, dict[str, torch.Tensor]()
     if spec.position_axes:
         positions = made[POSITIONS].permute(2, 0, 1)
+    elif spec.takes_position_ids and not spec.counts_padding:
+        numbered["position_ids"] = positions
     step, seen = _step_of_program(program, spec), mask.bool()
     found: list[torch.Tensor] = []
     start = 0
-    for inputs in spec.cache_mode.check_inputs(spec, ids, mask, positions):
+    for inputs in spec.cache_mode.check_inputs(spec, ids, mask, positions, is_whole=spec.looks_ahead):
         end = start + inputs["input_ids"].shape[1]
         embedded = torch.ones_like(inputs["embedded"])
-        given = {"inputs_embeds": made[EMBEDS], **({DEEPSTACK: made[FEATURES]} if spec.deepstack_layers else {})}
+        given = {"inputs_embeds": made[EMBEDS], **{n: made[PROMPT_OUTPUTS[n]] for n in spec.image_inputs}}
         inputs |= {name: values[:, start:end].contiguous() for name, values in given.items()}
         found.append(step(**inputs | {"embedded": embedded}))
         start = end
     with run_without_effects(model):
-        expected = run_model(model, **example, use_cache=False).logits[seen]
+        expected = run_model(model, **example, **numbered, use_cache=False).logits[seen]
     if (error := _logits_error(torch.cat(found, 1)[seen], expected, spec)) is not None:
         raise CaptureError(
             f"{type(model).__name__} does not say in steps what it says at once of a prompt with "

@@ -178,7 +178,7 @@ def _compile_plain(
             raise ConfigError(f"example_inputs is not taken: {name} has an encoder, whose input is known")
         return _compile_seq2seq(model, adapter, options, max_batch, max_length, **plan_options)
     _check_positive(max_batch, "max_batch")
-    counts_padding = _counts_padding(model)
+    numbering = _position_numbering(model)
     position_count = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     position_count = None if position_count == -1 else position_count  # XLNet's word for any number
     values, prompts = plan_options.pop("generator"), None
@@ -188,7 +188,7 @@ def _compile_plain(
         model,
         lambda step: plan_adapters(model, adapter, options, **vars(step), **plan_options),
         lambda step: build_program(AdaptedProgram, step, options, values),
-        lambda layout, length: _spec_fields(model, layout, max_batch, length) | {"counts_padding": counts_padding},
+        lambda layout, length: _spec_fields(model, layout, max_batch, length) | numbering,
         _resolve_max_length(max_length, position_count),
         position_count if isinstance(position_count, int) else None,
         token_gate_inputs,
@@ -269,9 +269,10 @@ def _spec_fields(model: Any, layout: CacheLayout, max_batch: int, max_length: in
     }
 
 
-def _counts_padding(model: Any) -> bool:
-    """Return whether the model's own generation leaves position_ids out, so that padding counts as tokens do.
+def _position_numbering(model: Any) -> dict[str, Any]:
+    """Return the fields of the spec that say how the model's own generation numbers positions.
 
+    It may leave position_ids out, so that padding counts as tokens do, or begin with another number than 0.
     Raises CaptureError for a model that adds tokens to a prompt in each step, such as XLM and XLNet.
     """
     prompt = torch.full((1, 3), 1, device=model.device)
@@ -280,14 +281,20 @@ def _counts_padding(model: Any) -> bool:
         with run_without_effects(model):
             made = model.prepare_inputs_for_generation(prompt, **given, use_cache=False)
     except Exception:  # a model may ask for more than a prompt, which says nothing about its tokens
-        return False
+        return {}
     ids = made.get("input_ids")
     if isinstance(ids, Tensor) and not (ids.shape == prompt.shape and torch.equal(ids, prompt)):
         raise CaptureError(
             f"{type(model).__name__} adds tokens of its own to a prompt when it generates, which no step here does: "
             "adapt it with adaptc.compile, and call the program on the tokens that you want"
         )
-    return "position_ids" in made and made["position_ids"] is None
+    if "position_ids" not in made:
+        return {}
+    positions = made["position_ids"]
+    if positions is None:
+        return {"counts_padding": True}
+    shift = positions - given["position_ids"] if positions.shape == prompt.shape else torch.zeros(1)
+    return {"first_position": int(shift[0, 0])} if bool((shift == shift.flatten()[0]).all() and shift.any()) else {}
 
 
 def _resolve_max_length(max_length: Any, position_count: Any) -> int:

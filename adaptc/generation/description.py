@@ -46,7 +46,7 @@ _SCHEMA: dict[str, Any] = {
     "generation_config": dict,
     "layers": _LAYERS_SCHEMA,
     "across": OptionalField(_SEQ2SEQ_SCHEMA),
-    "prompts": OptionalField({"inputs": [str], "tokens": [str], "axes": Size, "deepstack": Size}),
+    "prompts": OptionalField({"inputs": [str], "tokens": [str], "axes": Size, "deepstack": Size, "ahead": bool}),
     "dtype": str,
     "max_batch": Size,
     "max_length": Size,
@@ -59,6 +59,7 @@ _SCHEMA: dict[str, Any] = {
     "why": OptionalField(str),
     "acts": OptionalField([str]),
     "counts_padding": OptionalField(bool),
+    "first_position": OptionalField(Size),
     "states": OptionalField([{"layer": Size, "kind": str, "index": Size, "sizes": [Size], "dtype": str}]),
 }
 #: key in the file -> field of the spec
@@ -84,6 +85,7 @@ _PROMPT_FIELDS = {
     "tokens": "token_inputs",
     "axes": "position_axes",
     "deepstack": "deepstack_layers",
+    "ahead": "looks_ahead",
 }
 
 
@@ -104,6 +106,8 @@ def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
     stored |= mode_to_json(spec.cache_mode, spec)
     if spec.counts_padding:
         stored["counts_padding"] = True
+    if spec.first_position:
+        stored["first_position"] = spec.first_position
     if spec.token_gate_inputs:
         stored["acts"] = list(spec.token_gate_inputs)
     if isinstance(spec.layout, StateLayout):
@@ -144,6 +148,7 @@ def facts_of(
         "mode_reason": stored.get("why", ""),
         "token_gate_inputs": tuple(stored.get("acts", ())),
         "counts_padding": stored.get("counts_padding", False),
+        "first_position": stored.get("first_position", 0),
     }
     if seq2seq is None:
         if not {*layout.names, *fields["token_gate_inputs"]} <= set(inputs):

@@ -16,9 +16,8 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.causal_generator import CausalGenerator
-from adaptc.generation.modes.static_step import DEEPSTACK
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
-from adaptc.generation.multimodal.prompt_part import EMBEDS, FEATURES, POSITIONS
+from adaptc.generation.multimodal.prompt_part import EMBEDS, POSITIONS, PROMPT_OUTPUTS
 from adaptc.generation.prefix.prefix_for import prefix_attachments
 from adaptc.generation.spec import StepRunner, cache_argument_name
 from adaptc.state.runner import ProgramPart
@@ -176,9 +175,17 @@ class MultimodalGenerator(CausalGenerator):
         out: dict[str, Any] = {"inputs_embeds": made[EMBEDS]}
         if spec.position_axes:
             out["position_ids"] = made[POSITIONS].permute(2, 0, 1)
-        if spec.deepstack_layers:
-            out[DEEPSTACK] = made[FEATURES]
-        return out
+        return out | {name: made[PROMPT_OUTPUTS[name]] for name in spec.image_inputs}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
+            raise AdaptcError(
+                "prefill_chunk_size is not taken for a prompt with images or audio, which is read as a whole: leave it "
+                "out"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n != DEEPSTACK})
+        super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in self.spec.image_inputs})

@@ -64,6 +64,8 @@ class GenerationSpec(StepSpec):
     main_input_name: str = "input_ids"
     #: whether padding counts as tokens do in position_ids, as in the model's own generation
     counts_padding: bool = False
+    #: the position of the first token, in the model's own generation
+    first_position: int = 0
     #: number of passes -> the spec of the same step with so many
     specs_by_passes: dict[int, Any] = field(default_factory=dict[int, Any], init=False, repr=False)
 

@@ -57,4 +57,26 @@ def test_padding_is_counted_where_the_model_s_own_generation_counts_it(monkeypat
     assert torch.equal(gen.base.generate(**text, **options), want)
     past = gen.base.prefill(**text)
     assert torch.equal(gen.base.generate(**text, **options, cache=past), want)
-    assert not adaptc.compile_for_generation(FAMILIES["llama"].build(), config, max_length=48).spec.counts_padding
+    plain = adaptc.compile_for_generation(FAMILIES["llama"].build(), config, max_length=48)
+    assert not plain.spec.counts_padding
+    assert plain.spec.first_position == 0
+
+
+def test_positions_begin_where_the_model_s_own_generation_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PaliGemma's first position is 1."""
+    model = FAMILIES["gpt2"].build().eval()
+    own = model.prepare_inputs_for_generation
+
+    def prepare(*args: object, **kwargs: object) -> dict[str, object]:
+        made = own(*args, **kwargs)
+        return made | {"position_ids": made["position_ids"] + 2}
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", prepare)
+    config = adaptc.LoraConfig(r=2, target_modules=["c_attn"])
+    gen, text = adaptc.compile_for_generation(model, config, max_length=40), prompt(3, 9, (0, 4, 2))
+    assert gen.spec.first_position == 2
+    options = {"max_new_tokens": 6, "do_sample": False}
+    want = model.generate(**text, **options)
+    assert torch.equal(gen.base.generate(**text, **options), want)
+    past = gen.base.prefill(**text)
+    assert torch.equal(gen.base.generate(**text, **options, cache=past), want)

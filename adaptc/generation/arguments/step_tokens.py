@@ -32,7 +32,7 @@ MODE_ARGUMENTS = frozenset(
 class StepTokens:
     """The new tokens of one step: ``input_ids`` (rows, tokens), or ``inputs_embeds`` (rows, tokens, width) instead.
 
-    ``deepstack`` (rows, tokens, layers, width) are features of images that layers add to these embeddings.
+    ``of_images`` are the further inputs of a step with the embeddings of images, by name; None for text.
 
     ``attention_mask`` is (rows, positions), of the positions in the cache and the new ones; None where none is padding.
     ``position_ids`` is (rows, tokens) or (1, tokens), or (axes, rows, tokens) where the step numbers tokens along
@@ -44,7 +44,7 @@ class StepTokens:
 
     input_ids: Tensor | None
     inputs_embeds: Tensor | None = None
-    deepstack: Tensor | None = None
+    of_images: Mapping[str, Tensor] | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     logits_to_keep: int | Tensor = 0
@@ -95,10 +95,11 @@ class StepTokens:
         rows, tokens = self.shape
         past.reserve(rows, past.length + tokens)
         past.write_mask(self.attention_mask, tokens)
-        inputs = token_inputs(spec, device, self.input_ids, self.inputs_embeds, rows, tokens, self.deepstack)
+        inputs = token_inputs(spec, device, self.input_ids, self.inputs_embeds, rows, tokens, self.of_images)
         if spec.takes_position_ids:
             positions = past.offset_positions(self.position_ids, tokens)
-            positions = past.next_position_ids(rows, tokens) if positions is None else positions
+            if positions is None:
+                positions = past.next_position_ids(rows, tokens) + spec.first_position
             inputs["position_ids"] = spec.step_positions(
                 positions.to(past.device).expand(*positions.shape[:-2], rows, -1)
             )

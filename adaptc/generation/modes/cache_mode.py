@@ -67,10 +67,13 @@ class CacheMode(ABC):
         """
 
     @abstractmethod
-    def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
+    def check_inputs(
+        self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor, *, is_whole: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield the inputs of the steps that read a text, whose logits are wanted for all tokens.
 
-        ``ids``, ``mask`` and ``positions`` are (batch, tokens). Each step must run before the next inputs are asked
+        ``ids``, ``mask`` and ``positions`` are (batch, tokens). ``is_whole`` asks for one step, in modes that have
+        steps of several tokens. Each step must run before the next inputs are asked
         for, because it writes to the cache that is among them.
         """
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adaptc.generation.cache.step_cache import StepCache
+from adaptc.generation.modes.static_step import LAST_KEYS
 
 #: the tokens of a chunk: enough for matmuls to run at full speed
 CHUNK_SIZE = 512
@@ -37,7 +38,9 @@ def run_chunked(
     the step takes a cache that ends with its tokens.
     """
     cached_length = past.length
-    if not isinstance(logits_to_keep, int) or not 0 < logits_to_keep <= CHUNK_SIZE or tokens <= CHUNK_SIZE:
+    # Tokens that attend to later ones need all of them at once.
+    is_whole = tokens <= CHUNK_SIZE or LAST_KEYS in inputs
+    if is_whole or not isinstance(logits_to_keep, int) or not 0 < logits_to_keep <= CHUNK_SIZE:
         logit_indices = last_token_indices(logits_to_keep, tokens, past.device)
         return _call_step(
             step,

@@ -86,7 +86,9 @@ class RecurrentMode(CacheMode):
         with patch_forward(model, forward, step.parameters):
             yield step
 
-    def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
+    def check_inputs(
+        self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor, *, is_whole: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         rows, length = ids.shape
         states = spec.layout.zeros(rows, ids.device)
         for i in range(length):

@@ -79,15 +79,17 @@ class StaticMode(CacheMode):
         with patch_forward(model, forward, step.parameters), masks, packed_attention():
             yield step
 
-    def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Yield three chunks: several tokens, one, and the rest."""
+    def check_inputs(
+        self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor, *, is_whole: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield three chunks: several tokens, one, and the rest; or the text in one."""
         (rows, length), device = ids.shape, ids.device
         room, window = length + 3, self.ring_window(spec.layout)
         # The ring is as small as the largest chunk allows, so that positions in it are overwritten.
         ring = None if window is None else min(room, window + length // 2)
         cache = spec.layout.zeros(rows, device, room, ring)
         wide = torch.cat([mask, mask.new_ones(rows, room - length)], 1)
-        for start, end in pairwise((0, length // 2, length // 2 + 1, length)):
+        for start, end in pairwise((0, length) if is_whole else (0, length // 2, length // 2 + 1, length)):
             seen, tokens = end if self.cache_ends_with_step else room, end - start
             inputs = token_inputs(spec, device, ids[:, start:end], None, rows, tokens)
             inputs |= {"attention_mask": wide[:, :seen], **{n: t[:, :, :seen] for n, t in cache.items()}}

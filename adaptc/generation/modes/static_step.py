@@ -8,6 +8,8 @@ cache, and tokens whose logits are wanted.
     inputs_embeds   (batch, tokens, width)  replace the tokens' embeddings where ``embedded`` is true
     embedded        ()                      bool; only models that take inputs_embeds have these two inputs
     deepstack       (batch, tokens, layers, width)  features added after the first layers, for Qwen3-VL with images
+    last_keys       (batch, tokens)         int64: the last position that a token attends to, where that is after its
+                                            own, for Gemma 3 with images
     attention_mask  (batch, length)         int64, of the cache; positions after a token are always masked
     position_ids    (batch, tokens)         int64; (batch, tokens, axes) for M-RoPE in prompts with images
     slots           (tokens,)               int64: the consecutive positions of the cache that the tokens go to
@@ -40,8 +42,8 @@ from adaptc.generation.cache.sliding_window import RingPositions
 _ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
 
 
-#: the input with features of images for layers
-DEEPSTACK = "deepstack"
+#: the inputs of a step that images in its prompt have; both are zeros at text
+DEEPSTACK, LAST_KEYS = "deepstack", "last_keys"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,8 +69,22 @@ class StepSpec:
     position_axes: int = 0
     #: the number of layers after which features of images are added to the hidden states (Qwen3-VL's deepstack)
     deepstack_layers: int = 0
+    #: whether tokens of images attend to those after them (Gemma 3)
+    looks_ahead: bool = False
     #: the token coefficients that a step takes, with a value for each of its tokens (see ``token_gates``)
     token_gate_inputs: tuple[str, ...] = ()
+
+    @property
+    def image_inputs(self) -> tuple[str, ...]:
+        """Return the names of the inputs of a step that images in its prompt have."""
+        return (*((DEEPSTACK,) if self.deepstack_layers else ()), *((LAST_KEYS,) if self.looks_ahead else ()))
+
+    def image_zeros(self, name: str, rows: int, tokens: int, device: torch.device) -> Tensor:
+        """Return one of :attr:`image_inputs` for tokens of text, without memory for each of them."""
+        if name == LAST_KEYS:
+            return torch.zeros(1, dtype=torch.int64, device=device).expand(rows, tokens)
+        zero = torch.zeros(1, dtype=self.embeds_dtype, device=device)
+        return zero.expand(rows, tokens, self.deepstack_layers, self.hidden_size)
 
     def step_positions(self, position_ids: Tensor) -> Tensor:
         """Return the position_ids of a step for those of a caller, (rows, tokens) or (axes, rows, tokens).
@@ -201,11 +217,11 @@ def token_inputs(
     inputs_embeds: Tensor | None,
     rows: int,
     tokens: int,
-    deepstack: Tensor | None = None,
+    of_images: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return tokens, or embeddings instead, as the inputs of a step, which has both where it takes embeddings.
 
-    ``deepstack`` (rows, tokens, layers, width) are zeros where it is None and the step takes it.
+    ``of_images`` are the ``spec.image_inputs`` by name; None for texts.
     """
     if input_ids is None:
         input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
@@ -217,12 +233,9 @@ def token_inputs(
                 rows, tokens, spec.hidden_size
             )
         out["inputs_embeds"] = inputs_embeds.to(device, spec.embeds_dtype)
-    if spec.deepstack_layers:
-        if deepstack is None:
-            deepstack = torch.zeros(1, dtype=spec.embeds_dtype, device=device).expand(
-                rows, tokens, spec.deepstack_layers, spec.hidden_size
-            )
-        out[DEEPSTACK] = deepstack.to(device, spec.embeds_dtype)
+    for name in spec.image_inputs:
+        zeros = spec.image_zeros(name, rows, tokens, device)
+        out[name] = zeros if of_images is None else of_images[name].to(device, zeros.dtype)
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.modes.static_step import DEEPSTACK, StepSpec
+from adaptc.generation.modes.static_step import StepSpec
 
 #: the most rows, and the most tokens of a step
 _MAX_SIZE = 7
@@ -54,9 +54,9 @@ class StepDraw:
             return {}
         drawn = self.normal((rows, tokens, spec.hidden_size), spec.embeds_dtype)
         inputs = {"inputs_embeds": drawn, "embedded": self.booleans(())}
-        if spec.deepstack_layers:
-            shape = rows, tokens, spec.deepstack_layers, spec.hidden_size
-            inputs[DEEPSTACK] = self.normal(shape, spec.embeds_dtype)
+        for name in spec.image_inputs:
+            zeros = spec.image_zeros(name, rows, tokens, torch.device("cpu"))
+            inputs[name] = self.normal(zeros.shape, zeros.dtype) if zeros.is_floating_point() else zeros.contiguous()
         return inputs
 
 

@@ -73,7 +73,9 @@ class UncachedMode(CacheMode):
         with patch_forward(model, forward, step.parameters):
             yield step
 
-    def check_inputs(self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor) -> Iterator[dict[str, Tensor]]:
+    def check_inputs(
+        self, spec: StepSpec, ids: Tensor, mask: Tensor, positions: Tensor, *, is_whole: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         given = {"position_ids": positions} if spec.takes_position_ids else {}
         keep = torch.arange(ids.shape[1], device=ids.device)
         yield {"input_ids": ids, "attention_mask": mask, **given, "keep": keep}

@@ -6,7 +6,8 @@ they hand the embeddings to a language model, which divides the model into two p
     prompt   prompt_input_ids (prompts, tokens), prompt_attention_mask, the inputs of images or audio
              -> prompt_embeds (prompts, tokens, width); prompt_positions (prompts, tokens, axes) where the model
              numbers tokens along several axes (M-RoPE); prompt_deepstack (prompts, tokens, layers, width) where its
-             first layers add features of images, zero at text
+             first layers add features of images, zero at text; prompt_last_keys (prompts, tokens) where tokens of
+             images attend to those after them
     step     the inputs of a step (see ``static_step``) -> logits
 
 The first part is what the model's own ``forward`` does until it calls its language model. A generation runs it once.
@@ -31,13 +32,13 @@ from adaptc.capture.check_size_one import run_without_effects
 from adaptc.capture.given_inputs import bind_arguments
 from adaptc.capture.model_state import keyword_only_parameter, patch_forward
 from adaptc.capture.vision.tower_facts import with_free_images
-from adaptc.capture.vision.trace_towers import own_attribute
 from adaptc.errors import CaptureError
-from adaptc.generation.modes.static_step import DEEPSTACK, StepExample, equate_sizes
+from adaptc.generation.modes.static_step import DEEPSTACK, LAST_KEYS, StepExample, equate_sizes
+from adaptc.generation.multimodal.read_images import IMAGE_FEATURES, IMAGE_MASK, last_keys_of_mask, reading_images
 
-EMBEDS, POSITIONS, FEATURES = "prompt_embeds", "prompt_positions", "prompt_deepstack"
-#: the arguments of language models that add features of images to the states of their tokens
-_IMAGE_MASK, _IMAGE_FEATURES, _ADD_FEATURES = "visual_pos_masks", "deepstack_visual_embeds", "_deepstack_process"
+EMBEDS, POSITIONS = "prompt_embeds", "prompt_positions"
+#: an input of a step that images have -> the output of the prompt part that it takes
+PROMPT_OUTPUTS = {DEEPSTACK: "prompt_deepstack", LAST_KEYS: "prompt_last_keys"}
 #: the inputs of the prompt part that the step has, too, under their names there
 _SHARED_INPUTS = ("input_ids", "attention_mask")
 _PREFIX = "prompt_"
@@ -52,18 +53,21 @@ class PromptDescription:
     ``prompt_inputs`` are the names of a prompt's inputs beside ``input_ids`` and ``attention_mask``. ``token_inputs``
     are those of them with a value for each token, such as mm_token_type_ids. ``position_axes`` is the number of axes
     along which tokens are numbered, 3 for M-RoPE; 0 where they have one number each. ``deepstack_layers`` is the number
-    of layers that add features of images.
+    of layers that add features of images. ``looks_ahead`` says whether tokens of images attend to those after them.
     """
 
     prompt_inputs: tuple[str, ...]
     token_inputs: tuple[str, ...]
     position_axes: int
     deepstack_layers: int
+    looks_ahead: bool
 
     @property
     def prompt_outputs(self) -> list[str]:
         """Return the names of the prompt part's outputs."""
-        return [EMBEDS, *([POSITIONS] if self.position_axes else []), *([FEATURES] if self.deepstack_layers else [])]
+        further = {POSITIONS: self.position_axes, PROMPT_OUTPUTS[DEEPSTACK]: self.deepstack_layers}
+        further[PROMPT_OUTPUTS[LAST_KEYS]] = self.looks_ahead
+        return [EMBEDS, *(name for name, has in further.items() if has)]
 
     @classmethod
     def from_example(cls, model: nn.Module, example: Mapping[str, Tensor]) -> PromptDescription:
@@ -80,16 +84,13 @@ class PromptDescription:
                 f"{name} makes {tuple(embeds.shape[:2])} embeddings of {tuple(ids.shape)} tokens, and a generation "
                 "counts one for each: generate texts, without example_inputs"
             )
-        if isinstance(mask := found.get("attention_mask"), dict) or (isinstance(mask, Tensor) and mask.ndim > 2):
-            raise CaptureError(
-                f"{name} masks the attention of its language model by what is in a prompt, and a step here has the "
-                "masks of texts alone: generate texts, without example_inputs"
-            )
+        last_keys = last_keys_of_mask(found.get("attention_mask"))
+        ahead = last_keys is not None and bool((last_keys > torch.arange(ids.shape[1], device=ids.device)).any())
         axes = positions.shape[0] if isinstance(positions, Tensor) and positions.ndim == 3 else 0
         features: list[Tensor] = []
-        if _IMAGE_MASK in found and _IMAGE_FEATURES in found:
-            features = found.pop(_IMAGE_FEATURES)
-            del found[_IMAGE_MASK]
+        if IMAGE_MASK in found and IMAGE_FEATURES in found:
+            features = found.pop(IMAGE_FEATURES)
+            del found[IMAGE_MASK]
         extra = [
             n
             for n, v in found.items()
@@ -108,6 +109,7 @@ class PromptDescription:
             token_inputs=tuple(n for n in own if example[n].shape == ids.shape),
             position_axes=axes,
             deepstack_layers=len(features),
+            looks_ahead=ahead,
         )
 
     def part_inputs(self, prompt: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,9 +132,12 @@ class PromptDescription:
         if self.position_axes:
             made[POSITIONS] = found["position_ids"].permute(1, 2, 0)
         if self.deepstack_layers:
-            mask = found[_IMAGE_MASK].unsqueeze(-1).expand_as(embeds)
+            mask = found[IMAGE_MASK].unsqueeze(-1).expand_as(embeds)
             zeros = torch.zeros_like(embeds)
-            made[FEATURES] = torch.stack([zeros.masked_scatter(mask, f.to(embeds)) for f in found[_IMAGE_FEATURES]], 2)
+            dense = [zeros.masked_scatter(mask, f.to(embeds)) for f in found[IMAGE_FEATURES]]
+            made[PROMPT_OUTPUTS[DEEPSTACK]] = torch.stack(dense, 2)
+        if self.looks_ahead:
+            made[PROMPT_OUTPUTS[LAST_KEYS]] = last_keys_of_mask(found["attention_mask"])
         return made
 
 
@@ -214,41 +219,21 @@ def captured_with_prompts(
             embeds = step.example_inputs["inputs_embeds"]
             inputs[DEEPSTACK] = embeds.unsqueeze(2).repeat(1, 1, description.deepstack_layers, 1)
             shapes[DEEPSTACK] = step.dynamic_shapes["inputs_embeds"]
+        if description.looks_ahead:
+            inputs[LAST_KEYS] = torch.zeros_like(step.example_inputs["input_ids"])
+            shapes[LAST_KEYS] = step.dynamic_shapes["input_ids"]
         both = StepExample({**inputs, **step.example_inputs}, {**shapes, **step.dynamic_shapes})
 
         def forward(**inputs: Any) -> dict[str, Tensor]:
             prompt, others = description.split_inputs(inputs)
             equate_sizes(inputs, prompt_shapes)
             made = description.embed(model, original, prompt)
-            with _adding_features(model, others.pop(DEEPSTACK, None)):
+            images = {n: others.pop(n) for n in PROMPT_OUTPUTS if n in others}
+            with reading_images(model, images, others["slots"]):
                 return {**made, "logits": step_forward(**others)}
 
         stack.enter_context(patch_forward(model, forward, list(map(keyword_only_parameter, both.example_inputs))))
         yield both
-
-
-@contextlib.contextmanager
-def _adding_features(model: Any, deepstack: Tensor | None) -> Generator[None]:
-    """Run the block with a language model that adds ``deepstack`` (rows, tokens, layers, width) after its layers."""
-    if deepstack is None:
-        yield
-        return
-    language_model = model.get_decoder()
-    original, parameters = language_model.forward, inspect.signature(language_model.forward).parameters
-    mask = torch.ones_like(deepstack[:, :, 0, 0], dtype=torch.bool)
-    features: dict[str, Any] = {_IMAGE_MASK: mask, _IMAGE_FEATURES: deepstack.unbind(2)}
-
-    def add(hidden_states: Tensor, mask: Tensor, embeds: Tensor) -> Tensor:
-        return hidden_states + embeds.to(hidden_states)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs | features)
-
-    with (
-        patch_forward(language_model, forward, list(parameters.values())),
-        own_attribute(language_model, _ADD_FEATURES, add),
-    ):
-        yield
 
 
 def _forward_with_axes_last(original: Callable[..., Any]) -> Callable[..., Any]:

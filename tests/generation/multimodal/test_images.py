@@ -176,6 +176,7 @@ class TestQwen2VL:
             ({"attention_mask": torch.ones(3, 4)}, "attention_mask must be a tensor"),
             ({"video_grid_thw": torch.ones(1, 3)}, "video_grid_thw"),
             ({"num_beams": 4}, "12 rows"),
+            ({"prefill_chunk_size": 4}, "prefill_chunk_size is not taken for a prompt with images"),
         ],
         ids=lambda value: "" if isinstance(value, str) else " ".join(value),
     )  # fmt: skip
