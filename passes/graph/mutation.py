@@ -72,6 +72,11 @@ def is_pure(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded not in target.tags and not name.startswith(_UNINITIALIZED)
 
 
+def has_effect(node: fx.Node) -> bool:
+    """Return whether a node calls an op of torch that is not pure. Functions on sizes are no ops."""
+    return isinstance(node.target, OpOverload) and not is_pure(node)
+
+
 def is_metadata_assert(node: fx.Node) -> bool:
     """Return whether the node has no value and only checks metadata, as ``torch.export`` does before casts."""
     return node.target is aten._assert_tensor_metadata.default

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from adaptc.errors import ConfigError, short_repr
 from adaptc.passes.graph.lifted import LiftedProgram
-from adaptc.passes.graph.mutation import is_pure, memory_groups, written_inputs
+from adaptc.passes.graph.mutation import has_effect, is_pure, memory_groups, written_inputs
 from adaptc.torch_typing import shape_of
 
 
@@ -100,8 +99,7 @@ def _checks_inputs(node: fx.Node, needed: Collection[fx.Node]) -> bool:
         one = todo.pop()
         if one in seen or one in needed:
             continue
-        # Functions on sizes, such as operator.eq, are no ops of torch and have no effect.
-        if not one.all_input_nodes or (isinstance(one.target, OpOverload) and not is_pure(one)):
+        if not one.all_input_nodes or has_effect(one):
             return False
         seen.add(one)
         todo += one.all_input_nodes

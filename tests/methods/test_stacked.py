@@ -26,6 +26,7 @@ OWN = {
         "drops_input",
         "is_random",
         "noiseless",
+        "with_layer_bias",  # stacked experts have no layer's bias
         "inside_multihead_attention",
         "name",
         "slot_family",
