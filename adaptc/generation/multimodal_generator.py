@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
+from adaptc.generation.arguments.adapter_inputs import expected_inputs
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.causal_generator import CausalGenerator
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
@@ -170,8 +171,9 @@ class MultimodalGenerator(CausalGenerator):
         part = self.parts["prompt"]
         whole = spec.part_inputs({"input_ids": input_ids, "attention_mask": mask, **prompt})
         whole |= {n: v for n, v in others.items() if n in part.inputs and n not in whole}
+        known = expected_inputs(self._runner)
         with torch.no_grad():
-            made = part.run(**{n: whole[n].to(self.device).contiguous() for n in part.inputs})
+            made = part.run(**{n: _cast_like(whole[n], known[n]).to(self.device).contiguous() for n in part.inputs})
         out: dict[str, Any] = {"inputs_embeds": made[EMBEDS]}
         if spec.position_axes:
             out["position_ids"] = made[POSITIONS].permute(2, 0, 1)
@@ -189,3 +191,9 @@ class MultimodalGenerator(CausalGenerator):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in self.spec.image_inputs})
+
+
+def _cast_like(value: Tensor, expected: Any) -> Tensor:
+    """Return ``value`` in the dtype of the expected input, since processors give float32 and int64 for any model."""
+    kinds = {(t.dtype.is_floating_point, t.dtype == torch.bool) for t in (value, expected)}
+    return value.to(expected.dtype) if len(kinds) == 1 else value

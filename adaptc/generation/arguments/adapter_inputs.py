@@ -42,11 +42,11 @@ def _added_inputs(runner: StepRunner, all_methods: bool = False) -> InputNames:
             found |= {a.reads.get(n, n): n for n in a.method.extra_inputs.extras()}
     if not found:
         return {}
-    expected = _expected_inputs(runner)
+    expected = expected_inputs(runner)
     return {m: n for m, n in found.items() if m in expected}
 
 
-def _expected_inputs(runner: StepRunner) -> Mapping[str, Any]:
+def expected_inputs(runner: StepRunner) -> Mapping[str, Any]:
     """Return the inputs that calls of ``runner`` take, by name."""
     program = program_of(runner)
     if isinstance(program, PackagedProgram):
@@ -87,7 +87,7 @@ def with_zero_inputs(runner: StepRunner, options: dict[str, Any]) -> dict[str, A
     names = _added_inputs(runner, all_methods=True)
     if not names:
         return options
-    expected = _expected_inputs(runner)
+    expected = expected_inputs(runner)
     for inputs in options["inputs"]:
         sizes = {s: t.shape[i] for n, t in inputs.items() for i, s in enumerate(expected[n].shape) if n in expected}
         for name in names.keys() - inputs.keys():

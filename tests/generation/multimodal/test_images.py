@@ -239,6 +239,45 @@ def test_examples_that_are_refused(change: dict[str, Any], words: str) -> None:
         )
 
 
+@pytest.mark.long
+def test_numbers_of_a_processor_fit_a_model_in_half_precision() -> None:
+    def half(call: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: v.to(torch.bfloat16) if v.is_floating_point() else v for n, v in call.items()}
+
+    model = build("qwen2_vl").to(torch.bfloat16)
+    config, call = adaptc.LoraConfig(r=2, target_modules=["qkv"]), prompts()
+    gen = adaptc.compile_for_generation(
+        model, config, example_inputs=half(call_with_images(EXAMPLE, pads_left=True)), **LIMITS
+    )
+    with torch.no_grad():
+        want = model.generate(**half(call), **OPTIONS)
+    wide = {**call, "mm_token_type_ids": call["mm_token_type_ids"].long()}
+    assert torch.equal(gen.base.generate(**wide, **OPTIONS), want)
+
+
+@pytest.mark.long
+def test_compiled_code_generates_the_same_and_is_compiled_once() -> None:
+    config = adaptc.LoraConfig(r=2, target_modules=["qkv", "q_proj"], init_lora_weights=False)
+    example = call_with_images(EXAMPLE, pads_left=True)
+    gens = [
+        adaptc.compile_for_generation(
+            build("qwen3_vl"),
+            config,
+            example_inputs=example,
+            backend=backend,
+            generator=torch.Generator().manual_seed(1),
+            **LIMITS,
+        )
+        for backend in ("inductor", "eager")
+    ]
+    call, one = prompts(), call_with_images([[(1, 4, 2)]])
+    for inputs in (call, one):
+        assert torch.equal(gens[0].generate(**inputs, **OPTIONS), gens[1].generate(**inputs, **OPTIONS))
+    with adaptc.debug.assert_no_recompiles():
+        gens[0].generate(**call_with_images([[(1, 8, 2), (1, 2, 2)]]), **OPTIONS)
+        gens[0].generate(answers(1, 5), **OPTIONS)
+
+
 def test_an_example_fits_the_cache() -> None:
     with pytest.raises(adaptc.ConfigError, match="more than max_length=9"):
         adaptc.compile_for_generation(
