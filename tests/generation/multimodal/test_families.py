@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import adaptc
+from adaptc.generation.modes import chunked_prefill
 from tests.coverage.build import build_and_run
 from tests.coverage.rows import all_rows
 
@@ -41,6 +42,16 @@ def test_the_base_says_what_the_model_says(family: str) -> None:
         want = model.generate(**call, **options)
         assert torch.equal(gen.base.generate(**call, **options), want)
         assert not torch.equal(gen(**call).logits, gen.base(**call).logits)
+
+
+@pytest.mark.long
+def test_images_that_look_ahead_are_read_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 4)
+    model, (example, call) = model_and_calls("gemma3")
+    gen = adaptc.compile_for_generation(model, CONFIG, example_inputs=example)
+    assert gen.spec.looks_ahead
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(gen.base.generate(**call, **options), model.generate(**call, **options))
 
 
 @pytest.mark.long

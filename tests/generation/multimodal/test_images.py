@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 import adaptc
+from adaptc.generation.modes import chunked_prefill
 from adaptc.generation.multimodal_generator import MultimodalGenerator
+from adaptc.state.runner import ProgramPart
 from tests.support.image_models import FAMILIES, IMAGE, answers, build, call_with_images
 from tests.support.oracle import quiet, randomize
 
@@ -77,6 +80,13 @@ def test_beams_and_caches(family: str) -> None:
     assert torch.equal(again, expected(family, call))
 
 
+@pytest.mark.long
+def test_features_of_images_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 5)
+    call = prompts()
+    assert torch.equal(generator("qwen3_vl").generate(**call, **OPTIONS), expected("qwen3_vl", call))
+
+
 class TestQwen2VL:
     family = "qwen2_vl"
 
@@ -114,6 +124,28 @@ class TestQwen2VL:
         with torch.no_grad():
             want = oracle(self.family)[0](**whole).logits[:, -1]
         torch.testing.assert_close(step.logits[:, -1], want, atol=1e-4, rtol=1e-4)
+
+    def test_long_prompts_are_read_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 5)
+        call, gen = prompts(), generator(self.family)
+        assert torch.equal(gen.generate(**call, **OPTIONS), expected(self.family, call))
+
+    def test_images_are_read_once(self) -> None:
+        call, pinned = prompts(), generator(self.family).snapshot_call()
+        calls: list[str] = []
+
+        def counted(name: str) -> ProgramPart:
+            part = pinned.parts[name]
+
+            def run(**inputs: Any) -> dict[str, Tensor]:
+                calls.append(name)
+                return part.run(**inputs)
+
+            return replace(part, run=run)
+
+        pinned.parts = {name: counted(name) for name in pinned.parts}
+        assert torch.equal(pinned.generate(**call, **OPTIONS), expected(self.family, call))
+        assert calls == ["prompt", *["step"] * OPTIONS["max_new_tokens"]]
 
     def test_swaps_reach_the_tower(self) -> None:
         gen, call = generator(self.family), prompts()
