@@ -80,3 +80,7 @@ def test_positions_begin_where_the_model_s_own_generation_begins(monkeypatch: py
     assert torch.equal(gen.base.generate(**text, **options), want)
     past = gen.base.prefill(**text)
     assert torch.equal(gen.base.generate(**text, **options, cache=past), want)
+    ids = text["input_ids"]
+    with torch.no_grad():
+        found, logits = gen.base(ids).logits, model(ids, position_ids=torch.arange(2, 2 + ids.shape[1])[None]).logits
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-4)

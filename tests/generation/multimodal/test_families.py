@@ -46,12 +46,13 @@ def test_the_base_says_what_the_model_says(family: str) -> None:
 
 @pytest.mark.long
 def test_images_that_look_ahead_are_read_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(chunked_prefill, "CHUNK_SIZE", 2)
     model, (example, call) = model_and_calls("gemma3")
     gen = adaptc.compile_for_generation(model, CONFIG, example_inputs=example)
     assert gen.spec.looks_ahead
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(gen.base.generate(**call, **options), model.generate(**call, **options))
+    with torch.no_grad():
+        found, want = gen.base(**call, logits_to_keep=1).logits, model(**call).logits[:, -1:]
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.long
