@@ -96,6 +96,7 @@ class Pattern:
                 raise TimeoutError
             return call(*args, timeout=seconds_left[0]) if args else call(seconds_left[0])
         except TimeoutError:
+            seconds_left[0] = 0  # regex counts by another clock, so some of the thread's own time may be left
             raise ConfigError(
                 f"{self.option}: {short_repr(self.user_text)} takes too long to try on the names of modules and "
                 f"tensors, {MAX_SECONDS:g} s for all expressions together. Write it without repeats inside repeats, "
