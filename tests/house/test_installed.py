@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (path,) = out.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         return archive.namelist()
+
+
+def test_every_folder_of_the_source_is_listed_as_a_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {folder: {f.parent for f in (ROOT / folder).rglob("*.py")} for folder in SOURCES}
+    expected = {
+        ".".join((target, *at.relative_to(ROOT / folder).parts)).replace("/", ".")
+        for folder, target in SOURCES.items()
+        for at in folders[folder]
+    }
+    assert set(listed) == expected
 
 
 @pytest.mark.long
