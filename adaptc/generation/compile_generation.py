@@ -127,7 +127,16 @@ def compile_for_generation(
 
 @with_graph_lock
 @match_inference_mode
-def _compile(
+def _compile(model: Any, adapter: Any, options: RunOptions, **further: Any) -> Generator:
+    """Return the generator of :func:`compile_for_generation`; ``further`` are those of :func:`_compile_plain`."""
+    if not isinstance(model, nn.Module) or not is_pretrained_model(model):
+        raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
+    with plain_layers(model):
+        check_not_quantised(model)
+        return _compile_plain(model, adapter, options, **further)
+
+
+def _compile_plain(
     model: Any,
     adapter: Any,
     options: RunOptions,
@@ -137,26 +146,10 @@ def _compile(
     max_length: int | None,
     **plan_options: Any,
 ) -> Generator:
-    """Return the generator of :func:`compile_for_generation`; ``plan_options`` has the further arguments of
-    :func:`plan_adapters`."""
-    if not isinstance(model, nn.Module) or not is_pretrained_model(model):
-        raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
-    with plain_layers(model):
-        check_not_quantised(model)
-        return _compile_plain(model, adapter, options, example_inputs, max_batch, max_length, **plan_options)
+    """Return the generator of a transformers model without quantised layers of others.
 
-
-def _compile_plain(
-    model: Any,
-    adapter: Any,
-    options: RunOptions,
-    example_inputs: Any,
-    max_batch: int,
-    max_length: int | None,
-    **plan_options: Any,
-) -> Generator:
-    """Return the generator of a transformers model without quantised layers of others; the arguments are those of
-    :func:`_compile`."""
+    ``plan_options`` has the further arguments of :func:`plan_adapters`.
+    """
     by_name = adapters_by_name(adapter)
     adapters: list[Any] = [adapter]
     if by_name is not None:

@@ -158,7 +158,9 @@ def facts_of(
         for key, field in _PROMPT_FIELDS.items():
             fields[field] = tuple(prompts[key]) if isinstance(prompts[key], list) else prompts[key]
         multimodal = MultimodalSpec(**fields)
-        _check_parts(multimodal, {*multimodal.prompt_inputs} - {*multimodal.token_inputs}, inputs, outputs)
+        # The names of a prompt's inputs are those of its part.
+        takes = {*multimodal.part_inputs(dict.fromkeys(multimodal.prompt_inputs)), *multimodal.image_inputs}
+        _check_parts(multimodal, takes, inputs, outputs)
         return multimodal
     cross_layout, features = _layout_from_json(seq2seq, CROSS_PREFIX), seq2seq["features"]
     spec = Seq2SeqSpec(

@@ -7,6 +7,7 @@ text alone take the second part only.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
 from adaptc.generation.arguments.adapter_inputs import expected_inputs
+from adaptc.generation.arguments.step_tokens import StepTokens
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.causal_generator import CausalGenerator
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
@@ -70,48 +72,21 @@ class MultimodalGenerator(CausalGenerator):
     def read_prompt(
         self, past: StepCache, inputs: Tensor | None, attention_mask: Tensor | None, adapter_inputs: dict[str, Any]
     ) -> None:
-        prompt = self._pop_prompt(adapter_inputs)
-        if not prompt:
+        if self._pop_prompt(dict(adapter_inputs)):
+            self.forward(inputs, attention_mask, None, past, logits_to_keep=1, **adapter_inputs)
+        else:
             super().read_prompt(past, inputs, attention_mask, adapter_inputs)
-            return
-        given: dict[str, Any] = {**adapter_inputs, "attention_mask": attention_mask, "logits_to_keep": 1}
-        super().forward(past_key_values=past, **given | self.embed_prompt(prompt, inputs, given, past))
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        cache: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-        **others: Any,
-    ) -> Any:
-        """Compute one step, as :meth:`CausalGenerator.forward` does, of tokens or of a prompt with images or audio.
-
-        The inputs of images or audio are ``others``, under the model's names.
-        """
-        past = past_key_values if cache is None else cache
-        arguments: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-            "return_dict": return_dict,
-            **others,
-        }
-        prompt, pinned = self._pop_prompt(arguments), self.as_pinned()
-        if prompt:
-            arguments |= pinned.embed_prompt(prompt, arguments.pop("input_ids"), arguments, past)
-        elif isinstance(input_ids, Tensor) and not getattr(past, "length", 0):
-            self._refuse_placeholders(input_ids)
-        return super(MultimodalGenerator, pinned).forward(**arguments)
+    def run_step(self, new: StepTokens, past: Any, *, others: dict[str, Any], **options: Any) -> Any:
+        """Compute the step of the tokens ``new``; ``others`` may have the images or audio of their prompt."""
+        if prompt := self._pop_prompt(others):
+            given = {**others, **{n: getattr(new, n) for n in ("inputs_embeds", "attention_mask", "position_ids")}}
+            made = self.embed_prompt(prompt, new.input_ids, given, past)
+            of_images = {n: made.pop(n) for n in self.spec.image_inputs} or None
+            new = replace(new, input_ids=None, of_images=of_images, **made)
+        elif isinstance(new.input_ids, Tensor) and not getattr(past, "length", 0):
+            self._refuse_placeholders(new.input_ids)
+        return super().run_step(new, past, others=others, **options)
 
     def _refuse_placeholders(self, input_ids: Tensor) -> None:
         """Raise AdaptcError for tokens in whose place images or audio belong, where none are given."""
@@ -146,7 +121,9 @@ class MultimodalGenerator(CausalGenerator):
     def embed_prompt(
         self, prompt: Mapping[str, Tensor], input_ids: Any, others: Mapping[str, Any], past: Any
     ) -> dict[str, Any]:
-        """Return inputs_embeds, and position_ids where the model has its own, of a prompt with images or audio.
+        """Return inputs_embeds and what else a step reads of a prompt with images or audio, by name.
+
+        position_ids are among it where the model has its own, unless the caller gave some.
 
         ``others`` are the further arguments of the call. Raises AdaptcError for a prompt that cannot begin a cache.
         """
@@ -175,7 +152,7 @@ class MultimodalGenerator(CausalGenerator):
         with torch.no_grad():
             made = part.run(**{n: _cast_like(whole[n], known[n]).to(self.device).contiguous() for n in part.inputs})
         out: dict[str, Any] = {"inputs_embeds": made[EMBEDS]}
-        if spec.position_axes:
+        if spec.position_axes and others.get("position_ids") is None:
             out["position_ids"] = made[POSITIONS].permute(2, 0, 1)
         return out | {name: made[PROMPT_OUTPUTS[name]] for name in spec.image_inputs}
 

@@ -184,6 +184,16 @@ class Op:
             return self._pointwise_conv(self._run_conv(x, a, None, 1), b)
         return F.linear(F.linear(x, a), b)
 
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return :meth:`down_up` of two matrices, for an op without groups.
+
+        Args:
+            x: the op's input.
+            down: (rank, columns of the weight as a matrix).
+            up: (rows of the weight as a matrix, rank).
+        """
+        return self.up(self.down(x, down.reshape(-1, *self.shape[1:])), up)
+
     def with_max_norm(self, canonical: Tensor) -> Tensor:
         """Return ``canonical`` (any, vocabulary) with each column scaled down to the norm that :attr:`max_norm` allows.
 

@@ -21,7 +21,9 @@ from tests.gpu.cases import DEVICE
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if DEVICE.type == "cuda" and not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False")
+        skip = pytest.mark.skip(
+            reason="needs a CUDA GPU. tests/kernels runs the same kernels on the CPU, in the interpreter of triton"
+        )
         # It is handed all tests of the run, those of other folders too.
         for item in items:
             if item.path.is_relative_to(Path(__file__).parent):

@@ -48,8 +48,8 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
         "KernelForm": "why_missing apply",
         "SharedSlots": "shares settle_shared_sizes grouped_slots with_weights tied_to",
         "ExtraInputs": "coefficients extras check_inputs",
-        "Op": "down_up down up product add_low_rank dense along_out along_in matrix unmatrix matrix_shape canonical "
-        "stored out_features in_features groups experts kernel is_conv is_pointwise",
+        "Op": "down_up low_rank down up product add_low_rank dense along_out along_in matrix unmatrix matrix_shape "
+        "canonical stored out_features in_features groups experts kernel is_conv is_pointwise",
     }.items()
 }
 

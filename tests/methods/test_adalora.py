@@ -24,7 +24,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.methods.lora_family.adalora import AdaLora
 from adaptc.passes.graph.ops import Op
 from tests.support.cover import examples
-from tests.support.method_table import Experts
+from tests.support.layer_table import Experts
 
 TARGETS = ["up", "conv", "down"]
 SCHEDULE = {"init_r": 5, "target_r": 2, "tinit": 3, "tfinal": 5, "deltaT": 2, "total_step": 20, "beta2": 0.7}

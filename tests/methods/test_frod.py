@@ -18,7 +18,7 @@ import adaptc
 from adaptc import CheckpointError, ConfigError, FrodConfig, TargetError
 from adaptc.methods.shared_factors.frod import block_of, category_of, count_entries, draw_entries
 from tests.support.chain import FILE, as_stored, copy_adapter_with, peft_config, randomize, tensor_files_are_equal
-from tests.support.method_table import Experts
+from tests.support.layer_table import Experts
 from tests.support.subject import loss
 
 

@@ -95,6 +95,7 @@ def test_one_program_serves_all_ranks(tmp_path):
     found = bank(inputs(4), adapters=["0", "2", None, "1"])
     for row, i in ((0, 0), (1, 2), (3, 1)):
         close(found[row], models[i](inputs(4))[row])
+    close(found[2], chain()(inputs(4))[2])
 
 
 def test_the_ranks_of_a_bare_state_dict_are_those_of_its_tensors(tmp_path):
@@ -103,6 +104,7 @@ def test_the_ranks_of_a_bare_state_dict_are_those_of_its_tensors(tmp_path):
     program = compile_chain(GraloraConfig(r=4, hybrid_r=3, target_modules=TARGETS))
     adaptc.swap(program, load_file(tmp_path / FILE))
     close(program(inputs(2)), model(inputs(2)))
+    assert not torch.allclose(program(inputs(2)), chain()(inputs(2)))
 
 
 def test_blocks_and_a_plain_lora_are_another_structure(tmp_path):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._higher_order_ops.map import map as map_rows
 
 import adaptc
-from tests.support.method_table import ENTRIES, LAYERS
+from tests.support.layer_table import LAYERS
+from tests.support.method_table import ENTRIES
 from tests.support.subject import FILE, Subject, assert_close, assert_valid, subject, targets
 
 BLOCKS = ("no_grad", "autocast", "cond", "map", "cond_in_no_grad")

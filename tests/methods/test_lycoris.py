@@ -14,6 +14,7 @@ from adaptc.errors import ConfigError, TargetError
 from adaptc.methods.lycoris.loha import LoHa
 from adaptc.methods.lycoris.lokr import LoKr
 from adaptc.passes.graph.ops import Op
+from tests.support.layer_table import Experts
 from tests.support.lycoris import (
     CONFIGS,
     assert_close,
@@ -24,7 +25,6 @@ from tests.support.lycoris import (
     save_peft_adapter,
     slots_by_file_key,
 )
-from tests.support.method_table import Experts
 
 
 def config(cls, **options):

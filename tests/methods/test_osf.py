@@ -24,7 +24,7 @@ from tests.support.chain import (
     slots_by_file_key,
     tensor_files_are_equal,
 )
-from tests.support.method_table import LAYERS
+from tests.support.layer_table import LAYERS
 from tests.support.spectral import differing_fields
 
 VARIANTS: dict[str, dict[str, Any]] = {

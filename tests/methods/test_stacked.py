@@ -14,7 +14,7 @@ from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.protocol.method_hooks import Hooks
 from adaptc.passes.protocol.parts.bank_form import BankForm
 from adaptc.passes.protocol.parts.file_format import FileFormat
-from tests.support.method_table import Experts
+from tests.support.layer_table import Experts
 
 #: hooks that are right as they are: the stacked method has no form around a layer and no bias, no dropout there, and
 #: nothing nested; methods of a whole program, which say what cannot be trained on, are never stacked, nor are those

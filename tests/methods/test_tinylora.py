@@ -30,7 +30,7 @@ from tests.support.chain import (
     slots_by_file_key,
     tensor_files_are_equal,
 )
-from tests.support.method_table import Experts
+from tests.support.layer_table import LinearAndExperts
 from tests.support.subject import loss
 
 
@@ -154,19 +154,9 @@ def test_an_embedding_shares_a_vector_with_a_linear_layer(tmp_path, dropout):
     torch.testing.assert_close(merged(ids), model(ids), rtol=1e-9, atol=1e-9)
 
 
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(5, 15)
-        self.layer = Experts(15, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.up(x)))
-
-
 def test_experts_share_a_vector_with_other_layers(tmp_path):
     torch.manual_seed(0)
-    model, x = Mixed().double(), torch.randn(3, 5).double()
+    model, x = LinearAndExperts().double(), torch.randn(3, 5).double()
     config = TinyLoraConfig(
         r=2, u=5, weight_tying=1.0, target_modules=["up"], target_parameters=["layer.matrices"], init_weights="uniform"
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.tuners.unilora.model import UniLoraModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, UniLoraConfig
@@ -30,7 +30,7 @@ from tests.support.chain import (
     slots_by_file_key,
     tensor_files_are_equal,
 )
-from tests.support.method_table import Experts
+from tests.support.layer_table import LinearAndExperts
 from tests.support.subject import loss
 
 
@@ -168,19 +168,9 @@ def test_gradients_of_the_vector_come_from_all_layers(tmp_path):
     torch.testing.assert_close(module.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)
 
 
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(5, 15)
-        self.layer = Experts(15, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.up(x)))
-
-
 def test_each_expert_has_places_of_its_own(tmp_path):
     torch.manual_seed(0)
-    model, x = Mixed().double(), torch.randn(3, 5).double()
+    model, x = LinearAndExperts().double(), torch.randn(3, 5).double()
     config = UniLoraConfig(
         r=4, theta_d_length=600, target_modules=["up"], target_parameters=["layer.matrices"], init_weights=False
     )

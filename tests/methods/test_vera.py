@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, VeraConfig
@@ -25,7 +24,7 @@ from tests.support.chain import (
     slots_by_file_key,
     tensor_files_are_equal,
 )
-from tests.support.method_table import Experts
+from tests.support.layer_table import LinearAndExperts
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -122,19 +121,9 @@ def test_dropout_acts_on_the_input_and_in_training_only(tmp_path):
     torch.testing.assert_close(adaptc.merge(program)(x), expected)
 
 
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(5, 15)
-        self.layer = Experts(15, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.up(x)))
-
-
 def test_experts_share_the_projections_of_the_other_layers(tmp_path):
     torch.manual_seed(0)
-    model, x = Mixed().double(), torch.randn(3, 5).double()
+    model, x = LinearAndExperts().double(), torch.randn(3, 5).double()
     config = VeraConfig(r=4, target_modules=["up"], target_parameters=["layer.matrices"], init_weights=False)
     program = adaptc.compile(model, config, example_inputs=x)
     found = slots_by_file_key(program)

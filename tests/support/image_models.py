@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor
 
 from tests.support.families import perturb
+from tests.support.oracle import quiet, randomize
 
 IMAGE, VIDEO, START, END, VOCAB = 3, 4, 5, 6, 71
 MERGE, PATCH, FRAMES = 2, 7, 2
@@ -65,6 +70,18 @@ def build(family: str) -> Any:
         model = getattr(transformers, model_class)(config)
     perturb(model)
     return model.eval()
+
+
+@cache
+def adapted_by_peft(family: str) -> tuple[Any, Path]:
+    """Return PEFT's model with a LoRA on all linear layers, tower and projector included, and its directory."""
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    with quiet():
+        model = peft.get_peft_model(build(family), config).eval()
+    randomize(model)
+    path = Path(tempfile.mkdtemp())
+    model.save_pretrained(str(path))
+    return model, path
 
 
 def call_with_images(rows: Sequence[Sequence[Grid]], *, pads_left: bool = False) -> dict[str, Tensor]:

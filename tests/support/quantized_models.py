@@ -19,7 +19,7 @@ TARGETS = ["up", "down"]
 #: for bitsandbytes' product of few rows. It asks for the CPU's feature alone: a kernel that fails is no reason to skip.
 needs_avx512_bf16 = pytest.mark.skipif(
     not bitsandbytes.functional.has_avx512bf16(),
-    reason="bitsandbytes has the kernel for CPUs with AVX-512 BF16 alone; the way without it is tested on every CPU",
+    reason="this kernel of bitsandbytes needs a CPU with AVX-512 BF16; other tests check the path without it",
 )
 
 

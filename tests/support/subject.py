@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.passes.protocol.attachment import Attachment
-from tests.support.method_table import BY_NAME, LAYERS, Entry, Layer
+from tests.support.layer_table import LAYERS, Layer
+from tests.support.method_table import BY_NAME, Entry
 
 FILE = "adapter_model.safetensors"
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ PROMPT_OUTPUTS = {DEEPSTACK: "prompt_deepstack", LAST_KEYS: "prompt_last_keys"}
 #: the inputs of the prompt part that the step has, too, under their names there
 _SHARED_INPUTS = ("input_ids", "attention_mask")
 _PREFIX = "prompt_"
+T = TypeVar("T")
 #: what a language model is called with that is no tensor of its tokens
 _OTHER_ARGUMENTS = ("cache", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "attention_mask")
 
@@ -112,8 +113,8 @@ class PromptDescription:
             looks_ahead=ahead,
         )
 
-    def part_inputs(self, prompt: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of a prompt, named as the model names them, under their names in the prompt part."""
+    def part_inputs(self, prompt: Mapping[str, T]) -> dict[str, T]:
+        """Return the inputs of a prompt, or what belongs to them, under their names in the prompt part."""
         names = (*_SHARED_INPUTS, *self.token_inputs)
         return {f"{_PREFIX}{n}" if n in names else n: t for n, t in prompt.items()}
 
@@ -259,7 +260,7 @@ def _free_sizes(
             axes: dict[int, Any] = {0: prompts, 1: tokens}
         else:
             axes = {i: dims.setdefault(n, Dim(n)) if n else Dim.AUTO for i, n in free(value).items()}
-        shapes.update(description.part_inputs({name: axes}))  # type: ignore[dict-item]
+        shapes |= description.part_inputs({name: axes})
     return shapes
 
 

@@ -210,22 +210,15 @@ class Gralora(Method):
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         a = slots[A]
         read = prepare_adapter_input(self, op, x, a.dtype)
-        if op.kind in ("linear", "addmm"):
+        if op.kind in ("linear", "addmm"):  # a k-th of the work that factors with zeros off the blocks take
             h = torch.einsum("...ni,nijs->...njs", read.unflatten(-1, (self.k, -1)), a)
             delta = torch.einsum("...njs,jnso->...jo", h, slots[B]).flatten(-2)
         else:
-            delta = self._down_up(op, read, *_as_matrices(a, slots[B]))
+            delta = op.low_rank(read, *_as_matrices(a, slots[B]))
         if self.hybrid:
             read = prepare_adapter_input(self, op, x, a.dtype)
-            delta = delta + self._down_up(op, read, slots[A_GENERAL], slots[B_GENERAL])
+            delta = delta + op.low_rank(read, slots[A_GENERAL], slots[B_GENERAL])
         return cast(y + delta * scale, y.dtype)
-
-    def _down_up(self, op: Op, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return what the layer computes with the weight ``up @ down``."""
-        if op.is_conv:
-            ones = (1,) * len(op.kernel)
-            down, up = down.reshape(-1, *op.shape[1:]), up.reshape(op.out_features, -1, *ones)
-        return op.down_up(x, down, up)
 
 
 def _as_matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

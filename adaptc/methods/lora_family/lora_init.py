@@ -7,15 +7,14 @@ corda and lora_ga, which need data, and mica, a variant of the method.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from adaptc.errors import ConfigError
+from adaptc.global_generator import global_generator_of
 from adaptc.methods.lora_family.loftq import LoftQConfig, loftq_init
 
 SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
@@ -153,23 +152,8 @@ def _pissa_init(
     if niter is None:
         U, S, Vh = torch.linalg.svd(_float32_or_wider(W), full_matrices=False)
     else:
-        # svd_lowrank reads the global generator of the weight's device, and nothing else.
-        with contextlib.nullcontext() if generator is None else _seed_global_generator(generator, W.device):
+        with global_generator_of(generator, W.device):  # which svd_lowrank reads, and nothing else
             U, S, V = torch.svd_lowrank(_float32_or_wider(W), q=r, niter=niter)
         Vh = V.T
     root = (S[:r] / scale).sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root
-
-
-@contextlib.contextmanager
-def _seed_global_generator(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Run the block with the global generator of ``device`` seeded from ``generator``, and restore its state after."""
-    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    on_cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every other device as well
-        yield

@@ -50,17 +50,13 @@ class LoHaSizes(SizeRule):
     def minimal(self, op: Op) -> LoHa:
         return dataclasses.replace(self.method, r=2)
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> LoHa:
-        b = slots.get("hada_w1_b")
-        return self.method if b is None or not b.ndim else dataclasses.replace(self.method, r=b.shape[0])
-
 
 @dataclass(frozen=True)
 class LoHa(Lycoris):
     """LoHa at one site, of any kind with a weight of two axes or more."""
 
     name: ClassVar[str] = "loha"
-    sizes = LoHaSizes()
+    sizes = LoHaSizes(rank_axes={"hada_w1_b": 0})
 
     def slots(self, op: Op) -> dict[str, Slot]:
         self.check_site(op)

@@ -114,10 +114,6 @@ class LoKrSizes(SizeRule):
     def minimal(self, op: Op) -> LoKr:
         return dataclasses.replace(self.specialized_for(op), r=2)
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> LoKr:
-        b = next((slots[n] for n in ("lokr_w2_b", "lokr_w1_b") if n in slots), None)
-        return self.method if b is None or not b.ndim else dataclasses.replace(self.method, r=b.shape[0])
-
 
 @dataclass(frozen=True)
 class LoKr(Lycoris):
@@ -129,7 +125,7 @@ class LoKr(Lycoris):
 
     name: ClassVar[str] = "lokr"
     swappable: ClassVar[frozenset[str]] = Lycoris.swappable | {"centred"}
-    sizes = LoKrSizes()
+    sizes = LoKrSizes(rank_axes={"lokr_w2_b": 0, "lokr_w1_b": 0})
 
     decompose_both: bool = False
     factor: int = -1

@@ -59,16 +59,13 @@ class HraSizes(SizeRule):
     def minimal(self, op: Op) -> Hra:
         return dataclasses.replace(self.method, r=2)
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> Hra:
-        return dataclasses.replace(self.method, r=slots["hra_u"].shape[1]) if "hra_u" in slots else self.method
-
 
 @dataclass(frozen=True)
 class Hra(Rotation):
     """HRA at one site."""
 
     name: ClassVar[str] = "hra"
-    sizes = HraSizes()
+    sizes = HraSizes(rank_axes={"hra_u": 1})
 
     r: int = 8
     orthogonal: bool = False

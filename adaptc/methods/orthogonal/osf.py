@@ -208,8 +208,7 @@ class Osf(Method):
         x = op.cast_input(x, U.dtype)
         up = torch.cat([U * slots[S_LOW], -slots[U_INIT] * slots[S_INIT]], 1)
         down = torch.cat([V, slots[V_INIT]])
-        delta = op.up(op.down(x, down.reshape(-1, *op.shape[1:])), up)
-        return cast(y + delta, y.dtype)
+        return cast(y + op.low_rank(x, down, up), y.dtype)
 
     def _trained_factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         """Return U (rows, t) and V (t, columns), in training with projected gradients."""

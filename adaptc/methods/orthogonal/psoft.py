@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
+from adaptc.global_generator import seeded_global_generator
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import (
     applies_dropout,
@@ -214,10 +215,7 @@ class Psoft(Method):
             if self.niter < 0:
                 U, S, V = reduced_svd(M)
             else:
-                # svd_lowrank reads the global generator of the weight's device, which is left as it was.
-                devices, kind = ([], "cuda") if M.device.type == "cpu" else ([M.device], M.device.type)
-                with torch.random.fork_rng(devices, device_type=kind):
-                    torch.manual_seed(self.seed)
+                with seeded_global_generator(self.seed, M.device):  # which svd_lowrank reads
                     U, S, V = torch.svd_lowrank(M, q=self.r, niter=self.niter)
                 V = V.T
         U, S, V = U[:, : self.r], S[: self.r], V[: self.r]
@@ -238,8 +236,7 @@ class Psoft(Method):
         x = prepare_adapter_input(self, op, x, slots[A].dtype)
         if op.groups > 1:
             return cast(y + op(x, op.unmatrix(self._up(slots) @ slots[A])) * scale, y.dtype)
-        delta = op.up(op.down(x, slots[A].reshape(-1, *op.shape[1:])), self._up(slots))
-        return cast(y + delta * scale, y.dtype)
+        return cast(y + op.low_rank(x, slots[A], self._up(slots)) * scale, y.dtype)
 
     def _up(self, slots: Slots) -> Tensor:
         """Return B (R - I), (rows, r)."""

@@ -89,14 +89,6 @@ class PolyFiles(FileFormat):
         return {n: t.flatten(1) if n == LOGITS else t for n, t in slots.items()}
 
 
-class PolySizes(SizeRule):
-    method: Poly
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Poly:
-        a = slots.get(A)
-        return self.method if a is None or a.ndim != 4 else replace(self.method, r=a.shape[3])
-
-
 class PolyInputs(ExtraInputs):
     method: Poly
 
@@ -117,7 +109,7 @@ class Poly(Method):
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"skills", "tasks"}
     takes_complex: ClassVar[bool] = False  # the router's probabilities are real numbers
     files = PolyFiles(names=(A, B, LOGITS))
-    sizes = PolySizes(exact=True)
+    sizes = SizeRule(exact=True, rank_axes={A: 3})
     extra_inputs = PolyInputs()
 
     r: int = 8

@@ -51,7 +51,7 @@ class FrodConfig(TargetedConfig):
         frod_dropout: the dropout probability of the adapter's input.
         sparse_rate: how many entries are trained, as a share of all entries of S.
         regularization_alpha: what is added to the diagonals of the matrices that are inverted to find the basis.
-        progressbar: kept for files; progress is shown as that of all other work.
+        progressbar: kept for files, and without an effect: the basis is found in one step, with no bar.
         runtime_offload_base_weight: refused, since the weights of a program stay on their device.
         init_weights: whether W' starts as W. False adds random numbers to l and to the entries of S.
 

@@ -100,10 +100,6 @@ class LilySizes(SizeRule):
     def minimal(self, op: Op) -> Lily:
         return replace(self.method, r=2)
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> Lily:
-        a = slots.get(A)
-        return self.method if a is None or a.ndim != 2 else replace(self.method, r=a.shape[0])
-
 
 class LilySharing(SharedSlots):
     method: Lily
@@ -128,7 +124,7 @@ class Lily(Method):
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "stride", "entry"}
     takes_complex: ClassVar[bool] = False  # a softmax has no meaning for complex numbers
     files = LilyFiles(names=(A, B, ROUTER))
-    sizes = LilySizes()
+    sizes = LilySizes(rank_axes={A: 0})
     bank = BankForm(row_wise=False)
     sharing = LilySharing()
 

@@ -14,25 +14,22 @@ weight as a matrix, kernels in its columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
+from adaptc.methods.shared_factors.projections import LargestSites, ProjectionFiles, draw_projections
+from adaptc.methods.shared_factors.vera import VeraSizes
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.parts.file_format import FileFormat
 from adaptc.passes.protocol.parts.method_part import SiteDescription
-from adaptc.passes.protocol.parts.shared_slots import SharedSlots
-from adaptc.passes.protocol.parts.size_rule import SizeRule
-from adaptc.torch_modes import outside_modes
 
 OUT, RANKS, A, B = "pvera_lambda_b", "pvera_lambda_d", "pvera_A", "pvera_B"
 _SEED_REFUSAL = (
@@ -92,20 +89,7 @@ class PveraConfig(TargetedConfig):
         )
 
 
-@lru_cache(maxsize=4)
-def draw_mean_and_variance_projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """Return A (2, r, inputs) and B (outputs, r) as PEFT draws them, float32 on the CPU.
-
-    They are cached: copy them, never write to them.
-    """
-    with outside_modes(), torch.no_grad():
-        generator = torch.Generator(device="cpu").manual_seed(key)
-        a, b = (torch.empty(s, dtype=torch.float32, device="cpu") for s in ((2 * r, inputs), (outputs, r)))
-        nn.init.kaiming_uniform_(a, generator=generator)
-        return a.unflatten(0, (2, r)), nn.init.kaiming_uniform_(b, generator=generator)
-
-
-class PveraFiles(FileFormat):
+class PveraFiles(ProjectionFiles):
     method: Pvera
 
     def keys(self, op: Op) -> list[str]:
@@ -127,28 +111,13 @@ class PveraFiles(FileFormat):
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         return {n: t.flatten(0, 1) if n in (RANKS, A) else t for n, t in slots.items()}
 
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**self.method.identity(op, W, dtype), **self.method.shared_projections(op, W, dtype)}
 
-
-class PveraSizes(SizeRule):
-    method: Pvera
-
-    def minimal(self, op: Op) -> Pvera:
-        return replace(self.method, r=2)
+class PveraSizes(VeraSizes):
+    method: Pvera  # type: ignore[assignment]
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Pvera:
         d = slots.get(RANKS)
         return self.method if d is None or not d.ndim else replace(self.method, r=d.shape[-1] // 2)
-
-
-class PveraSharing(SharedSlots):
-    method: Pvera
-
-    def settle_shared_sizes(self, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
-        sizes = [op.matrix_shape for _, op in sites]
-        most: dict[str, Any] = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
-        return [replace(method, **most) for method, _ in sites]
 
 
 @dataclass(frozen=True)
@@ -164,7 +133,7 @@ class Pvera(Method):
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"key", "saved", "d_initial", "inputs", "outputs", "seed"}
     files = PveraFiles()
     sizes = PveraSizes()
-    sharing = PveraSharing(shares=True)
+    sharing = LargestSites(shares=True)
 
     r: int = 256
     key: int = 0
@@ -230,9 +199,10 @@ class Pvera(Method):
 
     def shared_projections(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         specs = self.slots(op)
-        a, b = draw_mean_and_variance_projections(self.key, self.r, specs[A].shape[2], specs[B].shape[0])
+        # PEFT draws the two halves of A as one matrix.
+        a, b = draw_projections(self.key, (2 * self.r, specs[A].shape[2]), specs[B].shape)
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
-        return {A: a.to(W.dtype).to(dtype), B: b.to(W.dtype).to(dtype)}
+        return {A: a.unflatten(0, (2, -1)).to(W.dtype).to(dtype), B: b.to(W.dtype).to(dtype)}
 
     # -- meaning -------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,7 @@ The rank is part of the structure: n follows from it, so no size is free of anot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
 from typing import Any, ClassVar
@@ -23,10 +22,9 @@ from torch import Tensor, nn
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
+from adaptc.methods.shared_factors.projections import LargestSites, ProjectionFiles
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.parts.file_format import FileFormat
-from adaptc.passes.protocol.parts.shared_slots import SharedSlots
 from adaptc.torch_modes import outside_modes
 
 
@@ -111,23 +109,11 @@ def draw_bases(key: int, r: int, small: int, large: int, sparsity: str, dtype: t
         return a / a.std(), b / b.std()
 
 
-class RandLoraFiles(FileFormat):
+class RandLoraFiles(ProjectionFiles):
     method: RandLora
 
     def keys(self, op: Op) -> list[str]:
         return ["randlora_A", "randlora_B"]  # a file may hold what could be drawn again
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**self.method.identity(op, W, dtype), **self.method.shared_bases(op, W, dtype)}
-
-
-class RandLoraSharing(SharedSlots):
-    method: RandLora
-
-    def settle_shared_sizes(self, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
-        sizes = [op.matrix_shape for _, op in sites]
-        most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
-        return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -140,7 +126,7 @@ class RandLora(Method):
     name: ClassVar[str] = "randlora"
     swappable: ClassVar[frozenset[str]] = (Method.swappable - {"r"}) | {"key", "saved", "sparsity", "inputs", "outputs"}
     files = RandLoraFiles()
-    sharing = RandLoraSharing(shares=True)
+    sharing = LargestSites(shares=True)
 
     r: int = 32
     alpha: float = 640
@@ -182,9 +168,11 @@ class RandLora(Method):
         else:
             first = torch.randn(r_n, generator=generator).to(dtype)
             gamma = torch.full(n_small, 1 / max(op.matrix_shape), dtype=dtype)
-        return InitialValues({"randlora_lambda": first, "randlora_gamma": gamma, **self.shared_bases(op, W, dtype)})
+        return InitialValues(
+            {"randlora_lambda": first, "randlora_gamma": gamma, **self.shared_projections(op, W, dtype)}
+        )
 
-    def shared_bases(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def shared_projections(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         most = self._largest_sizes(op)
         a, b = draw_bases(self.key, self.r, min(most), max(most), self.sparsity, _dense_basis_dtype())
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.

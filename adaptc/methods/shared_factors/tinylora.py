@@ -109,10 +109,6 @@ class TinyLoraSizes(SizeRule):
     def specialized_for(self, op: Op) -> TinyLora:
         return replace(self.method, r=min(self.method.r, *self.method.sizes_of_matrix(op)))
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> TinyLora:
-        a = slots.get(A)
-        return self.method if a is None or a.ndim < 2 else replace(self.method, r=a.shape[-2])
-
 
 class TinyLoraSharing(SharedSlots):
     method: TinyLora
@@ -151,7 +147,7 @@ class TinyLora(Method):
         "leads",
     }
     files = TinyLoraFiles()
-    sizes = TinyLoraSizes()
+    sizes = TinyLoraSizes(rank_axes={A: -2})
     sharing = TinyLoraSharing()
 
     r: int = 2

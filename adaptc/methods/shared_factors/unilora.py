@@ -125,14 +125,6 @@ class UniLoraFiles(FileFormat):
         return {**self.method.identity(op, W, dtype), **self.method.places_and_scales(op, W, dtype)}
 
 
-class UniLoraSizes(SizeRule):
-    method: UniLora
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> UniLora:
-        a = slots.get(INDICES[0])
-        return self.method if a is None or a.ndim < 2 else replace(self.method, r=a.shape[-2])
-
-
 class UniLoraSharing(SharedSlots):
     method: UniLora
 
@@ -155,7 +147,7 @@ class UniLora(Method):
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"key", "saved", "bound", "before", "total"}
     files = UniLoraFiles()
-    sizes = UniLoraSizes()
+    sizes = SizeRule(rank_axes={INDICES[0]: -2})
     sharing = UniLoraSharing(shares=True)
 
     r: int = 4

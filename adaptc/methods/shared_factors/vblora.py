@@ -156,10 +156,6 @@ class VBLoRASizes(SizeRule):
     def minimal(self, op: Op) -> VBLoRA:
         return replace(self.method, r=2)
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> VBLoRA:
-        a = slots.get(A, slots.get(A + INDICES))
-        return self.method if a is None or a.ndim != 3 else replace(self.method, r=a.shape[0])
-
 
 @dataclass(frozen=True)
 class VBLoRA(Method):
@@ -173,7 +169,7 @@ class VBLoRA(Method):
     takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"only_topk", "bound", "std"}
     files = VBLoRAFiles()
-    sizes = VBLoRASizes()
+    sizes = VBLoRASizes(rank_axes={A: 0, A + INDICES: 0})
     sharing = SharedSlots(shares=True)
 
     r: int = 4

@@ -8,22 +8,18 @@ them. Beyond PEFT's linear layers, W is the weight as a matrix, kernels in its c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
+from adaptc.methods.shared_factors.projections import LargestSites, ProjectionFiles, draw_projections
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
-from adaptc.passes.protocol.parts.file_format import FileFormat
-from adaptc.passes.protocol.parts.shared_slots import SharedSlots
 from adaptc.passes.protocol.parts.size_rule import SizeRule
-from adaptc.torch_modes import outside_modes
 
 
 @dataclass
@@ -68,27 +64,11 @@ class VeraConfig(TargetedConfig):
         )
 
 
-@lru_cache(maxsize=4)
-def draw_projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """Return A (r, inputs) and B (outputs, r) as PEFT draws them, float32 on the CPU.
-
-    They are cached: copy them, never write to them.
-    """
-    with outside_modes(), torch.no_grad():
-        generator = torch.Generator(device="cpu").manual_seed(key)
-        shapes = ((r, inputs), (outputs, r))
-        a, b = (torch.empty(s, dtype=torch.float32, device="cpu") for s in shapes)
-        return nn.init.kaiming_uniform_(a, generator=generator), nn.init.kaiming_uniform_(b, generator=generator)
-
-
-class VeraFiles(FileFormat):
+class VeraFiles(ProjectionFiles):
     method: Vera
 
     def keys(self, op: Op) -> list[str]:
         return ["vera_A", "vera_B"]  # a file may hold what could be drawn again
-
-    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        return {**self.method.identity(op, W, dtype), **self.method.shared_projections(op, W, dtype)}
 
 
 class VeraSizes(SizeRule):
@@ -96,19 +76,6 @@ class VeraSizes(SizeRule):
 
     def minimal(self, op: Op) -> Vera:
         return replace(self.method, r=2)
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Vera:
-        d = slots.get("vera_lambda_d")
-        return self.method if d is None or not d.ndim else replace(self.method, r=d.shape[-1])
-
-
-class VeraSharing(SharedSlots):
-    method: Vera
-
-    def settle_shared_sizes(self, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
-        sizes = [op.matrix_shape for _, op in sites]
-        most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
-        return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -121,8 +88,8 @@ class Vera(Method):
     name: ClassVar[str] = "vera"
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"key", "saved", "d_initial", "inputs", "outputs"}
     files = VeraFiles()
-    sizes = VeraSizes()
-    sharing = VeraSharing(shares=True)
+    sizes = VeraSizes(rank_axes={"vera_lambda_d": -1})
+    sharing = LargestSites(shares=True)
 
     r: int = 256
     key: int = 0
@@ -155,7 +122,7 @@ class Vera(Method):
 
     def shared_projections(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         specs = self.slots(op)
-        a, b = draw_projections(self.key, self.r, specs["vera_A"].shape[1], specs["vera_B"].shape[0])
+        a, b = draw_projections(self.key, *(specs[n].shape for n in ("vera_A", "vera_B")))
         # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {"vera_A": a.to(W.dtype).to(dtype), "vera_B": b.to(W.dtype).to(dtype)}
 

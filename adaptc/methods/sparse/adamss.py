@@ -14,7 +14,6 @@ kernels in its columns.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import warnings
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
+from adaptc.global_generator import global_generator_of, seeded_global_generator
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, warn_unused
 from adaptc.passes.graph.ops import Op, cast
@@ -294,7 +294,7 @@ class Adamss(Method):
         (rows, columns), extra = op.matrix_shape, right.shape[1] - op.matrix_shape[1]
         a, b = (torch.zeros(shape, dtype=torch.float64) for shape in ((count, rank, r), (rows, rank)))
         sizes: list[tuple[int, int]] = []
-        with _global_generator(generator):
+        with global_generator_of(generator, W.device):
             for k in range(count):
                 part, own = left[clusters == k], b[sum(n for n, _ in sizes) :]
                 first = self._first_directions(part.to(W.device)).cpu()
@@ -331,10 +331,7 @@ class Adamss(Method):
         M = M.float()
         if not bool(torch.isfinite(M).all()):
             raise ConfigError(f"AdaMSS decomposes the weight, and this one of shape {op.shape} is not finite")
-        # svd_lowrank reads the global generator of the weight's device, which is left as it was.
-        devices, kind = ([], "cuda") if M.device.type == "cpu" else ([M.device], M.device.type)
-        with outside_modes(), torch.random.fork_rng(devices, device_type=kind):
-            torch.manual_seed(self.seed)
+        with outside_modes(), seeded_global_generator(self.seed, M.device):  # which svd_lowrank reads
             left, _, right = torch.svd_lowrank(M, q=min(self.r, *M.shape), niter=2)
         return left.cpu(), right.T.cpu()
 
@@ -380,20 +377,7 @@ class Adamss(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         x = op.cast_input(x, slots[A].dtype)
-        down = slots[A].flatten(0, 1) @ slots[V]
-        delta = op.up(op.down(x, down.reshape(-1, *op.shape[1:])), self._up(slots))
+        delta = op.low_rank(x, slots[A].flatten(0, 1) @ slots[V], self._up(slots))
         if b is not None:
             delta = delta + op.along_out(self._bias_change(slots), y)
         return cast(y + delta, y.dtype)
-
-
-@contextlib.contextmanager
-def _global_generator(generator: torch.Generator | None) -> Any:
-    """Run the block with the global generators seeded from ``generator``; None leaves them as they are."""
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -108,10 +108,6 @@ class DeftSizes(SizeRule):
     def minimal(self, op: Op) -> Deft:
         return dataclasses.replace(self.method, r=2)
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> Deft:
-        p = slots.get(P)
-        return self.method if p is None or p.ndim != 2 else dataclasses.replace(self.method, r=p.shape[1])
-
 
 @dataclass(frozen=True)
 class Deft(Method):
@@ -124,7 +120,7 @@ class Deft(Method):
     takes_complex: ClassVar[bool] = False  # relu has no meaning for complex numbers
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"init_scale"}
     files = DeftFiles(names=(P, R))
-    sizes = DeftSizes()
+    sizes = DeftSizes(rank_axes={P: 1})
 
     r: int = 8
     decomposition: str = "relu"
@@ -182,18 +178,11 @@ class Deft(Method):
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         q, v = self._directions(slots[P])
         if self.para or not applies_dropout(self, op):
-            delta = self._down_up(op, op.cast_input(x, q.dtype), self._rewritten(op, W, v, slots), q)
+            delta = op.low_rank(op.cast_input(x, q.dtype), self._rewritten(op, W, v, slots), q)
             return cast(y + delta, y.dtype)
-        delta = self._down_up(op, cast(x, q.dtype), -self._removed(op, W, v), q)
+        delta = op.low_rank(cast(x, q.dtype), -self._removed(op, W, v), q)
         read = prepare_adapter_input(self, op, x, q.dtype)
-        return cast(y + delta + self._down_up(op, read, self._injected(slots), q), y.dtype)
-
-    def _down_up(self, op: Op, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return what the layer computes with the weight ``up @ down``."""
-        if op.is_conv:
-            ones = (1,) * len(op.kernel)
-            down, up = down.reshape(-1, *op.shape[1:]), up.reshape(op.out_features, -1, *ones)
-        return op.down_up(x, down, up)
+        return cast(y + delta + op.low_rank(read, self._injected(slots), q), y.dtype)
 
     def _directions(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return Q and V (out, r), in float32 or wider."""

@@ -10,7 +10,6 @@ Beyond PEFT's linear layers, W is the weight as a matrix, kernels in its columns
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -81,14 +80,6 @@ class DeloraConfig(TargetedConfig):
         )
 
 
-class DeloraSizes(SizeRule):
-    method: Delora
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Delora:
-        a = slots.get(A)
-        return self.method if a is None or not a.ndim else dataclasses.replace(self.method, r=a.shape[0])
-
-
 @dataclass(frozen=True)
 class Delora(Method):
     """DeLoRA at one site. ``bound``: the first value of l. ``dropout`` acts on the change's input, in training only."""
@@ -96,7 +87,7 @@ class Delora(Method):
     name: ClassVar[str] = "delora"
     takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"bound"}
-    sizes = DeloraSizes()
+    sizes = SizeRule(rank_axes={A: 0})
 
     r: int = 8
     bound: float = 15
@@ -137,10 +128,8 @@ class Delora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         down, up = self._factors(slots, scale)
-        ones = (1,) * len(op.kernel)
         x = prepare_adapter_input(self, op, x, down.dtype)
-        delta = op.down_up(x, down.reshape(-1, *op.shape[1:]), up.reshape(op.shape[0], -1, *ones))
-        return cast(y + delta, y.dtype)
+        return cast(y + op.low_rank(x, down, up), y.dtype)
 
     def _factors(self, slots: Slots, scale: Scale) -> tuple[Tensor, Tensor]:
         """Return the factors of the change, (r, columns) and (rows, r), in the dtype of A and B."""

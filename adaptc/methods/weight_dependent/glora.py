@@ -109,10 +109,6 @@ class GloraSizes(SizeRule):
     def minimal(self, op: Op) -> Glora:
         return dataclasses.replace(self.method, r=2)
 
-    def with_sizes_of(self, op: Op, slots: Slots) -> Glora:
-        down = next((t for n, t in slots.items() if n.endswith(".Xd") and t.ndim == 2), None)
-        return self.method if down is None else dataclasses.replace(self.method, r=down.shape[1])
-
 
 @dataclass(frozen=True)
 class Glora(Method):
@@ -120,7 +116,7 @@ class Glora(Method):
 
     name: ClassVar[str] = "glora"
     files = GloraFiles(names=tuple(f"glora_{p}.{n}" for p in "ABCDE" for n in ("Xd", "Xu", "X", ZEROS)))
-    sizes = GloraSizes()
+    sizes = GloraSizes(rank_axes={f"glora_{p}.Xd": 1 for p in "ABC"})
 
     r: int = 8
     a_b: str = "lora"

@@ -10,7 +10,6 @@ Slots, in PEFT's shapes: ``hira_A`` (r, in[, *kernel]) and ``hira_B`` (out, r[, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -82,20 +81,12 @@ class HiraConfig(TargetedConfig):
         return Hira(pattern_value(self.rank_pattern, name, self.r), self.hira_dropout, scheme)
 
 
-class HiraSizes(SizeRule):
-    method: Hira
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Hira:
-        a = slots.get(A, slots.get(EMBEDDING_A))
-        return self.method if a is None or not a.ndim else dataclasses.replace(self.method, r=a.shape[0])
-
-
 @dataclass(frozen=True)
 class Hira(Method):
     """HiRA at one site. ``dropout`` acts on the input of the change, in training only; an embedding has none."""
 
     name: ClassVar[str] = "hira"
-    sizes = HiraSizes()
+    sizes = SizeRule(rank_axes={A: 0, EMBEDDING_A: 0})
 
     r: int = 32
     dropout: float = 0.0

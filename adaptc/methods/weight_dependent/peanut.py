@@ -12,7 +12,6 @@ kernels in its columns.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -93,14 +92,6 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return found
 
 
-class PeanutSizes(SizeRule):
-    method: Peanut
-
-    def with_sizes_of(self, op: Op, slots: Slots) -> Peanut:
-        a = slots.get(A)
-        return self.method if a is None or not a.ndim else dataclasses.replace(self.method, r=a.shape[0])
-
-
 @dataclass(frozen=True)
 class Peanut(Method):
     """PEANuT at one site. ``activation``: the name of f. ``scaling``: s, which does not follow from the rank."""
@@ -108,7 +99,7 @@ class Peanut(Method):
     name: ClassVar[str] = "peanut"
     takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling"}
-    sizes = PeanutSizes()
+    sizes = SizeRule(rank_axes={A: 0})
 
     r: int = 32
     depth: int = 0
@@ -158,9 +149,7 @@ class Peanut(Method):
             # Each token's column goes through the network alone, so only those of the input do.
             hidden = self._network(F.linear(cast(op(x, W), up.dtype), slots[A]), slots)
             return cast(y + detach_padding_row(op, x, F.linear(hidden, up) * scale), y.dtype)
-        ones = (1,) * len(op.kernel)
-        down = self._down(op, W, slots).reshape(-1, *op.shape[1:])
-        delta = op.down_up(op.cast_input(x, up.dtype), down, up.reshape(op.shape[0], -1, *ones))
+        delta = op.low_rank(op.cast_input(x, up.dtype), self._down(op, W, slots), up)
         return cast(y + delta * scale, y.dtype)
 
     def _down(self, op: Op, base: Tensor, slots: Slots) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from adaptc.passes.graph.ops import Op
@@ -15,6 +16,8 @@ class SizeRule(MethodPart):
     Args:
         exact: whether the size of a slot along a free axis has a meaning, so that the slot must not be padded to a
             larger one.
+        rank_axes: slot name -> the axis whose size is the rank, for the slots of a file that show it. The first of them
+            that a file has counts. A method whose sizes follow from tensors otherwise defines :meth:`with_sizes_of`.
 
     Arguments of the functions:
         - `op`: the op that reads the weight, an :class:`adaptc.methods.Op`.
@@ -33,8 +36,8 @@ class SizeRule(MethodPart):
         4
     """
 
-    def __init__(self, exact: bool = False) -> None:
-        self.exact = exact
+    def __init__(self, exact: bool = False, rank_axes: Mapping[str, int] | None = None) -> None:
+        self.exact, self.rank_axes = exact, rank_axes or {}
 
     def rank(self) -> int | None:
         """Return the size that adapters choose, for reports and limits: the field ``r``, or None without one."""
@@ -55,7 +58,13 @@ class SizeRule(MethodPart):
         return self.method if small is None else small
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Any:
-        """Return the method with its free sizes, such as the rank, read from slot tensors instead of a config."""
+        """Return the method with its free sizes, such as the rank, read from slot tensors instead of a config.
+
+        By default the rank is read along ``rank_axes``. Tensors with too few axes are left for the check of shapes.
+        """
+        for name, axis in self.rank_axes.items():
+            if (t := slots.get(name)) is not None and -t.ndim <= axis < t.ndim:
+                return dataclasses.replace(self.method, r=t.shape[axis])
         return self.method
 
     def specialized_for(self, op: Op) -> Any:

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from torch.export import ExportedProgram
 
 import adaptc
 from adaptc.capture.vision.tower_facts import find_towers
-from tests.support.image_models import FAMILIES, IMAGE, build, call_with_images
-from tests.support.oracle import quiet, randomize
+from tests.support.image_models import FAMILIES, IMAGE, adapted_by_peft, build, call_with_images
+from tests.support.oracle import quiet
 
 EXAMPLE = [[(1, 4, 2), (1, 2, 6)], [(1, 4, 4)], [(1, 2, 2)]]
 CALLS = {
@@ -36,22 +35,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @cache
-def directory_of(family: str) -> tuple[Any, Path]:
-    """Return PEFT's model with a LoRA on all linear layers, tower and projector included, and its directory."""
-    import tempfile
-
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
-    with quiet():
-        model = peft.get_peft_model(build(family), config).eval()
-    randomize(model)
-    path = Path(tempfile.mkdtemp())
-    model.save_pretrained(str(path))
-    return model, path
-
-
-@cache
 def program_of(family: str) -> adaptc.AdaptedProgram:
-    return adaptc.compile(build(family), directory_of(family)[1], example_inputs=call_with_images(EXAMPLE))
+    return adaptc.compile(build(family), adapted_by_peft(family)[1], example_inputs=call_with_images(EXAMPLE))
 
 
 @torch.no_grad()
@@ -63,7 +48,7 @@ def logits(model: Any, call: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("which", CALLS)
 @pytest.mark.parametrize("pads_left", [False, True])
 def test_outputs_are_pefts(family: str, which: str, pads_left: bool) -> None:
-    oracle, _ = directory_of(family)
+    oracle, _ = adapted_by_peft(family)
     call = call_with_images(CALLS[which], pads_left=pads_left)
     wanted, found = logits(oracle, call), logits(program_of(family), call)
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
@@ -83,7 +68,7 @@ def test_tower_projector_and_text_are_adapted(family: str) -> None:
     keys = {a.key for a in program_of(family).adaptation.attachments}
     assert {"model.visual", "model.language_model"} <= {".".join(k.split(".")[:2]) for k in keys}
     assert any("merger" in k for k in keys)
-    oracle, _ = directory_of(family)
+    oracle, _ = adapted_by_peft(family)
     adapted = {
         n.removeprefix("base_model.model.").partition(".lora_A")[0]
         for n, _ in oracle.named_parameters()
@@ -136,7 +121,7 @@ def test_the_model_is_as_it_was(family: str) -> None:
 @pytest.mark.long
 def test_gradients_of_training(family: str) -> None:
     """The loss of a text with images, and the gradients of all adapters, are PEFT's."""
-    oracle, path = directory_of(family)
+    oracle, path = adapted_by_peft(family)
     call = call_with_images(EXAMPLE)
     call["labels"] = call["input_ids"].masked_fill(call["attention_mask"] == 0, -100)
     program = adaptc.compile(build(family), path, example_inputs=call, training=True)

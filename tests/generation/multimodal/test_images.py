@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
 
 import adaptc
+from adaptc.archives.refusal import UnsafeFile
+from adaptc.generation.description import facts_of, spec_to_json
 from adaptc.generation.modes import chunked_prefill
 from adaptc.generation.multimodal_generator import MultimodalGenerator
+from adaptc.passes.graph.subprogram import output_names
 from adaptc.state.runner import ProgramPart
-from tests.support.image_models import FAMILIES, IMAGE, answers, build, call_with_images
-from tests.support.oracle import quiet, randomize
+from tests.support.image_models import FAMILIES, IMAGE, adapted_by_peft, answers, build, call_with_images
 
 #: the grids of the prompts that a model is captured with, and of those that it is given
 EXAMPLE = [[(1, 4, 6)], [(1, 2, 4), (1, 6, 4)]]
@@ -28,21 +29,9 @@ LIMITS: dict[str, Any] = {"max_length": 100}
 
 
 @cache
-def oracle(family: str) -> tuple[Any, Path]:
-    """Return PEFT's model with a LoRA on all linear layers, tower and projector included, and its directory."""
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
-    with quiet():
-        model = peft.get_peft_model(build(family), config).eval()
-    randomize(model)
-    path = Path(tempfile.mkdtemp())
-    model.save_pretrained(str(path))
-    return model, path
-
-
-@cache
 def generator(family: str) -> Any:
     return adaptc.compile_for_generation(
-        build(family), oracle(family)[1], example_inputs=call_with_images(EXAMPLE, pads_left=True), **LIMITS
+        build(family), adapted_by_peft(family)[1], example_inputs=call_with_images(EXAMPLE, pads_left=True), **LIMITS
     )
 
 
@@ -52,7 +41,7 @@ def prompts() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def expected(family: str, call: dict[str, Tensor], **options: Any) -> Tensor:
-    return oracle(family)[0].generate(**call, **OPTIONS, **options)
+    return adapted_by_peft(family)[0].generate(**call, **OPTIONS, **options)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -111,7 +100,7 @@ class TestQwen2VL:
     def test_one_step_at_a_time(self) -> None:
         call, gen = prompts(), generator(self.family)
         with torch.no_grad():
-            want = oracle(self.family)[0](**call).logits
+            want = adapted_by_peft(self.family)[0](**call).logits
         seen = call["attention_mask"].bool()
         torch.testing.assert_close(gen(**call).logits[seen], want[seen], atol=1e-4, rtol=1e-4)
         last = gen(**call, logits_to_keep=1)
@@ -122,7 +111,7 @@ class TestQwen2VL:
         ids = torch.cat([call["input_ids"], token], 1)
         whole = {**call, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
         with torch.no_grad():
-            want = oracle(self.family)[0](**whole).logits[:, -1]
+            want = adapted_by_peft(self.family)[0](**whole).logits[:, -1]
         torch.testing.assert_close(step.logits[:, -1], want, atol=1e-4, rtol=1e-4)
 
     def test_long_prompts_are_read_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +138,7 @@ class TestQwen2VL:
 
     def test_swaps_reach_the_tower(self) -> None:
         gen, call = generator(self.family), prompts()
-        own = gen.bind(oracle(self.family)[1])
+        own = gen.bind(adapted_by_peft(self.family)[1])
         values = own.runner.binding.values
         assert any("visual" in name for name in values)
         assert any("language_model" in name for name in values)
@@ -167,6 +156,30 @@ class TestQwen2VL:
         assert "pixel_values, image_grid_thw beside text" in str(adaptc.report(loaded))
         with pytest.raises(adaptc.AdaptcError, match="must fit their prompt, so they are not drawn: give inputs="):
             adaptc.verify(loaded)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"inputs": ["input_ids", "pixel_values", "image_grid_thw", "nowhere"]},
+            {"tokens": ["nowhere"]},
+            {"tokens": []},
+            {"axes": "3"},
+            {"axes": None},
+            {"deepstack": 1},
+            {"ahead": True},
+        ],
+        ids=str,
+    )
+    def test_damaged_files_are_refused(self, damage: dict[str, Any]) -> None:
+        """Each key of what is stored of prompts is checked against the program."""
+        gen = generator(self.family)
+        (text,) = spec_to_json(gen.spec).values()
+        inputs, outputs = gen.program.adaptation.inputs(gen.program).names, output_names(gen.program)
+        stored = json.loads(text)
+        assert facts_of(stored, inputs, outputs=outputs).part_outputs == gen.spec.part_outputs
+        stored["prompts"] |= damage
+        with pytest.raises(UnsafeFile):
+            facts_of(stored, inputs, outputs=outputs)
 
     @pytest.mark.long
     def test_it_is_verified_with_its_example(self) -> None:
@@ -240,7 +253,7 @@ class TestQwen2VL:
 
     def test_a_bank_is_refused(self) -> None:
         with pytest.raises(adaptc.ConfigError, match="the images of all prompts lie in one tensor"):
-            generator(self.family).bank({"one": oracle(self.family)[1]})
+            generator(self.family).bank({"one": adapted_by_peft(self.family)[1]})
 
 
 @pytest.mark.long
