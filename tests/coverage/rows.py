@@ -80,7 +80,8 @@ def all_rows() -> list[Row]:
             if name in seen:
                 continue
             seen.add(name)
-            own = getattr(getattr(transformers, name, None), "config_class", None)
+            # The import of a class takes time, and so do the classes of all models in whatever traces a graph later.
+            own = getattr(getattr(transformers, name, None), "config_class", None) if len(found) > 1 else None
             family = own.model_type if own is not None and own.model_type in found else found[0]
             rows.append(Row(family, task, name))
     return sorted(rows, key=lambda row: TASKS.index(row.task))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,17 @@ def test_the_page_has_no_wrong_number_among_the_most_used() -> None:
     statuses = {row: status_on_the_page(row) for row in ROWS}
     assert len(statuses) > 50
     assert {s for s in statuses.values() if s not in ADAPTED} <= {"refused", "does not run"}
+
+
+def test_the_list_of_classes_imports_few_models() -> None:
+    """Whoever lists the rows pays for each class that is imported: torch.fx changes ``Module`` for each graph that it
+    traces, which takes time for every subclass."""
+    code = """
+import sys
+from tests.coverage.rows import all_rows
+print(len(all_rows()), len({m.split(".")[2] for m in sys.modules if m.startswith("transformers.models.")}))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PAGE.parents[1])
+    rows, imported = map(int, out.stdout.split())
+    assert rows > 500
+    assert imported < 40
