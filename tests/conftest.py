@@ -27,11 +27,14 @@ os.environ.setdefault("ADAPTC_PRODUCTS", "plain")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.fx import config as fx_config
 
 from tests.support.cover import EXAMPLES, cover
 
 # Tests run in several processes, so more threads in each only get in one another's way.
 torch.set_num_threads(1)
+# The line of the model that each node came from takes a tenth of an export; tests that read it switch it on.
+fx_config.do_not_emit_stack_traces = True
 
 # Tracing and exporting take seconds when first called, so a deadline or the slow-input check would fail at random.
 settings.register_profile(
@@ -92,6 +95,14 @@ def seeded() -> None:
     """Seed torch's and Python's generators, so that what a test draws does not depend on the tests before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def stack_traces() -> Iterator[None]:
+    """Keep the line of the model that each node came from, for modules that ask for it with ``usefixtures``."""
+    fx_config.do_not_emit_stack_traces = False
+    yield
+    fx_config.do_not_emit_stack_traces = True
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.broadcast_masks import broadcast_masks
 from adaptc.capture.check_outputs import check_same_outputs, name_value_checks
 from adaptc.capture.check_size_one import guard_sizes_of_one, has_same_outputs
 from adaptc.capture.dynamic_shapes import FreeDims, export, export_with_free_dims, export_with_shapes
@@ -40,6 +39,7 @@ from adaptc.capture.inputs.diffusion_inputs import make_example_inputs
 from adaptc.capture.inputs.example_inputs import is_pretrained_model
 from adaptc.capture.model_state import ModelSkeleton, keyword_only_parameter, patch_forward, preserve_state
 from adaptc.capture.quantised import check_not_quantised
+from adaptc.capture.replacements.broadcast_masks import broadcast_masks
 from adaptc.capture.vision.tower_facts import has_free_images, with_free_images
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.embedding_max_norm import RemoveMaxNormWrites

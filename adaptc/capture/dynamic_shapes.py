@@ -6,6 +6,9 @@ none.
 
 Private torch use, with the public route that was tried:
 
+- ``torch._dynamo.config.fake_tensor_cache_enabled``: torch keeps what it computed of fake tensors. For free sizes that
+  costs more than it saves: without it, a capture takes 0.7 to 1.0 of the time. Public: an environment variable that
+  torch reads when it is imported.
 - ``torch.fx.experimental._config.backed_size_oblivious``: sizes of 0 and 1 are traced as all others. Public: named
   ``Dim``s, for which the tracer still assumes two and more, and takes one branch of ``if x.shape[0] == 1`` unseen;
   ``torch.export.dynamic_shapes`` with unbacked sizes refuses such a branch instead of guarding it.
@@ -35,8 +38,9 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaptc.capture.fixed_sizes import flat_input_names
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.quick_sizes import fast_size_arithmetic
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
+from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
+from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
 from adaptc.capture.vision.trace_towers import traced_for_any_images
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.lifted import user_inputs
@@ -57,15 +61,19 @@ def export(
 
     ``guarded`` turns the model's branches on sizes of 0 or 1 into guards.
     """
+    from torch._dynamo import config as dynamo_config  # slow to import; an export imports it, too
+
     printed, graph = io.StringIO(), ""
     try:
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
+        uncached = dynamo_config.patch(fake_tensor_cache_enabled=False)  # type: ignore[attr-defined]  # as above
         for copies in (copy_equal_layers, contextlib.nullcontext):
-            with contextlib.redirect_stderr(printed), patched, preserve_state(model, only_traced=True):
+            with contextlib.redirect_stderr(printed), patched, uncached, preserve_state(model, only_traced=True):
                 with (
                     copies(model) as once,
                     fast_size_arithmetic(),
                     traced_for_any_images(model),
+                    shift_labels_of_any_length(model),
                     float_stand_ins(model) as put_back,
                 ):
                     program = torch.export.export(

@@ -23,7 +23,7 @@ from torch.fx.graph_module import _loader  # pyright: ignore[reportPrivateUsage]
 from adaptc.passes.graph.lifted import fake_mode_of
 
 #: the numbers of texts, and of characters in them, above which :func:`drop_dead_code` looks for dead code
-MAX_TEXTS, MAX_CHARACTERS = 1024, 1 << 25
+MAX_TEXTS, MAX_CHARACTERS = 4096, 1 << 25
 _next_limits: list[tuple[int, int]] = [(MAX_TEXTS, MAX_CHARACTERS)]
 
 

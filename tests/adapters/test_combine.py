@@ -85,7 +85,7 @@ def test_the_sum_is_exact_whatever_differs(adapters: Any, tmp_path: Path):
         )
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @pytest.mark.parametrize("method", ["linear", "cat", "svd", "ties", "dare_ties", "magnitude_prune", "dare_linear_svd"])
 def test_of_one_adapter_it_is_the_adapter_times_the_weight(adapters: Any, name: str, method: str):

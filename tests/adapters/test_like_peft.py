@@ -96,6 +96,7 @@ def test_every_type_has_pefts_numbers(
         torch.testing.assert_close(got[name], delta, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["cat", "linear", "ties"])
 def test_outputs_are_equal_in_both(made: Any, method: str, tmp_path: Path):
     _, paths = made

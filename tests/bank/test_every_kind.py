@@ -142,7 +142,7 @@ def test_a_selection_keeps_its_adapters(kind: Kind) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @every_kind
 def test_threads_get_the_rows_that_they_ask_for(kind: Kind) -> None:
     bank, first = kind.bank(), kind.adapters["first"]

@@ -23,6 +23,7 @@ FILES = (
 DEEDS = [("add", False, 20), ("replace", False, 20), ("replace", True, 20), ("remove", False, 5), ("remove", True, 5)]
 
 
+@pytest.mark.few(4)
 @kinds("call")
 @pytest.mark.parametrize(("deed", "full", "lines"), DEEDS, ids=str)
 def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_adapters(

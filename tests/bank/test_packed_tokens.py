@@ -33,7 +33,7 @@ def packed(s: Subject, tokens: int) -> Tensor:
 
 
 @pytest.mark.long
-@pytest.mark.few(10)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_each_text_gets_what_its_adapter_alone_gives(method: str, layer: str, tmp_path: Path) -> None:
     s = subject(method, layer)

@@ -118,6 +118,7 @@ APART: dict[str, tuple[Any, Tensor | None]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("case", list(APART))
 def test_rows_that_are_apart_have_a_bank(case: str, fixed: bool) -> None:

@@ -36,6 +36,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_options_are_named(name, tmp_path):
     config, other, message = OTHERS[name]

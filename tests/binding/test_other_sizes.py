@@ -56,7 +56,7 @@ def refused(program: adaptc.AdaptedProgram, folder: Path, tensors: dict[str, Ten
 
 
 @pytest.mark.long
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", [*PROMPTS, *LAYERS])
 def test_other_axes(name, tmp_path):
     program = adaptc.compile(shared_base_program("llama"), {**PROMPTS, **LAYERS}[name])
@@ -81,7 +81,7 @@ def test_other_axes_for_two_stacks(name, tmp_path):
             refused(program, folder, {**good, key: change(good[key])}, key)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", [n for n in {**PROMPTS, **LAYERS} if n != "multitask"])
 def test_no_rows(name, tmp_path):
     """An adapter that would do nothing, and whose config could not be read again."""

@@ -30,6 +30,7 @@ def program(kind: str, rank: int) -> adaptc.AdaptedProgram:
     return adaptc.compile(net(), made, example_inputs=torch.randn(2, 5))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_another_rank_is_read_again(kind: str, tmp_path: Path) -> None:
     mine = program(kind, 3)

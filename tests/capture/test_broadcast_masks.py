@@ -12,7 +12,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlavaConf
 from transformers.masking_utils import sdpa_mask
 
 import adaptc
-from adaptc.capture.broadcast_masks import broadcast_masks
+from adaptc.capture.replacements.broadcast_masks import broadcast_masks
 from tests.support.families import perturb
 
 TEXT = {

@@ -29,7 +29,7 @@ def assert_same_outputs(found, expected) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_program_equals_model_at_other_sizes(name: str) -> None:
     family = FAMILIES[name]

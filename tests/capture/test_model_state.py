@@ -135,6 +135,7 @@ def unchanged(model: nn.Module, use: Callable[[], object]) -> None:
     assert changed_paths(before, state_of(model)) == []
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("write", WRITES)
 def test_what_runs_write_is_put_back(write: str) -> None:
     """Of the runs in eager mode: of a capture, of one that fails, and of a verification."""

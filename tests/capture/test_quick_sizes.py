@@ -16,8 +16,9 @@ from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.capture import dynamic_shapes, quick_sizes
+from adaptc.capture import dynamic_shapes
 from adaptc.capture.capture import capture
+from adaptc.capture.replacements import quick_sizes
 
 S0, S1 = (sympy.Symbol(n, integer=True, positive=True) for n in ("s0", "s1"))
 

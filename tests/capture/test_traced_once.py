@@ -125,7 +125,7 @@ COPIED = {"llama", "gpt2", "gpt_neox", "phi", "bert", "roberta", "opt", "mistral
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* was captured for some sizes alone")
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", sorted(n for n, f in FAMILIES.items() if f.kind != "image"))
 def test_families_are_captured_as_in_full(name: str, training: bool, counted: Counted) -> None:
@@ -138,7 +138,7 @@ def test_families_are_captured_as_in_full(name: str, training: bool, counted: Co
 
 
 @pytest.mark.long
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "t5", "mamba", "bloom"])
 def test_steps_with_a_cache(name: str, counted: Counted) -> None:
     model = deeper(FAMILIES[name].build())
@@ -398,7 +398,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_layers_that_are_equal_or_nearly(name: str, training: bool, counted: Counted) -> None:

@@ -108,7 +108,7 @@ def test_dora_of_a_unet(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_load_lora_adapter_reads_what_is_written(name: str, prefix: bool, tmp_path: Path) -> None:

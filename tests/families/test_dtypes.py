@@ -89,6 +89,7 @@ def test_outputs(case: tuple[Oracle, Family, torch.dtype]):
             assert_differs(expected, run(oracle.model, family, batch, seq), at_least=0.1)
 
 
+@pytest.mark.few(2)
 def test_gradients_and_files(case: tuple[Oracle, Family, torch.dtype], tmp_path: Path):
     oracle, family, dtype = case
     options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
@@ -110,6 +111,7 @@ def test_gradients_and_files(case: tuple[Oracle, Family, torch.dtype], tmp_path:
     equal_but_for_roundings(run(program, family, 3, 7), run(loaded, family, 3, 7), dtype)
 
 
+@pytest.mark.few(2)
 def test_merged_weights_are_rounded_once(case: tuple[Oracle, Family, torch.dtype]):
     """PEFT rounds the change and then the sum. Here only the sum is, so that weights lie nearer to the exact ones."""
     oracle, family, dtype = case

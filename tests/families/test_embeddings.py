@@ -73,6 +73,7 @@ def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
+@pytest.mark.few(2)
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
@@ -149,6 +150,7 @@ def test_an_adapter_of_a_resized_model(tmp_path: Path):
         assert_same(adaptc.merge(program)(input_ids=ids), oracle.merge_copy()(input_ids=ids))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["gemma2", "llama", "gpt2"])
 def test_trained_tokens(name: str, tmp_path: Path):
     """Rows of the embedding; where the head is tied to it the same rows change there, too."""

@@ -63,6 +63,7 @@ def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
+@pytest.mark.few(2)
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))
     oracle.check_trained(program, tmp_path / "adapter")
@@ -115,6 +116,7 @@ def with_experts_changed(name: str, path: Path, scale: float) -> Any:
     return model
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["plain", "root scale"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_a_file_from_before_experts_were_stacked(name: str, options: dict[str, Any], tmp_path: Path):

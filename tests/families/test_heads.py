@@ -122,6 +122,7 @@ def test_loaded(oracle: Oracle):
     assert_differs(oracle(), oracle.base_output())
 
 
+@pytest.mark.few(2)
 def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(bare(oracle.case), oracle.path))  # type: ignore[attr-defined]
 

@@ -34,6 +34,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Oracle.wrap_and_save(request.param, config, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.few(2)
 def test_an_adapter_of_peft_loads(oracle: Oracle):
     program = adaptc.compile(shared_base_program(oracle.name), oracle.path)
     for batch, seq in SIZES:
@@ -46,6 +47,7 @@ def test_the_same_modules_are_adapted(oracle: Oracle):
     assert {a.key for a in shared_lora_program(oracle.name).adaptation.attachments} == oracle.adapted_modules()
 
 
+@pytest.mark.few(3)
 def test_an_adapter_of_peft_is_swapped_in_and_out(oracle: Oracle):
     program = shared_lora_program(oracle.name)
     before = adaptc.compile(shared_base_program(oracle.name), program.binding.config).binding

@@ -63,7 +63,7 @@ def options(family: str, method: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.few(10)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_as_peft(family: str, method: str, tmp_path: Path):
     name = METHODS[method][0]
@@ -86,7 +86,7 @@ def test_as_peft(family: str, method: str, tmp_path: Path):
         assert_same(run(loaded, oracle.family, 3, 7), expected, TOLERANCE)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_fresh_adapter_swaps_for_peft_s(method: str, tmp_path: Path):
     """A program compiled from a config takes the file of PEFT, and what it reports names the method."""

@@ -46,7 +46,7 @@ def text(batch: int, length: int, padding: str | None = "left", tokens: tuple[in
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("padding", ["left", None])
 def test_what_peft_generates(family: str, padding: str | None) -> None:

@@ -53,7 +53,7 @@ def alone(family: str, cls: str, name: str | None) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("family", "cls"), CASES)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 def test_a_prompt_gets_what_it_gets_alone(family: str, cls: str, how: dict[str, Any]) -> None:
@@ -82,6 +82,7 @@ def test_peft_says_the_same(cls: str) -> None:
             assert torch.equal(out[i : i + 1], expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("family", "cls"), [("llama", PROMPT), ("gpt2", PROMPT), ("llama", PREFIX), ("gemma3_text", PROMPT)]
 )

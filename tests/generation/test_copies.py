@@ -17,6 +17,7 @@ from tests.generation.test_bank import NAMES, bank
 TEXT = prompt(4, 6, (0, 2))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_copy_is_swapped_by_itself(how: Any, family: str) -> None:

@@ -272,6 +272,7 @@ BAD_STEPS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("what", BAD_STEPS)
 def test_a_bad_step_names_the_decoders_argument(what: str) -> None:
     """The names are those of the decoder's arguments, and a cache that is given stays as it was."""

@@ -14,7 +14,7 @@ CAUSAL = [name for name, family in FAMILIES.items() if family.kind == "causal" a
 
 
 @pytest.mark.long
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Rows of different lengths, longer than the windows of layers that have some; greedy, drawn, in beams, and of what

@@ -50,7 +50,7 @@ def close(got, want):
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("kind", [CARTRIDGE, PREFIX])
 def test_from_text_as_peft(name, kind, tmp_path):

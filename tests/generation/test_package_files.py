@@ -17,7 +17,7 @@ from tests.support.archives import read_records, with_right_hashes, write_record
 from tests.support.families import VOCAB
 
 #: what is compiled once serves all tests of the file
-pytestmark = [pytest.mark.long, pytest.mark.few(6)]
+pytestmark = [pytest.mark.long, pytest.mark.few(3)]
 
 GENERATION = FILES_PREFIX + "adaptc.generation.json"
 

@@ -49,7 +49,7 @@ def peft_said(family: str, case: str, count: int, inputs: Any, **how: Any) -> An
 
 
 @pytest.mark.long
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["bart", "mbart", "t5"])
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_those_of_peft(family, case, tmp_path):

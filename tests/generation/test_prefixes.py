@@ -36,7 +36,7 @@ def continued(model, ids, tokens):
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens(name, tmp_path):
     """Through swaps to other numbers of tokens, some of them more than windows hold; rows of a batch as alone."""

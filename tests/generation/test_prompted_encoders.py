@@ -26,7 +26,7 @@ def said(model, inputs, **how):
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_those_of_peft(family, case, tmp_path):

@@ -86,7 +86,7 @@ def close(got: Tensor, text: dict[str, Tensor], model: Any) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("acting", [False, True])
 @pytest.mark.parametrize("family", FAMILY)
 def test_what_peft_generates(family: str, acting: bool) -> None:

@@ -129,6 +129,7 @@ class Attention(nn.Module):
         return self.attn(x, x.flip(1), x * 2, need_weights=False)[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize(
     "options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "bias": False}]

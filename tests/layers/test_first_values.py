@@ -66,6 +66,7 @@ def test_the_program_starts_as_the_base(scheme, tmp_path):
     assert_close(loaded(x), program(x))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if "niter" not in str(s)])
 def test_trained_files_both_ways(scheme, tmp_path):
     """A file of PiSSA or OLoRA is relative to a base that both sides must derive from the same weights."""

@@ -125,7 +125,7 @@ def configs(name: str) -> peft.PeftConfig:
 
 
 @pytest.mark.long
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["lora", "dora", "oft", "tokens", "beside", "saved"])
 def test_adapters_of_it_are_pefts(name, options, tmp_path):

@@ -122,6 +122,7 @@ COMBINED = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", list(COMBINED))
 def test_combined_as_in_peft(name, tmp_path):
     build, inputs, options, targets = COMBINED[name]

@@ -74,6 +74,7 @@ def test_outputs_gradients_merges_and_files_are_peft_s(name, tmp_path):
         torch.testing.assert_close(merged[key], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_first_values_are_peft_s(name, zeros, tmp_path):

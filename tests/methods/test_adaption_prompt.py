@@ -193,7 +193,7 @@ MADE: dict[str, Any] = {
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", MADE)
 def test_any_model_by_the_formula(name: str) -> None:
     family = FAMILIES[name]

@@ -68,6 +68,7 @@ def test_block_sizes_that_do_not_divide():
         C3A().slots(Op("weight", (512,)))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scheme", [True, False, "xavier_uniform", "kaiming_uniform", "gaussian"])
 def test_first_values_are_pefts(scheme):
     options = {"target_modules": ["up", "down"], "block_size": 3, "init_weights": scheme}

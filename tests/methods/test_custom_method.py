@@ -153,7 +153,7 @@ def test_its_forms_agree(example: ModuleType, layer: nn.Module, x: torch.Tensor,
     assert not torch.allclose(program(x), net(x))
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d_groups", "conv_transpose", "experts"])
 def test_it_passes_the_generic_checks(
@@ -205,6 +205,7 @@ def test_a_method_without_a_weight_is_not_merged_and_says_so(registry: None) -> 
     assert adaptc.verify(program, net).ok
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("layers", [["0"], ["1"], ["0", "2"]], ids="-".join)
 def test_layers_that_an_adapter_lacks_have_what_it_shares_in_its_size(
     registry: None, layers: list[str], tmp_path: Path

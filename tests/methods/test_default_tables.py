@@ -104,7 +104,7 @@ def base(name: str) -> adaptc.AdaptedProgram:
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
 @pytest.mark.parametrize("kind", [k for k in DEFAULT_TABLES if k in CONFIGS])
 def test_completed_configs(kind, name):
@@ -165,7 +165,7 @@ BESIDE = [
 
 
 @pytest.mark.long
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "options"), [b for b in BESIDE if b[0] in FAMILIES], ids=str)
 def test_default_layers_are_adapted_beside_tokens_modules_and_parameters(name, options, tmp_path):
     """As in PEFT, whose only exception are parameters of a model it has no defaults for."""

@@ -64,6 +64,7 @@ def test_files_go_both_ways(kind, tmp_path):
         close(merged[name], value)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("scheme", [True, False])
 def test_first_values_are_peft_s(tmp_path, kind, scheme):

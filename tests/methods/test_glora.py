@@ -97,6 +97,7 @@ def test_gradients_are_peft_s_at_both_layers(tmp_path):
         close(grad, expected[f"base_model.model.{name}"])
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("scheme", [True, False])
 def test_first_values_are_peft_s(kind, scheme, tmp_path):

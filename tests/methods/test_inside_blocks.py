@@ -78,7 +78,7 @@ def test_a_method_without_a_weight_has_no_place_there(entry):
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 # Of some convolutions in branches torch fixes the sizes of images.
 @pytest.mark.filterwarnings("ignore:Enclosed was captured for some sizes alone. dimension [234] of input 'x' is fixed")
 @pytest.mark.parametrize(("entry", "layer", "block"), CASES)

@@ -103,6 +103,7 @@ def test_first_values_and_groups_are_those_of_peft(net: Net, plain: Any) -> None
     assert len({id(t) for t in tensors_of(program, "lily_router.weight")}) == 3 * LAYERS
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", OTHERS)
 def test_other_groups_run_through_the_same_code(how: str, net: Net, plain: Any, tmp_path: Any) -> None:
     theirs, x = wrapped(net, 11, **OTHERS[how]), inputs(5)

@@ -84,7 +84,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("cls", "scheme"), SCHEMES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_one_seed_gives_pefts_first_values(cls, scheme, layer):

@@ -39,7 +39,7 @@ CONFIGS = {PREFIX: PrefixTuningConfig, CARTRIDGE: CartridgeConfig}
 
 
 @pytest.mark.long
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])
 def test_outputs(name, padding, tmp_path):

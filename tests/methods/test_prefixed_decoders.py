@@ -39,7 +39,7 @@ def inputs(batch=3, length=7, padding="left", decoded=5, name="decoder_input_ids
 
 
 @pytest.mark.long
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["bart", "mbart", "t5"])
 @pytest.mark.parametrize("case", CASES)
 def test_training(family, case, tmp_path):

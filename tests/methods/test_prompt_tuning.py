@@ -31,7 +31,7 @@ NAMES = ["llama", "gpt2", "qwen3", "mistral"]
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])
 def test_outputs(name, padding, tmp_path):

@@ -35,7 +35,7 @@ def inputs(batch, length, padding, decoded=5, name="decoder_input_ids"):
 
 
 @pytest.mark.long
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("case", CASES)
 def test_training(family, case, tmp_path):

@@ -59,6 +59,7 @@ def trained_by_peft(path: Path, **options: Any) -> Any:
     return model
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_outputs_gradients_merges_and_files_are_peft_s(name, tmp_path):
     model, x = trained_by_peft(tmp_path / "a", **VARIANTS[name]), inputs(4, F32)

@@ -47,7 +47,7 @@ def scaled_by_peft(model: Any, factor: float) -> Any:
     return model
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(7)
 @pytest.mark.parametrize(("entry", "layer"), WITH)
 def test_a_factor_is_peft_s(entry: str, layer: str) -> None:
     s = subject(entry, layer)
@@ -98,7 +98,7 @@ def s_layers(entry: str) -> list[str]:
     return next(e for e in ENTRIES if e.name == entry).layers()
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(7)
 @pytest.mark.parametrize(("entry", "layer"), [(e.name, layer) for e in ENTRIES for layer in e.layers()])
 def test_on_and_off(entry: str, layer: str) -> None:
     s = subject(entry, layer)

@@ -74,7 +74,7 @@ def gradients(module: nn.Module, out: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("form", ["auto", "apply", "weight"])
 @pytest.mark.parametrize("names", ORDERS, ids="-".join)
 def test_as_peft(names: tuple[str, ...], form: str, tmp_path: Path) -> None:

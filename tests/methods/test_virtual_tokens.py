@@ -75,7 +75,7 @@ HEADS = {
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("head", HEADS)
 def test_task_heads(head, tmp_path):
     """Logits stand where PEFT's do, and heads are trained whole beside the rows; encoders find no padding in front."""

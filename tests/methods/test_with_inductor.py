@@ -15,7 +15,7 @@ CASES += [(n, "conv2d") for n in ("loha", "hra", "ia3_inputs", "vera")] + [("oft
 
 
 @pytest.mark.long
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("entry", "layer"), CASES)
 def test_compiled_once(entry: str, layer: str, tmp_path):
     s = subject(entry, layer)

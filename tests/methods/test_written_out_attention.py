@@ -41,7 +41,7 @@ def prefix(name: str, path: Path, cls: str = "PrefixTuningConfig", seed: int = 0
 
 
 @pytest.mark.long
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["right", "left", None])
 def test_outputs(name: str, padding: str | None, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.support.archives import MANIFEST, read_records, with_right_hashes, wr
 from tests.support.damage import BLOCK, mutate_bytes, mutate_json
 
 #: what is compiled once serves all tests of the file
-pytestmark = [pytest.mark.long, pytest.mark.few(8)]
+pytestmark = [pytest.mark.long, pytest.mark.few(3)]
 
 INPUT = torch.linspace(-1, 2, 20).view(4, 5)
 

@@ -65,7 +65,7 @@ def other_adapter(prog: adaptc.AdaptedProgram, rank: int, folder: Path) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("scheme", "dtype"), CASES, ids=str)
 def test_one_adapter(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Few rows and many, another adapter of another rank, one that is bound, and the base."""

@@ -212,7 +212,7 @@ def serves(name: str) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 #: full attention with and without shared keys, sliding windows, and a decoder with an encoder
 @pytest.mark.parametrize(
     ("make", "name"),

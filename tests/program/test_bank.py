@@ -106,6 +106,7 @@ def test_the_rows_of_nested_inputs() -> None:
         bank(inputs(4), adapters=["a", None, "a"])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "options", [{"fuse": False}, {"hoist_limit": 0}, {"pack": "float32"}, {"form": "weight"}, {"kernels": True}]
 )
@@ -249,6 +250,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_a_refusal_changes_nothing(case: str, program: Any, singles: dict[str | None, Tensor]) -> None:
     act, message = REFUSED[case]

@@ -46,7 +46,7 @@ def compiled(family: str, method: str) -> adaptc.AdaptedProgram:
 
 
 @pytest.mark.long
-@pytest.mark.few(9)
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings("ignore:.*oft_block_size=4 does not divide")  # widths of ResNet
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_each_row_is_what_its_adapter_makes_alone(family: str, method: str, tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ BAD = {
 }
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("case", list(BAD))
 def test_what_is_refused_changes_nothing(model: nn.Module, folder: Path, case: str, memo: dict[str, Twins]) -> None:
     ours = memo.setdefault("twins", Twins(model, folder)).ours
@@ -468,6 +468,7 @@ def test_reports_say_it(twins: Twins, model: nn.Module) -> None:
 # -- the verbs of PEFT and diffusers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("names", ["style", ["task"], ["task", "style"]])
 def test_set_adapter_and_disable_adapter_as_peft(twins: Twins, names: str | list[str]) -> None:
     twins.ours.set_adapter(names)

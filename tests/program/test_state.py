@@ -74,6 +74,7 @@ WRONG: list[tuple[str, Any, type[AdaptcError], str]] = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("option", "value", "error", "message"), WRONG)
 def test_options_are_checked_when_set(
     program: adaptc.AdaptedProgram, option: str, value: Any, error: type[AdaptcError], message: str, tmp_path: Path

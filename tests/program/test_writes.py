@@ -197,6 +197,7 @@ def failing_at(count: int, real: Callable[..., Any], calls: list[int]) -> Callab
     return call
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("step", range(len(STEPS)), ids=[n for _, n in STEPS])
 def test_an_exception_at_any_step_changes_nothing(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, (place, name) = net(), STEPS[step]

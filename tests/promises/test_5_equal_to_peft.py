@@ -28,7 +28,7 @@ TARGETS = {"llama": ["q_proj", "o_proj"], "bert": ["query", "output.dense"], "t5
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_both_ways(method: str, model: str, tmp_path: Path) -> None:

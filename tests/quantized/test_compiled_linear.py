@@ -75,6 +75,7 @@ def check(prog: adaptc.AdaptedProgram, dtype: torch.dtype, columns: int = 64) ->
     return plain
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("scheme", "dtype"), KERNELS, ids=str)
 def test_a_layer_is_computed_on_its_codes(scheme: str, dtype: torch.dtype) -> None:
     plain = check(program(scheme, dtype), dtype)

@@ -54,6 +54,7 @@ def corrected_weight(merged: adaptc.AdaptedProgram, name: str) -> Tensor:
     return weight + (torch.einsum("or,rik->oik", b.squeeze(-1), a) if name == "mix" else (b @ a).T)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 @pytest.mark.parametrize("rank", [1, 5])

@@ -36,7 +36,7 @@ def quantized_names(state: dict[str, object]) -> set[str]:
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_a_program_and_a_model_are_quantized_alike(family, scheme):

@@ -74,7 +74,7 @@ def close(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(f, w)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["up.weight", "side.weight", "down.weight", "last.weight", "up.bias", "last.bias"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda w: w.__name__)
 def test_what_was_moved_is_followed(

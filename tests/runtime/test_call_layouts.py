@@ -116,6 +116,7 @@ def test_any_strides_compute_the_same(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("strides", ["transposed", "channels last", "one value", "sliced"])
 def test_base_tensors_of_any_strides(model: Net, backend: str, strides: str) -> None:

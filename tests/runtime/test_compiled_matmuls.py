@@ -93,6 +93,7 @@ def test_graphs_and_files_stay_plain(tmp_path: Path) -> None:
     close(loaded(x), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["plain", "hidden", "untaught", "training", "float64"])
 def test_where_it_computes_as_before(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "choose_compiled", compiled_products.choose_compiled)

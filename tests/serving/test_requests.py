@@ -29,7 +29,7 @@ MIXED: list[Any] = ["first", "second", None, {"first": 0.5, "second": -0.3}, "se
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", [f for f in CAUSAL if f not in REFUSED and f not in OF_EXPERTS])
 def test_tokens_are_those_of_each_request_alone(family: str) -> None:
     """Prompts that are longer than a batch and than the windows of layers, two of them equal: blocks are shared."""

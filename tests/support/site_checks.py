@@ -349,10 +349,10 @@ CHECKS = [check_outputs, check_gradients, check_swap, check_merge, check_files, 
 
 def parametrize_checks(cases: list[Case]) -> Any:
     """Parametrizes ``test(name, check)``; the checks of one case come together, since they share what is built. Where
-    not all of them run, each case has two of the checks, and each check comes at least once."""
+    not all of them run, each case has one of the checks, and each check comes at least once."""
 
     def mark(function: Any) -> Any:
-        function = pytest.mark.few(2 * max(len(cases), len(CHECKS)))(function)
+        function = pytest.mark.few(max(len(cases), len(CHECKS)))(function)
         function = pytest.mark.parametrize("name", [c.name for c in cases])(function)
         return pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))(function)
 

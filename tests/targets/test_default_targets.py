@@ -73,7 +73,7 @@ def differences(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> list[
     return out
 
 
-@pytest.mark.few(15)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str) -> None:
     family = FAMILIES[name]
@@ -167,6 +167,7 @@ def _ids(model: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": ids, **more}
 
 
+@pytest.mark.few(6)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # older DeBERTa code
 @pytest.mark.parametrize("name", MORE)
 def test_more_types(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,7 @@ def test_the_union_is_compiled_and_the_first_is_bound(model, saved, backend):
             torch.testing.assert_close(program(ids), peft_output(model, saved[name], ids), **close)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_what_is_saved_after_a_swap_is_the_swapped_adapter_alone(model, saved, name, tmp_path):
     program = adaptc.compile(model, list(saved.values()), example_inputs=torch.randint(0, 13, (2, 4)))

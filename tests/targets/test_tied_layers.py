@@ -67,7 +67,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("model", list(MODELS))
 def test_as_peft(model: str, kind: str, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from adaptc.capture.vision.tower_facts import find_towers
 from tests.support.image_models import FAMILIES, IMAGE, adapted_by_peft, build, call_with_images
 from tests.support.oracle import quiet
 
+# What is refused at a call names the line of the model that refuses it.
+pytestmark = pytest.mark.usefixtures("stack_traces")
+
 EXAMPLE = [[(1, 4, 2), (1, 2, 6)], [(1, 4, 4)], [(1, 2, 2)]]
 CALLS = {
     "as captured": EXAMPLE,

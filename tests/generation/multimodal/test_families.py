@@ -56,7 +56,7 @@ def test_images_that_look_ahead_are_read_as_a_whole(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.long
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_has_no_step_is_refused(family: str) -> None:
     model, (example, _) = model_and_calls(family)

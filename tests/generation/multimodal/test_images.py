@@ -21,6 +21,9 @@ from adaptc.passes.graph.subprogram import output_names
 from adaptc.state.runner import ProgramPart
 from tests.support.image_models import FAMILIES, IMAGE, adapted_by_peft, answers, build, call_with_images
 
+# What is refused at a call names the line of the model that refuses it.
+pytestmark = pytest.mark.usefixtures("stack_traces")
+
 #: the grids of the prompts that a model is captured with, and of those that it is given
 EXAMPLE = [[(1, 4, 6)], [(1, 2, 4), (1, 6, 4)]]
 PROMPTS = [[(1, 2, 6), (1, 4, 4)], [], [(1, 8, 4)]]

@@ -73,7 +73,7 @@ NAMES = [
 
 
 @pytest.mark.long
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
 @pytest.mark.filterwarnings("ignore:Recurrent was captured for some sizes alone")  # an LSTM's time
 @pytest.mark.parametrize("name", NAMES)

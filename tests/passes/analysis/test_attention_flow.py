@@ -123,7 +123,7 @@ WRITTEN: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("decompose", [False, True], ids=["training", "decomposed"])
 @pytest.mark.parametrize("way", WRITTEN)
 def test_every_way_to_write_it(way: str, decompose: bool) -> None:

@@ -296,6 +296,7 @@ def test_exported_again_it_is_plain() -> None:
 
 
 # Dynamo instantiates functions that it traces.
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("body", [layer, head])

@@ -322,7 +322,7 @@ BODIES = {f.__name__: f for f in HELD}
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("body", [pytest.param(b, marks=pytest.mark.slow) if b == "in_cond" else b for b in BODIES])
 def test_what_blocks_may_hold(body: str, fuse: bool) -> None:

@@ -138,6 +138,7 @@ LAYERS: dict[str, tuple[Callable[[Any, Tensor], Any], int, int]] = {
 }
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", LAYERS)
 def test_layers_are_one_step(case: str, bias: bool) -> None:

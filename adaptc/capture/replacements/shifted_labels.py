@@ -1,0 +1,82 @@
+"""Let encoder-decoders shift labels of any length while they are traced.
+
+Such a model makes its decoder's inputs from labels: ``shifted[:, 1:] = labels[:, :-1].clone()``. torch guards the
+length of such a slice against 1. So a program would refuse labels of one or two tokens, such as the name of a class.
+Here the same assignment is computed from tensors of the labels' own length.
+
+transformers' functions are replaced for the tracing thread alone, and only in the classes and modules of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+#: what transformers calls the function that shifts labels, in a model's module and in its class
+_FUNCTION, _METHOD = "shift_tokens_right", "_shift_right"
+_ALL_BUT_LAST, _ALL_BUT_FIRST = slice(None, -1), slice(1, None)
+
+
+class _AllButLast:
+    """``tensor[..., :-1]``, which is not computed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def clone(self) -> _AllButLast:
+        return _AllButLast(self.tensor.clone())
+
+
+class _ShiftByRoll(TorchFunctionMode):
+    """Compute ``to[..., 1:] = source[..., :-1]`` by ``torch.roll``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and _is_along_last(args[1], _ALL_BUT_LAST):
+            return _AllButLast(args[0])
+        if func is Tensor.__setitem__ and isinstance(args[2], _AllButLast) and _is_along_last(args[1], _ALL_BUT_FIRST):
+            to, source = args[0], args[2].tensor
+            is_first = torch.arange(to.shape[-1], device=to.device) == 0
+            return to.copy_(torch.where(is_first, to, torch.roll(source, 1, -1)))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_along_last(key: Any, along: slice) -> bool:
+    return isinstance(key, tuple) and len(key) == 2 and key[0] in (..., slice(None)) and key[1] == along
+
+
+@contextlib.contextmanager
+def shift_labels_of_any_length(model: nn.Module) -> Iterator[None]:
+    """Run the block with functions of ``model`` that shift labels of any length, in this thread.
+
+    A function that uses ``labels[:, :-1]`` in another way stays as it is.
+    """
+    classes = {c for m in model.modules() for c in type(m).__mro__}
+    owners: list[tuple[Any, str]] = [(c, _METHOD) for c in classes if _METHOD in vars(c)]
+    modules = [sys.modules[name] for name in {c.__module__ for c in classes} if name in sys.modules]
+    owners += [(m, _FUNCTION) for m in modules if _FUNCTION in vars(m)]
+    originals = [(owner, name, vars(owner)[name]) for owner, name in owners]
+    thread = threading.get_ident()
+
+    def by_roll(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def shift(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                with contextlib.suppress(AttributeError, TypeError), _ShiftByRoll():
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return shift
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, function in originals:
+            stack.callback(setattr, owner, name, function)
+            setattr(owner, name, by_roll(function))
+        yield
