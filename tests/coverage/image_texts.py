@@ -85,7 +85,9 @@ def _with_placeholders(
     out = {**text, "input_ids": torch.cat([ids[:, :1], block, ids[:, 1:]], 1)}
     if mask is not None:
         out["attention_mask"] = torch.cat([mask[:, :1], torch.ones_like(block), mask[:, 1:]], 1)
-    kinds = (out["input_ids"] == token).long() if tokens is IMAGE_TOKENS else torch.zeros_like(out["input_ids"])
+    # PaliGemma's processor gives every token of a prompt the type 0, images too: 1 is for the answer it learns.
+    has_kinds = tokens is IMAGE_TOKENS and config.model_type != "paligemma"
+    kinds = (out["input_ids"] == token).long() if has_kinds else torch.zeros_like(out["input_ids"])
     for name in ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids"):
         if name in forward:
             out[name] = kinds

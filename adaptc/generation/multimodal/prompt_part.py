@@ -34,7 +34,13 @@ from adaptc.capture.model_state import keyword_only_parameter, patch_forward
 from adaptc.capture.vision.tower_facts import with_free_images
 from adaptc.errors import CaptureError
 from adaptc.generation.modes.static_step import DEEPSTACK, LAST_KEYS, StepExample, equate_sizes
-from adaptc.generation.multimodal.read_images import IMAGE_FEATURES, IMAGE_MASK, last_keys_of_mask, reading_images
+from adaptc.generation.multimodal.read_images import (
+    IMAGE_FEATURES,
+    IMAGE_MASK,
+    attends_around_keys,
+    last_keys_of_mask,
+    reading_images,
+)
 
 EMBEDS, POSITIONS = "prompt_embeds", "prompt_positions"
 #: an input of a step that images have -> the output of the prompt part that it takes
@@ -84,6 +90,12 @@ class PromptDescription:
             raise CaptureError(
                 f"{name} makes {tuple(embeds.shape[:2])} embeddings of {tuple(ids.shape)} tokens, and a generation "
                 "counts one for each: generate texts, without example_inputs"
+            )
+        if attends_around_keys(found.get("attention_mask"), example["attention_mask"]):
+            raise CaptureError(
+                f"in this example {name} lets tokens attend to tokens after them and not to all between, which no step "
+                "here has: give what the model's processor returns for a prompt, or generate texts, without "
+                "example_inputs"
             )
         last_keys = last_keys_of_mask(found.get("attention_mask"))
         ahead = last_keys is not None and bool((last_keys > torch.arange(ids.shape[1], device=ids.device)).any())

@@ -29,12 +29,29 @@ def last_keys_of_mask(mask: Any) -> Tensor | None:
     ``mask`` is what a language model takes as attention_mask: (rows, 1, tokens, keys), or such masks by the kind of
     layers, of which those with full attention count.
     """
+    seen = _seen_keys(mask)
+    return None if seen is None else (seen * torch.arange(seen.shape[-1], device=seen.device)).amax(-1)
+
+
+def attends_around_keys(mask: Any, attention_mask: Tensor) -> bool:
+    """Return whether a token attends to a key after it and not to all that lie between the two.
+
+    ``mask`` is as in :func:`last_keys_of_mask`. ``attention_mask`` (rows, tokens) says which tokens are no padding.
+    """
+    seen, last_keys, is_token = _seen_keys(mask), last_keys_of_mask(mask), attention_mask.bool()
+    if seen is None or last_keys is None:
+        return False
+    keys = torch.arange(seen.shape[-1], device=seen.device)
+    between = (keys > keys[: seen.shape[1], None]) & (keys <= last_keys[:, :, None])
+    return bool((between & ~seen & is_token[:, None, :] & is_token[:, :, None]).any())
+
+
+def _seen_keys(mask: Any) -> Tensor | None:
     if isinstance(mask, dict):
         mask = cast("dict[str, Any]", mask).get("full_attention")
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         return None
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-    return (seen * torch.arange(mask.shape[-1], device=mask.device)).amax(-1)
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
 
 
 @contextlib.contextmanager

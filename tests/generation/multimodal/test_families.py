@@ -15,9 +15,19 @@ from tests.coverage.build import build_and_run
 from tests.coverage.rows import all_rows
 
 #: features in the place of placeholders, embeddings as they are, audio, padding that counts, images that look ahead
-EQUAL = ("llava", "fuyu", "aya_vision", "internvl", "exaone4_5", "video_llava", "aria", "audioflamingo3", "gemma3")
+EQUAL = (
+    "llava",
+    "fuyu",
+    "aya_vision",
+    "internvl",
+    "exaone4_5",
+    "video_llava",
+    "aria",
+    "audioflamingo3",
+    "gemma3",
+    "paligemma",
+)
 REFUSED = {
-    "paligemma": "does not say in steps what it says at once of a prompt with token_type_ids, pixel_values",
     "gemma3n": "takes per_layer_inputs beside a prompt's embeddings",
     "hunyuan_vl": "takes positions along 4 axes",
     "idefics": "hands no embeddings of its prompt to its language model, so pixel_values, image_attention_mask",
@@ -62,6 +72,15 @@ def test_what_has_no_step_is_refused(family: str) -> None:
     model, (example, _) = model_and_calls(family)
     with pytest.raises(adaptc.AdaptcError, match=REFUSED[family]):
         adaptc.compile_for_generation(model, CONFIG, example_inputs=example)
+
+
+@pytest.mark.long
+def test_a_mask_that_leaves_out_keys_between_is_refused() -> None:
+    model, (example, _) = model_and_calls("paligemma")
+    kinds = torch.zeros_like(example["input_ids"])
+    kinds[:, 2:5] = 1
+    with pytest.raises(adaptc.CaptureError, match="attend to tokens after them and not to all between"):
+        adaptc.compile_for_generation(model, CONFIG, example_inputs={**example, "token_type_ids": kinds})
 
 
 @pytest.mark.long
