@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 #: what transformers calls the function that shifts labels, in a model's module and in its class
 _FUNCTION, _METHOD = "shift_tokens_right", "_shift_right"
-_ALL_BUT_LAST, _ALL_BUT_FIRST = slice(None, -1), slice(1, None)
+_ALL, _ALL_BUT_LAST, _ALL_BUT_FIRST = slice(None), slice(None, -1), slice(1, None)
 
 
 class _AllButLast:
@@ -49,7 +49,17 @@ class _ShiftByRoll(TorchFunctionMode):
 
 
 def _is_along_last(key: Any, along: slice) -> bool:
-    return isinstance(key, tuple) and len(key) == 2 and key[0] in (..., slice(None)) and key[1] == along
+    if not isinstance(key, tuple) or len(key) != 2:
+        return False
+    return (key[0] is ... or _is_slice(key[0], _ALL)) and _is_slice(key[1], along)
+
+
+def _is_slice(key: Any, expected: slice) -> bool:
+    """Return whether ``key`` is that slice. A symbolic bound is none: comparing it would add a guard."""
+    if not isinstance(key, slice):
+        return False
+    bounds = zip((key.start, key.stop, key.step), (expected.start, expected.stop, expected.step), strict=True)
+    return all(a is b or (type(a) is int and a == b) for a, b in bounds)
 
 
 @contextlib.contextmanager
