@@ -179,7 +179,7 @@ PEFT_TAKES: dict[str, list[Any]] = {
     "alpha": [16, 0.5],
     "lora_dropout": [0, 0.5],
     "r": [8, np.int64(8)],
-    "init_lora_weights": [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"],
+    "init_lora_weights": [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica"],
     "task_type": ["CAUSAL_LM", None],
     "trainable_token_indices": [[1, 2], {"embed": [1, 2]}, None],
     "layer_replication": [[(0, 2), (1, 3)], [[0, 2]], None],

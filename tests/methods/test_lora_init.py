@@ -16,7 +16,7 @@ from adaptc.errors import ConfigError
 from adaptc.methods.lora_family.lora_init import init_lora
 from tests.support.cover import examples
 
-MATRIX = ["orthogonal", "pissa", "pissa_niter_3", "olora"]
+MATRIX = ["orthogonal", "pissa", "pissa_niter_3", "olora", "mica"]
 RANDOM = [True, False, "gaussian"]
 LAYERS = {
     "tall": ("linear", lambda: nn.Linear(11, 17)),
@@ -74,7 +74,8 @@ CASES = [
     pytest.param(name, scheme, id=f"{name}-{scheme}")
     for name, (kind, _) in LAYERS.items()
     for scheme in [*RANDOM, *MATRIX]
-    if (scheme in RANDOM or kind in ("linear", "addmm")) and (name, scheme) != ("addmm", "olora")
+    if (scheme in RANDOM or kind in ("linear", "addmm") or (name, scheme) == ("embedding", "mica"))
+    and (name, scheme) != ("addmm", "olora")
 ]
 
 
@@ -172,7 +173,7 @@ def test_a_generator_decides_alone(name, scheme):
     other = ours(scheme, layer, kind, 4, generator=torch.Generator().manual_seed(2))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
-    exact = scheme in ("pissa", "olora")
+    exact = scheme in ("pissa", "olora", "mica")
     assert (
         torch.equal(torch.cat([t.flatten() for t in first[:2]]), torch.cat([t.flatten() for t in other[:2]])) == exact
     )
@@ -199,6 +200,8 @@ def test_stacked_weights_take_random_schemes_only(kind):
         ("tall", "pissa", 12, "r=12 is too large .* largest possible r is 11"),
         ("wide", "olora", 8, "largest possible r is 7"),
         ("wide", "pissa_niter_2", 8, "largest possible r is 7"),
+        ("tall", "mica", 12, "r=12 is too large .* largest possible r is 11"),
+        ("conv2d", "mica", 2, "'mica' has no meaning for a site of kind conv"),
         ("embedding", "pissa", 2, "'pissa' has no meaning for a site of kind embedding"),
         ("embedding", "orthogonal", 2, "'orthogonal' has no meaning"),
         ("conv2d", "olora", 2, "'olora' has no meaning for a site of kind conv2d"),

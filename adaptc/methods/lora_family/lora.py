@@ -179,7 +179,7 @@ class Lora(Method):
 
     ``repeat``: how often PEFT adds B A. At the ``out_proj`` of a MultiheadAttention it is 2: PEFT's wrapper adds B A,
     and the wrapped layer adds it again. Adapters are trained that way, so it is what their files mean.
-    ``loftq_bits`` and ``loftq_iter`` are those of the scheme "loftq".
+    ``loftq_bits`` and ``loftq_iter`` are those of the scheme "loftq". With the scheme "mica", A alone is trained.
     """
 
     name: ClassVar[str] = "lora"
@@ -222,13 +222,13 @@ class Lora(Method):
         if op.kind == "embedding":
             return {
                 "lora_embedding_A": Slot((r, op.in_features), free=(0,)),
-                "lora_embedding_B": Slot((op.out_features, r), free=(1,)),
+                "lora_embedding_B": Slot((op.out_features, r), free=(1,), trainable=self._trains_up()),
             }
         ones = (1,) * len(op.kernel) if op.is_conv else ()
         a = (r * e, op.in_features, *op.kernel) if op.is_conv or op.experts else (r, prod(op.shape[1:]))
         slots = {
             "lora_A.weight": Slot(a, free=(0,)),
-            "lora_B.weight": Slot((op.out_features, r * e // op.groups, *ones), free=(1,)),
+            "lora_B.weight": Slot((op.out_features, r * e // op.groups, *ones), free=(1,), trainable=self._trains_up()),
         }
         if self.with_bias:
             slots["lora_B.bias"] = Slot((op.out_features,))
@@ -259,6 +259,9 @@ class Lora(Method):
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
         return dataclasses.replace(new, repeat=self.repeat) if isinstance(new, Lora) else new
+
+    def _trains_up(self) -> bool:
+        return not (isinstance(self.scheme, str) and self.scheme.lower() == "mica")
 
     def changes_base_at_init(self) -> bool:
         return isinstance(self.scheme, str) and self.scheme.lower().startswith(("pissa", "olora", "loftq"))

@@ -52,7 +52,7 @@ class LoraConfig(TargetedConfig):
         use_rslora: whether the scale is alpha / sqrt(r).
         init_lora_weights: True starts with B zero, "gaussian" also draws A from a normal distribution. "pissa", "olora"
             and "orthogonal" are schemes of their own, and False draws both factors. "loftq" quantises the weight and
-            starts with its error.
+            starts with its error. "mica" makes B of the smallest singular vectors and trains A alone.
         loftq_config: the options of "loftq", an :class:`adaptc.LoftQConfig` or a dict of its fields.
         trainable_token_indices: rows of embeddings that are trained, or name -> rows.
         use_dora: whether the weight is split into magnitude and direction (DoRA).
@@ -152,6 +152,8 @@ class LoraConfig(TargetedConfig):
         self._check_pooling()
         self._check_arrow()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "mica":
+            variants.append("init_lora_weights='mica'")
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
 

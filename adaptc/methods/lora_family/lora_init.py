@@ -1,8 +1,7 @@
 """Make the initial A and B of LoRA and, for schemes that move a part of the weight into them, the rest of the weight.
 
 With ``generator=None`` the global generator is read in the same order as in PEFT 0.21.2, so that one seed gives the
-same adapter in both. Some schemes are not here because they are more than initial values of two tensors. Those are eva,
-corda and lora_ga, which need data, and mica, a variant of the method.
+same adapter in both. Some schemes are not here because they need data: eva, corda and lora_ga.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from adaptc.errors import ConfigError
 from adaptc.global_generator import global_generator_of
 from adaptc.methods.lora_family.loftq import LoftQConfig, loftq_init
 
-SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
+SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "mica")
 
 _NITER = re.compile(r"pissa_niter_([0-9]{1,4})")
 
@@ -46,8 +45,9 @@ def init_lora(
     "orthogonal": B A = 0 with neither zero. "pissa" (Meng et al. 2024, arXiv 2404.02948): the r largest singular terms
     of W; "pissa_niter_N" finds them by N subspace iterations. "olora" (Büyükakyüz 2024, arXiv 2406.01775): the first r
     terms of W = QR. "loftq": new W is a QuantizedTensor, and scale B A are the largest singular terms of what it lacks;
-    ``loftq`` has its options, by default those of LoftQConfig. Embeddings take True, False and "gaussian" (which means
-    True there), convolutions the same three.
+    ``loftq`` has its options, by default those of LoftQConfig. "mica" (arXiv 2604.01694): B A = 0, and B is the r left
+    singular vectors of W with the smallest singular values. Embeddings take True, False, "gaussian" (which means True
+    there) and "mica", convolutions the first three.
 
     Raises :class:`ConfigError` for an unknown scheme, a scheme that this kind of layer cannot have, or an unusable r.
     """
@@ -68,7 +68,10 @@ def init_lora(
     for fresh in (A, B):
         _fill_normal(fresh, 1.0, generator) if is_embedding else _fill_uniform(fresh, generator)
     new_weight = None
-    if is_embedding and name is not False:
+    if name == "mica":
+        A.zero_()
+        B = torch.linalg.svd(_float32_or_wider(W), full_matrices=False).U[:, -r:]
+    elif is_embedding and name is not False:
         A.zero_()
         _fill_normal(B, 1.0, generator)
     elif name is True:
@@ -87,7 +90,7 @@ def init_lora(
     elif decomposes_weight:
         A, B = _pissa_init(W, r, scale, niter and int(niter[1]), generator)
     A, B = (t.to(device=W.device, dtype=dtype).contiguous() for t in (A, B))
-    if decomposes_weight and name not in ("orthogonal", "loftq"):
+    if decomposes_weight and name not in ("orthogonal", "loftq", "mica"):
         # Taken from A and B after rounding to their dtype: with the exact factors, new W + scale B A would not be W.
         wide = _float32_or_wider(W)
         new_weight = torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()
@@ -98,7 +101,7 @@ def _check_decomposable(
     scheme: object, W: Tensor, r: int, kind: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> None:
     option = f"init_lora_weights={scheme!r}"
-    if kind == "embedding" or kind.startswith("conv"):
+    if (kind == "embedding" and str(scheme).lower() != "mica") or kind.startswith("conv"):
         raise ConfigError(f"{option} has no meaning for a site of kind {kind}; use True, False or 'gaussian'")
     if W.dim() != 2 or a_shape != (r, W.shape[1]) or b_shape != (W.shape[0], r):
         raise ConfigError(
