@@ -68,7 +68,32 @@ def convert_to_lora(
         >>> adaptc.convert_to_lora(adapted, rank=4).config.r
         4
     """
-    truncation, adapter = parse_rank(rank), unwrap(adapter)
+    truncation = parse_rank(rank)
+    changes = deltas_of(
+        adapter, model, example_inputs=example_inputs, config=config, key_mapping=key_mapping, component=component
+    )
+    sites = [(group[0], lambda f=fqn: changes.delta_of(f)) for fqn, group in changes.sites.items()]
+    source = changes.binding.source
+    made = make_lora(
+        changes.config, changes.spec, sites, truncation, source or "the program's adapter", changes.saved_tensors
+    )
+    return Adapter(made.config, made.tensors, f"LoRA of {source}", made.report)
+
+
+def deltas_of(
+    adapter: Any,
+    model: Any,
+    *,
+    example_inputs: Any,
+    config: Any,
+    key_mapping: Mapping[str, str] | None,
+    component: str | None,
+) -> AdapterDeltas:
+    """Return the changes of an adapter, which is one of a program, or any other with ``model``.
+
+    The arguments and errors are those of :func:`convert_to_lora`.
+    """
+    adapter = unwrap(adapter)
     if isinstance(adapter, ProgramCore) or graph_runner(adapter) is not None:
         said = {"model": model, "example_inputs": example_inputs, "config": config}
         if given := [
@@ -81,22 +106,17 @@ def convert_to_lora(
     else:
         if model is None:
             raise ConfigError(
-                "what an adapter changes is known with the model: give it, convert_to_lora(adapter, model, rank=...), "
-                "or a program that has the adapter"
+                "what an adapter changes is known with the model: give it, as the second argument, or give a program "
+                "that has the adapter"
             )
         program = _compile_program(
             model, adapter, example_inputs, override=config, key_mapping=key_mapping, component=component
         )
         binding = program.binding
-    spec = program.spec()
-    changes = AdapterDeltas(spec, binding)
+    changes = AdapterDeltas(program.spec(), binding)
     if not changes.sites:
         raise ConfigError(f"{binding.source} changes no weight by its method, so there is nothing to make LoRA of")
-    sites = [(group[0], lambda f=fqn: changes.delta_of(f)) for fqn, group in changes.sites.items()]
-    made = make_lora(
-        changes.config, spec, sites, truncation, binding.source or "the program's adapter", changes.saved_tensors
-    )
-    return Adapter(made.config, made.tensors, f"LoRA of {binding.source}", made.report)
+    return changes
 
 
 @torch.no_grad()

@@ -59,6 +59,12 @@ class AdapterDeltas:
         rest = replace(binding, methods=others, config=config, changed_base={}, joint_adapters={})
         self.saved_tensors: Mapping[str, Tensor] = file_tensors(spec, rest)
 
+    def weight_of(self, fqn: str) -> Tensor:
+        """Return the model's own weight called ``fqn`` in the form of its changes, (blocks, rows, columns)."""
+        op, stored = self.spec.ops[self.sites[fqn][0].id], self.spec.weights[fqn].detach()
+        wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+        return _to_blocks(op, _to_dense(op, op.canonical(wide)))
+
     @torch.no_grad()
     def delta_of(self, fqn: str) -> WeightDelta:
         """Return the change of the weight called ``fqn``.

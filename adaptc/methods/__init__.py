@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         arrow_adapter,
         check_method,
         create_arrow_model,
+        reduce_intruder_dimension,
     )
     from adaptc.passes.graph.ops import Op
     from adaptc.passes.protocol.coefficients import ExtraInput
@@ -53,6 +54,7 @@ PUBLIC = {
     "check_method": "adaptc.verify.check_method",
     "create_arrow_model": "adaptc.api.adapt_model",
     "arrow_adapter": "adaptc.adapters.arrow_adapter",
+    "reduce_intruder_dimension": "adaptc.adapters.intruders",
     "TargetedConfig": "adaptc.methods._shared.config",
     "ProgramConfig": "adaptc.methods._shared.program_config",
     "VirtualTokens": "adaptc.methods.prompt.virtual_tokens",
