@@ -41,8 +41,8 @@ class Adapter:
         config: the adapter's config, or a dict of its fields.
         tensors: PEFT's keys -> tensors, with or without ``base_model.model.``.
         source: the adapter's name in messages.
-        report: for results of :func:`adaptc.convert_to_lora` and :func:`adaptc.subtract_adapter` how near the adapter
-            is to its original; otherwise None.
+        report: for results of :func:`adaptc.convert_to_lora`, :func:`adaptc.subtract_adapter` and
+            :func:`adaptc.methods.reduce_intruder_dimension` how near the adapter is to its original; otherwise None.
 
     Raises:
         CheckpointError: a value is no tensor or not finite.

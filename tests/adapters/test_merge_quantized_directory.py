@@ -68,7 +68,6 @@ def plain_and_adapter() -> tuple[Path, Path]:
 
 @cache
 def bitsandbytes_model(scheme: str) -> Path:
-    pytest.importorskip("bitsandbytes")
     folder = Path(mkdtemp()) / "model"
     config = transformers.BitsAndBytesConfig(**BITSANDBYTES[scheme])
     model = KIND.from_pretrained(plain_and_adapter()[0], quantization_config=config, dtype="auto")

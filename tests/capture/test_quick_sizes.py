@@ -118,3 +118,26 @@ def test_a_condition_of_many_terms_is_shown_in_short() -> None:
     with pytest.raises(adaptc.AdaptcError, match=r"captured where .* \.\.\. .*, which these inputs break") as raised:
         program(torch.rand(2, 7, 4))
     assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_fake_tensors_are_not_kept_while_a_model_is_exported_and_are_after(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch keeps of them costs more than it saves, where sizes are free."""
+    from torch._dynamo import config
+
+    kept: list[bool] = []
+    original = torch.export.export
+
+    def export(*args: Any, **kwargs: Any) -> Any:
+        kept.append(config.fake_tensor_cache_enabled)
+        if fails:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext():
+        dynamic_shapes.export(torch.nn.Linear(3, 5), (torch.randn(2, 3),), {}, None)
+    assert kept == [False]
+    assert config.fake_tensor_cache_enabled

@@ -1,4 +1,4 @@
-"""Skips everything where there is no GPU, and makes torch's own products as exact as the bounds of the tests take them.
+"""Refuses to run where there is no GPU, and makes torch's own products as exact as the bounds of the tests take them.
 
 ``ADAPTC_GPU_TESTS_ON=cpu`` runs the tests on the CPU instead, where the ops compute their references (or, slowly, their
 kernels, with ``TRITON_INTERPRET=1`` and ``-p tests.kernels.conftest``): a check of the tests, not of a GPU's results.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 # Before CUDA starts: without it cuBLAS may give other bits to the same inputs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -19,15 +18,13 @@ import torch
 from tests.gpu.cases import DEVICE
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure() -> None:
+    # No skip: a run that skips everything ends as one that passed.
     if DEVICE.type == "cuda" and not torch.cuda.is_available():
-        skip = pytest.mark.skip(
-            reason="needs a CUDA GPU. tests/kernels runs the same kernels on the CPU, in the interpreter of triton"
+        raise pytest.UsageError(
+            "tests/gpu needs a CUDA GPU, and there is none. tests/kernels runs the same kernels on the CPU, in the "
+            "interpreter of triton; ADAPTC_GPU_TESTS_ON=cpu checks these tests on their references"
         )
-        # It is handed all tests of the run, those of other folders too.
-        for item in items:
-            if item.path.is_relative_to(Path(__file__).parent):
-                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True, scope="session")

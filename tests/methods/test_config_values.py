@@ -203,7 +203,8 @@ def as_json(value: Any) -> Any:
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "BONE"])
 def test_what_peft_holds_and_saves_is_taken(kind, tmp_path):
     """Objects of PEFT's, and the files it writes, in each of a field's types."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     theirs = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     own: Any = config_class(kind)
     tried = 0

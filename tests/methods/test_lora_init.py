@@ -164,6 +164,11 @@ def test_orthogonal_cancels(r):
     assert (B @ A).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("scheme", [*RANDOM, "orthogonal", "mica"])
+def test_schemes_that_leave_the_base_alone_make_no_weight(scheme):
+    assert ours(scheme, nn.Linear(11, 17), "linear", 4)[2] is None
+
+
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_a_generator_decides_alone(name, scheme):
     kind, make = LAYERS[name]

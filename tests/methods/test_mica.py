@@ -103,6 +103,12 @@ def test_a_file_goes_on_with_a_frozen_b_and_swaps_into_other_programs(tmp_path: 
     assert torch.equal(adaptc.unmerge(merged)(IDS), plain(IDS))
 
 
+def test_tied_layers_are_refused() -> None:
+    """PEFT takes them, and gives the two layers factors that are no longer tied."""
+    with pytest.raises(adaptc.ConfigError, match=r"ensure_weight_tying=True has no meaning with .*mica"):
+        adaptc.LoraConfig(**{**CONFIG, "init_lora_weights": "MiCA"}, ensure_weight_tying=True)
+
+
 def test_it_combines_with_no_other_variant() -> None:
     for other in ({"use_dora": True}, {"alora_invocation_tokens": [3]}):
         with pytest.raises(adaptc.ConfigError, match="init_lora_weights='mica' are variants of LoRA"):

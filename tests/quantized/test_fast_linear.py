@@ -15,7 +15,7 @@ from adaptc.passes.quantized.fast_linear import INT4_ROWS, INT8_ROWS, fast_linea
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.quantized_layers.gguf_file import GgufMatrix
 from tests.support.gguf_files import blocks
-from tests.support.quantized_models import needs_avx512_bf16
+from tests.support.quantized_models import HAS_FEW_ROWS_KERNEL
 
 #: a bfloat16 is rounded by up to 2^-9 = 2e-3 of itself: scales, zeros and the result are, each once
 TOLERANCE = 8e-3
@@ -111,7 +111,6 @@ def test_blocks_of_gguf_files_that_the_int4_kernel_takes(kind):
     assert q.prepared_bytes > 0
 
 
-@needs_avx512_bf16
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_few_rows_of_a_table(name, with_bias):
@@ -120,13 +119,14 @@ def test_few_rows_of_a_table(name, with_bias):
     bias = torch.randn(96).bfloat16() if with_bias else None
     for shape in ((1, 128), (2, 3, 128), (MAX_ROWS, 128)):
         x = torch.randn(shape).bfloat16()
-        found = fast_linear(x, q, bias)
-        assert found is not None
-        assert torch.equal(F.linear(x, q, bias), found)
+        found, computed = fast_linear(x, q, bias), F.linear(x, q, bias)
+        assert (found is not None) == HAS_FEW_ROWS_KERNEL
+        assert found is None or torch.equal(computed, found)
         expected = F.linear(x.float(), q.dequantize(torch.float32), None if bias is None else bias.float())
-        assert relative(found, expected) < TOLERANCE
+        assert relative(computed, expected) < TOLERANCE
     assert fast_linear(torch.randn(MAX_ROWS + 1, 128).bfloat16(), q, None) is None
-    assert 0.5 <= q.prepared_bytes / q.numel() < 0.6
+    kept = q.prepared_bytes / q.numel()
+    assert 0.5 <= kept < 0.6 if HAS_FEW_ROWS_KERNEL else kept == 0
 
 
 def test_packed_copies_are_made_once_and_counted():

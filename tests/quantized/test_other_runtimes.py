@@ -58,7 +58,8 @@ def program(scheme: str) -> adaptc.AdaptedProgram:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_onnx(scheme: str, form: str, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     prog = FORMS[form](program(scheme))
     with quiet(LEAF_SPECS, ".*"):
         torch.onnx.export(prog, f=str(tmp_path / "net.onnx"), dynamo=True, output_names=["y"], verbose=False)
@@ -85,7 +86,8 @@ def test_a_program_decomposes_to_plain_operators() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
 def test_executorch(scheme: str, tmp_path: Path) -> None:
-    exir, runtime = pytest.importorskip("executorch.exir"), pytest.importorskip("executorch.runtime")
+    from executorch import exir, runtime
+
     prog = program(scheme)
     shifts = exir.EdgeCompileConfig(_core_aten_ops_exception_list=[torch.ops.aten.bitwise_right_shift.Tensor_Scalar])
     with quiet(".*"):

@@ -16,11 +16,9 @@ import adaptc
 
 TARGETS = ["up", "down"]
 
-#: for bitsandbytes' product of few rows. It asks for the CPU's feature alone: a kernel that fails is no reason to skip.
-needs_avx512_bf16 = pytest.mark.skipif(
-    not bitsandbytes.functional.has_avx512bf16(),
-    reason="this kernel of bitsandbytes needs a CPU with AVX-512 BF16; other tests check the path without it",
-)
+#: whether bitsandbytes multiplies few rows by a kernel of its own. It asks for the CPU's feature alone: where the CPU
+#: has it, a kernel that is not used is a fault.
+HAS_FEW_ROWS_KERNEL: bool = bitsandbytes.functional.has_avx512bf16()
 
 
 class Net(nn.Module):

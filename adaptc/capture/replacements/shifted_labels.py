@@ -14,6 +14,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -69,10 +70,10 @@ def shift_labels_of_any_length(model: nn.Module) -> Iterator[None]:
     A function that uses ``labels[:, :-1]`` in another way stays as it is.
     """
     classes = {c for m in model.modules() for c in type(m).__mro__}
-    owners: list[tuple[Any, str]] = [(c, _METHOD) for c in classes if _METHOD in vars(c)]
+    owners: list[tuple[Any, str]] = [(c, _METHOD) for c in classes]
     modules = [sys.modules[name] for name in {c.__module__ for c in classes} if name in sys.modules]
-    owners += [(m, _FUNCTION) for m in modules if _FUNCTION in vars(m)]
-    originals = [(owner, name, vars(owner)[name]) for owner, name in owners]
+    owners += [(m, _FUNCTION) for m in modules]
+    originals = [(owner, name, vars(owner).get(name)) for owner, name in owners]
     thread = threading.get_ident()
 
     def by_roll(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,6 +88,8 @@ def shift_labels_of_any_length(model: nn.Module) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for owner, name, function in originals:
+            if not isinstance(function, FunctionType):  # none, or a static method, which would get a ``self``
+                continue
             stack.callback(setattr, owner, name, function)
             setattr(owner, name, by_roll(function))
         yield

@@ -153,6 +153,11 @@ class LoraConfig(TargetedConfig):
         self._check_arrow()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "mica":
+            if self.ensure_weight_tying:
+                raise ConfigError(
+                    "ensure_weight_tying=True has no meaning with init_lora_weights='mica', which freezes B: a tied "
+                    "layer has the factors of its embedding in the other order, and would train that one"
+                )
             variants.append("init_lora_weights='mica'")
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
