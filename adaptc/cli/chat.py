@@ -1,7 +1,9 @@
-"""Define the command ``adaptc chat``, which talks to a model at a prompt."""
+"""Define the command ``adaptc chat``: a server in this process, and transformers' chat that talks to it."""
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,46 +19,81 @@ def chat(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A transformers model directory, a GGUF file, or a program or package (.pt2) that generates.",
+            help="A transformers model directory, a GGUF file, or a program or package (.pt2) that serves.",
             show_default=False,
         ),
     ],
+    flags: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FLAGS",
+            help="Settings of the answers, such as do_sample=False max_new_tokens=100. !set changes them in the chat.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=PATH",
-            help="An adapter to swap to, any number of times; the first one answers first.",
+            help="An adapter to talk to, any number of times; the first one answers first.",
             show_default=False,
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What comes before the conversation.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may be.")] = 256,
-    temperature: Annotated[
-        float | None, typer.Option(min=1e-3, help="Sample at this temperature; by default as the model's config says.")
-    ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token each time.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of sampling.")] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=2, help="How long a conversation may be, in tokens; by default all the model takes."),
-    ] = None,
     backend: Annotated[str, typer.Option(help="eager or inductor.")] = "eager",
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
     tokenizer: Tokenizer = None,
 ) -> None:
-    """Talk to a model, and swap its adapters while the conversation goes on. Works on local files, without a network.
+    """Talk to a model and to its adapters, by transformers' chat. Works on local files, without a network.
 
-    /adapter NAME swaps, /base takes the adapter away, /help lists the other commands. Ctrl-C stops an answer.
+    !exit ends a conversation; the next may be with another adapter. !help lists the commands of a conversation.
     """
-    from adaptc.chat.terminal import configure_environment
+    # With it set, huggingface_hub's client reaches no server, not even this process; files are read as local ones.
+    os.environ["HF_HUB_OFFLINE"] = "0"
+    from adaptc.server import ServerOptions, open_server
+    from adaptc.server.run import server_in_thread
 
-    configure_environment()
-    from adaptc.chat.conversation import TokenChoice
-    from adaptc.chat.loop import run_chat
-    from adaptc.chat.models import ModelOptions
+    adapters, base = parse_named_paths(adapter or []), model.resolve().stem
+    options = ServerOptions(base, adapters=adapters)
+    model_options = {"backend": backend, "device": device, "dtype": dtype, "tokenizer": tokenizer, "quantize": quantize}
+    for name in ("ContinuousBatchingLogger", "transformers.cli.serving"):  # they tell of each request
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with server_in_thread(open_server(model, options, **model_options)) as address:
+        names = [*adapters, base]
+        talk_to: str | None = names[0]
+        while talk_to is not None:
+            _talk(talk_to, f"{address}/v1", flags, system)
+            talk_to = _ask_for_next(names) if len(names) > 1 else None
 
-    choice = TokenChoice(max_new_tokens, temperature, greedy, seed)
-    model_options = ModelOptions(max_length, backend, device, dtype, tokenizer, quantize)
-    run_chat(model, parse_named_paths(adapter or []), system=system, choice=choice, options=model_options)
+
+def _talk(name: str, address: str, flags: list[str] | None, system: str | None) -> None:
+    """Run one conversation. Raises AdaptcError where the server refuses a request of it."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers.cli.chat import Chat
+
+    from adaptc.errors import AdaptcError
+
+    try:
+        Chat(name, address, flags, system_prompt=system)
+    except HfHubHTTPError as error:
+        raise AdaptcError(f"the conversation ends here: {error.server_message or error}") from error
+    except (EOFError, KeyboardInterrupt):
+        pass
+
+
+def _ask_for_next(names: list[str]) -> str | None:
+    """Return which of ``names`` the next conversation is with; None for no more."""
+    from adaptc.errors import did_you_mean
+
+    while True:
+        try:
+            chosen = input(f"Next conversation with one of {', '.join(names)} (an empty line ends the chat): ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if chosen in names:
+            return chosen
+        if not chosen:
+            return None
+        typer.echo(f"there is no {chosen!r}{did_you_mean(chosen, names)}")

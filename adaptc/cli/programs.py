@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -216,9 +218,10 @@ def merge(
     """
     is_model_directory = program.is_dir()
     if is_model_directory:
-        from adaptc.chat.terminal import configure_environment
-
-        configure_environment()
+        # Both are read when torch and transformers are imported.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
     adaptc = import_adaptc()
 
     if is_model_directory and output is not None and second is not None:
@@ -338,7 +341,7 @@ def package(
     """Compile a program ahead of time with AOTInductor: one file of machine code, whose adapters can be swapped.
 
     It runs with adaptc.load_package, on machines like this one. Of a program that generates (adaptc compile --generate)
-    the package generates, too, and adaptc chat talks to it. A package runs as it is loaded: load only those you trust.
+    the package generates, too. A package runs as it is loaded: load only those you trust.
     """
     adaptc = import_adaptc()
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from adaptc.chat.models import ModelOptions
 from adaptc.server.http_app import build_app, check_packages
+from adaptc.server.read_served import ModelOptions
 from adaptc.server.request_refused import RequestRefusedError
 from adaptc.server.served import Served
 from adaptc.server.server_options import ServerOptions, open_served_model

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.capture.model_files import is_gguf
-from adaptc.chat.models import ModelOptions, read_model_and_tokenizer, read_saved_and_tokenizer
 from adaptc.errors import CheckpointError, ConfigError, listing, short_repr
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.packages.manifest import is_package
 from adaptc.server.adapter_root import AdapterRoot
+from adaptc.server.read_served import ModelOptions, read_model_and_tokenizer, read_saved_and_tokenizer
 from adaptc.serving.compile_for_serving import compile_for_serving
 from adaptc.serving.serving_model import ServingModel, make_serving_bank
 
@@ -63,7 +63,7 @@ def open_served_model(path: Path, model_options: ModelOptions, options: ServerOp
     """Return the model at ``path`` with its adapters, and its tokenizer.
 
     A transformers directory and a GGUF file are compiled for serving; a program file and a package are of a serving
-    model already. Raises CheckpointError and ConfigError as ``adaptc.compile_for_serving`` and ``adaptc chat`` do.
+    model already. Raises CheckpointError and ConfigError as ``adaptc.compile_for_serving`` does.
     """
     if path.is_file() and not is_gguf(path):
         return _open_saved(path, model_options, options)

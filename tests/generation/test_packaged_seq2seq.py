@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.chat.models import ModelOptions, open_model
 from adaptc.packages.manifest import MANIFEST
 from adaptc.packages.packaged_program import PackagedProgram
 from tests.generation.models import case, generated, generator, prompt
@@ -50,11 +49,6 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     report = adaptc.report(package)
     assert len(report.sites) == len(generator(family).program.adaptation.attachments)
     assert "cache of the encoder's states" in str(report)
-
-
-def test_a_chat_is_refused() -> None:
-    with pytest.raises(adaptc.CheckpointError, match="holds a model with an encoder"):
-        open_model(written(FAMILY), ModelOptions())
 
 
 def test_what_was_encoded_is_decoded_again() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.chat.active_adapter import ChatAdapters
-from adaptc.chat.models import ModelOptions, open_model
 from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import ROOM, packaged, tokenizer, written
@@ -42,6 +39,7 @@ def loaded(family: str = "llama") -> Any:
     return packaged(family)
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_tokens_are_those_of_the_program(family: str) -> None:
@@ -238,28 +236,3 @@ def test_a_merged_program(tmp_path: Path) -> None:
         adaptc.swap(package, found.adapters["first"])
     with pytest.raises(adaptc.ConfigError, match="could not locate a tokenizer"):
         generated(package, text, stop_strings=["w7"])
-
-
-def test_a_chat_with_a_package() -> None:
-    """With the tokenizer and the adapter that came with it; what is settled in it is refused by name."""
-    found = open_model(written("llama"), ModelOptions())
-    assert found.capture is None
-    assert found.tokenizer("w7 w2")["input_ids"] == [7, 2]
-    case_ = case("llama")
-    voices = ChatAdapters(found, {"second": Path(case_.adapters["second"])}, lambda what: nullcontext())
-    text = prompt(1, 5)
-    turns = (
-        (lambda: voices.current, "second"),
-        (lambda: voices.activate("own"), "first"),
-        (voices.activate_base, None),
-    )
-    for turn, name in turns:
-        assert torch.equal(generated(turn().generator, text), case_.expected(name, text))
-    for how in (
-        ModelOptions(backend="inductor"),
-        ModelOptions(device="cpu"),
-        ModelOptions(dtype="float32"),
-        ModelOptions(max_length=9),
-    ):
-        with pytest.raises(adaptc.ConfigError, match="is part of a saved program"):
-            open_model(written("llama"), how)

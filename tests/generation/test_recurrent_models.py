@@ -14,10 +14,7 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.chat.active_adapter import ActiveAdapter
-from adaptc.chat.conversation import Conversation, TokenChoice
 from tests.generation.models import generated, prompt
-from tests.generation.packaged import tokenizer
 from tests.support.families import FAMILIES, VOCAB, perturb
 
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 5}
@@ -114,16 +111,6 @@ def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
     embedded = model.get_input_embeddings()(text["input_ids"])
     mask = text["attention_mask"]
     assert torch.equal(generated(gen, {"inputs_embeds": embedded, "attention_mask": mask}), alone[:, 9:])
-
-
-def test_a_conversation() -> None:
-    """One that goes on computes what is new, and one that was changed begins anew."""
-    gen, choice = both()[1], TokenChoice(max_new_tokens=3, greedy=True)
-    talk, voice = Conversation(tokenizer()), ActiveAdapter(gen, "first")
-    talk.ask(voice, "w5 w6 w7", choice)
-    talk.messages = []
-    answer = talk.ask(voice, "w5 w20", choice)
-    assert answer.text == Conversation(tokenizer()).ask(voice, "w5 w20", choice).text
 
 
 @pytest.mark.slow

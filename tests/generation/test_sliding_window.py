@@ -12,14 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.chat.active_adapter import ActiveAdapter
-from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.generation.cache import sliding_window
 from adaptc.generation.cache.cache_layout import CacheLayout
 from adaptc.generation.cache.step_cache import StepCache, as_transformers_cache
 from adaptc.generation.modes.all_modes import SLIDING_WINDOW, STATIC
 from tests.generation.models import case, generated, generator, prompt
-from tests.generation.packaged import packaged, tokenizer
+from tests.generation.packaged import packaged
 from tests.support.families import FAMILIES, VOCAB
 
 #: one that has layers of both kinds
@@ -123,19 +121,6 @@ def test_guesses_are_taken_back() -> None:
     assert torch.equal(generated(gen, text, assistant_model=gen.base), expected)
     start = gen.prefill(text["input_ids"][:, :15])
     assert torch.equal(generated(gen, text, past_key_values=start, prompt_lookup_num_tokens=4), expected)
-
-
-def test_a_conversation_that_is_changed_begins_anew() -> None:
-    """What was forgotten is computed again."""
-    gen = generator(FAMILY)
-    talk, choice = Conversation(tokenizer()), TokenChoice(max_new_tokens=3, greedy=True)
-    voice = ActiveAdapter(gen, "first")
-    talk.ask(voice, "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15", choice)
-    talk.messages = []
-    answer = talk.ask(voice, "w5 w6 w20 w21 w22 w23 w24 w25 w26", choice)
-    assert answer.computed_tokens >= 9
-    alone = Conversation(tokenizer()).ask(voice, "w5 w6 w20 w21 w22 w23 w24 w25 w26", choice)
-    assert answer.text == alone.text
 
 
 @pytest.mark.long

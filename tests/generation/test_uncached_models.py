@@ -14,11 +14,9 @@ import torch
 import transformers
 
 import adaptc
-from adaptc.chat.active_adapter import ActiveAdapter
-from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.generation.modes import chunked_prefill
 from tests.generation.models import Case, case, generated, generator, prompt
-from tests.generation.packaged import packaged, tokenizer
+from tests.generation.packaged import packaged
 from tests.support.families import VOCAB, perturb
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -84,9 +82,6 @@ def test_what_goes_on_from_a_cache_goes_on_from_the_text(tmp_path: Path) -> None
     for _ in range(2):
         assert torch.equal(generated(gen, text, past_key_values=start.copy()), alone)
     assert start.length == 5
-    talk = Conversation(tokenizer())
-    for said in ("w5 w6", "w9"):
-        talk.ask(ActiveAdapter(gen, "first"), said, TokenChoice(max_new_tokens=4, greedy=True))
     written = adaptc.load(adaptc.save(gen, tmp_path / "whole.pt2"))
     assert torch.equal(generated(written, text), alone)
     assert adaptc.report(written).notes == adaptc.report(gen).notes

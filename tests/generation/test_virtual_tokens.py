@@ -12,14 +12,11 @@ from hypothesis import strategies as st
 
 import adaptc
 from adaptc import CPTConfig, LoraConfig, MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from adaptc.chat.active_adapter import ActiveAdapter
-from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.errors import AdaptcError, ConfigError, MergeError
 from adaptc.generation.spec import cache_argument_name
 from tests.generation.models import generated
 from tests.generation.test_prefixes import continued
 from tests.generation.test_uncached_models import first_gpt
-from tests.support.chats import tokenizer
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
 from tests.support.oracle import file_tensors, quiet, shared_base_program
@@ -240,32 +237,6 @@ def test_states(tmp_path):
     past.reset()
     assert (past.length, past.prefix_length) == (5, 5)
     assert torch.equal(said(gen, {"input_ids": ids}, 6, past_key_values=past), expected)
-
-
-@pytest.mark.long
-def test_a_conversation(monkeypatch):
-    """Tokens in front are read once, and count among the positions that a conversation has."""
-    gen, words = generator("llama"), tokenizer()
-    adaptc.swap(gen, oracle("llama", 7).path)
-    # Special tokens are not in the text of an answer, by whose words its tokens are counted here.
-    monkeypatch.setattr(
-        gen.generation_config, "suppress_tokens", [i for i in words.all_special_ids if i != words.eos_token_id]
-    )
-    talk, voice, choice = (
-        Conversation(words),
-        ActiveAdapter(gen, "task"),
-        TokenChoice(max_new_tokens=6, greedy=True),
-    )
-    first = talk.ask(voice, "w5 w6 w7", choice)
-    # All tokens of the text, and of those that were chosen all but the last.
-    assert first.computed_tokens == 6 + len(first.text.split()) - first.is_cut
-    second = talk.ask(voice, "w20", choice)
-    assert second.computed_tokens == 4 + first.is_cut + len(second.text.split()) - second.is_cut
-    again = Conversation(tokenizer())
-    again.messages = talk.messages[:2]
-    assert again.ask(voice, "w20", choice).text == second.text
-    with pytest.raises(AdaptcError, match="and the program takes 53"):
-        talk.ask(voice, " ".join(["w9"] * 50), choice)
 
 
 @pytest.mark.long

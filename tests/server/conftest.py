@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 
-from adaptc.chat.models import ModelOptions
+from adaptc.server.read_served import ModelOptions
 from adaptc.server.run import server_in_thread
 from adaptc.server.served import Served
 from adaptc.server.server_options import ServerOptions, open_served_model

@@ -85,6 +85,7 @@ def test_transformers_chat_talks_to_it(running: Running) -> None:
         assert "404" in unknown.stdout + unknown.stderr
 
 
+@pytest.mark.long
 def test_what_cannot_be_served_is_one_line(chat_model: ChatModel, tmp_path: Path) -> None:
     model = str(chat_model.folder / "model")
     taken = socket.socket()

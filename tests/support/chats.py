@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.chat.models import OpenedModel
 from tests.support.families import FAMILIES, VOCAB
 
 #: words of a vocabulary, after those with a meaning; "w17" is token 17
@@ -21,7 +18,6 @@ TEMPLATE = (
     "<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SIZES: dict[str, Any] = {"max_batch": 1, "max_length": 60}
 
 
 def tokenizer(template: str | None = TEMPLATE, end: str = "<eos>") -> Any:
@@ -41,14 +37,12 @@ def tokenizer(template: str | None = TEMPLATE, end: str = "<eos>") -> Any:
 
 @dataclass(frozen=True)
 class ChatModel:
-    """``opened_model``: with one program, captured once, for LoRA on all linear layers; ``uncached_program``: the same
-    as ``adaptc.compile`` captures it, which computes whole texts. ``folder`` holds ``model`` and its tokenizer, and the
-    adapters ``one`` and ``two`` (other ranks and layers), ``head`` (LoRA on a layer that the program lacks) and
-    ``ia3``."""
+    """``uncached_program``: captured for LoRA on all linear layers; it computes whole texts. ``folder`` holds ``model``
+    and its tokenizer, and the adapters ``one`` and ``two`` (other ranks and layers), ``head`` (LoRA on a layer that the
+    program lacks) and ``ia3``."""
 
     folder: Path
     model: Any
-    opened_model: OpenedModel
     uncached_program: adaptc.AdaptedProgram
 
     @property
@@ -77,7 +71,6 @@ def make_chat_model(folder: Path) -> ChatModel:
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     usual = adaptc.LoraConfig(r=3, target_modules="all-linear")
-    generator = adaptc.compile_for_generation(model, usual, **SIZES)
     lora = {"init_lora_weights": False}
     for name, config in {
         "one": adaptc.LoraConfig(r=5, lora_alpha=9, target_modules=["q_proj", "down_proj"], **lora),
@@ -86,9 +79,4 @@ def make_chat_model(folder: Path) -> ChatModel:
         "ia3": adaptc.IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=[], init_ia3_weights=False),
     }.items():
         adaptc.save_adapter(adaptc.compile(model, config), folder / name)
-    return ChatModel(folder, model, OpenedModel(tokenizer(), None, (generator,)), adaptc.compile(model, usual))
-
-
-@contextlib.contextmanager
-def no_output(what: str) -> Iterator[None]:
-    yield
+    return ChatModel(folder, model, adaptc.compile(model, usual))

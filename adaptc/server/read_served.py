@@ -1,4 +1,4 @@
-"""Open the model of a chat: a transformers directory, a GGUF file, or a saved program or package that generates.
+"""Read the model that a server serves: a transformers directory, a GGUF file, or a saved program or package.
 
 Only local files are read. No code in them runs, except for a package, which is machine code. An error says what is
 missing.
@@ -6,8 +6,8 @@ missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,14 @@ from adaptc.api.quantize import check_scheme_name, quantize_read_model
 from adaptc.api.save_and_load import load, load_package
 from adaptc.capture.model_files import is_gguf, read_gguf, read_model, tokenizer_failure
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
-from adaptc.generation.compile_generation import compile_for_generation
-from adaptc.generation.generator import Generator
-from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.packages.manifest import is_package
 from adaptc.runtime.options import RunOptions
-
-#: the config that a model is captured with when no adapter is named: most adapters fit it, with any rank
-_DEFAULT_CONFIG = LoraConfig(r=8, target_modules="all-linear")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options with which a chat's model is opened; None leaves an option to the model."""
+    """The options with which a served model is opened; None leaves an option to the model."""
 
-    max_length: int | None = None
     backend: str = "eager"
     device: str | None = None
     dtype: str | None = None
@@ -44,34 +37,6 @@ class ModelOptions:
             raise ConfigError(f"dtype={short_repr(self.dtype)} is no dtype of torch: give float32, bfloat16 or float16")
         if self.quantize is not None:
             check_scheme_name(self.quantize)
-
-
-@dataclass(frozen=True, eq=False)
-class OpenedModel:
-    """The opened model of a chat.
-
-    ``generators`` has the programs that exist already, and ``bundled_adapters`` the adapters that came with them, by
-    name. ``capture(adapter)`` makes a further program of the same weights, for an adapter that no existing program
-    takes. ``capture(None)`` makes one that most adapters fit. ``capture`` is None where there is no model to capture.
-    """
-
-    tokenizer: Any
-    capture: Callable[[Any], Generator] | None
-    generators: tuple[Generator, ...] = ()
-    bundled_adapters: Mapping[str, Any] = field(default_factory=dict)
-
-
-def open_model(path: Path, options: ModelOptions) -> OpenedModel:
-    """Open what is at ``path``; see the module docstring. Raises CheckpointError, and ConfigError for options that do
-    not fit."""
-    if path.is_dir() or is_gguf(path):
-        return _open_model_files(path, options)
-    if not path.is_file():
-        raise CheckpointError(
-            f"there is no model at {path}: give a transformers model directory, a GGUF file, or a program (.pt2) of "
-            "adaptc.compile_for_generation"
-        )
-    return _open_saved(path, options)
 
 
 def read_model_and_tokenizer(path: Path, options: ModelOptions) -> tuple[Any, Any]:
@@ -91,35 +56,13 @@ def read_model_and_tokenizer(path: Path, options: ModelOptions) -> tuple[Any, An
     return model, tokenizer
 
 
-def _open_model_files(path: Path, options: ModelOptions) -> OpenedModel:
-    model, tokenizer = read_model_and_tokenizer(path, options)
-
-    def capture(adapter: Any) -> Generator:
-        return compile_for_generation(
-            model,
-            _DEFAULT_CONFIG if adapter is None else adapter,
-            max_batch=1,
-            max_length=options.max_length,
-            backend=options.backend,
-        )
-
-    return OpenedModel(tokenizer, capture)
-
-
-def _open_saved(path: Path, options: ModelOptions) -> OpenedModel:
-    generator, tokenizer = read_saved_and_tokenizer(path, options, _check_generates)
-    binding = generator.program.binding
-    own = {"own": binding} if (binding.methods if is_package(path) else binding) else {}
-    return OpenedModel(tokenizer, None, (generator,), own)
-
-
 def read_saved_and_tokenizer(path: Path, options: ModelOptions, check: Callable[[Path, Any], None]) -> tuple[Any, Any]:
     """Return what a program file or a package holds, and its tokenizer: its own, or that of the directory it is in.
 
     ``check`` raises for what the caller does not take. Raises CheckpointError, and ConfigError for options that are
     settled when a program is made.
     """
-    fixed, own = ["max_length", "dtype", "quantize"], None
+    fixed, own = ["dtype", "quantize"], None
     if is_package(path):
         _refuse_fixed_options(options, *fixed, "device", "backend")
         found: Any = load_package(path)
@@ -140,20 +83,11 @@ def _refuse_fixed_options(options: ModelOptions, *names: str) -> None:
             raise ConfigError(f"{name} is part of a saved program: leave it out, or give the model it was made of")
 
 
-def _check_generates(path: Path, generator: Any) -> None:
-    if not isinstance(generator, Generator):
-        raise CheckpointError(
-            f"{path} holds a program that does not generate: give the model's directory, or save one of "
-            "adaptc.compile_for_generation"
-        )
-    _check_decoder_only(path, generator.config)
-
-
 def _check_decoder_only(path: Path, config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
-            f"{path} holds a model with an encoder ({config.model_type}), which answers one text at a time: use "
-            "gen.generate of adaptc.load or adaptc.load_package; a chat goes on with what was said"
+            f"{path} holds a model with an encoder ({config.model_type}), which no server takes: use gen.generate of "
+            "adaptc.compile_for_generation"
         )
 
 

@@ -1,1 +1,0 @@
-"""Chat at a prompt with a model that answers line by line, and swap its adapters meanwhile."""
