@@ -66,8 +66,9 @@ $(VENV)/.docs.stamp: pyproject.toml Makefile | $(BIN)/python
 test: lint
 	$(RUN_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+# PART=1/2 runs one half of them, PART=2/2 the other.
 test-long: $(VENV)/.test.stamp
-	$(RUN_ENV) $(BIN)/python -m pytest --long -n $(WORKERS) $(PYTEST_ARGS)
+	$(RUN_ENV) $(BIN)/python -m pytest --long $(if $(PART),--part $(PART)) -n $(WORKERS) $(PYTEST_ARGS)
 
 test-all: lint
 	$(RUN_ENV) $(BIN)/python -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)

@@ -29,7 +29,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.fx import config as fx_config
 
-from tests.support.cover import EXAMPLES, cover
+from tests.support.cover import EXAMPLES, cover, parse_part, part
 
 # Tests run in several processes, so more threads in each only get in one another's way.
 torch.set_num_threads(1)
@@ -60,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="every combination of parameters, and the slow lanes",
     )
     parser.addoption("--long", action="store_true", help="tests with the marker long, and nothing else")
+    parser.addoption("--part", type=parse_part, metavar="K/N", help="of these the K-th of N parts, by their files")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,11 +71,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full") or any("::" in str(a) for a in config.args):
+    if any("::" in str(a) for a in config.args):
         return
-    long = config.getoption("--long")
-    marked = [item.get_closest_marker("long") is not None for item in items]
-    keep = [kept and m == long for m, kept in zip(marked, cover(items), strict=True)]
+    if not config.getoption("--full"):
+        long = config.getoption("--long")
+        marked = [item.get_closest_marker("long") is not None for item in items]
+        _keep(config, items, [kept and m == long for m, kept in zip(marked, cover(items), strict=True)])
+    if chosen := config.getoption("--part"):
+        _keep(config, items, part(items, *chosen))
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], keep: list[bool]) -> None:
     config.hook.pytest_deselected(items=[i for i, kept in zip(items, keep, strict=True) if not kept])
     items[:] = [i for i, kept in zip(items, keep, strict=True) if kept]
 

@@ -40,6 +40,7 @@ def test_adapters_come_and_go(kind: Kind) -> None:
     assert repr(bank).startswith("<Bank: 3 of 3 adapters, ")
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @every_kind
 def test_options_of_an_adapter_are_those_of_a_swap_or_refused(kind: Kind) -> None:

@@ -78,6 +78,7 @@ def test_a_program_file_says_that_it_lacks_them(adapter: tuple[Any, Path], tmp_p
     torch.testing.assert_close(loaded(input_ids=IDS)["logits"], wrapped(input_ids=IDS)["logits"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_banks_and_several_at_once(adapter: tuple[Any, Path]) -> None:
     wrapped, path = adapter

@@ -121,6 +121,7 @@ def llava() -> tuple[Any, Any]:
     return built(LlavaForConditionalGeneration(config)), lambda images: with_images(images, 3, 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [gemma3, llava])
 @pytest.mark.filterwarnings("ignore:.*was captured for some sizes alone")
 def test_images_of_one_size_in_any_number(make: Any) -> None:

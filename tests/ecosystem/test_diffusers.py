@@ -144,6 +144,7 @@ def test_pipelines_read_a_text_encoder_that_is_written(name: str, tmp_path: Path
 # --- kohya ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("te", ["lora_te_text_model_", "lora_te1_text_model_"])
 def test_kohya_files_mean_what_diffusers_makes_of_them(te: str, tmp_path: Path) -> None:
     """Written by the published layout, read by both. One alpha: of several diffusers keeps the most frequent one for

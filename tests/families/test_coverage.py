@@ -56,6 +56,7 @@ def test_the_page_has_no_wrong_number_among_the_most_used() -> None:
     assert {s for s in statuses.values() if s not in ADAPTED} <= {"refused", "does not run"}
 
 
+@pytest.mark.long
 def test_the_list_of_classes_imports_few_models() -> None:
     """Whoever lists the rows pays for each class that is imported: torch.fx changes ``Module`` for each graph that it
     traces, which takes time for every subclass."""

@@ -81,6 +81,7 @@ def test_what_the_encoder_gave_is_taken() -> None:
         assert torch.equal(again, said(gen, given, **how))
 
 
+@pytest.mark.long
 def test_steps_of_several_tokens_are_taken_back() -> None:
     """Tokens that were looked up in the text, of which the cache forgets those that are not the model's."""
     gen, given = generator(FAMILY), prompt(1, 9)

@@ -7,10 +7,11 @@ from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.cover import cover, pairwise
+from tests.support.cover import cover, pairwise, parse_part, part
 
 
 @dataclass
@@ -93,3 +94,20 @@ def test_objects_are_told_apart_by_who_they_are() -> None:
     def g() -> None: ...
 
     assert len(kept(items("t", {"check": [f, g], "n": [1, 2]}))) == 4
+
+
+@given(st.integers(1, 5), st.lists(st.sampled_from("abcdefg"), min_size=1))
+def test_parts_divide_the_files_and_have_each_once(parts: int, files: list[str]) -> None:
+    given = [Item(f"tests/{f}.py::t[{i}]", {"i": i}) for i, f in enumerate(files)]
+    kept = [[i for i, k in zip(given, part(given, which, parts), strict=True) if k] for which in range(1, parts + 1)]
+    assert sorted(i.nodeid for some in kept for i in some) == sorted(i.nodeid for i in given)
+    homes = [{i.nodeid.partition("::")[0] for i in some} for some in kept]
+    assert sum(map(len, homes)) == len({*files})
+    assert max(map(len, homes)) - min(map(len, homes)) <= 1
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/", "/2", "a/b", "-1/2", "1/0"])
+def test_a_part_that_is_not_there_is_refused(text: str) -> None:
+    assert parse_part("2/2") == (2, 2)
+    with pytest.raises(ValueError, match="K/N"):
+        parse_part(text)

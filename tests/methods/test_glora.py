@@ -131,6 +131,7 @@ def test_adapters_that_act_together_read_the_base(tmp_path):
     assert torch.equal(adaptc.unmerge(merged)(x), program(x))
 
 
+@pytest.mark.long
 def test_one_program_serves_all_ranks(tmp_path):
     ranks = (6, 1, 4)
     models = [by_peft(tmp_path / str(i), i, r=r) for i, r in enumerate(ranks)]

@@ -26,6 +26,7 @@ from tests.support.packaged_nets import NET_CONFIG, Packaged, adapter, net_input
 aten = torch.ops.aten
 
 
+@pytest.mark.long
 def test_capacity_of_every_site(net: Packaged) -> None:
     assert net.runner.ranks == {"emb.weight": 6, "conv.weight": 6, "lin.weight": 6, "experts": 6}
 

@@ -4,7 +4,7 @@ A test with parameters runs for every value of each of them, and, where it has s
 most faults show by a value or by a pair. A test marked ``few(n)`` runs for n of its combinations, first those that show
 new values: another choice in each file, so that all values of what many tests share (families of models) are met by
 some. So do tests marked ``long`` that say nothing else, for one. ``pytest --full`` runs the whole product, and tests
-marked ``slow``.
+marked ``slow``. ``pytest --part 1/2`` runs the tests of every second file, and ``--part 2/2`` those of the others.
 """
 
 from __future__ import annotations
@@ -41,13 +41,36 @@ def cover(items: Sequence[Any]) -> list[bool]:
     return [i in chosen for i in range(len(items))]
 
 
+def part(items: Sequence[Item], which: int, parts: int) -> list[bool]:
+    """Return for each item whether its file is in part ``which``, from 1, of ``parts``.
+
+    The files are dealt out in the order of their names. Tests of one file share what is built for it, so a file is
+    never divided.
+    """
+    files = sorted({_file(item) for item in items})
+    chosen = {*files[which - 1 :: parts]}
+    return [_file(item) in chosen for item in items]
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Return the two numbers of ``--part K/N``; raise ValueError where there is no such part."""
+    which, _, parts = text.partition("/")
+    if not (which.isdecimal() and parts.isdecimal() and 1 <= int(which) <= int(parts)):
+        raise ValueError(f"--part takes K/N with 1 <= K <= N, such as 1/2, and got {text!r}")
+    return int(which), int(parts)
+
+
+def _file(item: Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
 def _choose_indices(items: Sequence[Any], indices: list[int]) -> list[int]:
     """Of the places of one test's items those that run."""
     first = items[indices[0]]
     few = first.get_closest_marker("few")
     most = few.args[0] if few else LONG_COMBINATIONS if first.get_closest_marker("long") else None
     # By the file and the parameters: tests of one file, which may share what is built for a parameter, choose alike.
-    home = first.nodeid.partition("::")[0]
+    home = _file(first)
     order = sorted(indices, key=lambda i: zlib.crc32((home + items[i].nodeid.partition("[")[2]).encode()))
     picked = pairwise({i: axes_of(items[i]) for i in order if items[i].get_closest_marker("slow") is None})
     return picked[:most]

@@ -47,6 +47,7 @@ def logits(model: Any, call: dict[str, Tensor]) -> Tensor:
     return model(**copy.deepcopy(call))["logits"]
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("which", CALLS)
 @pytest.mark.parametrize("pads_left", [False, True])
@@ -178,6 +179,7 @@ def one_for_each_boundary(cu_seqlens: Tensor) -> Tensor:
     return torch.ones(8)[torch.arange(cu_seqlens.shape[0])].sum()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("use", "said"), [(last_boundary, "would differ from the model's"), (one_for_each_boundary, "the program fails")]
 )

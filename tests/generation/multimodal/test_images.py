@@ -82,6 +82,7 @@ def test_features_of_images_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) 
 class TestQwen2VL:
     family = "qwen2_vl"
 
+    @pytest.mark.long
     def test_prompts_of_text_alone_do_not_run_the_tower(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ids, gen = answers(2, 7), generator(self.family)
         monkeypatch.setattr(MultimodalGenerator, "embed_prompt", None)
@@ -149,6 +150,7 @@ class TestQwen2VL:
         with torch.no_grad():
             assert torch.equal(own.generate(**call, **OPTIONS), expected(self.family, call))
 
+    @pytest.mark.long
     def test_merges_and_files(self, tmp_path: Path) -> None:
         gen, call = generator(self.family), prompts()
         want = expected(self.family, call)
@@ -326,6 +328,7 @@ def test_compiled_code_generates_the_same_and_is_compiled_once() -> None:
         gens[0].generate(answers(1, 5), **OPTIONS)
 
 
+@pytest.mark.long
 def test_an_example_fits_the_cache() -> None:
     with pytest.raises(adaptc.ConfigError, match="more than max_length=9"):
         adaptc.compile_for_generation(
