@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api.adapt_model import compile
     from adaptc.api.change_adapter import bind, swap
+    from adaptc.api.from_pretrained import from_pretrained
     from adaptc.api.merge_and_lower import merge, merge_directory, unload, unmerge, verify
     from adaptc.api.quantize import quantize
     from adaptc.api.reporting import report
@@ -110,6 +111,7 @@ PUBLIC = {
     "unmerge": "adaptc.api.merge_and_lower",
     "unload": "adaptc.api.merge_and_lower",
     "save": "adaptc.api.save_and_load",
+    "from_pretrained": "adaptc.api.from_pretrained",
     "load": "adaptc.api.save_and_load",
     "save_adapter": "adaptc.api.save_and_load",
     "package": "adaptc.api.save_and_load",

@@ -174,3 +174,29 @@ def test_a_module_the_program_never_calls_is_no_target():
     """t5 reads the shared embedding through its stacks; PEFT adapts the module that nobody calls, without effect."""
     with pytest.raises(adaptc.TargetError, match="'shared'"):
         adaptc.compile(shared_base_program("t5"), adaptc.LoraConfig(target_modules=["shared"]))
+
+
+def test_copies_that_pefts_wrappers_leave_in_a_file(tmp_path: Path) -> None:
+    """Of resized embeddings that are trained PEFT writes each module three times; one of them is what was trained."""
+    model: Any = FAMILIES["llama"].build()
+    model.name_or_path = ""
+    model.resize_token_embeddings(model.config.vocab_size + 5, mean_resizing=False)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    with quiet():
+        theirs: Any = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, value in theirs.named_parameters():
+                if ".modules_to_save." in name:
+                    value.add_(0.5 * torch.randn_like(value))
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+        expected = theirs(input_ids=torch.tensor([[3, 8, 60, 2]])).logits
+        base = theirs.unload()
+    tensors = file_tensors(tmp_path)
+    copies = [key for key in tensors if ".original_module." in key or ".modules_to_save." in key]
+    assert len(copies) == 4
+    found = adaptc.compile(base, tmp_path)(input_ids=torch.tensor([[3, 8, 60, 2]])).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    other = next(key for key in copies if "lm_head.modules_to_save" in key)
+    save_file({**tensors, other: tensors[other] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(adaptc.AdaptcError, match=r"lm_head\.modules_to_save\.weight"):
+        adaptc.compile(base, tmp_path)

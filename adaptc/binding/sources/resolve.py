@@ -1,15 +1,18 @@
 """Resolve an adapter that was loaded for one model: what its keys mean there, and which config it has.
 
-The steps: the adapters that it routes between, the format and component of its keys, its targets, layers that the model
-stacks, and X-LoRA's experts. Adapters with PEFT's keys and a config pass through without a copy.
+The steps: the adapters that it routes between, the format and component of its keys, and its targets. Then come copies
+that PEFT's wrappers left, layers that the model stacks, and X-LoRA's experts. Adapters with PEFT's keys and a config
+pass through without a copy.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adaptc.adapter_files.adapter_data import PEFT_KEYS, STATE_DICT_KEYS, AdapterData, LoadedAdapter
@@ -22,6 +25,9 @@ from adaptc.binding.sources.old_experts import is_expert_key, stack_old_experts
 from adaptc.binding.sources.other_formats import has_peft_keys, translate_to_peft, with_targets
 from adaptc.errors import CheckpointError
 from adaptc.methods import AdapterConfig, TargetedConfig
+
+#: the part of a key that is of PEFT's wrapper of a module that is trained as a whole
+_WRAPPER = re.compile(r"\.(original_module|modules_to_save)(?=\.)")
 
 
 def resolve(
@@ -55,9 +61,28 @@ def resolve(
         found = replace(found, config=loaded_config(found.config))
     if found.config.ranks_differ_in_files():
         found = replace(found, infer_ranks=True)
+    if copies := _wrapper_copies(found.tensors):
+        found = replace(found, tensors={k: t for k, t in found.tensors.items() if k not in copies})
     if any(map(is_expert_key, found.tensors)):
         found = stack_old_experts(found, weights)
     return join_experts(found, paths, weights) if (paths := found.config.expert_paths()) else found
+
+
+def _wrapper_copies(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the keys inside of PEFT's wrappers whose tensors say nothing more.
+
+    Where a model has resized embeddings that are trained, PEFT writes the wrapper's modules beside the trained tensor:
+    the original one, and the trained one again.
+    """
+    copies: set[str] = set()
+    for key in tensors:
+        wrapper = _WRAPPER.search(key)
+        trained = None if wrapper is None else tensors.get(_WRAPPER.sub("", key, count=1))
+        if wrapper is not None and trained is not None:
+            is_original = wrapper.group(1) == "original_module"
+            if is_original or torch.equal(tensors[key], trained):
+                copies.add(key)
+    return copies
 
 
 def _with_bare_keys(
