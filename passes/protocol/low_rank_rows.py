@@ -10,7 +10,8 @@ Two ways compute it, equal up to rounding. The first is one matmul with the fact
 stretches of few positions. The second computes the rows of each adapter alone. There a row of the base costs nothing,
 and no row pays for another's adapter. It makes one matmul for each stretch of rows with the same adapter. If most rows
 have another adapter than the row before, one batched matmul computes all consecutive rows with one adapter each. Rows
-of one position, such as the tokens of packed texts, are gathered: one matmul for each adapter.
+of one position, such as the tokens of packed texts, are gathered: one matmul for each adapter, or for each of its long
+runs of rows.
 
 The operator is for inference on any device. Programs that are exported or trained have plain operators instead. Calls
 of graphs go to :func:`low_rank_rows_direct` and to :func:`low_rank_rows_in_place`, which writes to ``y`` and returns
@@ -40,6 +41,8 @@ from adaptc.torch_typing import to_python, untyped_library
 MAX_STACKED_POSITIONS = 16
 #: the most rows of one position, times adapters, at which it is faster than gathering the rows of each adapter
 MAX_STACKED_ROWS = 128
+#: the mean length of an adapter's runs of rows from which on a matmul for each run is faster than gathering them
+MIN_MEAN_RUN = 16
 
 _LIBRARY = untyped_library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("low_rank_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor")
@@ -69,13 +72,24 @@ def stacked_matmul(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c:
 def matmuls_by_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """Return the operator's result by matmuls for the rows of each adapter alone."""
     wide = torch.promote_types(y.dtype, A.dtype)
-    out = y.to(wide, copy=True) if wide != y.dtype else y.clone(memory_format=torch.contiguous_format)
+    if wide == y.dtype or _rounds_once(c):
+        out = y.clone(memory_format=torch.contiguous_format)
+    else:
+        out = y.to(wide, copy=True, memory_format=torch.contiguous_format)
     _add_by_adapter(x, out, A, B, scale, c)
     return out.to(y.dtype)
 
 
+def _rounds_once(c: Tensor) -> bool:
+    """Return whether no row has two adapters, so that a sum in the narrower dtype is rounded once all the same."""
+    return _read_coefficients(c).has_one_at_most
+
+
 def _add_by_adapter(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> None:
-    """Add the adapters' changes to ``out``, which must be contiguous and of the wider dtype, adapter by adapter."""
+    """Add the adapters' changes to ``out``, which must be contiguous, adapter by adapter.
+
+    Where a row has several adapters, ``out`` must be of the wider dtype.
+    """
     rows = c.shape[0]
     x, flat = x.to(A.dtype).reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
     positions = flat.shape[0] // rows if rows else 0
@@ -123,17 +137,20 @@ def _add_by_gathering(
     for rows, k, weight in groups:
         own = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
         h, up, scale = torch.mm(own, A[k].t()), B[k].t(), scales[k % len(scales)]
-        if isinstance(weight, Tensor):  # in the dtype of the sums, for half precision would round it
-            change = torch.mm(h, up).to(flat.dtype).mul_(weight.to(flat.dtype))
+        if isinstance(weight, Tensor):  # in the wider dtype, for half precision would round it
+            wide = torch.promote_types(h.dtype, flat.dtype)
+            change = torch.mm(h, up).to(wide).mul_(weight.to(wide))
         elif isinstance(rows, slice) and h.dtype == flat.dtype:
             flat[rows].addmm_(h, up, alpha=weight * scale)
             continue
         else:
-            change, scale = torch.mm(h, up).to(flat.dtype), weight * scale
+            change, scale = torch.mm(h, up), weight * scale
         if isinstance(rows, slice):
             flat[rows].add_(change, alpha=scale)
-        else:
+        elif change.dtype == flat.dtype:
             flat.index_add_(0, rows, change, alpha=scale)
+        else:
+            flat.index_copy_(0, rows, flat.index_select(0, rows).add(change, alpha=scale).to(flat.dtype))
 
 
 def _factors_of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
@@ -173,7 +190,8 @@ def low_rank_rows_in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Te
     """Return the operator's result, written to the memory of ``y``; a new tensor where a derivative needs both."""
     if not _may_read_values(x, y, A, B, scale, c):
         return stacked_matmul(x, y, A, B, scale, c)
-    if _prefers_stacked(x, c) or y.dtype != torch.promote_types(y.dtype, A.dtype) or not y.is_contiguous():
+    is_wide = y.dtype == torch.promote_types(y.dtype, A.dtype)
+    if _prefers_stacked(x, c) or not y.is_contiguous() or not (is_wide or _rounds_once(c)):
         return y.copy_(_compute(x, y, A, B, scale, c))
     _add_by_adapter(x, y, A, B, scale, c)
     return y
@@ -219,6 +237,11 @@ class CoefficientReading:
         """Return the rows of each adapter."""
         return group_rows(self._rows)
 
+    @cached_property
+    def has_one_at_most(self) -> bool:
+        """Return whether no row has two adapters."""
+        return all(sum(weight != 0 for weight in row) <= 1 for row in self._rows)
+
 
 class _LastRead(threading.local):
     """The result of reading the last coefficients, which are the same tensor at all layers of a call."""
@@ -242,22 +265,31 @@ def _read_coefficients(c: Tensor) -> CoefficientReading:
 
 
 def group_rows(rows: Sequence[Sequence[float]]) -> list[RowGroup]:
-    """Return the rows of each adapter, given the coefficients (rows, count)."""
+    """Return the rows of each adapter, given the coefficients (rows, count).
+
+    An adapter whose runs of consecutive rows are long has a group for each run.
+    """
     groups: list[RowGroup] = []
     for k in range(len(rows[0]) if rows else 0):
-        own = [i for i, row in enumerate(rows) if row[k]]
-        if not own:
-            continue
-        weights = [rows[i][k] for i in own]
-        is_stretch = own[-1] - own[0] + 1 == len(own)
-        groups.append(
-            RowGroup(
-                slice(own[0], own[-1] + 1) if is_stretch else torch.tensor(own),
-                k,
-                weights[0] if len({*weights}) == 1 else torch.tensor(weights, dtype=torch.float64)[:, None],
-            )
-        )
+        runs: list[list[int]] = []
+        for i, row in enumerate(rows):
+            if row[k]:
+                if not runs or runs[-1][-1] + 1 != i:
+                    runs.append([])
+                runs[-1].append(i)
+        count = sum(map(len, runs))
+        if len(runs) > 1 and count < MIN_MEAN_RUN * len(runs):
+            own = [i for run in runs for i in run]
+            groups.append(RowGroup(torch.tensor(own), k, _weight_of(rows, own, k)))
+        else:
+            groups += [RowGroup(slice(run[0], run[-1] + 1), k, _weight_of(rows, run, k)) for run in runs]
     return groups
+
+
+def _weight_of(rows: Sequence[Sequence[float]], own: Sequence[int], k: int) -> float | Tensor:
+    """Return the weight of adapter ``k`` in the rows ``own``; a tensor (n, 1) where it differs."""
+    weights = [rows[i][k] for i in own]
+    return weights[0] if len({*weights}) == 1 else torch.tensor(weights, dtype=torch.float64)[:, None]
 
 
 def divide_rows(rows: Sequence[Sequence[float]]) -> tuple[UniformRuns, MixedRuns]:

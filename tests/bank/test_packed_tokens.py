@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.passes.protocol.low_rank_rows import MAX_STACKED_ROWS, low_rank_rows_direct, stacked_matmul
+from adaptc.passes.protocol.low_rank_rows import (
+    MAX_STACKED_ROWS,
+    low_rank_rows_direct,
+    low_rank_rows_in_place,
+    stacked_matmul,
+)
 from tests.support.method_checks import save_random_adapter
 from tests.support.method_table import ENTRIES
 from tests.support.subject import Subject, assert_close, subject
@@ -129,8 +134,22 @@ def test_rows_that_are_gathered_get_what_one_matmul_gives(data: st.DataObject) -
         c *= torch.rand(rows, 1, generator=draw) - 0.5
     if data.draw(st.booleans()):
         c[: rows // 2] = c[0]
+    if data.draw(st.booleans()):  # runs of one adapter, with others between them
+        c[rows // 2 :], c[rows // 3 : rows // 2] = c[0], 0
+        if data.draw(st.booleans()):
+            c[rows // 2 : rows // 2 + 5] = c[-1].roll(1)
+    if data.draw(st.booleans()):  # rows with two adapters
+        c[: rows // 4] += c[: rows // 4].roll(1, 1)
     found = low_rank_rows_direct(x, y, A, B, scale, c)
     wide = [t.double() for t in (x, y, A, B, scale, c)]
     size = 50 * torch.finfo(dtype).eps if dtype != torch.bfloat16 else 0.1
     torch.testing.assert_close(found.double(), stacked_matmul(*wide), rtol=size, atol=size * rank)
     assert torch.equal(found[(c == 0).all(1)], y[(c == 0).all(1)])
+    in_place = low_rank_rows_in_place(x, y.clone(), A, B, scale, c)
+    torch.testing.assert_close(in_place, found, rtol=size, atol=size * rank)
+    # Half precision is rounded once: the nearest number to the sum, or one beside it where float32 is rounded, too.
+    other_A, other_B = A.float(), B.float()
+    mixed = low_rank_rows_direct(x, y, other_A, other_B, scale, c)
+    exact = stacked_matmul(x.double(), y.double(), A.double(), B.double(), scale.double(), c.double())
+    if dtype == torch.bfloat16:
+        torch.testing.assert_close(mixed.double(), exact, rtol=0.0041, atol=1e-4)
