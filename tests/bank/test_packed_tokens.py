@@ -153,3 +153,5 @@ def test_rows_that_are_gathered_get_what_one_matmul_gives(data: st.DataObject) -
     exact = stacked_matmul(x.double(), y.double(), A.double(), B.double(), scale.double(), c.double())
     if dtype == torch.bfloat16:
         torch.testing.assert_close(mixed.double(), exact, rtol=0.0041, atol=1e-4)
+        in_place = low_rank_rows_in_place(x, y.clone(), other_A, other_B, scale, c)
+        torch.testing.assert_close(in_place.double(), exact, rtol=0.0041, atol=1e-4)
