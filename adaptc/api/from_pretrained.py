@@ -54,11 +54,13 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the adapter or its base cannot be read.
-        ConfigError: neither the config nor ``base`` says what the base is, or the class of it is not known.
+        ConfigError: neither the config nor ``base`` says what the base is, its class is not known, or ``dtype`` is none.
 
     Example:
         >>> prog = adaptc.from_pretrained("my-adapter", base="my-model", training=True)
     """
+    if not isinstance(dtype, torch.dtype | None) and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ConfigError(f"dtype={short_repr(dtype)} is no dtype of torch: give float32, bfloat16 or float16")
     found = load_adapter(adapter)
     where = base or found.config.base_model_name_or_path
     if where is None:

@@ -156,6 +156,8 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
         adaptc.CheckpointError, match=r"cannot load the base .*absent.* download it first, or give base="
     ):
         adaptc.from_pretrained(path, base=tmp_path / "absent")
+    with pytest.raises(adaptc.ConfigError, match="dtype='floaty' is no dtype of torch"):
+        adaptc.from_pretrained(path, dtype="floaty")
     with pytest.raises(adaptc.CheckpointError, match="nobody/has-this"):
         adaptc.from_pretrained(path, base="nobody/has-this")
     (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
