@@ -54,7 +54,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the adapter or its base cannot be read.
-        ConfigError: neither the config nor ``base`` says what the base is, its class is not known, or ``dtype`` is none.
+        ConfigError: neither the config nor ``base`` says what the base is, or its class or ``dtype`` is not known.
 
     Example:
         >>> prog = adaptc.from_pretrained("my-adapter", base="my-model", training=True)
