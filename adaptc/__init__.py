@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
     from adaptc.methods.lora_family.gralora import GraloraConfig
+    from adaptc.methods.lora_family.kasa import KasaConfig
     from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
     from adaptc.methods.lora_family.miss import MissConfig
@@ -135,6 +136,7 @@ PUBLIC = {
     "PackagedProgram": "adaptc.packages.packaged_program",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
+    "KasaConfig": "adaptc.methods.lora_family.kasa",
     "LoftQConfig": "adaptc.methods.lora_family.loftq",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
     "OFTConfig": "adaptc.methods.orthogonal.oft",

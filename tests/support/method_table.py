@@ -125,6 +125,17 @@ ENTRIES: list[Entry] = [
         refused_layers=("embedding", *CONVS, "conv_transpose"),
         other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
     ),
+    # PEFT decomposes the weight in float32.
+    Entry(
+        "kasa",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "kasa_config": {}},
+        refused_layers=("conv2d_groups",),
+        other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
+        is_identity_at_init=False,
+        tolerance=1e-5,
+        follows_from_base=True,
+    ),
     Entry(
         "adalora",
         "AdaLoraConfig",
