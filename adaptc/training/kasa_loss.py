@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.methods.lora_family.kasa import DIAGONAL, Kasa, KasaConfig
 from adaptc.methods.lora_family.lora import by_expert
+from adaptc.methods.lora_family.variants.kasa import DIAGONAL, Kasa, KasaConfig
 from adaptc.state.core import ProgramCore
 from adaptc.training.program_module import ProgramModule
 
 
 def kasa_loss(program: ProgramCore | ProgramModule) -> Tensor:
-    """Return the term that KaSA adds to a loss: ``beta`` |d|^2 + ``gamma`` (|B^T B - I| + |A A^T - I|), over all layers.
+    """Return the term that KaSA adds to a loss: ``beta`` |d|^2 + ``gamma`` (|B^T B - I| + |A A^T - I|), of all layers.
 
     The caller adds it before ``backward()``; ``trainer_callback`` does so in a Trainer. The norms are Frobenius'. The
     factors are those of each adapter's :class:`adaptc.KasaConfig`. PEFT returns 0 for a model without KaSA.

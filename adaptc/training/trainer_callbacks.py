@@ -71,9 +71,9 @@ def trainer_callback(program: ProgramCore) -> Any:
 
     Before each step it raises AdaptcError with the names of gradients that are not finite. Where a scaler leaves such
     steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
-    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. For KaSA it adds ``kasa_loss``, which
-    PEFT leaves to the caller; ``KasaConfig(beta=0, gamma=0)`` adds nothing. For AdaMSS with ``use_asa`` it ends the
-    training of clusters as :class:`SubspaceAllocator` says. When training begins it raises as these two do, and
+    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. For KaSA it adds ``kasa_loss``,
+    which PEFT leaves to the caller; ``KasaConfig(beta=0, gamma=0)`` adds nothing. For AdaMSS with ``use_asa`` it ends
+    the training of clusters as :class:`SubspaceAllocator` says. When training begins it raises as these two do, and
     ConfigError for options of the trainer that a program cannot serve.
 
     Args:

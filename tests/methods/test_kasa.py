@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import KasaConfig, LoraConfig
 from adaptc.errors import AdaptcError, ConfigError, TargetError
-from adaptc.methods.lora_family.kasa import Kasa
+from adaptc.methods.lora_family.variants.kasa import Kasa
 from adaptc.passes.graph.ops import Op
 from adaptc.training import kasa_loss
 from tests.support.oracle import assert_differs
@@ -100,7 +100,9 @@ def test_training_with_its_loss_and_files_are_pefts(tmp_path: Path) -> None:
     expected, found = trained(theirs, theirs._get_kasa_loss), trained(module, lambda: kasa_loss(program))
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[-1] < found[0]
-    names = {n.removesuffix(".weight").removesuffix(".default") for n, p in module.named_parameters() if p.requires_grad}
+    names = {
+        n.removesuffix(".weight").removesuffix(".default") for n, p in module.named_parameters() if p.requires_grad
+    }
     assert names == {f"{m}.lora_{t}" for m in ("up", "down") for t in ("A", "B", "diag")}
     close(module(X), theirs(X))
 
@@ -190,13 +192,9 @@ def test_the_loss_at_other_layers_is_that_of_their_matrices() -> None:
             return torch.einsum("bit,eoi->beot", self.conv(x), self.experts)
 
     torch.manual_seed(4)
-    config = LoraConfig(
-        r=2, kasa_config=KasaConfig(0.5, 0.25), target_modules=["conv"], target_parameters=["experts"]
-    )
+    config = LoraConfig(r=2, kasa_config=KasaConfig(0.5, 0.25), target_modules=["conv"], target_parameters=["experts"])
     program = adaptc.compile(Layers(), config, example_inputs=torch.randn(3, 5, 8))
-    conv, experts = (
-        [program.binding.values[f] for f in a.slots.values()][:3] for a in program.adaptation.attachments
-    )
+    conv, experts = ([program.binding.values[f] for f in a.slots.values()][:3] for a in program.adaptation.attachments)
     for B in (conv[1], experts[1]):
         B.data.normal_()
     expected = torch.zeros(())
@@ -228,7 +226,7 @@ def test_other_adapters_act_beside_it(tmp_path: Path) -> None:
     close(adaptc.merge(program).state_dict["up.weight"], expected.detach(), 1e-7)
     close(program(X), adaptc.merge(program)(X), 1e-9)
     close(kasa_loss(program), kasa_loss(compiled(tmp_path / "kasa")), 0)
-    with pytest.raises(ConfigError, match="both train the smallest singular terms in 'up.weight'"):
+    with pytest.raises(ConfigError, match=r"both train the smallest singular terms in 'up\.weight'"):
         compiled({"one": LoraConfig(**OPTIONS), "two": LoraConfig(**OPTIONS)})
 
 

@@ -125,6 +125,20 @@ ENTRIES: list[Entry] = [
         refused_layers=("embedding", *CONVS, "conv_transpose"),
         other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
     ),
+    Entry(
+        "bdlora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "use_bdlora": {"target_modules_bd_a": ["layer", "other"], "nblocks": 3}},
+        refused_layers=("embedding", *CONVS, "conv_transpose"),
+        other_config={"r": 9, "lora_alpha": 7, "use_rslora": True},
+    ),
+    Entry(
+        "bdlora_up",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "use_bdlora": {"target_modules_bd_b": ["layer", "other"], "nblocks": 3}},
+        refused_layers=("embedding", *CONVS, "conv_transpose"),
+        other_config={"r": 3, "lora_alpha": 7, "init_lora_weights": False},
+    ),
     # PEFT decomposes the weight in float32.
     Entry(
         "kasa",

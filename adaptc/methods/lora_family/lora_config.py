@@ -23,10 +23,11 @@ from adaptc.methods.lora_family.alora import Alora
 from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
 from adaptc.methods.lora_family.arrow_experts import split_arrow_adapter
 from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
-from adaptc.methods.lora_family.kasa import DIAGONAL, Kasa, KasaConfig
 from adaptc.methods.lora_family.loftq import LoftQConfig
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.methods.lora_family.qalora import QaLora
+from adaptc.methods.lora_family.variants.bdlora import BdLora, BdLoraConfig
+from adaptc.methods.lora_family.variants.kasa import DIAGONAL, Kasa, KasaConfig
 
 NOT_IMPLEMENTED = "this LoRA variant is not implemented"
 
@@ -62,6 +63,7 @@ class LoraConfig(TargetedConfig):
         qalora_group_size: the number of features in a group, which divides those of every layer.
         layer_replication: ranges of blocks that are repeated, each with adapters of its own.
         lora_bias: whether B has a bias.
+        use_bdlora: an :class:`adaptc.BdLoraConfig` for BD-LoRA, whose A or B is block-diagonal.
         arrow_config: the routing of Arrow, an :class:`adaptc.ArrowConfig`.
         kasa_config: an :class:`adaptc.KasaConfig` for KaSA: the weight loses its smallest singular terms, and the
             adapter has singular values of its own.
@@ -78,6 +80,7 @@ class LoraConfig(TargetedConfig):
         {"use_dora": True},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
+        {"use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 2}},
         {"kasa_config": {}},
         {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
     )
@@ -91,7 +94,6 @@ class LoraConfig(TargetedConfig):
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "velora_config": NOT_IMPLEMENTED,
         "monteclora_config": NOT_IMPLEMENTED,
-        "use_bdlora": NOT_IMPLEMENTED,
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
     }
 
@@ -120,7 +122,7 @@ class LoraConfig(TargetedConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
     arrow_config: ArrowConfig | dict[str, Any] | None = None
     kasa_config: KasaConfig | dict[str, Any] | None = None
     ensure_weight_tying: bool = False
@@ -155,6 +157,7 @@ class LoraConfig(TargetedConfig):
         self._check_pooling()
         self._check_arrow()
         self._check_dropped_terms()
+        self._check_blocks()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "mica":
             if self.ensure_weight_tying:
@@ -223,8 +226,28 @@ class LoraConfig(TargetedConfig):
             )
         if self.ensure_weight_tying:
             raise ConfigError(
-                "ensure_weight_tying=True has no meaning with kasa_config: PEFT's KaSA is none at embeddings; unset one "
+                "ensure_weight_tying=True has no meaning with kasa_config: PEFT has no KaSA at embeddings; unset one "
                 "of the two"
+            )
+
+    def _check_blocks(self) -> None:
+        if self.use_bdlora is None:
+            return
+        self.use_bdlora = BdLoraConfig.from_value("use_bdlora", self.use_bdlora)
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} has no meaning for BD-LoRA, whose factors have blocks; "
+                "use True, False or 'gaussian'"
+            )
+        if self.ensure_weight_tying:
+            raise ConfigError(
+                "ensure_weight_tying=True has no meaning with use_bdlora, whose blocks embeddings do not have; unset "
+                "one of the two"
+            )
+        if self.lora_bias and self.use_bdlora.target_modules_bd_b:
+            raise ConfigError(
+                "lora_bias=True has no meaning with target_modules_bd_b of use_bdlora: PEFT's block-diagonal B has no "
+                "bias; unset one of the two"
             )
 
     def check_common(self) -> None:
@@ -259,6 +282,10 @@ class LoraConfig(TargetedConfig):
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
+    def check_layer(self, name: str) -> None:
+        if self.use_bdlora is not None:
+            BdLoraConfig.from_value("use_bdlora", self.use_bdlora).check_layer(name)
+
     def as_plain_lora(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
         """Return this config for plain LoRA with a scale of one and these ranks (module name -> rank).
 
@@ -273,6 +300,7 @@ class LoraConfig(TargetedConfig):
             use_rslora=False,
             use_dora=False,
             use_qalora=False,
+            use_bdlora=None,
             kasa_config=None,
             lora_bias=bias,
             init_lora_weights=True,
@@ -299,6 +327,10 @@ class LoraConfig(TargetedConfig):
             return QaLora(**options, group_size=self.qalora_group_size)
         if self.kasa_config is not None:
             return Kasa(**options)
+        if self.use_bdlora is not None:
+            blocks = BdLoraConfig.from_value("use_bdlora", self.use_bdlora)
+            factor = blocks.factor_at(name)
+            return Lora(**options) if factor is None else BdLora(**options, blocks=blocks.nblocks, factor=factor)
         return (Dora if self.use_dora else Lora)(**options)
 
     def _arrow_method(self, rank: int) -> Arrow:
