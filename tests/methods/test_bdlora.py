@@ -142,6 +142,17 @@ def test_first_values_are_pefts(init: bool | str) -> None:
     assert bool((program(X.float()) == Net(torch.float32)(X.float())).all()) is (init is not False)
 
 
+def test_a_random_b_has_the_diagonal_blocks_of_loras() -> None:
+    op, W = Op("linear", (21, 13), torch.ops.aten.linear.default, ()), torch.ones(21, 13)
+    whole, own = (
+        m.init(op, W, torch.float32, torch.Generator().manual_seed(4)).slots
+        for m in (Lora(r=6, scheme=False), BdLora(r=6, scheme=False, blocks=3, factor="B"))
+    )
+    for i, block in enumerate(own["lora_B.weight"]):
+        assert torch.equal(block, whole["lora_B.weight"][7 * i : 7 * i + 7, 2 * i : 2 * i + 2])
+    assert torch.equal(own["lora_A.weight"].flatten(0, 1), whole["lora_A.weight"])
+
+
 @given(st.data())
 def test_the_weight_is_that_of_pefts_layers(data: st.DataObject) -> None:
     """For sizes of all kinds."""
@@ -280,6 +291,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(TargetError, match=said):
             compiled(LoraConfig(**{**OPTIONS, **options}))
+    op = Op("linear", (21, 13), torch.ops.aten.linear.default, ())
+    method = BdLora(r=6, blocks=3, factor="B")
+    assert "block-diagonal" in method.kernels.why_missing(op)
+    assert not method.bank.has_kernel(op)
+    assert method.sizes.with_rank(op, 7).r == 9
     conv = nn.Sequential(nn.Conv1d(15, 6, 3))
     with pytest.raises(TargetError, match="blocks of the features that a matrix multiplies"):
         adaptc.compile(

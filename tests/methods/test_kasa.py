@@ -142,6 +142,19 @@ def test_first_values_are_pefts(init: bool | str) -> None:
     close(singular[2:], torch.zeros(5, dtype=torch.float64), 1e-12)
 
 
+def test_singular_values_are_drawn_in_the_dtype_of_the_weight() -> None:
+    """For more than 15 numbers, torch draws others in float32 than in float64."""
+    net = nn.Sequential(nn.Linear(23, 19)).double()
+    options: dict[str, Any] = {"r": 17, "target_modules": ["0"], "kasa_config": {}}
+    program = adaptc.compile(net, LoraConfig(**options), example_inputs=torch.ones(2, 23, dtype=torch.float64))
+    base = adaptc.unload(program)
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(net, peft.LoraConfig(**options))
+    program = adaptc.compile(base, LoraConfig(**options), generator=torch.Generator().manual_seed(1))
+    ours = program.binding.values["0.lora_diag.default"]
+    assert torch.equal(ours, theirs.get_parameter("base_model.model.0.lora_diag.default"))
+
+
 def test_the_base_stays_and_swaps_change_ranks(tmp_path: Path) -> None:
     """PEFT's base is cut for good; here it is back in every bit."""
     a, b = peft_model(tmp_path / "a"), peft_model(tmp_path / "b", 6, r=6, rank_pattern={}, use_rslora=True)
@@ -283,5 +296,6 @@ def test_what_is_refused() -> None:
     with pytest.raises(AdaptcError, match="no adapter of KaSA"):
         kasa_loss(compiled(LoraConfig(target_modules=["up"])))
     op = Op("linear", (7, 19), torch.ops.aten.linear.default, ())
+    assert Kasa(r=2).kernels.why_missing(op) == "kasa has no kernels"  # those of LoRA know no dropped terms
     with pytest.raises(ConfigError, match="not finite"):
         Kasa(r=2).init(op, torch.full((7, 19), float("nan")), torch.float32)
