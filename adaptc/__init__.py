@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
     from adaptc.methods.lora_family.miss import MissConfig
+    from adaptc.methods.lora_family.variants.bdlora import BdLoraConfig
+    from adaptc.methods.lora_family.variants.kasa import KasaConfig
     from adaptc.methods.lycoris.loha import LoHaConfig
     from adaptc.methods.lycoris.lokr import LoKrConfig
     from adaptc.methods.orthogonal.boft import BOFTConfig
@@ -137,6 +139,8 @@ PUBLIC = {
     "PackagedProgram": "adaptc.packages.packaged_program",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
+    "BdLoraConfig": "adaptc.methods.lora_family.variants.bdlora",
+    "KasaConfig": "adaptc.methods.lora_family.variants.kasa",
     "LoftQConfig": "adaptc.methods.lora_family.loftq",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
     "OFTConfig": "adaptc.methods.orthogonal.oft",

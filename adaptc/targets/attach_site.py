@@ -61,6 +61,7 @@ class SiteAttacher:
         self._check_consumers(site)
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
+            self.config.check_layer(name)
             method = method.sizes.specialized_for(op)
             method.slots(op)
             if self.lifted.tensor(site.fqn).is_complex() and not method.takes_complex:

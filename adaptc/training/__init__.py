@@ -8,6 +8,7 @@ from adaptc.public_names import lazy_names
 
 if TYPE_CHECKING:
     from adaptc.training.checkpoints import last_checkpoint
+    from adaptc.training.kasa_loss import kasa_loss
     from adaptc.training.lorafa import lorafa_optimizer
     from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.training.subspace_allocator import SubspaceAllocator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PUBLIC = {
     "RankAllocator": "adaptc.training.rank_allocator",
     "orthogonal_loss": "adaptc.training.rank_allocator",
+    "kasa_loss": "adaptc.training.kasa_loss",
     "SubspaceAllocator": "adaptc.training.subspace_allocator",
     "lorafa_optimizer": "adaptc.training.lorafa",
     "trainer_callback": "adaptc.training.trainer_callbacks",

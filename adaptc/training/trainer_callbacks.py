@@ -19,6 +19,7 @@ from adaptc.methods.lora_family.adalora import AdaLoraConfig
 from adaptc.methods.sparse.adamss import AdamssConfig
 from adaptc.state.core import ProgramCore
 from adaptc.training.checkpoints import check_output_dir
+from adaptc.training.kasa_loss import kasa_loss
 from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
 from adaptc.training.subspace_allocator import SubspaceAllocator
 
@@ -70,9 +71,10 @@ def trainer_callback(program: ProgramCore) -> Any:
 
     Before each step it raises AdaptcError with the names of gradients that are not finite. Where a scaler leaves such
     steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
-    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. For AdaMSS with ``use_asa`` it
-    ends the training of clusters as :class:`SubspaceAllocator` says. When training begins it raises as these two do,
-    and ConfigError for options of the trainer that a program cannot serve.
+    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. For KaSA it adds ``kasa_loss``,
+    which PEFT leaves to the caller; ``KasaConfig(beta=0, gamma=0)`` adds nothing. For AdaMSS with ``use_asa`` it ends
+    the training of clusters as :class:`SubspaceAllocator` says. When training begins it raises as these two do, and
+    ConfigError for options of the trainer that a program cannot serve.
 
     Args:
         program: the program that trains.
@@ -106,6 +108,8 @@ class _CallbackHooks:
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].extra_loss = partial(orthogonal_loss, self.program)
+        elif any(getattr(b.config, "kasa_config", None) for b in self.program.binding.adapters_by_name.values()):
+            kwargs["model"].extra_loss = partial(kasa_loss, self.program)
         elif isinstance(self.program.binding.config, AdamssConfig) and self.program.binding.config.use_asa:
             self.allocator = SubspaceAllocator(self.program)
         # Trainer clips gradients before it calls back, so each one is summed by a hook when it is accumulated.

@@ -33,9 +33,7 @@ REFUSED: dict[str, Any] = {
     "velora_config": {"velora_config": peft.VeloraConfig()},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
     "monteclora_config": {"monteclora_config": peft.MontecloraConfig()},
-    "use_bdlora": {"use_bdlora": peft.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
     "arrow_config": {"arrow_config": peft.ArrowConfig()},
-    "kasa_config": {"kasa_config": peft.KasaConfig()},
     "runtime_config": {"runtime_config": CPU_OFFLOAD},
 }
 

@@ -126,6 +126,31 @@ ENTRIES: list[Entry] = [
         other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
     ),
     Entry(
+        "bdlora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "use_bdlora": {"target_modules_bd_a": ["layer", "other"], "nblocks": 3}},
+        refused_layers=("embedding", *CONVS, "conv_transpose"),
+        other_config={"r": 9, "lora_alpha": 7, "use_rslora": True},
+    ),
+    Entry(
+        "bdlora_up",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "use_bdlora": {"target_modules_bd_b": ["layer", "other"], "nblocks": 3}},
+        refused_layers=("embedding", *CONVS, "conv_transpose"),
+        other_config={"r": 3, "lora_alpha": 7, "init_lora_weights": False},
+    ),
+    # PEFT decomposes the weight in float32.
+    Entry(
+        "kasa",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "kasa_config": {}},
+        refused_layers=("conv2d_groups",),
+        other_config={"r": 3, "lora_alpha": 7, "use_rslora": True},
+        is_identity_at_init=False,
+        tolerance=1e-5,
+        follows_from_base=True,
+    ),
+    Entry(
         "adalora",
         "AdaLoraConfig",
         {"init_r": 6, "lora_alpha": 5, "total_step": 10},

@@ -285,6 +285,12 @@ class TargetedConfig(AdapterConfig):
             own = f"{self.peft_type.lower()}_only"
             raise ConfigError(f"{type(self).__name__}.bias must be 'none', 'all' or {own!r}, got {bias!r}")
 
+    def check_layer(self, name: str) -> None:
+        """Raise ConfigError where the options have no meaning at the layer ``name``, which the config's targets choose.
+
+        :meth:`method` is asked of layers that the config does not choose, too, and must not raise there.
+        """
+
     def with_model_defaults(self, facts: ModelFacts) -> Self:
         """Return this config with the fields that it leaves to the model filled in, as PEFT's files have them.
 

@@ -8,16 +8,44 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import AdaptcWarning, ConfigError, TargetError, short_repr
+from adaptc.errors import AdaptcWarning, ConfigError, TargetError, did_you_mean, short_repr
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method
+from adaptc.value_types import field_rules, validate_option
+
+
+@dataclass
+class SubConfig:
+    """Options that are the value of one field of a config, as PEFT groups those of some variants.
+
+    Raises ConfigError for values of another type than the annotations say.
+    """
+
+    def __post_init__(self) -> None:
+        for name, rule in field_rules(type(self)).items():
+            setattr(self, name, validate_option(f"{type(self).__name__}.{name}", rule, getattr(self, name)))
+
+    @classmethod
+    def from_value(cls, option: str, value: Any) -> Self:
+        """Return the options for ``value``, which the field ``option`` has: such an object, peft's, or a dict.
+
+        Raises ConfigError for any other value, and for a dict with an unknown field.
+        """
+        known = {f.name: f.default for f in fields(cls)}
+        if type(value).__name__ == cls.__name__ and is_dataclass(value):
+            value = {name: getattr(value, name, default) for name, default in known.items()}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{option} must be a {cls.__name__}, or a dict of its fields, got {short_repr(value)}")
+        if odd := next((n for n in value if n not in known), None):
+            raise ConfigError(f"{option}: {cls.__name__} has no field {short_repr(odd)}{did_you_mean(str(odd), known)}")
+        return cls(**value)
 
 
 def check_integers(config: Any, values: Mapping[str, Any], minimum: int = 1) -> None:

@@ -76,6 +76,8 @@ METHODS: dict[str, str] = {
     "lora_tied": "adaptc.methods.lora_family.lora:LoraTied",
     "alora": "adaptc.methods.lora_family.alora:Alora",
     "qalora": "adaptc.methods.lora_family.qalora:QaLora",
+    "bdlora": "adaptc.methods.lora_family.variants.bdlora:BdLora",
+    "kasa": "adaptc.methods.lora_family.variants.kasa:Kasa",
     "arrow": "adaptc.methods.lora_family.arrow:Arrow",
     "dora": "adaptc.methods.lora_family.dora:Dora",
     "adalora": "adaptc.methods.lora_family.adalora:AdaLora",

@@ -36,6 +36,7 @@ _UNSUPPORTED_OPTIONS = (
     "target_parameters",
     "layer_replication",
     "ensure_weight_tying",
+    "use_bdlora",
 )
 
 

@@ -308,15 +308,20 @@ class Lora(Method):
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         A, B, *_ = slots.values()
-        if op.experts:
-            A = A.reshape(op.experts, -1, A.shape[-1])
-            B = B.reshape(B.shape[0], -1, op.experts).permute(2, 0, 1)
+        A, B = by_expert(op, A, B)
         return op.with_max_norm(A) if op.kind == "embedding" else A, B
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         # PEFT looks rows of A up with the embedding's max_norm, which shortens them in place.
         bound = {"lora_embedding_A"} if op.max_norm and op.kind == "embedding" else ()
         return {n: op.with_max_norm(slots[n]) for n in bound}
+
+
+def by_expert(op: Op, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors in LoRA's layout with the experts of ``op`` as their first axis; unchanged where it has none."""
+    if not op.experts:
+        return A, B
+    return A.reshape(op.experts, -1, A.shape[-1]), B.reshape(B.shape[0], -1, op.experts).permute(2, 0, 1)
 
 
 class LoraTiedFiles(LoraFiles):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,6 +26,8 @@ from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
 from adaptc.methods.lora_family.loftq import LoftQConfig
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.methods.lora_family.qalora import QaLora
+from adaptc.methods.lora_family.variants.bdlora import BdLora, BdLoraConfig
+from adaptc.methods.lora_family.variants.kasa import DIAGONAL, Kasa, KasaConfig
 
 NOT_IMPLEMENTED = "this LoRA variant is not implemented"
 
@@ -61,7 +63,10 @@ class LoraConfig(TargetedConfig):
         qalora_group_size: the number of features in a group, which divides those of every layer.
         layer_replication: ranges of blocks that are repeated, each with adapters of its own.
         lora_bias: whether B has a bias.
+        use_bdlora: an :class:`adaptc.BdLoraConfig` for BD-LoRA, whose A or B is block-diagonal.
         arrow_config: the routing of Arrow, an :class:`adaptc.ArrowConfig`.
+        kasa_config: an :class:`adaptc.KasaConfig` for KaSA: the weight loses its smallest singular terms, and the
+            adapter has singular values of its own.
         ensure_weight_tying: whether layers tied to the input embedding change with it, whichever of them is named. PEFT
             has two parameters on one memory for that; here it is one parameter, whose gradient is the sum.
 
@@ -75,6 +80,8 @@ class LoraConfig(TargetedConfig):
         {"use_dora": True},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
+        {"use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 2}},
+        {"kasa_config": {}},
         {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
     )
     dropout_field: ClassVar[str] = "lora_dropout"
@@ -87,8 +94,6 @@ class LoraConfig(TargetedConfig):
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "velora_config": NOT_IMPLEMENTED,
         "monteclora_config": NOT_IMPLEMENTED,
-        "use_bdlora": NOT_IMPLEMENTED,
-        "kasa_config": NOT_IMPLEMENTED,
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
     }
 
@@ -117,9 +122,9 @@ class LoraConfig(TargetedConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
     arrow_config: ArrowConfig | dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    kasa_config: KasaConfig | dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
@@ -151,6 +156,8 @@ class LoraConfig(TargetedConfig):
         self._check_invocation()
         self._check_pooling()
         self._check_arrow()
+        self._check_dropped_terms()
+        self._check_blocks()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "mica":
             if self.ensure_weight_tying:
@@ -208,6 +215,41 @@ class LoraConfig(TargetedConfig):
                     "adapters that are trained already"
                 )
 
+    def _check_dropped_terms(self) -> None:
+        if self.kasa_config is None:
+            return
+        self.kasa_config = KasaConfig.from_value("kasa_config", self.kasa_config)
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} has no meaning for KaSA, which puts random singular "
+                "values between A and B; use True, False or 'gaussian'"
+            )
+        if self.ensure_weight_tying:
+            raise ConfigError(
+                "ensure_weight_tying=True has no meaning with kasa_config: PEFT has no KaSA at embeddings; unset one "
+                "of the two"
+            )
+
+    def _check_blocks(self) -> None:
+        if self.use_bdlora is None:
+            return
+        self.use_bdlora = BdLoraConfig.from_value("use_bdlora", self.use_bdlora)
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} has no meaning for BD-LoRA, whose factors have blocks; "
+                "use True, False or 'gaussian'"
+            )
+        if self.ensure_weight_tying:
+            raise ConfigError(
+                "ensure_weight_tying=True has no meaning with use_bdlora, whose blocks embeddings do not have; unset "
+                "one of the two"
+            )
+        if self.lora_bias and self.use_bdlora.target_modules_bd_b:
+            raise ConfigError(
+                "lora_bias=True has no meaning with target_modules_bd_b of use_bdlora: PEFT's block-diagonal B has no "
+                "bias; unset one of the two"
+            )
+
     def check_common(self) -> None:
         """Raise ConfigError for illegal values of the fields that AdaLoRA's config has, too."""
         check_probability(self, "lora_dropout")
@@ -218,22 +260,19 @@ class LoraConfig(TargetedConfig):
         cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]
     ) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        for option, slot in (("use_dora", MAGNITUDE), ("lora_bias", "lora_B.bias")):
+        signs = (("use_dora", MAGNITUDE, True), ("lora_bias", "lora_B.bias", True), ("kasa_config", DIAGONAL, {}))
+        for option, slot, value in signs:
             have = sum(slot in m for m in modules)
             if have and have != len(modules):
                 raise ConfigError(
                     f"{have} of {len(modules)} modules have {slot!r}, and one adapter has it at all or none"
                 )
-            out |= {option: True} if have else {}
+            out |= {option: value} if have else {}
         return out
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        return (
-            out
-            if self.arrow_config is None
-            else out | {"arrow_config": asdict(ArrowConfig.from_value(self.arrow_config))}
-        )
+        return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in out.items()}
 
     def adapters_to_write(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, AdapterContent]:
         if self.arrow_config is None:
@@ -242,6 +281,10 @@ class LoraConfig(TargetedConfig):
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+
+    def check_layer(self, name: str) -> None:
+        if self.use_bdlora is not None:
+            BdLoraConfig.from_value("use_bdlora", self.use_bdlora).check_layer(name)
 
     def as_plain_lora(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
         """Return this config for plain LoRA with a scale of one and these ranks (module name -> rank).
@@ -257,6 +300,8 @@ class LoraConfig(TargetedConfig):
             use_rslora=False,
             use_dora=False,
             use_qalora=False,
+            use_bdlora=None,
+            kasa_config=None,
             lora_bias=bias,
             init_lora_weights=True,
             loftq_config={},
@@ -280,6 +325,12 @@ class LoraConfig(TargetedConfig):
             return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
         if self.use_qalora:
             return QaLora(**options, group_size=self.qalora_group_size)
+        if self.kasa_config is not None:
+            return Kasa(**options)
+        if self.use_bdlora is not None:
+            blocks = BdLoraConfig.from_value("use_bdlora", self.use_bdlora)
+            factor = blocks.factor_at(name)
+            return Lora(**options) if factor is None else BdLora(**options, blocks=blocks.nblocks, factor=factor)
         return (Dora if self.use_dora else Lora)(**options)
 
     def _arrow_method(self, rank: int) -> Arrow:

@@ -1,0 +1,1 @@
+"""Variants of LoRA that a field of its config chooses."""
