@@ -28,6 +28,13 @@ def check_integers(config: Any, values: Mapping[str, Any], minimum: int = 1) -> 
             raise ConfigError(f"{type(config).__name__}.{name} must be {what}, got {value!r}")
 
 
+def refuse_unless_positive(config: Any, *options: str) -> None:
+    """Raise ConfigError where one of ``options`` is zero or negative."""
+    for option in options:
+        if not getattr(config, option) > 0:
+            raise ConfigError(f"{type(config).__name__}.{option} must be positive, got {getattr(config, option)!r}")
+
+
 def check_ranks(config: Any) -> None:
     """Raise ConfigError where ``r``, or a rank in ``rank_pattern``, is not positive."""
     patterns = {f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}
@@ -76,3 +83,12 @@ def prepare_adapter_input(method: Method, op: Op, x: Tensor, dtype: torch.dtype)
     """Return the layer's input in ``dtype``, the adapter's, with the method's dropout in training."""
     x = op.cast_input(x, dtype)
     return F.dropout(x, method.dropout, training=True) if applies_dropout(method, op) else x
+
+
+def is_in_training(like: Tensor) -> Tensor:
+    """Return whether the program is in training now, as a bool (), on the device of ``like``; for code of training.
+
+    Dropout of probability 1 draws nothing: it is 0 in training and 1 in inference. Programs switch it, as they switch
+    dropout.
+    """
+    return F.dropout(torch.ones((), dtype=torch.float32, device=like.device), 1.0, training=True) == 0

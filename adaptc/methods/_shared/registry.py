@@ -76,6 +76,8 @@ METHODS: dict[str, str] = {
     "lora_tied": "adaptc.methods.lora_family.lora:LoraTied",
     "alora": "adaptc.methods.lora_family.alora:Alora",
     "qalora": "adaptc.methods.lora_family.qalora:QaLora",
+    "velora": "adaptc.methods.lora_training.velora:Velora",
+    "monteclora": "adaptc.methods.lora_training.monteclora:Monteclora",
     "arrow": "adaptc.methods.lora_family.arrow:Arrow",
     "dora": "adaptc.methods.lora_family.dora:Dora",
     "adalora": "adaptc.methods.lora_family.adalora:AdaLora",

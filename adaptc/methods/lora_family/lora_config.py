@@ -26,6 +26,9 @@ from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
 from adaptc.methods.lora_family.loftq import LoftQConfig
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.methods.lora_family.qalora import QaLora
+from adaptc.methods.lora_training.monteclora import Monteclora, MontecloraConfig
+from adaptc.methods.lora_training.training_variant import TrainingOptions
+from adaptc.methods.lora_training.velora import Velora, VeloraConfig
 
 NOT_IMPLEMENTED = "this LoRA variant is not implemented"
 
@@ -40,6 +43,9 @@ VARIANT_FIELDS = (
     "arrow_config",
     "kasa_config",
 )
+
+#: the options of variants that differ from LoRA in training alone
+TRAINING_VARIANTS: tuple[type[TrainingOptions], ...] = (VeloraConfig, MontecloraConfig)
 
 
 @dataclass
@@ -60,6 +66,10 @@ class LoraConfig(TargetedConfig):
         use_qalora: whether the adapter's input is pooled over groups of features (QA-LoRA).
         qalora_group_size: the number of features in a group, which divides those of every layer.
         layer_replication: ranges of blocks that are repeated, each with adapters of its own.
+        velora_config: the options of VeLoRA, whose gradient of A is made of compressed activations, an
+            :class:`adaptc.VeloraConfig`.
+        monteclora_config: the options of MonteCLoRA, which samples A around its value in training, an
+            :class:`adaptc.MontecloraConfig`.
         lora_bias: whether B has a bias.
         arrow_config: the routing of Arrow, an :class:`adaptc.ArrowConfig`.
         ensure_weight_tying: whether layers tied to the input embedding change with it, whichever of them is named. PEFT
@@ -75,6 +85,8 @@ class LoraConfig(TargetedConfig):
         {"use_dora": True},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
+        {"velora_config": {}},
+        {"monteclora_config": {}},
         {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
     )
     dropout_field: ClassVar[str] = "lora_dropout"
@@ -85,8 +97,6 @@ class LoraConfig(TargetedConfig):
         "corda_config": "initialisation from activations is not implemented",
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
-        "velora_config": NOT_IMPLEMENTED,
-        "monteclora_config": NOT_IMPLEMENTED,
         "use_bdlora": NOT_IMPLEMENTED,
         "kasa_config": NOT_IMPLEMENTED,
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
@@ -109,11 +119,11 @@ class LoraConfig(TargetedConfig):
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
     use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
+    velora_config: VeloraConfig | dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = None
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
@@ -151,6 +161,7 @@ class LoraConfig(TargetedConfig):
         self._check_invocation()
         self._check_pooling()
         self._check_arrow()
+        self._check_training_variants()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "mica":
             if self.ensure_weight_tying:
@@ -197,6 +208,17 @@ class LoraConfig(TargetedConfig):
                     "embeddings; unset one of the two"
                 )
 
+    def _check_training_variants(self) -> None:
+        for options in TRAINING_VARIANTS:
+            value = getattr(self, options.option)
+            if value is None:
+                continue
+            setattr(self, options.option, options.from_value(value))
+            if self.ensure_weight_tying:
+                raise ConfigError(
+                    f"ensure_weight_tying=True has no meaning with {options.option}, which embeddings do not have"
+                )
+
     def _check_arrow(self) -> None:
         if self.arrow_config is None:
             return
@@ -229,11 +251,12 @@ class LoraConfig(TargetedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        return (
-            out
-            if self.arrow_config is None
-            else out | {"arrow_config": asdict(ArrowConfig.from_value(self.arrow_config))}
-        )
+        if self.arrow_config is not None:
+            out["arrow_config"] = asdict(ArrowConfig.from_value(self.arrow_config))
+        for options in TRAINING_VARIANTS:
+            if (value := getattr(self, options.option)) is not None:
+                out[options.option] = asdict(options.from_value(value))
+        return out
 
     def adapters_to_write(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, AdapterContent]:
         if self.arrow_config is None:
@@ -261,6 +284,8 @@ class LoraConfig(TargetedConfig):
             init_lora_weights=True,
             loftq_config={},
             ensure_weight_tying=False,
+            velora_config=None,
+            monteclora_config=None,
         )
 
     def method(self, name: str, kind: str) -> Lora | Arrow:
@@ -280,6 +305,14 @@ class LoraConfig(TargetedConfig):
             return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
         if self.use_qalora:
             return QaLora(**options, group_size=self.qalora_group_size)
+        if self.velora_config is not None:
+            velora = VeloraConfig.from_value(self.velora_config)
+            return Velora(
+                **options, num_groups=velora.num_groups, gradient_scale=velora.scale, init_type=velora.init_type
+            )
+        if self.monteclora_config is not None:
+            monteclora = MontecloraConfig.from_value(self.monteclora_config)
+            return Monteclora(**options, num_samples=monteclora.num_samples, sample_scaler=monteclora.sample_scaler)
         return (Dora if self.use_dora else Lora)(**options)
 
     def _arrow_method(self, rank: int) -> Arrow:
