@@ -217,11 +217,12 @@ def test_dropout_acts_before_the_groups(tmp_path):
 
 def test_fields_and_defaults_are_pefts():
     assert vars(VeloraConfig()) == vars(peft.VeloraConfig())
-    for value in (
+    given: list[Any] = [
         VeloraConfig(7, 0.5, "random"),
         peft.VeloraConfig(7, 0.5, "random"),
         {"num_groups": 7, "scale": 0.5, "init_type": "random"},
-    ):
+    ]
+    for value in given:
         config = LoraConfig(velora_config=value)
         assert config.velora_config == VeloraConfig(7, 0.5, "random")
         assert config.to_dict()["velora_config"] == {"num_groups": 7, "scale": 0.5, "init_type": "random"}

@@ -122,7 +122,7 @@ class Monteclora(LoraTrainingVariant):
         device = torch.device("cpu") if generator is None else generator.device
         # In the dtype of the weight, as in PEFT: another dtype draws other numbers.
         p, q = (torch.rand(size, dtype=W.dtype, device=device, generator=generator) for size in (r, n))
-        values = {STD_PRIOR: p, WEIGHTS_PRIOR: q, VARIANCE: torch.eye(r), WEIGHTS: torch.ones(n) / n}
+        values = {STD_PRIOR: p, WEIGHTS_PRIOR: q, VARIANCE: torch.eye(r), WEIGHTS: torch.ones(n, dtype=W.dtype) / n}
         if self.training:
             values |= {CHI_SQUARED: torch.zeros(r), NORMAL: torch.zeros(n)}
         return {name: t.to(W.device, dtype) for name, t in values.items()}
