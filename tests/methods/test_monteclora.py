@@ -18,6 +18,7 @@ from adaptc.errors import AdaptcWarning
 from adaptc.methods.lora_training.monteclora import CHI_SQUARED, STD_PRIOR
 from tests.support.chain import FILE, as_stored, compile_chain, inputs, load_peft_chain, peft_chain, peft_config
 from tests.support.oracle import assert_differs
+from tests.support.repeated_linear import trained_tensors
 from tests.support.subject import loss
 
 R, SAMPLES = 3, 5
@@ -198,6 +199,14 @@ def test_adapters_of_other_sizes_are_swapped_and_train(tmp_path):
     with pytest.raises(AdaptcError, match="sample_scaler"):
         adaptc.swap(program, tmp_path / "c")
     adaptc.swap(compile_chain(tmp_path / "a"), tmp_path / "c")
+
+
+def test_gradient_checkpointing_draws_the_same():
+    options = {"monteclora_config": {"num_samples": SAMPLES, "sample_scaler": 0.3}}
+    plain, again = (trained_tensors(on, 6, **options) for on in (False, True))
+    assert plain.keys() == again.keys()
+    for name, value in plain.items():
+        assert torch.equal(again[name], value), name
 
 
 def test_inference_stays_finite_where_the_variance_overflows(tmp_path):

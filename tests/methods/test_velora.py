@@ -23,6 +23,7 @@ from tests.support.chain import (
     peft_config,
 )
 from tests.support.oracle import assert_differs, quiet
+from tests.support.repeated_linear import trained_tensors
 from tests.support.subject import loss
 
 INIT_TYPES = ["batch_average", "batch_average_once", "random"]
@@ -200,6 +201,16 @@ def test_a_saved_program_goes_on_training(tmp_path):
     one, other = (step(p.module(), inputs(4))[1] for p in (program, loaded))
     for name, grad in one.items():
         torch.testing.assert_close(other[name], grad)
+
+
+@pytest.mark.parametrize("init_type", INIT_TYPES)
+def test_gradient_checkpointing_changes_nothing(init_type):
+    options = {"velora_config": {"num_groups": 4, "init_type": init_type}}
+    plain, again = (trained_tensors(on, 6, **options) for on in (False, True))
+    assert plain.keys() == again.keys()
+    assert sum("velora_embed" in n and bool(t.any()) for n, t in plain.items()) == 6
+    for name, value in plain.items():
+        assert torch.equal(again[name], value), name
 
 
 def test_dropout_acts_before_the_groups(tmp_path):
