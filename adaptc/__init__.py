@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
     from adaptc.methods.lora_family.gralora import GraloraConfig
+    from adaptc.methods.lora_family.in_training.monteclora import MontecloraConfig
+    from adaptc.methods.lora_family.in_training.velora import VeloraConfig
     from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
     from adaptc.methods.lora_family.miss import MissConfig
-    from adaptc.methods.lora_training.monteclora import MontecloraConfig
-    from adaptc.methods.lora_training.velora import VeloraConfig
     from adaptc.methods.lycoris.loha import LoHaConfig
     from adaptc.methods.lycoris.lokr import LoKrConfig
     from adaptc.methods.orthogonal.boft import BOFTConfig
@@ -138,8 +138,8 @@ PUBLIC = {
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
     "LoftQConfig": "adaptc.methods.lora_family.loftq",
-    "MontecloraConfig": "adaptc.methods.lora_training.monteclora",
-    "VeloraConfig": "adaptc.methods.lora_training.velora",
+    "MontecloraConfig": "adaptc.methods.lora_family.in_training.monteclora",
+    "VeloraConfig": "adaptc.methods.lora_family.in_training.velora",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
     "OFTConfig": "adaptc.methods.orthogonal.oft",
     "BOFTConfig": "adaptc.methods.orthogonal.boft",

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.methods.lora_family.lora_config import LoraConfig
-from adaptc.methods.lora_training.monteclora import (
+from adaptc.methods.lora_family.in_training.monteclora import (
     CHI_SQUARED,
     NORMAL,
     STD_PRIOR,
@@ -21,6 +20,7 @@ from adaptc.methods.lora_training.monteclora import (
     sample_weights,
     variances,
 )
+from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.state.core import ProgramCore
 
 

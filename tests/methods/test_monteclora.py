@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import AdaptcError, ConfigError, LoraConfig, MontecloraConfig, TargetError
 from adaptc.errors import AdaptcWarning
-from adaptc.methods.lora_training.monteclora import CHI_SQUARED, STD_PRIOR
+from adaptc.methods.lora_family.in_training.monteclora import CHI_SQUARED, STD_PRIOR
 from tests.support.chain import FILE, as_stored, compile_chain, inputs, load_peft_chain, peft_chain, peft_config
 from tests.support.oracle import assert_differs
 from tests.support.repeated_linear import trained_tensors

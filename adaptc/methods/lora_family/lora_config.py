@@ -23,12 +23,12 @@ from adaptc.methods.lora_family.alora import Alora
 from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
 from adaptc.methods.lora_family.arrow_experts import split_arrow_adapter
 from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
+from adaptc.methods.lora_family.in_training.monteclora import Monteclora, MontecloraConfig
+from adaptc.methods.lora_family.in_training.training_variant import TrainingOptions
+from adaptc.methods.lora_family.in_training.velora import Velora, VeloraConfig
 from adaptc.methods.lora_family.loftq import LoftQConfig
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.methods.lora_family.qalora import QaLora
-from adaptc.methods.lora_training.monteclora import Monteclora, MontecloraConfig
-from adaptc.methods.lora_training.training_variant import TrainingOptions
-from adaptc.methods.lora_training.velora import Velora, VeloraConfig
 
 NOT_IMPLEMENTED = "this LoRA variant is not implemented"
 

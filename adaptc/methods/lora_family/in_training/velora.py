@@ -23,8 +23,8 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.option_checks import is_in_training, refuse_unless_positive
+from adaptc.methods.lora_family.in_training.training_variant import LoraTrainingVariant, TrainingOptions
 from adaptc.methods.lora_family.lora import LORA_NAMES, LoraFiles
-from adaptc.methods.lora_training.training_variant import LoraTrainingVariant, TrainingOptions
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Slot, Slots
 from adaptc.passes.train.compressed_linear import compressed_linear, group_features

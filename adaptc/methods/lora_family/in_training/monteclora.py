@@ -29,8 +29,8 @@ from adaptc.methods._shared.option_checks import (
     refuse_unless_positive,
     warn_unused,
 )
+from adaptc.methods.lora_family.in_training.training_variant import LoraTrainingVariant, TrainingOptions
 from adaptc.methods.lora_family.lora import LORA_NAMES, LoraFiles
-from adaptc.methods.lora_training.training_variant import LoraTrainingVariant, TrainingOptions
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Slot, Slots
 
