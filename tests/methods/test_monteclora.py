@@ -117,6 +117,7 @@ def test_the_divergence_of_the_weights_has_pefts_sign(tmp_path):
     torch.testing.assert_close(found, (turned + others).detach(), check_dtype=False, **TOLERANCE)
 
 
+@pytest.mark.long
 def test_the_loss_before_the_first_call_is_that_of_the_file(tmp_path):
     theirs = peft_chain(sampled(use_entropy=True), tmp_path / "a").train()
     give_draws(theirs, 5)
@@ -151,6 +152,7 @@ def test_inference_is_loras_and_writes_nothing(tmp_path):
     assert_differs(loaded.module().train()(x), expected)
 
 
+@pytest.mark.long
 def test_variances_are_drawn_as_pefts(tmp_path):
     """PEFT draws Wishart matrices and uses their diagonals, which are chi-squared with r degrees of freedom."""
     theirs = peft_chain(sampled(others={"target_modules": ["q"]}), tmp_path / "a")
@@ -182,6 +184,7 @@ def test_first_values_are_pefts(tmp_path):
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.long
 def test_adapters_of_other_sizes_are_swapped_and_train(tmp_path):
     peft_chain(sampled(), tmp_path / "a")
     other = peft_chain(sampled(num_samples=2, others={"r": 4}), tmp_path / "b").train()
@@ -201,6 +204,7 @@ def test_adapters_of_other_sizes_are_swapped_and_train(tmp_path):
     adaptc.swap(compile_chain(tmp_path / "a"), tmp_path / "c")
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_draws_the_same():
     options = {"monteclora_config": {"num_samples": SAMPLES, "sample_scaler": 0.3}}
     plain, again = (trained_tensors(on, 6, **options) for on in (False, True))
@@ -209,6 +213,7 @@ def test_gradient_checkpointing_draws_the_same():
         assert torch.equal(again[name], value), name
 
 
+@pytest.mark.long
 def test_inference_stays_finite_where_the_variance_overflows(tmp_path):
     peft_chain(sampled(), tmp_path / "a")
     program = compile_chain(tmp_path / "a", training=True)

@@ -148,6 +148,7 @@ def test_first_values_are_pefts(init_type, dtype, tmp_path):
     assert bool(found["k.lora_velora_embed"].any()) == (init_type == "random")
 
 
+@pytest.mark.long
 def test_the_direction_of_the_first_batch_outlives_a_file(tmp_path):
     """PEFT forgets it, and takes the first batch after the file was read."""
     peft_chain(velora("batch_average_once"), tmp_path / "a")
@@ -174,6 +175,7 @@ def test_batches_of_zeros_have_a_direction_too(tmp_path):
     torch.testing.assert_close(found, dict(theirs.named_buffers())["base_model.model.q.lora_velora_embed.default"])
 
 
+@pytest.mark.long
 def test_adapters_with_other_options_are_swapped_in_inference_and_need_the_same_in_training(tmp_path):
     peft_chain(velora(groups=5), tmp_path / "a")
     other = peft_chain(velora(groups=3, init_type="random", r=2), tmp_path / "b")
@@ -203,6 +205,7 @@ def test_a_saved_program_goes_on_training(tmp_path):
         torch.testing.assert_close(other[name], grad)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("init_type", INIT_TYPES)
 def test_gradient_checkpointing_changes_nothing(init_type):
     options = {"velora_config": {"num_groups": 4, "init_type": init_type}}
@@ -213,6 +216,7 @@ def test_gradient_checkpointing_changes_nothing(init_type):
         assert torch.equal(again[name], value), name
 
 
+@pytest.mark.long
 def test_dropout_acts_before_the_groups(tmp_path):
     theirs = peft_chain(velora(lora_dropout=0.5), tmp_path / "a").train()
     module = compile_chain(tmp_path / "a", training=True).module()

@@ -12,7 +12,8 @@ Slots: LoRA's, and four below ``lora_monteclora_sampler``, as in PEFT. ``std_pri
 computes u and w from these, with their gradients. Files have no draws.
 
 PEFT decomposes diagonal matrices by Cholesky in float32. Here their roots are taken in the adapter's dtype. Where PEFT
-finds NaN in its samples it computes without them, and here the NaN stays. Sites are those of VeLoRA.
+finds NaN in its samples it computes without them, and here the NaN stays. PEFT's first values are those of one seed at
+the first site alone: PEFT then fills a buffer with draws, and here nothing is drawn ahead. Sites are those of VeLoRA.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ into the slot, and files hold it. After a file was read PEFT takes the next batc
 on with the v of the file.
 
 Sites are matrices that multiply features: linear layers, as in PEFT. In the evaluation mode of a module A has its exact
-gradient, as in PEFT.
+gradient, as in PEFT. A program that trains has the op ``adaptc::compressed_linear``, also where it was saved.
 """
 
 from __future__ import annotations
