@@ -230,6 +230,29 @@ def test_dropout_acts_before_the_groups(tmp_path):
         torch.testing.assert_close(own[name], grad, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("option", ["velora_config", "monteclora_config"])
+def test_adapters_with_other_options_share_a_bank_and_are_combined_as_lora(option, tmp_path):
+    size, kind = {
+        "velora_config": ("num_groups", peft.VeloraConfig),
+        "monteclora_config": ("num_samples", peft.MontecloraConfig),
+    }[option]
+    models = {}
+    for name, n, r in (("a", 5, 3), ("b", 3, 2)):
+        config = peft_config("LoraConfig", r=r, **{option: kind(**{size: n})})
+        models[name] = peft_chain(config, tmp_path / name)
+    program, x, names = compile_chain(tmp_path / "a"), inputs(4), ["a", "b", "b", "a"]
+    found = program.bank({n: tmp_path / n for n in models})(x, adapters=names)
+    for row, out, name in zip(x, found, names, strict=True):
+        torch.testing.assert_close(out, models[name](row))
+
+    both = compile_chain(adaptc.combine({str(tmp_path / n): 0.5 for n in models}, method="cat"))
+    assert getattr(both.binding.config, option) is None
+    deltas = [m.base_model.model.k.get_delta_weight("default") for m in models.values()]
+    merged = adaptc.merge(both).state_dict["k.weight"]
+    torch.testing.assert_close(merged, chain().k.weight + 0.5 * (deltas[0] + deltas[1]))
+
+
 def test_fields_and_defaults_are_pefts():
     assert vars(VeloraConfig()) == vars(peft.VeloraConfig())
     given: list[Any] = [
