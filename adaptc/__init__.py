@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from adaptc.methods.lora_family.miss import MissConfig
     from adaptc.methods.lora_family.variants.bdlora import BdLoraConfig
     from adaptc.methods.lora_family.variants.kasa import KasaConfig
+    from adaptc.methods.lora_family.variants.monteclora import MontecloraConfig
+    from adaptc.methods.lora_family.variants.velora import VeloraConfig
     from adaptc.methods.lycoris.loha import LoHaConfig
     from adaptc.methods.lycoris.lokr import LoKrConfig
     from adaptc.methods.orthogonal.boft import BOFTConfig
@@ -142,6 +144,8 @@ PUBLIC = {
     "BdLoraConfig": "adaptc.methods.lora_family.variants.bdlora",
     "KasaConfig": "adaptc.methods.lora_family.variants.kasa",
     "LoftQConfig": "adaptc.methods.lora_family.loftq",
+    "MontecloraConfig": "adaptc.methods.lora_family.variants.monteclora",
+    "VeloraConfig": "adaptc.methods.lora_family.variants.velora",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
     "OFTConfig": "adaptc.methods.orthogonal.oft",
     "BOFTConfig": "adaptc.methods.orthogonal.boft",

@@ -41,6 +41,7 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
 from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
+from adaptc.passes.train.compressed_linear import COMPRESSED_LINEAR
 from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
 from adaptc.runtime.gpu_variants import register_kernels
@@ -149,7 +150,7 @@ def load_program(
     target = None if device is None else usable_device(device)
     with stage(f"reading {path.name}"):
         saved = read_program(path)
-        if saved.uses_namespace("adaptc"):
+        if saved.uses_namespace("adaptc", besides=COMPRESSED_LINEAR):
             register_kernels(str(path))
         program = saved.to_exported_program()
     try:

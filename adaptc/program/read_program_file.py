@@ -24,8 +24,8 @@ from adaptc.passes.graph.graph_lock import hold_graph_lock
 class ProgramContent(Protocol):
     """The content of a program's file, as far as it is read before torch makes a program of it."""
 
-    def uses_namespace(self, namespace: str, /) -> bool:
-        """Return whether it calls operators of this namespace of ``torch.ops``."""
+    def uses_namespace(self, namespace: str, /, besides: str = "") -> bool:
+        """Return whether it calls operators of this namespace of ``torch.ops`` other than the one named ``besides``."""
         ...
 
     def to_exported_program(self) -> ExportedProgram:
@@ -41,8 +41,9 @@ class SealedProgram:
     data: bytes
     graph_text: bytes
 
-    def uses_namespace(self, namespace: str) -> bool:
-        return f'"torch.ops.{namespace}.'.encode() in self.graph_text
+    def uses_namespace(self, namespace: str, /, besides: str = "") -> bool:
+        prefix = f'"torch.ops.{namespace}.'
+        return self.graph_text.count(prefix.encode()) > self.graph_text.count(f"{prefix}{besides or '.'}.".encode())
 
     def to_exported_program(self) -> ExportedProgram:
         with raises_checkpoint_error(self.path), hold_graph_lock():

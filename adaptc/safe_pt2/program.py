@@ -55,9 +55,10 @@ class SavedProgram:
     targets: Mapping[str, AbstractSet[str]]
     container_types: AbstractSet[str]
 
-    def uses_namespace(self, namespace: str) -> bool:
-        """Return whether it calls operators of this namespace of ``torch.ops``."""
-        return any(t.startswith(f"torch.ops.{namespace}.") for t in self.targets)
+    def uses_namespace(self, namespace: str, /, besides: str = "") -> bool:
+        """Return whether it calls operators of this namespace of ``torch.ops`` other than the one named ``besides``."""
+        prefix = f"torch.ops.{namespace}."
+        return any(t.startswith(prefix) and not t.startswith(f"{prefix}{besides or '.'}.") for t in self.targets)
 
     def to_exported_program(self) -> ExportedProgram:
         """Return the exported program.

@@ -42,7 +42,7 @@ def kasa_loss(program: ProgramCore | ProgramModule) -> Tensor:
     for part in binding.adapters_by_name.values():
         if (options := getattr(part.config, "kasa_config", None)) is None:
             continue
-        options = KasaConfig.from_value("kasa_config", options)
+        options = KasaConfig.from_value(options)
         for a in core.adaptation.attachments:
             if isinstance(part.methods.get(a.id), Kasa):
                 high = [_float32_or_wider(binding.values[f]) for f in a.slots.values()]

@@ -83,7 +83,7 @@ class PretrainedModule(PretrainedFiles):
         self.warnings_issued: dict[str, bool] = {}
         self.all_tied_weights_keys: dict[str, str] = {}
         #: a function whose value is added to each loss; None for no addition
-        self.extra_loss: Callable[[], Tensor] | None = None
+        self.extra_loss: Callable[[], Tensor | float] | None = None
         vars(self).update(port=embedding_hook, backbone=None)
         self.packed_calls = PackedCalls(self)
 

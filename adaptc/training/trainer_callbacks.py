@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.methods.lora_family.adalora import AdaLoraConfig
+from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.methods.sparse.adamss import AdamssConfig
 from adaptc.state.core import ProgramCore
 from adaptc.training.checkpoints import check_output_dir
 from adaptc.training.kasa_loss import kasa_loss
+from adaptc.training.monteclora_loss import monteclora_loss
 from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
 from adaptc.training.subspace_allocator import SubspaceAllocator
 
@@ -72,9 +74,10 @@ def trainer_callback(program: ProgramCore) -> Any:
     Before each step it raises AdaptcError with the names of gradients that are not finite. Where a scaler leaves such
     steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
     PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. For KaSA it adds ``kasa_loss``,
-    which PEFT leaves to the caller; ``KasaConfig(beta=0, gamma=0)`` adds nothing. For AdaMSS with ``use_asa`` it ends
-    the training of clusters as :class:`SubspaceAllocator` says. When training begins it raises as these two do, and
-    ConfigError for options of the trainer that a program cannot serve.
+    which PEFT leaves to the caller; ``KasaConfig(beta=0, gamma=0)`` adds nothing. For MonteCLoRA it adds
+    ``monteclora_loss`` in training mode. For AdaMSS with ``use_asa`` it ends the training of clusters as
+    :class:`SubspaceAllocator` says. When training begins it raises as these do, and ConfigError for options of the
+    trainer that a program cannot serve.
 
     Args:
         program: the program that trains.
@@ -112,11 +115,17 @@ class _CallbackHooks:
             kwargs["model"].extra_loss = partial(kasa_loss, self.program)
         elif isinstance(self.program.binding.config, AdamssConfig) and self.program.binding.config.use_asa:
             self.allocator = SubspaceAllocator(self.program)
+        elif isinstance(self.program.binding.config, LoraConfig) and self.program.binding.config.monteclora_config:
+            kwargs["model"].extra_loss = partial(self.sampling_loss, kwargs["model"])
         # Trainer clips gradients before it calls back, so each one is summed by a hook when it is accumulated.
         self.remove_hooks()
         for name, p in kwargs["model"].named_parameters():
             if p.requires_grad:
                 self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.record_gradient, name)))
+
+    def sampling_loss(self, model: Any) -> Tensor | float:
+        """Return the loss of MonteCLoRA's samplers, which draw in training mode alone."""
+        return monteclora_loss(self.program) if model.training else 0.0
 
     def record_gradient(self, name: str, p: Tensor) -> None:
         if p.grad is not None:

@@ -146,9 +146,10 @@ def choose_forms(candidates: Sequence[FormCandidate]) -> None:
             choice = candidate.cheaper_form()
             candidate.form, candidate.reason = choice.form, choice.reason
         if candidate.form == "weight" and method.has_apply_form(candidate.op) and candidate.has_dropout_outside():
+            what = "derivative, which is" if method.trains_at_layer() else "dropout or noise, which act"
             raise ConfigError(
-                f"site {a.id!r} would lose its dropout or noise, which act at the layer, in the weight form "
-                f"({candidate.reason}). Take them out of the config, or leave out what needs this form."
+                f"site {a.id!r} would lose its {what} at the layer, in the weight form ({candidate.reason}). Take that "
+                "out of the config, or leave out what needs this form."
             )
         if needs_base_weight and candidate.form == "apply":
             apply_form_fqns.add(a.fqn)

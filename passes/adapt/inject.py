@@ -197,10 +197,10 @@ class _Injector:
         return any(subgraph_input_of(self.lifted.nodes[c]) is not None for c in self.attachment.consumers)
 
     def has_dropout_outside(self) -> bool:
-        """Return whether the apply form has dropout, or noise, that the weight form lacks."""
+        """Return whether the apply form has dropout, noise, or a derivative, that the weight form lacks."""
         method = self.attachment.method
-        if self.is_in_subgraph():
-            return method.is_random()
+        if self.is_in_subgraph() or method.trains_at_layer():
+            return method.is_random() or method.trains_at_layer()
         is_random = method.training or method.is_random()
         nodes = [self.lifted.nodes[c] for c in self.attachment.consumers] if is_random else []
         if not any(has_dropout(region) for node in nodes for _, region in self._apply_regions(node)):

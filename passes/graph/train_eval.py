@@ -72,6 +72,11 @@ _WRITES_SILENTLY = (aten.batch_norm.default, aten.instance_norm.default, aten.na
 STATISTICS_ARGUMENTS: dict[Any, tuple[int, int]] = dict.fromkeys(_WRITES_SILENTLY, (3, 4))
 
 
+def add_mode_flag(op: Any, flag: ModeFlag) -> None:
+    """Enter an op of adaptc in the table; called where the op is defined."""
+    MODE_FLAGS[op] = flag
+
+
 def training_mode_of(node: fx.Node) -> bool | None:
     """Return whether the node is set to training; None where it computes the same in either mode."""
     if node.target is SDPA:

@@ -175,6 +175,10 @@ class Hooks:
         """Return whether the form around a layer draws random numbers, for dropout or for noise."""
         return self.drops_input()
 
+    def trains_at_layer(self) -> bool:
+        """Return whether this method, as it is, has a derivative of its own that only the form around a layer has."""
+        return False
+
     def noiseless(self) -> Self:
         """Return this method with nothing random in it, not even in inference."""
         return self.evaluated()

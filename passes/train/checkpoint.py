@@ -5,7 +5,8 @@ the same. Each segment becomes one call of a :class:`RecomputedSegment` submodul
 arguments. Between forward and backward only the values that flow from segment to segment are kept.
 
 Blocks are those of ``analysis.block_chains``. A block that writes to memory it did not make itself (the running
-statistics of batch norm) would write twice. It is left as it is, and a note says why.
+statistics of batch norm) would write twice. It is left as it is, and a note says why. Writes of a method to its own
+slots do not count: they write the same value again, for random numbers are the same, too.
 
 Two tools of torch do not serve. ``fx.passes.split_module`` moves parameters into the submodules, under other names.
 ``fuser_utils.fuse_by_partitions`` sorts the graph anew, which changes the order in which dropout draws its masks.
@@ -27,6 +28,7 @@ from adaptc.passes.graph.mutation import memory_groups, written_inputs
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.graph.train_eval import STATISTICS_ARGUMENTS
+from adaptc.passes.protocol.regions import node_tag
 from adaptc.passes.train.base_products import frozen_linear
 from adaptc.passes.train.fused_cross_entropy import linear_cross_entropy
 from adaptc.passes.train.fused_gated_activation import gated_activation
@@ -133,7 +135,7 @@ class _RecomputeCheck:
         self.writers_by_memory: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             self.nodes_by_memory.setdefault(self.memory_groups[node], []).append(node)
-            for target in written_inputs(node):
+            for target in () if node_tag(node) else written_inputs(node):
                 self.writers_by_memory.setdefault(self.memory_groups[target], []).append(node)
 
     def __call__(self, block: Block) -> str | None:
@@ -180,7 +182,9 @@ def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name
         copies[node] = body.node_copy(node, copies.__getitem__)
     body.output(tuple(copies[n] for n in outputs))
     body.lint()
-    made = RecomputedSegment(fx.GraphModule({str(n.target): _attribute(module, n) for n in subgraphs}, body, "Segment"))
+    held = {str(n.target): _attribute(module, n) for n in subgraphs}
+    written = {n for node in segment for n in written_inputs(node)}
+    made = RecomputedSegment(fx.GraphModule(held, body, "Segment"), [i for i, n in enumerate(inputs) if n in written])
     made.train(module.training)
     module.add_submodule(name, made)
 

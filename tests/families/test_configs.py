@@ -30,9 +30,7 @@ REFUSED: dict[str, Any] = {
     "eva_config": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
     "lora_ga_config": {"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()},
     "megatron_config": {"megatron_config": {"tensor_model_parallel_size": 1}},
-    "velora_config": {"velora_config": peft.VeloraConfig()},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
-    "monteclora_config": {"monteclora_config": peft.MontecloraConfig()},
     "arrow_config": {"arrow_config": peft.ArrowConfig()},
     "runtime_config": {"runtime_config": CPU_OFFLOAD},
 }

@@ -29,12 +29,13 @@ from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, ONEDNN
 from adaptc.passes.quantized import quantized_linear
 from adaptc.passes.quantized.all_schemes import scheme_text
 from adaptc.passes.quantized.table_scheme import TableScheme
+from adaptc.passes.train import compressed_linear
 from adaptc.tuning import compiled_matmuls as compiled_products
 
 # torch's own, in make_dual
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 #: which make torch know ops
-MODULES = low_rank_rows, compiled_products, quantized_linear
+MODULES = low_rank_rows, compiled_products, quantized_linear, compressed_linear
 _DRAW = torch.Generator().manual_seed(0)
 
 
@@ -53,6 +54,13 @@ class Case:
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, *_: Any) -> Tensor:
     return F.linear(x, W, b)
+
+
+def compressed(x: Tensor, W: Tensor, v: Tensor, scale: float, _: bool) -> Tensor:
+    """The value and the derivative in x of x W^T, and in W the derivative of the same for other inputs."""
+    groups = F.pad(x.detach(), (0, 2)).unflatten(-1, (3, 3))
+    change = scale * torch.einsum("...gi,i,j->...gj", groups, v, v).flatten(-2)[..., :7] @ W.t()
+    return x @ W.detach().t() + change - change.detach()
 
 
 def rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
@@ -111,6 +119,7 @@ CASES = {
         (0, 2),
         lambda x, _, b, *__: F.linear(x, NF4.dequantize(STORED, 5, 8).double(), b),
     ),
+    "compressed_linear": Case((of(3, 7), of(5, 7), of(3), 0.7, True), range(2), compressed),
     # Of many positions, whose products are those of each adapter alone.
     "low_rank_rows": Case((of(3, 9, 7), of(3, 9, 5), of(2, 2, 7), of(2, 5, 2), of(2), C), range(6), rows),
     "lora_linear": Case(

@@ -97,4 +97,4 @@ def test_the_command_lists_what_is_refused():
     done = CliRunner().invoke(app, ["methods", "--coverage"])
     assert done.exit_code == 0
     assert "SHADOW" in done.stdout
-    assert "velora_config" in done.stdout
+    assert "megatron_config" in done.stdout

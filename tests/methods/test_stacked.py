@@ -25,6 +25,7 @@ OWN = {
         "defines",
         "drops_input",
         "is_random",
+        "trains_at_layer",
         "noiseless",
         "with_layer_bias",  # stacked experts have no layer's bias
         "inside_multihead_attention",

@@ -52,7 +52,10 @@ def check_gradients(s: Subject, tmp_path: Path) -> None:
     loss(module(*s.args(5))).backward()
     found = {k: t.grad for k, t in slots.items() if t.grad is not None}
     assert found
-    assert set(found) == {find_file_key(found, k) for k in expected}
+    unread = set(found) - {find_file_key(found, k) for k in expected}
+    # What only noise reads has no gradient in PEFT's inference, and here one of zero.
+    assert not unread or (s.attachment.method.trained().is_random() and not any(found[k].any() for k in unread))
+    assert set(found) - unread == {find_file_key(found, k) for k in expected}
     for key, grad in expected.items():
         scale, own = max(1.0, float(grad.abs().max())), found[find_file_key(found, key)]
         assert_close(
@@ -111,8 +114,9 @@ def check_forms(s: Subject, tmp_path: Path) -> None:
             s.compile(form="weight")
         return
     outside = a.method.has_apply_form(op)
-    if a.method.trained().is_random():  # no weight holds noise, so the forms are equal in inference alone
-        with pytest.raises(adaptc.ConfigError, match="would lose its dropout or noise"):
+    trained = a.method.trained()
+    if trained.is_random() or trained.trains_at_layer():  # which no weight has: the forms are equal in inference alone
+        with pytest.raises(adaptc.ConfigError, match=r"would lose its (dropout or noise|derivative)"):
             s.compile(form="weight", training=True)
         for form in ("apply", "weight"):
             p = s.compile(form=form)

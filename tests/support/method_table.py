@@ -151,6 +151,22 @@ ENTRIES: list[Entry] = [
         follows_from_base=True,
     ),
     Entry(
+        "velora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "velora_config": {"num_groups": 4, "init_type": "random"}},
+        peft=MATRICES,
+        refused_layers=("embedding", *CONVS, "conv_transpose", "functional", "experts"),
+        other_config={"r": 3, "lora_alpha": 7, "velora_config": {"num_groups": 2, "scale": 3.0}},
+    ),
+    Entry(
+        "monteclora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "monteclora_config": {"num_samples": 3, "sample_scaler": 0.2, "buffer_size": 150}},
+        peft=MATRICES,
+        refused_layers=("embedding", *CONVS, "conv_transpose", "functional", "experts"),
+        other_config={"r": 3, "lora_alpha": 7, "monteclora_config": {"num_samples": 5}},
+    ),
+    Entry(
         "adalora",
         "AdaLoraConfig",
         {"init_r": 6, "lora_alpha": 5, "total_step": 10},

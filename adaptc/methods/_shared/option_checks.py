@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Self
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,30 +22,45 @@ from adaptc.value_types import field_rules, validate_option
 
 
 @dataclass
-class SubConfig:
-    """Options that are the value of one field of a config, as PEFT groups those of some variants.
+class OptionGroup:
+    """Options that one field of a config holds, as PEFT groups some; ``option`` is the name of that field.
 
     Raises ConfigError for values of another type than the annotations say.
     """
+
+    option: ClassVar[str]
 
     def __post_init__(self) -> None:
         for name, rule in field_rules(type(self)).items():
             setattr(self, name, validate_option(f"{type(self).__name__}.{name}", rule, getattr(self, name)))
 
     @classmethod
-    def from_value(cls, option: str, value: Any) -> Self:
-        """Return the options for ``value``, which the field ``option`` has: such an object, peft's, or a dict.
+    def from_value(cls, value: Any) -> Self:
+        """Return the group for ``value``: one of this class, peft's of the same name, or the dict that files have.
 
         Raises ConfigError for any other value, and for a dict with an unknown field.
         """
-        known = {f.name: f.default for f in fields(cls)}
+        known = {f.name: f for f in fields(cls)}
         if type(value).__name__ == cls.__name__ and is_dataclass(value):
-            value = {name: getattr(value, name, default) for name, default in known.items()}
+            value = {name: getattr(value, name, _default(f)) for name, f in known.items()}
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{option} must be a {cls.__name__}, or a dict of its fields, got {short_repr(value)}")
+            article = "an" if cls.__name__[0] in "AEIO" else "a"
+            raise ConfigError(
+                f"{cls.option} must be {article} {cls.__name__}, or a dict of its fields, got {short_repr(value)}"
+            )
         if odd := next((n for n in value if n not in known), None):
-            raise ConfigError(f"{option}: {cls.__name__} has no field {short_repr(odd)}{did_you_mean(str(odd), known)}")
-        return cls(**value)
+            raise ConfigError(
+                f"{cls.option}: {cls.__name__} has no field {short_repr(odd)}{did_you_mean(str(odd), list(known))}"
+            )
+        return cls._of_fields(dict(value))
+
+    @classmethod
+    def _of_fields(cls, values: dict[str, Any]) -> Self:
+        return cls(**values)
+
+
+def _default(f: Field[Any]) -> Any:
+    return None if f.default is MISSING else f.default
 
 
 def check_integers(config: Any, values: Mapping[str, Any], minimum: int = 1) -> None:
@@ -54,6 +69,13 @@ def check_integers(config: Any, values: Mapping[str, Any], minimum: int = 1) -> 
     for name, value in values.items():
         if value < minimum:
             raise ConfigError(f"{type(config).__name__}.{name} must be {what}, got {value!r}")
+
+
+def refuse_unless_positive(config: Any, *options: str) -> None:
+    """Raise ConfigError where one of ``options`` is zero or negative."""
+    for option in options:
+        if not getattr(config, option) > 0:
+            raise ConfigError(f"{type(config).__name__}.{option} must be positive, got {getattr(config, option)!r}")
 
 
 def check_ranks(config: Any) -> None:
@@ -104,3 +126,12 @@ def prepare_adapter_input(method: Method, op: Op, x: Tensor, dtype: torch.dtype)
     """Return the layer's input in ``dtype``, the adapter's, with the method's dropout in training."""
     x = op.cast_input(x, dtype)
     return F.dropout(x, method.dropout, training=True) if applies_dropout(method, op) else x
+
+
+def is_in_training(like: Tensor) -> Tensor:
+    """Return whether the program is in training now, as a bool (), on the device of ``like``; for code of training.
+
+    Dropout of probability 1 draws nothing: it is 0 in training and 1 in inference. Programs switch it, as they switch
+    dropout.
+    """
+    return F.dropout(torch.ones((), dtype=torch.float32, device=like.device), 1.0, training=True) == 0

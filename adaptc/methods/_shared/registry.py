@@ -78,6 +78,8 @@ METHODS: dict[str, str] = {
     "qalora": "adaptc.methods.lora_family.qalora:QaLora",
     "bdlora": "adaptc.methods.lora_family.variants.bdlora:BdLora",
     "kasa": "adaptc.methods.lora_family.variants.kasa:Kasa",
+    "velora": "adaptc.methods.lora_family.variants.velora:Velora",
+    "monteclora": "adaptc.methods.lora_family.variants.monteclora:Monteclora",
     "arrow": "adaptc.methods.lora_family.arrow:Arrow",
     "dora": "adaptc.methods.lora_family.dora:Dora",
     "adalora": "adaptc.methods.lora_family.adalora:AdaLora",

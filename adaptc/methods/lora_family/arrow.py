@@ -17,26 +17,25 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import CheckpointError, ConfigError, TargetError, did_you_mean, short_repr
-from adaptc.methods._shared.option_checks import check_integers
+from adaptc.errors import CheckpointError, ConfigError, TargetError, short_repr
+from adaptc.methods._shared.option_checks import OptionGroup, check_integers
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
 from adaptc.passes.protocol.parts.file_format import FileFormat
 from adaptc.passes.protocol.parts.size_rule import SizeRule
-from adaptc.value_types import field_rules, validate_option
 
 A, B, OWNER, SCALES = "lora_A.weight", "lora_B.weight", "lora_owner", "lora_scaling"
 PROTOTYPES, COUNTS = "lora_arrow.prototypes", "lora_arrow.counts"
 
 
 @dataclass
-class ArrowConfig:
+class ArrowConfig(OptionGroup):
     """PEFT's ``ArrowConfig``: same names, same defaults, for :func:`adaptc.methods.create_arrow_model`.
 
     Raises ConfigError for values without a meaning.
@@ -54,6 +53,8 @@ class ArrowConfig:
         >>> config = adaptc.ArrowConfig(top_k=2, router_temperature=1.0)
     """
 
+    option: ClassVar[str] = "arrow_config"
+
     top_k: int = 3
     router_temperature: float = 1.0
     use_gks: bool = False
@@ -62,32 +63,18 @@ class ArrowConfig:
     rng_seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, rule in field_rules(type(self)).items():
-            setattr(self, name, validate_option(f"ArrowConfig.{name}", rule, getattr(self, name)))
+        super().__post_init__()
         check_integers(self, {"top_k": self.top_k})
         if not self.router_temperature > 0:
             raise ConfigError(f"ArrowConfig.router_temperature must be above zero, got {self.router_temperature!r}")
 
     @classmethod
-    def from_value(cls, value: Any) -> ArrowConfig:
-        """Return the config for ``value``: an ArrowConfig, peft's ArrowConfig, or the dict that files have.
+    def _of_fields(cls, values: dict[str, Any]) -> Self:
+        taken = {f.name for f in dataclasses.fields(cls) if f.init}
+        new = cls(**{n: v for n, v in values.items() if n in taken})
+        return new.with_names(values.get("task_adapter_names"), values.get("gks_adapter_names"))
 
-        Raises ConfigError for any other value, and for a dict with an unknown field.
-        """
-        if type(value).__name__ == cls.__name__ and dataclasses.is_dataclass(value):
-            value = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(cls)}
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"arrow_config must be an ArrowConfig, or a dict of its fields, got {short_repr(value)}")
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        if odd := next((n for n in value if n not in known), None):
-            raise ConfigError(
-                f"arrow_config: ArrowConfig has no field {short_repr(odd)}{did_you_mean(str(odd), known)}"
-            )
-        new = cls(**{n: v for n, v in value.items() if known[n].init})
-        names = {n: v for n, v in value.items() if not known[n].init}
-        return new.with_names(names.get("task_adapter_names"), names.get("gks_adapter_names"))
-
-    def with_names(self, tasks: list[str] | None, general: list[str] | None = None) -> ArrowConfig:
+    def with_names(self, tasks: list[str] | None, general: list[str] | None = None) -> Self:
         """Return this config for adapters with these names: ``tasks`` to route between, ``general`` to subtract."""
         new = copy.copy(self)
         new.task_adapter_names, new.gks_adapter_names = tasks, general

@@ -7,28 +7,27 @@ quantised scales. Eight bits are int8 with a scale for each row of the weight in
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from adaptc.errors import ConfigError, did_you_mean, short_repr
+from adaptc.errors import ConfigError
+from adaptc.methods._shared.option_checks import OptionGroup
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.passes.quantized.table_scheme import TableScheme
 from adaptc.torch_typing import reduced_svd
-from adaptc.value_types import field_rules, validate_option
 
 #: loftq_bits -> how Q is stored
 LOFTQ_SCHEMES: Mapping[int, Scheme] = {4: TableScheme("nf4", 64), 8: IntegerScheme()}
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(OptionGroup):
     """PEFT's ``LoftQConfig``: same names, same defaults, for ``LoraConfig(init_lora_weights="loftq")``.
 
     Raises ConfigError for values without a meaning.
@@ -42,34 +41,18 @@ class LoftQConfig:
         >>> lora = adaptc.LoraConfig(init_lora_weights="loftq", loftq_config=config)
     """
 
+    option: ClassVar[str] = "loftq_config"
+
     loftq_bits: int = 4
     loftq_iter: int = 1
 
     def __post_init__(self) -> None:
-        for name, rule in field_rules(type(self)).items():
-            setattr(self, name, validate_option(f"LoftQConfig.{name}", rule, getattr(self, name)))
+        super().__post_init__()
         if self.loftq_bits not in LOFTQ_SCHEMES:
             known = " and ".join(map(str, LOFTQ_SCHEMES))
             raise ConfigError(f"LoftQConfig.loftq_bits={self.loftq_bits} has no quantiser: there are {known} bits")
         if self.loftq_iter < 1:
             raise ConfigError(f"LoftQConfig.loftq_iter must be a positive integer, got {self.loftq_iter}")
-
-    @classmethod
-    def from_value(cls, value: Any) -> LoftQConfig:
-        """Return the config for ``value``: a LoftQConfig, peft's LoftQConfig, or the dict that files have.
-
-        Raises ConfigError for any other value, and for a dict with an unknown field.
-        """
-        if type(value).__name__ == cls.__name__ and dataclasses.is_dataclass(value):
-            value = {f.name: getattr(value, f.name, f.default) for f in dataclasses.fields(cls)}
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"loftq_config must be a LoftQConfig, or a dict of its fields, got {short_repr(value)}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        if odd := next((n for n in value if n not in known), None):
-            raise ConfigError(
-                f"loftq_config: LoftQConfig has no field {short_repr(odd)}{did_you_mean(str(odd), known)}"
-            )
-        return cls(**value)
 
 
 def loftq_init(W: Tensor, r: int, scale: float, config: LoftQConfig) -> tuple[Tensor, Tensor, QuantizedTensor]:

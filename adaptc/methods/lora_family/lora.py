@@ -133,7 +133,7 @@ class LoraBank(BankForm):
     def apply_fused(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
         if op.kind not in ("linear", "addmm") or self.method.with_bias or self.method.training:
             return None
-        A, B = slots.values()
+        A, B, *_ = slots.values()
         return low_rank_rows(x, y, A, B, scale, c)
 
     def has_kernel(self, op: Op) -> bool:
@@ -144,7 +144,7 @@ class LoraBank(BankForm):
     ) -> Tensor:
         from adaptc.kernels import grouped_rows
 
-        A, B = slots.values()
+        A, B, *_ = slots.values()
         assert isinstance(scale, Tensor)
         return grouped_rows(x, y, A, B, starts, scale, c)
 
@@ -162,7 +162,7 @@ class LoraKernels(KernelForm):
     def apply(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         from adaptc.kernels import lora_linear
 
-        A, B = slots.values()
+        A, B, *_ = slots.values()
         return lora_linear(x, W, b, A, B, scale)
 
 

@@ -13,6 +13,7 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.method_parts import AdapterContent
 from adaptc.methods._shared.name_patterns import default_and_pattern, pattern_value
 from adaptc.methods._shared.option_checks import (
+    OptionGroup,
     check_bias,
     check_integers,
     check_probability,
@@ -28,8 +29,8 @@ from adaptc.methods.lora_family.lora import Lora
 from adaptc.methods.lora_family.qalora import QaLora
 from adaptc.methods.lora_family.variants.bdlora import BdLora, BdLoraConfig
 from adaptc.methods.lora_family.variants.kasa import DIAGONAL, Kasa, KasaConfig
-
-NOT_IMPLEMENTED = "this LoRA variant is not implemented"
+from adaptc.methods.lora_family.variants.monteclora import Monteclora, MontecloraConfig
+from adaptc.methods.lora_family.variants.velora import Velora, VeloraConfig
 
 #: fields that each choose a variant of LoRA; at most one may be set
 VARIANT_FIELDS = (
@@ -42,6 +43,9 @@ VARIANT_FIELDS = (
     "arrow_config",
     "kasa_config",
 )
+
+#: the options of variants that differ from LoRA in training alone
+TRAINING_VARIANTS: tuple[type[OptionGroup], ...] = (VeloraConfig, MontecloraConfig)
 
 
 @dataclass
@@ -62,6 +66,10 @@ class LoraConfig(TargetedConfig):
         use_qalora: whether the adapter's input is pooled over groups of features (QA-LoRA).
         qalora_group_size: the number of features in a group, which divides those of every layer.
         layer_replication: ranges of blocks that are repeated, each with adapters of its own.
+        velora_config: the options of VeLoRA, whose gradient of A is made of compressed activations, an
+            :class:`adaptc.VeloraConfig`.
+        monteclora_config: the options of MonteCLoRA, which samples A around its value in training, an
+            :class:`adaptc.MontecloraConfig`.
         lora_bias: whether B has a bias.
         use_bdlora: an :class:`adaptc.BdLoraConfig` for BD-LoRA, whose A or B is block-diagonal.
         arrow_config: the routing of Arrow, an :class:`adaptc.ArrowConfig`.
@@ -82,6 +90,8 @@ class LoraConfig(TargetedConfig):
         {"use_qalora": True},
         {"use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 2}},
         {"kasa_config": {}},
+        {"velora_config": {}},
+        {"monteclora_config": {}},
         {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
     )
     dropout_field: ClassVar[str] = "lora_dropout"
@@ -92,8 +102,6 @@ class LoraConfig(TargetedConfig):
         "corda_config": "initialisation from activations is not implemented",
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
-        "velora_config": NOT_IMPLEMENTED,
-        "monteclora_config": NOT_IMPLEMENTED,
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
     }
 
@@ -114,11 +122,11 @@ class LoraConfig(TargetedConfig):
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
     use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
+    velora_config: VeloraConfig | dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = None
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
@@ -158,6 +166,7 @@ class LoraConfig(TargetedConfig):
         self._check_arrow()
         self._check_dropped_terms()
         self._check_blocks()
+        self._check_training_variants()
         variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "mica":
             if self.ensure_weight_tying:
@@ -204,6 +213,17 @@ class LoraConfig(TargetedConfig):
                     "embeddings; unset one of the two"
                 )
 
+    def _check_training_variants(self) -> None:
+        for options in TRAINING_VARIANTS:
+            value = getattr(self, options.option)
+            if value is None:
+                continue
+            setattr(self, options.option, options.from_value(value))
+            if self.ensure_weight_tying:
+                raise ConfigError(
+                    f"ensure_weight_tying=True has no meaning with {options.option}, which embeddings do not have"
+                )
+
     def _check_arrow(self) -> None:
         if self.arrow_config is None:
             return
@@ -218,7 +238,7 @@ class LoraConfig(TargetedConfig):
     def _check_dropped_terms(self) -> None:
         if self.kasa_config is None:
             return
-        self.kasa_config = KasaConfig.from_value("kasa_config", self.kasa_config)
+        self.kasa_config = KasaConfig.from_value(self.kasa_config)
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r} has no meaning for KaSA, which puts random singular "
@@ -233,7 +253,7 @@ class LoraConfig(TargetedConfig):
     def _check_blocks(self) -> None:
         if self.use_bdlora is None:
             return
-        self.use_bdlora = BdLoraConfig.from_value("use_bdlora", self.use_bdlora)
+        self.use_bdlora = BdLoraConfig.from_value(self.use_bdlora)
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r} has no meaning for BD-LoRA, whose factors have blocks; "
@@ -284,7 +304,7 @@ class LoraConfig(TargetedConfig):
 
     def check_layer(self, name: str) -> None:
         if self.use_bdlora is not None:
-            BdLoraConfig.from_value("use_bdlora", self.use_bdlora).check_layer(name)
+            BdLoraConfig.from_value(self.use_bdlora).check_layer(name)
 
     def as_plain_lora(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
         """Return this config for plain LoRA with a scale of one and these ranks (module name -> rank).
@@ -306,6 +326,8 @@ class LoraConfig(TargetedConfig):
             init_lora_weights=True,
             loftq_config={},
             ensure_weight_tying=False,
+            velora_config=None,
+            monteclora_config=None,
         )
 
     def method(self, name: str, kind: str) -> Lora | Arrow:
@@ -328,9 +350,17 @@ class LoraConfig(TargetedConfig):
         if self.kasa_config is not None:
             return Kasa(**options)
         if self.use_bdlora is not None:
-            blocks = BdLoraConfig.from_value("use_bdlora", self.use_bdlora)
+            blocks = BdLoraConfig.from_value(self.use_bdlora)
             factor = blocks.factor_at(name)
             return Lora(**options) if factor is None else BdLora(**options, blocks=blocks.nblocks, factor=factor)
+        if self.velora_config is not None:
+            velora = VeloraConfig.from_value(self.velora_config)
+            return Velora(
+                **options, num_groups=velora.num_groups, gradient_scale=velora.scale, init_type=velora.init_type
+            )
+        if self.monteclora_config is not None:
+            monteclora = MontecloraConfig.from_value(self.monteclora_config)
+            return Monteclora(**options, num_samples=monteclora.num_samples, sample_scaler=monteclora.sample_scaler)
         return (Dora if self.use_dora else Lora)(**options)
 
     def _arrow_method(self, rank: int) -> Arrow:

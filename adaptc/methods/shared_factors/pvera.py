@@ -20,11 +20,16 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.option_checks import check_integers, check_matrix, check_probability, prepare_adapter_input
+from adaptc.methods._shared.option_checks import (
+    check_integers,
+    check_matrix,
+    check_probability,
+    is_in_training,
+    prepare_adapter_input,
+)
 from adaptc.methods.shared_factors.projections import LargestSites, ProjectionFiles, draw_projections
 from adaptc.methods.shared_factors.vera import VeraSizes
 from adaptc.passes.graph.ops import Op, cast
@@ -239,7 +244,6 @@ class Pvera(Method):
         """Return noise of this logarithm of its variance; zeros once a program trained with it is in inference."""
         if self.sample:
             return torch.randn_like(logvar) * torch.exp(0.5 * logvar)
-        # Dropout of probability 1 draws nothing: it is 0 in training and 1 in inference. Programs switch it, as they
-        # switch dropout. It is a factor of the exponent too, since infinity times 0 is NaN.
-        is_on = 1 - F.dropout(torch.ones((), dtype=logvar.dtype, device=logvar.device), 1.0, training=True)
+        # A factor of the exponent too, since infinity times 0 is NaN.
+        is_on = cast(is_in_training(logvar), logvar.dtype)
         return torch.randn_like(logvar) * torch.exp(0.5 * is_on * logvar) * is_on

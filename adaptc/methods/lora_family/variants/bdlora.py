@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
-from adaptc.methods._shared.option_checks import SubConfig, check_integers
+from adaptc.methods._shared.option_checks import OptionGroup, check_integers
 from adaptc.methods.lora_family.lora import LORA_NAMES, Lora, LoraBank, LoraFiles, LoraKernels
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
@@ -31,7 +31,7 @@ DOWN, UP = "lora_A.weight", "lora_B.weight"
 
 
 @dataclass
-class BdLoraConfig(SubConfig):
+class BdLoraConfig(OptionGroup):
     """PEFT's ``BdLoraConfig``: same names, same defaults, for ``LoraConfig(use_bdlora=...)``.
 
     Layers that a server shards by rows (output projections) take a block-diagonal A. Those that it shards by columns
@@ -48,6 +48,8 @@ class BdLoraConfig(SubConfig):
         >>> blocks = adaptc.BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
         >>> config = adaptc.LoraConfig(r=8, use_bdlora=blocks, target_modules=["q_proj", "o_proj"])
     """
+
+    option: ClassVar[str] = "use_bdlora"
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._shared.option_checks import SubConfig
+from adaptc.methods._shared.option_checks import OptionGroup
 from adaptc.methods.lora_family.lora import LORA_NAMES, Lora, LoraFiles, by_expert
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Scale, Slot, Slots
@@ -32,7 +32,7 @@ DROPPED = ("kasa_A", "kasa_B")
 
 
 @dataclass
-class KasaConfig(SubConfig):
+class KasaConfig(OptionGroup):
     """PEFT's ``KasaConfig``: same names, same defaults, for ``LoraConfig(kasa_config=...)``.
 
     Both factors have an effect through :func:`adaptc.training.kasa_loss` alone. Raises ConfigError for negative ones.
@@ -44,6 +44,8 @@ class KasaConfig(SubConfig):
     Example:
         >>> config = adaptc.LoraConfig(r=8, kasa_config=adaptc.KasaConfig(beta=1e-3), target_modules=["q_proj"])
     """
+
+    option: ClassVar[str] = "kasa_config"
 
     beta: float = 1e-4
     gamma: float = 1e-3
