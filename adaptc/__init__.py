@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from adaptc.generation.generator import Generator
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
+    from adaptc.methods.lora_family.from_data.corda import CordaConfig
+    from adaptc.methods.lora_family.from_data.eva import EvaConfig
+    from adaptc.methods.lora_family.from_data.lora_ga import LoraGAConfig
     from adaptc.methods.lora_family.gralora import GraloraConfig
     from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
@@ -136,6 +139,9 @@ PUBLIC = {
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
     "LoftQConfig": "adaptc.methods.lora_family.loftq",
+    "CordaConfig": "adaptc.methods.lora_family.from_data.corda",
+    "EvaConfig": "adaptc.methods.lora_family.from_data.eva",
+    "LoraGAConfig": "adaptc.methods.lora_family.from_data.lora_ga",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",
     "OFTConfig": "adaptc.methods.orthogonal.oft",
     "BOFTConfig": "adaptc.methods.orthogonal.boft",

@@ -103,6 +103,8 @@ def bind(
         keeps_base = method.base_scheme() is not None and isinstance(spec.weights[a.fqn], QuantizedTensor)
         if method.changes_base_at_init() and not keeps_base:
             base = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a)).base
+            if base is None:
+                raise CheckpointError(_changed_by_data(source, a))
         builder.add_site(a, method, slots, base)
     builder.fill_absent_sites(methods)
     for key in list(unused_keys):
@@ -122,6 +124,15 @@ def bind(
     if plans is not None:
         plans.learn_plan(structure, spec, binding, data)
     return binding
+
+
+def _changed_by_data(source: str, a: Attachment) -> str:
+    return (
+        f"{source}: by its config its first values changed the base weight {a.fqn!r}, by data that no file of an "
+        "adapter holds. Where it was trained, adaptc.convert_to_lora(program, rank=2 * r) makes an adapter for the "
+        "base as it was. If this program has the changed base already, or there was no data, give the config with "
+        "init_lora_weights=True"
+    )
 
 
 def _warn_of_idle(idle: Mapping[str, Tensor], source: str) -> None:

@@ -23,11 +23,18 @@ from adaptc.methods.lora_family.alora import Alora
 from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
 from adaptc.methods.lora_family.arrow_experts import split_arrow_adapter
 from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
+from adaptc.methods.lora_family.from_data.corda import CordaConfig
+from adaptc.methods.lora_family.from_data.data_options import DataOptions
+from adaptc.methods.lora_family.from_data.eva import EvaConfig
+from adaptc.methods.lora_family.from_data.lora_ga import LoraGAConfig
 from adaptc.methods.lora_family.loftq import LoftQConfig
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.methods.lora_family.qalora import QaLora
 
 NOT_IMPLEMENTED = "this LoRA variant is not implemented"
+
+#: the options of first values that are made of data
+DATA_OPTIONS: tuple[type[DataOptions], ...] = (CordaConfig, EvaConfig, LoraGAConfig)
 
 #: fields that each choose a variant of LoRA; at most one may be set
 VARIANT_FIELDS = (
@@ -52,7 +59,11 @@ class LoraConfig(TargetedConfig):
         use_rslora: whether the scale is alpha / sqrt(r).
         init_lora_weights: True starts with B zero, "gaussian" also draws A from a normal distribution. "pissa", "olora"
             and "orthogonal" are schemes of their own, and False draws both factors. "loftq" quantises the weight and
-            starts with its error. "mica" makes B of the smallest singular vectors and trains A alone.
+            starts with its error. "mica" makes B of the smallest singular vectors and trains A alone. "corda", "eva"
+            and "lora_ga" take data: :func:`adaptc.methods.initialize_from_data`.
+        eva_config: the options of "eva", an :class:`adaptc.EvaConfig` or a dict of its fields.
+        corda_config: the options of "corda", an :class:`adaptc.CordaConfig` or a dict of its fields.
+        lora_ga_config: the options of "lora_ga", an :class:`adaptc.LoraGAConfig` or a dict of its fields.
         loftq_config: the options of "loftq", an :class:`adaptc.LoftQConfig` or a dict of its fields.
         trainable_token_indices: rows of embeddings that are trained, or name -> rows.
         use_dora: whether the weight is split into magnitude and direction (DoRA).
@@ -81,9 +92,6 @@ class LoraConfig(TargetedConfig):
     writes_unset_fields: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
     unsupported_fields: ClassVar[Mapping[str, str]] = {
-        "eva_config": "initialisation from activations is not implemented",
-        "corda_config": "initialisation from activations is not implemented",
-        "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "velora_config": NOT_IMPLEMENTED,
         "monteclora_config": NOT_IMPLEMENTED,
@@ -105,9 +113,9 @@ class LoraConfig(TargetedConfig):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: LoftQConfig | dict[str, Any] | None = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
     use_dora: bool = False
     velora_config: dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -148,6 +156,7 @@ class LoraConfig(TargetedConfig):
         if has_loftq_options and not self._is_loftq:
             warn_unused(self, ("loftq_config",), "without init_lora_weights='loftq'")
             self.loftq_config = {}
+        self._check_data_options()
         self._check_invocation()
         self._check_pooling()
         self._check_arrow()
@@ -166,6 +175,25 @@ class LoraConfig(TargetedConfig):
     def _is_loftq(self) -> bool:
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "loftq"
 
+    def data_options(self) -> DataOptions | None:
+        """Return the options of the first values that are made of data; None for a scheme that takes none."""
+        return next((v for c in DATA_OPTIONS if (v := getattr(self, c.option)) is not None), None)
+
+    def _check_data_options(self) -> None:
+        scheme = self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else None
+        for options in DATA_OPTIONS:
+            value = getattr(self, options.option)
+            if options.scheme == scheme:
+                setattr(self, options.option, options() if value is None else options.from_value(value))
+            elif value is not None:
+                options.from_value(value)
+                warn_unused(self, (options.option,), f"without init_lora_weights={options.scheme!r}")
+                setattr(self, options.option, None)
+        if self.ensure_weight_tying and self.data_options() is not None:
+            raise ConfigError(
+                f"ensure_weight_tying=True has no meaning with init_lora_weights={scheme!r}, which embeddings have not"
+            )
+
     def _check_invocation(self) -> None:
         tokens, scheme = self.alora_invocation_tokens, self.init_lora_weights
         if tokens is None:
@@ -175,7 +203,7 @@ class LoraConfig(TargetedConfig):
         check_integers(self, {f"alora_invocation_tokens[{i}]": t for i, t in enumerate(tokens)}, minimum=0)
         if self.ensure_weight_tying:
             raise ConfigError("ensure_weight_tying=True has no meaning for aLoRA, which embeddings do not have")
-        if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora", "loftq")):
+        if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
             raise ConfigError(
                 f"init_lora_weights={scheme!r} changes the base weight, and before the tokens that invoke aLoRA the "
                 "model is to be the base; use True, 'gaussian' or 'orthogonal'"
@@ -229,11 +257,10 @@ class LoraConfig(TargetedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        return (
-            out
-            if self.arrow_config is None
-            else out | {"arrow_config": asdict(ArrowConfig.from_value(self.arrow_config))}
-        )
+        if self.arrow_config is not None:
+            out["arrow_config"] = asdict(ArrowConfig.from_value(self.arrow_config))
+        options = self.data_options()
+        return out if options is None else out | {options.option: asdict(options)}
 
     def adapters_to_write(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, AdapterContent]:
         if self.arrow_config is None:
@@ -260,6 +287,7 @@ class LoraConfig(TargetedConfig):
             lora_bias=bias,
             init_lora_weights=True,
             loftq_config={},
+            **{options.option: None for options in DATA_OPTIONS},
             ensure_weight_tying=False,
         )
 
