@@ -1,4 +1,4 @@
-"""CorDA: first values of the weight times the covariance of the layer's inputs, as PEFT's ``preprocess_corda`` makes."""
+"""CorDA: first values of the weight times the covariance of the layer's inputs, as PEFT makes them."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_refusals() -> None:
         compiled(r=14)
     with pytest.raises(adaptc.ConfigError, match="prune_temporary_fields=False"):
         adaptc.CordaConfig(prune_temporary_fields=False)
-    with pytest.raises(adaptc.ConfigError, match="CordaConfig.corda_method must be"):
+    with pytest.raises(adaptc.ConfigError, match=r"CordaConfig\.corda_method must be"):
         adaptc.CordaConfig(corda_method="kmp")  # type: ignore[arg-type]
     with pytest.raises(adaptc.ConfigError, match="CordaConfig has no field 'method'"):
         adaptc.LoraConfig(init_lora_weights="corda", corda_config={"method": "kpm"})
@@ -203,7 +203,7 @@ def test_refusals() -> None:
         adaptc.LoraConfig(init_lora_weights="corda", ensure_weight_tying=True)
     with pytest.raises(adaptc.ConfigError, match="take no data"):
         adaptc.methods.initialize_from_data(compiled(init_lora_weights="pissa"), BATCHES)
-    with pytest.raises(adaptc.AdaptcError, match="takes a program .* not a ProgramModule"):
+    with pytest.raises(adaptc.AdaptcError, match=r"takes a program .* not a ProgramModule"):
         adaptc.methods.initialize_from_data(compiled().module(), BATCHES)
     with pytest.raises(adaptc.ConfigError, match="loss= is for 'lora_ga'"):
         adaptc.methods.initialize_from_data(compiled(), BATCHES, loss=lambda out: out.sum())

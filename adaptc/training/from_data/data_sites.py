@@ -37,7 +37,7 @@ class DataSite:
 
 @dataclass(frozen=True)
 class SiteValues:
-    """What is made for a site: A, B and the method with their rank and alpha; None for a site that gets no rank.
+    """The values of a site: A, B and the method with their rank and alpha; None for a site that gets no rank.
 
     ``rows``: how many rows of input it was made of, 0 where a file had the statistics. ``explained``: the part of the
     variance of the input that the rank explains; None where it is not known.

@@ -35,7 +35,7 @@ from adaptc.training.from_data.lora_ga_pass import lora_ga_values
 
 @dataclass(frozen=True)
 class DataFit:
-    """What a site got: its ``rank``, which the config gave as ``asked``, and its ``alpha``.
+    """The values that a site got: its ``rank``, which the config gave as ``asked``, and its ``alpha``.
 
     ``rows``: how many rows of input it was made of, 0 where a file had the statistics or gradients were used.
     ``explained``: the part of the variance of its input that the rank explains; None where it is not known.

@@ -1,7 +1,7 @@
 """LoRA-GA: first A and B of the gradient of the weight (Wang, Yu and Li, arXiv 2407.05000).
 
 G = U S V^T is the mean gradient of the loss by the weight, of which 2 r terms are kept. ``direction`` says which of
-them are A and which are B: "ArB2r" makes A of the first r rows of V^T and B of the next r columns of U S, "A2rBr" does
+them are A and which are B. "ArB2r" makes A of the first r rows of V^T and B of the next r columns of U S. "A2rBr" does
 it the other way round. "ArBr" takes every second term for A and the others for B, and "random" the same r for both. W
 loses s B A, so the first step of training changes it as full fine-tuning would.
 """
