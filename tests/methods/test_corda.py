@@ -148,6 +148,26 @@ def test_an_adapter_file_holds_no_base_so_it_is_converted(tmp_path: Path) -> Non
     torch.testing.assert_close(theirs(ids=IDS), trained, rtol=1e-4, atol=1e-4)
 
 
+def test_a_module_loads_its_own_state_again() -> None:
+    """As Trainer does for a checkpoint: the tensors are of the adapter that is there, and so is its base."""
+    program = compiled()
+    adaptc.methods.initialize_from_data(program, BATCHES)
+    module = program.module()
+    state, before = {k: t.clone() for k, t in module.state_dict().items()}, module(ids=IDS)
+    _, trained = both_losses(module)
+    assert_differs(trained, before)
+    module.load_state_dict(state)
+    torch.testing.assert_close(module(ids=IDS), before)
+    both_losses(module)
+    adaptc.swap(program, state)
+    torch.testing.assert_close(program(ids=IDS), before)
+    untouched = compiled()
+    adaptc.swap(untouched, state)  # which had no data, so its base is the original
+    plain = compiled(init_lora_weights=True)
+    adaptc.swap(plain, state)
+    torch.testing.assert_close(untouched(ids=IDS), plain(ids=IDS))
+
+
 def test_a_second_call_starts_over_from_the_original_weights() -> None:
     one, two = compiled(), compiled()
     adaptc.methods.initialize_from_data(one, BATCHES)

@@ -97,14 +97,16 @@ def test_a_site_without_a_rank_leaves_the_adapter(tmp_path: Path) -> None:
     def flat() -> nn.Module:
         model = data_net()
         with torch.no_grad():
+            model.rows.weight.copy_(torch.linalg.qr(model.rows.weight).Q)
             model.left.weight.zero_()
             model.left.bias.fill_(1)
-            model.right.weight.copy_(torch.eye(11, 7)).mul_((torch.arange(7) < 2))
+            model.right.weight.copy_(torch.eye(11, 7)).mul_(torch.arange(7) < 2)
         return model
 
+    batches = [{"ids": torch.arange(17).roll(n)[:16].reshape(2, 8)} for n in range(3)]
     program = compiled(flat(), r=1)
-    report = adaptc.methods.initialize_from_data(program, BATCHES)
-    theirs = by_peft(model=flat(), r=1)
+    report = adaptc.methods.initialize_from_data(program, batches)
+    theirs = by_peft(batches, model=flat(), r=1)
     assert_as_in_peft(program, theirs)
     ranks = {s.site: s.rank for s in report.sites}
     assert ranks == {"left": 1, "right": 0, "down": 2}
