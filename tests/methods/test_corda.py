@@ -177,6 +177,38 @@ def test_a_second_call_starts_over_from_the_original_weights() -> None:
         torch.testing.assert_close(two.state_dict[name], tensor)
 
 
+class Functional(nn.Module):
+    """A net that reads a weight without calling its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.mid = nn.Embedding(17, 7), nn.Linear(7, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.einsum("bti,oi->bto", self.rows(ids), torch.exp(self.mid.weight))
+
+
+def test_a_site_without_an_input_is_named() -> None:
+    program = compiled(Functional().eval(), target_modules=["mid"])
+    before = program.binding
+    with pytest.raises(adaptc.AdaptcError, match="no data reaches 'mid'"):
+        adaptc.methods.initialize_from_data(program, BATCHES)
+    assert program.binding is before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = data_net().to(dtype)
+    program, wide = compiled(model), compiled()
+    for one in (program, wide):
+        adaptc.methods.initialize_from_data(one, BATCHES)
+    tolerance = 0.06 if dtype == torch.bfloat16 else 1e-10
+    torch.testing.assert_close(program(ids=IDS), model(ids=IDS), rtol=tolerance, atol=tolerance)
+    (a, b), (A, B) = factors(program, "left"), factors(wide, "left")
+    assert a.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    torch.testing.assert_close((b @ a).float(), B @ A, rtol=0.05, atol=0.03)
+
+
 def nan_net() -> nn.Module:
     model = data_net()
     with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.methods.lora_family.from_data.eva import InputComponents
 from tests.support.data_nets import BATCHES, IDS, LanguageNet, both_losses, data_net, factors, peft_sites
+from tests.support.families import FAMILIES
 from tests.support.oracle import quiet
 
 CONFIG: dict[str, Any] = {
@@ -137,6 +138,28 @@ def test_padding_and_labels_are_left_out() -> None:
         program = adaptc.compile(LanguageNet.make(), config, example_inputs=example, training=True)
         adaptc.methods.initialize_from_data(program, masked)
         assert_as_in_peft(program, theirs)
+
+
+@pytest.mark.parametrize("rho", [2.0, 3.0])
+def test_a_language_model_gets_pefts_ranks(rho: float) -> None:
+    """Three layers of a block read one tensor, and have one search; of equal ones, the same lose their rank."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9, [0] * 2 + [1] * 7])
+    ids = [torch.randint(0, 61, (3, 9), generator=generator) for _ in range(5)]
+    batches = [{"input_ids": i, "attention_mask": mask, "labels": i.masked_fill(mask == 0, -100)} for i in ids]
+    options = {**CONFIG, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+    build = FAMILIES["llama"].build
+    example = {k: batches[0][k] for k in ("input_ids", "attention_mask")}
+    config = adaptc.LoraConfig(**options, eva_config={"rho": rho})
+    program = adaptc.compile(build().eval(), config, example_inputs=example, training=True)
+    adaptc.methods.initialize_from_data(program, batches)
+    with quiet(".*eva initialization.*"):
+        theirs = peft.get_peft_model(build().eval(), peft.LoraConfig(**options, eva_config=peft.EvaConfig(rho=rho)))
+    initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
+    assert_as_in_peft(program, theirs)
+    found: Any = program.binding.config
+    assert found.rank_pattern
+    assert sorted(found.target_modules) == sorted(theirs.peft_config["default"].target_modules)
 
 
 def test_whitening_divides_once() -> None:

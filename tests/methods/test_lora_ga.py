@@ -157,6 +157,39 @@ def test_the_loss_of_the_outputs_and_dropout() -> None:
     assert_differs(gradients[0], gradients[1], 1e-4)  # dropout acts, as in training
 
 
+class Normed(nn.Module):
+    """A net whose batch norm counts and averages in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.norm, self.down = nn.Linear(7, 11), nn.BatchNorm1d(11), nn.Linear(11, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.norm(self.left(x))))
+
+
+def test_buffers_are_not_written_to() -> None:
+    torch.manual_seed(4)
+    model, x = Normed().train(), torch.randn(6, 7)
+    config = adaptc.LoraConfig(**{**CONFIG, "target_modules": ["left", "down"]})
+    program = adaptc.compile(model, config, example_inputs=x, training=True)
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    adaptc.methods.initialize_from_data(program, [x, x + 3], loss=lambda out: out.square().sum())
+    assert set(program.binding.changed_base) == {"left.weight", "down.weight"}
+    for name, tensor in state.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+        assert torch.equal(adaptc.unload(program).state_dict[name], tensor)
+    twin = Normed().train()
+    twin.load_state_dict(state)
+    for batch in (x, x + 3):
+        twin(batch).square().sum().backward()
+    assert twin.down.weight.grad is not None
+    U, S, _ = torch.linalg.svd(twin.down.weight.grad / 2)
+    _, B = factors(program, "down")
+    expected = U[:, 2:4] * S[2:4] * 5**0.25 / 4
+    torch.testing.assert_close(B.abs(), expected.abs(), rtol=1e-3, atol=1e-3)
+
+
 def nan_net() -> nn.Module:
     model = data_net()
     with torch.no_grad():
