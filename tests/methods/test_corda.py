@@ -196,6 +196,7 @@ def test_a_site_without_an_input_is_named() -> None:
     assert program.binding is before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model = data_net().to(dtype)
@@ -234,6 +235,21 @@ def test_errors_name_the_site_and_change_nothing(model: Any, batches: list[Any],
         adaptc.methods.initialize_from_data(program, batches)
     assert program.binding is binding
     assert all(program.state_dict[k] is t for k, t in state.items())
+
+
+def test_programs_that_cannot_take_data_are_refused(tmp_path: Path) -> None:
+    program = compiled()
+    adaptc.methods.initialize_from_data(program, BATCHES)
+    loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
+    with pytest.raises(adaptc.ConfigError, match=r"'left\.weight', of which the program's file has no original"):
+        adaptc.methods.initialize_from_data(loaded, BATCHES)
+    bound = program.bind(program.binding)
+    with pytest.raises(adaptc.AdaptcError, match="not a Runner"):
+        adaptc.methods.initialize_from_data(bound, BATCHES)
+    configs = {n: adaptc.LoraConfig(**CONFIG) for n in ("fr", "de")}
+    several = adaptc.compile(data_net(), configs, example_inputs={"ids": IDS}, training=True)
+    with pytest.raises(adaptc.ConfigError, match=r"has the adapters \['de', 'fr'\]"):
+        adaptc.methods.initialize_from_data(several, BATCHES)
 
 
 def test_refusals() -> None:

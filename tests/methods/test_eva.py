@@ -140,6 +140,7 @@ def test_padding_and_labels_are_left_out() -> None:
         assert_as_in_peft(program, theirs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rho", [2.0, 3.0])
 def test_a_language_model_gets_pefts_ranks(rho: float) -> None:
     """Three layers of a block read one tensor, and have one search; of equal ones, the same lose their rank."""

@@ -46,6 +46,7 @@ def by_peft(cache_file: str | None = None, **options: Any) -> Any:
         return peft.get_peft_model(model, config)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 def test_the_values_are_pefts(direction: Any, scale: Any) -> None:

@@ -84,6 +84,8 @@ def find_data_sites(program: ProgramCore, spec: BindingSpec, binding: Binding, c
         assert isinstance(method, Lora)
         if method.changes_base_at_init():
             option = f"init_lora_weights={method.scheme!r} changes the base weight {a.fqn!r}"
+            if a.fqn in spec.residual:
+                raise ConfigError(f"{option}, of which the program's file has no original: compile the model again")
             if a.tied:
                 raise ConfigError(f"{option}, which other layers read too: leave it out, or use 'eva'")
             if isinstance(spec.weights[a.fqn], QuantizedTensor):

@@ -115,12 +115,12 @@ def initialize_from_data(
     Example:
         >>> config = adaptc.LoraConfig(r=2, target_modules=["0"], init_lora_weights="corda")
         >>> adapted = adaptc.compile(model, config, example_inputs=x, training=True)
-        >>> report = adaptc.methods.initialize_from_data(adapted, [torch.randn(9, 7) for _ in range(3)])
+        >>> report = adaptc.methods.initialize_from_data(adapted, [x + 1, x - 1])
         >>> report.sites[0].rank
         2
     """
-    inside = getattr(program, "program", program)
-    if not isinstance(inside, ProgramCore) or isinstance(program, torch.nn.Module):
+    inside = program.program if hasattr(program, "with_program") else program  # of a generator, its step
+    if not isinstance(inside, ProgramCore):
         raise AdaptcError(
             f"initialize_from_data takes a program that adaptc.compile gave, not a {type(program).__name__}; make "
             "modules of it afterwards"
