@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import adaptc
 from tests.support.data_nets import BATCHES, IDS, both_losses, data_net, factors, peft_sites
+from tests.support.families import FAMILIES
 from tests.support.oracle import assert_differs, quiet
 from tests.support.site_checks import adapter_parameters
 
@@ -166,6 +167,21 @@ def test_a_module_loads_its_own_state_again() -> None:
     plain = compiled(init_lora_weights=True)
     adaptc.swap(plain, state)
     torch.testing.assert_close(untouched(ids=IDS), plain(ids=IDS))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("given", [True, False])
+def test_a_module_generates_on_the_changed_base(given: bool) -> None:
+    """Generation captures the model once more, on the base as the data changed it."""
+    build, ids = FAMILIES["llama"].build, torch.arange(18).reshape(2, 9)
+    config = adaptc.LoraConfig(**{**CONFIG, "target_modules": ["q_proj"]})
+    program = adaptc.compile(build().eval(), config, example_inputs={"input_ids": ids}, training=True)
+    if given:
+        adaptc.methods.initialize_from_data(program, [{"input_ids": ids}])
+        assert program.binding.changed_base
+    found = program.module().eval().generate(ids, max_new_tokens=4, do_sample=False)
+    expected = build().eval().generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, expected)
 
 
 def test_a_second_call_starts_over_from_the_original_weights() -> None:

@@ -287,6 +287,9 @@ class Lora(Method):
             ("pissa", "olora", "loftq", "corda", "lora_ga")
         )
 
+    def base_needs_data(self) -> bool:
+        return self.changes_base_at_init() and self.data_scheme() is not None
+
     def base_scheme(self) -> Any:
         is_loftq = isinstance(self.scheme, str) and self.scheme.lower() == "loftq"
         return LOFTQ_SCHEMES[self.loftq_bits] if is_loftq else None

@@ -179,6 +179,10 @@ class LoraConfig(TargetedConfig):
         """Return the options of the first values that are made of data; None for a scheme that takes none."""
         return next((v for c in DATA_OPTIONS if (v := getattr(self, c.option)) is not None), None)
 
+    def for_changed_base(self) -> LoraConfig:
+        none = {options.option: None for options in DATA_OPTIONS}
+        return self if self.data_options() is None else self.replace(init_lora_weights=True, **none)
+
     def _check_data_options(self) -> None:
         scheme = self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else None
         for options in DATA_OPTIONS:
