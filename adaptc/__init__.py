@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from adaptc.generation.generator import Generator
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
     from adaptc.methods.lora_family.arrow import ArrowConfig
+    from adaptc.methods.lora_family.from_data.corda import CordaConfig
+    from adaptc.methods.lora_family.from_data.eva import EvaConfig
+    from adaptc.methods.lora_family.from_data.lora_ga import LoraGAConfig
     from adaptc.methods.lora_family.gralora import GraloraConfig
     from adaptc.methods.lora_family.loftq import LoftQConfig
     from adaptc.methods.lora_family.lora_config import LoraConfig
@@ -144,6 +147,9 @@ PUBLIC = {
     "BdLoraConfig": "adaptc.methods.lora_family.variants.bdlora",
     "KasaConfig": "adaptc.methods.lora_family.variants.kasa",
     "LoftQConfig": "adaptc.methods.lora_family.loftq",
+    "CordaConfig": "adaptc.methods.lora_family.from_data.corda",
+    "EvaConfig": "adaptc.methods.lora_family.from_data.eva",
+    "LoraGAConfig": "adaptc.methods.lora_family.from_data.lora_ga",
     "MontecloraConfig": "adaptc.methods.lora_family.variants.monteclora",
     "VeloraConfig": "adaptc.methods.lora_family.variants.velora",
     "AdaLoraConfig": "adaptc.methods.lora_family.adalora",

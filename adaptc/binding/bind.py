@@ -65,14 +65,20 @@ def initial_values(
 
 
 def bind(
-    spec: BindingSpec, data: ResolvedAdapter, *, plans: BindingPlanCache | None = None, copy_tensors: bool = True
+    spec: BindingSpec,
+    data: ResolvedAdapter,
+    *,
+    plans: BindingPlanCache | None = None,
+    copy_tensors: bool = True,
+    known_base: Mapping[str, Tensor] | None = None,
 ) -> Binding:
     """Bind the tensors of an adapter to the slots.
 
     Ranks that the config does not know are read off the tensors (``data.infer_ranks``). Else the config gives the
     ranks, and a shape that disagrees is an error. Sites for which the adapter has no tensor take identity values.
     ``plans`` are those of the program with this ``spec``. With ``copy_tensors``, no value shares the memory of a
-    caller's tensors.
+    caller's tensors. ``known_base``: FQN -> the base weight that the adapter's first values changed by data; None where
+    that is not known.
 
     Raises CheckpointError for missing keys, wrong shapes and dtypes of another kind. It does so too for values that are
     not finite, in the tensors or in the dtype of their slot. Raises SwapError for keys of sites that the program does
@@ -103,6 +109,11 @@ def bind(
         keeps_base = method.base_scheme() is not None and isinstance(spec.weights[a.fqn], QuantizedTensor)
         if method.changes_base_at_init() and not keeps_base:
             base = method.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a)).base
+            if base is None:
+                if known_base is None:
+                    raise CheckpointError(_changed_by_data(source, a))
+                changed = known_base.get(a.fqn)
+                base = None if changed is None else spec.ops[a.id].canonical(changed.detach())
         builder.add_site(a, method, slots, base)
     builder.fill_absent_sites(methods)
     for key in list(unused_keys):
@@ -122,6 +133,15 @@ def bind(
     if plans is not None:
         plans.learn_plan(structure, spec, binding, data)
     return binding
+
+
+def _changed_by_data(source: str, a: Attachment) -> str:
+    return (
+        f"{source}: by its config its first values changed the base weight {a.fqn!r}, by data that no file of an "
+        "adapter holds. Where it was trained, adaptc.convert_to_lora(program, rank=2 * r) makes an adapter for the "
+        "base as it was. If this program has the changed base already, or there was no data, give the config with "
+        "init_lora_weights=True"
+    )
 
 
 def _warn_of_idle(idle: Mapping[str, Tensor], source: str) -> None:

@@ -111,7 +111,9 @@ def bind_adapter(
             check_config(resolved.config)
         # Plans are for the spec of the whole program, and each of several adapters has its own.
         own, plans = (spec_of_adapter(spec, name), None) if is_joint else (spec, target.binding_plans)
-        bindings[name] = bind(own, resolved, plans=plans, copy_tensors=copy_tensors)
+        # Without a config, the tensors are of the current adapter, as where a module loads its state dict again.
+        base = bindings[name].changed_base if data.config is None and known is None else None
+        bindings[name] = bind(own, resolved, plans=plans, copy_tensors=copy_tensors, known_base=base)
     for name in sources.keys() - given.keys():
         bindings[name] = initial_values(spec_of_adapter(spec, name), bindings[name].config, methods_by_id={})
     made = binding_of_parts(spec, bindings) if is_joint else bindings[current.name]

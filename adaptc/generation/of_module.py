@@ -17,7 +17,7 @@ from adaptc.generation.compile_generation import compile_for_generation
 from adaptc.generation.generator import Generator
 from adaptc.generation.seq2seq.seq2seq_spec import decoder_length
 from adaptc.passes.graph.graph_lock import with_graph_lock
-from adaptc.program.recapture import adapter_in_memory, isolated_capture, rebuild_model
+from adaptc.program.recapture import adapter_in_memory, binding_on_rebuilt_model, isolated_capture, rebuild_model
 from adaptc.training.pretrained_module import PretrainedModule
 
 #: the most rows, and the most positions where the model numbers none: only memory limits them, as caches grow with a
@@ -56,7 +56,7 @@ def captured_for_module(module: PretrainedModule, kind: str, capture: Callable[[
         with isolated_capture(module):
             known = vars(module)[kind] = frozen, capture(module)
     made: Any = known[1]
-    binding = module.binding()
+    binding = binding_on_rebuilt_model(module)
     # Adapters of a module may have different sites; the program has the sites of the current one only.
     made.program.swap_adapter(
         binding if binding.values.keys() == made.program.binding_plans.tensor_names else adapter_in_memory(module)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         arrow_adapter,
         check_method,
         create_arrow_model,
+        initialize_from_data,
         reduce_intruder_dimension,
     )
     from adaptc.passes.graph.ops import Op
@@ -55,6 +56,7 @@ PUBLIC = {
     "create_arrow_model": "adaptc.api.adapt_model",
     "arrow_adapter": "adaptc.adapters.arrow_adapter",
     "reduce_intruder_dimension": "adaptc.adapters.intruders",
+    "initialize_from_data": "adaptc.training.from_data.initialize",
     "TargetedConfig": "adaptc.methods._shared.config",
     "ProgramConfig": "adaptc.methods._shared.program_config",
     "VirtualTokens": "adaptc.methods.prompt.virtual_tokens",

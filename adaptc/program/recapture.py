@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.program.add_adapter import to_adapter_data
 from adaptc.torch_typing import fork_rng
@@ -34,8 +36,28 @@ def rebuild_model(module: PretrainedModule) -> nn.Module:
         )
     program = module.program
     constants = {n: t for n, t in program.constants.items() if isinstance(t, Tensor)}
-    # ``originals`` come last: an adapter that changes the base (PiSSA) does so again when it is compiled.
-    return shell.with_tensors({**constants, **program.base_tensors_or_empty(), **own, **program.originals})
+    # ``originals`` come last: an adapter that changes the base (PiSSA) does so again when it is compiled. One that
+    # changed it by data cannot, and gets the base as it changed it.
+    by_data = _changed_by_data(program.binding)
+    originals = {n: t for n, t in program.originals.items() if n not in by_data}
+    return shell.with_tensors({**constants, **program.base_tensors_or_empty(), **own, **originals})
+
+
+def binding_on_rebuilt_model(module: PretrainedModule) -> Binding:
+    """Return the current binding of ``module`` for a program of its rebuilt model, which has the base weights already
+    that were changed by data."""
+    binding = module.binding()
+    return binding.without_changed_base(_changed_by_data(binding))
+
+
+def _changed_by_data(binding: Binding) -> frozenset[str]:
+    """Return the FQNs of the base weights that adapters in ``binding`` changed by data."""
+    parts = (p.active_form or p for p in binding.adapters_by_name.values())
+    return frozenset(n for p in parts if _needs_data(p) for n in p.changed_base)
+
+
+def _needs_data(binding: Binding) -> bool:
+    return any(m.base_needs_data() for m in binding.methods.values())
 
 
 def adapter_in_memory(module: PretrainedModule) -> Any:
@@ -48,7 +70,8 @@ def adapter_in_memory(module: PretrainedModule) -> Any:
     parts = {n: p.active_form or p for n, p in binding.joint_adapters.items()}
     made: dict[str, Any] = {}
     for n, p in (parts or {binding.name: binding.active_form or binding}).items():
-        data = to_adapter_data(module.program, n, p)
+        own = replace(p, config=p.config.for_changed_base()) if _needs_data(p) else p
+        data = to_adapter_data(module.program, n, own)
         made[n] = data.with_config({**(data.config or {}), "layer_replication": None})
     return made if parts else made[binding.name]
 

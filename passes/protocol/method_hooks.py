@@ -191,6 +191,10 @@ class Hooks:
         """Return whether its first values come with a changed base weight (PiSSA), which its adapters then need."""
         return False
 
+    def base_needs_data(self) -> bool:
+        """Return whether the changed base weight was made of data (CorDA), so that a file cannot bring it back."""
+        return False
+
     def base_scheme(self) -> Any:
         """Return the scheme by which the first values quantise the base weight (LoftQ); None where they do not.
 

@@ -127,7 +127,7 @@ def test_damage_is_an_error_or_what_the_file_says(where: Path, seed: int) -> Non
         ('{"a":' * 100_000, "not a JSON object"),
         ('{"unet.r": "many"}', "r"),
         ('{"unet.r": 4, "unet.lora_alpha": 2}', "shape"),
-        ('{"unet.r": 3, "unet.init_lora_weights": "eva", "unet.corda_config": {"a": 1}}', "corda_config"),
+        ('{"unet.r": 3, "unet.init_lora_weights": "corda", "unet.corda_config": {"a": 1}}', "corda_config"),
         ('{"unet.peft_type": "NONE"}', "NONE"),
     ],
 )

@@ -27,22 +27,11 @@ from tests.support.oracle import (
 CPU_OFFLOAD = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
 #: A value for every field that is refused, as PEFT's own config takes it.
 REFUSED: dict[str, Any] = {
-    "eva_config": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
-    "lora_ga_config": {"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()},
     "megatron_config": {"megatron_config": {"tensor_model_parallel_size": 1}},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
     "arrow_config": {"arrow_config": peft.ArrowConfig()},
     "runtime_config": {"runtime_config": CPU_OFFLOAD},
 }
-
-
-def corda() -> dict[str, Any]:
-    from peft.tuners.lora.config import CordaConfig
-
-    return {"init_lora_weights": "corda", "corda_config": CordaConfig()}
-
-
-REFUSED["corda_config"] = corda()
 
 PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
@@ -85,11 +74,10 @@ def test_what_is_not_supported_is_refused_by_name(name: str, oracle: Oracle, tmp
             call()
 
 
-@pytest.mark.parametrize("scheme", ["eva", "corda", "lora_ga", "nonsense"])
-def test_initialisations_that_do_not_exist_are_refused_by_name(scheme: str):
-    with pytest.raises(adaptc.ConfigError, match=rf"init_lora_weights.*{scheme}"):
+def test_an_initialisation_that_does_not_exist_is_refused_by_name():
+    with pytest.raises(adaptc.ConfigError, match=r"init_lora_weights.*nonsense"):
         adaptc.compile(
-            shared_base_program("llama"), adaptc.LoraConfig(target_modules=["q_proj"], init_lora_weights=scheme)
+            shared_base_program("llama"), adaptc.LoraConfig(target_modules=["q_proj"], init_lora_weights="nonsense")
         )
 
 

@@ -214,7 +214,7 @@ def test_stacked_weights_take_random_schemes_only(kind):
         ("tall", "pisa", 2, "not a known scheme; known are True, False, 'gaussian'"),
         ("tall", "pissa_niter_", 2, "pissa_niter_"),
         ("tall", "pissa_niter_-1", 2, "not a known"),
-        ("tall", "eva", 2, "not a known"),
+        ("conv2d", "eva", 2, "'eva' has no meaning for a site of kind conv2d"),
         ("tall", None, 2, "not a known"),
         ("tall", 1, 2, "not a known"),
         ("tall", True, 0, "at least 1"),

@@ -137,6 +137,10 @@ class AdapterConfig:
         """
         return self
 
+    def for_changed_base(self) -> Self:
+        """Return this config for a model that has the base weights already which first values change by data."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``adapter_config.json``: plain JSON types, sets as sorted lists."""
         out: dict[str, Any] = {"peft_type": self.peft_type}

@@ -62,6 +62,7 @@ class AdaLoraConfig(LoraConfig):
     unsupported_fields: ClassVar[Mapping[str, str]] = {
         **LoraConfig.unsupported_fields,
         "loftq_config": "PEFT has no LoftQ for AdaLoRA",
+        **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), "AdaLoRA has first values of its own"),
         "use_rslora": _IGNORED_BY_PEFT,
         "lora_bias": _IGNORED_BY_PEFT,
         "alpha_pattern": _IGNORED_BY_PEFT,

@@ -12,7 +12,7 @@ has an entry for each token: PEFT has no aLoRA at other layers either.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -98,9 +98,7 @@ class Alora(Lora):
         slot = Slot((size,), -1, (0,), torch.int64, trainable=False, saved=False, shared=True, apart=True)
         return {**super().slots(op), INVOCATION_TOKENS: slot}
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
-        plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
-        first = plain.init(op, W, dtype, generator)
+    def with_other_slots(self, op: Op, W: Tensor, first: InitialValues) -> InitialValues:
         return InitialValues({**first.slots, INVOCATION_TOKENS: self.token_slot_values(op)}, first.base)
 
     def token_slot_values(self, op: Op) -> Tensor:

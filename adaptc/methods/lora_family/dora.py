@@ -10,7 +10,7 @@ output channel. Rows of length zero have g = 1: they act as in LoRA until they h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -65,12 +65,9 @@ class Dora(Lora):
         ones = (1,) * len(op.kernel) if op.is_conv else ()
         return {**super().slots(op), MAGNITUDE: Slot((*shape, op.out_features, *ones))}
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
-        plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
-        first = plain.init(op, W, dtype, generator)
-        return InitialValues(
-            self._with_magnitudes(op, W if first.base is None else first.base, first.slots), first.base
-        )
+    def with_other_slots(self, op: Op, W: Tensor, first: InitialValues) -> InitialValues:
+        base = W if first.base is None else first.base
+        return InitialValues(self._with_magnitudes(op, base, first.slots), first.base)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return self._with_magnitudes(op, W, super().identity(op, W, dtype))

@@ -19,7 +19,7 @@ from torch import Tensor
 from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._shared.option_checks import check_matrix, prepare_adapter_input
 from adaptc.methods.lora_family.loftq import LOFTQ_SCHEMES, LoftQConfig
-from adaptc.methods.lora_family.lora_init import init_lora
+from adaptc.methods.lora_family.lora_init import DATA_SCHEMES, init_lora, rest_of_weight
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.low_rank_rows import low_rank_rows, multiply_or_zero
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
@@ -235,7 +235,7 @@ class Lora(Method):
         return slots
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> InitialValues:
-        slots = self.slots(op)
+        slots = Lora.slots(self, op)
         (a, a_slot), (b, b_slot), *rest = slots.items()
         kind = op.kind if op.is_conv or op.kind == "embedding" else "linear"
         A, B, base = init_lora(
@@ -254,7 +254,26 @@ class Lora(Method):
         for name, slot in rest:
             bound = 0.0 if self.scheme is True else 1 / sqrt(self.r)
             values[name] = torch.empty(slot.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
-        return InitialValues(values, base)
+        return self.with_other_slots(op, W, InitialValues(values, base))
+
+    def with_other_slots(self, op: Op, W: Tensor, first: InitialValues) -> InitialValues:
+        """Return the first values of A and B, ``first``, with those of the slots that a variant has beside them."""
+        return first
+
+    def data_scheme(self) -> str | None:
+        """Return the scheme whose first values are made of data; None for a scheme that takes none."""
+        scheme = self.scheme.lower() if isinstance(self.scheme, str) else ""
+        return scheme if scheme in DATA_SCHEMES else None
+
+    def init_from(self, op: Op, W: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> InitialValues:
+        """Return the first values with these A (r, in) and B (out, r), which were made of data.
+
+        The weight loses their product where the scheme says so.
+        """
+        A, B = (t.to(device=W.device, dtype=dtype).contiguous() for t in (A, B))
+        base = rest_of_weight(W, A, B, self.scale(op)) if self.changes_base_at_init() else None
+        slots = dict(zip(Lora.slots(self, op), (A, B), strict=True))
+        return self.with_other_slots(op, W, InitialValues(slots, base))
 
     def rebind(self, config: Any, place: SiteDescription) -> Method:
         new = super().rebind(config, place)
@@ -264,7 +283,12 @@ class Lora(Method):
         return not (isinstance(self.scheme, str) and self.scheme.lower() == "mica")
 
     def changes_base_at_init(self) -> bool:
-        return isinstance(self.scheme, str) and self.scheme.lower().startswith(("pissa", "olora", "loftq"))
+        return isinstance(self.scheme, str) and self.scheme.lower().startswith(
+            ("pissa", "olora", "loftq", "corda", "lora_ga")
+        )
+
+    def base_needs_data(self) -> bool:
+        return self.changes_base_at_init() and self.data_scheme() is not None
 
     def base_scheme(self) -> Any:
         is_loftq = isinstance(self.scheme, str) and self.scheme.lower() == "loftq"

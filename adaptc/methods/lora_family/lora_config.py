@@ -13,39 +13,26 @@ from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.method_parts import AdapterContent
 from adaptc.methods._shared.name_patterns import default_and_pattern, pattern_value
 from adaptc.methods._shared.option_checks import (
-    OptionGroup,
     check_bias,
-    check_integers,
     check_probability,
     check_ranks,
-    warn_unused,
 )
 from adaptc.methods.lora_family.alora import Alora
 from adaptc.methods.lora_family.arrow import Arrow, ArrowConfig
 from adaptc.methods.lora_family.arrow_experts import split_arrow_adapter
 from adaptc.methods.lora_family.dora import MAGNITUDE, Dora
+from adaptc.methods.lora_family.from_data.corda import CordaConfig
+from adaptc.methods.lora_family.from_data.data_options import DataOptions
+from adaptc.methods.lora_family.from_data.eva import EvaConfig
+from adaptc.methods.lora_family.from_data.lora_ga import LoraGAConfig
 from adaptc.methods.lora_family.loftq import LoftQConfig
 from adaptc.methods.lora_family.lora import Lora
+from adaptc.methods.lora_family.lora_checks import DATA_OPTIONS, check_lora_options
 from adaptc.methods.lora_family.qalora import QaLora
 from adaptc.methods.lora_family.variants.bdlora import BdLora, BdLoraConfig
 from adaptc.methods.lora_family.variants.kasa import DIAGONAL, Kasa, KasaConfig
 from adaptc.methods.lora_family.variants.monteclora import Monteclora, MontecloraConfig
 from adaptc.methods.lora_family.variants.velora import Velora, VeloraConfig
-
-#: fields that each choose a variant of LoRA; at most one may be set
-VARIANT_FIELDS = (
-    "use_dora",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "monteclora_config",
-    "arrow_config",
-    "kasa_config",
-)
-
-#: the options of variants that differ from LoRA in training alone
-TRAINING_VARIANTS: tuple[type[OptionGroup], ...] = (VeloraConfig, MontecloraConfig)
 
 
 @dataclass
@@ -58,7 +45,11 @@ class LoraConfig(TargetedConfig):
         use_rslora: whether the scale is alpha / sqrt(r).
         init_lora_weights: True starts with B zero, "gaussian" also draws A from a normal distribution. "pissa", "olora"
             and "orthogonal" are schemes of their own, and False draws both factors. "loftq" quantises the weight and
-            starts with its error. "mica" makes B of the smallest singular vectors and trains A alone.
+            starts with its error. "mica" makes B of the smallest singular vectors and trains A alone. "corda", "eva"
+            and "lora_ga" take data: :func:`adaptc.methods.initialize_from_data`.
+        eva_config: the options of "eva", an :class:`adaptc.EvaConfig` or a dict of its fields.
+        corda_config: the options of "corda", an :class:`adaptc.CordaConfig` or a dict of its fields.
+        lora_ga_config: the options of "lora_ga", an :class:`adaptc.LoraGAConfig` or a dict of its fields.
         loftq_config: the options of "loftq", an :class:`adaptc.LoftQConfig` or a dict of its fields.
         trainable_token_indices: rows of embeddings that are trained, or name -> rows.
         use_dora: whether the weight is split into magnitude and direction (DoRA).
@@ -98,9 +89,6 @@ class LoraConfig(TargetedConfig):
     writes_unset_fields: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
     unsupported_fields: ClassVar[Mapping[str, str]] = {
-        "eva_config": "initialisation from activations is not implemented",
-        "corda_config": "initialisation from activations is not implemented",
-        "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
     }
@@ -118,9 +106,9 @@ class LoraConfig(TargetedConfig):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: LoftQConfig | dict[str, Any] | None = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
     use_dora: bool = False
     velora_config: VeloraConfig | dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -139,136 +127,20 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         check_ranks(self)
         self.check_common()
-        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
-        if self.lora_bias and self.use_dora:
-            raise ConfigError(
-                "lora_bias=True has no meaning for DoRA, which scales weights alone; unset one of the two"
-            )
-        for option in ("use_dora", "lora_bias"):
-            if self.ensure_weight_tying and getattr(self, option):
-                raise ConfigError(
-                    f"ensure_weight_tying=True has no meaning with {option}=True, which tied layers have apart"
-                )
-        # A dict, as in PEFT, which files and copies hold as it is.
-        given: Any = self.loftq_config
-        has_loftq_options = given is not None and not (isinstance(given, Mapping) and len(given) == 0)
-        self.loftq_config = asdict(LoftQConfig.from_value(self.loftq_config)) if has_loftq_options else {}
-        if self._is_loftq and not has_loftq_options:
-            raise ConfigError(
-                "init_lora_weights='loftq' needs its options: loftq_config={'loftq_bits': 4, 'loftq_iter': 1}"
-            )
-        if has_loftq_options and not self._is_loftq:
-            warn_unused(self, ("loftq_config",), "without init_lora_weights='loftq'")
-            self.loftq_config = {}
-        self._check_invocation()
-        self._check_pooling()
-        self._check_arrow()
-        self._check_dropped_terms()
-        self._check_blocks()
-        self._check_training_variants()
-        variants = [name for name in VARIANT_FIELDS if getattr(self, name)]
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "mica":
-            if self.ensure_weight_tying:
-                raise ConfigError(
-                    "ensure_weight_tying=True has no meaning with init_lora_weights='mica', which freezes B: a tied "
-                    "layer has the factors of its embedding in the other order, and would train that one"
-                )
-            variants.append("init_lora_weights='mica'")
-        if len(variants) > 1:
-            raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
+        check_lora_options(self)
 
     @property
-    def _is_loftq(self) -> bool:
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() == "loftq"
+    def scheme_name(self) -> str:
+        """Return the scheme of first values in lower case, as a string; '' for True and False."""
+        return self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else ""
 
-    def _check_invocation(self) -> None:
-        tokens, scheme = self.alora_invocation_tokens, self.init_lora_weights
-        if tokens is None:
-            return
-        if not tokens:
-            raise ConfigError("alora_invocation_tokens is empty: name the ids of at least one token, or leave it None")
-        check_integers(self, {f"alora_invocation_tokens[{i}]": t for i, t in enumerate(tokens)}, minimum=0)
-        if self.ensure_weight_tying:
-            raise ConfigError("ensure_weight_tying=True has no meaning for aLoRA, which embeddings do not have")
-        if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora", "loftq")):
-            raise ConfigError(
-                f"init_lora_weights={scheme!r} changes the base weight, and before the tokens that invoke aLoRA the "
-                "model is to be the base; use True, 'gaussian' or 'orthogonal'"
-            )
+    def data_options(self) -> DataOptions | None:
+        """Return the options of the first values that are made of data; None for a scheme that takes none."""
+        return next((v for c in DATA_OPTIONS if (v := getattr(self, c.option)) is not None), None)
 
-    def _check_pooling(self) -> None:
-        if not self.use_qalora:
-            return
-        check_integers(self, {"qalora_group_size": self.qalora_group_size})
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} has no meaning for QA-LoRA, whose A reads groups of "
-                "features; use True, False or 'gaussian'"
-            )
-        for option in ("lora_bias", "ensure_weight_tying"):
-            if getattr(self, option):
-                raise ConfigError(
-                    f"{option}=True has no meaning with use_qalora=True: PEFT's QA-LoRA has no bias, and none at "
-                    "embeddings; unset one of the two"
-                )
-
-    def _check_training_variants(self) -> None:
-        for options in TRAINING_VARIANTS:
-            value = getattr(self, options.option)
-            if value is None:
-                continue
-            setattr(self, options.option, options.from_value(value))
-            if self.ensure_weight_tying:
-                raise ConfigError(
-                    f"ensure_weight_tying=True has no meaning with {options.option}, which embeddings do not have"
-                )
-
-    def _check_arrow(self) -> None:
-        if self.arrow_config is None:
-            return
-        self.arrow_config = ArrowConfig.from_value(self.arrow_config)
-        for option in ("lora_dropout", "lora_bias", "ensure_weight_tying"):
-            if getattr(self, option):
-                raise ConfigError(
-                    f"{option}={getattr(self, option)!r} has no meaning with arrow_config, which routes between "
-                    "adapters that are trained already"
-                )
-
-    def _check_dropped_terms(self) -> None:
-        if self.kasa_config is None:
-            return
-        self.kasa_config = KasaConfig.from_value(self.kasa_config)
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} has no meaning for KaSA, which puts random singular "
-                "values between A and B; use True, False or 'gaussian'"
-            )
-        if self.ensure_weight_tying:
-            raise ConfigError(
-                "ensure_weight_tying=True has no meaning with kasa_config: PEFT has no KaSA at embeddings; unset one "
-                "of the two"
-            )
-
-    def _check_blocks(self) -> None:
-        if self.use_bdlora is None:
-            return
-        self.use_bdlora = BdLoraConfig.from_value(self.use_bdlora)
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} has no meaning for BD-LoRA, whose factors have blocks; "
-                "use True, False or 'gaussian'"
-            )
-        if self.ensure_weight_tying:
-            raise ConfigError(
-                "ensure_weight_tying=True has no meaning with use_bdlora, whose blocks embeddings do not have; unset "
-                "one of the two"
-            )
-        if self.lora_bias and self.use_bdlora.target_modules_bd_b:
-            raise ConfigError(
-                "lora_bias=True has no meaning with target_modules_bd_b of use_bdlora: PEFT's block-diagonal B has no "
-                "bias; unset one of the two"
-            )
+    def for_changed_base(self) -> LoraConfig:
+        none = {options.option: None for options in DATA_OPTIONS}
+        return self if self.data_options() is None else self.replace(init_lora_weights=True, **none)
 
     def check_common(self) -> None:
         """Raise ConfigError for illegal values of the fields that AdaLoRA's config has, too."""
@@ -325,6 +197,7 @@ class LoraConfig(TargetedConfig):
             lora_bias=bias,
             init_lora_weights=True,
             loftq_config={},
+            **{options.option: None for options in DATA_OPTIONS},
             ensure_weight_tying=False,
             velora_config=None,
             monteclora_config=None,
@@ -341,7 +214,7 @@ class LoraConfig(TargetedConfig):
             "with_bias": self.lora_bias,
             "scheme": self.init_lora_weights,
         }
-        if self._is_loftq:
+        if self.scheme_name == "loftq":
             options |= asdict(LoftQConfig.from_value(self.loftq_config))
         if self.alora_invocation_tokens is not None:
             return Alora(**options, tokens=tuple(self.alora_invocation_tokens))

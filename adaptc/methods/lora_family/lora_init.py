@@ -1,7 +1,7 @@
 """Make the initial A and B of LoRA and, for schemes that move a part of the weight into them, the rest of the weight.
 
 With ``generator=None`` the global generator is read in the same order as in PEFT 0.21.2, so that one seed gives the
-same adapter in both. Some schemes are not here because they need data: eva, corda and lora_ga.
+same adapter in both. The schemes in :data:`DATA_SCHEMES` start as True does, until they have data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from adaptc.errors import ConfigError
 from adaptc.global_generator import global_generator_of
 from adaptc.methods.lora_family.loftq import LoftQConfig, loftq_init
 
-SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "mica")
+#: schemes whose values are made of data by ``adaptc.methods.initialize_from_data``
+DATA_SCHEMES = ("corda", "eva", "lora_ga")
+SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "mica", *DATA_SCHEMES)
 
 _NITER = re.compile(r"pissa_niter_([0-9]{1,4})")
 
@@ -47,7 +49,7 @@ def init_lora(
     terms of W = QR. "loftq": new W is a QuantizedTensor, and scale B A are the largest singular terms of what it lacks;
     ``loftq`` has its options, by default those of LoftQConfig. "mica" (arXiv 2604.01694): B A = 0, and B is the r left
     singular vectors of W with the smallest singular values. Embeddings take True, False, "gaussian" (which means True
-    there) and "mica", convolutions the first three.
+    there) and "mica", convolutions the first three. "corda", "eva" and "lora_ga": as True, until they have data.
 
     Raises :class:`ConfigError` for an unknown scheme, a scheme that this kind of layer cannot have, or an unusable r.
     """
@@ -74,7 +76,7 @@ def init_lora(
     elif is_embedding and name is not False:
         A.zero_()
         _fill_normal(B, 1.0, generator)
-    elif name is True:
+    elif name is True or name in DATA_SCHEMES:
         _fill_uniform(A, generator)
         B.zero_()
     elif name == "gaussian":
@@ -90,11 +92,19 @@ def init_lora(
     elif decomposes_weight:
         A, B = _pissa_init(W, r, scale, niter and int(niter[1]), generator)
     A, B = (t.to(device=W.device, dtype=dtype).contiguous() for t in (A, B))
-    if decomposes_weight and name not in ("orthogonal", "loftq", "mica"):
-        # Taken from A and B after rounding to their dtype: with the exact factors, new W + scale B A would not be W.
-        wide = _float32_or_wider(W)
-        new_weight = torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()
+    if decomposes_weight and name not in ("orthogonal", "loftq", "mica", *DATA_SCHEMES):
+        new_weight = rest_of_weight(W, A, B, scale)
     return A, B, new_weight
+
+
+@torch.no_grad()
+def rest_of_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return W - scale B A in the dtype of ``W``.
+
+    A and B are rounded to their dtype already: with the exact factors, the result + scale B A would not be W.
+    """
+    wide = _float32_or_wider(W)
+    return torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()
 
 
 def _check_decomposable(
@@ -112,6 +122,11 @@ def _check_decomposable(
         if r % 2:
             raise ConfigError(f"{option} needs an even r, found r={r}; use {r + 1} or another scheme")
         return
+    if str(scheme).lower() == "lora_ga" and 2 * r > min(W.shape):
+        raise ConfigError(
+            f"{option} takes 2 r singular terms of the gradient, so r={r} is too large for a weight of shape "
+            f"{tuple(W.shape)}; the largest possible r is {min(W.shape) // 2} (rank_pattern can lower it for this site)"
+        )
     if r > min(W.shape):
         raise ConfigError(
             f"{option} takes r singular terms or columns of the weight, so r={r} is too large for a weight of shape "
