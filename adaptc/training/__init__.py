@@ -8,9 +8,9 @@ from adaptc.public_names import lazy_names
 
 if TYPE_CHECKING:
     from adaptc.training.checkpoints import last_checkpoint
-    from adaptc.training.kasa_loss import kasa_loss
     from adaptc.training.lorafa import lorafa_optimizer
-    from adaptc.training.monteclora_loss import monteclora_loss
+    from adaptc.training.losses.kasa_loss import kasa_loss
+    from adaptc.training.losses.monteclora_loss import monteclora_loss
     from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.training.subspace_allocator import SubspaceAllocator
     from adaptc.training.trainer_callbacks import check_gradients, trainer_callback
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 PUBLIC = {
     "RankAllocator": "adaptc.training.rank_allocator",
     "orthogonal_loss": "adaptc.training.rank_allocator",
-    "kasa_loss": "adaptc.training.kasa_loss",
-    "monteclora_loss": "adaptc.training.monteclora_loss",
+    "kasa_loss": "adaptc.training.losses.kasa_loss",
+    "monteclora_loss": "adaptc.training.losses.monteclora_loss",
     "SubspaceAllocator": "adaptc.training.subspace_allocator",
     "lorafa_optimizer": "adaptc.training.lorafa",
     "trainer_callback": "adaptc.training.trainer_callbacks",

@@ -20,8 +20,8 @@ from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.methods.sparse.adamss import AdamssConfig
 from adaptc.state.core import ProgramCore
 from adaptc.training.checkpoints import check_output_dir
-from adaptc.training.kasa_loss import kasa_loss
-from adaptc.training.monteclora_loss import monteclora_loss
+from adaptc.training.losses.kasa_loss import kasa_loss
+from adaptc.training.losses.monteclora_loss import monteclora_loss
 from adaptc.training.rank_allocator import RankAllocator, orthogonal_loss
 from adaptc.training.subspace_allocator import SubspaceAllocator
 

@@ -38,7 +38,8 @@ def group_features(t: Tensor, size: int) -> Tensor:
     """Return the features ``t`` (..., in) as groups (..., groups, size), filled up with zeros."""
     width = t.shape[-1]
     groups = -(-width // size)
-    return F.pad(t, (0, groups * size - width)).unflatten(-1, (groups, size))
+    padded: Tensor = F.pad(t, (0, groups * size - width))
+    return padded.reshape(*t.shape[:-1], groups, size)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Terms that a method adds to the loss of a training program."""
