@@ -28,6 +28,9 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method, Slot, Slots
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
+#: the source of a binding with the values that an adapter begins with
+FIRST_VALUES = "first values"
+
 
 def initial_values(
     spec: BindingSpec,
@@ -61,7 +64,7 @@ def initial_values(
         builder.add_site(a, method, slots, init.base)
     builder.fill_absent_sites(methods)
     builder.extra_tensors = {key: spec.weights[fqn].detach() for key, fqn in spec.unread.items()}
-    return builder.build("first values")
+    return builder.build(FIRST_VALUES)
 
 
 def bind(

@@ -23,7 +23,7 @@ from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.torch_caches import drop_dead_code
 from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.quantized.expand_quantized import ExpandQuantized
-from adaptc.program.module_factory import ProgramModuleFactory
+from adaptc.program.module_factory import ProgramModuleFactory, warn_of_missing_data
 from adaptc.program.program_scale import ScalableProgram
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.options import checkpoint_blocks
@@ -332,6 +332,7 @@ class AdaptedProgram(ScalableProgram):
             still = self.snapshot()
             if not check_guards:
                 return ProgramModuleFactory(False, logits).make_graph(still)
+            warn_of_missing_data(still)
             again = still.options.checkpoint
             if gradient_checkpointing is not None:
                 again = checkpoint_blocks(gradient_checkpointing, "gradient_checkpointing")

@@ -4,6 +4,7 @@ packed sequences."""
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from adaptc.binding.bind import FIRST_VALUES
 from adaptc.capture.capture import PretrainedFacts
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, AdaptcWarning
 from adaptc.matmul_tuning import choose_for_gradient, choose_matmul, chooses_matmuls
 from adaptc.passes.graph.module_paths import program_module_paths
 from adaptc.passes.lower.choose_products import MatmulChoices
@@ -82,6 +84,20 @@ class ProgramModuleFactory:
 
     def find_bounds_read(self, module: PretrainedModule) -> Collection[str]:
         return find_bounds_read(module)
+
+
+def warn_of_missing_data(program: ProgramCore) -> None:
+    """Warn of an adapter to train whose first values were to be made of data, and have seen none."""
+    parts = {} if program.current is None else program.current.adapters_by_name
+    for name, part in parts.items():
+        scheme = part.config.data_scheme() if part.source == FIRST_VALUES else None
+        if scheme is not None and any(t.requires_grad for t in part.values.values()):
+            warnings.warn(
+                f"the adapter {name!r} has init_lora_weights={scheme!r} and no data yet, so it begins as with True: "
+                "call adaptc.methods.initialize_from_data(program, batches) before module()",
+                AdaptcWarning,
+                stacklevel=3,
+            )
 
 
 def unpickle_module(

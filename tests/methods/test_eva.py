@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,13 @@ def test_refusals() -> None:
         adaptc.AdaptcError, match=r"'left': its input of shape \(2, 4, 7\) has no rows for the \(2, 3\)"
     ):
         adaptc.methods.initialize_from_data(program, [{**BATCHES[0], "labels": tokens.long()}])
+
+
+def test_training_without_data_is_told() -> None:
+    prog = compiled(r=2)
+    with pytest.warns(adaptc.AdaptcWarning, match="init_lora_weights='eva' and no data yet"):
+        prog.module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adaptc.methods.initialize_from_data(prog, BATCHES)
+        prog.module()

@@ -137,6 +137,10 @@ class AdapterConfig:
         """
         return self
 
+    def data_scheme(self) -> str | None:
+        """Return the scheme of first values that are made of data; None where the first values need none."""
+        return None
+
     def for_changed_base(self) -> Self:
         """Return this config for a model that has the base weights already which first values change by data."""
         return self

@@ -138,6 +138,10 @@ class LoraConfig(TargetedConfig):
         """Return the options of the first values that are made of data; None for a scheme that takes none."""
         return next((v for c in DATA_OPTIONS if (v := getattr(self, c.option)) is not None), None)
 
+    def data_scheme(self) -> str | None:
+        options = self.data_options()
+        return None if options is None else options.scheme
+
     def for_changed_base(self) -> LoraConfig:
         none = {options.option: None for options in DATA_OPTIONS}
         return self if self.data_options() is None else self.replace(init_lora_weights=True, **none)
