@@ -55,7 +55,8 @@ class PerExpertMethod(Method):
     is_made_by = per_expert("is_made_by")
     structure, family_key, conflict_with = map(per_expert, ("structure", "family_key", "conflict_with"))
     has_weight, looks_at_base, check_merge = map(per_expert, ("has_weight", "looks_at_base", "check_merge"))
-    changes_base_at_init, config_from_model = map(per_expert, ("changes_base_at_init", "config_from_model"))
+    changes_base_at_init, base_needs_data = map(per_expert, ("changes_base_at_init", "base_needs_data"))
+    config_from_model = per_expert("config_from_model")
     base_scheme = per_expert("base_scheme")
 
     def slots(self, op: Op) -> dict[str, Slot]:
