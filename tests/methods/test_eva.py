@@ -265,3 +265,19 @@ def test_training_without_data_is_told() -> None:
         warnings.simplefilter("error")
         adaptc.methods.initialize_from_data(prog, BATCHES)
         prog.module()
+
+
+def test_layers_after_the_last_site_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adaptc.training.from_data import base_runs
+
+    run_node, seen = base_runs._LookingInterpreter.run_node, list[str]()
+
+    def counted(self: Any, n: Any) -> Any:
+        seen.append(n.name)
+        return run_node(self, n)
+
+    monkeypatch.setattr(base_runs._LookingInterpreter, "run_node", counted)
+    prog = compiled(r=2)
+    adaptc.methods.initialize_from_data(prog, BATCHES)
+    assert seen
+    assert "output" not in seen

@@ -61,15 +61,22 @@ class BaseRuns:
             found.append(_before_views(argument(node, LAYER_OPS[node.target][1])))
         return tuple(found)
 
-    def run(self, batch: Any, looks: Mapping[fx.Node, Sequence[Look]], weights: Mapping[str, Tensor]) -> Any:
+    def run(
+        self,
+        batch: Any,
+        looks: Mapping[fx.Node, Sequence[Look]],
+        weights: Mapping[str, Tensor],
+        ends_early: bool = False,
+    ) -> Any:
         """Return the outputs for ``batch``, in the form of the model's outputs where torch knows it.
 
         ``looks``: node -> what is called with its value. ``weights``: FQN -> a tensor in the place of that weight.
+        ``ends_early`` is for :func:`look_at_inputs`.
         """
         args, kwargs = self._arguments(batch)
         flat = self._inputs(args, kwargs)
         lifted = [weights.get(fqn, value) for fqn, value in self._lifted.values()]
-        found = _LookingInterpreter(self._module, looks).run(*lifted, *flat)
+        found = _LookingInterpreter(self._module, looks, ends_early).run(*lifted, *flat)
         outputs = [found[i] for i in self._outputs]
         return pytree.tree_unflatten(outputs, self._out_spec)
 
@@ -108,15 +115,24 @@ def _plain(batch: Any) -> Any:
 class _LookingInterpreter(fx.Interpreter):
     """An interpreter that hands the values of some nodes to callbacks."""
 
-    def __init__(self, module: fx.GraphModule, looks: Mapping[fx.Node, Sequence[Look]]) -> None:
+    def __init__(self, module: fx.GraphModule, looks: Mapping[fx.Node, Sequence[Look]], ends_early: bool) -> None:
+        """``ends_early``: whether to raise :class:`_AllSeen` after the last of these nodes."""
         super().__init__(module)
         self._looks = {n.name: calls for n, calls in looks.items()}
+        self._last = next((n.name for n in reversed(module.graph.nodes) if n.name in self._looks), None)
+        self._last = self._last if ends_early else None
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         for look in self._looks.get(n.name, ()):
             look(value.detach())
+        if n.name == self._last:
+            raise _AllSeen
         return value
+
+
+class _AllSeen(Exception):
+    """The end of a run whose outputs nobody reads."""
 
 
 def counted(batches: Iterable[Any], running: Stage) -> Iterator[Any]:
@@ -162,5 +178,7 @@ def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def look_at_inputs(runs: BaseRuns, batch: Any, looks: Mapping[fx.Node, Sequence[Look]]) -> None:
-    """Run one batch, and call ``looks`` with the values of their nodes."""
-    runs.run(batch, looks, {})
+    """Run one batch, and call ``looks`` with the values of their nodes. What comes after them, such as a head, is not
+    computed."""
+    with contextlib.suppress(_AllSeen):
+        runs.run(batch, looks, {}, ends_early=True)
