@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.bind import FIRST_VALUES
+from adaptc.binding.binding import Binding
 from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import AdaptcError, AdaptcWarning
 from adaptc.matmul_tuning import choose_for_gradient, choose_matmul, chooses_matmuls
@@ -88,7 +89,7 @@ class ProgramModuleFactory:
 
 def warn_of_missing_data(program: ProgramCore) -> None:
     """Warn of an adapter to train whose first values were to be made of data, and have seen none."""
-    parts = {} if program.current is None else program.current.adapters_by_name
+    parts: Mapping[str, Binding] = {} if program.current is None else program.current.adapters_by_name
     for name, part in parts.items():
         scheme = part.config.data_scheme() if part.source == FIRST_VALUES else None
         if scheme is not None and any(t.requires_grad for t in part.values.values()):
