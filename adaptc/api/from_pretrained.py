@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptc.adapter_files.format import CONFIG_NAME
 from adaptc.adapters.adapter import Adapter, load_adapter
 from adaptc.api.adapt_model import compile
-from adaptc.capture.model_files import is_gguf, read_gguf
+from adaptc.capture.model_files import find_model_class, is_gguf, read_gguf
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, listing, short_repr
 from adaptc.targets.name_rules import TASK_HEADS
 
@@ -81,6 +82,11 @@ def _load_base(where: str, adapter: Adapter, revision: str | None, dtype: Any) -
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options["revision"] = revision or adapter.config.revision or "main"
     task = adapter.config.task_type
+    if (Path(where) / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"the base {short_repr(where)} has an adapter in its own directory, which transformers would load into it: "
+            "move the adapter to a directory of its own, or give base="
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(where, **options)
         kind = getattr(transformers, AUTO_CLASSES[task]) if task is not None else _named_class(adapter, config)
@@ -103,12 +109,10 @@ def _load_base(where: str, adapter: Adapter, revision: str | None, dtype: Any) -
 
 def _named_class(adapter: Adapter, config: Any) -> Any:
     """Return the class of transformers that the adapter's auto_mapping names, or else the base's own config."""
-    import transformers
-
     mapping = adapter.config.auto_mapping or {}
     name = mapping.get("base_model_class") or next(iter(config.architectures or []), None)
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    kind = find_model_class(name)
+    if kind is None:
         raise ConfigError(
             f"the adapter is for a {short_repr(name)} of {short_repr(mapping.get('parent_library'))}, which is no "
             f"class of transformers: load the model in Python, and give it to adaptc.compile with {adapter.source}"
@@ -167,8 +171,25 @@ def _resize_embeddings(model: Any, adapter: Adapter, folder: Path) -> None:
     if saved is not None:
         wanted = saved.shape[0]
     elif (folder / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer
-
-        wanted = len(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        wanted = _tokenizer_size(folder)
+        if wanted > table.num_embeddings:
+            warnings.warn(
+                f"the tokenizer in {folder} has {wanted - table.num_embeddings} tokens more than the base, whose "
+                f"embeddings {adapter.source} does not hold: these have random values",
+                AdaptcWarning,
+                stacklevel=3,
+            )
     if wanted != table.num_embeddings:
         model.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def _tokenizer_size(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    try:
+        return len(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except Exception as error:  # tokenizers, sentencepiece and json raise types of their own
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer in {folder} ({short_repr(str(error))}): its size is that of the "
+            "base's embeddings. Mend it, or take its files out of the adapter's directory"
+        ) from error

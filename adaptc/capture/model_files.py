@@ -143,13 +143,20 @@ def _model_class(path: Path) -> Any:
     """
     config = read_model_config(path)
     names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    import transformers
+    kind = find_model_class(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    if kind is None:
+        import transformers
 
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"{path / 'config.json'} names the architectures {short_repr(names)}: expected one class of transformers "
             f"{transformers.__version__}. Load the model in Python, and pass it to adaptc.compile"
         )
     return kind
+
+
+def find_model_class(name: Any) -> Any:
+    """Return the model class of transformers called ``name``; None where there is none."""
+    import transformers
+
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None

@@ -35,6 +35,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ServedModel = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A transformers model directory, a GGUF file, or a program or package (.pt2) that serves.",
+        show_default=False,
+    ),
+]
 Program = Annotated[Path, typer.Argument(metavar="PROG.pt2", help="A program with an adapter.", show_default=False)]
 Adapter = Annotated[
     Path,

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from adaptc.cli.app import Device, Dtype, Quantize, Tokenizer, app, parse_named_paths, prints_errors
+from adaptc.cli.app import Device, Dtype, Quantize, ServedModel, Tokenizer, app, parse_named_paths, prints_errors
 
 
 @app.command()
 @prints_errors
 def chat(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="A transformers model directory, a GGUF file, or a program or package (.pt2) that serves.",
-            show_default=False,
-        ),
-    ],
+    model: ServedModel,
     flags: Annotated[
         list[str] | None,
         typer.Argument(

@@ -7,20 +7,13 @@ from typing import Annotated
 
 import typer
 
-from adaptc.cli.app import Device, Dtype, Quantize, Tokenizer, app, parse_named_paths, prints_errors
+from adaptc.cli.app import Device, Dtype, Quantize, ServedModel, Tokenizer, app, parse_named_paths, prints_errors
 
 
 @app.command()
 @prints_errors
 def serve(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="A transformers model directory, a GGUF file, or a program or package (.pt2) that serves.",
-            show_default=False,
-        ),
-    ],
+    model: ServedModel,
     adapter: Annotated[
         list[str] | None,
         typer.Option(

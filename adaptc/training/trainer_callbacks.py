@@ -7,7 +7,7 @@ Trainer, :func:`trainer_callback` calls both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.methods.lora_family.adalora import AdaLoraConfig
-from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.methods.sparse.adamss import AdamssConfig
 from adaptc.state.core import ProgramCore
 from adaptc.training.checkpoints import check_output_dir
@@ -75,9 +74,9 @@ def trainer_callback(program: ProgramCore) -> Any:
     steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
     PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says. For KaSA it adds ``kasa_loss``,
     which PEFT leaves to the caller; ``KasaConfig(beta=0, gamma=0)`` adds nothing. For MonteCLoRA it adds
-    ``monteclora_loss`` in training mode. For AdaMSS with ``use_asa`` it ends the training of clusters as
-    :class:`SubspaceAllocator` says. When training begins it raises as these do, and ConfigError for options of the
-    trainer that a program cannot serve.
+    ``monteclora_loss``. Both are added in training mode alone. For AdaMSS with ``use_asa`` it ends the training of
+    clusters as :class:`SubspaceAllocator` says. When training begins it raises as these do, and ConfigError for options
+    of the trainer that a program cannot serve.
 
     Args:
         program: the program that trains.
@@ -91,6 +90,13 @@ def trainer_callback(program: ProgramCore) -> Any:
         True
     """
     return _callback_class()(program)
+
+
+#: option of LoraConfig -> the term that its method adds to the loss in training
+_LOSS_TERMS: dict[str, Callable[[ProgramCore], Tensor]] = {
+    "kasa_config": kasa_loss,
+    "monteclora_config": monteclora_loss,
+}
 
 
 class _CallbackHooks:
@@ -111,21 +117,21 @@ class _CallbackHooks:
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].extra_loss = partial(orthogonal_loss, self.program)
-        elif any(getattr(b.config, "kasa_config", None) for b in self.program.binding.adapters_by_name.values()):
-            kwargs["model"].extra_loss = partial(kasa_loss, self.program)
         elif isinstance(self.program.binding.config, AdamssConfig) and self.program.binding.config.use_asa:
             self.allocator = SubspaceAllocator(self.program)
-        elif isinstance(self.program.binding.config, LoraConfig) and self.program.binding.config.monteclora_config:
-            kwargs["model"].extra_loss = partial(self.sampling_loss, kwargs["model"])
+        configs = [part.config for part in self.program.binding.adapters_by_name.values()]
+        terms = [term for option, term in _LOSS_TERMS.items() if any(getattr(c, option, None) for c in configs)]
+        if terms:
+            kwargs["model"].extra_loss = partial(self.loss_of_methods, kwargs["model"], terms)
         # Trainer clips gradients before it calls back, so each one is summed by a hook when it is accumulated.
         self.remove_hooks()
         for name, p in kwargs["model"].named_parameters():
             if p.requires_grad:
                 self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.record_gradient, name)))
 
-    def sampling_loss(self, model: Any) -> Tensor | float:
-        """Return the loss of MonteCLoRA's samplers, which draw in training mode alone."""
-        return monteclora_loss(self.program) if model.training else 0.0
+    def loss_of_methods(self, model: Any, terms: Sequence[Callable[[ProgramCore], Tensor]]) -> Tensor | float:
+        """Return the sum of these terms in training mode, and 0 in evaluation, whose loss is the model's alone."""
+        return sum(term(self.program) for term in terms) if model.training else 0.0
 
     def record_gradient(self, name: str, p: Tensor) -> None:
         if p.grad is not None:

@@ -115,7 +115,8 @@ def test_embeddings_are_as_many_as_the_adapter_or_its_tokenizer_has(tmp_path: Pa
     words.save_pretrained(path)
     with quiet():
         theirs = peft.AutoPeftModelForCausalLM.from_pretrained(path)
-        prog = adaptc.from_pretrained(path)
+        with pytest.warns(adaptc.AdaptcWarning, match="has 2 tokens more than the base.* random values"):
+            prog = adaptc.from_pretrained(path)
     size = theirs.get_input_embeddings().num_embeddings
     assert size == len(words)
     logits = prog(input_ids=IDS).logits
@@ -165,3 +166,17 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
         adaptc.from_pretrained(path)
     found = adaptc.from_pretrained(path, base=tmp_path / "base")
     assert found.binding.config.task_type == "CAUSAL_LM"
+
+
+def test_a_damaged_tokenizer_and_an_adapter_beside_the_base_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "CAUSAL_LM")
+    tokenizer().save_pretrained(path)
+    (path / "tokenizer.json").write_text("{")
+    with pytest.raises(adaptc.CheckpointError, match=r"cannot load the tokenizer in .*adapter .*take its files out"):
+        adaptc.from_pretrained(path)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    adaptc.from_pretrained(path)
+    (tmp_path / "base" / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
+    with pytest.raises(adaptc.CheckpointError, match="has an adapter in its own directory"):
+        adaptc.from_pretrained(path)

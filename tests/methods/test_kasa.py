@@ -223,6 +223,8 @@ def test_the_callback_for_trainer_adds_the_loss() -> None:
     module, callback = program.module(), adaptc.training.trainer_callback(program)
     callback.on_train_begin(SimpleNamespace(should_save=False), SimpleNamespace(), None, model=module)
     assert torch.equal(module.extra_loss(), kasa_loss(program))
+    module.eval()
+    assert module.extra_loss() == 0
 
 
 def test_other_adapters_act_beside_it(tmp_path: Path) -> None:

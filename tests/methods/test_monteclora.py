@@ -243,7 +243,7 @@ def test_the_loss_is_refused_where_there_is_none(tmp_path):
     peft_chain(sampled(), tmp_path / "a")
     with pytest.raises(AdaptcError, match=r"compiled for inference, and draws nothing"):
         adaptc.training.monteclora_loss(compile_chain(tmp_path / "a"))
-    with pytest.raises(AdaptcError, match=r"of type LORA, not LORA with monteclora_config"):
+    with pytest.raises(AdaptcError, match=r"no adapter of MonteCLoRA: its LoraConfig has no monteclora_config"):
         adaptc.training.monteclora_loss(compile_chain(LoraConfig(target_modules=["q"]), training=True))
 
 

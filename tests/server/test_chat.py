@@ -54,7 +54,9 @@ def test_what_the_server_refuses_ends_the_conversation_in_a_line(running: Runnin
     assert "Traceback" not in done.stderr
 
 
-def test_wrong_usage_and_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_wrong_usage_and_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the command changes it, and this process goes on
+
     def said(*words: str, code: int) -> str:
         result = CliRunner().invoke(app, ["chat", *words])
         assert result.exit_code == code, result.output

@@ -65,8 +65,11 @@ def test_options_that_were_settled(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_server(files / kind / "serving.pt2", ServerOptions("base", chat_model.folder, **options))
-    with pytest.raises(ConfigError, match="dtype"):
-        open_server(files / kind / "serving.pt2", ServerOptions("base"), dtype="bfloat16")
+    settled = {"dtype": "bfloat16", "quantize": "int8"}
+    settled |= {"backend": "inductor", "device": "cpu"} if kind == "package" else {}
+    for name, value in settled.items():
+        with pytest.raises(ConfigError, match=rf"^{name} is part of a saved program"):
+            open_server(files / kind / "serving.pt2", ServerOptions("base"), **{name: value})
 
 
 @pytest.mark.long

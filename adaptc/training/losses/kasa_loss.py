@@ -12,6 +12,7 @@ from adaptc.errors import AdaptcError
 from adaptc.methods.lora_family.lora import by_expert
 from adaptc.methods.lora_family.variants.kasa import DIAGONAL, Kasa, KasaConfig
 from adaptc.state.core import ProgramCore
+from adaptc.training.losses.method_sites import adapters_with
 from adaptc.training.program_module import ProgramModule
 
 
@@ -36,20 +37,14 @@ def kasa_loss(program: ProgramCore | ProgramModule) -> Tensor:
         >>> loss = adapted.module()(x).sum() + adaptc.training.kasa_loss(adapted)
         >>> loss.backward()
     """
-    core = program.program if isinstance(program, ProgramModule) else program
-    binding = program.binding() if isinstance(program, ProgramModule) else program.binding
     terms: list[Tensor] = []
-    for part in binding.adapters_by_name.values():
-        if (options := getattr(part.config, "kasa_config", None)) is None:
-            continue
-        options = KasaConfig.from_value(options)
-        for a in core.adaptation.attachments:
-            if isinstance(part.methods.get(a.id), Kasa):
-                high = [_float32_or_wider(binding.values[f]) for f in a.slots.values()]
-                slots = dict(zip(a.slots, high, strict=True))
-                op = core.ops[a.id]
-                A, B = by_expert(op, *high[:2]) if op.experts else (high[0].flatten(1), high[1].flatten(1))
-                terms.append(options.beta * slots[DIAGONAL].square().sum() + options.gamma * _orthogonality(A, B))
+    for config, sites in adapters_with(program, Kasa):
+        options = KasaConfig.from_value(config.kasa_config)
+        for op, values in sites:
+            slots = {name: _float32_or_wider(t) for name, t in values.items()}
+            A, B, *_ = slots.values()
+            A, B = by_expert(op, A, B) if op.experts else (A.flatten(1), B.flatten(1))
+            terms.append(options.beta * slots[DIAGONAL].square().sum() + options.gamma * _orthogonality(A, B))
     if not terms:
         raise AdaptcError("the program has no adapter of KaSA: its LoraConfig has no kasa_config")
     return torch.stack([t.to(terms[0].device) for t in terms]).sum()

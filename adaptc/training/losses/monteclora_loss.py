@@ -1,4 +1,4 @@
-"""The loss term of MonteCLoRA: how far the samplers of an adapter are from their priors, as PEFT's trainers add it."""
+"""Compute the loss term of MonteCLoRA: how far its samplers are from their priors (Seth et al., arXiv 2411.04358)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.methods.lora_family.variants.monteclora import (
     CHI_SQUARED,
     NORMAL,
@@ -22,11 +21,14 @@ from adaptc.methods.lora_family.variants.monteclora import (
     variances,
 )
 from adaptc.state.core import ProgramCore
+from adaptc.training.losses.method_sites import adapters_with
+from adaptc.training.program_module import ProgramModule
 
 
-def monteclora_loss(program: ProgramCore) -> Tensor:
+def monteclora_loss(program: ProgramCore | ProgramModule) -> Tensor:
     """Return the term that MonteCLoRA adds to a loss: the mean over the adapted layers of ``kl_loss_weight`` times
-    three divergences and, with ``use_entropy``, of the sum of the squared weights of the samples.
+    three divergences and, with ``use_entropy``, of the sum of the squared weights of the samples. Several adapters that
+    act together each have such a mean, and the sum of these is returned.
 
     The divergences are those of the weights' Dirichlet distribution, of the Wishart distribution of the variances, and
     of the normal distribution of the samples. The last one, and the weights, are those of what the last call in
@@ -37,13 +39,13 @@ def monteclora_loss(program: ProgramCore) -> Tensor:
     inference PEFT's term is zero, and this one is not: leave it out there.
 
     Args:
-        program: a program whose adapter is MonteCLoRA, compiled with ``training=True``.
+        program: a program with an adapter of MonteCLoRA, compiled with ``training=True``, or a module of one.
 
     Returns:
         a scalar in the adapter's dtype.
 
     Raises:
-        AdaptcError: the program's adapter is not MonteCLoRA, or the program was compiled for inference.
+        AdaptcError: the program has no adapter of MonteCLoRA, or was compiled for inference.
 
     Example:
         >>> config = adaptc.LoraConfig(monteclora_config={"num_samples": 4}, target_modules=["0"])
@@ -51,22 +53,19 @@ def monteclora_loss(program: ProgramCore) -> Tensor:
         >>> loss = adapted.module()(x).sum() + adaptc.training.monteclora_loss(adapted)
         >>> loss.backward()
     """
-    config = program.binding.config
-    if not isinstance(config, LoraConfig) or config.monteclora_config is None:
-        raise AdaptcError(
-            f"the program's adapter is of type {config.peft_type or 'none'}, not LORA with monteclora_config"
-        )
-    if not program.adaptation.training:
-        raise AdaptcError(
-            "the program was compiled for inference, and draws nothing that there could be a loss of: "
-            "compile(model, config, training=True)"
-        )
-    options = MontecloraConfig.from_value(config.monteclora_config)
-    values, terms = program.binding.values, list[Tensor]()
-    for a in program.adaptation.attachments:
-        if isinstance(program.binding.methods.get(a.id), Monteclora):
-            terms.append(_site_loss({name: values[fqn] for name, fqn in a.slots.items()}, options))
-    return torch.stack([t.to(terms[0].device) for t in terms]).mean()
+    means: list[Tensor] = []
+    for config, sites in adapters_with(program, Monteclora):
+        options = MontecloraConfig.from_value(config.monteclora_config)
+        if any(CHI_SQUARED not in slots for _, slots in sites):
+            raise AdaptcError(
+                "the program was compiled for inference, and draws nothing that there could be a loss of: "
+                "compile(model, config, training=True)"
+            )
+        terms = [_site_loss(slots, options) for _, slots in sites]
+        means.append(torch.stack([t.to(terms[0].device) for t in terms]).mean())
+    if not means:
+        raise AdaptcError("the program has no adapter of MonteCLoRA: its LoraConfig has no monteclora_config")
+    return torch.stack([t.to(means[0].device) for t in means]).sum()
 
 
 def _site_loss(slots: Mapping[str, Tensor], options: MontecloraConfig) -> Tensor:
