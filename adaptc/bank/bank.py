@@ -111,9 +111,10 @@ class Bank:
         """
         check_adapter_names([name], self.adapters)
         binding = self._bind(name, adapter, options)
+        prepared = self.placement.prepare_replacement(name, binding)
         with self._table.lock:
             check_adapter_names([name], self.adapters)
-            self._table.contents = self.placement.store(self._table.contents, name, binding)
+            self._table.contents = self.placement.store(self._table.contents, name, binding, prepared=prepared)
 
     def remove(self, name: str) -> None:
         """Remove an adapter; calls that have begun keep it.

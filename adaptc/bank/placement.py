@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -102,14 +102,27 @@ class Placement(ABC):
         Raises what ``adaptc.swap`` raises, and ConfigError or CheckpointError for what rows cannot have.
         """
 
+    def prepare_replacement(self, name: str, binding: Binding) -> Sequence[Any]:
+        """Return what calls will need once ``binding`` has replaced the adapter ``name``, for :meth:`store`.
+
+        Calls go on meanwhile, so none of them waits for it.
+        """
+        return ()
+
     @abstractmethod
     def store(
-        self, contents: BankContents, name: str, binding: Binding, needed_names: Collection[str] = ()
+        self,
+        contents: BankContents,
+        name: str,
+        binding: Binding,
+        needed_names: Collection[str] = (),
+        prepared: Sequence[Any] = (),
     ) -> BankContents:
         """Return ``contents`` with ``binding`` under ``name``, which may be taken. The caller holds the lock of the
         table, and puts them into it.
 
-        Adapters called ``needed_names`` are not evicted for it. Raises ConfigError where there is no room.
+        Adapters called ``needed_names`` are not evicted for it. ``prepared``: of :meth:`prepare_replacement`. Raises
+        ConfigError where there is no room.
         """
 
     @abstractmethod

@@ -86,6 +86,43 @@ def stack_adapters(
     return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=source)
 
 
+def restack_adapter(
+    stack: AdapterStack,
+    name: str,
+    binding: Binding,
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    kernel_sites: Collection[str] = (),
+) -> AdapterStack:
+    """Return a stack with ``binding`` in the place of the adapter ``name``, equal to one that is made anew.
+
+    The tensors of the other adapters are copied all at once. ``stack`` does not change, so calls may go on with it.
+    Raises AdaptcError where the sizes cannot be brought together.
+    """
+    bindings = tuple(binding if n == name else b for n, b in stack.named_bindings)
+    filled = [*bindings, *[bindings[0]] * (stack.capacity - len(bindings))]
+    changed = [k for k, b in enumerate(filled) if b is binding]
+    values: dict[str, Tensor] = {}
+    for a in attachments:
+        slots = {a.slots[n]: n for n in a.method.slots(ops[a.id])}
+        if a.scale_slot is not None:
+            slots[a.scale_slot] = ""
+        for fqn, slot_name in slots.items():
+            if fqn in values:
+                continue
+            tensors, old = [b.values[fqn] for b in filled], stack.binding.values[fqn]
+            if a.id in kernel_sites or _common_shape(tensors) != tuple(old.shape[1:]):
+                made = stack_adapters(filled, [a], ops, stack.capacity, kernel_sites).values
+                values |= {f: t for f, t in made.items() if f not in values}
+                continue
+            with torch.inference_mode(False), torch.no_grad():
+                values[fqn] = new = old.clone()
+                for k in changed:
+                    new[k].copy_(_pad_to(tensors[k].detach(), tuple(new.shape[1:]), slot_name, a, ops[a.id]))
+    made = replace(stack.binding, values=values)
+    return replace(stack, bindings=bindings, binding=made)
+
+
 def with_rank_starts(a: Attachment) -> Attachment:
     """Return the attachment of a grouped site with the slot that says where the ranks of each adapter begin and end."""
     return replace(a, slots={**a.slots, RANK_STARTS: f"{a.scale_slot}.{RANK_STARTS}"})
@@ -122,7 +159,7 @@ def _stack_slot(
     ``moved_axis``: the axis that was brought to the front of each tensor.
     """
     first = tensors[0]
-    shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
+    shape = _common_shape(tensors)
     axis = slot.free[0] if slot.free else 0
     others = [tuple(t.shape) for t in tensors if tuple(t.shape) != shape]
     if others and isinstance(slot.apart, tuple) and not slot.fills_up:
@@ -140,6 +177,11 @@ def _stack_slot(
         for k, t in enumerate(tensors):
             out[k].copy_(_pad_to(t.detach(), shape, name, attachment, op, moved_axis))
     return out
+
+
+def _common_shape(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Return the largest size of each axis."""
+    return tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
 
 
 def _pad_to(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ from adaptc.bank.compile_bank import RowProgram
 from adaptc.bank.find_batch_axis import TokenInputs
 from adaptc.bank.placement import BankContents, BankTable, Placement, parts_error
 from adaptc.bank.row_adapters import RowSelection
-from adaptc.bank.stack_adapters import AdapterStack, stack_adapters
+from adaptc.bank.stack_adapters import AdapterStack, restack_adapter, stack_adapters
 from adaptc.bank.stack_engine import StackEngine
 from adaptc.bank.warm_up import warm_bank
 from adaptc.binding.bind_adapter import bind_adapter
@@ -57,9 +57,9 @@ class StackCache:
         runners = {n: r for n, r in self.runners.items() if adapters.get(n) is r.binding}
         return replace(self, stacks=stacks, runners=runners)
 
-    def with_stack(self, stack: AdapterStack) -> Self:
-        """Return the cache with ``stack`` as the most recently used."""
-        return replace(self, stacks=(*(s for s in self.stacks if s is not stack), stack)[-MAX_STACKS:])
+    def with_stacks(self, stacks: Sequence[AdapterStack]) -> Self:
+        """Return the cache with ``stacks`` as the most recently used."""
+        return replace(self, stacks=(*(s for s in self.stacks if s not in stacks), *stacks)[-MAX_STACKS:])
 
 
 class StackPlacement(Placement):
@@ -114,11 +114,26 @@ class StackPlacement(Placement):
         self.limits.check_adapter(name, binding, was_read=isinstance(adapter, (str, os.PathLike, Mapping)))
         return binding
 
+    def prepare_replacement(self, name: str, binding: Binding) -> Sequence[AdapterStack]:
+        base, kept, made = self.base_program, self.table.contents.placed.stacks, list[AdapterStack]()
+        for stack in kept:
+            if name in stack.names:
+                # Sizes that cannot be brought together matter to calls that mix the adapters, if there will be any.
+                with suppress(AdaptcError), outside_modes():
+                    made.append(restack_adapter(stack, name, binding, base.attachments, base.ops, self.kernel_sites))
+        return made
+
     def store(
-        self, contents: BankContents, name: str, binding: Binding, needed_names: Collection[str] = ()
+        self,
+        contents: BankContents,
+        name: str,
+        binding: Binding,
+        needed_names: Collection[str] = (),
+        prepared: Sequence[AdapterStack] = (),
     ) -> BankContents:
         gone = self.limits.choose_evicted(contents.adapters, contents.use_order, name, binding, needed_names)
-        return contents.with_adapter(name, binding, gone)
+        stored = contents.with_adapter(name, binding, gone)
+        return stored.with_placed(stored.placed.with_stacks(prepared)) if prepared else stored
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -172,7 +187,7 @@ class StackPlacement(Placement):
         # A kept stack would miss the optimizer's updates of adapters that train, so their stack is made in every call.
         if not self.base_program.training and kept[-1:] != (found,):
             stack = found
-            self._remember(lambda cache: cache.with_stack(stack))
+            self._remember(lambda cache: cache.with_stacks([stack]))
         return found
 
     def _remember(self, change: Callable[[StackCache], StackCache]) -> None:

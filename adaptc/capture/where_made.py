@@ -38,6 +38,15 @@ def match_inference_mode(function: Callable[Concatenate[Any, P], R]) -> Callable
     return run
 
 
+def check_can_train(model: Any) -> None:
+    """Raise CaptureError for a model that no program can train with: its tensors were made in inference mode."""
+    if any(t.is_inference() for t in _model_tensors(model)):
+        raise CaptureError(
+            "training=True takes gradients, and the model has none: its tensors were made in torch.inference_mode. "
+            "Make or load the model outside of it"
+        )
+
+
 def _model_tensors(model: Any) -> list[Tensor]:
     if isinstance(model, ExportedProgram):
         found = dict(model.state_dict)

@@ -8,7 +8,7 @@ are, and where. It is replaced as a whole, after an index that is in no table wa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Self
@@ -69,7 +69,12 @@ class PackagePlacement(Placement):
         return self.program.pad_adapter(adapter, **options)
 
     def store(
-        self, contents: BankContents, name: str, binding: Binding, needed_names: Collection[str] = ()
+        self,
+        contents: BankContents,
+        name: str,
+        binding: Binding,
+        needed_names: Collection[str] = (),
+        prepared: Sequence[Any] = (),
     ) -> BankContents:
         """Copy ``binding`` to a free index, and return contents that have it there.
 

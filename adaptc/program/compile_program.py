@@ -27,7 +27,7 @@ from adaptc.binding.sources.other_formats import for_component
 from adaptc.binding.sources.resolve import resolve
 from adaptc.capture.capture import CapturedProgram, capture
 from adaptc.capture.repeated_layers.replicate_layers import replicate_layers
-from adaptc.capture.where_made import match_inference_mode
+from adaptc.capture.where_made import check_can_train, match_inference_mode
 from adaptc.errors import ConfigError, EntryHandler, refuse_entry, short_repr, warn_of_entry
 from adaptc.methods import (
     AdapterConfig,
@@ -143,6 +143,8 @@ def plan_adapters(
     if not isinstance(given, str) or given not in FORMS:
         raise ConfigError(f"form={short_repr(form)} is not one of {', '.join(FORMS)}")
     by_name = adapters_by_name(config)
+    if training:
+        check_can_train(model)
     requests = _parse_requests(config, by_name, adapter_name, key_mapping, component, override)
     model = _replicate_layers(model, [c for a in requests if (c := a.known_config()) is not None])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)

@@ -29,8 +29,8 @@ def trace_function(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Gra
     Raises MethodError if ``fn`` reads a tensor that is not an argument.
     """
     # With gradients off, as the caller may have them, the region would lack what training needs.
-    with torch.enable_grad(), suppress_size_guards(fakes):
-        graph = make_fx(fn, pre_dispatch=True)(*fakes).graph
+    with torch.inference_mode(False), torch.enable_grad(), suppress_size_guards(fakes):
+        graph = make_fx(fn, pre_dispatch=True)(*(f.clone() if f.is_inference() else f for f in fakes)).graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):

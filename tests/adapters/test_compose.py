@@ -49,6 +49,7 @@ def test_as_peft(name, tmp_path):
     assert program.binding.config.num_frozen_tokens == 2
 
 
+@pytest.mark.long
 def test_of_programs_and_objects(tmp_path):
     """A program, what is bound to one, an object; and what was composed once more, in the order they are given."""
     paths = [cartridge(tmp_path / str(n), count=n) for n in (3, 5)]

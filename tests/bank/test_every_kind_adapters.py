@@ -83,6 +83,7 @@ def test_a_loader_gives_what_is_missing(kind: Kind) -> None:
     assert (sorted(bank), asked) == (["first", "second"], ["third", "gone", "other", "third", "nobody"])
 
 
+@pytest.mark.long
 @every_kind
 def test_a_call_of_other_rows_loads_nothing(kind: Kind) -> None:
     bank, asked = kind.bank(), []

@@ -49,6 +49,7 @@ def same_files(one: Path, other: Path) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_they_are_told_of_kept_and_written_again(adapter: tuple[Any, Path], tmp_path: Path) -> None:
     wrapped, path = adapter
@@ -104,6 +105,7 @@ def test_a_layer_that_an_adapter_replaces_is_called(tmp_path: Path) -> None:
         adaptc.swap(program, {**tensors, "base_model.model.1.lora_A.weight": torch.ones(2, 7)}, config=config)
 
 
+@pytest.mark.long
 def test_layers_that_are_called_and_unknown_ones_are_refused(adapter: tuple[Any, Path]) -> None:
     _, path = adapter
     narrow = adaptc.compile(model(), adaptc.LoraConfig(r=2, target_modules=["fc1"]))

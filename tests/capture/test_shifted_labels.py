@@ -28,6 +28,7 @@ def batch(labels: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": target}
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["t5", "bart", "mbart"])
 def test_losses_are_pefts_for_labels_of_one_token_too(

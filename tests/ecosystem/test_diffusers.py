@@ -175,6 +175,7 @@ def test_kohya_files_mean_what_diffusers_makes_of_them(te: str, tmp_path: Path) 
     close(again, output_tensor(plain, "unet"), "unet")
 
 
+@pytest.mark.long
 def test_kohya_files_with_original_names(tmp_path: Path) -> None:
     model = diffusion.model("unet")
     names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -266,6 +267,7 @@ def test_text_encoder_names(outer: str, tmp_path: Path) -> None:
         close(swapped("clip", tmp_path), output_tensor(theirs, "clip"), "clip")
 
 
+@pytest.mark.long
 def test_metadata_is_written_as_diffusers_reads_it(tmp_path: Path) -> None:
     theirs = model_with_peft_adapter("sd3")
     swapped("sd3", state(theirs), config=theirs.peft_config["default"])

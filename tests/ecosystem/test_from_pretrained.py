@@ -71,6 +71,7 @@ def test_outputs_are_those_of_pefts_auto_classes(task: str, tmp_path: Path) -> N
         assert first(found).shape[-1] == 5
 
 
+@pytest.mark.long
 def test_a_base_whose_own_head_has_other_labels(tmp_path: Path) -> None:
     path = written(tmp_path, "SEQ_CLS")
     with quiet():
@@ -81,6 +82,7 @@ def test_a_base_whose_own_head_has_other_labels(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.long
 def test_without_a_task_the_class_is_the_one_that_was_adapted(tmp_path: Path) -> None:
     path = written(tmp_path, None)
     config = json.loads((path / "adapter_config.json").read_text())
@@ -95,6 +97,7 @@ def test_without_a_task_the_class_is_the_one_that_was_adapted(tmp_path: Path) ->
                 adaptc.from_pretrained(path)
 
 
+@pytest.mark.long
 def test_it_trains_generates_and_serves(tmp_path: Path) -> None:
     path = written(tmp_path, "CAUSAL_LM")
     with quiet():
@@ -108,6 +111,7 @@ def test_it_trains_generates_and_serves(tmp_path: Path) -> None:
     assert adaptc.from_pretrained(path, dtype="bfloat16").binding.config.r == 3
 
 
+@pytest.mark.long
 def test_embeddings_are_as_many_as_the_adapter_or_its_tokenizer_has(tmp_path: Path) -> None:
     path = written(tmp_path, "CAUSAL_LM")
     words = tokenizer()

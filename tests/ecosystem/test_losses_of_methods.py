@@ -46,6 +46,7 @@ def test_the_callback_adds_the_term_in_training_alone(name: str, tmp_path: Path)
     assert found[1] == pytest.approx(plain[1], rel=1e-6)
 
 
+@pytest.mark.long
 def test_adapters_that_act_together_each_add_theirs() -> None:
     config = adaptc.LoraConfig(**{**CONFIG, **KASA})
     sampled = adaptc.LoraConfig(**{**CONFIG, **MONTECLORA})

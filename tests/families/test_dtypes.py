@@ -89,6 +89,7 @@ def test_outputs(case: tuple[Oracle, Family, torch.dtype]):
             assert_differs(expected, run(oracle.model, family, batch, seq), at_least=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 def test_gradients_and_files(case: tuple[Oracle, Family, torch.dtype], tmp_path: Path):
     oracle, family, dtype = case

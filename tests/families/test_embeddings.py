@@ -176,6 +176,7 @@ def test_a_module_the_program_never_calls_is_no_target():
         adaptc.compile(shared_base_program("t5"), adaptc.LoraConfig(target_modules=["shared"]))
 
 
+@pytest.mark.long
 def test_copies_that_pefts_wrappers_leave_in_a_file(tmp_path: Path) -> None:
     """Of resized embeddings that are trained PEFT writes each module three times; one of them is what was trained."""
     model: Any = FAMILIES["llama"].build()

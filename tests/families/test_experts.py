@@ -63,6 +63,7 @@ def test_merged(oracle: Oracle):
     oracle.check_merged(adaptc.compile(shared_base_program(oracle.name), oracle.path))
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 def test_trained_and_saved_for_peft(oracle: Oracle, tmp_path: Path):
     program = adaptc.compile(shared_base_program(oracle.name), config_of(adaptc.LoraConfig, oracle.options))

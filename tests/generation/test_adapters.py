@@ -60,6 +60,7 @@ def test_what_was_swapped_away_is_freed() -> None:
     assert gone() is None
 
 
+@pytest.mark.long
 def test_what_is_bound_stays() -> None:
     found, gen, text = case("llama"), generator(), prompt(2, 6, (2, 0))
     second, weights = (gen.bind(found.adapters["second"], form=form) for form in ("apply", "weight"))

@@ -82,6 +82,7 @@ def test_peft_says_the_same(cls: str) -> None:
             assert torch.equal(out[i : i + 1], expected)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("family", "cls"), [("llama", PROMPT), ("gpt2", PROMPT), ("llama", PREFIX), ("gemma3_text", PROMPT)]

@@ -89,6 +89,7 @@ def test_steps_of_several_tokens_are_taken_back() -> None:
     assert torch.equal(said(gen, begun, prompt_lookup_num_tokens=3), expected(FAMILY, "first", begun))
 
 
+@pytest.mark.long
 def test_a_cache_goes_on() -> None:
     """What was encoded once is decoded several times, from copies, by beams, and after some tokens."""
     gen, given = generator(FAMILY), prompt(3, 9, (4, 0, 1))

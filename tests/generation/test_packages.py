@@ -58,6 +58,7 @@ def test_tokens_are_those_of_the_program(family: str) -> None:
     assert torch.equal(generated(package.base, text), found.expected(None, text))
 
 
+@pytest.mark.long
 @settings(max_examples=4)
 @given(rows=st.integers(1, 5), length=st.integers(1, 19), cut=st.integers(1, 18), fork=st.booleans())
 def test_caches_go_on(rows: int, length: int, cut: int, fork: bool) -> None:

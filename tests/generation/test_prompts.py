@@ -40,6 +40,7 @@ def test_tokens_are_those_of_peft(
         adaptc.swap(gen, found.adapters["first"])
 
 
+@pytest.mark.long
 def test_padding_is_counted_where_the_model_s_own_generation_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exaone 4.5 leaves position_ids out of its steps, so each token's is its place in the cache."""
     model = FAMILIES["llama"].build().eval()

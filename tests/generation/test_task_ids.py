@@ -104,6 +104,7 @@ def test_swaps_caches_and_files(family: str, tmp_path: Path) -> None:
     assert adaptc.verify(loaded).ok
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_what_is_refused(family: str, tmp_path: Path) -> None:
     gen, inputs = generator(family), text(3, 7, [4, 0, 2])

@@ -75,6 +75,7 @@ def test_tokens_are_those_of_peft(name, count, batch, length, padding, new, how)
     assert torch.equal(said(gen, inputs, new, **how), peft_said(theirs.model, inputs, new, **how))
 
 
+@pytest.mark.long
 def test_swaps_and_bindings():
     """Nothing is compiled again, what is bound keeps its tokens, and so does a generation that has begun."""
     gen, inputs = generator("llama"), text(2, 5, "left")

@@ -126,6 +126,7 @@ def test_a_step_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -
     assert counted == [7, 1, 1, 1, 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_both_caches_go_along(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked, cut, reordered, repeated, in pieces and recorded: what is done to one is done to the other."""

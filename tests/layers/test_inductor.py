@@ -25,6 +25,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_once_for_every_rank(name):

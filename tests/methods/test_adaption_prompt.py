@@ -309,6 +309,7 @@ def test_models_without_such_attentions_are_refused(name: str, message: str) -> 
         adaptc.compile(family.build(), AdaptionPromptConfig(**OPTIONS), example_inputs=family.inputs(2, 6))
 
 
+@pytest.mark.long
 def test_what_no_weight_can_hold_is_refused(tmp_path: Path) -> None:
     program = adaptc.compile(plain("llama"), AdaptionPromptConfig(**OPTIONS))
     with pytest.raises(adaptc.MergeError, match="adaption_prompt attends to tokens of its own"):

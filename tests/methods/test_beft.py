@@ -65,6 +65,7 @@ def test_a_layer_without_a_bias_gets_one(form, tmp_path):
     assert set(adaptc.unload(unmerged).state_dict) == set(pair().state_dict())
 
 
+@pytest.mark.long
 def test_adapters_that_act_together_are_added(tmp_path):
     alone = [by_peft(tmp_path / n, seed=i) for i, n in enumerate("ab")]
     sums = [

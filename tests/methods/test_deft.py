@@ -115,6 +115,7 @@ def test_adapters_that_act_together_read_the_base_weight(tmp_path):
         close(adaptc.merge(program)(x), expected)
 
 
+@pytest.mark.long
 def test_one_program_serves_all_ranks_and_factors(tmp_path):
     kinds: list[Any] = [{"r": 6, "alpha": 3}, {"r": 2}, {"r": 9, "alpha": 30}]
     models = [theirs(tmp_path / str(i), **k, decomposition_method="qr") for i, k in enumerate(kinds)]

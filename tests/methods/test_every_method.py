@@ -19,6 +19,7 @@ def test_method(check, entry, layer, tmp_path):
     check(subject(entry, layer), tmp_path)
 
 
+@pytest.mark.long
 def test_refused_by_name():
     found = [*refusals()]
     assert found

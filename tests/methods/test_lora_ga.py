@@ -70,6 +70,7 @@ def test_the_values_are_pefts(direction: Any, scale: Any) -> None:
     assert all(torch.equal(adaptc.unload(program).state_dict[k], v) for k, v in original.state_dict().items())
 
 
+@pytest.mark.long
 def test_random_takes_the_same_terms_for_both() -> None:
     options = adaptc.LoraGAConfig(direction="random", scale="unit")
     found = []
@@ -167,6 +168,34 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.tanh(self.norm(self.left(x))))
+
+
+@pytest.mark.parametrize("scheme", ["lora_ga", "corda", "eva"])
+def test_values_made_in_inference_mode_can_be_trained(scheme: str) -> None:
+    """The batches are made in it, too, as those of an evaluation are."""
+    found: list[Any] = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        program = compiled(init_lora_weights=scheme)
+        with mode():
+            batches = [{n: t.clone() for n, t in batch.items()} for batch in BATCHES]
+            of = {"loss": loss, "generator": torch.Generator().manual_seed(0)} if scheme == "lora_ga" else {}
+            adaptc.methods.initialize_from_data(program, batches, **of)
+        module = program.module()
+        loss(module(ids=IDS)).backward()
+        found.append([(p.detach().abs(), p.grad) for p in module.parameters() if p.requires_grad])
+    assert found[0]
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_model_made_in_inference_mode_has_no_gradients() -> None:
+    with torch.inference_mode():
+        model = data_net()
+    with pytest.raises(adaptc.CaptureError, match=r"its tensors were made in torch\.inference_mode"):
+        compiled(model)
+    config = adaptc.LoraConfig(**CONFIG)
+    program = adaptc.compile(model, config, example_inputs={"ids": IDS})
+    with pytest.raises(adaptc.AdaptcError, match=r"'left'.*was made in torch\.inference_mode"):
+        adaptc.methods.initialize_from_data(program, BATCHES, loss=loss)
 
 
 def test_buffers_are_not_written_to() -> None:

@@ -136,6 +136,7 @@ def test_bad_options(more, message):
         PromptEncoderConfig(num_virtual_tokens=3, **more)
 
 
+@pytest.mark.long
 def test_files_with_parts_of_a_network(tmp_path):
     program = adaptc.compile(shared_base_program("llama"), PromptEncoderConfig(**options("MLP")))
     tensors = file_tensors(adaptc.save_adapter(program, tmp_path))

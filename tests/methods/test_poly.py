@@ -75,6 +75,7 @@ def test_outputs(pair, data, batch, length):
     assert_same(called(program, given), called(oracle.model, given))
 
 
+@pytest.mark.long
 def test_rows_have_tasks_of_their_own(pair):
     name, _, program = pair
     program.validate()
@@ -329,6 +330,11 @@ def test_rows_with_adapters_of_their_own(tmp_path):
     bank.add("other", oracle_of("llama", tmp_path / "other", **OTHERS[0]).path)
     with pytest.raises(AdaptcError, match="cannot share a call"):
         bank(**given, adapters=["fr", "other", None, "fr"])
+    bank.replace("de", oracle_of("llama", tmp_path / "other", **OTHERS[0]).path)  # a mixed call kept both
+    few = {**given, "task_ids": torch.tensor([0, 1, 1, 0])}
+    torch.testing.assert_close(bank(**few, adapters=["de"] * 4).logits, bank(**few, adapters=["other"] * 4).logits)
+    with pytest.raises(AdaptcError, match="cannot share a call"):
+        bank(**given, adapters=["fr", "de", None, "fr"])
 
 
 @pytest.mark.long

@@ -107,6 +107,7 @@ def test_training_draws_peft_s_noise_and_inference_none(tmp_path, dropout):
     assert not torch.allclose(module.train()(x), expected)
 
 
+@pytest.mark.long
 def test_a_program_in_training_mode_runs_and_merges_as_in_inference(tmp_path):
     peft_chain(peft_config("PveraConfig", r=5), tmp_path / "a")
     program, x, expected = compile_chain(tmp_path / "a", training=True), inputs(4), compile_chain(tmp_path / "a")

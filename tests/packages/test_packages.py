@@ -31,6 +31,7 @@ def test_capacity_of_every_site(net: Packaged) -> None:
     assert net.runner.ranks == {"emb.weight": 6, "conv.weight": 6, "lin.weight": 6, "experts": 6}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "alpha"), [(6, 5.0), (3, 11.0)])
 def test_swap_at_all_sites(net: Packaged, rank: int, alpha: float) -> None:
     config = NET_CONFIG.replace(r=rank, lora_alpha=alpha)

@@ -135,6 +135,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("fuse", [True, False])

@@ -143,6 +143,7 @@ def apply(step: tuple, p: adaptc.AdaptedProgram, m: Model) -> None:  # type: ign
                 same(p(X), m(weights))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @settings(max_examples=examples(20))
 @given(steps=st.lists(STEPS, max_size=9))

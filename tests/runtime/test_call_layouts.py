@@ -116,6 +116,7 @@ def test_any_strides_compute_the_same(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("strides", ["transposed", "channels last", "one value", "sliced"])

@@ -156,6 +156,7 @@ class Step(nn.Module):
         return self.down(out), {"Key": [keys], "v": [values]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_decode_steps_of_a_program_of_somebody_else(backend: str) -> None:
     def filled(batch: int, n: int) -> dict[str, list[Tensor]]:

@@ -73,6 +73,7 @@ def test_every_size_and_adapter_runs_the_same_code(dtype: torch.dtype) -> None:
     assert dict(program.passes["plain"])["choose_matmuls"] == 3
 
 
+@pytest.mark.long
 def test_the_report_says_what_was_chosen_and_why() -> None:
     program = compile_block(dtype=FLOAT, backend="inductor")
     assert not program.products.choices
@@ -93,6 +94,7 @@ def test_graphs_and_files_stay_plain(tmp_path: Path) -> None:
     close(loaded(x), expected)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["plain", "hidden", "untaught", "training", "float64"])
 def test_where_it_computes_as_before(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +155,7 @@ class Turned(nn.Module):
         return self.two(torch.tanh(self.one(x)).sum((0, 1)))
 
 
+@pytest.mark.long
 def test_a_weight_that_lies_otherwise_is_left_alone() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["two"], init_lora_weights=False)

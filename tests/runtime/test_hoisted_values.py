@@ -416,6 +416,7 @@ def squares(rank: int) -> dict[str, Tensor]:
     return {"up.a": torch.randn(rank, 7, generator=g) / rank, "up.b": torch.randn(11, rank, generator=g)}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("squared")
 def test_compiled_code_takes_values_of_any_rank() -> None:
     config = SquaredConfig(r=5, target_modules=["up"], inference_mode=True)

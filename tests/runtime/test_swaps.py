@@ -235,6 +235,7 @@ def test_a_prepared_binding_is_laid_out_once(program):
     assert program.call_state.arguments is executor.arguments(binding)
 
 
+@pytest.mark.long
 def test_training_with_rank_one_is_refused_by_inductor(model):
     config = LoraConfig(r=1, target_modules=["up"])
     example = torch.randint(0, 13, (2, 4))

@@ -35,6 +35,7 @@ def answer(running: Running, model: str, **options: Any) -> str:
     return ask(running, model, **options).choices[0].message.content
 
 
+@pytest.mark.long
 def test_the_first_request_loads_and_the_least_recently_used_make_room(loading: Running) -> None:
     folder, ids = loading.chat.folder, loading.ids(MESSAGES)
     one, two = (loading.expected_text(name, ids, 5) for name in ("one", "two"))

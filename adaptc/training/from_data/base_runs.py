@@ -81,11 +81,18 @@ class BaseRuns:
         return pytree.tree_unflatten(outputs, self._out_spec)
 
     def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        batch = pytree.tree_map(lambda v: v.to(self._device) if isinstance(v, Tensor) else v, _plain(batch))
+        batch = pytree.tree_map(self._usable, _plain(batch))
         if isinstance(batch, dict):
             taken = {*self._inputs.names, *self._inputs.call_names.positional}
             return (), {n: v for n, v in batch.items() if n != LABELS or n in taken}
         return tuple(batch), {}
+
+    def _usable(self, value: Any) -> Any:
+        """Return a value of a batch on the device of the program, and as a tensor that gradients may need."""
+        if not isinstance(value, Tensor):
+            return value
+        made_here = value.clone() if value.is_inference() else value
+        return made_here.to(self._device)
 
 
 def _before_views(node: fx.Node) -> fx.Node:

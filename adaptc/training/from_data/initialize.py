@@ -135,7 +135,9 @@ def initialize_from_data(
     if loss is not None and not isinstance(options, LoraGAConfig):
         raise ConfigError(f"loss= is for 'lora_ga': {options.scheme!r} looks at inputs of layers alone")
 
-    with stage(f"making first values by {options.scheme!r} at {len(sites)} sites", always=verbose) as running:
+    title = f"making first values by {options.scheme!r} at {len(sites)} sites"
+    # The values are kept, and training needs them: tensors of inference mode would be of no use.
+    with torch.inference_mode(False), torch.no_grad(), stage(title, always=verbose) as running:
         if isinstance(options, CordaConfig):
             own = options if path is None else replace(options, cache_file=path)
             values = corda_values(lambda: BaseRuns(inside), sites, batches, own, running)

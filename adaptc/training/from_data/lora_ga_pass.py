@@ -51,9 +51,14 @@ def _mean_gradients(
     runs: BaseRuns, sites: Sequence[DataSite], batches: Iterable[Any], running: Stage, loss: Loss | None
 ) -> dict[str, Tensor]:
     """Return the gradient of each site's weight in the stored layout, by name: the mean over all calls of its layer."""
+    if made_in_inference_mode := [s.name for s in sites if s.weight.is_inference()]:
+        raise AdaptcError(
+            f"{made_in_inference_mode[0]!r}: its weight was made in torch.inference_mode, where no gradient can be "
+            "taken; load the model outside of it"
+        )
+    count = 0
     leaves = {s.name: s.op.stored(s.weight).detach().requires_grad_() for s in sites}
     weights = {s.attachment.fqn: leaves[s.name] for s in sites}
-    count = 0
     with torch.enable_grad():
         for batch in counted(batches, running):
             value = _loss_of(runs.run(batch, {}, weights), loss)

@@ -60,6 +60,7 @@ def test_outputs_are_pefts(family: str, which: str, pads_left: bool) -> None:
         assert not torch.allclose(found, logits(oracle, call), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 def test_other_images_give_other_outputs(family: str) -> None:
     call = call_with_images(EXAMPLE)
@@ -102,6 +103,7 @@ def _without(call: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     return {**call, "input_ids": ids}
 
 
+@pytest.mark.long
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("what", "said"), [("patches", "have_all_patches"), ("grids", "have_all_patches"), ("a placeholder", "placeholder")]

@@ -90,6 +90,7 @@ class TestQwen2VL:
         call = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
         assert torch.equal(gen.generate(**call, **OPTIONS), expected(self.family, {"input_ids": ids}))
 
+    @pytest.mark.long
     def test_a_conversation_goes_on_after_the_images(self) -> None:
         call, gen = prompts(), generator(self.family)
         first = gen.generate(**call, **OPTIONS, return_dict_in_generate=True)
