@@ -355,7 +355,7 @@ def _export_with_free_sizes(
         larger_dims = with_free_images(model, kwargs2, all_dims_free((args2, kwargs2)))
         with contextlib.suppress(CaptureError), stage(f"exporting {name} with larger example inputs"):
             program, fixed = export_with_free_dims(model, args2, kwargs2, larger_dims)
-            if not fixed and has_same_outputs(model, program, args, kwargs, training):
+            if not fixed and _is_right(model, program, args, kwargs, training):
                 export_guarded = partial(_export_with_guards, model, args2, kwargs2, larger_dims)
                 program = guard_sizes_of_one(model, program, args2, kwargs2, export_guarded, training)
                 _warn_fixed_sizes(model, program, args2, kwargs2, larger_dims, fixed)
@@ -366,6 +366,18 @@ def _export_with_free_sizes(
     program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
     _warn_fixed_sizes(model, program, args, kwargs, free_dims, fixed)
     return program
+
+
+def _is_right(
+    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
+) -> bool:
+    """Return whether ``program`` computes what ``model`` does."""
+    if not has_free_images(model):
+        return has_same_outputs(model, program, args, kwargs, training)
+    with contextlib.suppress(CaptureError):
+        check_same_outputs(model, program, args, kwargs, training)
+        return True
+    return False
 
 
 def _warn_fixed_sizes(

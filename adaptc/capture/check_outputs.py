@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.check_size_one import can_run, run_without_effects
+from adaptc.capture.check_size_one import can_run, joined_outputs, run_without_effects
 from adaptc.capture.dynamic_shapes import error_text
 from adaptc.capture.run_graph import guarded_module
 from adaptc.errors import CaptureError
-from adaptc.passes.graph.pytree import pytree
 
 #: torch's message for an assertion on a value that only data tell
 _OF_VALUES = re.compile(r"Runtime assertion failed for expression \D*\bu\d+")
@@ -36,10 +35,10 @@ def check_same_outputs(
     if training or not can_run(model, args, kwargs):
         return
     with run_without_effects(model) as restore:
-        wanted = _joined_outputs(model(*args, **kwargs))
+        wanted = joined_outputs(model(*args, **kwargs))
         restore()
         try:
-            found = _joined_outputs(guarded_module(program)(*args, **kwargs))
+            found = joined_outputs(guarded_module(program)(*args, **kwargs))
         except Exception as error:  # what a wrong graph raises depends on the graph
             raise CaptureError(_difference_text(model, f"the program fails ({error_text(error)})")) from error
     for name, value in wanted.items():
@@ -68,19 +67,6 @@ def name_value_checks(program: ExportedProgram) -> None:
         if _OF_VALUES.match(str(message)) and lines:
             told = f"Runtime assertion failed: the values of the inputs do not pass the check in `{lines[-1].strip()}`"
             node.args = (condition, told)
-
-
-def _joined_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return copies of the float tensors in ``outputs`` by name. Tensors of one list are joined along their first
-    dimension."""
-    found: dict[str, list[Tensor]] = {}
-    for path, value in pytree.tree_leaves_with_path(outputs):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            keys = [str(key).strip(".[]'") for key in path]
-            while keys and keys[-1].isdigit():
-                keys.pop()
-            found.setdefault(".".join(keys), []).append(value)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0].clone() for name, parts in found.items()}
 
 
 def _is_close(wanted: Tensor, found: Tensor) -> bool:

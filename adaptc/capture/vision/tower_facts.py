@@ -55,7 +55,8 @@ def has_free_images(model: nn.Module) -> bool:
     LLaVA does."""
     methods = [getattr(type(m), "get_image_features", None) for m in model.modules()]
     codes = [getattr(inspect.unwrap(m), "__code__", None) for m in methods if callable(m)]
-    return bool(find_towers(model)) or any(c is not None and "list" in c.co_names for c in codes)
+    names = [{*c.co_names} for c in codes if c is not None]
+    return bool(find_towers(model)) or any("list" in n or {"split", "tolist"} <= n for n in names)
 
 
 def _computed_facts(kind: type[nn.Module]) -> frozenset[str]:
@@ -76,15 +77,40 @@ def with_free_images(model: nn.Module, kwargs: Mapping[str, Any], free_dims: Fre
     if "input_ids" not in kwargs:
         return free_dims
     has_towers, own = bool(find_towers(model)), dict[int, dict[int, str | None]]()
+    per_text = _images_per_text(kwargs) if has_free_images(model) else None
     for name, value in kwargs.items():
         if not isinstance(value, Tensor) or not name.startswith(_OF_IMAGES):
             continue
-        if has_towers and name.endswith("grid_thw"):
+        if per_text is not None and tuple(value.shape[:2]) == per_text:
+            own[id(value)] = {0: free_dims(kwargs["input_ids"]).get(0), 1: "images"}
+        elif has_towers and name.endswith("grid_thw"):
             own[id(value)] = {0: name.replace("grid_thw", "count")}
         else:
             fixed = (has_towers and value.ndim == 2) or tuple(value.shape[-2:]) == _image_size(model)
             own[id(value)] = {0: None} if fixed else {**free_dims(value), 0: None}
     return lambda tensor: own[id(tensor)] if id(tensor) in own else free_dims(tensor)
+
+
+def _images_per_text(kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the sizes (texts, images) of inputs that have the images of each text on an axis of their own, filled up
+    with images of zeros; None where there are none."""
+    pixels, ids = kwargs.get("pixel_values"), kwargs["input_ids"]
+    if not isinstance(pixels, Tensor) or pixels.ndim != 5 or pixels.shape[0] != ids.shape[0]:
+        return None
+    return pixels.shape[0], pixels.shape[1]
+
+
+def with_blank_image(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs of a call with a blank image, of zeros, for each text after its only image.
+
+    torch would take one image for a constant. Models that split their features by text leave blank images out. Other
+    inputs are returned as they are.
+    """
+    sizes = _images_per_text(example) if "input_ids" in example and has_free_images(model) else None
+    if sizes is None or sizes[1] != 1:
+        return dict(example)
+    of_images = {n for n, t in example.items() if n.startswith(_OF_IMAGES) and tuple(t.shape[:2]) == sizes}
+    return {n: torch.cat([t, torch.zeros_like(t)], 1) if n in of_images else t for n, t in example.items()}
 
 
 def facts_of_grid(tower: Any, names: frozenset[str], count: int, grid: Tensor, merges: Tensor | None) -> dict[str, Any]:

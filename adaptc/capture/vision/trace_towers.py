@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
 from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers, has_free_images
+from adaptc.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 #: transformers takes any name with "flash" in it for a kernel that gets boundaries
@@ -113,6 +114,14 @@ class _PatchCounts:
     def tolist(self) -> _PatchCounts:
         return self
 
+    def item(self) -> _PatchCounts:
+        return self
+
+
+def _counts_patches(sizes: Any) -> bool:
+    """Return whether the sizes of a split are patch counts, as they are or in the list that torch makes of them."""
+    return isinstance(sizes, _PatchCounts) or (isinstance(sizes, list) and _counts_patches(sizes[0]))
+
 
 class _KeepWhole(TorchFunctionMode):
     """Features of images stay in one tensor, where a function with one of ``codes`` would split them by image.
@@ -127,10 +136,12 @@ class _KeepWhole(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.split, Tensor.split) and isinstance(args[1], _PatchCounts):
+        if func in (torch.split, Tensor.split) and _counts_patches(args[1]):
             return (args[0],)
         if func is Tensor.prod and self._is_called_by_features():
             return _PatchCounts()
+        if func is Tensor.unbind and args[0].ndim == 1 and self._is_called_by_features():
+            return (_PatchCounts(),)
         if func in (Tensor.unbind, Tensor.__len__) and args[0].ndim == 3 and self._is_called_by_features():
             return 1 if func is Tensor.__len__ else (args[0].flatten(0, 1),)
         return func(*args, **kwargs)
@@ -181,10 +192,22 @@ def _features(module: Any, original: Any, splits: _KeepWhole) -> Any:
 
     @functools.wraps(original)
     def features(*args: Any, **kwargs: Any) -> Any:
+        _equate_image_sizes(*args, **kwargs)
         with splits:
             return original(*args, **kwargs)
 
     return features
+
+
+def _equate_image_sizes(pixel_values: Any = None, pixel_attention_mask: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Compare the numbers of texts and images (texts, images, ...), so that torch's tracer learns that they are equal.
+
+    Raises CaptureError where they are not.
+    """
+    if isinstance(pixel_attention_mask, Tensor) and pixel_values.ndim == 5:
+        sizes, others = pixel_values.shape[:2], pixel_attention_mask.shape[:2]
+        if any(size != other for size, other in zip(sizes, others, strict=True)):
+            raise CaptureError(f"pixel_values has {tuple(sizes)} images, and pixel_attention_mask {tuple(others)}")
 
 
 def _without_state(module: Any, original: Any, splits: _KeepWhole) -> Any:

@@ -31,7 +31,7 @@ from torch.export import Dim
 from adaptc.capture.check_size_one import run_without_effects
 from adaptc.capture.given_inputs import bind_arguments
 from adaptc.capture.model_state import keyword_only_parameter, patch_forward
-from adaptc.capture.vision.tower_facts import with_free_images
+from adaptc.capture.vision.tower_facts import with_blank_image, with_free_images
 from adaptc.errors import CaptureError
 from adaptc.generation.modes.static_step import DEEPSTACK, LAST_KEYS, StepExample, equate_sizes
 from adaptc.generation.multimodal.read_images import (
@@ -175,7 +175,7 @@ def example_prompt(model: Any, example_inputs: Any) -> dict[str, Tensor]:
     example.setdefault("attention_mask", torch.ones_like(ids))
     if any(v.ndim and v.shape[0] == 1 for v in example.values()):
         example = {n: torch.cat([v, v]) for n, v in example.items()}
-    return {n: v.to(model.device) for n, v in example.items()}
+    return {n: v.to(model.device) for n, v in with_blank_image(model, example).items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,10 +34,10 @@ class BaseRuns:
     """The base of a program, to be run on batches. ``training``: whether it has its dropout, as in training."""
 
     def __init__(self, program: ProgramCore, training: bool = False) -> None:
-        base: Any = unload_program(program)
-        base = SetMode(True)(base).output if training and program.adaptation.training else base
+        unloaded: Any = unload_program(program)
+        base = SetMode(True)(unloaded).output if training and program.adaptation.training else unloaded
         self._module, self._device = base.graph_module, program.device
-        self._inputs = program.adaptation.inputs(unload_program(program))
+        self._inputs = program.adaptation.inputs(unloaded)
         self.nodes: Mapping[str, fx.Node] = {n.name: n for n in base.graph.nodes}
         signature = base.graph_signature
         written = written_placeholders(base.graph)
