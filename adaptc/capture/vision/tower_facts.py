@@ -92,8 +92,10 @@ def with_free_images(model: nn.Module, kwargs: Mapping[str, Any], free_dims: Fre
 
 
 def _images_per_text(kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the sizes (texts, images) of inputs that have the images of each text on an axis of their own, filled up
-    with images of zeros; None where there are none."""
+    """Return the sizes (texts, images) of inputs that have the images of each text on an axis of their own.
+
+    That axis is filled up with images of zeros. None where there are no such inputs.
+    """
     pixels, ids = kwargs.get("pixel_values"), kwargs["input_ids"]
     if not isinstance(pixels, Tensor) or pixels.ndim != 5 or pixels.shape[0] != ids.shape[0]:
         return None

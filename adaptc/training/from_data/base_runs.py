@@ -35,7 +35,7 @@ class BaseRuns:
 
     def __init__(self, program: ProgramCore, training: bool = False) -> None:
         unloaded: Any = unload_program(program)
-        base = SetMode(True)(unloaded).output if training and program.adaptation.training else unloaded
+        base: Any = SetMode(True)(unloaded).output if training and program.adaptation.training else unloaded
         self._module, self._device = base.graph_module, program.device
         self._inputs = program.adaptation.inputs(unloaded)
         self.nodes: Mapping[str, fx.Node] = {n.name: n for n in base.graph.nodes}
