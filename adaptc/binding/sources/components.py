@@ -84,7 +84,7 @@ def _find_component(
     sized = [
         c
         for c in full
-        if all(m is None or _has_fitting_size(p, tensors[p.key], names.shapes[m]) for p, m in modules_of[c])
+        if all(m is None or _has_fitting_size(p, tensors[p.key], names.shape(m)) for p, m in modules_of[c])
     ]
     some = sized or full or [c for c, n in known.items() if n]
     if len(some) == 1:
