@@ -45,7 +45,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a program adapts and with which tensors, what a package takes, or what an adapter holds."""
-    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
+    if path.is_dir() or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         from adaptc.reports.adapter_report import AdapterReport
 
         print_result(as_json, AdapterReport.from_path(path))

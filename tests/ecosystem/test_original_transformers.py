@@ -35,7 +35,9 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    return {
+        n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)
+    }
 
 
 def original_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -63,9 +65,7 @@ def comfy(factors: Mapping[str, tuple[Tensor, Tensor]], prefix: str = "diffusion
 
 
 def changes(factors: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> dict[str, Tensor]:
-    return {
-        n: (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:]) * scale for n, (a, b) in factors.items()
-    }
+    return {n: (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:]) * scale for n, (a, b) in factors.items()}
 
 
 def compiled(name: str, adapter: object, **options: object) -> adaptc.AdaptedProgram:
@@ -124,9 +124,7 @@ def test_xlabs_as_diffusers_converts_it(small_layers: dict[str, Tensor]) -> None
     )
     factors = random_factors({n: x.shape for n, x in layers.items() if "processor" in n}, 2)
     assert len(factors) == 6
-    given = {
-        f"{n}.{w}.weight": t for n, (a, b) in factors.items() for w, t in (("down", a), ("up", b))
-    }
+    given = {f"{n}.{w}.weight": t for n, (a, b) in factors.items() for w, t in (("down", a), ("up", b))}
     theirs = lora_conversion_utils._convert_xlabs_flux_lora_to_diffusers(dict(given))
     equal_to(theirs, translated(given, small_layers))
 

@@ -109,7 +109,9 @@ def _convert_ia3(location: str, slots: Mapping[str, Tensor], module: TargetModul
     LyCORIS leaves the layer's bias as it is where the channels are those of the output, and PEFT's IA3 scales it. So
     only layers without a bias mean the same there.
     """
-    _check_complete(location, slots, (CHANNELS, ON_INPUT))
+    if len(slots) == 1:
+        here, missing = ("weight", "on_input") if CHANNELS in slots else ("on_input", "weight")
+        raise CheckpointError(f"{location} has {here} and no {missing}; the file is not complete")
     on_input = bool(_scalar_value(slots[ON_INPUT], f"{location}: on_input"))
     if not on_input and module.has_bias:
         raise CheckpointError(

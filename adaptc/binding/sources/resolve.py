@@ -63,11 +63,30 @@ def resolve(
         found = replace(found, config=loaded_config(found.config))
     if found.config.ranks_differ_in_files():
         found = replace(found, infer_ranks=True)
+    found = _with_wrapped_biases(found, weights)
     if copies := _wrapper_copies(found.tensors):
         found = replace(found, tensors={k: t for k, t in found.tensors.items() if k not in copies})
     if any(map(is_expert_key, found.tensors)):
         found = stack_old_experts(found, weights)
     return join_experts(found, paths, weights) if (paths := found.config.expert_paths()) else found
+
+
+def _with_wrapped_biases(found: AdapterData[Any], weights: Mapping[str, Tensor]) -> AdapterData[Any]:
+    """Return ``found`` with the keys that trained biases of adapted layers have since PEFT 0.7.
+
+    Before, a layer with an adapter was no wrapper, and its bias was ``fc.bias`` where it is ``fc.base_layer.bias`` now.
+    """
+    if getattr(found.config, "bias", "none") == "none":
+        return found
+    new: dict[str, str] = {}
+    for key in found.tensors:
+        module, _, end = key.rpartition(".")
+        wrapped = f"{module}.base_layer.bias"
+        if end == "bias" and f"{module}.weight" in weights and wrapped not in found.tensors:
+            inside = (k[len(module) + 1 :] for k in found.tensors if k.startswith(f"{module}.") and k != key)
+            if any(slot != "weight" and f"{module}.{slot}" not in weights for slot in inside):
+                new[key] = wrapped
+    return replace(found, tensors={new.get(k, k): t for k, t in found.tensors.items()}) if new else found
 
 
 def _wrapper_copies(tensors: Mapping[str, Tensor]) -> set[str]:

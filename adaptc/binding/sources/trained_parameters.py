@@ -40,13 +40,13 @@ def trained_parameters(
     only_biases = {m for m, own in values.items() if own.keys() == {"bias"} and weights[f"{m}.weight"].ndim > 1}
     biases = {m for m in values if layers[m].peft_type or m in only_biases}
     if not biases:
-        return _saved_modules(values, weights)
+        return _saved_modules(values, weights, source)
     if peft_type != "LORA":
         raise CheckpointError(
             f"{source}: module {next(iter(biases))!r} has a trained bias, and {peft_type} trains none in PEFT. Drop "
             "the biases (diff_b), or split the file and compile for a list of adapters."
         )
-    saved = _saved_modules({m: own for m, own in values.items() if m not in biases}, weights)
+    saved = _saved_modules({m: own for m, own in values.items() if m not in biases}, weights, source)
     inside = {f"{m}.base_layer.bias": values[m]["bias"] for m in biases if layers[m].peft_type}
     alone = {f"{m}.bias": values[m]["bias"] for m in biases if not layers[m].peft_type}
     return TrainedParameters(
@@ -59,7 +59,7 @@ def whole_module_tensors(
 ) -> dict[str, Tensor]:
     """Return the parameters of modules of which a file trains nothing else, by the keys of PEFT's LN tuning."""
     values = {m: _values(m, layer, weights, source) for m, layer in layers.items()}
-    saved = _saved_modules(values, weights).tensors
+    saved = _saved_modules(values, weights, source).tensors
     return {".ln_tuning_layers.".join(key.rsplit(".", 1)): t for key, t in saved.items()}
 
 
@@ -79,23 +79,35 @@ def _values(module: str, layer: FileLayer, weights: Mapping[str, Tensor], source
 
 
 def _changed(location: str, param: str, base: Tensor, change: Tensor) -> Tensor:
-    if isinstance(base, QuantizedTensor) or base.is_meta:
-        raise CheckpointError(
-            f"{location}: the file has a change of the whole {param}, and the values that it is added to are "
-            f"{'quantised' if isinstance(base, QuantizedTensor) else 'not here'}. Bind it to a program of the model as "
-            "it was trained, and give the directory that adaptc.save_adapter writes of that."
-        )
+    value = _known_value(location, param, base)
     wide = torch.promote_types(torch.promote_types(base.dtype, change.dtype), torch.float32)
-    value = base.detach().to(wide) + change.to(device=base.device, dtype=wide)
-    return value.to(base.dtype)
+    return (value.to(wide) + change.to(device=base.device, dtype=wide)).to(base.dtype)
 
 
-def _saved_modules(values: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor]) -> TrainedParameters:
+def _known_value(location: str, param: str, base: Tensor) -> Tensor:
+    """Return the value of a base parameter. Raises CheckpointError where it is quantised, or not here: a package has
+    NaN for what is not in its file."""
+    is_quantized = isinstance(base, QuantizedTensor)
+    if is_quantized or base.is_meta or bool(base.isnan().any()):
+        raise CheckpointError(
+            f"{location}: it is trained as a whole, and the file has a change of its {param}, or none. The base's "
+            f"{param}, to which that is added, is {'quantised' if is_quantized else 'not here'}. Compile the model as "
+            "it was trained for this file, and give what adaptc.save_adapter writes of that program."
+        )
+    return base.detach()
+
+
+def _saved_modules(
+    values: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor], source: str
+) -> TrainedParameters:
     """Return whole modules with these values. Their other parameters are the base's: PEFT saves all of a module."""
     if not values:
         return TrainedParameters()
     tensors: dict[str, Tensor] = {}
     for module, own in values.items():
         names = [n for fqn in weights if fqn.startswith(f"{module}.") and "." not in (n := fqn[len(module) + 1 :])]
-        tensors |= {f"{module}.{n}": own[n] if n in own else weights[f"{module}.{n}"].detach().clone() for n in names}
+        location = f"{source}: module {module!r}"
+        for name in names:
+            kept = None if name in own else _known_value(location, name, weights[f"{module}.{name}"]).clone()
+            tensors[f"{module}.{name}"] = own[name] if kept is None else kept
     return TrainedParameters(tensors, {"modules_to_save": list(values)})
