@@ -95,8 +95,8 @@ def compile_(
         Path,
         typer.Argument(
             metavar="ADAPTER|FILE.json",
-            help="An adapter: a PEFT directory, or a file of diffusers, kohya or torchtune. Or the JSON of a config "
-            "(adapter_config.json), for a fresh one.",
+            help="An adapter: a PEFT directory, or a file of diffusers, kohya, ComfyUI, loralib or torchtune. Or the "
+            "JSON of a config (adapter_config.json), for a fresh one.",
             show_default=False,
         ),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders import lora_conversion_utils, lora_pipeline, single_file_utils
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -156,6 +156,7 @@ def flux_shapes() -> dict[str, tuple[int, ...]]:
     return {n: s for n, s in shapes.items() if not re.match(r"joint_blocks|[txy]_embedder", n)}
 
 
+@pytest.mark.long
 def test_kohya_as_diffusers_loads_it(tmp_path: Path) -> None:
     """Without the first layer of single blocks, whose size diffusers' converter has as a number."""
     factors = random_factors({n: s for n, s in flux_shapes().items() if "blocks" in n and "linear1" not in n})
@@ -179,7 +180,14 @@ def with_changes(name: str, by_original: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer.", ""])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "diffusion_model.",
+        pytest.param("transformer.", marks=pytest.mark.long),
+        pytest.param("", marks=pytest.mark.long),
+    ],
+)
 def test_comfyui_of_all_layers(prefix: str) -> None:
     """The order of rows is what the tests above compare with diffusers'."""
     factors = random_factors(flux_shapes())
@@ -188,6 +196,7 @@ def test_comfyui_of_all_layers(prefix: str) -> None:
     assert made.binding.origin.format == "diffusers"
 
 
+@pytest.mark.long
 def test_merged_swapped_saved_and_unloaded(tmp_path: Path) -> None:
     one, two = random_factors(flux_shapes()), random_factors(flux_shapes(), 2)
     program = compiled("flux", kohya(one, 2.0))
@@ -223,12 +232,44 @@ def sd3_as_diffusers_converts(by_original: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
+def test_rows_of_sd3_5_are_those_of_diffusers_converter() -> None:
+    """With norms of q and k, and a second attention in the first block. Each row of each layer has a number."""
+    sizes = {"attention_head_dim": 6, "num_attention_heads": 2, "joint_attention_dim": 10, "caption_projection_dim": 12}
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(
+            sample_size=8,
+            num_layers=3,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+            pooled_projection_dim=14,
+            **sizes,
+        )
+    layers = original_transformer_layers(layer_shapes(model))
+    layers = {n: x for n, x in layers.items() if not re.match(r"double_blocks|img_in|txt_in|time_in|vector_in", n)}
+    given = {f"{n}.weight": torch.arange(x.shape[0]) + 1000 * i for i, (n, x) in enumerate(layers.items())}
+    filler = {f"{n}.bias": torch.zeros(x.shape[0]) for n, x in layers.items()}
+    filler |= {"context_embedder.weight": torch.zeros(12), "context_embedder.bias": torch.zeros(12)}
+    theirs = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(
+        dict(given) | filler | {"pos_embed": torch.zeros(1)}
+    )
+    ours = {
+        f"{part.module}.weight": torch.cat([given[f"{n}.weight"][start:stop] for start, stop in part.rows])
+        for n, x in layers.items()
+        for part in x.parts
+    }
+    assert {"transformer_blocks.0.attn2.to_k.weight", "transformer_blocks.2.norm1_context.linear.weight"} <= ours.keys()
+    theirs = {k: t for k, t in theirs.items() if k.endswith(".weight") and k != "context_embedder.weight"}
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], t) for k, t in ours.items())
+
+
 FILES: dict[str, Callable[[Mapping[str, tuple[Tensor, Tensor]]], dict[str, Tensor]]] = {
     "kohya": lambda factors: kohya(factors, float(RANK)),
     "comfyui": comfy,
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FILES)
 def test_sd3(form: str) -> None:
     factors = random_factors(sd3_shapes())
@@ -242,11 +283,16 @@ QKV = "double_blocks.0.img_attn.qkv"
 FLAT = f"lora_unet_{QKV.replace('.', '_')}"
 
 
-def test_whole_changes_loha_and_lokr_of_a_fused_layer() -> None:
+@pytest.mark.long
+def test_other_methods_of_a_fused_layer() -> None:
     torch.manual_seed(6)
     out, into = flux_shapes()[QKV]
-    diff = torch.randn(out, into) / 5
-    check("flux", {f"{FLAT}.diff": diff}, output_tensor(with_changes("flux", {QKV: diff}), "flux"))
+    diff, bias = torch.randn(out, into) / 5, torch.randn(out)
+    model = with_changes("flux", {QKV: diff})
+    with torch.no_grad():
+        for name, part in zip(("to_q", "to_k", "to_v"), bias.chunk(3), strict=True):
+            model.transformer_blocks[0].attn.get_submodule(name).bias += part
+    check("flux", {f"{FLAT}.diff": diff, f"{FLAT}.diff_b": bias}, output_tensor(model, "flux"))
     loha = {n: torch.randn(*s) / 2 for n, s in (("w1_a", (out, 3)), ("w1_b", (3, into)))}
     loha |= {n: torch.randn(*s) / 2 for n, s in (("w2_a", (out, 3)), ("w2_b", (3, into)))}
     change = (loha["w1_a"] @ loha["w1_b"]) * (loha["w2_a"] @ loha["w2_b"])
@@ -255,9 +301,18 @@ def test_whole_changes_loha_and_lokr_of_a_fused_layer() -> None:
     first, second = torch.randn(12, 4), torch.randn(8, 8) / 3
     given = {f"{FLAT}.lokr_w1": first, f"{FLAT}.lokr_w2": second}
     check("flux", given, output_tensor(with_changes("flux", {QKV: torch.kron(first, second)}), "flux"))
-    across = {f"{FLAT}.lokr_w1": torch.randn(2, 4), f"{FLAT}.lokr_w2": torch.randn(48, 8)}
-    with pytest.raises(CheckpointError, match=r"factors of 2 and 48 rows cannot be divided .*begin at 0, 32, 64"):
-        compiled("flux", across)
+
+
+@pytest.mark.long
+def test_dora_of_a_fused_layer() -> None:
+    torch.manual_seed(6)
+    out, into = flux_shapes()[QKV]
+    a, b, lengths = torch.randn(3, into), torch.randn(out, 3), torch.rand(out) + 0.5
+    given = {f"{FLAT}.lora_down.weight": a, f"{FLAT}.lora_up.weight": b, f"{FLAT}.dora_scale": lengths.unsqueeze(1)}
+    attention = diffusion.model("flux").transformer_blocks[0].attn
+    weight = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]).detach()
+    turned = (weight + b @ a) * (lengths / (weight + b @ a).norm(dim=1)).unsqueeze(1)
+    check("flux", given, output_tensor(with_changes("flux", {QKV: turned - weight}), "flux"))
 
 
 def lora(rows: int, into: int = 32, name: str = FLAT) -> dict[str, Tensor]:
@@ -273,6 +328,11 @@ BROKEN = {
         "attn.to_q' is adapted by its own name, and as a part",
     ),
     "a block that is not there": (lora(96, name=FLAT.replace("0", "7")), r"names no module|name no module"),
+    "LoKr across": (
+        {f"{FLAT}.lokr_w1": torch.ones(2, 4), f"{FLAT}.lokr_w2": torch.ones(48, 8)},
+        r"factors of 2 and 48 rows cannot be divided .*begin at 0, 32, 64",
+    ),
+    "half of a LoKr": ({f"{FLAT}.lokr_w1": torch.ones(12, 4)}, r"has lokr_w1 and no lokr_w2_a"),
     "a kernel": (
         {f"{FLAT}.hada_{n}": torch.ones(3, 3) for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         "is of a convolution kernel",

@@ -72,12 +72,12 @@ def detect_format(keys: Iterable[str], source: str) -> tuple[Format, list[Parsed
     if not parsed_keys:
         raise CheckpointError(
             f"{source}: its keys are those of no format that is known ({', '.join(f.name for f in FORMATS)}, PEFT): "
-            f"{short_repr(keys[:3])}. Is it an adapter?{_refused_methods_hint(keys)}"
+            f"{short_repr(keys[:3])}. {_refused_methods_hint(keys) or 'Is it an adapter?'}"
         )
     if odd := [k for k, p in zip(keys, parsed[best.name], strict=True) if p is None]:
         raise CheckpointError(
-            f"{source}: {len(odd)} of {len(keys)} keys are not known in the format {best.name}: {short_repr(odd[:3])}."
-            f"{_refused_methods_hint(odd)} Drop them if they do not matter."
+            f"{source}: {len(odd)} of {len(keys)} keys are not known in the format {best.name}: {short_repr(odd[:3])}. "
+            f"{_refused_methods_hint(odd) or 'Drop them if they do not matter.'}"
         )
     return best, parsed_keys
 
@@ -88,6 +88,6 @@ def _refused_methods_hint(keys: Sequence[str]) -> str:
     if not found:
         return ""
     return (
-        f" These are of {'; '.join(found)}. Merge the file with the program that wrote it, and make LoRA of the merged "
+        f"These are of {'; '.join(found)}. Merge the file with the program that wrote it, and make LoRA of the merged "
         "model: adaptc.subtract_adapter(merged, model, rank=r)."
     )
