@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc import AdaptcError, LoHaConfig, LoraConfig
+from adaptc import AdaptcError, ConfigError, LoHaConfig, LoraConfig
 
 
 class Net(nn.Module):
@@ -194,6 +194,8 @@ def test_norms_alone_are_ln_tuning(modules: tuple[str, ...], tmp_path: Path) -> 
     check(made, added)
     adaptc.save_adapter(made, tmp_path / "peft")
     check(program(tmp_path / "peft"), added)
+    with pytest.raises(ConfigError, match="has no LORA, and config= is a LoraConfig: leave it out"):
+        program(lycoris(added), config=LoraConfig(r=3))
 
 
 def test_parts_of_a_module_leave_the_others_as_they_are() -> None:

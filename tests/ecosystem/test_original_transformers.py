@@ -180,14 +180,8 @@ def with_changes(name: str, by_original: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "diffusion_model.",
-        pytest.param("transformer.", marks=pytest.mark.long),
-        pytest.param("", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer.", ""])
 def test_comfyui_of_all_layers(prefix: str) -> None:
     """The order of rows is what the tests above compare with diffusers'."""
     factors = random_factors(flux_shapes())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptc.adapter_files.formats.file_layer import FileLayer, TargetModule
 from adaptc.errors import CheckpointError
+from adaptc.torch_typing import block_diag
 
 
 def with_low_rank_change(layer: FileLayer, module: TargetModule, source: str) -> FileLayer:
@@ -45,7 +46,7 @@ def full_rank_factors(change: Tensor, groups: int = 1) -> dict[str, Tensor]:
         return {"lora_A.weight": torch.eye(into, dtype=change.dtype), "lora_B.weight": change}
     identity = torch.eye(out // groups, dtype=change.dtype).repeat(groups, 1)
     if groups > 1:
-        blocks = torch.block_diag(*change.flatten(1).reshape(groups, -1, into * prod(kernel)))
+        blocks = block_diag(*change.flatten(1).reshape(groups, -1, into * prod(kernel)))
         change = blocks.reshape(out, groups * into, *kernel)
     return {"lora_A.weight": change, "lora_B.weight": identity.reshape(*identity.shape, *[1] * len(kernel))}
 

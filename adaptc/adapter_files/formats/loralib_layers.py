@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-import torch
 from torch import Tensor
 
 from adaptc.adapter_files.formats.file_layer import FileLayer, TargetModule
 from adaptc.adapter_files.formats.full_rank import full_rank_factors
 from adaptc.adapter_files.formats.parts import LORALIB_A, LORALIB_B
 from adaptc.errors import CheckpointError
+from adaptc.torch_typing import block_diag
 
 
 def convert_loralib(location: str, slots: Mapping[str, Tensor], module: TargetModule) -> FileLayer:
@@ -44,7 +44,7 @@ def convert_loralib(location: str, slots: Mapping[str, Tensor], module: TargetMo
         return FileLayer("LORA", {"lora_embedding_A": a, "lora_embedding_B": b}, rank, None)
     _check_rows(location, a, b, groups, module)
     if groups > 1:
-        b = torch.block_diag(*b.chunk(groups))
+        b = block_diag(*b.chunk(groups))
     return FileLayer("LORA", {"lora_A.weight": a, "lora_B.weight": b}, a.shape[0], None, file_rank=rank)
 
 
@@ -92,6 +92,6 @@ def _convert_convolution(location: str, a: Tensor, b: Tensor, module: TargetModu
     if b.shape[0] != out * k:  # a convolution with groups, whose filters are no whole rows of the product
         factors = full_rank_factors((b.float() @ a.float()).reshape(shape), a.shape[1] // k // into)
         return FileLayer("LORA", factors, factors["lora_A.weight"].shape[0], None, file_rank=rank)
-    down = torch.block_diag(*[a] * k).reshape(-1, into, *kernel)
+    down = block_diag(*[a] * k).reshape(-1, into, *kernel)
     up = b.reshape(out, -1, *[1] * len(kernel))
     return FileLayer("LORA", {"lora_A.weight": down, "lora_B.weight": up}, down.shape[0], None, file_rank=rank)

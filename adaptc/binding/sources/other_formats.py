@@ -8,7 +8,6 @@ must give them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -20,25 +19,19 @@ from adaptc.adapter_files.adapter_data import PEFT_KEYS, AdapterData, FileOrigin
 from adaptc.adapter_files.foreign_file import has_peft_prefix
 from adaptc.adapter_files.format import peft_component_error
 from adaptc.adapter_files.formats.detect import detect_format, is_foreign_key, starts_with_component
-from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.formats.file_layer import FileLayer
 from adaptc.adapter_files.formats.full_rank import with_low_rank_change
 from adaptc.adapter_files.formats.layers import convert_layer
 from adaptc.adapter_files.formats.loralib import has_loralib_factors
-from adaptc.adapter_files.formats.mmdit import ORIGINAL_BLOCKS
 from adaptc.adapter_files.formats.original_layers import split_slots
-from adaptc.adapter_files.formats.parts import ALPHA, ParsedKey, split_component
 from adaptc.binding.sources.components import ChosenComponent, choose_component
-from adaptc.binding.sources.configs import loaded_config
-from adaptc.binding.sources.file_ranks import rank_alpha_fields, with_ranks_of_layers
+from adaptc.binding.sources.file_config import config_of_file, target_fields
+from adaptc.binding.sources.file_ranks import with_ranks_of_layers
 from adaptc.binding.sources.module_names import FindOps, ModuleNames, no_ops
 from adaptc.binding.sources.trained_parameters import TrainedParameters, trained_parameters, whole_module_tensors
 from adaptc.errors import CheckpointError, ConfigError, short_repr
-from adaptc.methods import AdapterConfig, TargetedConfig, config_class, exact_names_regex, proper_suffixes
+from adaptc.methods import AdapterConfig, TargetedConfig
 from adaptc.value_types import checked_options
-
-#: fields of a config that choose modules; here the keys of the file choose them
-_TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
 def translate_to_peft(
@@ -58,52 +51,24 @@ def translate_to_peft(
     origin = FileOrigin(file_format.name, chosen.component, MappingProxyType(dict(chosen.other_components)))
     if not any(layer.peft_type for layer in layers.values()):
         tensors = whole_module_tensors(layers, weights, source)
-        fields = {"peft_type": "LN_TUNING"} | _target_fields(list(layers), names)
+        if config is not None and config.peft_type != "LN_TUNING":
+            raise ConfigError(
+                f"{source} trains modules as a whole and has no {config.peft_type}, and config= is a "
+                f"{type(config).__name__}: leave it out"
+            )
+        fields = {"peft_type": "LN_TUNING"} | target_fields(list(layers), names)
         return raw.with_config(config or fields, tensors=tensors, format=PEFT_KEYS, origin=origin)
     adapted = {m: layer for m, layer in layers.items() if layer.peft_type}
     peft_type = _only_method(adapted, source)
     parameters = trained_parameters(layers, weights, peft_type, source)
-    targets = _target_fields(list(adapted), names)
+    targets = target_fields(list(adapted), names)
     tensors = {f"{module}.{slot}": t for module, layer in adapted.items() for slot, t in layer.tensors.items()}
     tensors |= parameters.tensors
     if config is not None:
         completed = _complete_from_keys(with_ranks_of_layers(config, adapted, source), targets, parameters)
         return raw.with_config(completed, tensors=tensors, format=PEFT_KEYS, origin=origin)
-    has_default = file_format.has_default_scale and (
-        chosen.component or _states_scale(raw, parsed_keys) or all(m.has_own_scale for m in adapted.values())
-    )
-    options = _options_of_layers(peft_type, adapted, names)
-    fields = _config_in_file(raw, chosen, peft_type)
-    if fields is None:
-        _check_scale_known(peft_type, adapted, bool(has_default), f"{source} ({file_format.name})")
-        fields = {"peft_type": peft_type} | targets | options | rank_alpha_fields(peft_type, adapted)
-        return raw.with_config(fields | parameters.fields, tensors=tensors, format=PEFT_KEYS, origin=origin)
-    fields = {k: v for k, v in fields.items() if k not in _TARGET_FIELDS} | targets | parameters.fields
-    fields = fields if raw.component_configs is not None else options | fields
-    if any(p.slot == ALPHA for p, _ in chosen.modules_by_key):
-        fields |= rank_alpha_fields(peft_type, adapted)
-        return raw.with_config(fields, tensors=tensors, format=PEFT_KEYS, origin=origin)
-    stated = with_ranks_of_layers(loaded_config(fields), adapted, source)
-    return raw.with_config(stated, tensors=tensors, format=PEFT_KEYS, origin=origin)
-
-
-def _options_of_layers(peft_type: str, adapted: Mapping[str, FileLayer], names: ModuleNames) -> dict[str, Any]:
-    """Return the config fields, other than targets and ranks, that follow from the tensors."""
-    if peft_type == "IA3":
-        return {"feedforward_modules": exact_names_regex([m for m, made in adapted.items() if made.scales_input]) or []}
-    tensors, shapes = [made.tensors for made in adapted.values()], [names.shapes[m] for m in adapted]
-    return config_class(peft_type).options_from_tensors(tensors, shapes)
-
-
-def _check_scale_known(peft_type: str, adapted: Mapping[str, FileLayer], has_default: bool, source: str) -> None:
-    """Raise CheckpointError for layers with a scale that neither the file nor its format says."""
-    if has_default or not config_class(peft_type).alpha_field:
-        return
-    rank = next(made.file_rank or made.rank for made in adapted.values() if not made.has_own_scale)
-    raise CheckpointError(
-        f"{source} does not say its alpha, so its scale is unknown. Say it with config=, such as "
-        f"config=LoraConfig(r={rank}, lora_alpha={2 * rank})."
-    )
+    made = config_of_file(raw, file_format, parsed_keys, chosen, adapted, names, {**targets, **parameters.fields})
+    return raw.with_config(made, tensors=tensors, format=PEFT_KEYS, origin=origin)
 
 
 def _only_method(adapted: Mapping[str, FileLayer], source: str) -> str:
@@ -151,7 +116,7 @@ def with_targets(
             f"no key of the adapter names a module of the model: {short_repr(list(tensors)[:3])}. Is it for another "
             "model? target_modules of the config says which are meant."
         )
-    return config.with_missing_filled(_target_fields(list(modules), names))
+    return config.with_missing_filled(target_fields(list(modules), names))
 
 
 def has_peft_keys(raw: LoadedAdapter, weights: Mapping[str, Tensor], is_config_known: bool) -> bool:
@@ -226,17 +191,6 @@ def _convert_layers(
     return layers
 
 
-def _target_fields(modules: Sequence[str], names: ModuleNames) -> dict[str, Any]:
-    """Return the config fields that choose exactly these modules.
-
-    A name in PEFT's list also chooses every module whose path ends with it, so such modules are excluded.
-    """
-    wanted = frozenset(modules)
-    more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in proper_suffixes(m))]
-    out: dict[str, Any] = {"target_modules": list(modules)}
-    return out | ({"exclude_modules": "|".join(map(re.escape, more))} if more else {})
-
-
 def _complete_from_keys(
     config: AdapterConfig, targets: Mapping[str, Any], parameters: TrainedParameters
 ) -> AdapterConfig:
@@ -247,29 +201,3 @@ def _complete_from_keys(
         config = config.with_missing_filled(targets)
     open_fields = {k: v for k, v in parameters.fields.items() if getattr(config, k, None) in (None, "none")}
     return config.replace(**open_fields) if open_fields else config
-
-
-def _config_in_file(raw: LoadedAdapter, chosen: ChosenComponent, peft_type: str) -> dict[str, Any] | None:
-    """Return the config that a file states for a component, or None where it states none."""
-    if raw.component_configs is not None:
-        prefix = f"{chosen.component}." if chosen.component else ""
-        # A component's fields are prefixed with its name.
-        fields = {k: v for k, v in raw.component_configs.items() if split_component(k)[0] == chosen.component}
-        if fields:
-            return {"peft_type": peft_type} | {k.removeprefix(prefix): v for k, v in fields.items()}
-    if raw.config is not None and not chosen.component:
-        return {"peft_type": peft_type} | dict(raw.config)
-    return None
-
-
-def _states_scale(raw: LoadedAdapter, parsed_keys: Sequence[ParsedKey]) -> bool:
-    """Return whether a file whose keys name no component states its scales.
-
-    It does by an alpha, by names that PEFT's keys do not have, or by its file name, which is one of diffusers'.
-    """
-    if any(
-        p.slot == ALPHA or p.is_flattened or not p.key.endswith(p.slot) or p.key.startswith(ORIGINAL_BLOCKS)
-        for p in parsed_keys
-    ):
-        return True
-    return raw.path is not None and raw.path.name in (LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME)
