@@ -69,6 +69,7 @@ LAYERS = {
     ),
     "convolution": (lambda: loralib.Conv2d(5, 7, 3, **SAID), lambda: nn.Conv2d(5, 7, 3), lambda: image(5)),
     "kernel of one": (lambda: loralib.Conv2d(5, 7, 1, **SAID), lambda: nn.Conv2d(5, 7, 1), lambda: image(5)),
+    "oblong": (None, lambda: nn.Conv2d(5, 7, (3, 2)), lambda: image(5)),
     "groups": (
         lambda: loralib.Conv2d(10, 6, 3, groups=2, **SAID),
         lambda: nn.Conv2d(10, 6, 3, groups=2),
@@ -91,7 +92,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
     return lora, model, x
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "oblong"])
 @torch.no_grad()
 def test_each_layer_is_loralibs(name: str, tmp_path: Path) -> None:
     lora, model, x = pair(name)
@@ -133,6 +134,19 @@ def test_biases_are_those_of_the_file(bias: str) -> None:
     torch.testing.assert_close(program(x), lora(x), rtol=1e-5, atol=1e-5)
     assert program.binding.config.bias == bias
     torch.testing.assert_close(adaptc.unload(program)(x), model(x))
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+@torch.no_grad()
+def test_a_convolution_is_found_with_and_without_loralibs_wrapper(is_wrapped: bool) -> None:
+    """Its weight and bias are ``layer.conv.weight`` and ``layer.conv.bias`` in loralib's model."""
+    lora, plain, x = pair("convolution")
+    lora.inner["layer"].conv.bias.normal_()
+    tensors = {k: t for k, t in lora.state_dict().items() if "lora_" in k or k.endswith("bias")}
+    wrapped = Layer(nn.Sequential())
+    wrapped.inner["layer"].add_module("conv", plain.inner["layer"])
+    program = adaptc.compile(wrapped if is_wrapped else plain, tensors, config=CONFIG, example_inputs=x)
+    torch.testing.assert_close(program(x), lora.train()(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -193,6 +207,9 @@ BROKEN = {
     ),
     "kernel": ("convolution", {A: torch.ones(9, 15), B: torch.ones(20, 9)}, r"kernel of shape \(7, 5, 3, 3\)"),
     "kernel of another size": ("convolution", {A: torch.ones(3, 5), B: torch.ones(7, 3)}, r"do not go with a kernel"),
+    "kernel, rank": ("convolution", {A: torch.ones(8, 15), B: torch.ones(21, 8)}, r"do not go with a kernel"),
+    "kernel, groups": ("convolution", {A: torch.ones(9, 5), B: torch.ones(63, 9)}, r"do not go with a kernel"),
+    "kernel of two sizes": ("oblong", {A: torch.ones(9, 15), B: torch.ones(21, 9)}, r"kernel of shape \(7, 5, 3, 2\)"),
     "other rank": (
         "merged",
         {A: torch.ones(6, 7), B: torch.ones(33, 2)},
@@ -211,7 +228,8 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_does_not_fit_is_refused_by_name(name: str) -> None:
     layer, tensors, match = BROKEN[name]
-    _, model, x = pair(layer)
+    _, make, make_input = LAYERS[layer]
+    model, x = Layer(make()), make_input()
     with pytest.raises(AdaptcError, match=match):
         adaptc.compile(model, tensors, config=CONFIG, example_inputs=x)
 

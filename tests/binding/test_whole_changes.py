@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc import AdaptcError, ConfigError, LoHaConfig, LoraConfig
+from adaptc import AdaptcError, CheckpointError, ConfigError, LoHaConfig, LoraConfig
+from adaptc.adapter_files.formats.full_rank import full_rank_factors
+from adaptc.adapter_files.load import load
+from adaptc.binding.sources.other_formats import translate_to_peft
 
 
 class Net(nn.Module):
@@ -113,6 +116,24 @@ def test_merged_weights_are_the_sums_to_the_bit() -> None:
     wanted = changed(added)
     for name in added:
         assert torch.equal(merged.state_dict[name], wanted.get_parameter(name).detach()), name
+
+
+@pytest.mark.parametrize(("out", "into"), [(11, 7), (5, 11)])
+def test_the_identity_is_of_the_smaller_size(out: int, into: int) -> None:
+    change = torch.randn(out, into)
+    factors = full_rank_factors(change)
+    small, large = sorted(factors.values(), key=Tensor.numel)
+    assert torch.equal(small, torch.eye(min(out, into)))
+    assert torch.equal(large, change)
+
+
+@pytest.mark.parametrize("absent", [torch.full((11,), float("nan")), torch.ones(11, device="meta")])
+def test_a_package_without_the_base_says_what_is_missing(absent: Tensor) -> None:
+    """A package has NaN for a weight that is not in its file."""
+    for missing in ("weight", "bias"):
+        weights = {"norm.weight": torch.ones(11), "norm.bias": torch.ones(11)} | {f"norm.{missing}": absent}
+        with pytest.raises(CheckpointError, match=rf"'norm'.* The base's {missing}, to which .* is not here\."):
+            translate_to_peft(load({"lycoris_norm.w_norm": torch.ones(11)}), weights, None)
 
 
 @pytest.mark.long

@@ -92,6 +92,17 @@ def translated(tensors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[s
     return dict(translate_to_peft(load(tensors), weights, None).tensors)
 
 
+def test_parts_have_memory_of_their_own(small_layers: dict[str, Tensor]) -> None:
+    """Layers share the first factor in the file, and training writes to each."""
+    made = translated(
+        {f"{FLAT}.lora_down.weight": torch.ones(2, 3072), f"{FLAT}.lora_up.weight": torch.ones(9216, 2)}
+        | {f"{FLAT}.alpha": torch.tensor(2.0)},
+        small_layers,
+    )
+    assert len(made) == 6
+    assert len({t.untyped_storage().data_ptr() for t in made.values()}) == 6
+
+
 def equal_to(converted: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
     theirs = {k.removeprefix("transformer."): t for k, t in converted.items()}
     assert theirs.keys() == ours.keys()

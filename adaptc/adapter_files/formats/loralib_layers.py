@@ -11,7 +11,6 @@ Values are copied, and zeros added. Only for convolutions with groups are the fa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 from torch import Tensor
 
@@ -82,15 +81,16 @@ def _convert_convolution(location: str, a: Tensor, b: Tensor, module: TargetModu
     shape = module.shape
     out, into, *kernel = shape
     k = kernel[0]
-    rank = a.shape[0] // k
-    one_rank = a.shape[0] == b.shape[1] == rank * k and rank > 0
-    if not one_rank or b.shape[0] * a.shape[1] != prod(shape) or any(n != k for n in kernel) or a.shape[1] % k:
+    rank, groups = a.shape[0] // k, a.shape[1] // (into * k)
+    has_rank = rank > 0 and a.shape[0] == b.shape[1] == rank * k
+    has_kernel = kernel in ([k, k], [1] * len(kernel))
+    if not has_rank or not has_kernel or (b.shape[0] * groups, a.shape[1]) != (out * k, groups * into * k):
         raise CheckpointError(
             f"{location}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not go with a kernel of shape "
             f"{shape}; expected (r k, in k) and (out k, r k). The adapter was made for another model."
         )
-    if b.shape[0] != out * k:  # a convolution with groups, whose filters are no whole rows of the product
-        factors = full_rank_factors((b.float() @ a.float()).reshape(shape), a.shape[1] // k // into)
+    if groups > 1:  # filters are no whole rows of the product
+        factors = full_rank_factors((b.float() @ a.float()).reshape(shape), groups)
         return FileLayer("LORA", factors, factors["lora_A.weight"].shape[0], None, file_rank=rank)
     down = block_diag(*[a] * k).reshape(-1, into, *kernel)
     up = b.reshape(out, -1, *[1] * len(kernel))
