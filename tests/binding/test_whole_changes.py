@@ -183,6 +183,7 @@ def test_beside_lora_each_keeps_its_own_scale() -> None:
     }
     made = program(lycoris(added) | factors)
     check(made, added | {"out.weight": b @ a * 2 / 3})
+    assert made.binding.config.modules_to_save == ["norm"]
     # An alpha beside a whole change means nothing to LyCORIS.
     check(
         program(lycoris(added) | factors | {"lycoris_fc.alpha": torch.tensor(3.0)}),

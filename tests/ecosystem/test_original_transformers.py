@@ -162,6 +162,19 @@ def test_control_as_diffusers_converts_it() -> None:
     equal_to(theirs, translated(given, weights))
 
 
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer.", ""])
+def test_names_of_the_original_code_say_that_the_scale_is_one(prefix: str, small_layers: dict[str, Tensor]) -> None:
+    given = comfy(factors_for(small_layers), prefix)
+    made = translate_to_peft(load(given), small_layers, None)
+    assert (made.config["r"], made.config["lora_alpha"], made.config["alpha_pattern"]) == (2, 2, {})
+    with pytest.raises(CheckpointError, match="does not say its alpha"):
+        translate_to_peft(
+            load({"x.lora_A.weight": torch.ones(2, 7), "x.lora_B.weight": torch.ones(5, 2)}),
+            {"x.weight": torch.ones(5, 7)},
+            None,
+        )
+
+
 def flux_shapes() -> dict[str, tuple[int, ...]]:
     shapes = original_shapes(diffusion.model("flux"))
     return {n: s for n, s in shapes.items() if not re.match(r"joint_blocks|[txy]_embedder", n)}
