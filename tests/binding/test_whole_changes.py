@@ -264,6 +264,18 @@ def test_ia3_of_several_layers_scales_inputs_where_the_file_says_so() -> None:
     check(program(given), {n: t.detach() for n, t in weights.items()})
 
 
+def test_sizes_tell_of_which_component_a_change_is() -> None:
+    """Two text encoders have layers of the same names."""
+    added = changes("fc", "norm", biases=False)
+    other = {
+        k.replace("te1", "te2"): torch.ones(t.shape[0] + 2, *t.shape[1:])
+        for k, t in lycoris(added, "lora_te1_").items()
+    }
+    made = program(lycoris(added, "lora_te1_") | other)
+    check(made, added)
+    assert made.binding.origin.component == "text_encoder"
+
+
 LOHA = {f"lycoris_fc.hada_{n}": torch.ones(2, 2) for n in ("w1_a", "w1_b", "w2_a", "w2_b")}
 BROKEN = {
     "shape": ({"lycoris_fc.diff": torch.ones(11, 8)}, r"'fc'.*\(11, 8\), and the model's weight has \(11, 7\)"),

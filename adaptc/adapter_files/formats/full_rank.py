@@ -24,7 +24,8 @@ def with_low_rank_change(layer: FileLayer, module: TargetModule, source: str) ->
         return layer
     check_shape(f"{source}: module {module.name!r}", "weight", change, module.shape)
     op = module.find_op()
-    change = change if op is None else op.canonical(change)
+    # Contiguous, as torch.export.save takes no tensors that are views of others.
+    change = change if op is None else op.canonical(change).contiguous()
     factors = full_rank_factors(change, 1 if op is None else op.groups)
     rank = factors["lora_A.weight"].shape[0]
     if op is not None and op.kind == "embedding":
