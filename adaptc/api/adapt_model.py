@@ -52,9 +52,9 @@ def compile(
         model: an nn.Module, a transformers model, a UNet or Flux denoiser of diffusers, an ExportedProgram, or the
             result of ``transformers.exporters``.
         adapter: a config, a ``peft`` config, or an adapter with its weights. Those are a PEFT directory, a file of
-            diffusers, kohya, LyCORIS or torchtune, or a state dict with such keys. A list of these gives the program
-            the union of their sites, and binds it to the first. A dict of these by name makes adapters that act
-            together, each on the weights as changed by the ones before it.
+            diffusers, kohya, LyCORIS, ComfyUI, loralib or torchtune, or a state dict with such keys. A list of these
+            gives the program the union of their sites, and binds it to the first. A dict of these by name makes
+            adapters that act together, each on the weights as changed by the ones before it.
         config: the config of one adapter with weights, in place of the one in its file. Without ``target_modules`` it
             targets the modules that the keys name. Given without ``adapter``, it is the adapter.
         example_inputs: a tensor, a tuple, or a dict of keywords. An nn.Module needs them. For models of transformers

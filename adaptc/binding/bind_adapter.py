@@ -6,6 +6,7 @@ A binding owns its values: a directory is read into memory of its own, and a cal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,6 +23,7 @@ from adaptc.binding.sources.other_formats import for_component
 from adaptc.binding.sources.resolve import resolve
 from adaptc.errors import ConfigError, SwapError
 from adaptc.methods import AdapterConfig
+from adaptc.passes.graph.ops import Op
 from adaptc.patterns import limit_pattern_time
 from adaptc.torch_modes import outside_modes
 from adaptc.torch_typing import is_mapping
@@ -106,7 +108,9 @@ def bind_adapter(
     given = {n: source for n, source in sources.items() if source is not None}
     loaded = [load(source, adapter_name=adapter_name, key_mapping=key_mapping) for source in given.values()]
     for name, data in zip(given, for_component(loaded, component), strict=True):
-        resolved = resolve(data, spec.weights, config=known, default=bindings[name].config)
+        resolved = resolve(
+            data, spec.weights, config=known, default=bindings[name].config, find_ops=partial(_ops_by_module, spec)
+        )
         if check_config is not None:
             check_config(resolved.config)
         # Plans are for the spec of the whole program, and each of several adapters has its own.
@@ -118,6 +122,10 @@ def bind_adapter(
         bindings[name] = initial_values(spec_of_adapter(spec, name), bindings[name].config, methods_by_id={})
     made = binding_of_parts(spec, bindings) if is_joint else bindings[current.name]
     return target.binding_plans.remember_fitting(with_scale(spec, made, scale, sources))
+
+
+def _ops_by_module(spec: BindingSpec) -> dict[str, Op]:
+    return {a.module: spec.ops[a.id] for a in spec.attachments if a.param == "weight"}
 
 
 def _sources_by_name(current: Binding, adapter: Any) -> Mapping[str, Any]:

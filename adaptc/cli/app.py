@@ -47,7 +47,9 @@ Program = Annotated[Path, typer.Argument(metavar="PROG.pt2", help="A program wit
 Adapter = Annotated[
     Path,
     typer.Argument(
-        metavar="ADAPTER", help="A PEFT directory, or a file of diffusers, kohya or torchtune.", show_default=False
+        metavar="ADAPTER",
+        help="A PEFT directory, or a file of diffusers, kohya, ComfyUI, loralib or torchtune.",
+        show_default=False,
     ),
 ]
 Component = Annotated[

@@ -45,7 +45,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a program adapts and with which tensors, what a package takes, or what an adapter holds."""
-    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
+    if path.is_dir() or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         from adaptc.reports.adapter_report import AdapterReport
 
         print_result(as_json, AdapterReport.from_path(path))
@@ -95,8 +95,8 @@ def compile_(
         Path,
         typer.Argument(
             metavar="ADAPTER|FILE.json",
-            help="An adapter: a PEFT directory, or a file of diffusers, kohya or torchtune. Or the JSON of a config "
-            "(adapter_config.json), for a fresh one.",
+            help="An adapter: a PEFT directory, or a file of diffusers, kohya, ComfyUI, loralib or torchtune. Or the "
+            "JSON of a config (adapter_config.json), for a fresh one.",
             show_default=False,
         ),
     ],

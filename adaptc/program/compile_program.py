@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from adaptc.adapter_files.adapter_data import PEFT_KEYS, AdapterData
 from adaptc.adapter_files.load import has_tensors, load
@@ -43,6 +44,7 @@ from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.embedding_max_norm import max_norms_of
 from adaptc.passes.adapt.expose_subgraph_params import ExposeSubgraphParams, has_unexposed_params
 from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.analysis.sites import layer_ops
 from adaptc.passes.analysis.unread_weights import unread_weights
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
@@ -98,8 +100,9 @@ class AdapterRequest:
     data: AdapterData[Any]
     config: AdapterConfig | None = None
 
-    def resolve_for(self, base: LiftedProgram) -> PlannedAdapter:
-        data = resolve(self.data, base.state_dict, config=self.config, find_targets=True)
+    def resolve_for(self, base: LiftedProgram, program: ExportedProgram) -> PlannedAdapter:
+        find_ops = partial(layer_ops, program, base)
+        data = resolve(self.data, base.state_dict, config=self.config, find_targets=True, find_ops=find_ops)
         return PlannedAdapter(self.name, data.with_config(_require_targets(data.config)))
 
     def known_config(self) -> PlannedConfig | None:
@@ -161,7 +164,7 @@ def plan_adapters(
         config=None if captured.source is None else captured.source.config,
     )
     base = LiftedProgram(captured.program, edit=False)
-    adapters = [a.resolve_for(base) for a in requests]
+    adapters = [a.resolve_for(base, captured.program) for a in requests]
     plans = [_plan_adapter(a, captured, facts, base) for a in adapters]
     adapters = [
         _with_base_model_names(replace(a, data=a.data.with_config(p.config)), captured)

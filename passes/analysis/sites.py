@@ -17,7 +17,7 @@ from adaptc.passes.analysis.program_facts import module_types
 from adaptc.passes.graph.higher_order import subgraph_input_of
 from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
 from adaptc.passes.graph.module_paths import module_path, module_paths_of
-from adaptc.passes.graph.ops import CASTS, LAYER_OPS, LINEAR_META, TRANSPOSED_CONVS, argument, custom_meta
+from adaptc.passes.graph.ops import CASTS, LAYER_OPS, LINEAR_META, TRANSPOSED_CONVS, Op, argument, custom_meta, op_of
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,12 @@ def find_sites(
             fqns = [f for f in by_node.get(node, []) if f in lifted.state_dict]
             found.extend(_sites_of(lifted, node, fqns, types, module_paths))
     return found
+
+
+def layer_ops(program: ExportedProgram, lifted: LiftedProgram) -> dict[str, Op]:
+    """Return the op that reads the weight of each module, by the module's path."""
+    sites = [s for s in find_sites(program, lifted=lifted) if s.param == "weight"]
+    return {s.module: op_of(s.kind, lifted.tensor(s.fqn), lifted.nodes[s.consumers[0]]) for s in sites}
 
 
 def _sites_of(

@@ -40,7 +40,11 @@ BROKEN = {
         r"not known in the format kohya.*lora_unet_conv_in\.what",
     ),
     "no format": ({"a": torch.ones(2), "b.c": torch.ones(2)}, "no format that is known"),
-    "full difference": ({"lora_unet_conv_in.diff": torch.ones(2)}, "whole differences of weights"),
+    "change of another size": (
+        {"lora_unet_conv_in.diff": torch.ones(2)},
+        r"shape \(2,\), and the model's .*\(7, 3, 3, 3\)",
+    ),
+    "kohya's OFT": ({"lora_unet_conv_in.oft_blocks": torch.ones(1, 2, 2)}, "OFT of kohya .*subtract_adapter"),
     "up alone": ({UP: torch.ones(12, 2)}, "no lora_A.weight"),
     "alpha alone": ({f"{flat(TO_Q)}.alpha": torch.tensor(2.0)}, "an alpha and nothing else"),
     "alpha of many": ({f"{flat(TO_Q)}.alpha": torch.ones(3)}, "alpha .* is no finite number"),

@@ -4,6 +4,9 @@ The file is ``pytorch_lora_weights.safetensors``. Keys have PEFT's names after t
 ``save_lora_adapter`` writes no component. Older files have ``lora.down``, ``lora_linear_layer.down``, or
 ``processor.to_q_lora.down``. The header may have the configs, as JSON under ``lora_adapter_metadata``, with each field
 prefixed by its component. Without it a module's scale is 1, or follows from its ``alpha``.
+
+Files of other programs for FLUX and SD3 have such keys, too, with the original names of modules (``mmdit``). ComfyUI
+writes them behind ``diffusion_model``. XLabs has ``processor.qkv_lora1.down``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from adaptc.adapter_files.formats.parts import (
     COMPONENTS,
     LYCORIS_SLOTS,
     MAGNITUDE,
+    WHOLE_WEIGHT,
     ParsedKey,
     split_component,
     split_key,
@@ -46,6 +50,10 @@ _SLOTS = {
 #: a projection of an attention processor
 _PROCESSOR_KEY = re.compile(r"(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _PROCESSOR_SLOTS = {"down": "lora_A.weight", "up": "lora_B.weight"}
+#: a projection of one of XLabs' processors for FLUX
+_XLABS_KEY = re.compile(r"(.+\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+#: a norm in FLUX's original code, whose weight is called scale
+_NORM_SCALE = re.compile(r"(.+_blocks\..+\.norm\.(?:query|key)_norm)\.scale")
 
 
 class Diffusers:
@@ -58,6 +66,10 @@ class Diffusers:
         if old := _PROCESSOR_KEY.fullmatch(key):
             names = (f"to_{old[3]}.0" if old[3] == "out" else f"to_{old[3]}", f"{old[3]}_proj")
             names, slot = tuple(f"{old[1]}.{n}" for n in names), _PROCESSOR_SLOTS[old[4]]
+        elif old := _XLABS_KEY.fullmatch(key):
+            names, slot = (old[1],), _PROCESSOR_SLOTS[old[2]]
+        elif old := _NORM_SCALE.fullmatch(key):
+            names, slot = (old[1],), WHOLE_WEIGHT
         elif found := split_key(key, _SLOTS):
             # A processor's `to_out` is the first layer of the list of that name.
             name, slot = found[0].replace(".processor.", "."), found[1]

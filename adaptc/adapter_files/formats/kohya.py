@@ -2,8 +2,9 @@
 
 Keys look like ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``. A module's path has underscores for
 dots, after a prefix that names the component. Each module has ``lora_down``, ``lora_up`` and an ``alpha``. A
-convolution may have ``lora_mid``, and DoRA has ``dora_scale``. LyCORIS adds LoHa (``hada_*``) and LoKr (``lokr_*``).
-UNets are named as in diffusers, or by the blocks of the original code (``ldm``).
+convolution may have ``lora_mid``, and DoRA has ``dora_scale``. LyCORIS adds LoHa (``hada_*``), LoKr (``lokr_*``), IA3
+(``weight`` and ``on_input``), whole changes (``diff``, ``diff_b``) and those of norms (``w_norm``, ``b_norm``). Models
+are named as in diffusers, or by the blocks of the original code (``ldm`` for UNets, ``mmdit`` for FLUX and SD3).
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from adaptc.adapter_files.formats.parts import (
     ALPHA,
+    CHANNELS,
     COMMON_SLOTS,
     DORA_SCALE,
     LORA_MID,
     LYCORIS_SLOTS,
     MAGNITUDE,
+    ON_INPUT,
     ParsedKey,
     split_key,
 )
@@ -56,6 +59,8 @@ _SLOTS = {
     "lora_up.weight": "lora_B.weight",
     "lora_mid.weight": LORA_MID,
     DORA_SCALE: DORA_SCALE,
+    "weight": CHANNELS,
+    "on_input": ON_INPUT,
 }
 _TEXT_MODEL, _ENCODER_LAYERS = "text_model_", "encoder.layers."
 _ORIGINAL_NAME = re.compile(r"(^|_)(double_blocks|single_blocks|joint_blocks|double_stream|x_block|qkv)(_|$)")
@@ -78,8 +83,9 @@ class Kohya:
     def missing_module_hint(self, module: str) -> str:
         if _ORIGINAL_NAME.search(module):
             return (
-                "These are names of the model's original code, in which one layer is several of diffusers'. diffusers "
-                "converts such files: give what its pipeline's lora_state_dict(file) returns as a state dict."
+                "These are names of the original code of a model that adaptc does not know, or the file is for another "
+                "model. diffusers converts many such files: give what its pipeline's lora_state_dict(file) returns as "
+                "a state dict."
             )
         return ""
 

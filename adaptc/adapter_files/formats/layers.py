@@ -1,41 +1,63 @@
 """Convert the tensors of one module to PEFT's shapes, with its rank and alpha.
 
-Input is a module's tensors by slot, and the shape of its weight. Values are as in the file. Only where a convolution
-has three factors are two of them multiplied, in float32. A CheckpointError names the module and what is missing or odd.
+Input is a module's tensors by slot, and what is known of the module. Values are as in the file. Only where a
+convolution has three factors are two of them multiplied, in float32. A CheckpointError names the module and what is
+missing or odd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.formats.parts import ALPHA, DORA_SCALE, LORA_MID, MAGNITUDE
+from adaptc.adapter_files.formats.file_layer import FileLayer, TargetModule
+from adaptc.adapter_files.formats.loralib_layers import convert_loralib
+from adaptc.adapter_files.formats.parts import (
+    ALPHA,
+    CHANNELS,
+    DIFF,
+    DIFF_BIAS,
+    DORA_SCALE,
+    LORA_MID,
+    MAGNITUDE,
+    ON_INPUT,
+    WHOLE_BIAS,
+    WHOLE_WEIGHT,
+)
 from adaptc.errors import CheckpointError
 
-
-@dataclass(frozen=True)
-class FileLayer:
-    """The tensors of one module as PEFT has them.
-
-    ``peft_type`` is PEFT's name of the method. ``alpha`` is None where the file has none for this module.
-    """
-
-    peft_type: str
-    tensors: Mapping[str, Tensor]
-    rank: int
-    alpha: float | None
+#: slots of parameters -> the parameter's name
+_DIFFERENCES = {DIFF: "weight", DIFF_BIAS: "bias"}
+_WHOLE = {WHOLE_WEIGHT: "weight", WHOLE_BIAS: "bias"}
 
 
-def convert_layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], source: str) -> FileLayer:
-    """Return the layer that ``tensors``, by slot, make at a weight of ``shape``. Raises CheckpointError where they make
-    none."""
-    slots = dict(tensors)
-    alpha = _scalar_value(slots.pop(ALPHA), f"{source}: the alpha of {module!r}") if ALPHA in slots else None
-    location = f"{source}: module {module!r}"
+def convert_layer(module: TargetModule, tensors: Mapping[str, Tensor], source: str) -> FileLayer:
+    """Return the layer that ``tensors``, by slot, make at ``module``. Raises CheckpointError where they make none."""
+    slots, shape = dict(tensors), module.shape
+    alpha = _scalar_value(slots.pop(ALPHA), f"{source}: the alpha of {module.name!r}") if ALPHA in slots else None
+    location = f"{source}: module {module.name!r}"
+    differences = {param: slots.pop(slot) for slot, param in _DIFFERENCES.items() if slot in slots}
+    whole = {param: slots.pop(slot) for slot, param in _WHOLE.items() if slot in slots}
+    if "weight" in differences:
+        differences["weight"] = _match_axes(differences["weight"], len(shape))
+    if slots and ("weight" in differences or "weight" in whole):
+        raise CheckpointError(
+            f"{location} has a whole weight beside the tensors of a method, {', '.join(slots)}; drop one of the two"
+        )
+    if differences.keys() & whole.keys():
+        raise CheckpointError(f"{location} has a whole parameter and a change of it; drop one of the two")
+    if not slots and (differences or whole):
+        # LyCORIS scales no whole difference, whatever the alpha.
+        return FileLayer("", {}, 0, None, differences=differences, whole=whole)
+    return replace(_convert_method(location, slots, module, alpha), differences=differences, whole=whole)
+
+
+def _convert_method(location: str, slots: dict[str, Tensor], module: TargetModule, alpha: float | None) -> FileLayer:
+    shape = module.shape
     families = dict.fromkeys(n.partition("_")[0] for n in slots if n != DORA_SCALE and n != MAGNITUDE)
     if len(families) > 1:
         raise CheckpointError(
@@ -43,6 +65,10 @@ def convert_layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[in
         )
     if "lora" in families:
         return FileLayer("LORA", *_convert_lora(location, slots, shape), alpha)
+    if "loralib" in families:
+        return convert_loralib(location, slots, module)
+    if "ia3" in families:
+        return _convert_ia3(location, slots, module)
     if DORA_SCALE in slots or MAGNITUDE in slots:
         raise CheckpointError(
             f"{location} has dora_scale, lengths of rows, beside LoHa or LoKr; PEFT has these for LoRA alone, and so "
@@ -75,6 +101,31 @@ def _convert_lora(location: str, slots: dict[str, Tensor], shape: Sequence[int])
     if DORA_SCALE in slots:
         slots[MAGNITUDE] = _convert_magnitudes(location, slots.pop(DORA_SCALE), b.shape[0] if b.ndim else 0, len(shape))
     return slots, _axis_size(location, slots, "lora_A.weight", 0)
+
+
+def _convert_ia3(location: str, slots: Mapping[str, Tensor], module: TargetModule) -> FileLayer:
+    """Return LyCORIS's IA3 as PEFT's: the factor of each channel is one more than the file's number.
+
+    LyCORIS leaves the layer's bias as it is where the channels are those of the output, and PEFT's IA3 scales it. So
+    only layers without a bias mean the same there.
+    """
+    if len(slots) == 1:
+        here, missing = ("weight", "on_input") if CHANNELS in slots else ("on_input", "weight")
+        raise CheckpointError(f"{location} has {here} and no {missing}; the file is not complete")
+    on_input = bool(_scalar_value(slots[ON_INPUT], f"{location}: on_input"))
+    if not on_input and module.has_bias:
+        raise CheckpointError(
+            f"{location} has LyCORIS's IA3 on the outputs of a layer with a bias. LyCORIS leaves the bias as it "
+            "is, and PEFT's IA3 scales it with the outputs. Merge the file with LyCORIS, and make LoRA of the merged "
+            "model: adaptc.subtract_adapter(merged, model, rank=r)."
+        )
+    factors = slots[CHANNELS]
+    factors = 1 + (factors if factors.dtype.itemsize > 2 else factors.float())
+    if len(module.shape) > 2:
+        factors = factors.reshape(1, -1, *[1] * (len(module.shape) - 2))
+    else:
+        factors = factors.reshape(1, -1) if on_input else factors.reshape(-1, 1)
+    return FileLayer("IA3", {"ia3_l": factors}, 0, None, scales_input=on_input)
 
 
 def _lokr_rank_alpha(location: str, slots: Mapping[str, Tensor], alpha: float | None) -> tuple[int, float | None]:

@@ -19,6 +19,15 @@ MAGNITUDE = "lora_magnitude_vector"
 #: slot of DoRA's magnitudes with an axis for each axis of the weight
 DORA_SCALE = "dora_scale"
 
+#: slots of changes of a module's weight and bias, which are added to the base
+DIFF, DIFF_BIAS = "diff", "diff_b"
+#: slots of a module's own weight and bias, which replace the base's
+WHOLE_WEIGHT, WHOLE_BIAS = "whole weight", "whole bias"
+#: slots of LyCORIS's IA3: a factor less one for each channel, and whether the channels are those of the input
+CHANNELS, ON_INPUT = "ia3_channels", "ia3_on_input"
+#: slots of loralib's factors, which have shapes of their own at convolutions and merged layers
+LORALIB_A, LORALIB_B = "loralib_A", "loralib_B"
+
 #: components of a pipeline that adapter files may have, by diffusers' names
 COMPONENTS = (
     "unet",
@@ -52,6 +61,10 @@ COMMON_SLOTS: Mapping[str, str] = MappingProxyType(
         "lora_magnitude_vector.weight": MAGNITUDE,
         "alpha": ALPHA,
         **LYCORIS_SLOTS,
+        "diff": DIFF,
+        "diff_b": DIFF_BIAS,
+        "w_norm": DIFF,
+        "b_norm": DIFF_BIAS,
     }
 )
 

@@ -13,7 +13,7 @@ from math import prod
 
 from torch import Tensor
 
-from adaptc.adapter_files.formats.parts import Format, ParsedKey, split_component
+from adaptc.adapter_files.formats.parts import DIFF, Format, ParsedKey, split_component
 from adaptc.binding.sources.module_names import ModuleNames
 from adaptc.errors import MAX_LISTED, CheckpointError, and_more, short_repr
 
@@ -84,7 +84,7 @@ def _find_component(
     sized = [
         c
         for c in full
-        if all(m is None or _has_fitting_size(p, tensors[p.key], names.shapes[m]) for p, m in modules_of[c])
+        if all(m is None or _has_fitting_size(p, tensors[p.key], names.shape(m)) for p, m in modules_of[c])
     ]
     some = sized or full or [c for c, n in known.items() if n]
     if len(some) == 1:
@@ -100,7 +100,12 @@ def _find_component(
 
 
 def _has_fitting_size(parsed_key: ParsedKey, t: Tensor, shape: Sequence[int]) -> bool:
-    """Return whether a factor's size is that of its side of the weight. Layers may store the weight transposed."""
+    """Return whether a factor's size is that of its side of the weight, or that of a change the weight's.
+
+    Layers may store the weight transposed.
+    """
+    if parsed_key.slot == DIFF:
+        return t.numel() == prod(shape)
     if len(shape) < 2 or t.ndim < 2:
         return True
     if parsed_key.slot in ("lora_A.weight", "hada_w1_b"):

@@ -6,31 +6,52 @@ diffusers, or of the original code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from adaptc.adapter_files.formats.file_layer import TargetModule
 from adaptc.adapter_files.formats.ldm import original_names
+from adaptc.adapter_files.formats.mmdit import original_transformer_layers
+from adaptc.adapter_files.formats.original_layers import OriginalLayer
 from adaptc.adapter_files.formats.parts import ParsedKey
 from adaptc.errors import CheckpointError, nearest
+from adaptc.passes.graph.ops import Op
 
 #: the prefix that the layers of a text encoder have in some releases of transformers
 _TEXT_MODEL_PREFIX = "text_model."
 
+#: a search for the ops that read the weights of modules, by the module's path
+FindOps = Callable[[], Mapping[str, Op]]
+
+
+def no_ops() -> Mapping[str, Op]:
+    """Return no op: for callers without a program."""
+    return {}
+
 
 class ModuleNames:
-    """The names of a model's modules that have a weight called ``weight``, in the spellings that files use."""
+    """The names of a model's modules that have a weight called ``weight``, in the spellings that files use.
 
-    def __init__(self, weights: Mapping[str, Any]) -> None:
+    ``find_ops`` is called where it takes the op of a module to tell what a file means.
+    """
+
+    def __init__(self, weights: Mapping[str, Any], find_ops: FindOps = no_ops) -> None:
         self.shapes = {
             fqn.removesuffix(".weight"): tuple(t.shape)
             for fqn, t in weights.items()
             if fqn.endswith(".weight") and isinstance(t, Tensor)
         }
-        self._original = original_names(self.shapes)
+        self._biased = {fqn.removesuffix(".bias") for fqn in weights if fqn.endswith(".bias")}
+        self._find_ops = cache(find_ops)
+        originals = original_transformer_layers(self.shapes)
+        #: layers of the original code that are no module of the model, by their original names
+        self._original_layers = {n: layer for n, layer in originals.items() if layer.only_module is None}
         # The model's own names come before other spellings.
-        others = dict(self._original)
+        others = original_names(self.shapes)
+        others |= {n: layer.only_module or n for n, layer in originals.items()}
         for name in self.shapes:
             others.setdefault(
                 name.removeprefix(_TEXT_MODEL_PREFIX)
@@ -41,9 +62,22 @@ class ModuleNames:
         self._by_flat_name = [_index_flat_names({n: n for n in self.shapes}), _index_flat_names(others)]
         self._by_dotted_name = [{n: [n] for n in self.shapes}, {spelled: [name] for spelled, name in others.items()}]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the weight of a module, or of an original layer."""
+        layer = self.original_layer(name)
+        return self.shapes[name] if layer is None else layer.shape
+
+    def target(self, module: str) -> TargetModule:
+        """Return what is known of a module that a file adapts."""
+        return TargetModule(module, self.shapes[module], module in self._biased, lambda: self._find_ops().get(module))
+
+    def original_layer(self, name: str) -> OriginalLayer | None:
+        """Return the layer of the original code called ``name``, or None for a module of the model."""
+        return None if name in self.shapes else self._original_layers.get(name)
+
     def find(self, parsed_key: ParsedKey, component: str, source: str) -> str | None:
-        """Return the module of ``parsed_key``, or None where the model has none. A non-empty ``component`` prefixes the
-        part's names.
+        """Return the module of ``parsed_key``, or the original layer, or None where the model has none. A non-empty
+        ``component`` prefixes the part's names.
 
         Raises CheckpointError where several modules have the name.
         """

@@ -8,7 +8,6 @@ must give them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -20,63 +19,66 @@ from adaptc.adapter_files.adapter_data import PEFT_KEYS, AdapterData, FileOrigin
 from adaptc.adapter_files.foreign_file import has_peft_prefix
 from adaptc.adapter_files.format import peft_component_error
 from adaptc.adapter_files.formats.detect import detect_format, is_foreign_key, starts_with_component
-from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
-from adaptc.adapter_files.formats.layers import FileLayer, convert_layer
-from adaptc.adapter_files.formats.parts import ALPHA, ParsedKey, split_component
+from adaptc.adapter_files.formats.file_layer import FileLayer
+from adaptc.adapter_files.formats.full_rank import with_low_rank_change
+from adaptc.adapter_files.formats.layers import convert_layer
+from adaptc.adapter_files.formats.loralib import has_loralib_factors
+from adaptc.adapter_files.formats.original_layers import split_slots
 from adaptc.binding.sources.components import ChosenComponent, choose_component
-from adaptc.binding.sources.module_names import ModuleNames
+from adaptc.binding.sources.file_config import config_of_file, target_fields
+from adaptc.binding.sources.file_ranks import with_ranks_of_layers
+from adaptc.binding.sources.module_names import FindOps, ModuleNames, no_ops
+from adaptc.binding.sources.trained_parameters import TrainedParameters, trained_parameters, whole_module_tensors
 from adaptc.errors import CheckpointError, ConfigError, short_repr
-from adaptc.methods import AdapterConfig, TargetedConfig, config_class, default_and_pattern, proper_suffixes
+from adaptc.methods import AdapterConfig, TargetedConfig
 from adaptc.value_types import checked_options
-
-#: fields of a config that choose modules; here the keys of the file choose them
-_TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
 def translate_to_peft(
-    raw: LoadedAdapter, weights: Mapping[str, Tensor], config: AdapterConfig | None
+    raw: LoadedAdapter, weights: Mapping[str, Tensor], config: AdapterConfig | None, find_ops: FindOps = no_ops
 ) -> AdapterData[Any]:
     """Return ``raw`` with PEFT's keys and config, for a model with these weights.
 
     ``config`` is the caller's, and counts instead of the file's. Targets that it leaves open are those of the keys.
-    Raises CheckpointError, and ConfigError where no config says what the tensors are.
+    ``find_ops`` finds the ops of the model's layers, where it takes them to tell what a tensor means. Raises
+    CheckpointError, and ConfigError where no config says what the tensors are.
     """
     source = raw.source
     file_format, parsed_keys = detect_format(raw.tensors, source)
-    names = ModuleNames(weights)
+    names = ModuleNames(weights, find_ops)
     chosen = choose_component(file_format, parsed_keys, raw.tensors, names, raw.component, source)
     layers = _convert_layers(chosen, raw.tensors, names, source)
-    targets = _target_fields(list(layers), names)
-    tensors = {f"{module}.{slot}": t for module, layer in layers.items() for slot, t in layer.tensors.items()}
-    kinds = dict.fromkeys(made.peft_type for made in layers.values())
+    origin = FileOrigin(file_format.name, chosen.component, MappingProxyType(dict(chosen.other_components)))
+    if not any(layer.peft_type for layer in layers.values()):
+        tensors = whole_module_tensors(layers, weights, source)
+        if config is not None and config.peft_type != "LN_TUNING":
+            raise ConfigError(
+                f"{source} trains modules as a whole and has no {config.peft_type}, and config= is a "
+                f"{type(config).__name__}: leave it out"
+            )
+        fields = {"peft_type": "LN_TUNING"} | target_fields(list(layers), names)
+        return raw.with_config(config or fields, tensors=tensors, format=PEFT_KEYS, origin=origin)
+    adapted = {m: layer for m, layer in layers.items() if layer.peft_type}
+    peft_type = _only_method(adapted, source)
+    parameters = trained_parameters(layers, weights, peft_type, source)
+    targets = target_fields(list(adapted), names)
+    tensors = {f"{module}.{slot}": t for module, layer in adapted.items() for slot, t in layer.tensors.items()}
+    tensors |= parameters.tensors
+    if config is not None:
+        completed = _complete_from_keys(with_ranks_of_layers(config, adapted, source), targets, parameters)
+        return raw.with_config(completed, tensors=tensors, format=PEFT_KEYS, origin=origin)
+    made = config_of_file(raw, file_format, parsed_keys, chosen, adapted, names, {**targets, **parameters.fields})
+    return raw.with_config(made, tensors=tensors, format=PEFT_KEYS, origin=origin)
+
+
+def _only_method(adapted: Mapping[str, FileLayer], source: str) -> str:
+    kinds = dict.fromkeys(made.peft_type for made in adapted.values())
     if len(kinds) > 1:
         raise CheckpointError(
             f"{source} has modules with {' and '.join(kinds)}: these are several adapters, and a file of PEFT's, or "
-            f"a config, "
-            "is of one method. Split the file by method and compile for a list of them."
+            f"a config, is of one method. Split the file by method and compile for a list of them."
         )
-    peft_type, *_ = kinds
-    shapes = [names.shapes[m] for m in layers]
-    options = config_class(peft_type).options_from_tensors([made.tensors for made in layers.values()], shapes)
-    origin = FileOrigin(file_format.name, chosen.component, MappingProxyType(dict(chosen.other_components)))
-    if config is not None:
-        return raw.with_config(_complete_targets(config, targets), tensors=tensors, format=PEFT_KEYS, origin=origin)
-    if (stated := _config_in_file(raw, chosen, peft_type)) is not None:
-        stored = (
-            (options if raw.component_configs is None else {})
-            | {k: v for k, v in stated.items() if k not in _TARGET_FIELDS}
-            | targets
-        )
-        if any(p.slot == ALPHA for p, _ in chosen.modules_by_key):
-            stored |= _rank_alpha_fields(peft_type, layers)
-    else:
-        if not (file_format.has_default_scale and (chosen.component or _states_scale(raw, parsed_keys))):
-            raise CheckpointError(
-                f"{source} ({file_format.name}) does not say its alpha, so its scale is unknown. Say it with config=, "
-                "such as config=LoraConfig(r=8, lora_alpha=16)."
-            )
-        stored = {"peft_type": peft_type} | targets | options | _rank_alpha_fields(peft_type, layers)
-    return raw.with_config(stored, tensors=tensors, format=PEFT_KEYS, origin=origin)
+    return next(iter(kinds))
 
 
 def may_be_foreign_key(key: str, weights: Mapping[str, Tensor]) -> bool:
@@ -114,7 +116,7 @@ def with_targets(
             f"no key of the adapter names a module of the model: {short_repr(list(tensors)[:3])}. Is it for another "
             "model? target_modules of the config says which are meant."
         )
-    return config.with_missing_filled(_target_fields(list(modules), names))
+    return config.with_missing_filled(target_fields(list(modules), names))
 
 
 def has_peft_keys(raw: LoadedAdapter, weights: Mapping[str, Tensor], is_config_known: bool) -> bool:
@@ -125,7 +127,7 @@ def has_peft_keys(raw: LoadedAdapter, weights: Mapping[str, Tensor], is_config_k
     if any(map(has_peft_prefix, raw.tensors)):
         return True
     first = next(iter(raw.tensors), "")
-    return is_config_known and not may_be_foreign_key(first, weights)
+    return is_config_known and not may_be_foreign_key(first, weights) and not has_loralib_factors(raw.tensors)
 
 
 def component_names(raw: LoadedAdapter) -> list[str]:
@@ -163,63 +165,39 @@ def for_component(adapters: Sequence[AdapterData[Any]], component: str | None) -
 def _convert_layers(
     chosen: ChosenComponent, tensors: Mapping[str, Tensor], names: ModuleNames, source: str
 ) -> dict[str, FileLayer]:
-    tensors_by_module: dict[str, dict[str, Tensor]] = {}
+    """Return what the file has for each module of the model."""
+    by_name: dict[str, dict[str, Tensor]] = {}
     spelled: dict[tuple[str, str], str] = {}
-    for part, module in chosen.modules_by_key:
-        if (module, part.slot) in spelled:
+    for part, name in chosen.modules_by_key:
+        if (name, part.slot) in spelled:
             raise CheckpointError(
-                f"{source}: {spelled[module, part.slot]!r} and {part.key!r} are both {part.slot} of {module!r}; drop "
-                f"one"
+                f"{source}: {spelled[name, part.slot]!r} and {part.key!r} are both {part.slot} of {name!r}; drop one"
             )
-        spelled[module, part.slot] = part.key
-        tensors_by_module.setdefault(module, {})[part.slot] = tensors[part.key]
-    return {m: convert_layer(m, slots, names.shapes[m], source) for m, slots in tensors_by_module.items()}
+        spelled[name, part.slot] = part.key
+        by_name.setdefault(name, {})[part.slot] = tensors[part.key]
+    by_module: dict[str, dict[str, Tensor]] = {}
+    for name, slots in by_name.items():
+        original = names.original_layer(name)
+        split = {name: slots} if original is None else split_slots(f"{source}: layer {name!r}", slots, original)
+        if double := sorted(split.keys() & by_module.keys()):
+            raise CheckpointError(
+                f"{source}: {double[0]!r} is adapted by its own name, and as a part of a layer of the original code; "
+                "drop one"
+            )
+        by_module |= split
+    layers = {m: convert_layer(names.target(m), slots, source) for m, slots in by_module.items()}
+    if {layer.peft_type for layer in layers.values()} <= {"", "LORA"}:
+        layers = {m: with_low_rank_change(layer, names.target(m), source) for m, layer in layers.items()}
+    return layers
 
 
-def _target_fields(modules: Sequence[str], names: ModuleNames) -> dict[str, Any]:
-    """Return the config fields that choose exactly these modules.
-
-    A name in PEFT's list also chooses every module whose path ends with it, so such modules are excluded.
-    """
-    wanted = frozenset(modules)
-    more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in proper_suffixes(m))]
-    out: dict[str, Any] = {"target_modules": list(modules)}
-    return out | ({"exclude_modules": "|".join(map(re.escape, more))} if more else {})
-
-
-def _complete_targets(config: AdapterConfig, targets: Mapping[str, Any]) -> AdapterConfig:
-    if not isinstance(config, TargetedConfig) or config.target_modules is not None:
+def _complete_from_keys(
+    config: AdapterConfig, targets: Mapping[str, Any], parameters: TrainedParameters
+) -> AdapterConfig:
+    """Return the caller's config with what it leaves open and the keys say: targets, saved modules and biases."""
+    if not isinstance(config, TargetedConfig):
         return config
-    return config.with_missing_filled(targets)
-
-
-def _config_in_file(raw: LoadedAdapter, chosen: ChosenComponent, peft_type: str) -> dict[str, Any] | None:
-    """Return the config that a file states for a component, or None where it states none."""
-    if raw.component_configs is not None:
-        prefix = f"{chosen.component}." if chosen.component else ""
-        # A component's fields are prefixed with its name.
-        fields = {k: v for k, v in raw.component_configs.items() if split_component(k)[0] == chosen.component}
-        if fields:
-            return {"peft_type": peft_type} | {k.removeprefix(prefix): v for k, v in fields.items()}
-    if raw.config is not None and not chosen.component:
-        return {"peft_type": peft_type} | dict(raw.config)
-    return None
-
-
-def _states_scale(raw: LoadedAdapter, parsed_keys: Sequence[ParsedKey]) -> bool:
-    """Return whether a file whose keys name no component states its scales.
-
-    It does by an alpha, by names that PEFT's keys do not have, or by its file name, which is one of diffusers'.
-    """
-    if any(p.slot == ALPHA or p.is_flattened or not p.key.endswith(p.slot) for p in parsed_keys):
-        return True
-    return raw.path is not None and raw.path.name in (LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME)
-
-
-def _rank_alpha_fields(peft_type: str, layers: Mapping[str, FileLayer]) -> dict[str, Any]:
-    """Return the config fields for the ranks and alphas of all modules."""
-    r, ranks = default_and_pattern({m: made.rank for m, made in layers.items()})
-    alpha, alphas = default_and_pattern(
-        {m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()}
-    )
-    return {"r": r, "rank_pattern": ranks, config_class(peft_type).alpha_field: alpha, "alpha_pattern": alphas}
+    if config.target_modules is None:
+        config = config.with_missing_filled(targets)
+    open_fields = {k: v for k, v in parameters.fields.items() if getattr(config, k, None) in (None, "none")}
+    return config.replace(**open_fields) if open_fields else config

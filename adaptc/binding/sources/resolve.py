@@ -21,6 +21,7 @@ from adaptc.adapter_files.format import peft_component_error
 from adaptc.binding.binding import ResolvedAdapter
 from adaptc.binding.sources.composite_adapters import join_experts, join_routed
 from adaptc.binding.sources.configs import loaded_config
+from adaptc.binding.sources.module_names import FindOps, no_ops
 from adaptc.binding.sources.old_experts import is_expert_key, stack_old_experts
 from adaptc.binding.sources.other_formats import has_peft_keys, translate_to_peft, with_targets
 from adaptc.errors import CheckpointError
@@ -37,12 +38,13 @@ def resolve(
     config: AdapterConfig | None = None,
     default: AdapterConfig | None = None,
     find_targets: bool = False,
+    find_ops: FindOps = no_ops,
 ) -> ResolvedAdapter:
     """Return ``data`` with a config and PEFT's bare keys, for the model with these ``weights``.
 
     ``config`` is the caller's, and counts instead of the source's. ``default`` is the config of a state dict without
     one; its ranks are then read off the tensors. With ``find_targets``, the keys give the targets that ``config``
-    leaves open.
+    leaves open. ``find_ops`` finds the ops that read the model's weights, by the paths of their modules.
 
     Raises CheckpointError and ConfigError where no config says what the tensors are, or keys do not fit the model.
     """
@@ -54,18 +56,37 @@ def resolve(
         found = _with_bare_keys(joined, config, default)
         find_targets = find_targets or not is_state_dict
     else:
-        found = translate_to_peft(joined, weights, config)
+        found = translate_to_peft(joined, weights, config, find_ops)
     if find_targets and config is not None and isinstance(found.config, TargetedConfig):
         found = found.with_config(with_targets(found.config, found.tensors, weights))
     if not isinstance(found.config, AdapterConfig):
         found = replace(found, config=loaded_config(found.config))
     if found.config.ranks_differ_in_files():
         found = replace(found, infer_ranks=True)
+    found = _with_wrapped_biases(found, weights)
     if copies := _wrapper_copies(found.tensors):
         found = replace(found, tensors={k: t for k, t in found.tensors.items() if k not in copies})
     if any(map(is_expert_key, found.tensors)):
         found = stack_old_experts(found, weights)
     return join_experts(found, paths, weights) if (paths := found.config.expert_paths()) else found
+
+
+def _with_wrapped_biases(found: AdapterData[Any], weights: Mapping[str, Tensor]) -> AdapterData[Any]:
+    """Return ``found`` with the keys that trained biases of adapted layers have since PEFT 0.7.
+
+    Before, a layer with an adapter was no wrapper, and its bias was ``fc.bias`` where it is ``fc.base_layer.bias`` now.
+    """
+    if getattr(found.config, "bias", "none") == "none":
+        return found
+    new: dict[str, str] = {}
+    for key in found.tensors:
+        module, _, end = key.rpartition(".")
+        wrapped = f"{module}.base_layer.bias"
+        if end == "bias" and f"{module}.weight" in weights and wrapped not in found.tensors:
+            inside = (k[len(module) + 1 :] for k in found.tensors if k.startswith(f"{module}.") and k != key)
+            if any(slot != "weight" and f"{module}.{slot}" not in weights for slot in inside):
+                new[key] = wrapped
+    return replace(found, tensors={new.get(k, k): t for k, t in found.tensors.items()}) if new else found
 
 
 def _wrapper_copies(tensors: Mapping[str, Tensor]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -150,6 +150,16 @@ class LoraConfig(TargetedConfig):
         """Raise ConfigError for illegal values of the fields that AdaLoRA's config has, too."""
         check_probability(self, "lora_dropout")
         check_bias(self, "lora_only")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        if data.get("enable_lora"):
+            raise ConfigError(
+                f"enable_lora={data['enable_lora']} is of PEFT 0.2 or older, which stored layers of several blocks in "
+                "another way. Load the adapter with that release, and merge it there"
+            )
+        # Their other fields say nothing where no layer has blocks.
+        return super().from_dict({k: v for k, v in data.items() if k not in ("enable_lora", "merge_weights")})
 
     @classmethod
     def options_from_tensors(
