@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,3 +208,28 @@ def test_the_custom_module_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     custom_module = load("custom_module", monkeypatch)
     assert custom_module.main() == 0
     assert "24 after, of 24" in capsys.readouterr().out
+
+
+def test_pictures_are_described_in_the_words_of_their_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = load("captions", monkeypatch)
+    assert captions.caption(("blue", "cross")) == ["a", "blue", "cross", "<end>"]
+    assert captions.caption(("blue", "cross"), french=True) == ["un", "croix", "bleu", "<end>"]
+    pixels = {p: captions.draw(p, random.Random(0)) for p in captions.all_pictures([*captions.SHAPES, "frame"])}
+    assert len(pixels) == 12
+    for (colour, _), drawn in pixels.items():
+        channel = list(captions.COLOURS).index(colour)
+        assert int(drawn.amax((1, 2)).argmax()) == channel
+    shapes = torch.stack([pixels["red", s][0] > 0.5 for s in [*captions.SHAPES, "frame"]]).flatten(1).double()
+    assert len({tuple(row.tolist()) for row in shapes}) == 4
+
+
+@pytest.mark.long
+def test_captions_run_with_few_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is learned in two steps, so its checks of captions fail; swaps there and back are as they were."""
+    captions = load("captions", monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        captions.main(steps=2, adapter_steps=2)
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "FAILED: captions of the model are right" in said
+    assert "ok: after swaps there and back the first adapter says the same" in said
