@@ -23,7 +23,7 @@ def nearest_value(values: Sequence[Any], count: Callable[[Any], int], budget: in
         except AdaptcError as error:
             refusals[value] = error
         else:
-            counts.append((abs(math.log(found / budget)) if found else math.inf, place, value, found))
+            counts.append((max(found, budget) / min(found, budget) if found else math.inf, place, value, found))
     if not counts:
         said = "; ".join(f"{value!r}: {error}" for value, error in refusals.items())
         raise ConfigError(f"no value of {list(values)} gives a number of parameters near {budget}: {said}")

@@ -14,7 +14,7 @@ from tests.comparison.tables import of_task
 
 Result = Mapping[str, Any]
 
-_PANELS = {"text": "text: reversed lists of words, SmolLM2-135M", "vision": "vision: digits 5 to 9, a small ViT"}
+_PANELS = {"text": "text: reversed pairs of words, SmolLM2-135M", "vision": "vision: digits 5 to 9, a small ViT"}
 #: the sizes of a panel and of the space around its axes, in pixels
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 460, 52, 74, 36, 44
 _FONT, _LETTER = 10, 5.6
@@ -29,9 +29,9 @@ Box = tuple[float, float, float, float]
 def svg(results: Sequence[Result]) -> str:
     """Return the picture of all results that ended well."""
     width = _WIDTH * len(_PANELS)
+    font = f'font-family="sans-serif" font-size="{_FONT}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" font-family="sans-serif" '
-        f'font-size="{_FONT}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" {font}>',
         "<title>Accuracy against trained parameters</title>",
         f'<rect width="{width}" height="{_HEIGHT}" fill="#ffffff"/>',
     ]
@@ -99,9 +99,7 @@ def _name(x: float, y: float, method: str, taken: list[Box]) -> str:
     # Where none is free, the place that covers the least.
     box, anchor, dx, dy = min(boxes, key=lambda place: sum(_overlap(place[0], other) for other in taken))
     taken.append(box)
-    return (
-        f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}" fill="#222222">{escape(method)}</text>'
-    )
+    return f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}" fill="#222222">{escape(method)}</text>'
 
 
 def _box(x: float, y: float, anchor: str, text: str) -> Box:

@@ -19,7 +19,7 @@ from typing import IO
 
 from adaptc import ConfigError
 from tests.comparison.results import Run, applies, make_run, new_result, write_result
-from tests.comparison.task import RATES, SEARCH, Plan, TASKS
+from tests.comparison.task import RATES, SEARCH, TASKS, Plan
 
 #: the module that runs one method
 WORKER = "tests.comparison.run_method"
@@ -92,7 +92,9 @@ def run_all(
         all_runs = bar.add_task("all runs", total=len(pairs))
         for task, method in pairs:
             one = bar.add_task(f"{task}: {method}", total=_steps_in_all(task, steps))
-            _run_one(task, method, folder, threads, steps, runner, lambda step, one=one: bar.update(one, completed=step))
+            _run_one(
+                task, method, folder, threads, steps, runner, lambda step, one=one: bar.update(one, completed=step)
+            )
             bar.remove_task(one)
             bar.advance(all_runs)
 

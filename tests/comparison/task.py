@@ -72,12 +72,12 @@ def vision() -> Task:
 
 
 #: the learning rates of the search
-RATES = (0.002, 0.01, 0.05)
+RATES = (0.005, 0.02, 0.08)
 #: name of the search for learning rates, which trains on the vision task and reads its validation part
 SEARCH = "rates"
 #: name -> the settings and the task; the search comes first, since the others take its rates
 TASKS: dict[str, tuple[Plan, Callable[[], Task]]] = {
     SEARCH: (Plan(steps=60, batch=32, budget=7680), vision),
     "vision": (Plan(steps=60, batch=32, budget=7680), vision),
-    "text": (Plan(steps=40, batch=16, budget=230_400, rate_factor=0.2), text),
+    "text": (Plan(steps=60, batch=16, budget=230_400, rate_factor=0.15), text),
 }

@@ -144,9 +144,7 @@ def test_other_results_are_published_in_their_folder(tmp_path: Path) -> None:
 
 def test_the_projects_results_are_published_in_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GUIDE", "README"):
-        (tmp_path / name).write_text(
-            "<!-- comparison in short: -->\n<!-- /comparison in short -->\n", encoding="utf-8"
-        )
+        (tmp_path / name).write_text("<!-- comparison in short: -->\n<!-- /comparison in short -->\n", encoding="utf-8")
     for name in ("GUIDE", "README", "PICTURE"):
         monkeypatch.setattr(publishing, name, tmp_path / name)
     assert {*publish(RESULTS)} == {tmp_path / name for name in ("GUIDE", "README", "PICTURE")}

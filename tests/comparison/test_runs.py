@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import adaptc
@@ -163,10 +162,13 @@ def test_a_process_that_dies_is_a_result(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_run_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The search and the comparison, from the command line: all that a result has, and steps that are counted."""
-    out = ["--out", str(tmp_path), "--methods", "lora", "--steps", "2", "--threads", "1"]
-    assert main(["--task", SEARCH, *out]) == 0
-    assert main(["--task", "vision", *out]) == 0
+    """The search with steps that are counted, and the comparison from the command line: all that a result has."""
+    steps: list[int] = []
+    runs.run_apart(make_run(SEARCH, "LoRA", tmp_path, 2), tmp_path, 1, steps.append)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert (
+        main(["--task", "vision", "--out", str(tmp_path), "--methods", "lora", "--steps", "2", "--threads", "1"]) == 0
+    )
     results: dict[str, Any] = {r["task"]: r for r in read_all(tmp_path)}
     assert results[SEARCH]["validation_losses"].keys() == {f"{rate:g}" for rate in RATES}
     found = results["vision"]
@@ -175,13 +177,10 @@ def test_a_run_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert budget / 1.5 < found["parameters"] < budget * 1.5
     assert found["file_bytes"] > 4 * found["parameters"]
     assert found["base_accuracy"] < 0.1
-    assert found["base_known_loss"] < 0.3
+    assert found["base_known_loss"] < 0.5
     assert min(found[key] for key in ("step_seconds", "swap_seconds", "peak_bytes", "final_loss")) > 0
     assert {"torch", "transformers", "adaptc"} <= found["versions"].keys()
     assert "1 threads" in (tmp_path / "tables.md").read_text(encoding="utf-8")
-    steps: list[int] = []
-    runs.run_apart(make_run(SEARCH, "LoRA", tmp_path, 2), tmp_path, 1, steps.append)
-    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The text task: SmolLM2-135M learns to reverse lists of three words, and should not forget how English is written.
+"""The text task: SmolLM2-135M learns to reverse pairs of words, and should not forget how English is written.
 
 The words are those of reasoning-gym's ``word_sequence_reversal``, without the sentence around them. Its item ``i`` of
 seed ``s`` is item ``0`` of seed ``s + i``, so the seeds of the parts lie far apart, and a held-out question that is also
@@ -25,7 +25,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 #: part -> first seed and number of questions
 PARTS = {"train": (0, 1600), "test": (1_000_000, 160), "validation": (2_000_000, 160)}
-QUESTIONS = {"min_words": 3, "max_words": 3}
+QUESTIONS = {"min_words": 2, "max_words": 2}
 #: label of tokens that are not part of an answer
 IGNORED = -100
 #: rows of a batch when a model is scored, and rows and tokens of the text that it knows
@@ -87,7 +87,7 @@ def small_model(config: Any, layers: int) -> nn.Module:
 
 
 def _questions(part: str) -> list[tuple[str, str]]:
-    """Return the pairs of a question, such as ``go, on, up ->``, and its answer."""
+    """Return the pairs of a question, such as ``go, on ->``, and its answer."""
     import reasoning_gym
 
     seed, size = PARTS[part]
