@@ -100,9 +100,7 @@ def _search(run: Run, task: Task, config: Any, folder: str, progress: Progress) 
     for number, rate in enumerate(run.settings["learning_rate"]):
         torch.manual_seed(run.settings["seed"])
         program = adaptc.compile(task.model, config, training=True)
-        train(
-            program, task, run.settings, rate, folder, lambda step, n=number: progress(n * steps + step)
-        )
+        train(program, task, run.settings, rate, folder, lambda step, n=number: progress(n * steps + step))
         losses[f"{rate:g}"] = task.score(logits_of(program.module().eval()), "validation").loss
     return {"validation_losses": losses}
 

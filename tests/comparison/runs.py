@@ -14,8 +14,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from adaptc import ConfigError
 from tests.comparison.results import Run, applies, make_run, new_result, write_result
@@ -92,11 +93,14 @@ def run_all(
         all_runs = bar.add_task("all runs", total=len(pairs))
         for task, method in pairs:
             one = bar.add_task(f"{task}: {method}", total=_steps_in_all(task, steps))
-            _run_one(
-                task, method, folder, threads, steps, runner, lambda step, one=one: bar.update(one, completed=step)
-            )
+            show = partial(_show_step, bar, one)
+            _run_one(task, method, folder, threads, steps, runner, show)
             bar.remove_task(one)
             bar.advance(all_runs)
+
+
+def _show_step(bar: Any, task: Any, step: int) -> None:
+    bar.update(task, completed=step)
 
 
 def _steps_in_all(task: str, steps: int | None) -> int:

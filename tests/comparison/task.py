@@ -31,7 +31,7 @@ class Task:
     """A task that is ready to run.
 
     ``small_model`` makes the same model with fewer layers and other values, of which parameters are counted.
-    ``targets``: the names of the layers that are adapted, or of the "norms"; ``options``: fields that every config gets.
+    ``targets``: the names of the "layers" that are adapted, or of the "norms". ``options``: fields of every config.
     ``collate`` makes a batch of rows. ``score`` says how good a model is, on the part "test" or "validation".
     """
 

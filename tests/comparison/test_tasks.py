@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -86,12 +87,12 @@ def test_virtual_tokens_are_left_out_of_the_logits() -> None:
     torch.testing.assert_close(found, program(**inputs).logits[:, 3:])
 
 
-def test_held_out_questions_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_questions_are_not_trained_on() -> None:
     pytest.importorskip("reasoning_gym")
     questions = {part: {q for q, _ in text_task._questions(part)} for part in text_task.PARTS}
     assert len(questions["train"]) > 1000
     spans = sorted((seed, seed + size) for seed, size in text_task.PARTS.values())
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     for question, answer in text_task._questions("test"):
         assert question.removesuffix(" ->").split(", ")[::-1] == answer.split(", ")
 

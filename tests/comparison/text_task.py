@@ -1,9 +1,9 @@
 """The text task: SmolLM2-135M learns to reverse pairs of words, and should not forget how English is written.
 
 The words are those of reasoning-gym's ``word_sequence_reversal``, without the sentence around them. Its item ``i`` of
-seed ``s`` is item ``0`` of seed ``s + i``, so the seeds of the parts lie far apart, and a held-out question that is also
-a training question is left out. The text of which the model should not forget anything is the beginning of the project's
-LICENSE, Apache-2.0.
+seed ``s`` is item ``0`` of seed ``s + i``, so the seeds of the parts lie far apart. A held-out question that is also a
+training question is left out. What the model should not forget is measured on the beginning of the project's LICENSE,
+which is Apache-2.0.
 """
 
 from __future__ import annotations

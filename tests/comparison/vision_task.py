@@ -1,13 +1,14 @@
 """The vision task: a small ViT that knows the digits 0 to 4 learns the digits 5 to 9.
 
-The images are scikit-learn's, of 8 by 8 pixels, in parts that a fixed seed draws. The model is trained on the first five
-digits here, in about a second, and has an output for each of the ten. Its head is trained with every adapter. What
-it knew is asked among the first five digits alone, since any training on the others makes these likelier.
+The images are scikit-learn's, of 8 by 8 pixels, in parts that a fixed seed draws. The model is trained here on the
+first five digits, in about a second, and has an output for each of the ten. Its head is trained with every adapter.
+What it knew is asked among the first five digits alone, since any training on the others makes these likelier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def digit_images() -> tuple[Tensor, Tensor]:
     """Return all images, (n, 1, 8, 8) from 0 to 1, and their digits."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     return torch.tensor(data.images / 16, dtype=torch.float32)[:, None], torch.tensor(data.target)
 
 
@@ -79,10 +80,9 @@ def small_model(layers: int = LAYERS) -> nn.Module:
     """Return a ViT for these images with random values, the same for each number of layers."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-        num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=10,
-    )  # fmt: skip
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": layers}
+    images: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    config = ViTConfig(**widths, **images, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     torch.manual_seed(SEED)
     return ViTForImageClassification(config).eval()
 
