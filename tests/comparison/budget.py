@@ -16,18 +16,19 @@ def nearest_value(values: Sequence[Any], count: Callable[[Any], int], budget: in
     is no candidate. Raises ConfigError that names the refusals where no value is left.
     """
     refusals: dict[Any, AdaptcError] = {}
-    counts: list[tuple[float, int, Any, int]] = []
-    for place, value in enumerate(values):
+    counts: list[tuple[float, Any, int]] = []
+    for value in values:
         try:
             found = count(value)
         except AdaptcError as error:
             refusals[value] = error
         else:
-            counts.append((max(found, budget) / min(found, budget) if found else math.inf, place, value, found))
+            ratio = max(found, budget) / min(found, budget) if found else math.inf
+            counts.append((ratio, value, found))
     if not counts:
         said = "; ".join(f"{value!r}: {error}" for value, error in refusals.items())
         raise ConfigError(f"no value of {list(values)} gives a number of parameters near {budget}: {said}")
-    _, _, value, found = min(counts, key=lambda c: c[:2])
+    _, value, found = min(counts, key=lambda c: c[0])
     return value, found
 
 

@@ -21,6 +21,7 @@ def test_the_nearest_is_by_ratio() -> None:
     """100 is 90 from 190 and 60 from 40, but 190 is 1.9 times of it, and 40 is 2.5 times less."""
     assert nearest_value([1, 2, 3], {1: 40, 2: 190, 3: 1000}.__getitem__, 100) == (2, 190)
     assert nearest_value([3, 1], {1: 40, 3: 250}.__getitem__, 100) == (3, 250)
+    assert nearest_value([1, 3], {1: 0, 3: 10**9}.__getitem__, 100) == (3, 10**9)
 
 
 def test_what_a_method_refuses_is_no_candidate() -> None:

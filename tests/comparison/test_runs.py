@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.comparison.results import Run, applies, make_run, new_result, read_al
 from tests.comparison.task import RATES, SEARCH, TASKS, Plan, Scores, Task
 
 METHODS = ["LoRA", "IA3", "LN tuning"]
+#: compared on the text task alone
+NEEDS_TOKENS = "Prompt tuning"
 
 
 class Recorder:
@@ -37,7 +40,7 @@ class Recorder:
 
 
 def run(recorder: Recorder, folder: Path, tasks: tuple[str, ...] = (SEARCH, "vision"), steps: int = 5) -> None:
-    runs.run_all(tasks, METHODS, folder, 1, steps, recorder)
+    runs.run_all(tasks, [*METHODS, NEEDS_TOKENS], folder, 1, steps, recorder)
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
@@ -87,12 +90,15 @@ def test_a_failed_run_is_run_again(tmp_path: Path) -> None:
     assert again.seen == [("vision", "LoRA")]
 
 
-def test_a_write_that_fails_leaves_the_old_result(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "vision-lora.json"
     write_result(path, {"task": "vision", "method": "LoRA", "settings": {}})
     old = path.read_bytes()
     with pytest.raises(TypeError):
         write_result(path, {"task": object()})
+    monkeypatch.setattr(os, "fsync", lambda handle: int("no room"))
+    with pytest.raises(ValueError, match="no room"):
+        write_result(path, {"task": "vision"})
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -120,7 +126,7 @@ def test_a_run_that_cannot_begin_is_a_failed_one(tmp_path: Path) -> None:
 
 
 def test_methods_of_a_whole_program_are_not_on_the_vision_task() -> None:
-    assert [applies(task, "Prompt tuning") for task in TASKS] == [False, False, True]
+    assert [applies(task, NEEDS_TOKENS) for task in TASKS] == [False, False, True]
     assert all(applies(task, "LoRA") for task in TASKS)
 
 
@@ -149,6 +155,8 @@ def test_a_method_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.Mon
     (found,) = read_all(tmp_path)
     assert found["error"].startswith("CaptureError: ")
     assert found["settings"] == failing.settings
+    assert {"torch", "transformers", "adaptc"} <= found["versions"].keys()
+    assert found["date"][:2] == "20"
     assert failing.stored(tmp_path) is None
 
 
@@ -158,6 +166,29 @@ def test_a_process_that_dies_is_a_result(tmp_path: Path) -> None:
     (found,) = read_all(tmp_path)
     assert found["error"].startswith("the process ended with 1: ")
     assert "no_such_module" in found["error"]
+
+
+ENDLESS = """
+import os, sys, time
+open(os.environ["PID_FILE"], "w").write(str(os.getpid()))
+print(7, flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_interrupt_ends_the_process_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(step: int) -> None:
+        assert step == 7
+        raise KeyboardInterrupt
+
+    (tmp_path / "endless_worker.py").write_text(ENDLESS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
+    with pytest.raises(KeyboardInterrupt):
+        runs.run_apart(make_run(SEARCH, "LoRA", tmp_path), tmp_path, 1, interrupted, worker="endless_worker")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text(encoding="ascii")), 0)
+    assert read_all(tmp_path) == []
 
 
 @pytest.mark.long
