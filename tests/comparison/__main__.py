@@ -24,7 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.comparison", description=__doc__)
     parser.add_argument("--task", choices=["all", *TASKS], default="all", help="one task; all by default")
     parser.add_argument("--methods", default=",".join(COMPARED), help="names with commas between; all by default")
-    parser.add_argument("--steps", type=_positive, help="training steps, in place of those of the task")
+    parser.add_argument("--steps", type=_positive, help="training steps, in place of those of the task; needs --out")
     parser.add_argument("--threads", type=_positive, default=os.cpu_count() or 1, help="by default one for each core")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of results")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables and the picture")
@@ -33,6 +33,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     asked = [name.strip().lower() for name in parsed.methods.split(",")]
     if unknown := [name for name in asked if name not in by_name]:
         parser.error(f"no methods of these names: {', '.join(unknown)}. There are: {', '.join(COMPARED)}")
+    if parsed.steps and parsed.out.resolve() == RESULTS.resolve():
+        parser.error("--steps makes other results than those that the project keeps: give --out, too")
     parsed.methods = [by_name[name] for name in asked]
     return parsed
 

@@ -227,6 +227,7 @@ def test_unknown_names_end_the_command(capsys: pytest.CaptureFixture[str]) -> No
         (["--methods", "lora,loraa"], "loraa"),
         (["--task", "sound"], "sound"),
         (["--steps", "0"], "0 is not positive"),
+        (["--steps", "3"], "give --out, too"),
     ):
         with pytest.raises(SystemExit):
             parse(arguments)

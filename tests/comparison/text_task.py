@@ -88,8 +88,10 @@ def small_model(config: Any, layers: int) -> nn.Module:
 
 def _questions(part: str) -> list[tuple[str, str]]:
     """Return the pairs of a question, such as ``go, on ->``, and its answer."""
-    import reasoning_gym
-
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ConfigError("reasoning-gym is not installed: pip install 'adaptc[compare]'") from None
     seed, size = PARTS[part]
     data = reasoning_gym.create_dataset("word_sequence_reversal", seed=seed, size=size, **QUESTIONS)
     return [(f"{', '.join(item['metadata']['words'])} ->", item["answer"]) for item in data]
