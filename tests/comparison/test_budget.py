@@ -99,6 +99,9 @@ def test_every_config_can_be_made() -> None:
             config = make_config(compared, task(2), 40, value, 2)
             if compared.sized_by:
                 assert getattr(config, compared.sized_by) == value, method
+            if compared.places != "program":
+                assert {*config.target_modules} == {*task(2).targets[compared.places]}, method
+            assert config.task_type == "CAUSAL_LM"
 
 
 def test_options_that_follow_the_steps_do() -> None:
