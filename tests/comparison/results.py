@@ -59,6 +59,7 @@ def make_run(task: str, method: str, folder: Path, steps: int | None = None) -> 
         "batch": plan.batch,
         "budget": plan.budget,
         "seed": plan.seed,
+        "head_rate": plan.head_rate,
         "learning_rate": list(RATES) if task == SEARCH else _rate(method, plan, folder),
     }
     return Run(task, method, json.loads(json.dumps(settings)))

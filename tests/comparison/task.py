@@ -32,7 +32,8 @@ class Task:
 
     ``small_model`` makes the same model with fewer layers and other values, of which parameters are counted.
     ``targets``: the names of the "layers" that are adapted, or of the "norms". ``options``: fields of every config.
-    ``collate`` makes a batch of rows. ``score`` says how good a model is, on the part "test" or "validation".
+    ``head``: the module that is trained beside every adapter, at a rate of its own. ``collate`` makes a batch of rows.
+    ``score`` says how good a model is, on the part "test" or "validation".
     """
 
     name: str
@@ -44,16 +45,21 @@ class Task:
     train_rows: Sequence[Row]
     collate: Callable[[Sequence[Row]], dict[str, Tensor]]
     score: Callable[[Logits, str], Scores]
+    head: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a task that all methods share. ``rate_factor``: its learning rates over those of the search."""
+    """The settings of a task that all methods share.
+
+    ``rate_factor``: its learning rates over those of the search. ``head_rate``: the rate of a head that is trained.
+    """
 
     steps: int
     batch: int
     budget: int
     rate_factor: float = 1.0
+    head_rate: float | None = None
     seed: int = 0
 
 
@@ -77,7 +83,7 @@ RATES = (0.005, 0.02, 0.08)
 SEARCH = "rates"
 #: name -> the settings and the task; the search comes first, since the others take its rates
 TASKS: dict[str, tuple[Plan, Callable[[], Task]]] = {
-    SEARCH: (Plan(steps=60, batch=32, budget=7680), vision),
-    "vision": (Plan(steps=60, batch=32, budget=7680), vision),
+    SEARCH: (Plan(steps=120, batch=32, budget=7680, head_rate=0.005), vision),
+    "vision": (Plan(steps=120, batch=32, budget=7680, head_rate=0.005), vision),
     "text": (Plan(steps=60, batch=16, budget=230_400, rate_factor=0.15), text),
 }

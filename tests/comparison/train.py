@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import adaptc
@@ -53,6 +54,16 @@ class Trained:
     final_loss: float
 
 
+def make_optimizer(module: nn.Module, head: str, rate: float, head_rate: float | None) -> torch.optim.Optimizer:
+    """Return AdamW for an adapter and, at a rate of its own, for the module ``head``; "" where none is trained."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    of_head = [p for name, p in trained.items() if head and head in name.split(".")]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained.values() if all(p is not h for h in of_head)]}]
+    if of_head:
+        groups.append({"params": of_head, "lr": head_rate})
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+
+
 def train(
     program: adaptc.AdaptedProgram,
     task: Task,
@@ -63,7 +74,7 @@ def train(
 ) -> Trained:
     """Train the adapter of ``program`` in place. The rate rises in the first tenth of the steps and then falls to 0.
 
-    ``settings``: ``steps``, ``batch`` and ``seed``. ``folder``: where Trainer may write.
+    ``settings``: ``steps``, ``batch``, ``seed`` and ``head_rate``. ``folder``: where Trainer may write.
     """
     module = program.module()
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -74,7 +85,6 @@ def train(
         learning_rate=rate,
         warmup_steps=settings["steps"] // 10,
         lr_scheduler_type="linear",
-        weight_decay=0.0,
         max_grad_norm=1.0,
         seed=settings["seed"],
         logging_steps=1,
@@ -91,6 +101,7 @@ def train(
         train_dataset=_Rows(task),
         data_collator=task.collate,
         callbacks=[adaptc.training.trainer_callback(program), clock],
+        optimizers=(make_optimizer(module, task.head, rate, settings["head_rate"]), None),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

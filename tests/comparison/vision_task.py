@@ -20,6 +20,7 @@ from tests.comparison.task import Logits, Row, Scores, Task
 FIRST_NEW = 5
 SEED = 0
 LAYERS = 3
+HEAD = "classifier"
 #: shares of the images that are held out
 _SHARES = {"test": 0.3, "validation": 0.2}
 _BASE_STEPS, _BASE_BATCH, _BASE_RATE = 200, 32, 3e-3
@@ -53,10 +54,11 @@ def make() -> Task:
         layers=LAYERS,
         small_model=small_model,
         targets={"layers": ["q_proj", "v_proj", "fc1", "fc2"], "norms": ["layernorm_before", "layernorm_after"]},
-        options={"modules_to_save": ["classifier"]},
+        options={"modules_to_save": [HEAD]},
         train_rows=[{"pixel_values": i, "labels": d} for i, d in zip(new_images, new_digits, strict=True)],
         collate=collate,
         score=score,
+        head=HEAD,
     )
 
 
