@@ -172,7 +172,7 @@ ENDLESS = """
 import os, sys, time
 open(os.environ["PID_FILE"], "w").write(str(os.getpid()))
 print(7, flush=True)
-time.sleep(600)
+time.sleep(20)
 """
 
 
