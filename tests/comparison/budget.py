@@ -8,12 +8,16 @@ from typing import Any
 
 from adaptc import AdaptcError, ConfigError
 
+#: values that are farther away, after which the search ends; one alone may be rounding
+_WORSE = 2
+
 
 def nearest_value(values: Sequence[Any], count: Callable[[Any], int], budget: int) -> tuple[Any, int]:
     """Return the value whose count has the smallest ratio to ``budget``, and its count.
 
-    Of two values that are equally near, the earlier one is taken. A value that the method refuses, by an AdaptcError,
-    is no candidate. Raises ConfigError that names the refusals where no value is left.
+    Of two values that are equally near, the earlier one is taken. Counts rise or fall along ``values``, so the search
+    ends where :data:`_WORSE` values in a row were farther from the budget than the nearest. A value that the method
+    refuses, by an AdaptcError, is no candidate. Raises ConfigError that names the refusals where no value is left.
     """
     refusals: dict[Any, AdaptcError] = {}
     counts: list[tuple[float, Any, int]] = []
@@ -25,6 +29,9 @@ def nearest_value(values: Sequence[Any], count: Callable[[Any], int], budget: in
         else:
             ratio = max(found, budget) / min(found, budget) if found else math.inf
             counts.append((ratio, value, found))
+            nearest = min(ratio for ratio, _, _ in counts)
+            if all(ratio > nearest for ratio, _, _ in counts[-_WORSE:]):
+                break
     if not counts:
         said = "; ".join(f"{value!r}: {error}" for value, error in refusals.items())
         raise ConfigError(f"no value of {list(values)} gives a number of parameters near {budget}: {said}")

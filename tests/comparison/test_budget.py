@@ -24,6 +24,22 @@ def test_the_nearest_is_by_ratio() -> None:
     assert nearest_value([1, 3], {1: 0, 3: 10**9}.__getitem__, 100) == (3, 10**9)
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["rising", "falling"])
+def test_values_beyond_the_nearest_are_not_counted(sign: int) -> None:
+    seen = []
+
+    def count(value: int) -> int:
+        seen.append(value)
+        return 10 ** (value * sign + 5)
+
+    assert nearest_value(range(1, 9), count, 10 ** (3 * sign + 5)) == (3, 10 ** (3 * sign + 5))
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def test_one_value_out_of_order_does_not_end_the_search() -> None:
+    assert nearest_value([1, 2, 3], {1: 40, 2: 30, 3: 90}.__getitem__, 100) == (3, 90)
+
+
 def test_what_a_method_refuses_is_no_candidate() -> None:
     def count(value: int) -> int:
         if value != 7:
