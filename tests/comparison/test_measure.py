@@ -13,8 +13,8 @@ from tests.comparison.measure import file_bytes, machine, peak_bytes, reset_peak
 BLOCK = 300 * 2**20
 
 
-def can_reset() -> bool:
-    """Whether the system lets a process begin its peak anew."""
+def reset_by_the_system() -> bool:
+    """Begin the peak anew, and return whether the system lets a process do so."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -29,9 +29,10 @@ def test_the_peak_is_that_since_the_reset() -> None:
     assert peak_bytes() >= before + BLOCK * 0.9
     del block
     assert peak_bytes() >= before + BLOCK * 0.9
-    if can_reset():
-        reset_peak()
-        assert peak_bytes() < before + BLOCK * 0.9
+    reset_peak()
+    found = peak_bytes()
+    if reset_by_the_system():
+        assert found < peak_bytes() + BLOCK / 2
 
 
 def test_bytes_are_those_of_all_tensors_of_an_adapter(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ import os, sys, time
 open(os.environ["PID_FILE"], "w").write(str(os.getpid()))
 print(7, flush=True)
 time.sleep(20)
+open(os.environ["PID_FILE"] + ".ended", "w").close()
 """
 
 
@@ -186,6 +187,7 @@ def test_an_interrupt_ends_the_process_under_way(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
     with pytest.raises(KeyboardInterrupt):
         runs.run_apart(make_run(SEARCH, "LoRA", tmp_path), tmp_path, 1, interrupted, worker="endless_worker")
+    assert not (tmp_path / "pid.ended").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text(encoding="ascii")), 0)
     assert read_all(tmp_path) == []
