@@ -85,5 +85,5 @@ SEARCH = "rates"
 TASKS: dict[str, tuple[Plan, Callable[[], Task]]] = {
     SEARCH: (Plan(steps=120, batch=32, budget=7680, head_rate=0.005), vision),
     "vision": (Plan(steps=120, batch=32, budget=7680, head_rate=0.005), vision),
-    "text": (Plan(steps=60, batch=16, budget=230_400, rate_factor=0.15), text),
+    "text": (Plan(steps=60, batch=16, budget=230_400, rate_factor=0.4), text),
 }
