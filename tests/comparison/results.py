@@ -18,6 +18,7 @@ from typing import Any
 
 import adaptc
 from tests.comparison.compared import COMPARED, slug
+from tests.comparison.rates import best_rate
 from tests.comparison.task import RATES, SEARCH, TASKS, Plan
 
 #: the results that the project keeps
@@ -71,17 +72,16 @@ def applies(task: str, method: str) -> bool:
 
 
 def _rate(method: str, plan: Plan, folder: Path) -> float:
-    """Return the rate with the smallest validation loss of the search, for the task of ``plan``."""
+    """Return the rate that the losses of the search speak for, for the task of ``plan``."""
     if (own := COMPARED[method].learning_rate) is not None:
-        return own * plan.rate_factor
+        return own
     found = read_result(folder / f"{SEARCH}-{slug(method)}.json")
     losses: dict[str, float] = (found or {}).get("validation_losses", {})
     if not losses:
         raise adaptc.ConfigError(
             f"{folder} has no learning rate for {method}: run the task {SEARCH!r} first, with the same --out"
         )
-    best = min(losses, key=lambda rate: losses[rate])
-    return float(f"{float(best) * plan.rate_factor:.6g}")
+    return float(f"{best_rate({float(rate): loss for rate, loss in losses.items()}) * plan.rate_factor:.2g}")
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
