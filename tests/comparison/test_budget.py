@@ -95,11 +95,11 @@ def test_the_count_of_a_deep_model_follows_from_shallow_ones(compared: Compared)
     layers, value = 3, compared.values[1]
     real = count_trained(adaptc.compile(llama(3), make_config(compared, task(3), 40, value, layers), training=True))
     assert sized_value(compared, task(layers), 40, real) == value
-    counts = [
+    one, two = (
         count_trained(adaptc.compile(llama(n), make_config(compared, task(n), 40, value, n), training=True))
         for n in (1, 2)
-    ]
-    assert extrapolated(*counts, layers) == real
+    )
+    assert extrapolated(one, two, layers) == real
 
 
 def test_every_method_is_compared_or_left_out_with_a_reason() -> None:

@@ -15,7 +15,7 @@ from tests.comparison import publish as publishing
 from tests.comparison.compared import COMPARED
 from tests.comparison.picture import svg
 from tests.comparison.publish import GUIDE, PICTURE, README, contents, filled, publish
-from tests.comparison.results import RESULTS, read_all, write_result
+from tests.comparison.results import RESULTS, make_run, read_all, write_result
 from tests.comparison.tables import short_table, task_table
 from tests.comparison.task import SEARCH
 
@@ -181,3 +181,12 @@ def test_all_committed_results_are_readable_and_of_methods_that_exist() -> None:
     assert {r["method"] for r in results} <= {*COMPARED}
     assert {r["task"] for r in results} <= {SEARCH, "vision", "text"}
     assert sum(f.stat().st_size for f in files) < 500_000
+
+
+def test_committed_results_are_those_of_the_settings_of_today() -> None:
+    """A table never mixes settings, and the next run begins with what is missing."""
+    for r in read_all(RESULTS):
+        run = make_run(r["task"], r["method"], RESULTS)
+        assert r["settings"] == run.settings, (
+            f"remove {run.path(RESULTS).name} and run python -m tests.comparison again"
+        )
