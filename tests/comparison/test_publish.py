@@ -187,6 +187,4 @@ def test_committed_results_are_those_of_the_settings_of_today() -> None:
     """A table never mixes settings, and the next run begins with what is missing."""
     for r in read_all(RESULTS):
         run = make_run(r["task"], r["method"], RESULTS)
-        assert r["settings"] == run.settings, (
-            f"remove {run.path(RESULTS).name} and run python -m tests.comparison again"
-        )
+        assert r["settings"] == run.settings, f"remove {run.path(RESULTS).name}, and run again"
