@@ -48,8 +48,7 @@ def _panel(done: Sequence[Result], title: str) -> list[str]:
         return [*parts, f'<text x="{_LEFT}" y="60" fill="#666666">no results yet</text>']
     counts = [r["parameters"] for r in done]
     low, high = math.floor(math.log10(min(counts))), math.ceil(math.log10(max(counts) + 1))
-    least = math.floor(min(min(r["accuracy"], r["base_accuracy"]) for r in done) * 10) / 10
-    least = min(least, 0.9)
+    least = min(0.9, math.floor(min(r["accuracy"] for r in done) * 10) / 10)
 
     def x_of(parameters: float) -> float:
         return _LEFT + (math.log10(parameters) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
@@ -58,11 +57,12 @@ def _panel(done: Sequence[Result], title: str) -> list[str]:
         return _HEIGHT - _BOTTOM - (accuracy - least) / (1 - least) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts += _axes(low, high, least, x_of, y_of)
-    base = y_of(done[0]["base_accuracy"])
-    parts.append(
-        f'<path d="M{_LEFT} {base:.1f}H{_WIDTH - _RIGHT}" stroke="#999999" stroke-dasharray="4 3"/>'
-        f'<text x="{_WIDTH - _RIGHT + 4}" y="{base + 3:.1f}" fill="#666666">no adapter</text>'
-    )
+    if (base_accuracy := done[0]["base_accuracy"]) >= least:
+        base = y_of(base_accuracy)
+        parts.append(
+            f'<path d="M{_LEFT} {base:.1f}H{_WIDTH - _RIGHT}" stroke="#999999" stroke-dasharray="4 3"/>'
+            f'<text x="{_WIDTH - _RIGHT + 4}" y="{base + 3:.1f}" fill="#666666">no adapter</text>'
+        )
     points = [(x_of(r["parameters"]), y_of(r["accuracy"]), r["method"]) for r in done]
     taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y, _ in points]
     for x, y, method in points:

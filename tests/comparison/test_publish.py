@@ -93,7 +93,7 @@ def test_the_picture_has_a_point_for_each_method() -> None:
     root = ET.fromstring(svg(RESULTS_OF_TWO))
     text, vision = root.findall(f"{SVG}g")
     names = [[t.text for t in panel.findall(f"{SVG}text")] for panel in (text, vision)]
-    assert {"LoRA", "IA3", "no adapter"} <= {*names[0]}
+    assert {"LoRA", "IA3"} <= {*names[0]}
     assert "OFT" not in names[0]
     assert "IA3" not in names[1]
     points = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in text.findall(f"{SVG}circle")]
@@ -106,6 +106,12 @@ def test_the_picture_has_a_point_for_each_method() -> None:
     assert panel is not None
     x = sorted(float(c.attrib["cx"]) for c in panel.findall(f"{SVG}circle"))
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
+
+
+def test_the_base_is_a_line_where_it_is_near_the_methods() -> None:
+    """Where all methods are far above it, its place goes to them."""
+    assert ("no adapter" in svg([result("text", "LoRA", base_accuracy=0.85)])) is True
+    assert ("no adapter" in svg([result("text", "LoRA", base_accuracy=0.3)])) is False
 
 
 def test_names_of_near_points_do_not_cover_each_other() -> None:
