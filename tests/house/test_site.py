@@ -34,6 +34,14 @@ def test_links_to_files_lead_to_their_pages(tmp_path: Path) -> None:
     assert "`main.cpp`" in pages["examples/cpp/index.md"]
 
 
+def test_pictures_stay_pictures(tmp_path: Path) -> None:
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "points.svg").write_text("<svg/>\n")
+    (tmp_path / "README.md").write_text("![points](examples/points.svg)\n")
+    pages = guide_pages(tmp_path)
+    assert pages == {"README.md": "![points](examples/points.svg)\n", "examples/points.svg": "<svg/>\n"}
+
+
 def test_every_public_name_is_on_one_page() -> None:
     code = Source()
     pages = reference_pages(code)

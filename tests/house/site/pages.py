@@ -18,6 +18,8 @@ FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 _LINK = re.compile(r"(\[[^\]]*\]\()([^)#\s]+)((?:#[\w-]+)?\))")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".toml": "toml", ".txt": "text", ".yml": "yaml"}
+#: files that are pages, or pictures on pages, as they are
+_SHOWN_AS_IT_IS = (".md", ".svg")
 FAMILIES = {
     "lora_family": "Configs of LoRA and its relatives",
     "shared_factors": "Configs of methods whose layers share factors",
@@ -53,7 +55,8 @@ def guide_pages(root: Path) -> dict[str, str]:
         if name in found or not path.exists():
             continue
         if path.suffix != ".md":
-            found[name] = _shown(path, name)
+            is_picture = path.suffix in _SHOWN_AS_IT_IS
+            found[name] = path.read_text(encoding="utf-8") if is_picture else _shown(path, name)
             continue
         found[name] = _with_page_links(path.read_text(encoding="utf-8"), name, root, waiting)
     return {_page_of(root, name): text for name, text in found.items()}
@@ -62,7 +65,7 @@ def guide_pages(root: Path) -> dict[str, str]:
 def _page_of(root: Path, name: str) -> str:
     """Return the page of a file or folder of the repository."""
     path = root / name
-    return f"{name}/index.md" if path.is_dir() else name if path.suffix == ".md" else f"{name}.md"
+    return f"{name}/index.md" if path.is_dir() else name if path.suffix in _SHOWN_AS_IT_IS else f"{name}.md"
 
 
 def _with_page_links(text: str, name: str, root: Path, waiting: list[str]) -> str:
