@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,14 +88,26 @@ def test_virtual_tokens_are_left_out_of_the_logits() -> None:
     torch.testing.assert_close(found, program(**inputs).logits[:, 3:])
 
 
-def test_held_out_questions_are_not_trained_on() -> None:
-    pytest.importorskip("reasoning_gym")
-    questions = {part: {q for q, _ in text_task._questions(part)} for part in text_task.PARTS}
+def test_questions_are_made_of_seeds_that_no_other_part_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In reasoning-gym item i of seed s is item 0 of seed s + i."""
+    asked: list[int] = []
+
+    def create_dataset(name: str, seed: int, size: int, min_words: int, max_words: int) -> list[Any]:
+        assert (name, min_words, max_words) == ("word_sequence_reversal", 2, 2)
+        asked.extend(range(seed, seed + size))
+        return [{"metadata": {"words": [f"w{s}", "on"]}, "answer": f"on, w{s}"} for s in range(seed, seed + size)]
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
+    questions = {part: text_task._questions(part) for part in text_task.PARTS}
     assert len(questions["train"]) > 1000
-    spans = sorted((seed, seed + size) for seed, size in text_task.PARTS.values())
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    for question, answer in text_task._questions("test"):
-        assert question.removesuffix(" ->").split(", ")[::-1] == answer.split(", ")
+    assert len(asked) == len({*asked}) == sum(map(len, questions.values()))
+    assert questions["test"][0] == ("w1000000, on ->", "on, w1000000")
+
+
+def test_without_its_library_the_task_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(adaptc.ConfigError, match=r"pip install 'adaptc\[compare\]'"):
+        text_task._questions("test")
 
 
 def test_parts_of_the_images_do_not_overlap() -> None:
