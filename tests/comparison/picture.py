@@ -61,7 +61,7 @@ def _panel(done: Sequence[Result], title: str) -> list[str]:
             f'<path d="M{_LEFT} {base:.1f}H{_WIDTH - _RIGHT}" stroke="#999999" stroke-dasharray="4 3"/>'
             f'<text x="{_LEFT + 4}" y="{base - 4:.1f}" fill="#666666">no adapter</text>'
         )
-    points = sorted((y_of(r["accuracy"]), x_of(r["parameters"]), r["method"]) for r in done)
+    points = [(y_of(r["accuracy"]), x_of(r["parameters"]), r["method"]) for r in done]
     column = _WIDTH - _RIGHT + _TO_NAMES
     for (y, x, method), name_y in zip(points, spread([y for y, _, _ in points]), strict=True):
         parts.append(f'<path d="M{x:.1f} {y:.1f}L{column - 3} {name_y:.1f}" stroke="#c4c4c4" stroke-width="0.6"/>')
