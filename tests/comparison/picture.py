@@ -15,15 +15,11 @@ from tests.comparison.tables import of_task
 Result = Mapping[str, Any]
 
 _PANELS = {"text": "text: reversed pairs of words, SmolLM2-135M", "vision": "vision: digits 5 to 9, a small ViT"}
-#: the sizes of a panel and of the space around its axes, in pixels
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 460, 52, 74, 36, 44
-_FONT, _LETTER = 10, 5.6
-#: where a name may stand beside its point, the first that is free: anchor, x and y
-_PLACES = (
-    *(("start", 6, 3), ("end", -6, 3), ("start", 5, -7), ("start", 5, 13), ("end", -5, -7), ("end", -5, 13)),
-    *(("middle", 0, -10), ("middle", 0, 17), ("start", 10, -16), ("start", 10, 22), ("end", -10, -16)),
-)
-Box = tuple[float, float, float, float]
+#: the sizes of a panel and of the space around its axes, in pixels; names stand in a column on the right
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 500, 52, 120, 36, 44
+_FONT, _LINE = 9, 10.5
+#: pixels from the axes to the names
+_TO_NAMES = 22
 
 
 def svg(results: Sequence[Result]) -> str:
@@ -47,67 +43,68 @@ def _panel(done: Sequence[Result], title: str) -> list[str]:
     if not done:
         return [*parts, f'<text x="{_LEFT}" y="60" fill="#666666">no results yet</text>']
     counts = [r["parameters"] for r in done]
-    low, high = math.floor(math.log10(min(counts))), math.ceil(math.log10(max(counts) + 1))
-    least = min(0.9, math.floor(min(r["accuracy"] for r in done) * 10) / 10)
+    low, high = math.log10(min(counts) / 1.25), math.log10(max(counts) * 1.25)
+    shares = [r["accuracy"] for r in done]
+    least = max(0.0, math.floor(min(shares) * 20 - 0.2) / 20)
+    most = min(1.0, math.ceil(max(shares) * 20 + 0.2) / 20)
 
     def x_of(parameters: float) -> float:
         return _LEFT + (math.log10(parameters) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
 
     def y_of(accuracy: float) -> float:
-        return _HEIGHT - _BOTTOM - (accuracy - least) / (1 - least) * (_HEIGHT - _TOP - _BOTTOM)
+        return _HEIGHT - _BOTTOM - (accuracy - least) / (most - least) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts += _axes(low, high, least, x_of, y_of)
+    parts += _axes((low, high), (least, most), x_of, y_of)
     if (base_accuracy := done[0]["base_accuracy"]) >= least:
         base = y_of(base_accuracy)
         parts.append(
             f'<path d="M{_LEFT} {base:.1f}H{_WIDTH - _RIGHT}" stroke="#999999" stroke-dasharray="4 3"/>'
-            f'<text x="{_WIDTH - _RIGHT + 4}" y="{base + 3:.1f}" fill="#666666">no adapter</text>'
+            f'<text x="{_LEFT + 4}" y="{base - 4:.1f}" fill="#666666">no adapter</text>'
         )
-    points = [(x_of(r["parameters"]), y_of(r["accuracy"]), r["method"]) for r in done]
-    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y, _ in points]
-    for x, y, method in points:
+    points = [(y_of(r["accuracy"]), x_of(r["parameters"]), r["method"]) for r in done]
+    column = _WIDTH - _RIGHT + _TO_NAMES
+    for (y, x, method), name_y in zip(points, spread([y for y, _, _ in points]), strict=True):
+        parts.append(f'<path d="M{x:.1f} {y:.1f}L{column - 3} {name_y:.1f}" stroke="#c4c4c4" stroke-width="0.6"/>')
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#1f6f8b"/>')
-        parts.append(_name(x, y, method, taken))
+        parts.append(f'<text x="{column}" y="{name_y + 3:.1f}" fill="#222222">{escape(method)}</text>')
     return parts
 
 
-def _axes(low: int, high: int, least: float, x_of: Any, y_of: Any) -> list[str]:
+def spread(wanted: Sequence[float]) -> list[float]:
+    """Return places for names, in order, that are a line apart and near ``wanted``, which rises.
+
+    Names that run out of the picture below are moved up.
+    """
+    places: list[float] = []
+    for y in wanted:
+        places.append(max(y, places[-1] + _LINE) if places else y)
+    lowest = _HEIGHT - _LINE
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], lowest)
+        lowest = places[i] - _LINE
+    return places
+
+
+def _axes(powers: tuple[float, float], shares: tuple[float, float], x_of: Any, y_of: Any) -> list[str]:
+    """Return the lines and numbers of both axes: parameters at 1, 2 and 5 times powers of ten, accuracy at 5 %."""
     parts = []
     bottom = _HEIGHT - _BOTTOM
-    for power in range(low, high + 1):
-        x = x_of(10**power)
-        parts.append(
-            f'<path d="M{x:.1f} {_TOP}V{bottom}" stroke="#e6e6e6"/>'
-            f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#444444">{10**power:,}</text>'
-        )
-    for tenth in range(round(least * 10), 11):
-        y = y_of(tenth / 10)
+    numbers = (digit * 10**power for power in range(math.floor(powers[0]), math.ceil(powers[1])) for digit in (1, 2, 5))
+    for number in numbers:
+        if powers[0] <= math.log10(number) <= powers[1]:
+            x = x_of(number)
+            parts.append(
+                f'<path d="M{x:.1f} {_TOP}V{bottom}" stroke="#e6e6e6"/>'
+                f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#444444">{number:,}</text>'
+            )
+    for twentieth in range(round(shares[0] * 20), round(shares[1] * 20) + 1):
+        y = y_of(twentieth / 20)
         parts.append(
             f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" stroke="#e6e6e6"/>'
-            f'<text x="{_LEFT - 6}" y="{y + 3:.1f}" text-anchor="end" fill="#444444">{tenth * 10} %</text>'
+            f'<text x="{_LEFT - 6}" y="{y + 3:.1f}" text-anchor="end" fill="#444444">{twentieth * 5} %</text>'
         )
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(
         f'<text x="{middle:.0f}" y="{_HEIGHT - 10}" text-anchor="middle" fill="#444444">trained parameters</text>'
     )
     return parts
-
-
-def _name(x: float, y: float, method: str, taken: list[Box]) -> str:
-    """Return a name beside its point, in the first place that is free, and take the place."""
-    boxes = [(_box(x + dx, y + dy, anchor, method), anchor, dx, dy) for anchor, dx, dy in _PLACES]
-    # Where none is free, the place that covers the least.
-    box, anchor, dx, dy = min(boxes, key=lambda place: sum(_overlap(place[0], other) for other in taken))
-    taken.append(box)
-    return f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}" fill="#222222">{escape(method)}</text>'
-
-
-def _box(x: float, y: float, anchor: str, text: str) -> Box:
-    width = len(text) * _LETTER
-    left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
-    return left, y - _FONT + 2, left + width, y + 2
-
-
-def _overlap(a: Box, b: Box) -> float:
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import adaptc
 from tests.comparison import publish as publishing
 from tests.comparison.compared import COMPARED
-from tests.comparison.picture import svg
+from tests.comparison.picture import spread, svg
 from tests.comparison.publish import GUIDE, PICTURE, README, contents, filled, publish
 from tests.comparison.results import RESULTS, make_run, read_all, write_result
 from tests.comparison.tables import short_table, task_table
@@ -114,14 +115,33 @@ def test_the_base_is_a_line_where_it_is_near_the_methods() -> None:
     assert ("no adapter" in svg([result("text", "LoRA", base_accuracy=0.3)])) is False
 
 
-def test_names_of_near_points_do_not_cover_each_other() -> None:
-    near = [result("text", f"method {n}", parameters=1000 + n, accuracy=0.5 + n / 1000) for n in range(4)]
+def test_names_are_a_line_apart_inside_of_the_picture() -> None:
+    for wanted in ([40.0] * 3, [485.0, 488.0, 490.0], [40.0, 41.0, 300.0, 489.0], [450.0] * 37, [77.0]):
+        places = spread(wanted)
+        assert all(after - before > 10 for before, after in itertools.pairwise(places)), wanted
+        assert places[-1] < 495
+        assert places[0] > 30
+    assert spread([40.0, 80.0]) == [40.0, 80.0]
+    near = [result("text", f"method {n}", accuracy=0.5 + n / 1000) for n in range(5)]
     panel = ET.fromstring(svg(near)).find(f"{SVG}g")
     assert panel is not None
-    places = {(t.attrib["x"], t.attrib["y"]) for t in panel.findall(f"{SVG}text") if "method " in str(t.text)}
-    assert len(places) == 4
-    ys = sorted(float(y) for _, y in places)
-    assert ys[-1] - ys[0] > 10
+    names = [str(t.text) for t in panel.findall(f"{SVG}text") if str(t.text).startswith("method ")]
+    assert names == [f"method {n}" for n in (4, 3, 2, 1, 0)]
+
+
+def test_accuracies_of_none_and_all_are_within_the_axes() -> None:
+    text = svg([result("text", "none", accuracy=0.0), result("text", "all", accuracy=1.0)])
+    assert ">0 %<" in text
+    assert ">100 %<" in text
+    assert ">105 %<" not in text
+    assert ">-5 %<" not in text
+
+
+def test_parameters_are_told_in_ones_twos_and_fives() -> None:
+    text = svg([result("text", "few", parameters=900), result("text", "many", parameters=21_000)])
+    assert all(f">{number}<" in text for number in ("1,000", "2,000", "5,000", "10,000", "20,000"))
+    assert ">500<" not in text
+    assert ">50,000<" not in text
 
 
 def test_names_are_escaped() -> None:
