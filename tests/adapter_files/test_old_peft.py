@@ -136,6 +136,7 @@ def test_each_kind_means_what_it_meant(kind: str, tmp_path: Path) -> None:
     check(write_as_then(made, fields, tmp_path), made)
 
 
+@pytest.mark.long
 def test_biases_of_that_time_are_swapped_and_written_with_todays_keys(tmp_path: Path) -> None:
     config, fields = KINDS["lora, all biases"]
     made = adapted(config)

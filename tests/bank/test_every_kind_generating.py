@@ -102,6 +102,7 @@ def test_what_was_read_with_adapters_is_continued(kind: Kind) -> None:
         assert not all(map(torch.equal, expected, others))
 
 
+@pytest.mark.long
 @generating_kinds
 def test_prompts_are_refused_by_name(kind: Kind) -> None:
     bank, given = kind.bank(), prompt(4, 6)

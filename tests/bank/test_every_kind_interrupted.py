@@ -23,6 +23,7 @@ FILES = (
 DEEDS = [("add", False, 20), ("replace", False, 20), ("replace", True, 20), ("remove", False, 5), ("remove", True, 5)]
 
 
+@pytest.mark.long
 @pytest.mark.few(4)
 @kinds("call")
 @pytest.mark.parametrize(("deed", "full", "lines"), DEEDS, ids=str)

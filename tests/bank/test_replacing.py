@@ -20,7 +20,7 @@ def no_stack(*args: Any) -> Any:
     raise AssertionError("a call made a stack")
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("method", [e.name for e in ENTRIES if e.rows])
 def test_a_stack_with_a_replaced_adapter_is_that_which_is_made_anew(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,6 +64,8 @@ def net() -> nn.Module:
 X = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(3, 5)
 
 
+@pytest.mark.long
+@pytest.mark.few(4)
 @pytest.mark.parametrize("rank", [1, 3, 4, 6])
 @pytest.mark.parametrize("name", ["one", "two"])
 @pytest.mark.parametrize("targets", [["0", "2"], ["2"]])

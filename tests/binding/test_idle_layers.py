@@ -65,6 +65,7 @@ def test_they_are_told_of_kept_and_written_again(adapter: tuple[Any, Path], tmp_
     assert {t.device.type for t in other.binding.to("meta").idle_tensors.values()} == {"meta"}
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_program_file_says_that_it_lacks_them(adapter: tuple[Any, Path], tmp_path: Path) -> None:
     wrapped, path = adapter

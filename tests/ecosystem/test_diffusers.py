@@ -197,6 +197,7 @@ def test_kohya_files_with_original_names(tmp_path: Path) -> None:
     close(swapped("unet", tmp_path / "ldm.safetensors"), output_tensor(model, "unet"), "unet")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["unet", "clip"])
 def test_kohya_files_that_are_written(name: str, tmp_path: Path) -> None:
     theirs = model_with_peft_adapter(name, r=4, lora_alpha=3)

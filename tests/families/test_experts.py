@@ -117,6 +117,7 @@ def with_experts_changed(name: str, path: Path, scale: float) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["plain", "root scale"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

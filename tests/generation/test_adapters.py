@@ -72,6 +72,7 @@ def test_what_is_bound_stays() -> None:
     assert torch.equal(generated(gen, text), found.expected("first", text))
 
 
+@pytest.mark.long
 def test_functions_of_programs_take_it(tmp_path: Path) -> None:
     found, gen, text = case("llama"), generator(), prompt(2, 6, (2, 0))
     expected = found.expected("first", text)

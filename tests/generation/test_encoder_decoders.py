@@ -130,6 +130,7 @@ def test_whisper_knows_languages_and_long_recordings() -> None:
     assert torch.equal(gen.generate(long, **how)["sequences"], model.generate(long, **how)["sequences"])
 
 
+@pytest.mark.long
 def test_one_swap_moves_both_sides_between_calls_and_not_in_one() -> None:
     """A swap in the middle of a generation: that one finishes with the adapter it began with, in all its parts."""
     gen, given, found = generator(FAMILY), prompt(2, 6), case(FAMILY)

@@ -72,6 +72,7 @@ def test_caches_go_on(rows: int, length: int, cut: int, fork: bool) -> None:
         assert all(map(torch.equal, before, cache.tensors))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("piece", [2, 3])
 def test_prompts_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees a part of the cache, which is copied for compiled code: what it writes comes back."""

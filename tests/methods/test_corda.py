@@ -269,6 +269,7 @@ def test_programs_that_cannot_take_data_are_refused(tmp_path: Path) -> None:
         adaptc.methods.initialize_from_data(several, BATCHES)
 
 
+@pytest.mark.long
 def test_refusals() -> None:
     with pytest.raises(adaptc.ConfigError, match="'corda' has no meaning for a site of kind embedding"):
         compiled(target_modules=["rows"])

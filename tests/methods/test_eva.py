@@ -121,6 +121,7 @@ def test_a_site_without_a_rank_leaves_the_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids=IDS), program(ids=IDS))
 
 
+@pytest.mark.long
 def test_padding_and_labels_are_left_out() -> None:
     masked = [
         {

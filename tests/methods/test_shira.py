@@ -61,6 +61,7 @@ def test_masks_and_first_values_are_pefts(seed, zeros):
         assert len({tuple(p) for p in indices.T.tolist()}) == weight.numel() == 3 * sum(layer.base_layer.weight.shape)
 
 
+@pytest.mark.long
 def test_masks_of_ones_own(tmp_path):
     """Of a layer and r, as in PEFT; they stay with copies of the config, and out of files."""
 

@@ -31,6 +31,7 @@ UNUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", list(UNUSED))
 def test_told_of(name, tmp_path):

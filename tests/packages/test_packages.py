@@ -40,6 +40,7 @@ def test_swap_at_all_sites(net: Packaged, rank: int, alpha: float) -> None:
     net.check_same_outputs()
 
 
+@pytest.mark.long
 def test_a_swap_renames_keys(net: Packaged, tmp_path: Path) -> None:
     config = NET_CONFIG.replace(r=3)
     tensors = adapter(net.program, config, seed=8)

@@ -113,6 +113,7 @@ def test_sites_that_one_has_left_are_taken(model: nn.Module, folder: Path) -> No
     assert torch.equal(program(X), without)
 
 
+@pytest.mark.long
 def test_what_is_refused(model: nn.Module, folder: Path, tmp_path: Path) -> None:
     program = adaptc.compile(model, folder / "lora", example_inputs=X)
     for name, adapter, kind, match in (

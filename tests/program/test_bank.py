@@ -202,6 +202,8 @@ def test_the_memory_of_a_bank(program: Any) -> None:
     bank.remove("n3")
     assert bank.held == 2 * one
     bank.replace("n5", adapter_tensors(3))
+    assert bank.held == 2 * one  # that of the new adapter, made before a call asks for it
+    bank.remove("n5")
     assert bank.held == 0
     with pytest.raises(adaptc.ConfigError, match="no room for 'more'"):
         program.bank({"n": adapter_tensors(3)}, max_bytes=2 * one - 1).add("more", adapter_tensors(3))

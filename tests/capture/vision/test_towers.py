@@ -68,6 +68,7 @@ def test_other_images_give_other_outputs(family: str) -> None:
     assert not torch.allclose(logits(program_of(family), call), logits(program_of(family), other), atol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.few(2)
 def test_tower_projector_and_text_are_adapted(family: str) -> None:
     keys = {a.key for a in program_of(family).adaptation.attachments}

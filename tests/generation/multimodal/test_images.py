@@ -102,6 +102,7 @@ class TestQwen2VL:
         found = gen.generate(ids, attention_mask=mask, cache=first.past_key_values, **OPTIONS)
         assert torch.equal(found, expected(self.family, whole))
 
+    @pytest.mark.long
     def test_one_step_at_a_time(self) -> None:
         call, gen = prompts(), generator(self.family)
         with torch.no_grad():
