@@ -82,3 +82,28 @@ def test_any_rank_and_any_sites_replace_one(name: str, rank: int, targets: list[
     for fqn, t in whole.binding.values.items():
         place = [whole.names.index(n) for n in made.names]
         assert torch.equal(made.binding.values[fqn], t[place]), fqn
+
+
+def test_a_replacement_that_another_one_overtakes_is_of_the_adapters_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread replaces the other adapter while the stack is prepared."""
+    program = adaptc.compile(net(), adaptc.LoraConfig(r=2, target_modules=["0", "2"]), example_inputs=X)
+    paths = [lora(tmp_path, 4, seed) for seed in range(4)]
+    bank, fresh = program.bank({"one": paths[0], "two": paths[1]}), program.bank({"one": paths[2], "two": paths[3]})
+    bank(X, adapters=["one", "two", None])
+    prepare, overtaken = StackPlacement.prepare_replacement, list[str]()
+
+    def slowly(self: StackPlacement, name: str, binding: Any) -> Any:
+        made = prepare(self, name, binding)
+        if not overtaken:
+            overtaken.append(name)
+            bank.replace("two", paths[3])
+        return made
+
+    monkeypatch.setattr(StackPlacement, "prepare_replacement", slowly)
+    bank.replace("one", paths[2])
+    assert overtaken == ["one"]
+    held, stacks = bank.adapters, bank.placement.table.contents.placed.stacks
+    assert all(held[n] is b for s in stacks for n, b in s.named_bindings)
+    assert torch.equal(bank(X, adapters=["one", "two", None]), fresh(X, adapters=["one", "two", None]))

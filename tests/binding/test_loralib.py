@@ -193,6 +193,7 @@ BROKEN = {
     "other half": ("linear", {B: torch.ones(11, 3)}, r"'inner.layer' has lora_B and no lora_A"),
     "no matrix": ("linear", {A: torch.ones(3), B: torch.ones(11, 3)}, r"shape \(3,\).*two matrices"),
     "no rank": ("linear", {A: torch.ones(0, 7), B: torch.ones(11, 0)}, r"expected two matrices"),
+    "no rows": ("linear", {A: torch.ones(3, 7), B: torch.ones(0, 3)}, r"do not go with .*another model"),
     "ranks": ("linear", {A: torch.ones(4, 7), B: torch.ones(11, 3)}, r"not of one rank.*damaged"),
     "other model": (
         "linear",

@@ -302,6 +302,14 @@ BROKEN = {
         {"lycoris_fc.weight": torch.ones(11), "lycoris_fc.on_input": torch.tensor(0)},
         "LyCORIS leaves the bias as it is.*subtract_adapter",
     ),
+    "IA3 with lengths of rows": (
+        {"lycoris_out.weight": torch.ones(5), "lycoris_out.dora_scale": torch.ones(5, 1)},
+        "'out' has dora_scale, lengths of rows, and no LoRA beside them",
+    ),
+    "LoKr without values": (
+        {"lycoris_out.lokr_w1": torch.ones(0, 7), "lycoris_out.lokr_w2": torch.ones(5, 1)},
+        r"'lokr_w1' has shape \(0, 7\), expected a matrix",
+    ),
     "half of an IA3": (
         {"lycoris_out.weight": torch.ones(5)},
         "'out' has weight and no on_input; the file is not complete",

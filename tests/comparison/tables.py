@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tests.comparison.compared import COMPARED
+from tests.comparison.results import applies
+
 Result = Mapping[str, Any]
 
 #: methods in the short table
@@ -33,7 +36,15 @@ def task_table(results: Sequence[Result], task: str) -> str:
         return "No results yet.\n"
     rows = [_cells(r) for r in done]
     rows += [[r["method"], *[""] * (len(_HEADS) - 2), f"failed: {_one_line(r['error'])}"] for r in failed]
-    return f"{_conditions(done)}\n\n{_markdown(_HEADS, rows)}" if done else _markdown(_HEADS, rows)
+    table = f"{_conditions(done)}\n\n{_markdown(_HEADS, rows)}" if done else _markdown(_HEADS, rows)
+    missing = not_run(results, task)
+    return f"{table}\nNot run yet: {', '.join(missing)}.\n" if missing else table
+
+
+def not_run(results: Iterable[Result], task: str) -> list[str]:
+    """Return the methods that are compared on a task and have no result there."""
+    known = {r["method"] for r in results if r["task"] == task}
+    return [method for method in COMPARED if applies(task, method) and method not in known]
 
 
 def short_table(results: Sequence[Result]) -> str:
@@ -53,7 +64,11 @@ def short_table(results: Sequence[Result]) -> str:
             ]
         )
     heads = ("method", "parameters", "text: accuracy", "text: forgetting", "vision: accuracy")
-    return _markdown(heads, rows) if rows else "No results yet.\n"
+    if not rows:
+        return "No results yet.\n"
+    missing = len(not_run(results, "text"))
+    told = f"\n{missing} of {len(COMPARED)} methods have not run on the text task yet.\n" if missing else ""
+    return _markdown(heads, rows) + told
 
 
 def _conditions(done: Sequence[Result]) -> str:

@@ -187,6 +187,22 @@ def test_values_made_in_inference_mode_can_be_trained(scheme: str) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_gradients_keep_inputs_that_were_made_in_inference_mode() -> None:
+    """A layer's input is needed for the gradient of its weight, and torch keeps no tensor of inference mode."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9)), torch.randn(3, 5)
+    found: list[Any] = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        config = adaptc.LoraConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga")
+        program = adaptc.compile(model, config, example_inputs=x, training=True)
+        with mode():
+            adaptc.methods.initialize_from_data(
+                program, [x * 2], loss=lambda out: out.square().sum(), generator=torch.Generator().manual_seed(0)
+            )
+        found.append([t.detach().abs() for t in factors(program, "0")])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_a_model_made_in_inference_mode_has_no_gradients() -> None:
     with torch.inference_mode():
         model = data_net()

@@ -75,9 +75,14 @@ def build(family: str) -> Any:
 @cache
 def adapted_by_peft(family: str) -> tuple[Any, Path]:
     """Return PEFT's model with a LoRA on all linear layers, tower and projector included, and its directory."""
+    return with_lora_of_peft(build(family))
+
+
+def with_lora_of_peft(base: Any) -> tuple[Any, Path]:
+    """Return ``base`` as PEFT's model with a random LoRA on all linear layers, and the adapter's directory."""
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
     with quiet():
-        model = peft.get_peft_model(build(family), config).eval()
+        model = peft.get_peft_model(base, config).eval()
     randomize(model)
     path = Path(tempfile.mkdtemp())
     model.save_pretrained(str(path))

@@ -67,13 +67,13 @@ def _convert_method(location: str, slots: dict[str, Tensor], module: TargetModul
         return FileLayer("LORA", *_convert_lora(location, slots, shape), alpha)
     if "loralib" in families:
         return convert_loralib(location, slots, module)
-    if "ia3" in families:
-        return _convert_ia3(location, slots, module)
     if DORA_SCALE in slots or MAGNITUDE in slots:
         raise CheckpointError(
-            f"{location} has dora_scale, lengths of rows, beside LoHa or LoKr; PEFT has these for LoRA alone, and so "
-            f"has adaptc"
+            f"{location} has dora_scale, lengths of rows, and no LoRA beside them; PEFT has these for LoRA alone, and "
+            "so has adaptc"
         )
+    if "ia3" in families:
+        return _convert_ia3(location, slots, module)
     if "hada" in families:
         need = (
             "hada_w1_a",
@@ -138,7 +138,7 @@ def _lokr_rank_alpha(location: str, slots: Mapping[str, Tensor], alpha: float | 
         if f"lokr_w{i}" not in slots:
             _check_complete(location, slots, (f"lokr_w{i}_a", f"lokr_w{i}_b"))
     for n, t in slots.items():
-        if t.ndim < 2:
+        if t.ndim < 2 or not t.numel():
             raise CheckpointError(f"{location}: {n!r} has shape {tuple(t.shape)}, expected a matrix")
     ranked = next((n for n in ("lokr_w2_b", "lokr_w1_b") if n in slots), None)
     if ranked is not None:

@@ -59,7 +59,7 @@ def _check_rows(location: str, a: Tensor, b: Tensor, groups: int, module: Target
     if b.shape[0] == outputs and sizes and not b.shape[0] % groups:
         return
     block = b.shape[0] // groups
-    if sizes and b.shape[0] < outputs and block * groups == b.shape[0] and not outputs % block:
+    if sizes and 0 < b.shape[0] < outputs and block * groups == b.shape[0] and not outputs % block:
         count, r = outputs // block, b.shape[1]
         raise CheckpointError(
             f"{location}: lora_B has {b.shape[0]} of the layer's {outputs} rows, so {groups} of {count} blocks are "

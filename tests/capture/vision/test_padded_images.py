@@ -5,13 +5,11 @@ They take any number of images for each text, some texts without any, and images
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ from torch import Tensor
 import adaptc
 from tests.coverage.build import build
 from tests.coverage.rows import Row
-from tests.support.oracle import quiet, randomize
+from tests.support.image_models import with_lora_of_peft
 
 #: family -> class, and the tokens of an image
 FAMILIES = {
@@ -46,13 +44,7 @@ def model_of(family: str) -> Any:
 @cache
 def adapted_by_peft(family: str) -> tuple[Any, Path]:
     """Return PEFT's model with a LoRA on all linear layers, and its directory."""
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
-    with quiet():
-        model = peft.get_peft_model(model_of(family), config).eval()
-    randomize(model)
-    path = Path(tempfile.mkdtemp())
-    model.save_pretrained(str(path))
-    return model, path
+    return with_lora_of_peft(model_of(family))
 
 
 def call_with_images(family: str, counts: Sequence[int], cut: bool = False) -> dict[str, Tensor]:
