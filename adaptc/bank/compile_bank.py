@@ -21,6 +21,7 @@ from adaptc.bank.row_independence import program_outputs
 from adaptc.bank.stack_adapters import with_rank_starts
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError, TargetError
+from adaptc.passes.adapt.expert_rows import find_routing
 from adaptc.passes.adapt.inject_rows import InjectRows, acts_around_layer, check_row_site, site_consumers
 from adaptc.passes.adapt.row_counts import is_count_independent
 from adaptc.passes.graph.graph_lock import with_graph_lock
@@ -71,17 +72,21 @@ class RowProgram(BaseProgram):
         rows = find_batch(program, row_inputs) if isinstance(row_inputs, int) else row_inputs.batch(program)
         lifted = LiftedProgram(program, edit=False)
         site_nodes: dict[str, Attachment] = {}
+        routing: dict[str, str] = {}
         for a in base.attachments:
             check_row_site(lifted, a)
             op = ops[a.id]
             for node, _ in site_consumers(lifted, a):
+                if op.experts and (by := find_routing(node)) is not None:
+                    routing[node.name] = by.name
                 if not acts_around_layer(a, op) or a.method.has_apply(op.as_called_by(node)):
                     site_nodes.setdefault(node.name, a)
                 if acts_around_layer(a, op) and a.method.has_input(op.as_called_by(node)):
                     site_nodes.setdefault(operands(node)[0].name, a)
         ends = program_outputs(program) if is_batch else {}
         with stage("finding the rows of the batch in the program"):
-            axes, why = find_row_axes(program, rows, site_nodes, probes, ends, {a.fqn for a in base.attachments})
+            fqns = {a.fqn for a in base.attachments}
+            axes, why = find_row_axes(program, rows, site_nodes, probes, ends, fqns, routing)
         for name, reason in why.items():
             if name not in site_nodes:
                 raise TargetError(

@@ -115,16 +115,20 @@ def find_row_axes(
     probes: Sequence[Mapping[str, Any]] = (),
     outputs: Mapping[str, ProgramOutput] = MappingProxyType({}),
     adapted_weights: Collection[str] = (),
+    routing: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, RowAxis], dict[str, str]]:
     """Return (node -> where the rows are in its value, node -> why nowhere) for the nodes called ``node_names``.
 
     ``probes``: two sets of keyword inputs of equal shapes, for a program whose inputs cannot be drawn at random.
     ``outputs``: node -> a value in which rows must be apart as well; the second dict has an entry for it only where
     they are not. ``adapted_weights``: FQNs of parameters that adapters change. Those that are zero are replaced by
-    random values, for zeros would hide what mixes rows in front of them.
+    random values, for zeros would hide what mixes rows in front of them. ``routing``: node of an expert's matmul -> the
+    node that gives it its tokens, by their indices. There tokens are looked at in the order of their indices.
     """
     nodes = {n.name: n for n in program.graph.nodes if n.name in node_names}
     candidates = {name: batch.candidates(node.meta["val"]) for name, node in nodes.items()}
+    for name in routing:
+        candidates[name] = [one for one in candidates[name] if not one.axis]
     reasons = {
         n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {batch.size} rows" for n in node_names
     }
@@ -136,7 +140,7 @@ def find_row_axes(
         if not undecided and (seed != SEEDS[0] or not outputs):
             break
         inputs = probes or _draw_inputs(program, batch, seed)
-        changes = _replace_each_row(program, batch, {*undecided, *outputs}, inputs, replaced)
+        changes = _replace_each_row(program, batch, {*undecided, *outputs}, inputs, replaced, routing)
         mixed_outputs |= {
             n: reason for n, end in outputs.items() if (reason := end.why_mixed(batch.size, [c[n] for c in changes]))
         }
@@ -156,7 +160,7 @@ def find_row_axes(
     for name in undecided:
         candidates[name] = []
         reasons[name] = "random inputs do not change what is there, so that nothing tells which row is where"
-    found = {n: candidates[n][0] for n in node_names if candidates[n]}
+    found = {n: replace(candidates[n][0], routed_by=routing.get(n, "")) for n in node_names if candidates[n]}
     return found, {n: reasons[n] for n in node_names if not candidates[n]} | mixed_outputs
 
 
@@ -166,20 +170,31 @@ def _replace_each_row(
     node_names: Collection[str],
     probes: Sequence[Mapping[str, Any]],
     random_weights: Mapping[str, Tensor],
+    routing: Mapping[str, str],
 ) -> list[dict[str, Tensor | None]]:
     """Return for each row what changed at the nodes when it was replaced (see
     :func:`~adaptc.bank.row_independence.changed_elements`).
 
-    ``probes``: two sets of inputs, by name. ``random_weights``: FQN -> other values of a parameter.
+    ``probes``: two sets of inputs, by name. ``random_weights``: FQN -> other values of a parameter. ``routing``: as for
+    :func:`find_row_axes`.
     """
+
+    nodes = {n.name: n for n in program.graph.nodes}
+    indices = {name: nodes[by].all_input_nodes[1].name for name, by in routing.items() if name in node_names}
+
+    def record(inputs: Sequence[Any]) -> dict[str, Any]:
+        seen = _run_and_record(program, inputs, {*node_names, *indices.values()}, random_weights)
+        in_order = {name: seen[name][seen[by].argsort(stable=True)] for name, by in indices.items()}
+        return seen | in_order
+
     fakes = user_inputs(program)
     one, other = ([inputs[n] for n in fakes] for inputs in probes)
     first = next(v for n, v in zip(fakes, one, strict=True) if n in batch.inputs)
-    before = _run_and_record(program, one, node_names, random_weights)
+    before = record(one)
     out: list[dict[str, Tensor | None]] = []
     for row in range(first.shape[batch.first_input[1]]):
         mixed = [_replace_row(a, b, batch.inputs.get(n), row) for n, a, b in zip(fakes, one, other, strict=True)]
-        after = _run_and_record(program, mixed, node_names, random_weights)
+        after = record(mixed)
         out.append({n: changed_elements(before[n], after[n]) for n in node_names})
     return out
 

@@ -64,6 +64,7 @@ from adaptc.runtime.weight_buffers import remember_tensors
 from adaptc.state.adaptation import Adaptation, ModuleGenerate
 from adaptc.state.core import ProgramCore
 from adaptc.targets.attention_plan import plan_attention
+from adaptc.targets.expert_targets import with_stacked_experts
 from adaptc.targets.merge_plans import merge_plans
 from adaptc.targets.plan_layers import Plan, plan_layers
 from adaptc.targets.program_plan import plan_program
@@ -164,7 +165,7 @@ def plan_adapters(
         config=None if captured.source is None else captured.source.config,
     )
     base = LiftedProgram(captured.program, edit=False)
-    adapters = [a.resolve_for(base, captured.program) for a in requests]
+    adapters = [_with_stacked_experts(a.resolve_for(base, captured.program), facts, base) for a in requests]
     plans = [_plan_adapter(a, captured, facts, base) for a in adapters]
     adapters = [
         _with_base_model_names(replace(a, data=a.data.with_config(p.config)), captured)
@@ -321,6 +322,14 @@ def _require_targets(config: AdapterConfig) -> PlannedConfig:
     if not isinstance(config, PlannedConfig):
         raise ConfigError(f"{type(config).__name__} does not choose layers, so it cannot be compiled into a program")
     return config
+
+
+def _with_stacked_experts(adapter: PlannedAdapter, facts: ModelFacts, base: LiftedProgram) -> PlannedAdapter:
+    """Return a new adapter with a config that names the parameters where it means experts; others as they are."""
+    if not adapter.data.is_new:
+        return adapter
+    config = with_stacked_experts(adapter.data.config, facts, base.state_dict)
+    return replace(adapter, data=adapter.data.with_config(config))
 
 
 def _with_base_model_names(adapter: PlannedAdapter, captured: CapturedProgram) -> PlannedAdapter:

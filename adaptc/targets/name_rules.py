@@ -29,7 +29,8 @@ TASK_HEADS = {
 
 # "weight" stands for a linear class with a matmul of its own, such as falcon's
 _LINEAR_KINDS = ("linear", "addmm", "weight")
-_LINEAR_CLASS = re.compile(r"(Linear(\d\w*)?|\bConv1D)$")
+#: qualified names of classes that PEFT takes for linear layers
+LINEAR_CLASS = re.compile(r"(Linear(\d\w*)?|\bConv1D)$")
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
@@ -50,7 +51,7 @@ class TargetCandidate:
     @property
     def is_linear(self) -> bool:
         """Return whether PEFT takes the module for a linear layer."""
-        return self.kind in _LINEAR_KINDS and (self.has_linear_base or bool(_LINEAR_CLASS.search(self.class_name)))
+        return self.kind in _LINEAR_KINDS and (self.has_linear_base or bool(LINEAR_CLASS.search(self.class_name)))
 
     def not_linear_reason(self) -> str:
         if self.kind not in ("linear", "addmm"):

@@ -11,6 +11,7 @@ exactly what it did. Regions have no tags: the caller knows what it injected.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -20,6 +21,13 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import TargetError
+from adaptc.passes.adapt.expert_rows import (
+    is_expert_matmul,
+    make_expert_function,
+    skip_views,
+    take_view,
+    views_of_parameter,
+)
 from adaptc.passes.adapt.inject import as_parameter_or_buffer
 from adaptc.passes.adapt.make_coefficients import CoefficientMaker
 from adaptc.passes.analysis.sites import find_consumers
@@ -37,6 +45,7 @@ from adaptc.passes.protocol.bank_method import (
     make_call_function,
     make_input_function,
     make_output_function,
+    repeat_coefficients,
 )
 from adaptc.passes.protocol.regions import site_op, slot_nodes
 from adaptc.passes.protocol.trace import inline, output_region_inputs, trace_function, trace_key
@@ -56,9 +65,13 @@ def acts_around_layer(a: Attachment, op: Op) -> bool:
 
 
 def site_consumers(lifted: LiftedProgram, a: Attachment) -> list[tuple[fx.Node, fx.Node]]:
-    """Return (consumer, the node of the parameter that it reads) for the consumers of a site."""
+    """Return (consumer, the node of the parameter that it reads) for the consumers of a site.
+
+    Weights of experts are read through views. There it is the matmul, and the view that it reads.
+    """
     found = dict(find_consumers(lifted.placeholders[a.fqn]))
-    return [(n, found[n]) for n in (lifted.nodes[c] for c in a.consumers) if n in found]
+    pairs = [(n, found[n]) for n in (lifted.nodes[c] for c in a.consumers) if n in found]
+    return [skip_views(*pair) for pair in pairs] if a.kind.startswith("experts") else pairs
 
 
 def check_row_site(lifted: LiftedProgram, a: Attachment) -> None:
@@ -67,8 +80,6 @@ def check_row_site(lifted: LiftedProgram, a: Attachment) -> None:
     for node, _ in site_consumers(lifted, a):
         if subgraph_input_of(node) is not None:
             reason = "it is called inside a block (no_grad, autocast, cond, map, ...)"
-        elif a.kind.startswith("experts"):
-            reason = "it is an expert's, whose inputs are tokens in another order than the batch has them"
         elif not isinstance(node.meta.get("val"), Tensor):
             reason = "it is read by a layer with several results"
         elif not a.method.bank.row_wise:
@@ -136,7 +147,7 @@ class _RowInjector:
     uses_fused_ops: bool
     kernel_sites: Collection[str]
     traces: dict[Any, fx.Graph] = field(default_factory=dict[Any, fx.Graph])
-    picked_coefficients: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node])
+    picked_coefficients: dict[tuple[str, str], fx.Node] = field(default_factory=dict[tuple[str, str], fx.Node])
     latest_outputs: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
     def run(self) -> None:
@@ -151,14 +162,21 @@ class _RowInjector:
             self._add_repeated_call(node, replaced)
 
     def _coefficients_at(self, row_axis: RowAxis) -> fx.Node:
-        """Return the coefficients of the rows that are at ``row_axis``: all, or those that an input picks."""
-        name = row_axis.picked_by
-        if name and name not in self.picked_coefficients:
-            all_rows, indices = self.coefficients, self.lifted.nodes[name]
-            region = trace_function(_pick_rows, [all_rows.meta["val"], indices.meta["val"]])
-            before = max((all_rows, indices), key=list(self.lifted.graph.nodes).index).next
-            self.picked_coefficients[name] = self._inline_untagged(region, [all_rows, indices], before, all_rows)
-        return self.picked_coefficients.get(name, self.coefficients)
+        """Return the coefficients of the rows that are at ``row_axis``: all, or those that a node picks."""
+        if row_axis.routed_by:
+            key, taking = (row_axis.routed_by, row_axis.layout), self.lifted.nodes[row_axis.routed_by]
+            source, indices = taking.all_input_nodes
+            pick, inputs = partial(_pick_tokens, row_axis), [self.coefficients, indices, source]
+        elif row_axis.picked_by:
+            key, indices = (row_axis.picked_by, ""), self.lifted.nodes[row_axis.picked_by]
+            pick, inputs = _pick_rows, [self.coefficients, indices]
+        else:
+            return self.coefficients
+        if key not in self.picked_coefficients:
+            region = trace_function(pick, [n.meta["val"] for n in inputs])
+            before = max(inputs, key=list(self.lifted.graph.nodes).index).next
+            self.picked_coefficients[key] = self._inline_untagged(region, inputs, before, self.coefficients)
+        return self.picked_coefficients[key]
 
     def _bank_site(self, a: Attachment, op: Op) -> BankSite:
         names, grouped = tuple(n for n in a.input_names if n != RANK_STARTS), a.id in self.kernel_sites
@@ -208,14 +226,32 @@ class _RowInjector:
             self._insert_after(node, region, inputs)
             return
         own = list(dict.fromkeys(node.all_input_nodes))
+        if len(replaced) == 1 and is_expert_matmul(node, replaced[0][1]) and self._has_factors(sites[0], slots):
+            inputs = [y, *own, self._coefficients_at(row_axis), *slots]
+            region = self._trace_region(
+                ("experts", node.target, sites[0], row_axis),
+                partial(make_expert_function, node, sites[0], row_axis),
+                inputs,
+            )
+            self._insert_after(node, region, inputs)
+            return
         parameters = [self.lifted.placeholders[a.fqn] for a, _ in replaced]
         places = [own.index(read) for _, read in replaced]
-        call = _call_again(node, own, [read.meta["val"].dtype for _, read in replaced], places)
+        call = _call_again(node, own, [read for _, read in replaced], places)
         biases = [_bias_position(a, node, read, own) for a, read in replaced]
         each = [ReplacedParameter(*one) for one in zip(sites, places, biases, strict=True)]
         inputs = [y, node, *own, *parameters, self._coefficients_at(row_axis), *slots]
         region = self._trace_region(None, partial(make_call_function, call, each, row_axis, len(own)), inputs)
         self._insert_after(node, region, inputs)
+
+    def _has_factors(self, site: BankSite, slots: Sequence[fx.Node]) -> bool:
+        """Return whether the method gives factors for each expert of the site, and they are those of its own weight."""
+        defines = site.method.class_that_defines
+        if not site.op.experts or not issubclass(defines("bank"), defines("weight")):
+            return False
+        own, _ = site.split_tensors([n.meta["val"] for n in slots])
+        with nullcontext() if self.lifted.fake_mode is None else self.lifted.fake_mode:
+            return site.method.bank.expert_factors(site.op, own) is not None
 
     def _trace_region(self, key: Any, make: Callable[[], Callable[..., Tensor]], inputs: Sequence[fx.Node]) -> fx.Graph:
         fakes = [n.meta["val"] for n in inputs]
@@ -247,6 +283,11 @@ def _pick_rows(coefficients: Tensor, indices: Tensor) -> Tensor:
     return coefficients.index_select(0, indices)
 
 
+def _pick_tokens(row_axis: RowAxis, coefficients: Tensor, indices: Tensor, source: Tensor) -> Tensor:
+    """Return the coefficients of the tokens at ``indices`` of ``source``, whose first axis has the rows."""
+    return repeat_coefficients(coefficients, source.shape[0], row_axis).index_select(0, indices)
+
+
 def _bias_position(a: Attachment, node: fx.Node, read: fx.Node, call_inputs: Sequence[fx.Node]) -> int | None:
     """Return ``Replaced.bias`` for a weight: the position of the layer's bias in ``own``, or -1 where it has none.
 
@@ -265,16 +306,22 @@ def _layer_op(node: fx.Node) -> Op:
 
 
 def _call_again(
-    node: fx.Node, call_inputs: Sequence[fx.Node], dtypes: Sequence[torch.dtype], positions: Sequence[int]
+    node: fx.Node, call_inputs: Sequence[fx.Node], reads: Sequence[fx.Node], positions: Sequence[int]
 ) -> Callable[[Mapping[int, Tensor], Sequence[Tensor]], Tensor]:
     """Return a function that calls a node's op on other tensors.
 
-    ``own`` are the node's inputs in order. Those at ``places`` are replaced, and cast to ``dtypes``.
+    ``call_inputs`` are the node's inputs in order. Those at ``positions`` are replaced. What replaces one is a
+    parameter, and the call reads it as ``reads`` says: through the same views, in the same dtype.
     """
-    types = dict(zip(positions, dtypes, strict=True))
+    views = {position: views_of_parameter(read) for position, read in zip(positions, reads, strict=True)}
+
+    def replacement(value: Tensor, position: int) -> Tensor:
+        for view in views[position]:
+            value = take_view(view, value)
+        return cast(value, call_inputs[position].meta["val"].dtype)
 
     def call(new: Mapping[int, Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        at = {n: cast(new[i], types[i]) if i in new else tensors[i] for i, n in enumerate(call_inputs)}
+        at = {n: replacement(new[i], i) if i in new else tensors[i] for i, n in enumerate(call_inputs)}
         args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 

@@ -37,12 +37,14 @@ RANK_STARTS = "starts"
 class RowAxis:
     """The position of a batch's rows in a value: an axis, and one of :data:`ROW_LAYOUTS`.
 
-    ``picked_by``: the input that says which of the rows are there, by their indices; "" where all are.
+    ``picked_by``: the input that says which of the rows are there, by their indices; "" where all are. ``routed_by``:
+    the node that gives experts their tokens, by indices into a value that has the rows in this layout; "" for none.
     """
 
     axis: int
     layout: str = "rows"
     picked_by: str = ""
+    routed_by: str = ""
 
     def row_indices(self, indices: Any, axis_size: int, row_count: int) -> Any:
         """Return the row, out of ``count``, of each of the indices ``indices`` along an axis of this ``axis_size``."""
@@ -133,13 +135,18 @@ class BankSite:
         return len(self.slot_names) + self.has_scale + self.uses_kernel
 
 
+def repeat_coefficients(c: Tensor, n: Any, row_axis: RowAxis) -> Tensor:
+    """Return the coefficients (rows, count) as (n, count), for an axis of size ``n`` that has the rows."""
+    if row_axis.layout == "rows outside":
+        return c.unsqueeze(1).expand(-1, n // c.shape[0], -1).flatten(0, 1)
+    if row_axis.layout == "rows inside":
+        return c.unsqueeze(0).expand(n // c.shape[0], -1, -1).flatten(0, 1)
+    return c
+
+
 def expand_coefficients(c: Tensor, y: Tensor, row_axis: RowAxis) -> Tensor:
     """Return the coefficients (rows, count) as (*1, n, *1, count), with n on the axis of ``y`` that has the rows."""
-    n = y.shape[row_axis.axis]
-    if row_axis.layout == "rows outside":
-        c = c.unsqueeze(1).expand(-1, n // c.shape[0], -1).flatten(0, 1)
-    elif row_axis.layout == "rows inside":
-        c = c.unsqueeze(0).expand(n // c.shape[0], -1, -1).flatten(0, 1)
+    c = repeat_coefficients(c, y.shape[row_axis.axis], row_axis)
     for _ in range(row_axis.axis):
         c = c.unsqueeze(0)
     for _ in range(y.ndim - row_axis.axis - 1):

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc import LoraConfig
 from tests.support.gated_net import X, adapter_tensors, compile_net, config, net
 from tests.support.rounding import assert_no_less_accurate
 
@@ -148,13 +147,3 @@ def test_a_program_read_from_a_file_has_banks(tmp_path: Path) -> None:
     adapters = {"a": adapter_tensors(2), "b": adapter_tensors(5)}
     want = made.bank(adapters)(X, adapters=CHOSEN)
     torch.testing.assert_close(loaded.bank(adapters)(X, adapters=CHOSEN), want, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.long
-def test_experts_are_refused() -> None:
-    from tests.support.families import FAMILIES
-
-    targets = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ["q_proj"]}
-    made = adaptc.compile(FAMILIES["mixtral"].build(), LoraConfig(r=2, **targets))
-    with pytest.raises(adaptc.TargetError, match=r"gate_up_proj.*it is an expert's"):
-        made.bank()

@@ -23,14 +23,12 @@ REFUSED = {
     "mamba": "keeps states|paged cache",
     "stablelm": "keys and values of different sizes",
 }
-#: models whose adapters reach into experts, which get their tokens in another order
-OF_EXPERTS = ("mixtral", "qwen3_moe")
 MIXED: list[Any] = ["first", "second", None, {"first": 0.5, "second": -0.3}, "second", "first", None]
 
 
 @pytest.mark.long
 @pytest.mark.few(3)
-@pytest.mark.parametrize("family", [f for f in CAUSAL if f not in REFUSED and f not in OF_EXPERTS])
+@pytest.mark.parametrize("family", [f for f in CAUSAL if f not in REFUSED])
 def test_tokens_are_those_of_each_request_alone(family: str) -> None:
     """Prompts that are longer than a batch and than the windows of layers, two of them equal: blocks are shared."""
     texts = prompts(5, 23, 1, 9, 14, 23, 2)
@@ -61,14 +59,6 @@ def test_models_without_a_paged_step_are_refused(family: str) -> None:
     model = FAMILIES[family].build()
     with pytest.raises(adaptc.CaptureError, match=REFUSED[family]):
         adaptc.compile_for_serving(model, adaptc.LoraConfig(r=2, target_modules="all-linear"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("family", OF_EXPERTS)
-def test_adapters_of_experts_are_refused(family: str) -> None:
-    found = case(family)
-    with pytest.raises(adaptc.TargetError, match="it is an expert's, whose inputs are tokens in another order"):
-        adaptc.compile_for_serving(found.model, found.adapters["first"])
 
 
 @pytest.mark.long

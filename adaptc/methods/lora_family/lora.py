@@ -136,6 +136,11 @@ class LoraBank(BankForm):
         A, B, *_ = slots.values()
         return low_rank_rows(x, y, A, B, scale, c)
 
+    def expert_factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor] | None:
+        A, B, *_ = slots.values()
+        up = B.unflatten(-1, (-1, op.experts)).permute(0, 3, 1, 2)
+        return A.unflatten(1, (op.experts, -1)), up
+
     def has_kernel(self, op: Op) -> bool:
         return op.kind in ("linear", "addmm") and op.callable and not self.method.with_bias and not self.method.training
 

@@ -53,6 +53,9 @@ class QaLoraBank(LoraBank):
     ) -> Tensor:
         return super().apply_kernel(op, self.method.pool(x), y, slots, scale, starts, c)
 
+    def expert_factors(self, op: Op, slots: Slots) -> None:
+        return None  # its A multiplies pooled features
+
 
 class QaLoraKernels(LoraKernels):
     method: QaLora

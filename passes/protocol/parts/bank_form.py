@@ -66,6 +66,15 @@ class BankForm(MethodPart):
         """
         return None
 
+    def expert_factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor] | None:
+        """Return the two factors that change an expert's weight by their product, for adapters of stacked experts.
+
+        They are (adapters, experts, rank, in) and (adapters, experts, out, rank). ``op`` is of stacked experts, and
+        ``slots`` have a leading axis of adapters. None where the change is not of that form; adapters act one by one
+        then.
+        """
+        return None
+
     def has_kernel(self, op: Op) -> bool:
         """Return whether :meth:`apply_kernel` computes per-row adapters of this op on a GPU."""
         return False

@@ -97,7 +97,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "t5", 
 @pytest.mark.parametrize("name", ["vit", "llama", "bert", *SLOW])
 def test_a_step_of_a_transformer_is_equal_to_the_bit_and_keeps_less(name: str, fuse: bool) -> None:
     family = deep(name)
-    config = lora(target_modules="all-linear")
+    # In a mixture "all-linear" reaches the experts, which have no input to drop.
+    config = lora(target_modules="all-linear", lora_dropout=0.0 if name == "mixtral" else 0.1)
     program = randomised(adaptc.compile(family.build(), config, example_inputs=family.inputs(2, 7), training=True))
     program.fuse = fuse
     plain, module = program.module(), program.module(gradient_checkpointing=True)
