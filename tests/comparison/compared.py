@@ -131,6 +131,20 @@ LEFT_OUT = {
     "BONE": "it is MiSS under its older name",
 }
 
+#: what LoRA's options make of it -> why it is not compared
+VARIANTS_LEFT_OUT = {
+    "PiSSA, OLoRA, MiCA, LoftQ and other first values": (
+        "they begin LoRA's training elsewhere, and the methods here begin as their configs say by default"
+    ),
+    "EVA, CorDA and LoRA-GA": "they need data of the task before the training, which other methods do without",
+    "rsLoRA": "at one rank it is LoRA with another scale, and so with another learning rate",
+    "KaSA, MonteCLoRA, VeLoRA and BD-LoRA": (
+        "they add a term to the loss, noise, a smaller backward or zeros to LoRA, which the budget does not show"
+    ),
+    "QA-LoRA": "it is for quantised weights, and the weights here are plain",
+    "aLoRA and Arrow": "aLoRA acts from a marker in the text on, and Arrow mixes adapters that were trained before",
+}
+
 
 def slug(method: str) -> str:
     """Return the method's name as a part of a file's name."""

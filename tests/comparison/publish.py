@@ -10,7 +10,7 @@ from typing import Any
 from adaptc import ConfigError
 from tests.comparison.picture import svg
 from tests.comparison.results import RESULTS, read_all
-from tests.comparison.tables import short_table, task_table
+from tests.comparison.tables import left_out_list, short_table, task_table
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE, README = ROOT / "examples" / "method_comparison.md", ROOT / "README.md"
@@ -23,6 +23,7 @@ def contents(results: Sequence[Any]) -> dict[str, str]:
         "comparison of text": task_table(results, "text"),
         "comparison of vision": task_table(results, "vision"),
         "comparison in short": short_table(results),
+        "not compared": left_out_list(),
     }
 
 

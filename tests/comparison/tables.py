@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tests.comparison.compared import COMPARED
+from tests.comparison.compared import COMPARED, LEFT_OUT, VARIANTS_LEFT_OUT
 from tests.comparison.results import applies
 
 Result = Mapping[str, Any]
@@ -45,6 +45,11 @@ def not_run(results: Iterable[Result], task: str) -> list[str]:
     """Return the methods that are compared on a task and have no result there."""
     known = {r["method"] for r in results if r["task"] == task}
     return [method for method in COMPARED if applies(task, method) and method not in known]
+
+
+def left_out_list() -> str:
+    """Return a list of what is not compared, with the reasons."""
+    return "".join(f"- {name}: {why}.\n" for name, why in {**LEFT_OUT, **VARIANTS_LEFT_OUT}.items())
 
 
 def short_table(results: Sequence[Result]) -> str:
