@@ -206,15 +206,24 @@ class _ShapeSymbols:
             return [self._one_symbol_per_axis(v) if isinstance(v, Tensor) else v for v in split.compute_inputs(lifted)]
 
     def _one_symbol_per_axis(self, value: Tensor) -> Tensor:
-        """Return ``value`` with each sum of ranks in its shape replaced by a symbol of its own.
+        """Return ``value`` with each sum of ranks, and each quotient, in its shape replaced by a symbol of its own.
 
-        Inductor reads every symbol off an input axis whose size is that symbol alone.
+        Inductor reads every symbol off an input axis whose size is that symbol alone. The rank of stacked experts is a
+        quotient.
         """
-        sizes: list[Any] = list(value.shape)
-        sums = [i for i, s in enumerate(sizes) if not isinstance(s, int) and len(s.node.expr.free_symbols) > 1]
-        for i in sums:
-            sizes[i] = self.symbolic_size(f"({sizes[i].node.expr})", sizes[i].node.hint)
-        return torch.empty(sizes, dtype=value.dtype, device=value.device) if sums else value
+        sizes: dict[int, Any] = {}
+        for i, size in enumerate(value.shape):
+            if isinstance(size, int):
+                continue
+            expression: Any = size.node.expr
+            if len(expression.free_symbols) > 1:
+                sizes[i] = self.symbolic_size(f"({expression})", size.node.hint)
+            for part in sympy.preorder_traversal(expression):
+                times = expression / part
+                if type(part).__name__ == "FloorDiv" and times.is_Integer:
+                    sizes[i] = self.symbolic_size(f"({part})", size.node.hint // int(times)) * int(times)
+        shape = [sizes.get(i, size) for i, size in enumerate(value.shape)]
+        return empty_in_order(axis_order(value), shape, value) if sizes else value
 
     def _convert_size(self, size: Any) -> Any:
         if isinstance(size, int):

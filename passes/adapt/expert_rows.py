@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from adaptc.passes.graph.mutation import is_view
 from adaptc.passes.graph.ops import cast
@@ -128,10 +129,16 @@ def make_expert_function(node: fx.Node, site: BankSite, row_axis: RowAxis) -> Ca
 
         # x W^T = (x A^T) B^T; where the model's own product is with W, it is (x B) A.
         A, B = factors if is_transposed else (factors[1].mT, factors[0].mT)
-        h = multiply(x, A.permute(1, 3, 0, 2).flatten(2))
+        # With the inputs innermost, as in the model's weights: matmuls over groups want rows of whole 16 bytes.
+        h = multiply(x, A.transpose(0, 1).flatten(1, 2).mT)
         mix = cast(expand_coefficients(c, h, row_axis).squeeze(-2), torch.promote_types(dtype, torch.float32))
-        mix = mix if scale is None else mix * scale
-        h = multiply_or_zero(h.reshape(*h.shape[:-1], A.shape[0], A.shape[2]), mix.unsqueeze(-1)).flatten(-2)
-        return cast(latest + multiply(h, B.permute(1, 0, 3, 2).flatten(1, 2)), latest.dtype)
+        mix = (mix if scale is None else mix * scale).unsqueeze(-1)
+        # Multiplied by ones in the shape of A, so that the code has no rank as a constant.
+        each = (mix * torch.ones_like(A[:, 0, :, 0], dtype=mix.dtype)).flatten(-2)
+        h, up = multiply_or_zero(h, each).unsqueeze(-1), B.permute(1, 0, 3, 2).unsqueeze(3)
+        if takes_one_dtype:  # zeros after each number, so that rows of any rank are of whole 16 bytes
+            zeros = 16 // dtype.itemsize - 1
+            h, up = F.pad(h, (0, zeros)), F.pad(up, (0, 0, 0, zeros))
+        return cast(latest + multiply(h.flatten(-2), up.flatten(1, 3)), latest.dtype)
 
     return change_output
