@@ -40,6 +40,7 @@ from adaptc.capture.inputs.example_inputs import is_pretrained_model
 from adaptc.capture.model_state import ModelSkeleton, keyword_only_parameter, patch_forward, preserve_state
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.replacements.broadcast_masks import broadcast_masks
+from adaptc.capture.replacements.fixed_values import export_or_fix_values
 from adaptc.capture.vision.tower_facts import has_free_images, with_free_images
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.embedding_max_norm import RemoveMaxNormWrites
@@ -329,7 +330,8 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
     else:
         args, kwargs = bind_arguments(model, example_inputs)
         free_dims = with_free_images(model, kwargs, all_dims_free((args, kwargs)))
-    with _name_forward_kwargs(model, kwargs), explain_inputs(model, args, kwargs, inputs_made=example_inputs is None):
+
+    def export_once(values_are_fixed: bool) -> ExportedProgram:
         with broadcast_masks() as masks:
             if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
                 program = export_with_shapes(model, args, kwargs, dynamic_shapes)
@@ -337,9 +339,12 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
                 program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
             else:
                 program = _export_with_free_sizes(model, args, kwargs, free_dims, training, example_inputs is not None)
-        if masks.any or has_free_images(model):
+        if masks.any or values_are_fixed or has_free_images(model):
             check_same_outputs(model, program, args, kwargs, training)
-    return program
+        return program
+
+    with _name_forward_kwargs(model, kwargs), explain_inputs(model, args, kwargs, inputs_made=example_inputs is None):
+        return export_or_fix_values(model, args, kwargs, export_once)
 
 
 def _export_with_free_sizes(

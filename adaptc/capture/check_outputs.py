@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from adaptc.capture.check_size_one import can_run, joined_outputs, run_without_effects
 from adaptc.capture.dynamic_shapes import error_text
 from adaptc.capture.run_graph import guarded_module
-from adaptc.errors import CaptureError
+from adaptc.errors import CaptureError, listing
 
 #: torch's message for an assertion on a value that only data tell
 _OF_VALUES = re.compile(r"Runtime assertion failed for expression \D*\bu\d+")
@@ -55,7 +55,7 @@ def _difference_text(model: nn.Module, what: str) -> str:
 
 
 def name_value_checks(program: ExportedProgram) -> None:
-    """Let the assertions in ``program`` that models make of the values of inputs say which line of a model made them.
+    """Let the assertions in ``program`` on the values of inputs say which line of a model made them, or which inputs.
 
     torch names a symbol that no user has seen.
     """
@@ -64,9 +64,24 @@ def name_value_checks(program: ExportedProgram) -> None:
             continue
         condition, message = node.args
         lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-        if _OF_VALUES.match(str(message)) and lines:
+        if _OF_VALUES.match(str(message)) and lines and "torch/fx/passes" not in " ".join(lines[-2:]):
             told = f"Runtime assertion failed: the values of the inputs do not pass the check in `{lines[-1].strip()}`"
             node.args = (condition, told)
+        elif _OF_VALUES.match(str(message)):
+            read = listing(repr(n) for n in program.graph_signature.user_inputs if n in _names_above(condition))
+            told = f"Runtime assertion failed: the program was captured for other values of {read or 'its inputs'}"
+            node.args = (condition, told)
+
+
+def _names_above(node: Any) -> set[str]:
+    """Return the names of the nodes that a node's value is computed of."""
+    found, waiting = set[str](), [node]
+    while waiting:
+        one = waiting.pop()
+        if one.name not in found:
+            found.add(one.name)
+            waiting += one.all_input_nodes
+    return found
 
 
 def _is_close(wanted: Tensor, found: Tensor) -> bool:

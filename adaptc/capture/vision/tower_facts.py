@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from adaptc.capture.vision.image_grids import interpolate_positions, place_patch
 FreeDims = Callable[[Tensor], dict[int, str | None]]
 
 
+#: whether models are captured for the grids and sizes of their example inputs alone
+GRIDS_ARE_FIXED: ContextVar[bool] = ContextVar("GRIDS_ARE_FIXED", default=False)
 #: how the names of inputs of images begin
 _OF_IMAGES = ("pixel_", "image_", "video_", "spatial_shapes")
 #: helpers of transformers that compute from a grid -> the names of what they compute
@@ -35,7 +38,9 @@ _HELPERS = {
 
 def find_towers(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
     """Return the modules of ``model`` that are vision towers of the known kind, with the names of what they compute
-    from a grid."""
+    from a grid; none where grids are fixed."""
+    if GRIDS_ARE_FIXED.get():
+        return {}
     modules = list(model.modules())
     names = {kind: _computed_facts(kind) for kind in {type(m) for m in modules}}
     return {m: names[type(m)] for m in modules if names[type(m)]}
@@ -52,7 +57,9 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
 
 def has_free_images(model: nn.Module) -> bool:
     """Return whether ``model`` is captured for any number of images: it has such towers, or lists features of images as
-    LLaVA does."""
+    LLaVA does. It is not where their grids are fixed."""
+    if GRIDS_ARE_FIXED.get():
+        return False
     methods = [getattr(type(m), "get_image_features", None) for m in model.modules()]
     codes = [getattr(inspect.unwrap(m), "__code__", None) for m in methods if callable(m)]
     names = [{*c.co_names} for c in codes if c is not None]
@@ -66,6 +73,15 @@ def _computed_facts(kind: type[nn.Module]) -> frozenset[str]:
     helpers, called = sys.modules.get(kind.__module__), forward.__code__.co_names
     known = {n for n in _HELPERS if getattr(getattr(helpers, n, None), "__module__", "") == "transformers.vision_utils"}
     return frozenset(name for helper in known.intersection(called) for name in _HELPERS[helper])
+
+
+def numbers_of_images(kwargs: Mapping[str, Any]) -> list[str]:
+    """Return the names of the inputs that hold numbers of images, such as their sizes."""
+    return [
+        n
+        for n, t in kwargs.items()
+        if n.startswith(_OF_IMAGES) and isinstance(t, Tensor) and not (t.is_floating_point() or t.dtype == torch.bool)
+    ]
 
 
 def with_free_images(model: nn.Module, kwargs: Mapping[str, Any], free_dims: FreeDims) -> FreeDims:

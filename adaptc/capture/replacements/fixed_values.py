@@ -1,0 +1,251 @@
+"""Let a model be traced that computes with numbers which it reads from integer inputs, such as the sizes of images.
+
+A trace does not know such numbers. Where the model branches on them, or counts in a loop, no program for all of them
+can be traced. So the numbers are those of the example inputs, and the program checks that its inputs are equal to
+them.
+
+The model runs once on the example inputs, and each number that it reads off a known tensor is kept. A tensor is known
+if it is one of these inputs, or computed of known tensors and constants alone. While the model is traced, it gets the
+same numbers in the same order. Numbers of other tensors are left to the trace.
+
+Private torch use, with the public route that was tried: ``torch._check_tensor_all``, which makes an assertion on values
+in the graph. Public: ``torch.ops.aten._assert_async``, which has no place in programs for other runtimes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from adaptc.capture.model_state import patch_forward, preserve_state
+from adaptc.capture.vision.tower_facts import GRIDS_ARE_FIXED, numbers_of_images
+from adaptc.errors import AdaptcWarning, CaptureError, listing
+from adaptc.passes.graph.pytree import pytree
+from adaptc.progress import stage
+
+#: where code is that is no model's
+_NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+#: names of torch's errors where a trace needs to know a number
+_UNKNOWN_NUMBERS = ("GuardOnDataDependentSymNode", "UserError", "Unsupported", "RuntimeError")
+#: functions that give Python numbers, or a tree of them, of a tensor
+_READS = (
+    *(Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__float__),
+    *(Tensor.__contains__, torch.is_nonzero, Tensor.is_nonzero),
+)
+#: functions whose arguments may be tensors in the place of numbers
+_TAKES_NUMBERS = (
+    *(torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full, torch.empty, Tensor.__getitem__),
+    *(torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes, torch.narrow, Tensor.narrow),
+    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.repeat, Tensor.unflatten, Tensor.new_zeros),
+    *(F.interpolate, F.pad, F.unfold, F.fold),
+)
+#: functions whose results have as many elements as their arguments' values say
+_SIZED_BY_VALUES = (
+    *(torch.repeat_interleave, Tensor.repeat_interleave, torch.nonzero, Tensor.nonzero, torch.unique, Tensor.unique),
+    *(torch.unique_consecutive, Tensor.unique_consecutive, torch.masked_select, Tensor.masked_select),
+)
+
+
+#: functions whose results are known, though they take no tensor
+_CONSTANTS = (
+    *(torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full, torch.eye),
+    torch.scalar_tensor,
+)
+#: parts of the names of functions that draw random numbers
+_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "exponential", "uniform")
+
+
+def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function may write to one of its arguments."""
+    name = func.__name__
+    in_place = name.endswith("_") and not name.endswith("__")
+    is_augmented = name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return in_place or "out" in kwargs or name in ("__setitem__", "__set__") or is_augmented
+
+
+def _calling_line() -> str:
+    """Return the file and line of the code outside of torch and of this package that is being run."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_A_MODEL):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class _KnownNumbers(TorchFunctionMode):
+    """A mode that keeps the numbers which are read off known tensors, or gives those that were kept."""
+
+    def __init__(self, kept: list[tuple[str, Any]] | None = None) -> None:
+        super().__init__()
+        self.is_replay = kept is not None
+        self.numbers: list[tuple[str, Any]] = [] if kept is None else list(kept)
+        self.known: dict[int, Tensor] = {}  # by identity, and held, so that no other tensor gets the same
+        self.roots: frozenset[int] = frozenset()
+
+    def begin(self, inputs: Sequence[Tensor]) -> None:
+        """Take ``inputs`` for known."""
+        self.add(list(inputs))
+        self.roots = frozenset(self.known)
+
+    def add(self, value: Any) -> None:
+        for t in pytree.tree_leaves(value):
+            if isinstance(t, Tensor):
+                self.known[id(t)] = t
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given: dict[str, Any] = dict(kwargs or {})
+        if func in _READS:
+            return self._read(func, args) if id(args[0]) in self.known else func(*args, **given)
+        if func in _TAKES_NUMBERS:
+            args, given = self._with_numbers(args), self._with_numbers(given)
+        leaves = pytree.tree_leaves((args, given))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        is_known = (
+            (bool(tensors) or func in _CONSTANTS)
+            and all(id(t) in self.known for t in tensors)
+            and not any(isinstance(n, torch.SymInt) for n in leaves)
+            and not any(word in func.__name__ for word in _RANDOM)
+        )
+        is_sized = func in _SIZED_BY_VALUES or (
+            func is Tensor.__getitem__ and any(t.dtype == torch.bool for t in tensors[1:])
+        )
+        out = self._constant(func, args, given) if is_sized and is_known else func(*args, **given)
+        if is_known:
+            self.add(out)
+        elif _writes(func, given):  # perhaps to what other known tensors are views of
+            self.known = {k: t for k, t in self.known.items() if k in self.roots}
+        return out
+
+    def _constant(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return a result of known tensors, whose size a trace would not know."""
+        place = _calling_line()
+        if not self.is_replay:
+            made = func(*args, **kwargs)
+            self.numbers.append((place, pytree.tree_map_only(Tensor, lambda t: (t.tolist(), t.dtype), made)))
+            return made
+        kept, device = self._next_number(place), args[0].device
+        if isinstance(kept[1], torch.dtype):
+            return torch.tensor(kept[0], dtype=kept[1], device=device)
+        return tuple(torch.tensor(values, dtype=dtype, device=device) for values, dtype in kept)
+
+    def _read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        # Number by number, since a trace reads a list so.
+        place = _calling_line()
+        if not self.is_replay:
+            value = func(*args)
+            self.numbers += [(place, n) for n in pytree.tree_leaves(value)]
+            return value
+        if func is Tensor.tolist:
+            return self._next_list(place, args[0].shape)
+        return self._next_number(place)
+
+    def _next_list(self, place: str, shape: Sequence[int]) -> Any:
+        return [self._next_list(place, shape[1:]) for _ in range(shape[0])] if shape else self._next_number(place)
+
+    def _next_number(self, place: str) -> Any:
+        # Where sizes are free in a trace, what is made of them is not known there, and its numbers are not read.
+        while self.numbers:
+            found, number = self.numbers.pop(0)
+            if found == place:
+                return number
+        raise CaptureError(f"the number that is read in {place} is not known from a call, so it cannot be kept")
+
+    def _with_numbers(self, arguments: Any) -> Any:
+        """Return arguments with a number for each known tensor of one integer that is no index by itself."""
+
+        def number(value: Any) -> Any:
+            if isinstance(value, slice):
+                return slice(*map(number, (value.start, value.stop, value.step)))
+            is_one = isinstance(value, Tensor) and id(value) in self.known and not value.ndim
+            is_integer = is_one and not value.is_floating_point() and value.dtype != torch.bool
+            return self._read(Tensor.item, (value,)) if is_integer else value
+
+        if isinstance(arguments, dict):
+            return {n: number(v) for n, v in arguments.items()}
+        if isinstance(arguments, (tuple, list)):
+            return type(arguments)(
+                self._with_numbers(v) if isinstance(v, (tuple, list)) else number(v) for v in arguments
+            )
+        return number(arguments)
+
+
+def export_or_fix_values(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    export_once: Callable[[bool], ExportedProgram],
+) -> ExportedProgram:
+    """Return what ``export_once`` makes, which is told whether the numbers in inputs are fixed.
+
+    They are where torch cannot trace the model for unknown numbers, and inputs of images have some. A warning says
+    which.
+    """
+    try:
+        return export_once(False)
+    except CaptureError as error:
+        names = numbers_of_images(kwargs)
+        if not names or type(error.__cause__).__name__ not in _UNKNOWN_NUMBERS:
+            raise
+        try:
+            with (
+                stage(f"exporting {type(model).__name__} for the numbers in {listing(names)}"),
+                fixed_values(model, args, kwargs, names),
+            ):
+                program = export_once(True)
+        except CaptureError:
+            raise error from error.__cause__
+    warnings.warn(
+        f"{type(model).__name__} computes with the numbers in {listing(names)}, and is captured for those of the "
+        "example inputs alone. Calls with others fail: capture it once more for them",
+        AdaptcWarning,
+        stacklevel=4,
+    )
+    return program
+
+
+@contextlib.contextmanager
+def fixed_values(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]
+) -> Iterator[None]:
+    """Run the block, which traces ``model``, with the numbers in its inputs ``names`` as in ``kwargs``.
+
+    The traced program fails in calls where these inputs have other values. Raises CaptureError where the model does not
+    run on the example inputs.
+    """
+    values = {n: kwargs[n].clone() for n in names}
+    original, parameters = model.forward, inspect.signature(model.forward).parameters.values()
+    recording = _KnownNumbers()
+    copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+    recording.begin([copies[1][n] for n in names])
+    try:
+        with preserve_state(model), torch.no_grad(), recording:
+            model(*copies[0], **copies[1])
+    except Exception as error:  # a model may raise anything
+        raise CaptureError(f"the model fails on the example inputs: {error}") from error
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for name, value in values.items():
+            torch._check_tensor_all(kwargs[name] == value)  # noqa: SLF001
+        replay = _KnownNumbers(recording.numbers)
+        replay.begin([kwargs[n] for n in values])
+        with replay:
+            return original(*args, **kwargs)
+
+    was_fixed = GRIDS_ARE_FIXED.set(True)
+    try:
+        with patch_forward(model, forward, list(parameters)):
+            yield
+    finally:
+        GRIDS_ARE_FIXED.reset(was_fixed)

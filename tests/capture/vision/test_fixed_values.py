@@ -1,0 +1,171 @@
+"""Models that compute with numbers which they read from inputs of images: captured for those of the example inputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptc
+from tests.coverage.build import build_and_run
+from tests.coverage.rows import all_rows
+
+#: sizes of images are fixed with the numbers, and a warning says so, too
+pytestmark = pytest.mark.filterwarnings("ignore:.*was captured for some sizes alone:adaptc.AdaptcWarning")
+SIZES = torch.tensor([[4, 6], [2, 3], [6, 2]])
+
+
+class Crops(nn.Module):
+    """Cuts each image to its size, and sums its rows; ``way`` is how the model reads the sizes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.way = nn.Linear(7, 5), way
+
+    def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
+        made = torch.tanh(self.linear(pixel_values))
+        if image_sizes[0, 0] > 5:  # torch traces no branch on such a number
+            made = made * 2
+        parts: list[Tensor] = []
+        if self.way == "slices":
+            parts = [one[: size[0], : size[1]].flatten(0, 1) for one, size in zip(made, image_sizes, strict=True)]
+        elif self.way == "lists":
+            for one, (height, width) in zip(made, image_sizes.tolist(), strict=True):
+                parts.append(one[:height, :width].flatten(0, 1) if height > width else one.flatten(0, 1))
+        elif self.way == "splits":
+            whole, counts = made.flatten(0, 2), torch.as_tensor(image_sizes).prod(-1)
+            rest = whole.shape[0] - int(counts.sum())
+            parts = [*torch.split(whole, [*counts.tolist(), rest], dim=0)]
+        elif self.way == "repeats":
+            images = torch.repeat_interleave(torch.arange(3, device=image_sizes.device), image_sizes[:, 0])
+            ends = torch.repeat_interleave(image_sizes[:, 1], image_sizes[:, 0]).cumsum(0)
+            parts = [made[images].flatten(0, 2) * ends.max(), made.flatten(0, 2)[: ends[-1].item()]]
+        elif self.way == "branches":
+            parts = [made.flatten(0, 2) * 2 if (image_sizes > 5).any() else made.flatten(0, 2)]
+        return torch.cat(parts).sum(0)
+
+
+def pixels(seed: int = 0) -> Tensor:
+    return torch.randn(3, 6, 6, 7, generator=torch.Generator().manual_seed(seed))
+
+
+def compile_crops(way: str) -> tuple[nn.Module, adaptc.AdaptedProgram]:
+    torch.manual_seed(0)
+    model = Crops(way).eval()
+    inputs = {"pixel_values": pixels(), "image_sizes": SIZES}
+    with pytest.warns(adaptc.AdaptcWarning, match="captured for those of the example inputs alone"):
+        program = adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules=["linear"]), example_inputs=inputs)
+    return model, program
+
+
+@pytest.mark.parametrize("way", ["slices", "lists", "splits", "repeats", "branches"])
+def test_numbers_of_the_example_are_kept(way: str) -> None:
+    model, program = compile_crops(way)
+    x = pixels(1)
+    expected = model(x, SIZES)
+    torch.testing.assert_close(program.base(pixel_values=x, image_sizes=SIZES), expected)
+    assert "forward" not in vars(model)
+    for name, t in program.binding.values.items():
+        if "lora_B" in name:
+            t.data.normal_()
+    merged = adaptc.merge(program)
+    found = program(pixel_values=x, image_sizes=SIZES)
+    torch.testing.assert_close(found, merged(pixel_values=x, image_sizes=SIZES))
+    assert float((found - expected).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("way", ["slices", "repeats"])
+def test_other_numbers_are_refused_by_the_name_of_the_input(way: str) -> None:
+    _, program = compile_crops(way)
+    with pytest.raises(adaptc.AdaptcError, match="captured for other values of 'image_sizes'"):
+        program(pixel_values=pixels(), image_sizes=SIZES.flip(1))
+
+
+def test_numbers_of_weights_and_hidden_values_are_not_kept() -> None:
+    """They differ from adapter to adapter."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 5)
+
+        def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
+            made = self.linear(pixel_values[: image_sizes[0, 0]])
+            return made.sum() if int((made > 0).sum()) > 20 else made.mean()
+
+    model = Counts().eval()
+    inputs = {"pixel_values": pixels()[0], "image_sizes": SIZES}
+    with pytest.raises(adaptc.CaptureError, match="data-dependent"):
+        adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules=["linear"]), example_inputs=inputs)
+    assert "forward" not in vars(model)
+
+
+def test_random_numbers_and_what_is_written_are_not_kept() -> None:
+    class Draws(nn.Module):
+        def __init__(self, way: str) -> None:
+            super().__init__()
+            self.linear, self.way = nn.Linear(7, 5), way
+
+        def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
+            made = self.linear(pixel_values) * image_sizes[0, 0]
+            if image_sizes[0, 1] > 3:
+                made = made + 1
+            number = torch.rand(()) if self.way == "random" else torch.zeros(3)
+            if self.way == "written":
+                view = number[:2]
+                view.copy_(made.flatten()[:2])
+                number = number[0]
+            return made * 2 if number > 0.5 else made
+
+    inputs = {"pixel_values": pixels()[0], "image_sizes": SIZES}
+    for way in ("random", "written"):
+        with pytest.raises(adaptc.CaptureError, match="data-dependent"):
+            adaptc.compile(Draws(way).eval(), adaptc.LoraConfig(r=2, target_modules=["linear"]), example_inputs=inputs)
+
+
+def test_a_model_without_such_inputs_is_refused_as_before() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 5)
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            return self.linear(x) if int(counts[0]) > 3 else self.linear(x).relu()
+
+    inputs = {"x": pixels()[0, 0], "counts": SIZES[0]}
+    with pytest.raises(adaptc.CaptureError, match="data-dependent"):
+        adaptc.compile(Branches(), adaptc.LoraConfig(r=2, target_modules=["linear"]), example_inputs=inputs)
+
+
+FAMILIES = ["mistral3", "llava_next", "llava_onevision", "lighton_ocr", "kimi_k25"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_give_what_peft_gives(family: str) -> None:
+    """At other pixels and other texts, and with more text behind the images."""
+    (row,) = (r for r in all_rows() if r.family == family and r.task == "IMAGE_TEXT_TO_TEXT")
+    model, (inputs, _) = build_and_run(row)
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config, init_lora_weights=False)).eval()
+    with pytest.warns(adaptc.AdaptcWarning, match="captured for those of the example inputs alone"):
+        program = adaptc.compile(model, adaptc.LoraConfig(**config), example_inputs=inputs)
+    adapter = peft.get_peft_model_state_dict(theirs)
+    adaptc.swap(program, adapter)
+    pixel_names = [n for n, t in inputs.items() if t.is_floating_point()]
+    text = [n for n in ("input_ids", "attention_mask", "labels") if n in inputs]
+    longer = {n: torch.cat([inputs[n], inputs[n][:, -1:].expand(-1, 3)], 1) for n in text}
+    for call in (
+        inputs,
+        {**inputs, **{n: torch.randn_like(inputs[n]) for n in pixel_names}},
+        {**inputs, **longer},
+    ):
+        with torch.no_grad():
+            found, want, base = program(**call).logits, theirs(**call).logits, model(**call).logits
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
+        assert float((want - base).abs().max()) > 1e-3
