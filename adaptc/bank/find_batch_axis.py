@@ -127,7 +127,7 @@ def find_row_axes(
     """
     nodes = {n.name: n for n in program.graph.nodes if n.name in node_names}
     candidates = {name: batch.candidates(node.meta["val"]) for name, node in nodes.items()}
-    for name in routing:
+    for name in routing.keys() & candidates.keys():
         candidates[name] = [one for one in candidates[name] if not one.axis]
     reasons = {
         n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {batch.size} rows" for n in node_names

@@ -15,7 +15,11 @@ from tests.coverage.build import build_and_run
 from tests.coverage.rows import all_rows
 
 #: sizes of images are fixed with the numbers, and a warning says so, too
-pytestmark = pytest.mark.filterwarnings("ignore:.*was captured for some sizes alone:adaptc.AdaptcWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*was captured for some sizes alone:adaptc.AdaptcWarning"),
+    pytest.mark.filterwarnings("ignore:.*of layers that the program never calls:adaptc.AdaptcWarning"),
+    pytest.mark.filterwarnings("ignore:.*captured for prompts with as many images:adaptc.AdaptcWarning"),
+]
 SIZES = torch.tensor([[4, 6], [2, 3], [6, 2]])
 
 
@@ -169,3 +173,23 @@ def test_families_give_what_peft_gives(family: str) -> None:
             found, want, base = program(**call).logits, theirs(**call).logits, model(**call).logits
         torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
         assert float((want - base).abs().max()) > 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["mistral3", "llava_next"])
+def test_families_generate_what_peft_generates(family: str) -> None:
+    (row,) = (r for r in all_rows() if r.family == family and r.task == "IMAGE_TEXT_TO_TEXT")
+    model, (inputs, _) = build_and_run(row)
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"r": 3, "lora_alpha": 60, "target_modules": "all-linear"}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config, init_lora_weights=False)).eval()
+    with pytest.warns(adaptc.AdaptcWarning, match="captured for those of the example inputs alone"):
+        generator = adaptc.compile_for_generation(model, adaptc.LoraConfig(**config), example_inputs=inputs)
+    adaptc.swap(generator, peft.get_peft_model_state_dict(theirs))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        prompt = {**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])}
+        want = theirs.generate(**prompt, **options)
+        assert torch.equal(generator.generate(**prompt, **options), want)
+        assert not torch.equal(model.generate(**prompt, **options), want)
