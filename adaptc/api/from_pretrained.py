@@ -58,7 +58,12 @@ def from_pretrained(
         ConfigError: neither the config nor ``base`` says what the base is, or its class or ``dtype`` is not known.
 
     Example:
+        >>> lm.save_pretrained("my-model")
+        >>> trained = adaptc.compile(lm, LoraConfig(r=2, task_type="CAUSAL_LM"))
+        >>> path = adaptc.save_adapter(trained, "my-adapter")
         >>> prog = adaptc.from_pretrained("my-adapter", base="my-model", training=True)
+        >>> prog(input_ids=ids, labels=ids).loss.ndim
+        0
     """
     if not isinstance(dtype, torch.dtype | None) and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ConfigError(f"dtype={short_repr(dtype)} is no dtype of torch: give float32, bfloat16 or float16")

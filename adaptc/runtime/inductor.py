@@ -16,7 +16,7 @@ Private torch use, with the public route that was tried:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -203,25 +203,30 @@ class _ShapeSymbols:
         """Return fake inputs of the main graph: the ``lifted`` fakes that it reads, and values hoisted from them."""
         # The prologue runs on real sizes at run time, so guards that it asks for here must not bind the compiled code.
         with self.fake_mode, self.shape_env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
-            return [self._one_symbol_per_axis(v) if isinstance(v, Tensor) else v for v in split.compute_inputs(lifted)]
+            values = split.compute_inputs(lifted)
+            sizes = [s for v in values if isinstance(v, Tensor) for s in v.shape if not isinstance(s, int)]
+            alone = {s.node.expr for s in sizes if s.node.expr.is_Symbol}
+            return [self._one_symbol_per_axis(v, alone) if isinstance(v, Tensor) else v for v in values]
 
-    def _one_symbol_per_axis(self, value: Tensor) -> Tensor:
-        """Return ``value`` with each sum of ranks, and each quotient, in its shape replaced by a symbol of its own.
+    def _one_symbol_per_axis(self, value: Tensor, alone: Collection[Any]) -> Tensor:
+        """Return ``value`` with symbols of its own for sizes that inductor could not read off.
 
-        Inductor reads every symbol off an input axis whose size is that symbol alone. The rank of stacked experts is a
-        quotient.
+        Inductor reads every symbol off an input axis whose size is that symbol alone. ``alone`` are the symbols for
+        which there is such an axis. Sums of ranks are replaced, quotients, such as the rank of stacked experts, and
+        multiples of a symbol that no axis has alone.
         """
         sizes: dict[int, Any] = {}
         for i, size in enumerate(value.shape):
             if isinstance(size, int):
                 continue
             expression: Any = size.node.expr
-            if len(expression.free_symbols) > 1:
+            factors = [(part, expression / part) for part in sympy.preorder_traversal(expression)]
+            quotients = [(p, int(n)) for p, n in factors if type(p).__name__ == "FloorDiv" and n.is_Integer]
+            if quotients:
+                part, times = quotients[0]
+                sizes[i] = self.symbolic_size(f"({part})", size.node.hint // times) * times
+            elif len(expression.free_symbols) > 1 or not all(s in alone for s in expression.free_symbols):
                 sizes[i] = self.symbolic_size(f"({expression})", size.node.hint)
-            for part in sympy.preorder_traversal(expression):
-                times = expression / part
-                if type(part).__name__ == "FloorDiv" and times.is_Integer:
-                    sizes[i] = self.symbolic_size(f"({part})", size.node.hint // int(times)) * int(times)
         shape = [sizes.get(i, size) for i, size in enumerate(value.shape)]
         return empty_in_order(axis_order(value), shape, value) if sizes else value
 

@@ -32,7 +32,8 @@ def test_they_are_adapted_swapped_and_merged(method: str, layer: str, tmp_path: 
     assert_close(program(*args), outputs[0], 1e-12)
     adaptc.swap(program, other)
     assert_close(program(*args), outputs[1], 1e-12)
-    assert_close(adaptc.merge(program)(*args), outputs[1], 1e-9)
+    if s.entry.has_weight_form:
+        assert_close(adaptc.merge(program)(*args), outputs[1], 1e-9)
     assert_close(adaptc.unload(program)(*args), outputs[2], 1e-12)
     with pytest.raises(adaptc.CaptureError, match=r"its tensors were made in torch\.inference_mode"):
         adaptc.compile(model, s.directory, example_inputs=s.args(3), training=True)

@@ -169,6 +169,10 @@ class AdamssFiles(FileFormat):
                 "bias"
             )
         for k, (a, b) in enumerate(whole):
+            # Joined with the others, numbers of another kind would become theirs unseen.
+            for name, t in ((f"{A}.{k}", a), (f"{B}.{k}", b)):
+                if (t.is_floating_point(), t.is_complex()) != (v.is_floating_point(), v.is_complex()):
+                    raise CheckpointError(f"{name} holds {t.dtype} numbers, and {V} {v.dtype} ones")
             if a.ndim != 2 or b.ndim != 2 or a.shape != (b.shape[1], v.shape[0]) or not 0 < b.shape[1] <= rank:
                 raise CheckpointError(
                     f"{A}.{k} and {B}.{k} have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (rank, "

@@ -57,7 +57,8 @@ def family(request: pytest.FixtureRequest) -> str:
 def test_tokens_are_those_of_peft(family: str) -> None:
     call, gen = prompts(), generator(family)
     assert torch.equal(gen.generate(**call, **OPTIONS), expected(family, call))
-    one = call_with_images([[(2, 4, 2)]])
+    # GLM-4V itself takes no image of two frames.
+    one = call_with_images([[(1 if family == "glm4v" else 2, 4, 2)]])
     assert torch.equal(gen.generate(**one, **OPTIONS), expected(family, one))
 
 
@@ -65,7 +66,9 @@ def test_tokens_are_those_of_peft(family: str) -> None:
 @pytest.mark.few(1)
 def test_beams_and_caches(family: str) -> None:
     call, gen = prompts(), generator(family)
-    assert torch.equal(gen.generate(**call, **OPTIONS, num_beams=2), expected(family, call, num_beams=2))
+    # transformers mixes up the images of GLM-4V's beams where a text has two: its sequence is the less likely one.
+    beamed = call_with_images([[(1, 2, 6)], [], [(1, 8, 4)]], pads_left=True) if family == "glm4v" else call
+    assert torch.equal(gen.generate(**beamed, **OPTIONS, num_beams=2), expected(family, beamed, num_beams=2))
     others = {n: v for n, v in call.items() if n != "input_ids"}
     past = gen.prefill(call["input_ids"], **others)
     again = gen.generate(call["input_ids"], attention_mask=call["attention_mask"], cache=past.copy(), **OPTIONS)
