@@ -1,6 +1,7 @@
 """Examines transformers' model families: ``python -m tests.coverage [FAMILY | TASK ...]``.
 
-Without names, all are examined and ``tests/coverage.md`` is written. With names, the results are printed.
+Without names, all are examined and ``tests/coverage.md`` is written. With names, the results are printed, and
+``--update`` writes them into the page.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.coverage.page import updated
 from tests.coverage.rows import SHORT, all_rows
 from tests.coverage.table import line, table
 from tests.coverage.worker import Worker
@@ -22,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
     parser.add_argument("names", nargs="*", help="families, tasks or classes; none for all")
     parser.add_argument("--short", action="store_true", help="only the families that are used most")
+    parser.add_argument("--update", action="store_true", help="write the results of the names into the page")
     parser.add_argument(
         "--results", type=Path, help="a file of results, a line each; rows in it are not examined again"
     )
@@ -45,7 +48,10 @@ def main() -> None:
     finally:
         worker.close()
     text = table([results[row.model_class] for row in rows])
-    if names:
+    if names and arguments.update:
+        found = [results[row.model_class] for row in rows]
+        PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    elif names:
         print(text)
     else:
         PAGE.write_text(text, encoding="utf-8")

@@ -47,8 +47,15 @@ def line(result: dict[str, Any]) -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """Return the page of all results."""
     results = sorted(results, key=lambda r: (TASKS.index(r["task"]), r["family"], r["model_class"]))
-    parts = [_HEAD, "## Counts\n", _counts(results), _words(), "## What is not plainly equal\n", _exceptions(results)]
-    parts += ["## All rows\n", _all(results)]
+    parts = [
+        _HEAD,
+        "## Counts\n",
+        _counts(results),
+        _words(),
+        "## What is not plainly equal\n",
+        exceptions_table(results),
+    ]
+    parts += ["## All rows\n", all_rows_table(results)]
     return "\n".join(parts)
 
 
@@ -75,7 +82,8 @@ def _words() -> str:
     return "\n" + "".join(f"- {status}: {meaning}.\n" for status, meaning in STATUSES.items())
 
 
-def _exceptions(results: list[dict[str, Any]]) -> str:
+def exceptions_table(results: list[dict[str, Any]]) -> str:
+    """Return the rows that are not plainly equal, with the reasons."""
     rows = []
     for r in results:
         generates = r.get("generation", "") in ("", "equal")
@@ -89,7 +97,8 @@ def _exceptions(results: list[dict[str, Any]]) -> str:
     return _markdown(["task", "family", "status", "reason"], rows)
 
 
-def _all(results: list[dict[str, Any]]) -> str:
+def all_rows_table(results: list[dict[str, Any]]) -> str:
+    """Return all rows."""
     sizes = {"equal": "both", "idle layers": "both", "runs without PEFT": "both", "one size": "one"}
     rows = [
         (*(r[key] for key in ("family", "model_class", "task", "status")), sizes.get(r["status"], ""), *_last(r))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.coverage.examine import examine
+from tests.coverage.page import updated
 from tests.coverage.rows import SHORT, Row, all_rows
 
 PAGE = Path(__file__).resolve().parents[1] / "coverage.md"
@@ -69,3 +70,33 @@ print(len(all_rows()), len({m.split(".")[2] for m in sys.modules if m.startswith
     rows, imported = map(int, out.stdout.split())
     assert rows > 500
     assert imported < 40
+
+
+def test_results_of_some_classes_go_into_the_page() -> None:
+    page = PAGE.read_text()
+    assert updated(page, []) == page
+    (old,) = re.findall(r"^\| llama \| LlamaForCausalLM \|.*$", page, re.M)
+    assert "| equal | both | equal |" in old
+    result = {
+        "family": "llama", "task": "CAUSAL_LM", "model_class": "LlamaForCausalLM", "status": "refused",
+        "reason": "it is", "peft": "", "generation": "differs", "generation_reason": "so", "seconds": 2.5, "notes": [],
+    }  # fmt: skip
+    new = updated(page, [result])
+    assert "| llama | LlamaForCausalLM | CAUSAL_LM | refused |  | differs | 2.5 |\n" in new
+    assert "\n| CAUSAL_LM | llama | refused | it is; generation differs: so |\n" in new
+    assert counts(new, "refused") == [n + 1 for n in counts(page, "refused")]
+    assert counts(new, "equal") == [n - 1 for n in counts(page, "equal")]
+    back = {**result, "status": "equal", "reason": "", "generation": "equal", "generation_reason": ""}
+    seconds = old.split("|")[-2].strip()
+    assert updated(new, [{**back, "seconds": float(seconds)}]) == page
+    with pytest.raises(ValueError, match="the page lists no class 'Other'"):
+        updated(page, [{**back, "model_class": "Other"}])
+
+
+def counts(page: str, status: str) -> list[int]:
+    """Return the counts of a status among causal models and among all."""
+    names = re.search(r"^\| task \|(.*)\|$", page, re.M)
+    assert names is not None
+    place = [name.strip() for name in names[1].split(" | ")].index(status)
+    lines = re.findall(r"^\| (?:CAUSAL_LM|all) \|(.*)\|$", page, re.M)
+    return [int(line.split(" | ")[place]) for line in lines if line.count("|") > 12]

@@ -187,3 +187,27 @@ def test_dropout_is_refused_at_experts() -> None:
     config = adaptc.LoraConfig(r=3, lora_dropout=0.1, target_modules="all-linear")
     with pytest.raises(adaptc.ConfigError, match=r"lora_dropout has no meaning at .*experts"):
         compile_quietly(build("mixtral"), config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_losses_of_training_are_those_of_peft(model_type: str, tmp_path: Path) -> None:
+    model, options = build(model_type), {"r": 3, "target_modules": "all-linear"}
+    theirs, ids = in_peft(model, **options), tokens(3)
+    theirs.save_pretrained(tmp_path)
+    inputs = {"input_ids": ids, "labels": ids}
+    program = adaptc.compile(model, adaptc.LoraConfig(**options), example_inputs=inputs, training=True)
+    adaptc.swap(program, tmp_path)
+    losses: list[list[float]] = []
+    for module in (program.module(), theirs):
+        module.train()
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+        losses.append([])
+        for _ in range(5):
+            loss = module(**inputs).loss
+            losses[-1].append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] < losses[0][0] - 1e-2
