@@ -186,12 +186,9 @@ def test_the_private_names_of_torch_are_in_the_files_that_contributing_lists() -
         r"|aten\._(?:int_mm|weight_int|convert_weight)|_make_wrapper_subclass",
         re.MULTILINE,
     )
-    found = {
-        str(f.relative_to(ROOT))
-        for folder in ("adaptc", "passes", "kernels")
-        for f in (ROOT / folder).rglob("*.py")
-        if private.search(f.read_text(encoding="utf-8"))
-    }
-    assert found == listed
-    for name in found:
-        assert "Private torch use" in (ROOT / name).read_text(encoding="utf-8"), name
+    files = [f for folder in ("adaptc", "passes", "kernels") for f in (ROOT / folder).rglob("*.py")]
+    texts = {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8") for f in files}
+    # Attributes such as those of tensors are private in ways that no pattern tells; then the file itself says so.
+    commented = {name for name, source in texts.items() if "Private torch use" in source}
+    assert {name for name, source in texts.items() if private.search(source)} <= commented
+    assert commented == listed

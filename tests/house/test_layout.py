@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from tests.house.layout import MAX_BYTES, MAX_FILES, MIN_LINES, faults, main, modules
 
 LINES = "\n" * MIN_LINES
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def source(root: Path, **files: str) -> dict[str, Path]:
@@ -74,11 +72,3 @@ def test_an_attribute_of_another_module_is_not_set(tmp_path: Path) -> None:
         "adaptc.program.user sets Core.made",
         "adaptc.program.user sets Core.found",
     ]
-
-
-def test_private_names_of_torch_are_used_where_it_is_said() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    said = text[text.index("- Private names of torch") : text.index("- Tests compare with")]
-    files = [f for room in ("adaptc", "passes", "kernels") for f in (ROOT / room).rglob("*.py")]
-    uses = {f.relative_to(ROOT).as_posix() for f in files if "Private torch use" in f.read_text(encoding="utf-8")}
-    assert set(re.findall(r"`([\w/]+\.py)`", said)) == uses
