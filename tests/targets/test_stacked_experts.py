@@ -111,7 +111,7 @@ def test_the_types_are_those_that_peft_converts() -> None:
 @pytest.mark.parametrize(
     "targets",
     [
-        ["q_proj", "w1", "w3", "w2"],
+        pytest.param(["q_proj", "w1", "w3", "w2"], marks=pytest.mark.long),
         pytest.param(["gate"], marks=pytest.mark.long),
         pytest.param(["experts.w2", "v_proj"], marks=pytest.mark.long),
     ],
@@ -127,6 +127,7 @@ def test_names_of_single_layers(targets: list[str]) -> None:
     assert config.target_parameters is None
 
 
+@pytest.mark.long
 def test_projections_in_one_parameter_have_twice_the_rank() -> None:
     program = compile_quietly(build("mixtral"), adaptc.LoraConfig(r=3, target_modules=["w1", "w3", "w2", "gate"]))
     mlp = "model.layers.1.mlp"
@@ -138,6 +139,7 @@ def test_projections_in_one_parameter_have_twice_the_rank() -> None:
     }
 
 
+@pytest.mark.long
 def test_a_projection_without_the_other_is_refused() -> None:
     for targets in (["w1"], ["w3", "w2"], r".*experts\.w1"):
         with pytest.raises(adaptc.ConfigError, match="holds both in one parameter, gate_up_proj"):
@@ -158,6 +160,7 @@ def test_expressions_mean_the_layers_that_they_match() -> None:
     }
 
 
+@pytest.mark.long
 def test_layers_of_these_names_beside_the_experts() -> None:
     """A dense first layer and shared experts: PEFT leaves them out, and longer names adapt them."""
     model, short = build("deepseek_v3"), ["gate_proj", "up_proj", "down_proj"]
@@ -183,6 +186,7 @@ def test_types_and_methods_that_peft_does_not_convert() -> None:
         compile_quietly(build("mixtral"), adaptc.LoHaConfig(r=3, target_modules=["w1", "w3"]))
 
 
+@pytest.mark.long
 def test_dropout_is_refused_at_experts() -> None:
     config = adaptc.LoraConfig(r=3, lora_dropout=0.1, target_modules="all-linear")
     with pytest.raises(adaptc.ConfigError, match=r"lora_dropout has no meaning at .*experts"):
