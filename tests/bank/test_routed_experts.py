@@ -91,6 +91,7 @@ def test_rows_at_routed_experts(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.few(8)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_at_routed_experts(method: str, tmp_path: Path) -> None:
     """At the first of the two matmuls, whose outputs are as many as the methods' options want."""

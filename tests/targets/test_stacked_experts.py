@@ -79,6 +79,7 @@ def sites(program: adaptc.AdaptedProgram) -> dict[str, int | None]:
     return {a.fqn: a.method.sizes.rank() for a in program.adaptation.attachments}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("model_type", EVERY)
 def test_all_linear_is_what_peft_adapts(model_type: str, tmp_path: Path) -> None:
     model, options = build(model_type), {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}

@@ -149,6 +149,7 @@ FAMILIES = ["mistral3", "llava_next", "llava_onevision", "lighton_ocr", "kimi_k2
 
 
 @pytest.mark.long
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_give_what_peft_gives(family: str) -> None:
     """At other pixels and other texts, and with more text behind the images."""
