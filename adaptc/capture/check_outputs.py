@@ -68,7 +68,8 @@ def name_value_checks(program: ExportedProgram) -> None:
             told = f"Runtime assertion failed: the values of the inputs do not pass the check in `{lines[-1].strip()}`"
             node.args = (condition, told)
         elif _OF_VALUES.match(str(message)):
-            read = listing(repr(n) for n in program.graph_signature.user_inputs if n in _names_above(condition))
+            above = _names_above(condition)
+            read = listing(repr(n) for n in program.graph_signature.user_inputs if n in above)
             told = f"Runtime assertion failed: the program was captured for other values of {read or 'its inputs'}"
             node.args = (condition, told)
 

@@ -102,8 +102,9 @@ def with_stacked_experts(config: Any, facts: ModelFacts, weights: Collection[str
     }
     if found.names & fused:
         pattern = r".*\.gate_up_proj"
-        changes["rank_pattern"] = {pattern: 2 * config.r, **(config.rank_pattern or {})}
-        changes["alpha_pattern"] = {pattern: 2 * config.lora_alpha, **(config.alpha_pattern or {})}
+        # The first pattern that matches counts, so the user's own come first.
+        changes["rank_pattern"] = {**(config.rank_pattern or {}), pattern: 2 * config.r}
+        changes["alpha_pattern"] = {**(config.alpha_pattern or {}), pattern: 2 * config.lora_alpha}
     return config.replace(**changes)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from adaptc.passes.graph.mutation import is_view
-from adaptc.passes.graph.ops import cast
+from adaptc.passes.graph.ops import CASTS, cast
 from adaptc.passes.protocol.bank_method import BankSite, RowAxis, expand_coefficients
 from adaptc.passes.protocol.low_rank_rows import multiply_or_zero
 from adaptc.torch_typing import is_list_or_tuple, symbolic_expression
@@ -68,10 +68,15 @@ def _first_size(value: Any) -> Any:
 
 
 def _takes_tokens(node: fx.Node) -> bool:
-    """Return whether a node takes rows of a value by one tensor of indices, and the value has a free number of them."""
+    """Return whether a node takes rows of a computed value by one tensor of indices.
+
+    Rows of a parameter are not tokens. They may be the biases of each token's expert.
+    """
     source, indices = node.args
-    is_one = is_list_or_tuple(indices) and len(indices) == 1 and isinstance(indices[0], fx.Node)
-    return is_one and isinstance(source, fx.Node) and not isinstance(source.meta["val"].shape[0], int)
+    if not isinstance(source, fx.Node) or not is_list_or_tuple(indices) or len(indices) != 1:
+        return False
+    is_computed = source.op == "call_function" and source.target not in CASTS
+    return isinstance(indices[0], fx.Node) and (is_computed or not isinstance(source.meta["val"].shape[0], int))
 
 
 def is_expert_matmul(node: fx.Node, read: fx.Node) -> bool:
@@ -103,6 +108,13 @@ def _is_transpose(node: fx.Node) -> bool:
         return True
     axes = {int(i) % 3 for i in node.args[1:]} if node.target is aten.transpose.int else set[int]()  # type: ignore[arg-type]
     return axes == {1, 2} or (node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1])  # type: ignore[arg-type]
+
+
+def describe_call(node: fx.Node) -> tuple[Any, ...]:
+    """Return what a matmul of experts does with its tensors, for the keys of traced regions."""
+    views = len(views_of_parameter(node.all_input_nodes[1]))
+    order = {n: i for i, n in enumerate(node.all_input_nodes)}
+    return node.target, views, str(fx.map_arg((node.args, node.kwargs), lambda n: f"input {order[n]}"))
 
 
 def make_expert_function(node: fx.Node, site: BankSite, row_axis: RowAxis) -> Callable[..., Tensor]:

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import TargetError
 from adaptc.passes.adapt.expert_rows import (
+    describe_call,
     is_expert_matmul,
     make_expert_function,
     skip_views,
@@ -229,7 +230,7 @@ class _RowInjector:
         if len(replaced) == 1 and is_expert_matmul(node, replaced[0][1]) and self._has_factors(sites[0], slots):
             inputs = [y, *own, self._coefficients_at(row_axis), *slots]
             region = self._trace_region(
-                ("experts", node.target, sites[0], row_axis),
+                ("experts", *describe_call(node), sites[0], row_axis),
                 partial(make_expert_function, node, sites[0], row_axis),
                 inputs,
             )

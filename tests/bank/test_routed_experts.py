@@ -118,6 +118,18 @@ def test_a_mix_of_adapters_is_the_sum_of_what_they_change(tmp_path: Path) -> Non
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
+def test_rows_of_a_fixed_number(tmp_path: Path) -> None:
+    """No size of the graph is free then, and the rows are found all the same."""
+    torch.manual_seed(0)
+    config = adaptc.LoraConfig(r=3, target_modules=["gate"], target_parameters=PARAMETERS)
+    model, x = RoutedNet(WIDTHS, True).eval(), rows()
+    program = adaptc.compile(model, config, example_inputs=x, dynamic_shapes=None)
+    adapters = dict(zip(("0", "1"), save_random_adapters(program, tmp_path), strict=True))
+    alone = outputs_by_adapter(program, adapters, lambda call: call(x))
+    check_rows(program.bank(adapters)(x, adapters=ROWS), alone, ROWS)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_all_tokens_at_all_experts(transposed: bool, tmp_path: Path) -> None:
     """By batched matmuls with weights of both layouts, in which tokens keep their order."""

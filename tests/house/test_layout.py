@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,15 @@ def test_an_attribute_of_another_module_is_not_set(tmp_path: Path) -> None:
         "adaptc.program.user sets Core.made",
         "adaptc.program.user sets Core.found",
     ]
+
+
+def test_the_top_level_has_what_the_project_is_made_of() -> None:
+    """Files of other tools get there unseen by ``git add -A``."""
+    root = Path(__file__).resolve().parents[2]
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout of git, which alone knows the project's files")
+    found = {name.partition("/")[0] for name in listed.stdout.splitlines()}
+    folders = {"adaptc", "passes", "kernels", "tests", "examples", ".ci"}
+    pages = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}
+    assert found == {*folders, *pages, "pyproject.toml", "Makefile", ".gitignore"}

@@ -149,6 +149,22 @@ def test_projections_in_one_parameter_have_twice_the_rank() -> None:
 
 
 @pytest.mark.long
+def test_ranks_of_the_users_patterns_count_as_in_peft() -> None:
+    """Those for other layers, too; where the pattern is the very one that PEFT writes, PEFT's is taken."""
+    model, mlp = build("mixtral"), "model.layers.1.mlp"
+    for pattern in (r"1\.mlp\.experts\.gate_up_proj", r".*\.gate_up_proj", "q_proj"):
+        options = {"r": 3, "lora_alpha": 5, "target_modules": ["w1", "w3", "q_proj"], "rank_pattern": {pattern: 5}}
+        theirs = peft.get_peft_model_state_dict(in_peft(model, **copy.deepcopy(options)))
+        program = compile_quietly(model, adaptc.LoraConfig(**options))
+        ranks = sites(program)
+        assert (
+            theirs[f"base_model.model.{mlp}.experts.lora_A.weight"].shape[0] == 3 * ranks[f"{mlp}.experts.gate_up_proj"]
+        )
+        q_proj = "model.layers.1.self_attn.q_proj"
+        assert theirs[f"base_model.model.{q_proj}.lora_A.weight"].shape[0] == ranks[f"{q_proj}.weight"]
+
+
+@pytest.mark.long
 def test_a_projection_without_the_other_is_refused() -> None:
     for targets in (["w1"], ["w3", "w2"], r".*experts\.w1"):
         with pytest.raises(adaptc.ConfigError, match="holds both in one parameter, gate_up_proj"):

@@ -138,8 +138,7 @@ class LoraBank(BankForm):
 
     def expert_factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor] | None:
         A, B, *_ = slots.values()
-        up = B.unflatten(-1, (-1, op.experts)).permute(0, 3, 1, 2)
-        return A.unflatten(1, (op.experts, -1)), up
+        return by_expert(op, A, B)
 
     def has_kernel(self, op: Op) -> bool:
         return op.kind in ("linear", "addmm") and op.callable and not self.method.with_bias and not self.method.training
@@ -347,10 +346,14 @@ class Lora(Method):
 
 
 def by_expert(op: Op, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors in LoRA's layout with the experts of ``op`` as their first axis; unchanged where it has none."""
+    """Return factors in LoRA's layout with the experts of ``op`` as an axis of their own; unchanged where it has none.
+
+    The factors may have further axes in front, such as that of adapters.
+    """
     if not op.experts:
         return A, B
-    return A.reshape(op.experts, -1, A.shape[-1]), B.reshape(B.shape[0], -1, op.experts).permute(2, 0, 1)
+    down = A.reshape(*A.shape[:-2], op.experts, -1, A.shape[-1])
+    return down, B.reshape(*B.shape[:-1], -1, op.experts).permute(*range(B.ndim - 2), -1, -3, -2)
 
 
 class LoraTiedFiles(LoraFiles):
