@@ -44,7 +44,7 @@ class RoutedExperts(nn.Module):
         experts, order = chosen.flatten().sort(stable=True)
         ends = torch.histc(experts.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0, dtype=torch.int32)
         tokens = x[order // chosen.shape[-1]]
-        made = multiply(torch.tanh(multiply(tokens, self.up.mT, ends)), self.down.mT, ends)
+        made = multiply(torch.tanh(multiply(tokens, self.up.transpose(-2, -1), ends)), self.down.mT, ends)
         made = made * weights.flatten()[order][:, None]
         if self.keeps_order:
             made = made[order.argsort()]

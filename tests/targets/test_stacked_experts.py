@@ -93,9 +93,13 @@ def check_all_linear(model_type: str, tmp_path: Path) -> None:
     model, options = build(model_type), {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}
     theirs = in_peft(model, **options)
     program = compile_quietly(model, adaptc.LoraConfig(**options))
+    scales = [program.binding.values[a.scale_slot] for a in program.adaptation.attachments if a.scale_slot is not None]
+    assert {round(float(s), 5) for s in scales} == {round(5 / 3, 5)}
     theirs.save_pretrained(tmp_path / "theirs")
     expected = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     assert any("experts" in key for key in expected)
+    fresh = load_file(adaptc.save_adapter(program, tmp_path / "fresh") / "adapter_model.safetensors")
+    assert {k: t.shape for k, t in fresh.items()} == {k: t.shape for k, t in expected.items()}
     ids = tokens()
     with torch.no_grad():
         base = model(input_ids=ids).logits

@@ -44,10 +44,12 @@ class Crops(nn.Module):
             whole, counts = made.flatten(0, 2), torch.as_tensor(image_sizes).prod(-1)
             rest = whole.shape[0] - int(counts.sum())
             parts = [*torch.split(whole, [*counts.tolist(), rest], dim=0)]
+            parts += [*torch.split(whole[: counts.sum()], [h * w for h, w in image_sizes])]
         elif self.way == "repeats":
             images = torch.repeat_interleave(torch.arange(3, device=image_sizes.device), image_sizes[:, 0])
-            ends = torch.repeat_interleave(image_sizes[:, 1], image_sizes[:, 0]).cumsum(0)
-            parts = [made[images].flatten(0, 2) * ends.max(), made.flatten(0, 2)[: ends[-1].item()]]
+            widths = torch.repeat_interleave(image_sizes[:, 1], image_sizes[:, 0])
+            rows = torch.split(made.flatten(0, 2)[: widths.sum()], widths.tolist())
+            parts = [made[images].flatten(0, 2) * widths.max(), *(row * len(row) for row in rows)]
         elif self.way == "branches":
             parts = [made.flatten(0, 2) * 2 if (image_sizes > 5).any() else made.flatten(0, 2)]
         return torch.cat(parts).sum(0)
@@ -104,7 +106,7 @@ class Draws(nn.Module):
         if self.way == "hidden":
             number = made.flatten()
         elif self.way == "random":
-            number = torch.rand(3)
+            number = torch.rand_like(image_sizes[0].float())
         elif self.way == "written":
             view = number[:2]
             view.copy_(made.flatten()[:2])
@@ -117,8 +119,10 @@ class Draws(nn.Module):
 def test_other_numbers_are_not_kept(way: str) -> None:
     """Those of hidden values differ from adapter to adapter, and those of free sizes from call to call."""
     model, inputs = Draws(way).eval(), {"pixel_values": pixels()[0], "image_sizes": SIZES}
-    with pytest.raises(adaptc.CaptureError, match="data-dependent"):
+    with pytest.raises(adaptc.CaptureError, match="data-dependent") as refusal:
         adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules=["linear"]), example_inputs=inputs)
+    # It is the error of the first trace, at the model's own line.
+    assert "if image_sizes[0, 1] > 3:" in str(refusal.value)
     assert "forward" not in vars(model)
 
 
