@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,7 +34,7 @@ from adaptc.matmul_tuning import (
 from adaptc.passes.analysis.costs import example_sizes
 from adaptc.passes.analysis.index_bounds import find_index_bounds
 from adaptc.passes.graph.graph_lock import hold_graph_lock
-from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.graph.lifted import LiftedProgram, copy_graph
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.pytree import pytree
@@ -42,6 +42,7 @@ from adaptc.passes.graph.storage import storage_key
 from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.quantized.expand_quantized import ExpandQuantized
+from adaptc.passes.train.autocast import FollowAutocast
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.added_lengths import VirtualTokenLengths, lookup_error
 from adaptc.runtime.arguments import Arguments
@@ -332,8 +333,9 @@ class Executor:
                 taken = layouts.lay_out_inputs(flat)
                 outputs = code(*arguments.inputs_for(self.fixed_variant).values(), *taken)
                 layouts.write_back(flat, taken)
-        elif self.uses_inductor or any(map(torch.is_autocast_enabled, self.variants.autocast_devices)):
-            # Compiled code may divide by a size of zero, and variants were made without the caller's autocast.
+        elif any(map(torch.is_autocast_enabled, self.variants.autocast_devices)):
+            outputs = self._autocast_module.forward(*arguments.lifted, *flat)
+        elif self.uses_inductor:  # for empty inputs, whose size compiled code may divide by
             outputs = self.module.forward(*arguments.lifted, *flat)
         else:
             kind = (
@@ -348,6 +350,15 @@ class Executor:
             with torch.no_grad():
                 arguments.tensor(name).copy_(outputs[i])
         return pytree.tree_unflatten([outputs[i] for i in self._user_outputs], self._out_spec)
+
+    @cached_property
+    def _autocast_module(self) -> fx.GraphModule:
+        """Return the module without the dtypes of its capture. Variants are made without the caller's autocast."""
+        with hold_graph_lock():
+            made = fx.GraphModule(self.module, copy_graph(self.module.graph))
+            FollowAutocast({n.name for n in made.graph.find_nodes(op="placeholder")})(made.graph)
+            made.recompile()
+        return made
 
     def _has_single_sizes(self, flat: Sequence[Any]) -> bool:
         """Return whether a call with the inputs ``flat`` runs the code for single rows."""

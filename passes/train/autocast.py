@@ -1,4 +1,4 @@
-"""Make a training graph follow ``torch.autocast`` as the model itself would.
+"""Make a graph, of training or of a call, follow ``torch.autocast`` as the model itself would.
 
 Takes the graph of a module, captured without autocast. ``torch.export`` writes a dtype check before each cast, and
 keeps casts that did nothing at capture. The casts stay and act. The checks of values between ops are removed, since
@@ -9,7 +9,8 @@ from a cast that returns its argument.
 
 A dtype that the model read off a tensor at capture (``x.to(y.dtype)``) stays fixed. So values are cast to float32 where
 the model might have them in half precision: more digits, never fewer. Masks are filled with the most negative number of
-a dtype. That number follows the dtype that the values have at run time.
+a dtype. That number follows the dtype that the values have at run time. What a cache is given is cast to the cache's
+dtype.
 """
 
 from __future__ import annotations
@@ -35,13 +36,20 @@ aten = torch.ops.aten
 #: op -> the position of the fill value among its arguments
 _FILL_VALUE_POSITIONS: dict[Any, int] = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
 
+#: op that writes to its first argument, as a cache of keys does -> the position of what it writes
+_WRITTEN_VALUE_POSITIONS: dict[Any, int] = {
+    aten.index_copy_.default: 3,
+    aten.index_put_.default: 2,
+    aten.scatter_.src: 3,
+}
+
 
 @dataclass(frozen=True)
 class FollowAutocast(GraphPass):
     """A pass that makes a graph follow autocast.
 
-    ``user_inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks removed
-    and of the fill values that follow their tensors' dtypes.
+    ``user_inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks
+    removed, the fill values that follow their tensors' dtypes, and the values cast before they are written.
     """
 
     name: ClassVar[str] = "follow_autocast"
@@ -69,6 +77,12 @@ class FollowAutocast(GraphPass):
                     subject.call_function(check_dtype, (node.args[0], node.args[0].meta["val"].dtype, _location(node)))
             elif node.target in _FILL_VALUE_POSITIONS:
                 count += _follow_in_fill(node)
+            elif node.target in _WRITTEN_VALUE_POSITIONS:
+                position = _WRITTEN_VALUE_POSITIONS[node.target]
+                with subject.inserting_before(node):
+                    written = subject.call_function(cast_as, (argument(node, position), node.args[0]))
+                node.update_arg(position, written)
+                count += 1
         return PassResult(subject, count)
 
 
@@ -110,6 +124,11 @@ def dtype_limit(x: Tensor, greatest: bool) -> float:
     """Return the greatest or the least number of x's dtype."""
     info = torch.finfo(x.dtype)
     return info.max if greatest else info.min
+
+
+def cast_as(x: Tensor, other: Tensor) -> Tensor:
+    """Return x in the dtype of ``other``; x itself if it has that dtype."""
+    return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
 def check_dtype(x: Tensor, dtype: torch.dtype, location: str) -> None:
