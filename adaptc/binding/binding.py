@@ -199,7 +199,7 @@ class BindingSpec:
         while path:
             path = path.rpartition(".")[0]
             if f"{path}.weight" in self.weights:
-                has_site = any(a.fqn.startswith(f"{path}.") for a in self.attachments)
+                has_site = any(f"{n}.".startswith(f"{path}.") for a in self.attachments for n in (a.fqn, a.module))
                 return not has_site and f"{path}.weight" in self.find_idle()
         return False
 
