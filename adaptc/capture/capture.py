@@ -55,6 +55,7 @@ from adaptc.passes.analysis.program_facts import (
 )
 from adaptc.passes.analysis.sites import mark_linear
 from adaptc.passes.graph.pytree import pytree
+from adaptc.passes.optimize.settle_strides import SettleStrides
 from adaptc.progress import stage
 from adaptc.quantized_layers.replace_layers import plain_layers
 
@@ -261,7 +262,9 @@ def _program_in(model: object) -> ExportedProgram | None:
 
 def _canonicalize(program: ExportedProgram) -> ExportedProgram:
     """Return a program that computes what ``program`` does, in the form whose layers adapters recognise."""
-    return MatmulsToLinear()(RemoveMaxNormWrites()(program).output).output
+    for simplify in (RemoveMaxNormWrites(), MatmulsToLinear(), SettleStrides()):
+        program = simplify(program).output
+    return program
 
 
 def _describe_program(program: ExportedProgram, config: Any, training: bool) -> CapturedProgram:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from adaptc.capture.check_size_one import can_run, joined_outputs, run_without_effects
@@ -20,7 +21,9 @@ from adaptc.capture.run_graph import guarded_module
 from adaptc.errors import CaptureError, listing
 
 #: torch's message for an assertion on a value that only data tell
-_OF_VALUES = re.compile(r"Runtime assertion failed for expression \D*\bu\d+")
+_OF_VALUES = re.compile(r"Runtime assertion failed for expression \D*\b(u|zuf)\d+")
+#: where code is that stands in for a model's while it is traced
+_REPLACEMENTS = str(Path(__file__).parent / "replacements")
 #: a program's graph orders sums otherwise than the model: by how much values may differ, of the largest
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -63,7 +66,7 @@ def name_value_checks(program: ExportedProgram) -> None:
         if str(node.target) != "aten._assert_scalar.default":
             continue
         condition, message = node.args
-        lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+        lines = _model_lines(node)
         if _OF_VALUES.match(str(message)) and lines and "torch/fx/passes" not in " ".join(lines[-2:]):
             told = f"Runtime assertion failed: the values of the inputs do not pass the check in `{lines[-1].strip()}`"
             node.args = (condition, told)
@@ -72,6 +75,12 @@ def name_value_checks(program: ExportedProgram) -> None:
             read = listing(repr(n) for n in program.graph_signature.user_inputs if n in above)
             told = f"Runtime assertion failed: the program was captured for other values of {read or 'its inputs'}"
             node.args = (condition, told)
+
+
+def _model_lines(node: fx.Node) -> list[str]:
+    """Return the lines of a node's stack trace, without frames of the code that stands in for a model's."""
+    frames = re.split(r"^(?=  File )", (node.meta.get("stack_trace") or "").rstrip(), flags=re.MULTILINE)
+    return "".join(f for f in frames if _REPLACEMENTS not in f).strip().splitlines()
 
 
 def _names_above(node: Any) -> set[str]:

@@ -25,9 +25,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
-from adaptc.passes.adapt.expose_subgraph_params import copy_bodies, module_with_graph
 from adaptc.passes.analysis.sites import find_consumers
-from adaptc.passes.graph.higher_order import HigherOrderCall, find_higher_order_calls
+from adaptc.passes.graph.higher_order import HigherOrderCall, copy_bodies, find_higher_order_calls, module_with_graph
 from adaptc.passes.graph.lifted import LiftedProgram, fqns_by_placeholder
 from adaptc.passes.graph.ops import CASTS, argument, mark_max_norm, max_norm_of
 from adaptc.passes.graph.pass_infra import Pass, PassResult

@@ -20,8 +20,15 @@ from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.program_facts import module_types
 from adaptc.passes.analysis.sites import find_consumers, isolate_readers, layer_kind_of
-from adaptc.passes.graph.higher_order import HigherOrderCall, SubgraphInput, subgraph_input_of, subgraph_module_path
-from adaptc.passes.graph.lifted import LiftedProgram, copy_graph
+from adaptc.passes.graph.higher_order import (
+    HigherOrderCall,
+    SubgraphInput,
+    copy_bodies,
+    module_with_graph,
+    subgraph_input_of,
+    subgraph_module_path,
+)
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.module_paths import module_path, program_module_paths
 from adaptc.passes.graph.ops import (
     CASTS,
@@ -329,19 +336,3 @@ def _cast_like(read: fx.Node, old: fx.Node, twin: fx.Node) -> fx.Node:
     below = twin if source is old else _cast_like(source, old, twin)
     with read.graph.inserting_after(read):
         return read.graph.node_copy(read, lambda n: below if n is source else n)
-
-
-def copy_bodies(call: HigherOrderCall) -> None:
-    call.copy_bodies(lambda body: module_with_graph(body, copy_graph(body.graph)))
-    for body in call.bodies():
-        for node in body.graph.nodes:
-            inner = HigherOrderCall.from_node(node, body)
-            if inner is not None:
-                copy_bodies(inner)
-
-
-def module_with_graph(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """Return a module of ``graph``, with the tensors and subgraph bodies of ``module``."""
-    new = fx.GraphModule(module, graph)
-    new.meta.update(module.meta)
-    return new

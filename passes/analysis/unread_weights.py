@@ -39,5 +39,7 @@ def _called_modules(graph: fx.Graph, weights: Mapping[str, Tensor]) -> set[str]:
     paths = module_paths_of(weights)
     whole = graph.owning_module
     inner = (m.graph for m in whole.modules() if isinstance(m, fx.GraphModule)) if whole else ()
-    stacks = (n.meta.get("nn_module_stack") or {} for g in (graph, *inner) for n in g.nodes)
+    stacks: list[dict[str, tuple[str, object]]] = [
+        n.meta.get("nn_module_stack") or {} for g in (graph, *inner) for n in g.nodes
+    ]
     return {clean_path(path, paths) for stack in stacks for path, _ in stack.values()}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.passes.graph.lifted import copy_graph
 from adaptc.passes.graph.module_paths import module_path
 from adaptc.passes.graph.ops import LAYER_OPS, SUBGRAPH_INPUT_META, called_op, custom_meta, operands
 from adaptc.torch_typing import is_list_or_tuple
@@ -199,3 +200,20 @@ def _with_item(values: Any, index: int, value: fx.Node) -> list[Any]:
 
 def _as_lists(value: Any) -> Any:
     return [_as_lists(v) for v in value] if is_list_or_tuple(value) else value
+
+
+def copy_bodies(call: HigherOrderCall) -> None:
+    """Give a call, and the calls in its bodies, copies of them, which no other program shares."""
+    call.copy_bodies(lambda body: module_with_graph(body, copy_graph(body.graph)))
+    for body in call.bodies():
+        for node in body.graph.nodes:
+            inner = HigherOrderCall.from_node(node, body)
+            if inner is not None:
+                copy_bodies(inner)
+
+
+def module_with_graph(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """Return a module of ``graph``, with the tensors and subgraph bodies of ``module``."""
+    new = fx.GraphModule(module, graph)
+    new.meta.update(module.meta)
+    return new

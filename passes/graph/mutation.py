@@ -141,10 +141,13 @@ def is_view(node: fx.Node) -> bool:
         return isinstance(old, (tuple, list)) or isinstance(new, (tuple, list))
     if (old.dtype, old.device) != (new.dtype, new.device) or _forces_copy(node):
         return False
-    packet = getattr(node.target, "overloadpacket", None)
+    target: Any = node.target
+    packet = getattr(target, "overloadpacket", None)
     if packet is aten.contiguous:
         return old.stride() == new.stride()
-    return packet not in (aten.reshape, aten.flatten) or old.is_contiguous()
+    if packet in (aten.reshape, aten.flatten):
+        return old.is_contiguous()
+    return packet is None or any(r.alias_info for r in schema_of(target).returns)
 
 
 def find_written_nodes(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:

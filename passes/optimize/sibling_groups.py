@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.graph.mutation import find_written_nodes, is_view
+from adaptc.passes.graph.mutation import aliased_inputs, find_written_nodes
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.protocol.matmul_op import onednn_supports
 
@@ -223,7 +223,7 @@ def accepts_strided(value: fx.Node, written_or_returned: Collection[fx.Node]) ->
                 or not hasattr(user.target, "_schema")
             ):
                 return False
-            if user not in seen and is_view(user):
+            if user not in seen and node in aliased_inputs(user) and user.target is not aten.contiguous.default:
                 seen.add(user)
                 todo.append(user)
     return True

@@ -156,7 +156,7 @@ def check_bank(program: adaptc.AdaptedProgram, plain: Any, grouped: Any, device:
         one.replace("a", one["b"])
     torch.testing.assert_close(grouped(ids, adapters=CHOSEN), plain(ids, adapters=CHOSEN), rtol=1e-5, atol=2e-6)
     assert not torch.equal(grouped(ids, adapters=CHOSEN)[0], out[0])
-    (stack,) = (s for s in grouped.placement.table.contents.placed.stacks if s.names[0] == "a")
+    (stack,) = (s for s in grouped.placement.table.contents.placed.stacks if s.names == ("a", "b", "c"))
     found = {f.split(".")[0]: torch.diff(t)[::2].tolist() for f, t in stack.binding.values.items() if RANK_STARTS in f}
     assert found == {"up": [17, 17, 1], "down": [17, 17, 0]}
     used = {str(n.target) for code in grouped.placement.code_cache.executors for n in code.module.graph.nodes}

@@ -1,12 +1,15 @@
-"""Let a model be traced that computes with numbers which it reads from integer inputs, such as the sizes of images.
+"""Let a model be traced that computes with numbers which it reads from inputs, such as the sizes of images.
 
 A trace does not know such numbers. Where the model branches on them, or counts in a loop, no program for all of them
-can be traced. So the numbers are those of the example inputs, and the program checks that its inputs are equal to
-them.
+can be traced. So the numbers are those of the example inputs, and the program checks that its inputs have them, too.
 
 The model runs once on the example inputs, and each number that it reads off a known tensor is kept. A tensor is known
-if it is one of these inputs, or computed of known tensors and constants alone. While the model is traced, it gets the
-same numbers in the same order. Numbers of other tensors are left to the trace.
+if it is an input of integers, or computed of known tensors and constants alone. While the model is traced, it gets the
+same numbers in the same order. Numbers of other tensors, of which hidden values are made, are left to the trace.
+
+Inputs with numbers of images are checked as a whole. Of other inputs, such as masks, the program checks each number
+that the model reads: whether any token is masked, say. Their lists are left to the trace, since they would fix a text.
+A quotient of sizes stays a size, where ``torch.div`` would make a tensor of it.
 
 Private torch use, with the public route that was tried: ``torch._check_tensor_all``, which makes an assertion on values
 in the graph. Public: ``torch.ops.aten._assert_async``, which has no place in programs for other runtimes.
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -74,6 +78,12 @@ def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     return in_place or "out" in kwargs or name in ("__setitem__", "__set__") or is_augmented
 
 
+def _is_quotient_of_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether ``torch.div`` is asked for a whole number, of numbers that are not negative."""
+    are_sizes = all(isinstance(n, (int, torch.SymInt)) and statically_known_true(n >= 0) for n in args)
+    return are_sizes and len(args) == 2 and kwargs.get("rounding_mode") in ("floor", "trunc")
+
+
 def _calling_line() -> str:
     """Return the file and line of the code outside of torch and of this package that is being run."""
     frame = sys._getframe(1)  # noqa: SLF001
@@ -83,31 +93,41 @@ def _calling_line() -> str:
 
 
 class _KnownNumbers(TorchFunctionMode):
-    """A mode that keeps the numbers which are read off known tensors, or gives those that were kept."""
+    """A mode that keeps the numbers which are read off known tensors, or gives those that were kept.
+
+    Attributes:
+        checked: the lines of the model whose numbers the traced program checks, one by one.
+    """
 
     def __init__(self, kept: list[tuple[str, Any]] | None = None) -> None:
         super().__init__()
         self.is_replay = kept is not None
         self.numbers: list[tuple[str, Any]] = [] if kept is None else list(kept)
-        self.known: dict[int, Tensor] = {}  # by identity, and held, so that no other tensor gets the same
+        # By identity, and held, so that no other tensor gets the same. The flag says that the values are fixed.
+        self.known: dict[int, tuple[Tensor, bool]] = {}
         self.roots: frozenset[int] = frozenset()
+        self.checked: list[str] = []
 
-    def begin(self, inputs: Sequence[Tensor]) -> None:
-        """Take ``inputs`` for known."""
-        self.add(list(inputs))
+    def begin(self, fixed: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Take inputs for known: ``fixed`` ones, whose values the program checks, and ``others``."""
+        self.add(list(others), False)
+        self.add(list(fixed), True)
         self.roots = frozenset(self.known)
 
-    def add(self, value: Any) -> None:
+    def add(self, value: Any, is_fixed: bool) -> None:
         for t in pytree.tree_leaves(value):
             if isinstance(t, Tensor):
-                self.known[id(t)] = t
+                self.known[id(t)] = (t, is_fixed)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given: dict[str, Any] = dict(kwargs or {})
+        if self.is_replay and func is torch.div and _is_quotient_of_sizes(args, given):
+            return args[0] // args[1]
         if func in _READS:
-            return self._read(func, args) if id(args[0]) in self.known else func(*args, **given)
+            is_left = id(args[0]) not in self.known or (func is Tensor.tolist and not self._is_fixed(args[0]))
+            return func(*args, **given) if is_left else self._read(func, args)
         if func in _TAKES_NUMBERS:
             args, given = self._with_numbers(args), self._with_numbers(given)
         leaves = pytree.tree_leaves((args, given))
@@ -115,18 +135,21 @@ class _KnownNumbers(TorchFunctionMode):
         is_known = (
             (bool(tensors) or func in _CONSTANTS)
             and all(id(t) in self.known for t in tensors)
-            and not any(isinstance(n, torch.SymInt) for n in leaves)
             and not any(word in func.__name__ for word in _RANDOM)
         )
+        is_fixed = all(map(self._is_fixed, tensors)) and not any(isinstance(n, torch.SymInt) for n in leaves)
         is_sized = func in _SIZED_BY_VALUES or (
             func is Tensor.__getitem__ and any(t.dtype == torch.bool for t in tensors[1:])
         )
-        out = self._constant(func, args, given) if is_sized and is_known else func(*args, **given)
+        out = self._constant(func, args, given) if is_sized and is_known and is_fixed else func(*args, **given)
         if is_known:
-            self.add(out)
+            self.add(out, is_fixed)
         elif _writes(func, given):  # perhaps to what other known tensors are views of
             self.known = {k: t for k, t in self.known.items() if k in self.roots}
         return out
+
+    def _is_fixed(self, value: Tensor) -> bool:
+        return id(value) in self.known and self.known[id(value)][1]
 
     def _constant(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return a result of known tensors, whose size a trace would not know."""
@@ -149,7 +172,20 @@ class _KnownNumbers(TorchFunctionMode):
             return value
         if func is Tensor.tolist:
             return self._next_list(place, args[0].shape)
-        return self._next_number(place)
+        number = self._next_number(place)
+        return number if self._is_fixed(args[0]) else self._check(func, args, number, place)
+
+    def _check(self, func: Callable[..., Any], args: tuple[Any, ...], number: Any, place: str) -> Any:
+        """Return ``number``, and let the program check that it is the one which is read."""
+        read = (args[0] == args[1]).any() if func is Tensor.__contains__ else args[0]
+        seen: Any = read.item()
+        if isinstance(number, bool):
+            seen = seen if isinstance(seen, (bool, torch.SymBool)) else seen != 0
+            torch._check(seen if number else torch.sym_not(seen))  # noqa: SLF001
+        else:
+            torch._check(seen == number)  # noqa: SLF001
+        self.checked.append(place)
+        return number
 
     def _next_list(self, place: str, shape: Sequence[int]) -> Any:
         return [self._next_list(place, shape[1:]) for _ in range(shape[0])] if shape else self._next_number(place)
@@ -189,46 +225,65 @@ def export_or_fix_values(
 ) -> ExportedProgram:
     """Return what ``export_once`` makes, which is told whether the numbers in inputs are fixed.
 
-    They are where torch cannot trace the model for unknown numbers, and inputs of images have some. A warning says
-    which.
+    They are where torch cannot trace the model for unknown numbers: those in inputs of images, or also those that the
+    model reads of other inputs. A warning says which.
     """
     try:
         return export_once(False)
     except CaptureError as error:
-        names = numbers_of_images(kwargs)
-        if not names or type(error.__cause__).__name__ not in _UNKNOWN_NUMBERS:
+        if type(error.__cause__).__name__ not in _UNKNOWN_NUMBERS:
             raise
-        try:
+        names, others = numbers_of_images(kwargs), _integers(args, kwargs)
+        for is_read_only in [False] * bool(names) + [True] * (len(others) > len(names)):
+            read = others if is_read_only else []
             with (
-                stage(f"exporting {type(model).__name__} for the numbers in {listing(names)}"),
-                fixed_values(model, args, kwargs, names),
+                contextlib.suppress(CaptureError),
+                stage(f"exporting {type(model).__name__} for the numbers in {listing(read or names)}"),
+                fixed_values(model, args, kwargs, names, read) as lines,
             ):
                 program = export_once(True)
-        except CaptureError:
-            raise error from error.__cause__
+                _warn(model, names, lines)
+                return program
+        raise error from error.__cause__
+
+
+def _integers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str | int]:
+    """Return the names or positions of the inputs that are tensors of integers."""
+    given = {**dict(enumerate(args)), **kwargs}
+    return [n for n, t in given.items() if isinstance(t, Tensor) and not t.is_floating_point() and not t.is_complex()]
+
+
+def _warn(model: nn.Module, names: list[str], lines: Sequence[str]) -> None:
+    read = [f"the numbers in {listing(names)}"] if names else []
+    read += [f"what it reads in {listing(sorted(set(lines)))}"] if lines else []
     warnings.warn(
-        f"{type(model).__name__} computes with the numbers in {listing(names)}, and is captured for those of the "
+        f"{type(model).__name__} computes with {' and '.join(read)}, and is captured for those of the "
         "example inputs alone. Calls with others fail: capture it once more for them",
         AdaptcWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
-    return program
 
 
 @contextlib.contextmanager
 def fixed_values(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]
-) -> Iterator[None]:
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: list[str],
+    others: Sequence[str | int] = (),
+) -> Iterator[list[str]]:
     """Run the block, which traces ``model``, with the numbers in its inputs ``names`` as in ``kwargs``.
 
-    The traced program fails in calls where these inputs have other values. Raises CaptureError where the model does not
-    run on the example inputs.
+    The traced program fails in calls where these inputs have other values, or where the model would read other numbers
+    of ``others``. Gives a list that has, after a trace, the lines of the model that read these. Raises CaptureError
+    where the model does not run on the example inputs.
     """
     values = {n: kwargs[n].clone() for n in names}
     original, parameters = model.forward, inspect.signature(model.forward).parameters.values()
     recording = _KnownNumbers()
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
-    recording.begin([copies[1][n] for n in names])
+    recording.begin([copies[1][n] for n in names], _pick(others, *copies))
+    lines: list[str] = []
     try:
         with preserve_state(model), torch.no_grad(), recording:
             model(*copies[0], **copies[1])
@@ -239,13 +294,19 @@ def fixed_values(
         for name, value in values.items():
             torch._check_tensor_all(kwargs[name] == value)  # noqa: SLF001
         replay = _KnownNumbers(recording.numbers)
-        replay.begin([kwargs[n] for n in values])
+        replay.begin([kwargs[n] for n in values], _pick(others, args, kwargs))
         with replay:
-            return original(*args, **kwargs)
+            out = original(*args, **kwargs)
+        lines[:] = replay.checked
+        return out
 
-    was_fixed = GRIDS_ARE_FIXED.set(True)
+    was_fixed = GRIDS_ARE_FIXED.set(bool(names))
     try:
         with patch_forward(model, forward, list(parameters)):
-            yield
+            yield lines
     finally:
         GRIDS_ARE_FIXED.reset(was_fixed)
+
+
+def _pick(names: Sequence[str | int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [args[n] if isinstance(n, int) else kwargs[n] for n in names]

@@ -70,6 +70,10 @@ UNFUSED: dict[str, Callable[[Any, Tensor], Any]] = {
     "read by strides": lambda m, x: (
         m.layer_output(0, x).as_strided((2,), (1,)) + m.layer_output(1, x).as_strided((2,), (1,))
     ),
+    "read by strides behind a reshape, which may copy": lambda m, x: (
+        m.layer_output(0, x).t().unflatten(1, (2, 2)).reshape(-1, 4).as_strided((2,), (1,))
+        + m.layer_output(1, x).t().unflatten(1, (2, 2)).reshape(-1, 4).as_strided((2,), (1,))
+    ),
     "of different inputs": lambda m, x: m.layers[0](x).sin().sum() + m.layers[1](x + 1).sin().sum(),
     "one layer read twice": lambda m, x: m.layers[0](x).sin().sum() + m.layers[0](x).cos().sum(),
 }
