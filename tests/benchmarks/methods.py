@@ -23,6 +23,24 @@ from tests.benchmarks.model import smollm2, tokens
 from tests.support.method_options import METHODS
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_ROW_SHARDED = ["o_proj", "down_proj"]
+#: variants of LoRA that PEFT's configs turn on: name -> options
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "KaSA": ("LoraConfig", {"r": 16, "kasa_config": peft.KasaConfig()}),
+    "BD-LoRA": (
+        "LoraConfig",
+        {
+            "r": 16,
+            "use_bdlora": peft.BdLoraConfig(
+                target_modules_bd_a=_ROW_SHARDED,
+                target_modules_bd_b=[t for t in TARGETS if t not in _ROW_SHARDED],
+                nblocks=2,
+            ),
+        },
+    ),
+    "MonteCLoRA": ("LoraConfig", {"r": 16, "monteclora_config": peft.MontecloraConfig()}),
+    "VeLoRA": ("LoraConfig", {"r": 16, "velora_config": peft.VeloraConfig()}),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ def run(rounds: int = 9, only: list[str] | None = None) -> list[Line]:
     base = smollm2()
     plain = adaptc.unload(adaptc.compile(base, adaptc.LoraConfig(r=2, target_modules=TARGETS)))
     lines: list[Line] = []
-    for method, (name, options) in METHODS.items():
+    for method, (name, options) in {**METHODS, **VARIANTS}.items():
         if only and method not in only:
             continue
         config = getattr(peft, name)(**{"target_modules": TARGETS, **options})
