@@ -307,7 +307,7 @@ class Executor:
             check_not_transformed(self.inputs.expected, flat)
         for i, name, bounds in self._index_bounds:
             check_index_bounds(name, flat[i], bounds)
-        is_outermost = begin_reading()
+        reading = begin_reading()
         try:
             with leaving_autocast() if self._enters_autocast else nullcontext():
                 return self.inputs.call_names.convert_output(self._run(arguments, flat), args, kwargs)
@@ -320,8 +320,7 @@ class Executor:
                 raise AdaptcError(why) from error
             raise
         finally:
-            if is_outermost:
-                end_reading()
+            end_reading(reading)
 
     def _run(self, arguments: Arguments, flat: Sequence[Any]) -> Any:
         if self.uses_inductor and not self.inputs.describe_empty(flat):

@@ -13,6 +13,7 @@ not run in another thread while a program of it is called for the first time.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import weakref
@@ -35,15 +36,27 @@ _alias_limit = [MAX_ALIASES]
 _buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-class _Readers:
-    """The calls that are running, and the old memory that they may still read.
+class Reading:
+    """The mark of a call that reads weights: its thread, and the number of moves there had been when it began.
 
-    ``calls`` maps a thread to the number of moves there had been when its call began. ``old`` has (the number of a
-    move, the memory that it gave up).
+    A call holds its mark. Where an interrupt keeps it from :func:`end_reading`, the mark goes with the call.
+    """
+
+    __slots__ = ("__weakref__", "number", "since", "thread")
+
+    def __init__(self) -> None:
+        self.number, self.thread, self.since = next(_readers.numbers), get_ident(), _readers.moves
+
+
+class _Readers:
+    """The calls that are running, by number, and the old memory that they may still read.
+
+    ``old_memory`` has (the number of a move, the memory that it gave up).
     """
 
     def __init__(self) -> None:
-        self.calls: dict[int, int] = {}
+        self.numbers = itertools.count()
+        self.calls: weakref.WeakValueDictionary[int, Reading] = weakref.WeakValueDictionary()
         self.moves = 0
         self.old_memory: list[tuple[int, list[Tensor]]] = []
 
@@ -51,17 +64,16 @@ class _Readers:
 _readers = _Readers()
 
 
-def begin_reading() -> bool:
-    """Note that this thread reads weights until :func:`end_reading`; return False where it does already."""
-    me = get_ident()
-    if me in _readers.calls:
-        return False
-    _readers.calls[me] = _readers.moves
-    return True
+def begin_reading() -> Reading:
+    """Return the mark of a call that reads weights until :func:`end_reading`."""
+    mark = Reading()
+    _readers.calls[mark.number] = mark
+    return mark
 
 
-def end_reading() -> None:
-    del _readers.calls[get_ident()]
+def end_reading(mark: Reading) -> None:
+    """Drop the mark of a call that has ended, and the old memory that nobody reads any more."""
+    _readers.calls.pop(mark.number, None)
     if _readers.old_memory:
         with _lock:
             _free_old_memory()
@@ -70,7 +82,8 @@ def end_reading() -> None:
 def _free_old_memory() -> None:
     """Drop old memory that no other thread can be reading: a call reads only memory in use since it began."""
     me = get_ident()
-    first = min((n for thread, n in list(_readers.calls.items()) if thread != me), default=math.inf)
+    calls = [c for ref in _readers.calls.valuerefs() if (c := ref()) is not None]
+    first = min((c.since for c in calls if c.thread != me), default=math.inf)
     _readers.old_memory = [(n, memory) for n, memory in _readers.old_memory if n >= first]
 
 

@@ -50,17 +50,23 @@ def hold_graph_lock() -> Generator[None]:
     with GRAPH_LOCK:
         if _LOCK_OWNER.thread_id == threading.get_ident():
             yield
-            return
-        gc_was_enabled = gc.isenabled()
-        with outside_modes():
-            try:
-                _LOCK_OWNER.thread_id = threading.get_ident()
-                gc.disable()
+        else:
+            with _without_collector(), outside_modes():
                 yield
-            finally:
-                _LOCK_OWNER.thread_id = None
-                if gc_was_enabled:
-                    gc.enable()
+
+
+@contextlib.contextmanager
+def _without_collector() -> Generator[None]:
+    """Run the block, the first in this thread that holds the lock, with Python's garbage collector off."""
+    gc_was_enabled = gc.isenabled()
+    try:
+        _LOCK_OWNER.thread_id = threading.get_ident()
+        gc.disable()
+        yield
+    finally:
+        _LOCK_OWNER.thread_id = None
+        if gc_was_enabled:
+            gc.enable()
 
 
 def with_graph_lock(function: Callable[P, R]) -> Callable[P, R]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 
@@ -26,11 +27,11 @@ class Reader:
         assert self.begun.wait(20)
 
     def _read(self) -> None:
-        assert begin_reading()
-        assert not begin_reading(), "it reads already"
+        outer, inner = begin_reading(), begin_reading()
+        end_reading(inner)
         self.begun.set()
         assert self.leave.wait(20)
-        end_reading()
+        end_reading(outer)
 
     def end(self) -> None:
         self.leave.set()
@@ -85,9 +86,27 @@ def test_who_comes_later_keeps_nothing() -> None:
 def test_the_thread_that_moves_them_does_not_keep_them_itself() -> None:
     tensors = weights()
     start = tensors[0].data_ptr()
-    assert begin_reading()
-    try:
-        move_into_buffer(tensors)
-        assert not alive(tensors[0], start)
-    finally:
-        end_reading()
+    mark = begin_reading()
+    move_into_buffer(tensors)
+    assert not alive(tensors[0], start)
+    end_reading(mark)
+
+
+@pytest.mark.long
+def test_a_call_that_is_interrupted_before_it_can_end_keeps_nothing() -> None:
+    tensors = weights()
+    start = tensors[0].data_ptr()
+
+    def interrupted() -> None:
+        begin_reading()
+        raise KeyboardInterrupt
+
+    def call() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupted()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    move_into_buffer(tensors)
+    assert not alive(tensors[0], start)

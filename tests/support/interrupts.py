@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import re
 import sys
 from collections.abc import Callable
 from linecache import getline
@@ -18,6 +20,10 @@ from adaptc.adapter_files import safe_torch_save
 ADAPTC_FOLDERS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))
 
 
+#: lines that come just before a `with` is left, where Python handles no signal; that of the `with` itself comes again
+LEAVES_A_BLOCK = re.compile(r"\s*(with |(return( None| True| False)?|break|continue)\s*(#.*)?$)")
+
+
 class LineInterrupt:
     """Counts the lines of adaptc that run in a block, and stops it at one of them. ``files``: ends of the names of the
     files that count, all by default."""
@@ -26,12 +32,15 @@ class LineInterrupt:
         self.count, self.stop_at, self.files = 0, stop, files
 
     def __enter__(self) -> Self:
-        self.old_trace = sys.gettrace()
+        self.old_trace, self.collector_was_on = sys.gettrace(), gc.isenabled()
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self.old_trace)
+        # The interrupt may have come to the line that enables it.
+        if self.collector_was_on:
+            gc.enable()
 
     def _counts(self, name: str) -> bool:
         # C++ calls the writer, and ends the process for what is raised there.
@@ -41,8 +50,7 @@ class LineInterrupt:
         return self._line if self._counts(frame.f_code.co_filename) else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        # The line of a `with` comes again just before its block is left, where Python handles no signal.
-        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+        if event == "line" and not LEAVES_A_BLOCK.match(getline(frame.f_code.co_filename, frame.f_lineno)):
             self.count += 1
             if self.count == self.stop_at:
                 sys.settrace(None)

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from adaptc.locks import reset_after_fork
-from adaptc.passes.graph.graph_lock import GRAPH_LOCK
+from adaptc.passes.graph.graph_lock import GRAPH_LOCK, hold_graph_lock
 from tests.support.guides import ROOT
+from tests.support.interrupts import LineInterrupt
 
 START = """
 import os, sys, threading, time, warnings
@@ -156,3 +157,30 @@ def test_every_lock_is_known() -> None:
     files = [f for folder in ("adaptc", "passes", "kernels") for f in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
     assert not [f.name for f in files if re.search(r"\bR?Lock\b\(\)", known.sub("", f.read_text()))]
+
+
+def test_an_interrupt_at_any_line_leaves_the_lock_free() -> None:
+    def nested() -> None:
+        with hold_graph_lock(), hold_graph_lock():
+            pass
+
+    def is_free() -> bool:
+        found: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: found.append(GRAPH_LOCK.acquire(timeout=5) and GRAPH_LOCK.release() is None)
+        )
+        thread.start()
+        thread.join()
+        return found[0]
+
+    files, came = ("graph_lock.py",), 0
+    with LineInterrupt(files=files) as lines:
+        nested()
+    for n in range(1, lines.count + 1):
+        try:
+            with LineInterrupt(n, files):
+                nested()
+        except KeyboardInterrupt:
+            came += 1
+        assert is_free(), f"line {n}"
+    assert came >= 10
