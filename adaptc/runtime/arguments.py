@@ -136,7 +136,8 @@ class Arguments:
     @property
     def hoisted_memory(self) -> HoistedMemory:
         """Return the memory of the binding's hoisted values, over all variants it was called with."""
-        return sum((p.memory for p in self.hoisted_inputs.values()), HoistedMemory())
+        # A list, since calls of other threads may add some meanwhile.
+        return sum((p.memory for p in list(self.hoisted_inputs.values())), HoistedMemory())
 
 
 def _byte_budget(arguments: ref[Arguments], variant_name: str) -> int | None:

@@ -191,12 +191,12 @@ class GraphVariants:
     @property
     def trails(self) -> dict[str, PassTrail]:
         """Return the passes that each variant made so far went through, by kind."""
-        return {kind: v.trail for kind, v in self._variants.items()}
+        return {kind: v.trail for kind, v in list(self._variants.items())}
 
     @property
     def matmuls(self) -> dict[str, MatmulChoices]:
         """Return the matmuls chosen in each variant made so far, by kind."""
-        return {kind: v.matmuls for kind, v in self._variants.items()}
+        return {kind: v.matmuls for kind, v in list(self._variants.items())}
 
     @graph_locked_property
     def fusion(self) -> Fusion:
