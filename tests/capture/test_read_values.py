@@ -37,6 +37,14 @@ class Reads(nn.Module):
         if self.way == "loop":
             for _ in range(mask[:, 1:].sum(-1).max() % 4):
                 y = y * 2
+        if self.way == "sizes":
+            places = mask.nonzero(as_tuple=True)
+            return torch.stack([y[places][i] for i in range(len(places[0]))]).sum(0, keepdim=True)
+        if self.way == "behind a write":
+            whole = mask.sum()
+            y = y.clone()
+            y[:, 0] = 0
+            return y * 2 if whole > 17 else y
         if self.way == "quotient":
             windows = torch.div(x.shape[1], 2, rounding_mode="trunc")
             return y.view(y.shape[0], windows, -1) * (2 if mask.all() else 3)
@@ -56,7 +64,7 @@ def numbers(rows: int = 3, length: int = 6) -> Tensor:
     return torch.randn(rows, length, 7, generator=torch.Generator().manual_seed(rows))
 
 
-WAYS = ["branch", "padded branch", "item", "int", "float", "contains", "loop", "quotient"]
+WAYS = ["branch", "padded branch", "item", "int", "float", "contains", "loop", "sizes", "behind a write", "quotient"]
 
 
 @pytest.mark.filterwarnings("ignore:.*was captured for some sizes alone:adaptc.AdaptcWarning")
@@ -69,7 +77,7 @@ def test_a_program_is_of_what_the_example_has(way: str, example: str) -> None:
         torch.testing.assert_close(program.base(x=x, mask=same), model(x, same))
     merged = adaptc.merge(program)
     torch.testing.assert_close(program(x=numbers(), mask=same), merged(x=numbers(), mask=same))
-    with pytest.raises(adaptc.AdaptcError, match=r"captured for other values of .*'mask'"):
+    with pytest.raises(adaptc.AdaptcError, match=r"captured for other values of .*'mask'|do not pass the check in"):
         program(x=numbers(), mask=other)
 
 

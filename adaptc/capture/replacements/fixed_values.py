@@ -141,12 +141,23 @@ class _KnownNumbers(TorchFunctionMode):
         is_sized = func in _SIZED_BY_VALUES or (
             func is Tensor.__getitem__ and any(t.dtype == torch.bool for t in tensors[1:])
         )
-        out = self._constant(func, args, given) if is_sized and is_known and is_fixed else func(*args, **given)
+        if is_sized and is_known:
+            out = (self._constant if is_fixed else self._with_known_size)(func, args, given)
+        else:
+            out = func(*args, **given)
         if is_known:
             self.add(out, is_fixed)
-        elif _writes(func, given):  # perhaps to what other known tensors are views of
+        elif _writes(func, given) and any(map(self._shares_memory, (args[:1], given.get("out")))):
             self.known = {k: t for k, t in self.known.items() if k in self.roots}
         return out
+
+    def _shares_memory(self, written: Any) -> bool:
+        """Return whether a known tensor may share the memory of a tensor that is written to.
+
+        A view of a known tensor need not be known, as where another one tells its shape.
+        """
+        tensors = [t for t in pytree.tree_leaves(written) if isinstance(t, Tensor)]
+        return any(id(t) in self.known or (t._base is not None and id(t._base) in self.known) for t in tensors)
 
     def _is_fixed(self, value: Tensor) -> bool:
         return id(value) in self.known and self.known[id(value)][1]
@@ -162,6 +173,17 @@ class _KnownNumbers(TorchFunctionMode):
         if isinstance(kept[1], torch.dtype):
             return torch.tensor(kept[0], dtype=kept[1], device=device)
         return tuple(torch.tensor(values, dtype=dtype, device=device) for values, dtype in kept)
+
+    def _with_known_size(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the function's result, and let the program check that it has as many elements as in the example."""
+        place, out = _calling_line(), func(*args, **kwargs)
+        for made in pytree.tree_leaves(out):
+            if isinstance(made, Tensor) and self.is_replay:
+                torch._check(made.shape[0] == self._next_number(place))  # noqa: SLF001
+                self.checked.append(place)
+            elif isinstance(made, Tensor):
+                self.numbers.append((place, made.shape[0]))
+        return out
 
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         # Number by number, since a trace reads a list so.
