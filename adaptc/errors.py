@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Generator, Iterable, Sized
+from contextlib import contextmanager
 from itertools import islice
 
 
@@ -119,6 +120,15 @@ def and_more(items: Sized) -> str:
     all."""
     rest = len(items) - MAX_LISTED
     return f"; and {rest} more" if rest > 0 else ""
+
+
+@contextmanager
+def errors_name(site: str) -> Generator[None]:
+    """Run the block so that its AdaptcErrors begin with the name of the site."""
+    try:
+        yield
+    except AdaptcError as error:
+        raise type(error)(f"{site!r}: {error}") from None
 
 
 class _Short(reprlib.Repr):

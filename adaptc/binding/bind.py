@@ -21,7 +21,7 @@ from adaptc.binding.builder import EMBEDDING_NAMES, BindingBuilder, resize_share
 from adaptc.binding.check_tensors import check_method, check_number_kinds, check_rank, check_shapes, unbound_keys_error
 from adaptc.binding.common_to_sites import settle_shared_slots, sites_of_config, with_weights
 from adaptc.binding.file_keys import primary_key, slot_file_keys
-from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, SwapError, TargetError
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, SwapError, TargetError, errors_name
 from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.attachment import Attachment
@@ -57,7 +57,8 @@ def initial_values(
                 "weights as they are, adaptc.subtract_adapter(float_model, quantised_model, rank=r) makes the adapter"
             )
         maker = makers[a.id].in_mode_of(a.method).with_layer_bias(spec.layer_bias(a))
-        init = maker.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
+        with errors_name(a.key):
+            init = maker.init(spec.ops[a.id], spec.canonical_weight(a), spec.adapter_dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
         if any(n not in slots for n in a.method.slots(op)):  # slots that this adapter's options do not have
             slots = {**a.method.identity(op, spec.canonical_weight(a), spec.adapter_dtype(a)), **slots}

@@ -59,9 +59,10 @@ def made(program: adaptc.AdaptedProgram, model: RandomModel) -> dict[str, dict[s
         slots = {n: wide(program.binding.values[f]) for n, f in a.slots.items()}
         scale = None if a.scale_slot is None else wide(program.binding.values[a.scale_slot])
         layer: Any = model.get_submodule(a.module)
-        found = {"weight": op.stored(method.weight(op, op.canonical(wide(layer.weight)), slots, scale))}
-        bias = getattr(layer, "bias", None)
-        new = None if bias is None else method.bias(op, wide(bias), slots, scale)
+        weight, bias = op.canonical(wide(layer.weight)), getattr(layer, "bias", None)
+        found = {"weight": op.stored(method.weight(op, weight, slots, scale))}
+        own = None if bias is None else wide(bias)
+        new = method.bias_over(op, weight, own, own, slots, scale)
         if new is not None:
             found["bias"] = new
         out[a.module] = found

@@ -192,13 +192,19 @@ class RandomModel(nn.Module):
 
 
 class LayerWithParameters:
-    """A layer called with other parameters; a dense weight of a grouped convolution makes it one group."""
+    """A layer called with other parameters; a dense weight of a grouped convolution makes it one group.
+
+    A layer without a bias may get one.
+    """
 
     def __init__(self, layer: nn.Module, made: Mapping[str, Tensor]) -> None:
         self.layer, self.parameters = layer, dict(made)
         if "weight" in made and made["weight"].shape != layer.weight.shape:  # type: ignore[union-attr]
             self.layer = copy.deepcopy(layer)
             self.layer.groups = 1  # type: ignore[assignment]
+        if "bias" in made and layer.bias is None:
+            self.layer = copy.deepcopy(self.layer)
+            self.layer.bias = nn.Parameter(torch.zeros_like(made["bias"]))
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.func.functional_call(self.layer, self.parameters, (x,))

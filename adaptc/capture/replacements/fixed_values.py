@@ -157,7 +157,7 @@ class _KnownNumbers(TorchFunctionMode):
         A view of a known tensor need not be known, as where another one tells its shape.
         """
         tensors = [t for t in pytree.tree_leaves(written) if isinstance(t, Tensor)]
-        return any(id(t) in self.known or (t._base is not None and id(t._base) in self.known) for t in tensors)
+        return any(id(t) in self.known or (t._base is not None and id(t._base) in self.known) for t in tensors)  # noqa: SLF001
 
     def _is_fixed(self, value: Tensor) -> bool:
         return id(value) in self.known and self.known[id(value)][1]

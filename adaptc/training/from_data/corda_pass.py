@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, errors_name
 from adaptc.methods.lora_family.from_data.corda import CordaConfig, Covariance, corda_factors, corda_terms
 from adaptc.progress import Stage
 from adaptc.training.from_data.base_runs import BaseRuns, Look, counted, look_at_inputs
-from adaptc.training.from_data.data_sites import DataSite, SiteValues, errors_name, inputs_by_site
+from adaptc.training.from_data.data_sites import DataSite, SiteValues, inputs_by_site
 from adaptc.training.from_data.statistics_files import has_statistics, read_statistics, write_statistics
 
 _TERMS = ("S_WC", "U_WC", "V_WC")

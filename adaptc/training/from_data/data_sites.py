@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -111,12 +110,3 @@ def inputs_by_site(runs: BaseRuns, sites: Sequence[DataSite]) -> Mapping[str, tu
             "exclude_modules"
         )
     return found
-
-
-@contextmanager
-def errors_name(site: str) -> Generator[None]:
-    """Run the block so that its AdaptcErrors begin with the name of the site."""
-    try:
-        yield
-    except AdaptcError as error:
-        raise type(error)(f"{site!r}: {error}") from None

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError, ConfigError, errors_name
 from adaptc.methods.lora_family.from_data.eva import EvaConfig, InputComponents, distribute_ranks
 from adaptc.progress import Stage
 from adaptc.training.from_data.base_runs import BaseRuns, counted, look_at_inputs, mask_of, rows_of
-from adaptc.training.from_data.data_sites import DataSite, SiteValues, errors_name, inputs_by_site
+from adaptc.training.from_data.data_sites import DataSite, SiteValues, inputs_by_site
 from adaptc.training.from_data.statistics_files import PEFT_PREFIX, has_statistics, read_statistics, write_statistics
 
 #: how often the batches are gone through at most
