@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from adaptc.passes.graph.higher_order import copy_bodies, find_higher_order_calls, module_with_graph
 from adaptc.passes.graph.lifted import LiftedProgram, suppress_size_guards
@@ -29,8 +30,8 @@ _READS = aten.as_strided.default
 class SettleStrides(Pass):
     """A pass that settles the layouts that ``as_strided`` reads; its count is that of the reads.
 
-    Reads of memory that is written to stay, and reads of memory with gaps. Without others it returns the program
-    itself.
+    Reads stay where the memory is written to, has gaps, or has sizes that only values tell. Without others it returns
+    the program itself.
     """
 
     name: ClassVar[str] = "settle_strides"
@@ -67,6 +68,8 @@ def _settle(node: fx.Node, dirty: Collection[fx.Node]) -> bool:
     value = source.meta.get("val")
     if node in dirty or source in dirty or not isinstance(value, Tensor) or isinstance(offset, torch.SymInt):
         return False
+    if any(free_unbacked_symbols(n) for n in (*value.shape, *value.stride())):
+        return False  # what only values tell, torch cannot compare
     with suppress_size_guards([value]):
         # Sizes of one may have any stride; of two equal strides the larger size is the outer one.
         order = sorted(range(value.ndim), key=lambda i: (int(value.stride(i)), int(value.shape[i])), reverse=True)

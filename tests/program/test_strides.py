@@ -83,3 +83,22 @@ def test_compiled_code_reads_the_same_memory(way: str) -> None:
     model, x, options = make(way)
     program = adaptc.compile(model, **options, backend="inductor")
     torch.testing.assert_close(program(x), merged_outputs(program, model, x), rtol=1e-9, atol=1e-9)
+
+
+def test_reads_of_sizes_that_only_values_tell_are_left_alone() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            picked = self.linear(x)[x[:, 0] > -9]
+            torch._check(picked.shape[0] >= 2)
+            return picked.as_strided((2, 6), (6, 1)).sum(0) + self.linear(x).sum(0)
+
+    torch.manual_seed(0)
+    model, x = Picks().eval(), torch.randn(5, 7)
+    config = adaptc.LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+    program = adaptc.compile(model, config, example_inputs=(x,))
+    torch.testing.assert_close(program.base(x), model(x))
+    torch.testing.assert_close(program(x), merged_outputs(program, model, x))

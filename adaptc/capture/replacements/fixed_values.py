@@ -12,7 +12,8 @@ that the model reads: whether any token is masked, say. Their lists are left to 
 A quotient of sizes stays a size, where ``torch.div`` would make a tensor of it.
 
 Private torch use, with the public route that was tried: ``torch._check_tensor_all``, which makes an assertion on values
-in the graph. Public: ``torch.ops.aten._assert_async``, which has no place in programs for other runtimes.
+in the graph. Public: ``torch.ops.aten._assert_async``, which has no place in programs for other runtimes. ``_base`` of
+a tensor tells what it is a view of. Public: none.
 """
 
 from __future__ import annotations
