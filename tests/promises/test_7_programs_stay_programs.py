@@ -100,7 +100,7 @@ def test_the_pipelines_of_the_product_check_every_pass(name: str, checked: list[
         assert set(went) <= set(checked), set(went) - set(checked)
 
     program = adaptc.compile(net(), CONFIGS[name], example_inputs=X, training=True)
-    assert checked == ["remove_max_norm_writes", "matmuls_to_linear", "inject"]
+    assert checked == ["remove_max_norm_writes", "matmuls_to_linear", "settle_strides", "inject"]
     assert [p for p, _ in program.adaptation.trail] == ["inject"]
     with torch.no_grad():
         program(X)
