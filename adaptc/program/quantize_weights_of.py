@@ -1,8 +1,9 @@
 """Choose the weights that ``adaptc.quantize`` stores in few bits, in a program or in a model.
 
 Targets follow the rules of ``target_modules`` in configs: names, a regular expression, or "all-linear", which leaves
-out the output layer. Embeddings are stored only where they are named. With a GGUF file, the targets are all weights
-that the file stores in blocks, where none are named.
+out the output layer. Experts that a model stacks in one parameter count as linear layers, and are known by the name of
+that parameter. Embeddings are stored only where they are named. With a GGUF file, the targets are all weights that the
+file stores in blocks, where none are named.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, TargetError
+from adaptc.passes.adapt.expert_rows import is_expert_matmul, skip_views, views_of_parameter
 from adaptc.passes.analysis.program_facts import all_module_types, qualified_name
 from adaptc.passes.analysis.sites import find_consumers, layer_kind_of
 from adaptc.passes.graph.graph_lock import hold_graph_lock
@@ -33,10 +34,10 @@ from adaptc.passes.quantized.quantize_weights import (
     describe_quantization,
     quantize_weight,
 )
-from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor, matrix_shape
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.progress import stage
-from adaptc.quantized_layers.gguf_file import describe_unfound, find_weights, read_gguf_matrices
+from adaptc.quantized_layers.gguf_file import WeightLayout, describe_unfound, find_weights, read_gguf_matrices
 from adaptc.state.core import ProgramCore
 from adaptc.targets.attach_site import MATRIX_KINDS
 from adaptc.targets.name_rules import TargetCandidate, select_targets
@@ -65,7 +66,10 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight that could be quantised: the module that has it, the kind of layer that reads it, and its tensor."""
+    """A weight that could be quantised: the name that targets know it by, the kind of layer that reads it, its tensor.
+
+    The name is that of the module that has it, and of the parameter itself where it is a stack of experts.
+    """
 
     module: str
     kind: str
@@ -76,11 +80,23 @@ class _Weight:
     @property
     def is_transposed(self) -> bool:
         """Return whether the weight is stored as (in, out), so that its output channels are columns."""
-        return self.kind == "addmm"
+        return self.kind in ("addmm", _EXPERTS_TRANSPOSED)
+
+    @property
+    def row_axes(self) -> int:
+        """Return how many of the first axes are rows of the matrix that is quantised."""
+        return 2 if self.kind in (_EXPERTS, _EXPERTS_TRANSPOSED) else 1
+
+    @property
+    def candidate(self) -> TargetCandidate:
+        """Return what targets are compared with."""
+        if self.row_axes == 2:
+            return TargetCandidate(self.module, self.class_name, "weight", has_linear_base=True)
+        return TargetCandidate(self.module, self.class_name, self.kind)
 
     def quantizer(self, scheme: str, group_size: int | None) -> Quantizer:
-        rows = self.tensor.shape[1] if self.is_transposed else self.tensor.shape[0]
-        return QuantizeBy(choose_scheme(scheme, group_size, self.tensor.numel() // max(rows, 1)), self.is_transposed)
+        columns = matrix_shape(self.tensor.shape, self.is_transposed, self.row_axes)[1]
+        return QuantizeBy(choose_scheme(scheme, group_size, columns), self.is_transposed, self.row_axes)
 
 
 def quantize_program(
@@ -138,7 +154,8 @@ def _stored_base(op: Op, method: Method, original: Tensor, weight: Tensor) -> Qu
     """Return what the first values of ``method`` make of ``original``, in few bits; ``weight`` has its values."""
     base = method.init(op, op.canonical(original.detach()), original.dtype).base
     assert isinstance(base, QuantizedTensor)
-    return QuantizedTensor(base.scheme, base.stored, weight.shape, weight.dtype, op.kind == "addmm")
+    is_transposed, row_axes = op.kind in ("addmm", _EXPERTS_TRANSPOSED), 2 if op.experts else 1
+    return QuantizedTensor(base.scheme, base.stored, weight.shape, weight.dtype, is_transposed, row_axes)
 
 
 def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool = False) -> Sequence[WeightQuantization]:
@@ -153,6 +170,7 @@ def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool =
         weight = vars(module).get("_parameters", {}).get("weight")
         if kind is not None and weight is not None:
             weights[f"{path}.weight".removeprefix(".")] = _Weight(path, kind, weight, qualified_name(type(module)))
+        weights |= _stacked_experts(path, module)
     getter: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
     output = getter()
     head = next((n for n, m in modules.items() if m is output), None)
@@ -173,6 +191,18 @@ def quantize_module(model: nn.Module, options: QuantizeOptions, progress: bool =
     return rows
 
 
+def _stacked_experts(path: str, module: nn.Module) -> dict[str, _Weight]:
+    """Return the stacks of experts that ``module`` has, by FQN; transformers marks such modules by a flag."""
+    is_transposed = getattr(module, "is_transposed", None)
+    if not isinstance(is_transposed, bool):
+        return {}
+    kind = _EXPERTS_TRANSPOSED if is_transposed else _EXPERTS
+    named = {f"{path}.{n}".removeprefix("."): p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return {fqn: _Weight(fqn, kind, p, qualified_name(type(module))) for fqn, p in named.items()}
+
+
+#: the kinds of experts that are stacked in one parameter: (experts, out, in), and (experts, in, out)
+_EXPERTS, _EXPERTS_TRANSPOSED = "experts", "experts_t"
 #: class of a layer -> the kind of op that reads its weight
 _KIND_OF_CLASS = {
     "torch.nn.modules.linear.Linear": "linear",
@@ -195,18 +225,28 @@ def _guess_head(weights: Mapping[str, _Weight]) -> str | None:
     )
 
 
-def _weights_of_program(program: ExportedProgram) -> dict[str, _Weight]:
+def _weights_of_program(program: ProgramCore) -> dict[str, _Weight]:
     """Return the weights of layers of a program by FQN; a tied weight has the name of the layer that it is read by."""
     lifted, types = LiftedProgram(program, edit=False), all_module_types(program)
+    # The region of an adapter may read the weight first, and the layer what it makes of it.
+    adapted = {a.fqn: program.ops[a.id].kind for a in program.adaptation.attachments}
     found: dict[str, _Weight] = {}
     for fqn, node in lifted.placeholders.items():
         tensor = lifted.state_dict.get(fqn)
         if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2:
             continue
-        kinds = {layer_kind_of(n, source, tensor.ndim) for n, source in find_consumers(node)}
-        kind = next((k for k in MATRIX_KINDS if k in kinds), None)
+        consumers = list(find_consumers(node))
+        kinds = {layer_kind_of(n, source, tensor.ndim) for n, source in consumers}
+        kinds.add(adapted.get(fqn, ""))
+        kind = next((k for k in (*MATRIX_KINDS, _EXPERTS, _EXPERTS_TRANSPOSED) if k in kinds), None)
         module = fqn.rpartition(".")[0]
-        if kind is not None:
+        reads = [skip_views(n, source) for n, source in consumers]
+        if reads and all(is_expert_matmul(n, read) for n, read in reads):
+            is_transposed = len(views_of_parameter(reads[0][1])) % 2 == 0
+            kind = _EXPERTS_TRANSPOSED if is_transposed else _EXPERTS
+        if kind in (_EXPERTS, _EXPERTS_TRANSPOSED):
+            found[fqn] = _Weight(fqn, kind, tensor, types.get(module, ""))
+        elif kind is not None:
             found[fqn] = _Weight(module, kind, tensor, types.get(module, ""), "embedding" in kinds)
     return found
 
@@ -223,7 +263,9 @@ def _choose(
         return {fqn: weights[fqn].quantizer(options.scheme, options.group_size) for fqn in names}
     assert options.gguf_file is not None
     matrices = read_gguf_matrices(options.gguf_file)
-    found = find_weights(matrices, {n: (w.tensor, w.is_transposed) for n, w in weights.items() if w.tensor.ndim == 2})
+    matrix_like = {n: w for n, w in weights.items() if w.tensor.ndim == w.row_axes + 1}
+    layouts = {n: WeightLayout(w.tensor, w.is_transposed, w.row_axes) for n, w in matrix_like.items()}
+    found = find_weights(matrices, layouts)
     unfound = describe_unfound(matrices, found)
     if not found:
         raise CheckpointError(f"{options.gguf_file!r}: {unfound or 'the file stores no matrix in blocks'}")
@@ -235,7 +277,7 @@ def _choose(
             f"{absent[0]!r} has not the values of any matrix that {options.gguf_file!r} stores in blocks: leave it out "
             "with exclude=, or load the model from this file"
         )
-    return {fqn: partial(found[fqn].quantized, is_transposed=weights[fqn].is_transposed) for fqn in names}
+    return {fqn: found[fqn].quantized for fqn in names}
 
 
 def _select(
@@ -247,7 +289,7 @@ def _select(
 ) -> list[str]:
     """Return the names of the weights that the targets of ``options`` select."""
     selection = select_targets(
-        [TargetCandidate(w.module, w.class_name, w.kind) for w in weights.values()],
+        [w.candidate for w in weights.values()],
         target_modules=default if options.target_modules is None else options.target_modules,
         exclude_modules=options.exclude or None,
         output_embedding=head,

@@ -19,12 +19,12 @@ from adaptc.passes.graph.mutation import is_view
 from adaptc.passes.graph.ops import CASTS, cast
 from adaptc.passes.protocol.bank_method import BankSite, RowAxis, expand_coefficients
 from adaptc.passes.protocol.low_rank_rows import multiply_or_zero
+from adaptc.passes.quantized.quantized_experts import GROUPED_MATMULS
 from adaptc.torch_typing import is_list_or_tuple, symbolic_expression
 
 aten = torch.ops.aten
 
-#: ops that multiply (tokens, in) or (experts, tokens, in) by (experts, in, out), with the weight as second argument
-_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+#: ops that multiply (experts, tokens, in) by (experts, in, out), with the weight as second argument
 _BATCHED = ("aten::bmm", "aten::matmul")
 
 
@@ -82,7 +82,7 @@ def _takes_tokens(node: fx.Node) -> bool:
 def is_expert_matmul(node: fx.Node, read: fx.Node) -> bool:
     """Return whether ``node`` multiplies tokens by ``read``, the parameter of experts or its transpose."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
-    if not name.startswith(_GROUPED) and name not in _BATCHED:
+    if not name.startswith(GROUPED_MATMULS) and name not in _BATCHED:
         return False
     tokens, weight = (*node.args, None, None)[:2]
     is_matmul = isinstance(tokens, fx.Node) and tokens is not read and weight is read and read.meta["val"].ndim == 3
@@ -124,7 +124,7 @@ def make_expert_function(node: fx.Node, site: BankSite, row_axis: RowAxis) -> Ca
     """
     inputs = node.all_input_nodes
     is_transposed = (len(views_of_parameter(inputs[1])) + (site.op.kind == "experts_t")) % 2 == 1
-    takes_one_dtype = getattr(node.target, "_schema").name.startswith(_GROUPED[0])  # noqa: B009
+    takes_one_dtype = getattr(node.target, "_schema").name.startswith(GROUPED_MATMULS[0])  # noqa: B009
 
     def change_output(latest: Tensor, *rest: Tensor) -> Tensor:
         own, (c, *tensors) = dict(zip(inputs, rest, strict=False)), rest[len(inputs) :]

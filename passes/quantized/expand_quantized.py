@@ -7,7 +7,8 @@ weight of them. The last of these nodes keeps what the weight was in ``node.meta
     names        the names of the weight; a tied weight has several
     scheme       the scheme's text
     shape        the weight's shape
-    transposed   whether the stored matrix is the transpose
+    transposed   whether the last two axes were swapped before the weight was stored
+    row_axes     how many of the first axes are rows of the stored matrix; 1 where a file has no such entry
     parameter    whether the weight was a parameter
 
 :class:`CollectQuantized` undoes this, to the bit.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from adaptc.passes.protocol.trace import inline, trace_function
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
 from adaptc.passes.quantized.compiled_linear import LayerWriter, compiled_linear
 from adaptc.passes.quantized.planar_scheme import in_planes
-from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.passes.quantized.quantized_tensor import QuantizedTensor, matrix_shape
 from adaptc.passes.quantized.scheme import Scheme
 
 #: the key of a dequantised weight's record in a node's custom meta
@@ -122,6 +122,7 @@ def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool, 
             "scheme": scheme_text(weight.scheme),
             "shape": list(weight.shape),
             "transposed": weight.is_transposed,
+            "row_axes": weight.row_axes,
             "parameter": isinstance(weight, torch.nn.Parameter),
         }
         for made in _region_of(out, set(stored.values())):
@@ -231,15 +232,14 @@ def _read_weight(
         dtype: torch.dtype = out.meta["val"].dtype
         if shape != tuple(out.meta["val"].shape):
             raise ConfigError(f"its record says {shape}, and the program computes {tuple(out.meta['val'].shape)}")
-        rows, columns = shape[0], prod(shape[1:])
-        if is_transposed:
-            rows, columns = columns, rows
+        row_axes = int(record.get("row_axes", 1))
+        rows, columns = matrix_shape(shape, is_transposed, row_axes)
         fqns = {role: f"{names[0]}.{role}" for role in scheme.layout(rows, columns)}
         if missing := [f for f in fqns.values() if f not in lifted.state_dict]:
             raise ConfigError(f"it lacks its tensor {missing[0]!r}")
         stored = {role: lifted.tensor(f) for role, f in fqns.items()}
         scheme.check(stored, rows, columns)
-        weight: Tensor = QuantizedTensor(scheme, stored, shape, dtype, is_transposed)
+        weight: Tensor = QuantizedTensor(scheme, stored, shape, dtype, is_transposed, row_axes)
         return names, nn.Parameter(weight, requires_grad=False) if record["parameter"] else weight, fqns
     except (ConfigError, LookupError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, ConfigError) else f"its record is {short_repr(dict(record))}"

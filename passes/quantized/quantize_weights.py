@@ -50,14 +50,18 @@ Quantizer = Callable[[Tensor], QuantizedTensor]
 
 @dataclass(frozen=True)
 class QuantizeBy:
-    """The quantizer of a scheme. ``is_transposed``: the weight is stored as (in, out), and quantised along the other
-    axis."""
+    """The quantizer of a scheme, with the options of a :class:`QuantizedTensor`.
+
+    ``is_transposed``: the weight is stored as (in, out), and quantised along the other axis. ``row_axes``: 2 for a
+    stack of experts.
+    """
 
     scheme: Scheme
     is_transposed: bool = False
+    row_axes: int = 1
 
     def __call__(self, weight: Tensor) -> QuantizedTensor:
-        return QuantizedTensor.quantize(weight, self.scheme, self.is_transposed)
+        return QuantizedTensor.quantize(weight, self.scheme, self.is_transposed, self.row_axes)
 
 
 def quantize_weight(fqn: str, weight: Tensor, quantizer: Quantizer) -> QuantizedTensor:

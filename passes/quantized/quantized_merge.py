@@ -71,4 +71,4 @@ def requantize(fqn: str, old: Tensor, exact: Tensor) -> Tensor:
     """Return the weight ``exact`` as the weight ``old``, called ``fqn``, is stored: by its scheme, or in its dtype."""
     if not isinstance(old, QuantizedTensor):
         return exact.to(old.dtype)
-    return QuantizedTensor.quantize(exact.to(old.dtype), old.scheme, old.is_transposed)
+    return QuantizedTensor.quantize(exact.to(old.dtype), old.scheme, old.is_transposed, old.row_axes)

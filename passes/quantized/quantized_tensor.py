@@ -25,6 +25,7 @@ from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
 from adaptc.passes.quantized.bitsandbytes_kernels import dequantize_matrix
 from adaptc.passes.quantized.fast_linear import fast_linear
+from adaptc.passes.quantized.quantized_experts import grouped_matmul, is_grouped_matmul
 from adaptc.passes.quantized.quantized_linear import quantized_embedding, quantized_linear, quantized_matmul
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.torch_modes import autocast_dtype, has_transform_or_tangent
@@ -39,13 +40,15 @@ class QuantizedTensor(Tensor):
         scheme: how it is stored.
         scheme_text: the scheme as ops take it.
         stored: role -> tensor, as the scheme's ``layout`` says.
-        is_transposed: whether the stored matrix is the transpose of the weight, which then has two axes.
+        is_transposed: whether the last two axes of the weight are swapped before it is stored.
+        row_axes: how many of the first axes are the rows of the stored matrix: 1, or 2 for experts that are stacked.
     """
 
     scheme: Scheme
     scheme_text: str
     stored: Mapping[str, Tensor]
     is_transposed: bool
+    row_axes: int
     _prepared: dict[str, tuple[Tensor, ...]]
 
     def __new__(
@@ -55,26 +58,29 @@ class QuantizedTensor(Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         is_transposed: bool = False,
+        row_axes: int = 1,
     ) -> Self:
         tensor_class: Any = Tensor
         made: Self = tensor_class._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=stored["codes"].device)
         made.scheme, made.scheme_text = scheme, scheme_text(scheme)
-        made.is_transposed, made._prepared = is_transposed, {}
+        made.is_transposed, made.row_axes, made._prepared = is_transposed, row_axes, {}
         made.stored = {role: stored[role] for role in scheme.layout(*made.matrix_shape)}
         return made
 
     @classmethod
-    def quantize(cls, weight: Tensor, scheme: Scheme, is_transposed: bool = False) -> QuantizedTensor:
+    def quantize(
+        cls, weight: Tensor, scheme: Scheme, is_transposed: bool = False, row_axes: int = 1
+    ) -> QuantizedTensor:
         """Return ``weight`` stored by ``scheme``. Raises ConfigError where the scheme cannot store it."""
-        matrix = weight.t() if is_transposed else weight.reshape(weight.shape[0], -1)
+        rows = weight.transpose(-2, -1) if is_transposed else weight
+        matrix = rows.flatten(row_axes).flatten(0, row_axes - 1)
         stored = {role: t.clone(memory_format=torch.contiguous_format) for role, t in scheme.quantize(matrix).items()}
-        return cls(scheme, stored, weight.shape, weight.dtype, is_transposed)
+        return cls(scheme, stored, weight.shape, weight.dtype, is_transposed, row_axes)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Return (rows, columns) of the stored matrix."""
-        rows, columns = self.shape[0], prod(self.shape[1:])
-        return (columns, rows) if self.is_transposed else (rows, columns)
+        return matrix_shape(self.shape, self.is_transposed, self.row_axes)
 
     @property
     def memory_tensor(self) -> Tensor:
@@ -104,7 +110,9 @@ class QuantizedTensor(Tensor):
     def values_of(self, stored: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Return what :meth:`dequantize` would return for other ``stored`` tensors, which may be fake."""
         matrix = dequantize_matrix(self.scheme, stored, *self.matrix_shape, dtype or self.dtype)
-        return matrix.t().contiguous() if self.is_transposed else matrix.reshape(self.shape)
+        if not self.is_transposed:
+            return matrix.reshape(self.shape)
+        return matrix.reshape(_with_swapped_axes(self.shape)).transpose(-2, -1).contiguous()
 
     def linear_of_values(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias (..., rows) by no kernel for few rows, which rounds elsewhere than the gradient does.
@@ -126,17 +134,21 @@ class QuantizedTensor(Tensor):
     def _is_stored_as(self, other: object) -> TypeGuard[QuantizedTensor]:
         if not isinstance(other, QuantizedTensor):
             return False
-        own, its = ((t.scheme, t.shape, t.dtype, t.is_transposed) for t in (self, other))
+        own, its = ((t.scheme, t.shape, t.dtype, t.is_transposed, t.row_axes) for t in (self, other))
         return own == its
 
     def with_stored(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedTensor:
         """Return this weight with ``change`` applied to each stored tensor, and with values of ``dtype``."""
         stored = {role: change(t) for role, t in self.stored.items()}
-        return QuantizedTensor(self.scheme, stored, self.shape, dtype or self.dtype, self.is_transposed)
+        return QuantizedTensor(self.scheme, stored, self.shape, dtype or self.dtype, self.is_transposed, self.row_axes)
 
     def transposed(self) -> QuantizedTensor:
-        """Return the transpose of this weight, which has two axes. It shares the stored tensors."""
-        return QuantizedTensor(self.scheme, self.stored, self.shape[::-1], self.dtype, not self.is_transposed)
+        """Return this weight with its last two axes swapped. It shares the stored tensors.
+
+        The weight has two axes, or is a stack of experts.
+        """
+        shape = _with_swapped_axes(self.shape)
+        return QuantizedTensor(self.scheme, self.stored, shape, self.dtype, not self.is_transposed, self.row_axes)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -171,8 +183,14 @@ class QuantizedTensor(Tensor):
         kwargs = dict(kwargs or {})
         if func in _COPIES:
             return _copy_of(args[0], func, kwargs)
-        if func is aten.t.default and args[0].ndim == 2:
+        if _swaps_last_axes(func, *args):
             return args[0].transposed()
+        if (
+            is_grouped_matmul(func)
+            and isinstance(args[1], QuantizedTensor)
+            and not isinstance(args[0], QuantizedTensor)
+        ):
+            return grouped_matmul(func, *args, **kwargs)
         if func is aten.copy_.default and isinstance(args[0], QuantizedTensor) and args[0].shares_tensors_of(args[1]):
             return args[0]  # as a module loads its own state
         for value in _written_values(func, args, kwargs):
@@ -197,6 +215,7 @@ class QuantizedTensor(Tensor):
         Tensor.__torch_function__(_SET_DATA, (), (self, other))  # type: ignore[arg-type]
         self.scheme, self.scheme_text = other.scheme, other.scheme_text
         self.stored, self.is_transposed, self._prepared = other.stored, other.is_transposed, {}
+        self.row_axes = other.row_axes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -206,7 +225,7 @@ class QuantizedTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         is_parameter = isinstance(self, torch.nn.Parameter)
         state = self.scheme_text, dict(self.stored), tuple(self.shape), self.dtype, self.is_transposed
-        return rebuild_quantized_tensor, (*state, is_parameter)
+        return rebuild_quantized_tensor, (*state, is_parameter, self.row_axes)
 
 
 def rebuild_quantized_tensor(
@@ -216,9 +235,10 @@ def rebuild_quantized_tensor(
     dtype: torch.dtype,
     is_transposed: bool,
     is_parameter: bool,
+    row_axes: int = 1,
 ) -> Tensor:
     """Return the tensor that ``pickle`` or ``torch.save`` wrote. Raises ConfigError where ``stored`` does not fit."""
-    made = QuantizedTensor(scheme_from_text(scheme), stored, shape, dtype, is_transposed)
+    made = QuantizedTensor(scheme_from_text(scheme), stored, shape, dtype, is_transposed, row_axes)
     made.scheme.check(stored, *made.matrix_shape)
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
 
@@ -257,6 +277,25 @@ _SHAPE_READERS = {
 
 #: operations that multiply a matrix by a quantised one on its right
 _MATMULS = {aten.mm.default, aten.addmm.default, aten.addmm_.default}
+
+
+def matrix_shape(shape: Sequence[int], is_transposed: bool, row_axes: int) -> tuple[int, int]:
+    """Return (rows, columns) of the matrix that stores a weight of ``shape``."""
+    stored = _with_swapped_axes(shape) if is_transposed else shape
+    return prod(stored[:row_axes]), prod(stored[row_axes:])
+
+
+def _with_swapped_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _swaps_last_axes(func: Any, t: Any = None, *rest: Any) -> bool:
+    """Return whether an op with these arguments swaps the last two axes of a quantised weight that may swap them."""
+    if not isinstance(t, QuantizedTensor) or t.ndim != t.row_axes + 1:
+        return False
+    if func is aten.transpose.int:
+        return {int(axis) % t.ndim for axis in rest} == {t.ndim - 2, t.ndim - 1}
+    return func is aten.t.default
 
 
 def _written_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -111,11 +111,26 @@ class TableScheme(Scheme):
         self, stored: Mapping[str, Tensor], shape: Sequence[int], rows: slice | Tensor
     ) -> tuple[Scheme, dict[str, Tensor]] | None:
         count, columns = shape
-        if columns % self.block_size or columns % 2:
+        unit = self.block_size if self.block_size % 2 == 0 else 2 * self.block_size
+        device = stored["codes"].device
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(count)
+            first, last = start * columns, stop * columns
+            if first % unit or (last % unit and stop != count):
+                return None
+            codes = stored["codes"][first // 2 : -(-last // 2)]
+            blocks = torch.arange(first // self.block_size, -(-last // self.block_size), device=device)
+        elif columns % unit:
             return None
-        plain, tensors = self.with_plain_scales(stored)
-        parts = {role: tensors[role].reshape(count, -1)[rows].reshape(-1) for role in ("codes", "scales")}
-        return plain, {**parts, "table": tensors["table"]}
+        else:
+            codes = stored["codes"].reshape(count, -1)[rows].reshape(-1)
+            per_row = columns // self.block_size
+            blocks = (rows[:, None] * per_row + torch.arange(per_row, device=device)).reshape(-1)
+        scales = stored["scales"][blocks]
+        if self.scale_block:
+            units = stored["super_scales"][blocks // self.scale_block]
+            scales = stored["scale_table"][scales.int()] * units + stored["scale_offset"]
+        return replace(self, scale_block=0), {"codes": codes, "scales": scales, "table": stored["table"]}
 
     def block_scales(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Return the scales (blocks,), float32."""

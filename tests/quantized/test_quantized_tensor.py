@@ -201,11 +201,27 @@ def test_autocast():
 def test_other_operations_read_the_values():
     q = quantized("int8")
     w = q.dequantize()
-    for op in (lambda t: t + 1, lambda t: t.mT, lambda t: t.sum(0), lambda t: t[2:4, 1], lambda t: t.reshape(-1)):
+    for op in (lambda t: t + 1, lambda t: t.sum(0), lambda t: t[2:4, 1], lambda t: t.reshape(-1)):
         found = op(q)
         assert type(found) is torch.Tensor
         assert torch.equal(found, op(w))
     assert torch.equal(torch.einsum("oi,bi->bo", q, w), torch.einsum("oi,bi->bo", w, w))
+
+
+def test_swapped_axes_share_what_is_stored():
+    matrix, kernel = quantized("int8"), QuantizedTensor.quantize(torch.randn(6, 3, 5), IntegerScheme())
+    experts = QuantizedTensor.quantize(torch.randn(3, 6, 5), IntegerScheme(), row_axes=2)
+    for t in (matrix, experts):
+        for swapped in (t.mT, t.transpose(-1, -2), t.transpose(t.ndim - 2, -1)):
+            assert isinstance(swapped, QuantizedTensor)
+            assert swapped.stored["codes"] is t.stored["codes"]
+            assert torch.equal(swapped.dequantize(), t.dequantize().mT)
+            assert torch.equal(swapped.mT.dequantize(), t.dequantize())
+    # The matrix of a kernel has its first axis for rows, and no weight is stored in the order of these axes.
+    for t, axes in ((kernel, (1, 2)), (experts, (0, 1)), (experts, (0, 2))):
+        found = t.transpose(*axes)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, t.dequantize().transpose(*axes))
 
 
 def test_a_convolution_and_a_transposed_weight():

@@ -18,8 +18,8 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import AdaptcError, AdaptcWarning, CheckpointError, ConfigError, TargetError
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
-from adaptc.quantized_layers.gguf_file import GgufMatrix, find_weights
-from tests.support.gguf_files import HALVES, blocks, write_gguf
+from adaptc.quantized_layers.gguf_file import GgufMatrix, WeightLayout, find_weights
+from tests.support.gguf_files import HALVES, blocks, write_expert_gguf, write_gguf
 
 KINDS = {
     "token_embd": Kind.Q8_0,
@@ -92,6 +92,26 @@ def test_rows_that_transformers_puts_in_another_order_are_found(file: Path) -> N
     assert not isinstance(model.model.layers[0].mlp.down_proj.weight, QuantizedTensor)
 
 
+@pytest.mark.long
+def test_the_experts_of_a_file_keep_their_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "experts.gguf"
+    stacks = {"ffn_gate_exps": Kind.Q4_K, "ffn_up_exps": Kind.Q4_K, "ffn_down_exps": Kind.Q8_0}
+    write_expert_gguf(path, 61, {"blk.0.attn_q": Kind.Q8_0, **{f"blk.0.{n}": k for n, k in stacks.items()}})
+    model = load(path, torch.float32).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every matrix in blocks is found
+        adaptc.quantize(model, gguf_file=path)
+    experts = model.model.layers[0].mlp.experts
+    for weight, bits in ((experts.gate_up_proj, 4.625), (experts.down_proj, 8.5)):
+        assert weight.stored_bytes == bits * weight.numel() / 8
+    assert model.quantize_report.max_error == 0
+    program = adaptc.compile(model, LoraConfig(r=3, target_modules=["q_proj"]))
+    error = float((program(input_ids=IDS).logits - expected).norm() / expected.norm())
+    assert error < 1e-6
+
+
 def matrices(file: Path) -> dict[str, GgufMatrix]:
     from adaptc.quantized_layers.gguf_file import read_gguf_matrices
 
@@ -137,24 +157,61 @@ def test_weights_are_found_in_any_order_of_rows(kind: Kind, dtype: torch.dtype, 
         GgufMatrix(f"m{i}", kind, torch.from_numpy(blocks(kind, rows, columns, seed=i)))
         for i, (rows, columns) in enumerate([(7, 256), (7, 256), (11, 512), (256, 256)])
     ]
-    weights: dict[str, tuple[Tensor, bool]] = {}
+    weights: dict[str, WeightLayout] = {}
     for matrix in found_in[1:]:
         values = matrix.quantized(dtype).dequantize()
         values = values[torch.randperm(values.shape[0], generator=generator)]
-        weights[f"of {matrix.name}"] = (values.t().contiguous() if is_transposed else values, is_transposed)
-    weights["other"] = (torch.randn(weights["of m1"][0].shape, dtype=dtype), is_transposed)
+        weight = values.t().contiguous() if is_transposed else values
+        weights[f"of {matrix.name}"] = WeightLayout(weight, is_transposed)
+    weights["other"] = WeightLayout(torch.randn(weights["of m1"].tensor.shape, dtype=dtype), is_transposed)
     found = find_weights(found_in, weights)
-    assert {n: w.matrix.name for n, w in found.items()} == {f"of {n}": n for n in ("m1", "m2", "m3")}
+    assert {n: [m.name for m in w.matrices] for n, w in found.items()} == {f"of {n}": [n] for n in ("m1", "m2", "m3")}
     for name, where in found.items():
-        assert torch.equal(where.quantized(weights[name][0], is_transposed).dequantize(), weights[name][0])
+        weight = weights[name].tensor
+        assert torch.equal(where.quantized(weight).dequantize(), weight)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_two_projections_of_experts_are_found_in_one_weight(kind: Kind, is_transposed: bool) -> None:
+    """transformers puts the rows of an expert's first projection before those of its second."""
+
+    def stack(seed: int, rows: int = 7, is_stack: bool = True) -> GgufMatrix:
+        data = torch.from_numpy(blocks(kind, 3 * rows, 256, seed=seed))
+        return GgufMatrix(f"m{seed}", kind, data, is_stack)
+
+    def values(matrix: GgufMatrix) -> Tensor:
+        return matrix.quantized(torch.bfloat16).dequantize().reshape(3, -1, 256)
+
+    def joined(*matrices: GgufMatrix) -> WeightLayout:
+        weight = torch.cat([values(m) for m in matrices], 1)
+        return WeightLayout(weight.mT.contiguous() if is_transposed else weight, is_transposed, 2)
+
+    gate, up, down = stack(0), stack(1), stack(2, rows=14)
+    flat = stack(4, is_stack=False)
+    weights = {"both": joined(gate, up), "one": joined(down), "same": joined(up, up), "flat": joined(gate, flat)}
+    found = find_weights([gate, up, down, flat], weights)
+    assert {n: [m.name for m in w.matrices] for n, w in found.items()} == {
+        "both": ["m0", "m1"],
+        "one": ["m2"],
+        "same": ["m1", "m1"],
+    }
+    for name, where in found.items():
+        weight = weights[name].tensor
+        made = where.quantized(weight)
+        assert made.row_axes == 2
+        assert torch.equal(made.dequantize(), weight)
+    changed = weights["both"].tensor.clone()
+    changed[1, 2, 3] += 1
+    assert not find_weights([gate, up], {"both": WeightLayout(changed, is_transposed, 2)})
 
 
 def test_a_weight_with_one_other_value_is_not_found() -> None:
     matrix = GgufMatrix("m", Kind.Q8_0, torch.from_numpy(blocks(Kind.Q8_0, 5, 64)))
     values = matrix.quantized(torch.float32).dequantize()
-    assert set(find_weights([matrix], {"w": (values, False)})) == {"w"}
+    assert set(find_weights([matrix], {"w": WeightLayout(values)})) == {"w"}
     values[3, 17] = torch.nextafter(values[3, 17], torch.tensor(9.0))
-    assert find_weights([matrix], {"w": (values, False)}) == {}
+    assert find_weights([matrix], {"w": WeightLayout(values)}) == {}
 
 
 def test_layers_that_store_their_weight_transposed(tmp_path: Path) -> None:

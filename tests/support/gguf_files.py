@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,60 @@ def write_gguf(
         **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (hidden,)),
     }
     writer = gguf.GGUFWriter(path, "llama")
+    _add_sizes(writer, hidden, inner, heads, kv_heads, hidden // heads)
+    _add_words(writer, vocab, special)
+    made: dict[str, torch.Tensor] = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        made[name] = _add_matrix(writer, name, shape, (kinds or {}).get(name), rng, seed)
+    _finish(writer)
+    return made
+
+
+def write_expert_gguf(path: Path, vocab: int, kinds: Mapping[str, Kind], experts: int = 3) -> dict[str, torch.Tensor]:
+    """Write a mixture of experts of one layer (qwen3moe), and return the values of its matrices by name.
+
+    transformers does not read the size of an expert from a file, so it has that of its default.
+    """
+    hidden, inner, head = 256, 768, 16
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    _add_sizes(writer, hidden, inner, 4, 2, head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(2)
+    _add_words(writer, vocab, SPECIAL)
+    shapes = {
+        "token_embd": (vocab, hidden),
+        "output": (vocab, hidden),
+        "blk.0.attn_q": (4 * head, hidden),
+        "blk.0.attn_k": (2 * head, hidden),
+        "blk.0.attn_v": (2 * head, hidden),
+        "blk.0.attn_output": (hidden, 4 * head),
+        "blk.0.ffn_gate_inp": (experts, hidden),
+        "blk.0.ffn_gate_exps": (experts, inner, hidden),
+        "blk.0.ffn_up_exps": (experts, inner, hidden),
+        "blk.0.ffn_down_exps": (experts, hidden, inner),
+        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (hidden,)),
+        **dict.fromkeys(("blk.0.attn_q_norm", "blk.0.attn_k_norm"), (head,)),
+    }
+    rng = np.random.default_rng(0)
+    made = {n: _add_matrix(writer, n, s, kinds.get(n), rng, i) for i, (n, s) in enumerate(shapes.items())}
+    _finish(writer)
+    return made
+
+
+def _add_sizes(writer: Any, hidden: int, inner: int, heads: int, kv_heads: int, head: int) -> None:
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(inner)
     writer.add_block_count(1)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_rope_dimension_count(head)
     writer.add_layer_norm_rms_eps(1e-5)
+
+
+def _add_words(writer: Any, vocab: int, special: Sequence[str]) -> None:
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -77,19 +124,22 @@ def write_gguf(
     writer.add_token_merges(["Ġ w"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    made: dict[str, torch.Tensor] = {}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        kind = (kinds or {}).get(name)
-        if kind is None:
-            values = rng.standard_normal(shape).astype(np.float32)
-            writer.add_tensor(f"{name}.weight", values)
-        else:
-            data = blocks(kind, *shape, seed=seed)
-            writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-            values = gguf.quants.dequantize(data, kind)
-        made[name] = torch.from_numpy(values)
+
+
+def _add_matrix(writer: Any, name: str, shape: tuple[int, ...], kind: Kind | None, rng: Any, seed: int) -> torch.Tensor:
+    """Add a matrix, or a stack of matrices, of random values or blocks, and return its values."""
+    if kind is None:
+        values = rng.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", values)
+    else:
+        data = blocks(kind, math.prod(shape[:-1]), shape[-1], seed=seed).reshape(*shape[:-1], -1)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+        values = gguf.quants.dequantize(data, kind)
+    return torch.from_numpy(values)
+
+
+def _finish(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return made
