@@ -44,31 +44,33 @@ class CutCodes:
         self._factor: int = quantizer.vision_spatial_factor
         self._original, self._mapped = quantizer.encode, mapping.convert_img2bpe
         self._sizes: Tensor | None = None
+        self._images = 0
         self._signature = inspect.signature(self._original)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        self._sizes = given["image_sizes"] // self._factor
+        self._sizes, self._images = given["image_sizes"] // self._factor, given["pixel_values"].shape[0]
         # Of one size, since all codes are one tensor; no side of it is cut.
         return self._original(**given | {"image_sizes": [(sys.maxsize, sys.maxsize)]})
 
     def to_tokens(self, codes: Tensor) -> Tensor:
         assert self._sizes is not None
-        return self._select(self._mapped(codes), self._sizes.to(codes.device))
+        return self._select(self._mapped(codes), self._sizes.to(codes.device), codes.shape[0] // self._images)
 
-    def _select(self, tokens: Tensor, sizes: Tensor) -> Tensor:
+    @staticmethod
+    def _select(tokens: Tensor, sizes: Tensor, height: int) -> Tensor:
         """Return the tokens (found,) that belong to images of these ``sizes`` (images, 2), with their new lines.
 
         ``tokens`` (images * height, width + 1) have the new line of each padded row at its end.
         """
-        width = tokens.shape[1]
-        image, number = sizes.shape[0], torch.arange(tokens.numel() // sizes.shape[0], device=tokens.device)
+        width, per_image = tokens.shape[1], height * tokens.shape[1]
+        number = torch.arange(per_image, device=tokens.device)
         row, column = number // width, number % width
         kept = true_indices((row < sizes[:, :1]) & (column <= sizes[:, 1:]))
-        ends = sizes[:, 1:].expand(image, number.shape[0]).flatten()[kept]
         column = kept % width
-        return tokens.flatten()[torch.where(column == ends, kept - column + width - 1, kept)]
+        is_end = column == sizes[kept // per_image, 1]
+        return tokens.flatten()[torch.where(is_end, kept - column + width - 1, kept)]
 
     def is_equal(self) -> bool:
         """Return whether tokens are those that the model makes of each image."""
@@ -78,7 +80,7 @@ class CutCodes:
             return torch.cat([self._mapped(one[:height, :width]).flatten() for one, (height, width) in pairs])
 
         def selected(codes: Tensor, sizes: Tensor) -> Tensor:
-            return self._select(self._mapped(codes.flatten(0, 1)), sizes)
+            return self._select(self._mapped(codes.flatten(0, 1)), sizes, codes.shape[1])
 
         return is_equal(joined, selected, self._calls())
 

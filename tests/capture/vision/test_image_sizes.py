@@ -1,0 +1,96 @@
+"""Models that loop over the sizes of their images, adapted for any number of images of any sizes, against PEFT."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import adaptc
+from tests.support.sized_images import FAMILIES, adapted_by_peft, call_with_images, image_token, model_of
+
+EXAMPLE = [[(2, 3)], [(3, 2)], [(2, 3)]]
+CALLS = {
+    "as captured": EXAMPLE,
+    "one text, one image": [[(3, 5)]],
+    "a text without images": [[], [(5, 3)], [(2, 2), (9, 4), (3, 7)]],
+    "more images than texts": [[(2, 5), (3, 3), (4, 2)], [(7, 2)]],
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*of layers that the program never calls:adaptc.AdaptcWarning"),
+    # What is refused at a call names the line of the model that refuses it.
+    pytest.mark.usefixtures("stack_traces"),
+]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@cache
+def program_of(family: str) -> adaptc.AdaptedProgram:
+    path = adapted_by_peft(family)[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*captured for those of the example inputs alone")
+        return adaptc.compile(model_of(family), path, example_inputs=call_with_images(family, EXAMPLE))
+
+
+@torch.no_grad()
+def logits(model: Any, call: dict[str, Tensor]) -> Tensor:
+    return model(**copy.deepcopy(call))["logits"]
+
+
+@pytest.mark.long
+@pytest.mark.few(12)
+@every_family
+@pytest.mark.parametrize("which", CALLS)
+def test_outputs_are_pefts(family: str, which: str) -> None:
+    oracle, _ = adapted_by_peft(family)
+    call = call_with_images(family, CALLS[which])
+    wanted, found = logits(oracle, call), logits(program_of(family), call)
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    with oracle.disable_adapter():
+        assert not torch.allclose(found, logits(oracle, call), rtol=0.02, atol=0.02)
+    other = {**call, "pixel_values": call["pixel_values"].flip(0, -1).sin()}
+    assert not torch.allclose(found, logits(program_of(family), other), atol=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.few(4)
+@every_family
+def test_numbers_that_do_not_fit_are_refused(family: str) -> None:
+    call = call_with_images(family, EXAMPLE)
+    ids = call["input_ids"].clone()
+    ids[0, (ids[0] == image_token(family)).nonzero()[0]] = 13
+    with pytest.raises(adaptc.AdaptcError, match="do not pass the check"):
+        program_of(family)(**{**call, "input_ids": ids})
+    sizes = next(n for n in call if n in ("image_sizes", "image_grid_thw"))
+    with pytest.raises(adaptc.AdaptcError):
+        program_of(family)(**{**call, sizes: call[sizes][:-1]})
+
+
+@pytest.mark.long
+@pytest.mark.few(5)
+@every_family
+def test_gradients_of_training(family: str) -> None:
+    """The loss of a text with images, and the gradients of all adapters, are PEFT's, at sizes that are not captured."""
+    oracle, path = adapted_by_peft(family)
+    example, call = (call_with_images(family, rows) for rows in (EXAMPLE, CALLS["a text without images"]))
+    for one in (example, call):
+        one["labels"] = one["input_ids"].masked_fill(one["attention_mask"] == 0, -100)
+    module = adaptc.compile(model_of(family), path, example_inputs=example, training=True).module()
+    found = module(**copy.deepcopy(call))["loss"]
+    found.backward()
+    twin = copy.deepcopy(oracle).train()
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    wanted = twin(**copy.deepcopy(call))["loss"]
+    wanted.backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    theirs = sorted(float(p.grad.norm()) for p in twin.parameters() if p.grad is not None)
+    ours = sorted(float(p.grad.norm()) for p in module.parameters() if p.grad is not None)
+    assert len(ours) == len(theirs) > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
