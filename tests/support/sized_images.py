@@ -109,7 +109,7 @@ def image_token(family: str) -> int:
     return config.vocabulary_map["<image>"] if family == "emu3" else find_setting(config, *IMAGE_TOKENS)
 
 
-def call_with_images(family: str, rows: Sequence[Sequence[Size]]) -> dict[str, Tensor]:
+def call_with_images(family: str, rows: Sequence[Sequence[Size]], *, pads_left: bool = False) -> dict[str, Tensor]:
     """Return the inputs of texts with images; ``rows`` has the sizes of each text's images, in units."""
     model, token = _plain(family), image_token(family)
     images = FAMILIES[family][1](model, [size for sizes in rows for size in sizes])
@@ -123,6 +123,7 @@ def call_with_images(family: str, rows: Sequence[Sequence[Size]]) -> dict[str, T
     length = max(map(len, texts)) + 1
     ids, mask = torch.full((len(rows), length), 9), torch.zeros(len(rows), length, dtype=torch.long)
     for i, text in enumerate(texts):
-        ids[i, : len(text)], mask[i, : len(text)] = torch.tensor(text), 1
+        own = slice(length - len(text), length) if pads_left else slice(0, len(text))
+        ids[i, own], mask[i, own] = torch.tensor(text), 1
     kinds = {"mm_token_type_ids": (ids == token).int()} if family == "paddleocr_vl" else {}
     return {"input_ids": ids, "attention_mask": mask, **kinds, **images}

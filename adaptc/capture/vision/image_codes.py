@@ -1,6 +1,6 @@
 """Replace what Emu3 does with the codes of each image, where the replacement is found to be equal.
 
-A quantiser gives codes (images, height, width) of padded images. The model cuts the codes of each image to its size, and
+A quantiser gives codes (images, height, width) of padded images. The model cuts the codes of each image to its size. It
 maps them to tokens, with one for a new line after each row. Here all codes are mapped at once, and those that are no
 padding are found by index.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.vision.equal_methods import Method, is_equal
+from adaptc.capture.vision.equal_methods import is_equal
 from adaptc.capture.vision.packed_patches import true_indices
 
 _TRIALS = 8

@@ -1,9 +1,11 @@
 """Compute how images of any resolution are cut into tiles, and how the features of their tiles become tokens.
 
-LLaVA-NeXT and models after it scale an image down to a whole, and up to the best of some resolutions, which is cut into
-tiles of one size. Tokens are the features of the whole, then those of the tiles as one field, without the rows or
-columns that padded the image. A token for a new line follows each row. transformers computes this in Python for each
-image. Here it is done with tensors, whose numbers are the same: Python's floats are torch's float64.
+LLaVA-NeXT and models after it scale an image down to a whole. They also scale it to the best of some resolutions, and
+cut that into tiles of one size. Tokens are the features of the whole, then those of the tiles as one field, without the
+rows or columns that padded the image. A token for a new line follows each row.
+
+transformers computes this in Python for each image. Here it is done with tensors, whose numbers are the same: Python's
+floats are torch's float64.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _SLACK = 1.1
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a model cuts its images.
+    """The way a model cuts its images.
 
     Attributes:
         resolutions: the heights and widths of fields of tiles, in pixels.
@@ -66,10 +68,10 @@ class Tiling:
         image, number = (number < per_tile + more.unsqueeze(1)).nonzero().unbind(1)
         first = (counts.cumsum(0) - counts)[image] * per_tile
         behind = (number - per_tile).clamp(min=0)
-        across = width[image] + breaks
+        across = (width[image] + breaks).clamp(min=1)
         row, column = behind // across, behind % across
         is_break = (number >= per_tile) & ((column == width[image]) | ~is_tiled[image])
-        column = torch.minimum(column, width[image] - 1)
+        column = torch.minimum(column, width[image] - 1).clamp(min=0)
 
         def read(row: Tensor, column: Tensor) -> Tensor:
             down, right = row + area.top[image], column + area.left[image]
@@ -83,7 +85,8 @@ class Tiling:
         else:
             upper, lower, down = _sources(row, height[image], area.height[image])
             left, right, over = _sources(column, width[image], area.width[image])
-            down, over = (t.unsqueeze(1).to(features.dtype) for t in (down, over))
+            is_field = number >= per_tile
+            down, over = (torch.where(is_field, t, 0).unsqueeze(1).to(features.dtype) for t in (down, over))
             top = read(upper, left) * (1 - over) + read(upper, right) * over
             tokens = top * (1 - down) + (read(lower, left) * (1 - over) + read(lower, right) * over) * down
         return tokens if newline is None else torch.where(is_break.unsqueeze(1), newline.to(tokens), tokens)
@@ -133,6 +136,6 @@ def _sources(index: Tensor, size: Tensor, source: Tensor) -> tuple[Tensor, Tenso
 
     That is as ``torch.nn.functional.interpolate`` does in mode "bilinear".
     """
-    at = ((index.float() + 0.5) * (source / size) - 0.5).clamp(min=0)
+    at = ((index.float() + 0.5) * (source / size.clamp(min=1)) - 0.5).clamp(min=0)
     lower = torch.minimum(at.long(), source - 1)
     return lower, torch.minimum(lower + 1, source - 1), torch.where(size == source, 0, at - lower)

@@ -1,7 +1,7 @@
 """Replace methods that loop over the images of packed patches, where the replacement is found to be equal.
 
 The patches of all images are in one row. transformers splits the row by image, gives each image the shape of its grid,
-and joins the results. A replacement finds the patches that each result is made of by :mod:`packed_patches`, and computes
+and joins the results. A replacement finds the patches that each result is made of by :mod:`packed_patches`. It computes
 all results at once with the module's own layers.
 """
 

@@ -3,6 +3,11 @@
 The patches of all images are in one row. Those of a frame are in raster order, or in blocks of ``merge`` x ``merge``,
 as :mod:`image_grids` says. transformers cuts the row into images, and gives each the shape of its grid. Here each patch
 that is looked for gets an index into the row.
+
+How many there are may follow from the sizes of images alone. A trace then has a size that it knows nothing of.
+
+Private torch use, with the public route that was tried: ``torch._check``, by which a trace knows that such a size is
+not zero. Attention branches on that. Public: none.
 """
 
 from __future__ import annotations

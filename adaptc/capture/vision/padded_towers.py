@@ -7,7 +7,6 @@ are no padding are found by index. One call of an attention within segments take
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from random import Random
 from types import MethodType
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.vision.equal_methods import Method, is_equal
 from adaptc.capture.vision.packed_patches import find_real_patches
-from adaptc.capture.vision.segment_attention import attends_in_segments
 from adaptc.capture.vision.tower_facts import is_padded_tower
 
 _TRIALS = 3

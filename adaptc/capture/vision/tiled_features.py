@@ -59,7 +59,7 @@ def equal_packing(module: Any, original: Method) -> Method | None:
         return None
 
     def tiling_of(ratio: str | None) -> Tiling | None:
-        return find_tiling(module, int(ratio.strip("anyres_max_")) if ratio is not None else None)
+        return find_tiling(module, int(ratio.rpartition("_")[2]) if ratio is not None else None)
 
     def pack(*args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         bound = signature.bind(*args, **kwargs)

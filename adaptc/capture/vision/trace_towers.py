@@ -3,7 +3,7 @@
 While the model is traced,
 
 - its towers are given what they compute from grids, as tensors of :mod:`tower_facts`;
-- a tower attends within segments of patches by one call, as :mod:`segment_attention` says;
+- a tower attends within segments of patches by one call, as :mod:`attend_in_segments` says;
 - features of all images stay in one tensor, as :mod:`whole_features` says;
 - positions of text and images are those of :mod:`rotary_positions`;
 - methods that loop over images are those of :mod:`packed_methods`, :mod:`padded_towers`, :mod:`tiled_features` and
@@ -29,15 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.capture.model_state import own_attribute
+from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
 from adaptc.capture.vision.image_codes import find_codes
 from adaptc.capture.vision.packed_methods import equal_packed_forward, equal_unshuffle
 from adaptc.capture.vision.padded_towers import equal_padded_forward
-from adaptc.capture.vision.segment_attention import attends_in_segments
 from adaptc.capture.vision.tiled_features import equal_packing, find_tiling, joined_tiles
 from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers, has_free_images
 from adaptc.capture.vision.whole_features import KeepWhole
 from adaptc.errors import CaptureError
+
 
 @contextlib.contextmanager
 def traced_for_any_images(model: nn.Module) -> Iterator[None]:

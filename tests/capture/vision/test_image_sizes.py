@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,31 @@ def test_numbers_that_do_not_fit_are_refused(family: str) -> None:
     sizes = next(n for n in call if n in ("image_sizes", "image_grid_thw"))
     with pytest.raises(adaptc.AdaptcError):
         program_of(family)(**{**call, sizes: call[sizes][:-1]})
+
+
+@pytest.mark.long
+@pytest.mark.few(4)
+@every_family
+def test_prompts_are_continued(family: str) -> None:
+    oracle, path = adapted_by_peft(family)
+    example = call_with_images(family, EXAMPLE, pads_left=True)
+    gen = adaptc.compile_for_generation(model_of(family), path, example_inputs=example, max_length=400)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for which in ("one text, one image", "a text without images"):
+        call = call_with_images(family, CALLS[which], pads_left=True)
+        with torch.no_grad():
+            assert torch.equal(gen.generate(**call, **options), oracle.generate(**call, **options))
+
+
+@pytest.mark.long
+def test_a_saved_program_runs_without_adaptc(tmp_path: Path) -> None:
+    for family in ("mistral3", "llava_next", "emu3", "video_llama_3"):
+        call = call_with_images(family, CALLS["a text without images"])
+        program, file = adaptc.merge(program_of(family)), tmp_path / f"{family}.pt2"
+        adaptc.save(program, file)
+        found = torch.export.load(file).module()(**call)["logits"]
+        wanted = logits(program, call)
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
 @pytest.mark.long
