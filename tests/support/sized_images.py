@@ -109,10 +109,17 @@ def image_token(family: str) -> int:
     return config.vocabulary_map["<image>"] if family == "emu3" else find_setting(config, *IMAGE_TOKENS)
 
 
-def call_with_images(family: str, rows: Sequence[Sequence[Size]], *, pads_left: bool = False) -> dict[str, Tensor]:
-    """Return the inputs of texts with images; ``rows`` has the sizes of each text's images, in units."""
+def call_with_images(
+    family: str, rows: Sequence[Sequence[Size]], *, pads_left: bool = False, tells_counts: bool = False
+) -> dict[str, Tensor]:
+    """Return the inputs of texts with images; ``rows`` has the sizes of each text's images, in units.
+
+    ``tells_counts`` adds the number of each text's images, by which LLaVA-OneVision cuts images into tiles.
+    """
     model, token = _plain(family), image_token(family)
     images = FAMILIES[family][1](model, [size for sizes in rows for size in sizes])
+    if tells_counts:
+        images["batch_num_images"] = torch.tensor([len(sizes) for sizes in rows])
     with torch.no_grad():
         counts = [len(f) for f in model.model.get_image_features(**images, return_dict=True).pooler_output]
     left, texts = iter(counts), list[list[int]]()

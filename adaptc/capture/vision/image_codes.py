@@ -41,6 +41,7 @@ class CutCodes:
     """
 
     def __init__(self, quantizer: Any, mapping: Any) -> None:
+        self.quantizer, self.mapping = quantizer, mapping
         self._factor: int = quantizer.vision_spatial_factor
         self._original, self._mapped = quantizer.encode, mapping.convert_img2bpe
         self._sizes: Tensor | None = None

@@ -74,8 +74,9 @@ def _projector(module: Any, original: Method) -> Method | None:
     """Return the forward of a projector that merges the patches of blocks after a norm."""
     merge, norm = getattr(module, "merge_kernel_size", None), getattr(module, "pre_norm", None)
     layers = [getattr(module, n, None) for n in ("linear_1", "act", "linear_2")]
-    is_known = isinstance(norm, nn.LayerNorm) and all(isinstance(layer, nn.Module) for layer in layers)
-    if not is_known or not isinstance(merge, tuple) or len({*merge}) != 1:
+    if not isinstance(norm, nn.LayerNorm) or not all(isinstance(layer, nn.Module) for layer in layers):
+        return None
+    if not isinstance(merge, tuple) or len({*merge}) != 1:
         return None
     side: int = merge[0]
 

@@ -162,8 +162,9 @@ def _images_per_text(kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     That axis is filled up with images of zeros. None where there are no such inputs.
     """
     pixels, ids = kwargs.get("pixel_values"), kwargs["input_ids"]
-    is_per_text = isinstance(pixels, Tensor) and pixels.ndim == 5 and pixels.shape[0] == ids.shape[0]
-    if not is_per_text or "image_sizes" in kwargs:  # such an axis is of the tiles of an image
+    if not isinstance(pixels, Tensor) or pixels.ndim != 5 or pixels.shape[0] != ids.shape[0]:
+        return None
+    if "image_sizes" in kwargs:  # such an axis is of the tiles of an image
         return None
     return pixels.shape[0], pixels.shape[1]
 

@@ -59,9 +59,9 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
                 if inspect.ismethod(original) and (made := make(module, original, splits)) is not None:
                     stack.enter_context(own_attribute(module, name, made))
             if (codes := find_codes(module)) is not None:
-                splits.codes.add(_code(module.vqmodel.encode))
-                stack.enter_context(own_attribute(module.vqmodel, "encode", codes.encode))
-                stack.enter_context(own_attribute(module.vocabulary_mapping, "convert_img2bpe", codes.to_tokens))
+                splits.codes.add(_code(codes.quantizer.encode))
+                stack.enter_context(own_attribute(codes.quantizer, "encode", codes.encode))
+                stack.enter_context(own_attribute(codes.mapping, "convert_img2bpe", codes.to_tokens))
         splits.grid_codes |= {_code(type(tower).forward) for tower in towers if splits.readers & {*tower.modules()}}
         yield
 

@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llava_next import modeling_llava_next
 
 import adaptc
-from tests.support.sized_images import FAMILIES, adapted_by_peft, call_with_images, image_token, model_of
+from tests.support.sized_images import (
+    FAMILIES,
+    RESOLUTIONS,
+    TILE,
+    adapted_by_peft,
+    call_with_images,
+    image_token,
+    model_of,
+)
 
 EXAMPLE = [[(2, 3)], [(3, 2)], [(2, 3)]]
 CALLS = {
@@ -22,6 +31,8 @@ CALLS = {
     "a text without images": [[], [(5, 3)], [(2, 2), (9, 4), (3, 7)]],
     "more images than texts": [[(2, 5), (3, 3), (4, 2)], [(7, 2)]],
 }
+#: the families whose layers keep something else than keys and values
+NO_STEP = {"lfm3_vl", "mistral_large4"}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*of layers that the program never calls:adaptc.AdaptcWarning"),
@@ -75,16 +86,64 @@ def test_numbers_that_do_not_fit_are_refused(family: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.few(4)
-@every_family
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NO_STEP))
 def test_prompts_are_continued(family: str) -> None:
     oracle, path = adapted_by_peft(family)
     example = call_with_images(family, EXAMPLE, pads_left=True)
-    gen = adaptc.compile_for_generation(model_of(family), path, example_inputs=example, max_length=400)
+    gen = adaptc.compile_for_generation(model_of(family), path, example_inputs=example, max_length=128)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    for which in ("one text, one image", "a text without images"):
-        call = call_with_images(family, CALLS[which], pads_left=True)
+    for rows in ([[(3, 4)]], [[], [(4, 3)], [(2, 2), (2, 3)]]):
+        call = call_with_images(family, rows, pads_left=True)
         with torch.no_grad():
             assert torch.equal(gen.generate(**call, **options), oracle.generate(**call, **options))
+
+
+@pytest.mark.long
+@pytest.mark.few(2)
+@every_family
+def test_text_alone_is_captured_as_before(family: str) -> None:
+    model = model_of(family)
+    program = adaptc.compile(model, adaptc.LoraConfig(r=2, target_modules="all-linear"))
+    call = {n: t for n, t in call_with_images(family, EXAMPLE).items() if n in ("input_ids", "attention_mask")}
+    call["input_ids"] = call["input_ids"].masked_fill(call["input_ids"] == image_token(family), 12)
+    wanted = logits(model, call)
+    assert (logits(program.base, call) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def check_outputs(family: str, example: dict[str, Tensor], call: dict[str, Tensor]) -> None:
+    oracle, path = adapted_by_peft(family)
+    program = adaptc.compile(model_of(family), path, example_inputs=example)
+    wanted = logits(oracle, call)
+    assert (logits(program, call) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.long
+def test_frames_attend_to_each_other_and_are_merged() -> None:
+    grid = torch.tensor([[3, 4, 2], [1, 2, 2], [2, 4, 4]])
+    pixels = torch.randn(int(grid.prod(1).sum()), 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    counts = (grid[:, 1] * grid[:, 2] // 4).tolist()
+    ids = torch.tensor([[11, *[image_token("kimi_k25")] * sum(counts), 12, 13]])
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_grid_thw": grid}
+    check_outputs("kimi_k25", call_with_images("kimi_k25", EXAMPLE), call)
+
+
+@pytest.mark.long
+def test_several_images_of_a_text_are_not_cut_into_tiles() -> None:
+    rows = [[(2, 3), (5, 4)], [(3, 2)], [], [(4, 6)]]
+    example, call = (call_with_images("llava_onevision", r, tells_counts=True) for r in ([*EXAMPLE, rows[0]], rows))
+    assert call["batch_num_images"].tolist() == [2, 1, 0, 1]
+    check_outputs("llava_onevision", example, call)
+
+
+@pytest.mark.long
+def test_tiles_that_are_joined_before() -> None:
+    calls = [call_with_images("llava_next", rows) for rows in (EXAMPLE, CALLS["more images than texts"])]
+    count = modeling_llava_next.image_size_to_num_patches
+    for call in calls:
+        counts = [count(size, RESOLUTIONS, TILE) for size in call["image_sizes"]]
+        pairs = zip(call["pixel_values"], counts, strict=True)
+        call["pixel_values"] = torch.cat([tiles[:n] for tiles, n in pairs])
+    check_outputs("llava_next", *calls)
 
 
 @pytest.mark.long
