@@ -58,7 +58,7 @@ class Tiling:
         """
         per_tile = features.shape[1]
         fields = self._fields(sizes)
-        area = _unpadded_areas(sizes, fields * self.side)
+        area = unpadded_areas(sizes, fields * self.side)
         height, width = self._scaled_down(area)
         breaks = int(newline is not None)
         is_tiled = counts > 1
@@ -85,13 +85,12 @@ class Tiling:
         else:
             upper, lower, down = _sources(row, height[image], area.height[image])
             left, right, over = _sources(column, width[image], area.width[image])
-            is_field = number >= per_tile
-            down, over = (torch.where(is_field, t, 0).unsqueeze(1).to(features.dtype) for t in (down, over))
+            down, over = (t.unsqueeze(1).to(features.dtype) for t in (down, over))
             top = read(upper, left) * (1 - over) + read(upper, right) * over
             tokens = top * (1 - down) + (read(lower, left) * (1 - over) + read(lower, right) * over) * down
         return tokens if newline is None else torch.where(is_break.unsqueeze(1), newline.to(tokens), tokens)
 
-    def _scaled_down(self, area: _Areas) -> tuple[Tensor, Tensor]:
+    def _scaled_down(self, area: Areas) -> tuple[Tensor, Tensor]:
         """Return the heights and widths of fields in tokens, int64 (images,)."""
         if self.most is None:
             return area.height, area.width
@@ -104,7 +103,7 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class _Areas:
+class Areas:
     """The parts of fields that are no padding, in features; int64 (images,)."""
 
     top: Tensor
@@ -113,7 +112,7 @@ class _Areas:
     width: Tensor
 
 
-def _unpadded_areas(sizes: Tensor, fields: Tensor) -> _Areas:
+def unpadded_areas(sizes: Tensor, fields: Tensor) -> Areas:
     """Return the parts of ``fields`` (images, 2), in features, that images of these ``sizes`` (images, 2) fill."""
     own_height, own_width = sizes.double().unbind(1)
     height, width = fields.unbind(1)
@@ -122,7 +121,7 @@ def _unpadded_areas(sizes: Tensor, fields: Tensor) -> _Areas:
     new_width = _rounded(own_width * (height / own_height))
     top = torch.where(is_wide, (height - new_height) // 2, 0)
     left = torch.where(is_wide, 0, (width - new_width) // 2)
-    return _Areas(top, left, height - 2 * top, width - 2 * left)
+    return Areas(top, left, height - 2 * top, width - 2 * left)
 
 
 def _rounded(value: Tensor) -> Tensor:
@@ -134,8 +133,8 @@ def _sources(index: Tensor, size: Tensor, source: Tensor) -> tuple[Tensor, Tenso
     """Return for entries of an axis of ``size`` the two entries of its ``source`` that each is between, and the second
     one's weight.
 
-    That is as ``torch.nn.functional.interpolate`` does in mode "bilinear".
+    That is as ``torch.nn.functional.interpolate`` does in mode "bilinear". A ``source`` is not smaller than its axis.
     """
-    at = ((index.float() + 0.5) * (source / size.clamp(min=1)) - 0.5).clamp(min=0)
+    at = (index.float() + 0.5) * (source / size.clamp(min=1)) - 0.5
     lower = torch.minimum(at.long(), source - 1)
-    return lower, torch.minimum(lower + 1, source - 1), torch.where(size == source, 0, at - lower)
+    return lower, torch.minimum(lower + 1, source - 1), at - lower

@@ -13,10 +13,10 @@ from transformers import LlavaNextConfig
 from transformers.models.llava_next import modeling_llava_next as llava_next
 from transformers.models.llava_onevision import modeling_llava_onevision as onevision
 
-from adaptc.capture.vision.image_tiles import Tiling
+from adaptc.capture.vision.image_tiles import Tiling, unpadded_areas
 
 SIZE, SIDE, WIDTH = 14, 2, 3
-RESOLUTIONS = ((14, 28), (28, 14), (28, 28), (14, 42), (42, 14), (70, 42), (42, 84))
+RESOLUTIONS = ((28, 28), (14, 28), (28, 14), (14, 42), (42, 14), (70, 42), (42, 84))
 SIZES = st.lists(st.tuples(st.integers(1, 160), st.integers(1, 160)), min_size=1, max_size=4).map(torch.tensor)
 
 
@@ -42,6 +42,18 @@ def packed(tiles: list[Tensor], sizes: Tensor, newline: Tensor | None, most: int
 def test_numbers_of_tiles(sizes: Tensor) -> None:
     wanted = [llava_next.image_size_to_num_patches(s, [list(r) for r in RESOLUTIONS], SIZE) for s in sizes]
     assert Tiling(RESOLUTIONS, SIZE, SIDE).count_tiles(sizes).tolist() == wanted
+
+
+def test_padding_of_all_small_images() -> None:
+    """A product of sizes may come out a bit below the whole number that it stands for."""
+    sizes = torch.cartesian_prod(torch.arange(1, 70), torch.arange(1, 70))
+    fields = torch.tensor([70, 42]).expand(len(sizes), 2)
+    areas, field = unpadded_areas(sizes, fields), torch.arange(70 * 42).view(1, 70, 42)
+    for i, size in enumerate(sizes.tolist()):
+        left = llava_next.unpad_image(field, size)
+        assert left.shape[1:] == (areas.height[i], areas.width[i])
+        if left.numel():
+            assert left[0, 0, 0] == 42 * areas.top[i] + areas.left[i]
 
 
 @pytest.mark.parametrize("most", [None, 1, 4, 9])
