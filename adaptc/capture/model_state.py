@@ -9,6 +9,7 @@ that are written to are copied. Public: ``TorchFunctionMode``, which does not se
 (``embedding`` shortens rows of its weight). ``Tensor._version`` tells too late, and is as private.
 
 ``patch_forward`` replaces a module's ``forward`` for a while, for example by one that names the inputs of a capture.
+``own_attribute`` replaces any attribute of any object so.
 
 :class:`ModelSkeleton` copies a model's modules without its tensors, so that the same model can be captured again for
 other inputs. Later changes to the model do not reach it.
@@ -284,6 +285,18 @@ def patch_forward(
     finally:
         del vars(model)["forward"]
         vars(model).update(own)
+
+
+@contextlib.contextmanager
+def own_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Run the block with an attribute of ``owner`` itself, which hides that of its class."""
+    own = {k: v for k, v in vars(owner).items() if k == name}
+    try:
+        vars(owner)[name] = value
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        vars(owner).update(own)
 
 
 def keyword_only_parameter(name: str) -> inspect.Parameter:

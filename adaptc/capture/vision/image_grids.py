@@ -25,6 +25,7 @@ class PatchPlaces:
 
     Attributes:
         image: the index of its image.
+        start: the index of its image's first patch.
         frame: the index of its frame in the image.
         row, column: its place in the frame.
         frames, height, width: the grid of its image.
@@ -32,6 +33,7 @@ class PatchPlaces:
     """
 
     image: Tensor
+    start: Tensor
     frame: Tensor
     row: Tensor
     column: Tensor
@@ -52,7 +54,8 @@ def place_patches(grid: Tensor, count: int, merge: int | Tensor) -> PatchPlaces:
     # Patches after the last image belong to it: shapes must hold, and the model itself checks the numbers.
     image = torch.bucketize(index, ends, right=True).clamp(max=grid.shape[0] - 1)
     frames, height, width = grid[image].unbind(1)
-    within = index - (ends - sizes)[image]
+    start = (ends - sizes)[image]
+    within = index - start
     frame, place = within // (height * width), within % (height * width)
     step = merge[image] if isinstance(merge, Tensor) else merge
     block, inner = place // (step * step), place % (step * step)
@@ -60,7 +63,7 @@ def place_patches(grid: Tensor, count: int, merge: int | Tensor) -> PatchPlaces:
     row = block // blocks * step + inner // step
     column = block % blocks * step + inner % step
     first_frame = grid[:, 0].cumsum(0) - grid[:, 0]
-    return PatchPlaces(image, frame, row, column, frames, height, width, first_frame[image] + frame)
+    return PatchPlaces(image, start, frame, row, column, frames, height, width, first_frame[image] + frame)
 
 
 @dataclass(frozen=True)

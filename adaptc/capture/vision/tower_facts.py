@@ -1,8 +1,9 @@
 """Find vision towers that compute from grids of images, and compute it for them.
 
 A tower of transformers reads what it computes of a grid from keyword arguments, where these are given
-(``transformers.vision_utils``). The towers are known by the helpers that their ``forward`` calls. No file of
-transformers is imported here.
+(``transformers.vision_utils``). The towers are known by the helpers that their ``forward`` calls. Helpers of a model's
+own file count where they are found to give what is known of helpers with their name. No file of transformers is
+imported here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.capture.vision.image_grids import interpolate_positions, place_patches, sort_into_windows
+from adaptc.capture.vision.packed_patches import merge_frames, number_frames
 
 #: an input -> the names of its free dimensions, or None for one that torch is to relate
 FreeDims = Callable[[Tensor], dict[int, str | None]]
@@ -34,6 +36,13 @@ _HELPERS = {
     "get_vision_window_index": ("window_index", "cu_window_seqlens", "max_window_seqlen"),
     "get_vision_interpolation_indices_and_weights": ("interp_indices", "interp_weights"),
 }
+#: helpers that a model's own file may have -> (grid, patches, ...) -> what they compute
+_OWN_HELPERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "get_vision_frame_index": ("frame_index", number_frames),
+    "get_vision_temporal_merge_index": ("temporal_merge_index", merge_frames),
+}
+#: a helper of the towers that cut padded images to their sizes, and pack what is left
+_PACKING_HELPER = "generate_block_attention_mask"
 
 
 def find_towers(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
@@ -55,24 +64,57 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else None
 
 
+def is_padded_tower(kind: type[nn.Module]) -> bool:
+    """Return whether modules of this ``kind`` are towers that take padded images, and cut them to their sizes."""
+    forward: Any = inspect.unwrap(kind.forward)
+    if not inspect.isfunction(forward) or _PACKING_HELPER not in forward.__code__.co_names:
+        return False
+    return list(inspect.signature(forward).parameters)[:3] == ["self", "pixel_values", "image_sizes"]
+
+
+def _has_padded_tower(model: nn.Module) -> bool:
+    return not GRIDS_ARE_FIXED.get() and any(is_padded_tower(kind) for kind in {type(m) for m in model.modules()})
+
+
 def has_free_images(model: nn.Module) -> bool:
-    """Return whether ``model`` is captured for any number of images: it has such towers, or lists features of images as
-    LLaVA does. It is not where their grids are fixed."""
+    """Return whether ``model`` is captured for any number of images: it has such towers, lists features of images as
+    LLaVA does, or computes them of the sizes of images. It is not where their grids are fixed."""
     if GRIDS_ARE_FIXED.get():
         return False
     methods = [getattr(type(m), "get_image_features", None) for m in model.modules()]
-    codes = [getattr(inspect.unwrap(m), "__code__", None) for m in methods if callable(m)]
-    names = [{*c.co_names} for c in codes if c is not None]
-    return bool(find_towers(model)) or any("list" in n or {"split", "tolist"} <= n for n in names)
+    found: list[Any] = [inspect.unwrap(m) for m in methods if callable(m)]
+    names = [{*f.__code__.co_names} for f in found if hasattr(f, "__code__")]
+    takes_sizes = any("image_sizes" in inspect.signature(f).parameters for f in found)
+    return bool(find_towers(model)) or takes_sizes or any("list" in n or {"split", "tolist"} <= n for n in names)
 
 
 def _computed_facts(kind: type[nn.Module]) -> frozenset[str]:
     forward: Any = inspect.unwrap(kind.forward)
     if not inspect.isfunction(forward) or "grid_thw" not in inspect.signature(forward).parameters:
         return frozenset()
-    helpers, called = sys.modules.get(kind.__module__), forward.__code__.co_names
+    helpers, called = sys.modules.get(kind.__module__), {*forward.__code__.co_names}
     known = {n for n in _HELPERS if getattr(getattr(helpers, n, None), "__module__", "") == "transformers.vision_utils"}
-    return frozenset(name for helper in known.intersection(called) for name in _HELPERS[helper])
+    methods = [inspect.unwrap(m) for n in called if inspect.isfunction(m := getattr(kind, n, None))]
+    of_methods = {n for m in methods for n in m.__code__.co_names}
+    own = {n for n in _OWN_HELPERS if n in called | of_methods and _is_known(getattr(helpers, n, None), n)}
+    computed = {name for helper in known & called for name in _HELPERS[helper]}
+    return frozenset(computed | {_OWN_HELPERS[n][0] for n in own})
+
+
+def _is_known(helper: Any, name: str) -> bool:
+    """Return whether a model's own ``helper`` gives what is known of helpers with its ``name``."""
+    sides = () if name == "get_vision_frame_index" else (2, 3)
+    for grid in ([[1, 4, 6], [3, 2, 3]], [[2, 8, 3]], [[1, 2, 3], [1, 6, 9], [2, 4, 3]]):
+        given = torch.tensor(grid)
+        try:
+            found = helper(given, *sides)
+        except Exception:  # a helper may raise anything
+            return False
+        wanted = _OWN_HELPERS[name][1](given, int(given.prod(1).sum()), *sides)
+        pairs = zip(*(v if isinstance(v, tuple) else (v,) for v in (found, wanted)), strict=True)
+        if not all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs):
+            return False
+    return True
 
 
 def numbers_of_images(kwargs: Mapping[str, Any]) -> list[str]:
@@ -88,10 +130,11 @@ def with_free_images(model: nn.Module, kwargs: Mapping[str, Any], free_dims: Fre
     """Return ``free_dims`` for a call with texts and images: there may be more or fewer images than texts.
 
     ``kwargs`` are the inputs of the model. Of grids and patches, no other dimension is free. Neither is any of images
-    that have the one size which the config names.
+    that have the one size which the config names, where no tower cuts them to sizes of their own.
     """
     if "input_ids" not in kwargs:
         return free_dims
+    has_sizes = isinstance(kwargs.get("image_sizes"), Tensor) and has_free_images(model)
     has_towers, own = bool(find_towers(model)), dict[int, dict[int, str | None]]()
     per_text = _images_per_text(kwargs) if has_free_images(model) else None
     for name, value in kwargs.items():
@@ -99,8 +142,14 @@ def with_free_images(model: nn.Module, kwargs: Mapping[str, Any], free_dims: Fre
             continue
         if per_text is not None and tuple(value.shape[:2]) == per_text:
             own[id(value)] = {0: free_dims(kwargs["input_ids"]).get(0), 1: "images"}
-        elif has_towers and name.endswith("grid_thw"):
-            own[id(value)] = {0: name.replace("grid_thw", "count")}
+        elif has_towers and name.endswith(("grid_thw", "merge_sizes")):
+            own[id(value)] = {0: f"{name.partition('_')[0]}_count"}
+        elif has_sizes and name == "image_sizes":
+            own[id(value)] = {0: "images"}
+        elif has_sizes and value.ndim == 5:
+            own[id(value)] = {0: "images", 1: None}
+        elif has_sizes and value.ndim == 4 and (_has_padded_tower(model) or value.shape[-2:] != _image_size(model)):
+            own[id(value)] = {0: "images", 2: None, 3: None}
         else:
             fixed = (has_towers and value.ndim == 2) or tuple(value.shape[-2:]) == _image_size(model)
             own[id(value)] = {0: None} if fixed else {**free_dims(value), 0: None}
@@ -114,6 +163,8 @@ def _images_per_text(kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """
     pixels, ids = kwargs.get("pixel_values"), kwargs["input_ids"]
     if not isinstance(pixels, Tensor) or pixels.ndim != 5 or pixels.shape[0] != ids.shape[0]:
+        return None
+    if "image_sizes" in kwargs:  # such an axis is of the tiles of an image
         return None
     return pixels.shape[0], pixels.shape[1]
 
@@ -141,11 +192,16 @@ def facts_of_grid(tower: Any, names: frozenset[str], count: int, grid: Tensor, m
     merge = merges if merge is None and merges is not None else merge or 1
     places = place_patches(grid, count, merge)
     axes = [places.row, places.column]
+    merges_frames = getattr(tower, "merge_temporal", _names_argument(tower, "merge_temporal"))
     facts: dict[str, Any] = {
         "position_ids": torch.stack([places.frame, *axes] if getattr(tower, "include_temporal", False) else axes, 1),
-        "cu_seqlens": places.image if getattr(tower, "merge_temporal", False) else places.segment,
+        "cu_seqlens": places.image if merges_frames else places.segment,
         "max_seqlen": count,
     }
+    if "frame_index" in names:
+        facts["frame_index"] = number_frames(grid, count)
+    if "temporal_merge_index" in names:
+        facts["temporal_merge_index"] = merge_frames(grid, count, *_setting(tower, "merge_kernel_size"))
     if "window_index" in names:
         side = _setting(tower, "window_size") // merge // _setting(tower, "patch_size")
         windows = sort_into_windows(grid, count, merge, side)
@@ -163,3 +219,9 @@ def facts_of_grid(tower: Any, names: frozenset[str], count: int, grid: Tensor, m
 
 def _setting(tower: nn.Module, name: str) -> Any:
     return next((v for m in tower.modules() if (v := getattr(m, name, None)) is not None), None)
+
+
+def _names_argument(tower: nn.Module, name: str) -> bool:
+    """Return whether the ``forward`` of ``tower`` names an argument ``name`` in a call: its own attribute, or True."""
+    constants = inspect.unwrap(type(tower).forward).__code__.co_consts
+    return any(name in names for names in constants if isinstance(names, tuple))

@@ -3,11 +3,11 @@
 While the model is traced,
 
 - its towers are given what they compute from grids, as tensors of :mod:`tower_facts`;
-- a tower attends within segments of patches by one call. transformers calls attention for each image, or gives the
-  boundaries of all to a flash kernel. Only the kernel's call has no loop over images. So a tower gets an attention of
-  such a name. The kernel's boundaries are replaced by a number for each patch, which patches of one segment share;
-- features of all images stay in one tensor, where the model would split them by image and join them again;
-- positions of text and images are those of :mod:`rotary_positions`.
+- a tower attends within segments of patches by one call, as :mod:`attend_in_segments` says;
+- features of all images stay in one tensor, as :mod:`whole_features` says;
+- positions of text and images are those of :mod:`rotary_positions`;
+- methods that loop over images are those of :mod:`packed_methods`, :mod:`padded_towers`, :mod:`tiled_features` and
+  :mod:`image_codes`.
 
 Code of the model is replaced only where the replacement gives the same, for images drawn at random. Each replacement is
 an attribute of one module for a while; no class and no function of transformers changes.
@@ -21,55 +21,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from adaptc.capture.model_state import own_attribute
+from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
+from adaptc.capture.vision.image_codes import find_codes
+from adaptc.capture.vision.packed_methods import equal_packed_forward, equal_unshuffle
+from adaptc.capture.vision.padded_towers import equal_padded_forward
+from adaptc.capture.vision.tiled_features import equal_packing, find_tiling, joined_tiles
 from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers, has_free_images
+from adaptc.capture.vision.whole_features import KeepWhole
 from adaptc.errors import CaptureError
-
-_TORCH = str(Path(torch.__file__).parent)
-#: transformers takes any name with "flash" in it for a kernel that gets boundaries
-_SEGMENT_ATTENTION = "adaptc_flash_segments"
-
-
-def _attend_in_segments(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    cu_seq_lens_q: Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Return the attention's output (1, patches, heads, width), and None for its weights.
-
-    ``query``, ``key`` and ``value`` are (1, heads, patches, width), and ``cu_seq_lens_q`` (patches,) are the segments.
-    ``others`` are what transformers passes to kernels.
-    """
-    mask = cu_seq_lens_q.unsqueeze(1) == cu_seq_lens_q
-    out = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _register_segment_attention() -> None:
-    """Let transformers know this attention by its name."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_SEGMENT_ATTENTION, _attend_in_segments)
 
 
 @contextlib.contextmanager
@@ -78,80 +46,24 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
     if not has_free_images(model):
         yield
         return
-    splits = _KeepWhole()
+    splits = KeepWhole()
     with contextlib.ExitStack() as stack:
-        for tower, names in find_towers(model).items():
+        towers = find_towers(model)
+        for tower, names in towers.items():
             stack.enter_context(own_attribute(tower, "forward", _tower_forward(tower, names)))
             if "cu_seqlens" in names:
-                _register_segment_attention()
-                stack.enter_context(own_attribute(tower.config, "_attn_implementation_internal", _SEGMENT_ATTENTION))
+                stack.enter_context(attends_in_segments(tower))
         for module in model.modules():
             for name, make in _REPLACEMENTS.items():
                 original = getattr(module, name, None)
                 if inspect.ismethod(original) and (made := make(module, original, splits)) is not None:
                     stack.enter_context(own_attribute(module, name, made))
+            if (codes := find_codes(module)) is not None:
+                splits.codes.add(_code(codes.quantizer.encode))
+                stack.enter_context(own_attribute(codes.quantizer, "encode", codes.encode))
+                stack.enter_context(own_attribute(codes.mapping, "convert_img2bpe", codes.to_tokens))
+        splits.grid_codes |= {_code(type(tower).forward) for tower in towers if splits.readers & {*tower.modules()}}
         yield
-
-
-@contextlib.contextmanager
-def own_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Run the block with an attribute of ``owner`` itself, which hides that of its class."""
-    own = {k: v for k, v in vars(owner).items() if k == name}
-    try:
-        vars(owner)[name] = value
-        yield
-    finally:
-        vars(owner).pop(name, None)
-        vars(owner).update(own)
-
-
-class _PatchCounts:
-    """The numbers of patches of all images, of which no list can be made while a model is traced."""
-
-    def __floordiv__(self, merged: int) -> _PatchCounts:
-        return self
-
-    def tolist(self) -> _PatchCounts:
-        return self
-
-    def item(self) -> _PatchCounts:
-        return self
-
-
-def _counts_patches(sizes: Any) -> bool:
-    """Return whether the sizes of a split are patch counts, as they are or in the list that torch makes of them."""
-    return isinstance(sizes, _PatchCounts) or (isinstance(sizes, list) and _counts_patches(sizes[0]))
-
-
-class _KeepWhole(TorchFunctionMode):
-    """Features of images stay in one tensor, where a function with one of ``codes`` would split them by image.
-
-    That is a split by the numbers of patches, which are products of grids, or a list of a tensor (images, patches,
-    width). What the function calls is not changed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.codes = set[CodeType]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.split, Tensor.split) and _counts_patches(args[1]):
-            return (args[0],)
-        if func is Tensor.prod and self._is_called_by_features():
-            return _PatchCounts()
-        if func is Tensor.unbind and args[0].ndim == 1 and self._is_called_by_features():
-            return (_PatchCounts(),)
-        if func in (Tensor.unbind, Tensor.__len__) and args[0].ndim == 3 and self._is_called_by_features():
-            return 1 if func is Tensor.__len__ else (args[0].flatten(0, 1),)
-        return func(*args, **kwargs)
-
-    def _is_called_by_features(self) -> bool:
-        """Return whether the call being handled was made in one of ``codes``, directly or by torch's own functions."""
-        frame = sys._getframe(2)  # noqa: SLF001
-        while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
-            frame = frame.f_back
-        return frame is not None and frame.f_code in self.codes
 
 
 def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
@@ -166,7 +78,8 @@ def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
         patches, grid = given[patches_name], given["grid_thw"]
         count = patches.shape[1 if patches.ndim in (3, 5) and patches.shape[0] == 1 else 0]
         _check_that_grids_have_all_patches(grid, count)
-        return original(*args, **{**facts_of_grid(tower, names, count, grid, others.get("merge_sizes")), **kwargs})
+        merges = given.get("merge_sizes", others.get("merge_sizes"))
+        return original(*args, **{**facts_of_grid(tower, names, count, grid, merges), **kwargs})
 
     return forward
 
@@ -175,7 +88,7 @@ def _check_that_grids_have_all_patches(grid: Tensor, count: int) -> None:
     torch._check_tensor_all(grid.prod(1).sum() == count)  # noqa: SLF001
 
 
-def _forward_of_image_lengths(module: Any, original: Any, splits: _KeepWhole) -> Any:
+def _forward_of_image_lengths(module: Any, original: Any) -> Any:
     """Return a forward that computes the lengths of images from their grids, where it takes both."""
     if not {"lengths", "image_shapes"} <= set(inspect.signature(original).parameters):
         return None
@@ -187,12 +100,29 @@ def _forward_of_image_lengths(module: Any, original: Any, splits: _KeepWhole) ->
     return forward
 
 
-def _features(module: Any, original: Any, splits: _KeepWhole) -> Any:
-    splits.codes.add(inspect.unwrap(original.__func__).__code__)
+def _code(method: Any) -> CodeType:
+    return inspect.unwrap(getattr(method, "__func__", method)).__code__
+
+
+def _forward(module: Any, original: Any, splits: KeepWhole) -> Any:
+    """Return a forward of one of the known kinds, or None."""
+    if (made := equal_packed_forward(module, original)) is not None:
+        splits.readers |= {module} if "grid_thw" in inspect.signature(made).parameters else set()
+        return made
+    return equal_padded_forward(module, original) or _forward_of_image_lengths(module, original)
+
+
+def _features(module: Any, original: Any, splits: KeepWhole) -> Any:
+    splits.codes.add(_code(original))
+    has_masks = "pixel_attention_mask" in inspect.signature(original).parameters
+    pack, tiling = getattr(module, "pack_image_features", None), find_tiling(module)
+    if tiling is not None and pack is not None and equal_packing(module, pack) is not None:
+        original = joined_tiles(original, tiling, splits.keeping_splits)
 
     @functools.wraps(original)
     def features(*args: Any, **kwargs: Any) -> Any:
-        _equate_image_sizes(*args, **kwargs)
+        if has_masks:
+            _equate_image_sizes(*args, **kwargs)
         with splits:
             return original(*args, **kwargs)
 
@@ -210,7 +140,7 @@ def _equate_image_sizes(pixel_values: Any = None, pixel_attention_mask: Any = No
             raise CaptureError(f"pixel_values has {tuple(sizes)} images, and pixel_attention_mask {tuple(others)}")
 
 
-def _without_state(module: Any, original: Any, splits: _KeepWhole) -> Any:
+def _without_state(module: Any, original: Any, splits: KeepWhole) -> Any:
     """Return a method after which the module has the ``rope_deltas`` of before, which are for generation."""
 
     @functools.wraps(original)
@@ -225,11 +155,13 @@ def _without_state(module: Any, original: Any, splits: _KeepWhole) -> Any:
 
 
 #: name of a method -> (module, method, ...) -> what takes its place, or None
-_REPLACEMENTS: dict[str, Callable[[Any, Any, _KeepWhole], Any]] = {
-    "forward": _forward_of_image_lengths,
+_REPLACEMENTS: dict[str, Callable[[Any, Any, KeepWhole], Any]] = {
+    "forward": _forward,
     "get_image_features": _features,
     "get_video_features": _features,
     "compute_3d_position_ids": _without_state,
     "get_rope_index": lambda module, original, _: equal_positions(module, original),
     "_deepstack_process": lambda module, original, _: equal_deepstack(module, original),
+    "pixel_unshuffle": lambda module, original, _: equal_unshuffle(module, original),
+    "pack_image_features": lambda module, original, _: equal_packing(module, original),
 }

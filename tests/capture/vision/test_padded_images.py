@@ -34,6 +34,8 @@ COUNTS = {
     "no image that fills up": (2, 2),
 }
 
+# What is refused at a call names the line of the model that refuses it.
+pytestmark = pytest.mark.usefixtures("stack_traces")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
