@@ -1,9 +1,9 @@
 """Give a compiler the up-projections of adapters column by column: linear(h, B) -> linear(h, t(contiguous(t(B)))).
 
 Takes the graph of calls on a CPU that a compiler gets. Values stay the same up to the order of a sum. A layer for one
-row is a loop over outputs, and each output of a thin B is a sum over a few numbers. Row by row, every such sum ends with
-an addition across a register. Column by column, whole registers of outputs are summed. ``hoist`` makes the copy once
-per binding. It is as large as B.
+row is a loop over outputs, and each output of a thin B is a sum over a few numbers. Row by row, every such sum ends
+with an addition across a register. Column by column, whole registers of outputs are summed. ``hoist`` makes the copy
+once per binding. It is as large as B.
 """
 
 from __future__ import annotations
