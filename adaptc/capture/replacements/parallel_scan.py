@@ -6,7 +6,7 @@ positions that an element stands for. First this is done within blocks, then for
 joined with all blocks before its own. Blocks make the later steps cheap, of which there are many.
 
 A trace of this takes any length. Where sizes depend on the length, elements are moved by index, about which torch adds
-no guards. There are always two blocks or more, since a trace takes a single one for a constant.
+no guards.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def scan(join: Join, elements: Elements, neutral: tuple[float, ...], *, exclusiv
     and elementwise. ``neutral`` are the numbers that change nothing in a join.
     """
     length, side, device = elements[0].shape[1], 2**_BLOCK, elements[0].device
+    # Two blocks at least: a trace takes a single one for a constant.
     count = length // side + 2
     places = torch.arange(side, device=device).unsqueeze(1) + side * torch.arange(count, device=device)
     # Places after the last position have no influence on those before.
@@ -49,9 +50,11 @@ def _join_all_before(join: Join, elements: Elements, neutral: tuple[float, ...],
     """Return for each index of dimension 1, and for one more, the elements of all indices before it together."""
     sizes = zip(elements, neutral, strict=True)
     elements = tuple(torch.cat([torch.full_like(e[:, :1], n), e], 1) for e, n in sizes)
-    index = torch.arange(elements[0].shape[1], device=elements[0].device)
-    for step in range(doublings):
-        source = (index - 2**step).clamp(min=0)
+    powers = torch.arange(doublings, device=elements[0].device)
+    distances = (torch.ones_like(powers) << powers).unsqueeze(1)
+    # The first elements are neutral: so is what lies before them.
+    sources = (torch.arange(elements[0].shape[1], device=powers.device) - distances).clamp(min=0)
+    for source in sources.unbind():
         elements = join(tuple(e.index_select(1, source) for e in elements), elements)
     return elements
 
