@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptc.capture.replacements.model_functions import Function, gives_the_same, replaced_functions
-from adaptc.capture.replacements.parallel_scan import Elements, linear_recurrence, scan
+from adaptc.capture.replacements.parallel_scan import linear_recurrence, shift
 
 #: lengths of the inputs that functions are tried on: one, less than a block of the scan, and more than many blocks
 _LENGTHS = (1, 5, 301)
-#: what a maximum starts with
+#: the logarithm of no weight
 _LOWEST = -1e38
 
 
@@ -143,33 +143,27 @@ def _draw_chunks(draw: torch.Generator, batch: int, length: int) -> dict[str, An
 
 
 def _weighted_values(original: Function) -> Function:
-    """Return RWKV's attention: a mean of values, whose weights decay with the distance.
-
-    An element is the logarithm of a decay, and sums of weighted values and of weights, with the logarithm of the
-    largest weight taken out of both.
-    """
-
-    def join(before: Elements, after: Elements) -> Elements:
-        decay, top, values, weights = before
-        own_decay, own_top, own_values, own_weights = after
-        joint_top = torch.maximum(top + own_decay, own_top)
-        old, new = torch.exp(top + own_decay - joint_top), torch.exp(own_top - joint_top)
-        return decay + own_decay, joint_top, old * values + new * own_values, old * weights + new * own_weights
+    """Return RWKV's attention: a mean of values, whose weights decay with the distance."""
 
     def attend(
         time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Any = None, return_state: Any = False
     ) -> tuple[Tensor, Any]:
         if state is not None or return_state:
             return original(time_decay, time_first, key, value, state, return_state)
-        keys, neutral = key.float(), (0.0, _LOWEST, 0.0, 0.0)
-        ones = torch.ones_like(keys)
-        elements = (-torch.exp(time_decay) * ones, keys, value * ones, ones)
-        _, top, values, weights = scan(join, elements, neutral, exclusive=True)
+        keys, decay = key.float(), -torch.exp(time_decay)
+        # About the largest logarithm of a weight at each position. Sums of weights are kept divided by it, whatever it
+        # is exactly.
+        steps = torch.arange(key.shape[1], device=key.device).unsqueeze(-1) * decay
+        top = ((keys - steps).cummax(1).values + steps).detach()
+        top_before = shift(top, _LOWEST)
+        new = torch.exp(keys - top).unsqueeze(-1)
+        added = torch.cat([new * value.unsqueeze(-1), new], -1)
+        sums = linear_recurrence(torch.exp(top_before + decay - top).unsqueeze(-1).expand_as(added), added)
+        values, weights = shift(sums, 0.0).unbind(-1)
         own_top = keys + time_first
-        joint_top = torch.maximum(top, own_top)
-        old, new = torch.exp(top - joint_top), torch.exp(own_top - joint_top)
-        out = ((old * values + new * value) / (old * weights + new)).to(key.dtype)
-        return out, None
+        joint_top = torch.maximum(top_before, own_top)
+        old, new = torch.exp(top_before - joint_top), torch.exp(own_top - joint_top)
+        return ((old * values + new * value) / (old * weights + new)).to(key.dtype), None
 
     return attend
 
