@@ -1,8 +1,8 @@
 """Let models that loop over positions, or over chunks of them, be traced for any length.
 
 A trace of such a loop has as many steps as the example has positions. So known functions are replaced while a model is
-traced. A recurrence over positions is computed by a parallel scan. Where the model itself computes by chunks, it gets
-its inputs in whole chunks, of which there are always two or more, since a trace takes a single one for a constant.
+traced. A recurrence over positions is computed in a fixed number of steps. A model that computes by chunks itself gets
+its inputs in whole chunks. There are always two or more, since a trace takes a single one for a constant.
 
 A replacement is used only where it gives what the model's own function gives, on inputs drawn at random. Elsewhere the
 function stays, and the program has the length of the example.
@@ -11,7 +11,7 @@ function stays, and the program has the length of the example.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptc.capture.replacements.model_functions import Function, gives_the_same, replaced_functions
+from adaptc.capture.model_functions import Function, gives_the_same, replaced_functions
 from adaptc.capture.replacements.parallel_scan import linear_recurrence, shift
 
 #: lengths of the inputs that functions are tried on: one, less than a block of the scan, and more than many blocks

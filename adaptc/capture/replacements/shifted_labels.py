@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from adaptc.capture.replacements.model_functions import Function, replaced_functions
+from adaptc.capture.model_functions import Function, replaced_functions
 
 #: what transformers calls the function that shifts labels, in a model's module and in its class
 _NAMES = ("shift_tokens_right", "_shift_right")

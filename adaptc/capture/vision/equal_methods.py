@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.replacements.model_functions import Function, gives_the_same
+from adaptc.capture.model_functions import Function, gives_the_same
 from adaptc.capture.vision.rotary_positions import IMAGE, VIDEO, Grids, rotary_positions
 
 _TRIALS = 12
