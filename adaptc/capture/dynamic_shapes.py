@@ -39,6 +39,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from adaptc.capture.fixed_sizes import flat_input_names
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
+from adaptc.capture.replacements.free_lengths import any_length
 from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
 from adaptc.capture.vision.trace_towers import traced_for_any_images
@@ -74,6 +75,7 @@ def export(
                     fast_size_arithmetic(),
                     traced_for_any_images(model),
                     shift_labels_of_any_length(model),
+                    any_length(model),
                     float_stand_ins(model) as put_back,
                 ):
                     program = torch.export.export(

@@ -3,26 +3,23 @@
 Such a model makes its decoder's inputs from labels: ``shifted[:, 1:] = labels[:, :-1].clone()``. torch guards the
 length of such a slice against 1. So a program would refuse labels of one or two tokens, such as the name of a class.
 Here the same assignment is computed from tensors of the labels' own length.
-
-transformers' functions are replaced for the tracing thread alone, and only in the classes and modules of the model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from types import FunctionType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from adaptc.capture.model_functions import Function, replaced_functions
+
 #: what transformers calls the function that shifts labels, in a model's module and in its class
-_FUNCTION, _METHOD = "shift_tokens_right", "_shift_right"
+_NAMES = ("shift_tokens_right", "_shift_right")
 _ALL, _ALL_BUT_LAST, _ALL_BUT_FIRST = slice(None), slice(None, -1), slice(1, None)
 
 
@@ -63,33 +60,19 @@ def _is_slice(key: Any, expected: slice) -> bool:
     return all(a is b or (type(a) is int and a == b) for a, b in bounds)
 
 
-@contextlib.contextmanager
-def shift_labels_of_any_length(model: nn.Module) -> Iterator[None]:
+def shift_labels_of_any_length(model: nn.Module) -> AbstractContextManager[None]:
     """Run the block with functions of ``model`` that shift labels of any length, in this thread.
 
     A function that uses ``labels[:, :-1]`` in another way stays as it is.
     """
-    classes = {c for m in model.modules() for c in type(m).__mro__}
-    owners: list[tuple[Any, str]] = [(c, _METHOD) for c in classes]
-    modules = [sys.modules[name] for name in {c.__module__ for c in classes} if name in sys.modules]
-    owners += [(m, _FUNCTION) for m in modules]
-    originals = [(owner, name, vars(owner).get(name)) for owner, name in owners]
-    thread = threading.get_ident()
 
-    def by_roll(function: Callable[..., Any]) -> Callable[..., Any]:
+    def by_roll(function: Function) -> Function:
         @functools.wraps(function)
         def shift(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                with contextlib.suppress(AttributeError, TypeError), _ShiftByRoll():
-                    return function(*args, **kwargs)
+            with contextlib.suppress(AttributeError, TypeError), _ShiftByRoll():
+                return function(*args, **kwargs)
             return function(*args, **kwargs)
 
         return shift
 
-    with contextlib.ExitStack() as stack:
-        for owner, name, function in originals:
-            if not isinstance(function, FunctionType):  # none, or a static method, which would get a ``self``
-                continue
-            stack.callback(setattr, owner, name, function)
-            setattr(owner, name, by_roll(function))
-        yield
+    return replaced_functions(model, dict.fromkeys(_NAMES, by_roll))

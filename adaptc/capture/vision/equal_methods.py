@@ -7,20 +7,20 @@ replacement gives the same, the method stays, and torch says why it cannot be tr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaptc.capture.model_functions import Function, gives_the_same
 from adaptc.capture.vision.rotary_positions import IMAGE, VIDEO, Grids, rotary_positions
 
 _TRIALS = 12
-Method = Callable[..., Any]
 
 
-def equal_positions(module: Any, original: Method) -> Method | None:
+def equal_positions(module: Any, original: Function) -> Function | None:
     """Return a method that gives what ``module.get_rope_index`` gives, or None where none is known."""
     config = getattr(getattr(module, "config", None), "vision_config", None)
     merge = getattr(config, "spatial_merge_size", None)
@@ -31,12 +31,12 @@ def equal_positions(module: Any, original: Method) -> Method | None:
     known: tuple[dict[str, Any], ...] = ({}, {"has_texts_between": True}, {"step": speed})
     for options in known:
         method = _positions_method(original, merge, options)
-        if is_equal(original, method, _position_calls(merge, names, "has_texts_between" in options)):
+        if gives_the_same(original, method, _position_calls(merge, names, "has_texts_between" in options)):
             return method
     return None
 
 
-def _positions_method(original: Method, merge: int, of_videos: dict[str, Any]) -> Method:
+def _positions_method(original: Function, merge: int, of_videos: dict[str, Any]) -> Function:
     signature = inspect.signature(original)
 
     def method(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def _draw_row(draw: Random, merge: int, grids: dict[int, list[list[int]]], has_t
     return [*row, *[0] * draw.randint(1, 3)]
 
 
-def equal_deepstack(module: Any, original: Method) -> Method | None:
+def equal_deepstack(module: Any, original: Function) -> Function | None:
     """Return a method that adds features of images to the states of their tokens, or None where none is known."""
     if list(inspect.signature(original).parameters) != ["hidden_states", "visual_pos_masks", "visual_embeds"]:
         return None
@@ -104,26 +104,4 @@ def equal_deepstack(module: Any, original: Method) -> Method | None:
             states = torch.randn(rows, 5, 7, generator=draw)
             yield {"hidden_states": states, "visual_pos_masks": mask, "visual_embeds": features}
 
-    return add if is_equal(original, add, calls()) else None
-
-
-def is_equal(original: Method, method: Method, calls: Iterator[dict[str, Any]]) -> bool:
-    """Return whether both give equal tensors for all calls, but for the rounding of floats."""
-    with torch.no_grad():
-        for call in calls:
-            try:
-                want, got = original(**call), method(**call)
-                pairs = list(zip(want, got, strict=True)) if isinstance(want, tuple) else [(want, got)]
-                if not all(_is_close(a, b) for a, b in pairs):
-                    return False
-            except Exception:  # a method of another kind may refuse these inputs, or give anything
-                return False
-    return True
-
-
-def _is_close(want: Tensor, got: Tensor) -> bool:
-    if want.shape != got.shape or want.dtype != got.dtype:
-        return False
-    if not want.is_floating_point() or not want.numel():
-        return torch.equal(want, got)
-    return bool((want - got).abs().max() <= torch.finfo(want.dtype).eps ** 0.75 * want.abs().max())
+    return add if gives_the_same(original, add, calls()) else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.vision.equal_methods import is_equal
+from adaptc.capture.model_functions import gives_the_same
 from adaptc.capture.vision.packed_patches import true_indices
 
 _TRIALS = 8
@@ -31,7 +31,7 @@ def find_codes(module: Any) -> CutCodes | None:
     if list(inspect.signature(encode).parameters)[:2] != ["pixel_values", "image_sizes"]:
         return None
     codes = CutCodes(quantizer, mapping)
-    return codes if codes.is_equal() else None
+    return codes if codes.gives_the_same() else None
 
 
 class CutCodes:
@@ -73,7 +73,7 @@ class CutCodes:
         is_end = column == sizes[kept // per_image, 1]
         return tokens.flatten()[torch.where(is_end, kept - column + width - 1, kept)]
 
-    def is_equal(self) -> bool:
+    def gives_the_same(self) -> bool:
         """Return whether tokens are those that the model makes of each image."""
 
         def joined(codes: Tensor, sizes: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class CutCodes:
         def selected(codes: Tensor, sizes: Tensor) -> Tensor:
             return self._select(self._mapped(codes.flatten(0, 1)), sizes, codes.shape[1])
 
-        return is_equal(joined, selected, self._calls())
+        return gives_the_same(joined, selected, self._calls())
 
     @staticmethod
     def _calls() -> Iterator[dict[str, Any]]:

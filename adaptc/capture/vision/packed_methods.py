@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.vision.equal_methods import Method, is_equal
+from adaptc.capture.model_functions import Function, gives_the_same
 from adaptc.capture.vision.packed_patches import find_blocks, find_centres, find_neighbours, sort_into_blocks
 
 _TRIALS = 4
 _WIDTH = 5
 
 
-def equal_packed_forward(module: Any, original: Method) -> Method | None:
+def equal_packed_forward(module: Any, original: Function) -> Function | None:
     """Return a ``forward`` that gives what ``module``'s own does, or None where none is known."""
     make = _FORWARDS.get(_parameters(original))
     return None if make is None else make(module, original)
 
 
-def equal_unshuffle(module: Any, original: Method) -> Method | None:
+def equal_unshuffle(module: Any, original: Function) -> Function | None:
     """Return a method that scales down features as ``module.pixel_unshuffle`` does, or None where none is known."""
     if _parameters(original) != ("hidden_states", "grid_thw", "merge_sizes"):
         return None
@@ -45,10 +45,10 @@ def equal_unshuffle(module: Any, original: Method) -> Method | None:
             states = _random_rows(draw, int(grid.prod(1).sum()), _WIDTH, torch.zeros(()))
             yield {"hidden_states": states, "grid_thw": grid, "merge_sizes": torch.tensor(merges)}
 
-    return unshuffle if is_equal(original, unshuffle, calls()) else None
+    return unshuffle if gives_the_same(original, unshuffle, calls()) else None
 
 
-def _merger(module: Any, original: Method) -> Method | None:
+def _merger(module: Any, original: Function) -> Function | None:
     """Return the forward of a merger of blocks, whose images may have patches beside the last whole block."""
     patch, merge = getattr(module, "patch_size", None), getattr(module, "spatial_merge_size", None)
     layer = getattr(module, "merging_layer", None)
@@ -67,10 +67,10 @@ def _merger(module: Any, original: Method) -> Method | None:
             features = _random_rows(draw, count, layer.in_features // merge**2, layer.weight)
             yield {"image_features": features, "image_sizes": torch.tensor(sizes) * patch + draw.randint(0, patch - 1)}
 
-    return forward if is_equal(original, forward, calls()) else None
+    return forward if gives_the_same(original, forward, calls()) else None
 
 
-def _projector(module: Any, original: Method) -> Method | None:
+def _projector(module: Any, original: Function) -> Function | None:
     """Return the forward of a projector that merges the patches of blocks after a norm."""
     merge, norm = getattr(module, "merge_kernel_size", None), getattr(module, "pre_norm", None)
     layers = [getattr(module, n, None) for n in ("linear_1", "act", "linear_2")]
@@ -92,10 +92,10 @@ def _projector(module: Any, original: Method) -> Method | None:
             features = _random_rows(draw, int(grid.prod(1).sum()), norm.normalized_shape[0], norm.weight)
             yield {"image_features": features, "image_grid_thw": grid}
 
-    return forward if is_equal(original, forward, calls()) else None
+    return forward if gives_the_same(original, forward, calls()) else None
 
 
-def _grid_convolution(module: Any, original: Method) -> Method | None:
+def _grid_convolution(module: Any, original: Function) -> Function | None:
     """Return the forward of a convolution over the patches of each frame, which takes a list of the grid alone."""
     conv, merge = getattr(module, "spatial_conv", None), getattr(module, "spatial_merge_size", None)
     gates, last = getattr(module, "in_proj", None), getattr(module, "out_proj", None)
@@ -123,7 +123,7 @@ def _grid_convolution(module: Any, original: Method) -> Method | None:
             states = _random_rows(draw, int(grid.prod(1).sum()), gates.in_features, gates.weight)
             yield {"hidden_states": states, "grid_thw": [grid]}
 
-    return forward if is_equal(listed, forward, calls()) else None
+    return forward if gives_the_same(listed, forward, calls()) else None
 
 
 #: the parameters of a module's forward -> (module, forward) -> what takes its place, or None
@@ -134,7 +134,7 @@ _FORWARDS = {
 }
 
 
-def _parameters(method: Method) -> tuple[str, ...]:
+def _parameters(method: Function) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)
 
 

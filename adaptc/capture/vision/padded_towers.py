@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.capture.vision.attend_in_segments import attends_in_segments
-from adaptc.capture.vision.equal_methods import Method, is_equal
+from adaptc.capture.model_functions import Function, gives_the_same
 from adaptc.capture.vision.packed_patches import find_real_patches
 from adaptc.capture.vision.tower_facts import is_padded_tower
 
 _TRIALS = 3
 
 
-def equal_padded_forward(tower: Any, original: Method) -> Method | None:
+def equal_padded_forward(tower: Any, original: Function) -> Function | None:
     """Return a forward that gives what ``tower``'s own does, or None where none is known."""
     if not is_padded_tower(type(tower)):
         return None
@@ -39,7 +39,7 @@ def equal_padded_forward(tower: Any, original: Method) -> Method | None:
         with attends_in_segments(tower):
             return padded(pixel_values, image_sizes, **kwargs)
 
-    return forward if is_equal(_states(original), _states(forward), _calls(tower, conv)) else None
+    return forward if gives_the_same(_states(original), _states(forward), _calls(tower, conv)) else None
 
 
 def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +59,7 @@ def _padded_forward(tower: Any, pixel_values: Tensor, image_sizes: Tensor, **kwa
     return tower.transformer(states, attention_mask=None, position_embeddings=positions, **segments, **kwargs)
 
 
-def _states(forward: Method) -> Method:
+def _states(forward: Function) -> Function:
     def states(**inputs: Any) -> tuple[Tensor, ...]:
         found = forward(**inputs, output_hidden_states=True)
         return (found.last_hidden_state, *found.hidden_states)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.vision.equal_methods import Method, is_equal
+from adaptc.capture.model_functions import Function, gives_the_same
 from adaptc.capture.vision.image_tiles import Tiling
 from adaptc.capture.vision.packed_patches import true_indices
 
@@ -48,7 +48,7 @@ def find_tiling(module: Any, most: int | None = None) -> Tiling | None:
     return Tiling(tuple((h, w) for h, w in resolutions), size, size // patch, most)
 
 
-def equal_packing(module: Any, original: Method) -> Method | None:
+def equal_packing(module: Any, original: Function) -> Function | None:
     """Return a method that packs features as ``module.pack_image_features`` does, or None where none is known.
 
     In the place of each image's features it takes those of all images, and :class:`_Sizes` for sizes.
@@ -86,7 +86,7 @@ def equal_packing(module: Any, original: Method) -> Method | None:
     elif "vision_feature_select_strategy" in signature.parameters:
         options = [{"vision_feature_select_strategy": "default"}]
     calls = (call | more for call in _calls(tiling) for more in options)
-    return pack if is_equal(joined, joined_before, calls) else None
+    return pack if gives_the_same(joined, joined_before, calls) else None
 
 
 def _counts_as(module: Any, tiling: Tiling) -> bool:
@@ -115,8 +115,8 @@ def _draw_size(draw: Random, tiling: Tiling) -> list[int]:
 
 
 def joined_tiles(
-    original: Method, tiling: Tiling, keeping_splits: Callable[[], AbstractContextManager[None]]
-) -> Method:
+    original: Function, tiling: Tiling, keeping_splits: Callable[[], AbstractContextManager[None]]
+) -> Function:
     """Return a ``get_image_features`` that gives ``original`` the tiles of all images, joined, and :class:`_Sizes`.
 
     ``keeping_splits()`` is a context in which ``original`` splits no features.
