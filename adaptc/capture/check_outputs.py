@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.check_size_one import can_run, joined_outputs, run_without_effects
+from adaptc.capture.check_size_one import joined_outputs, run_without_effects
 from adaptc.capture.dynamic_shapes import error_text
+from adaptc.capture.model_state import can_run
 from adaptc.capture.run_graph import guarded_module
 from adaptc.errors import CaptureError, listing
 

@@ -18,15 +18,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.capture.given_inputs import collect_tensors
-from adaptc.capture.model_state import preserve_state
+from adaptc.capture.model_state import can_run, preserve_state
 from adaptc.capture.run_graph import guarded_module, run_graph
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
-
-#: the bytes of tensors beyond which a model is not run to find out
-MAX_BYTES = 4 << 30
 
 
 def differing_sizes(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
@@ -124,13 +121,6 @@ def _find_differing(
         # A difference counts only where both agree on the uncut example. Otherwise the model may be random, or torch
         # may have confused module names.
         return out if out and is_same(module, args, kwargs) else []
-
-
-def can_run(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether the model and its inputs have values, and take at most :data:`MAX_BYTES` bytes."""
-    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
-    tensors = [t for t in tensors if isinstance(t, Tensor)]
-    return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= MAX_BYTES
 
 
 def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:

@@ -39,8 +39,11 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from adaptc.capture.fixed_sizes import flat_input_names
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
+from adaptc.capture.replacements.free_lengths import free_lengths
+from adaptc.capture.replacements.kept_modules import kept_modules
 from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
+from adaptc.capture.replacements.visited_experts import visited_experts
 from adaptc.capture.vision.trace_towers import traced_for_any_images
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.lifted import user_inputs
@@ -70,10 +73,13 @@ def export(
         for copies in (copy_equal_layers, contextlib.nullcontext):
             with contextlib.redirect_stderr(printed), patched, uncached, preserve_state(model, only_traced=True):
                 with (
+                    visited_experts(model, args, kwargs),
                     copies(model) as once,
                     fast_size_arithmetic(),
                     traced_for_any_images(model),
                     shift_labels_of_any_length(model),
+                    free_lengths(model),
+                    kept_modules(model),
                     float_stand_ins(model) as put_back,
                 ):
                     program = torch.export.export(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.check_size_one import can_run, run_without_effects
+from adaptc.capture.check_size_one import run_without_effects
 from adaptc.capture.dynamic_shapes import error_text, failure_text
 from adaptc.capture.model_state import preserve_state
 from adaptc.errors import CaptureError, listing

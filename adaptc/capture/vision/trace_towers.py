@@ -32,7 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from adaptc.capture.model_state import own_attribute
 from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
+from adaptc.capture.vision.equal_towers import equal_resizing, equal_slicing
+from adaptc.capture.vision.positions_by_ids import equal_positions_by_ids
 from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers, has_free_images
 from adaptc.errors import CaptureError
 
@@ -90,19 +93,10 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
                 original = getattr(module, name, None)
                 if inspect.ismethod(original) and (made := make(module, original, splits)) is not None:
                     stack.enter_context(own_attribute(module, name, made))
+            resize = getattr(module, "resize_positional_embeddings", None)
+            for name, made in (equal_resizing(module, resize) or {}).items() if inspect.isfunction(resize) else ():
+                stack.enter_context(own_attribute(module, name, made))
         yield
-
-
-@contextlib.contextmanager
-def own_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Run the block with an attribute of ``owner`` itself, which hides that of its class."""
-    own = {k: v for k, v in vars(owner).items() if k == name}
-    try:
-        vars(owner)[name] = value
-        yield
-    finally:
-        vars(owner).pop(name, None)
-        vars(owner).update(own)
 
 
 class _PatchCounts:
@@ -172,7 +166,11 @@ def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
 
 
 def _check_that_grids_have_all_patches(grid: Tensor, count: int) -> None:
-    torch._check_tensor_all(grid.prod(1).sum() == count)  # noqa: SLF001
+    _check_all(grid.prod(1).sum() == count)
+
+
+def _check_all(holds: Tensor) -> None:
+    torch._check_tensor_all(holds)  # noqa: SLF001
 
 
 def _forward_of_image_lengths(module: Any, original: Any, splits: _KeepWhole) -> Any:
@@ -230,6 +228,9 @@ _REPLACEMENTS: dict[str, Callable[[Any, Any, _KeepWhole], Any]] = {
     "get_image_features": _features,
     "get_video_features": _features,
     "compute_3d_position_ids": _without_state,
-    "get_rope_index": lambda module, original, _: equal_positions(module, original),
+    "get_rope_index": lambda module, original, _: (
+        equal_positions(module, original) or equal_positions_by_ids(module, original)
+    ),
+    "_temporal_slicing": lambda module, original, _: equal_slicing(module, original, _check_all),
     "_deepstack_process": lambda module, original, _: equal_deepstack(module, original),
 }

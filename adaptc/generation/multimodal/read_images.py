@@ -14,8 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from adaptc.capture.model_state import patch_forward
-from adaptc.capture.vision.trace_towers import own_attribute
+from adaptc.capture.model_state import own_attribute, patch_forward
 from adaptc.generation.modes.static_step import DEEPSTACK, LAST_KEYS
 
 #: the arguments of language models that add features of images to the states of their tokens, and their method
