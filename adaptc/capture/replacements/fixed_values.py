@@ -24,6 +24,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from adaptc.capture.model_state import patch_forward, preserve_state
-from adaptc.capture.vision.tower_facts import GRIDS_ARE_FIXED, numbers_of_images
+from adaptc.capture.vision.tower_facts import GRIDS_ARE_FIXED, has_free_images, numbers_of_images
 from adaptc.errors import AdaptcWarning, CaptureError, listing
 from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
@@ -93,6 +94,16 @@ def _calling_line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+def _is_checked_by_torch() -> bool:
+    """Return whether torch itself reads the number, for an assertion that it makes of a tensor."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_A_MODEL):
+        if frame.f_code.co_name == torch._check_tensor_all.__name__:  # noqa: SLF001
+            return True
+        frame = frame.f_back
+    return False
+
+
 class _KnownNumbers(TorchFunctionMode):
     """A mode that keeps the numbers which are read off known tensors, or gives those that were kept.
 
@@ -128,6 +139,7 @@ class _KnownNumbers(TorchFunctionMode):
             return args[0] // args[1]
         if func in _READS:
             is_left = id(args[0]) not in self.known or (func is Tensor.tolist and not self._is_fixed(args[0]))
+            is_left = is_left or _is_checked_by_torch()
             return func(*args, **given) if is_left else self._read(func, args)
         if func in _TAKES_NUMBERS:
             args, given = self._with_numbers(args), self._with_numbers(given)
@@ -256,9 +268,13 @@ def export_or_fix_values(
     except CaptureError as error:
         if type(error.__cause__).__name__ not in _UNKNOWN_NUMBERS:
             raise
-        names, others = numbers_of_images(kwargs), _integers(args, kwargs)
-        for is_read_only in [False] * bool(names) + [True] * (len(others) > len(names)):
-            read = others if is_read_only else []
+        of_images, others = numbers_of_images(kwargs), _integers(args, kwargs)
+        texts = [n for n in others if n not in of_images]
+        attempts: list[tuple[list[str], list[str | int]]] = []
+        attempts += [([], texts)] if of_images and texts and has_free_images(model) else []
+        attempts += [(of_images, [])] if of_images else []
+        attempts += [(of_images, others)] if texts else []
+        for names, read in attempts:
             with (
                 contextlib.suppress(CaptureError),
                 stage(f"exporting {type(model).__name__} for the numbers in {listing(read or names)}"),

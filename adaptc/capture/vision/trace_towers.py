@@ -94,7 +94,8 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
                 if inspect.ismethod(original) and (made := make(module, original, splits)) is not None:
                     stack.enter_context(own_attribute(module, name, made))
             resize = getattr(module, "resize_positional_embeddings", None)
-            for name, made in (equal_resizing(module, resize) or {}).items() if inspect.isfunction(resize) else ():
+            methods = equal_resizing(module, resize, _check_all) if inspect.isfunction(resize) else None
+            for name, made in (methods or {}).items():
                 stack.enter_context(own_attribute(module, name, made))
         yield
 
