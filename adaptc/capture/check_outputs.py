@@ -46,7 +46,7 @@ def check_same_outputs(
         except Exception as error:  # what a wrong graph raises depends on the graph
             raise CaptureError(_difference_text(model, f"the program fails ({error_text(error)})")) from error
     for name, value in wanted.items():
-        if name not in found or not _is_close(value, found[name]):
+        if name not in found or not is_close_output(value, found[name]):
             raise CaptureError(_difference_text(model, f"the program's {name} would differ from the model's"))
 
 
@@ -95,7 +95,8 @@ def _names_above(node: Any) -> set[str]:
     return found
 
 
-def _is_close(wanted: Tensor, found: Tensor) -> bool:
+def is_close_output(wanted: Tensor, found: Tensor) -> bool:
+    """Return whether two outputs differ by no more than another order of sums makes them differ."""
     if wanted.shape != found.shape:
         return False
     if not wanted.numel():
