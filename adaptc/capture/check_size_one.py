@@ -183,8 +183,10 @@ def _match_by_name(expected: Any, found: Any) -> bool:
 
 
 def joined_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return copies of the float tensors in ``outputs`` by name. Tensors of one list are joined along their first
-    dimension."""
+    """Return copies of the float tensors in ``outputs`` by name.
+
+    Tensors of one list are joined along their first dimension, and flattened before that where other sizes differ.
+    """
     found: dict[str, list[Tensor]] = {}
     for path, value in pytree.tree_leaves_with_path(outputs):
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -192,7 +194,13 @@ def joined_outputs(outputs: Any) -> dict[str, Tensor]:
             while keys and keys[-1].isdigit():
                 keys.pop()
             found.setdefault(".".join(keys), []).append(value)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0].clone() for name, parts in found.items()}
+    return {name: _join(parts) for name, parts in found.items()}
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].clone()
+    return torch.cat(parts if len({p.shape[1:] for p in parts}) == 1 else [p.flatten() for p in parts])
 
 
 def flatten_results(value: Any) -> tuple[list[Any], Any]:

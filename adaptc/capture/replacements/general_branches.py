@@ -91,8 +91,8 @@ def _equal_lines(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             restore()
 
     equal, unequal = set[str](), set[str]()
-    # In train mode, dropout would make any two runs differ.
-    with preserve_state(model, training=False) as restore, torch.no_grad():
+    # Restoring the model restores the random state, so that dropout is the same in all runs.
+    with preserve_state(model) as restore, torch.no_grad():
         for inputs in _with_trivial_masks(args, kwargs):
             asked = _Answers()
             try:
