@@ -1,12 +1,13 @@
 """Let a loop over the experts that tokens chose be traced.
 
-transformers runs most mixtures by one grouped matmul. Some, and all in their eager form, loop over the experts that any
-token chose, and compute each on its own tokens. Which experts these are only values tell, so no graph has that loop.
-Here every expert is visited. An expert that no token chose computes on no rows, and adds nothing.
+transformers runs most mixtures by one grouped matmul. Some loop over the experts that any token chose, and compute each
+on its own tokens. Which experts these are only values tell, so no graph has that loop. Here every expert is visited. An
+expert that no token chose computes on no rows, and adds nothing.
 
 The number of an expert's tokens stays unknown in the graph, so an expert still computes its own tokens only. A loop is
 known by what it calls: it finds the experts by ``nonzero``, their tokens by ``torch.where``, and adds what they give by
-``index_add_``. It is first run on what the example inputs give it, and is visited so only where it gives the same.
+``index_add_``. It is first run on what the example inputs give it, with each expert visited once more without tokens.
+A loop that gives something else then stays as it is.
 """
 
 from __future__ import annotations
@@ -47,11 +48,15 @@ class _Expert:
 class _AllExperts:
     """The experts that a loop visits: all of them."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, mode: _VisitAll) -> None:
+        self.count, self.mode = count, mode
 
     def __iter__(self) -> Iterator[_Expert]:
-        return map(_Expert, range(self.count))
+        for index in range(self.count):
+            for has_none in (False, True) if self.mode.tries_none else (False,):
+                self.mode.has_none = has_none
+                yield _Expert(index)
+        self.mode.has_none = False
 
 
 class _SomeTokens:
@@ -66,27 +71,31 @@ class _SomeTokens:
 
 
 class _VisitAll(TorchFunctionMode):
-    """Answer what a loop over ``count`` experts asks, so that it visits each."""
+    """Answer what a loop over ``count`` experts asks, so that it visits each.
 
-    def __init__(self, count: int | None) -> None:
+    With ``tries_none`` it visits each once more, as if no token had chosen the expert.
+    """
+
+    def __init__(self, count: int | None, tries_none: bool) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.tries_none, self.has_none = count, tries_none, False
         self.tokens: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (Tensor.nonzero, torch.nonzero) and self._is_of_experts(args, kwargs):
             rows = args[0].shape[0]
-            return _AllExperts(rows if self.count is None else min(rows, self.count))
+            return _AllExperts(rows if self.count is None else min(rows, self.count), self)
         if func is Tensor.__getitem__ and isinstance(args[1], _Expert):
             at = args[1].index
             return args[0][at : at + 1]
         if func is Tensor.numel and any(args[0] is found for found in self.tokens):
             return _SomeTokens()
-        out = func(*args, **kwargs)
         if func is torch.where and len(args) == 1 and not kwargs:
-            self.tokens += out
-        return out
+            found = func(torch.zeros_like(args[0]) if self.has_none else args[0])
+            self.tokens += found
+            return found
+        return func(*args, **kwargs)
 
     @staticmethod
     def _is_of_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -102,10 +111,9 @@ def visited_experts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     ``args`` and ``kwargs`` are example inputs. A loop that gives something else on what they give it stays as it is.
     """
     loops = [m for m in model.modules() if _loops_over_experts(type(m))]
-    forwards = {m: _visiting_forward(m) for m in loops}
     with contextlib.ExitStack() as stack:
-        for module in _equal_loops(model, forwards, args, kwargs) if loops else ():
-            stack.enter_context(own_attribute(module, "forward", forwards[module]))
+        for module in _equal_loops(model, loops, args, kwargs) if loops else ():
+            stack.enter_context(own_attribute(module, "forward", _visiting_forward(module)))
         yield
 
 
@@ -114,30 +122,29 @@ def _loops_over_experts(kind: type[nn.Module]) -> bool:
     return code is not None and set(code.co_names) >= _LOOP_CALLS
 
 
-def _visiting_forward(module: nn.Module) -> Callable[..., Any]:
+def _visiting_forward(module: nn.Module, tries_none: bool = False) -> Callable[..., Any]:
     original = module.forward
     count = getattr(module, "num_experts", None)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _VisitAll(count if isinstance(count, int) else None):
+        with _VisitAll(count if isinstance(count, int) else None, tries_none):
             return original(*args, **kwargs)
 
     return forward
 
 
 def _equal_loops(
-    model: nn.Module,
-    forwards: Mapping[nn.Module, Callable[..., Any]],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    model: nn.Module, loops: list[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[nn.Module]:
     """Return the modules whose forward gives the same as their own, for all calls that ``model`` makes of them.
 
-    A model without values, or a very large one, is not run. Then all are taken.
+    It also does where each expert is visited without tokens. A model without values, or a very large one, is not run.
+    Then all are taken.
     """
     if not can_run(model, args, kwargs):
-        return list(forwards)
+        return loops
+    forwards = {m: _visiting_forward(m, tries_none=True) for m in loops}
     unequal = set[nn.Module]()
 
     def compare(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
@@ -151,8 +158,8 @@ def _equal_loops(
         # In train mode, dropout would make any two calls differ.
         stack.enter_context(preserve_state(model, training=False))
         stack.enter_context(torch.no_grad())
-        for module in forwards:
+        for module in loops:
             stack.callback(module.register_forward_hook(compare, with_kwargs=True).remove)
         with contextlib.suppress(Exception):  # torch.export tells what the model raises
             model(*copies[0], **copies[1])
-    return [m for m in forwards if m not in unequal]
+    return [m for m in loops if m not in unequal]
