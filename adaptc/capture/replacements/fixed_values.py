@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from adaptc.capture.model_state import patch_forward, preserve_state
 from adaptc.capture.replacements.calling_line import NOT_A_MODEL, calling_line
 from adaptc.capture.replacements.general_branches import general_branches
-from adaptc.capture.vision.tower_facts import GRIDS_ARE_FIXED, has_free_images, numbers_of_images
+from adaptc.capture.vision.tower_facts import GRIDS_ARE_FIXED, numbers_of_images
 from adaptc.errors import AdaptcWarning, CaptureError, listing
 from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
@@ -262,13 +262,9 @@ def export_or_fix_values(
         with contextlib.suppress(CaptureError), general_branches(model, args, kwargs) as lines:
             if lines:
                 return export_once(True)
-        of_images, others = numbers_of_images(kwargs), _integers(args, kwargs)
-        texts = [n for n in others if n not in of_images]
-        attempts: list[tuple[list[str], list[str | int]]] = []
-        attempts += [([], texts)] if of_images and texts and has_free_images(model) else []
-        attempts += [(of_images, [])] if of_images else []
-        attempts += [(of_images, others)] if texts else []
-        for names, read in attempts:
+        names, others = numbers_of_images(kwargs), _integers(args, kwargs)
+        for is_read_only in [False] * bool(names) + [True] * (len(others) > len(names)):
+            read = others if is_read_only else []
             with (
                 contextlib.suppress(CaptureError),
                 stage(f"exporting {type(model).__name__} for the numbers in {listing(read or names)}"),
