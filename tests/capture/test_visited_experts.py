@@ -53,7 +53,8 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).flatten(0, 1)
-        weights, chosen = self.router(y).softmax(-1).topk(CHOSEN)
+        # A row of several places is no row after squeeze(0), so such loops choose one expert.
+        weights, chosen = self.router(y).softmax(-1).topk(1 if self.experts.way == "row" else CHOSEN)
         return self.experts(y, chosen, weights).view_as(x)
 
 

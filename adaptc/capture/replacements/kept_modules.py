@@ -41,7 +41,7 @@ def _keeping_to(module: nn.Module) -> Callable[..., nn.Module]:
     def to(*args: Any, **kwargs: Any) -> nn.Module:
         wanted = (*args, *kwargs.values())
         tensors = list(itertools.chain(module.parameters(), module.buffers()))
-        is_dtype = len(wanted) == 1 and isinstance(wanted[0], torch.dtype) and wanted[0].is_floating_point
+        is_dtype = len(wanted) == 1 and isinstance(wanted[0], torch.dtype)
         # As torch does: a dtype of floats converts no integers.
         if is_dtype and all(t.dtype == wanted[0] for t in tensors if t.is_floating_point() or t.is_complex()):
             return module
