@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from adaptc.capture.check_size_one import joined_outputs, run_without_effects
 from adaptc.capture.dynamic_shapes import error_text
 from adaptc.capture.model_state import can_run
+from adaptc.capture.replacements.general_branches import OutputComparison
 from adaptc.capture.run_graph import guarded_module
 from adaptc.errors import CaptureError, listing
 
@@ -46,7 +47,7 @@ def check_same_outputs(
         except Exception as error:  # what a wrong graph raises depends on the graph
             raise CaptureError(_difference_text(model, f"the program fails ({error_text(error)})")) from error
     for name, value in wanted.items():
-        if name not in found or not is_close_output(value, found[name]):
+        if name not in found or not _is_close(value, found[name]):
             raise CaptureError(_difference_text(model, f"the program's {name} would differ from the model's"))
 
 
@@ -95,8 +96,7 @@ def _names_above(node: Any) -> set[str]:
     return found
 
 
-def is_close_output(wanted: Tensor, found: Tensor) -> bool:
-    """Return whether two outputs differ by no more than another order of sums makes them differ."""
+def _is_close(wanted: Tensor, found: Tensor) -> bool:
     if wanted.shape != found.shape:
         return False
     if not wanted.numel():
@@ -105,3 +105,7 @@ def is_close_output(wanted: Tensor, found: Tensor) -> bool:
     return bool(difference <= _TOLERANCE.get(wanted.dtype, 0.1) * (wanted.abs().max() + 1e-3)) or (
         torch.equal(wanted.isnan(), found.isnan()) and torch.equal(wanted.nan_to_num(), found.nan_to_num())
     )
+
+
+#: what two runs of a model are compared by
+COMPARISON = OutputComparison(joined_outputs, _is_close)

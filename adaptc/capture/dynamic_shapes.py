@@ -39,10 +39,9 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from adaptc.capture.fixed_sizes import flat_input_names
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
-from adaptc.capture.replacements.free_lengths import free_lengths
-from adaptc.capture.replacements.kept_modules import kept_modules
 from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
+from adaptc.capture.replacements.traceable_calls import free_lengths, kept_modules
 from adaptc.capture.replacements.visited_experts import visited_experts
 from adaptc.capture.vision.trace_towers import traced_for_any_images
 from adaptc.errors import CaptureError

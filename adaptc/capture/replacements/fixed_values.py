@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from adaptc.capture.model_state import patch_forward, preserve_state
 from adaptc.capture.replacements.calling_line import NOT_A_MODEL, calling_line
-from adaptc.capture.replacements.general_branches import general_branches
+from adaptc.capture.replacements.general_branches import OutputComparison, general_branches
 from adaptc.capture.vision.tower_facts import GRIDS_ARE_FIXED, numbers_of_images
 from adaptc.errors import AdaptcWarning, CaptureError, listing
 from adaptc.passes.graph.pytree import pytree
@@ -248,6 +248,7 @@ def export_or_fix_values(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     export_once: Callable[[bool], ExportedProgram],
+    comparison: OutputComparison,
 ) -> ExportedProgram:
     """Return what ``export_once`` makes, which is told whether the numbers in inputs are fixed.
 
@@ -259,7 +260,7 @@ def export_or_fix_values(
     except CaptureError as error:
         if type(error.__cause__).__name__ not in _UNKNOWN_NUMBERS:
             raise
-        with contextlib.suppress(CaptureError), general_branches(model, args, kwargs) as lines:
+        with contextlib.suppress(CaptureError), general_branches(model, args, kwargs, comparison) as lines:
             if lines:
                 return export_once(True)
         names, others = numbers_of_images(kwargs), _integers(args, kwargs)

@@ -1,12 +1,12 @@
 """Let a model be traced that asks whether any token is masked, or all are.
 
 Models leave work out where a mask is trivial: ``if not mask.any(): mask = None``. A trace does not know the answer. The
-branch for masks of any kind gives the same for a trivial one, in models that mean to save work. So that branch is traced
-for all masks.
+branch for masks of any kind gives the same for a trivial one, in models that mean to save work. So it is traced for all
+masks.
 
 The model is first run with both answers where a mask is trivial: in the example, or where one of its inputs has the
-same integer everywhere. A line of the model where the outputs differ is left as it is, and so is one whose mask never
-was trivial, since nothing shows what its other branch computes.
+same integer everywhere. A line of the model where the outputs differ is left as it is. So is one whose mask never was
+trivial, since nothing shows what its other branch computes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from adaptc.capture.check_outputs import is_close_output
-from adaptc.capture.check_size_one import joined_outputs
 from adaptc.capture.model_state import can_run, patch_forward, preserve_state
 from adaptc.capture.replacements.calling_line import calling_line
 from adaptc.passes.graph.pytree import pytree
@@ -60,13 +59,28 @@ class _Answers(TorchFunctionMode):
         return out
 
 
+@dataclass(frozen=True)
+class OutputComparison:
+    """The way to compare what a model gives in two runs.
+
+    Attributes:
+        collect: returns copies of the float tensors of an output, by name.
+        is_close: returns whether two of them are equal but for rounding.
+    """
+
+    collect: Callable[[Any], dict[str, Tensor]]
+    is_close: Callable[[Tensor, Tensor], bool]
+
+
 @contextlib.contextmanager
-def general_branches(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[frozenset[str]]:
+def general_branches(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], comparison: OutputComparison
+) -> Iterator[frozenset[str]]:
     """Run the block, which traces ``model``, with the branches for masks of any kind, where these are found equal.
 
     ``args`` and ``kwargs`` are example inputs. The block is given the lines of the model where that comes up.
     """
-    lines = _equal_lines(model, args, kwargs)
+    lines = _equal_lines(model, args, kwargs, comparison)
     original, parameters = model.forward, inspect.signature(model.forward).parameters.values()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +91,9 @@ def general_branches(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         yield lines
 
 
-def _equal_lines(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
+def _equal_lines(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], comparison: OutputComparison
+) -> frozenset[str]:
     """Return the lines whose general branch leaves the outputs as they are, wherever their mask was trivial."""
     if not can_run(model, args, kwargs):
         return frozenset()
@@ -86,7 +102,7 @@ def _equal_lines(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         copies = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
         try:
             with answers:
-                return joined_outputs(model(*copies[0], **copies[1]))
+                return comparison.collect(model(*copies[0], **copies[1]))
         finally:
             restore()
 
@@ -102,7 +118,7 @@ def _equal_lines(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             lines = frozenset(asked.trivial)
             with contextlib.suppress(Exception):  # a branch that is not meant for these inputs may raise anything
                 found = run(_Answers(lines), inputs) if lines else {}
-                if wanted.keys() == found.keys() and all(is_close_output(v, found[n]) for n, v in wanted.items()):
+                if wanted.keys() == found.keys() and all(comparison.is_close(v, found[n]) for n, v in wanted.items()):
                     equal |= lines
                     continue
             unequal |= lines

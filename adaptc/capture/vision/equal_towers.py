@@ -1,7 +1,7 @@
-"""Replace methods of vision towers that loop over the grids of their images, where the replacement is found to be equal.
+"""Replace methods of vision towers that loop over grids of images, where the replacement is found to be equal.
 
-Like :mod:`equal_methods`, which does so for methods of the texts. A tower's method gets a grid, and does not get the
-number of patches, which gives all shapes. So its module is watched: :class:`PatchCount` holds the number of the call.
+This is to towers what :mod:`equal_methods` is to texts. A method may get a grid, and not the number of patches, which
+gives all shapes. Then the forward of its module is watched, which gets them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ _TRIALS, _WIDTH = 8, 3
 _Method = Callable[..., Any]
 
 
-def equal_resizing(
-    module: Any, original: _Method, check_all: Callable[[Tensor], None]
-) -> dict[str, _Method] | None:
+def equal_resizing(module: Any, original: _Method, check_all: Callable[[Tensor], None]) -> dict[str, _Method] | None:
     """Return methods of a module whose ``resize_positional_embeddings`` resizes a table of positions to each image,
     with antialias and in blocks; None for another one.
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.capture.replacements.free_lengths import free_lengths
-from adaptc.capture.replacements.kept_modules import kept_modules
+from adaptc.capture.replacements.traceable_calls import free_lengths, kept_modules
 
 
 class Tiles(nn.Module):
