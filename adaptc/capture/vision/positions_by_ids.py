@@ -26,13 +26,13 @@ _KNOWN = ((1, torch.long), (0, torch.float))
 
 def equal_positions_by_ids(module: Any, original: Callable[..., Any]) -> Callable[..., Any] | None:
     """Return a method that gives what ``module.get_rope_index`` gives, or None where none is known."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     ids = [getattr(config, name, None) for name in ("image_token_id", "vision_start_token_id")]
-    merge = getattr(module, "spatial_merge_size", None)
+    merge: Any = getattr(module, "spatial_merge_size", None)
     if not set(inspect.signature(original).parameters) >= _NAMES or None in (*ids, merge):
         return None
     for padding, dtype in _KNOWN:
-        method = _positions_method(original, ids[0], merge, padding, dtype)
+        method = _positions_method(original, config.image_token_id, merge, padding, dtype)
         if is_equal(original, method, _calls(config, merge)):
             return method
     return None
