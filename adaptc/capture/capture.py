@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.check_outputs import check_same_outputs, name_value_checks
+from adaptc.capture.check_outputs import COMPARISON, check_same_outputs, name_value_checks
 from adaptc.capture.check_size_one import guard_sizes_of_one, has_same_outputs
 from adaptc.capture.dynamic_shapes import FreeDims, export, export_with_free_dims, export_with_shapes
 from adaptc.capture.explain_failure import explain_inputs
@@ -347,7 +347,7 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
         return program
 
     with _name_forward_kwargs(model, kwargs), explain_inputs(model, args, kwargs, inputs_made=example_inputs is None):
-        return export_or_fix_values(model, args, kwargs, export_once)
+        return export_or_fix_values(model, args, kwargs, export_once, COMPARISON)
 
 
 def _export_with_free_sizes(

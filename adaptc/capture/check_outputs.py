@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.check_size_one import can_run, joined_outputs, run_without_effects
+from adaptc.capture.check_size_one import joined_outputs, run_without_effects
 from adaptc.capture.dynamic_shapes import error_text
+from adaptc.capture.model_state import can_run
+from adaptc.capture.replacements.general_branches import OutputComparison
 from adaptc.capture.run_graph import guarded_module
 from adaptc.errors import CaptureError, listing
 
@@ -103,3 +105,7 @@ def _is_close(wanted: Tensor, found: Tensor) -> bool:
     return bool(difference <= _TOLERANCE.get(wanted.dtype, 0.1) * (wanted.abs().max() + 1e-3)) or (
         torch.equal(wanted.isnan(), found.isnan()) and torch.equal(wanted.nan_to_num(), found.nan_to_num())
     )
+
+
+#: what two runs of a model are compared by
+COMPARISON = OutputComparison(joined_outputs, _is_close)

@@ -18,15 +18,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.capture.given_inputs import collect_tensors
-from adaptc.capture.model_state import preserve_state
+from adaptc.capture.model_state import can_run, preserve_state
 from adaptc.capture.run_graph import guarded_module, run_graph
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.graph.lifted import user_inputs
 from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
-
-#: the bytes of tensors beyond which a model is not run to find out
-MAX_BYTES = 4 << 30
 
 
 def differing_sizes(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
@@ -126,13 +123,6 @@ def _find_differing(
         return out if out and is_same(module, args, kwargs) else []
 
 
-def can_run(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether the model and its inputs have values, and take at most :data:`MAX_BYTES` bytes."""
-    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
-    tensors = [t for t in tensors if isinstance(t, Tensor)]
-    return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= MAX_BYTES
-
-
 def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
     """Return for each free size its (flat input, axis) pairs. Sizes from which other sizes are computed are left
     out."""
@@ -193,8 +183,10 @@ def _match_by_name(expected: Any, found: Any) -> bool:
 
 
 def joined_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return copies of the float tensors in ``outputs`` by name. Tensors of one list are joined along their first
-    dimension."""
+    """Return copies of the float tensors in ``outputs`` by name.
+
+    Tensors of one list are joined along their first dimension, and flattened before that where other sizes differ.
+    """
     found: dict[str, list[Tensor]] = {}
     for path, value in pytree.tree_leaves_with_path(outputs):
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -202,7 +194,13 @@ def joined_outputs(outputs: Any) -> dict[str, Tensor]:
             while keys and keys[-1].isdigit():
                 keys.pop()
             found.setdefault(".".join(keys), []).append(value)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0].clone() for name, parts in found.items()}
+    return {name: _join(parts) for name, parts in found.items()}
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].clone()
+    return torch.cat(parts if len({p.shape[1:] for p in parts}) == 1 else [p.flatten() for p in parts])
 
 
 def flatten_results(value: Any) -> tuple[list[Any], Any]:

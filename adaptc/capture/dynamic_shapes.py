@@ -42,6 +42,8 @@ from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_
 from adaptc.capture.replacements.free_lengths import any_length
 from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
+from adaptc.capture.replacements.traceable_calls import free_tensor_lengths, kept_modules
+from adaptc.capture.replacements.visited_experts import visited_experts
 from adaptc.capture.vision.trace_towers import traced_for_any_images
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.lifted import user_inputs
@@ -71,11 +73,14 @@ def export(
         for copies in (copy_equal_layers, contextlib.nullcontext):
             with contextlib.redirect_stderr(printed), patched, uncached, preserve_state(model, only_traced=True):
                 with (
+                    visited_experts(model, args, kwargs),
                     copies(model) as once,
                     fast_size_arithmetic(),
                     traced_for_any_images(model),
                     shift_labels_of_any_length(model),
                     any_length(model),
+                    free_tensor_lengths(model),
+                    kept_modules(model),
                     float_stand_ins(model) as put_back,
                 ):
                     program = torch.export.export(

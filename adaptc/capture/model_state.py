@@ -36,10 +36,19 @@ from adaptc.passes.graph.storage import memory_address
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _IMMUTABLE_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+#: the bytes of tensors beyond which a model is not run to find out
+MAX_BYTES = 4 << 30
 #: packages whose objects belong to the model that holds them, besides the packages of the model's own classes
 _HELPER_PACKAGES = {"transformers", "types"}
 #: this package, whose modules of programs protect their own state and serve many threads
 _OWN_PACKAGE = __name__.partition(".")[0]
+
+
+def can_run(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the model and its inputs have values, and take at most :data:`MAX_BYTES` bytes."""
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= MAX_BYTES
 
 
 @contextlib.contextmanager
@@ -277,14 +286,9 @@ def patch_forward(
 
     Afterwards the model has its former forward, whether that is its class's or an attribute of its own.
     """
-    own = {name: value for name, value in vars(model).items() if name == "forward"}
     vars(forward)["__signature__"] = inspect.Signature(list(parameters))
-    vars(model)["forward"] = forward
-    try:
+    with own_attribute(model, "forward", forward):
         yield
-    finally:
-        del vars(model)["forward"]
-        vars(model).update(own)
 
 
 @contextlib.contextmanager

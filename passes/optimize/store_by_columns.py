@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.optimize.hoist import stage_by_node
+from adaptc.torch_typing import shape_of
 
 aten = torch.ops.aten
 
@@ -53,18 +54,16 @@ def _is_thin(value: Any) -> bool:
     """Return whether ``value`` is a weight (N, K) on a CPU with fewer columns than rows."""
     if not isinstance(value, Tensor) or value.ndim != 2 or value.device.type != "cpu":
         return False
-    rows, columns = value.shape
+    rows, columns = shape_of(value)
     return isinstance(rows, int) and isinstance(columns, int) and columns < rows
 
 
 def _by_columns(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     """Return a new node behind ``weight`` with its values, one column after another in memory."""
+    contiguous: dict[str, Any] = {"memory_format": torch.contiguous_format}
+    steps: list[tuple[Any, dict[str, Any]]] = [(aten.t.default, {}), (aten.clone.default, contiguous)]
     node = weight
-    for target, options in (
-        (aten.t.default, {}),
-        (aten.clone.default, {"memory_format": torch.contiguous_format}),
-        (aten.t.default, {}),
-    ):
+    for target, options in (*steps, steps[0]):
         with graph.inserting_after(node), torch.no_grad():
             value = target(node.meta["val"], **options)
             node = graph.call_function(target, (node,), options)

@@ -23,10 +23,12 @@ class Reads(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.linear(x)
         if self.way == "branch" and (mask == 0).any():
-            return y * mask[..., None]
+            return 3 * y * mask[..., None]
         if self.way == "padded branch" and nn.functional.pad(mask, (0, x.shape[1] % 4), value=1).all():
             return y * 2
-        if self.way == "item" and mask.sum().item() > 17:
+        if self.way == "item behind a check":
+            torch._check_tensor_all(mask >= 0)
+        if self.way.startswith("item") and mask.sum().item() > 17:
             return y * 2
         if self.way == "int" and int(mask.min()) == 1:
             return y * 2
@@ -65,6 +67,7 @@ def numbers(rows: int = 3, length: int = 6) -> Tensor:
 
 
 WAYS = ["branch", "padded branch", "item", "int", "float", "contains", "loop", "sizes", "behind a write", "quotient"]
+WAYS += ["item behind a check"]
 
 
 @pytest.mark.filterwarnings("ignore:.*was captured for some sizes alone:adaptc.AdaptcWarning")

@@ -96,6 +96,42 @@ def test_other_shifts_stay_as_they_are(kind: type[nn.Module]) -> None:
         assert torch.equal(program(labels), model(labels))
 
 
+class Starts(nn.Module):
+    """A model that computes where each sound begins, from their lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Embedding(50, 5)
+
+    def _build_audio_timestamps(self, lengths: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.long), torch.cumsum(lengths, dim=0)[:-1]])
+
+    def forward(self, lengths: Tensor) -> Tensor:
+        return self.head(self._build_audio_timestamps(lengths))
+
+
+class RowsBefore(Starts):
+    """A model whose method takes all rows of a matrix but the last."""
+
+    def _build_audio_timestamps(self, lengths: Tensor) -> Tensor:
+        out = lengths.new_full((3, 3), 9)
+        out[:, 1:] = lengths.view(-1, 2)[:2][:-1].clone()
+        return out
+
+
+@pytest.mark.parametrize(("kind", "least"), [(Starts, 1), (RowsBefore, 6)])
+def test_starts_of_any_number_of_sounds(kind: type[nn.Module], least: int) -> None:
+    model = kind()
+    config = adaptc.LoraConfig(r=2, target_modules=["head"], init_lora_weights=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", adaptc.AdaptcWarning)
+        program = adaptc.compile(model, config, example_inputs=torch.tensor([3, 5, 2, 4, 6, 1]))
+    for count in (1, 2, 3, 6, 8):
+        lengths = torch.arange(1, count + 1)
+        if count >= least:
+            assert torch.equal(program(lengths), model(lengths))
+
+
 class TellsWhatItSlices(ShiftsByCat):
     """A model that says of which type all labels but the last are."""
 

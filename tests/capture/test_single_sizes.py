@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from adaptc.capture import check_size_one
+from adaptc.capture import model_state
 from adaptc.capture.capture import capture
 from adaptc.errors import AdaptcWarning
 from adaptc.passes.graph.lifted import guards_of
@@ -110,7 +110,7 @@ def test_named_sizes_are_a_promise_that_the_model_breaks() -> None:
 def test_large_models_and_those_without_values_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     program = quietly(Doubles().to("meta"), torch.randn(3, 4, 5, device="meta"))
     assert not any("!= 1" in g for g in guards_of(program))
-    monkeypatch.setattr(check_size_one, "MAX_BYTES", 100)
+    monkeypatch.setattr(model_state, "MAX_BYTES", 100)
     program = quietly(Doubles(), torch.randn(3, 4, 5))
     assert not any("!= 1" in g for g in guards_of(program))
 

@@ -56,4 +56,15 @@ def audio_text_forms(model: Any, forward: list[str], text: Maker) -> Iterator[Ma
                 frames = max(values.shape[1:])
                 return {**out, name: torch.ones(batch, frames, dtype=torch.long)} if name else out
 
-            yield beside(model, forward, text, masked, _AUDIO_TOKENS)
+            yield beside(model, forward, text, masked, _AUDIO_TOKENS, _first_count(model.config, sound))
+
+
+def _first_count(config: Any, sound: Maker) -> int:
+    """Return with how many placeholders to begin.
+
+    Qwen2-Audio takes one as well, for each sound, which its processor no longer gives.
+    """
+    if config.model_type != "qwen2_audio":
+        return 1
+    frames = max(next(iter(sound(1, 1).values())).shape[1:])
+    return ((frames - 1) // 2 + 1 - 2) // 2 + 1

@@ -37,12 +37,18 @@ def image_text_forms(model: Any, forward: list[str], text: Maker) -> Iterator[Ma
         yield beside(model, forward, text, form)
 
 
-def beside(model: Any, forward: list[str], text: Maker, form: Form, tokens: tuple[str, ...] = IMAGE_TOKENS) -> Maker:
-    """Return a maker of texts with what ``form`` makes; ``tokens``: what configs call the id of its placeholder."""
+def beside(
+    model: Any, forward: list[str], text: Maker, form: Form, tokens: tuple[str, ...] = IMAGE_TOKENS, first: int = 1
+) -> Maker:
+    """Return a maker of texts with what ``form`` makes.
+
+    ``tokens`` are what configs call the id of its placeholder. ``first`` is the number of placeholders that is tried
+    first.
+    """
     found: dict[tuple[int, int], int] = {}
 
     def make(batch: int, length: int) -> dict[str, Any]:
-        count, tried = found.get((batch, length), next(iter(found.values()), 1)), set()
+        count, tried = found.get((batch, length), next(iter(found.values()), first)), set()
         while True:
             written = _with_placeholders(model.config, forward, text(batch, length), count, tokens)
             inputs = {**written, **form(batch, written["input_ids"].shape[1])}

@@ -23,7 +23,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from adaptc.capture.model_state import patch_forward, preserve_state
+from adaptc.capture.replacements.calling_line import NOT_A_MODEL, calling_line
+from adaptc.capture.replacements.general_branches import OutputComparison, general_branches
 from adaptc.capture.vision.tower_facts import GRIDS_ARE_FIXED, numbers_of_images
 from adaptc.errors import AdaptcWarning, CaptureError, listing
 from adaptc.passes.graph.pytree import pytree
 from adaptc.progress import stage
 
-#: where code is that is no model's
-_NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 #: names of torch's errors where a trace needs to know a number
 _UNKNOWN_NUMBERS = ("GuardOnDataDependentSymNode", "UserError", "Unsupported", "RuntimeError")
 #: functions that give Python numbers, or a tree of them, of a tensor
@@ -85,12 +85,14 @@ def _is_quotient_of_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
     return are_sizes and len(args) == 2 and kwargs.get("rounding_mode") in ("floor", "trunc")
 
 
-def _calling_line() -> str:
-    """Return the file and line of the code outside of torch and of this package that is being run."""
-    frame = sys._getframe(1)  # noqa: SLF001
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_A_MODEL):
+def _is_checked_by_torch() -> bool:
+    """Return whether torch itself reads the number, for an assertion that it makes of a tensor."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
+    while frame is not None and frame.f_code.co_filename.startswith(NOT_A_MODEL):
+        if frame.f_code.co_name == torch._check_tensor_all.__name__:  # noqa: SLF001
+            return True
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return False
 
 
 class _KnownNumbers(TorchFunctionMode):
@@ -128,6 +130,7 @@ class _KnownNumbers(TorchFunctionMode):
             return args[0] // args[1]
         if func in _READS:
             is_left = id(args[0]) not in self.known or (func is Tensor.tolist and not self._is_fixed(args[0]))
+            is_left = is_left or _is_checked_by_torch()
             return func(*args, **given) if is_left else self._read(func, args)
         if func in _TAKES_NUMBERS:
             args, given = self._with_numbers(args), self._with_numbers(given)
@@ -165,7 +168,7 @@ class _KnownNumbers(TorchFunctionMode):
 
     def _constant(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return a result of known tensors, whose size a trace would not know."""
-        place = _calling_line()
+        place = calling_line()
         if not self.is_replay:
             made = func(*args, **kwargs)
             self.numbers.append((place, pytree.tree_map_only(Tensor, lambda t: (t.tolist(), t.dtype), made)))
@@ -177,7 +180,7 @@ class _KnownNumbers(TorchFunctionMode):
 
     def _with_known_size(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the function's result, and let the program check that it has as many elements as in the example."""
-        place, out = _calling_line(), func(*args, **kwargs)
+        place, out = calling_line(), func(*args, **kwargs)
         for made in pytree.tree_leaves(out):
             if isinstance(made, Tensor) and self.is_replay:
                 torch._check(made.shape[0] == self._next_number(place))  # noqa: SLF001
@@ -188,7 +191,7 @@ class _KnownNumbers(TorchFunctionMode):
 
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         # Number by number, since a trace reads a list so.
-        place = _calling_line()
+        place = calling_line()
         if not self.is_replay:
             value = func(*args)
             self.numbers += [(place, n) for n in pytree.tree_leaves(value)]
@@ -245,17 +248,21 @@ def export_or_fix_values(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     export_once: Callable[[bool], ExportedProgram],
+    comparison: OutputComparison,
 ) -> ExportedProgram:
     """Return what ``export_once`` makes, which is told whether the numbers in inputs are fixed.
 
-    They are where torch cannot trace the model for unknown numbers: those in inputs of images, or also those that the
-    model reads of other inputs. A warning says which.
+    They are where torch cannot trace the model for unknown numbers, with its branches for masks of any kind either:
+    those in inputs of images, or also those that the model reads of other inputs. A warning says which.
     """
     try:
         return export_once(False)
     except CaptureError as error:
         if type(error.__cause__).__name__ not in _UNKNOWN_NUMBERS:
             raise
+        with contextlib.suppress(CaptureError), general_branches(model, args, kwargs, comparison) as lines:
+            if lines:
+                return export_once(True)
         names, others = numbers_of_images(kwargs), _integers(args, kwargs)
         for is_read_only in [False] * bool(names) + [True] * (len(others) > len(names)):
             read = others if is_read_only else []

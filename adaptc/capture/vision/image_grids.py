@@ -110,6 +110,25 @@ def interpolate_positions(
     return entries.flatten(1), weights.flatten(1)
 
 
+def resize_with_antialias(places: PatchPlaces, side: int) -> Tensor:
+    """Return the weights (patches, side * side), float32, by which each patch reads a table of ``side`` x ``side``.
+
+    They are those of ``torch.nn.functional.interpolate`` in mode "bilinear" with ``antialias``.
+    """
+    rows = _antialiased(places.row, places.height, side)
+    columns = _antialiased(places.column, places.width, side)
+    return (rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1)
+
+
+def _antialiased(index: Tensor, size: Tensor, side: int) -> Tensor:
+    """Return the weights (patches, side) of the entries of one axis."""
+    scale = (side / size).unsqueeze(1)
+    center = scale * (index.unsqueeze(1) + 0.5)
+    entries = torch.arange(side, device=index.device) + 0.5
+    weights = (1 - (entries - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
 def _taps(
     index: Tensor, size: Tensor, side: int, mode: str, padding: str, align_corners: bool
 ) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,14 @@ class Grids:
         grid: int64 (images, 3): frames, height and width in patches.
         step: the distance of frames in time, one number or one for each image.
         has_texts_between: whether a text stands between two frames of a video.
+        merge_frames: how many frames of the grid are one frame of tokens.
     """
 
     kind: int
     grid: Tensor
     step: Tensor | float = 1.0
     has_texts_between: bool = False
+    merge_frames: int = 1
 
 
 def rotary_positions(kinds: Tensor, mask: Tensor | None, grids: list[Grids], merge: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ def rotary_positions(kinds: Tensor, mask: Tensor | None, grids: list[Grids], mer
     offsets = torch.zeros((3, *kinds.shape), dtype=torch.long, device=kinds.device)
     for one in grids:
         mine = (kinds == one.kind) & seen
-        tokens = torch.stack([one.grid[:, 0], one.grid[:, 1] // merge, one.grid[:, 2] // merge], 1)
+        tokens = torch.stack([one.grid[:, 0] // one.merge_frames, one.grid[:, 1] // merge, one.grid[:, 2] // merge], 1)
         number = (mine.flatten().cumsum(0) - 1).clamp(min=0)
         places = place_patches(tokens, kinds.numel(), 1)
         step = one.step[places.image] if isinstance(one.step, Tensor) else one.step

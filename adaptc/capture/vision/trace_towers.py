@@ -6,8 +6,7 @@ While the model is traced,
 - a tower attends within segments of patches by one call, as :mod:`attend_in_segments` says;
 - features of all images stay in one tensor, as :mod:`whole_features` says;
 - positions of text and images are those of :mod:`rotary_positions`;
-- methods that loop over images are those of :mod:`packed_methods`, :mod:`padded_towers`, :mod:`tiled_features` and
-  :mod:`image_codes`.
+- methods that loop over images are those of the room ``methods``.
 
 Code of the model is replaced only where the replacement gives the same, for images drawn at random. Each replacement is
 an attribute of one module for a while; no class and no function of transformers changes.
@@ -30,11 +29,13 @@ from torch import Tensor, nn
 
 from adaptc.capture.model_state import own_attribute
 from adaptc.capture.vision.attend_in_segments import attends_in_segments
-from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
-from adaptc.capture.vision.image_codes import find_codes
-from adaptc.capture.vision.packed_methods import equal_packed_forward, equal_unshuffle
-from adaptc.capture.vision.padded_towers import equal_padded_forward
-from adaptc.capture.vision.tiled_features import equal_packing, find_tiling, joined_tiles
+from adaptc.capture.vision.methods.equal_methods import equal_deepstack, equal_positions
+from adaptc.capture.vision.methods.equal_towers import equal_resizing, equal_slicing
+from adaptc.capture.vision.methods.image_codes import find_codes
+from adaptc.capture.vision.methods.packed_methods import equal_packed_forward, equal_unshuffle
+from adaptc.capture.vision.methods.padded_towers import equal_padded_forward
+from adaptc.capture.vision.methods.positions_by_ids import equal_positions_by_ids
+from adaptc.capture.vision.methods.tiled_features import equal_packing, find_tiling, joined_tiles
 from adaptc.capture.vision.tower_facts import facts_of_grid, find_towers, has_free_images
 from adaptc.capture.vision.whole_features import KeepWhole
 from adaptc.errors import CaptureError
@@ -58,6 +59,10 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
                 original = getattr(module, name, None)
                 if inspect.ismethod(original) and (made := make(module, original, splits)) is not None:
                     stack.enter_context(own_attribute(module, name, made))
+            resize = getattr(module, "resize_positional_embeddings", None)
+            methods = equal_resizing(module, resize, _check_all) if inspect.isfunction(resize) else None
+            for name, made in (methods or {}).items():
+                stack.enter_context(own_attribute(module, name, made))
             if (codes := find_codes(module)) is not None:
                 splits.codes.add(_code(codes.quantizer.encode))
                 stack.enter_context(own_attribute(codes.quantizer, "encode", codes.encode))
@@ -85,7 +90,11 @@ def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
 
 
 def _check_that_grids_have_all_patches(grid: Tensor, count: int) -> None:
-    torch._check_tensor_all(grid.prod(1).sum() == count)  # noqa: SLF001
+    _check_all(grid.prod(1).sum() == count)
+
+
+def _check_all(holds: Tensor) -> None:
+    torch._check_tensor_all(holds)  # noqa: SLF001
 
 
 def _forward_of_image_lengths(module: Any, original: Any) -> Any:
@@ -160,7 +169,10 @@ _REPLACEMENTS: dict[str, Callable[[Any, Any, KeepWhole], Any]] = {
     "get_image_features": _features,
     "get_video_features": _features,
     "compute_3d_position_ids": _without_state,
-    "get_rope_index": lambda module, original, _: equal_positions(module, original),
+    "get_rope_index": lambda module, original, _: (
+        equal_positions(module, original) or equal_positions_by_ids(module, original)
+    ),
+    "_temporal_slicing": lambda module, original, _: equal_slicing(module, original, _check_all),
     "_deepstack_process": lambda module, original, _: equal_deepstack(module, original),
     "pixel_unshuffle": lambda module, original, _: equal_unshuffle(module, original),
     "pack_image_features": lambda module, original, _: equal_packing(module, original),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptc.capture.vision.equal_methods import equal_deepstack, equal_positions
+from adaptc.capture.vision.methods.equal_methods import equal_deepstack, equal_positions
 from tests.support.image_models import FAMILIES, build, call_with_images
 
 WITH_POSITIONS = list(FAMILIES)

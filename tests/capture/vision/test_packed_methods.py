@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.capture.vision.image_codes import find_codes
-from adaptc.capture.vision.packed_methods import equal_packed_forward, equal_unshuffle
-from adaptc.capture.vision.padded_towers import equal_padded_forward
-from adaptc.capture.vision.tiled_features import equal_packing
+from adaptc.capture.vision.methods.image_codes import find_codes
+from adaptc.capture.vision.methods.packed_methods import equal_packed_forward, equal_unshuffle
+from adaptc.capture.vision.methods.padded_towers import equal_padded_forward
+from adaptc.capture.vision.methods.tiled_features import equal_packing
 from adaptc.capture.vision.tower_facts import find_towers
 from tests.support.sized_images import call_with_images, model_of
 

@@ -68,6 +68,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"],
     },
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+    # With use_cache it attends to later tokens, too, in a call that has them. Programs compute without a cache.
+    "fsmt": {"use_cache": False},
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
     "gemma4": {"text_config": _GEMMA4},
@@ -82,6 +84,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
+    # Its encoders have as many values as queries, whatever the number of keys.
+    "nemo_speechlm": {
+        "audio_config": {
+            "asr_config": {"num_key_value_heads": 4},
+            "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
+        }
+    },
     "qwen4_exp_text": _QWEN4,
     "qwen4_exp": {"text_config": _QWEN4},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},

@@ -28,10 +28,11 @@ def equal_positions(module: Any, original: Function) -> Function | None:
     if merge is None or not {"mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask"} <= names:
         return None
     speed = getattr(config, "tokens_per_second", 1)
-    known: tuple[dict[str, Any], ...] = ({}, {"has_texts_between": True}, {"step": speed})
+    merged = {"merge_frames": getattr(config, "temporal_merge_size", 1)}
+    known: tuple[dict[str, Any], ...] = ({}, {"has_texts_between": True}, {"step": speed}, merged)
     for options in known:
         method = _positions_method(original, merge, options)
-        if gives_the_same(original, method, _position_calls(merge, names, "has_texts_between" in options)):
+        if gives_the_same(original, method, _position_calls(merge, names, options)):
             return method
     return None
 
@@ -54,11 +55,11 @@ def _positions_method(original: Function, merge: int, of_videos: dict[str, Any])
     return method
 
 
-def _position_calls(merge: int, names: set[str], has_texts_between: bool) -> Iterator[dict[str, Any]]:
+def _position_calls(merge: int, names: set[str], of_videos: dict[str, Any]) -> Iterator[dict[str, Any]]:
     draw = Random(0)
     for _ in range(_TRIALS):
         grids: dict[int, list[list[int]]] = {IMAGE: [], VIDEO: []}
-        rows = [_draw_row(draw, merge, grids, has_texts_between) for _ in range(draw.randint(1, 3))]
+        rows = [_draw_row(draw, merge, grids, of_videos) for _ in range(draw.randint(1, 3))]
         length = max(map(len, rows)) + 1
         kinds, mask = torch.zeros(len(rows), length, dtype=torch.int), torch.zeros(len(rows), length, dtype=torch.long)
         is_left = draw.random() < 0.5
@@ -73,13 +74,14 @@ def _position_calls(merge: int, names: set[str], has_texts_between: bool) -> Ite
         yield call
 
 
-def _draw_row(draw: Random, merge: int, grids: dict[int, list[list[int]]], has_texts_between: bool) -> list[int]:
+def _draw_row(draw: Random, merge: int, grids: dict[int, list[list[int]]], of_videos: dict[str, Any]) -> list[int]:
     row: list[int] = []
+    has_texts_between, merge_frames = "has_texts_between" in of_videos, of_videos.get("merge_frames", 1)
     for _ in range(draw.randint(1, 3)):
         kind = draw.choice([IMAGE, VIDEO])
         frames = draw.randint(1, 3) if kind == VIDEO else 1
         down, across = draw.randint(1, 4), draw.randint(1, 4)
-        grids[kind].append([frames, merge * down, merge * across])
+        grids[kind].append([frames * (merge_frames if kind == VIDEO else 1), merge * down, merge * across])
         tokens = [kind] * (down * across)
         row += [0] * draw.randint(1, 3)
         row += ([*tokens, 0] if has_texts_between and kind == VIDEO else tokens) * frames

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.model_functions import Function, gives_the_same
+from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.vision.packed_patches import find_real_patches
 from adaptc.capture.vision.tower_facts import is_padded_tower
 

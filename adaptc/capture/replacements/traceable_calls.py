@@ -1,0 +1,80 @@
+"""Let two calls be traced that torch.export takes otherwise than a model means them.
+
+``len(tensor)``: Python demands an integer, so torch fixes the size whose ``len`` a model takes, such as that of the
+batch. ``tensor.shape[0]`` is the same number and stays free. So the files of the model's classes get a ``len`` of their
+own for a while, in the tracing thread alone. What is no tensor has Python's length.
+
+``module.to(dtype)``: routers of mixtures write ``self.classifier = self.classifier.to(torch.float32)`` in each call.
+torch converts a module by replacing the memory of its parameters, which a trace refuses, even where nothing would
+change. Such a conversion gives the module itself. One that would change a parameter is left to torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.capture.model_state import own_attribute
+
+#: the packages whose code asks for no sizes of a model
+_NO_MODELS = ("torch", "builtins")
+
+
+@contextlib.contextmanager
+def free_tensor_lengths(model: nn.Module) -> Iterator[None]:
+    """Run the block with a ``len`` that leaves sizes free, in the files that define the classes of ``model``."""
+    thread = threading.get_ident()
+
+    def length(value: Any) -> Any:
+        is_traced = threading.get_ident() == thread and isinstance(value, Tensor) and value.ndim > 0
+        return value.shape[0] if is_traced else len(value)
+
+    names = {c.__module__ for m in model.modules() for c in type(m).__mro__}
+    files = [sys.modules[n] for n in names if n in sys.modules and n.partition(".")[0] not in _NO_MODELS]
+    changed = [vars(file) for file in files if "len" not in vars(file)]
+    try:
+        for own in changed:
+            own["len"] = length
+        yield
+    finally:
+        for own in changed:
+            own.pop("len", None)
+
+
+@contextlib.contextmanager
+def kept_modules(model: nn.Module) -> Iterator[None]:
+    """Run the block with modules of ``model`` that stay as they are where ``to`` would not change them."""
+    kinds = {kind: _converts(kind) for kind in {type(m) for m in model.modules()}}
+    children = {id(c): c for m in model.modules() if kinds[type(m)] for c in m.children()}
+    with contextlib.ExitStack() as stack:
+        for child in children.values():
+            stack.enter_context(own_attribute(child, "to", _keeping_to(child)))
+        yield
+
+
+def _converts(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "to" in code.co_names
+
+
+def _keeping_to(module: nn.Module) -> Callable[..., nn.Module]:
+    original = module.to
+
+    def to(*args: Any, **kwargs: Any) -> nn.Module:
+        wanted = (*args, *kwargs.values())
+        tensors = list(itertools.chain(module.parameters(), module.buffers()))
+        is_dtype = len(wanted) == 1 and isinstance(wanted[0], torch.dtype)
+        # As torch does: a dtype of floats converts no integers.
+        if is_dtype and all(t.dtype == wanted[0] for t in tensors if t.is_floating_point() or t.is_complex()):
+            return module
+        return original(*args, **kwargs)
+
+    return to
