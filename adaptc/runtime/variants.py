@@ -44,7 +44,6 @@ from adaptc.passes.optimize.sibling_cost import (
     stacked_cost_difference,
 )
 from adaptc.passes.optimize.sibling_groups import SiblingGroup
-from adaptc.passes.optimize.store_by_columns import StoreByColumns
 from adaptc.runtime.hoisted_values import SharedValues, SplitGraph
 from adaptc.torch_modes import AUTOCAST_DEVICES
 
@@ -258,8 +257,6 @@ class GraphVariants:
 
     def _make_variant(self, variant_name: str) -> GraphVariant:
         graph = copy_graph(self.clean_result.output)
-        if variant_name == PLAIN and self.source.is_for_compiler:
-            return self._make_compiled_variant(graph)
         if variant_name == PLAIN:
             return self._hoist_variant(graph, (), ())
         if not self.sibling_groups:
@@ -277,16 +274,6 @@ class GraphVariants:
             if new & {n.name for n in made.split.main.graph.nodes if n.op != "placeholder"}:
                 return self.get(STACKED if variant_name == WIDE else PLAIN)
         return made
-
-    def _make_compiled_variant(self, graph: fx.Graph) -> GraphVariant:
-        s = self.source
-        done = PassManager([StoreByColumns([s.frozen_base, s.frozen_slots])])(graph)
-        copies = {n.all_input_nodes[0].name for n in done.data[-1]}
-        made = self._hoist_variant(done.output, (), done.trail)
-        # Without room for the copies each call would make them.
-        if not copies & {n.name for n in made.split.main.graph.nodes if n.op != "placeholder"}:
-            return made
-        return self._hoist_variant(copy_graph(self.clean_result.output), (), ())
 
     def _hoist_variant(self, graph: fx.Graph, packs: tuple[StackedWeight, ...], trail: PassTrail) -> GraphVariant:
         s, names = self.source, [p.name for p in packs]
