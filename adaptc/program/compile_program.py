@@ -328,7 +328,8 @@ def _with_stacked_experts(adapter: PlannedAdapter, facts: ModelFacts, base: Lift
     """Return a new adapter with a config that names the parameters where it means experts; others as they are."""
     if not adapter.data.is_new:
         return adapter
-    config = with_stacked_experts(adapter.data.config, facts, base.state_dict)
+    read = [fqn for fqn, node in base.placeholders.items() if node.users]
+    config = with_stacked_experts(adapter.data.config, facts, read)
     return replace(adapter, data=adapter.data.with_config(config))
 
 

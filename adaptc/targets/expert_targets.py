@@ -70,7 +70,7 @@ def with_stacked_experts(config: Any, facts: ModelFacts, weights: Collection[str
     It is the same object where the config has no such target or is no LoRA's, and where PEFT does not convert the model
     type. As in PEFT, parameters that hold two projections get twice the rank and twice the alpha.
 
-    ``weights``: the FQNs of the model's parameters.
+    ``weights``: the FQNs of the parameters that the model reads.
 
     Raises ConfigError for the gate projection without the up projection, or the other way round. Warns about linear
     layers with the name of an expert's layer, such as those of a shared expert, which PEFT does not adapt then.
@@ -123,7 +123,8 @@ def _read_targets(targets: Any, layers: Mapping[str, str], facts: ModelFacts, we
         lost = [n for n in _with_last_name(linear, names) if not set(modules).intersection(dotted_suffixes(n))]
     elif targets.lower() == ALL_LINEAR:
         names = frozenset(held)
-        modules = sorted({n.rpartition(".")[2] for n in linear} - layers.keys())
+        # A name whose layers the model never calls would match nothing that can be adapted.
+        modules = sorted({n.rpartition(".")[2] for n in linear if f"{n}.weight" in weights} - layers.keys())
         lost = _with_last_name(linear, layers)
     else:
         # An expression says which layers it means, so the parameters are named in full.

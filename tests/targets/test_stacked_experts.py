@@ -202,6 +202,18 @@ def test_layers_of_these_names_beside_the_experts() -> None:
     assert len(sites(program)) == 8
 
 
+def test_all_linear_leaves_out_layers_that_are_never_called() -> None:
+    """Such as those of a tower whose inputs an example lacks."""
+    model = build("qwen3_moe")
+    model.model.tower = nn.Linear(20, 20)
+    program = compile_quietly(model, adaptc.LoraConfig(r=2, target_modules="all-linear"))
+    assert sites(program) == sites(
+        compile_quietly(build("qwen3_moe"), adaptc.LoraConfig(r=2, target_modules="all-linear"))
+    )
+    with pytest.raises(adaptc.TargetError, match="tower"):
+        compile_quietly(model, adaptc.LoraConfig(r=2, target_modules=["tower"]))
+
+
 @pytest.mark.long
 def test_types_and_methods_that_peft_does_not_convert() -> None:
     model = build("qwen2_moe")
