@@ -44,6 +44,7 @@ from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
 from adaptc.capture.replacements.traceable_calls import free_tensor_lengths, kept_modules
 from adaptc.capture.replacements.visited_experts import visited_experts
+from adaptc.capture.vision.methods.joined_patches import joins_patches_at_once
 from adaptc.capture.vision.trace_towers import traced_for_any_images
 from adaptc.errors import CaptureError
 from adaptc.passes.graph.lifted import user_inputs
@@ -77,6 +78,7 @@ def export(
                     copies(model) as once,
                     fast_size_arithmetic(),
                     traced_for_any_images(model),
+                    joins_patches_at_once(model),
                     shift_labels_of_any_length(model),
                     any_length(model),
                     free_tensor_lengths(model),

@@ -46,7 +46,8 @@ def ask_peft(
         outputs = [run(wrapped, call) for call in calls]
     except Exception as error:
         result.peft = reason(error)
-        targets = _convolutions(model) or "all-linear"
+        unused = set(idle_layers(model, calls))
+        targets = [t for t in _convolutions(model) if t not in unused] or "all-linear"
         return Oracle(LoraConfig(**{**LORA, "target_modules": targets}), base)
     if not difference(outputs[0], base[0]):
         result.notes.append(NO_EFFECT)
