@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptc.capture.model_functions import Function, gives_the_same, replaced_functions
+from adaptc.capture.replacements.delta_rules import gated_delta_rule
 from adaptc.capture.replacements.parallel_scan import linear_recurrence, shift
 
 #: lengths of the inputs that functions are tried on: one, less than a block of the scan, and more than many blocks
@@ -208,6 +209,25 @@ def _draw_gated_recurrence(draw: torch.Generator, batch: int, length: int) -> di
     }
 
 
+def _draw_delta_rule(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    heads, key_width, width = 4, 3, 5
+    call = {
+        "query": _random(draw, batch, length, heads // 2, key_width),
+        "key": _random(draw, batch, length, heads // 2, key_width),
+        "value": _random(draw, batch, length, heads, width),
+        "g": -F.softplus(_random(draw, batch, length, heads)),
+        "beta": _random(draw, batch, length, heads).sigmoid(),
+    }
+    return {**{n: t.float() for n, t in call.items()}, "use_qk_l2norm_in_kernel": True}
+
+
+def _draw_delta_rule_of_channels(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    call = _draw_delta_rule(draw, batch, length)
+    heads, key_width = call["value"].shape[2], call["key"].shape[3]
+    query, key, g = (_random(draw, batch, length, heads, key_width).float() for _ in range(3))
+    return {**call, "query": query, "key": key, "g": -F.softplus(g)}
+
+
 def _random(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
 
@@ -217,5 +237,7 @@ _KNOWN = {
     "mamba_selective_scan": _Known(_selective_scan, _draw_selective_scan),
     "mamba2_chunk_scan": _Known(_whole_chunks, _draw_chunks),
     "rwkv_linear_attention": _Known(_weighted_values, _draw_weighted_values),
+    "torch_chunk_gated_delta_rule": _Known(gated_delta_rule, _draw_delta_rule),
+    "chunk_kimi_delta_attention": _Known(gated_delta_rule, _draw_delta_rule_of_channels),
     "_rnn_scan": _Known(_gated_recurrence, _draw_gated_recurrence),
 }
