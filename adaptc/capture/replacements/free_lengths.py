@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,17 +36,27 @@ def any_length(model: nn.Module) -> AbstractContextManager[None]:
     return replaced_functions(model, {name: known.replace for name, known in _KNOWN.items()})
 
 
+def _is_close(want: Any, got: Any) -> bool:
+    if got is None:  # a state for later calls, of which a trace has none
+        return True
+    tolerance = 1e-12 if want.dtype == torch.float64 else 1e-5
+    return want.dtype == got.dtype and bool((want - got).abs().max() <= tolerance * want.abs().max())
+
+
 @dataclass(frozen=True)
 class _Known:
     """A function of transformers whose trace is of one length.
 
     Attributes:
         make: makes the replacement of a function.
-        draw: gives the arguments of a call with a batch of this size and length.
+        draw: gives the arguments of a call with a batch of this size and length. Those that a function does not have
+            are left out.
+        is_same: returns whether the replacement gives what the function gives, tensor by tensor.
     """
 
     make: Callable[[Function], Function]
     draw: Callable[[torch.Generator, int, int], dict[str, Any]]
+    is_same: Callable[[Any, Any], bool] = _is_close
 
     def replace(self, original: Function) -> Function | None:
         """Return the replacement, or None where it gives something else than ``original``."""
@@ -53,15 +64,9 @@ class _Known:
         plain = inspect.unwrap(original)
         made = self.make(plain)
         draw = torch.Generator().manual_seed(0)
-        calls = (self.draw(draw, 2, length) for length in _LENGTHS)
-        return made if gives_the_same(plain, made, calls, _is_close) else None
-
-
-def _is_close(want: Any, got: Any) -> bool:
-    if got is None:  # a state for later calls, of which a trace has none
-        return True
-    tolerance = 1e-12 if want.dtype == torch.float64 else 1e-5
-    return want.dtype == got.dtype and bool((want - got).abs().max() <= tolerance * want.abs().max())
+        takes = inspect.signature(plain).parameters
+        calls = ({n: v for n, v in self.draw(draw, 2, length).items() if n in takes} for length in _LENGTHS)
+        return made if gives_the_same(plain, made, calls, self.is_same) else None
 
 
 def _selective_scan(original: Function) -> Function:
@@ -228,6 +233,45 @@ def _draw_delta_rule_of_channels(draw: torch.Generator, batch: int, length: int)
     return {**call, "query": query, "key": key, "g": -F.softplus(g)}
 
 
+def _whole_windows(original: Function) -> Function:
+    """Return Longformer's method that pads a text to whole windows, for two windows or more."""
+    signature = inspect.signature(original)
+
+    def pad(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        window, length = given["self"].config.attention_window, given["attention_mask"].shape[1]
+        window = window if isinstance(window, int) else max(window)
+        if given.get("inputs_embeds") is not None:
+            return original(*args, **kwargs)
+        # A padded position at least: a trace has only one of the branches for none and for some.
+        count = torch.sym_max(length // window + 1, 2)
+        index = torch.arange(window * count, device=given["attention_mask"].device)
+        fills = {"input_ids": given["pad_token_id"], "position_ids": given["pad_token_id"]}
+        for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
+            if (value := given.get(name)) is not None:
+                padded = value.index_select(1, index.clamp(max=length - 1))
+                given[name] = torch.where(index < length, padded, fills.get(name, 0)).to(value.dtype)
+        names = [n for n in signature.parameters if n not in ("self", "pad_token_id")]
+        return (window * count - length, *(given.get(n) for n in names))
+
+    return pad
+
+
+def _draw_windows(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    tensors = {n: torch.randint(9, (batch, length), generator=draw, device="cpu") for n in names}
+    owner = SimpleNamespace(config=SimpleNamespace(attention_window=[4, 8]))
+    return {"self": owner, **tensors, "inputs_embeds": None, "pad_token_id": 3}
+
+
+def _goes_on_padding(want: Any, got: Any) -> bool:
+    """Return whether ``got`` is ``want`` with more of the padding that this ends with; numbers may be any."""
+    if not isinstance(want, Tensor):
+        return type(want) is type(got)
+    index = torch.arange(got.shape[1]).clamp(max=want.shape[1] - 1)
+    return want.dtype == got.dtype and torch.equal(want[:, index], got)
+
+
 def _random(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
 
@@ -239,5 +283,6 @@ _KNOWN = {
     "rwkv_linear_attention": _Known(_weighted_values, _draw_weighted_values),
     "torch_chunk_gated_delta_rule": _Known(gated_delta_rule, _draw_delta_rule),
     "chunk_kimi_delta_attention": _Known(gated_delta_rule, _draw_delta_rule_of_channels),
+    "_pad_to_window_size": _Known(_whole_windows, _draw_windows, _goes_on_padding),
     "_rnn_scan": _Known(_gated_recurrence, _draw_gated_recurrence),
 }
