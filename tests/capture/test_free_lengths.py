@@ -162,3 +162,34 @@ def test_a_model_with_another_scan_is_captured_for_one_length(monkeypatch: pytes
         program = adaptc.compile(model, config)
     inputs = call(2, 7)
     assert_same(program(**inputs).logits, model(**inputs, use_cache=False).logits)
+
+
+@pytest.mark.long
+def test_a_model_of_windows_is_pefts_for_any_number_of_them() -> None:
+    model_class, targets = transformers.LongformerForMaskedLM, ["query", "value"]
+
+    def build_windows() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = model_class(tiny_config("longformer", model_class)).float()
+        perturb(model)
+        return model.eval()
+
+    with quiet():
+        theirs = peft.get_peft_model(build_windows(), peft.LoraConfig(r=3, target_modules=targets)).eval()
+    randomize(theirs)
+    with pytest.warns(adaptc.AdaptcWarning, match="captured for those of the example inputs alone"):
+        module = adaptc.compile(build_windows(), adaptc.LoraConfig(r=3, target_modules=targets)).module()
+    values = {file_key_of(n): p for n, p in theirs.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(values[file_key_of(name)])
+    # Windows of 8: less than one, some and a part, two that are whole, and many.
+    for batch, length in ((3, 5), (2, 11), (3, 16), (2, 43)):
+        inputs = call(batch, length)
+        ours, want = module(**inputs).logits, theirs(**inputs).logits
+        assert_same(ours, want)
+        assert_same_gradients(gradients(module, ours), gradients(theirs, want))
+        with theirs.disable_adapter():
+            assert_differs(want, theirs(**inputs).logits)

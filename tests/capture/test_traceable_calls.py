@@ -1,4 +1,4 @@
-"""Models that take ``len`` of a tensor, or convert a module to the dtype that it has, are captured with free sizes."""
+"""Models that take ``len`` of a tensor, convert a module to its dtype, or rescale their weights once, are captured."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import sys
 import threading
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.capture.replacements.traceable_calls import free_tensor_lengths, kept_modules
+from adaptc.capture.replacements.traceable_calls import free_tensor_lengths, kept_modules, unscaled_layers
+from tests.coverage.configs.tiny_configs import tiny_config
+from tests.support.families import perturb
+from tests.support.oracle import assert_differs, assert_same, file_key_of, quiet, randomize
 
 
 class Tiles(nn.Module):
@@ -82,3 +87,52 @@ def test_other_threads_and_what_comes_after_are_untouched() -> None:
         thread.join()
     assert seen == [99]
     assert "len" not in own
+
+
+def rescaled_rwkv() -> Any:
+    """Return a model that divides weights of its second block by two in its first call."""
+    model_class = transformers.RwkvForCausalLM
+    config = tiny_config("rwkv", model_class)
+    config.rescale_every = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config).float()
+    perturb(model)
+    return model.eval()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_calls_rescale_no_weights(ran_before: bool) -> None:
+    inputs = {"input_ids": torch.arange(4, 14).view(2, 5)}
+    targets = ["key", "receptance"]
+    with quiet():
+        theirs = peft.get_peft_model(rescaled_rwkv(), peft.LoraConfig(r=3, target_modules=targets)).eval()
+    randomize(theirs)
+    model = rescaled_rwkv()
+    if ran_before:
+        model(**inputs)
+    program = adaptc.compile(model, adaptc.LoraConfig(r=3, target_modules=targets))
+    module = program.module()
+    values = {file_key_of(n): p for n, p in theirs.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(values[file_key_of(name)])
+    for _ in range(3):
+        want = theirs(**inputs, use_cache=False).logits
+        assert_same(module(**inputs).logits, want, 3e-5)  # a norm's epsilon does not scale
+    with theirs.disable_adapter():
+        assert_differs(want, theirs(**inputs, use_cache=False).logits)
+
+
+def test_another_method_of_that_name_stays() -> None:
+    class Other(nn.Module):
+        def _rescale_layers(self) -> None:
+            self.layers_are_rescaled = True
+
+    with unscaled_layers(rescaled_rwkv()):
+        assert transformers.RwkvModel._rescale_layers.__wrapped__ is not None  # type: ignore[attr-defined]
+    original = Other._rescale_layers
+    with unscaled_layers(Other()):
+        assert Other._rescale_layers is original

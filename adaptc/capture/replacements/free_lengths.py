@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptc.capture.model_functions import Function, gives_the_same, replaced_functions
+from adaptc.capture.replacements.delta_rules import gated_delta_rule
 from adaptc.capture.replacements.parallel_scan import linear_recurrence, shift
 
 #: lengths of the inputs that functions are tried on: one, less than a block of the scan, and more than many blocks
@@ -34,17 +36,27 @@ def any_length(model: nn.Module) -> AbstractContextManager[None]:
     return replaced_functions(model, {name: known.replace for name, known in _KNOWN.items()})
 
 
+def _is_close(want: Any, got: Any) -> bool:
+    if got is None:  # a state for later calls, of which a trace has none
+        return True
+    tolerance = 1e-12 if want.dtype == torch.float64 else 1e-5
+    return want.dtype == got.dtype and bool((want - got).abs().max() <= tolerance * want.abs().max())
+
+
 @dataclass(frozen=True)
 class _Known:
     """A function of transformers whose trace is of one length.
 
     Attributes:
         make: makes the replacement of a function.
-        draw: gives the arguments of a call with a batch of this size and length.
+        draw: gives the arguments of a call with a batch of this size and length. Those that a function does not have
+            are left out.
+        is_same: returns whether the replacement gives what the function gives, tensor by tensor.
     """
 
     make: Callable[[Function], Function]
     draw: Callable[[torch.Generator, int, int], dict[str, Any]]
+    is_same: Callable[[Any, Any], bool] = _is_close
 
     def replace(self, original: Function) -> Function | None:
         """Return the replacement, or None where it gives something else than ``original``."""
@@ -52,15 +64,9 @@ class _Known:
         plain = inspect.unwrap(original)
         made = self.make(plain)
         draw = torch.Generator().manual_seed(0)
-        calls = (self.draw(draw, 2, length) for length in _LENGTHS)
-        return made if gives_the_same(plain, made, calls, _is_close) else None
-
-
-def _is_close(want: Any, got: Any) -> bool:
-    if got is None:  # a state for later calls, of which a trace has none
-        return True
-    tolerance = 1e-12 if want.dtype == torch.float64 else 1e-5
-    return want.dtype == got.dtype and bool((want - got).abs().max() <= tolerance * want.abs().max())
+        takes = inspect.signature(plain).parameters
+        calls = ({n: v for n, v in self.draw(draw, 2, length).items() if n in takes} for length in _LENGTHS)
+        return made if gives_the_same(plain, made, calls, self.is_same) else None
 
 
 def _selective_scan(original: Function) -> Function:
@@ -208,6 +214,64 @@ def _draw_gated_recurrence(draw: torch.Generator, batch: int, length: int) -> di
     }
 
 
+def _draw_delta_rule(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    heads, key_width, width = 4, 3, 5
+    call = {
+        "query": _random(draw, batch, length, heads // 2, key_width),
+        "key": _random(draw, batch, length, heads // 2, key_width),
+        "value": _random(draw, batch, length, heads, width),
+        "g": -F.softplus(_random(draw, batch, length, heads)),
+        "beta": _random(draw, batch, length, heads).sigmoid(),
+    }
+    return {**{n: t.float() for n, t in call.items()}, "use_qk_l2norm_in_kernel": True}
+
+
+def _draw_delta_rule_of_channels(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    call = _draw_delta_rule(draw, batch, length)
+    heads, key_width = call["value"].shape[2], call["key"].shape[3]
+    query, key, g = (_random(draw, batch, length, heads, key_width).float() for _ in range(3))
+    return {**call, "query": query, "key": key, "g": -F.softplus(g)}
+
+
+def _whole_windows(original: Function) -> Function:
+    """Return Longformer's method that pads a text to whole windows, for two windows or more."""
+    signature = inspect.signature(original)
+
+    def pad(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        window, length = given["self"].config.attention_window, given["attention_mask"].shape[1]
+        window = window if isinstance(window, int) else max(window)
+        if given.get("inputs_embeds") is not None:
+            return original(*args, **kwargs)
+        # A padded position at least: a trace has only one of the branches for none and for some.
+        count = torch.sym_max(length // window + 1, 2)
+        index = torch.arange(window * count, device=given["attention_mask"].device)
+        fills = {"input_ids": given["pad_token_id"], "position_ids": given["pad_token_id"]}
+        for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
+            if (value := given.get(name)) is not None:
+                padded = value.index_select(1, index.clamp(max=length - 1))
+                given[name] = torch.where(index < length, padded, fills.get(name, 0)).to(value.dtype)
+        names = [n for n in signature.parameters if n not in ("self", "pad_token_id")]
+        return (window * count - length, *(given.get(n) for n in names))
+
+    return pad
+
+
+def _draw_windows(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    tensors = {n: torch.randint(9, (batch, length), generator=draw, device="cpu") for n in names}
+    owner = SimpleNamespace(config=SimpleNamespace(attention_window=[4, 8]))
+    return {"self": owner, **tensors, "inputs_embeds": None, "pad_token_id": 3}
+
+
+def _goes_on_padding(want: Any, got: Any) -> bool:
+    """Return whether ``got`` is ``want`` with more of the padding that this ends with; numbers may be any."""
+    if not isinstance(want, Tensor):
+        return type(want) is type(got)
+    index = torch.arange(got.shape[1]).clamp(max=want.shape[1] - 1)
+    return want.dtype == got.dtype and torch.equal(want[:, index], got)
+
+
 def _random(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
 
@@ -217,5 +281,8 @@ _KNOWN = {
     "mamba_selective_scan": _Known(_selective_scan, _draw_selective_scan),
     "mamba2_chunk_scan": _Known(_whole_chunks, _draw_chunks),
     "rwkv_linear_attention": _Known(_weighted_values, _draw_weighted_values),
+    "torch_chunk_gated_delta_rule": _Known(gated_delta_rule, _draw_delta_rule),
+    "chunk_kimi_delta_attention": _Known(gated_delta_rule, _draw_delta_rule_of_channels),
+    "_pad_to_window_size": _Known(_whole_windows, _draw_windows, _goes_on_padding),
     "_rnn_scan": _Known(_gated_recurrence, _draw_gated_recurrence),
 }

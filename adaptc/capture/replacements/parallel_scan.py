@@ -1,12 +1,12 @@
 """Compute a linear recurrence over positions in a fixed number of steps, whatever its length is.
 
 ``state[t] = decay[t] * state[t - 1] + added[t]`` goes on through a block of positions in as many steps as a block has,
-for all blocks at once. What a block does as a whole is one such step. So the states at the ends of blocks follow from a
+for all blocks at once. What a block does as a whole is one such step. So the states before blocks follow from a
 recurrence over blocks, and these from one over blocks of blocks. That last one is short. It is computed for all pairs,
 which takes few operations, and little memory below some ten thousand positions.
 
-A trace of this takes any length. Where sizes depend on the length, elements are moved by index, about which torch adds
-no guards.
+A trace of this takes any length. Positions are the first dimension, and all others are one, since compilers take long
+for strides that depend on the length. Elements are moved by index, about which torch adds no guards.
 """
 
 from __future__ import annotations
@@ -20,41 +20,45 @@ _SIDE = 8
 _LEVELS = 2
 
 
-def linear_recurrence(decay: Tensor, added: Tensor, levels: int = _LEVELS) -> Tensor:
+def linear_recurrence(decay: Tensor, added: Tensor) -> Tensor:
     """Return ``state[:, t] = decay[:, t] * state[:, t - 1] + added[:, t]``, which starts with zeros.
 
     All are (batch, length, ...).
     """
-    if not levels:
-        return _by_pairs(decay, added)
     length = decay.shape[1]
-    # Two blocks at least: a trace takes a single one for a constant.
-    count = length // _SIDE + 2
-    places = torch.arange(_SIDE, device=decay.device).unsqueeze(1) + _SIDE * torch.arange(count, device=decay.device)
-    # Places after the last position have no influence on those before.
-    # Indices of several dimensions: compilers take long for one that is divided by a number that depends on the length.
-    places = places.clamp(max=length - 1)
-    decays, addeds = (t[:, places].unbind(1) for t in (decay, added))
-    states, products = [addeds[0]], [decays[0]]
-    for one_decay, one_added in zip(decays[1:], addeds[1:], strict=True):
+    # Two blocks of blocks at least: a trace takes a single one for a constant.
+    count = length // _SIDE**_LEVELS + 2
+    # Positions after the last one have no influence on those before.
+    index = torch.arange(_SIDE**_LEVELS * count, device=decay.device).clamp(max=length - 1)
+    blocks = (t.transpose(0, 1).flatten(1).index_select(0, index) for t in (decay, added))
+    before = _states_before(*(t.unflatten(0, (-1, *[_SIDE] * _LEVELS)) for t in blocks))
+    before = before.flatten(0, -2).index_select(0, torch.arange(length, device=decay.device))
+    return decay * before.unflatten(1, (-1, *decay.shape[2:])).transpose(0, 1) + added
+
+
+def shift(tensor: Tensor, first: float, dim: int = 1) -> Tensor:
+    """Return at each position of dimension ``dim`` what ``tensor`` has at the one before, and ``first`` at the
+    first."""
+    index = torch.arange(tensor.shape[dim], device=tensor.device)
+    return torch.cat([torch.full_like(tensor.narrow(dim, 0, 1), first), tensor], dim).index_select(dim, index)
+
+
+def _states_before(decay: Tensor, added: Tensor) -> Tensor:
+    """Return the state before each position, where positions are all dimensions but the last, the slowest one first."""
+    if decay.ndim == 2:
+        return shift(_by_pairs(decay, added), 0.0, 0)
+    steps = list(zip(decay.unbind(-2), added.unbind(-2), strict=True))
+    product, end = steps[0]
+    for one_decay, one_added in steps[1:]:
+        product, end = one_decay * product, one_decay * end + one_added
+    states = [_states_before(product, end)]
+    for one_decay, one_added in steps[:-1]:
         states.append(one_decay * states[-1] + one_added)
-        products.append(one_decay * products[-1])
-    ends = linear_recurrence(products[-1], states[-1], levels - 1)
-    blocks = torch.stack(states, 1) + torch.stack(products, 1) * shift(ends, 0.0).unsqueeze(1)
-    own = torch.arange(length, device=decay.device)
-    return blocks[:, own % _SIDE, own // _SIDE]
-
-
-def shift(tensor: Tensor, first: float) -> Tensor:
-    """Return at each position of dimension 1 what ``tensor`` has at the one before, and ``first`` at the first."""
-    index = torch.arange(tensor.shape[1], device=tensor.device)
-    return torch.cat([torch.full_like(tensor[:, :1], first), tensor], 1).index_select(1, index)
+    return torch.stack(states, -2)
 
 
 def _by_pairs(decay: Tensor, added: Tensor) -> Tensor:
-    """Return the states as sums of all that was added before, each times the decays since."""
-    index = torch.arange(decay.shape[1], device=decay.device).view(-1, *[1] * (decay.ndim - 2))
-    is_later = index.unsqueeze(1) > index
-    since = torch.where(is_later, decay.unsqueeze(2), 1.0).cumprod(1)
-    is_not_before = index.unsqueeze(1) >= index
-    return (torch.where(is_not_before, since, 0.0) * added.unsqueeze(1)).sum(2)
+    """Return the states of (length, width) as sums of all that was added before, each times the decays since."""
+    index = torch.arange(decay.shape[0], device=decay.device).unsqueeze(1)
+    since = torch.where(index.unsqueeze(1) > index, decay.unsqueeze(1), 1.0).cumprod(0)
+    return (torch.where(index.unsqueeze(1) >= index, since, 0.0) * added).sum(1)

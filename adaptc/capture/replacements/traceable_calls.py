@@ -1,4 +1,4 @@
-"""Let two calls be traced that torch.export takes otherwise than a model means them.
+"""Let three calls be traced that torch.export takes otherwise than a model means them.
 
 ``len(tensor)``: Python demands an integer, so torch fixes the size whose ``len`` a model takes, such as that of the
 batch. ``tensor.shape[0]`` is the same number and stays free. So the files of the model's classes get a ``len`` of their
@@ -7,6 +7,10 @@ own for a while, in the tracing thread alone. What is no tensor has Python's len
 ``module.to(dtype)``: routers of mixtures write ``self.classifier = self.classifier.to(torch.float32)`` in each call.
 torch converts a module by replacing the memory of its parameters, which a trace refuses, even where nothing would
 change. Such a conversion gives the module itself. One that would change a parameter is left to torch.
+
+``model._rescale_layers()``: RWKV's first call divides weights of late layers by powers of two, which its later calls
+count on. A program would divide them in every call. Layers that were not rescaled when the trace begins are traced as
+they are, which gives the same.
 """
 
 from __future__ import annotations
@@ -17,11 +21,14 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptc.capture.model_functions import Function, replaced_functions
 from adaptc.capture.model_state import own_attribute
 
 #: the packages whose code asks for no sizes of a model
@@ -58,6 +65,37 @@ def kept_modules(model: nn.Module) -> Iterator[None]:
         for child in children.values():
             stack.enter_context(own_attribute(child, "to", _keeping_to(child)))
         yield
+
+
+def unscaled_layers(model: nn.Module) -> AbstractContextManager[None]:
+    """Run the block with layers of RWKV that are not rescaled, unless they were before."""
+    return replaced_functions(model, {"_rescale_layers": _no_rescaling})
+
+
+def _no_rescaling(original: Function) -> Function | None:
+    """Return what rescales nothing; None where ``original`` does something else than RWKV's method."""
+
+    def block() -> SimpleNamespace:
+        attention, feed_forward = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        return SimpleNamespace(
+            attention=SimpleNamespace(output=attention), feed_forward=SimpleNamespace(value=feed_forward)
+        )
+
+    with torch.random.fork_rng(devices=[]):
+        blocks = [block() for _ in range(5)]
+    weights = [(b.attention.output.weight, b.feed_forward.value.weight) for b in blocks]
+    before = [[w.detach().clone() for w in pair] for pair in weights]
+    drawn = SimpleNamespace(
+        layers_are_rescaled=False, training=False, blocks=blocks, config=SimpleNamespace(rescale_every=2)
+    )
+    with contextlib.suppress(Exception):  # a method of another kind may need anything else
+        original(drawn)
+    is_known = drawn.layers_are_rescaled and all(
+        torch.equal(w, old / 2 ** (i // 2))
+        for i, pair in enumerate(zip(weights, before, strict=True))
+        for w, old in zip(*pair, strict=True)
+    )
+    return (lambda self: None) if is_known else None
 
 
 def _converts(kind: type[nn.Module]) -> bool:

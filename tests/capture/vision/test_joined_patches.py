@@ -1,4 +1,4 @@
-"""Patches that UDOP joins to texts are sorted for all rows at once, where that gives what the model's own code gives."""
+"""Patches that UDOP joins to texts are sorted for all rows at once, where that gives the same."""
 
 from __future__ import annotations
 
