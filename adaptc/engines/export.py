@@ -72,8 +72,8 @@ def export_adapter(
     """Write an adapter so that a serving engine takes it as it is meant.
 
     The adapter becomes plain LoRA with one rank and a scale of 1, so that no engine can mistake it. LoRA's own options
-    (rsLoRA, ``rank_pattern``, ``alpha_pattern``, QA-LoRA, BD-LoRA) are written out exactly: scales are folded into B,
-    and ranks are filled up with zeros. With a model, other methods are cut to LoRA by singular values. PEFT takes every
+    (rsLoRA, ``rank_pattern``, ``alpha_pattern``, BD-LoRA) are written out exactly: scales are folded into B, and ranks
+    are filled up with zeros. With a model, other methods are cut to LoRA by singular values. PEFT takes every
     adapter, so for "peft" it is written as it is, unless ``rank`` is given.
 
     Args:
@@ -82,7 +82,8 @@ def export_adapter(
         engine: one of the names of :func:`check_adapter`.
         rank: the rank of all modules; None for the least that holds the adapter within ``max_error``.
         max_error: the largest relative error of a weight's change (Frobenius norm) that is written.
-        model: the model's directory, or the model. Methods other than LoRA need it. "llama.cpp" needs the directory.
+        model: the model's directory, or the model. Methods other than LoRA need it, and so do DoRA, QA-LoRA and PiSSA.
+            "llama.cpp" needs the directory.
         component: for "diffusers", what is put in front of the keys, as for :func:`adaptc.save_adapter`.
 
     Returns:

@@ -25,6 +25,8 @@ from adaptc.passes.protocol.parts.low_rank import LowRank
 
 #: the way out of everything that no adapter file can hold
 MERGE_HINT = "or merge it into the model, adaptc merge MODEL ADAPTER -o DIR, and serve that"
+#: options of LoRA whose change of a weight depends on the model; of QA-LoRA's tensors on the layer's inputs
+_NEED_MODEL = ("use_dora", "arrow_config", "kasa_config", "use_qalora", "ensure_weight_tying")
 
 
 @torch.no_grad()
@@ -62,8 +64,8 @@ def as_plain_lora(
     needed = max((s.rank for s in sites), default=0)
     if max_rank is not None and needed > max_rank:
         raise ConfigError(
-            f"{source}: within max_error={max_error:g} the adapter needs rank {needed}, and {max_rank} is the most that "
-            f"the engine takes: give rank={max_rank} (--rank) and the error that may be made, max_error= (--max-error), "
+            f"{source}: within max_error={max_error:g} the adapter needs rank {needed}, and {max_rank} is the most "
+            f"that is taken: give rank={max_rank} (--rank) with the error that may be made, max_error= (--max-error), "
             f"{MERGE_HINT}"
         )
     return plain, report
@@ -73,7 +75,7 @@ def _describe_method(adapter: Adapter) -> str:
     config = adapter.config
     if isinstance(config, LoraConfig):
         scheme = config.init_lora_weights
-        for option in ("use_dora", "arrow_config", "kasa_config", "ensure_weight_tying"):
+        for option in _NEED_MODEL:
             if getattr(config, option):
                 return f"it is LoRA with {option}"
         return f"its first values changed the base (init_lora_weights={scheme!r})"
@@ -91,7 +93,7 @@ def _exact_sites(adapter: Adapter) -> tuple[dict[str, AdapterSite], dict[str, Lo
     """Return the sites, their changes, and the other tensors by key, or None where the tensors do not tell the
     changes."""
     config = adapter.config
-    if not isinstance(config, LoraConfig) or config.arrow_config is not None or config.ensure_weight_tying:
+    if not isinstance(config, LoraConfig) or any(getattr(config, option) for option in _NEED_MODEL):
         return None
     if config.method("", "linear").changes_base_at_init():
         return None

@@ -111,7 +111,8 @@ def _key_traits(facts: AdapterFacts, engine: EngineLimits) -> dict[str, str]:
     groups: dict[str, list[str]] = {}
     for key in facts.tensors:
         module, _, name = key.rpartition(".")
-        if key.endswith((*factors, *_OWN_NAMES)) or "trainable_tokens" in key:
+        # PEFT adds the base's weight of an adapted embedding, which every engine has.
+        if key.endswith((*factors, *_OWN_NAMES, ".base_layer.weight")) or "trainable_tokens" in key:
             continue
         last = module.rpartition(".")[2]
         if last in engine.saved_modules:
