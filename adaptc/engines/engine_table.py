@@ -150,6 +150,7 @@ OPENVINO = EngineLimits(
     },
     saved_modules=("lm_head", "embed_tokens"),
     dtypes=("F32", "F16", "BF16"),
+    takes_pointwise=True,
 )
 
 # -- ONNX Runtime GenAI ------------------------------------------------------------------------------------------------

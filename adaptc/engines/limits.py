@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from adaptc.errors import ConfigError, did_you_mean, short_repr
 
@@ -34,6 +34,7 @@ class EngineLimits:
         max_rank: the largest rank, None for any.
         saved_modules: the names of modules that the engine takes whole; of all others ``limits`` tells.
         dtypes: the dtypes of tensors, as safetensors calls them; none for any.
+        takes_pointwise: whether convolutions with a kernel of one are within the limit for convolutions.
     """
 
     name: str
@@ -43,7 +44,8 @@ class EngineLimits:
     limits: Mapping[str, Limit]
     max_rank: int | None = None
     saved_modules: Sequence[str] = ()
-    dtypes: Sequence[str] = field(default=())
+    dtypes: Sequence[str] = ()
+    takes_pointwise: bool = False
 
 
 def refused(why: str, source: str) -> Limit:

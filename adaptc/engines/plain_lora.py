@@ -56,6 +56,8 @@ def as_plain_lora(
         svd_errors = {s.site.removesuffix(".weight"): s.error for s in converted.report.sites}
         found = _exact_sites(adapter)
         assert found is not None
+    if not found[0]:
+        raise ConfigError(f"{source} has no factors of LoRA, only tensors that are trained whole: {MERGE_HINT[3:]}")
     plain, report = _to_one_rank(adapter, *found, rank)
     # The second step cuts nothing that the first one has left.
     sites = [replace(s, error=max(s.error, svd_errors.get(s.site, 0.0))) for s in report.sites]
@@ -133,9 +135,8 @@ def _to_one_rank(
         fits.append(SiteFit(key, rank, size, _norm(change), error))
     config = original.as_plain_lora(dict.fromkeys((n for s in sites.values() for n in s.target_names), rank), has_bias)
     modules = [s.target_names[0] for s in sites.values() if s.is_module]
-    # Names of modules say the same to every engine, which expressions and layers_to_transform do not.
-    exact = {"target_modules": sorted(modules), "exclude_modules": None}
-    config = config.replace(**exact, layers_to_transform=None, layers_pattern=None)
+    # Names of modules say the same to every engine, which expressions do not.
+    config = config.replace(target_modules=sorted(modules) or None)
     whole = tuple(dict.fromkeys(k.rpartition(".")[0] for k in others))
     return Adapter(config, tensors, adapter.source), FitReport(adapter.source, tuple(fits), whole)
 

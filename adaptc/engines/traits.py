@@ -80,8 +80,8 @@ def _pair_traits(facts: AdapterFacts, engine: EngineLimits, pairs: Mapping[str, 
 
 def _is_convolution(pair: LoraPair, engine: EngineLimits) -> bool:
     """Return whether the factors are of a convolution that the engine does not take."""
-    takes_pointwise = engine.name == "openvino"
-    return any(n > 1 for n in pair.down.shape[2:]) if takes_pointwise else len(pair.down.shape) > 2
+    kernel = pair.down.shape[2:]
+    return any(n > 1 for n in kernel) if engine.takes_pointwise else bool(kernel)
 
 
 def _sibling_traits(pairs: Mapping[str, LoraPair]) -> dict[str, str]:

@@ -190,6 +190,13 @@ def test_a_head_that_an_engine_takes_stays(tmp_path: Path) -> None:
     assert torch.equal(tensors["base_model.model.score.weight"], head["score.weight"])
 
 
+def test_an_adapter_without_factors_is_refused(tmp_path: Path) -> None:
+    config = adaptc.LoraConfig(target_modules=["0"], modules_to_save=["score"])
+    adapter = adaptc.Adapter(config, {"score.weight": torch.ones(7, 5)})
+    with pytest.raises(ConfigError, match=r"has no factors of LoRA, .*: merge it into the model"):
+        EXPORT(adapter, tmp_path / "out", engine="vllm")
+
+
 def test_peft_takes_every_adapter_as_it_is(tmp_path: Path) -> None:
     report = EXPORT(adapter_directory("dora"), tmp_path, engine="peft")
     assert report.rank is report.fit is None
