@@ -44,6 +44,7 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, {f"{Q}.lora_magnitude_vector": torch.ones(7)}, "---~~~+"),
     "lora_bias": ({"lora_bias": True}, {f"{Q}.lora_B.bias": torch.ones(7)}, "-~-~~~+"),
     "bias": ({"bias": "all"}, {f"{Q}.base_layer.bias": torch.ones(7)}, "-~-~+~+"),
+    "bias without tensors": ({"bias": "lora_only"}, {}, "-~-~+~+"),
     "saved head": ({"modules_to_save": ["lm_head"]}, {"lm_head.weight": torch.ones(7, 5)}, "-~-+~~+"),
     "saved score": ({"modules_to_save": ["score"]}, {"score.weight": torch.ones(7, 5)}, "+~-~~~+"),
     "aLoRA": ({"alora_invocation_tokens": [3]}, {}, "-~+~~~+"),
@@ -98,6 +99,12 @@ def test_the_report_names_module_option_and_the_engines_file() -> None:
     assert "4.041 is meant and 2.333 given at" in strength.found
     assert "40835" in strength.limit.source
     assert "adaptc convert" in text
+
+
+def test_what_is_refused_comes_first(tmp_path: Path) -> None:
+    directory = write_directory(tmp_path, {"lora_bias": True, "use_qalora": True})
+    found = adaptc.engines.check_adapter(directory, "sglang").findings
+    assert [(f.trait, f.limit.verdict) for f in found] == [("use_qalora", REFUSED), ("lora_bias", ANOTHER_MEANING)]
 
 
 def test_llama_cpp_needs_a_family_that_is_written(tmp_path: Path) -> None:
