@@ -7,13 +7,15 @@ are letters.
 :func:`compile_pattern` gives a :class:`Pattern`, or raises a ConfigError that names the option and the expression.
 Expressions longer than ``MAX_PATTERN_LENGTH`` are refused, and those that take longer than ``MAX_SECONDS``. All
 expressions that are matched in one ``limit_pattern_time`` block share that time.
+
+:func:`pattern_value` looks up an option of one module in a table such as ``rank_pattern``, by PEFT's rule.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -37,6 +39,10 @@ _LONG_RANGE = re.compile(r"-(\\[uUN]|[^\x00-\x7f])")
 # Two tokens mean themselves to re and something else to regex: a brace that is no repeat, and a bracket inside a set.
 _TOKEN = re.compile(r"\\.|\{(?:\d+(?:,\d*)?|,\d*)\}|.", re.DOTALL)
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+
+#: the number of keys of a table below which all are tried one by one
+FEW_KEYS = 64
+_LITERAL_KEY = re.compile(r"(?:[\w.]|\\\.)+")
 
 _seconds_left: ContextVar[list[float] | None] = ContextVar("adaptc_pattern_seconds", default=None)
 
@@ -173,3 +179,46 @@ def _escape_for_regex(text: str) -> str:
                 token = r"\{"
         out.append(token)
     return "".join(out)
+
+
+def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
+    """Return the value of the first key of ``rank_pattern`` or ``alpha_pattern`` that matches the module ``name``.
+
+    A key is a regular expression for the end of the name, starting at a dot or at the front. Without a match, return
+    ``default``. Raises :class:`ConfigError` for a key that is no valid expression.
+    """
+    if not pattern:
+        return default
+    keys = pattern if len(pattern) < FEW_KEYS else candidate_keys(tuple(pattern), name)
+    return next((pattern[key] for key in keys if matches_pattern(key, name)), default)
+
+
+@lru_cache(maxsize=8)
+def _group_by_ending(keys: tuple[str, ...]) -> Mapping[str, Sequence[int]]:
+    """Return the indices of the keys by the literal ending that a name must have to match them."""
+    out: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        out.setdefault(_literal_ending(key), []).append(i)
+    return out
+
+
+def candidate_keys(keys: tuple[str, ...], name: str) -> list[str]:
+    """Return the keys of a table that may match ``name``, in order: a table with a key for each layer has thousands."""
+    places = _group_by_ending(keys)
+    return [keys[i] for i in sorted(i for start in range(len(name) + 1) for i in places.get(name[start:], ()))]
+
+
+def _literal_ending(key: str) -> str:
+    return key.rpartition(".")[2] if _LITERAL_KEY.fullmatch(key) else ""
+
+
+@lru_cache(maxsize=65536)
+def _compile_key(key: str) -> tuple[str, Pattern | re.Pattern[str]]:
+    """Return a literal ending that every matching name has, a cheap first test, and the regular expression of a key."""
+    return _literal_ending(key), compile_pattern("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
+
+
+def matches_pattern(key: str, name: str) -> bool:
+    """Return whether a key of ``rank_pattern`` or ``alpha_pattern`` matches the module ``name``."""
+    ending, expression = _compile_key(key)
+    return name.endswith(ending) and expression.match(name) is not None

@@ -25,13 +25,11 @@ import numpy as np
 import torch
 
 from adaptc.errors import ConfigError, short_repr
+from adaptc.nesting import LIST_TYPES, MAX_DEPTH
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: the depth to which lists and dicts may be nested where an annotation says nothing of them
-MAX_DEPTH = 32
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_LIST_TYPES = (list, tuple, set, frozenset)
 
 
 class InvalidValue(Exception):
@@ -142,7 +140,7 @@ def make_rule(annotation: Any) -> Rule | None:
     if origin is tuple and args and args[-1] is not ...:
         what = f"{len(args)} values ({', '.join(r.expected for r in known_rules)})"
         return Rule(what, lambda v: _check_tuple(what, known_rules, v))
-    if origin in (tuple, *_LIST_TYPES, Sequence, Collection):
+    if origin in (tuple, *LIST_TYPES, Sequence, Collection):
         (item,) = known_rules or [_LEAF_RULES[Any]]
         return Rule(f"a list of {_plural(item.expected)}" if known_rules else "a list", lambda v: _check_list(item, v))
     if origin in (dict, Mapping):
@@ -245,19 +243,10 @@ def _check_any(value: Any, depth: int = 0) -> Any:
         for k, v in value.items():
             _check_any(k, depth + 1)
             _check_any(v, depth + 1)
-    elif isinstance(value, _LIST_TYPES):
+    elif isinstance(value, LIST_TYPES):
         for v in value:
             _check_any(v, depth + 1)
     return value
-
-
-def is_nested_too_deep(value: Any, depth_left: int = MAX_DEPTH) -> bool:
-    """Return whether lists and dicts are nested deeper than they may be in a config."""
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, _LIST_TYPES):
-        return False
-    return depth_left <= 0 or any(is_nested_too_deep(v, depth_left - 1) for v in value)
 
 
 def _check_literal(allowed: Sequence[Any], value: Any) -> Any:
@@ -269,7 +258,7 @@ def _check_literal(allowed: Sequence[Any], value: Any) -> Any:
 def _check_list(item: Rule, value: Any) -> Any:
     if isinstance(value, range):
         value = list(value[: 2**20])
-    if not isinstance(value, _LIST_TYPES):
+    if not isinstance(value, LIST_TYPES):
         raise InvalidValue("a list", value)
     try:  # in one go, since there may be millions
         new = list(map(item.check, value))

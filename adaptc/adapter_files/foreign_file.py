@@ -19,10 +19,10 @@ from adaptc.adapter_files.adapter_data import FILE_KEYS, AdapterData, LoadedAdap
 from adaptc.adapter_files.directory import read_adapter, read_checked
 from adaptc.adapter_files.format import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from adaptc.adapter_files.formats import diffusers
-from adaptc.adapter_files.stable_read import OpenedFile, retry_while_changing
+from adaptc.adapter_files.stable_read import OpenedFile, read_json_object, retry_while_changing
 from adaptc.errors import CheckpointError
+from adaptc.nesting import MAX_DEPTH, is_nested_too_deep
 from adaptc.torch_typing import is_dict
-from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
 
 
 def read_adapter_file(file: Path) -> LoadedAdapter:
@@ -53,7 +53,7 @@ def _read_once(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, di
             file.suffix != ".safetensors" or any(map(has_peft_prefix, tensors))
         ):
             with OpenedFile(file.parent / CONFIG_NAME) as head:
-                adapter_config = read_checked(safe_load.read_json_object, head)
+                adapter_config = read_checked(read_json_object, head)
                 head.check_unchanged()
         weights_file.check_unchanged()
     return tensors, header_configs, adapter_config

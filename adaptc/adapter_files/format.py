@@ -21,7 +21,6 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
-from adaptc.torch_typing import is_mapping
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -74,9 +73,10 @@ def bare_key(key: str, peft_type: str) -> str | None:
 
 def routed_names(config: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapters beside an Arrow router of this config between which it routes."""
-    arrow = config.get("arrow_config")
-    if not is_mapping(arrow):
+    found = config.get("arrow_config")
+    if not isinstance(found, Mapping):
         return []
+    arrow = cast("Mapping[str, Any]", found)
     groups: list[Any] = [
         arrow.get("task_adapter_names"),
         arrow.get("gks_adapter_names") if arrow.get("use_gks") else None,

@@ -13,8 +13,7 @@ from typing import Any
 
 from adaptc.adapter_files.atomic_write import OLD_FILES_DIR, is_abandoned, list_stages
 from adaptc.adapter_files.format import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from adaptc.adapter_files.safe_load import read_json_object
-from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
+from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile, read_json_object
 from adaptc.errors import AdaptcWarning, CheckpointError, nearest
 
 

@@ -7,7 +7,6 @@ The content of a file may be cut short, forged or hostile. Reading gives tensors
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -20,33 +19,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
-from adaptc.adapter_files.stable_read import OpenedFile
+from adaptc.adapter_files.stable_read import OpenedFile, lfs_hint
 from adaptc.errors import CheckpointError
 from adaptc.torch_typing import is_dict
-from adaptc.value_types import MAX_DEPTH, is_nested_too_deep
-
-MAX_JSON_BYTES = 16 << 20  # the largest real adapter configs are a few hundred KiB
-
-
-def read_json_object(file: OpenedFile) -> dict[str, Any]:
-    """Return the JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
-    path = file.path
-    if file.size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is {file.size} bytes long; a config is never that large. Was it overwritten?")
-    data = file.read_bytes()
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as exc:
-        lfs = _lfs_hint(data)
-        reason = f"{type(exc).__name__}: {exc}"
-        raise CheckpointError(f"{path} is not valid JSON ({reason}).{lfs} Save or download it again.") from exc
-    if not is_dict(value):
-        raise CheckpointError(f"{path} must hold a JSON object of config fields, but holds a {type(value).__name__}.")
-    if is_nested_too_deep(value):
-        raise CheckpointError(
-            f"{path} has lists and dicts nested deeper than {MAX_DEPTH}, which no config is. Save or download it again."
-        )
-    return value
 
 
 def load_safetensors(path: Path, file_bytes: Any) -> dict[str, Tensor]:
@@ -58,7 +33,7 @@ def load_safetensors(path: Path, file_bytes: Any) -> dict[str, Tensor]:
         head = file_bytes[:40].tobytes()
         raise CheckpointError(
             f"{path} is not a readable safetensors file: "
-            f"{_header_problem(head, file_bytes.size) or exc}.{_lfs_hint(head)} Download or save it again."
+            f"{_header_problem(head, file_bytes.size) or exc}.{lfs_hint(head)} Download or save it again."
         ) from exc
 
 
@@ -90,7 +65,7 @@ def load_pickle(file: OpenedFile) -> dict[str, Tensor]:
         why = f"it would call {call[1]}" if call else f"it is damaged or no file of tensors ({type(exc).__name__})"
         raise CheckpointError(
             f"{path} was refused: {why}. A .bin file is a pickle, which can run code when loaded; only tensors are "
-            f"accepted.{_lfs_hint(_first_bytes(file))} {remedy}"
+            f"accepted.{lfs_hint(_first_bytes(file))} {remedy}"
         ) from exc
     if not is_dict(value):
         raise CheckpointError(f"{path} must hold a dict of tensors, but holds a {type(value).__name__}. {remedy}")
@@ -147,12 +122,6 @@ def _first_bytes(file: OpenedFile) -> bytes:
     with suppress(CheckpointError):
         file.read_into(start)
     return bytes(start)
-
-
-def _lfs_hint(start: bytes) -> str:
-    if start.startswith(b"version https://git-lfs"):
-        return " It is a Git LFS pointer, not the file itself: run `git lfs pull`."
-    return ""
 
 
 def _header_problem(start: bytes, size: int) -> str:

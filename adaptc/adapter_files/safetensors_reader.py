@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
-from adaptc.adapter_files.safe_load import MAX_JSON_BYTES, load_safetensors
-from adaptc.adapter_files.stable_read import OpenedFile
+from adaptc.adapter_files.safe_load import load_safetensors
+from adaptc.adapter_files.stable_read import MAX_JSON_BYTES, OpenedFile
 from adaptc.errors import CheckpointError
 from adaptc.locks import reset_after_fork
 from adaptc.torch_typing import is_dict

@@ -7,24 +7,29 @@ after the weights were read belongs to them.
 
 Nothing stays mapped or open. Programs that write weights and config in place, one after the other, as PEFT does, give
 no sign in between. Anyone who reads during such writes must have the files written aside, and rename the directory.
+
+Configs are read here, too. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from adaptc.errors import CheckpointError
+from adaptc.nesting import MAX_DEPTH, is_nested_too_deep
 
 T = TypeVar("T")
 #: the seconds to wait before each new try, about half a second in all
 RETRY_DELAYS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
 #: the number of new tries for a missing file where nothing shows that a write is under way
 MAX_UNCERTAIN_RETRIES = 2
+MAX_JSON_BYTES = 16 << 20  # the largest real adapter configs are a few hundred KiB
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -134,3 +139,31 @@ def _seek_and_read(fd: int, memory: memoryview, at: int) -> int:
     data = os.read(fd, len(memory))
     memory[: len(data)] = data
     return len(data)
+
+
+def read_json_object(file: OpenedFile) -> dict[str, Any]:
+    """Return the JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
+    path = file.path
+    if file.size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is {file.size} bytes long; a config is never that large. Was it overwritten?")
+    data = file.read_bytes()
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as exc:
+        lfs = lfs_hint(data)
+        reason = f"{type(exc).__name__}: {exc}"
+        raise CheckpointError(f"{path} is not valid JSON ({reason}).{lfs} Save or download it again.") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object of config fields, but holds a {type(value).__name__}.")
+    if is_nested_too_deep(value):
+        raise CheckpointError(
+            f"{path} has lists and dicts nested deeper than {MAX_DEPTH}, which no config is. Save or download it again."
+        )
+    return cast("dict[str, Any]", value)
+
+
+def lfs_hint(start: bytes) -> str:
+    """Return a sentence for an error where a file's first bytes are those of a Git LFS pointer, or ''."""
+    if start.startswith(b"version https://git-lfs"):
+        return " It is a Git LFS pointer, not the file itself: run `git lfs pull`."
+    return ""

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.safe_load import read_json_object
-from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
+from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile, read_json_object
 from adaptc.archives.refusal import describe_error
 from adaptc.errors import CheckpointError, short_repr
 

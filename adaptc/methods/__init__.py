@@ -10,7 +10,7 @@ from adaptc.methods._shared.config import AdapterConfig, TargetedConfig
 from adaptc.methods._shared.default_targets import NO_GRAPH_DEFAULTS, adds_default_modules
 from adaptc.methods._shared.method_parts import ExpertAdapter
 from adaptc.methods._shared.model_facts import ModelFacts
-from adaptc.methods._shared.name_patterns import check_patterns, default_and_pattern, pattern_value, proper_suffixes
+from adaptc.methods._shared.name_patterns import check_patterns, default_and_pattern, proper_suffixes
 from adaptc.methods._shared.program_config import ProgramConfig
 from adaptc.methods._shared.registry import (
     check_registered,
@@ -102,7 +102,6 @@ __all__ = [
     "is_builtin",
     "method_from_dict",
     "routed_adapter_names",
-    "pattern_value",
     "register_method",
     "make_arrow_adapter",
     "join_experts",

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, MergeError, TargetError
 from adaptc.methods import check_sizes
-from adaptc.methods._shared.name_patterns import pattern_value, unused_patterns
+from adaptc.methods._shared.name_patterns import unused_patterns
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method, Scale, Slot, Slots
+from adaptc.patterns import pattern_value
 
 HUGE = 10**15
 

@@ -20,7 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import TargetError
-from adaptc.methods._shared.name_patterns import check_patterns, pattern_value, unused_patterns
+from adaptc.methods._shared.name_patterns import check_patterns, unused_patterns
+from adaptc.patterns import pattern_value
 from adaptc.targets.name_rules import TargetCandidate, select_modules_to_save, select_targets
 from tests.support.cover import examples
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, TargetError
-from adaptc.methods._shared.name_patterns import pattern_value, unused_patterns
+from adaptc.methods._shared.name_patterns import unused_patterns
+from adaptc.patterns import pattern_value
 from adaptc.targets.name_rules import TargetCandidate, select_modules_to_save, select_targets
 
 MODEL = {

@@ -8,8 +8,7 @@ from typing import Any
 
 from adaptc.adapter_files.adapter_data import AdapterData
 from adaptc.adapter_files.directory import read_config
-from adaptc.adapter_files.safe_load import read_json_object
-from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile
+from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile, read_json_object
 from adaptc.binding.binding import ResolvedAdapter
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.methods import AdapterConfig, config_class

@@ -12,8 +12,9 @@ from typing import Any
 
 from adaptc.adapter_files.formats.file_layer import FileLayer
 from adaptc.errors import CheckpointError, ConfigError
-from adaptc.methods import AdapterConfig, config_class, default_and_pattern, pattern_value
+from adaptc.methods import AdapterConfig, config_class, default_and_pattern
 from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.patterns import pattern_value
 
 
 def rank_alpha_fields(peft_type: str, layers: Mapping[str, FileLayer]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from adaptc.binding.binding import ResolvedAdapter
 from adaptc.binding.sources.configs import config_from_dict
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
-from adaptc.methods import pattern_value
+from adaptc.patterns import pattern_value
 from adaptc.targets.expert_targets import EXPERT_LAYER_PARTS, STACKED_PARAMETERS
 from adaptc.torch_typing import block_diag
 

@@ -19,9 +19,10 @@ from adaptc.errors import MAX_LISTED, AdaptcWarning, ConfigError, nearest, short
 from adaptc.methods._shared.default_targets import adds_default_modules, default_modules
 from adaptc.methods._shared.method_parts import AdapterContent, ExpertAdapter
 from adaptc.methods._shared.model_facts import ModelFacts
-from adaptc.methods._shared.name_patterns import MAX_KEYS, default_and_pattern, matches_pattern
+from adaptc.methods._shared.name_patterns import MAX_KEYS, default_and_pattern
 from adaptc.methods._shared.union_configs import union_target_fields
 from adaptc.passes.protocol.method import Method
+from adaptc.patterns import matches_pattern
 from adaptc.value_types import field_rules, validate_option
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -16,43 +16,13 @@ from functools import lru_cache
 from typing import TypeVar
 
 from adaptc.errors import MAX_LISTED, EntryHandler, and_more, did_you_mean, refuse_entry
-from adaptc.patterns import Pattern, compile_pattern
+from adaptc.patterns import FEW_KEYS, Pattern, candidate_keys, compile_pattern, matches_pattern
 
 T = TypeVar("T")
 V = TypeVar("V")
 
-#: the number of keys below which all are tried one by one, and the most keys a table may have; no model has as many
-#: modules
-FEW_KEYS, MAX_KEYS = 64, 100_000
-
-_LITERAL_NAME = re.compile(r"(?:[\w.]|\\\.)+")
-
-
-def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
-    """Return the value of the first key of ``rank_pattern`` or ``alpha_pattern`` that matches the module ``name``.
-
-    A key is a regular expression for the end of the name, starting at a dot or at the front. Without a match, return
-    ``default``. Raises :class:`ConfigError` for a key that is no valid expression.
-    """
-    if not pattern:
-        return default
-    keys = pattern if len(pattern) < FEW_KEYS else _candidate_keys(tuple(pattern), name)
-    return next((pattern[key] for key in keys if matches_pattern(key, name)), default)
-
-
-@lru_cache(maxsize=8)
-def _group_by_ending(keys: tuple[str, ...]) -> Mapping[str, Sequence[int]]:
-    """Return the indices of the keys by the literal ending that a name must have to match them."""
-    out: dict[str, list[int]] = {}
-    for i, key in enumerate(keys):
-        out.setdefault(_literal_ending(key), []).append(i)
-    return out
-
-
-def _candidate_keys(keys: tuple[str, ...], name: str) -> list[str]:
-    """Return the keys that may match ``name``, in order: a table with a key for each layer has thousands."""
-    places = _group_by_ending(keys)
-    return [keys[i] for i in sorted(i for start in range(len(name) + 1) for i in places.get(name[start:], ()))]
+#: the most keys a table may have; no model has as many modules
+MAX_KEYS = 100_000
 
 
 def unused_patterns(
@@ -68,7 +38,7 @@ def unused_patterns(
     keys = tuple(pattern or {})
     left = dict.fromkeys(keys)
     for name in names:
-        for key in _candidate_keys(keys, name):
+        for key in candidate_keys(keys, name):
             if key in left and matches_pattern(key, name):
                 del left[key]
     return list(left)
@@ -110,22 +80,6 @@ def proper_suffixes(module: str) -> list[str]:
     """Return the parts of ``module`` that start behind one of its dots, longest first, without the whole name."""
     pieces = module.split(".")
     return [".".join(pieces[i:]) for i in range(1, len(pieces))]
-
-
-def _literal_ending(key: str) -> str:
-    return key.rpartition(".")[2] if _LITERAL_NAME.fullmatch(key) else ""
-
-
-@lru_cache(maxsize=65536)
-def _compile_key(key: str) -> tuple[str, Pattern | re.Pattern[str]]:
-    """Return a literal ending that every matching name has, a cheap first test, and the regular expression of a key."""
-    return _literal_ending(key), compile_pattern("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
-
-
-def matches_pattern(key: str, name: str) -> bool:
-    """Return whether a key of ``rank_pattern`` or ``alpha_pattern`` matches the module ``name``."""
-    ending, regex = _compile_key(key)
-    return name.endswith(ending) and regex.match(name) is not None
 
 
 def dotted_pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:

@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
 from adaptc.methods._shared.method_parts import AdapterContent
-from adaptc.methods._shared.name_patterns import default_and_pattern, pattern_value
+from adaptc.methods._shared.name_patterns import default_and_pattern
 from adaptc.methods._shared.option_checks import (
     check_bias,
     check_probability,
@@ -33,6 +33,7 @@ from adaptc.methods.lora_family.variants.bdlora import BdLora, BdLoraConfig
 from adaptc.methods.lora_family.variants.kasa import DIAGONAL, Kasa, KasaConfig
 from adaptc.methods.lora_family.variants.monteclora import Monteclora, MontecloraConfig
 from adaptc.methods.lora_family.variants.velora import Velora, VeloraConfig
+from adaptc.patterns import pattern_value
 
 
 @dataclass

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.name_patterns import pattern_value
 from adaptc.methods._shared.option_checks import check_matrix, check_probability, check_ranks
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import InitialValues, Method
+from adaptc.patterns import pattern_value
 
 #: a function that fills a tensor with first values
 Fill = Callable[[Tensor, torch.Generator | None], None]

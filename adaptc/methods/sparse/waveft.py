@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from adaptc.errors import AdaptcWarning, ConfigError, nearest
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.name_patterns import pattern_value
 from adaptc.methods.sparse.sparse import (
     SparseSpectrumMethod,
     SpectrumFiles,
@@ -34,6 +33,7 @@ from adaptc.methods.sparse.sparse import (
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import Method, Scale, Slot, Slots
 from adaptc.passes.protocol.parts.shared_slots import SharedSlots
+from adaptc.patterns import pattern_value
 
 #: the wavelet families that PEFT's config accepts, though its layers have filters for few of them
 FAMILIES = (

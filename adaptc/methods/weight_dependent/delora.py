@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.name_patterns import pattern_value
 from adaptc.methods._shared.option_checks import (
     check_bias,
     check_matrix,
@@ -31,6 +30,7 @@ from adaptc.methods.lycoris.lycoris_config import fill_kaiming_uniform
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
 from adaptc.passes.protocol.parts.size_rule import SizeRule
+from adaptc.patterns import pattern_value
 
 A, B, LAMBDA, W_NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 #: the least length that a row of A or a column of B is divided by

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from adaptc.errors import ConfigError
 from adaptc.methods._shared.config import TargetedConfig
-from adaptc.methods._shared.name_patterns import pattern_value
 from adaptc.methods._shared.option_checks import (
     applies_dropout,
     check_matrix,
@@ -32,6 +31,7 @@ from adaptc.methods.lycoris.lycoris_config import detach_padding_row, fill_kaimi
 from adaptc.passes.graph.ops import Op, cast
 from adaptc.passes.protocol.method import InitialValues, Method, Scale, Slot, Slots
 from adaptc.passes.protocol.parts.size_rule import SizeRule
+from adaptc.patterns import pattern_value
 
 A, B = "hira_A", "hira_B"
 EMBEDDING_A, EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"

@@ -18,11 +18,11 @@ from torch import Tensor
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.builder import BindingBuilder
 from adaptc.errors import AdaptcError, ConfigError, short_repr
-from adaptc.methods import pattern_value
 from adaptc.methods.lora_family.from_data.corda import CordaConfig
 from adaptc.methods.lora_family.from_data.eva import EvaConfig
 from adaptc.methods.lora_family.from_data.lora_ga import LoraGAConfig
 from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.patterns import pattern_value
 from adaptc.progress import stage
 from adaptc.state.core import ProgramCore
 from adaptc.tables import Column, Report, Table
