@@ -28,10 +28,14 @@ def linear_recurrence(decay: Tensor, added: Tensor) -> Tensor:
     length = decay.shape[1]
     # Two blocks of blocks at least: a trace takes a single one for a constant.
     count = length // _SIDE**_LEVELS + 2
+    # Indices of as many dimensions as there are levels: where torch divides one into blocks it adds a guard, which it
+    # cannot prove for every range of lengths.
+    index = torch.arange(count, device=decay.device)
+    for _ in range(_LEVELS):
+        index = index.unsqueeze(-1) * _SIDE + torch.arange(_SIDE, device=decay.device)
     # Positions after the last one have no influence on those before.
-    index = torch.arange(_SIDE**_LEVELS * count, device=decay.device).clamp(max=length - 1)
-    blocks = (t.transpose(0, 1).flatten(1).index_select(0, index) for t in (decay, added))
-    before = _states_before(*(t.unflatten(0, (-1, *[_SIDE] * _LEVELS)) for t in blocks))
+    index = index.clamp(max=length - 1)
+    before = _states_before(*(t.transpose(0, 1).flatten(1)[index] for t in (decay, added)))
     before = before.flatten(0, -2).index_select(0, torch.arange(length, device=decay.device))
     return decay * before.unflatten(1, (-1, *decay.shape[2:])).transpose(0, 1) + added
 
