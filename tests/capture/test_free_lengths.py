@@ -165,13 +165,19 @@ def test_a_model_with_another_scan_is_captured_for_one_length(monkeypatch: pytes
 
 
 @pytest.mark.long
-def test_a_model_of_windows_is_pefts_for_any_number_of_them() -> None:
-    model_class, targets = transformers.LongformerForMaskedLM, ["query", "value"]
+@pytest.mark.parametrize("family", ["longformer", "led"])
+def test_a_model_of_windows_is_pefts_for_any_number_of_them(family: str) -> None:
+    """LED pads what it has embedded already."""
+    classes: dict[str, Any] = {
+        "longformer": transformers.LongformerForMaskedLM,
+        "led": transformers.LEDForConditionalGeneration,
+    }
+    model_class, targets = classes[family], ["query", "value"]
 
     def build_windows() -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = model_class(tiny_config("longformer", model_class)).float()
+            model = model_class(tiny_config(family, model_class)).float()
         perturb(model)
         return model.eval()
 
@@ -188,6 +194,8 @@ def test_a_model_of_windows_is_pefts_for_any_number_of_them() -> None:
     # Windows of 8: less than one, some and a part, two that are whole, and many.
     for batch, length in ((3, 5), (2, 11), (3, 16), (2, 43)):
         inputs = call(batch, length)
+        if family == "led":
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, :3]
         ours, want = module(**inputs).logits, theirs(**inputs).logits
         assert_same(ours, want)
         assert_same_gradients(gradients(module, ours), gradients(theirs, want))

@@ -234,15 +234,14 @@ def _draw_delta_rule_of_channels(draw: torch.Generator, batch: int, length: int)
 
 
 def _whole_windows(original: Function) -> Function:
-    """Return Longformer's method that pads a text to whole windows, for two windows or more."""
+    """Return Longformer's or LED's method that pads a text to whole windows, for two windows or more."""
     signature = inspect.signature(original)
+    names = [n for n in signature.parameters if n not in ("self", "pad_token_id")]
 
     def pad(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         window, length = given["self"].config.attention_window, given["attention_mask"].shape[1]
         window = window if isinstance(window, int) else max(window)
-        if given.get("inputs_embeds") is not None:
-            return original(*args, **kwargs)
         # A padded position at least: a trace has only one of the branches for none and for some.
         count = torch.sym_max(length // window + 1, 2)
         index = torch.arange(window * count, device=given["attention_mask"].device)
@@ -251,7 +250,12 @@ def _whole_windows(original: Function) -> Function:
             if (value := given.get(name)) is not None:
                 padded = value.index_select(1, index.clamp(max=length - 1))
                 given[name] = torch.where(index < length, padded, fills.get(name, 0)).to(value.dtype)
-        names = [n for n in signature.parameters if n not in ("self", "pad_token_id")]
+        if (embeds := given.get("inputs_embeds")) is not None:
+            # The model itself makes the embedding of a padded position, behind a text of one token.
+            first = {n: v[:, :1] if isinstance(v, Tensor) else v for n, v in given.items()}
+            padding = original(**first)[1 + names.index("inputs_embeds")][:, 1:2]
+            is_text = (index < length).unsqueeze(1)
+            given["inputs_embeds"] = torch.where(is_text, embeds.index_select(1, index.clamp(max=length - 1)), padding)
         return (window * count - length, *(given.get(n) for n in names))
 
     return pad
@@ -260,8 +264,10 @@ def _whole_windows(original: Function) -> Function:
 def _draw_windows(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     tensors = {n: torch.randint(9, (batch, length), generator=draw, device="cpu") for n in names}
-    owner = SimpleNamespace(config=SimpleNamespace(attention_window=[4, 8]))
-    return {"self": owner, **tensors, "inputs_embeds": None, "pad_token_id": 3}
+    table = _random(draw, 9, 5)
+    config = SimpleNamespace(attention_window=[4, 8], pad_token_id=3)
+    owner = SimpleNamespace(config=config, embeddings=table.__getitem__, embed_tokens=table.__getitem__)
+    return {"self": owner, **tensors, "inputs_embeds": table[tensors["input_ids"]], "pad_token_id": 3}
 
 
 def _goes_on_padding(want: Any, got: Any) -> bool:
