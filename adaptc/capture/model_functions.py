@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,13 @@ def replaced_functions(model: nn.Module, makers: Mapping[str, Callable[[Function
                     stack.callback(setattr, owner, name, original)
                     setattr(owner, name, for_thread(original, made))
         yield
+
+
+def all_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, with the defaults of those that are left out."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def gives_the_same(

@@ -53,7 +53,7 @@ SGLANG = EngineLimits(
     "sglang",
     "0.5.23",
     "alpha / r",
-    f"{_SGLANG} LoRAAdapter.__init__ (issue 40835 of sgl-project/sglang)",
+    f"{_SGLANG} LoRAAdapter.__init__",
     {
         "method": refused("it reads LoRA alone", f"{_SGLANG} LoRAAdapter.__init__"),
         "prompt method": refused("it reads LoRA alone", f"{_SGLANG} LoRAAdapter.__init__"),

@@ -22,19 +22,13 @@ from torch import Tensor
 
 from adaptc.passes.quantized.bitsandbytes_kernels import MAX_ROWS, multiply_few_rows, pack_weight
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
-from adaptc.passes.quantized.scheme import Scheme
+from adaptc.passes.quantized.scheme import Scheme, StoredMatrix
 from adaptc.passes.quantized.table_scheme import TableScheme
 
 
-class PreparedWeight(Protocol):
+class PreparedWeight(StoredMatrix, Protocol):
     """A quantised weight, which keeps what kernels made of it."""
 
-    @property
-    def scheme(self) -> Scheme: ...
-    @property
-    def stored(self) -> Mapping[str, Tensor]: ...
-    @property
-    def matrix_shape(self) -> tuple[int, int]: ...
     def prepared(self, key: str, prepare: Callable[[Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return what ``prepare`` makes of this weight, made at the first call and kept under ``key``."""
         ...

@@ -7,7 +7,6 @@ only of experts that have tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,18 +15,12 @@ from torch import Tensor
 from adaptc.passes.graph.ops import schema_of
 from adaptc.passes.quantized.all_schemes import scheme_text
 from adaptc.passes.quantized.quantized_linear import quantized_linear, quantized_matmul
-from adaptc.passes.quantized.scheme import Scheme
+from adaptc.passes.quantized.scheme import StoredMatrix
 
 
-class QuantizedExperts(Protocol):
+class QuantizedExperts(StoredMatrix, Protocol):
     """A quantised stack of experts; ``is_transposed`` says that the rows of its matrix are outputs."""
 
-    @property
-    def scheme(self) -> Scheme: ...
-    @property
-    def stored(self) -> Mapping[str, Tensor]: ...
-    @property
-    def matrix_shape(self) -> tuple[int, int]: ...
     @property
     def is_transposed(self) -> bool: ...
     @property

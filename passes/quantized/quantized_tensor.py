@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.graph.ops import schema_of
 from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
@@ -280,7 +280,12 @@ _MATMULS = {aten.mm.default, aten.addmm.default, aten.addmm_.default}
 
 
 def matrix_shape(shape: Sequence[int], is_transposed: bool, row_axes: int) -> tuple[int, int]:
-    """Return (rows, columns) of the matrix that stores a weight of ``shape``."""
+    """Return (rows, columns) of the matrix that stores a weight of ``shape``.
+
+    Raises ConfigError where the weight has no ``row_axes`` axes and one more.
+    """
+    if row_axes < 1 or row_axes >= len(shape):
+        raise ConfigError(f"row_axes={row_axes}: at least one axis, and not all, of a weight of shape {tuple(shape)}")
     stored = _with_swapped_axes(shape) if is_transposed else shape
     return prod(stored[:row_axes]), prod(stored[row_axes:])
 

@@ -9,12 +9,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError
+
+
+class StoredMatrix(Protocol):
+    """A weight as kernels read it: its scheme, its stored tensors by role, and (rows, columns) of the matrix."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def stored(self) -> Mapping[str, Tensor]: ...
+    @property
+    def matrix_shape(self) -> tuple[int, int]: ...
 
 
 class StoredTensor(NamedTuple):

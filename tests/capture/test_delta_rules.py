@@ -7,18 +7,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-import adaptc
 from adaptc.capture.replacements.free_lengths import any_length
 from tests.coverage.configs.tiny_configs import tiny_config
 from tests.support.families import perturb
-from tests.support.oracle import assert_differs, file_key_of, gradients, quiet, randomize
+from tests.support.oracle import assert_differs, gradients, lora_twins, masked_texts
 
 #: family -> its class and file, the names of its rule by chunks and by positions, and the layers that PEFT adapts
 FAMILIES = {
@@ -51,14 +49,6 @@ def file_of(family: str) -> Any:
     return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
-def call(batch: int, length: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(length)
-    ids = torch.randint(4, 60, (batch, length), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want.detach().abs().max()))
 
@@ -66,18 +56,9 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_pefts_for_any_number_of_chunks(family: str) -> None:
-    targets = FAMILIES[family][3]
-    with quiet():
-        theirs = peft.get_peft_model(build(family), peft.LoraConfig(r=3, target_modules=targets)).eval()
-    randomize(theirs)
-    module = adaptc.compile(build(family), adaptc.LoraConfig(r=3, target_modules=targets)).module()
-    values = {file_key_of(n): p for n, p in theirs.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(values[file_key_of(name)])
+    module, theirs = lora_twins(lambda: build(family), r=3, target_modules=FAMILIES[family][3])
     for batch, length in ((3, 5), (2, 63), (3, 65), (2, 131)):
-        inputs = call(batch, length)
+        inputs = masked_texts(batch, length)
         ours, want = module(**inputs), theirs(**inputs, use_cache=False)
         # The model's own rounding: its functions compute in float32, chunk by chunk.
         assert_close(ours.logits, want.logits, 2e-5)

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -22,10 +21,9 @@ from tests.support.oracle import (
     assert_differs,
     assert_same,
     assert_same_gradients,
-    file_key_of,
     gradients,
-    quiet,
-    randomize,
+    lora_twins,
+    masked_texts,
 )
 
 #: family -> the names of its class, and of the layers that PEFT adapts
@@ -54,30 +52,13 @@ def build(family: str) -> Any:
     return model.eval()
 
 
-def call(batch: int, length: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(length)
-    ids = torch.randint(4, 60, (batch, length), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 @pytest.mark.long
 @pytest.mark.few(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_pefts_for_other_lengths(family: str) -> None:
-    targets = FAMILIES[family][1]
-    with quiet():
-        theirs = peft.get_peft_model(build(family), peft.LoraConfig(r=3, target_modules=targets)).eval()
-    randomize(theirs)
-    module = adaptc.compile(build(family), adaptc.LoraConfig(r=3, target_modules=targets)).module()
-    values = {file_key_of(n): p for n, p in theirs.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(values[file_key_of(name)])
+    module, theirs = lora_twins(lambda: build(family), r=3, target_modules=FAMILIES[family][1])
     for batch, length in ((3, 5), (2, 19)):
-        inputs = call(batch, length)
+        inputs = masked_texts(batch, length)
         ours, want = module(**inputs), theirs(**inputs, use_cache=False)
         assert_same(ours.logits, want.logits)
         assert_same_gradients(gradients(module, ours.logits), gradients(theirs, want.logits))
@@ -160,7 +141,7 @@ def test_a_model_with_another_scan_is_captured_for_one_length(monkeypatch: pytes
     config = adaptc.LoraConfig(r=3, target_modules=["in_proj"], init_lora_weights=True)
     with pytest.warns(adaptc.AdaptcWarning, match="captured for some sizes alone: dimension 1"):
         program = adaptc.compile(model, config)
-    inputs = call(2, 7)
+    inputs = masked_texts(2, 7)
     assert_same(program(**inputs).logits, model(**inputs, use_cache=False).logits)
 
 
@@ -172,7 +153,7 @@ def test_a_model_of_windows_is_pefts_for_any_number_of_them(family: str) -> None
         "longformer": transformers.LongformerForMaskedLM,
         "led": transformers.LEDForConditionalGeneration,
     }
-    model_class, targets = classes[family], ["query", "value"]
+    model_class = classes[family]
 
     def build_windows() -> Any:
         with torch.random.fork_rng():
@@ -181,19 +162,11 @@ def test_a_model_of_windows_is_pefts_for_any_number_of_them(family: str) -> None
         perturb(model)
         return model.eval()
 
-    with quiet():
-        theirs = peft.get_peft_model(build_windows(), peft.LoraConfig(r=3, target_modules=targets)).eval()
-    randomize(theirs)
     with pytest.warns(adaptc.AdaptcWarning, match="captured for those of the example inputs alone"):
-        module = adaptc.compile(build_windows(), adaptc.LoraConfig(r=3, target_modules=targets)).module()
-    values = {file_key_of(n): p for n, p in theirs.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(values[file_key_of(name)])
+        module, theirs = lora_twins(build_windows, r=3, target_modules=["query", "value"])
     # Windows of 8: less than one, some and a part, two that are whole, and many.
     for batch, length in ((3, 5), (2, 11), (3, 16), (2, 43)):
-        inputs = call(batch, length)
+        inputs = masked_texts(batch, length)
         if family == "led":
             inputs["decoder_input_ids"] = inputs["input_ids"][:, :3]
         ours, want = module(**inputs).logits, theirs(**inputs).logits

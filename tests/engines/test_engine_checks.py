@@ -97,7 +97,7 @@ def test_the_report_names_module_option_and_the_engines_file() -> None:
     strength = next(f for f in report.findings if f.trait == "strength")
     # 7 / sqrt(3) is meant, 7 / 3 given.
     assert "4.041 is meant and 2.333 given at" in strength.found
-    assert "40835" in strength.limit.source
+    assert strength.limit.source == "sglang/srt/lora/lora.py LoRAAdapter.__init__"
     assert "adaptc convert" in text
 
 

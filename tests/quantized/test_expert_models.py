@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from tests.support.oracle import assert_same_gradients, gradients_by_key
 
 pytestmark = pytest.mark.long
 
@@ -58,6 +59,11 @@ def models(family: str, scheme: str) -> tuple[Any, Any]:
     return model, plain
 
 
+def check(found: Tensor, expected: Tensor) -> None:
+    """Logits are equal, but for sums in another order."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * float(expected.detach().abs().max()))
+
+
 def peft_adapter(plain: nn.Module, targets: dict[str, Any], path: Path) -> Any:
     theirs = peft.get_peft_model(plain, peft.LoraConfig(r=3, init_lora_weights=False, **targets))
     theirs.save_pretrained(path)
@@ -72,17 +78,13 @@ def test_outputs_and_gradients_are_those_of_peft(family: str, scheme: str, targe
     theirs = peft_adapter(plain, TARGETS[targets], tmp_path)
     program = adaptc.compile(model, str(tmp_path))
     for tokens in (ids(), ids(1, 3)):
-        found, expected = program(input_ids=tokens).logits, theirs(tokens).logits
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        check(program(input_ids=tokens).logits, theirs(tokens).logits)
     module = adaptc.compile(model, str(tmp_path), training=True).module()
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_("lora_" in name)
     for side in (module, theirs):
         side(input_ids=ids(), labels=ids()).loss.backward()
-    ours = sorted(float(p.grad.norm()) for p in module.parameters() if p.grad is not None)
-    wanted = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.grad is not None)
-    assert ours
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted), rtol=1e-3, atol=1e-6)
+    assert_same_gradients(gradients_by_key(module), gradients_by_key(theirs))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -93,22 +95,18 @@ def test_all_else_works_on_them(family: str, tmp_path: Path) -> None:
     path = adaptc.save_adapter(program, tmp_path / "adapter")
     expected = adaptc.compile(plain, path)(input_ids=ids()).logits
     mask = torch.ones_like(ids())
-
-    def check(found: Tensor) -> None:
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
     loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
-    check(loaded(input_ids=ids(), attention_mask=mask).logits)
+    check(loaded(input_ids=ids(), attention_mask=mask).logits, expected)
     names = {n for n, t in program.state_dict.items() if isinstance(t, QuantizedTensor)}
     assert {n for n, t in loaded.state_dict.items() if isinstance(t, QuantizedTensor)} == names
     assert all(loaded.state_dict[n].has_same_values(program.state_dict[n]) for n in names)
     for options in ({"dequantize": True}, {"keep": "residual"}):
         merged = adaptc.merge(program, **options)
-        check(merged(input_ids=ids()).logits)
+        check(merged(input_ids=ids()).logits, expected)
         assert torch.equal(adaptc.unmerge(merged)(input_ids=ids()).logits, program(input_ids=ids()).logits)
     bank = program.bank(max_rank=4)
     bank.add("a", path)
-    check(torch.cat([bank(input_ids=ids(), adapters=["a", None]).logits[:1], expected[1:]]))
+    check(bank(input_ids=ids(), adapters=["a", None]).logits[:1], expected[:1])
     generator = adaptc.compile_for_generation(model, path, max_batch=2, max_length=32)
     plain_generator = adaptc.compile_for_generation(plain, path, max_batch=2, max_length=32)
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -125,7 +123,7 @@ def test_a_package_and_compiled_code_give_the_same(tmp_path: Path) -> None:
     path = adaptc.save_adapter(program, tmp_path / "adapter")
     compiled = adaptc.compile(model, path, backend="inductor")
     for found in (package(input_ids=ids(), attention_mask=torch.ones_like(ids())), compiled(input_ids=ids())):
-        torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
+        check(found.logits, expected)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -134,7 +132,7 @@ def test_weights_that_an_adapter_changes_are_merged(family: str) -> None:
     program = adaptc.compile(model, LoraConfig(r=3, init_lora_weights=False, **TARGETS["experts"]))
     expected = program(input_ids=ids()).logits
     merged = adaptc.merge(program, dequantize=True)
-    torch.testing.assert_close(merged(input_ids=ids()).logits, expected, rtol=1e-4, atol=1e-4)
+    check(merged(input_ids=ids()).logits, expected)
     again = adaptc.merge(program, requantize=True)
     weight = again.state_dict["model.layers.0.mlp.experts.down_proj"]
     assert isinstance(weight, QuantizedTensor)

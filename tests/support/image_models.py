@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -12,8 +13,9 @@ import peft
 import torch
 from torch import Tensor
 
+import adaptc
 from tests.support.families import perturb
-from tests.support.oracle import quiet, randomize
+from tests.support.oracle import gradients_by_key, quiet, randomize
 
 IMAGE, VIDEO, START, END, VOCAB = 3, 4, 5, 6, 71
 MERGE, PATCH, FRAMES = 2, 7, 2
@@ -87,6 +89,35 @@ def with_lora_of_peft(base: Any) -> tuple[Any, Path]:
     path = Path(tempfile.mkdtemp())
     model.save_pretrained(str(path))
     return model, path
+
+
+def with_labels(call: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs with labels, which are the text's own tokens where it is not masked."""
+    return {**call, "labels": call["input_ids"].masked_fill(call["attention_mask"] == 0, -100)}
+
+
+def check_training(
+    model: Any, oracle: Any, path: Path, example: dict[str, Tensor], call: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """The loss of a call with labels is PEFT's, and so is the gradient of each tensor of the adapter in ``path``."""
+    example, call = ({k: t.to(dtype) if t.is_floating_point() else t for k, t in c.items()} for c in (example, call))
+    module = adaptc.compile(model.to(dtype), path, example_inputs=example, training=True).module()
+    twin = copy.deepcopy(oracle).to(dtype).train()
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    found, wanted = (side(**copy.deepcopy(call))["loss"] for side in (module, twin))
+    found.backward()
+    wanted.backward()
+    # Sums in another order: rounding grows on the way back through all layers.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4}[dtype]
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
+    ours, theirs = gradients_by_key(module), gradients_by_key(twin)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        largest = float(value.abs().max())
+        torch.testing.assert_close(
+            ours[name], value, rtol=0, atol=tolerance * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def call_with_images(rows: Sequence[Sequence[Grid]], *, pads_left: bool = False) -> dict[str, Tensor]:

@@ -163,6 +163,42 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
+def gradients_by_key(module: nn.Module) -> dict[str, Tensor]:
+    """File key -> gradient, of every tensor of a LoRA in ``module`` that has one."""
+    named = module.named_parameters()
+    found = {file_key_of(n): p.grad for n, p in named if "lora_" in n and p.grad is not None}
+    assert found
+    return found
+
+
+@torch.no_grad()
+def copy_values(theirs: nn.Module, module: nn.Module) -> None:
+    """Write the trainable values of PEFT's model into the parameters of a program's module, as an optimizer does."""
+    named = theirs.named_parameters(remove_duplicate=False)
+    values = {file_key_of(n): p for n, p in named if p.requires_grad}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            p.copy_(values[file_key_of(name)])
+
+
+def lora_twins(build: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, Any]:
+    """A program's module and PEFT's model, each of a model that ``build`` makes, with one random LoRA."""
+    with quiet(*EXPECTED_WARNINGS):
+        theirs = peft.get_peft_model(build(), peft.LoraConfig(**options)).eval()
+    randomize(theirs)
+    module = adaptc.compile(build(), adaptc.LoraConfig(**options)).module()
+    copy_values(theirs, module)
+    return module, theirs
+
+
+def masked_texts(batch: int, length: int) -> dict[str, Tensor]:
+    """Texts of a language model's tiny vocabulary, the first of which begins with two masked tokens."""
+    ids = torch.randint(4, 60, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def file_tensors(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
@@ -232,12 +268,7 @@ class Oracle:
     def module_with_peft_values(self, program: adaptc.AdaptedProgram) -> nn.Module:
         """``program.module()``, with PEFT's values written into its parameters as an optimizer writes them."""
         module = program.module()
-        named = self.model.named_parameters(remove_duplicate=False)
-        values = {file_key_of(n): p for n, p in named if p.requires_grad}
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                if p.requires_grad:
-                    p.copy_(values[file_key_of(name)])
+        copy_values(self.model, module)
         return module
 
     def _tied_file_keys(self) -> list[set[str]]:

@@ -7,7 +7,8 @@ position's value:
 
 Transformers computes this by chunks of 64 positions, so that a trace has as many steps as the example has chunks. Here
 a chunk is a sixteenth of the text instead. What the positions of a chunk correct follows from a triangular system of
-equations, for all chunks at once. The states between chunks then take one step a chunk.
+equations, for all chunks at once. The states between chunks then take one step a chunk. So the memory of a call grows
+with the square of the length. It is that of a sixteenth of an attention's scores, where decays are numbers of a head.
 
 ``g`` is one number a position and head (Qwen), or one for each channel of the keys (Kimi).
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.model_functions import Function
+from adaptc.capture.model_functions import Function, all_arguments
 
 #: the number of chunks
 _CHUNKS = 16
@@ -33,9 +34,7 @@ def gated_delta_rule(original: Function) -> Function:
     signature = inspect.signature(original)
 
     def apply_rule(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+        given = all_arguments(signature, args, kwargs)
         if given["initial_state"] is not None or given["output_final_state"]:
             return original(*args, **kwargs)
         names = ("query", "key", "value", "beta", "g")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptc.capture.model_functions import Function, gives_the_same, replaced_functions
+from adaptc.capture.model_functions import Function, all_arguments, gives_the_same, replaced_functions
 from adaptc.capture.replacements.delta_rules import gated_delta_rule
 from adaptc.capture.replacements.parallel_scan import linear_recurrence, shift
 
@@ -189,9 +189,7 @@ def _gated_recurrence(original: Function) -> Function:
     signature = inspect.signature(original)
 
     def scan_units(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+        given = all_arguments(signature, args, kwargs)
         if given["recurrent_states"] is not None:
             return original(*args, **kwargs)
         inputs, dtype = given["hidden_states"], given["acc_dtype"]

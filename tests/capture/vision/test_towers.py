@@ -17,7 +17,15 @@ from torch.export import ExportedProgram
 
 import adaptc
 from adaptc.capture.vision.tower_facts import find_towers
-from tests.support.image_models import FAMILIES, IMAGE, adapted_by_peft, build, call_with_images
+from tests.support.image_models import (
+    FAMILIES,
+    IMAGE,
+    adapted_by_peft,
+    build,
+    call_with_images,
+    check_training,
+    with_labels,
+)
 from tests.support.oracle import quiet
 
 # What is refused at a call names the line of the model that refuses it.
@@ -129,23 +137,8 @@ def test_the_model_is_as_it_was(family: str) -> None:
 def test_gradients_of_training(family: str) -> None:
     """The loss of a text with images, and the gradients of all adapters, are PEFT's."""
     oracle, path = adapted_by_peft(family)
-    call = call_with_images(EXAMPLE)
-    call["labels"] = call["input_ids"].masked_fill(call["attention_mask"] == 0, -100)
-    program = adaptc.compile(build(family), path, example_inputs=call, training=True)
-    module = program.module()
-    found = module(**copy.deepcopy(call))["loss"]
-    found.backward()
-    twin = copy.deepcopy(oracle).train()
-    for name, parameter in twin.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    wanted = twin(**copy.deepcopy(call))["loss"]
-    wanted.backward()
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    gradients = {n.replace(".default", ""): p.grad for n, p in twin.named_parameters() if p.grad is not None}
-    ours = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    assert len(ours) == len(gradients) > 0
-    norms = sorted(float(g.norm()) for g in gradients.values())
-    torch.testing.assert_close(sorted(float(g.norm()) for g in ours.values()), norms, rtol=1e-3, atol=1e-6)
+    call = with_labels(call_with_images(EXAMPLE))
+    check_training(build(family), oracle, path, call, call, torch.float64)
 
 
 @pytest.mark.long

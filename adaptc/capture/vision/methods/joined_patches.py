@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.model_functions import Function, gives_the_same, replaced_functions
+from adaptc.capture.model_functions import Function, all_arguments, gives_the_same, replaced_functions
 
 _NAME = "combine_image_text_embeddings"
 _ARGUMENTS = ("image_embeddings", "inputs_embeds", "bbox", "visual_bbox", "attention_mask", "num_patches", "max_len")
@@ -34,9 +34,7 @@ def _replace(original: Function) -> Function | None:
         return None
 
     def join(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+        given = all_arguments(signature, args, kwargs)
         if given["visual_bbox"] is None:
             boxes: Tensor = boxes_of(image_size=given["image_size"], patch_size=given["patch_size"])
             given["visual_bbox"] = boxes.to(given["bbox"].device).expand(given["bbox"].shape[0], -1, -1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.capture.model_functions import Function, gives_the_same
+from adaptc.capture.model_functions import Function, all_arguments, gives_the_same
 from adaptc.capture.vision.image_tiles import Tiling
 from adaptc.capture.vision.packed_patches import true_indices
 
@@ -62,12 +62,10 @@ def equal_packing(module: Any, original: Function) -> Function | None:
         return find_tiling(module, int(ratio.rpartition("_")[2]) if ratio is not None else None)
 
     def pack(*args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        (features,), sizes = bound.arguments["image_features"], bound.arguments["image_sizes"]
-        tiling = tiling_of(bound.arguments.get(_RATIO))
+        given = all_arguments(signature, args, kwargs)
+        (features,), sizes, tiling = given["image_features"], given["image_sizes"], tiling_of(given.get(_RATIO))
         assert tiling is not None
-        tokens = tiling.pack(features, sizes.sizes, sizes.counts, bound.arguments["image_newline"])
+        tokens = tiling.pack(features, sizes.sizes, sizes.counts, given["image_newline"])
         return (tokens,), sizes.counts
 
     def joined(image_features: list[Tensor], image_sizes: Tensor, **others: Any) -> Tensor:
