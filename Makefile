@@ -73,7 +73,7 @@ $(VENV)/.docs.stamp: pyproject.toml Makefile | $(BIN)/python
 test: lint
 	$(RUN_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-# PART=1/3 runs a third of them, PART=2/3 and PART=3/3 the others.
+# PART=1/6 runs a sixth of them, PART=2/6 to PART=6/6 the others.
 test-long: $(VENV)/.test.stamp
 	$(RUN_ENV) $(BIN)/python -m pytest --long $(if $(PART),--part $(PART)) -n $(WORKERS) $(PYTEST_ARGS)
 

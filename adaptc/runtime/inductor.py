@@ -37,6 +37,9 @@ from adaptc.runtime.hoisted_values import SplitGraph
 from adaptc.runtime.rank_padding import Padding, find_paddings
 from adaptc.runtime.strides import axis_order, empty_in_order
 
+#: Calls check their inputs and lay them out beforehand. Inductor's own asserts would take as long as a tenth of a call
+#: for one token: there is one for each weight and each slot.
+_OPTIONS = {"config_patches": {"size_asserts": False}}
 #: the example value of a symbolic size, by which inductor tunes its code
 SIZE_HINT = 16
 
@@ -118,7 +121,7 @@ def compile_lifted(
             node.meta["example_value"] = next(f for f in fakes if isinstance(f, Tensor))
     try:
         with stage(f"compiling a program of {len(attachments)} sites with inductor"), torch.no_grad():
-            return standalone_compile(main, fakes, dynamic_shapes="from_graph")
+            return standalone_compile(main, fakes, dynamic_shapes="from_graph", options=_OPTIONS)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error

@@ -7,13 +7,16 @@ additions, and with the dequantisation of a weight:
     weight                        rows                                   computed as
     quantised, in planes          up to ``SUM_ROWS``                     sums
     quantised, in planes          more, or a number that is not known    a matmul of its values, made in each call
+    quantised, in planes          a number that no other layer has       a choice of the two in each call
     float32, bfloat16, float16    one, on a CPU                          sums in float32
 
-All other layers are left as they are.
+All other layers are left as they are. The layer whose rows are its own is a language model's head: a prompt has many
+rows, and only the last of them goes through the head. The values of a head may be as many as those of all layers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -27,21 +30,32 @@ from adaptc.passes.quantized.compiled_linear import SUM_DTYPES, SUM_ROWS, linear
 from adaptc.passes.quantized.planar_scheme import PlanarScheme
 
 aten = torch.ops.aten
+_QLINEAR = torch.ops.adaptc.qlinear.default
 
 
 def with_chosen_layers(module: fx.GraphModule) -> fx.GraphModule:
     """Return a graph module like ``module``, which is left as it is, whose linear layers choose as they are traced."""
     choices: dict[Any, Callable[..., Tensor]] = {
-        torch.ops.adaptc.qlinear.default: _quantized_linear,
+        _QLINEAR: _quantized_linear,
         torch.ops.adaptc.product.default: _product,
         aten.linear.default: _linear,
     }
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    rows = {n: _rows_of_call(n) for n in module.graph.find_nodes(op="call_function", target=_QLINEAR)}
+    usual = Counter(rows.values()).most_common(1)
     for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
         new.meta = dict(old.meta)
         new.target = choices.get(new.target, new.target)
+        if old in rows and rows[old] != usual[0][0]:
+            new.target = _quantized_linear_by_rows
     return fx.GraphModule(module, graph)
+
+
+def _rows_of_call(layer: fx.Node) -> str:
+    """Return the number of rows that a layer takes, as an expression of the sizes of the graph; "" if not known."""
+    x: Any = layer.args[0]
+    return str(prod(x.meta["val"].shape[:-1])) if "val" in x.meta else ""
 
 
 def _rows(x: Tensor) -> int | None:
@@ -60,6 +74,26 @@ def _quantized_linear(
     if x.dtype in SUM_DTYPES and count is not None and count <= SUM_ROWS:
         return linear_by_sums(found, x, by_role, bias)
     return F.linear(x, found.dequantize(by_role, rows, columns).to(x.dtype), bias)
+
+
+def _quantized_linear_by_rows(
+    x: Tensor, stored: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
+) -> Tensor:
+    found = scheme_from_text(scheme)
+    if _rows(x) is not None or not isinstance(found, PlanarScheme) or x.dtype not in SUM_DTYPES:
+        return _quantized_linear(x, stored, bias, scheme, rows, columns)
+    roles, count = list(found.layout(rows, columns)), len(stored)
+
+    def few_rows(x: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        return (linear_by_sums(found, x, dict(zip(roles, tensors, strict=False)), *tensors[count:] or (None,)),)
+
+    def many_rows(x: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        weight = found.dequantize(dict(zip(roles, tensors, strict=False)), rows, columns).to(x.dtype)
+        return (F.linear(x, weight, *tensors[count:]),)
+
+    tensors = (x, *stored, *(() if bias is None else (bias,)))
+    is_few: Any = prod(x.shape[:-1]) <= SUM_ROWS
+    return torch.ops.higher_order.cond(is_few, few_rows, many_rows, tensors)[0]
 
 
 def _product(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -120,6 +121,41 @@ def test_other_schemes_call_our_op() -> None:
     ops, found = traced(module, arguments)
     assert "qlinear" in ops
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def headed(scheme: IntegerScheme) -> tuple[Any, list[torch.Tensor]]:
+    """Return a function of two quantised layers and a head that takes chosen rows, and the stored tensors of all."""
+    generator = torch.Generator().manual_seed(11)
+    found = [in_planes(scheme, scheme.quantize(torch.randn(24, 24, generator=generator)), (24, 24)) for _ in range(3)]
+    layers = [f for f in found if f is not None]
+    text, count = scheme_text(layers[0][0]), len(layers[0][1])
+
+    def call(x: torch.Tensor, keep: torch.Tensor, bias: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
+        for i in range(2):
+            x = torch.ops.adaptc.qlinear(x, stored[i * count : i * count + count], None, text, 24, 24)
+        return torch.ops.adaptc.qlinear(x[keep], stored[2 * count :], bias, text, 24, 24)
+
+    return call, [torch.randn(24, generator=generator), *(t for _, stored in layers for t in stored.values())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_a_head_of_few_rows_is_a_sum_behind_a_long_prompt(group_size: int | None, dtype: torch.dtype) -> None:
+    """Only the layer whose rows are its own chooses in each call. Both of its ways compute the layer."""
+    call, (bias, *stored) = headed(IntegerScheme(group_size=group_size))
+    x, bias = torch.randn(19, 24, generator=torch.Generator().manual_seed(1)).to(dtype), bias.to(dtype)
+    module = make_fx(call, tracing_mode="symbolic")(x, torch.arange(7), bias, *stored)
+    made = make_fx(with_chosen_layers(module), tracing_mode="symbolic")(x, torch.arange(7), bias, *stored)
+    (choice,) = made.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond)
+    is_few: Any = choice.args[0]
+    assert (is_few.target, is_few.args[1]) == (operator.le, SUM_ROWS)
+    few, many = (str(getattr(made, b.target).graph) for b in choice.args[1:3])  # type: ignore[union-attr]
+    assert ("aten.sum" in few, "aten.sum" in many, "aten.sum" in str(made.graph)) == (True, False, False)
+    for rows, kept in ((19, 7), (19, 1), (11, SUM_ROWS), (5, SUM_ROWS + 1)):
+        keep = torch.arange(kept).flip(0)
+        expected = call(x[:rows].double(), keep, bias.double(), *stored)
+        error = float((made(x[:rows], keep, bias, *stored).double() - expected).abs().max() / expected.abs().max())
+        assert error < 3 * TOLERANCE[dtype], (rows, kept, error)
 
 
 @pytest.mark.long
