@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.pack_adapters import pack_adapters
 from adaptc.bank.bank import Bank
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.packages.package_program import package_program
@@ -29,7 +30,12 @@ from adaptc.training.program_module import ProgramModule
 from adaptc.value_types import validates_options
 
 
-def save(program: ExportedProgram | ProgramWrapper, path: str | os.PathLike[str]) -> Path:
+def save(
+    program: ExportedProgram | ProgramWrapper,
+    path: str | os.PathLike[str],
+    *,
+    adapters: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), to a temporary file that is then moved to ``path``.
 
     An adapted program has its sites, slots and config in its graph. A merged or unloaded program is plain ATen and
@@ -38,12 +44,17 @@ def save(program: ExportedProgram | ProgramWrapper, path: str | os.PathLike[str]
     Args:
         program: an exported program, adapted or not, or a generator.
         path: the file to write.
+        adapters: name -> adapter as :func:`swap` takes it. The file holds the base once, and each of these as its own
+            tensors and config; the program that is loaded is swapped to them by name. None keeps those that the program
+            has from its own file.
 
     Returns:
         the path of the file.
 
     Raises:
-        AdaptcError: a module of the program trains other tensors than the program has.
+        AdaptcError: a module of the program trains other tensors than the program has. Or an adapter does not fit; it
+            is named.
+        ConfigError: ``adapters`` has a name that no file can hold, or is given with a program that has no sites.
         CheckpointError: the file cannot be written.
 
     Example:
@@ -57,7 +68,16 @@ def save(program: ExportedProgram | ProgramWrapper, path: str | os.PathLike[str]
     if isinstance(inside, AdaptedProgram):
         check_no_override(inside, "save")
         check_not_stale(inside)
-    return save_program(inside, Path(path), sidecar_texts)
+    return save_program(inside, Path(path), sidecar_texts, _added_files(inside, adapters))
+
+
+def _added_files(program: Any, adapters: Any) -> dict[str, bytes]:
+    """Return the files beside ``program``: the ``adapters`` by name."""
+    if not isinstance(program, AdaptedProgram):
+        if adapters is not None:
+            raise ConfigError("adapters= is for programs with adapter sites, and this is a plain ExportedProgram")
+        return {}
+    return pack_adapters(program.snapshot(), adapters, None)
 
 
 def load(
@@ -81,7 +101,8 @@ def load(
         device: the device of its tensors and its adapter; None leaves them where they were.
 
     Returns:
-        an :class:`AdaptedProgram`, whose adapters are found in the graph; for a saved generator a :class:`Generator`,
+        an :class:`AdaptedProgram`, whose current adapter is found in the graph, and whose ``adapters`` are those that
+        lie in the file by name; for a saved generator a :class:`Generator`,
         for a saved serving model a :class:`ServingModel` with an empty bank.
 
     Raises:
@@ -158,6 +179,7 @@ def package(
     products: str = "measured",
     tokenizer: Any = None,
     capacity: int | None = None,
+    adapters: Mapping[str, Any] | None = None,
 ) -> Path:
     """Compile ``program`` ahead of time with AOTInductor into one file with swappable adapters; return its path.
 
@@ -171,12 +193,14 @@ def package(
         products: "measured" uses the base's fastest matmuls on this machine, "plain" torch's.
         tokenizer: a transformers tokenizer or the directory of one, for a generator.
         capacity: the number of adapters that the package of a bank has room for; None for one more than there are.
+        adapters: name -> adapter, as for :func:`save`. A bank has its adapters already, and takes none here.
 
     Returns:
         the path of the file.
 
     Raises:
-        ConfigError: ``tokenizer`` or ``capacity`` is given with a program that takes none.
+        ConfigError: ``tokenizer``, ``capacity`` or ``adapters`` is given with a program that takes none.
+        AdaptcError: an adapter of ``adapters`` does not fit the package; it is named.
         BackendError: the program cannot be compiled.
 
     Example:
@@ -189,6 +213,9 @@ def package(
     generates = isinstance(program, ProgramWrapper) or (isinstance(program, Bank) and program.generator is not None)
     if tokenizer is not None and not generates:
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
+    is_bank = isinstance(program, (Bank, ServingModel))
+    if is_bank and adapters is not None:
+        raise ConfigError("adapters= is for programs, and this is a bank: add them to it, bank.add(name, adapter)")
     if isinstance(program, ServingModel):
         package_files = program.package_files(tokenizer)
         options = {"capacity": capacity, "max_rank": max_rank, "products": products, "package_files": package_files}
@@ -205,9 +232,8 @@ def package(
     if isinstance(inside, AdaptedProgram):
         check_no_override(inside, "package")
         check_not_stale(inside)
-    return package_program(
-        inside, Path(path), max_rank=max_rank, products=products, package_files=package_files, parts=parts
-    )
+    options = {"max_rank": max_rank, "products": products, "package_files": package_files, "parts": parts}
+    return package_program(inside, Path(path), **options, added_files=_added_files(inside, adapters))
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:

@@ -220,12 +220,14 @@ _REQUIRED_RECORDS = (
     WEIGHTS_TABLE,
     CONSTANTS_TABLE,
 )
+#: the pattern of the records that adaptc adds to programs and packages; ``archives.added_files`` names them
+ADDED_RECORD_PATTERN = r"data/adaptc/(?:(?:adapters|certificate|base)\.json|adapters(?:/[^/]+){2,4})"
 _ALLOWED_RECORD = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
     r"|models/model\.json|data/sample_inputs/model\.pt"
     r"|data/weights/(weight_\d+|model_weights_config\.json)"
     r"|data/constants/((tensor|custom_obj|opaque_obj)_\d+|model_constants_config\.json)"
-    r"|extra/.+|data/extra/.+",
+    rf"|extra/.+|data/extra/.+|{ADDED_RECORD_PATTERN}",
     re.ASCII,
 )
 
@@ -260,6 +262,17 @@ def check_records(archive: Archive) -> None:
             raise UnsafeFile(
                 f"expected {name} {wanted.decode()}, found {short_repr(text.decode(errors='backslashreplace'))}"
             )
+
+
+def is_package(path: Path) -> bool:
+    """Return whether a file has compiled code in it, as far as its table of contents tells; it may be damaged."""
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any("/data/aotinductor/" in name for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 #: the most bytes of a text that are read

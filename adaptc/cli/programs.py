@@ -50,7 +50,7 @@ def show(
 
         print_result(as_json, AdapterReport.from_path(path))
         return
-    from adaptc.packages.manifest import is_package
+    from adaptc.archives.archive import is_package
 
     if is_package(path):
         from adaptc.serving.serving_file import read_package_report

@@ -130,10 +130,11 @@ def write_package(
     manifest: Manifest,
     tensors: Mapping[str, Tensor],
     package_files: Mapping[str, bytes],
+    added_files: Mapping[str, bytes],
 ) -> Path:
     """Compile programs and write a package of them to ``path``, which is as it was where that fails.
 
-    The manifest, ``tensors`` and the files ``package_files`` lie beside the code. Raises CheckpointError where the file
+    The manifest, ``tensors``, ``package_files`` and ``added_files`` lie beside the code. Raises CheckpointError where the file
     cannot be written.
     """
     tables: dict[str, dict[str, str]] = {name: {} for name in models}
@@ -144,7 +145,7 @@ def write_package(
         with atomic_replace(path, "new.pt2") as new_path, code_folder(new_path) as work_folder:
             compile_archive(models, work_folder, new_path, tables)
             with stage(f"writing the package {path.name}"):
-                _package_file.write(new_path, Contents(manifest, tensors, package_files))
+                _package_file.write(new_path, Contents(manifest, tensors, package_files, added_files))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from adaptc.archives.archive import Archive, open_archive
+from adaptc.archives.added_files import ADDED_FOLDER, read_added_files
+from adaptc.archives.archive import ADDED_RECORD_PATTERN, Archive, open_archive
 from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, check_json
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path, short_repr
@@ -57,7 +58,7 @@ _RECORD_PATTERN = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
     rf"|data/aotinductor/{_MODEL_PATTERN}/[\w.\-]+"
     r"|data/adaptc/tensors\.safetensors"
-    rf"|{FILES_PREFIX}{_FILE_PATTERN}",
+    rf"|{FILES_PREFIX}{_FILE_PATTERN}|{ADDED_RECORD_PATTERN}",
     re.ASCII,
 )
 
@@ -159,6 +160,8 @@ class Contents:
     manifest: Manifest
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     package_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    #: the files that ``archives.added_files`` names, such as adapters by name
+    added_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 def write(path: Path, contents: Contents) -> None:
@@ -167,6 +170,7 @@ def write(path: Path, contents: Contents) -> None:
         root, hashes = archive.root, {name: archive.sha256(name) for name in archive.records}
     with zipfile.ZipFile(path, "a") as writer:
         records = {FILES_PREFIX + name: data for name, data in contents.package_files.items()}
+        records |= {ADDED_FOLDER + name: data for name, data in contents.added_files.items()}
         if contents.tensors:
             records[TENSORS] = save({k: t.detach().cpu().contiguous() for k, t in contents.tensors.items()})
         for name, data in records.items():
@@ -195,17 +199,6 @@ def read(path: Path) -> Contents:
         raise CheckpointError(f"there is no file {printable_path(path)}")
     with as_checkpoint_errors(path), open_archive(path) as archive:
         return _read(path, archive)
-
-
-def is_package(path: Path) -> bool:
-    """Return whether a file has compiled code in it, as far as its table of contents tells; it may be damaged."""
-    try:
-        if not path.is_file():  # reading a pipe would wait for ever
-            return False
-        with zipfile.ZipFile(path) as archive:
-            return any("/data/aotinductor/" in name for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return False
 
 
 @contextmanager
@@ -248,9 +241,8 @@ def _read(path: Path, archive: Archive) -> Contents:
     _check_sites(manifest)
     _check_parts(manifest, archive.records)
     names = [name for name in archive.records if name.startswith(FILES_PREFIX)]
-    return Contents(
-        manifest, tensors, {n.removeprefix(FILES_PREFIX): archive.read_record(n, archive.size) for n in names}
-    )
+    files = {n.removeprefix(FILES_PREFIX): archive.read_record(n, archive.size) for n in names}
+    return Contents(manifest, tensors, files, read_added_files(archive))
 
 
 def _check_sites(manifest: Manifest) -> None:

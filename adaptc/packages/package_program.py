@@ -56,6 +56,7 @@ def package_program(
     products: str = "measured",
     package_files: Mapping[str, bytes] | None = None,
     parts: Mapping[str, Sequence[str]] | None = None,
+    added_files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``) and return ``path``.
 
@@ -63,6 +64,7 @@ def package_program(
     its current rank and the one it was compiled with. Larger slots cost memory and time. ``package_files`` maps paths
     in the package to the bytes of files that adaptc does not read. ``parts`` divides the program into parts that share
     no computation: it maps the name of each, in small letters, to its outputs. Each is a model of its own in the file.
+    ``added_files`` are those of ``archives.added_files``.
 
     ``program`` is not changed. A merged or unloaded program gives a package without slots. The file is machine code,
     which runs when somebody loads it: it is for those who trust you.
@@ -100,7 +102,7 @@ def package_program(
         manifest = replace(
             manifest, parts={n: _describe_part(model, manifest, parts[n]) for n, model in models.items()}
         )
-    return write_package(path, models, manifest, tensors, package_files or {})
+    return write_package(path, models, manifest, tensors, package_files or {}, added_files or {})
 
 
 class PackageBuilder:

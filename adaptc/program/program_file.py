@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
+from adaptc.archives.added_files import read_added_files_of, write_added_files
 from adaptc.archives.checksum import add_checksum
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.binding.binding import Binding
@@ -25,6 +26,7 @@ from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.binding.file_keys import base_weight_name
 from adaptc.binding.grouped_slots import find_slot_groups
 from adaptc.binding.sources.configs import config_from_dict
+from adaptc.binding.stored_adapters import StoredAdapters, read_stored_adapters
 from adaptc.errors import AdaptcError, AdaptcWarning, BackendError, CheckpointError
 from adaptc.methods import method_from_dict
 from adaptc.passes.adapt.choose_forms import with_compilable_form
@@ -54,8 +56,15 @@ P = TypeVar("P", bound=ProgramCore)
 
 
 @with_graph_lock
-def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[str, str] | None = None) -> Path:
-    """Write ``program`` to ``path``, and return the path. ``sidecar_texts``: name -> text that goes into the same file.
+def save_program(
+    program: ExportedProgram,
+    path: Path,
+    sidecar_texts: Mapping[str, str] | None = None,
+    added_files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write ``program`` to ``path``, and return the path.
+
+    ``sidecar_texts``: name -> text that goes into the same file. ``added_files``: those of ``archives.added_files``.
 
     Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
     stays one, and an existing file keeps its permissions.
@@ -70,6 +79,7 @@ def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[st
         with stage(f"writing {path.name}"), atomic_replace(path, "new.pt2") as new:
             with open_for_torch_save(new) as file, _expanded_allowed(program):
                 torch.export.save(program, file, extra_files=dict(sidecar_texts or {}))
+            write_added_files(new, added_files or {})
             add_checksum(new)
     except CheckpointError:
         raise
@@ -149,12 +159,13 @@ def load_program(
         raise CheckpointError(f"there is no file {printable_path(path)}")
     target = None if device is None else usable_device(device)
     with stage(f"reading {path.name}"):
+        stored = read_stored_adapters(read_added_files_of(path), path)
         saved = read_program(path)
         if saved.uses_namespace("adaptc", besides=COMPRESSED_LINEAR):
             register_kernels(str(path))
         program = saved.to_exported_program()
     try:
-        loaded = from_program(program_class, program, options, str(path))
+        loaded = from_program(program_class, program, options, str(path), stored)
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged header can break any of its readers
@@ -170,13 +181,17 @@ def load_program(
 
 @with_graph_lock
 def from_program(
-    program_class: type[P], program: ExportedProgram, options: RunOptions | None = None, source: str = "program"
+    program_class: type[P],
+    program: ExportedProgram,
+    options: RunOptions | None = None,
+    source: str = "program",
+    adapters: StoredAdapters | None = None,
 ) -> P:
     """Return a program of ``program_class`` of any exported program; one without regions has no adapter and can only be
     called and saved.
 
-    ``source``: the name of the program in errors, and as the source of its binding. Raises CheckpointError where its
-    regions are of another format.
+    ``source``: the name of the program in errors, and as the source of its binding. ``adapters``: those of its file, by
+    name. Raises CheckpointError where its regions are of another format.
     """
     options = options or RunOptions()
     lifted = LiftedProgram(CollectQuantized()(program).output)
@@ -191,7 +206,7 @@ def from_program(
         return program_class(lifted.finish(), Adaptation(), options=replace(options, fuse=False))
     found = read_attachments(lifted.graph, method_from_dict)
     check_header(stored, {a.id for a in found})
-    adaptation = Adaptation.from_header(stored, found)
+    adaptation = replace(Adaptation.from_header(stored, found), stored=adapters or StoredAdapters())
     binding = _read_binding(lifted, adaptation.attachments, stored, source)
     made = lifted.finish()
     wanted = [with_compilable_form(a, options.backend) for a in adaptation.attachments]

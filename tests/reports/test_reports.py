@@ -18,7 +18,8 @@ from adaptc import LoraConfig
 from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.reports.adapter_report import AdapterReport
 from adaptc.reports.coverage import CoverageReport, SiteCoverage
-from adaptc.reports.results import MergeReport, SwapReport
+from adaptc.program.swap_report import SwapReport
+from adaptc.reports.results import MergeReport
 from tests.support.families import FAMILIES
 
 # -- parameters ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""Name the files that adaptc adds to the archive of a program or of a package, and write and read them.
+
+They are adapters by name, the certificate, and the table of a base that lies elsewhere. Their records lie in a folder
+of their own: torch's loaders ignore what is there.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from adaptc.archives.archive import ADDED_RECORD_PATTERN, Archive, open_archive
+from adaptc.archives.refusal import UnsafeFile, printable_path
+from adaptc.errors import CheckpointError
+
+#: the folder of the records; names of added files are relative to it
+ADDED_FOLDER = "data/adaptc/"
+ADAPTERS_FOLDER = "adapters/"
+ADAPTERS_INDEX = "adapters.json"
+CERTIFICATE_FILE = "certificate.json"
+BASE_TABLE_FILE = "base.json"
+_ADDED_RECORD = re.compile(ADDED_RECORD_PATTERN)
+#: characters that no record's name has
+_FORBIDDEN_CHARACTERS = re.compile(r"[/\\:\x00-\x1f\x7f]")
+_MAX_NAME_LENGTH = 200
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether ``name`` can be one part of the path of an added file."""
+    is_short = 0 < len(name) <= _MAX_NAME_LENGTH
+    return is_short and not name.startswith(".") and not _FORBIDDEN_CHARACTERS.search(name) and name.isprintable()
+
+
+def write_added_files(path: Path, files: Mapping[str, bytes]) -> None:
+    """Add ``files`` by name to the archive at ``path``. Raises OSError."""
+    if not files:
+        return
+    with open_archive(path) as archive:
+        root = archive.root
+    with zipfile.ZipFile(path, "a") as writer:
+        for name, data in files.items():
+            writer.writestr(f"{root}/{ADDED_FOLDER}{name}", data)
+
+
+def read_added_files(archive: Archive, folder: str = "") -> dict[str, bytes]:
+    """Return the added files whose names begin with ``folder``, by name. Raises UnsafeFile for a damaged one."""
+    found = [n for n in archive.records if n.startswith(ADDED_FOLDER + folder) and _ADDED_RECORD.fullmatch(n)]
+    return {name.removeprefix(ADDED_FOLDER): archive.read_record(name, archive.size) for name in found}
+
+
+def read_added_file(archive: Archive, name: str, max_bytes: int = 16 << 20) -> bytes | None:
+    """Return one added file, or None where there is none of this name. Raises UnsafeFile for a damaged one."""
+    record = ADDED_FOLDER + name
+    return archive.read_record(record, max_bytes) if record in archive.records else None
+
+
+def check_file_name(name: str, description: str) -> str:
+    """Return ``name`` where it can be a part of the path of an added file. Raises UnsafeFile otherwise."""
+    if not is_file_name(name):
+        raise UnsafeFile(f"{description} {name[:60]!r} is no plain name")
+    return name
+
+
+def read_added_files_of(path: Path) -> dict[str, bytes]:
+    """Return the added files of the archive at ``path``; none of what is no archive, which other readers refuse.
+
+    Raises CheckpointError for a damaged file; of an adapter it names the adapter.
+    """
+    try:
+        with open_archive(path) as archive:
+            try:
+                return read_added_files(archive)
+            except UnsafeFile as error:
+                raise CheckpointError(
+                    f"{printable_path(path)} is damaged: {error}. Save or download it again"
+                ) from error
+    except (UnsafeFile, OSError):
+        return {}
