@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,21 @@ from adaptc.adapters.adapter import Adapter, adapter_of_data
 from adaptc.adapters.from_program import adapter_of_program
 from adaptc.archives.added_files import ADAPTERS_FOLDER, ADAPTERS_INDEX
 from adaptc.binding.bind_adapter import bind_adapter
-from adaptc.binding.stored_adapters import check_adapter_name, index_of_adapters
+from adaptc.binding.binding import Binding
+from adaptc.binding.stored_adapters import check_adapter_name
 from adaptc.errors import ConfigError, errors_name, short_repr
 from adaptc.state.core import ProgramCore
 
 
-def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class PackedAdapters:
+    """The files that hold adapters by name, and each adapter bound to the program that they are for."""
+
+    files: Mapping[str, bytes]
+    bindings: Mapping[str, Binding]
+
+
+def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> PackedAdapters:
     """Return the added files for ``adapters`` by name, which may be anything that ``program`` can be swapped to.
 
     None stands for the adapters that the program has from its own file. ``base`` is the fingerprint of the program's
@@ -37,7 +47,7 @@ def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> dict
     if not isinstance(adapters, Mapping):
         raise ConfigError(f"adapters={short_repr(adapters)} must be a dict of adapters by name")
     if not adapters:
-        return {}
+        return PackedAdapters({}, {})
     if program.current is None:
         raise ConfigError("the program has no adapter sites: adapters= is for programs with an adapter, before a merge")
     if program.current.joint_adapters:
@@ -47,11 +57,12 @@ def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> dict
         )
     files: dict[str, dict[str, bytes]] = {}
     facts: dict[str, dict[str, Any]] = {}
+    bindings: dict[str, Binding] = {}
     with tempfile.TemporaryDirectory(prefix="adaptc-") as folder:
         for number, (name, source) in enumerate(adapters.items()):
             check_adapter_name(name)
             with errors_name(name):
-                adapter, of_base = _as_written(program, source)
+                adapter, bindings[name], of_base = _as_written(program, source)
                 written = adapter.write(Path(folder) / str(number))
             root = Path(folder) / str(number)
             paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name != MODEL_CARD_NAME]
@@ -59,11 +70,12 @@ def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> dict
             directory = "" if written == root else written.name
             facts[name] = {"directory": directory, "base": of_base or base}
     packed = {f"{ADAPTERS_FOLDER}{name}/{file}": data for name, own in files.items() for file, data in own.items()}
-    return {ADAPTERS_INDEX: json.dumps(index_of_adapters(files, facts)).encode(), **packed}
+    index = {name: {"files": sorted(contents), **facts[name]} for name, contents in files.items()}
+    return PackedAdapters({ADAPTERS_INDEX: json.dumps(index).encode(), **packed}, bindings)
 
 
-def _as_written(program: ProgramCore, source: Any) -> tuple[Adapter, str | None]:
-    """Return the adapter that ``source`` is, and the fingerprint of the base it was stored for, where that is known."""
+def _as_written(program: ProgramCore, source: Any) -> tuple[Adapter, Binding, str | None]:
+    """Return the adapter that ``source`` is, bound too, and the fingerprint of the base it was stored for, if known."""
     data: LoadedAdapter | None = program.adapters.find(source, {})
     if data is None and has_tensors(source):
         data = load(source)
@@ -75,5 +87,5 @@ def _as_written(program: ProgramCore, source: Any) -> tuple[Adapter, str | None]
         )
     base = None if data is None else data.base_fingerprint
     if data is not None and data.format == PEFT_KEYS:
-        return adapter_of_data(data), base
-    return adapter_of_program(program, bound), base
+        return adapter_of_data(data), bound, base
+    return adapter_of_program(program, bound), bound, base

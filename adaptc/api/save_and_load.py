@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.pack_adapters import pack_adapters
+from adaptc.adapters.pack_adapters import PackedAdapters, pack_adapters
 from adaptc.bank.bank import Bank
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.packages.package_program import package_program
@@ -35,6 +35,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     adapters: Mapping[str, Any] | None = None,
+    base: str = "included",
 ) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), to a temporary file that is then moved to ``path``.
 
@@ -47,6 +48,8 @@ def save(
         adapters: name -> adapter as :func:`swap` takes it. The file holds the base once, and each of these as its own
             tensors and config; the program that is loaded is swapped to them by name. None keeps those that the program
             has from its own file.
+        base: "included" writes the weights of the base. "reference" writes their names, shapes, dtypes and fingerprints
+            instead: the file is small, and :func:`load` needs the base beside it.
 
     Returns:
         the path of the file.
@@ -54,8 +57,10 @@ def save(
     Raises:
         AdaptcError: a module of the program trains other tensors than the program has. Or an adapter does not fit; it
             is named.
-        ConfigError: ``adapters`` has a name that no file can hold, or is given with a program that has no sites.
-        CheckpointError: the file cannot be written.
+        ConfigError: ``adapters`` has a name that no file can hold, or is given with a program that has no sites. Or
+            ``base`` is another word.
+        CheckpointError: the file cannot be written. With "reference", a weight is quantised, or the adapter has its own
+            version of it; it is named.
 
     Example:
         >>> path = adaptc.save(prog, "model.pt2")
@@ -68,15 +73,18 @@ def save(
     if isinstance(inside, AdaptedProgram):
         check_no_override(inside, "save")
         check_not_stale(inside)
-    return save_program(inside, Path(path), sidecar_texts, _added_files(inside, adapters))
+    given: Any = base  # callers may give anything
+    if given not in ("included", "reference"):
+        raise ConfigError(f'base={short_repr(given)} is neither "included" nor "reference"')
+    return save_program(inside, Path(path), sidecar_texts, _pack_adapters(inside, adapters).files, base)
 
 
-def _added_files(program: Any, adapters: Any) -> dict[str, bytes]:
-    """Return the files beside ``program``: the ``adapters`` by name."""
+def _pack_adapters(program: Any, adapters: Any) -> PackedAdapters:
+    """Return the files that hold the ``adapters`` of ``program`` by name."""
     if not isinstance(program, AdaptedProgram):
         if adapters is not None:
             raise ConfigError("adapters= is for programs with adapter sites, and this is a plain ExportedProgram")
-        return {}
+        return PackedAdapters({}, {})
     return pack_adapters(program.snapshot(), adapters, None)
 
 
@@ -87,6 +95,7 @@ def load(
     hoist_limit: int | None = None,
     fuse: bool = True,
     device: torch.device | str | None = None,
+    base: Any = None,
 ) -> Any:
     """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``.
 
@@ -99,6 +108,8 @@ def load(
         fuse: whether layers that read one tensor are computed by one matmul. A program without adapters is never fused
             unasked.
         device: the device of its tensors and its adapter; None leaves them where they were.
+        base: the base of a program that was saved by reference: the model, its state dict, a program of it, a
+            transformers directory, a ``.safetensors`` file or a GGUF file. Its tensors are shared, not copied.
 
     Returns:
         an :class:`AdaptedProgram`, whose current adapter is found in the graph, and whose ``adapters`` are those that
@@ -107,14 +118,16 @@ def load(
 
     Raises:
         CheckpointError: the file is missing, damaged or of another format, or has something that could run code:
-            pickled objects, operators that reach beyond the program, compiled code.
+            pickled objects, operators that reach beyond the program, compiled code. Or its base is not in the file and
+            not given, or ``base`` is another one; the first weights that differ are named.
+        ConfigError: ``base`` is given for a file that holds its base.
         BackendError: the kernels of the program cannot run here.
 
     Example:
         >>> adaptc.load(adaptc.save(prog, "model.pt2")).binding.config.r
         2
     """
-    program = load_program(AdaptedProgram, Path(path), RunOptions(backend, hoist_limit, fuse), device)
+    program = load_program(AdaptedProgram, Path(path), RunOptions(backend, hoist_limit, fuse), device, base)
     return wrapper_of_file(Path(path), program) or program
 
 
@@ -189,7 +202,7 @@ def package(
     Args:
         program: a program, a generator, a bank of one of these, or a serving model.
         path: the file to write.
-        max_rank: the largest rank of later swaps; None for the present ranks.
+        max_rank: the largest rank of later swaps; None for the present ranks, and those of ``adapters``.
         products: "measured" uses the base's fastest matmuls on this machine, "plain" torch's.
         tokenizer: a transformers tokenizer or the directory of one, for a generator.
         capacity: the number of adapters that the package of a bank has room for; None for one more than there are.
@@ -233,7 +246,8 @@ def package(
         check_no_override(inside, "package")
         check_not_stale(inside)
     options = {"max_rank": max_rank, "products": products, "package_files": package_files, "parts": parts}
-    return package_program(inside, Path(path), **options, added_files=_added_files(inside, adapters))
+    packed = _pack_adapters(inside, adapters)
+    return package_program(inside, Path(path), **options, added_files=packed.files, members=packed.bindings)
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:

@@ -90,11 +90,6 @@ class StoredAdapters(Mapping[str, LoadedAdapter]):
         warnings.warn(message, AdaptcWarning, stacklevel=4)
 
 
-def index_of_adapters(files: Mapping[str, Mapping[str, bytes]], facts: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Return the index for adapters with these ``files`` by name. ``facts``: the other fields of each entry."""
-    return {name: {"files": sorted(contents), **facts[name]} for name, contents in files.items()}
-
-
 def check_adapter_name(name: Any) -> str:
     """Return the name of an adapter that goes into a file. Raises ConfigError for what can be none."""
     if not isinstance(name, str) or not is_file_name(name):

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
-from adaptc.archives.added_files import read_added_files_of, write_added_files
+from adaptc.archives.added_files import BASE_TABLE_FILE, read_added_files_of, write_added_files
 from adaptc.archives.checksum import add_checksum
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.binding.binding import Binding
@@ -27,7 +27,7 @@ from adaptc.binding.file_keys import base_weight_name
 from adaptc.binding.grouped_slots import find_slot_groups
 from adaptc.binding.sources.configs import config_from_dict
 from adaptc.binding.stored_adapters import StoredAdapters, read_stored_adapters
-from adaptc.errors import AdaptcError, AdaptcWarning, BackendError, CheckpointError
+from adaptc.errors import AdaptcError, AdaptcWarning, BackendError, CheckpointError, ConfigError
 from adaptc.methods import method_from_dict
 from adaptc.passes.adapt.choose_forms import with_compilable_form
 from adaptc.passes.adapt.inject import Inject
@@ -44,6 +44,8 @@ from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
 from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.passes.train.compressed_linear import COMPRESSED_LINEAR
+from adaptc.program.bases.base_table import complete_program, read_base_table, without_base
+from adaptc.program.bases.given_base import tensors_of_base
 from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
 from adaptc.runtime.gpu_variants import register_kernels
@@ -61,10 +63,12 @@ def save_program(
     path: Path,
     sidecar_texts: Mapping[str, str] | None = None,
     added_files: Mapping[str, bytes] | None = None,
+    base: str = "included",
 ) -> Path:
     """Write ``program`` to ``path``, and return the path.
 
     ``sidecar_texts``: name -> text that goes into the same file. ``added_files``: those of ``archives.added_files``.
+    ``base``: "included" writes the weights of the base, "reference" a table of them.
 
     Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
     stays one, and an existing file keeps its permissions.
@@ -74,12 +78,15 @@ def save_program(
         program = program.snapshot()
         _check_none_disabled(program, path)
         _warn_of_idle_tensors(program, path)
-    program = ExpandQuantized()(_without_empty_blocks(program, path)).output
+    program, files = _without_empty_blocks(program, path), dict(added_files or {})
+    if base == "reference":
+        program, files[BASE_TABLE_FILE] = without_base(program, path)
+    program = ExpandQuantized()(program).output
     try:
         with stage(f"writing {path.name}"), atomic_replace(path, "new.pt2") as new:
             with open_for_torch_save(new) as file, _expanded_allowed(program):
                 torch.export.save(program, file, extra_files=dict(sidecar_texts or {}))
-            write_added_files(new, added_files or {})
+            write_added_files(new, files)
             add_checksum(new)
     except CheckpointError:
         raise
@@ -146,11 +153,16 @@ def _without_empty_blocks(program: ExportedProgram, path: Path) -> ExportedProgr
 
 @with_graph_lock
 def load_program(
-    program_class: type[P], path: Path, options: RunOptions, device: torch.device | str | None = None
+    program_class: type[P],
+    path: Path,
+    options: RunOptions,
+    device: torch.device | str | None = None,
+    base: Any = None,
 ) -> P:
     """Read a program of ``program_class`` from a file.
 
-    ``device``: the device for all its tensors; None leaves them where they were saved from.
+    ``device``: the device for all its tensors; None leaves them where they were saved from. ``base``: what completes a
+    program that was saved by reference, as :func:`tensors_of_base` takes it.
 
     Raises CheckpointError when the file is missing, damaged or not a program. Raises BackendError when it holds kernels
     that cannot run here, or where there is no such device.
@@ -159,11 +171,15 @@ def load_program(
         raise CheckpointError(f"there is no file {printable_path(path)}")
     target = None if device is None else usable_device(device)
     with stage(f"reading {path.name}"):
-        stored = read_stored_adapters(read_added_files_of(path), path)
+        files = read_added_files_of(path)
+        stored = read_stored_adapters(files, path)
+        _check_base_given(files, base, path)
         saved = read_program(path)
         if saved.uses_namespace("adaptc", besides=COMPRESSED_LINEAR):
             register_kernels(str(path))
         program = saved.to_exported_program()
+        if (data := files.get(BASE_TABLE_FILE)) is not None:
+            program = complete_program(program, read_base_table(data, path), tensors_of_base(base), path)
     try:
         loaded = from_program(program_class, program, options, str(path), stored)
     except (CheckpointError, BackendError):
@@ -177,6 +193,21 @@ def load_program(
     drop_dead_code()
     release_shape_env(loaded.graph, just_captured=True)
     return loaded if target is None else loaded.to(target)
+
+
+def _check_base_given(files: Mapping[str, bytes], base: Any, path: Path) -> None:
+    """Raise CheckpointError for a file that lacks its base where none is given, ConfigError for one that has it."""
+    if BASE_TABLE_FILE not in files:
+        if base is not None:
+            raise ConfigError(f"{printable_path(path)} holds its base: leave base= out")
+    elif base is None:
+        table = read_base_table(files[BASE_TABLE_FILE], path)
+        first = ", ".join(map(repr, list(table)[:2]))
+        raise CheckpointError(
+            f"{printable_path(path)} was saved by reference: it has the names of its base's {len(table)} weights, such "
+            f"as {first}, and not the weights. Give the base it was made from, adaptc.load(path, base=...): the model, "
+            "its state dict, its directory or its .safetensors file"
+        )
 
 
 @with_graph_lock
