@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptc.public_names import VERSION as __version__
 from adaptc.public_names import lazy_names
 
 # Type checkers follow imports, not tables; the tests hold the two against each other.
@@ -103,8 +104,6 @@ if TYPE_CHECKING:
     from adaptc.serving.serving_model import ServingModel
     from adaptc.state.runner import Runner
 
-__version__ = "0.1.0"
-
 #: public name -> the module it is defined in
 PUBLIC = {
     # what one does
@@ -121,6 +120,7 @@ PUBLIC = {
     "from_pretrained": "adaptc.api.from_pretrained",
     "load": "adaptc.api.save_and_load",
     "save_adapter": "adaptc.api.save_and_load",
+    "certify": "adaptc.api.certify",
     "package": "adaptc.api.save_and_load",
     "load_package": "adaptc.api.save_and_load",
     "quantize": "adaptc.api.quantize",

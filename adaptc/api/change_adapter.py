@@ -7,8 +7,8 @@ from typing import Any
 
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.wrapper import ProgramWrapper, check_program
 from adaptc.program.swap_report import SwapReport
+from adaptc.program.wrapper import ProgramWrapper, check_program
 from adaptc.state.runner import Runner
 
 

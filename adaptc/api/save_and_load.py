@@ -13,11 +13,14 @@ from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
 from adaptc.adapters.pack_adapters import PackedAdapters, pack_adapters
+from adaptc.archives.added_files import AddedFiles
 from adaptc.bank.bank import Bank
+from adaptc.bank.stack_placement import StackPlacement
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.packages.package_program import package_program
 from adaptc.packages.write_bank import package_bank
 from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.program.bases.base_fingerprint import base_fingerprints, joint_fingerprint
 from adaptc.program.program_file import load_program, save_program
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
 from adaptc.runtime.options import RunOptions
@@ -28,6 +31,7 @@ from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale, write_module_adapter
 from adaptc.training.program_module import ProgramModule
 from adaptc.value_types import validates_options
+from adaptc.verify.certificate import certifier
 
 
 def save(
@@ -76,16 +80,28 @@ def save(
     given: Any = base  # callers may give anything
     if given not in ("included", "reference"):
         raise ConfigError(f'base={short_repr(given)} is neither "included" nor "reference"')
-    return save_program(inside, Path(path), sidecar_texts, _pack_adapters(inside, adapters).files, base)
+    added = _AddedToFile(inside, adapters)
+    return save_program(inside, Path(path), sidecar_texts, added.files, base, added.fingerprints)
 
 
-def _pack_adapters(program: Any, adapters: Any) -> PackedAdapters:
-    """Return the files that hold the ``adapters`` of ``program`` by name."""
-    if not isinstance(program, AdaptedProgram):
-        if adapters is not None:
+class _AddedToFile:
+    """What is added to the file of ``program``: the ``adapters`` by name, and the certificate.
+
+    ``files`` are to be written, and ``bindings`` the adapters as ``program`` takes them. Raises ConfigError for
+    adapters that the program cannot have.
+    """
+
+    def __init__(self, program: ExportedProgram, adapters: Any) -> None:
+        self.fingerprints = base_fingerprints(program)
+        if isinstance(program, AdaptedProgram):
+            program = program.snapshot()
+            packed = pack_adapters(program, adapters, joint_fingerprint(self.fingerprints))
+        elif adapters is None:
+            packed = PackedAdapters({}, {})
+        else:
             raise ConfigError("adapters= is for programs with adapter sites, and this is a plain ExportedProgram")
-        return PackedAdapters({}, {})
-    return pack_adapters(program.snapshot(), adapters, None)
+        self.bindings = packed.bindings
+        self.files = AddedFiles(packed.files, certifier(program, self.fingerprints, packed.files))
 
 
 def load(
@@ -96,6 +112,7 @@ def load(
     fuse: bool = True,
     device: torch.device | str | None = None,
     base: Any = None,
+    strict: bool = False,
 ) -> Any:
     """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``.
 
@@ -110,6 +127,8 @@ def load(
         device: the device of its tensors and its adapter; None leaves them where they were.
         base: the base of a program that was saved by reference: the model, its state dict, a program of it, a
             transformers directory, a ``.safetensors`` file or a GGUF file. Its tensors are shared, not copied.
+        strict: whether to refuse what is of another base than the file's certificate says: the table of the base, the
+            adapters in the file, and stored adapters of other files at a swap. The default is to warn.
 
     Returns:
         an :class:`AdaptedProgram`, whose current adapter is found in the graph, and whose ``adapters`` are those that
@@ -127,7 +146,7 @@ def load(
         >>> adaptc.load(adaptc.save(prog, "model.pt2")).binding.config.r
         2
     """
-    program = load_program(AdaptedProgram, Path(path), RunOptions(backend, hoist_limit, fuse), device, base)
+    program = load_program(AdaptedProgram, Path(path), RunOptions(backend, hoist_limit, fuse), device, base, strict)
     return wrapper_of_file(Path(path), program) or program
 
 
@@ -231,13 +250,11 @@ def package(
         raise ConfigError("adapters= is for programs, and this is a bank: add them to it, bank.add(name, adapter)")
     if isinstance(program, ServingModel):
         package_files = program.package_files(tokenizer)
-        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "package_files": package_files}
-        return package_bank(program.bank, Path(path), **options)
+        return _package_bank(program.bank, path, capacity, max_rank, products, package_files)
     if isinstance(program, Bank):
         if program.generator is not None:
             package_files = program.generator.package_files(tokenizer)
-        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "package_files": package_files}
-        return package_bank(inside, Path(path), **options)
+        return _package_bank(program, path, capacity, max_rank, products, package_files)
     if capacity is not None:
         raise ConfigError(f"capacity={short_repr(capacity)} is for packages of a bank")
     if isinstance(program, ProgramWrapper):
@@ -246,11 +263,21 @@ def package(
         check_no_override(inside, "package")
         check_not_stale(inside)
     options = {"max_rank": max_rank, "products": products, "package_files": package_files, "parts": parts}
-    packed = _pack_adapters(inside, adapters)
-    return package_program(inside, Path(path), **options, added_files=packed.files, members=packed.bindings)
+    if not isinstance(inside, AdaptedProgram):
+        raise ConfigError(f"package takes what adaptc.compile or adaptc.load gives, not a {type(inside).__name__}")
+    added = _AddedToFile(inside, adapters)
+    return package_program(inside, Path(path), **options, added=added.files, members=added.bindings)
 
 
-def load_package(path: str | os.PathLike[str]) -> Any:
+def _package_bank(bank: Bank, path: str | os.PathLike[str], *options: Any) -> Path:
+    """Package ``bank``, with the certificate of its base and its adapters."""
+    names = ("capacity", "max_rank", "products", "package_files")
+    placement = bank.placement
+    added = _AddedToFile(placement.program, None).files if isinstance(placement, StackPlacement) else AddedFiles()
+    return package_bank(bank, Path(path), **dict(zip(names, options, strict=True)), added=added)
+
+
+def load_package(path: str | os.PathLike[str], *, strict: bool = False) -> Any:
     """Return a runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` further ones.
 
     A package is machine code, which runs as it is loaded: load only packages whose author you trust. Hashes in the file
@@ -258,6 +285,7 @@ def load_package(path: str | os.PathLike[str]) -> Any:
 
     Args:
         path: the file to read.
+        strict: whether to refuse adapters of another base than the file's certificate says; the default is to warn.
 
     Returns:
         a :class:`PackagedProgram`, or a bank for the package of one. For a packaged :class:`Generator` it is a
@@ -272,7 +300,7 @@ def load_package(path: str | os.PathLike[str]) -> Any:
         >>> torch.allclose(runner(x), prog(x), atol=1e-5)
         True
     """
-    return load_package_contents(Path(path))
+    return load_package_contents(Path(path), strict)
 
 
 def write_adapter_of(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:

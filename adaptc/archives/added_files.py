@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptc.archives.archive import ADDED_RECORD_PATTERN, Archive, open_archive
@@ -22,9 +23,27 @@ ADAPTERS_INDEX = "adapters.json"
 CERTIFICATE_FILE = "certificate.json"
 BASE_TABLE_FILE = "base.json"
 _ADDED_RECORD = re.compile(ADDED_RECORD_PATTERN)
+#: the hash of a graph or of code, and what it is of
+GraphHash = Mapping[str, str]
 #: characters that no record's name has
 _FORBIDDEN_CHARACTERS = re.compile(r"[/\\:\x00-\x1f\x7f]")
 _MAX_NAME_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class AddedFiles:
+    """Files to add to an archive, by name.
+
+    ``certify`` makes the certificate, once the hash of the graph or the code in the archive is known. None adds none.
+    """
+
+    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    certify: Callable[[GraphHash], bytes] | None = None
+
+    def complete(self, hash_graph: Callable[[], GraphHash]) -> dict[str, bytes]:
+        """Return all files, the certificate among them. ``hash_graph`` returns the hash for it."""
+        certificate = {} if self.certify is None else {CERTIFICATE_FILE: self.certify(hash_graph())}
+        return {**self.files, **certificate}
 
 
 def is_file_name(name: str) -> bool:

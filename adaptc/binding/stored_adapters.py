@@ -20,7 +20,8 @@ from typing import Any
 from adaptc.adapter_files.adapter_data import LoadedAdapter
 from adaptc.adapter_files.directory import check_finite
 from adaptc.adapter_files.load import load
-from adaptc.archives.added_files import ADAPTERS_FOLDER, ADAPTERS_INDEX, check_file_name, is_file_name
+from adaptc.archives.added_files import ADAPTERS_FOLDER, ADAPTERS_INDEX, CERTIFICATE_FILE, check_file_name, is_file_name
+from adaptc.archives.certificate import Certificate
 from adaptc.archives.json_schema import DictOf, Nullable, check_json
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error
@@ -100,14 +101,17 @@ def check_adapter_name(name: Any) -> str:
     return name
 
 
-def read_stored_adapters(
-    files: Mapping[str, bytes], path: Path, base: str | None = None, is_strict: bool = False
-) -> StoredAdapters:
+def read_stored_adapters(files: Mapping[str, bytes], path: Path, is_strict: bool = False) -> StoredAdapters:
     """Return the adapters in the added ``files`` of the archive at ``path``, in memory of their own.
 
-    ``base`` is the fingerprint of the base of the file's certificate. Raises CheckpointError, with the name of the
-    adapter, where one is damaged, lacks a file, or is for another base and ``is_strict``.
+    The certificate among the files says what their base is. Raises CheckpointError where it is damaged. It does so too,
+    with the name of the adapter, where one is damaged, lacks a file, or is for another base and ``is_strict``.
     """
+    try:
+        data = files.get(CERTIFICATE_FILE)
+        base = None if data is None else Certificate.parse(data).base["sha256"]
+    except UnsafeFile as error:
+        raise CheckpointError(f"{path}: its certificate cannot be read: {error}. {_WAY_OUT}") from error
     own = {n: data for n, data in files.items() if n == ADAPTERS_INDEX or n.startswith(ADAPTERS_FOLDER)}
     if not own:
         return StoredAdapters({}, base, is_strict)

@@ -103,7 +103,7 @@ class PackageReport(Report):
                 file, manifest, fit.packaged_binding(None) if manifest.sites else None, fit.rank_capacities()
             )
             lines = () if notes is None else tuple(notes(contents))
-            return replace(found, notes=lines, stored=read_stored_adapters(contents.added_files, file))
+            return replace(found, notes=lines, stored=read_stored_adapters(contents.added.files, file))
 
     @classmethod
     def _from_manifest(

@@ -60,7 +60,7 @@ class PackagedProgram(AdapterScales):
 
     ``parse_contents`` reads the contents of the file, such as the files that it carries, before any code is loaded. Its
     result is ``parsed_contents``, None without it. What it raises becomes a CheckpointError, unless it is a
-    BackendError.
+    BackendError. ``is_strict`` refuses adapters that were stored for another base.
 
     Raises:
         CheckpointError: the file is missing, damaged, changed or of another kind.
@@ -73,7 +73,9 @@ class PackagedProgram(AdapterScales):
         torch.Size([2, 3])
     """
 
-    def __init__(self, path: Path | str, parse_contents: Callable[[Contents], Any] | None = None) -> None:
+    def __init__(
+        self, path: Path | str, parse_contents: Callable[[Contents], Any] | None = None, is_strict: bool = False
+    ) -> None:
         self.path = Path(path)
         contents = _package_file.read(self.path)
         m = contents.manifest
@@ -87,7 +89,7 @@ class PackagedProgram(AdapterScales):
                 [s.attachment for s in m.sites],
                 fills=m.header["fills"],
                 residual=residual,
-                stored=read_stored_adapters(contents.added_files, self.path),
+                stored=read_stored_adapters(contents.added.files, self.path, is_strict),
             )
             self.ops = {s.attachment.id: s.op for s in m.sites}
             self.binding_plans = BindingPlanCache(self.adaptation.attachments, self.ops)

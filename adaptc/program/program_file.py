@@ -7,6 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,9 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
-from adaptc.archives.added_files import BASE_TABLE_FILE, read_added_files_of, write_added_files
+from adaptc.archives.added_files import BASE_TABLE_FILE, AddedFiles, read_added_files_of, write_added_files
+from adaptc.archives.archive import open_archive
+from adaptc.archives.certificate import hash_graph
 from adaptc.archives.checksum import add_checksum
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.binding.binding import Binding
@@ -44,6 +47,7 @@ from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
 from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.passes.train.compressed_linear import COMPRESSED_LINEAR
+from adaptc.program.bases.base_fingerprint import joint_fingerprint
 from adaptc.program.bases.base_table import complete_program, read_base_table, without_base
 from adaptc.program.bases.given_base import tensors_of_base
 from adaptc.program.read_program_file import read_program
@@ -62,13 +66,14 @@ def save_program(
     program: ExportedProgram,
     path: Path,
     sidecar_texts: Mapping[str, str] | None = None,
-    added_files: Mapping[str, bytes] | None = None,
+    added: AddedFiles | None = None,
     base: str = "included",
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``program`` to ``path``, and return the path.
 
-    ``sidecar_texts``: name -> text that goes into the same file. ``added_files``: those of ``archives.added_files``.
-    ``base``: "included" writes the weights of the base, "reference" a table of them.
+    ``sidecar_texts``: name -> text that goes into the same file. ``added``: further files.
+    ``base``: "included" writes the weights of the base, "reference" a table of them with their ``fingerprints``.
 
     Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
     stays one, and an existing file keeps its permissions.
@@ -78,14 +83,17 @@ def save_program(
         program = program.snapshot()
         _check_none_disabled(program, path)
         _warn_of_idle_tensors(program, path)
-    program, files = _without_empty_blocks(program, path), dict(added_files or {})
+    program, added = _without_empty_blocks(program, path), added or AddedFiles()
     if base == "reference":
-        program, files[BASE_TABLE_FILE] = without_base(program, path)
+        program, table = without_base(program, path, fingerprints)
+        added = replace(added, files={**added.files, BASE_TABLE_FILE: table})
     program = ExpandQuantized()(program).output
     try:
         with stage(f"writing {path.name}"), atomic_replace(path, "new.pt2") as new:
             with open_for_torch_save(new) as file, _expanded_allowed(program):
                 torch.export.save(program, file, extra_files=dict(sidecar_texts or {}))
+            with open_archive(new) as archive:
+                files = added.complete(partial(hash_graph, archive))
             write_added_files(new, files)
             add_checksum(new)
     except CheckpointError:
@@ -158,11 +166,13 @@ def load_program(
     options: RunOptions,
     device: torch.device | str | None = None,
     base: Any = None,
+    is_strict: bool = False,
 ) -> P:
     """Read a program of ``program_class`` from a file.
 
     ``device``: the device for all its tensors; None leaves them where they were saved from. ``base``: what completes a
-    program that was saved by reference, as :func:`tensors_of_base` takes it.
+    program that was saved by reference, as :func:`tensors_of_base` takes it. ``is_strict``: whether to refuse what is of
+    another base than the file's certificate says, where the default is to warn.
 
     Raises CheckpointError when the file is missing, damaged or not a program. Raises BackendError when it holds kernels
     that cannot run here, or where there is no such device.
@@ -172,8 +182,9 @@ def load_program(
     target = None if device is None else usable_device(device)
     with stage(f"reading {path.name}"):
         files = read_added_files_of(path)
-        stored = read_stored_adapters(files, path)
+        stored = read_stored_adapters(files, path, is_strict)
         _check_base_given(files, base, path)
+        _check_certified_base(files, stored, path)
         saved = read_program(path)
         if saved.uses_namespace("adaptc", besides=COMPRESSED_LINEAR):
             register_kernels(str(path))
@@ -208,6 +219,20 @@ def _check_base_given(files: Mapping[str, bytes], base: Any, path: Path) -> None
             f"as {first}, and not the weights. Give the base it was made from, adaptc.load(path, base=...): the model, "
             "its state dict, its directory or its .safetensors file"
         )
+
+
+def _check_certified_base(files: Mapping[str, bytes], stored: StoredAdapters, path: Path) -> None:
+    """Warn of a table of another base than the certificate says, or raise CheckpointError where that is asked."""
+    if (data := files.get(BASE_TABLE_FILE)) is None or stored.base is None:
+        return
+    if joint_fingerprint({n: e["sha256"] for n, e in read_base_table(data, path).items()}) != stored.base:
+        message = (
+            f"{printable_path(path)} refers to another base than its certificate says ({stored.base[:12]}): save it "
+            "again from the model"
+        )
+        if stored.is_strict:
+            raise CheckpointError(message)
+        warnings.warn(message, AdaptcWarning, stacklevel=5)
 
 
 @with_graph_lock

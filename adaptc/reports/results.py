@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isnan, nan
 from typing import Any
 
-from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, FileOrigin
-from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merging.site_merge import SiteMerge
-from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.protocol.method import Method
 from adaptc.passes.quantized.quantize_weights import WeightQuantization
 from adaptc.tables import (
     WIDTH,
@@ -24,7 +19,6 @@ from adaptc.tables import (
     format_bytes,
     format_error,
     format_error_or_dash,
-    shorten_paths,
     to_json_value,
 )
 

@@ -9,9 +9,8 @@ What lies in the graph stays in the file: the adapter, buffers that are not pers
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +21,30 @@ from torch.export import ExportedProgram
 from adaptc.archives.json_schema import DictOf, Nullable, Size, check_json
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, printable_path
-from adaptc.binding.check_binding import fingerprint
 from adaptc.errors import MAX_LISTED, CheckpointError, and_more
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.storage import storage_key
-from adaptc.state.core import ProgramCore
+from adaptc.program.bases.base_fingerprint import adapter_tensor_names, changed_weights, fingerprints_of
 
 _TENSOR_SCHEMA = {"shape": [Size], "dtype": str, "device": str, "sha256": str, "tied": Nullable(str)}
 _TABLE_SCHEMA = {"format": Size, "tensors": DictOf(_TENSOR_SCHEMA)}
 FORMAT = 1
 
 
-def adapter_tensor_names(program: ExportedProgram) -> Collection[str]:
-    """Return the names in the state dict of ``program`` that are the adapter's, not the base's."""
-    if not isinstance(program, ProgramCore):
-        return ()
-    return {*program.binding_plans.tensor_names, *program.adaptation.unread.values()}
-
-
-def fingerprints_of(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fingerprint of each tensor by name. A tensor of several names is read once."""
-    known: dict[Any, str] = {}
-    found: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        key = storage_key(tensor)
-        if key not in known:
-            known[key] = fingerprint(tensor)
-        found[name] = known[key]
-    return found
-
-
-def fingerprint_of_base(fingerprints: Mapping[str, str]) -> str:
-    """Return one fingerprint for a base with these fingerprints of weights: of their names and values."""
-    lines = (f"{name}\n{value}\n" for name, value in sorted(fingerprints.items()))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def without_base(program: ExportedProgram, path: Path) -> tuple[ExportedProgram, bytes]:
+def without_base(
+    program: ExportedProgram, path: Path, fingerprints: Mapping[str, str] | None = None
+) -> tuple[ExportedProgram, bytes]:
     """Return ``program`` with its base on the meta device, and the table of the base as JSON.
+
+    ``fingerprints``: those of the base's weights where they are known; None computes them.
 
     Raises CheckpointError, naming the weight, for a base that is quantised, and for one that the adapter changed.
     """
     lifted, own = LiftedProgram(program), adapter_tensor_names(program)
     base = {n: t for n, t in lifted.state_dict.items() if n not in own}
-    changed = program.current.changed_base if isinstance(program, ProgramCore) and program.current is not None else {}
-    residual = program.adaptation.residual if isinstance(program, ProgramCore) else ()
+    changed = changed_weights(program)
     for name, tensor in base.items():
-        if name in changed or name in residual:
+        if name in changed:
             raise CheckpointError(
                 f"cannot save {printable_path(path)} by reference: the adapter has its own version of {name!r} (its "
                 'initialisation changed the base). Save it with base="included", or make it plain LoRA first'
@@ -78,7 +54,7 @@ def without_base(program: ExportedProgram, path: Path) -> tuple[ExportedProgram,
                 f"cannot save {printable_path(path)} by reference: {name!r} is stored in few bits (it is a "
                 f'{type(tensor).__name__}), and no file of the model has that. Save it with base="included"'
             )
-    prints, names_by_place = fingerprints_of(base), dict[Any, str]()
+    prints, names_by_place = fingerprints or fingerprints_of(base), dict[Any, str]()
     table: dict[str, Any] = {}
     for name, tensor in base.items():
         first = names_by_place.setdefault(storage_key(tensor), name)
@@ -132,7 +108,9 @@ def complete_program(
     for name, entry in table.items():
         like, tensor = lifted.state_dict[name], given[sources[name]].detach().to(entry["device"])
         if tensor.stride() != like.stride():
-            tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
+            tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(
+                tensor
+            )
         lifted.state_dict[name] = nn.Parameter(tensor, requires_grad=False) if _is_parameter(like) else tensor
     return lifted.finish()
 
