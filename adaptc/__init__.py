@@ -125,7 +125,7 @@ PUBLIC = {
     "load_package": "adaptc.api.save_and_load",
     "quantize": "adaptc.api.quantize",
     "report": "adaptc.api.reporting",
-    "verify": "adaptc.api.merge_and_lower",
+    "verify": "adaptc.api.certify",
     "rescale_adapter_scale": "adaptc.program.rescale",
     "load_adapter": "adaptc.adapters.adapter",
     "combine": "adaptc.adapters.combine",

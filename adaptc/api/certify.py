@@ -1,4 +1,4 @@
-"""Measure the file of a program or a package, write what was measured into it, and check it again later."""
+"""Verify programs and their files on random inputs, and write what was measured into the certificates of files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from adaptc.adapter_files.atomic_write import atomic_replace
-from adaptc.api.merge_and_lower import verify
-from adaptc.api.save_and_load import load, load_package
 from adaptc.archives.added_files import ADDED_FOLDER, CERTIFICATE_FILE, AddedFiles, read_added_files, write_added_files
 from adaptc.archives.archive import is_package, open_archive
 from adaptc.archives.certificate import Certificate, hash_code, hash_graph, read_certificate
@@ -19,10 +19,84 @@ from adaptc.archives.rewrite import copy_records
 from adaptc.bank.bank import Bank
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.packages import manifest as _package_file
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.bases.base_fingerprint import base_fingerprints
+from adaptc.program.program_file import load_program
 from adaptc.program.wrapper import ProgramWrapper
+from adaptc.runtime.options import RunOptions
+from adaptc.serving.serving_file import load_package_contents, wrapper_of_file
+from adaptc.torch_typing import is_path
 from adaptc.verify.certificate import certifier, check_facts, check_measured, with_measured
+from adaptc.verify.package import verify_package
 from adaptc.verify.report import VerifyReport
+from adaptc.verify.verify import verify_program
+
+
+def verify(
+    program: AdaptedProgram | PackagedProgram | ProgramWrapper | str | os.PathLike[str],
+    model: nn.Module | AdaptedProgram | None = None,
+    **options: Any,
+) -> VerifyReport:
+    """Compare the program with the model it came from on random inputs of several shapes, and return a report.
+
+    Args:
+        program: a program, a generator, or a package. A package is compared with the program it was made from, or with
+            the model. Or the path of a file of one of these: its certificate is checked, too, and what the certificate
+            measured is measured again. A package runs as it is loaded.
+        model: the base that the program was made from, as an nn.Module or a program. Without it the program is
+            compared with itself alone: merged, unmerged, and with identity values.
+        **options: ``shapes``, the number of input shapes to draw or a list of {input name: shape}; ``inputs``, inputs
+            of your own instead; ``seed``; ``atol``, the largest absolute difference; ``raise_on_failure``. Of a file
+            that was saved by reference, ``base`` as for :func:`load`.
+
+    Returns:
+        a report of each check with the largest difference and where it was. ``report.ok`` sums up.
+
+    Raises:
+        AdaptcError: the program cannot take the inputs, or a check failed and ``raise_on_failure`` is set.
+
+    Example:
+        >>> adaptc.verify(prog, model, shapes=1).ok
+        True
+    """
+    if is_path(program):
+        return _verify_file(Path(program), model, **options)
+    if "base" in options:
+        raise ConfigError("base= is for the path of a program that was saved by reference")
+    if isinstance(program, PackagedProgram):
+        return verify_package(program, model, **options)
+    if isinstance(program, ProgramWrapper):
+        with program.as_program(model) as base_model:
+            inside = program.program
+            if isinstance(inside, PackagedProgram) or program.draws_own_inputs:
+                options = program.example_inputs(options)
+            return verify(inside, base_model, **options)
+    return verify_program(program, model, **options)
+
+
+def _verify_file(file: Path, model: Any, *, base: Any = None, **options: Any) -> VerifyReport:
+    """Verify the file of a program or a package, and check whether its certificate still holds.
+
+    The measurement of the certificate is repeated, with its seed and shapes, unless ``options`` say others. A file
+    without a certificate is verified alone.
+    """
+    certificate = read_certificate(file)
+    program = _load(file, base)
+    measured = None if certificate is None else certificate.measured
+    if measured is not None:
+        same = {name: measured[name] for name in ("seed", "shapes", "atol")}
+        options = {**same, **{n: v for n, v in options.items() if v is not None}}
+    raises = options.pop("raise_on_failure", False)
+    report = verify(program, model, **{n: v for n, v in options.items() if v is not None})
+    checks = list(report.checks)
+    if certificate is not None:
+        graph, files = _contents(file)
+        inside = None if is_package(file) else _inside(program)
+        given = _inside(model) if isinstance(_inside(model), AdaptedProgram) else None
+        facts = check_facts(certificate, graph, files, inside, inside if given is None else given)
+        checks += [*facts, *check_measured(certificate, report)]
+    return VerifyReport.from_checks(checks, report.runs, report.seed, raises, report.strength)
 
 
 def certify(
@@ -72,37 +146,13 @@ def certify(
     return certificate
 
 
-def verify_file(path: str | os.PathLike[str], model: Any = None, *, base: Any = None, **options: Any) -> VerifyReport:
-    """Verify the file of a program or a package, and check whether its certificate still holds.
-
-    The measurement of the certificate is repeated, with its seed and shapes, unless ``options`` say others. A file
-    without a certificate is verified alone. A package runs as it is loaded.
-
-    Raises what :func:`certify` raises for files, and what :func:`verify` raises for ``options``.
-    """
-    file = Path(path)
-    certificate = read_certificate(file)
-    program = _load(file, base)
-    measured = None if certificate is None else certificate.measured
-    if measured is not None:
-        same = {name: measured[name] for name in ("seed", "shapes", "atol")}
-        options = {**same, **{n: v for n, v in options.items() if v is not None}}
-    raises = options.pop("raise_on_failure", False)
-    report = verify(program, model, **{n: v for n, v in options.items() if v is not None})
-    checks = list(report.checks)
-    if certificate is not None:
-        graph, files = _contents(file)
-        inside = None if is_package(file) else _inside(program)
-        checks += [*check_facts(certificate, graph, files, inside), *check_measured(certificate, report)]
-    return VerifyReport.from_checks(checks, report.runs, report.seed, raises, report.strength)
-
-
 def _load(file: Path, base: Any) -> Any:
     if not is_package(file):
-        return load(file, base=base)
+        loaded = load_program(AdaptedProgram, file, RunOptions("eager", None, True), None, base)
+        return wrapper_of_file(file, loaded) or loaded
     if base is not None:
         raise ConfigError(f"{file} is a package, which holds its base: leave base= out")
-    program = load_package(file)
+    program = load_package_contents(file)
     if isinstance(program, Bank):
         raise ConfigError(
             f"{file} is the package of a bank, which has no adapter of its own to compare; certify the package of a "

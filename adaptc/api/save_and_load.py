@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapters.adapter import Adapter
 from adaptc.adapters.pack_adapters import PackedAdapters, pack_adapters
-from adaptc.archives.added_files import AddedFiles
+from adaptc.api.certify import certify
+from adaptc.archives.added_files import BASE_TABLE_FILE, AddedFiles, read_added_files_of
+from adaptc.archives.archive import is_package
 from adaptc.bank.bank import Bank
 from adaptc.bank.stack_placement import StackPlacement
 from adaptc.errors import AdaptcError, ConfigError, short_repr
@@ -40,6 +43,7 @@ def save(
     *,
     adapters: Mapping[str, Any] | None = None,
     base: str = "included",
+    verify: bool = False,
 ) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), to a temporary file that is then moved to ``path``.
 
@@ -54,13 +58,14 @@ def save(
             has from its own file.
         base: "included" writes the weights of the base. "reference" writes their names, shapes, dtypes and fingerprints
             instead: the file is small, and :func:`load` needs the base beside it.
+        verify: whether to load the file once, measure it, and write that into its certificate; see :func:`certify`.
 
     Returns:
         the path of the file.
 
     Raises:
-        AdaptcError: a module of the program trains other tensors than the program has. Or an adapter does not fit; it
-            is named.
+        AdaptcError: a module of the program trains other tensors than the program has. An adapter does not fit; it is
+            named. Or ``verify`` is set and a check failed; nothing is written then.
         ConfigError: ``adapters`` has a name that no file can hold, or is given with a program that has no sites. Or
             ``base`` is another word.
         CheckpointError: the file cannot be written. With "reference", a weight is quantised, or the adapter has its own
@@ -71,6 +76,8 @@ def save(
         >>> torch.allclose(adaptc.load(path)(x), prog(x), atol=1e-6)
         True
     """
+    if verify:
+        return _verified(program, Path(path), lambda new: save(program, new, adapters=adapters, base=base))
     sidecar_texts = program.sidecar_texts() if isinstance(program, ProgramWrapper) else None
     inside: Any = program.program if isinstance(program, ProgramWrapper) else program
     check_program(inside, "save", ExportedProgram)
@@ -82,6 +89,19 @@ def save(
         raise ConfigError(f'base={short_repr(given)} is neither "included" nor "reference"')
     added = _AddedToFile(inside, adapters)
     return save_program(inside, Path(path), sidecar_texts, added.files, base, added.fingerprints)
+
+
+def _verified(program: Any, path: Path, write: Callable[[Path], Any]) -> Path:
+    """Let ``write`` write a file of ``program``, certify it, and move it to ``path``; a failed check leaves nothing."""
+    inside = program.program if isinstance(program, ProgramWrapper) else program
+    with atomic_replace(path, path.name) as new:
+        write(new)
+        model = None
+        if isinstance(inside, AdaptedProgram) and inside.adaptation.attachments:
+            residual = inside.adaptation.residual
+            model = inside if is_package(new) else None if residual else inside.base
+        certify(new, model, base=inside if BASE_TABLE_FILE in read_added_files_of(new) else None)
+    return path
 
 
 class _AddedToFile:
@@ -212,6 +232,7 @@ def package(
     tokenizer: Any = None,
     capacity: int | None = None,
     adapters: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> Path:
     """Compile ``program`` ahead of time with AOTInductor into one file with swappable adapters; return its path.
 
@@ -226,13 +247,15 @@ def package(
         tokenizer: a transformers tokenizer or the directory of one, for a generator.
         capacity: the number of adapters that the package of a bank has room for; None for one more than there are.
         adapters: name -> adapter, as for :func:`save`. A bank has its adapters already, and takes none here.
+        verify: whether to load the package once, compare it with the program, and write that into its certificate.
 
     Returns:
         the path of the file.
 
     Raises:
         ConfigError: ``tokenizer``, ``capacity`` or ``adapters`` is given with a program that takes none.
-        AdaptcError: an adapter of ``adapters`` does not fit the package; it is named.
+        AdaptcError: an adapter of ``adapters`` does not fit the package; it is named. Or ``verify`` is set and a check
+            failed; nothing is written then.
         BackendError: the program cannot be compiled.
 
     Example:
@@ -241,6 +264,12 @@ def package(
         torch.Size([2, 3])
     """
     inside: Any = program
+    if verify:
+        options: dict[str, Any] = {"max_rank": max_rank, "products": products, "tokenizer": tokenizer}
+        options |= {"capacity": capacity, "adapters": adapters}
+        if isinstance(program, Bank):
+            raise ConfigError("verify= compares with one adapter, and a bank has many: verify the program it is of")
+        return _verified(program, Path(path), lambda new: package(program, new, **options))
     package_files = parts = None
     generates = isinstance(program, ProgramWrapper) or (isinstance(program, Bank) and program.generator is not None)
     if tokenizer is not None and not generates:

@@ -27,7 +27,7 @@ from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, SwapError, did_you_mean, listing, short_repr
 
-#: the schema of the index: of each adapter its files, the directory that is the adapter, and the fingerprint of its base
+#: the schema of the index: the files of each adapter, the directory that is the adapter, the fingerprint of its base
 _INDEX_SCHEMA = DictOf({"files": [str], "directory": str, "base": Nullable(str)})
 _WAY_OUT = "Save the program again, with its adapters"
 

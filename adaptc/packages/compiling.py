@@ -135,8 +135,8 @@ def write_package(
 ) -> Path:
     """Compile programs and write a package of them to ``path``, which is as it was where that fails.
 
-    The manifest, ``tensors``, ``package_files`` and the ``added`` files lie beside the code. Raises CheckpointError where the file
-    cannot be written.
+    The manifest, ``tensors``, ``package_files`` and the ``added`` files lie beside the code. Raises CheckpointError
+    where the file cannot be written.
     """
     tables: dict[str, dict[str, str]] = {name: {} for name in models}
     if manifest.bank is None:  # the table describes the slots of a single adapter

@@ -171,8 +171,8 @@ def load_program(
     """Read a program of ``program_class`` from a file.
 
     ``device``: the device for all its tensors; None leaves them where they were saved from. ``base``: what completes a
-    program that was saved by reference, as :func:`tensors_of_base` takes it. ``is_strict``: whether to refuse what is of
-    another base than the file's certificate says, where the default is to warn.
+    program that was saved by reference, as :func:`tensors_of_base` takes it. ``is_strict``: whether to refuse what is
+    of another base than the file's certificate says, where the default is to warn.
 
     Raises CheckpointError when the file is missing, damaged or not a program. Raises BackendError when it holds kernels
     that cannot run here, or where there is no such device.

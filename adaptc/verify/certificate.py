@@ -23,9 +23,6 @@ from adaptc.state.core import ProgramCore
 from adaptc.tables import to_json_value
 from adaptc.verify.report import Check, VerifyReport
 
-#: a measured difference may be this many times the certified one: threads and machines add up in other orders
-_MARGIN = 4.0
-
 
 def certifier(
     program: ExportedProgram, fingerprints: Mapping[str, str], files: Mapping[str, bytes]
@@ -85,26 +82,33 @@ def _stored_adapters(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def check_facts(
-    certificate: Certificate, graph: Mapping[str, str], files: Mapping[str, bytes], program: ExportedProgram | None
+    certificate: Certificate,
+    graph: Mapping[str, str],
+    files: Mapping[str, bytes],
+    program: ExportedProgram | None,
+    base_program: ExportedProgram | None,
 ) -> list[Check]:
     """Return a check for each fact of the certificate: graph, base and adapters.
 
     ``graph`` and ``files`` are those of the file now. ``program`` is what was loaded from it, None for a package, whose
-    base and current adapter are in its code.
+    current adapter is in its code. ``base_program`` has its base, None where no program is given that has.
     """
     graph_is_same = dict(graph) == dict(certificate.graph)
     found = [_fact("certificate: graph", graph_is_same, f"the {certificate.graph['of']} is another one")]
-    changed = [n for n, e in _stored_adapters(files).items() if dict(certificate.adapters.get(n, {})) != e]
-    changed += [name for name in certificate.adapters if f"{name!r}" not in map(repr, _stored_adapters(files))]
-    if program is None:
-        found.append(Check("certificate: base", None, note="it is in the compiled code"))
+    if base_program is None:
+        found.append(Check("certificate: base", None, note="it is in the compiled code; give the program to compare"))
     else:
-        sha256 = joint_fingerprint(base_fingerprints(program))
+        sha256 = joint_fingerprint(base_fingerprints(base_program))
         found.append(_fact("certificate: base", sha256 == certificate.base["sha256"], "the base is another one"))
-        now = _current_adapters(program)
-        changed += [n for n in {*now, *certificate.current} if now.get(n) != certificate.current.get(n)]
+    changed = _names_that_differ(_stored_adapters(files), certificate.adapters)
+    if program is not None:
+        changed += _names_that_differ(_current_adapters(program), certificate.current)
     note = f"not as certified: {', '.join(map(repr, sorted(changed)))}"
     return [*found, _fact("certificate: adapters", not changed, note)]
+
+
+def _names_that_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 def _fact(name: str, holds: bool, problem: str) -> Check:
@@ -112,7 +116,7 @@ def _fact(name: str, holds: bool, problem: str) -> Check:
 
 
 def check_measured(certificate: Certificate, report: VerifyReport) -> list[Check]:
-    """Return a check for each certified check that ``report`` repeats: the differences are no larger than certified."""
+    """Return a check for each certified check that ``report`` repeats: differences are within the certified limits."""
     if certificate.measured is None:
         return [Check("certificate: measured", None, note="nothing was measured: adaptc certify does")]
     now = {c.name: c for c in report.checks}
@@ -120,9 +124,7 @@ def check_measured(certificate: Certificate, report: VerifyReport) -> list[Check
     for then in certificate.measured["checks"]:
         check = now.get(then["name"])
         if then["passed"] and check is not None and check.passed is not None:
-            limit = then["limit"] or 0.0
-            certified = min(limit, max((then["error"] or 0.0) * _MARGIN, limit / _MARGIN))
-            note = f"{then['error'] or 0.0:.3g} when it was certified"
-            holds = check.passed and check.error <= certified
-            found.append(Check(f"certificate: {check.name}", holds, check.error, nan, certified, check.where, note))
+            limit, note = then["limit"] or 0.0, f"{then['error'] or 0.0:.3g} when it was certified"
+            holds = check.passed and check.error <= limit
+            found.append(Check(f"certificate: {check.name}", holds, check.error, nan, limit, check.where, note))
     return found

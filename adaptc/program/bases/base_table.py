@@ -108,9 +108,8 @@ def complete_program(
     for name, entry in table.items():
         like, tensor = lifted.state_dict[name], given[sources[name]].detach().to(entry["device"])
         if tensor.stride() != like.stride():
-            tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(
-                tensor
-            )
+            laid_out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device)
+            tensor = laid_out.copy_(tensor)
         lifted.state_dict[name] = nn.Parameter(tensor, requires_grad=False) if _is_parameter(like) else tensor
     return lifted.finish()
 
