@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from adaptc.adapters.subtract import subtract_adapter
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api.adapt_model import compile
+    from adaptc.api.certify import certify, verify
     from adaptc.api.change_adapter import bind, swap
     from adaptc.api.from_pretrained import from_pretrained
-    from adaptc.api.merge_and_lower import merge, merge_directory, unload, unmerge, verify
+    from adaptc.api.merge_and_lower import merge, merge_directory, unload, unmerge
     from adaptc.api.quantize import quantize
     from adaptc.api.reporting import report
     from adaptc.api.save_and_load import load, load_package, package, save, save_adapter

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.adapter_files.adapter_data import PEFT_KEYS, LoadedAdapter
+from adaptc.adapter_files.directory import read_config
 from adaptc.adapter_files.format import MODEL_CARD_NAME
 from adaptc.adapter_files.load import has_tensors, load
 from adaptc.adapters.adapter import Adapter, adapter_of_data
@@ -22,6 +23,7 @@ from adaptc.adapters.from_program import adapter_of_program
 from adaptc.archives.added_files import ADAPTERS_FOLDER, ADAPTERS_INDEX
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
+from adaptc.binding.sources.configs import loaded_config
 from adaptc.binding.stored_adapters import check_adapter_name
 from adaptc.errors import ConfigError, errors_name, short_repr
 from adaptc.state.core import ProgramCore
@@ -64,6 +66,7 @@ def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> Pack
             with errors_name(name):
                 adapter, bindings[name], of_base = _as_written(program, source)
                 written = adapter.write(Path(folder) / str(number))
+                _check_complete(written)
             root = Path(folder) / str(number)
             paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name != MODEL_CARD_NAME]
             files[name] = {p.relative_to(root).as_posix(): p.read_bytes() for p in paths}
@@ -80,12 +83,16 @@ def _as_written(program: ProgramCore, source: Any) -> tuple[Adapter, Binding, st
     if data is None and has_tensors(source):
         data = load(source)
     bound = bind_adapter(program, source if data is None else data)
-    if bound.config.expert_paths():
-        raise ConfigError(
-            "an X-LoRA adapter is several directories, which a program's file does not hold by name. Compile the "
-            "program for it, and save that"
-        )
     base = None if data is None else data.base_fingerprint
     if data is not None and data.format == PEFT_KEYS:
         return adapter_of_data(data), bound, base
     return adapter_of_program(program, bound), bound, base
+
+
+def _check_complete(written: Path) -> None:
+    """Raise ConfigError for an adapter whose config refers to other directories by their paths."""
+    if loaded_config(read_config(written)).expert_paths():
+        raise ConfigError(
+            "an X-LoRA adapter is several directories, which a program's file does not hold by name. Compile the "
+            "program for it, and save that"
+        )

@@ -94,7 +94,7 @@ def _verify_file(file: Path, model: Any, *, base: Any = None, **options: Any) ->
         graph, files = _contents(file)
         inside = None if is_package(file) else _inside(program)
         given = _inside(model) if isinstance(_inside(model), AdaptedProgram) else None
-        facts = check_facts(certificate, graph, files, inside, inside if given is None else given)
+        facts = check_facts(certificate, graph, files, inside, given if inside is None else inside)
         checks += [*facts, *check_measured(certificate, report)]
     return VerifyReport.from_checks(checks, report.runs, report.seed, raises, report.strength)
 

@@ -17,7 +17,13 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
-from adaptc.archives.added_files import BASE_TABLE_FILE, AddedFiles, read_added_files_of, write_added_files
+from adaptc.archives.added_files import (
+    BASE_TABLE_FILE,
+    CERTIFICATE_FILE,
+    AddedFiles,
+    read_added_files_of,
+    write_added_files,
+)
 from adaptc.archives.archive import open_archive
 from adaptc.archives.certificate import hash_graph
 from adaptc.archives.checksum import add_checksum
@@ -48,7 +54,7 @@ from adaptc.passes.protocol.regions import program_record, read_attachments, sit
 from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.passes.train.compressed_linear import COMPRESSED_LINEAR
 from adaptc.program.bases.base_fingerprint import joint_fingerprint
-from adaptc.program.bases.base_table import complete_program, read_base_table, without_base
+from adaptc.program.bases.base_table import complete_program, names_without_values, read_base_table, without_base
 from adaptc.program.bases.given_base import tensors_of_base
 from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
@@ -191,6 +197,11 @@ def load_program(
         program = saved.to_exported_program()
         if (data := files.get(BASE_TABLE_FILE)) is not None:
             program = complete_program(program, read_base_table(data, path), tensors_of_base(base), path)
+        elif CERTIFICATE_FILE in files and (lost := names_without_values(program)):
+            raise CheckpointError(
+                f"{printable_path(path)} is damaged: it has no values of {lost[0]!r}, and no table of its base. "
+                "Save it again from the model"
+            )
     try:
         loaded = from_program(program_class, program, options, str(path), stored)
     except (CheckpointError, BackendError):

@@ -51,8 +51,8 @@ def _parse_package(contents: Contents) -> Any:
 def load_package_contents(path: Path, is_strict: bool = False) -> Any:
     """Return what a package holds: a serving model, a generator, a bank, or the package itself.
 
-    ``is_strict``: as for :class:`PackagedProgram`, whose errors are raised. A spec that cannot be read raises before any
-    code is loaded.
+    ``is_strict``: as for :class:`PackagedProgram`, whose errors are raised. A spec that cannot be read raises before
+    any code is loaded.
     """
     with stage(f"reading the package {path.name}"):
         found = PackagedProgram(path, _parse_package, is_strict)

@@ -88,6 +88,12 @@ def read_base_table(data: bytes, path: Path) -> Mapping[str, Mapping[str, Any]]:
         ) from error
 
 
+def names_without_values(program: ExportedProgram) -> list[str]:
+    """Return the names of the tensors that only a base can give to ``program``."""
+    state: Mapping[str, Any] = program.state_dict
+    return [n for n, t in state.items() if isinstance(t, Tensor) and t.device.type == "meta"]
+
+
 def complete_program(
     program: ExportedProgram, table: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any], path: Path
 ) -> ExportedProgram:
@@ -97,8 +103,8 @@ def complete_program(
     Raises CheckpointError, with the first weights that differ, where ``given`` is not the base of the ``table``.
     """
     lifted = LiftedProgram(program)
-    on_meta = {n for n, t in lifted.state_dict.items() if isinstance(t, Tensor) and t.device.type == "meta"}
-    if wrong := sorted(on_meta ^ table.keys()):
+    on_meta = names_without_values(program)
+    if wrong := sorted(table.keys() ^ on_meta):
         raise CheckpointError(
             f"{printable_path(path)} is damaged: {wrong[0]!r} is {'missing in' if wrong[0] in on_meta else 'only in'} "
             "its table of the base. Save it again from the model"
