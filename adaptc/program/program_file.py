@@ -273,7 +273,9 @@ def from_program(
         return program_class(lifted.finish(), Adaptation(), options=replace(options, fuse=False))
     found = read_attachments(lifted.graph, method_from_dict)
     check_header(stored, {a.id for a in found})
-    adaptation = replace(Adaptation.from_header(stored, found), stored=adapters or StoredAdapters())
+    adaptation = replace(
+        Adaptation.from_header(stored, found), stored=StoredAdapters() if adapters is None else adapters
+    )
     binding = _read_binding(lifted, adaptation.attachments, stored, source)
     made = lifted.finish()
     wanted = [with_compilable_form(a, options.backend) for a in adaptation.attachments]
