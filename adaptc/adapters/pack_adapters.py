@@ -26,6 +26,7 @@ from adaptc.binding.binding import Binding
 from adaptc.binding.sources.configs import loaded_config
 from adaptc.binding.stored_adapters import check_adapter_name
 from adaptc.errors import ConfigError, errors_name, short_repr
+from adaptc.methods import AdapterConfig
 from adaptc.state.core import ProgramCore
 
 
@@ -55,7 +56,7 @@ def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> Pack
     if program.current.joint_adapters:
         raise ConfigError(
             f"several adapters act together in this program, {list(program.current.joint_adapters)}, and those of a "
-            "file act one at a time: compile the model for one of them, or keep their directories beside the file"
+            "file act one at a time: compile the model for one of them, or leave them out of the file, adapters={}"
         )
     files: dict[str, dict[str, bytes]] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -65,8 +66,9 @@ def pack_adapters(program: ProgramCore, adapters: Any, base: str | None) -> Pack
             check_adapter_name(name)
             with errors_name(name):
                 adapter, bindings[name], of_base = _as_written(program, source)
+                _check_complete(adapter.config)
                 written = adapter.write(Path(folder) / str(number))
-                _check_complete(written)
+                _check_complete(loaded_config(read_config(written)))
             root = Path(folder) / str(number)
             paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name != MODEL_CARD_NAME]
             files[name] = {p.relative_to(root).as_posix(): p.read_bytes() for p in paths}
@@ -89,9 +91,9 @@ def _as_written(program: ProgramCore, source: Any) -> tuple[Adapter, Binding, st
     return adapter_of_program(program, bound), bound, base
 
 
-def _check_complete(written: Path) -> None:
+def _check_complete(config: AdapterConfig) -> None:
     """Raise ConfigError for an adapter whose config refers to other directories by their paths."""
-    if loaded_config(read_config(written)).expert_paths():
+    if config.expert_paths():
         raise ConfigError(
             "an X-LoRA adapter is several directories, which a program's file does not hold by name. Compile the "
             "program for it, and save that"

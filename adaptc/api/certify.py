@@ -72,7 +72,8 @@ def verify(
             if isinstance(inside, PackagedProgram) or program.draws_own_inputs:
                 options = program.example_inputs(options)
             return verify(inside, base_model, **options)
-    return verify_program(program, model, **options)
+    checked: Any = program  # anything else is refused there
+    return verify_program(checked, model, **options)
 
 
 def _verify_file(file: Path, model: Any, *, base: Any = None, **options: Any) -> VerifyReport:

@@ -234,7 +234,7 @@ def rank_of_members(
     attachments: Sequence[Attachment], current: Binding | None, members: Mapping[str, Binding]
 ) -> int | None:
     """Return the largest rank of all adapters, or None where a program with ``current`` has room for ``members``."""
-    own = {} if current is None else current.methods
+    own: Mapping[str, Method] = {} if current is None else current.methods
     room = {a.id: max(_rank(a.method), _rank(own.get(a.id))) for a in attachments}
     largest = max((_rank(m) for member in members.values() for m in member.methods.values()), default=0)
     has_room = all(_rank(m) <= room[site] for member in members.values() for site, m in member.methods.items())
