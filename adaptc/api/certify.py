@@ -10,12 +10,18 @@ from typing import Any
 from torch import nn
 
 from adaptc.adapter_files.atomic_write import atomic_replace
-from adaptc.archives.added_files import ADDED_FOLDER, CERTIFICATE_FILE, AddedFiles, read_added_files, write_added_files
+from adaptc.archives.added_files import (
+    ADDED_FOLDER,
+    CERTIFICATE_FILE,
+    AddedFiles,
+    copy_records,
+    read_added_files,
+    write_added_files,
+)
 from adaptc.archives.archive import is_package, open_archive
 from adaptc.archives.certificate import Certificate, hash_code, hash_graph, read_certificate
 from adaptc.archives.checksum import CHECKSUM_RECORD, add_checksum
 from adaptc.archives.refusal import raises_checkpoint_error
-from adaptc.archives.rewrite import copy_records
 from adaptc.bank.bank import Bank
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.packages import manifest as _package_file
@@ -27,7 +33,7 @@ from adaptc.program.wrapper import ProgramWrapper
 from adaptc.runtime.options import RunOptions
 from adaptc.serving.serving_file import load_package_contents, wrapper_of_file
 from adaptc.torch_typing import is_path
-from adaptc.verify.certificate import certifier, check_facts, check_measured, with_measured
+from adaptc.verify.certified_facts import certifier, check_facts, check_measured, with_measured
 from adaptc.verify.package import verify_package
 from adaptc.verify.report import VerifyReport
 from adaptc.verify.verify import verify_program

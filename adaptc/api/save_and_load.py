@@ -34,7 +34,7 @@ from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale, write_module_adapter
 from adaptc.training.program_module import ProgramModule
 from adaptc.value_types import validates_options
-from adaptc.verify.certificate import certifier
+from adaptc.verify.certified_facts import certifier
 
 
 def save(
@@ -105,7 +105,7 @@ def _verified(program: Any, path: Path, write: Callable[[Path], Any]) -> Path:
 
 
 class _AddedToFile:
-    """What is added to the file of ``program``: the ``adapters`` by name, and the certificate.
+    """The files added to the file of ``program``: its ``adapters`` by name, and the certificate.
 
     ``files`` are to be written, and ``bindings`` the adapters as ``program`` takes them. Raises ConfigError for
     adapters that the program cannot have.

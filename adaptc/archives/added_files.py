@@ -2,17 +2,21 @@
 
 They are adapters by name, the certificate, and the table of a base that lies elsewhere. Their records lie in a folder
 of their own: torch's loaders ignore what is there.
+
+``copy_records`` writes an archive again without some of its records, so that others can take their place. torch aligns
+the data of records, so that they can be mapped into memory; so does the copy.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaptc.archives.archive import ADDED_RECORD_PATTERN, Archive, open_archive
+from adaptc.archives.archive import ADDED_RECORD_PATTERN, Archive, Record, open_archive
 from adaptc.archives.refusal import UnsafeFile, printable_path
 from adaptc.errors import CheckpointError
 
@@ -28,6 +32,10 @@ GraphHash = Mapping[str, str]
 #: characters that no record's name has
 _FORBIDDEN_CHARACTERS = re.compile(r"[/\\:\x00-\x1f\x7f]")
 _MAX_NAME_LENGTH = 200
+_ALIGNMENT = 64
+_HEADER_BYTES = 30
+_CHUNK = 1 << 20
+_ZIP64_BYTES, _ZIP64_EXTRA_BYTES = 1 << 31, 20
 
 
 @dataclass(frozen=True)
@@ -97,3 +105,27 @@ def read_added_files_of(path: Path) -> dict[str, bytes]:
                 ) from error
     except (UnsafeFile, OSError):
         return {}
+
+
+def copy_records(archive: Archive, target: Path, is_kept: Callable[[str], bool]) -> None:
+    """Write the records of ``archive`` whose names ``is_kept`` to the new archive ``target``, in their order.
+
+    Raises OSError, and UnsafeFile where the archive is damaged.
+    """
+    records = sorted((r for r in archive.records.values() if is_kept(r.name)), key=lambda r: r.offset)
+    with target.open("wb") as file, zipfile.ZipFile(file, "w") as writer:
+        for record in records:
+            archive.sha256(record.name)  # raises where its bytes are damaged, which the copy would hide
+            info = zipfile.ZipInfo(f"{archive.root}/{record.name}")
+            info.extra = _padding(file.tell(), info, record)
+            with writer.open(info, "w", force_zip64=record.size >= _ZIP64_BYTES) as out:
+                for start in range(0, record.size, _CHUNK):
+                    out.write(archive.read_at(record.offset + start, min(_CHUNK, record.size - start)))
+
+
+def _padding(offset: int, info: zipfile.ZipInfo, record: Record) -> bytes:
+    """Return an extra field that makes the data of a record at ``offset`` begin at a multiple of the alignment."""
+    start = offset + _HEADER_BYTES + len(info.filename.encode()) + 4
+    start += _ZIP64_EXTRA_BYTES if record.size >= _ZIP64_BYTES else 0
+    length = -start % _ALIGNMENT
+    return struct.pack("<2sH", b"FB", length) + b"Z" * length
