@@ -143,12 +143,20 @@ def test_a_language_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     program = adaptc.compile_for_generation(model, config, max_batch=3, max_length=32)
-    file = adaptc.save(program, tmp_path / "gen.pt2", base="reference")
+    other = config.replace(r=5, lora_alpha=7, target_modules=["q_proj"])
+    fr = adaptc.save_adapter(adaptc.compile(model, other), tmp_path / "fr")
+    file = adaptc.save(program, tmp_path / "gen.pt2", base="reference", adapters={"fr": fr})
     loaded = adaptc.load(file, base=tmp_path / "model")
     ids = family.inputs(2, 5)["input_ids"]
     mask = torch.ones_like(ids)
     wanted = program.generate(ids, attention_mask=mask, max_new_tokens=7)
     assert torch.equal(loaded.generate(ids, attention_mask=mask, max_new_tokens=7), wanted)
+    assert list(loaded.adapters) == ["fr"]
+    loaded.swap("fr")
+    program.swap(fr)
+    swapped = program.generate(ids, attention_mask=mask, max_new_tokens=7)
+    assert not torch.equal(swapped, wanted)
+    assert torch.equal(loaded.generate(ids, attention_mask=mask, max_new_tokens=7), swapped)
 
 
 # -- other bases -------------------------------------------------------------------------------------------------------
