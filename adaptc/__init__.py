@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptc.public_names import VERSION as __version__
 from adaptc.public_names import lazy_names
 
 # Type checkers follow imports, not tables; the tests hold the two against each other.
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from adaptc.adapters.subtract import subtract_adapter
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api.adapt_model import compile
+    from adaptc.api.certify import certify, verify
     from adaptc.api.change_adapter import bind, swap
     from adaptc.api.from_pretrained import from_pretrained
-    from adaptc.api.merge_and_lower import merge, merge_directory, unload, unmerge, verify
+    from adaptc.api.merge_and_lower import merge, merge_directory, unload, unmerge
     from adaptc.api.quantize import quantize
     from adaptc.api.reporting import report
     from adaptc.api.save_and_load import load, load_package, package, save, save_adapter
@@ -103,8 +105,6 @@ if TYPE_CHECKING:
     from adaptc.serving.serving_model import ServingModel
     from adaptc.state.runner import Runner
 
-__version__ = "0.1.0"
-
 #: public name -> the module it is defined in
 PUBLIC = {
     # what one does
@@ -121,11 +121,12 @@ PUBLIC = {
     "from_pretrained": "adaptc.api.from_pretrained",
     "load": "adaptc.api.save_and_load",
     "save_adapter": "adaptc.api.save_and_load",
+    "certify": "adaptc.api.certify",
     "package": "adaptc.api.save_and_load",
     "load_package": "adaptc.api.save_and_load",
     "quantize": "adaptc.api.quantize",
     "report": "adaptc.api.reporting",
-    "verify": "adaptc.api.merge_and_lower",
+    "verify": "adaptc.api.certify",
     "rescale_adapter_scale": "adaptc.program.rescale",
     "load_adapter": "adaptc.adapters.adapter",
     "combine": "adaptc.adapters.combine",

@@ -15,6 +15,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+#: the version of adaptc
+VERSION = "0.1.0"
+
 #: packages whose frames may lie between the use of an old name and its warning
 _NO_USERS = {"adaptc", "torch", "importlib"}
 

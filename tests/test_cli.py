@@ -26,7 +26,7 @@ from tests.support.families import FAMILIES
 
 WRITERS = ("compile", "merge", "swap", "unload", "lower", "package", "export-adapter")
 OF_ADAPTERS = ("combine", "to-lora", "extract")  # see test_cli_adapters.py
-COMMANDS = ("show", "methods", "verify", *WRITERS, *OF_ADAPTERS)
+COMMANDS = ("show", "methods", "verify", "certify", *WRITERS, *OF_ADAPTERS)
 
 
 class Net(nn.Module):

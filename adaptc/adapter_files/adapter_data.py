@@ -76,6 +76,8 @@ class AdapterData(Generic[ConfigT]):
     is_new: bool = False
     #: whether ``config`` is that of another adapter, so that ranks are read off the tensors
     infer_ranks: bool = False
+    #: the fingerprint of the base that the adapter was stored with in a program's file; None where none is known
+    base_fingerprint: str | None = None
 
     @property
     def nbytes(self) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.program.swap_report import SwapReport
 from adaptc.program.wrapper import ProgramWrapper, check_program
-from adaptc.reports.results import SwapReport
 from adaptc.state.runner import Runner
 
 
@@ -33,7 +32,8 @@ def swap(
         program: a program, a generator, or a package. In a package ranks have a limit, and adapters that change base
             weights need a package that holds these weights (see :meth:`PackagedProgram.swap`).
         adapter: a PEFT directory, a file or a state dict of any format that :func:`compile` takes, a binding, or a
-            result of ``bind``.
+            result of ``bind``. Or the name of an adapter in the file that the program was loaded from
+            (``program.adapters``); a path of that name is given as a ``Path``.
         config: the config to use in place of the one in the file. For a bare state dict without it, the scale follows
             the program's alpha and the tensors' ranks.
         adapter_name: which of several adapters in a directory to take.
@@ -46,8 +46,8 @@ def swap(
         a report of the sites, the ranks and the time that it took.
 
     Raises:
-        SwapError: the adapter needs a site that the program was not compiled for; the site is named. The program is
-            unchanged.
+        SwapError: the adapter needs a site that the program was not compiled for; the site is named. Or a text is
+            neither the name of an adapter nor a path. The program is unchanged.
         CheckpointError: the file is damaged, or has wrong shapes, missing keys or NaN. The program is unchanged.
 
     Example:
@@ -59,12 +59,8 @@ def swap(
     options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
     options |= {"component": component, "scale": scale}
     inside = program.program if isinstance(program, ProgramWrapper) else program
-    if isinstance(inside, PackagedProgram):
-        return inside.swap(adapter, **options)
-    check_program(inside, "swap")
-    start = time.perf_counter()
-    binding = inside.swap_adapter(adapter, **options)
-    return SwapReport.from_binding(inside.adaptation.attachments, binding, time.perf_counter() - start)
+    check_program(inside, "swap", PackagedProgram)
+    return inside.swap(adapter, **options)
 
 
 def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> Runner:

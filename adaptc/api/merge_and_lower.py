@@ -1,4 +1,4 @@
-"""Make another program of one with adapters: merged, without adapters, or lowered to kernels. Prove each."""
+"""Make another program of one with adapters: merged, without adapters, or lowered to kernels."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from torch import nn
-
 from adaptc.adapters.directories.merge_files import merge_into_directory
 from adaptc.errors import BackendError, MergeError
-from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.lower.lower_regions import Lower
 from adaptc.passes.quantized.quantized_merge import parse_correction_rank, parse_quantized_merge
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, needs_graph
+from adaptc.program.wrapper import accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.state.core import ProgramCore
@@ -25,9 +22,6 @@ from adaptc.state.merge_program import merge_program, unload_program, unmerge_pr
 from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale
 from adaptc.value_types import validates_options
-from adaptc.verify.package import verify_package
-from adaptc.verify.report import VerifyReport
-from adaptc.verify.verify import verify_program
 
 
 @needs_graph
@@ -224,42 +218,6 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
         ...     path = adaptc.save(adaptc.debug.lower(prog.to("cuda")), "model.pt2")
     """
     return lower_program(program)
-
-
-def verify(
-    program: AdaptedProgram | PackagedProgram | ProgramWrapper,
-    model: nn.Module | AdaptedProgram | None = None,
-    **options: Any,
-) -> VerifyReport:
-    """Compare the program with the model it came from on random inputs of several shapes, and return a report.
-
-    Args:
-        program: a program, a generator, or a package. A package is compared with the program it was made from, or with
-            the model.
-        model: the base that the program was made from, as an nn.Module or a program. Without it the program is
-            compared with itself alone: merged, unmerged, and with identity values.
-        **options: ``shapes``, the number of input shapes to draw or a list of {input name: shape}; ``inputs``, inputs
-            of your own instead; ``seed``; ``atol``, the largest absolute difference; ``raise_on_failure``.
-
-    Returns:
-        a report of each check with the largest difference and where it was. ``report.ok`` sums up.
-
-    Raises:
-        AdaptcError: the program cannot take the inputs, or a check failed and ``raise_on_failure`` is set.
-
-    Example:
-        >>> adaptc.verify(prog, model, shapes=1).ok
-        True
-    """
-    if isinstance(program, PackagedProgram):
-        return verify_package(program, model, **options)
-    if isinstance(program, ProgramWrapper):
-        with program.as_program(model) as base_model:
-            inside = program.program
-            if isinstance(inside, PackagedProgram) or program.draws_own_inputs:
-                options = program.example_inputs(options)
-            return verify(inside, base_model, **options)
-    return verify_program(program, model, **options)
 
 
 P = TypeVar("P", bound=ProgramCore)

@@ -17,7 +17,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path, short_repr
-from adaptc.errors import CheckpointError
+from adaptc.errors import BackendError, CheckpointError
 from adaptc.locks import reset_after_fork
 
 _MAX_RECORDS = 200_000
@@ -220,12 +220,14 @@ _REQUIRED_RECORDS = (
     WEIGHTS_TABLE,
     CONSTANTS_TABLE,
 )
+#: the pattern of the records that adaptc adds to programs and packages; ``archives.added_files`` names them
+ADDED_RECORD_PATTERN = r"data/adaptc/(?:(?:adapters|certificate|base)\.json|adapters(?:/[^/]+){2,4})"
 _ALLOWED_RECORD = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
     r"|models/model\.json|data/sample_inputs/model\.pt"
     r"|data/weights/(weight_\d+|model_weights_config\.json)"
     r"|data/constants/((tensor|custom_obj|opaque_obj)_\d+|model_constants_config\.json)"
-    r"|extra/.+|data/extra/.+",
+    rf"|extra/.+|data/extra/.+|{ADDED_RECORD_PATTERN}",
     re.ASCII,
 )
 
@@ -260,6 +262,31 @@ def check_records(archive: Archive) -> None:
             raise UnsafeFile(
                 f"expected {name} {wanted.decode()}, found {short_repr(text.decode(errors='backslashreplace'))}"
             )
+
+
+def no_package_error(path: Path, names: Sequence[str]) -> BackendError | CheckpointError:
+    """Return the error for a file at ``path`` with records of these ``names``, none of which is a manifest."""
+    if any(n.startswith("data/aotinductor/") for n in names):
+        return BackendError(
+            f"{printable_path(path)} was packaged without adaptc, so nothing in it says where adapters go. Run it with "
+            "torch._inductor.aoti_load_package, or package the adapted program with adaptc.package."
+        )
+    if any(n.startswith("models/") for n in names):
+        return CheckpointError(
+            f"{printable_path(path)} is an exported program, not a package; open it with adaptc.load"
+        )
+    return CheckpointError(f"{printable_path(path)} is an archive, but not one that adaptc.package wrote")
+
+
+def is_package(path: Path) -> bool:
+    """Return whether a file has compiled code in it, as far as its table of contents tells; it may be damaged."""
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any("/data/aotinductor/" in name for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 #: the most bytes of a text that are read

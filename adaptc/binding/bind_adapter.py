@@ -21,6 +21,7 @@ from adaptc.binding.combine_bindings import spec_of_adapter
 from adaptc.binding.sources.configs import as_config
 from adaptc.binding.sources.other_formats import for_component
 from adaptc.binding.sources.resolve import resolve
+from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.errors import ConfigError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.passes.graph.ops import Op
@@ -45,6 +46,11 @@ class Bindable(Protocol):
     @property
     def binding_plans(self) -> BindingPlanCache: ...
 
+    @property
+    def adapters(self) -> StoredAdapters:
+        """Return the adapters of the target's own file, by name."""
+        ...
+
     def spec(self, trainable: bool = False) -> BindingSpec: ...
 
 
@@ -68,7 +74,8 @@ def bind_adapter(
     ``key_mapping`` maps a regular expression to its replacement, for keys that were written for other module names.
     ``component`` chooses from a file with several, where module names do not tell. ``adapter_name`` chooses from a
     directory of adapters. An adapter that is bound already is refused with any of these, and with ``config``. A
-    program, or what is bound to one, stands for its adapter.
+    program, or what is bound to one, stands for its adapter. The name of an adapter in the target's own file stands for
+    that adapter, and takes none of these options.
 
     A state dict has PEFT's keys, with or without ``base_model.model.``. Its scale comes from ``config``. Without that
     it comes from the current adapter's config, with the rank of the tensors. A state dict with the keys of another
@@ -106,7 +113,14 @@ def bind_adapter(
             "instead."
         )
     given = {n: source for n, source in sources.items() if source is not None}
-    loaded = [load(source, adapter_name=adapter_name, key_mapping=key_mapping) for source in given.values()]
+    asked = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping, "component": component}
+    stored = [target.adapters.find(source, asked) for source in given.values()]
+    loaded = [
+        load(source, adapter_name=adapter_name, key_mapping=key_mapping) if found is None else found
+        for source, found in zip(given.values(), stored, strict=True)
+    ]
+    for data in loaded:
+        target.adapters.check_base(data)
     for name, data in zip(given, for_component(loaded, component), strict=True):
         resolved = resolve(
             data, spec.weights, config=known, default=bindings[name].config, find_ops=partial(_ops_by_module, spec)

@@ -77,6 +77,20 @@ Dtype = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option(metavar="DIR", help="A tokenizer's directory, if it is not with the model.")
 ]
+NamedAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=PATH", help="Put this adapter into the file too, by name.", show_default=False
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The base of a program that was saved by reference: a model directory or a .safetensors file.",
+        show_default=False,
+    ),
+]
 KeyMapping = Annotated[
     str | None,
     typer.Option(

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from adaptc.cli.app import (
-    Adapter,
+    Base,
     Component,
     Force,
     Json,
     KeyMapping,
+    NamedAdapters,
     Out,
     Output,
     Program,
@@ -26,6 +27,7 @@ from adaptc.cli.app import (
     choose_output_path,
     import_adaptc,
     parse_key_mapping,
+    parse_named_paths,
     print_result,
     prints_errors,
 )
@@ -42,15 +44,19 @@ def show(
             show_default=False,
         ),
     ],
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a program adapts and with which tensors, what a package takes, or what an adapter holds."""
+    """Show what a program adapts and with which tensors, what a package takes, or what an adapter holds.
+
+    Of a program and a package also the adapters that lie in the file by name.
+    """
     if path.is_dir() or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         from adaptc.reports.adapter_report import AdapterReport
 
         print_result(as_json, AdapterReport.from_path(path))
         return
-    from adaptc.packages.manifest import is_package
+    from adaptc.archives.archive import is_package
 
     if is_package(path):
         from adaptc.serving.serving_file import read_package_report
@@ -61,7 +67,7 @@ def show(
         return
     adaptc = import_adaptc()
 
-    print_result(as_json, adaptc.report(adaptc.load(path)))
+    print_result(as_json, adaptc.report(adaptc.load(path, base=base)))
 
 
 @app.command()
@@ -117,6 +123,10 @@ def compile_(
     quantize: Quantize = None,
     key_mapping: KeyMapping = None,
     component: Component = None,
+    adapters: NamedAdapters = None,
+    by_reference: Annotated[
+        bool, typer.Option("--by-reference", help="Leave the base's weights out of the file: loading it takes --base.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Capture a model and adapt it: an adapted program.
@@ -147,7 +157,9 @@ def compile_(
         found = adaptc.load(model) if model.is_file() else read_model(model)
         found = found if quantize is None else quantize_read_model(found, quantize, model)
         program = adaptc.compile(found, config, training=training, **options)
-    print_result(as_json, adaptc.report(program), adaptc.save(program, path))
+    how = {"adapters": parse_named_paths(adapters) if adapters else None}
+    written_path = adaptc.save(program, path, base="reference" if by_reference else "included", **how)
+    print_result(as_json, adaptc.report(program), written_path)
 
 
 def _check_generate(generate: bool, training: bool, sizes: Mapping[str, int | None]) -> None:
@@ -265,7 +277,14 @@ def merge(
 @prints_errors
 def swap(
     program: Program,
-    adapter: Adapter,
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER|NAME",
+            help="A PEFT directory, a file of another format, or the name of an adapter in the program's file.",
+            show_default=False,
+        ),
+    ],
     out: Out = None,
     output: Output = None,
     force: Force = False,
@@ -278,7 +297,7 @@ def swap(
 
     path = choose_output_path(out, output, force, program, adapter)
     adapted = adaptc.load(program)
-    report = adaptc.swap(adapted, adapter, key_mapping=parse_key_mapping(key_mapping), component=component)
+    report = adaptc.swap(adapted, str(adapter), key_mapping=parse_key_mapping(key_mapping), component=component)
     print_result(as_json, report, adaptc.save(adapted, path))
 
 
@@ -336,6 +355,8 @@ def package(
             show_default=False,
         ),
     ] = None,
+    adapters: NamedAdapters = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Compile a program ahead of time with AOTInductor: one file of machine code, whose adapters can be swapped.
@@ -347,24 +368,67 @@ def package(
 
     path = choose_output_path(out, output, force, program, tokenizer)
     options: dict[str, Any] = {"max_rank": max_rank, "products": products, "tokenizer": tokenizer}
-    print_result(as_json, written_path=adaptc.package(adaptc.load(program), path, **options))
+    options["adapters"] = parse_named_paths(adapters) if adapters else None
+    print_result(as_json, written_path=adaptc.package(adaptc.load(program, base=base), path, **options))
+
+
+File = Annotated[
+    Path, typer.Argument(metavar="FILE.pt2", help="A program with an adapter, or a package.", show_default=False)
+]
+Atol = Annotated[
+    float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
+]
 
 
 @app.command()
 @prints_errors
 def verify(
-    program: Program,
-    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the random inputs.")] = 0,
-    runs: Annotated[int, typer.Option(min=1, max=10_000, help="How many input shapes to try.")] = 3,
-    atol: Annotated[
-        float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
+    file: File,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=-(2**63),
+            max=2**63 - 1,
+            help="Seed of the random inputs; by default the certificate's.",
+            show_default=False,
+        ),
     ] = None,
+    runs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="How many input shapes to try; by default as certified, or 3.", show_default=False
+        ),
+    ] = None,
+    atol: Atol = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Check on random inputs that merging and unloading a program do what they promise. Exits with 1 if not."""
+    """Check on random inputs that merging and unloading a program do what they promise, and whether the certificate of
+    the file still holds. Exits with 1 if not. A package runs as it is loaded.
+    """
     adaptc = import_adaptc()
 
-    report = adaptc.verify(adaptc.load(program), shapes=runs, seed=seed, atol=atol)
+    report = adaptc.verify(file, shapes=runs, seed=seed, atol=atol, base=base)
     print_result(as_json, report)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+@prints_errors
+def certify(
+    file: File,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the random inputs.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, max=10_000, help="How many input shapes to try.")] = 3,
+    atol: Atol = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a file as verify does, and write what was measured into the file's certificate.
+
+    The file is replaced by one with the same content and the new certificate. Where a check fails it stays as it is,
+    and the exit code is 1. A package runs as it is loaded.
+    """
+    adaptc = import_adaptc()
+
+    print_result(as_json, adaptc.certify(file, seed=seed, shapes=runs, atol=atol, base=base), file)

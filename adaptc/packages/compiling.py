@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
+from adaptc.archives.added_files import AddedFiles
 from adaptc.errors import BackendError, CheckpointError, ConfigError, short_repr
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.cpp_slot_table import METADATA_KEY, slot_table
@@ -130,11 +131,12 @@ def write_package(
     manifest: Manifest,
     tensors: Mapping[str, Tensor],
     package_files: Mapping[str, bytes],
+    added: AddedFiles,
 ) -> Path:
     """Compile programs and write a package of them to ``path``, which is as it was where that fails.
 
-    The manifest, ``tensors`` and the files ``package_files`` lie beside the code. Raises CheckpointError where the file
-    cannot be written.
+    The manifest, ``tensors``, ``package_files`` and the ``added`` files lie beside the code. Raises CheckpointError
+    where the file cannot be written.
     """
     tables: dict[str, dict[str, str]] = {name: {} for name in models}
     if manifest.bank is None:  # the table describes the slots of a single adapter
@@ -144,7 +146,7 @@ def write_package(
         with atomic_replace(path, "new.pt2") as new_path, code_folder(new_path) as work_folder:
             compile_archive(models, work_folder, new_path, tables)
             with stage(f"writing the package {path.name}"):
-                _package_file.write(new_path, Contents(manifest, tensors, package_files))
+                _package_file.write(new_path, Contents(manifest, tensors, package_files, added))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path

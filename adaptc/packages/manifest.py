@@ -28,7 +28,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from adaptc.archives.archive import Archive, open_archive
+from adaptc.archives.added_files import ADDED_FOLDER, AddedFiles, read_added_files
+from adaptc.archives.archive import ADDED_RECORD_PATTERN, Archive, no_package_error, open_archive
+from adaptc.archives.certificate import hash_code
 from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, check_json
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path, short_repr
@@ -57,7 +59,7 @@ _RECORD_PATTERN = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
     rf"|data/aotinductor/{_MODEL_PATTERN}/[\w.\-]+"
     r"|data/adaptc/tensors\.safetensors"
-    rf"|{FILES_PREFIX}{_FILE_PATTERN}",
+    rf"|{FILES_PREFIX}{_FILE_PATTERN}|{ADDED_RECORD_PATTERN}",
     re.ASCII,
 )
 
@@ -159,6 +161,8 @@ class Contents:
     manifest: Manifest
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     package_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    #: such as adapters by name
+    added: AddedFiles = field(default_factory=AddedFiles)
 
 
 def write(path: Path, contents: Contents) -> None:
@@ -167,6 +171,8 @@ def write(path: Path, contents: Contents) -> None:
         root, hashes = archive.root, {name: archive.sha256(name) for name in archive.records}
     with zipfile.ZipFile(path, "a") as writer:
         records = {FILES_PREFIX + name: data for name, data in contents.package_files.items()}
+        added_files = contents.added.complete(lambda: hash_code(hashes))
+        records |= {ADDED_FOLDER + name: data for name, data in added_files.items()}
         if contents.tensors:
             records[TENSORS] = save({k: t.detach().cpu().contiguous() for k, t in contents.tensors.items()})
         for name, data in records.items():
@@ -197,17 +203,6 @@ def read(path: Path) -> Contents:
         return _read(path, archive)
 
 
-def is_package(path: Path) -> bool:
-    """Return whether a file has compiled code in it, as far as its table of contents tells; it may be damaged."""
-    try:
-        if not path.is_file():  # reading a pipe would wait for ever
-            return False
-        with zipfile.ZipFile(path) as archive:
-            return any("/data/aotinductor/" in name for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return False
-
-
 @contextmanager
 def as_checkpoint_errors(path: Path) -> Generator[None]:
     """Run the block with every error turned into a CheckpointError that names the file, BackendError excepted."""
@@ -224,7 +219,7 @@ def as_checkpoint_errors(path: Path) -> Generator[None]:
 
 def _read(path: Path, archive: Archive) -> Contents:
     if MANIFEST not in archive.records:
-        raise _no_manifest_error(path, list(archive.records))
+        raise no_package_error(path, list(archive.records))
     data = parse_json(
         archive.read_record(MANIFEST, _MAX_JSON_BYTES), allow_nan=True
     )  # an input may be the constant inf
@@ -248,9 +243,8 @@ def _read(path: Path, archive: Archive) -> Contents:
     _check_sites(manifest)
     _check_parts(manifest, archive.records)
     names = [name for name in archive.records if name.startswith(FILES_PREFIX)]
-    return Contents(
-        manifest, tensors, {n.removeprefix(FILES_PREFIX): archive.read_record(n, archive.size) for n in names}
-    )
+    files = {n.removeprefix(FILES_PREFIX): archive.read_record(n, archive.size) for n in names}
+    return Contents(manifest, tensors, files, AddedFiles(read_added_files(archive)))
 
 
 def _check_sites(manifest: Manifest) -> None:
@@ -298,19 +292,6 @@ def _check_records(archive: Archive, hashes: Mapping[str, str]) -> None:
             raise UnsafeFile(f"record {name!r} is none that a package has")
         if archive.sha256(name) != hashes[name]:
             raise UnsafeFile(f"record {name!r} does not have the hash of the manifest: it was changed or is damaged")
-
-
-def _no_manifest_error(path: Path, names: Sequence[str]) -> BackendError | CheckpointError:
-    if any(n.startswith("data/aotinductor/") for n in names):
-        return BackendError(
-            f"{printable_path(path)} was packaged without adaptc, so nothing in it says where adapters go. Run it with "
-            "torch._inductor.aoti_load_package, or package the adapted program with adaptc.package."
-        )
-    if any(n.startswith("models/") for n in names):
-        return CheckpointError(
-            f"{printable_path(path)} is an exported program, not a package; open it with adaptc.load"
-        )
-    return CheckpointError(f"{printable_path(path)} is an archive, but not one that adaptc.package wrote")
 
 
 def _manifest_data(m: Manifest) -> dict[str, Any]:

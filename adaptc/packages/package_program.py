@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from adaptc.archives.added_files import AddedFiles
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError
 from adaptc.matmul_tuning import choose_packaged, chooses_matmuls
 from adaptc.packages.compiling import check_package_options, write_package
 from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart, PackagedSite, SlotCapacity
 from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.packages.pad_adapter import check_members, rank_of_members
 from adaptc.packages.zero_sizes import nonzero_conditions
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.analysis.index_bounds import find_index_bounds
@@ -56,6 +58,8 @@ def package_program(
     products: str = "measured",
     package_files: Mapping[str, bytes] | None = None,
     parts: Mapping[str, Sequence[str]] | None = None,
+    added: AddedFiles | None = None,
+    members: Mapping[str, Binding] | None = None,
 ) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``) and return ``path``.
 
@@ -63,6 +67,8 @@ def package_program(
     its current rank and the one it was compiled with. Larger slots cost memory and time. ``package_files`` maps paths
     in the package to the bytes of files that adaptc does not read. ``parts`` divides the program into parts that share
     no computation: it maps the name of each, in small letters, to its outputs. Each is a model of its own in the file.
+    ``added`` are further files, and ``members`` the adapters in them by name. Without
+    ``max_rank`` there is room for the ranks of these adapters, too.
 
     ``program`` is not changed. A merged or unloaded program gives a package without slots. The file is machine code,
     which runs when somebody loads it: it is for those who trust you.
@@ -93,14 +99,20 @@ def package_program(
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
     with stage("preparing the program for its package"):
-        exported, manifest, tensors = PackageBuilder(program, max_rank, products).build()
+        room = (
+            max_rank
+            if max_rank is not None
+            else rank_of_members(program.adaptation.attachments, program.current, members or {})
+        )
+        exported, manifest, tensors = PackageBuilder(program, room, products).build()
+        check_members(manifest, tensors, path, members or {})
     models = {SINGLE_MODEL: exported}
     if parts:
         models = {name: extract_subprogram(exported, outputs) for name, outputs in parts.items()}
         manifest = replace(
             manifest, parts={n: _describe_part(model, manifest, parts[n]) for n, model in models.items()}
         )
-    return write_package(path, models, manifest, tensors, package_files or {})
+    return write_package(path, models, manifest, tensors, package_files or {}, added or AddedFiles())
 
 
 class PackageBuilder:

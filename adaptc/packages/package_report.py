@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from adaptc.binding.binding import Binding
+from adaptc.binding.stored_adapters import StoredAdapters, read_stored_adapters
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Contents, Manifest
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.packages.pad_adapter import AdapterPadder
 from adaptc.passes.protocol.method import Method
+from adaptc.reports.stored_table import stored_adapters_data, stored_adapters_table
 from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, to_json_value, with_count
 
 
@@ -75,11 +77,14 @@ class PackageReport(Report):
     notes: tuple[str, ...] = ()
     #: the scaling of the adapter, in words; '' for none
     strength: str = ""
+    #: the adapters by name in the file
+    stored: StoredAdapters = field(default_factory=StoredAdapters, repr=False)
 
     @classmethod
     def from_package(cls, package: PackagedProgram) -> PackageReport:
         """Return the report of a package as it is now."""
-        return cls._from_manifest(package.path, package.manifest, package.current, package.ranks)
+        found = cls._from_manifest(package.path, package.manifest, package.current, package.ranks)
+        return replace(found, stored=package.adapters)
 
     @classmethod
     def read(
@@ -97,7 +102,8 @@ class PackageReport(Report):
             found = cls._from_manifest(
                 file, manifest, fit.packaged_binding(None) if manifest.sites else None, fit.rank_capacities()
             )
-            return found if notes is None else replace(found, notes=tuple(notes(contents)))
+            lines = () if notes is None else tuple(notes(contents))
+            return replace(found, notes=lines, stored=read_stored_adapters(contents.added.files, file))
 
     @classmethod
     def _from_manifest(
@@ -145,6 +151,7 @@ class PackageReport(Report):
         chosen = [f"matmuls: {p['count']} by {p['kind']} at any rows ({p['why']})" for p in self.products]
         return [
             "\n".join([head, adapter, *chosen, *self.notes]),
+            stored_adapters_table(self.stored),
             self._sites_table(),
             self._inputs_table(),
             self._ranges_table(),
@@ -155,7 +162,8 @@ class PackageReport(Report):
 
         The keys are ``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``strength``, ``sites``,
         ``inputs``, ``ranges``, ``products`` and ``notes``. ``sites``, ``inputs`` and ``products`` are lists of dicts.
-        ``ranges`` maps a size to its least and greatest value, None for any. ``notes`` has lines.
+        ``ranges`` maps a size to its least and greatest value, None for any. ``notes`` has lines, and ``stored`` the
+        adapters in the file by name.
         """
         return {
             "path": str(self.path),
@@ -178,6 +186,7 @@ class PackageReport(Report):
             "ranges": {n: to_json_value(bounds) for n, bounds in self.ranges.items()},
             "products": [to_json_value(p) for p in self.products],
             "notes": list(self.notes),
+            "stored": stored_adapters_data(self.stored),
         }
 
     def _sites_table(self) -> Table:

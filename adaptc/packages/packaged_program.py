@@ -20,6 +20,7 @@ from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.binding.binding_scale import with_scale
+from adaptc.binding.stored_adapters import StoredAdapters, read_stored_adapters
 from adaptc.errors import AdaptcError, ConfigError, SwapError, short_repr
 from adaptc.locks import reset_after_fork
 from adaptc.packages import manifest as _package_file
@@ -30,7 +31,7 @@ from adaptc.packages.package_engine import PackageEngine
 from adaptc.packages.pad_adapter import AdapterPadder
 from adaptc.patterns import limit_pattern_time
 from adaptc.program.program_scale import AdapterScales
-from adaptc.reports.results import SwapReport
+from adaptc.program.swap_report import SwapReport
 from adaptc.runtime.options import check_byte_limit
 from adaptc.state.adaptation import Adaptation
 from adaptc.state.overrides import (
@@ -59,7 +60,7 @@ class PackagedProgram(AdapterScales):
 
     ``parse_contents`` reads the contents of the file, such as the files that it carries, before any code is loaded. Its
     result is ``parsed_contents``, None without it. What it raises becomes a CheckpointError, unless it is a
-    BackendError.
+    BackendError. ``is_strict`` refuses adapters that were stored for another base.
 
     Raises:
         CheckpointError: the file is missing, damaged, changed or of another kind.
@@ -72,7 +73,9 @@ class PackagedProgram(AdapterScales):
         torch.Size([2, 3])
     """
 
-    def __init__(self, path: Path | str, parse_contents: Callable[[Contents], Any] | None = None) -> None:
+    def __init__(
+        self, path: Path | str, parse_contents: Callable[[Contents], Any] | None = None, is_strict: bool = False
+    ) -> None:
         self.path = Path(path)
         contents = _package_file.read(self.path)
         m = contents.manifest
@@ -82,7 +85,12 @@ class PackagedProgram(AdapterScales):
         # The whole manifest is understood before any code is loaded.
         with _package_file.as_checkpoint_errors(self.path):
             self.device = torch.device(m.device)
-            self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
+            self.adaptation = Adaptation(
+                [s.attachment for s in m.sites],
+                fills=m.header["fills"],
+                residual=residual,
+                stored=read_stored_adapters(contents.added.files, self.path, is_strict),
+            )
             self.ops = {s.attachment.id: s.op for s in m.sites}
             self.binding_plans = BindingPlanCache(self.adaptation.attachments, self.ops)
             self._padder = AdapterPadder(m, contents.tensors, self.device, self.path)
@@ -110,6 +118,11 @@ class PackagedProgram(AdapterScales):
     def ranks(self) -> dict[str, int]:
         """Return the largest rank that an adapter may have at each site with a rank, by the FQN of its parameter."""
         return self._padder.rank_capacities()
+
+    @property
+    def adapters(self) -> StoredAdapters:
+        """Return the adapters by name in the package's file, which ``swap`` and ``bind`` take by these names."""
+        return self.adaptation.stored
 
     @property
     def current(self) -> PackagedBinding | None:

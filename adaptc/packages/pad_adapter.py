@@ -6,7 +6,7 @@ compiled code checks no shapes itself and would read past the end of a tensor, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from adaptc.archives.refusal import UnsafeFile
 from adaptc.binding.binding import Binding
 from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.binding.sources.configs import config_from_dict
-from adaptc.errors import CheckpointError, SwapError
+from adaptc.errors import CheckpointError, SwapError, errors_name
 from adaptc.methods import AdapterConfig
 from adaptc.packages.constants import PackagedBinding
 from adaptc.packages.manifest import Manifest, PackagedSite, SlotCapacity
 from adaptc.passes.graph.storage import memory_address
 from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
@@ -227,3 +228,30 @@ def _constant_shapes(m: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Sh
         base = tensors[f"base.{fqn}"]
         out[fqn] = tuple(base.shape), base.dtype
     return out
+
+
+def rank_of_members(
+    attachments: Sequence[Attachment], current: Binding | None, members: Mapping[str, Binding]
+) -> int | None:
+    """Return the largest rank of all adapters, or None where a program with ``current`` has room for ``members``."""
+    own: Mapping[str, Method] = {} if current is None else current.methods
+    room = {a.id: max(_rank(a.method), _rank(own.get(a.id))) for a in attachments}
+    largest = max((_rank(m) for member in members.values() for m in member.methods.values()), default=0)
+    has_room = all(_rank(m) <= room[site] for member in members.values() for site, m in member.methods.items())
+    return None if has_room else max([largest, *room.values()])
+
+
+def _rank(method: Method | None) -> int:
+    return 0 if method is None else method.sizes.rank() or 0
+
+
+def check_members(
+    manifest: Manifest, tensors: Mapping[str, Tensor], path: Path, members: Mapping[str, Binding]
+) -> None:
+    """Raise the error of a later swap, with the name, for an adapter that the code will have no room for."""
+    if members:
+        padder = AdapterPadder(manifest, dict(tensors), torch.device(manifest.device), path)
+        for name, member in members.items():
+            with errors_name(name):
+                padder.check_base(member.config)
+                padder.pad(member, None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from adaptc.archives.added_files import AddedFiles
 from adaptc.bank.bank import Bank
 from adaptc.bank.compile_bank import RowProgram
 from adaptc.bank.stack_placement import StackPlacement
@@ -40,13 +41,14 @@ def package_bank(
     max_rank: int | None = None,
     products: str = "measured",
     package_files: Mapping[str, bytes] | None = None,
+    added: AddedFiles | None = None,
 ) -> Path:
     """Compile ``bank`` into the file ``path`` (``.pt2``) and return ``path``.
 
     ``capacity`` is the number of adapters that there is room for, at least two. By default it is as many as the bank
     may hold, or one more than it has where that is unlimited. Each place costs memory, and time in every call.
     ``max_rank`` is the largest rank that an adapter may have. By default it is the bank's own limit, or the largest
-    rank in it. ``products``, ``package_files`` and further errors are as for ``package_program``.
+    rank in it. ``products``, ``package_files``, ``added`` and further errors are as for ``package_program``.
 
     Raises ConfigError for a bank that is empty, for one with more adapters than ``capacity``, and for a packaged one.
     """
@@ -69,7 +71,7 @@ def package_bank(
     builder = _BankPackageBuilder(placement, members, members[largest_adapter], rank_capacity, products, max(count, 2))
     with stage(f"preparing a bank of {len(members)} adapters for its package"):
         models, manifest, tensors = builder.build_models()
-    return write_package(path, models, manifest, tensors, package_files or {})
+    return write_package(path, models, manifest, tensors, package_files or {}, added or AddedFiles())
 
 
 def _max_rank(b: Binding) -> int:

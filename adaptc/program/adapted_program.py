@@ -6,6 +6,7 @@ bound, trained and moved. Its state, and how that stays consistent, is in ``core
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.program.module_factory import ProgramModuleFactory, warn_of_missing_data
 from adaptc.program.program_scale import ScalableProgram
+from adaptc.program.swap_report import SwapReport
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.options import checkpoint_blocks
 from adaptc.runtime.variants import Fusion
@@ -72,6 +74,23 @@ class AdaptedProgram(ScalableProgram):
             self.run_state.add_bound(bare.prepared)
             return bare
         return bind_program(self, bind_adapter(self, adapter, **options), form, memory_limit)
+
+    def swap(self, adapter: Any, **options: Any) -> SwapReport:
+        """Make ``adapter`` the current one, as ``adaptc.swap`` does.
+
+        Args:
+            adapter: an adapter as ``adaptc.swap`` takes it, or the name of one of :attr:`adapters`.
+            **options: the options of ``adaptc.swap``.
+
+        Returns:
+            a report of the sites, the ranks and the time that it took.
+
+        Raises:
+            AdaptcError: what ``adaptc.swap`` raises.
+        """
+        start = time.perf_counter()
+        binding = self.swap_adapter(adapter, **options)
+        return SwapReport.from_binding(self.adaptation.attachments, binding, time.perf_counter() - start)
 
     def snapshot_call(self) -> Runner:
         """Return a runner that keeps the current binding, for calls that belong together; see

@@ -7,6 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,15 @@ from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
+from adaptc.archives.added_files import (
+    BASE_TABLE_FILE,
+    CERTIFICATE_FILE,
+    AddedFiles,
+    read_added_files_of,
+    write_added_files,
+)
+from adaptc.archives.archive import open_archive
+from adaptc.archives.certificate import hash_graph
 from adaptc.archives.checksum import add_checksum
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path
 from adaptc.binding.binding import Binding
@@ -25,7 +35,8 @@ from adaptc.binding.common_to_sites import settle_shared_slots
 from adaptc.binding.file_keys import base_weight_name
 from adaptc.binding.grouped_slots import find_slot_groups
 from adaptc.binding.sources.configs import config_from_dict
-from adaptc.errors import AdaptcError, AdaptcWarning, BackendError, CheckpointError
+from adaptc.binding.stored_adapters import StoredAdapters, read_stored_adapters
+from adaptc.errors import AdaptcError, AdaptcWarning, BackendError, CheckpointError, ConfigError
 from adaptc.methods import method_from_dict
 from adaptc.passes.adapt.choose_forms import with_compilable_form
 from adaptc.passes.adapt.inject import Inject
@@ -42,6 +53,9 @@ from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
 from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.passes.train.compressed_linear import COMPRESSED_LINEAR
+from adaptc.program.bases.base_fingerprint import joint_fingerprint
+from adaptc.program.bases.base_table import complete_program, names_without_values, read_base_table, without_base
+from adaptc.program.bases.given_base import tensors_of_base
 from adaptc.program.read_program_file import read_program
 from adaptc.progress import stage
 from adaptc.runtime.gpu_variants import register_kernels
@@ -54,8 +68,18 @@ P = TypeVar("P", bound=ProgramCore)
 
 
 @with_graph_lock
-def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[str, str] | None = None) -> Path:
-    """Write ``program`` to ``path``, and return the path. ``sidecar_texts``: name -> text that goes into the same file.
+def save_program(
+    program: ExportedProgram,
+    path: Path,
+    sidecar_texts: Mapping[str, str] | None = None,
+    added: AddedFiles | None = None,
+    base: str = "included",
+    fingerprints: Mapping[str, str] | None = None,
+) -> Path:
+    """Write ``program`` to ``path``, and return the path.
+
+    ``sidecar_texts``: name -> text that goes into the same file. ``added``: further files.
+    ``base``: "included" writes the weights of the base, "reference" a table of them with their ``fingerprints``.
 
     Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
     stays one, and an existing file keeps its permissions.
@@ -65,11 +89,18 @@ def save_program(program: ExportedProgram, path: Path, sidecar_texts: Mapping[st
         program = program.snapshot()
         _check_none_disabled(program, path)
         _warn_of_idle_tensors(program, path)
-    program = ExpandQuantized()(_without_empty_blocks(program, path)).output
+    program, added = _without_empty_blocks(program, path), added or AddedFiles()
+    if base == "reference":
+        program, table = without_base(program, path, fingerprints)
+        added = replace(added, files={**added.files, BASE_TABLE_FILE: table})
+    program = ExpandQuantized()(program).output
     try:
         with stage(f"writing {path.name}"), atomic_replace(path, "new.pt2") as new:
             with open_for_torch_save(new) as file, _expanded_allowed(program):
                 torch.export.save(program, file, extra_files=dict(sidecar_texts or {}))
+            with open_archive(new) as archive:
+                files = added.complete(partial(hash_graph, archive))
+            write_added_files(new, files)
             add_checksum(new)
     except CheckpointError:
         raise
@@ -136,11 +167,18 @@ def _without_empty_blocks(program: ExportedProgram, path: Path) -> ExportedProgr
 
 @with_graph_lock
 def load_program(
-    program_class: type[P], path: Path, options: RunOptions, device: torch.device | str | None = None
+    program_class: type[P],
+    path: Path,
+    options: RunOptions,
+    device: torch.device | str | None = None,
+    base: Any = None,
+    is_strict: bool = False,
 ) -> P:
     """Read a program of ``program_class`` from a file.
 
-    ``device``: the device for all its tensors; None leaves them where they were saved from.
+    ``device``: the device for all its tensors; None leaves them where they were saved from. ``base``: what completes a
+    program that was saved by reference, as :func:`tensors_of_base` takes it. ``is_strict``: whether to refuse what is
+    of another base than the file's certificate says, where the default is to warn.
 
     Raises CheckpointError when the file is missing, damaged or not a program. Raises BackendError when it holds kernels
     that cannot run here, or where there is no such device.
@@ -149,12 +187,23 @@ def load_program(
         raise CheckpointError(f"there is no file {printable_path(path)}")
     target = None if device is None else usable_device(device)
     with stage(f"reading {path.name}"):
+        files = read_added_files_of(path)
+        stored = read_stored_adapters(files, path, is_strict)
+        _check_base_given(files, base, path)
+        _check_certified_base(files, stored, path)
         saved = read_program(path)
         if saved.uses_namespace("adaptc", besides=COMPRESSED_LINEAR):
             register_kernels(str(path))
         program = saved.to_exported_program()
+        if (data := files.get(BASE_TABLE_FILE)) is not None:
+            program = complete_program(program, read_base_table(data, path), tensors_of_base(base), path)
+        elif CERTIFICATE_FILE in files and (lost := names_without_values(program)):
+            raise CheckpointError(
+                f"{printable_path(path)} is damaged: it has no values of {lost[0]!r}, and no table of its base. "
+                "Save it again from the model"
+            )
     try:
-        loaded = from_program(program_class, program, options, str(path))
+        loaded = from_program(program_class, program, options, str(path), stored)
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged header can break any of its readers
@@ -168,15 +217,48 @@ def load_program(
     return loaded if target is None else loaded.to(target)
 
 
+def _check_base_given(files: Mapping[str, bytes], base: Any, path: Path) -> None:
+    """Raise CheckpointError for a file that lacks its base where none is given, ConfigError for one that has it."""
+    if BASE_TABLE_FILE not in files:
+        if base is not None:
+            raise ConfigError(f"{printable_path(path)} holds its base: leave base= out")
+    elif base is None:
+        table = read_base_table(files[BASE_TABLE_FILE], path)
+        first = ", ".join(map(repr, list(table)[:2]))
+        raise CheckpointError(
+            f"{printable_path(path)} was saved by reference: it has the names of its base's {len(table)} weights, such "
+            f"as {first}, and not the weights. Give the base it was made from, adaptc.load(path, base=...): the model, "
+            "its state dict, its directory or its .safetensors file"
+        )
+
+
+def _check_certified_base(files: Mapping[str, bytes], stored: StoredAdapters, path: Path) -> None:
+    """Warn of a table of another base than the certificate says, or raise CheckpointError where that is asked."""
+    if (data := files.get(BASE_TABLE_FILE)) is None or stored.base is None:
+        return
+    if joint_fingerprint({n: e["sha256"] for n, e in read_base_table(data, path).items()}) != stored.base:
+        message = (
+            f"{printable_path(path)} refers to another base than its certificate says ({stored.base[:12]}): save it "
+            "again from the model"
+        )
+        if stored.is_strict:
+            raise CheckpointError(message)
+        warnings.warn(message, AdaptcWarning, stacklevel=5)
+
+
 @with_graph_lock
 def from_program(
-    program_class: type[P], program: ExportedProgram, options: RunOptions | None = None, source: str = "program"
+    program_class: type[P],
+    program: ExportedProgram,
+    options: RunOptions | None = None,
+    source: str = "program",
+    adapters: StoredAdapters | None = None,
 ) -> P:
     """Return a program of ``program_class`` of any exported program; one without regions has no adapter and can only be
     called and saved.
 
-    ``source``: the name of the program in errors, and as the source of its binding. Raises CheckpointError where its
-    regions are of another format.
+    ``source``: the name of the program in errors, and as the source of its binding. ``adapters``: those of its file, by
+    name. Raises CheckpointError where its regions are of another format.
     """
     options = options or RunOptions()
     lifted = LiftedProgram(CollectQuantized()(program).output)
@@ -191,7 +273,9 @@ def from_program(
         return program_class(lifted.finish(), Adaptation(), options=replace(options, fuse=False))
     found = read_attachments(lifted.graph, method_from_dict)
     check_header(stored, {a.id for a in found})
-    adaptation = Adaptation.from_header(stored, found)
+    adaptation = replace(
+        Adaptation.from_header(stored, found), stored=StoredAdapters() if adapters is None else adapters
+    )
     binding = _read_binding(lifted, adaptation.attachments, stored, source)
     made = lifted.finish()
     wanted = [with_compilable_form(a, options.backend) for a in adaptation.attachments]

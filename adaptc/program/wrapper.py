@@ -14,9 +14,11 @@ from functools import wraps
 from typing import Any, ClassVar, Self, TypeVar
 
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.errors import AdaptcError
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.program_scale import AdapterScales
+from adaptc.program.swap_report import SwapReport
 from adaptc.state.model_directory import write_program_model
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -97,6 +99,17 @@ class ProgramWrapper(AdapterScales):
             "and its adapters with adaptc.save_adapter, and read them where they are needed; copy.deepcopy gives one "
             "with tensors of its own"
         )
+
+    # -- adapters are those of the program inside ---------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> StoredAdapters:
+        """Return the adapters of the file that the program inside was loaded from, by name."""
+        return self.program.adapters
+
+    def swap(self, adapter: Any, **options: Any) -> SwapReport:
+        """Make ``adapter`` the current one of the program inside, as ``adaptc.swap`` does."""
+        return self.program.swap(adapter, **options)
 
     # -- scales are those of the program inside ------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
+from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.matmul_tuning import PackedWeights
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.pass_infra import PassTrail
@@ -24,6 +25,7 @@ from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.reports.norms import Norms
+from adaptc.reports.stored_table import stored_adapters_data, stored_adapters_table
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.variants import Fusion
 from adaptc.tables import (
@@ -107,6 +109,8 @@ class CoverageReport(Report):
     strength: str = ""
     #: lines about the object that holds the program and generates with it
     notes: tuple[str, ...] = ()
+    #: the adapters by name in the program's own file
+    stored: StoredAdapters = field(default_factory=StoredAdapters, repr=False)
 
     @classmethod
     @with_graph_lock
@@ -134,7 +138,7 @@ class CoverageReport(Report):
         fields["training"] = training
         fields["norms"] = Norms.from_program(program, changes)
         fields["origins"] = {n: p.origin for n, p in bindings.items()}
-        fields["strength"] = binding.describe_scales()
+        fields["strength"], fields["stored"] = binding.describe_scales(), program.adapters
         fields["unadapted"] = unadapted_parameters(program)
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **fields)
 
@@ -167,6 +171,7 @@ class CoverageReport(Report):
             head += "" if o == PEFT_ORIGIN else f"\nfrom a file in the format {o}"
             head += f"; not of this program: {o.describe_others}" if o.other_components else ""
         tables = [
+            stored_adapters_table(self.stored),
             self._sites_table(),
             self._forms_table(),
             self._targets_table(),
@@ -194,9 +199,11 @@ class CoverageReport(Report):
         - ``passes``: where -> [pass, number of changes].
         - ``norms``: the data of :class:`~adaptc.reports.norms.Norms`.
         - ``notes``: lines.
+        - ``stored``: name -> ``peft_type``, ``tensors``, ``parameters`` and ``bytes`` of the adapters in the file.
         """
         return {
             "adapter": self.adapter,
+            "stored": stored_adapters_data(self.stored),
             "peft_type": self.peft_type,
             "source": self.source,
             "strength": self.strength,

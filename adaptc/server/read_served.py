@@ -15,9 +15,9 @@ import torch
 
 from adaptc.api.quantize import check_scheme_name, quantize_read_model
 from adaptc.api.save_and_load import load, load_package
+from adaptc.archives.archive import is_package
 from adaptc.capture.model_files import is_gguf, read_gguf, read_model, tokenizer_failure
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
-from adaptc.packages.manifest import is_package
 from adaptc.runtime.options import RunOptions
 
 

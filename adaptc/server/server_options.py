@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptc.archives.archive import is_package
 from adaptc.capture.model_files import is_gguf
 from adaptc.errors import CheckpointError, ConfigError, listing, short_repr
 from adaptc.methods.lora_family.lora_config import LoraConfig
-from adaptc.packages.manifest import is_package
 from adaptc.server.adapter_root import AdapterRoot
 from adaptc.server.read_served import ModelOptions, read_model_and_tokenizer, read_saved_and_tokenizer
 from adaptc.serving.compile_for_serving import compile_for_serving

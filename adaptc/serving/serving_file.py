@@ -48,13 +48,14 @@ def _parse_package(contents: Contents) -> Any:
         raise error.prepend_location(f"what it says of serving, {SPEC_FILE!r}: ") from None
 
 
-def load_package_contents(path: Path) -> Any:
+def load_package_contents(path: Path, is_strict: bool = False) -> Any:
     """Return what a package holds: a serving model, a generator, a bank, or the package itself.
 
-    Raises the errors of :class:`PackagedProgram`. A spec that cannot be read raises before any code is loaded.
+    ``is_strict``: as for :class:`PackagedProgram`, whose errors are raised. A spec that cannot be read raises before
+    any code is loaded.
     """
     with stage(f"reading the package {path.name}"):
-        found = PackagedProgram(path, _parse_package)
+        found = PackagedProgram(path, _parse_package, is_strict)
     spec = found.parsed_contents
     if not isinstance(spec, ServingSpec):
         return _contents_of_package(found)

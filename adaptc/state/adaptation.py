@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, check_json
 from adaptc.archives.refusal import UnsafeFile, short_repr
 from adaptc.binding.binding import Binding
+from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.capture.capture import PretrainedFacts
 from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.passes.adapt.choose_forms import with_compilable_form
@@ -110,6 +111,8 @@ class Adaptation:
     source: PretrainedFacts | None = None
     #: what modules of the program generate with, handed down by ``adaptc.compile``; None where they do not generate
     generate: ModuleGenerate | None = None
+    #: the adapters by name in the file that the program was loaded from
+    stored: StoredAdapters = field(default_factory=StoredAdapters)
 
     def header(self, binding: Binding) -> dict[str, Any]:
         """Return the header as plain JSON values: this record, the order of its attachments, and what the tensors do

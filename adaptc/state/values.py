@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
+from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.errors import AdaptcError
 from adaptc.passes.adapt.embedding_max_norm import max_norms_of
 from adaptc.passes.analysis.unread_weights import unread_weights
@@ -66,6 +67,14 @@ class ProgramProperties(ExportedProgram):
         if binding is None:
             raise AdaptcError("the program has no adapter; it was merged or unloaded")
         return binding
+
+    @property
+    def adapters(self) -> StoredAdapters:
+        """Return the adapters of the file that the program was loaded from, by name; none for any other program.
+
+        ``swap``, ``bind`` and ``bank.add`` take these names.
+        """
+        return self._adaptation.stored
 
     @property
     def options(self) -> RunOptions:

@@ -27,7 +27,13 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "report": adaptc.report,
 }
 #: what takes more than programs of adaptc's
-TAKEN = {("save", "plain program"), ("package", "plain program"), ("package", "bank"), ("report", "bank")}
+TAKEN = {
+    ("save", "plain program"),
+    ("package", "plain program"),
+    ("package", "bank"),
+    ("report", "bank"),
+    ("verify", "path"),
+}
 
 
 @cache

@@ -16,9 +16,10 @@ import torch
 import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.adapt.merging.site_merge import SiteMerge
+from adaptc.program.swap_report import SwapReport
 from adaptc.reports.adapter_report import AdapterReport
 from adaptc.reports.coverage import CoverageReport, SiteCoverage
-from adaptc.reports.results import MergeReport, SwapReport
+from adaptc.reports.results import MergeReport
 from tests.support.families import FAMILIES
 
 # -- parameters ------------------------------------------------------------------------------------------------------

@@ -197,17 +197,19 @@ def check_files(s: Subject, tmp_path: Path) -> None:
 
 
 def check_reload(s: Subject, tmp_path: Path) -> None:
-    """A program read from disk is understood from its graph: it runs, swaps, merges and unloads as before."""
+    """A program read from disk is understood from its graph: it runs, swaps, also by name, merges and unloads."""
     args = s.args(5)
-    loaded = adaptc.load(adaptc.save(s.program, tmp_path / "program.pt2"))
+    file = adaptc.save(s.program, tmp_path / "program.pt2", adapters={"own": s.directory, "bound": s.program.binding})
+    loaded = adaptc.load(file)
     assert_valid(loaded)
     assert list(loaded.adaptation.attachments) == list(s.program.adaptation.attachments)
     assert torch.equal(loaded(*args), s.program(*args))
     if s.entry.has_weight_form:
         assert torch.equal(adaptc.merge(loaded)(*args), adaptc.merge(s.program)(*args))
-    adaptc.swap(loaded, s.directory)
-    assert_valid(loaded)
-    assert torch.equal(loaded(*args), s.program(*args))
+    for adapter in (s.directory, "own", "bound"):
+        adaptc.swap(loaded, adapter)
+        assert_valid(loaded)
+        assert torch.equal(loaded(*args), s.program(*args))
 
 
 def check_dtypes(s: Subject, tmp_path: Path) -> None:
