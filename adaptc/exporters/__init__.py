@@ -1,0 +1,1 @@
+"""Programs for other runtimes, with adapters as inputs that each call gives."""
