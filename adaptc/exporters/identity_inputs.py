@@ -2,31 +2,64 @@
 
 A binding without sites has such values, whose ranks are two, since compilers specialise on zero and one. Runtimes of
 other files do not. So a rank of zero is tried on random values, and is taken where a method's own result is the base.
+It is not taken where an operator reads an empty tensor that runtimes are not known to compute: ONNX Runtime ends the
+process in an ``Einsum`` over nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from adaptc.binding.bind import initial_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.methods import AdapterConfig
 from adaptc.passes.graph.ops import Op
+from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.lower.free_axes import free_axes
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.program_method import PROGRAM_FORM
 from adaptc.runtime.rank_padding import random_input
+from adaptc.torch_typing import shape_of, symbolic_expression
+
+aten = torch.ops.aten
 
 #: FQN of a slot -> the axes whose size follows from the rank
 Ranks = Mapping[str, Collection[int]]
 
 
-def identity_binding(spec: BindingSpec, config: AdapterConfig, *, empty: bool) -> Binding:
-    """Return a binding of the base, whose ranks are zero where that is possible and ``empty`` is set.
+#: the operators that other runtimes were seen to compute on empty tensors
+_SAFE_WHEN_EMPTY = {
+    *(aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.embedding.default),
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.t.default, aten.transpose.int, aten.permute.default),
+    *(aten.to.dtype, aten._to_copy.default, aten.detach.default),
+}
+
+
+def ranks_that_may_be_zero(graph: fx.Graph, size_names: Mapping[str, str]) -> frozenset[str]:
+    """Return the names of free sizes whose tensors are read by operators alone that take empty ones.
+
+    ``size_names`` maps symbols in the graph's values to the names of sizes.
+    """
+    found = set(size_names.values())
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in _SAFE_WHEN_EMPTY:
+            values = pytree.tree_leaves([i.meta.get("val") for i in node.all_input_nodes])
+            sizes = [n for v in values if isinstance(v, Tensor) for n in shape_of(v)]
+            symbols = {str(s) for n in [*sizes, *values] if isinstance(n, torch.SymInt) for s in _free_symbols(n)}
+            found -= {name for symbol, name in size_names.items() if symbol in symbols}
+    return frozenset(found)
+
+
+def _free_symbols(size: torch.SymInt) -> Iterable[object]:
+    return symbolic_expression(size).free_symbols
+
+
+def identity_binding(spec: BindingSpec, config: AdapterConfig, *, empty: Collection[str]) -> Binding:
+    """Return a binding of the base, whose ranks are zero where that is possible and their names are in ``empty``.
 
     Scales are those of the methods that the program was compiled with, since an adapter without its scale has these.
     """
@@ -38,7 +71,9 @@ def identity_binding(spec: BindingSpec, config: AdapterConfig, *, empty: bool) -
             values[a.scale_slot] = torch.full_like(values[a.scale_slot], scale)
     if empty:
         free = free_axes(spec.attachments, spec.ops)
-        ranks: Ranks = {f: [i for i, s in axes.items() if s.is_rank] for f, axes in free.items()}
+        ranks: Ranks = {
+            f: [i for i, s in axes.items() if s.is_rank and s.unit_name in empty] for f, axes in free.items()
+        }
         for fqn in _slots_that_may_be_empty(spec, values, ranks):
             values[fqn] = _emptied(values[fqn], ranks.get(fqn, ()))
     return replace(base, values=values)

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import ConfigError
-from adaptc.exporters.identity_inputs import identity_binding
+from adaptc.exporters.identity_inputs import identity_binding, ranks_that_may_be_zero
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.lower.free_axes import FreeSize, free_axes
@@ -94,7 +94,8 @@ def make_slot_program(
     """Return ``program`` with its adapter as inputs. ``program`` is not changed.
 
     ``max_rank`` is the largest rank that inputs may have, for runtimes that plan memory for it; None for any. With
-    ``identity="empty"`` a site's identity has rank 0 where its method is defined there. "minimal" has no empty tensors.
+    ``identity="empty"`` a site's identity has rank 0 where its method and its operators allow that. "minimal" has no
+    empty tensors.
 
     Raises ConfigError for a program without an adapter, with several, or with one that is off, and for an adapter that
     replaces quantised weights.
@@ -124,7 +125,9 @@ def make_slot_program(
     described = _describe(attachments, program, current, unused)
     taken = {n.name for n in plain.graph.nodes}
     arguments = _argument_names([d.name for d in described], taken)
-    values = identity_binding(spec, binding.config, empty=identity == "empty").values
+    made = SlotsToInputs({d.fqn: arguments[d.name] for d in described}, free, max_rank)(plain)
+    empty = ranks_that_may_be_zero(made.output.graph, made.data) if identity == "empty" else ()
+    values = identity_binding(spec, binding.config, empty=empty).values
     inputs = [
         replace(
             d,
@@ -134,7 +137,6 @@ def make_slot_program(
         )
         for d in described
     ]
-    made = SlotsToInputs({i.fqn: i.argument for i in inputs}, free, max_rank)(plain)
     sites = [StoredSite(a, ops[a.id], tuple(w.shape), w.dtype) for a in attachments for w in [spec.weights[a.fqn]]]
     weights = {a.fqn: spec.weights[a.fqn] for a in attachments}
     return SlotProgram(made.output, inputs, made.data, current, sites, program.adaptation.header(binding), weights)
