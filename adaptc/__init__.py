@@ -40,6 +40,9 @@ if TYPE_CHECKING:
         SwapError,
         TargetError,
     )
+    from adaptc.exporters.export_onnx import export_onnx
+    from adaptc.exporters.onnx_adapter import onnx_session, save_onnx_adapter
+    from adaptc.exporters.onnx_session import OnnxSession
     from adaptc.generation.compile_generation import compile_for_generation
     from adaptc.generation.generator import Generator
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
@@ -123,6 +126,9 @@ PUBLIC = {
     "save_adapter": "adaptc.api.save_and_load",
     "package": "adaptc.api.save_and_load",
     "load_package": "adaptc.api.save_and_load",
+    "export_onnx": "adaptc.exporters.export_onnx",
+    "save_onnx_adapter": "adaptc.exporters.onnx_adapter",
+    "onnx_session": "adaptc.exporters.onnx_adapter",
     "quantize": "adaptc.api.quantize",
     "report": "adaptc.api.reporting",
     "verify": "adaptc.api.merge_and_lower",
@@ -142,6 +148,7 @@ PUBLIC = {
     "ServingModel": "adaptc.serving.serving_model",
     "Binding": "adaptc.binding.binding",
     "PackagedProgram": "adaptc.packages.packaged_program",
+    "OnnxSession": "adaptc.exporters.onnx_session",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
     "BdLoraConfig": "adaptc.methods.lora_family.variants.bdlora",

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adaptc.errors import ConfigError, short_repr
-from adaptc.exporters.input_description import METADATA_KEY, describe
+from adaptc.exporters.input_description import describe
 from adaptc.exporters.onnx_file import check_onnx_path, write_onnx
+from adaptc.exporters.onnx_session import METADATA_KEY
 from adaptc.exporters.slot_program import make_slot_program
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
@@ -66,6 +67,11 @@ def export_onnx(
         )
     if not isinstance(given, AdaptedProgram):
         raise ConfigError(f"export_onnx takes what adaptc.compile or adaptc.load gives, not a {type(given).__name__}")
+    if asked == "rows":
+        raise ConfigError(
+            "adapters='rows' is not there yet: an ONNX file takes one adapter for all rows of a call. For per-row adapters "
+            "package a bank with adaptc.package(prog.bank({...}), path), or make a call for the rows of each adapter"
+        )
     if asked not in ADAPTERS:
         raise ConfigError(f"adapters={short_repr(asked)} is not one of {', '.join(ADAPTERS)}")
     check_onnx_path(path)

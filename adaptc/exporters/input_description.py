@@ -28,8 +28,6 @@ from adaptc.state.adaptation import check_header
 from adaptc.torch_typing import is_dict
 
 FORMAT = 1
-#: the key of the description in the metadata of a file
-METADATA_KEY = "adaptc"
 #: how many elements of each base weight the fingerprint is made of
 SAMPLED_ELEMENTS = 1024
 

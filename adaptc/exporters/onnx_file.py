@@ -103,7 +103,9 @@ def _convert(program: ExportedProgram, input_names: Sequence[str], output_names:
     try:
         import onnxscript  # noqa: F401  # of which torch's own message would not say how it is installed
     except ImportError as error:
-        raise BackendError(f"exporting to ONNX needs onnx and onnxscript: pip install 'adaptc[onnx]' ({error})") from error
+        raise BackendError(
+            f"exporting to ONNX needs onnx and onnxscript: pip install 'adaptc[onnx]' ({error})"
+        ) from error
     import torch.onnx
 
     try:

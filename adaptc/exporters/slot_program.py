@@ -39,7 +39,7 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, eq=False)
 class SlotInput:
-    """An input of a program that has a tensor of an adapter.
+    """An input of a program that has a tensor of an adapter. A tensor without axes, such as a scale, has one element.
 
     Attributes:
         name: the name of the input, which is the slot's key in PEFT's files without their prefix.
@@ -111,7 +111,7 @@ def make_slot_program(
     remove_slots(lifted, unused)
     current: dict[str, Tensor] = {}
     for fqn in dict.fromkeys(f for a in attachments for f in a.tensor_names if f not in unused):
-        current[fqn] = binding.values[fqn].detach()
+        current[fqn] = as_input(binding.values[fqn])
     for fqn, value in binding.changed_base.items():
         if isinstance(value, QuantizedTensor) or isinstance(program.base_tensors[fqn], QuantizedTensor):
             raise ConfigError(
@@ -133,13 +133,18 @@ def make_slot_program(
             d,
             argument=arguments[d.name],
             shape=_shape_text(current[d.fqn], free.get(d.fqn, {})),
-            identity=program.base_tensors[d.fqn].detach() if d.slot == "base" else values[d.fqn].detach(),
+            identity=as_input(program.base_tensors[d.fqn] if d.slot == "base" else values[d.fqn]),
         )
         for d in described
     ]
     sites = [StoredSite(a, ops[a.id], tuple(w.shape), w.dtype) for a in attachments for w in [spec.weights[a.fqn]]]
     weights = {a.fqn: spec.weights[a.fqn] for a in attachments}
     return SlotProgram(made.output, inputs, made.data, current, sites, program.adaptation.header(binding), weights)
+
+
+def as_input(value: Tensor) -> Tensor:
+    """Return a tensor of an adapter as an input has it: one without axes as one element."""
+    return value.detach() if value.ndim else value.detach().reshape(1)
 
 
 def _single_adapter(program: ProgramCore) -> Binding:

@@ -4,7 +4,8 @@ It is for runtimes that know no constants which can be replaced. A program that 
 adapter of a call as it takes the tokens.
 
 Before: a program in which the tensors are parameters or buffers that no call writes to. After: an equal program whose
-last keyword inputs they are. The values of all nodes are symbolic in the free sizes.
+last keyword inputs they are. The values of all nodes are symbolic in the free sizes. A tensor without axes has become
+an input of one element, since there are files of adapters that hold no other ones.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class SlotsToInputs(Pass):
         examples: dict[str, Tensor] = {}
         for fqn, node in nodes.items():
             value = lifted.state_dict.pop(fqn).detach()
+            if not value.ndim:
+                value = value.reshape(1)
+                _read_as_scalar(lifted, node)
             free = self.free.get(fqn, {})
             sizes = {i: fakes.size(f.unit_name, f.unit) * f.times for i, f in free.items()}
             with fakes.mode:
@@ -86,3 +90,13 @@ def _to_input(lifted: LiftedProgram, fqn: str, argument: str) -> fx.Node:
     lifted.input_specs[argument] = InputSpec(InputKind.USER_INPUT, TensorArgument(argument), None)
     lifted.nodes[argument] = node
     return node
+
+
+def _read_as_scalar(lifted: LiftedProgram, node: fx.Node) -> None:
+    """Let all that reads an input of one element read a tensor without axes."""
+    readers = list(node.users)
+    with lifted.graph.inserting_before(next(n for n in lifted.graph.nodes if n.op != "placeholder")):
+        scalar = lifted.graph.call_function(torch.ops.aten.reshape.default, (node, []))
+    lifted.nodes[scalar.name] = scalar
+    for reader in readers:
+        reader.replace_input_with(node, scalar)

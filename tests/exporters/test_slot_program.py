@@ -15,7 +15,7 @@ from torch.export import Dim
 import adaptc
 from adaptc import LoraConfig
 from adaptc.exporters.input_description import describe, parse_description
-from adaptc.exporters.slot_program import SlotProgram, make_slot_program
+from adaptc.exporters.slot_program import SlotProgram, as_input, make_slot_program
 from tests.support.method_table import ENTRIES
 from tests.support.subject import assert_close, assert_valid, quiet, save_random_adapter, subject
 
@@ -49,7 +49,7 @@ def compiled(config: Any = None, **options: Any) -> adaptc.AdaptedProgram:
 
 def run(made: SlotProgram, values: dict[str, Tensor], *args: Tensor) -> Tensor:
     """The program with the tensors of a binding; identity values where it has none."""
-    given = {i.argument: values.get(i.fqn, i.identity) for i in made.inputs}
+    given = {i.argument: as_input(values.get(i.fqn, i.identity)) for i in made.inputs}
     with torch.no_grad():
         return made.program.module(check_guards=False)(*args, **given)
 
