@@ -96,8 +96,7 @@ class DescribedModel:
                 f"{self.source}: export a program with this adapter, or convert it with adaptc.convert_to_lora"
             )
         # The fingerprint of a base weight is of values that are not known here.
-        values = {f: t for f, t in bound.values.items()}
-        plain = replace(bound, values=values, base_fingerprints={})
+        plain = replace(bound, base_fingerprints={})
         done = bind_adapter(self, plain.to("cpu"), **options)
         return replace(done, changed_base=plain.changed_base)
 

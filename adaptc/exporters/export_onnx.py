@@ -11,11 +11,8 @@ from adaptc.errors import ConfigError, short_repr
 from adaptc.exporters.input_description import describe
 from adaptc.exporters.onnx_file import check_onnx_path, write_onnx
 from adaptc.exporters.onnx_session import METADATA_KEY
+from adaptc.exporters.plain_program import plain_program
 from adaptc.exporters.slot_program import make_slot_program
-from adaptc.passes.graph.graph_lock import hold_graph_lock
-from adaptc.passes.graph.lifted import LiftedProgram
-from adaptc.passes.quantized.expand_quantized import ExpandQuantized
-from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
 from adaptc.progress import stage
@@ -62,15 +59,15 @@ def export_onnx(
     path, given, asked = Path(path), _untyped(program), _untyped(adapters)
     if isinstance(given, ProgramWrapper):
         raise ConfigError(
-            f"a {type(given).__name__} keeps a cache between calls, which an ONNX file of it would not: export a program "
-            "of adaptc.compile"
+            f"a {type(given).__name__} keeps a cache between calls, which an ONNX file of it would not: export a "
+            "program of adaptc.compile"
         )
     if not isinstance(given, AdaptedProgram):
         raise ConfigError(f"export_onnx takes what adaptc.compile or adaptc.load gives, not a {type(given).__name__}")
     if asked == "rows":
         raise ConfigError(
-            "adapters='rows' is not there yet: an ONNX file takes one adapter for all rows of a call. For per-row adapters "
-            "package a bank with adaptc.package(prog.bank({...}), path), or make a call for the rows of each adapter"
+            "adapters='rows' is not supported: an ONNX file takes one adapter for all rows of a call. For per-row "
+            "adapters package a bank with adaptc.package, or make a call for the rows of each adapter"
         )
     if asked not in ADAPTERS:
         raise ConfigError(f"adapters={short_repr(asked)} is not one of {', '.join(ADAPTERS)}")
@@ -78,7 +75,7 @@ def export_onnx(
     check_no_override(program, "export")
     check_not_stale(program)
     if adapters == "merged":
-        return write_onnx(_plain(program if program.current is None else _merged(program)), path)
+        return write_onnx(plain_program(program if program.current is None else _merged(program)), path)
     with stage("making the adapter an input"):
         made = make_slot_program(program)
     return write_onnx(made.program, path, made.inputs, made.size_names, {METADATA_KEY: json.dumps(describe(made))})
@@ -91,11 +88,3 @@ def _untyped(value: Any) -> Any:
 
 def _merged(program: AdaptedProgram) -> AdaptedProgram:
     return merge_program(program, safe=True, keep_base=True, progress=False)[0]
-
-
-def _plain(program: AdaptedProgram) -> Any:
-    """Return a program without an adapter for inference, with plain tensors in the place of quantised weights."""
-    with hold_graph_lock():
-        still = program.snapshot()
-        plain = SetMode(training=False)(still).program if still.adaptation.training else LiftedProgram(still).finish()
-        return ExpandQuantized(with_records=False)(plain).output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,27 +113,31 @@ def _description_text(model: Any) -> tuple[str, str]:
     """Return the name of a model, and the description in its file."""
     if isinstance(model, OnnxSession):
         return str(model.path), model.text or ""
+    given = type(model).__name__
     if not isinstance(model, (str, os.PathLike)):
-        raise ConfigError(f"model is the path of an .onnx file or a session of it, not a {type(model).__name__}")
+        raise ConfigError(f"model is the path of an .onnx file or a session of it, not a {given}")
+    name = str(cast("Any", model))
     try:
         import onnx
+
+        untyped: Any = onnx
     except ImportError as error:
         raise BackendError(f"reading an ONNX file needs onnx: pip install 'adaptc[onnx]' ({error})") from error
     try:
-        read: Any = onnx.load(model, load_external_data=False)
+        read = untyped.load(name, load_external_data=False)
     except Exception as error:  # a damaged file can break any reader
-        raise CheckpointError(f"{model} is no ONNX file, or is missing or damaged: {error}") from error
+        raise CheckpointError(f"{name} is no ONNX file, or is missing or damaged: {error}") from error
     texts = {p.key: p.value for p in read.metadata_props}
     if METADATA_KEY not in texts:
         raise CheckpointError(
-            f"{model} has no inputs for adapters: write it with adaptc.export_onnx(program, path, adapters='inputs')"
+            f"{name} has no inputs for adapters: write it with adaptc.export_onnx(program, path, adapters='inputs')"
         )
-    return str(model), texts[METADATA_KEY]
+    return name, texts[METADATA_KEY]
 
 
 def _onnxruntime() -> Any:
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
         raise BackendError(f"this needs onnxruntime: pip install 'adaptc[onnx]' ({error})") from error
     return onnxruntime

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
@@ -21,11 +23,15 @@ from adaptc.adapter_files.atomic_write import commit, open_stage
 from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.exporters.slot_program import SlotInput
 from adaptc.passes.graph.graph_lock import hold_graph_lock
-from adaptc.passes.graph.lifted import user_inputs
+from adaptc.passes.graph.lifted import LiftedProgram, user_inputs
+from adaptc.passes.graph.propagate import propagate_fakes
 from adaptc.passes.graph.pytree import named_leaves, pytree
 from adaptc.progress import stage
 from adaptc.runtime.mutated_buffers import written_placeholders
 
+aten = torch.ops.aten
+_RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+_CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
@@ -56,7 +62,7 @@ def write_onnx(
     taken = {i.name for i in inputs} & set(own)
     if taken:
         raise ConfigError(f"the model has an input called {min(taken)!r}, and the adapter has another of that name")
-    converted = _convert(program, [*own, *(i.name for i in inputs)], output_names(program))
+    converted = _convert(_with_contiguous_views(program), [*own, *(i.name for i in inputs)], output_names(program))
     model: Any = converted.model
     converted.rename_axes(_axis_names(model, len(own)) | dict(size_names or {}))
     _add_defaults(model, inputs)
@@ -99,20 +105,37 @@ def _check_pure(program: ExportedProgram) -> None:
         )
 
 
+def _with_contiguous_views(program: ExportedProgram) -> ExportedProgram:
+    """Return ``program`` with a copy in front of each reshape, which a converter leaves out again.
+
+    torch decides by strides whether a reshape is a view, and then computes attention by operators that give others.
+    """
+    lifted = LiftedProgram(program)
+    copies: set[fx.Node] = set()
+    for node in [n for n in lifted.graph.nodes if n.target in _RESHAPES]:
+        with lifted.graph.inserting_before(node):
+            copy = lifted.graph.call_function(aten.clone.default, (node.args[0],), _CONTIGUOUS)
+        node.update_arg(0, copy)
+        copies.add(copy)
+    propagate_fakes(lifted.graph, copies, program.graph_module)
+    return lifted.finish()
+
+
 def _convert(program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]) -> Any:
     try:
-        import onnxscript  # noqa: F401  # of which torch's own message would not say how it is installed
+        import onnxscript  # of which torch's own message would not say how it is installed
     except ImportError as error:
         raise BackendError(
             f"exporting to ONNX needs onnx and onnxscript: pip install 'adaptc[onnx]' ({error})"
         ) from error
-    import torch.onnx
-
+    assert onnxscript
+    untyped: Any = torch.onnx
+    export = untyped.export
     try:
         with stage("converting the program to ONNX"), hold_graph_lock(), warnings.catch_warnings():
             # torch copies its own tree specs by a class that it has deprecated.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-            return torch.onnx.export(
+            return export(
                 program,
                 dynamo=True,
                 verbose=False,
@@ -140,7 +163,7 @@ def _axis_names(model: Any, count: int) -> dict[str, str]:
 
 def _add_defaults(model: Any, inputs: Sequence[SlotInput]) -> None:
     """Give the model's inputs initializers: identity values, which count where nothing is fed."""
-    import onnx_ir
+    import onnx_ir  # which onnxscript brings
 
     by_name = {v.name: v for v in model.graph.inputs}
     for i in inputs:

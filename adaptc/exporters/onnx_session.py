@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,6 +32,13 @@ class OnnxSession:
     """An ONNX file with adapters by name, of which each call takes one or none.
 
     Calls may come from any thread. A call keeps the adapter that had its name when it began.
+
+    Args:
+        path: the ``.onnx`` file.
+        read_adapter: what gives the tensors of adapters that are neither files of ONNX Runtime nor arrays; None refuses
+            them.
+        providers: the execution providers of ONNX Runtime; None for the CPU.
+        session_options: an ``onnxruntime.SessionOptions``.
 
     Attributes:
         session: the ``onnxruntime.InferenceSession``.
@@ -51,16 +58,17 @@ class OnnxSession:
         providers: Sequence[Any] | None = None,
         session_options: Any = None,
     ) -> None:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
         self._ort: Any = onnxruntime
         self.path = path
-        if session_options is None:
-            session_options = onnxruntime.SessionOptions()
-            session_options.log_severity_level = 3  # or each optional input gets a warning, for being one
+        options: Any = session_options
+        if options is None:
+            options = self._ort.SessionOptions()
+            options.log_severity_level = 3  # or each optional input gets a warning, for being one
         try:
-            self.session: Any = onnxruntime.InferenceSession(
-                str(path), session_options, providers=list(providers or ["CPUExecutionProvider"])
+            self.session: Any = self._ort.InferenceSession(
+                str(path), options, providers=list(providers or ["CPUExecutionProvider"])
             )
         except Exception as error:  # the classes of its errors are not public
             raise CheckpointError(f"ONNX Runtime cannot open {path}: {str(error).splitlines()[0]}") from error
@@ -103,23 +111,27 @@ class OnnxSession:
 
         Args:
             name: a name that no adapter has yet; :meth:`delete_adapter` makes a name free.
-            adapter: a file that :func:`save_onnx_adapter` wrote, or an adapter as :func:`swap` takes it: a PEFT directory
-                or file, a program, what was bound to one. Or a mapping from names of inputs to arrays.
+            adapter: a file that :func:`save_onnx_adapter` wrote, or an adapter as :func:`swap` takes it: a PEFT
+                directory or file, a program, what was bound to one. Or a mapping from names of inputs to arrays.
 
         Raises:
             ConfigError: the name is taken, or no name.
             CheckpointError: the file is damaged, or was written for another model.
             SwapError: the adapter has tensors that the model has no input for, or of other shapes.
         """
-        if not isinstance(name, str) or not name:
+        given: Any = name  # callers may give anything
+        if not isinstance(given, str) or not given:
             raise ConfigError(f"the name of an adapter is a text, not {short_repr(name)}")
         if name in self._adapters:
             raise ConfigError(f"there is an adapter called {name!r} already: session.delete_adapter({name!r}) first")
-        source = str(adapter) if isinstance(adapter, (str, os.PathLike)) else f"the adapter {name!r}"
-        if source.endswith(ADAPTER_SUFFIX):
+        is_path = isinstance(adapter, (str, os.PathLike))
+        untyped: Any = adapter
+        source = str(untyped) if is_path else f"the adapter {name!r}"
+        values: Mapping[str, Any]
+        if is_path and source.endswith(ADAPTER_SUFFIX):
             values = self._read_file(Path(source))
-        elif _is_mapping_of_arrays(adapter):
-            values = {key: self._to_ort(value) for key, value in adapter.items()}
+        elif (arrays := _arrays(adapter)) is not None:
+            values = {key: self._to_ort(value) for key, value in arrays.items()}
         elif self._read_adapter is not None:
             values = {key: self._to_ort(v) for key, v in self._read_adapter(adapter, self.text or "").items()}
         else:
@@ -127,7 +139,7 @@ class OnnxSession:
                 f"{source} is neither a {ADAPTER_SUFFIX} file nor a mapping from names of inputs to arrays"
             )
         self._check(values, source)
-        self._adapters = {**self._adapters, name: values}
+        self._adapters = {**self._adapters, name: dict(values)}
 
     def delete_adapter(self, name: str) -> None:
         """Give up an adapter. Calls that have begun with it end with it.
@@ -252,7 +264,10 @@ def model_version(fingerprint: str) -> int:
     return int(fingerprint[:7], 16) | 1  # never 0, which says nothing of a model
 
 
-def _is_mapping_of_arrays(adapter: Any) -> bool:
-    return isinstance(adapter, Mapping) and all(
-        isinstance(v, np.ndarray) or type(v).__name__ == "OrtValue" for v in adapter.values()
-    )
+def _arrays(adapter: Any) -> Mapping[str, Any] | None:
+    """Return a mapping from names to arrays or ``OrtValue``; None for any other adapter."""
+    if not isinstance(adapter, Mapping):
+        return None
+    found = cast("Mapping[str, Any]", adapter)
+    is_array = (isinstance(v, np.ndarray) or type(v).__name__ == "OrtValue" for v in found.values())
+    return found if all(is_array) else None

@@ -4,8 +4,7 @@ Every slot and every scale becomes a named keyword input, in ATen operators alon
 then takes adapters of any rank, and needs to know nothing of adaptc. :class:`SlotInput` says of each input where it
 belongs, and has the value with which its site computes the base.
 
-The program is as calls without training run it: dropout is off, and quantised weights are plain tensors with the
-operators that dequantise them. Slots that no operator reads are left out.
+The program is as converters take it (``plain_program``). Slots that no operator reads are left out.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import ConfigError
 from adaptc.exporters.identity_inputs import identity_binding, ranks_that_may_be_zero
+from adaptc.exporters.plain_program import plain_program
 from adaptc.passes.graph.graph_lock import with_graph_lock
-from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.lower.free_axes import FreeSize, free_axes
 from adaptc.passes.lower.slots_to_inputs import SlotsToInputs
-from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
+from adaptc.passes.lower.unused_slots import find_unused_slots
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
-from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.stored_sites import StoredSite
 from adaptc.state.core import ProgramCore
 
@@ -103,12 +100,7 @@ def make_slot_program(
     program = program.snapshot()
     binding = _single_adapter(program)
     attachments, ops = program.adaptation.attachments, program.ops
-    if program.adaptation.training:
-        lifted = LiftedProgram(SetMode(training=False)(program).program)
-    else:
-        lifted = LiftedProgram(program)
     unused = find_unused_slots(program, [f for a in attachments for f in a.tensor_names])
-    remove_slots(lifted, unused)
     current: dict[str, Tensor] = {}
     for fqn in dict.fromkeys(f for a in attachments for f in a.tensor_names if f not in unused):
         current[fqn] = as_input(binding.values[fqn])
@@ -119,7 +111,7 @@ def make_slot_program(
                 "convert the adapter with adaptc.convert_to_lora"
             )
         current[fqn] = value.detach()
-    plain = ExpandQuantized(with_records=False)(lifted.finish()).output
+    plain = plain_program(program, unused)
     free = free_axes(attachments, ops)
     spec = program.spec()
     described = _describe(attachments, program, current, unused)
