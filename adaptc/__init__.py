@@ -12,7 +12,7 @@ from adaptc.public_names import lazy_names
 
 # Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
-    from adaptc import debug, engines, methods, prefixes, training
+    from adaptc import debug, engines, exporters, methods, prefixes, training
     from adaptc.adapters.adapter import Adapter, load_adapter
     from adaptc.adapters.combine import combine
     from adaptc.adapters.subtract import subtract_adapter
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
         SwapError,
         TargetError,
     )
-    from adaptc.exporters.export_onnx import export_onnx
-    from adaptc.exporters.onnx_adapter import onnx_session, save_onnx_adapter
-    from adaptc.exporters.onnx_session import OnnxSession
     from adaptc.generation.compile_generation import compile_for_generation
     from adaptc.generation.generator import Generator
     from adaptc.methods.lora_family.adalora import AdaLoraConfig
@@ -126,9 +123,6 @@ PUBLIC = {
     "save_adapter": "adaptc.api.save_and_load",
     "package": "adaptc.api.save_and_load",
     "load_package": "adaptc.api.save_and_load",
-    "export_onnx": "adaptc.exporters.export_onnx",
-    "save_onnx_adapter": "adaptc.exporters.onnx_adapter",
-    "onnx_session": "adaptc.exporters.onnx_adapter",
     "quantize": "adaptc.api.quantize",
     "report": "adaptc.api.reporting",
     "verify": "adaptc.api.merge_and_lower",
@@ -148,7 +142,6 @@ PUBLIC = {
     "ServingModel": "adaptc.serving.serving_model",
     "Binding": "adaptc.binding.binding",
     "PackagedProgram": "adaptc.packages.packaged_program",
-    "OnnxSession": "adaptc.exporters.onnx_session",
     "LoraConfig": "adaptc.methods.lora_family.lora_config",
     "ArrowConfig": "adaptc.methods.lora_family.arrow",
     "BdLoraConfig": "adaptc.methods.lora_family.variants.bdlora",
@@ -218,7 +211,7 @@ PUBLIC = {
 }
 
 #: packages of further public names, by what one does with them
-NAMESPACES = ("training", "prefixes", "engines", "methods", "debug")
+NAMESPACES = ("training", "prefixes", "engines", "exporters", "methods", "debug")
 
 #: names that were public here -> what they are called now
 MOVED = {

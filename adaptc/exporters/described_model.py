@@ -108,5 +108,5 @@ class DescribedModel:
                 raise SwapError(
                     f"{source}: an adapter of this {type(config).__name__} has values that follow from the base weight "
                     f"{a.fqn!r}, which {self.source} does not give. Bind it to the program, and give what "
-                    "prog.bind(adapter) returns"
+                    "prog.bind(adapter) returns; or convert it with adaptc.convert_to_lora"
                 )

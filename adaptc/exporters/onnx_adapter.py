@@ -14,7 +14,7 @@ from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.exporters.described_model import DescribedModel
 from adaptc.exporters.input_description import parse_description
-from adaptc.exporters.onnx_session import ADAPTER_SUFFIX, METADATA_KEY, OnnxSession, model_version
+from adaptc.exporters.session import ADAPTER_SUFFIX, METADATA_KEY, OnnxSession, model_version
 from adaptc.progress import stage
 
 #: the number of bfloat16 among the types of ONNX tensors, which numpy lacks
@@ -51,9 +51,9 @@ def save_onnx_adapter(
         BackendError: onnxruntime or onnx is not installed. ``path`` is as it was, here and above.
 
     Example:
-        >>> model = adaptc.export_onnx(prog, "model.onnx")
-        >>> path = adaptc.save_onnx_adapter(prog, "current.onnx_adapter", model=model)
-        >>> session = adaptc.onnx_session(model)
+        >>> model = adaptc.exporters.export_onnx(prog, "model.onnx")
+        >>> path = adaptc.exporters.save_onnx_adapter(prog, "current.onnx_adapter", model=model)
+        >>> session = adaptc.exporters.onnx_session(model)
         >>> session.load_adapter("current", path)
     """
     path = Path(path)
@@ -94,7 +94,7 @@ def onnx_session(
         BackendError: onnxruntime is not installed.
 
     Example:
-        >>> session = adaptc.onnx_session(adaptc.export_onnx(prog, "model.onnx"))
+        >>> session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(prog, "model.onnx"))
         >>> session.run({"input": x.numpy()})["output"].shape
         (2, 3)
     """
@@ -130,7 +130,7 @@ def _description_text(model: Any) -> tuple[str, str]:
     texts = {p.key: p.value for p in read.metadata_props}
     if METADATA_KEY not in texts:
         raise CheckpointError(
-            f"{name} has no inputs for adapters: write it with adaptc.export_onnx(program, path, adapters='inputs')"
+            f"{name} has no inputs for adapters: write it with adaptc.exporters.export_onnx(program, path)"
         )
     return name, texts[METADATA_KEY]
 

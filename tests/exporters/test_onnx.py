@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(len(name) + options["r"])
         model = peft.get_peft_model(Net(), peft.LoraConfig(**options, init_lora_weights=False))
         model.save_pretrained(str(path / name))
-    adaptc.export_onnx(compiled(), path / "model.onnx")
+    adaptc.exporters.export_onnx(compiled(), path / "model.onnx")
     return path
 
 
@@ -44,7 +44,7 @@ def expected(folder: Path, adapter: str | None, x: Tensor) -> Tensor:
         return model(x)
 
 
-def assert_runs(session: adaptc.OnnxSession, folder: Path, *adapters: str | None) -> None:
+def assert_runs(session: adaptc.exporters.OnnxSession, folder: Path, *adapters: str | None) -> None:
     for size in SIZES:
         for adapter in adapters:
             found = session.run({"x": inputs(*size).numpy()}, adapter)["output"]
@@ -52,22 +52,24 @@ def assert_runs(session: adaptc.OnnxSession, folder: Path, *adapters: str | None
 
 
 def test_adapters_are_chosen_in_each_call(folder: Path, tmp_path: Path) -> None:
-    session = adaptc.onnx_session(folder / "model.onnx")
+    session = adaptc.exporters.onnx_session(folder / "model.onnx")
     assert_runs(session, folder, None)
     session.load_adapter("fr", folder / "fr")
-    path = adaptc.save_onnx_adapter(folder / "de", tmp_path / "de.onnx_adapter", model=session)
+    path = adaptc.exporters.save_onnx_adapter(folder / "de", tmp_path / "de.onnx_adapter", model=session)
     session.load_adapter("de", path)
     assert session.adapters == ["fr", "de"]
     assert_runs(session, folder, "fr", None, "de", "fr")
-    half = {n: v.numpy() for n, v in onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters().items()}
-    session.load_adapter("half", {**half, "down.scaling.lora": half["down.scaling.lora"] / 2})
+    half = {n: v.numpy().copy() for n, v in onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters().items()}
+    half["down.scaling.lora"] /= 2
+    session.load_adapter("half", half)
+    half["down.scaling.lora"] *= 9  # the session has its own
     x = inputs(3, 5)
     bound = compiled().bind(folder / "de", scale=0.5)
     torch.testing.assert_close(torch.from_numpy(session.run({"x": x.numpy()}, "half")["output"]), bound(x))
 
 
 def test_io_binding_feeds_the_adapter(folder: Path) -> None:
-    session = adaptc.onnx_session(folder / "model.onnx")
+    session = adaptc.exporters.onnx_session(folder / "model.onnx")
     session.load_adapter("fr", folder / "fr")
     x = inputs(3, 5)
     for adapter in ("fr", None):
@@ -106,7 +108,7 @@ def test_onnxruntime_alone(folder: Path) -> None:
     """A fresh process without adaptc and torch: the base, a file by ONNX Runtime's own means, and PEFT's tensors."""
     from safetensors.torch import load_file
 
-    adaptc.save_onnx_adapter(folder / "fr", folder / "fr.onnx_adapter", model=folder / "model.onnx")
+    adaptc.exporters.save_onnx_adapter(folder / "fr", folder / "fr.onnx_adapter", model=folder / "model.onnx")
     x = inputs(5, 17)
     np.save(folder / "x.npy", x.numpy())
     tensors = load_file(folder / "de" / "adapter_model.safetensors")
@@ -121,8 +123,8 @@ def test_onnxruntime_alone(folder: Path) -> None:
 
 def test_merged(folder: Path, tmp_path: Path) -> None:
     program = compiled(folder / "fr")
-    path = adaptc.export_onnx(program, tmp_path / "merged.onnx", adapters="merged")
-    again = adaptc.export_onnx(adaptc.merge(program), tmp_path / "again.onnx", adapters="merged")
+    path = adaptc.exporters.export_onnx(program, tmp_path / "merged.onnx", adapters="merged")
+    again = adaptc.exporters.export_onnx(adaptc.merge(program), tmp_path / "again.onnx", adapters="merged")
     for file in (path, again):
         session = onnxruntime.InferenceSession(str(file))
         assert not session.get_overridable_initializers()
@@ -130,9 +132,9 @@ def test_merged(folder: Path, tmp_path: Path) -> None:
             (found,) = session.run(["output"], {"x": inputs(*size).numpy()})
             torch.testing.assert_close(torch.from_numpy(found), expected(folder, "fr", inputs(*size)))
     with pytest.raises(adaptc.CheckpointError, match=r"merged.onnx has no inputs for adapters"):
-        adaptc.onnx_session(path)
+        adaptc.exporters.onnx_session(path)
     with pytest.raises(adaptc.CheckpointError, match=r"merged.onnx has no inputs for adapters"):
-        adaptc.save_onnx_adapter(folder / "fr", tmp_path / "fr.onnx_adapter", model=path)
+        adaptc.exporters.save_onnx_adapter(folder / "fr", tmp_path / "fr.onnx_adapter", model=path)
 
 
 def test_weights_are_written_once(folder: Path) -> None:
@@ -150,7 +152,7 @@ def test_adapters_whose_values_follow_from_the_base(tmp_path: Path) -> None:
     config = LoraConfig(r=3, target_modules=["up"], kasa_config={}, init_lora_weights=False)
     program = compiled(config)
     adapter = adaptc.save_adapter(program, tmp_path / "kasa")
-    session = adaptc.onnx_session(adaptc.export_onnx(program, tmp_path / "model.onnx"))
+    session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(program, tmp_path / "model.onnx"))
     with pytest.raises(adaptc.SwapError, match=r"follow from the base weight 'up.weight'.* prog.bind\(adapter\)"):
         session.load_adapter("a", adapter)
     bound = program.bind(adapter, scale=0.5)
@@ -161,17 +163,17 @@ def test_adapters_whose_values_follow_from_the_base(tmp_path: Path) -> None:
 
 def test_an_adapter_that_replaces_the_base(tmp_path: Path) -> None:
     program = compiled(LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa"))
-    session = adaptc.onnx_session(adaptc.export_onnx(program, tmp_path / "model.onnx"))
+    session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(program, tmp_path / "model.onnx"))
     session.load_adapter("a", program)
     found = session.run({"x": inputs(2, 3).numpy()}, "a")["output"]
     torch.testing.assert_close(torch.from_numpy(found), program(inputs(2, 3)))
-    plain = adaptc.onnx_session(adaptc.export_onnx(compiled(), tmp_path / "plain.onnx"))
+    plain = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(compiled(), tmp_path / "plain.onnx"))
     with pytest.raises(adaptc.SwapError):
         plain.load_adapter("a", program)
 
 
 def test_names_and_inputs_that_do_not_exist(folder: Path) -> None:
-    session = adaptc.onnx_session(folder / "model.onnx")
+    session = adaptc.exporters.onnx_session(folder / "model.onnx")
     session.load_adapter("fr", folder / "fr")
     x = inputs(2, 3).numpy()
     with pytest.raises(adaptc.ConfigError, match="an adapter called 'fr' already"):
@@ -214,7 +216,7 @@ def array(*shape: int) -> Any:
     ],
 )
 def test_tensors_that_do_not_fit(folder: Path, tensors: dict[str, Any], message: str) -> None:
-    session = adaptc.onnx_session(folder / "model.onnx")
+    session = adaptc.exporters.onnx_session(folder / "model.onnx")
     with pytest.raises(adaptc.SwapError, match=message):
         session.load_adapter("wrong", tensors)
     assert session.adapters == []
@@ -235,14 +237,14 @@ def test_adapters_that_do_not_fit_write_nothing(folder: Path, tmp_path: Path) ->
         (compiled(adaptc.IA3Config(target_modules=["up"], feedforward_modules=[])), "other sites"),
     ):
         with pytest.raises(adaptc.AdaptcError, match=message):
-            adaptc.save_onnx_adapter(adapter, path, model=model)
+            adaptc.exporters.save_onnx_adapter(adapter, path, model=model)
     state = {k: torch.full_like(t, torch.nan) for k, t in _state(folder).items()}
     with pytest.raises(adaptc.CheckpointError, match="finite"):
-        adaptc.save_onnx_adapter(state, path, model=model)
+        adaptc.exporters.save_onnx_adapter(state, path, model=model)
     with pytest.raises(adaptc.CheckpointError, match=r"must end in \.onnx_adapter"):
-        adaptc.save_onnx_adapter(folder / "fr", tmp_path / "a.bin", model=model)
+        adaptc.exporters.save_onnx_adapter(folder / "fr", tmp_path / "a.bin", model=model)
     with pytest.raises(adaptc.ConfigError, match=r"model is the path of an \.onnx file"):
-        adaptc.save_onnx_adapter(folder / "fr", path, model=7)  # type: ignore[arg-type]
+        adaptc.exporters.save_onnx_adapter(folder / "fr", path, model=7)  # type: ignore[arg-type]
     assert not path.exists()
 
 
@@ -256,12 +258,12 @@ def test_files_of_another_model_and_damaged_files(folder: Path, tmp_path: Path) 
     program = compiled()
     with torch.no_grad():
         program.base_tensors["down.weight"].add_(1)
-    other = adaptc.export_onnx(program, tmp_path / "other.onnx")
-    path = adaptc.save_onnx_adapter(folder / "fr", tmp_path / "fr.onnx_adapter", model=other)
-    session = adaptc.onnx_session(folder / "model.onnx")
+    other = adaptc.exporters.export_onnx(program, tmp_path / "other.onnx")
+    path = adaptc.exporters.save_onnx_adapter(folder / "fr", tmp_path / "fr.onnx_adapter", model=other)
+    session = adaptc.exporters.onnx_session(folder / "model.onnx")
     with pytest.raises(adaptc.CheckpointError, match=r"fr.onnx_adapter was written for another model"):
         session.load_adapter("fr", path)
-    adaptc.onnx_session(other).load_adapter("fr", path)
+    adaptc.exporters.onnx_session(other).load_adapter("fr", path)
     data = path.read_bytes()
     for damaged in (b"", data[:40], bytes(64) + data[64:]):
         (tmp_path / "damaged.onnx_adapter").write_bytes(damaged)
@@ -273,11 +275,13 @@ def test_files_of_another_model_and_damaged_files(folder: Path, tmp_path: Path) 
     for damaged in (b"", graph[: len(graph) // 2], b"x" * 100):
         (tmp_path / "damaged.onnx").write_bytes(damaged)
         with pytest.raises(adaptc.CheckpointError):
-            adaptc.onnx_session(tmp_path / "damaged.onnx")
+            adaptc.exporters.onnx_session(tmp_path / "damaged.onnx")
         with pytest.raises(adaptc.CheckpointError):
-            adaptc.save_onnx_adapter(folder / "fr", tmp_path / "x.onnx_adapter", model=tmp_path / "damaged.onnx")
+            adaptc.exporters.save_onnx_adapter(
+                folder / "fr", tmp_path / "x.onnx_adapter", model=tmp_path / "damaged.onnx"
+            )
     with pytest.raises(adaptc.CheckpointError, match="there is no file"):
-        adaptc.onnx_session(tmp_path / "none.onnx")
+        adaptc.exporters.onnx_session(tmp_path / "none.onnx")
     assert session.adapters == []
 
 
@@ -288,7 +292,7 @@ def test_descriptions_that_were_changed(folder: Path, tmp_path: Path) -> None:
         entry.value = change(entry.value)
         onnx.save(model, tmp_path / "changed.onnx")
         with pytest.raises(adaptc.CheckpointError, match=r"changed.onnx: the description .* is damaged"):
-            adaptc.onnx_session(tmp_path / "changed.onnx")
+            adaptc.exporters.onnx_session(tmp_path / "changed.onnx")
 
 
 class Counter(nn.Module):
@@ -308,20 +312,20 @@ def test_programs_that_cannot_be_exported(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     program = compiled()
     with pytest.raises(adaptc.ConfigError, match=r"takes what adaptc\.compile"):
-        adaptc.export_onnx(Net(), path)  # type: ignore[arg-type]
+        adaptc.exporters.export_onnx(Net(), path)  # type: ignore[arg-type]
     with pytest.raises(adaptc.ConfigError, match="adapters='rows' is not supported"):
-        adaptc.export_onnx(program, path, adapters="rows")  # type: ignore[arg-type]
+        adaptc.exporters.export_onnx(program, path, adapters="rows")  # type: ignore[arg-type]
     with pytest.raises(adaptc.ConfigError, match="adapters=7 is not one of inputs, merged"):
-        adaptc.export_onnx(program, path, adapters=7)  # type: ignore[arg-type]
+        adaptc.exporters.export_onnx(program, path, adapters=7)  # type: ignore[arg-type]
     with pytest.raises(adaptc.CheckpointError, match=r"must end in \.onnx"):
-        adaptc.export_onnx(program, tmp_path / "model.pt2")
+        adaptc.exporters.export_onnx(program, tmp_path / "model.pt2")
     with pytest.raises(adaptc.ConfigError, match="no adapter that could be an input"):
-        adaptc.export_onnx(adaptc.merge(program), path)
+        adaptc.exporters.export_onnx(adaptc.merge(program), path)
     counter = adaptc.compile(Counter(), LoraConfig(r=2, target_modules=["up"]), example_inputs=(inputs(2, 3),))
     with pytest.raises(adaptc.ConfigError, match="writes to 'count' in each call"):
-        adaptc.export_onnx(counter, path)
+        adaptc.exporters.export_onnx(counter, path)
     with pytest.raises(adaptc.BackendError, match=r"could not convert .*linalg_solve"):
-        adaptc.export_onnx(compiled(adaptc.BOFTConfig(boft_block_size=7, target_modules=["up"])), path)
+        adaptc.exporters.export_onnx(compiled(adaptc.BOFTConfig(boft_block_size=7, target_modules=["up"])), path)
     assert not list(tmp_path.iterdir())
 
 
@@ -342,7 +346,7 @@ def test_outputs_have_names(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
     x = inputs(2, 3)
     program = adaptc.compile(Named(), config, example_inputs={"x": x, "flag": None}, dynamic_shapes=free)
-    session = adaptc.onnx_session(adaptc.export_onnx(program, tmp_path / "model.onnx"))
+    session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(program, tmp_path / "model.onnx"))
     assert session.output_names == ["y", "pair_0"]
     assert session.session.get_inputs()[0].shape == ["x_0", 3, 7]
     session.load_adapter("a", program)
@@ -352,7 +356,7 @@ def test_outputs_have_names(tmp_path: Path) -> None:
 
 def test_a_quantised_base(tmp_path: Path) -> None:
     program = adaptc.quantize(compiled(), "int8")
-    session = adaptc.onnx_session(adaptc.export_onnx(program, tmp_path / "model.onnx"))
+    session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(program, tmp_path / "model.onnx"))
     session.load_adapter("a", program)
     found = session.run({"x": inputs(3, 5).numpy()}, "a")["output"]
     torch.testing.assert_close(torch.from_numpy(found), program(inputs(3, 5)), rtol=1e-4, atol=1e-5)

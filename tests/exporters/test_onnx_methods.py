@@ -34,9 +34,9 @@ def test_every_method(entry: str, layer: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     if entry in NO_OPERATOR:
         with pytest.raises(adaptc.BackendError, match=f"could not convert the program to ONNX.*{NO_OPERATOR[entry]}"):
-            adaptc.export_onnx(program, path)
+            adaptc.exporters.export_onnx(program, path)
         return
-    session = adaptc.onnx_session(adaptc.export_onnx(program, path))
+    session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(program, path))
     session.load_adapter("own", program)
     session.load_adapter("other", other)
     given = {n: a.numpy() for n, a in zip(session.input_names, args, strict=True)}

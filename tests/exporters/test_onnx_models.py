@@ -21,30 +21,30 @@ def ids(*shape: int) -> Tensor:
 
 
 def llama() -> Any:
-    sizes = dict(hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2)
+    sizes = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=97, num_key_value_heads=1, use_cache=False, **sizes)
     return transformers.LlamaForCausalLM(config)
 
 
 def bert() -> Any:
-    sizes = dict(hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2)
+    sizes = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
     return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=97, num_labels=3, **sizes))
 
 
 def vit() -> Any:
-    sizes = dict(hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2)
+    sizes = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
     return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=12, patch_size=4, **sizes))
 
 
 def t5() -> Any:
-    sizes = dict(d_model=20, d_ff=28, d_kv=6, num_layers=2, num_heads=3)
+    sizes = {"d_model": 20, "d_ff": 28, "d_kv": 6, "num_layers": 2, "num_heads": 3}
     config = transformers.T5Config(vocab_size=97, decoder_start_token_id=0, use_cache=False, **sizes)
     return transformers.T5ForConditionalGeneration(config)
 
 
 def text(batch: int, length: int) -> dict[str, Tensor]:
     mask = torch.ones(batch, length, dtype=torch.int64)
-    mask[0, : length // 3] = 0
+    mask[0, length - length // 3 :] = 0
     return {"input_ids": ids(batch, length), "attention_mask": mask}
 
 
@@ -79,8 +79,8 @@ def test_models(name: str, tmp_path: Path) -> None:
         with quiet(".*"):
             peft.get_peft_model(model(), config).save_pretrained(str(tmp_path / adapter))
     program = adaptc.compile(model(), tmp_path / "fr")
-    session = adaptc.onnx_session(adaptc.export_onnx(program, tmp_path / "model.onnx"))
-    merged = adaptc.export_onnx(program, tmp_path / "merged.onnx", adapters="merged")
+    session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(program, tmp_path / "model.onnx"))
+    merged = adaptc.exporters.export_onnx(program, tmp_path / "merged.onnx", adapters="merged")
     for adapter in ("fr", "de"):
         session.load_adapter(adapter, tmp_path / adapter)
     for size in ((2, 7), (1, 3), (5, 17)):

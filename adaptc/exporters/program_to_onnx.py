@@ -10,8 +10,8 @@ from typing import Any, Literal
 from adaptc.errors import ConfigError, short_repr
 from adaptc.exporters.input_description import describe
 from adaptc.exporters.onnx_file import check_onnx_path, write_onnx
-from adaptc.exporters.onnx_session import METADATA_KEY
 from adaptc.exporters.plain_program import plain_program
+from adaptc.exporters.session import METADATA_KEY
 from adaptc.exporters.slot_program import make_slot_program
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import ProgramWrapper
@@ -50,10 +50,10 @@ def export_onnx(
         CheckpointError: the file cannot be written. What was there before stays, here and above.
 
     Example:
-        >>> path = adaptc.export_onnx(prog, "model.onnx")
-        >>> session = adaptc.onnx_session(path)
+        >>> path = adaptc.exporters.export_onnx(prog, "model.onnx")
+        >>> session = adaptc.exporters.onnx_session(path)
         >>> y = session.run({"input": x.numpy()})["output"]
-        >>> np.allclose(y, adaptc.unload(prog)(x), atol=1e-6)
+        >>> torch.allclose(torch.from_numpy(y), adaptc.unload(prog)(x), atol=1e-6)
         True
     """
     path, given, asked = Path(path), _untyped(program), _untyped(adapters)

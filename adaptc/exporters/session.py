@@ -44,10 +44,10 @@ class OnnxSession:
         session: the ``onnxruntime.InferenceSession``.
 
     Example:
-        >>> session = adaptc.onnx_session(adaptc.export_onnx(prog, "model.onnx"))
+        >>> session = adaptc.exporters.onnx_session(adaptc.exporters.export_onnx(prog, "model.onnx"))
         >>> session.load_adapter("current", prog)
         >>> y = session.run({"input": x.numpy()}, adapter="current")["output"]
-        >>> np.allclose(y, prog(x), atol=1e-6)
+        >>> torch.allclose(torch.from_numpy(y), prog(x), atol=1e-6)
         True
     """
 
@@ -75,8 +75,8 @@ class OnnxSession:
         self.text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if self.text is None:
             raise CheckpointError(
-                f"{path} has no inputs for adapters: export the program with adaptc.export_onnx(program, path), or run "
-                "the file with onnxruntime"
+                f"{path} has no inputs for adapters: write it with adaptc.exporters.export_onnx(program, path), or run it "
+                "with onnxruntime"
             )
         try:
             data: Any = json.loads(self.text)
@@ -131,7 +131,7 @@ class OnnxSession:
         if is_path and source.endswith(ADAPTER_SUFFIX):
             values = self._read_file(Path(source))
         elif (arrays := _arrays(adapter)) is not None:
-            values = {key: self._to_ort(value) for key, value in arrays.items()}
+            values = {key: self._to_ort(_own(value)) for key, value in arrays.items()}
         elif self._read_adapter is not None:
             values = {key: self._to_ort(v) for key, v in self._read_adapter(adapter, self.text or "").items()}
         else:
@@ -271,3 +271,8 @@ def _arrays(adapter: Any) -> Mapping[str, Any] | None:
     found = cast("Mapping[str, Any]", adapter)
     is_array = (isinstance(v, np.ndarray) or type(v).__name__ == "OrtValue" for v in found.values())
     return found if all(is_array) else None
+
+
+def _own(value: Any) -> Any:
+    """Return an array in memory of its own, since an ``OrtValue`` reads the memory of the array it is made of."""
+    return value.copy() if hasattr(value, "copy") else value
