@@ -75,7 +75,7 @@ class OnnxSession:
         self.text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if self.text is None:
             raise CheckpointError(
-                f"{path} has no inputs for adapters: write it with adaptc.exporters.export_onnx(program, path), or run it "
+                f"{path} has no inputs for adapters: write it with adaptc.exporters.export_onnx, or run it "
                 "with onnxruntime"
             )
         try:
