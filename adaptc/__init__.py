@@ -13,7 +13,7 @@ from adaptc.public_names import lazy_names
 
 # Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
-    from adaptc import debug, engines, methods, prefixes, training
+    from adaptc import debug, engines, exporters, methods, prefixes, training
     from adaptc.adapters.adapter import Adapter, load_adapter
     from adaptc.adapters.combine import combine
     from adaptc.adapters.subtract import subtract_adapter
@@ -212,7 +212,7 @@ PUBLIC = {
 }
 
 #: packages of further public names, by what one does with them
-NAMESPACES = ("training", "prefixes", "engines", "methods", "debug")
+NAMESPACES = ("training", "prefixes", "engines", "exporters", "methods", "debug")
 
 #: names that were public here -> what they are called now
 MOVED = {

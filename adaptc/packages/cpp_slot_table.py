@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from adaptc.binding.binding_plan_cache import takes_file_tensors
-from adaptc.packages.manifest import Input, Manifest, PackagedSite, SlotCapacity
+from adaptc.packages.manifest import Input, Manifest, SlotCapacity
+from adaptc.program.stored_sites import StoredSite
 from adaptc.tables import dtype_name
 from adaptc.torch_typing import is_list_or_tuple
 
@@ -47,7 +48,7 @@ def _input_line(i: Input) -> tuple[Any, ...]:
     return "input", i.name, dtype_name(i.tensor.dtype), i.tensor.shape, i.order
 
 
-def _site_lines(s: PackagedSite, m: Manifest, written_slots: set[str]) -> Iterator[tuple[Any, ...]]:
+def _site_lines(s: StoredSite, m: Manifest, written_slots: set[str]) -> Iterator[tuple[Any, ...]]:
     a = s.attachment
     if reason := _reason_closed(s, m):
         yield "closed", a.fqn, reason
@@ -68,7 +69,7 @@ def _capacity_fields(r: SlotCapacity, free_axes: Iterable[int]) -> tuple[Any, ..
     return dtype_name(r.dtype), r.shape, tuple(free_axes), padding.blocks, padding.fill, r.identity
 
 
-def _reason_closed(s: PackagedSite, m: Manifest) -> str:
+def _reason_closed(s: StoredSite, m: Manifest) -> str:
     """Return why a file's tensors cannot be copied to the slots of a site as they are; '' where they can."""
     a = s.attachment
     if not takes_file_tensors(a.method, s.op):

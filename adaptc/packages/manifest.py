@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf, isinf
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -35,12 +35,10 @@ from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, c
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path, short_repr
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
-from adaptc.methods import method_from_dict
-from adaptc.passes.graph.ops import LAYER_OPS, Op
-from adaptc.passes.protocol.attachment import Attachment
+from adaptc.program.stored_sites import SITE_SCHEMA, StoredSite, parse_dtype, parse_site, site_data
 from adaptc.runtime.calls.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
-from adaptc.state.adaptation import ATTACHMENT_SCHEMA, check_header
+from adaptc.state.adaptation import check_header
 from adaptc.torch_typing import is_dict
 
 FORMAT = 4
@@ -62,16 +60,6 @@ _RECORD_PATTERN = re.compile(
     rf"|{FILES_PREFIX}{_FILE_PATTERN}|{ADDED_RECORD_PATTERN}",
     re.ASCII,
 )
-
-
-@dataclass(frozen=True)
-class PackagedSite:
-    """A site: its attachment, its op, and the shape and dtype of the base weight as it is stored."""
-
-    attachment: Attachment
-    op: Op
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -136,7 +124,7 @@ class Manifest:
     header: Mapping[str, Any]
     inputs: Sequence[Input]
     ranges: Mapping[str, tuple[float, float]]
-    sites: Sequence[PackagedSite] = ()
+    sites: Sequence[StoredSite] = ()
     rooms: Mapping[str, SlotCapacity] = field(default_factory=dict[str, SlotCapacity])
     bases: Sequence[str] = ()
     #: conditions on sizes that the compiled code relies on, beside ``ranges``
@@ -299,7 +287,7 @@ def _manifest_data(m: Manifest) -> dict[str, Any]:
     plain = {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
     return plain | {
         **_signature_data(m),
-        "sites": [_site_data(s) for s in m.sites],
+        "sites": [site_data(s) for s in m.sites],
         "rooms": {k: _capacity_data(r) for k, r in m.rooms.items()},
         "bases": list(m.bases),
         "parts": {name: {**_signature_data(p), "outputs": list(p.outputs)} for name, p in m.parts.items()},
@@ -327,18 +315,6 @@ def _dtypes_to_strings(value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def _site_data(site: PackagedSite) -> dict[str, Any]:
-    op = site.op
-    return {
-        "attachment": site.attachment.to_dict(),
-        "op": {"kind": op.kind, "shape": op.shape, "target": op.target and str(op.target), "rest": op.other_args}
-        | ({} if op.max_norm is None else {"bound": [str(v) for v in op.max_norm]})
-        | ({} if op.has_bias else {"bias": False}),
-        "shape": site.shape,
-        "dtype": str(site.dtype),
-    }
-
-
 def _parse_manifest(data: Mapping[str, Any]) -> Manifest:
     return Manifest(
         device=data["device"],
@@ -347,7 +323,7 @@ def _parse_manifest(data: Mapping[str, Any]) -> Manifest:
         parts={
             name: PackagedPart(**_parse_signature(p), outputs=p["outputs"]) for name, p in data.get("parts", {}).items()
         },
-        sites=[_parse_site(s) for s in data["sites"]],
+        sites=[parse_site(s) for s in data["sites"]],
         rooms={k: _parse_capacity(r) for k, r in data["rooms"].items()},
         bases=data["bases"],
         products=data.get("products", ()),
@@ -366,7 +342,7 @@ def _parse_input(data: Mapping[str, Any]) -> Input:
     t = data["tensor"]
     # torch writes some fixed sizes as expressions, where tracing found out late that they are fixed.
     shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
-    tensor = None if t is None else TensorInput(_parse_dtype(t["dtype"]), tuple(shape))
+    tensor = None if t is None else TensorInput(parse_dtype(t["dtype"]), tuple(shape))
     bounds = None if data.get("bounds") is None else (int(data["bounds"][0]), int(data["bounds"][1]))
     return Input(data["name"], tensor, data["constant"], tuple(data["order"]), data.get("written", False), bounds)
 
@@ -374,31 +350,8 @@ def _parse_input(data: Mapping[str, Any]) -> Input:
 def _parse_capacity(data: Mapping[str, Any]) -> SlotCapacity:
     padding = None if data["padding"] is None else Padding(**data["padding"])
     return SlotCapacity(
-        tuple(data["shape"]), _parse_dtype(data["dtype"]), padding, data["identity"], data.get("unread", False)
+        tuple(data["shape"]), parse_dtype(data["dtype"]), padding, data["identity"], data.get("unread", False)
     )
-
-
-def _parse_site(data: Mapping[str, Any]) -> PackagedSite:
-    a = Attachment.from_dict(data["attachment"], method_from_dict)
-    op = data["op"]
-    target = None if op["target"] is None else _TARGET_BY_NAME[op["target"]]
-    bound = tuple(map(float, op["bound"])) if "bound" in op else None
-    op = Op(op["kind"], tuple(op["shape"]), target, _lists_to_tuples(op["rest"]), bound, op.get("bias", True))  # type: ignore[arg-type]
-    return PackagedSite(a, op, tuple(data["shape"]), _parse_dtype(data["dtype"]))
-
-
-_TARGET_BY_NAME = {str(target): target for target in LAYER_OPS}
-
-
-def _lists_to_tuples(value: Any) -> Any:
-    return tuple(_lists_to_tuples(v) for v in cast("list[Any]", value)) if isinstance(value, list) else value
-
-
-def _parse_dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
-    return found
 
 
 _SIGNATURE_SCHEMA: dict[str, Any] = {
@@ -423,21 +376,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
     "header": dict,  # see adaptc.state.adaptation
     **_SIGNATURE_SCHEMA,
     "parts": OptionalField(DictOf({**_SIGNATURE_SCHEMA, "outputs": [str]})),
-    "sites": [
-        {
-            "attachment": ATTACHMENT_SCHEMA,
-            "op": {
-                "kind": str,
-                "shape": [Size],
-                "target": Nullable(str),
-                "rest": list,
-                "bound": OptionalField([str]),
-                "bias": OptionalField(bool),
-            },
-            "shape": [Size],
-            "dtype": str,
-        }
-    ],
+    "sites": [SITE_SCHEMA],
     "rooms": DictOf(
         {
             "shape": [Size],

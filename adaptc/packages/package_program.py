@@ -22,7 +22,7 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError
 from adaptc.matmul_tuning import choose_packaged, chooses_matmuls
 from adaptc.packages.compiling import check_package_options, write_package
-from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart, PackagedSite, SlotCapacity
+from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart, SlotCapacity
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.packages.pad_adapter import check_members, rank_of_members
 from adaptc.packages.zero_sizes import nonzero_conditions
@@ -39,6 +39,7 @@ from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.adapted_program import AdaptedProgram
+from adaptc.program.stored_sites import StoredSite
 from adaptc.progress import stage
 from adaptc.runtime.added_lengths import VirtualTokenLengths
 from adaptc.runtime.calls.call_inputs import Inputs
@@ -151,7 +152,7 @@ class PackageBuilder:
         else:
             header = adaptation.header(binding)
         sites = [
-            PackagedSite(a, program.ops[a.id], tuple(w.shape), w.dtype)
+            StoredSite(a, program.ops[a.id], tuple(w.shape), w.dtype)
             for a in self.attachments
             for w in [self.base_weight(a)]
         ]

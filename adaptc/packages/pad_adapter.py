@@ -20,10 +20,11 @@ from adaptc.binding.sources.configs import config_from_dict
 from adaptc.errors import CheckpointError, SwapError, errors_name
 from adaptc.methods import AdapterConfig
 from adaptc.packages.constants import PackagedBinding
-from adaptc.packages.manifest import Manifest, PackagedSite, SlotCapacity
+from adaptc.packages.manifest import Manifest, SlotCapacity
 from adaptc.passes.graph.storage import memory_address
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
+from adaptc.program.stored_sites import StoredSite
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
@@ -83,7 +84,7 @@ class AdapterPadder:
         found = {s.attachment.fqn: self.rank_capacity(s) for s in self.manifest.sites}
         return {fqn: rank for fqn, rank in found.items() if rank is not None}
 
-    def rank_capacity(self, s: PackagedSite) -> int | None:
+    def rank_capacity(self, s: StoredSite) -> int | None:
         rooms = self.manifest.rooms
         shapes = {n: torch.empty(rooms[f].shape, device="meta") for n, f in s.attachment.slots.items()}
         return s.attachment.method.sizes.with_sizes_of(s.op, shapes).sizes.rank()
@@ -174,7 +175,7 @@ class AdapterPadder:
             raise SwapError(f"{binding.source}: the binding has no value for {a.scale_slot!r}; bind to this program")
         return binding.values[a.scale_slot].detach().to(self.manifest.rooms[a.scale_slot].dtype)
 
-    def _slot_value(self, s: PackagedSite, slot: str, adapter_value: Tensor | None, binding: Binding) -> Tensor:
+    def _slot_value(self, s: StoredSite, slot: str, adapter_value: Tensor | None, binding: Binding) -> Tensor:
         fqn = s.attachment.slots[slot]
         capacity = self.manifest.rooms[fqn]
         if adapter_value is not None:
@@ -195,7 +196,7 @@ class AdapterPadder:
             )
         return self.stored_tensors[f"identity.{fqn}"]
 
-    def _pad_value(self, s: PackagedSite, slot: str, value: Tensor, capacity: SlotCapacity, binding: Binding) -> Tensor:
+    def _pad_value(self, s: StoredSite, slot: str, value: Tensor, capacity: SlotCapacity, binding: Binding) -> Tensor:
         shape = tuple(value.shape)
         if shape == capacity.shape or capacity.unread:  # binding has checked the shape of an unread slot by its method
             return value

@@ -22,12 +22,13 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, short_repr
 from adaptc.methods import AdapterConfig
 from adaptc.packages.compiling import check_package_options, write_package
-from adaptc.packages.manifest import SINGLE_MODEL, Manifest, PackagedPart, PackagedSite
+from adaptc.packages.manifest import SINGLE_MODEL, Manifest, PackagedPart
 from adaptc.packages.package_program import PackageBuilder, pad_slot, with_index_bounds
 from adaptc.packages.pad_adapter import unused_slot_key
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
+from adaptc.program.stored_sites import StoredSite
 from adaptc.progress import stage
 from adaptc.runtime.calls.call_inputs import Inputs
 
@@ -123,7 +124,7 @@ class _BankPackageBuilder(PackageBuilder):
         assert self.binding is not None
         header = self.program.adaptation.header(self.binding)
         sites = [
-            PackagedSite(a, self.program.ops[a.id], tuple(w.shape), w.dtype)
+            StoredSite(a, self.program.ops[a.id], tuple(w.shape), w.dtype)
             for a in self.attachments
             for w in [self.base_weight(a)]
         ]

@@ -17,8 +17,6 @@ Private torch use, with the public route that was tried:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import sympy
@@ -30,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from adaptc.errors import BackendError
 from adaptc.passes.graph.ops import Op
+from adaptc.passes.lower.free_axes import FreeSize, free_axes
 from adaptc.passes.lower.linear_layers import with_chosen_layers
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.progress import stage
@@ -98,7 +97,7 @@ def compile_lifted(
 
     main = with_chosen_layers(main)
     symbols = _ShapeSymbols(single_sizes)
-    free = _free_axes(attachments, ops)
+    free = free_axes(attachments, ops)
     slots = {f for a in attachments for f in a.tensor_names}
     lifted, users = [], []
     for node in module.graph.find_nodes(op="placeholder"):
@@ -127,45 +126,6 @@ def compile_lifted(
         raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error
 
 
-@dataclass(frozen=True)
-class _FreeSize:
-    """An axis whose size is ``times`` the free size called ``name``, which is itself a multiple of ``unit``."""
-
-    name: str
-    times: int
-    unit: int = 1
-
-
-def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, _FreeSize]]:
-    """Return slot FQN -> axis -> how its size follows from a free size, for the free axes of slots."""
-    axes_by_slot: dict[str, dict[int, _FreeSize]] = {}
-    for n, a in enumerate(attachments):
-        op = ops[a.id]
-        small = a.method.sizes.minimal(op)
-        ranked = small != a.method or (small.sizes.minimal(op) == small and small.sizes.rank() is not None)
-        ranked = ranked and not a.method.sizes.exact
-        # The smallest method has rank two, times the groups or experts that share an axis.
-        specs = small.slots(op)
-        times = {
-            s: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free}
-            for s, spec in specs.items()
-            if not spec.apart
-        }
-        # Inductor reads a symbol off an axis whose size is that symbol alone. Stacked experts have no axis of the
-        # rank itself, only rank times experts, so the symbol is that multiple of the rank.
-        unit = gcd(*(t for axes in times.values() for t in axes.values())) or 1
-        for slot, axes in times.items():
-            axes_by_slot.setdefault(
-                a.slots[slot], {i: _FreeSize(f"rank_{n}", t // unit, unit) for i, t in axes.items()}
-            )
-        for slot, spec in specs.items():
-            if spec.apart:
-                axes_by_slot.setdefault(
-                    a.slots[slot], {i: _FreeSize(f"size_{n}_{s}", 1) for i, s in spec.size_names(slot).items()}
-                )
-    return axes_by_slot
-
-
 class _ShapeSymbols:
     """A shape environment with a symbol of its own for each size that was symbolic or is free.
 
@@ -190,7 +150,7 @@ class _ShapeSymbols:
             self.sizes[name] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return self.sizes[name]
 
-    def like_example(self, example: Tensor, free: Mapping[int, _FreeSize], order: Sequence[int]) -> Tensor:
+    def like_example(self, example: Tensor, free: Mapping[int, FreeSize], order: Sequence[int]) -> Tensor:
         """Return a fake tensor like ``example`` with this environment's symbols.
 
         It is contiguous where an axis is free, else it has its axes in memory in the given ``order``.

@@ -75,7 +75,7 @@ def find_paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | Non
     values |= {n: _random_like(t, generator) for n, t in values.items() if t.is_floating_point()}
     values = {n: _random_if_resized(values[n], s.shape, generator) for n, s in specs.items()}
     scale = None if small.scale(op) is None else torch.tensor(0.7)
-    x = _random_input(op, generator)
+    x = random_input(op, generator)
 
     def result(m: Method, slots: Mapping[str, Tensor]) -> Tensor:
         if form == "apply":
@@ -109,7 +109,7 @@ def _random_if_resized(t: Tensor, shape: tuple[int, ...], generator: torch.Gener
     return t if tuple(t.shape) == shape or not t.is_floating_point() else torch.randn(shape, generator=generator)
 
 
-def _random_input(op: Op, generator: torch.Generator) -> Any:
+def random_input(op: Op, generator: torch.Generator) -> Any:
     if not op.callable:
         return None
     if op.kind == "embedding":

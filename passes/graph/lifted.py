@@ -133,6 +133,8 @@ class LiftedProgram:
 
     def __init__(self, program: ExportedProgram, *, edit: bool = True) -> None:
         self.program = program
+        untyped: Any = program
+        self.ranges: dict[Any, Any] = dict(untyped.range_constraints)
         self.graph = copy_graph(program.graph) if edit else program.graph
         self.state_dict: dict[str, Any] = dict(program.state_dict)
         self.constants: dict[str, Any] = dict(program.constants)
@@ -178,11 +180,11 @@ class LiftedProgram:
                 self.state_dict[fqn] = twin
 
     def fqns_of(self, node: fx.Node) -> list[str]:
-        """Return all FQNs that a placeholder stands for; a tied weight has several."""
+        """Return all FQNs of a placeholder; a tied weight has several."""
         return [f for f, n in self.placeholders.items() if n is node]
 
     def make_fake(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor`` as a fake of this graph's mode, with static shape."""
+        """Return a fake of ``tensor`` in this graph's mode."""
         return _make_fake(self.fake_mode, tensor)
 
     def add_tensor(self, fqn: str, tensor: Tensor) -> fx.Node:
@@ -240,7 +242,7 @@ class LiftedProgram:
         return node
 
     def remove_input(self, name: str) -> None:
-        """Erase a keyword input that nothing reads any more."""
+        """Erase a keyword input that nothing reads."""
         self.graph.erase_node(self.nodes.pop(name))
         del self.input_specs[name]
         self._update_call_inputs()
@@ -303,7 +305,7 @@ class LiftedProgram:
             del self.input_specs[spec.arg.name]
 
     def drop_mutation_outputs(self, fqn: str) -> None:
-        """Drop the outputs that update this parameter or buffer after each call."""
+        """Drop the outputs that update this parameter or buffer."""
         out = self.graph.output_node()
         values: Any = out.args[0]
         kept = [(s, v) for s, v in zip(self.output_specs, values, strict=True) if s.target != fqn]
@@ -372,13 +374,13 @@ class LiftedProgram:
         return self._build_program(root, self.module_calls, self.example_inputs)
 
     def _build_program(self, root: torch.nn.Module | None, module_calls: Any, examples: Any) -> ExportedProgram:
-        old: Any = self.program  # torch leaves its ranges untyped
+        old = self.program
         new = ExportedProgram(
             root=old.graph_module if root is None else root,
             graph=self.graph,
             graph_signature=self.signature(),
             state_dict=self.state_dict,
-            range_constraints=old.range_constraints,
+            range_constraints=self.ranges,
             module_call_graph=module_calls,
             example_inputs=examples,
             constants=self.constants,

@@ -21,13 +21,13 @@ def update_call_inputs(
     module_calls: Sequence[Any],
     examples: Any,
     inputs: Sequence[Any],
-    added_inputs: Mapping[str, tuple[int, Sequence[int], Sequence[int], torch.dtype]],
+    added_inputs: Mapping[str, torch.Tensor | tuple[int, Sequence[int], Sequence[int], torch.dtype]],
 ) -> tuple[list[Any], Any]:
     """Return the module calls of a program, the first of which is its own, and its examples, for the inputs it has now.
 
-    ``inputs`` are the arguments of the graph, in order. ``added_inputs`` describes the added keyword inputs: the index
-    of a flat input, axes of it, further sizes, and a dtype. The axes' sizes and the further ones are the shape. Their
-    examples are zeros.
+    ``inputs`` are the arguments of the graph, in order. ``added_inputs`` has the added keyword inputs, each with its
+    example. In place of a tensor it may have the index of a flat input, axes of it, further sizes, and a dtype. The
+    example is then zeros, whose shape is the axes' sizes and the further ones.
     """
     first, *rest = module_calls
     spec, arg_names = first.signature.in_spec, first.signature.forward_arg_names
@@ -41,7 +41,11 @@ def update_call_inputs(
     if examples is not None:
         flat = pytree.tree_leaves(examples)
         keyword_examples = {k: v for k, v in examples[1].items() if k not in removed_names}
-        for name, (at, axes, more, dtype) in added_inputs.items():
+        for name, example in added_inputs.items():
+            if isinstance(example, torch.Tensor):
+                keyword_examples[name] = example
+                continue
+            at, axes, more, dtype = example
             keyword_examples[name] = torch.zeros(
                 [*(flat[at].shape[i] for i in axes), *more], dtype=dtype, device=flat[at].device
             )

@@ -2,16 +2,19 @@
 
 The values of a program are symbolic in the sizes of its inputs. An adapter's slots have the sizes of one adapter, which
 would become constants of the traced code. Here both get symbols, in an environment that is thrown away. Only the traced
-code is kept. Its values come from the program that it is put into (``propagate_fakes``).
+code is kept. Its values come from the program that it is put into (``propagate_fakes``). Where the slots become inputs
+of a program, they get symbols in that program's own environment.
 
 Private torch use, with the public route that was tried: ``FakeTensorMode``, ``ShapeEnv.create_symbol`` and
-``create_symintnode``. Public: ``make_fx(tracing_mode="symbolic")`` on tensors of example sizes. It needs memory for
-them, and identifies sizes that are equal by chance. ``torch.export.Dim`` is for inputs of modules.
+``create_symintnode``, and the ranges of its symbols. Public: ``make_fx(tracing_mode="symbolic")`` on tensors of example
+sizes. It needs memory for them, and identifies sizes that are equal by chance. ``torch.export.Dim`` is for inputs of
+modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import count, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -19,9 +22,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy import numbers
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from adaptc.torch_typing import is_mapping, shape_of
 
+_untyped: Any = numbers
+_UNLIMITED = _untyped.int_oo
 #: the example value of every free size
 SIZE_HINT = 16
 
@@ -29,27 +36,40 @@ SIZE_HINT = 16
 class FreeSizeFakes:
     """An environment of free sizes. Sizes with one name are one size; no two other sizes are known to be equal.
 
-    ``sums`` maps a name to the names of the sizes whose sum it is.
+    ``sums`` maps a name to the names of the sizes whose sum it is. ``mode`` is the fake mode of a program, whose
+    environment gets the sizes; None makes an environment of its own. No example value of a size is in ``taken_hints``.
+    ``limits`` are the least and the greatest value of a size, None for those that torch gives it.
     """
 
-    def __init__(self, sums: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
-        self.sums = sums
-        self.shape_env = ShapeEnv(duck_shape=False)
-        self.mode = FakeTensorMode(shape_env=self.shape_env)
+    def __init__(
+        self,
+        sums: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        mode: Any = None,
+        taken_hints: Collection[int] = (),
+        limits: tuple[int, int | None] | None = None,
+    ) -> None:
+        self.sums, self.limits = sums, limits
+        self.mode: Any = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False)) if mode is None else mode
+        self.shape_env: ShapeEnv = self.mode.shape_env
         self.sizes: dict[str, Any] = {}
+        # Sizes that are equal by chance would be taken for one size in an environment that keeps its guards.
+        self._hints = repeat(SIZE_HINT) if mode is None else (n for n in count(SIZE_HINT) if n not in taken_hints)
 
-    def size(self, name: str) -> Any:
-        """Return the symbol of a named size, made at its first use."""
+    def size(self, name: str, unit: int = 1) -> Any:
+        """Return the symbol of a named size, made at its first use. Its example value is a multiple of ``unit``."""
         from torch._dynamo.source import ConstantSource
 
         if name in self.sums:
             return sum(self.size(part) for part in self.sums[name])
         if name not in self.sizes:
-            source = ConstantSource(f"adaptc_free_{len(self.sizes)}")
-            symbol = self.shape_env.create_symbol(
-                SIZE_HINT, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-            )
-            self.sizes[name] = self.shape_env.create_symintnode(symbol, hint=SIZE_HINT, source=source)
+            source = ConstantSource(f"adaptc_{'free' if self.limits is None else 'slot'}_{len(self.sizes)}")
+            hint = next(self._hints) * unit
+            symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            if self.limits is not None:
+                least, most = self.limits
+                ranges: dict[Any, Any] = self.shape_env.var_to_range
+                ranges[symbol] = ValueRanges(least, _UNLIMITED if most is None else most)
+            self.sizes[name] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return self.sizes[name]
 
     def fake_like(self, value: Tensor, free_axes: Collection[int] | Mapping[int, str] = (), name: str = "") -> Tensor:

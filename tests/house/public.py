@@ -16,7 +16,15 @@ from typing import Any
 from tests.house.docstring_parts import entries, sections
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("adaptc", "adaptc.training", "adaptc.prefixes", "adaptc.engines", "adaptc.methods", "adaptc.debug")
+PACKAGES = (
+    "adaptc",
+    "adaptc.training",
+    "adaptc.prefixes",
+    "adaptc.engines",
+    "adaptc.exporters",
+    "adaptc.methods",
+    "adaptc.debug",
+)
 
 _SCALES = "set_active active_adapters available_adapters disabled scaled set_adapter set_adapters disable_adapter"
 #: public class -> its members that users call, in the order of the reference; inherited ones, too

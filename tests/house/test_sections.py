@@ -96,7 +96,15 @@ class Box:
 @pytest.fixture
 def code(tmp_path: Path) -> Source:
     """A project in which every package has one class."""
-    for package in ("adaptc", "adaptc.training", "adaptc.prefixes", "adaptc.engines", "adaptc.methods", "adaptc.debug"):
+    for package in (
+        "adaptc",
+        "adaptc.training",
+        "adaptc.prefixes",
+        "adaptc.engines",
+        "adaptc.exporters",
+        "adaptc.methods",
+        "adaptc.debug",
+    ):
         folder = tmp_path.joinpath(*package.split("."))
         folder.mkdir()
         (folder / "__init__.py").write_text(MODULE.format(package=package), encoding="utf-8")

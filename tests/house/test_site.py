@@ -45,7 +45,15 @@ def test_pictures_stay_pictures(tmp_path: Path) -> None:
 def test_every_public_name_is_on_one_page() -> None:
     code = Source()
     pages = reference_pages(code)
-    for package in ("adaptc", "adaptc.training", "adaptc.prefixes", "adaptc.engines", "adaptc.methods", "adaptc.debug"):
+    for package in (
+        "adaptc",
+        "adaptc.training",
+        "adaptc.prefixes",
+        "adaptc.engines",
+        "adaptc.exporters",
+        "adaptc.methods",
+        "adaptc.debug",
+    ):
         for public in code.names(package):
             assert [name for name, text in pages.items() if f"::: {public.path}\n" in text], public.path
             assert f"[{public.path}]" in pages["reference/index.md"]

@@ -1,0 +1,26 @@
+"""Make a plain exported program of an adapted or merged one, as converters to other runtimes take it.
+
+Dropout is off. Quantised weights are plain tensors, with the operators that dequantise them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch.export import ExportedProgram
+
+from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.lower.unused_slots import remove_slots
+from adaptc.passes.quantized.expand_quantized import ExpandQuantized
+from adaptc.passes.train.set_mode import SetMode
+from adaptc.state.core import ProgramCore
+
+
+@with_graph_lock
+def plain_program(program: ProgramCore, unused_slots: Collection[str] = ()) -> ExportedProgram:
+    """Return ``program`` for converters, without the slots ``unused_slots``. It shares the tensors of ``program``."""
+    still = program.snapshot()
+    lifted = LiftedProgram(SetMode(training=False)(still).program if still.adaptation.training else still)
+    remove_slots(lifted, unused_slots)
+    return ExpandQuantized(with_records=False)(lifted.finish()).output
