@@ -40,6 +40,8 @@ class ExportReport(Report):
     was. ``fit`` has the error of each weight.
     """
 
+    ROWS = ("fit", "weights")
+
     engine: EngineLimits
     path: Path
     rank: int | None
@@ -51,9 +53,9 @@ class ExportReport(Report):
         )
         return [head, *(self.fit.sections() if self.fit else [])]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return a dict of ``engine``, ``version``, ``path``, ``rank``, and ``fit`` as :class:`FitReport` has it."""
-        fit = None if self.fit is None else self.fit.data()
+        fit = None if self.fit is None else self.fit.values()
         named = {"engine": self.engine.name, "version": self.engine.version, "path": str(self.path)}
         return {**named, "rank": self.rank, "fit": fit}
 

@@ -16,13 +16,16 @@ from adaptc.adapter_files.adapter_data import PEFT_KEYS, LoadedAdapter
 from adaptc.adapter_files.foreign_file import has_peft_prefix
 from adaptc.adapter_files.formats.detect import detect_format
 from adaptc.adapter_files.load import load
-from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, to_json_value, with_count
+from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, with_count
 
 
 @dataclass(frozen=True, repr=False)
 class AdapterReport(Report):
     """A report of one adapter's files. ``tensors``: key without PEFT's prefix -> (shape, dtype). ``config``: the fields
     that are set to anything."""
+
+    ROWS = ("tensors",)
+    ROW_NAME = "tensor"
 
     path: Path
     config: Mapping[str, Any]
@@ -64,12 +67,12 @@ class AdapterReport(Report):
             Table(["tensor", Column("shape", no_wrap=True), Column("dtype", no_wrap=True)], rows),
         ]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return ``path``, ``config``, ``tensors`` (key -> shape and dtype), ``parameters`` and ``bytes``."""
         tensors = {k: {"shape": list(shape), "dtype": dtype_name(d)} for k, (shape, d) in self.tensors.items()}
         return {
             "path": str(self.path),
-            "config": to_json_value(self.config),
+            "config": self.config,
             "tensors": tensors,
             "parameters": self.params,
             "bytes": self.nbytes,

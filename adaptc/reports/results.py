@@ -25,7 +25,6 @@ from adaptc.tables import (
     format_error,
     format_error_or_dash,
     shorten_paths,
-    to_json_value,
 )
 
 
@@ -40,6 +39,8 @@ class SwapReport(Report):
 
     Counts are made when they are first asked for, since most reports are not read.
     """
+
+    ROWS = ("weights",)
 
     source: str
     attachments: Sequence[Attachment] = field(repr=False)
@@ -74,16 +75,26 @@ class SwapReport(Report):
         form = "" if self.origin == PEFT_ORIGIN else f" [{self.origin}]"
         return [f"{self.source}{form}: {self.sites} of {total} sites{rank}{duration}{remarks}"]
 
-    def data(self) -> dict[str, Any]:
-        """Return ``source``, ``format``, ``sites`` (their number), ``left_at_the_base`` (FQNs), ``ranks`` and
-        ``seconds``."""
+    def values(self) -> dict[str, Any]:
+        """Return ``source``, ``format``, ``sites`` (their number), ``left_at_the_base`` (FQNs), ``ranks``, ``seconds``
+        and ``weights`` (one dict for each site of the program)."""
         return {
             "source": self.source,
             "format": str(self.origin),
             "sites": self.sites,
             "left_at_the_base": list(self.identity),
             "ranks": list(self.ranks),
-            "seconds": to_json_value(self.seconds),
+            "seconds": self.seconds,
+            "weights": [
+                {
+                    "weight": a.fqn,
+                    "adapter": a.adapter,
+                    "method": a.method.name,
+                    "adapted": a.id in self.methods,
+                    "rank": self.methods[a.id].sizes.rank() if a.id in self.methods else None,
+                }
+                for a in self.attachments
+            ],
         }
 
 
@@ -95,6 +106,8 @@ class MergeReport(Report):
     weight's dtype. Their quotient tells how much of the change rounding may hide. Where a low-rank correction stands
     beside the weight, ``error`` is what it leaves of ``rounding_error``.
     """
+
+    ROWS = ("weights",)
 
     sites: Sequence[SiteMerge]
     source: str
@@ -158,25 +171,22 @@ class MergeReport(Report):
         )
         return [head, Table(columns, rows), more]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return ``source``, ``largest_change``, ``largest_error``, ``untied`` (FQNs) and ``weights`` (one dict
         each)."""
         return {
             "source": self.source,
-            "largest_change": to_json_value(self.max_delta),
-            "largest_error": to_json_value(self.max_error),
+            "largest_change": self.max_delta,
+            "largest_error": self.max_error,
             "untied": list(self.untied),
             "weights": [
                 {
                     "weight": s.fqn,
                     "dtype": dtype_name(s.dtype),
-                    "change": to_json_value(s.delta),
-                    "error": to_json_value(s.error),
+                    "change": s.delta,
+                    "error": s.error,
                     **(
-                        {
-                            "correction_rank": s.correction_rank,
-                            "rounding_error": to_json_value(s.rounding_error),
-                        }
+                        {"correction_rank": s.correction_rank, "rounding_error": s.rounding_error}
                         if s.correction_rank
                         else {}
                     ),
@@ -192,6 +202,8 @@ class QuantizeReport(Report):
 
     A weight's ``error`` is the norm of its change over its norm.
     """
+
+    ROWS = ("weights",)
 
     weights: Sequence[WeightQuantization]
 
@@ -230,17 +242,17 @@ class QuantizeReport(Report):
         more = f"and {omitted} more, each with an error of at most {ordered[max_rows].error:.2%}" if omitted > 0 else ""
         return [head, Table(["weight", "scheme", *number_columns], rows), more]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return ``bytes_before``, ``bytes_after``, ``largest_error`` and ``weights`` (one dict each)."""
         return {
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            "largest_error": to_json_value(self.max_error),
+            "largest_error": self.max_error,
             "weights": [
                 {
                     "weight": w.fqn,
                     "scheme": w.scheme,
-                    "error": to_json_value(w.error),
+                    "error": w.error,
                     "bytes_before": w.bytes_before,
                     "bytes_after": w.bytes_after,
                 }

@@ -228,7 +228,7 @@ def test_the_data_of_every_report_is_json(partial: adaptc.AdaptedProgram, what: 
         "verify": lambda: adaptc.verify(partial, shapes=1),
         "adapter": lambda: AdapterReport.from_path(adaptc.save_adapter(partial, tmp_path)),
     }[what]()
-    data = json.loads(json.dumps(report.data(), allow_nan=False))
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     expected = {
         "coverage": ("trainable", report.trainable if what == "coverage" else 0),
         "plain": ("merged", "first values"),
