@@ -36,7 +36,7 @@ class IntruderReport(FitReport):
         return [f"{head}: {named}{more}" if found else head, *super().sections(max_rows)]
 
     def values(self) -> dict[str, Any]:
-        """Return the dict of a :class:`FitReport`, and ``intruders`` (weight -> how many), also in each of ``weights``."""
+        """Return the dict of a :class:`FitReport`, and ``intruders``: weight -> how many, as in ``weights``."""
         fit = super().values()
         weights = [{**w, "intruders": self.intruders.get(w["weight"], 0)} for w in fit["weights"]]
         return {**fit, "weights": weights, "intruders": self.intruders}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combining.adapter_sites import AdapterSite, split_sites
+from adaptc.adapters.combining.adapter_sites import NEED_MODEL, AdapterSite, exact_changes
 from adaptc.adapters.combining.truncated_svd import Truncation, truncate_sum
 from adaptc.adapters.fit_report import FitReport, SiteFit
 from adaptc.adapters.to_lora import convert_to_lora
@@ -25,8 +25,6 @@ from adaptc.passes.protocol.parts.low_rank import LowRank
 
 #: the way out of everything that no adapter file can hold
 MERGE_HINT = "or merge it into the model, adaptc merge MODEL ADAPTER -o DIR, and serve that"
-#: options of LoRA whose change of a weight depends on the model; of QA-LoRA's tensors on the layer's inputs
-_NEED_MODEL = ("use_dora", "arrow_config", "kasa_config", "use_qalora", "ensure_weight_tying")
 
 
 @torch.no_grad()
@@ -43,7 +41,7 @@ def as_plain_lora(
     ``read_model`` returns the model, and is called where it is needed. Raises ConfigError where an error is above
     ``max_error``, where a model is needed and not given, and where there is no LoRA of the method.
     """
-    found, source, svd_errors = _exact_sites(adapter), adapter.source, dict[str, float]()
+    found, source, svd_errors = exact_changes(adapter), adapter.source, dict[str, float]()
     if found is None:
         if read_model is None:
             raise ConfigError(
@@ -54,7 +52,7 @@ def as_plain_lora(
         converted = _convert(adapter, read_model(), rank or 1 - max_error**2)
         adapter = Adapter(converted.config, converted.tensors, source)
         svd_errors = {s.site.removesuffix(".weight"): s.error for s in converted.report.sites}
-        found = _exact_sites(adapter)
+        found = exact_changes(adapter)
         assert found is not None
     if not found[0]:
         raise ConfigError(f"{source} has no factors of LoRA, only tensors that are trained whole: {MERGE_HINT[3:]}")
@@ -77,7 +75,7 @@ def _describe_method(adapter: Adapter) -> str:
     config = adapter.config
     if isinstance(config, LoraConfig):
         scheme = config.init_lora_weights
-        for option in _NEED_MODEL:
+        for option in NEED_MODEL:
             if getattr(config, option):
                 return f"it is LoRA with {option}"
         return f"its first values changed the base (init_lora_weights={scheme!r})"
@@ -89,20 +87,6 @@ def _convert(adapter: Adapter, model: Any, rank: float) -> Adapter:
         return convert_to_lora(adapter, model, rank=rank)
     except ConfigError as error:
         raise ConfigError(f"{error}; {MERGE_HINT}") from error
-
-
-def _exact_sites(adapter: Adapter) -> tuple[dict[str, AdapterSite], dict[str, LowRank], dict[str, Tensor]] | None:
-    """Return the sites, their changes, and the other tensors by key, or None where the tensors do not tell the
-    changes."""
-    config = adapter.config
-    if not isinstance(config, LoraConfig) or any(getattr(config, option) for option in _NEED_MODEL):
-        return None
-    if config.method("", "linear").changes_base_at_init():
-        return None
-    sites, others = split_sites(adapter, torch.device("cpu"))
-    changes = {key: site.low_rank(adapter.source) for key, site in sites.items()}
-    exact = {key: change for key, change in changes.items() if change is not None}
-    return (sites, exact, others) if len(exact) == len(sites) else None
 
 
 def _to_one_rank(

@@ -24,6 +24,7 @@ from adaptc.errors import AdaptcError
 from adaptc.packages.package_report import PackageInput, PackageReport, PackageSite
 from adaptc.passes.quantized.quantize_weights import WeightQuantization
 from adaptc.reports.adapter_report import AdapterReport
+from adaptc.reports.layer_graph import LayerGraph
 from adaptc.reports.results import QuantizeReport
 from adaptc.tables import Report
 from adaptc.training.from_data.initialize import DataFit, DataReport
@@ -106,6 +107,17 @@ REPORTS: dict[str, tuple[Callable[[Subjects], Report], str, list[Any]]] = {
         lambda _: MethodReport("X", (MethodCheck("trains", "linear", True),), {"conv1d": "why"}),
         "layer",
         ["linear"],
+    ),
+    "SpectrumReport": (lambda s: adaptc.debug.measure_spectra(s.program), "rank", [3, 3]),
+    "SimilarityReport": (
+        lambda s: adaptc.debug.compare_adapters({"a": s.adapter, "b": s.one_site}),
+        "site",
+        ["0", "2"],
+    ),
+    "LayerGraph": (
+        lambda s: LayerGraph.from_program(s.program, "2"),
+        "when",
+        ["before"] * 5 + ["after"] * 11,
     ),
     "LayerStatuses": (lambda s: adaptc.debug.get_layer_status(s.program), "name", ["0", "2"]),
     "ModelStatus": (lambda s: adaptc.debug.get_model_status(s.program), "num_adapter_layers", [2]),
