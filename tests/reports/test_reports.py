@@ -16,8 +16,8 @@ import torch
 import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.adapt.merging.site_merge import SiteMerge
-from adaptc.reports.adapter_report import AdapterReport
 from adaptc.reports.coverage import CoverageReport, SiteCoverage
+from adaptc.reports.inspect_file import inspect_file
 from adaptc.reports.results import MergeReport, SwapReport
 from tests.support.families import FAMILIES
 
@@ -226,7 +226,7 @@ def test_the_data_of_every_report_is_json(partial: adaptc.AdaptedProgram, what: 
         "swap": lambda: adaptc.swap(partial, partial.binding),
         "merge": lambda: merged.merge_report,
         "verify": lambda: adaptc.verify(partial, shapes=1),
-        "adapter": lambda: AdapterReport.from_path(adaptc.save_adapter(partial, tmp_path)),
+        "adapter": lambda: inspect_file(adaptc.save_adapter(partial, tmp_path)),
     }[what]()
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     expected = {

@@ -23,7 +23,7 @@ from adaptc.api.merge_and_lower import verify
 from adaptc.errors import AdaptcError
 from adaptc.packages.package_report import PackageInput, PackageReport, PackageSite
 from adaptc.passes.quantized.quantize_weights import WeightQuantization
-from adaptc.reports.adapter_report import AdapterReport
+from adaptc.reports.inspect_file import inspect_file
 from adaptc.reports.layer_graph import LayerGraph
 from adaptc.reports.results import QuantizeReport
 from adaptc.tables import Report
@@ -78,7 +78,7 @@ REPORTS: dict[str, tuple[Callable[[Subjects], Report], str, list[Any]]] = {
         "name",
         ["base equals model", "identity equals base", "merged equals adapted", "unmerge is bitwise"],
     ),
-    "AdapterReport": (lambda s: AdapterReport.from_path(s.adapter), "shape", [[3, 7], [11, 3], [3, 11], [5, 3]]),
+    "FileReport": (lambda s: inspect_file(s.adapter), "shape", [[3, 7], [11, 3], [3, 11], [5, 3]]),
     "PackageReport": (package_report, "room", [4]),
     "BankReport": (lambda s: s.program.bank({"a": s.adapter, "b": s.one_site}).report(), "adapter", ["a", "b"]),
     "FitReport": (lambda s: adaptc.convert_to_lora(s.program, rank=2).report, "rank", [2, 2]),
@@ -117,7 +117,7 @@ REPORTS: dict[str, tuple[Callable[[Subjects], Report], str, list[Any]]] = {
     "LayerGraph": (
         lambda s: LayerGraph.from_program(s.program, "2"),
         "when",
-        ["before"] * 5 + ["after"] * 11,
+        ["before"] * 5 + ["after"] * 12,
     ),
     "LayerStatuses": (lambda s: adaptc.debug.get_layer_status(s.program), "name", ["0", "2"]),
     "ModelStatus": (lambda s: adaptc.debug.get_model_status(s.program), "num_adapter_layers", [2]),
