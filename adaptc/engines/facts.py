@@ -13,8 +13,8 @@ from typing import Any
 
 from adaptc.adapter_files.format import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, bare_key
 from adaptc.adapter_files.locate import describe_directory, locate_adapter, open_config, parse_adapter_config
-from adaptc.adapter_files.safetensors_header import read_header
 from adaptc.adapter_files.stable_read import OpenedFile, retry_while_changing
+from adaptc.engines.safetensors_header import read_header
 from adaptc.errors import CheckpointError, short_repr
 from adaptc.patterns import limit_pattern_time, pattern_value
 

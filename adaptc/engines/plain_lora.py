@@ -19,6 +19,7 @@ from adaptc.adapters.combining.adapter_sites import NEED_MODEL, AdapterSite, exa
 from adaptc.adapters.combining.truncated_svd import Truncation, truncate_sum
 from adaptc.adapters.fit_report import FitReport, SiteFit
 from adaptc.adapters.to_lora import convert_to_lora
+from adaptc.engines.fused_layers import Changes
 from adaptc.errors import ConfigError, short_repr
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.passes.protocol.parts.low_rank import LowRank
@@ -34,12 +35,14 @@ def as_plain_lora(
     max_rank: int | None,
     max_error: float,
     read_model: Callable[[], Any] | None,
+    regroup: Callable[[Mapping[str, AdapterSite], Mapping[str, LowRank]], Changes] | None = None,
 ) -> tuple[Adapter, FitReport]:
     """Return ``adapter`` as LoRA whose modules have one rank and a scale of 1, and the error of each weight.
 
     ``rank``: the rank of all modules, None for the largest that is needed, which is to be at most ``max_rank``.
-    ``read_model`` returns the model, and is called where it is needed. Raises ConfigError where an error is above
-    ``max_error``, where a model is needed and not given, and where there is no LoRA of the method.
+    ``read_model`` returns the model, and is called where it is needed. ``regroup`` gives the changes other layers.
+    Raises ConfigError where an error is above ``max_error``, where a model is needed and not given, and where there is
+    no LoRA of the method.
     """
     found, source, svd_errors = exact_changes(adapter), adapter.source, dict[str, float]()
     if found is None:
@@ -56,12 +59,15 @@ def as_plain_lora(
         assert found is not None
     if not found[0]:
         raise ConfigError(f"{source} has no factors of LoRA, only tensors that are trained whole: {MERGE_HINT[3:]}")
-    plain, report = _to_one_rank(adapter, *found, rank)
+    sites, changes, others = found
+    if regroup is not None:
+        sites, changes = regroup(sites, changes)
+    plain, report = _to_one_rank(adapter, sites, changes, others, rank)
     # The second step cuts nothing that the first one has left.
-    sites = [replace(s, error=max(s.error, svd_errors.get(s.site, 0.0))) for s in report.sites]
-    report = FitReport(source, tuple(sites), report.saved_modules)
+    fits = [replace(s, error=max(s.error, svd_errors.get(s.site, 0.0))) for s in report.sites]
+    report = FitReport(source, tuple(fits), report.saved_modules)
     _check_errors(report, max_error)
-    needed = max((s.rank for s in sites), default=0)
+    needed = max((s.rank for s in fits), default=0)
     if max_rank is not None and needed > max_rank:
         raise ConfigError(
             f"{source}: within max_error={max_error:g} the adapter needs rank {needed}, and {max_rank} is the most "
@@ -113,7 +119,8 @@ def _to_one_rank(
         cut, error = _fit_rank(change, rank // blocks[key])
         names = sites[key].method.files.with_low_rank(cut, sites[key].tensors)
         for name, value in names.items():
-            old = adapter.tensors.get(f"{key}.{name}".removeprefix("."))
+            # Of a layer that the adapter did not have, the dtype is that of the layers that it was made of.
+            old = adapter.tensors.get(f"{key}.{name}".removeprefix("."), sites[key].tensors.get(name))
             tensors[f"{key}.{name}".removeprefix(".")] = _to_stored_dtype(value, old)
         size = min(change.shape[1:]) * blocks[key]
         fits.append(SiteFit(key, rank, size, _norm(change), error))

@@ -15,10 +15,10 @@ from adaptc.adapter_files.foreign_file import has_peft_prefix
 from adaptc.adapter_files.format import CONFIG_NAME, MODEL_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from adaptc.adapter_files.formats.detect import detect_format
 from adaptc.adapter_files.load import load
-from adaptc.adapter_files.safetensors_header import read_header
 from adaptc.adapter_files.safetensors_reader import DTYPES
 from adaptc.adapters.model_tensors import safetensors_files
 from adaptc.capture.model_files import QUANTIZATION_CONFIG, is_gguf, read_model_config
+from adaptc.engines.safetensors_header import read_header
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.reports.file_report import FileReport
 from adaptc.tables import dtype_name
