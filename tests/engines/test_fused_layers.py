@@ -63,7 +63,9 @@ def split_adapter(path: Path, parts: tuple[str, ...], shared: bool = False, rank
     for seed, part in enumerate(parts):
         name = f"model.layers.1.{MLP if part in GATE_UP else ATTENTION}.{part}"
         tensors |= factors(name, (ranks or {}).get(part, 3), ROWS[part], 0 if shared else seed)
-    return write_adapter(path, tensors, rank_pattern=ranks or {}, alpha_pattern={"k_proj": 5} if "k_proj" in parts else {})
+    return write_adapter(
+        path, tensors, rank_pattern=ranks or {}, alpha_pattern={"k_proj": 5} if "k_proj" in parts else {}
+    )
 
 
 def changed_weight(adapter: Path, part: str) -> Tensor:
