@@ -42,8 +42,8 @@ class AdapterResolver:
     Args:
         adapters: the folder, with a directory for each adapter.
         cache: the folder for converted adapters, which is made when it is needed.
-        model: the directory of the base, which methods other than LoRA need, and adapters of q, k and v for a model
-            with one layer for the three. None for the name that vLLM gives, where that is a directory.
+        model: the directory of the base. Methods other than LoRA need it, and so do adapters of q, k and v for a model
+            with one layer of the three. None for the name that vLLM gives, where that is a directory.
 
     Raises:
         ConfigError: ``adapters`` is no directory.
@@ -152,9 +152,9 @@ def _digest(path: Path, model: Path | None) -> str:
 def register() -> None:
     """Register a resolver with vLLM, where the environment names a folder of adapters.
 
-    It reads ``ADAPTC_VLLM_ADAPTERS``, the folder, ``ADAPTC_VLLM_CACHE``, where converted adapters are kept (by default
-    ``adaptc/vllm`` in the user's cache folder), and ``ADAPTC_VLLM_MODEL``, the directory of the model. Raises
-    ConfigError where the folder is no directory.
+    ``ADAPTC_VLLM_ADAPTERS`` is the folder, and ``ADAPTC_VLLM_MODEL`` the directory of the model. Converted adapters are
+    kept in ``ADAPTC_VLLM_CACHE``, by default ``adaptc/vllm`` in the user's cache folder. Raises ConfigError where the
+    folder is no directory.
     """
     adapters = os.environ.get(ADAPTERS_VARIABLE)
     if not adapters:

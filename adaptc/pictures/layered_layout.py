@@ -13,7 +13,7 @@ from statistics import mean
 import networkx as nx
 
 #: how often the layers are put in order and moved
-_SWEEPS = 12
+_SWEEPS = 24
 #: the width of a line's place, in inches
 _LINE_WIDTH = 0.12
 
@@ -67,20 +67,19 @@ def _place(
     below: Mapping[str, Sequence[str]],
     gap: float,
 ) -> dict[str, float]:
-    """Return the middles: each near the mean of its neighbours, first with the order free, then in the order found."""
+    """Return the middles: each near the mean of its neighbours, in the order that these means give."""
     middles: dict[str, float] = {}
     for row in rows:
         x = 0.0
         for name in row:
             middles[name] = x + sizes[name] / 2
             x += sizes[name] + gap
-    for sweep in range(2 * _SWEEPS):
+    for sweep in range(_SWEEPS):
         down = sweep % 2 == 0
         near = above if down else below
         for row in rows if down else reversed(rows):
             wanted = {n: mean(middles[m] for m in near[n]) if near.get(n) else middles[n] for n in row}
-            if sweep < _SWEEPS:
-                row.sort(key=wanted.__getitem__)
+            row.sort(key=wanted.__getitem__)
             middles |= _spread(row, wanted, sizes, gap)
     return middles
 

@@ -9,6 +9,7 @@ import asyncio
 import importlib.metadata
 import json
 import logging
+import re
 import shutil
 import sys
 import tomllib
@@ -141,8 +142,6 @@ def test_what_vllm_cannot_take_is_not_found_and_the_log_says_why(
         assert resolve(resolver, name) is None
     (record,) = caplog.records
     assert f"vLLM gets no adapter {name!r}" in record.getMessage()
-    import re
-
     assert re.search(said, record.getMessage())
     assert not (tmp_path / "cache").exists()
 

@@ -177,6 +177,14 @@ def test_columns_of_nested_dicts_have_dotted_names(subjects: Subjects) -> None:
     assert norms["slots.lora_A.weight"].tolist() == pytest.approx(expected)
 
 
+def test_a_swap_tells_which_sites_the_adapter_has(subjects: Subjects) -> None:
+    entries = swapped(subjects).to_dict()["weights"]
+    assert [(e["weight"], e["adapted"], e["method"]) for e in entries] == [
+        ("0.weight", True, "lora"),
+        ("2.weight", False, "lora"),
+    ]
+
+
 def test_a_report_without_entries_is_an_empty_table(subjects: Subjects) -> None:
     report = adaptc.engines.check_adapter(subjects.adapter, "vllm")
     assert report.to_pandas().empty
