@@ -220,3 +220,12 @@ def test_the_command_fuses_with_the_model(tmp_path: Path) -> None:
     adapter = split_adapter(tmp_path / "in", QKV)
     call("convert", adapter, tmp_path / "out", "--for", "vllm", "--model", phi3_directory())
     assert {k.split(".")[-3] for k in load_file(tmp_path / "out" / "adapter_model.safetensors")} == {"qkv_proj"}
+
+
+def test_a_fused_layer_has_the_dtype_of_its_parts(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for seed, part in enumerate(QKV):
+        tensors |= factors(f"model.layers.1.{ATTENTION}.{part}", 3, ROWS[part], seed)
+    adapter = write_adapter(tmp_path / "in", {k: t.bfloat16() for k, t in tensors.items()}, lora_alpha=3)
+    report = EXPORT(adapter, tmp_path / "out", engine="vllm", model=phi3_directory())
+    assert {t.dtype for t in load_file(report.path / "adapter_model.safetensors").values()} == {torch.bfloat16}
