@@ -138,12 +138,11 @@ def _replace(
     made: Mapping[str, LowRank],
     like: AdapterSite,
 ) -> None:
-    """Put new changes in the place of old ones. Their sites have the method and the dtypes of ``like``."""
+    """Put new changes in the place of old ones. Their sites have the method of ``like``."""
     for key in old_keys:
         del sites[key], changes[key]
     for key, change in made.items():
-        a, b = (like.tensors[n].dtype for n in ("lora_A.weight", "lora_B.weight"))
-        tensors = {"lora_A.weight": change.down[0].to(a), "lora_B.weight": change.up[0].to(b)}
+        tensors = {"lora_A.weight": change.down[0], "lora_B.weight": change.up[0]}
         sites[key] = AdapterSite(key, like.method, [key], True, tensors)
         changes[key] = change
 

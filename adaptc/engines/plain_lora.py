@@ -109,6 +109,7 @@ def _to_one_rank(
     rank = rank or max([c.rank * blocks[key] for key, c in changes.items()], default=1)
     has_bias = any(c.bias is not None for c in changes.values())
     tensors: dict[str, Tensor] = {k: adapter.tensors[k] for k in others}
+    usual = {n: t for k, t in adapter.tensors.items() for n in ("lora_A.weight", "lora_B.weight") if k.endswith(n)}
     fits: list[SiteFit] = []
     for key, change in changes.items():
         if rank % blocks[key]:
@@ -119,8 +120,8 @@ def _to_one_rank(
         cut, error = _fit_rank(change, rank // blocks[key])
         names = sites[key].method.files.with_low_rank(cut, sites[key].tensors)
         for name, value in names.items():
-            # Of a layer that the adapter did not have, the dtype is that of the layers that it was made of.
-            old = adapter.tensors.get(f"{key}.{name}".removeprefix("."), sites[key].tensors.get(name))
+            # A layer that the adapter did not have was made of others, whose dtype it has.
+            old = adapter.tensors.get(f"{key}.{name}".removeprefix("."), usual.get(name))
             tensors[f"{key}.{name}".removeprefix(".")] = _to_stored_dtype(value, old)
         size = min(change.shape[1:]) * blocks[key]
         fits.append(SiteFit(key, rank, size, _norm(change), error))
