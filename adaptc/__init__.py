@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     from adaptc.methods.weight_dependent.hira import HiraConfig
     from adaptc.methods.weight_dependent.peanut import PeanutConfig
     from adaptc.packages.packaged_program import PackagedProgram
+    from adaptc.pictures.draw import draw
     from adaptc.program.adapted_program import AdaptedProgram
     from adaptc.program.rescale import rescale_adapter_scale
     from adaptc.progress import get_verbosity, set_verbosity
@@ -126,6 +127,7 @@ PUBLIC = {
     "load_package": "adaptc.api.save_and_load",
     "quantize": "adaptc.api.quantize",
     "report": "adaptc.api.reporting",
+    "draw": "adaptc.pictures.draw",
     "verify": "adaptc.api.certify",
     "rescale_adapter_scale": "adaptc.program.rescale",
     "load_adapter": "adaptc.adapters.adapter",

@@ -46,6 +46,10 @@ class MergeError(AdaptcError):
     """An error for a merge that is not defined or not finite, or that cannot be undone."""
 
 
+class FilePlaceError(MergeError):
+    """An error for a merge whose result has no place in the files of the model, and has one in a program."""
+
+
 class PassError(AdaptcError):
     """An error for a pass that left an invalid program: a bug in the pass, never in the model."""
 

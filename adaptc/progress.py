@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from adaptc.errors import AdaptcWarning, ConfigError, short_repr
 from adaptc.locks import reset_after_fork
+from adaptc.tables import format_bytes
 
 T = TypeVar("T")
 
@@ -127,6 +128,8 @@ class Stage:
     def __init__(self, text: str, always: bool) -> None:
         self.text, self.always = text, always
         self.start_time, self.done, self.total = 0.0, 0, 0
+        #: whether ``done`` and ``total`` are bytes
+        self.is_bytes = False
 
     def __enter__(self) -> Self:
         LOGGER.info("%s", self.text)
@@ -142,10 +145,34 @@ class Stage:
     def track(self, items: Collection[T]) -> Iterator[T]:
         """Iterate over ``items``, and let the status line count them."""
         # The stage shows the count and ends by itself, so an iterator that an error leaves behind keeps no status line.
-        self.done, self.total = 0, len(items)
+        self.done, self.total, self.is_bytes = 0, len(items), False
         for item in items:
             yield item
             self.done += 1
+
+    def count_bytes(self, total: int) -> Callable[[int], None]:
+        """Let the status line count bytes up to ``total``, and tell the time left. Return what adds to the count."""
+        self.done, self.total, self.is_bytes = 0, total, True
+
+        def add(nbytes: int) -> None:
+            self.done += nbytes
+
+        return add
+
+    def describe_count(self) -> str:
+        """Return the count as text, with the time left for bytes, by the mean rate so far."""
+        if not self.is_bytes:
+            return f"{self.done} of {self.total}"
+        text = f"{format_bytes(self.done)} of {format_bytes(self.total)}"
+        if not 0 < self.done < self.total:
+            return text
+        elapsed = time.perf_counter() - self.start_time
+        return f"{text}, {_minutes(elapsed * (self.total - self.done) / self.done)} left"
+
+
+def _minutes(seconds: float) -> str:
+    """Return seconds as minutes and seconds: ``1:05``."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def stage(text: str, *, always: bool = False) -> Stage:
@@ -294,10 +321,10 @@ class _StatusLine:
             if innermost.total:
                 cells += [
                     ProgressBar(innermost.total, innermost.done, width=20),
-                    Text(f"{innermost.done} of {innermost.total}", no_wrap=True),
+                    Text(innermost.describe_count(), no_wrap=True),
                 ]
-            seconds = int(time.perf_counter() - innermost.start_time)
-            grid.add_row(*cells, Text(f"{seconds // 60}:{seconds % 60:02}", no_wrap=True))
+            seconds = time.perf_counter() - innermost.start_time
+            grid.add_row(*cells, Text(_minutes(seconds), no_wrap=True))
         with console.capture() as captured:
             console.print(grid, width=max(1, console.width - 1))  # on a full line, a terminal wraps to the next one
         return captured.get().partition("\n")[0]

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from math import isfinite, isnan, prod
-from typing import Any
+from typing import Any, ClassVar
+
+from adaptc.errors import AdaptcError
+from adaptc.public_names import warn_renamed
 
 WIDTH = 120
 #: the narrowest table in characters; below it, columns would have to be dropped
@@ -61,16 +64,69 @@ def paragraph(text: str) -> str:
 
 
 class Report(ABC):
-    """A report of what was found or done. ``print`` gives tables, a notebook shows them, ``repr`` is the first line,
-    and ``data()`` has the numbers as JSON does."""
+    """A report of what was found or done. ``print`` gives tables, a notebook shows them, and ``repr`` is the first
+    line. :meth:`to_dict` has the numbers as JSON does, and :meth:`to_pandas` has them as a table of pandas."""
+
+    #: where :meth:`to_dict` has the entries that are rows of :meth:`to_pandas`: its keys, from the outermost inwards.
+    #: Without keys the dict itself has the entries; None: it is the only row
+    ROWS: ClassVar[tuple[str, ...] | None] = None
+    #: the column of the names, where the entries have names
+    ROW_NAME: ClassVar[str] = "name"
 
     @abstractmethod
     def sections(self) -> Iterable[str | Table]:
         """Return sections of text, and tables; empty ones are left out when they are shown."""
 
     @abstractmethod
+    def values(self) -> dict[str, Any]:
+        """Return the keys and values of :meth:`to_dict`, whose values may be any that :func:`to_json_value` takes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON has it: dicts, lists, strings, numbers and None.
+
+        The keys are those of examples/reports.md, and the command line prints the same with ``--json``.
+
+        Returns:
+            a new dict. A number that is not finite is None.
+
+        Example:
+            >>> adaptc.report(prog).to_dict()["peft_type"]
+            'LORA'
+        """
+        return to_json_value(self.values())
+
+    def to_pandas(self) -> Any:
+        """Return the entries of the report as a table of pandas: one row for each site, weight, tensor or check.
+
+        Columns are the keys of :meth:`to_dict`'s entries; dots join the keys of dicts in dicts, and lists stay lists.
+
+        Returns:
+            a ``pandas.DataFrame``. It has one row where the report has no entries by its kind.
+
+        Raises:
+            AdaptcError: pandas is not installed.
+
+        Example:
+            >>> adaptc.report(prog).to_pandas()["rank"].tolist()
+            [2]
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise AdaptcError("tables of pandas need pandas: pip install 'adaptc[pandas]'") from None
+
+        found: Any = self.to_dict()
+        if self.ROWS is None:
+            return pandas.json_normalize([found])
+        for key in self.ROWS:
+            found = found[key] if found else []
+        named = found.items() if isinstance(found, Mapping) else ()
+        return pandas.json_normalize([{self.ROW_NAME: name, **entry} for name, entry in named] or list(found or ()))
+
     def data(self) -> dict[str, Any]:
-        """Return the report as dicts, lists, strings and numbers; None where a number is not finite."""
+        """Return :meth:`to_dict`, under its old name."""
+        warn_renamed("report.data()", "report.to_dict()")
+        return self.to_dict()
 
     def render(self, width: int = WIDTH) -> str:
         """Return the report as text."""

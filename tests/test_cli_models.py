@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextvars
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -18,6 +20,7 @@ import adaptc
 from adaptc import CheckpointError, LoraConfig
 from adaptc.adapter_files import atomic_write
 from adaptc.adapter_files.directory import write_adapter
+from adaptc.capture import model_files
 from tests.generation.packaged import tokenizer
 from tests.test_cli import Files, call, files, refused
 
@@ -76,6 +79,92 @@ def test_merge_a_model_by_its_files(made: Path, tmp_path: Path) -> None:
     assert "model directory" in call("merge", made / "adapted.pt2", tmp_path / "n.pt2", "--by-file", code=2).stderr
     assert call(*words[:-2], tmp_path / "n", "--by-file", "--dequantize", code=1).stderr.count("plain weights") == 1
     assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.long
+def test_a_model_is_merged_by_its_files_by_default(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharded, and equal to PEFT's merge."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(made / "model")
+    model.save_pretrained(tmp_path / "model", max_shard_size="8KB")
+    expected: Any = peft.PeftModel.from_pretrained(model, str(made / "adapter")).merge_and_unload().eval()
+    monkeypatch.setattr(model_files, "read_model", lambda *_: pytest.fail("the model was read into memory"))
+    result = call("--verbose", "merge", tmp_path / "model", made / "adapter", "-o", tmp_path / "m")
+    assert not re.search("warning", result.stderr)
+    names = {p.name for p in (tmp_path / "model").glob("*.safetensors")}
+    assert len(names) > 2
+    assert {p.name for p in (tmp_path / "m").glob("*.safetensors")} == names
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected(input_ids=IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.long
+def test_what_the_files_have_no_place_for_is_merged_in_memory(made: Path, tmp_path: Path) -> None:
+    """An adapter of the head alone, which is tied to the embedding."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=3, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    head = LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
+    adapted = adaptc.compile(model, head)
+    adaptc.save_adapter(adapted, tmp_path / "adapter")
+    words = ("merge", tmp_path / "model", tmp_path / "adapter", "-o", tmp_path / "m")
+    assert "the merged model has two weights for it" in call(*words, "--by-file", code=1).stderr
+    assert not (tmp_path / "m").exists()
+    assert "warning: merging in memory, since the files have no place for it" in call(*words).stderr
+    call(*words[:-1], tmp_path / "n", "--in-memory")
+    for name in ("m", "n"):
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                merged(input_ids=IDS).logits, adapted(input_ids=IDS).logits, rtol=1e-5, atol=1e-6
+            )
+    assert "model directory" in call("merge", made / "adapted.pt2", tmp_path / "o.pt2", "--in-memory", code=2).stderr
+
+
+# -- what a file holds -------------------------------------------------------------------------------------------------
+
+
+def test_show_a_model_directory(made: Path) -> None:
+    out = call("show", made / "model").stdout
+    state = transformers.AutoModelForCausalLM.from_pretrained(made / "model").state_dict()
+    count = sum(t.numel() for t in state.values())
+    assert f"LlamaForCausalLM in {made / 'model'}: {len(state)} tensors, {count:,d} parameters" in out
+    assert re.search(r"hidden_size +24\n", out)
+    found = json.loads(call("show", made / "model", "--json").stdout)
+    assert {k: t["shape"] for k, t in found["tensors"].items()} == {k: [*t.shape] for k, t in state.items()}
+    assert {t["dtype"] for t in found["tensors"].values()} == {"float32"}
+    assert found["config"]["files"] == 1
+    assert found["bytes"] == (made / "model" / "model.safetensors").stat().st_size
+
+
+def test_show_a_gguf_adapter(made: Path, tmp_path: Path) -> None:
+    call("convert", made / "adapter", tmp_path / "a.gguf", "--for", "llama.cpp", "--model", made / "model")
+    (tmp_path / "renamed").write_bytes((tmp_path / "a.gguf").read_bytes())
+    found = json.loads(call("show", tmp_path / "a.gguf", "--json").stdout)
+    assert found["kind"] == "GGUF adapter of llama"
+    assert found["config"]["adapter.lora.alpha"] == 3
+    assert found["tensors"]["blk.0.attn_q.weight.lora_a"] == {"shape": [3, 24], "dtype": "f32"}
+    assert found["tensors"]["blk.0.attn_q.weight.lora_b"] == {"shape": [24, 3], "dtype": "f32"}
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(9))
+    refused("show", tmp_path / "broken.gguf", said="is no GGUF file that can be read")
+
+
+def test_show_an_onnx_file(tmp_path: Path) -> None:
+    onnx: Any = pytest.importorskip("onnx")
+    weight = onnx.numpy_helper.from_array(torch.ones(5, 3).numpy(), "w")
+    sizes = [onnx.helper.make_tensor_value_info(n, 1, ["batch", k]) for n, k in (("x", 5), ("y", 3))]
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", sizes[:1], sizes[1:], [weight])
+    onnx.save(onnx.helper.make_model(graph), str(tmp_path / "m.onnx"))
+    found = json.loads(call("show", tmp_path / "m.onnx", "--json").stdout)
+    assert found["tensors"] == {"w": {"shape": [5, 3], "dtype": "float"}}
+    assert found["config"]["inputs"] == ["x float[batch, 5]"]
+    assert found["config"]["outputs"] == ["y float[batch, 3]"]
+    assert found["config"]["nodes"] == "MatMul x1"
+    (tmp_path / "m.onnx").write_bytes(b"no")
+    refused("show", tmp_path / "m.onnx", said="is no ONNX file that can be read")
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,6 +179,20 @@ def test_a_stage_counts_what_it_goes_over() -> None:
         seen = [(item, counting.done, counting.total) for item in counting.track("abc")]
     assert seen == [("a", 0, 3), ("b", 1, 3), ("c", 2, 3)]
     assert counting.done == 3
+
+
+def test_a_stage_counts_bytes_and_tells_the_time_left() -> None:
+    with stage("writing") as writing:
+        add = writing.count_bytes(3 << 30)
+        assert writing.describe_count() == "0 B of 3.0 GiB"
+        add(1 << 29)
+        add(1 << 29)
+        writing.start_time = time.perf_counter() - 65.2
+        assert writing.describe_count() == "1.0 GiB of 3.0 GiB, 2:10 left"
+        add(2 << 30)
+        assert writing.describe_count() == "3.0 GiB of 3.0 GiB"
+        assert list(writing.track("ab")) == ["a", "b"]
+        assert writing.describe_count() == "2 of 2"
 
 
 def test_stages_of_many_threads(log: Log) -> None:
@@ -368,12 +383,14 @@ def test_a_terminal_shows_the_innermost_stage_and_its_count_and_is_cleaned() -> 
             with stage("inner work") as inner:
                 for _ in inner.track(range(3)):
                     time.sleep(0.2)
+                inner.count_bytes(2048)(1024)
+                time.sleep(0.2)
             print("a warning", file=sys.stderr)
             print("a result")
             time.sleep(0.1)
     """)
     check_clean(run, "a warning")
-    for text in ("outer work", "inner work", "2 of 3"):
+    for text in ("outer work", "inner work", "2 of 3", "1.0 KiB of 2.0 KiB, 0:00 left"):
         assert text in run.terminal_text
     assert run.out == "a result\n"  # which is no terminal
 

@@ -28,6 +28,8 @@ class SiteFit:
 class FitReport(Report):
     """A report with one :class:`SiteFit` for each weight. ``saved_modules`` has modules that are saved as a whole."""
 
+    ROWS = ("weights",)
+
     source: str
     sites: Sequence[SiteFit]
     saved_modules: Sequence[str] = ()
@@ -58,7 +60,7 @@ class FitReport(Report):
         whole = f"as they are: {shorten_paths(self.saved_modules)}" if self.saved_modules else ""
         return [head, Table(["weight", *numbers], rows), "\n".join(t for t in (more, whole) if t)]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return a dict of ``source``, ``error``, ``kept``, ``whole``, and ``weights``, a list with one dict each."""
         return {
             "source": self.source,

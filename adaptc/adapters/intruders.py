@@ -35,9 +35,11 @@ class IntruderReport(FitReport):
         head = f"{sum(found.values())} intruder dimensions in {len(found)} of {len(self.intruders)} weights"
         return [f"{head}: {named}{more}" if found else head, *super().sections(max_rows)]
 
-    def data(self) -> dict[str, Any]:
-        """Return the dict of a :class:`FitReport`, and ``intruders``."""
-        return {**super().data(), "intruders": dict(self.intruders)}
+    def values(self) -> dict[str, Any]:
+        """Return the dict of a :class:`FitReport`, and ``intruders``: weight -> how many, as in ``weights``."""
+        fit = super().values()
+        weights = [{**w, "intruders": self.intruders.get(w["weight"], 0)} for w in fit["weights"]]
+        return {**fit, "weights": weights, "intruders": self.intruders}
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ _SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True, repr=False)
 class Certificate(Report):
-    """The certificate of a file, with the fields of its JSON; :meth:`data` has them all.
+    """The certificate of a file, with the fields of its JSON; :meth:`to_dict` has them all.
 
     ``versions``: package -> version, None where it was not installed. ``base``: the fingerprint of the base, the number
     of its weights, and the names of weights that the adapter changed. ``graph``: the hash of the graph or of the
@@ -67,7 +67,7 @@ class Certificate(Report):
 
     def to_bytes(self) -> bytes:
         """Return the JSON of the certificate."""
-        return json.dumps(self.data(), indent=1).encode()
+        return json.dumps(self.to_dict(), indent=1).encode()
 
     @classmethod
     def parse(cls, data: bytes) -> Certificate:
@@ -102,8 +102,8 @@ class Certificate(Report):
         runs = "\n".join(f"run {i}: {text}" for i, text in enumerate(self.measured["runs"], 1))
         return ["\n".join([*lines, f"measured with seed {self.measured['seed']}", runs]), Table(columns, rows)]
 
-    def data(self) -> dict[str, Any]:
-        """Return the JSON of the certificate as plain values."""
+    def values(self) -> dict[str, Any]:
+        """Return the fields of the certificate's JSON."""
         return dict(vars(self))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptc.binding.binding import Binding
 from adaptc.passes.graph.storage import storage_key
-from adaptc.tables import Column, Report, Table, format_bytes, to_json_value
+from adaptc.tables import Column, Report, Table, format_bytes
 
 
 def bytes_of(bindings: Iterable[Binding]) -> int:
@@ -23,6 +23,9 @@ class BankReport(Report):
     ``adapters``: name -> binding, most recently used last. ``held``: bytes of the stacks that calls made of them.
     ``stacks``: the names in each stack. ``capacity`` and ``max_bytes``: the bank's limits, None for none.
     """
+
+    ROWS = ("adapters",)
+    ROW_NAME = "adapter"
 
     adapters: Mapping[str, Binding] = field(repr=False)
     stack_bytes: int = 0
@@ -60,15 +63,13 @@ class BankReport(Report):
         ranks = ", ".join(map(str, _ranks(b))) or "-"
         return name, len(b.methods), ranks, format_bytes(self._bytes_of_adapter(b)), b.source
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         adapters = {
             n: {"sites": len(b.methods), "ranks": _ranks(b), "bytes": self._bytes_of_adapter(b), "source": b.source}
             for n, b in self.adapters.items()
         }
         limits = {"capacity": self.capacity, "max_bytes": self.max_bytes}
-        return to_json_value(
-            {"adapters": adapters, "bytes": self.nbytes, "held": self.stack_bytes, "stacks": self.stacks, **limits}
-        )
+        return {"adapters": adapters, "bytes": self.nbytes, "held": self.stack_bytes, "stacks": self.stacks, **limits}
 
 
 def _ranks(b: Binding) -> list[int]:

@@ -153,7 +153,7 @@ def print_report(report: Any) -> None:
 def print_result(as_json: bool, report: Any = None, written_path: Path | None = None) -> None:
     """Print a command's report and the path it wrote, as text or as one JSON object."""
     if as_json:
-        found = {} if report is None else report.data()
+        found = {} if report is None else report.to_dict()
         typer.echo(json.dumps(found if written_path is None else {**found, "wrote": printable(str(written_path))}))
         return
     if report is not None:

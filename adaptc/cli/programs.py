@@ -28,6 +28,7 @@ from adaptc.cli.app import (
     import_adaptc,
     parse_key_mapping,
     parse_named_paths,
+    print_message,
     print_result,
     prints_errors,
 )
@@ -39,22 +40,22 @@ def show(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE.pt2|ADAPTER",
-            help="A program, a package, or an adapter: a directory or a file.",
+            metavar="FILE|DIR",
+            help="A program, a package, an adapter, a transformers model directory, a GGUF or an ONNX file.",
             show_default=False,
         ),
     ],
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a program adapts and with which tensors, what a package takes, or what an adapter holds.
+    """Show what a program adapts and with which tensors, what a package takes, or what a file or directory holds.
 
     Of a program and a package also the adapters that lie in the file by name.
     """
-    if path.is_dir() or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
-        from adaptc.reports.adapter_report import AdapterReport
+    if path.is_dir() or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx"):
+        from adaptc.reports.inspect_file import inspect_file
 
-        print_result(as_json, AdapterReport.from_path(path))
+        print_result(as_json, inspect_file(path))
         return
     from adaptc.archives.archive import is_package
 
@@ -218,9 +219,14 @@ def merge(
         ),
     ] = None,
     by_file: Annotated[
-        bool,
-        typer.Option("--by-file", help="Rewrite a MODEL's files one tensor at a time, without the model in memory."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--by-file/--in-memory",
+            help="Rewrite a MODEL's files one tensor at a time, or merge the model in memory. By default by file, if "
+            "the files have a place for every new weight.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fold the adapter into the weights, and tell how much rounding each weight took.
@@ -228,6 +234,8 @@ def merge(
     Of a program: a plain program, which runs with torch.export.load, without adaptc. Of a model directory: a model
     directory, with its tokenizer, which from_pretrained loads: adaptc merge MODEL ADAPTER -o DIR.
     """
+    from adaptc.errors import FilePlaceError
+
     is_model_directory = program.is_dir()
     if is_model_directory:
         # Both are read when torch and transformers are imported.
@@ -245,13 +253,22 @@ def merge(
         option = "--component" if key_mapping is None else "--key-mapping"
         raise typer.BadParameter("it is for the adapter that --adapter names", param_hint=f"'{option}'")
     options: dict[str, Any] = {"key_mapping": parse_key_mapping(key_mapping), "component": component}
-    if by_file and (not is_model_directory or keep is not None):
-        reason = "it is for a model directory" if keep is None else "it does not go with --keep"
-        raise typer.BadParameter(reason, param_hint="'--by-file'")
-    if by_file and adapter is not None:
-        options |= {"dequantize": dequantize, "requantize": requantize, "safe": safe}
-        print_result(as_json, adaptc.merge_directory(program, adapter, path, **options), path)
-        return
+    in_memory_options = {"--keep": keep, "--correction-rank": correction_rank}
+    chosen = next((name for name, value in in_memory_options.items() if value is not None), None)
+    if by_file is not None and not is_model_directory:
+        raise typer.BadParameter("it is for a model directory", param_hint="'--by-file'")
+    if by_file and chosen is not None:
+        raise typer.BadParameter(f"it does not go with {chosen}", param_hint="'--by-file'")
+    can_write_by_file = is_model_directory and chosen is None and any(program.glob("*.safetensors"))
+    if adapter is not None and (can_write_by_file if by_file is None else by_file):
+        ways = {"dequantize": dequantize, "requantize": requantize, "safe": safe}
+        try:
+            print_result(as_json, adaptc.merge_directory(program, adapter, path, **options, **ways), path)
+            return
+        except FilePlaceError as error:
+            if by_file:
+                raise
+            print_message("warning", f"merging in memory, since the files have no place for it: {error}", "yellow")
     if is_model_directory:
         from adaptc.capture.model_files import read_model
         from adaptc.state.model_directory import check_target_dir, write_program_model
@@ -264,8 +281,8 @@ def merge(
         adapted = adaptc.load(program)
         if adapter is not None:
             adaptc.swap(adapted, adapter, **options)
-    ways: dict[str, Any] = {"dequantize": dequantize, "requantize": requantize, "keep": keep}
-    merged = adaptc.merge(adapted, safe=safe, keep_base=False, correction_rank=correction_rank, **ways)
+    ways = {"dequantize": dequantize, "requantize": requantize, "keep": keep, "safe": safe}
+    merged = adaptc.merge(adapted, keep_base=False, correction_rank=correction_rank, **ways)
     merged_program = merged.program if isinstance(merged, adaptc.Generator) else merged
     written_path = (
         write_program_model(merged, path, companions_from=program) if is_model_directory else adaptc.save(merged, path)

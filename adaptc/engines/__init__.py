@@ -9,11 +9,13 @@ from adaptc.public_names import lazy_names
 if TYPE_CHECKING:
     from adaptc.engines.check import check_adapter
     from adaptc.engines.export import export_adapter
+    from adaptc.engines.vllm_resolver import AdapterResolver
 
 #: public name -> the module that defines it
 PUBLIC = {
     "check_adapter": "adaptc.engines.check",
     "export_adapter": "adaptc.engines.export",
+    "AdapterResolver": "adaptc.engines.vllm_resolver",
 }
 
 __all__ = [*PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

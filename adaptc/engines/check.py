@@ -37,6 +37,8 @@ class Finding:
 class EngineReport(Report):
     """A report on how ``engine`` takes the adapter ``source``."""
 
+    ROWS = ("findings",)
+
     source: str
     engine: EngineLimits
     findings: Sequence[Finding]
@@ -65,7 +67,7 @@ class EngineReport(Report):
         columns = [Column("verdict", no_wrap=True), "what", "found", "why", "by the engine's source"]
         return [head, Table(columns, rows), way_out if self.findings and self.engine.name != "peft" else ""]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return a dict of ``source``, ``engine``, ``version``, ``verdict``, and ``findings``, a list of dicts."""
         return {
             "source": self.source,

@@ -15,6 +15,9 @@ _NOT_READ = "the option is not read, so the tensors are taken for plain LoRA"
 _BASE = "the option is not read: the adapter is added to the original base, which training had changed"
 _UNKNOWN_KEYS = "tensors with other names than LoRA's are left out"
 
+# vLLM looks LoRA up by the names in packed_modules_mapping of a model's class (vllm/lora/model_manager.py). They are
+# fused for Phi3ForCausalLM and split for LlamaForCausalLM. llama.cpp has a tensor name for each layer of the model.
+
 # -- vLLM --------------------------------------------------------------------------------------------------------------
 _PEFT_HELPER, _LORA_NAMES = "vllm/lora/peft_helper.py", "vllm/lora/utils.py parse_fine_tuned_lora_name"
 _NAMES = "every key must be one of lora_A, lora_B, lora_embedding_A or lora_embedding_B"
@@ -86,6 +89,9 @@ SGLANG = EngineLimits(
         "up_proj without gate_proj": changed("it is skipped without a gate_proj", f"{_SGLANG} normalize_gate_up_proj"),
         "other tensors": changed("tensors with other names are left out, or taken for lora_B", _POOL),
     },
+    # normalize_qkv_proj and normalize_gate_up_proj join parts, and repeat A of layers that are fused already.
+    takes_fused=True,
+    wanted_siblings={"k_proj": "q_proj", "v_proj": "q_proj", "q_proj": "v_proj", "up_proj": "gate_proj"},
 )
 
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------

@@ -15,20 +15,26 @@ from adaptc.adapter_files.formats.detect import WRITERS
 from adaptc.adapter_files.formats.writing import AdaptedModule, write_format_file
 from adaptc.adapter_files.safetensors_reader import DTYPES
 from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.combining.adapter_sites import AdapterSite
 from adaptc.adapters.fit_report import FitReport
 from adaptc.adapters.from_program import as_adapter_object
 from adaptc.capture.model_files import read_model
 from adaptc.engines.check import find_problems
 from adaptc.engines.engine_table import ENGINES
 from adaptc.engines.facts import AdapterFacts, TensorFacts
+from adaptc.engines.fused_layers import Changes, with_layers_of, with_siblings
 from adaptc.engines.limits import EngineLimits, check_engine_name
+from adaptc.engines.model_layers import read_layer_sizes
 from adaptc.engines.plain_lora import MERGE_HINT, as_plain_lora
 from adaptc.engines.write_gguf import write_gguf
 from adaptc.errors import ConfigError, short_repr
 from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.passes.protocol.parts.low_rank import LowRank
 from adaptc.tables import Report, Table
 from adaptc.value_types import validates_options
 
+#: the way out of what an engine does not take
+_WAY_OUT = f"Leave it out of the adapter, {MERGE_HINT}"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -39,6 +45,8 @@ class ExportReport(Report):
     ``path`` is what the engine loads. ``rank`` is that of all its modules, None where the adapter was written as it
     was. ``fit`` has the error of each weight.
     """
+
+    ROWS = ("fit", "weights")
 
     engine: EngineLimits
     path: Path
@@ -51,9 +59,9 @@ class ExportReport(Report):
         )
         return [head, *(self.fit.sections() if self.fit else [])]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return a dict of ``engine``, ``version``, ``path``, ``rank``, and ``fit`` as :class:`FitReport` has it."""
-        fit = None if self.fit is None else self.fit.data()
+        fit = None if self.fit is None else self.fit.values()
         named = {"engine": self.engine.name, "version": self.engine.version, "path": str(self.path)}
         return {**named, "rank": self.rank, "fit": fit}
 
@@ -83,7 +91,8 @@ def export_adapter(
         rank: the rank of all modules; None for the least that holds the adapter within ``max_error``.
         max_error: the largest relative error of a weight's change (Frobenius norm) that is written.
         model: the model's directory, or the model. Methods other than LoRA need it, and so do DoRA, QA-LoRA and PiSSA.
-            "llama.cpp" needs the directory.
+            "llama.cpp" needs the directory. An adapter of ``q_proj`` and the like for a model with ``qkv_proj``, or the
+            reverse, gets the model's layers, exactly.
         component: for "diffusers", what is put in front of the keys, as for :func:`adaptc.save_adapter`.
 
     Returns:
@@ -105,9 +114,10 @@ def export_adapter(
     if target.name == "peft" and rank is None:
         return ExportReport(target, given.write(path), None, None)
     _check_tokens(given, target)
-    plain, fit = as_plain_lora(_without_tokens(given), rank, target.max_rank, max_error, _model_reader(model))
+    regroup = _regrouper(given.source, target, model)
+    plain, fit = as_plain_lora(_without_tokens(given), rank, target.max_rank, max_error, _model_reader(model), regroup)
     plain = _to_known_dtypes(_with_tokens_of(given, plain), target)
-    _check_taken(plain, target)
+    _check_taken(plain, target, regroup is not None)
     assert isinstance(plain.config, LoraConfig)
     if target.name == "llama.cpp":
         written = write_gguf(plain, Path(path), model)
@@ -138,6 +148,22 @@ def _model_reader(model: Any) -> Callable[[], Any] | None:
     if model is None:
         return None
     return partial(read_model, Path(model)) if isinstance(model, (str, os.PathLike)) else lambda: model
+
+
+def _regrouper(
+    source: str, engine: EngineLimits, model: Any
+) -> Callable[[Mapping[str, AdapterSite], Mapping[str, LowRank]], Changes] | None:
+    """Return what gives an adapter's changes the layers that the engine looks for; None where the model is not known,
+    and where layers have other names."""
+    layers = None if engine.name == "diffusers" else read_layer_sizes(model)
+    if layers is None:
+        return None
+
+    def regroup(sites: Mapping[str, AdapterSite], changes: Mapping[str, LowRank]) -> Changes:
+        found = (dict(sites), dict(changes)) if engine.takes_fused else with_layers_of(source, sites, changes, layers)
+        return with_siblings(*found, engine.wanted_siblings, layers)
+
+    return regroup
 
 
 def _check_tokens(adapter: Adapter, engine: EngineLimits) -> None:
@@ -172,18 +198,23 @@ def _to_known_dtypes(adapter: Adapter, engine: EngineLimits) -> Adapter:
     return Adapter(adapter.config, {k: t.to(torch.float32) for k, t in adapter.tensors.items()}, adapter.source)
 
 
-def _check_taken(adapter: Adapter, engine: EngineLimits) -> None:
-    """Raise ConfigError for what is left of the adapter that the engine does not take as it is meant."""
+def _check_taken(adapter: Adapter, engine: EngineLimits, knows_layers: bool) -> None:
+    """Raise ConfigError for what is left of the adapter that the engine does not take as it is meant.
+
+    ``knows_layers``: the sizes of the model's layers were known.
+    """
     tensors: Mapping[str, TensorFacts] = {
         k: TensorFacts(tuple(t.shape), _DTYPE_NAMES[t.dtype]) for k, t in adapter.tensors.items()
     }
     facts = AdapterFacts(adapter.source, adapter.config.to_dict() | {"peft_type": "LORA"}, tensors, is_directory=False)
     if problems := find_problems(facts, engine):
         first = problems[0]
+        can_fill = not knows_layers and " without " in first.trait
+        way_out = "Give the model with model= (--model), of which the sizes are read" if can_fill else _WAY_OUT
         more = f" (and {len(problems) - 1} more: {', '.join(p.trait for p in problems[1:])})" if problems[1:] else ""
         raise ConfigError(
             f"{adapter.source} has {first.trait}, {first.found}, which no file for {engine.name} {engine.version} can "
-            f"hold: {first.limit.why} ({first.limit.source}){more}. Leave it out of the adapter, {MERGE_HINT}"
+            f"hold: {first.limit.why} ({first.limit.source}){more}. {way_out}"
         )
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from adaptc.adapter_files.format import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, bare_key
 from adaptc.adapter_files.locate import describe_directory, locate_adapter, open_config, parse_adapter_config
 from adaptc.adapter_files.stable_read import OpenedFile, retry_while_changing
+from adaptc.engines.safetensors_header import read_header
 from adaptc.errors import CheckpointError, short_repr
 from adaptc.patterns import limit_pattern_time, pattern_value
 
@@ -142,7 +141,7 @@ def _read_once(path: str | os.PathLike[str]) -> AdapterFacts:
         if not file.is_file():
             raise CheckpointError(_why_no_file(directory))
         with OpenedFile(file) as opened:
-            tensors = _read_header(file)
+            tensors = {k: TensorFacts(*found) for k, found in read_header(file).items()}
             opened.check_unchanged()
         config_file.check_unchanged()
     if not tensors:
@@ -158,15 +157,3 @@ def _why_no_file(directory: Path) -> str:
             "adapter as safetensors first, adaptc.load_adapter(path).write(other_path)"
         )
     return f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}. {describe_directory(directory)}"
-
-
-def _read_header(file: Path) -> dict[str, TensorFacts]:
-    try:
-        # The format of arrays is not used: no tensor is read.
-        with safe_open(file, framework="numpy") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            return {k: TensorFacts(tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is no readable safetensors file ({short_repr(str(error))}). Save or download it again."
-        ) from error

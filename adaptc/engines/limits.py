@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adaptc.errors import ConfigError, did_you_mean, short_repr
 
@@ -34,6 +34,9 @@ class EngineLimits:
         max_rank: the largest rank, None for any.
         saved_modules: the names of modules that the engine takes whole; of all others ``limits`` tells.
         dtypes: the dtypes of tensors, as safetensors calls them; none for any.
+        takes_fused: whether it takes an adapter of the parts of a fused layer, and of a fused layer whose parts the
+            model has. Others look for the names of the model's own layers.
+        wanted_siblings: layer -> the one that must have an adapter beside it.
         takes_pointwise: whether convolutions with a kernel of one are within the limit for convolutions.
     """
 
@@ -46,6 +49,8 @@ class EngineLimits:
     saved_modules: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     takes_pointwise: bool = False
+    takes_fused: bool = False
+    wanted_siblings: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def refused(why: str, source: str) -> Limit:

@@ -15,18 +15,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combining.adapter_sites import AdapterSite, split_sites
+from adaptc.adapters.combining.adapter_sites import NEED_MODEL, AdapterSite, exact_changes
 from adaptc.adapters.combining.truncated_svd import Truncation, truncate_sum
 from adaptc.adapters.fit_report import FitReport, SiteFit
 from adaptc.adapters.to_lora import convert_to_lora
+from adaptc.engines.fused_layers import Changes
 from adaptc.errors import ConfigError, short_repr
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.passes.protocol.parts.low_rank import LowRank
 
 #: the way out of everything that no adapter file can hold
 MERGE_HINT = "or merge it into the model, adaptc merge MODEL ADAPTER -o DIR, and serve that"
-#: options of LoRA whose change of a weight depends on the model; of QA-LoRA's tensors on the layer's inputs
-_NEED_MODEL = ("use_dora", "arrow_config", "kasa_config", "use_qalora", "ensure_weight_tying")
 
 
 @torch.no_grad()
@@ -36,14 +35,16 @@ def as_plain_lora(
     max_rank: int | None,
     max_error: float,
     read_model: Callable[[], Any] | None,
+    regroup: Callable[[Mapping[str, AdapterSite], Mapping[str, LowRank]], Changes] | None = None,
 ) -> tuple[Adapter, FitReport]:
     """Return ``adapter`` as LoRA whose modules have one rank and a scale of 1, and the error of each weight.
 
     ``rank``: the rank of all modules, None for the largest that is needed, which is to be at most ``max_rank``.
-    ``read_model`` returns the model, and is called where it is needed. Raises ConfigError where an error is above
-    ``max_error``, where a model is needed and not given, and where there is no LoRA of the method.
+    ``read_model`` returns the model, and is called where it is needed. ``regroup`` gives the changes other layers.
+    Raises ConfigError where an error is above ``max_error``, where a model is needed and not given, and where there is
+    no LoRA of the method.
     """
-    found, source, svd_errors = _exact_sites(adapter), adapter.source, dict[str, float]()
+    found, source, svd_errors = exact_changes(adapter), adapter.source, dict[str, float]()
     if found is None:
         if read_model is None:
             raise ConfigError(
@@ -54,16 +55,19 @@ def as_plain_lora(
         converted = _convert(adapter, read_model(), rank or 1 - max_error**2)
         adapter = Adapter(converted.config, converted.tensors, source)
         svd_errors = {s.site.removesuffix(".weight"): s.error for s in converted.report.sites}
-        found = _exact_sites(adapter)
+        found = exact_changes(adapter)
         assert found is not None
     if not found[0]:
         raise ConfigError(f"{source} has no factors of LoRA, only tensors that are trained whole: {MERGE_HINT[3:]}")
-    plain, report = _to_one_rank(adapter, *found, rank)
+    sites, changes, others = found
+    if regroup is not None:
+        sites, changes = regroup(sites, changes)
+    plain, report = _to_one_rank(adapter, sites, changes, others, rank)
     # The second step cuts nothing that the first one has left.
-    sites = [replace(s, error=max(s.error, svd_errors.get(s.site, 0.0))) for s in report.sites]
-    report = FitReport(source, tuple(sites), report.saved_modules)
+    fits = [replace(s, error=max(s.error, svd_errors.get(s.site, 0.0))) for s in report.sites]
+    report = FitReport(source, tuple(fits), report.saved_modules)
     _check_errors(report, max_error)
-    needed = max((s.rank for s in sites), default=0)
+    needed = max((s.rank for s in fits), default=0)
     if max_rank is not None and needed > max_rank:
         raise ConfigError(
             f"{source}: within max_error={max_error:g} the adapter needs rank {needed}, and {max_rank} is the most "
@@ -77,7 +81,7 @@ def _describe_method(adapter: Adapter) -> str:
     config = adapter.config
     if isinstance(config, LoraConfig):
         scheme = config.init_lora_weights
-        for option in _NEED_MODEL:
+        for option in NEED_MODEL:
             if getattr(config, option):
                 return f"it is LoRA with {option}"
         return f"its first values changed the base (init_lora_weights={scheme!r})"
@@ -89,20 +93,6 @@ def _convert(adapter: Adapter, model: Any, rank: float) -> Adapter:
         return convert_to_lora(adapter, model, rank=rank)
     except ConfigError as error:
         raise ConfigError(f"{error}; {MERGE_HINT}") from error
-
-
-def _exact_sites(adapter: Adapter) -> tuple[dict[str, AdapterSite], dict[str, LowRank], dict[str, Tensor]] | None:
-    """Return the sites, their changes, and the other tensors by key, or None where the tensors do not tell the
-    changes."""
-    config = adapter.config
-    if not isinstance(config, LoraConfig) or any(getattr(config, option) for option in _NEED_MODEL):
-        return None
-    if config.method("", "linear").changes_base_at_init():
-        return None
-    sites, others = split_sites(adapter, torch.device("cpu"))
-    changes = {key: site.low_rank(adapter.source) for key, site in sites.items()}
-    exact = {key: change for key, change in changes.items() if change is not None}
-    return (sites, exact, others) if len(exact) == len(sites) else None
 
 
 def _to_one_rank(
@@ -119,6 +109,7 @@ def _to_one_rank(
     rank = rank or max([c.rank * blocks[key] for key, c in changes.items()], default=1)
     has_bias = any(c.bias is not None for c in changes.values())
     tensors: dict[str, Tensor] = {k: adapter.tensors[k] for k in others}
+    usual = {n: t for k, t in adapter.tensors.items() for n in ("lora_A.weight", "lora_B.weight") if k.endswith(n)}
     fits: list[SiteFit] = []
     for key, change in changes.items():
         if rank % blocks[key]:
@@ -129,7 +120,8 @@ def _to_one_rank(
         cut, error = _fit_rank(change, rank // blocks[key])
         names = sites[key].method.files.with_low_rank(cut, sites[key].tensors)
         for name, value in names.items():
-            old = adapter.tensors.get(f"{key}.{name}".removeprefix("."))
+            # A layer that the adapter did not have was made of others, whose dtype it has.
+            old = adapter.tensors.get(f"{key}.{name}".removeprefix("."), usual.get(name))
             tensors[f"{key}.{name}".removeprefix(".")] = _to_stored_dtype(value, old)
         size = min(change.shape[1:]) * blocks[key]
         fits.append(SiteFit(key, rank, size, _norm(change), error))

@@ -19,7 +19,7 @@ from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.packages.pad_adapter import AdapterPadder
 from adaptc.passes.protocol.method import Method
 from adaptc.reports.stored_table import stored_adapters_data, stored_adapters_table
-from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, to_json_value, with_count
+from adaptc.tables import Column, Report, Table, collapse_paths, dtype_name, format_bytes, with_count
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class PackageReport(Report):
     adapter came from, '' where there are no sites. ``ranges`` maps the name of a size to the least and the greatest
     it may be. ``products`` says what computes the base's linear layers, and why, as chosen where the package was made.
     """
+
+    ROWS = ("sites",)
 
     path: Path
     device: str
@@ -157,7 +159,7 @@ class PackageReport(Report):
             self._ranges_table(),
         ]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return the report as plain values.
 
         The keys are ``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``strength``, ``sites``,
@@ -173,19 +175,19 @@ class PackageReport(Report):
             "adapter": self.adapter,
             "peft_type": self.peft_type,
             "strength": self.strength,
-            "sites": [to_json_value(vars(s)) for s in self.sites],
+            "sites": [vars(s) for s in self.sites],
             "inputs": [
                 {
                     "name": i.name,
                     "dtype": None if i.dtype is None else dtype_name(i.dtype),
-                    "sizes": to_json_value(i.sizes),
+                    "sizes": i.sizes,
                 }
-                | ({"constant": to_json_value(i.constant)} if i.dtype is None else {})
+                | ({"constant": i.constant} if i.dtype is None else {})
                 for i in self.inputs
             ],
-            "ranges": {n: to_json_value(bounds) for n, bounds in self.ranges.items()},
-            "products": [to_json_value(p) for p in self.products],
-            "notes": list(self.notes),
+            "ranges": self.ranges,
+            "products": self.products,
+            "notes": self.notes,
             "stored": stored_adapters_data(self.stored),
         }
 

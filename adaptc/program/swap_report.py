@@ -12,7 +12,7 @@ from adaptc.adapter_files.adapter_data import PEFT_ORIGIN, FileOrigin
 from adaptc.binding.binding import Binding
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
-from adaptc.tables import Report, Table, shorten_paths, to_json_value
+from adaptc.tables import Report, Table, shorten_paths
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,6 +26,8 @@ class SwapReport(Report):
 
     Counts are made when they are first asked for, since most reports are not read.
     """
+
+    ROWS = ("weights",)
 
     source: str
     attachments: Sequence[Attachment] = field(repr=False)
@@ -60,14 +62,24 @@ class SwapReport(Report):
         form = "" if self.origin == PEFT_ORIGIN else f" [{self.origin}]"
         return [f"{self.source}{form}: {self.sites} of {total} sites{rank}{duration}{remarks}"]
 
-    def data(self) -> dict[str, Any]:
-        """Return ``source``, ``format``, ``sites`` (their number), ``left_at_the_base`` (FQNs), ``ranks`` and
-        ``seconds``."""
+    def values(self) -> dict[str, Any]:
+        """Return ``source``, ``format``, ``sites`` (their number), ``left_at_the_base`` (FQNs), ``ranks``, ``seconds``
+        and ``weights`` (one dict for each site of the program)."""
         return {
             "source": self.source,
             "format": str(self.origin),
             "sites": self.sites,
             "left_at_the_base": list(self.identity),
             "ranks": list(self.ranks),
-            "seconds": to_json_value(self.seconds),
+            "seconds": self.seconds,
+            "weights": [
+                {
+                    "weight": a.fqn,
+                    "adapter": a.adapter,
+                    "method": a.method.name,
+                    "adapted": a.id in self.methods,
+                    "rank": self.methods[a.id].sizes.rank() if a.id in self.methods else None,
+                }
+                for a in self.attachments
+            ],
         }

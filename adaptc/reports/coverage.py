@@ -37,7 +37,6 @@ from adaptc.tables import (
     path_pattern,
     shape_text,
     shorten_paths,
-    to_json_value,
     with_count,
 )
 
@@ -84,6 +83,8 @@ class CoverageReport(Report):
     that the program and the code of its calls went through, with the number of changes of each. ``norms``: norms of the
     adapter's tensors at each site when the report was made.
     """
+
+    ROWS = ("sites",)
 
     sites: tuple[SiteCoverage, ...]
     matches: Mapping[str, Sequence[str]]
@@ -183,7 +184,7 @@ class CoverageReport(Report):
         products = [str(p) for p in (self.products, *self.training)]
         return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return the report as a dict of plain values.
 
         - ``adapter``, ``peft_type``, ``source``, ``strength``: strings.
@@ -210,7 +211,7 @@ class CoverageReport(Report):
             "formats": {name: str(o) for name, o in self.origins.items()},
             "merged": self.merged,
             "sites": [_site_data(s) for s in self.sites],
-            "matches": to_json_value(self.matches),
+            "matches": self.matches,
             "left_out": [{"module": name, "why": why} for name, why in self.left_out],
             "unadapted": [{"parameter": name, "shape": list(shape)} for name, shape in self.unadapted],
             "trainable": self.trainable,
@@ -219,7 +220,7 @@ class CoverageReport(Report):
             "training": {p.caption: p.table_rows() for p in self.training},
             "packed": {"count": self.packed.count, "bytes": self.packed.nbytes},
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
-            "norms": self.norms.data(),
+            "norms": self.norms.values(),
             "notes": list(self.notes),
         }
 

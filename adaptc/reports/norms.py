@@ -25,7 +25,6 @@ from adaptc.tables import (
     format_error,
     path_numbers,
     path_pattern,
-    to_json_value,
     with_count,
 )
 
@@ -64,6 +63,9 @@ class SiteNorms:
 class Norms(Report):
     """A report of the norms at each site that the adapter has, in the order of the program's sites."""
 
+    ROWS = ()
+    ROW_NAME = "site"
+
     sites: Sequence[SiteNorms] = ()
 
     @classmethod
@@ -91,11 +93,11 @@ class Norms(Report):
         columns = [Column(n, right=True, no_wrap=True) for n in ("median", "smallest", "in", "largest", "in")]
         return [Table(["site", Column("norm of", no_wrap=True), *columns], rows)]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return the site's parameter -> ``slots`` (name -> norm), ``change`` and ``weight``. Where several adapters
         act together, the key also has the adapter's name."""
         return {
-            _site_label(s.fqn, s.adapter): {"slots": to_json_value(s.slots), "change": s.change, "weight": s.weight}
+            _site_label(s.fqn, s.adapter): {"slots": s.slots, "change": s.change, "weight": s.weight}
             for s in self.sites
         }
 

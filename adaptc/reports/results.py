@@ -19,7 +19,6 @@ from adaptc.tables import (
     format_bytes,
     format_error,
     format_error_or_dash,
-    to_json_value,
 )
 
 
@@ -31,6 +30,8 @@ class MergeReport(Report):
     weight's dtype. Their quotient tells how much of the change rounding may hide. Where a low-rank correction stands
     beside the weight, ``error`` is what it leaves of ``rounding_error``.
     """
+
+    ROWS = ("weights",)
 
     sites: Sequence[SiteMerge]
     source: str
@@ -94,25 +95,22 @@ class MergeReport(Report):
         )
         return [head, Table(columns, rows), more]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return ``source``, ``largest_change``, ``largest_error``, ``untied`` (FQNs) and ``weights`` (one dict
         each)."""
         return {
             "source": self.source,
-            "largest_change": to_json_value(self.max_delta),
-            "largest_error": to_json_value(self.max_error),
+            "largest_change": self.max_delta,
+            "largest_error": self.max_error,
             "untied": list(self.untied),
             "weights": [
                 {
                     "weight": s.fqn,
                     "dtype": dtype_name(s.dtype),
-                    "change": to_json_value(s.delta),
-                    "error": to_json_value(s.error),
+                    "change": s.delta,
+                    "error": s.error,
                     **(
-                        {
-                            "correction_rank": s.correction_rank,
-                            "rounding_error": to_json_value(s.rounding_error),
-                        }
+                        {"correction_rank": s.correction_rank, "rounding_error": s.rounding_error}
                         if s.correction_rank
                         else {}
                     ),
@@ -128,6 +126,8 @@ class QuantizeReport(Report):
 
     A weight's ``error`` is the norm of its change over its norm.
     """
+
+    ROWS = ("weights",)
 
     weights: Sequence[WeightQuantization]
 
@@ -166,17 +166,17 @@ class QuantizeReport(Report):
         more = f"and {omitted} more, each with an error of at most {ordered[max_rows].error:.2%}" if omitted > 0 else ""
         return [head, Table(["weight", "scheme", *number_columns], rows), more]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return ``bytes_before``, ``bytes_after``, ``largest_error`` and ``weights`` (one dict each)."""
         return {
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            "largest_error": to_json_value(self.max_error),
+            "largest_error": self.max_error,
             "weights": [
                 {
                     "weight": w.fqn,
                     "scheme": w.scheme,
-                    "error": to_json_value(w.error),
+                    "error": w.error,
                     "bytes_before": w.bytes_before,
                     "bytes_after": w.bytes_after,
                 }

@@ -21,7 +21,7 @@ from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import needs_graph
 from adaptc.reports.coverage import count_base_parameters
 from adaptc.state.overrides import override_of
-from adaptc.tables import Column, Table, collapse_paths, with_count
+from adaptc.tables import Column, Report, Table, collapse_paths, with_count
 
 Irregular = Literal["irregular"]
 
@@ -48,10 +48,19 @@ class LayerStatus:
     scales: dict[str, float | Irregular] = field(default_factory=dict)
 
 
-class LayerStatuses(list[LayerStatus]):
+class LayerStatuses(list[LayerStatus], Report):
     """A list of :class:`LayerStatus` that prints as a table; layers that differ in their number alone share a row."""
 
+    ROWS = ("layers",)
+
     def __repr__(self) -> str:
+        return self.render()
+
+    def values(self) -> dict[str, Any]:
+        """Return ``layers``, one dict of the fields of each :class:`LayerStatus`."""
+        return {"layers": [vars(s) for s in self]}
+
+    def sections(self) -> list[str | Table]:
         groups: dict[tuple[str, ...], list[str]] = {}
         for s in self:
             cells = (
@@ -62,13 +71,13 @@ class LayerStatuses(list[LayerStatus]):
             )
             groups.setdefault((*cells, _join_by_name(s.devices), _join_by_name(s.scales)), []).append(s.name)
         rows = [(with_count(text, n), *how) for how, members in groups.items() for text, n in collapse_paths(members)]
-        suffix = "" if all(s.enabled for s in self) else "\n(disabled in this block)"
+        suffix = "" if all(s.enabled for s in self) else "(disabled in this block)"
         columns = ["layer", Column("type", no_wrap=True), "adapters", "active", "requires grad", "devices", "scales"]
-        return Table(columns, rows).text() + suffix
+        return [Table(columns, rows), suffix]
 
 
 @dataclass(frozen=True, repr=False)
-class ModelStatus:
+class ModelStatus(Report):
     """The status of a whole program.
 
     ``base_model_type``: the class of a transformers model, "other" where it is not known. ``trainable_params`` and
@@ -92,8 +101,15 @@ class ModelStatus:
     scales: dict[str, float | Irregular] = field(default_factory=dict)
 
     def __repr__(self) -> str:
+        return self.render()
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields, by their names."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def sections(self) -> list[Table]:
         rows = [(f.name, _format_value(getattr(self, f.name))) for f in fields(self)]
-        return Table([Column("status", no_wrap=True), "value"], rows).text()
+        return [Table([Column("status", no_wrap=True), "value"], rows)]
 
 
 @needs_graph

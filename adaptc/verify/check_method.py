@@ -31,7 +31,7 @@ from adaptc.program.compile_program import compile_model, plan_adapters
 from adaptc.program.program_file import load_program, save_program
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
-from adaptc.tables import Column, Report, Table, to_json_value
+from adaptc.tables import Column, Report, Table
 from adaptc.verify.verify import verify_program
 
 #: the largest difference that counts as rounding in float64, relative to the largest output
@@ -95,6 +95,8 @@ class MethodCheck:
 class MethodReport(Report):
     """The result of :func:`check_method`. ``refused``: layer -> why the method does not take it."""
 
+    ROWS = ("checks",)
+
     method: str
     checks: tuple[MethodCheck, ...]
     refused: dict[str, str] = field(default_factory=dict)
@@ -124,9 +126,9 @@ class MethodReport(Report):
         verdict = "keeps its promises" if self.ok else "does NOT keep its promises" if failed else "could not be tried"
         return [f"{self.method} {verdict}", checks_table, "\n".join(failed), "\n".join(refused)]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return a dict of ``method``, ``ok``, ``checks`` (one dict each) and ``refused`` (layer -> why)."""
-        checks = [to_json_value(vars(c)) for c in self.checks]
+        checks = [vars(c) for c in self.checks]
         return {"method": self.method, "ok": self.ok, "checks": checks, "refused": dict(self.refused)}
 
 

@@ -8,7 +8,7 @@ from math import nan
 from typing import Any
 
 from adaptc.errors import AdaptcError
-from adaptc.tables import Column, Report, Table, format_error_or_dash, to_json_value
+from adaptc.tables import Column, Report, Table, format_error_or_dash
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class VerifyReport(Report):
 
     ``strength``: which adapters were off or scaled, in words.
     """
+
+    ROWS = ("checks",)
 
     checks: tuple[Check, ...]
     runs: tuple[str, ...]
@@ -88,7 +90,7 @@ class VerifyReport(Report):
         head += f", where {self.strength}" if self.strength else ""
         return [f"{head} (seed {self.seed})\n{runs}", Table(columns, rows)]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Return a dict of ``ok``, ``seed``, ``strength``, ``runs`` and ``checks``.
 
         ``passed`` is None for a check that was not run.
@@ -98,5 +100,5 @@ class VerifyReport(Report):
             "seed": self.seed,
             "strength": self.strength,
             "runs": list(self.runs),
-            "checks": [to_json_value(vars(c)) for c in self.checks],
+            "checks": [vars(c) for c in self.checks],
         }

@@ -71,7 +71,7 @@ def test_the_error_that_is_told_is_the_error(name: str):
             s = torch.linalg.svdvals(want.flatten(1)).square()
             fewest = 1 if rank == 1 else int((s.cumsum(0) / s.sum() < rank).sum()) + 1
             assert site.rank == fewest
-        assert found.report.data()["error"] == found.report.error
+        assert found.report.to_dict()["error"] == found.report.error
         assert "relative error" in str(found.report)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc.adapters.directories import merge_files
+from adaptc.adapters.directories.write_tensors import TensorEntry
 from adaptc.errors import CheckpointError, ConfigError, MergeError
 from tests.support.oracle import quiet
 
@@ -252,3 +253,11 @@ def test_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
     adaptc.merge_directory(tmp_path / "model", tmp_path / "other", tmp_path / "merged")
     got = KIND.from_pretrained(tmp_path / "merged").eval()(input_ids=IDS).logits
     torch.testing.assert_close(got, prog(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bytes_of_each_tensor_are_told_when_they_are_written(tmp_path: Path) -> None:
+    shapes = {"a": ((3, 5), torch.float32), "b": ((7,), torch.float16), "c": ((0, 5), torch.float32)}
+    entries = {k: TensorEntry(s, d, lambda s=s, d=d: torch.ones(s, dtype=d)) for k, (s, d) in shapes.items()}
+    told: list[int] = []
+    merge_files.write_tensors(tmp_path / "x.safetensors", entries, {}, told.append)
+    assert told == [60, 14, 0]

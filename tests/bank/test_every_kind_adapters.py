@@ -34,7 +34,7 @@ def test_adapters_come_and_go(kind: Kind) -> None:
     close(
         kind.rows(bank, ["second", None, "third", "first"]), [own[0], *chosen(kind, None, None, "first", "second")[1:]]
     )
-    assert bank.report().data()["adapters"].keys() == {"first", "second", "third"}
+    assert bank.report().to_dict()["adapters"].keys() == {"first", "second", "third"}
     assert (bank.capacity, adaptc.report(bank).nbytes) == (3, bank.nbytes)
     assert bank.nbytes > 0
     assert repr(bank).startswith("<Bank: 3 of 3 adapters, ")

@@ -76,8 +76,8 @@ def test_each_engine_takes_what_its_sources_say(name: str, engine: str, tmp_path
     report = adaptc.engines.check_adapter(write_directory(tmp_path, options, **more), engine)
     assert report.verdict == expected, str(report)
     assert report.is_as_meant == (report.verdict == AS_MEANT)
-    assert report.verdict in report.data()["verdict"]
-    for finding in report.data()["findings"]:
+    assert report.verdict in report.to_dict()["verdict"]
+    for finding in report.to_dict()["findings"]:
         assert all(finding[k] for k in ("what", "found", "why", "source", "verdict"))
 
 

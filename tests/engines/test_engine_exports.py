@@ -145,7 +145,7 @@ def test_the_error_of_the_singular_values_counts(tmp_path: Path) -> None:
     assert report.rank == 2
     assert report.fit is not None
     assert 0.01 < report.fit.error < 0.9
-    assert report.data()["fit"]["error"] == report.fit.error
+    assert report.to_dict()["fit"]["error"] == report.fit.error
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_tokens_are_those_of_peft(way: str) -> None:
 @pytest.mark.long
 def test_it_is_told() -> None:
     report = adaptc.report(whole())
-    assert list(report.notes) == report.data()["notes"]
+    assert list(report.notes) == report.to_dict()["notes"]
     assert "no cache, so each token computes the whole text: OpenAIGPTLMHeadModel gives no cache" in str(report)
     assert "cache: 2 layers, 256 B for each row and position" in str(adaptc.report(generator()))
     told = str(adaptc.report(generator("gpt_neo")))

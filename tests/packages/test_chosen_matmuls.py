@@ -97,7 +97,7 @@ def test_the_report_tells_what_was_chosen(made: tuple[adaptc.AdaptedProgram, Pat
     kind, why = (ONEDNN, WHY) if can else (LINEAR, NOTHING)
     assert f"matmuls: 2 by {kind} at any rows ({why})" in str(report)
     assert "matmuls: 1 by linear at any rows (another machine may have no half precision)" in str(report)
-    assert [(p["kind"], p["count"]) for p in report.data()["products"]] == [(kind, 2), (LINEAR, 1)]
+    assert [(p["kind"], p["count"]) for p in report.to_dict()["products"]] == [(kind, 2), (LINEAR, 1)]
     assert not any("adaptc" in str(n.target) for n in program.graph.nodes)
 
 

@@ -75,7 +75,7 @@ def test_its_adapter_is_on_and_off(both: tuple[Any, Any]) -> None:
         assert (p.active_adapters, p.available_adapters) == ([], ["default"])
     same(ours, package)
     assert torch.equal(run(package), run(package.base))
-    assert adaptc.report(package).data()["strength"] == "'default' is off"
+    assert adaptc.report(package).to_dict()["strength"] == "'default' is off"
     package.set_active("default")  # with the factor that it had
     assert torch.equal(run(package), before)
     assert package.active_adapters == ["default"]
@@ -131,7 +131,7 @@ def test_a_package_is_made_with_the_factors_of_its_program(both: tuple[Any, Any]
     same(ours, package)
     assert package.binding.scale_factors == ours.binding.scale_factors
     said = "'default' is scaled by -0.5 at 1 site, 'default' is scaled by 2 at 1 site"
-    assert adaptc.report(package).data()["strength"] == said
+    assert adaptc.report(package).to_dict()["strength"] == said
     assert said in str(adaptc.report(package))
     assert ours.binding.describe_scales() == said
     for p in (ours, package):

@@ -216,7 +216,7 @@ def test_the_report(program: Any) -> None:
     text = str(report)
     assert text.startswith("bank of 2 of 4 adapters, ")
     assert "in 1 stack of those in use" in text
-    data = report.data()
+    data = report.to_dict()
     own = sum(t.nbytes for t in bank["b"].values.values())
     assert data["adapters"]["b"] == {"sites": 3, "ranks": [5], "bytes": own, "source": "state dict"}
     assert (data["capacity"], data["stacks"]) == (4, [["a", "b"]])

@@ -41,7 +41,7 @@ class Subject:
         assert all(n in self.bank for n in names)
         assert list(report.adapters) == names
         assert {n for stack in report.stacks for n in stack} <= set(names)
-        return [(n, report.data()["adapters"][n]["ranks"]) for n in names]
+        return [(n, report.to_dict()["adapters"][n]["ranks"]) for n in names]
 
     def rows(self, *names: str | None) -> None:
         with torch.no_grad():

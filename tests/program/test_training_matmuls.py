@@ -84,7 +84,7 @@ def test_the_module_and_the_report_say_what_was_chosen(llama: nn.Module) -> None
     for line in lines:
         assert line in "\n".join(map(str, module.products))
         assert line in str(report)
-    assert report.data()["training"][f"{GRADIENTS}, bfloat16"][0]["count"] == layers
+    assert report.to_dict()["training"][f"{GRADIENTS}, bfloat16"][0]["count"] == layers
     assert not any("adaptc" in str(n.target) for n in program.graph.nodes)
 
 

@@ -54,7 +54,7 @@ def test_a_program_and_a_model_are_quantized_alike(family, scheme):
     assert 0 < report.max_error < 0.2
     assert report.bytes_after == sum(program.state_dict[n].stored_bytes for n in rows)
     assert report.bytes_before == sum(program.state_dict[n].numel() * 4 for n in rows)
-    assert report.data()["weights"][0]["weight"] in rows
+    assert report.to_dict()["weights"][0]["weight"] in rows
 
 
 def save(program: adaptc.AdaptedProgram) -> str:

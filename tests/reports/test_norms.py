@@ -94,7 +94,7 @@ def test_adapters_that_act_together_are_told_apart() -> None:
     config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
     program = adaptc.compile(net, {"a": config, "b": config.replace(r=2)}, example_inputs=torch.randn(2, 5))
     report = adaptc.report(program, changes=True)
-    data = report.data()
+    data = report.to_dict()
     assert [(s["fqn"], s["adapter"], s["rank"]) for s in data["sites"]] == [("0.weight", "a", 3), ("0.weight", "b", 2)]
     assert list(data["norms"]) == ["0.weight (a)", "0.weight (b)"]
     for name, norms in data["norms"].items():

@@ -17,8 +17,8 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.program.swap_report import SwapReport
-from adaptc.reports.adapter_report import AdapterReport
 from adaptc.reports.coverage import CoverageReport, SiteCoverage
+from adaptc.reports.inspect_file import inspect_file
 from adaptc.reports.results import MergeReport
 from tests.support.families import FAMILIES
 
@@ -227,9 +227,9 @@ def test_the_data_of_every_report_is_json(partial: adaptc.AdaptedProgram, what: 
         "swap": lambda: adaptc.swap(partial, partial.binding),
         "merge": lambda: merged.merge_report,
         "verify": lambda: adaptc.verify(partial, shapes=1),
-        "adapter": lambda: AdapterReport.from_path(adaptc.save_adapter(partial, tmp_path)),
+        "adapter": lambda: inspect_file(adaptc.save_adapter(partial, tmp_path)),
     }[what]()
-    data = json.loads(json.dumps(report.data(), allow_nan=False))
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     expected = {
         "coverage": ("trainable", report.trainable if what == "coverage" else 0),
         "plain": ("merged", "first values"),

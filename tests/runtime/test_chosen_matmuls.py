@@ -132,7 +132,7 @@ def test_the_report_says_what_was_chosen_and_why() -> None:
     text = str(report)
     assert "matmuls: 1 by onednn at 1, 17 to 256 rows (measured: faster here, 0.50 to 0.75 of linear's time)" in text
     assert "matmuls: 1 by linear (too thin for a test)" in text
-    assert {"kind": "linear", "rows": "", "why": "too thin for a test", "count": 1} in report.data()["products"]
+    assert {"kind": "linear", "rows": "", "why": "too thin for a test", "count": 1} in report.to_dict()["products"]
     merged = adaptc.merge(program)
     merged(random_rows(7, FLOAT))
     assert "by onednn" in str(adaptc.report(merged))

@@ -99,7 +99,7 @@ def test_the_report_and_what_frees_it() -> None:
     why = "measured: faster than the weight as it lies, 0.50 to 0.90 of its time"
     assert f"packed for 1 layers at 1, 2 to 4, 5 to 16, more than 256 rows ({why})" in str(report)
     assert "not packed for 1 layers (too thin for a test)" in str(report)
-    assert report.data()["packed"] == {"count": count, "bytes": 560 * count}
+    assert report.to_dict()["packed"] == {"count": count, "bytes": 560 * count}
     assert len(packed_weights._copies_by_memory) == count
     program.pack = None
     gc.collect()

@@ -93,7 +93,7 @@ def test_a_parameter_that_is_named_as_a_module_is_told(target: Any, way: str) ->
 def test_the_report_lists_parameters_that_nothing_adapts() -> None:
     config = LoraConfig(r=2, target_modules=["plain", "dense"])
     report = adaptc.report(adaptc.compile(Net(), config, example_inputs=torch.randn(4, 7)))
-    found = {entry["parameter"]: entry["shape"] for entry in report.data()["unadapted"]}
+    found = {entry["parameter"]: entry["shape"] for entry in report.to_dict()["unadapted"]}
     assert found["wq"] == [3, 4]
     assert found["plain.bias"] == [5]
     assert not {"plain.weight", "dense.weight"} & set(found)

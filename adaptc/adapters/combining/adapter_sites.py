@@ -15,11 +15,14 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig, TargetedConfig
+from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.parts.low_rank import LowRank
 
 #: PEFT's wrapper around an adapted module, whose name is in the keys of the tensors inside
 _WRAPPER = ".base_layer"
+#: options of LoRA whose change of a weight depends on the model; of QA-LoRA's tensors on the layer's inputs
+NEED_MODEL = ("use_dora", "arrow_config", "kasa_config", "use_qalora", "ensure_weight_tying")
 
 
 class AdapterLike(Protocol):
@@ -95,6 +98,22 @@ def split_sites(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, A
     if not sites and not other_tensors:
         raise CheckpointError(f"{source} has no tensors, so there is nothing to combine")
     return sites, other_tensors
+
+
+def exact_changes(
+    adapter: AdapterLike,
+) -> tuple[dict[str, AdapterSite], dict[str, LowRank], dict[str, Tensor]] | None:
+    """Return the sites, their changes, and the other tensors by key, or None where the tensors do not tell the
+    changes."""
+    config = adapter.config
+    if not isinstance(config, LoraConfig) or any(getattr(config, option) for option in NEED_MODEL):
+        return None
+    if config.method("", "linear").changes_base_at_init():
+        return None
+    sites, others = split_sites(adapter, torch.device("cpu"))
+    changes = {key: site.low_rank(adapter.source) for key, site in sites.items()}
+    exact = {key: change for key, change in changes.items() if change is not None}
+    return (sites, exact, others) if len(exact) == len(sites) else None
 
 
 def _make_site(key: str, config: TargetedConfig, source: str) -> AdapterSite:

@@ -25,7 +25,7 @@ from adaptc.adapters.directories.mapped_model import SINGLE_FILE, MappedModel, o
 from adaptc.adapters.directories.write_tensors import TensorEntry, write_tensors
 from adaptc.adapters.model_tensors import SAFE_WEIGHTS_INDEX_NAME
 from adaptc.capture.model_files import QUANTIZATION_CONFIG
-from adaptc.errors import CheckpointError, ConfigError, MergeError, listing, short_repr
+from adaptc.errors import CheckpointError, ConfigError, FilePlaceError, MergeError, listing, short_repr
 from adaptc.passes.adapt.merging.merge_pass import Merge, MergedWeight
 from adaptc.passes.adapt.merging.site_merge import SiteMerge
 from adaptc.passes.graph.lifted import LiftedProgram
@@ -36,6 +36,7 @@ from adaptc.program.compile_program import compile_model
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.state.model_directory import check_target_dir, commit_model_files, copy_companions
+from adaptc.tables import format_bytes
 from adaptc.torch_typing import is_dict
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -125,7 +126,7 @@ class _DirectoryMerge:
         names = self._lifted.fqns_of(self._lifted.placeholders[fqn])
         keys = {self.mapped.keys[n] for n in names if n in self.mapped.keys}
         if not keys:
-            raise MergeError(
+            raise FilePlaceError(
                 f"the adapter changes {fqn!r}, which transformers makes of other tensors or in another dtype than "
                 f"{self.mapped.path} has: merge a program of the model (adaptc.merge), and write that with "
                 "save_pretrained"
@@ -180,12 +181,14 @@ def _dequantized(read: Callable[[], QuantizedTensor]) -> Tensor:
 def _write(mapped: MappedModel, merging: _DirectoryMerge, target: Path, progress: bool) -> None:
     name = type(mapped.model).__name__
     count = len(mapped.files)
+    total = sum(entry.nbytes for entries in merging.entries.values() for entry in entries.values())
+    text = f"merging into {name}, {count} file{'' if count == 1 else 's'} of {format_bytes(total)}"
     try:
         with atomic_write.open_stage(target) as aside:
-            for number, (file, entries) in enumerate(merging.entries.items(), 1):
-                text = f"merging into {name}, file {number} of {count}"
-                with stage(text, always=progress) as writing:
-                    write_tensors(aside / file, entries, mapped.metadata[file], writing.track)
+            with stage(text, always=progress) as writing:
+                written = writing.count_bytes(total)
+                for file, entries in merging.entries.items():
+                    write_tensors(aside / file, entries, mapped.metadata[file], written)
             _write_config(mapped, aside, merging.dequantize)
             if list(merging.entries) != [SINGLE_FILE]:
                 _write_index(mapped, aside, merging.entries)

@@ -6,7 +6,7 @@ The header has the shape and the dtype of each tensor, so these are known before
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,9 +37,9 @@ def write_tensors(
     path: Path,
     entries: Mapping[str, TensorEntry],
     metadata: Mapping[str, str],
-    progress: Callable[[Any], Iterable[str]] = iter,
+    written: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write ``entries`` to the new file ``path``, in their order. ``progress`` wraps the sequence of keys.
+    """Write ``entries`` to the new file ``path``, in their order. ``written`` is told the bytes of each tensor.
 
     Raises CheckpointError for a dtype that files cannot hold, and for a tensor that is not as its entry says.
     """
@@ -55,8 +55,8 @@ def write_tensors(
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for key in progress(list(entries)):
-            entry, made = entries[key], entries[key].make().detach()
+        for key, entry in entries.items():
+            made = entry.make().detach()
             if tuple(made.shape) != entry.shape or made.dtype != entry.dtype:
                 raise CheckpointError(
                     f"{key!r} became {made.dtype} {tuple(made.shape)}, and the file has room for {entry.dtype} "
@@ -64,3 +64,4 @@ def write_tensors(
                 )
             if entry.nbytes:
                 file.write(made.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            written(entry.nbytes)

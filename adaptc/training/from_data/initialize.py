@@ -53,6 +53,8 @@ class DataFit:
 class DataReport(Report):
     """A report of first values that were made of data, with one :class:`DataFit` for each site."""
 
+    ROWS = ("sites",)
+
     scheme: str
     sites: Sequence[DataFit]
 
@@ -70,7 +72,7 @@ class DataReport(Report):
         ]
         return [head + (f"; {none} got none" if none else ""), Table(["site", *numbers], rows)]
 
-    def data(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         return {"scheme": self.scheme, "sites": [vars(s) for s in self.sites]}
 
 

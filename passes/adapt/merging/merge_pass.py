@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.errors import MergeError
+from adaptc.errors import FilePlaceError, MergeError
 from adaptc.passes.adapt.merging.site_merge import MergeErrors, SiteMerge
 from adaptc.passes.analysis.sites import find_consumers, has_other_readers, isolate_readers
 from adaptc.passes.graph.higher_order import bias_and_reader, subgraph_input_of, takes_bias
@@ -91,8 +91,8 @@ class Merge(Pass):
     def lazy_weights(self, program: ExportedProgram) -> dict[str, Callable[[], MergedWeight]]:
         """Return, by name, a function for each weight that the merge changes, which makes that weight alone.
 
-        The program is unchanged, and nothing is kept of a weight. Raises MergeError for a weight that other layers read
-        unchanged, since it would need a second tensor. The functions raise it for biases that the program lacks.
+        The program is unchanged, and nothing is kept of a weight. Raises FilePlaceError for a weight that other layers
+        read unchanged, since it would need a second tensor. The functions raise it for biases that the program lacks.
         """
         lifted = LiftedProgram(program)  # a copy, in which the adapters' own readers of weights are gone
         self._check_methods(lifted)
@@ -101,7 +101,7 @@ class Merge(Pass):
         for first in (group[0] for group in groups):
             if has_other_readers(lifted.placeholders[first.fqn], first.consumers):
                 others = [f for f in lifted.fqns_of(lifted.placeholders[first.fqn]) if f != first.fqn]
-                raise MergeError(
+                raise FilePlaceError(
                     f"the adapter changes {first.fqn!r} at some of the layers that read it, and others keep the base"
                     f"{f' (it is tied to {others[0]!r})' if others else ''}: the merged model has two weights for it"
                 )
@@ -119,7 +119,7 @@ class Merge(Pass):
         for source, nodes, bias in changed:
             if source is None or has_other_readers(source, [n.name for n in nodes]):
                 lack = "has no bias" if source is None else "shares its bias with layers that keep theirs"
-                raise MergeError(f"site {group[0].id!r} changes a bias, and the layer {lack} in the model")
+                raise FilePlaceError(f"site {group[0].id!r} changes a bias, and the layer {lack} in the model")
             biases[str(lifted.input_specs[source.name].target)] = bias
         return MergedWeight(value, biases, row)
 

@@ -1,0 +1,1 @@
+"""What pictures show, by their content."""
