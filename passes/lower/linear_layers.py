@@ -93,7 +93,8 @@ def _quantized_linear_by_rows(
 
     tensors = (x, *stored, *(() if bias is None else (bias,)))
     is_few: Any = prod(x.shape[:-1]) <= SUM_ROWS
-    return torch.ops.higher_order.cond(is_few, few_rows, many_rows, tensors)[0]
+    choose: Any = torch.ops.higher_order.cond
+    return choose(is_few, few_rows, many_rows, tensors)[0]
 
 
 def _product(
