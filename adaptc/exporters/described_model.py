@@ -18,6 +18,7 @@ from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.binding.sources.configs import config_from_dict
+from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.exporters.input_description import InputDescription
 from adaptc.exporters.slot_program import as_input
@@ -45,6 +46,11 @@ class DescribedModel:
     @property
     def binding_plans(self) -> BindingPlanCache:
         return self._binding_plans
+
+    @property
+    def adapters(self) -> StoredAdapters:
+        """Return no adapters: a file of another runtime holds none."""
+        return StoredAdapters()
 
     def spec(self, trainable: bool = False) -> BindingSpec:
         """Return what a binding must fill. Base weights are NaN (0 where not floating)."""

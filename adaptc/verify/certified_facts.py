@@ -51,7 +51,7 @@ def _make_certificate(facts: Mapping[str, Any], graph: Mapping[str, str]) -> byt
 def with_measured(certificate: Certificate, report: VerifyReport, shapes: int, atol: float | None) -> Certificate:
     """Return ``certificate`` with the checks of ``report``, and the options that repeat them."""
     measured = {"seed": report.seed, "shapes": shapes, "atol": atol, "runs": list(report.runs)}
-    return replace(certificate, measured={**measured, "checks": report.data()["checks"]}, versions=installed_versions())
+    return replace(certificate, measured={**measured, "checks": report.to_dict()["checks"]}, versions=installed_versions())
 
 
 def _current_adapters(program: ExportedProgram) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_certified_again(files: Files, tmp_path: Path) -> None:
     file = tmp_path / "x.pt2"
     file.write_bytes(files.file.read_bytes())
     certificate = adaptc.certify(file, files.program, seed=3, shapes=1)
-    assert certificate.data() == json.loads(read_records(file)[RECORD])
+    assert certificate.to_dict() == json.loads(read_records(file)[RECORD])
     before, after = read_records(files.file), read_records(file)
     assert {n for n in before if before[n] != after.get(n)} == {RECORD, "data/extra/adaptc.json"}
     package = adaptc.load_package(file)

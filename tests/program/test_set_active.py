@@ -462,7 +462,7 @@ def test_reports_say_it(twins: Twins, model: nn.Module) -> None:
     verified = adaptc.verify(ours, model)
     assert verified.ok
     assert said in str(verified)
-    assert verified.data()["strength"] == said
+    assert verified.to_dict()["strength"] == said
 
 
 # -- the verbs of PEFT and diffusers ----------------------------------------------------------------------------------

@@ -292,8 +292,8 @@ def test_threads(files: Files, program: Any) -> None:
 
 def test_the_report_lists_them(program: Any) -> None:
     report = adaptc.report(program)
-    assert list(report.data()["stored"]) == list(NAMES)
-    assert report.data()["stored"]["de"] == {"peft_type": "LORA", "tensors": 2, "parameters": 50, "bytes": 200}
+    assert list(report.to_dict()["stored"]) == list(NAMES)
+    assert report.to_dict()["stored"]["de"] == {"peft_type": "LORA", "tensors": 2, "parameters": 50, "bytes": 200}
     assert "über alles" in str(report)
 
 

@@ -107,7 +107,7 @@ def test_certify(files: Files, tmp_path: Path) -> None:
     file = tmp_path / "x.pt2"
     file.write_bytes(files.file.read_bytes())
     certificate = adaptc.certify(file, files.model, seed=5, shapes=2)
-    assert record_of(file) == certificate.data() == json.loads(json.dumps(certificate.data()))
+    assert record_of(file) == certificate.to_dict() == json.loads(json.dumps(certificate.to_dict()))
     measured = certificate.measured
     assert measured is not None
     assert (measured["seed"], measured["shapes"], len(measured["runs"])) == (5, 2, 2)
