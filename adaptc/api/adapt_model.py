@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 from adaptc.adapters.arrow_adapter import arrow_adapter
 from adaptc.errors import ConfigError, short_repr
 from adaptc.generation.of_module import generate_with_module
+from adaptc.pipelines.adapt_pipeline import adapt_pipeline, is_pipeline
+from adaptc.pipelines.component_program import ComponentOptions
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.runtime.options import RunOptions
@@ -42,7 +44,7 @@ def compile(
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
-) -> AdaptedProgram:
+) -> Any:
     """Capture ``model``, adapt it, and return the adapted program.
 
     The model's values are not modified, and its parameters are shared. The first call of a program that fuses moves
@@ -99,6 +101,13 @@ def compile(
         )
     if adapter is None:
         adapter, config = config, None
+    if is_pipeline(model):
+        other: dict[str, Any] = {"example_inputs": example_inputs, "key_mapping": key_mapping, "component": component}
+        other |= {"config": config, "training": training or None, "form": None if form == "auto" else form}
+        other |= {"dynamic_shapes": None if isinstance(dynamic_shapes, str) else dynamic_shapes}
+        if said := [name for name, value in other.items() if value is not None]:
+            raise ConfigError(f"{said[0]} is not for whole pipelines: leave it out, or adapt the pipeline's module")
+        return adapt_pipeline(model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator), adapter_name)
     return compile_model(
         AdaptedProgram,
         model,
