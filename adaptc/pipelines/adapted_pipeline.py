@@ -186,7 +186,8 @@ class AdaptedPipeline:
                     f"adaptc.save_adapter(pipe.programs[{component!r}], path) writes it"
                 )
             layers[f"{component}_lora_layers"] = {k: t.detach().contiguous() for k, t in found.tensors.items()}
-            layers[f"{component}_lora_adapter_metadata"] = found.config.to_dict()
+            fields = found.config.to_dict().items()
+            layers[f"{component}_lora_adapter_metadata"] = {k: v for k, v in fields if v is not None}
         super().save_lora_weights(save_directory, **layers, **kwargs)  # type: ignore[misc]
 
 

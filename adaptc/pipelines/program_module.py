@@ -39,6 +39,10 @@ class ProgramModule(nn.Module):
         self.rows = RowBank()
         self.training = False
 
+    def twin(self) -> ProgramModule:
+        """Return another module on the same program, whose adapters are its own."""
+        return ProgramModule(self.component_name, self.original, vars(self)["_example"], self.state)
+
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
