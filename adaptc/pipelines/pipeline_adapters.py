@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 
 from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model
-from adaptc.capture.inputs.example_inputs import is_pretrained_model
-from adaptc.errors import ConfigError, did_you_mean, listing, short_repr
+from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, short_repr
 from adaptc.pipelines.component_factors import component_factor, expand_factor, weights_by_adapter
 from adaptc.pipelines.component_program import ComponentOptions, capture_component, component_example
 from adaptc.pipelines.component_state import ComponentState
@@ -82,23 +81,35 @@ class PipelineAdapters:
         """
         for module in self.programs.values():
             module.state.check_not_fused("load an adapter")
+        attempts = read_adapter(self.pipeline, source)
+        for i, data in enumerate(attempts):
+            try:
+                changes = self._changes(name, data, keep_active, into)
+                break
+            except CheckpointError:
+                if i + 1 == len(attempts):
+                    raise
+        self._install(*changes)
+
+    def _changes(
+        self, name: str, data: Any, keep_active: bool, into: str | None
+    ) -> tuple[dict[str, ComponentState], dict[str, ProgramModule]]:
+        """Return what loading an adapter changes: the states of components that run programs, and new modules."""
         components = self.components
-        found = split_by_component(
-            read_adapter(self.pipeline, source), components, self.denoisers[0] if into is None else into
-        )
+        found = split_by_component(data, components, self.denoisers[0] if into is None else into)
         states: dict[str, ComponentState] = {}
         captured: dict[str, ProgramModule] = {}
-        for component, data in found.items():
+        for component, part in found.items():
             module = components[component]
             if isinstance(module, ProgramModule):
-                states[component] = module.state.with_adapter(name, data, keep_active)
+                states[component] = module.state.with_adapter(name, part, keep_active)
             else:
-                captured[component] = self.capture(component, module, name, data)
+                captured[component] = self.capture(component, module, name, part)
         if keep_active:
             for component, module in self.programs.items():
                 if component not in found and name in module.state.adapters:
                     states[component] = module.state.without([name])
-        self._install(states, captured)
+        return states, captured
 
     def capture(self, component: str, module: nn.Module, name: str | None = None, data: Any = None) -> ProgramModule:
         """Return a module that runs a program of ``module``, with an adapter that acts where ``name`` says its name."""
@@ -164,7 +175,3 @@ def check_components(adapters: PipelineAdapters, components: Any) -> list[str]:
         raise ConfigError(f"components is empty: leave it out for all of {listing(known)}")
     return found
 
-
-def is_text_encoder(module: Any) -> bool:
-    """Return whether a component is a text encoder."""
-    return is_pretrained_model(module.original if isinstance(module, ProgramModule) else module)

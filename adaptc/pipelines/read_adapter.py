@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from adaptc.adapter_files.adapter_data import FILE_KEYS, PEFT_KEYS, AdapterData
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME_SAFE
@@ -26,6 +26,8 @@ from adaptc.pipelines.traced_tensors import lost_keys, plain, traced
 
 #: options of diffusers' ``load_lora_weights`` that say where a file of the Hub is
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+_ALPHA = ".alpha"
 
 
 def find_source(source: Any, options: dict[str, Any]) -> Any:
@@ -58,24 +60,27 @@ def find_source(source: Any, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def read_adapter(pipeline: Any, source: Any) -> Any:
-    """Return the adapter ``source`` with keys that name components where they are not PEFT's, or the config that it is.
+def read_adapter(pipeline: Any, source: Any) -> list[Any]:
+    """Return what the adapter ``source`` may be, the likeliest first: a config, or tensors whose keys name components.
 
-    Raises CheckpointError for a file that is damaged, or has keys that nothing reads.
+    The first is what diffusers' converter makes of it, and the second what is in the file. Only the modules tell
+    whether the keys of the first are right. Raises CheckpointError for a file that is damaged, or that no format has.
     """
     if not has_tensors(source):
-        return source
+        return [source]
     data = load(source)
     if data.format == PEFT_KEYS:
-        return data
+        return [data]
     converted, why_not = _convert(pipeline, data)
-    if converted is not None:
-        return converted
     try:
         component_names(data)
     except CheckpointError as error:
-        raise CheckpointError(f"{error} diffusers' {type(pipeline).__name__} does not read it either: {why_not}") from error
-    return data
+        if converted is None:
+            raise CheckpointError(
+                f"{error} diffusers' {type(pipeline).__name__} does not read it either: {why_not}"
+            ) from error
+        return [converted]
+    return [data] if converted is None else [converted, data]
 
 
 def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) -> dict[str, Any]:
@@ -126,7 +131,12 @@ def _convert(pipeline: Any, data: AdapterData[Any]) -> tuple[AdapterData[Any] | 
     if lost := lost_keys(data.tensors, state, numbers):
         return None, f"it drops {len(lost)} of {len(data.tensors)} keys, such as {short_repr(lost[0])}"
     tensors = {k: plain(t) for k, t in state.items()}
-    tensors |= {k: _alpha(v) for k, v in numbers.items()}
+    for key, alpha in numbers.items():
+        down = key.removesuffix(_ALPHA)
+        if down in tensors:  # of a text encoder: the alpha of one tensor, which has a name of its own
+            tensors[down] = tensors[down] * (float(alpha) / tensors[down].shape[0])
+        else:
+            tensors[key] = torch.tensor(float(alpha))
     converted = replace(data, tensors=tensors, format=FILE_KEYS, flat_tensors=())
     try:
         component_names(converted)
@@ -134,6 +144,3 @@ def _convert(pipeline: Any, data: AdapterData[Any]) -> tuple[AdapterData[Any] | 
         return None, str(error)
     return converted, ""
 
-
-def _alpha(value: Any) -> Tensor:
-    return plain(value).float().reshape(()) if isinstance(value, Tensor) else Tensor([float(value)]).reshape(())

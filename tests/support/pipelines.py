@@ -32,6 +32,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
+import adaptc
+
 #: layers of text encoders that adapters of tests have
 TEXT_LAYERS = ["q_proj", "v_proj", "out_proj", "fc1"]
 _WIDTH = 32
@@ -258,3 +260,31 @@ def write_lora(name: str, path: Any, seed: int = 8, text: bool = True, **options
             tensors[key] = (tensor * 0.5).detach().clone()
     type(pipe).save_lora_weights(path, **layers)
     return path / "pytorch_lora_weights.safetensors"
+
+
+@lru_cache
+def _compiled(name: str) -> Any:
+    return adaptc.compile(_built(name))
+
+
+def adapted(name: str) -> Any:
+    """An adapted pipeline without adapters; its captures take seconds, and tests share them."""
+    made = _compiled(name)
+    made.unfuse_lora()
+    made.unload_lora_weights()
+    return made
+
+
+def denoiser_inputs(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs of a denoiser, as its pipeline gives them."""
+    source = torch.Generator().manual_seed(13)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=source, dtype=torch.float64).to(dtype)
+
+    if name == "sd":
+        return {"sample": random(3, 4, 5, 7), "timestep": torch.tensor(7), "encoder_hidden_states": random(3, 5, _WIDTH)}
+    assert name == "flux"
+    made = {"hidden_states": random(3, 15, 16), "encoder_hidden_states": random(3, 5, _WIDTH)}
+    made |= {"pooled_projections": random(3, _WIDTH), "timestep": torch.tensor([0.25, 0.5, 0.75], dtype=dtype)}
+    return made | {"img_ids": random(15, 3).round(), "txt_ids": torch.zeros(5, 3, dtype=dtype)}
