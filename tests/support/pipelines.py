@@ -104,7 +104,7 @@ def sd() -> DiffusionPipeline:
         text_encoder=_text(CLIPTextModel),
         tokenizer=tokenizer(),
         unet=_unet(),
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
