@@ -51,8 +51,8 @@ def compile(
     sibling weights into one buffer; let no other thread run the model then.
 
     Args:
-        model: an nn.Module, a transformers model, a UNet or Flux denoiser of diffusers, an ExportedProgram, or the
-            result of ``transformers.exporters``.
+        model: an nn.Module, a transformers model, a denoiser or a whole pipeline of diffusers, an ExportedProgram, or
+            the result of ``transformers.exporters``.
         adapter: a config, a ``peft`` config, or an adapter with its weights. Those are a PEFT directory, a file of
             diffusers, kohya, LyCORIS, ComfyUI, loralib or torchtune, or a state dict with such keys. A list of these
             gives the program the union of their sites, and binds it to the first. A dict of these by name makes
@@ -79,7 +79,8 @@ def compile(
         pack: the dtype of base weights that may have packed copies on a CPU; see :attr:`AdaptedProgram.pack`.
 
     Returns:
-        the program. A call takes the model's inputs and gives its output, with the model's shapes and dtypes.
+        the program. A call takes the model's inputs and gives its output, with the model's shapes and dtypes. Of a
+        pipeline, a pipeline that runs programs and has diffusers' verbs for adapters; see examples/diffusion.md.
 
     Raises:
         CaptureError: the model cannot be captured.

@@ -33,8 +33,7 @@ class AdaptedPipeline:
     @property
     def programs(self) -> dict[str, AdaptedProgram]:
         """Return component -> the program that it runs, as it is with the adapters that act."""
-        held = self.adapters.programs
-        return {n: m.state.merged or m.state.program.with_binding(m.state.binding) for n, m in held.items()}
+        return {n: m.state.current for n, m in self.adapters.programs.items()}
 
     def __call__(self, *args: Any, adapters: Sequence[Any] | None = None, **kwargs: Any) -> Any:
         """Run the pipeline. ``adapters`` has an entry for each prompt: a name, None for none, or a dict of weights.

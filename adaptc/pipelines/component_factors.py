@@ -67,7 +67,7 @@ def _expand_blocks(name: str, factor: Mapping[str, Any], original: Any) -> Mappi
     try:
         return _maybe_expand_lora_scales(original, [dict(factor)])[0]  # type: ignore[return-value]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"the weights of {name!r} for blocks: {error}") from error
+        raise ConfigError(f"the weights {short_repr(dict(factor))} of {name!r} are for no blocks: {error}") from error
 
 
 def _factor_of(module: str, blocks: Mapping[str, Any]) -> Any:

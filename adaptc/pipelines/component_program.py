@@ -1,22 +1,20 @@
 """Capture a component of a pipeline, a denoiser or a text encoder, as a program that any adapter can be swapped into.
 
 A pipeline's user loads adapters that nobody knew at the capture. So the program has sites for LoRA at all linear and
-convolutional layers, and sites for the methods of the adapters that were given. Sites that an adapter leaves out cost a
-call nothing. One capture serves every batch, size and length of text.
+convolutional layers. Sites that an adapter leaves out cost a call nothing. Another method has sites in a program of its
+own, which is made of the captured one. One capture serves every batch, size and length of text.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from adaptc.adapters.from_program import adapter_of_program
-from adaptc.binding.binding import Binding
 from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model, pipeline_example
 from adaptc.capture.inputs.example_inputs import ExampleInputs, is_pretrained_model, text_encoder_example
 from adaptc.errors import CaptureError
@@ -51,33 +49,28 @@ def component_example(module: nn.Module, options: ComponentOptions) -> ExampleIn
     raise CaptureError(f"a {type(module).__name__} is neither a denoiser of diffusers nor a model of transformers")
 
 
-def capture_component(
-    module: nn.Module, example: ExampleInputs, adapters: Sequence[Any], options: ComponentOptions
-) -> AdaptedProgram:
-    """Return a program of ``module`` with sites for LoRA at all layers, and for ``adapters``, bound to the first of
-    these."""
+def capture_component(module: nn.Module, example: ExampleInputs, options: ComponentOptions) -> AdaptedProgram:
+    """Return a program of ``module`` with sites for LoRA at all layers."""
     with _any_size(module, example):
         return compile_model(
             AdaptedProgram,
             module,
-            [*adapters, _lora_at(_layer_names(module))],
+            _lora_at(_layer_names(module)),
             options.run,
             example_inputs=example,
             autocast=options.autocast,
-            generator=options.generator,
         )
 
 
-def with_more_sites(
-    program: AdaptedProgram, adapter: Any, bindings: Sequence[Binding], options: ComponentOptions
-) -> AdaptedProgram:
-    """Return a program on the same base with the sites of ``program``, of ``adapter``, which it is bound to, and of
-    ``bindings`` of ``program``. Nothing is captured again."""
-    others = [adapter_of_program(program, b) for b in bindings]
-    layers = dict.fromkeys(a.module for a in program.adaptation.attachments if a.param == "weight")
-    base = unload_program(program)
+def with_sites_of(program: AdaptedProgram, adapter: Any, options: ComponentOptions) -> AdaptedProgram:
+    """Return a program on the same base with sites for ``adapter``, which it is bound to. Nothing is captured again."""
     return compile_model(
-        AdaptedProgram, base, [adapter, *others, _lora_at(layers)], options.run, autocast=options.autocast
+        AdaptedProgram,
+        unload_program(program),
+        adapter,
+        options.run,
+        autocast=options.autocast,
+        generator=options.generator,
     )
 
 
@@ -89,7 +82,7 @@ def with_new_base(program: AdaptedProgram, base: Any, options: ComponentOptions)
     )
 
 
-def _lora_at(layers: Sequence[str] | dict[str, None]) -> LoraConfig:
+def _lora_at(layers: Iterable[str]) -> LoraConfig:
     return LoraConfig(r=1, target_modules=list(layers))
 
 

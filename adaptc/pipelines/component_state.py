@@ -1,8 +1,10 @@
 """Hold what one component of a pipeline runs: its program, the adapters that were loaded, and which of them act.
 
-A state is frozen. Each change makes another one, which shares the program, so that a change of several components is
+A state is frozen. Each change makes another one, which shares the programs, so that a change of several components is
 made in full before any of it is seen. ``runner`` is what calls run. Several LoRA adapters that act together are bound
 as one adapter, their exact sum, so calls cost what their ranks add up to, and adapters that do not act cost nothing.
+
+All LoRA adapters are bound to one program, and adapters of another method to a program that has its sites.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
+from adaptc.adapter_files.load import has_tensors
 from adaptc.adapters.adapter import Adapter
 from adaptc.adapters.combining.combine_options import CombineOptions
 from adaptc.adapters.combining.combine_tensors import combine_tensors
@@ -23,7 +27,7 @@ from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
 from adaptc.binding.binding_scale import scale_adapter, with_scale, with_scales_multiplied
 from adaptc.errors import ConfigError, SwapError, listing
-from adaptc.pipelines.component_program import ComponentOptions, with_more_sites, with_new_base
+from adaptc.pipelines.component_program import ComponentOptions, with_new_base, with_sites_of
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.state.merge_program import merge_program
 
@@ -34,13 +38,21 @@ _MAX_SCALED = 4
 
 
 @dataclass(frozen=True, eq=False)
+class PlacedAdapter:
+    """An adapter with the program that it is bound to."""
+
+    program: AdaptedProgram
+    binding: Binding
+
+
+@dataclass(frozen=True, eq=False)
 class ComponentState:
     """What one component runs.
 
     Attributes:
-        program: the program, whose own binding is never read.
+        program: the program for LoRA, whose own binding is never read.
         options: the options that its programs are made with.
-        adapters: name -> the adapter bound to ``program``, with its own scale.
+        adapters: name -> the adapter, bound with the scale that it was made with.
         factors: name -> its factor, whether it acts or not; 1 where there is none.
         active: the names that act, which may be those of adapters that only other components have.
         is_on: whether adapters act at all.
@@ -50,7 +62,7 @@ class ComponentState:
 
     program: AdaptedProgram
     options: ComponentOptions
-    adapters: Mapping[str, Binding] = field(default_factory=dict[str, Binding])
+    adapters: Mapping[str, PlacedAdapter] = field(default_factory=dict[str, PlacedAdapter])
     factors: Mapping[str, Factor] = field(default_factory=dict[str, Factor])
     active: Sequence[str] = ()
     is_on: bool = True
@@ -70,14 +82,21 @@ class ComponentState:
         changed: Any = {"active": self.active if keep_active else (name,)}
         if not keep_active:
             changed["factors"] = {n: f for n, f in self.factors.items() if n != name}
-        try:
-            bound = bind_adapter(self.program, adapter)
-        except SwapError:
-            others = {n: b for n, b in self.adapters.items() if n != name}
-            program = with_more_sites(self.program, adapter, list(others.values()), self.options)
-            moved = {n: bind_adapter(program, adapter_of_program(self.program, b)) for n, b in others.items()}
-            return self.changed(program=program, adapters={**moved, name: program.binding}, **changed)
-        return self.changed(adapters={**self.adapters, name: bound}, **changed)
+        return self.changed(adapters={**self.adapters, name: self._place(adapter)}, **changed)
+
+    def _place(self, adapter: Any) -> PlacedAdapter:
+        """Return an adapter bound to the first program that has its sites, or to a new one."""
+        source = adapter
+        if not has_tensors(adapter):
+            source = adapter_of_program(made := with_sites_of(self.program, adapter, self.options), made.binding)
+        programs = {id(p): p for p in (self.program, *(a.program for a in self.adapters.values()))}
+        for program in programs.values():
+            try:
+                return PlacedAdapter(program, bind_adapter(program, source))
+            except SwapError:  # it has no such sites
+                continue
+        program = with_sites_of(self.program, source, self.options)
+        return PlacedAdapter(program, program.binding)
 
     def with_active(self, factors: Mapping[str, Factor]) -> Self:
         """Return the state in which these adapters act, with these factors, and no others."""
@@ -120,9 +139,8 @@ class ComponentState:
         acting = [n for n in (self.active if names is None else names) if n in self.adapters]
         if not acting:
             return self
-        binding = replace_state(self, active=tuple(acting), is_on=True).binding
-        binding = binding if scale == 1 else with_scales_multiplied(self.program.spec(), binding, scale)
-        merged, _ = merge_program(self.program.with_binding(binding), safe=safe)
+        chosen = self.changed(active=tuple(acting), is_on=True).acting
+        merged, _ = merge_program(chosen.program.with_binding(_scaled(chosen, scale)), safe=safe)
         return self.changed(merged=merged, merged_names=tuple(acting))
 
     def unfused(self) -> Self:
@@ -131,7 +149,7 @@ class ComponentState:
 
     def changed(self, **changes: Any) -> Self:
         """Return the state with other values of these fields."""
-        return replace_state(self, **changes)
+        return replace(self, **changes, _scaled={})
 
     def check_not_fused(self, what: str) -> None:
         """Raise ConfigError, which says that one cannot do ``what``, where adapters are fused."""
@@ -145,56 +163,71 @@ class ComponentState:
     # -- what calls run ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def binding(self) -> Binding:
-        """Return the adapters that act as one binding of ``program``."""
+    def acting(self) -> PlacedAdapter:
+        """Return the adapters that act, as one adapter."""
         acting = {n: self.adapters[n] for n in self.active if n in self.adapters and self.is_on}
         factors: dict[str, Factor] = {n: self.factors.get(n, 1.0) for n in acting}
-        acting = {n: b for n, b in acting.items() if not _is_zero(factors[n])}
-        spec = self.program.spec()
+        acting = {n: a for n, a in acting.items() if not _is_zero(factors[n])}
         if not acting:
-            none = initial_values(spec, self.program.binding.config, methods_by_id={})
-            return self.program.binding_plans.remember_fitting(none)
+            none = initial_values(self.program.spec(), self.program.binding.config, methods_by_id={})
+            return _fitting(self.program, none)
         if len(acting) > 1:
-            return bind_adapter(self.program, self._sum_of(acting, factors))
-        ((name, bound),) = acting.items()
-        factor = factors[name]
+            program = next(iter(acting.values())).program
+            return PlacedAdapter(program, bind_adapter(program, self._sum_of(acting, factors)))
+        ((name, placed),) = acting.items()
+        program, bound, factor = placed.program, placed.binding, factors[name]
+        spec = program.spec()
         if not isinstance(factor, Mapping):
             bound = with_scale(spec, bound, None if factor == 1 else factor)
         else:
             for one in dict.fromkeys(factor.values()):
                 bound = scale_adapter(spec, bound, one, bound.name, [m for m, f in factor.items() if f == one])
-        return self.program.binding_plans.remember_fitting(bound)
+        return _fitting(program, bound)
 
     @cached_property
     def runner(self) -> Any:
         """Return what calls run."""
-        return self.program.bind(self.binding) if self.merged is None else self.merged
+        return self.acting.program.bind(self.acting.binding) if self.merged is None else self.merged
 
     def scaled_runner(self, scale: float) -> Any:
         """Return what calls run whose adapters have ``scale`` times their factors. The last few are kept."""
         if scale == 1:
             return self.runner
         self.check_not_fused("scale adapters in a call")
-        if not self.binding.methods:
+        if not self.acting.binding.methods:
             return self.runner
         found = self._scaled.get(scale)
         if found is None:
             if len(self._scaled) >= _MAX_SCALED:
                 self._scaled.clear()
-            found = self.program.bind(with_scales_multiplied(self.program.spec(), self.binding, scale))
+            found = self.acting.program.bind(_scaled(self.acting, scale))
             self._scaled[scale] = found
         return found
 
+    @property
+    def current(self) -> AdaptedProgram:
+        """Return the program that calls run, with the adapters that act as its current adapter."""
+        return self.merged or self.acting.program.with_binding(self.acting.binding)
+
     def adapter(self, name: str) -> Adapter:
         """Return the adapter ``name`` as an object, with the scale that it was made with."""
-        return adapter_of_program(self.program, self.adapters[name])
+        return adapter_of_program(self.adapters[name].program, self.adapters[name].binding)
+
+    def moved(self, device: torch.device) -> Self:
+        """Return the state on another device."""
+        programs = {id(p): p for p in (self.program, *(a.program for a in self.adapters.values()))}
+        there = {i: p.to(device) for i, p in programs.items()}
+        adapters = {n: PlacedAdapter(there[id(a.program)], a.binding.to(device)) for n, a in self.adapters.items()}
+        merged = None if self.merged is None else self.merged.to(device)
+        return self.changed(program=there[id(self.program)], adapters=adapters, merged=merged)
 
     def modules_of(self, name: str) -> list[str]:
         """Return the modules that an adapter has."""
-        methods = self.adapters[name].methods
-        return list(dict.fromkeys(a.module for a in self.program.adaptation.attachments if a.id in methods))
+        placed = self.adapters[name]
+        sites = placed.program.adaptation.attachments
+        return list(dict.fromkeys(a.module for a in sites if a.id in placed.binding.methods))
 
-    def _sum_of(self, acting: Mapping[str, Binding], factors: Mapping[str, Factor]) -> Adapter:
+    def _sum_of(self, acting: Mapping[str, Any], factors: Mapping[str, Factor]) -> Adapter:
         objects = [self._with_module_factors(n, factors[n]) for n in acting]
         weights = [f if isinstance(f := factors[n], (int, float)) else 1.0 for n in acting]
         try:
@@ -218,9 +251,14 @@ class ComponentState:
         return Adapter(adapter.config, tensors, adapter.source)
 
 
-def replace_state(state: Any, **changes: Any) -> Any:
-    """Return ``state`` with other values of these fields, and nothing that follows from the old ones."""
-    return replace(state, **changes, _scaled={})
+def _fitting(program: AdaptedProgram, binding: Binding) -> PlacedAdapter:
+    return PlacedAdapter(program, program.binding_plans.remember_fitting(binding))
+
+
+def _scaled(placed: PlacedAdapter, scale: float) -> Binding:
+    if scale == 1:
+        return placed.binding
+    return with_scales_multiplied(placed.program.spec(), placed.binding, scale)
 
 
 def _is_zero(factor: Factor) -> bool:

@@ -103,23 +103,19 @@ class PipelineAdapters:
             module = components[component]
             if isinstance(module, ProgramModule):
                 states[component] = module.state.with_adapter(name, part, keep_active)
-            else:
-                captured[component] = self.capture(component, module, name, part)
+                continue
+            new = captured[component] = self.capture(component, module)
+            new.state = new.state.with_adapter(name, part).changed(is_on=self._is_on())
         if keep_active:
             for component, module in self.programs.items():
                 if component not in found and name in module.state.adapters:
                     states[component] = module.state.without([name])
         return states, captured
 
-    def capture(self, component: str, module: nn.Module, name: str | None = None, data: Any = None) -> ProgramModule:
-        """Return a module that runs a program of ``module``, with an adapter that acts where ``name`` says its name."""
-        if isinstance(module, ProgramModule):
-            return module
+    def capture(self, component: str, module: nn.Module) -> ProgramModule:
+        """Return a module that runs a program of ``module``, without adapters."""
         example = component_example(module, self.options)
-        program = capture_component(module, example, [] if name is None else [data], self.options)
-        state = ComponentState(program, self.options)
-        if name is not None:
-            state = state.changed(adapters={name: program.binding}, active=(name,))
+        state = ComponentState(capture_component(module, example, self.options), self.options)
         return ProgramModule(component, module, example, state)
 
     def set_active(self, names: str | Sequence[str], weights: Any) -> None:
@@ -145,6 +141,9 @@ class PipelineAdapters:
         if names is not None:
             self.check_names(names)
         self.change(lambda n, state: state.fused(names, scale, safe) if n in components else state)
+
+    def _is_on(self) -> bool:
+        return all(m.state.is_on for m in self.programs.values())
 
     def _install(self, states: Mapping[str, ComponentState], captured: Mapping[str, ProgramModule]) -> None:
         for state in [*states.values(), *(m.state for m in captured.values())]:

@@ -202,12 +202,8 @@ class ProgramModule(nn.Module):
             )
         device = next((w for w in wanted if isinstance(w, (str, int, torch.device))), None)
         if device is not None and torch.device(device) != self.device:
-            state = self.state
-            program = state.program.to(torch.device(device))
-            moved = {n: b.to(device) for n, b in state.adapters.items()}
-            merged = None if state.merged is None else state.merged.to(torch.device(device))
             self._parts.clear()
-            self.state = state.changed(program=program, adapters=moved, merged=merged)
+            self.state = self.state.moved(torch.device(device))
         return self
 
     def train(self, mode: bool = True) -> Self:

@@ -85,6 +85,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ours(["a", "b"], adapters=["a", "z"])
     with pytest.raises(adaptc.AdaptcError, match="is no list"):
         ours("a", adapters="a")
+    config = adaptc.LoHaConfig(r=3, target_modules=["to_q"], init_weights=False)
+    other = adaptc.compile(pipelines.pipeline("sd").unet, config)
+    adaptc.save_adapter(other, tmp_path / "loha")
+    ours.load_lora_weights(tmp_path / "loha", adapter_name="loha")
+    with pytest.raises(adaptc.ConfigError, match="'a' and 'loha' are adapters of different methods"):
+        ours(["a", "b"], adapters=["a", "loha"], num_inference_steps=1)
     ours.set_adapters("a")
     ours.fuse_lora()
     with pytest.raises(adaptc.ConfigError, match="fused into the weights"):

@@ -85,26 +85,29 @@ def test_names_that_a_converter_gets_wrong_are_read_by_adaptc() -> None:
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_what_diffusers_does_not_read(name: str, kind: str) -> None:
     """The oracle is the changed weight, computed here."""
-    tensors = kohya(name, kind, text=False)
-    theirs, ours = pipeline(name), adapted(name)
-    module = getattr(theirs, DENOISER[name])
-    for path, layer in module.named_modules():
-        key = "lora_unet_" + path.replace(".", "_")
-        slots = {k.removeprefix(f"{key}."): t for k, t in tensors.items() if k.startswith(f"{key}.")}
-        if slots:
-            layer.weight.data = _changed(kind, layer.weight.data, slots)
+    tensors, plain_lora = kohya(name, kind, text=False), kohya(name, text=False)
+    theirs, other, ours = _with_changes(name, kind, tensors), _with_changes(name, "lora", plain_lora), adapted(name)
     ours.load_lora_weights(tensors, adapter_name="x")
     _close(ours, theirs, name)
     # Beside it LoRA, which another method cannot act together with.
-    ours.load_lora_weights(kohya(name, text=False), adapter_name="y")
-    plain_lora = pipeline(name)
-    plain_lora.load_lora_weights(kohya(name, text=False))
-    _close(ours, plain_lora, name)
+    ours.load_lora_weights(plain_lora, adapter_name="y")
+    _close(ours, other, name)
     ours.set_adapters("x")
     _close(ours, theirs, name)
     with pytest.raises(adaptc.ConfigError, match="cannot act together"):
         ours.set_adapters(["x", "y"])
     assert ours.get_active_adapters() == ["x"]
+
+
+def _with_changes(name: str, kind: str, tensors: dict[str, Tensor]) -> Any:
+    """The pipeline with an adapter's changes in its weights."""
+    made = pipeline(name)
+    for path, layer in getattr(made, DENOISER[name]).named_modules():
+        key = "lora_unet_" + path.replace(".", "_")
+        slots = {k.removeprefix(f"{key}."): t for k, t in tensors.items() if k.startswith(f"{key}.")}
+        if slots:
+            layer.weight.data = _changed(kind, layer.weight.data, slots)
+    return made
 
 
 def _changed(kind: str, weight: Tensor, slots: dict[str, Tensor]) -> Tensor:
@@ -117,6 +120,8 @@ def _changed(kind: str, weight: Tensor, slots: dict[str, Tensor]) -> Tensor:
         return weight + torch.kron(first, slots["lokr_w2"])
     down, up = slots["lora_down.weight"].flatten(1), slots["lora_up.weight"].flatten(1)
     whole = weight + scale * (up @ down).reshape(weight.shape)
+    if kind == "lora":
+        return whole
     norm = whole.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
     return whole / norm * slots["dora_scale"].reshape(norm.shape)
 

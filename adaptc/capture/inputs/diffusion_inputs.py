@@ -217,11 +217,36 @@ def _add_flux_inputs(m: _InputBuilder, training: bool) -> None:
     m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("joint_attention_dim"))
     m.add_input("pooled_projections", BATCH, m.require_config("pooled_projection_dim"))
     m.add_times()
+    _add_rotary_inputs(m)
+
+
+def _add_rotary_inputs(m: _InputBuilder, *rows: str) -> None:
+    """Add the positions of images and texts, ``rows`` of them, and the scale of distilled guidance."""
     axes = len(m.config_value("axes_dims_rope"))
-    m.add_input("img_ids", IMAGE, axes)
-    m.add_input("txt_ids", TEXT, axes)
+    m.add_input("img_ids", *rows, IMAGE, axes)
+    m.add_input("txt_ids", *rows, TEXT, axes)
     if m.config_value("guidance_embeds"):
         m.add_input("guidance", BATCH)
+
+
+def _add_flux2_inputs(m: _InputBuilder, training: bool) -> None:
+    m.add_input("hidden_states", BATCH, IMAGE, m.require_config("in_channels"))
+    m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("joint_attention_dim"))
+    m.add_times()
+    # Its pipelines give each row its positions, of which the model takes those of the first row.
+    _add_rotary_inputs(m, BATCH)
+
+
+def _add_wan_inputs(m: _InputBuilder, training: bool) -> None:
+    for field in ("image_dim", "added_kv_proj_dim"):
+        m.require_config(field, None)
+    frames, *patch = m.config_value("patch_size")
+    sizes = (frames * 5, patch[0] * _HEIGHT, patch[1] * _WIDTH)
+    m.add_input("hidden_states", BATCH, m.require_config("in_channels"), *sizes)
+    units = {2: (frames, "frames"), 3: (patch[0], "height"), 4: (patch[1], "width")}
+    m.free_dims["hidden_states"] |= {i: f"{n}*{name}" if n > 1 else name for i, (n, name) in units.items()}
+    m.add_times(dtype=torch.float32)
+    m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("text_dim"))
 
 
 _INPUT_BUILDERS: dict[str, Callable[[_InputBuilder, bool], None]] = {
@@ -229,6 +254,8 @@ _INPUT_BUILDERS: dict[str, Callable[[_InputBuilder, bool], None]] = {
     "UNet2DConditionModel": _add_conditional_unet,
     "SD3Transformer2DModel": _add_sd3_inputs,
     "FluxTransformer2DModel": _add_flux_inputs,
+    "Flux2Transformer2DModel": _add_flux2_inputs,
+    "WanTransformer3DModel": _add_wan_inputs,
 }
 
 
