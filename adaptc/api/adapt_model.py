@@ -44,7 +44,7 @@ def compile(
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
-) -> Any:
+) -> AdaptedProgram:
     """Capture ``model``, adapt it, and return the adapted program.
 
     The model's values are not modified, and its parameters are shared. The first call of a program that fuses moves
@@ -108,7 +108,9 @@ def compile(
         other |= {"dynamic_shapes": None if isinstance(dynamic_shapes, str) else dynamic_shapes}
         if said := [name for name, value in other.items() if value is not None]:
             raise ConfigError(f"{said[0]} is not for whole pipelines: leave it out, or adapt the pipeline's module")
-        return adapt_pipeline(model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator), adapter_name)
+        return adapt_pipeline(
+            model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator), adapter_name
+        )
     return compile_model(
         AdaptedProgram,
         model,

@@ -11,9 +11,9 @@ from typing import Any
 from adaptc.binding.combine_bindings import adapters_by_name
 from adaptc.errors import CaptureError, ConfigError, listing
 from adaptc.pipelines.adapted_pipeline import AdaptedPipeline
+from adaptc.pipelines.component_module import ComponentModule
 from adaptc.pipelines.component_program import ComponentOptions
 from adaptc.pipelines.pipeline_adapters import PipelineAdapters, adaptable_components
-from adaptc.pipelines.program_module import ProgramModule
 
 
 def is_pipeline(model: object) -> bool:
@@ -39,7 +39,7 @@ def adapt_pipeline(pipeline: Any, adapter: Any, options: ComponentOptions, adapt
     # A scheduler counts the steps of a call, and calls of the two pipelines must not meet in it.
     vars(new).update({n: copy.deepcopy(v) for n, v in vars(pipeline).items() if n == "scheduler"})
     # Another task of an adapted pipeline, by from_pipe, has its programs.
-    vars(new).update({n: m.twin() for n, m in components.items() if isinstance(m, ProgramModule)})
+    vars(new).update({n: m.twin() for n, m in components.items() if isinstance(m, ComponentModule)})
     with_residuals = getattr(pipeline, "controlnet", None) is not None
     held = PipelineAdapters(new, ComponentOptions(options.run, options.autocast, options.generator, with_residuals))
     vars(new)["adapters"] = held

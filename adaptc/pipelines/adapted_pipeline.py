@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, NoReturn
 
-from adaptc.errors import AdaptcError, ConfigError, listing
 from adaptc.bank.row_adapters import parse_row_adapters
-from adaptc.pipelines.call_adapters import CallAdapters, calling_with, encoding_with
+from adaptc.errors import AdaptcError, ConfigError, listing
+from adaptc.pipelines.image_adapters import CallAdapters, calling_with, encoding_with
 from adaptc.pipelines.pipeline_adapters import PipelineAdapters, check_components, default_name
 from adaptc.pipelines.read_adapter import find_source
 from adaptc.program.adapted_program import AdaptedProgram
@@ -79,7 +79,7 @@ class AdaptedPipeline:
     ) -> None:
         """Load an adapter, which acts alone from now on; ``hotswap`` exchanges one that is there.
 
-        The file may be of any format that diffusers' converter for the pipeline reads, or that ``adaptc.compile`` reads.
+        The file may be of any format that diffusers' converter for the pipeline or ``adaptc.compile`` reads.
         Text encoders that the adapter is for are captured where they were not; nothing else is.
 
         Raises:
@@ -217,7 +217,7 @@ REFUSED = {
         ),
         _FIXED,
     ),
-    "save_pretrained": "its modules are programs. Save the pipeline that was adapted, and adapters by save_lora_weights",
+    "save_pretrained": "its modules are programs. Save the pipeline that was adapted, and save_lora_weights",
 }
 for _name, _why in REFUSED.items():
     setattr(AdaptedPipeline, _name, _refuse(_name, _why))

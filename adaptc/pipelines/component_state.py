@@ -1,8 +1,8 @@
 """Hold what one component of a pipeline runs: its program, the adapters that were loaded, and which of them act.
 
-A state is frozen. Each change makes another one, which shares the programs, so that a change of several components is
-made in full before any of it is seen. ``runner`` is what calls run. Several LoRA adapters that act together are bound
-as one adapter, their exact sum, so calls cost what their ranks add up to, and adapters that do not act cost nothing.
+A state is frozen. Each change makes another one, which shares the programs. So a change of several components is made
+in full before any of it is seen. ``runner`` is what calls run. Several LoRA adapters that act together are bound as one
+adapter, their exact sum. Calls cost what their ranks add up to, and adapters that do not act cost nothing.
 
 All LoRA adapters are bound to one program, and adapters of another method to a program that has its sites.
 """
@@ -47,7 +47,7 @@ class PlacedAdapter:
 
 @dataclass(frozen=True, eq=False)
 class ComponentState:
-    """What one component runs.
+    """The adapters and programs of one component.
 
     Attributes:
         program: the program for LoRA, whose own binding is never read.
@@ -246,7 +246,7 @@ class ComponentState:
         tensors: dict[str, Tensor] = {}
         for key, tensor in adapter.tensors.items():
             module, _, slot = key.partition(".lora_")
-            scaled = slot.startswith("B.") or slot.startswith("embedding_B")
+            scaled = slot.startswith(("B.", "embedding_B"))
             tensors[key] = tensor * factor[module] if scaled and module in factor else tensor
         return Adapter(adapter.config, tensors, adapter.source)
 

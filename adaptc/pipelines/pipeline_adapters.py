@@ -15,9 +15,9 @@ from torch import nn
 from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model
 from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, short_repr
 from adaptc.pipelines.component_factors import component_factor, expand_factor, weights_by_adapter
+from adaptc.pipelines.component_module import ComponentModule
 from adaptc.pipelines.component_program import ComponentOptions, capture_component, component_example
 from adaptc.pipelines.component_state import ComponentState
-from adaptc.pipelines.program_module import ProgramModule
 from adaptc.pipelines.read_adapter import read_adapter, split_by_component
 
 #: names of denoisers of pipelines that have no loader of adapters
@@ -45,14 +45,14 @@ class PipelineAdapters:
         return adaptable_components(self.pipeline)
 
     @property
-    def programs(self) -> dict[str, ProgramModule]:
+    def programs(self) -> dict[str, ComponentModule]:
         """Return name -> module of the components that run programs."""
-        return {n: m for n, m in self.components.items() if isinstance(m, ProgramModule)}
+        return {n: m for n, m in self.components.items() if isinstance(m, ComponentModule)}
 
     @property
     def denoisers(self) -> list[str]:
         """Return the names of the denoisers."""
-        return [n for n, m in self.components.items() if isinstance(m, ProgramModule) or is_diffusion_model(m)]
+        return [n for n, m in self.components.items() if isinstance(m, ComponentModule) or is_diffusion_model(m)]
 
     def names(self) -> list[str]:
         """Return the names of all adapters."""
@@ -84,24 +84,25 @@ class PipelineAdapters:
         attempts = read_adapter(self.pipeline, source)
         for i, data in enumerate(attempts):
             try:
-                changes = self._changes(name, data, keep_active, into)
-                break
+                states, captured = self._changes(name, data, keep_active, into)
             except CheckpointError:
                 if i + 1 == len(attempts):
                     raise
-        self._install(*changes)
+            else:
+                self._install(states, captured)
+                return
 
     def _changes(
         self, name: str, data: Any, keep_active: bool, into: str | None
-    ) -> tuple[dict[str, ComponentState], dict[str, ProgramModule]]:
+    ) -> tuple[dict[str, ComponentState], dict[str, ComponentModule]]:
         """Return what loading an adapter changes: the states of components that run programs, and new modules."""
         components = self.components
         found = split_by_component(data, components, self.denoisers[0] if into is None else into)
         states: dict[str, ComponentState] = {}
-        captured: dict[str, ProgramModule] = {}
+        captured: dict[str, ComponentModule] = {}
         for component, part in found.items():
             module = components[component]
-            if isinstance(module, ProgramModule):
+            if isinstance(module, ComponentModule):
                 states[component] = module.state.with_adapter(name, part, keep_active)
                 continue
             new = captured[component] = self.capture(component, module)
@@ -112,11 +113,11 @@ class PipelineAdapters:
                     states[component] = module.state.without([name])
         return states, captured
 
-    def capture(self, component: str, module: nn.Module) -> ProgramModule:
+    def capture(self, component: str, module: nn.Module) -> ComponentModule:
         """Return a module that runs a program of ``module``, without adapters."""
         example = component_example(module, self.options)
         state = ComponentState(capture_component(module, example, self.options), self.options)
-        return ProgramModule(component, module, example, state)
+        return ComponentModule(component, module, example, state)
 
     def set_active(self, names: str | Sequence[str], weights: Any) -> None:
         """Let these adapters act with these weights, as diffusers' ``set_adapters`` means them."""
@@ -145,7 +146,7 @@ class PipelineAdapters:
     def _is_on(self) -> bool:
         return all(m.state.is_on for m in self.programs.values())
 
-    def _install(self, states: Mapping[str, ComponentState], captured: Mapping[str, ProgramModule]) -> None:
+    def _install(self, states: Mapping[str, ComponentState], captured: Mapping[str, ComponentModule]) -> None:
         for state in [*states.values(), *(m.state for m in captured.values())]:
             _ = state.runner  # what calls run is made now, so that an error comes before any change
         modules = self.programs
@@ -173,4 +174,3 @@ def check_components(adapters: PipelineAdapters, components: Any) -> list[str]:
     if not found:
         raise ConfigError(f"components is empty: leave it out for all of {listing(known)}")
     return found
-

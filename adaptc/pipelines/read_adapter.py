@@ -87,8 +87,8 @@ def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) 
     """Return component -> what the adapter has for it; PEFT's keys, keys without a component, and configs are for the
     ``denoiser``.
 
-    ``components`` are those of the pipeline that take adapters, by name, None where it lacks one. Raises CheckpointError
-    for a component that the pipeline lacks.
+    ``components`` are those of the pipeline that take adapters, by name, None where it lacks one. Raises
+    CheckpointError for a component that the pipeline lacks.
     """
     if not isinstance(data, AdapterData) or data.format == PEFT_KEYS:
         return {denoiser: data}
@@ -143,4 +143,3 @@ def _convert(pipeline: Any, data: AdapterData[Any]) -> tuple[AdapterData[Any] | 
     except AdaptcError as error:
         return None, str(error)
     return converted, ""
-

@@ -49,7 +49,7 @@ def plain(tensor: Tensor) -> Tensor:
 def lost_keys(given: Mapping[str, Tensor], made: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> list[str]:
     """Return the keys of ``given`` that nothing in ``made`` follows from.
 
-    A number, such as an alpha, counts as used where a tensor of its layer is, and a converter may turn it into one of
+    A number, such as an alpha, counts as used where a tensor of its layer is. A converter may turn it into one of
     ``numbers``.
     """
     used = {k for t in _traced_in((list(made.values()), list(numbers.values()))) for k in t.keys}

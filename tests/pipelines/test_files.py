@@ -43,10 +43,16 @@ def _slots(kind: str, weight: Tensor) -> dict[str, Tensor]:
     alpha = {"alpha": torch.tensor(2.0)}
     if kind == "loha":
         sides = ("hada_w1", "hada_w2")
-        slots = {f"{s}_a": torch.randn(out, 3) / 2 for s in sides} | {f"{s}_b": torch.randn(3, width) / 2 for s in sides}
+        slots = {f"{s}_a": torch.randn(out, 3) / 2 for s in sides} | {
+            f"{s}_b": torch.randn(3, width) / 2 for s in sides
+        }
         return slots | alpha
     if kind == "lokr":
-        return {"lokr_w1": torch.randn(2, 2) / 2, "lokr_w2": torch.randn(out // 2, into[0] // 2, *into[1:]) / 9, **alpha}
+        return {
+            "lokr_w1": torch.randn(2, 2) / 2,
+            "lokr_w2": torch.randn(out // 2, into[0] // 2, *into[1:]) / 9,
+            **alpha,
+        }
     down, up = torch.randn(3, *into) / 3, torch.randn(out, 3, *[1] * (len(into) - 1)) / 3
     dora = {"dora_scale": weight.flatten(1).norm(dim=1)[:, None] * 1.5} if kind == "dora" else {}
     return {"lora_down.weight": down, "lora_up.weight": up, **alpha, **dora}
@@ -156,7 +162,7 @@ def test_bad_files_are_named_and_change_nothing(tmp_path: Path) -> None:
     half.write_bytes(good.read_bytes()[:-100])
     _refused(ours, "sd", half, "half.safetensors")
     _refused(ours, "sd", tmp_path / "missing.safetensors", "no file or directory")
-    with pytest.raises(adaptc.ConfigError, match="does not know 'offset'|does not know offset"):
+    with pytest.raises(adaptc.ConfigError, match="does not know offset"):
         ours.load_lora_weights(good, offset=3)
 
 
@@ -192,7 +198,12 @@ def test_other_options_are_refused_by_name() -> None:
 
 
 def test_tensors_that_a_converter_drops_are_told() -> None:
-    given = {"a.lora_A": torch.ones(4, 3), "a.alpha": torch.tensor(2.0), "b": torch.ones(2), "c.alpha": torch.tensor(1.0)}
+    given = {
+        "a.lora_A": torch.ones(4, 3),
+        "a.alpha": torch.tensor(2.0),
+        "b": torch.ones(2),
+        "c.alpha": torch.tensor(1.0),
+    }
     followed = traced(given)
     made = {"x": torch.cat([followed["a.lora_A"][:2] * 2, followed["a.lora_A"][2:]]).chunk(2)[1]}
     assert lost_keys(given, made, {}) == ["b", "c.alpha"]

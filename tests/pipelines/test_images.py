@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import (
@@ -137,6 +138,28 @@ def test_other_ways_to_call(call: Callable[[Any], Tensor], tmp_path: Path) -> No
     for pipe in (theirs, ours):
         pipe.load_lora_weights(file, adapter_name="a")
     close(call(ours), call(theirs), plain)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", pipelines.LATENT_PIPELINES)
+def test_denoisers_whose_text_encoders_take_no_adapters(name: str, tmp_path: Path) -> None:
+    made = [pipelines.LATENT_PIPELINES[name]() for _ in range(3)]
+    layers = ["to_q", "to_k", "to_out.0", "to_qkv_mlp_proj", "ffn.net.2"]
+    torch.manual_seed(9)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=layers, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, made[0].transformer, "default")
+    tensors = peft.get_peft_model_state_dict(made[0].transformer, adapter_name="default")
+    type(made[0]).save_lora_weights(tmp_path, transformer_lora_layers=tensors)
+    theirs, ours = made[1], adaptc.compile(made[2], tmp_path)
+    theirs.load_lora_weights(tmp_path)
+    for size in ((48, 80, 9), (64, 48, 5), (32, 112, 1)):
+        wanted = pipelines.latents(theirs, name, *size)
+        close(pipelines.latents(ours, name, *size), wanted, pipelines.latents(made[2], name, *size))
+    two = pipelines.latents(ours, name, 48, 80, 5, rows=2, adapters=["default", None])
+    theirs.disable_lora()
+    close(two[1:], pipelines.latents(theirs, name, 48, 80, 5, rows=2)[1:])
+    theirs.enable_lora()
+    close(two[:1], pipelines.latents(theirs, name, 48, 80, 5, rows=2)[:1])
 
 
 @pytest.mark.long

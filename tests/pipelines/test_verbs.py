@@ -119,7 +119,7 @@ def test_fused_adapters_are_taken_out_to_the_bit(name: str, files: dict) -> None
     close(images(ours, name), images(theirs, name))
     assert ours.fused_loras == theirs.fused_loras == {"a", "b"}
     assert (images(ours, name) - before).abs().max() > 1e-3
-    with pytest.raises(adaptc.ConfigError, match="fused into the weights.*unfuse_lora"):
+    with pytest.raises(adaptc.ConfigError, match=r"fused into the weights.*unfuse_lora"):
         ours.set_adapters("a")
     ours.unfuse_lora()
     assert torch.equal(images(ours, name), before)

@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers, built as its own tests build them, with adapters for them and what they are called with."""
+"""Tiny pipelines of diffusers, built as its own tests build them, with adapters and what they are called with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -23,6 +25,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import Tensor, nn
 from transformers import (
@@ -183,6 +187,58 @@ def flux() -> DiffusionPipeline:
     )
 
 
+def flux2() -> DiffusionPipeline:
+    """Without a text encoder, which is a large language model; calls give its embeddings."""
+    torch.manual_seed(4)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=_WIDTH,
+        axes_dims_rope=[4, 4, 4, 4],
+    ).eval()
+    rest = {"tokenizer": None, "text_encoder": None, "vae": None}
+    return Flux2Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **rest)
+
+
+def wan() -> DiffusionPipeline:
+    """Without a text encoder, as :func:`flux2`."""
+    torch.manual_seed(4)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=_WIDTH,
+        freq_dim=64,
+        ffn_dim=32,
+        num_layers=2,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    ).eval()
+    rest = {"tokenizer": None, "text_encoder": None, "vae": None}
+    return WanPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), **rest)
+
+
+#: pipelines that give latents alone
+LATENT_PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {"flux2": flux2, "wan": wan}
+
+
+def latents(pipe: Any, name: str, height: int, width: int, frames: int, rows: int = 1, **options: Any) -> Tensor:
+    """The latents of a call of one of these pipelines, with guidance."""
+    given: dict[str, Any] = {"prompt_embeds": text_embeds(rows), "height": height, "width": width}
+    if name == "wan":
+        given |= {"negative_prompt_embeds": text_embeds(rows) / 2, "num_frames": frames, "guidance_scale": 3.0}
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    made = pipe(num_inference_steps=2, output_type="latent", generator=generator, **given, **options)
+    return made.frames if name == "wan" else made.images
+
+
 PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 #: layers of denoisers that adapters of tests have
 LAYERS = {
@@ -211,7 +267,9 @@ def pipeline(name: str) -> DiffusionPipeline:
     """A fresh one, with modules of its own: diffusers' loaders change the modules that they load into."""
     found = _built(name)
     made = copy.copy(found)
-    vars(made).update({n: copy.deepcopy(m) for n, m in vars(found).items() if isinstance(m, nn.Module) or n == "scheduler"})
+    vars(made).update(
+        {n: copy.deepcopy(m) for n, m in vars(found).items() if isinstance(m, nn.Module) or n == "scheduler"}
+    )
     return made
 
 
@@ -283,7 +341,11 @@ def denoiser_inputs(name: str, dtype: torch.dtype) -> dict[str, Any]:
         return torch.randn(*sizes, generator=source, dtype=torch.float64).to(dtype)
 
     if name == "sd":
-        return {"sample": random(3, 4, 5, 7), "timestep": torch.tensor(7), "encoder_hidden_states": random(3, 5, _WIDTH)}
+        return {
+            "sample": random(3, 4, 5, 7),
+            "timestep": torch.tensor(7),
+            "encoder_hidden_states": random(3, 5, _WIDTH),
+        }
     assert name == "flux"
     made = {"hidden_states": random(3, 15, 16), "encoder_hidden_states": random(3, 5, _WIDTH)}
     made |= {"pooled_projections": random(3, _WIDTH), "timestep": torch.tensor([0.25, 0.5, 0.75], dtype=dtype)}

@@ -173,7 +173,6 @@ def _add_conditional_unet(m: _InputBuilder, training: bool) -> None:
         )
         m.add_input("added_cond_kwargs.time_ids", BATCH, ids)
 
-
     if m.with_residuals:
         _add_unet_residuals(m)
 

@@ -39,8 +39,11 @@ class ExampleInputs:
         """Return all tensors, by the names that ``free_dims`` uses."""
         out: dict[str, Tensor] = {}
         for name, value in self.kwargs.items():
-            inside = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
-            out |= {f"{name}.{k}": t for k, t in inside.items()} if isinstance(inside, dict) else {name: value}
+            inside: Any = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+            if isinstance(inside, dict):
+                out |= {f"{name}.{k}": t for k, t in inside.items()}
+            else:
+                out[name] = value
         return out
 
     def dims_of(self, tensor: Tensor) -> dict[int, str | None]:

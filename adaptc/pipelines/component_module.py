@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from adaptc.capture.inputs.example_inputs import BATCH, ExampleInputs
 from adaptc.errors import AdaptcError, ConfigError, listing, short_repr
-from adaptc.pipelines.call_adapters import CallAdapters, adapters_of_call, scale_of_text
 from adaptc.pipelines.component_state import ComponentState
-from adaptc.pipelines.row_bank import RowBank
+from adaptc.pipelines.image_adapters import CallAdapters, RowBank, adapters_of_call, scale_of_text
 
 #: inputs that hold options of attention, of which programs take the scale of the adapters alone
 _ATTENTION_OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -27,7 +26,7 @@ _ATTENTION_OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs", "atten
 _HIDDEN = "output_hidden_states"
 
 
-class ProgramModule(nn.Module):
+class ComponentModule(nn.Module):
     """A module of a pipeline that runs a program. ``state`` is replaced as a whole by the pipeline's verbs."""
 
     def __init__(self, name: str, original: nn.Module, example: ExampleInputs, state: ComponentState) -> None:
@@ -39,9 +38,9 @@ class ProgramModule(nn.Module):
         self.rows = RowBank()
         self.training = False
 
-    def twin(self) -> ProgramModule:
+    def twin(self) -> ComponentModule:
         """Return another module on the same program, whose adapters are its own."""
-        return ProgramModule(self.component_name, self.original, vars(self)["_example"], self.state)
+        return ComponentModule(self.component_name, self.original, vars(self)["_example"], self.state)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -96,7 +95,9 @@ class ProgramModule(nn.Module):
 
     def _program_inputs(self, given: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        rows = next((t.shape[0] for n, t in given.items() if isinstance(t, Tensor) and t.ndim > 1 and n in self._batched), 1)
+        rows = next(
+            (t.shape[0] for n, t in given.items() if isinstance(t, Tensor) and t.ndim > 1 and n in self._batched), 1
+        )
         for name, example in self._example.kwargs.items():
             if not isinstance(example, (Tensor, Mapping, tuple)):
                 found[name] = example
@@ -131,7 +132,9 @@ class ProgramModule(nn.Module):
         if isinstance(example, tuple):
             if len(value) != len(example):
                 raise ConfigError(f"{name} has {len(value)} tensors, and the program takes {len(example)}")
-            return tuple(self._fit(f"{name}.{i}", v, t, rows) for i, (v, t) in enumerate(zip(value, example, strict=True)))
+            return tuple(
+                self._fit(f"{name}.{i}", v, t, rows) for i, (v, t) in enumerate(zip(value, example, strict=True))
+            )
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
         tensor = tensor.to(self.device) if tensor.ndim == 0 else tensor
         if name in self._batched and example.ndim == 1 and (tensor.ndim == 0 or tensor.shape[0] == 1):
@@ -161,7 +164,7 @@ class ProgramModule(nn.Module):
         return self.state.program.device
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **options: Any) -> Iterator[None]:
         """Run the block. Programs have no caches between steps, which diffusers keeps apart by such names."""
         yield
 
@@ -173,7 +176,10 @@ class ProgramModule(nn.Module):
         value = getattr(original, name)
         if isinstance(value, nn.Module):
             return self._part(name, value)
-        if inspect.ismethod(value) and value.__self__ is original or name in ("attn_processors", "set_attn_processor"):
+        if (inspect.ismethod(value) and value.__self__ is original) or name in (
+            "attn_processors",
+            "set_attn_processor",
+        ):
             raise AdaptcError(
                 f"{self.component_name}.{name} would change or ask the module, and the pipeline runs a program of it: "
                 f"use the pipeline that was adapted, before you adapt it"
