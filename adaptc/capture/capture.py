@@ -141,7 +141,8 @@ def capture(
     ``example_inputs`` is a tensor, a tuple of positional inputs, or a dict of keyword inputs. An
     :class:`ExampleInputs` also names the free dimensions. A transformers model or a denoiser of diffusers needs none,
     since its config tells what it takes. With ``dynamic_shapes`` "auto", dimension 0 of every tensor is free, and every
-    other dimension that the model allows. An :class:`AdaptcWarning` names the dimensions that had to be fixed. Any other ``dynamic_shapes`` goes to ``torch.export.export`` unchanged.
+    other dimension that the model allows. An :class:`AdaptcWarning` names the dimensions that had to be fixed. Any
+    other ``dynamic_shapes`` goes to ``torch.export.export`` unchanged.
     ``training`` captures train mode, and with it the loss of a transformers model that has no ``example_inputs``.
     Otherwise eval mode is captured, whatever mode the model is in.
 

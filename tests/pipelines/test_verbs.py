@@ -162,6 +162,22 @@ def test_nothing_compiles_around_swaps(name: str, files: dict) -> None:
 
 
 @pytest.mark.long
+def test_another_adapter_acts_where_the_only_one_that_acts_is_deleted(files: dict) -> None:
+    theirs, ours = pipeline("flux"), adapted("flux")
+    for pipe in (theirs, ours):
+        pipe.load_lora_weights(files["flux", "b"], adapter_name="b")
+        pipe.set_adapters("b", 0.5)
+        pipe.load_lora_weights(files["flux", "a"], adapter_name="a")
+        pipe.delete_adapters("a")
+    assert ours.get_active_adapters() == theirs.get_active_adapters() == ["b"]
+    close(images(ours, "flux"), images(theirs, "flux"))
+    ours.delete_adapters(["b"])
+    close(images(ours, "flux"), images(pipeline("flux"), "flux"))
+    with pytest.raises(adaptc.ConfigError, match="no adapter 'b'"):
+        ours.delete_adapters("b")
+
+
+@pytest.mark.long
 def test_hotswap_exchanges_an_adapter(files: dict) -> None:
     theirs, ours = pipeline("sd"), adapted("sd")
     ours.load_lora_weights(files["sd", "a"], adapter_name="x")

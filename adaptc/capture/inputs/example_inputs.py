@@ -43,7 +43,7 @@ class ExampleInputs:
             if isinstance(inside, dict):
                 out |= {f"{name}.{k}": t for k, t in inside.items()}
             else:
-                out[name] = value
+                out[name] = inside
         return out
 
     def dims_of(self, tensor: Tensor) -> dict[int, str | None]:
