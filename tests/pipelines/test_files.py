@@ -153,6 +153,9 @@ def test_bad_files_are_named_and_change_nothing(tmp_path: Path) -> None:
     _refused(ours, "sd", flux, r"'transformer\.|transformer_blocks")
     _refused(ours, "sd", {**tensors, "unet.no_such_block.to_q.lora_A.weight": torch.ones(3, 8)}, "no_such_block")
     _refused(ours, "sd", {**tensors, "unet.down_blocks.1.attentions.0.proj_in.strange": torch.ones(3)}, "strange")
+    # diffusers leaves this one out with a line in the log.
+    dropped = {**tensors, "unet.down_blocks.1.attentions.0.proj_in.dora_scale": torch.ones(16, 1)}
+    _refused(ours, "sd", dropped, r"proj_in\.dora_scale.*drops 1 of")
     second = {k.replace("text_encoder", "text_encoder_2"): t for k, t in tensors.items()}
     _refused(ours, "sd", second, "text_encoder_2.*the pipeline has no text_encoder_2")
     key = next(k for k in tensors if "to_q.lora_A" in k)

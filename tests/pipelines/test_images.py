@@ -141,6 +141,21 @@ def test_other_ways_to_call(call: Callable[[Any], Tensor], tmp_path: Path) -> No
 
 
 @pytest.mark.long
+def test_another_task_has_the_programs_and_adapters_of_its_own(tmp_path: Path) -> None:
+    file, theirs, ours = write_lora("sd", tmp_path), pipeline("sd"), adapted("sd")
+    ours.load_lora_weights(file, adapter_name="a")
+    other = adaptc.compile(StableDiffusionImg2ImgPipeline.from_pipe(ours))
+    assert other.get_list_adapters() == ours.get_list_adapters()
+    other.set_adapters("a", 0.5)
+    theirs.load_lora_weights(file, adapter_name="a")
+    close(images(ours, "sd"), images(theirs, "sd"))
+    theirs.set_adapters("a", 0.5)
+    image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    wanted = _call(StableDiffusionImg2ImgPipeline.from_pipe(theirs), image=image, strength=0.8)
+    close(_call(other, image=image, strength=0.8), wanted)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", pipelines.LATENT_PIPELINES)
 def test_denoisers_whose_text_encoders_take_no_adapters(name: str, tmp_path: Path) -> None:
     made = [pipelines.LATENT_PIPELINES[name]() for _ in range(3)]
