@@ -25,7 +25,7 @@ from adaptc.adapters.from_program import adapter_of_program
 from adaptc.binding.bind import initial_values
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
-from adaptc.binding.binding_scale import scale_adapter, with_scale, with_scales_multiplied
+from adaptc.binding.binding_scale import sites_with_scale, with_scale, with_scales_multiplied, with_site_factors
 from adaptc.errors import ConfigError, SwapError, listing
 from adaptc.pipelines.component_program import ComponentOptions, with_new_base, with_sites_of
 from adaptc.program.adapted_program import AdaptedProgram
@@ -180,8 +180,11 @@ class ComponentState:
         if not isinstance(factor, Mapping):
             bound = with_scale(spec, bound, None if factor == 1 else factor)
         else:
-            for one in dict.fromkeys(factor.values()):
-                bound = scale_adapter(spec, bound, one, bound.name, [m for m, f in factor.items() if f == one])
+            # By site: names of modules would also choose modules whose path ends so.
+            sites = {a.id: factor[a.module] for a in sites_with_scale(spec, bound) if a.module in factor}
+            if not sites:
+                bound = with_scale(spec, bound, 1.0)  # raises the error of a method without a scale
+            bound = with_site_factors(spec, bound, sites)
         return _fitting(program, bound)
 
     @cached_property
