@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 from adaptc.adapters.arrow_adapter import arrow_adapter
 from adaptc.errors import ConfigError, short_repr
 from adaptc.generation.of_module import generate_with_module
+from adaptc.pipelines.adapt_pipeline import adapt_pipeline, is_pipeline
+from adaptc.pipelines.component_program import ComponentOptions
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.runtime.options import RunOptions
@@ -49,8 +51,8 @@ def compile(
     sibling weights into one buffer; let no other thread run the model then.
 
     Args:
-        model: an nn.Module, a transformers model, a UNet or Flux denoiser of diffusers, an ExportedProgram, or the
-            result of ``transformers.exporters``.
+        model: an nn.Module, a transformers model, a denoiser or a whole pipeline of diffusers, an ExportedProgram, or
+            the result of ``transformers.exporters``.
         adapter: a config, a ``peft`` config, or an adapter with its weights. Those are a PEFT directory, a file of
             diffusers, kohya, LyCORIS, ComfyUI, loralib or torchtune, or a state dict with such keys. A list of these
             gives the program the union of their sites, and binds it to the first. A dict of these by name makes
@@ -77,7 +79,8 @@ def compile(
         pack: the dtype of base weights that may have packed copies on a CPU; see :attr:`AdaptedProgram.pack`.
 
     Returns:
-        the program. A call takes the model's inputs and gives its output, with the model's shapes and dtypes.
+        the program. A call takes the model's inputs and gives its output, with the model's shapes and dtypes. Of a
+        pipeline, a pipeline that runs programs and has diffusers' verbs for adapters; see examples/diffusion.md.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -99,6 +102,15 @@ def compile(
         )
     if adapter is None:
         adapter, config = config, None
+    if is_pipeline(model):
+        other: dict[str, Any] = {"example_inputs": example_inputs, "key_mapping": key_mapping, "component": component}
+        other |= {"config": config, "training": training or None, "form": None if form == "auto" else form}
+        other |= {"dynamic_shapes": None if isinstance(dynamic_shapes, str) else dynamic_shapes}
+        if said := [name for name, value in other.items() if value is not None]:
+            raise ConfigError(f"{said[0]} is not for whole pipelines: leave it out, or adapt the pipeline's module")
+        return adapt_pipeline(
+            model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator), adapter_name
+        )
     return compile_model(
         AdaptedProgram,
         model,

@@ -78,7 +78,7 @@ def with_scales_multiplied(spec: BindingSpec, binding: Binding, multiplier: floa
         own, acting = _spec_of(spec, binding, name), part.active_form or part
         factors = {a.id: multiplier * acting.scale_factors.get(a.id, 1.0) for a in sites_with_scale(own, acting)}
         found = found or bool(factors)
-        bindings[name] = _with_factors(own, part, factors)
+        bindings[name] = with_site_factors(own, part, factors)
     if not found:
         raise ConfigError(f"{_method_names(binding)} has no scale that could be multiplied")
     return _with_adapters(spec, binding, bindings)
@@ -259,13 +259,13 @@ def _with_adapters(spec: BindingSpec, binding: Binding, bindings: Mapping[str, B
 
 def _scale_sites(spec: BindingSpec, adapter: Binding, name: str, scale: Any, modules: ModuleChoice = None) -> Binding:
     factor = parse_factor(scale)
-    return _with_factors(spec, adapter, dict.fromkeys(choose_sites(spec, adapter, name, modules), factor))
+    return with_site_factors(spec, adapter, dict.fromkeys(choose_sites(spec, adapter, name, modules), factor))
 
 
-def _with_factors(spec: BindingSpec, adapter: Binding, factors: Mapping[str, float]) -> Binding:
+def with_site_factors(spec: BindingSpec, adapter: Binding, factors: Mapping[str, float]) -> Binding:
     """Return one adapter with these factors, by attachment id. Its other factors stay."""
     if adapter.active_form is not None:
-        idle = _with_factors(spec, adapter.active_form, factors)
+        idle = with_site_factors(spec, adapter.active_form, factors)
         return adapter if idle is adapter.active_form else replace(adapter, active_form=idle)
     scales: dict[str, Tensor] = {}
     changed: dict[str, float] = {}

@@ -36,7 +36,7 @@ from adaptc.capture.given_inputs import (
     loss_type,
 )
 from adaptc.capture.inputs.diffusion_inputs import make_example_inputs
-from adaptc.capture.inputs.example_inputs import is_pretrained_model
+from adaptc.capture.inputs.example_inputs import ExampleInputs, is_pretrained_model
 from adaptc.capture.model_state import ModelSkeleton, keyword_only_parameter, patch_forward, preserve_state
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.replacements.broadcast_masks import broadcast_masks
@@ -138,10 +138,11 @@ def capture(
 ) -> CapturedProgram:
     """Capture ``model`` as an exported program.
 
-    ``example_inputs`` is a tensor, a tuple of positional inputs, or a dict of keyword inputs. A transformers model or a
-    denoiser of diffusers needs none, since its config tells what it takes. With ``dynamic_shapes`` "auto", dimension 0
-    of every tensor is free, and every other dimension that the model allows. An :class:`AdaptcWarning` names the
-    dimensions that had to be fixed. Any other ``dynamic_shapes`` goes to ``torch.export.export`` unchanged.
+    ``example_inputs`` is a tensor, a tuple of positional inputs, or a dict of keyword inputs. An
+    :class:`ExampleInputs` also names the free dimensions. A transformers model or a denoiser of diffusers needs none,
+    since its config tells what it takes. With ``dynamic_shapes`` "auto", dimension 0 of every tensor is free, and every
+    other dimension that the model allows. An :class:`AdaptcWarning` names the dimensions that had to be fixed. Any
+    other ``dynamic_shapes`` goes to ``torch.export.export`` unchanged.
     ``training`` captures train mode, and with it the loss of a transformers model that has no ``example_inputs``.
     Otherwise eval mode is captured, whatever mode the model is in.
 
@@ -326,8 +327,9 @@ def _name_forward_kwargs(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterato
 
 
 def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, training: bool) -> ExportedProgram:
-    if example_inputs is None:
-        example = make_example_inputs(model, training=training)
+    inputs_made = example_inputs is None or isinstance(example_inputs, ExampleInputs)
+    if inputs_made:
+        example = example_inputs or make_example_inputs(model, training=training)
         args, kwargs = (), example.kwargs
         free_dims: FreeDims = example.dims_of
     else:
@@ -341,12 +343,12 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
                 export_guarded = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
                 program = guard_sizes_of_one(model, program, args, kwargs, export_guarded, training)
             else:
-                program = _export_with_free_sizes(model, args, kwargs, free_dims, training, example_inputs is not None)
+                program = _export_with_free_sizes(model, args, kwargs, free_dims, training, not inputs_made)
         if masks.any or values_are_fixed or has_free_images(model):
             check_same_outputs(model, program, args, kwargs, training)
         return program
 
-    with _name_forward_kwargs(model, kwargs), explain_inputs(model, args, kwargs, inputs_made=example_inputs is None):
+    with _name_forward_kwargs(model, kwargs), explain_inputs(model, args, kwargs, inputs_made=inputs_made):
         return export_or_fix_values(model, args, kwargs, export_once, COMPARISON)
 
 

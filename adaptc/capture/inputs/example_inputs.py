@@ -29,7 +29,7 @@ class ExampleInputs:
     """Keyword inputs for one call of a model, and the names of their free dimensions.
 
     ``dims[name][i]`` names the free dimension ``i`` of input ``name``. None leaves that dimension's constraints to
-    torch. The tensors of an input that is a dict are called ``name.key``.
+    torch. The tensors of an input that is a dict are called ``name.key``, and of a tuple ``name.0``.
     """
 
     kwargs: dict[str, Any]
@@ -39,7 +39,11 @@ class ExampleInputs:
         """Return all tensors, by the names that ``free_dims`` uses."""
         out: dict[str, Tensor] = {}
         for name, value in self.kwargs.items():
-            out |= {f"{name}.{k}": t for k, t in value.items()} if isinstance(value, dict) else {name: value}
+            inside: Any = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+            if isinstance(inside, dict):
+                out |= {f"{name}.{k}": t for k, t in inside.items()}
+            else:
+                out[name] = inside
         return out
 
     def dims_of(self, tensor: Tensor) -> dict[int, str | None]:
@@ -82,6 +86,20 @@ def pretrained_example(model: Any, *, training: bool) -> ExampleInputs:
             kwargs, free_dims, "decoder_input_ids", _make_ids(model, BATCH, DECODER_SEQUENCE), (BATCH, DECODER_SEQUENCE)
         )
     return ExampleInputs(kwargs, free_dims)
+
+
+def text_encoder_example(model: Any) -> ExampleInputs:
+    """Return example inputs for ``model`` as the text encoder of a pipeline, which asks for all hidden states.
+
+    The mask is an input only where the config says ``use_attention_mask``, as pipelines have it.
+    """
+    kwargs: dict[str, Any] = {}
+    free_dims: dict[str, dict[int, str | None]] = {}
+    ids = _make_ids(model, BATCH, SEQUENCE)
+    _add_input(kwargs, free_dims, "input_ids", ids, (BATCH, SEQUENCE))
+    if getattr(model.config, "use_attention_mask", False):
+        _add_input(kwargs, free_dims, "attention_mask", torch.ones_like(ids), (BATCH, SEQUENCE))
+    return ExampleInputs({**kwargs, "output_hidden_states": True}, free_dims)
 
 
 def _is_dual_encoder(model: Any) -> bool:

@@ -1,0 +1,228 @@
+"""Images of an adapted pipeline equal those of diffusers' pipeline with the same adapter, whatever calls it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from torch import Tensor
+
+import adaptc
+from tests.support import pipelines
+from tests.support.pipelines import PIPELINES, adapted, images, pipeline, write_lora
+
+
+def close(got: Tensor, wanted: Tensor, base: Tensor | None = None) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+    assert base is None or (wanted - base).abs().max() > 1e-2, "the adapter does nothing"
+
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_q": 9}},
+    # diffusers drops the magnitudes of text encoders.
+    "dora": {"use_dora": True, "text": False},
+    "denoiser alone": {"text": False},
+}
+
+
+@pytest.mark.long
+@pytest.mark.few(8)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_adapter_gives_the_images_that_it_gives_in_diffusers(name: str, variant: str, tmp_path: Path) -> None:
+    file = write_lora(name, tmp_path, **VARIANTS[variant])
+    theirs, ours = pipeline(name), adapted(name)
+    base = images(theirs, name)
+    theirs.load_lora_weights(file)
+    close(images(ours, name), base)
+    ours.load_lora_weights(file)
+    # Latents of 3 x 5, 4 x 7 and 11 x 9; several images with and without guidance.
+    sizes = ((24, 40), (32, 56), (88, 72)) if name != "flux" else ((48, 80), (64, 112), (176, 144))
+    for height, width in sizes:
+        size = {"height": height, "width": width}
+        wanted = images(theirs, name, **size)
+        close(images(ours, name, **size), wanted, base if wanted.shape == base.shape else None)
+    if name != "flux":
+        several = {"prompt": ["a", "dog, big", "!"], "num_images_per_prompt": 2, "guidance_scale": 1.0}
+        close(images(ours, name, **several), images(theirs, name, **several))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_float64(name: str, tmp_path: Path) -> None:
+    """Of denoisers alone: pipelines of float64 make float32 of their latents in between."""
+    file = write_lora(name, tmp_path, text=False)
+    part = pipelines.DENOISER[name]
+    theirs, base = pipeline(name), pipeline(name)
+    theirs.load_lora_weights(file)
+    for pipe in (theirs, base):
+        getattr(pipe, part).double()
+    ours = adaptc.compile(base, file)
+    inputs = pipelines.denoiser_inputs(name, torch.float64)
+    with torch.no_grad():
+        wanted, got = (getattr(p, part)(**inputs, return_dict=False)[0] for p in (theirs, ours))
+        plain = getattr(base, part)(**inputs, return_dict=False)[0]
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+    assert (wanted - plain).abs().max() > 1e-2
+
+
+def _img2img(pipe: Any) -> Tensor:
+    made = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    return _call(made, image=image, strength=0.8)
+
+
+def _inpaint(pipe: Any) -> Tensor:
+    made = StableDiffusionInpaintPipeline.from_pipe(pipe)
+    image = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(1, 1, 24, 40)
+    mask[..., :17] = 1
+    return _call(made, image=image, mask_image=mask, height=24, width=40, strength=0.9)
+
+
+def _euler(pipe: Any) -> Tensor:
+    made = copy.copy(pipe)
+    made.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return images(made, "sd")
+
+
+def _pndm(pipe: Any) -> Tensor:
+    made = copy.copy(pipe)
+    made.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    return images(made, "sd", num_inference_steps=4)
+
+
+def _scale(pipe: Any) -> Tensor:
+    return images(copy.copy(pipe), "sd", cross_attention_kwargs={"scale": 0.4})
+
+
+def _callback(pipe: Any) -> Tensor:
+    """A weight that a callback changes between the steps."""
+
+    def halve(made: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe.set_adapters("a", 0.5)
+        return {"latents": given["latents"] * 1.25}
+
+    return images(pipe, "sd", callback_on_step_end=halve)
+
+
+def _call(pipe: Any, **options: Any) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    given = {"prompt": "a cat", "num_inference_steps": 3, "output_type": "pt"} | options
+    return pipe(generator=torch.Generator().manual_seed(3), **given).images
+
+
+@pytest.mark.long
+@pytest.mark.few(20)
+@pytest.mark.parametrize("call", [_img2img, _inpaint, _euler, _pndm, _scale, _callback])
+def test_other_ways_to_call(call: Callable[[Any], Tensor], tmp_path: Path) -> None:
+    file = write_lora("sd", tmp_path)
+    theirs, ours = pipeline("sd"), adapted("sd")
+    plain = call(ours) if call is not _callback else None
+    for pipe in (theirs, ours):
+        pipe.load_lora_weights(file, adapter_name="a")
+    close(call(ours), call(theirs), plain)
+
+
+@pytest.mark.long
+def test_another_task_has_the_programs_and_adapters_of_its_own(tmp_path: Path) -> None:
+    file, theirs, ours = write_lora("sd", tmp_path), pipeline("sd"), adapted("sd")
+    ours.load_lora_weights(file, adapter_name="a")
+    other = adaptc.compile(StableDiffusionImg2ImgPipeline.from_pipe(ours))
+    assert other.get_list_adapters() == ours.get_list_adapters()
+    other.set_adapters("a", 0.5)
+    theirs.load_lora_weights(file, adapter_name="a")
+    close(images(ours, "sd"), images(theirs, "sd"))
+    theirs.set_adapters("a", 0.5)
+    image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    wanted = _call(StableDiffusionImg2ImgPipeline.from_pipe(theirs), image=image, strength=0.8)
+    close(_call(other, image=image, strength=0.8), wanted)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", pipelines.LATENT_PIPELINES)
+def test_denoisers_whose_text_encoders_take_no_adapters(name: str, tmp_path: Path) -> None:
+    made = [pipelines.LATENT_PIPELINES[name]() for _ in range(3)]
+    layers = ["to_q", "to_k", "to_out.0", "to_qkv_mlp_proj", "ffn.net.2"]
+    torch.manual_seed(9)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=layers, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, made[0].transformer, "default")
+    tensors = peft.get_peft_model_state_dict(made[0].transformer, adapter_name="default")
+    type(made[0]).save_lora_weights(tmp_path, transformer_lora_layers=tensors)
+    theirs, ours = made[1], adaptc.compile(made[2], tmp_path)
+    theirs.load_lora_weights(tmp_path)
+    for size in ((48, 80, 9), (64, 48, 5), (32, 112, 1)):
+        wanted = pipelines.latents(theirs, name, *size)
+        close(pipelines.latents(ours, name, *size), wanted, pipelines.latents(made[2], name, *size))
+    two = pipelines.latents(ours, name, 48, 80, 5, rows=2, adapters=["default", None])
+    theirs.disable_lora()
+    close(two[1:], pipelines.latents(theirs, name, 48, 80, 5, rows=2)[1:])
+    theirs.enable_lora()
+    close(two[:1], pipelines.latents(theirs, name, 48, 80, 5, rows=2)[:1])
+
+
+@pytest.mark.long
+def test_a_controlnet_gives_inputs_of_the_program(tmp_path: Path) -> None:
+    file, base = write_lora("sd", tmp_path), pipeline("sd")
+    torch.manual_seed(6)
+    net = ControlNetModel.from_unet(base.unet, conditioning_channels=3, controlnet_conditioning_channel_order="rgb")
+    for parameter in net.parameters():
+        parameter.data += torch.randn_like(parameter) / 20
+    parts = {**base.components, "controlnet": net.eval(), "safety_checker": None}
+    made = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    ours = adaptc.compile(made, file)
+    made.load_lora_weights(file)
+    control = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    for scale in (1.0, 0.5):
+        options = {"image": control, "height": 32, "width": 48, "controlnet_conditioning_scale": scale}
+        close(_call(ours, **options), _call(made, **options))
+    far = {"image": control, "height": 32, "width": 48, "controlnet_conditioning_scale": 0.0}
+    assert (_call(ours, **far) - _call(ours, **options)).abs().max() > 1e-3
+
+
+@pytest.mark.long
+def test_the_callers_pipeline_stays(tmp_path: Path) -> None:
+    base = pipeline("sd")
+    before, held = images(base, "sd"), dict(vars(base))
+    state = {k: v.clone() for k, v in base.unet.state_dict().items()}
+    ours = adaptc.compile(base, {"a": write_lora("sd", tmp_path / "a"), "b": write_lora("sd", tmp_path / "b", seed=3)})
+    assert ours.get_active_adapters() == ["a", "b"]
+    ours.fuse_lora()
+    images(ours, "sd")
+    assert vars(base).keys() == held.keys()
+    assert all(vars(base)[k] is v for k, v in held.items())
+    assert all(torch.equal(state[k], v) for k, v in base.unet.state_dict().items())
+    assert torch.equal(images(base, "sd"), before)
+    assert isinstance(ours, type(base))
+    assert type(ours).__name__ == type(base).__name__
+    assert ours.config == base.config
+    assert ours.scheduler is not base.scheduler
+
+
+@pytest.mark.long
+def test_a_new_adapter_of_a_config() -> None:
+    base = pipeline("sd3")
+    config = adaptc.LoraConfig(r=3, target_modules=["to_q", "ff.net.2"], init_lora_weights=False)
+    ours = adaptc.compile(base, config, adapter_name="new", generator=torch.Generator().manual_seed(1))
+    assert ours.get_list_adapters() == {"transformer": ["new"]}
+    made = images(ours, "sd3")
+    assert (made - images(base, "sd3")).abs().max() > 1e-2
+    ours.save_lora_weights("new")
+    base.load_lora_weights("new")
+    close(made, images(base, "sd3"))
