@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.deltas_to_lora import make_lora, parse_rank
+from adaptc.adapters.deltas.deltas_to_lora import make_lora, parse_rank
+from adaptc.adapters.deltas.weight_deltas import AdapterDeltas, WeightDelta
 from adaptc.adapters.fit_report import FitReport
 from adaptc.adapters.to_lora import deltas_of
-from adaptc.adapters.weight_deltas import AdapterDeltas, WeightDelta
 from adaptc.errors import ConfigError, short_repr
 from adaptc.tables import Table
 

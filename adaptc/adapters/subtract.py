@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptc.adapters.adapter import Adapter
 from adaptc.adapters.combining.truncated_svd import Truncation, truncate
-from adaptc.adapters.deltas_to_lora import parse_rank
+from adaptc.adapters.deltas.deltas_to_lora import parse_rank
 from adaptc.adapters.fit_report import FitReport, SiteFit
 from adaptc.adapters.model_tensors import ModelLayers, ModelTensors, find_layers, open_model_tensors
 from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, short_repr

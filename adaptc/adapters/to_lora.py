@@ -13,9 +13,9 @@ from adaptc.adapters.combining.average_saved_modules import average_saved
 from adaptc.adapters.combining.combine_options import CombineOptions
 from adaptc.adapters.combining.combine_rules import combine_by_rule
 from adaptc.adapters.combining.truncated_svd import Truncation
-from adaptc.adapters.deltas_to_lora import make_lora, parse_rank
+from adaptc.adapters.deltas.deltas_to_lora import make_lora, parse_rank
+from adaptc.adapters.deltas.weight_deltas import AdapterDeltas, WeightDelta
 from adaptc.adapters.from_program import program_and_binding
-from adaptc.adapters.weight_deltas import AdapterDeltas, WeightDelta
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
 from adaptc.errors import ConfigError

@@ -27,8 +27,8 @@ from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.bases.base_fingerprint import base_fingerprints
-from adaptc.program.program_file import load_program
+from adaptc.program.files.base_fingerprint import base_fingerprints
+from adaptc.program.files.program_file import load_program
 from adaptc.program.wrapper import ProgramWrapper
 from adaptc.runtime.options import RunOptions
 from adaptc.serving.serving_file import load_package_contents, wrapper_of_file

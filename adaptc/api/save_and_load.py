@@ -23,8 +23,8 @@ from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.packages.package_program import package_program
 from adaptc.packages.write_bank import package_bank
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.bases.base_fingerprint import base_fingerprints, joint_fingerprint
-from adaptc.program.program_file import load_program, save_program
+from adaptc.program.files.base_fingerprint import base_fingerprints, joint_fingerprint
+from adaptc.program.files.program_file import load_program, save_program
 from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program
 from adaptc.runtime.options import RunOptions
 from adaptc.serving.serving_file import load_package_contents, wrapper_of_file

@@ -23,7 +23,7 @@ from adaptc.archives.refusal import UnsafeFile, describe_error, short_repr
 from adaptc.errors import AdaptcError, CheckpointError
 from adaptc.exporters.slot_program import SlotProgram
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
-from adaptc.program.stored_sites import SITE_SCHEMA, StoredSite, parse_site, site_data
+from adaptc.program.files.stored_sites import SITE_SCHEMA, StoredSite, parse_site, site_data
 from adaptc.state.adaptation import check_header
 from adaptc.torch_typing import is_dict
 

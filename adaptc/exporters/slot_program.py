@@ -27,7 +27,7 @@ from adaptc.passes.lower.slots_to_inputs import SlotsToInputs
 from adaptc.passes.lower.unused_slots import find_unused_slots
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
-from adaptc.program.stored_sites import StoredSite
+from adaptc.program.files.stored_sites import StoredSite
 from adaptc.state.core import ProgramCore
 
 #: the prefix of keys in PEFT's files

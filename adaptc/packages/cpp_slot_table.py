@@ -25,7 +25,7 @@ from typing import Any
 
 from adaptc.binding.binding_plan_cache import takes_file_tensors
 from adaptc.packages.manifest import Input, Manifest, SlotCapacity
-from adaptc.program.stored_sites import StoredSite
+from adaptc.program.files.stored_sites import StoredSite
 from adaptc.tables import dtype_name
 from adaptc.torch_typing import is_list_or_tuple
 

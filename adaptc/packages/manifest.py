@@ -35,7 +35,7 @@ from adaptc.archives.json_schema import DictOf, Nullable, OptionalField, Size, c
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error, printable_path, short_repr
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
-from adaptc.program.stored_sites import SITE_SCHEMA, StoredSite, parse_dtype, parse_site, site_data
+from adaptc.program.files.stored_sites import SITE_SCHEMA, StoredSite, parse_dtype, parse_site, site_data
 from adaptc.runtime.calls.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
 from adaptc.state.adaptation import check_header

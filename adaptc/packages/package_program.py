@@ -39,7 +39,7 @@ from adaptc.passes.protocol.program_method import ProgramMethod
 from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.stored_sites import StoredSite
+from adaptc.program.files.stored_sites import StoredSite
 from adaptc.progress import stage
 from adaptc.runtime.added_lengths import VirtualTokenLengths
 from adaptc.runtime.calls.call_inputs import Inputs

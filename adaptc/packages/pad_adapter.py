@@ -24,7 +24,7 @@ from adaptc.packages.manifest import Manifest, SlotCapacity
 from adaptc.passes.graph.storage import memory_address
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
-from adaptc.program.stored_sites import StoredSite
+from adaptc.program.files.stored_sites import StoredSite
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 

@@ -28,7 +28,7 @@ from adaptc.packages.pad_adapter import unused_slot_key
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
-from adaptc.program.stored_sites import StoredSite
+from adaptc.program.files.stored_sites import StoredSite
 from adaptc.progress import stage
 from adaptc.runtime.calls.call_inputs import Inputs
 

@@ -23,8 +23,8 @@ from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.optimize.direct_calls import CallSizesDirectly
 from adaptc.passes.train.split_head import cut_at_head
 from adaptc.passes.train.training_pipeline import fuse_training
+from adaptc.program.files.program_file import load_program, save_program
 from adaptc.program.packing import find_bounds_read, make_packed_module
-from adaptc.program.program_file import load_program, save_program
 from adaptc.runtime.options import RunOptions
 from adaptc.state.adaptation import ModuleGenerate
 from adaptc.state.core import ProgramCore

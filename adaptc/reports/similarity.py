@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from adaptc.adapters.site_deltas import SiteDelta, check_same_shape, inner_product, program_deltas, site_deltas
+from adaptc.adapters.deltas.site_deltas import SiteDelta, check_same_shape, inner_product, program_deltas, site_deltas
 from adaptc.errors import ConfigError, short_repr
 from adaptc.program.wrapper import unwrap
 from adaptc.progress import stage

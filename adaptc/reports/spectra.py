@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from adaptc.adapters.site_deltas import effective_rank, singular_values, site_deltas
+from adaptc.adapters.deltas.site_deltas import effective_rank, singular_values, site_deltas
 from adaptc.progress import stage
 from adaptc.tables import Column, Report, Table, format_error
 

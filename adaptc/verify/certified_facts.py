@@ -18,7 +18,7 @@ from adaptc.adapter_files.format import CONFIG_NAME
 from adaptc.archives.added_files import ADAPTERS_FOLDER, ADAPTERS_INDEX
 from adaptc.archives.certificate import Certificate, hash_files, installed_versions
 from adaptc.binding.binding import Binding
-from adaptc.program.bases.base_fingerprint import base_fingerprints, changed_weights, fingerprints_of, joint_fingerprint
+from adaptc.program.files.base_fingerprint import base_fingerprints, changed_weights, fingerprints_of, joint_fingerprint
 from adaptc.state.core import ProgramCore
 from adaptc.tables import to_json_value
 from adaptc.verify.report import Check, VerifyReport
@@ -50,8 +50,9 @@ def _make_certificate(facts: Mapping[str, Any], graph: Mapping[str, str]) -> byt
 
 def with_measured(certificate: Certificate, report: VerifyReport, shapes: int, atol: float | None) -> Certificate:
     """Return ``certificate`` with the checks of ``report``, and the options that repeat them."""
-    measured = {"seed": report.seed, "shapes": shapes, "atol": atol, "runs": list(report.runs)}
-    return replace(certificate, measured={**measured, "checks": report.to_dict()["checks"]}, versions=installed_versions())
+    measured: dict[str, Any] = {"seed": report.seed, "shapes": shapes, "atol": atol, "runs": list(report.runs)}
+    measured["checks"] = report.to_dict()["checks"]
+    return replace(certificate, measured=measured, versions=installed_versions())
 
 
 def _current_adapters(program: ExportedProgram) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from adaptc.passes.protocol.method_checks import TRACED_PROMISES, VALUE_PROMISES
 from adaptc.passes.protocol.method_names import check_names
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model, plan_adapters
-from adaptc.program.program_file import load_program, save_program
+from adaptc.program.files.program_file import load_program, save_program
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.tables import Column, Report, Table

@@ -22,7 +22,7 @@ from adaptc import AdaptcError, AdaptcWarning, CheckpointError, ConfigError, Lor
 from adaptc.archives.added_files import ADDED_FOLDER
 from adaptc.archives.certificate import read_certificate
 from adaptc.cli import app
-from adaptc.program.bases.base_fingerprint import base_fingerprints, joint_fingerprint
+from adaptc.program.files.base_fingerprint import base_fingerprints, joint_fingerprint
 from adaptc.verify.verify import verify_program
 from tests.support.archives import WEIGHTS, read_records, write_records
 from tests.support.damage import BLOCK, mutate_json

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from adaptc.adapter_files.directory import all_finite
 from adaptc.adapters.combining.truncated_svd import Truncation, truncate
+from adaptc.adapters.deltas.weight_deltas import WeightDelta
 from adaptc.adapters.fit_report import FitReport, SiteFit
-from adaptc.adapters.weight_deltas import WeightDelta
 from adaptc.binding.binding import BindingSpec
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.methods import TargetedConfig

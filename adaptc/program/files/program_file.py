@@ -53,10 +53,10 @@ from adaptc.passes.protocol.method import Method
 from adaptc.passes.protocol.regions import program_record, read_attachments, site_op
 from adaptc.passes.quantized.expand_quantized import CollectQuantized, ExpandQuantized
 from adaptc.passes.train.compressed_linear import COMPRESSED_LINEAR
-from adaptc.program.bases.base_fingerprint import joint_fingerprint
-from adaptc.program.bases.base_table import complete_program, names_without_values, read_base_table, without_base
-from adaptc.program.bases.given_base import tensors_of_base
-from adaptc.program.read_program_file import read_program
+from adaptc.program.files.base_fingerprint import joint_fingerprint
+from adaptc.program.files.base_table import complete_program, names_without_values, read_base_table, without_base
+from adaptc.program.files.given_base import tensors_of_base
+from adaptc.program.files.read_program_file import read_program
 from adaptc.progress import stage
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions

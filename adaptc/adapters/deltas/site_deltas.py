@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from adaptc.adapters.combining.adapter_sites import exact_changes
+from adaptc.adapters.deltas.weight_deltas import AdapterDeltas
 from adaptc.adapters.from_program import adapter_of_program, as_adapter_object, program_and_binding
-from adaptc.adapters.weight_deltas import AdapterDeltas
 from adaptc.binding.binding import Binding
 from adaptc.errors import ConfigError
 from adaptc.passes.protocol.parts.low_rank import LowRank

@@ -24,7 +24,7 @@ from adaptc.archives.refusal import UnsafeFile, printable_path
 from adaptc.errors import MAX_LISTED, CheckpointError, and_more
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.storage import storage_key
-from adaptc.program.bases.base_fingerprint import adapter_tensor_names, changed_weights, fingerprints_of
+from adaptc.program.files.base_fingerprint import adapter_tensor_names, changed_weights, fingerprints_of
 
 _TENSOR_SCHEMA = {"shape": [Size], "dtype": str, "device": str, "sha256": str, "tied": Nullable(str)}
 _TABLE_SCHEMA = {"format": Size, "tensors": DictOf(_TENSOR_SCHEMA)}
