@@ -57,6 +57,8 @@ class Certificate(Report):
     file. ``measured``: the seed, the shapes and the checks of ``adaptc.verify``; None where nothing was measured.
     """
 
+    ROWS = ("measured", "checks")
+
     versions: Mapping[str, str | None]
     base: Mapping[str, Any]
     graph: Mapping[str, Any]

@@ -19,7 +19,7 @@ from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.api.merge_and_lower import verify
+from adaptc.api.certify import verify
 from adaptc.errors import AdaptcError
 from adaptc.packages.package_report import PackageInput, PackageReport, PackageSite
 from adaptc.passes.quantized.quantize_weights import WeightQuantization
@@ -75,6 +75,11 @@ REPORTS: dict[str, tuple[Callable[[Subjects], Report], str, list[Any]]] = {
     "QuantizeReport": (lambda _: QuantizeReport([WeightQuantization("0.weight", "int8", nan, 9, 5)]), "error", [None]),
     "VerifyReport": (
         lambda s: verify(s.program, shapes=1),
+        "name",
+        ["base equals model", "identity equals base", "merged equals adapted", "unmerge is bitwise"],
+    ),
+    "Certificate": (
+        lambda s: adaptc.certify(adaptc.save(s.program, s.folder / "certified.pt2"), shapes=1),
         "name",
         ["base equals model", "identity equals base", "merged equals adapted", "unmerge is bitwise"],
     ),
