@@ -38,7 +38,14 @@ from adaptc.runtime.strides import axis_order, empty_in_order
 
 #: Calls check their inputs and lay them out beforehand. Inductor's own asserts would take as long as a tenth of a call
 #: for one token: there is one for each weight and each slot.
-_OPTIONS = {"config_patches": {"size_asserts": False}}
+#: A cond is cached like other ops: the key of inductor's cache has the code of its branches, which are graph modules.
+_COND = torch.ops.higher_order.cond
+_OPTIONS = {
+    "config_patches": {
+        "size_asserts": False,
+        "unsafe_marked_cacheable_functions": {f"{_COND.__module__}.{_COND.__name__}": "code of graph modules"},
+    }
+}
 #: the example value of a symbolic size, by which inductor tunes its code
 SIZE_HINT = 16
 
