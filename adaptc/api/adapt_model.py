@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 import torch
 from torch import nn
@@ -20,6 +20,56 @@ from adaptc.runtime.options import RunOptions
 from adaptc.serving.compile_for_serving import generate_batch_with_module
 from adaptc.state.adaptation import ModuleGenerate
 from adaptc.value_types import validates_options
+
+
+class Pipeline(Protocol):
+    """A pipeline of diffusers, as type checkers tell it from a module, whether diffusers is installed or not."""
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+
+    def register_modules(self, **kwargs: Any) -> None: ...
+
+
+P = TypeVar("P", bound=Pipeline)
+
+
+@overload
+def compile(
+    model: P,
+    adapter: Any = None,
+    *,
+    adapter_name: str = "default",
+    backend: str = "eager",
+    autocast_adapter_dtype: bool = True,
+    generator: torch.Generator | None = None,
+    hoist_limit: int | None = None,
+    fuse: bool = True,
+    pack: str | None = None,
+) -> P: ...
+
+
+@overload
+def compile(
+    model: nn.Module | ExportedProgram | Any,
+    adapter: Any = None,
+    *,
+    config: Any = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+    adapter_name: str = "default",
+    training: bool = False,
+    backend: str = "eager",
+    form: str = "auto",
+    autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
+    generator: torch.Generator | None = None,
+    hoist_limit: int | None = None,
+    fuse: bool = True,
+    checkpoint: int | Literal["auto"] | None = None,
+    pack: str | None = None,
+) -> AdaptedProgram: ...
 
 
 @validates_options(
@@ -44,7 +94,7 @@ def compile(
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
-) -> AdaptedProgram:
+) -> AdaptedProgram | Any:
     """Capture ``model``, adapt it, and return the adapted program.
 
     The model's values are not modified, and its parameters are shared. The first call of a program that fuses moves
