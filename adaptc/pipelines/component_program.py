@@ -8,7 +8,8 @@ own, which is made of the captured one. One capture serves every batch, size and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model, pipeline_
 from adaptc.capture.inputs.example_inputs import ExampleInputs, is_pretrained_model, text_encoder_example
 from adaptc.errors import CaptureError
 from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.pipelines.tensor_calls import FIRST_ROWS, POSITION_MODULES, FirstRowCalls, PositionCalls, TensorCalls
+from adaptc.pipelines.z_image_calls import ZImageCalls
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.runtime.options import RunOptions
@@ -51,11 +54,12 @@ def component_example(module: nn.Module, options: ComponentOptions) -> ExampleIn
 
 def capture_component(module: nn.Module, example: ExampleInputs, options: ComponentOptions) -> AdaptedProgram:
     """Return a program of ``module`` with sites for LoRA at all layers."""
-    with _any_size(module, example):
+    with _any_size(module, example), tensor_calls(module).traced():
         return compile_model(
             AdaptedProgram,
             module,
-            _lora_at(_layer_names(module)),
+            # One expression, which need not match every layer: those that no output depends on are in no program.
+            LoraConfig(r=1, target_modules="|".join(map(re.escape, _layer_names(module)))),
             options.run,
             example_inputs=example,
             autocast=options.autocast,
@@ -76,14 +80,29 @@ def with_sites_of(program: AdaptedProgram, adapter: Any, options: ComponentOptio
 
 def with_new_base(program: AdaptedProgram, base: Any, options: ComponentOptions) -> AdaptedProgram:
     """Return a program with the LoRA sites of ``program``, on ``base``: the same graph with other weights."""
-    layers = dict.fromkeys(a.module for a in program.adaptation.attachments if a.param == "weight")
-    return compile_model(
-        AdaptedProgram, unload_program(base), [_lora_at(layers)], options.run, autocast=options.autocast
-    )
+    lora = LoraConfig(r=1, target_modules=_site_layers(program))
+    return compile_model(AdaptedProgram, unload_program(base), [lora], options.run, autocast=options.autocast)
 
 
-def _lora_at(layers: Iterable[str]) -> LoraConfig:
-    return LoraConfig(r=1, target_modules=list(layers))
+def unread_layers(module: nn.Module, program: AdaptedProgram) -> set[str]:
+    """Return the paths of layers of ``module`` that its program does not have, since no output depends on them."""
+    return set(_layer_names(module)) - set(_site_layers(program))
+
+
+def _site_layers(program: AdaptedProgram) -> list[str]:
+    return list(dict.fromkeys(a.module for a in program.adaptation.attachments if a.param == "weight"))
+
+
+def tensor_calls(module: nn.Module) -> TensorCalls:
+    """Return how calls of ``module`` become calls of its program, told by the names of its classes."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in POSITION_MODULES:
+            return PositionCalls(module, POSITION_MODULES[kind.__name__])
+        if kind.__name__ in FIRST_ROWS:
+            return FirstRowCalls(module, FIRST_ROWS[kind.__name__])
+        if kind.__name__ == "ZImageTransformer2DModel":
+            return ZImageCalls(module)
+    return TensorCalls(module)
 
 
 def _layer_names(module: nn.Module) -> list[str]:

@@ -103,10 +103,10 @@ class PipelineAdapters:
         for component, part in found.items():
             module = components[component]
             if isinstance(module, ComponentModule):
-                states[component] = module.state.with_adapter(name, part, keep_active)
+                states[component] = module.state.with_adapter(name, module.readable(part), keep_active)
                 continue
             new = captured[component] = self.capture(component, module)
-            new.state = new.state.with_adapter(name, part).changed(is_on=self._is_on())
+            new.state = new.state.with_adapter(name, new.readable(part)).changed(is_on=self._is_on())
         if keep_active:
             for component, module in self.programs.items():
                 if component not in found and name in module.state.adapters:

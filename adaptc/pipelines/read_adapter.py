@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,20 @@ def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) 
         own = denoiser if name in ("diffusion_model", "unet", "transformer") else name
         found[own] = replace(data, component=name)
     return found
+
+
+def without_layers(data: Any, layers: Iterable[str]) -> Any:
+    """Return the adapter without its LoRA tensors for ``layers``, by their paths; configs are returned as they are.
+
+    No output of the model depends on these layers, such as the last ones of the text in a transformer of images. A
+    program has no such layers, and diffusers' adapters have tensors for them.
+    """
+    paths = [p for layer in layers for p in (re.escape(layer), re.escape(layer.replace(".", "_")))]
+    if not isinstance(data, AdapterData) or not paths:
+        return data
+    unread = re.compile(rf"(?:.*[._])?(?:{'|'.join(paths)})\.(?:lora_(?:A|B|down|up)\.(?:\w+\.)?weight|alpha)")
+    kept = {k: t for k, t in data.tensors.items() if not unread.fullmatch(k)}
+    return data if len(kept) == len(data.tensors) else replace(data, tensors=kept, flat_tensors=())
 
 
 def _convert(pipeline: Any, data: AdapterData[Any]) -> tuple[AdapterData[Any] | None, str]:
