@@ -18,7 +18,7 @@ from adaptc.pipelines.component_factors import component_factor, expand_factor, 
 from adaptc.pipelines.component_module import ComponentModule
 from adaptc.pipelines.component_program import ComponentOptions, capture_component, component_example
 from adaptc.pipelines.component_state import ComponentState
-from adaptc.pipelines.read_adapter import read_adapter, split_by_component
+from adaptc.pipelines.read_adapter import adapters_of_components, read_adapter, split_by_component
 
 #: names of denoisers of pipelines that have no loader of adapters
 _DENOISERS = ("unet", "transformer")
@@ -81,7 +81,8 @@ class PipelineAdapters:
         """
         for module in self.programs.values():
             module.state.check_not_fused("load an adapter")
-        attempts = read_adapter(self.pipeline, source)
+        by_component = adapters_of_components(source, self.components)
+        attempts = read_adapter(self.pipeline, source) if by_component is None else [by_component]
         for i, data in enumerate(attempts):
             try:
                 states, captured = self._changes(name, data, keep_active, into)
@@ -97,7 +98,8 @@ class PipelineAdapters:
     ) -> tuple[dict[str, ComponentState], dict[str, ComponentModule]]:
         """Return what loading an adapter changes: the states of components that run programs, and new modules."""
         components = self.components
-        found = split_by_component(data, components, self.denoisers[0] if into is None else into)
+        denoiser = self.denoisers[0] if into is None else into
+        found = data if isinstance(data, dict) else split_by_component(data, components, denoiser)
         states: dict[str, ComponentState] = {}
         captured: dict[str, ComponentModule] = {}
         for component, part in found.items():

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from adaptc.adapter_files.adapter_data import FILE_KEYS, PEFT_KEYS, AdapterData
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.formats.parts import split_component
 from adaptc.adapter_files.load import has_tensors, load
+from adaptc.adapters.from_program import as_adapter_object
 from adaptc.binding.sources.other_formats import component_names
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, listing, short_repr
 from adaptc.pipelines.traced_tensors import lost_keys, plain, traced
@@ -68,6 +70,11 @@ def read_adapter(pipeline: Any, source: Any) -> list[Any]:
     whether the keys of the first are right. Raises CheckpointError for a file that is damaged, or that no format has.
     """
     if not has_tensors(source):
+        if isinstance(source, Mapping) and "peft_type" not in source:
+            raise CheckpointError(
+                f"a dict of {listing(map(short_repr, source)) or 'nothing'} is no adapter: give a state dict, whose "
+                "values are tensors, or a dict of adapters by component"
+            )
         return [source]
     data = load(source)
     if data.format == PEFT_KEYS:
@@ -82,6 +89,28 @@ def read_adapter(pipeline: Any, source: Any) -> list[Any]:
             ) from error
         return [converted]
     return [data] if converted is None else [converted, data]
+
+
+def adapters_of_components(source: Any, components: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return component -> adapter where ``source`` is a dict of these, and None where it is anything else.
+
+    An adapter is a program, whose current values are meant, an :class:`adaptc.Adapter`, a config, or what has PEFT's
+    keys. Raises CheckpointError for a component that the pipeline lacks.
+    """
+    if not isinstance(source, Mapping) or not source or not all(n in components for n in source):
+        return None
+    if missing := [n for n in source if components[n] is None]:
+        raise CheckpointError(
+            f"there is an adapter for {missing[0]}, which the pipeline lacks: it has "
+            f"{listing(n for n, m in components.items() if m is not None)}"
+        )
+    return {n: _adapter_of_component(a) for n, a in source.items()}
+
+
+def _adapter_of_component(adapter: Any) -> Any:
+    if isinstance(adapter, ExportedProgram):
+        return load(as_adapter_object(adapter))
+    return load(adapter) if has_tensors(adapter) else adapter
 
 
 def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) -> dict[str, Any]:
