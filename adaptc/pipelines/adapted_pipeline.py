@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from adaptc.bank.row_adapters import parse_row_adapters
 from adaptc.errors import AdaptcError, ConfigError, listing
+from adaptc.passes.quantized.quantized_merge import parse_quantized_merge
 from adaptc.pipelines.image_adapters import CallAdapters, calling_with, encoding_with
 from adaptc.pipelines.pipeline_adapters import PipelineAdapters, check_components, default_name
 from adaptc.pipelines.read_adapter import find_source
@@ -138,11 +139,17 @@ class AdaptedPipeline:
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
+        dequantize: bool = False,
+        requantize: bool = False,
     ) -> None:
-        """Merge adapters into the weights: those named, or those that act. Raises MergeError where that is not finite
-        and ``safe_fusing`` is set."""
+        """Merge adapters into the weights: those named, or those that act.
+
+        Quantised weights need ``dequantize`` or ``requantize``, as in ``adaptc.merge``. Raises MergeError where neither
+        is set, and where a weight is not finite and ``safe_fusing`` is set.
+        """
         chosen = check_components(self.adapters, components)
-        self.adapters.fuse(chosen, adapter_names, lora_scale, safe_fusing)
+        quantized = parse_quantized_merge(dequantize, requantize, None)
+        self.adapters.fuse(chosen, adapter_names, lora_scale, safe_fusing, quantized)
         self._note_merged()
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
 from adaptc.binding.binding_scale import sites_with_scale, with_scale, with_scales_multiplied, with_site_factors
 from adaptc.errors import ConfigError, SwapError, listing
+from adaptc.passes.quantized.quantized_merge import QuantizedMerge
 from adaptc.pipelines.component_program import ComponentOptions, with_new_base, with_sites_of
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.state.merge_program import merge_program
@@ -130,17 +131,21 @@ class ComponentState:
         self.check_not_fused("turn adapters on or off")
         return self.changed(is_on=is_on)
 
-    def fused(self, names: Sequence[str] | None, scale: float, safe: bool) -> Self:
+    def fused(
+        self, names: Sequence[str] | None, scale: float, safe: bool, quantized: QuantizedMerge | None = None
+    ) -> Self:
         """Return the state with adapters merged into the weights: these ``names``, or those that act.
 
-        The weights of ``program`` stay, so that :meth:`unfused` is exact. Raises MergeError like ``adaptc.merge``.
+        The weights of ``program`` stay, so that :meth:`unfused` is exact. ``quantized`` says what becomes of quantised
+        weights. Raises MergeError like ``adaptc.merge``.
         """
         self.check_not_fused("fuse adapters")
         acting = [n for n in (self.active if names is None else names) if n in self.adapters]
         if not acting:
             return self
         chosen = self.changed(active=tuple(acting), is_on=True).acting
-        merged, _ = merge_program(chosen.program.with_binding(_scaled(chosen, scale)), safe=safe)
+        program = chosen.program.with_binding(_scaled(chosen, scale))
+        merged, _ = merge_program(program, safe=safe, quantized=quantized)
         return self.changed(merged=merged, merged_names=tuple(acting))
 
     def unfused(self) -> Self:

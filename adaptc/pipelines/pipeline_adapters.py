@@ -14,6 +14,7 @@ from torch import nn
 
 from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model
 from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, short_repr
+from adaptc.passes.quantized.quantized_merge import QuantizedMerge
 from adaptc.pipelines.component_factors import component_factor, expand_factor, weights_by_adapter
 from adaptc.pipelines.component_module import ComponentModule
 from adaptc.pipelines.component_program import ComponentOptions, capture_component, component_example
@@ -139,11 +140,18 @@ class PipelineAdapters:
 
         self.change(make)
 
-    def fuse(self, components: Sequence[str], names: Sequence[str] | None, scale: float, safe: bool) -> None:
+    def fuse(
+        self,
+        components: Sequence[str],
+        names: Sequence[str] | None,
+        scale: float,
+        safe: bool,
+        quantized: QuantizedMerge | None,
+    ) -> None:
         """Merge adapters into the weights of these components."""
         if names is not None:
             self.check_names(names)
-        self.change(lambda n, state: state.fused(names, scale, safe) if n in components else state)
+        self.change(lambda n, state: state.fused(names, scale, safe, quantized) if n in components else state)
 
     def _is_on(self) -> bool:
         return all(m.state.is_on for m in self.programs.values())

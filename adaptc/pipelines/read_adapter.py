@@ -19,6 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.adapter_files.adapter_data import FILE_KEYS, PEFT_KEYS, AdapterData
+from adaptc.adapter_files.formats.detect import detect_format
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.formats.parts import split_component
 from adaptc.adapter_files.load import has_tensors, load
@@ -123,6 +124,7 @@ def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) 
     if not isinstance(data, AdapterData) or data.format == PEFT_KEYS:
         return {denoiser: data}
     names = component_names(data)
+    _check_all_have_components(data)
     for name in names:
         own = denoiser if name in ("diffusion_model", "unet", "transformer") else name
         if components.get(own) is None:
@@ -139,6 +141,20 @@ def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) 
         own = denoiser if name in ("diffusion_model", "unet", "transformer") else name
         found[own] = replace(data, component=name)
     return found
+
+
+def _check_all_have_components(data: AdapterData[Any]) -> None:
+    """Raise CheckpointError for keys without a component beside keys with one, which no component would get."""
+    try:
+        _, parts = detect_format(data.tensors, data.source)
+    except CheckpointError:  # keys that only a model can tell
+        return
+    component_of = dict(zip(data.tensors, (p.component for p in parts), strict=True))
+    if any(component_of.values()) and (lost := [k for k, c in component_of.items() if not c]):
+        raise CheckpointError(
+            f"{data.source} names components, and {len(lost)} of its {len(component_of)} keys name none, such as "
+            f"{short_repr(lost[0])}: put the component that is meant in front, or drop them"
+        )
 
 
 def without_layers(data: Any, layers: Iterable[str]) -> Any:
