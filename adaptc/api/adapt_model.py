@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from adaptc.adapters.arrow_adapter import arrow_adapter
 from adaptc.errors import ConfigError, short_repr
 from adaptc.generation.of_module import generate_with_module
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.pipelines.adapt_pipeline import adapt_pipeline, is_pipeline
 from adaptc.pipelines.component_program import ComponentOptions
 from adaptc.program.adapted_program import AdaptedProgram
@@ -46,6 +47,7 @@ def compile(
     hoist_limit: int | None = None,
     fuse: bool = True,
     pack: str | None = None,
+    packages: Mapping[str, Any] | None = None,
 ) -> P: ...
 
 
@@ -94,6 +96,7 @@ def compile(
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
+    packages: Mapping[str, Any] | None = None,
 ) -> AdaptedProgram | Any:
     """Capture ``model``, adapt it, and return the adapted program.
 
@@ -127,6 +130,8 @@ def compile(
         fuse: whether layers that read one tensor are computed by one matmul; see :attr:`AdaptedProgram.fuse`.
         checkpoint: how many blocks the backward computes again at a time; see :attr:`AdaptedProgram.checkpoint`.
         pack: the dtype of base weights that may have packed copies on a CPU; see :attr:`AdaptedProgram.pack`.
+        packages: of a pipeline, component -> the file that :func:`package` made of its program, or that file loaded.
+            The component runs its code, and is captured from no module.
 
     Returns:
         the program. A call takes the model's inputs and gives its output, with the model's shapes and dtypes. Of a
@@ -158,9 +163,12 @@ def compile(
         other |= {"dynamic_shapes": None if isinstance(dynamic_shapes, str) else dynamic_shapes}
         if said := [name for name, value in other.items() if value is not None]:
             raise ConfigError(f"{said[0]} is not for whole pipelines: leave it out, or adapt the pipeline's module")
+        loaded = {n: f if isinstance(f, PackagedProgram) else PackagedProgram(f) for n, f in (packages or {}).items()}
         return adapt_pipeline(
-            model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator), adapter_name
+            model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator, loaded), adapter_name
         )
+    if packages is not None:
+        raise ConfigError("packages= is for pipelines: adaptc.load_package loads the package of a model")
     return compile_model(
         AdaptedProgram,
         model,

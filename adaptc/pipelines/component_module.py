@@ -215,7 +215,18 @@ class ComponentModule(nn.Module):
     # -- what pipelines do ---------------------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the program to a device. Raises ConfigError for another dtype, which needs another capture."""
+        """Move the program to a device. Raises ConfigError like :meth:`check_to`."""
+        device = self.check_to(*args, **kwargs)
+        if device is not None:
+            self._parts.clear()
+            self.state = self.state.moved(device)
+        return self
+
+    def check_to(self, *args: Any, **kwargs: Any) -> torch.device | None:
+        """Return the device that ``to`` moves the program to, or None where it stays.
+
+        Raises ConfigError for another dtype, which needs another capture, and for the package of a program.
+        """
         wanted = [*args, *kwargs.values()]
         dtype = next((w for w in wanted if isinstance(w, torch.dtype)), None)
         if dtype not in (None, self.dtype):
@@ -224,10 +235,10 @@ class ComponentModule(nn.Module):
                 f"before you adapt it, adaptc.compile(pipe.to({dtype}), ...)"
             )
         device = next((w for w in wanted if isinstance(w, (str, int, torch.device))), None)
-        if device is not None and torch.device(device) != self.device:
-            self._parts.clear()
-            self.state = self.state.moved(torch.device(device))
-        return self
+        if device is None or torch.device(device) == self.device:
+            return None
+        self.state.require_program("it runs on the device that it was compiled for")
+        return torch.device(device)
 
     def train(self, mode: bool = True) -> Self:
         """Raise AdaptcError for True: programs of pipelines are captured for inference."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import nn
 
 from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model, pipeline_example
 from adaptc.capture.inputs.example_inputs import ExampleInputs, is_pretrained_model, text_encoder_example
-from adaptc.errors import CaptureError
+from adaptc.errors import CaptureError, ConfigError, listing
 from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.pipelines.tensor_calls import FIRST_ROWS, POSITION_MODULES, FirstRowCalls, PositionCalls, TensorCalls
 from adaptc.pipelines.z_image_calls import ZImageCalls
 from adaptc.program.adapted_program import AdaptedProgram
@@ -33,12 +34,20 @@ _MANY_UPSAMPLINGS = 20
 
 @dataclass(frozen=True)
 class ComponentOptions:
-    """The options of programs of one pipeline: how they run, the dtype of adapters, the source of first values, and
-    whether a ControlNet's outputs are inputs of the denoiser."""
+    """The options of programs of one pipeline.
+
+    Attributes:
+        run: how they run.
+        autocast: whether adapters of half-precision bases are float32.
+        generator: the source of first values.
+        packages: component -> the package that it runs, which takes the place of a capture.
+        with_residuals: whether a ControlNet's outputs are inputs of the denoiser.
+    """
 
     run: RunOptions
     autocast: bool = True
     generator: torch.Generator | None = None
+    packages: Mapping[str, PackagedProgram] = field(default_factory=dict[str, PackagedProgram])
     with_residuals: bool = False
 
 
@@ -66,6 +75,17 @@ def capture_component(module: nn.Module, example: ExampleInputs, options: Compon
         )
 
 
+def check_package(component: str, package: PackagedProgram, example: ExampleInputs) -> None:
+    """Raise ConfigError for a package that was not made of such a component of a pipeline."""
+    tensors = [n for n, v in example.tensors().items() if isinstance(v, torch.Tensor)]
+    found = [i.name for i in package.manifest.inputs]
+    if len(found) != len(tensors) or package.current is None:
+        raise ConfigError(
+            f"{package.path} takes {listing(found)}, and the {component} of this pipeline is called with "
+            f'{listing(tensors)}: package its program, adaptc.package(pipe.programs["{component}"], path, max_rank=...)'
+        )
+
+
 def with_sites_of(program: AdaptedProgram, adapter: Any, options: ComponentOptions) -> AdaptedProgram:
     """Return a program on the same base with sites for ``adapter``, which it is bound to. Nothing is captured again."""
     return compile_model(
@@ -84,12 +104,12 @@ def with_new_base(program: AdaptedProgram, base: Any, options: ComponentOptions)
     return compile_model(AdaptedProgram, unload_program(base), [lora], options.run, autocast=options.autocast)
 
 
-def unread_layers(module: nn.Module, program: AdaptedProgram) -> set[str]:
+def unread_layers(module: nn.Module, program: AdaptedProgram | PackagedProgram) -> set[str]:
     """Return the paths of layers of ``module`` that its program does not have, since no output depends on them."""
     return set(_layer_names(module)) - set(_site_layers(program))
 
 
-def _site_layers(program: AdaptedProgram) -> list[str]:
+def _site_layers(program: AdaptedProgram | PackagedProgram) -> list[str]:
     return list(dict.fromkeys(a.module for a in program.adaptation.attachments if a.param == "weight"))
 
 

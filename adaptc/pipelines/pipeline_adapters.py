@@ -17,7 +17,7 @@ from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, s
 from adaptc.passes.quantized.quantized_merge import QuantizedMerge
 from adaptc.pipelines.component_factors import component_factor, expand_factor, weights_by_adapter
 from adaptc.pipelines.component_module import ComponentModule
-from adaptc.pipelines.component_program import ComponentOptions, capture_component, component_example
+from adaptc.pipelines.component_program import ComponentOptions, capture_component, check_package, component_example
 from adaptc.pipelines.component_state import ComponentState
 from adaptc.pipelines.read_adapter import adapters_of_components, read_adapter, split_by_component
 
@@ -119,7 +119,11 @@ class PipelineAdapters:
     def capture(self, component: str, module: nn.Module) -> ComponentModule:
         """Return a module that runs a program of ``module``, without adapters."""
         example = component_example(module, self.options)
-        state = ComponentState(capture_component(module, example, self.options), self.options)
+        package = self.options.packages.get(component)
+        if package is not None:
+            check_package(component, package, example)
+        program = package or capture_component(module, example, self.options)
+        state = ComponentState(program, self.options)
         return ComponentModule(component, module, example, state)
 
     def set_active(self, names: str | Sequence[str], weights: Any) -> None:
