@@ -323,7 +323,7 @@ def error_text(error: BaseException) -> str:
     outside = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in Path(frame.filename).as_posix() and Path(frame.filename).parent != Path(__file__).parent
+        if "/torch/" not in (file := Path(frame.filename)).as_posix() and Path(__file__).parent not in file.parents
     ]
     kind, where = type(error).__name__, ""
     if outside and kind != "UserError":
