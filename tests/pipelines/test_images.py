@@ -257,13 +257,13 @@ def test_the_callers_pipeline_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_new_adapter_of_a_config() -> None:
+def test_a_new_adapter_of_a_config(tmp_path: Path) -> None:
     base = pipeline("sd3")
     config = adaptc.LoraConfig(r=3, target_modules=["to_q", "ff.net.2"], init_lora_weights=False)
     ours = adaptc.compile(base, config, adapter_name="new", generator=torch.Generator().manual_seed(1))
     assert ours.get_list_adapters() == {"transformer": ["new"]}
     made = images(ours, "sd3")
     assert (made - images(base, "sd3")).abs().max() > 1e-2
-    ours.save_lora_weights("new")
-    base.load_lora_weights("new")
+    ours.save_lora_weights(tmp_path, "new")
+    base.load_lora_weights(tmp_path)
     close(made, images(base, "sd3"))
