@@ -99,6 +99,7 @@ demo-all: $(PASSED) $(VENV)/.ray.stamp
 	$(BIN)/python examples/custom_method.py
 	$(BIN)/python examples/qlora.py
 	$(BIN)/python examples/captions.py
+	$(BIN)/python examples/train_diffusion.py
 
 $(PASSED): examples/quickstart.py examples/pirate.txt examples/telegram.txt $(TRAINED) | $(VENV)/.demo.stamp
 	$(QUICKSTART)

@@ -9,6 +9,7 @@ from adaptc.adapter_files.adapter_data import STATE_DICT_KEYS
 from adaptc.adapter_files.load import has_tensors, load
 from adaptc.adapters.adapter import Adapter, adapter_of_data
 from adaptc.binding.bind import file_tensors
+from adaptc.binding.bind_adapter import Bindable
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.program.wrapper import unwrap
@@ -55,7 +56,7 @@ def program_and_binding(adapter: ProgramCore | Runner) -> tuple[ProgramCore, Bin
     return program, binding
 
 
-def adapter_of_program(program: ProgramCore, binding: Binding) -> Adapter:
+def adapter_of_program(program: Bindable, binding: Binding) -> Adapter:
     """Return the binding's adapter with the scale that it was made with, whatever its scale is now.
 
     The tensors are the program's own.

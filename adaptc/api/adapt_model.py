@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from adaptc.adapters.arrow_adapter import arrow_adapter
 from adaptc.errors import ConfigError, short_repr
 from adaptc.generation.of_module import generate_with_module
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.pipelines.adapt_pipeline import adapt_pipeline, is_pipeline
 from adaptc.pipelines.component_program import ComponentOptions
 from adaptc.program.adapted_program import AdaptedProgram
@@ -20,6 +21,57 @@ from adaptc.runtime.options import RunOptions
 from adaptc.serving.compile_for_serving import generate_batch_with_module
 from adaptc.state.adaptation import ModuleGenerate
 from adaptc.value_types import validates_options
+
+
+class Pipeline(Protocol):
+    """A pipeline of diffusers, as type checkers tell it from a module, whether diffusers is installed or not."""
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+
+    def register_modules(self, **kwargs: Any) -> None: ...
+
+
+P = TypeVar("P", bound=Pipeline)
+
+
+@overload
+def compile(
+    model: P,
+    adapter: Any = None,
+    *,
+    adapter_name: str = "default",
+    backend: str = "eager",
+    autocast_adapter_dtype: bool = True,
+    generator: torch.Generator | None = None,
+    hoist_limit: int | None = None,
+    fuse: bool = True,
+    pack: str | None = None,
+    packages: Mapping[str, Any] | None = None,
+) -> P: ...
+
+
+@overload
+def compile(
+    model: nn.Module | ExportedProgram | Any,
+    adapter: Any = None,
+    *,
+    config: Any = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+    adapter_name: str = "default",
+    training: bool = False,
+    backend: str = "eager",
+    form: str = "auto",
+    autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
+    generator: torch.Generator | None = None,
+    hoist_limit: int | None = None,
+    fuse: bool = True,
+    checkpoint: int | Literal["auto"] | None = None,
+    pack: str | None = None,
+) -> AdaptedProgram: ...
 
 
 @validates_options(
@@ -44,7 +96,8 @@ def compile(
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
-) -> AdaptedProgram:
+    packages: Mapping[str, Any] | None = None,
+) -> AdaptedProgram | Any:
     """Capture ``model``, adapt it, and return the adapted program.
 
     The model's values are not modified, and its parameters are shared. The first call of a program that fuses moves
@@ -77,6 +130,8 @@ def compile(
         fuse: whether layers that read one tensor are computed by one matmul; see :attr:`AdaptedProgram.fuse`.
         checkpoint: how many blocks the backward computes again at a time; see :attr:`AdaptedProgram.checkpoint`.
         pack: the dtype of base weights that may have packed copies on a CPU; see :attr:`AdaptedProgram.pack`.
+        packages: of a pipeline, component -> the file that :func:`package` made of its program, or that file loaded.
+            The component runs its code, and is captured from no module.
 
     Returns:
         the program. A call takes the model's inputs and gives its output, with the model's shapes and dtypes. Of a
@@ -108,9 +163,12 @@ def compile(
         other |= {"dynamic_shapes": None if isinstance(dynamic_shapes, str) else dynamic_shapes}
         if said := [name for name, value in other.items() if value is not None]:
             raise ConfigError(f"{said[0]} is not for whole pipelines: leave it out, or adapt the pipeline's module")
+        loaded = {n: f if isinstance(f, PackagedProgram) else PackagedProgram(f) for n, f in (packages or {}).items()}
         return adapt_pipeline(
-            model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator), adapter_name
+            model, adapter, ComponentOptions(options, autocast_adapter_dtype, generator, loaded), adapter_name
         )
+    if packages is not None:
+        raise ConfigError("packages= is for pipelines: adaptc.load_package loads the package of a model")
     return compile_model(
         AdaptedProgram,
         model,

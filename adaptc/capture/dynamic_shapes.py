@@ -42,7 +42,12 @@ from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_
 from adaptc.capture.replacements.free_lengths import any_length
 from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
-from adaptc.capture.replacements.traceable_calls import free_tensor_lengths, kept_modules, unscaled_layers
+from adaptc.capture.replacements.traceable_calls import (
+    FreeScalarSizes,
+    free_tensor_lengths,
+    kept_modules,
+    unscaled_layers,
+)
 from adaptc.capture.replacements.visited_experts import visited_experts
 from adaptc.capture.vision.methods.joined_patches import joins_patches_at_once
 from adaptc.capture.vision.trace_towers import traced_for_any_images
@@ -82,6 +87,7 @@ def export(
                     shift_labels_of_any_length(model),
                     any_length(model),
                     free_tensor_lengths(model),
+                    FreeScalarSizes(),
                     kept_modules(model),
                     unscaled_layers(model),
                     float_stand_ins(model) as put_back,
@@ -317,7 +323,7 @@ def error_text(error: BaseException) -> str:
     outside = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in Path(frame.filename).as_posix() and Path(frame.filename).parent != Path(__file__).parent
+        if "/torch/" not in (file := Path(frame.filename)).as_posix() and Path(__file__).parent not in file.parents
     ]
     kind, where = type(error).__name__, ""
     if outside and kind != "UserError":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -41,7 +42,10 @@ def adapt_pipeline(pipeline: Any, adapter: Any, options: ComponentOptions, adapt
     # Another task of an adapted pipeline, by from_pipe, has its programs.
     vars(new).update({n: m.twin() for n, m in components.items() if isinstance(m, ComponentModule)})
     with_residuals = getattr(pipeline, "controlnet", None) is not None
-    held = PipelineAdapters(new, ComponentOptions(options.run, options.autocast, options.generator, with_residuals))
+    for name in options.packages:
+        if components.get(name) is None or isinstance(components[name], ComponentModule):
+            raise ConfigError(f"packages has {name!r}, and a package can take the place of: {_capturable(components)}")
+    held = PipelineAdapters(new, replace(options, with_residuals=with_residuals))
     vars(new)["adapters"] = held
     named = adapters_by_name(adapter) if isinstance(adapter, Mapping) else None
     given: Mapping[str, Any] = {adapter_name: adapter} if named is None else named
@@ -53,6 +57,10 @@ def adapt_pipeline(pipeline: Any, adapter: Any, options: ComponentOptions, adapt
     if len(given) > 1:
         held.set_active(list(given), None)
     return new
+
+
+def _capturable(components: Mapping[str, Any]) -> str:
+    return listing(n for n, m in components.items() if m is not None and not isinstance(m, ComponentModule))
 
 
 @cache

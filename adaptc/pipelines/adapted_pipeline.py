@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from adaptc.bank.row_adapters import parse_row_adapters
 from adaptc.errors import AdaptcError, ConfigError, listing
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.passes.quantized.quantized_merge import parse_quantized_merge
 from adaptc.pipelines.image_adapters import CallAdapters, calling_with, encoding_with
 from adaptc.pipelines.pipeline_adapters import PipelineAdapters, check_components, default_name
 from adaptc.pipelines.read_adapter import find_source
@@ -31,8 +33,8 @@ class AdaptedPipeline:
     _merged_adapters: set[str]
 
     @property
-    def programs(self) -> dict[str, AdaptedProgram]:
-        """Return component -> the program that it runs, as it is with the adapters that act."""
+    def programs(self) -> dict[str, AdaptedProgram | PackagedProgram]:
+        """Return component -> the program that it runs, as it is with the adapters that act; or its package."""
         return {n: m.state.current for n, m in self.adapters.programs.items()}
 
     def __call__(self, *args: Any, adapters: Sequence[Any] | None = None, **kwargs: Any) -> Any:
@@ -43,6 +45,12 @@ class AdaptedPipeline:
         """
         with calling_with(None if adapters is None else self._call_adapters(adapters, args, kwargs)):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the pipeline to a device. Raises ConfigError for another dtype, and then nothing is moved."""
+        for module in self.adapters.programs.values():
+            module.check_to(*args, **kwargs)
+        return super().to(*args, **kwargs)  # type: ignore[misc]
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """Encode prompts as the pipeline does, with ``lora_scale`` on the adapters of its text encoders."""
@@ -138,11 +146,17 @@ class AdaptedPipeline:
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
+        dequantize: bool = False,
+        requantize: bool = False,
     ) -> None:
-        """Merge adapters into the weights: those named, or those that act. Raises MergeError where that is not finite
-        and ``safe_fusing`` is set."""
+        """Merge adapters into the weights: those named, or those that act.
+
+        Quantised weights need ``dequantize`` or ``requantize``, as in ``adaptc.merge``. Raises MergeError where neither
+        is set, and where a weight is not finite and ``safe_fusing`` is set.
+        """
         chosen = check_components(self.adapters, components)
-        self.adapters.fuse(chosen, adapter_names, lora_scale, safe_fusing)
+        quantized = parse_quantized_merge(dequantize, requantize, None)
+        self.adapters.fuse(chosen, adapter_names, lora_scale, safe_fusing, quantized)
         self._note_merged()
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:

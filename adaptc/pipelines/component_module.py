@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from adaptc.capture.inputs.example_inputs import BATCH, ExampleInputs
 from adaptc.errors import AdaptcError, ConfigError, listing, short_repr
+from adaptc.pipelines.component_program import tensor_calls, unread_layers
 from adaptc.pipelines.component_state import ComponentState
 from adaptc.pipelines.image_adapters import CallAdapters, RowBank, adapters_of_call, scale_of_text
+from adaptc.pipelines.read_adapter import without_layers
 
 #: inputs that hold options of attention, of which programs take the scale of the adapters alone
 _ATTENTION_OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -32,7 +34,7 @@ class ComponentModule(nn.Module):
     def __init__(self, name: str, original: nn.Module, example: ExampleInputs, state: ComponentState) -> None:
         super().__init__()
         # Not registered: the original is the caller's, whose device, dtype and mode must not follow this module's.
-        vars(self).update(_original=original, _parts={}, _example=example)
+        vars(self).update(_original=original, _parts={}, _example=example, _calls=tensor_calls(original))
         self.component_name = name
         self.state = state
         self.rows = RowBank()
@@ -41,6 +43,10 @@ class ComponentModule(nn.Module):
     def twin(self) -> ComponentModule:
         """Return another module on the same program, whose adapters are its own."""
         return ComponentModule(self.component_name, self.original, vars(self)["_example"], self.state)
+
+    def readable(self, adapter: Any) -> Any:
+        """Return what the program can read of an adapter: what is for layers that no output depends on is left out."""
+        return without_layers(adapter, unread_layers(self.original, self.state.program))
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -52,9 +58,12 @@ class ComponentModule(nn.Module):
         given = self._by_name(args, kwargs)
         return_dict, hidden = given.pop("return_dict", True), given.pop(_HIDDEN, False)
         scale = self._call_scale(given)
-        inputs = self._program_inputs(given)
+        for name in self._calls.needs:
+            self._require(name, given)
+        encoded, restore = self._calls.encode(given)
+        inputs = self._program_inputs(encoded)
         call = adapters_of_call()
-        out = self._run(inputs, scale) if call is None else self._run_rows(inputs, call, scale)
+        out = restore(self._run(inputs, scale) if call is None else self._run_rows(inputs, call, scale))
         if _HIDDEN in self._example.kwargs and not hidden:
             out = type(out)(**{k: v for k, v in out.items() if k != "hidden_states"})
         return out if return_dict or return_dict is None else out.to_tuple()
@@ -102,8 +111,7 @@ class ComponentModule(nn.Module):
             if not isinstance(example, (Tensor, Mapping, tuple)):
                 found[name] = example
                 continue
-            if name not in given:
-                raise ConfigError(f"the program of {self.component_name} needs {name}, and the call has none")
+            self._require(name, given)
             found[name] = self._fit(name, given.pop(name), example, rows)
         given = {n: v for n, v in given.items() if not (isinstance(v, (Mapping, tuple, list)) and not v)}
         if given.pop("use_cache", False):
@@ -114,6 +122,10 @@ class ComponentModule(nn.Module):
                 "call the pipeline that was adapted for this"
             )
         return found
+
+    def _require(self, name: str, given: Mapping[str, Any]) -> None:
+        if name not in given:
+            raise ConfigError(f"the program of {self.component_name} needs {name}, and the call has none")
 
     @property
     def _batched(self) -> list[str]:
@@ -139,6 +151,11 @@ class ComponentModule(nn.Module):
         tensor = tensor.to(self.device) if tensor.ndim == 0 else tensor
         if name in self._batched and example.ndim == 1 and (tensor.ndim == 0 or tensor.shape[0] == 1):
             tensor = tensor.reshape(1).expand(rows)
+        if tensor.ndim != example.ndim:
+            raise ConfigError(
+                f"{name} has {tensor.ndim} dimensions, and the program of {self.component_name} takes {example.ndim}: "
+                "call the pipeline that was adapted for this"
+            )
         return tensor if tensor.dtype == example.dtype else tensor.to(example.dtype)
 
     # -- what pipelines read -------------------------------------------------------------------------------------------
@@ -198,7 +215,18 @@ class ComponentModule(nn.Module):
     # -- what pipelines do ---------------------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the program to a device. Raises ConfigError for another dtype, which needs another capture."""
+        """Move the program to a device. Raises ConfigError like :meth:`check_to`."""
+        device = self.check_to(*args, **kwargs)
+        if device is not None:
+            self._parts.clear()
+            self.state = self.state.moved(device)
+        return self
+
+    def check_to(self, *args: Any, **kwargs: Any) -> torch.device | None:
+        """Return the device that ``to`` moves the program to, or None where it stays.
+
+        Raises ConfigError for another dtype, which needs another capture, and for the package of a program.
+        """
         wanted = [*args, *kwargs.values()]
         dtype = next((w for w in wanted if isinstance(w, torch.dtype)), None)
         if dtype not in (None, self.dtype):
@@ -207,10 +235,10 @@ class ComponentModule(nn.Module):
                 f"before you adapt it, adaptc.compile(pipe.to({dtype}), ...)"
             )
         device = next((w for w in wanted if isinstance(w, (str, int, torch.device))), None)
-        if device is not None and torch.device(device) != self.device:
-            self._parts.clear()
-            self.state = self.state.moved(torch.device(device))
-        return self
+        if device is None or torch.device(device) == self.device:
+            return None
+        self.state.require_program("it runs on the device that it was compiled for")
+        return torch.device(device)
 
     def train(self, mode: bool = True) -> Self:
         """Raise AdaptcError for True: programs of pipelines are captured for inference."""

@@ -8,8 +8,9 @@ own, which is made of the captured one. One capture serves every batch, size and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from torch import nn
 
 from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model, pipeline_example
 from adaptc.capture.inputs.example_inputs import ExampleInputs, is_pretrained_model, text_encoder_example
-from adaptc.errors import CaptureError
+from adaptc.errors import CaptureError, ConfigError, listing
 from adaptc.methods.lora_family.lora_config import LoraConfig
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.pipelines.tensor_calls import FIRST_ROWS, POSITION_MODULES, FirstRowCalls, PositionCalls, TensorCalls
+from adaptc.pipelines.z_image_calls import ZImageCalls
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
 from adaptc.runtime.options import RunOptions
@@ -30,12 +34,20 @@ _MANY_UPSAMPLINGS = 20
 
 @dataclass(frozen=True)
 class ComponentOptions:
-    """The options of programs of one pipeline: how they run, the dtype of adapters, the source of first values, and
-    whether a ControlNet's outputs are inputs of the denoiser."""
+    """The options of programs of one pipeline.
+
+    Attributes:
+        run: how they run.
+        autocast: whether adapters of half-precision bases are float32.
+        generator: the source of first values.
+        packages: component -> the package that it runs, which takes the place of a capture.
+        with_residuals: whether a ControlNet's outputs are inputs of the denoiser.
+    """
 
     run: RunOptions
     autocast: bool = True
     generator: torch.Generator | None = None
+    packages: Mapping[str, PackagedProgram] = field(default_factory=dict[str, PackagedProgram])
     with_residuals: bool = False
 
 
@@ -51,14 +63,26 @@ def component_example(module: nn.Module, options: ComponentOptions) -> ExampleIn
 
 def capture_component(module: nn.Module, example: ExampleInputs, options: ComponentOptions) -> AdaptedProgram:
     """Return a program of ``module`` with sites for LoRA at all layers."""
-    with _any_size(module, example):
+    with _any_size(module, example), tensor_calls(module).traced():
         return compile_model(
             AdaptedProgram,
             module,
-            _lora_at(_layer_names(module)),
+            # One expression, which need not match every layer: those that no output depends on are in no program.
+            LoraConfig(r=1, target_modules="|".join(map(re.escape, _layer_names(module)))),
             options.run,
             example_inputs=example,
             autocast=options.autocast,
+        )
+
+
+def check_package(component: str, package: PackagedProgram, example: ExampleInputs) -> None:
+    """Raise ConfigError for a package that was not made of such a component of a pipeline."""
+    tensors = [n for n, v in example.tensors().items() if isinstance(v, torch.Tensor)]
+    found = [i.name for i in package.manifest.inputs]
+    if len(found) != len(tensors) or package.current is None:
+        raise ConfigError(
+            f"{package.path} takes {listing(found)}, and the {component} of this pipeline is called with "
+            f'{listing(tensors)}: package its program, adaptc.package(pipe.programs["{component}"], path, max_rank=...)'
         )
 
 
@@ -76,14 +100,29 @@ def with_sites_of(program: AdaptedProgram, adapter: Any, options: ComponentOptio
 
 def with_new_base(program: AdaptedProgram, base: Any, options: ComponentOptions) -> AdaptedProgram:
     """Return a program with the LoRA sites of ``program``, on ``base``: the same graph with other weights."""
-    layers = dict.fromkeys(a.module for a in program.adaptation.attachments if a.param == "weight")
-    return compile_model(
-        AdaptedProgram, unload_program(base), [_lora_at(layers)], options.run, autocast=options.autocast
-    )
+    lora = LoraConfig(r=1, target_modules=_site_layers(program))
+    return compile_model(AdaptedProgram, unload_program(base), [lora], options.run, autocast=options.autocast)
 
 
-def _lora_at(layers: Iterable[str]) -> LoraConfig:
-    return LoraConfig(r=1, target_modules=list(layers))
+def unread_layers(module: nn.Module, program: AdaptedProgram | PackagedProgram) -> set[str]:
+    """Return the paths of layers of ``module`` that its program does not have, since no output depends on them."""
+    return set(_layer_names(module)) - set(_site_layers(program))
+
+
+def _site_layers(program: AdaptedProgram | PackagedProgram) -> list[str]:
+    return list(dict.fromkeys(a.module for a in program.adaptation.attachments if a.param == "weight"))
+
+
+def tensor_calls(module: nn.Module) -> TensorCalls:
+    """Return how calls of ``module`` become calls of its program, told by the names of its classes."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in POSITION_MODULES:
+            return PositionCalls(module, POSITION_MODULES[kind.__name__])
+        if kind.__name__ in FIRST_ROWS:
+            return FirstRowCalls(module, FIRST_ROWS[kind.__name__])
+        if kind.__name__ == "ZImageTransformer2DModel":
+            return ZImageCalls(module)
+    return TensorCalls(module)
 
 
 def _layer_names(module: nn.Module) -> list[str]:

@@ -27,6 +27,8 @@ from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding
 from adaptc.binding.binding_scale import sites_with_scale, with_scale, with_scales_multiplied, with_site_factors
 from adaptc.errors import ConfigError, SwapError, listing
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.passes.quantized.quantized_merge import QuantizedMerge
 from adaptc.pipelines.component_program import ComponentOptions, with_new_base, with_sites_of
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.state.merge_program import merge_program
@@ -41,7 +43,7 @@ _MAX_SCALED = 4
 class PlacedAdapter:
     """An adapter with the program that it is bound to."""
 
-    program: AdaptedProgram
+    program: AdaptedProgram | PackagedProgram
     binding: Binding
 
 
@@ -50,7 +52,7 @@ class ComponentState:
     """The adapters and programs of one component.
 
     Attributes:
-        program: the program for LoRA, whose own binding is never read.
+        program: the program for LoRA, whose own binding is never read; or the package of one.
         options: the options that its programs are made with.
         adapters: name -> the adapter, bound with the scale that it was made with.
         factors: name -> its factor, whether it acts or not; 1 where there is none.
@@ -60,7 +62,7 @@ class ComponentState:
         merged_names: the names of these adapters.
     """
 
-    program: AdaptedProgram
+    program: AdaptedProgram | PackagedProgram
     options: ComponentOptions
     adapters: Mapping[str, PlacedAdapter] = field(default_factory=dict[str, PlacedAdapter])
     factors: Mapping[str, Factor] = field(default_factory=dict[str, Factor])
@@ -87,6 +89,10 @@ class ComponentState:
     def _place(self, adapter: Any) -> PlacedAdapter:
         """Return an adapter bound to the first program that has its sites, or to a new one."""
         source = adapter
+        if isinstance(self.program, PackagedProgram):
+            # What does not fit the package's sites and ranks is an error: there is no graph to make others of.
+            self.program.pad_adapter(source)
+            return PlacedAdapter(self.program, bind_adapter(self.program, source))
         if not has_tensors(adapter):
             source = adapter_of_program(made := with_sites_of(self.program, adapter, self.options), made.binding)
         programs = {id(p): p for p in (self.program, *(a.program for a in self.adapters.values()))}
@@ -122,7 +128,7 @@ class ComponentState:
         none: dict[str, Any] = {"adapters": {}, "factors": {}, "active": (), "is_on": True}
         if self.merged is None:
             return self.changed(**none)
-        program = with_new_base(self.program, self.merged, self.options)
+        program = with_new_base(self.require_program("is merged"), self.merged, self.options)
         return self.changed(program=program, merged=None, merged_names=(), **none)
 
     def switched(self, is_on: bool) -> Self:
@@ -130,17 +136,23 @@ class ComponentState:
         self.check_not_fused("turn adapters on or off")
         return self.changed(is_on=is_on)
 
-    def fused(self, names: Sequence[str] | None, scale: float, safe: bool) -> Self:
+    def fused(
+        self, names: Sequence[str] | None, scale: float, safe: bool, quantized: QuantizedMerge | None = None
+    ) -> Self:
         """Return the state with adapters merged into the weights: these ``names``, or those that act.
 
-        The weights of ``program`` stay, so that :meth:`unfused` is exact. Raises MergeError like ``adaptc.merge``.
+        The weights of ``program`` stay, so that :meth:`unfused` is exact. ``quantized`` says what becomes of quantised
+        weights. Raises MergeError like ``adaptc.merge``.
         """
         self.check_not_fused("fuse adapters")
+        self.require_program("fuse_lora merges into its weights")
         acting = [n for n in (self.active if names is None else names) if n in self.adapters]
         if not acting:
             return self
         chosen = self.changed(active=tuple(acting), is_on=True).acting
-        merged, _ = merge_program(chosen.program.with_binding(_scaled(chosen, scale)), safe=safe)
+        program: Any = chosen.program
+        bound = program.with_binding(_scaled(chosen, scale))
+        merged, _ = merge_program(bound, safe=safe, quantized=quantized)
         return self.changed(merged=merged, merged_names=tuple(acting))
 
     def unfused(self) -> Self:
@@ -150,6 +162,15 @@ class ComponentState:
     def changed(self, **changes: Any) -> Self:
         """Return the state with other values of these fields."""
         return replace(self, **changes, _scaled={})
+
+    def require_program(self, why: str) -> AdaptedProgram:
+        """Return the program for LoRA. Raises ConfigError, which says ``why``, where a package has its place."""
+        if isinstance(self.program, PackagedProgram):
+            raise ConfigError(
+                f"{self.program.path} is compiled code, and {why}: capture the component, adaptc.compile(pipe, ...) "
+                "without packages="
+            )
+        return self.program
 
     def check_not_fused(self, what: str) -> None:
         """Raise ConfigError, which says that one cannot do ``what``, where adapters are fused."""
@@ -208,9 +229,12 @@ class ComponentState:
         return found
 
     @property
-    def current(self) -> AdaptedProgram:
-        """Return the program that calls run, with the adapters that act as its current adapter."""
-        return self.merged or self.acting.program.with_binding(self.acting.binding)
+    def current(self) -> AdaptedProgram | PackagedProgram:
+        """Return the program that calls run, with the adapters that act as its current adapter; a package as it is."""
+        program = self.acting.program
+        return self.merged or (
+            program if isinstance(program, PackagedProgram) else program.with_binding(self.acting.binding)
+        )
 
     def adapter(self, name: str) -> Adapter:
         """Return the adapter ``name`` as an object, with the scale that it was made with."""
@@ -218,7 +242,7 @@ class ComponentState:
 
     def moved(self, device: torch.device) -> Self:
         """Return the state on another device."""
-        programs = {id(p): p for p in (self.program, *(a.program for a in self.adapters.values()))}
+        programs: dict[int, Any] = {id(p): p for p in (self.program, *(a.program for a in self.adapters.values()))}
         there = {i: p.to(device) for i, p in programs.items()}
         adapters = {n: PlacedAdapter(there[id(a.program)], a.binding.to(device)) for n, a in self.adapters.items()}
         merged = None if self.merged is None else self.merged.to(device)
@@ -254,7 +278,7 @@ class ComponentState:
         return Adapter(adapter.config, tensors, adapter.source)
 
 
-def _fitting(program: AdaptedProgram, binding: Binding) -> PlacedAdapter:
+def _fitting(program: AdaptedProgram | PackagedProgram, binding: Binding) -> PlacedAdapter:
     return PlacedAdapter(program, program.binding_plans.remember_fitting(binding))
 
 

@@ -115,9 +115,10 @@ class RowBank:
 
     def _program_of(self, state: ComponentState, used: Sequence[str]) -> AdaptedProgram:
         """Return the program that all of these adapters are bound to."""
+        own = state.require_program("the adapters of each row need a bank")
         if not used:
-            return self._program or state.program
-        program = state.adapters[used[0]].program
+            return self._program or own
+        program: Any = state.adapters[used[0]].program
         for name in used:
             if state.adapters[name].program is not program:
                 raise ConfigError(

@@ -14,11 +14,12 @@ from torch import nn
 
 from adaptc.capture.inputs.diffusion_inputs import is_diffusion_model
 from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, short_repr
+from adaptc.passes.quantized.quantized_merge import QuantizedMerge
 from adaptc.pipelines.component_factors import component_factor, expand_factor, weights_by_adapter
 from adaptc.pipelines.component_module import ComponentModule
-from adaptc.pipelines.component_program import ComponentOptions, capture_component, component_example
+from adaptc.pipelines.component_program import ComponentOptions, capture_component, check_package, component_example
 from adaptc.pipelines.component_state import ComponentState
-from adaptc.pipelines.read_adapter import read_adapter, split_by_component
+from adaptc.pipelines.read_adapter import adapters_of_components, read_adapter, split_by_component
 
 #: names of denoisers of pipelines that have no loader of adapters
 _DENOISERS = ("unet", "transformer")
@@ -81,7 +82,8 @@ class PipelineAdapters:
         """
         for module in self.programs.values():
             module.state.check_not_fused("load an adapter")
-        attempts = read_adapter(self.pipeline, source)
+        by_component = adapters_of_components(source, self.components)
+        attempts = read_adapter(self.pipeline, source) if by_component is None else [by_component]
         for i, data in enumerate(attempts):
             try:
                 states, captured = self._changes(name, data, keep_active, into)
@@ -97,16 +99,17 @@ class PipelineAdapters:
     ) -> tuple[dict[str, ComponentState], dict[str, ComponentModule]]:
         """Return what loading an adapter changes: the states of components that run programs, and new modules."""
         components = self.components
-        found = split_by_component(data, components, self.denoisers[0] if into is None else into)
+        denoiser = self.denoisers[0] if into is None else into
+        found = data if isinstance(data, dict) else split_by_component(data, components, denoiser)
         states: dict[str, ComponentState] = {}
         captured: dict[str, ComponentModule] = {}
         for component, part in found.items():
             module = components[component]
             if isinstance(module, ComponentModule):
-                states[component] = module.state.with_adapter(name, part, keep_active)
+                states[component] = module.state.with_adapter(name, module.readable(part), keep_active)
                 continue
             new = captured[component] = self.capture(component, module)
-            new.state = new.state.with_adapter(name, part).changed(is_on=self._is_on())
+            new.state = new.state.with_adapter(name, new.readable(part)).changed(is_on=self._is_on())
         if keep_active:
             for component, module in self.programs.items():
                 if component not in found and name in module.state.adapters:
@@ -116,7 +119,11 @@ class PipelineAdapters:
     def capture(self, component: str, module: nn.Module) -> ComponentModule:
         """Return a module that runs a program of ``module``, without adapters."""
         example = component_example(module, self.options)
-        state = ComponentState(capture_component(module, example, self.options), self.options)
+        package = self.options.packages.get(component)
+        if package is not None:
+            check_package(component, package, example)
+        program = package or capture_component(module, example, self.options)
+        state = ComponentState(program, self.options)
         return ComponentModule(component, module, example, state)
 
     def set_active(self, names: str | Sequence[str], weights: Any) -> None:
@@ -137,11 +144,18 @@ class PipelineAdapters:
 
         self.change(make)
 
-    def fuse(self, components: Sequence[str], names: Sequence[str] | None, scale: float, safe: bool) -> None:
+    def fuse(
+        self,
+        components: Sequence[str],
+        names: Sequence[str] | None,
+        scale: float,
+        safe: bool,
+        quantized: QuantizedMerge | None,
+    ) -> None:
         """Merge adapters into the weights of these components."""
         if names is not None:
             self.check_names(names)
-        self.change(lambda n, state: state.fused(names, scale, safe) if n in components else state)
+        self.change(lambda n, state: state.fused(names, scale, safe, quantized) if n in components else state)
 
     def _is_on(self) -> bool:
         return all(m.state.is_on for m in self.programs.values())

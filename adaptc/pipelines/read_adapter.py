@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from adaptc.adapter_files.adapter_data import FILE_KEYS, PEFT_KEYS, AdapterData
+from adaptc.adapter_files.formats.detect import detect_format
 from adaptc.adapter_files.formats.diffusers import LORA_WEIGHT_NAME_SAFE
 from adaptc.adapter_files.formats.parts import split_component
 from adaptc.adapter_files.load import has_tensors, load
+from adaptc.adapters.from_program import as_adapter_object
 from adaptc.binding.sources.other_formats import component_names
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, listing, short_repr
 from adaptc.pipelines.traced_tensors import lost_keys, plain, traced
@@ -67,6 +71,11 @@ def read_adapter(pipeline: Any, source: Any) -> list[Any]:
     whether the keys of the first are right. Raises CheckpointError for a file that is damaged, or that no format has.
     """
     if not has_tensors(source):
+        if isinstance(source, Mapping) and "peft_type" not in source:
+            raise CheckpointError(
+                f"a dict of {listing(map(short_repr, source)) or 'nothing'} is no adapter: give a state dict, whose "
+                "values are tensors, or a dict of adapters by component"
+            )
         return [source]
     data = load(source)
     if data.format == PEFT_KEYS:
@@ -83,6 +92,28 @@ def read_adapter(pipeline: Any, source: Any) -> list[Any]:
     return [data] if converted is None else [converted, data]
 
 
+def adapters_of_components(source: Any, components: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return component -> adapter where ``source`` is a dict of these, and None where it is anything else.
+
+    An adapter is a program, whose current values are meant, an :class:`adaptc.Adapter`, a config, or what has PEFT's
+    keys. Raises CheckpointError for a component that the pipeline lacks.
+    """
+    if not isinstance(source, Mapping) or not source or not all(n in components for n in source):
+        return None
+    if missing := [n for n in source if components[n] is None]:
+        raise CheckpointError(
+            f"there is an adapter for {missing[0]}, which the pipeline lacks: it has "
+            f"{listing(n for n, m in components.items() if m is not None)}"
+        )
+    return {n: _adapter_of_component(a) for n, a in source.items()}
+
+
+def _adapter_of_component(adapter: Any) -> Any:
+    if isinstance(adapter, ExportedProgram):
+        return load(as_adapter_object(adapter))
+    return load(adapter) if has_tensors(adapter) else adapter
+
+
 def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) -> dict[str, Any]:
     """Return component -> what the adapter has for it; PEFT's keys, keys without a component, and configs are for the
     ``denoiser``.
@@ -93,6 +124,7 @@ def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) 
     if not isinstance(data, AdapterData) or data.format == PEFT_KEYS:
         return {denoiser: data}
     names = component_names(data)
+    _check_all_have_components(data)
     for name in names:
         own = denoiser if name in ("diffusion_model", "unet", "transformer") else name
         if components.get(own) is None:
@@ -109,6 +141,34 @@ def split_by_component(data: Any, components: Mapping[str, Any], denoiser: str) 
         own = denoiser if name in ("diffusion_model", "unet", "transformer") else name
         found[own] = replace(data, component=name)
     return found
+
+
+def _check_all_have_components(data: AdapterData[Any]) -> None:
+    """Raise CheckpointError for keys without a component beside keys with one, which no component would get."""
+    try:
+        _, parts = detect_format(data.tensors, data.source)
+    except CheckpointError:  # keys that only a model can tell
+        return
+    component_of = dict(zip(data.tensors, (p.component for p in parts), strict=True))
+    if any(component_of.values()) and (lost := [k for k, c in component_of.items() if not c]):
+        raise CheckpointError(
+            f"{data.source} names components, and {len(lost)} of its {len(component_of)} keys name none, such as "
+            f"{short_repr(lost[0])}: put the component that is meant in front, or drop them"
+        )
+
+
+def without_layers(data: Any, layers: Iterable[str]) -> Any:
+    """Return the adapter without its LoRA tensors for ``layers``, by their paths; configs are returned as they are.
+
+    No output of the model depends on these layers, such as the last ones of the text in a transformer of images. A
+    program has no such layers, and diffusers' adapters have tensors for them.
+    """
+    paths = [p for layer in layers for p in (re.escape(layer), re.escape(layer.replace(".", "_")))]
+    if not isinstance(data, AdapterData) or not paths:
+        return data
+    unread = re.compile(rf"(?:.*[._])?(?:{'|'.join(paths)})\.(?:lora_(?:A|B|down|up)\.(?:\w+\.)?weight|alpha)")
+    kept = {k: t for k, t in data.tensors.items() if not unread.fullmatch(k)}
+    return data if len(kept) == len(data.tensors) else replace(data, tensors=kept, flat_tensors=())
 
 
 def _convert(pipeline: Any, data: AdapterData[Any]) -> tuple[AdapterData[Any] | None, str]:

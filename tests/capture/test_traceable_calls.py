@@ -1,4 +1,5 @@
-"""Models that take ``len`` of a tensor, convert a module to its dtype, or rescale their weights once, are captured."""
+"""Models that take ``len`` of a tensor, make a tensor of a size, convert a module to its dtype, or rescale their
+weights once, are captured."""
 
 from __future__ import annotations
 
@@ -55,6 +56,29 @@ def test_the_batch_stays_free() -> None:
         x = torch.randn(rows, 4, 7)
         torch.testing.assert_close(program.base(x), model(x))
     assert "to" not in vars(model.head)
+
+
+class Counts(nn.Module):
+    """Adds its input's length, as tensors of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = torch.as_tensor(x.shape[1], device=x.device)
+        assert count.dtype == torch.int64
+        return self.linear(x) + count + torch.tensor(x.shape[1], dtype=torch.float64).float() / 3
+
+
+def test_a_size_that_becomes_a_tensor_stays_free() -> None:
+    model = Counts().eval()
+    config = adaptc.LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+    program = adaptc.compile(model, config, example_inputs=torch.randn(3, 4, 7))
+    for length in (2, 4, 9):
+        x = torch.randn(3, length, 7)
+        torch.testing.assert_close(program.base(x), model(x), rtol=0, atol=0)
 
 
 def test_a_conversion_that_changes_a_module_is_refused() -> None:

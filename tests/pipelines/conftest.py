@@ -9,6 +9,8 @@ import pytest
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from adaptc import AdaptcWarning
+
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -21,6 +23,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".* was captured for some sizes alone", category=AdaptcWarning)
         yield
     diffusers_logging.set_verbosity(said[0])
     transformers_logging.set_verbosity(said[1])

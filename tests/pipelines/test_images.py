@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from diffusers import (
@@ -21,6 +20,7 @@ from diffusers import (
 from torch import Tensor
 
 import adaptc
+from adaptc.debug import assert_no_recompiles
 from tests.support import pipelines
 from tests.support.pipelines import PIPELINES, adapted, images, pipeline, write_lora
 
@@ -158,23 +158,64 @@ def test_another_task_has_the_programs_and_adapters_of_its_own(tmp_path: Path) -
 @pytest.mark.long
 @pytest.mark.parametrize("name", pipelines.LATENT_PIPELINES)
 def test_denoisers_whose_text_encoders_take_no_adapters(name: str, tmp_path: Path) -> None:
-    made = [pipelines.LATENT_PIPELINES[name]() for _ in range(3)]
-    layers = ["to_q", "to_k", "to_out.0", "to_qkv_mlp_proj", "ffn.net.2"]
-    torch.manual_seed(9)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=layers, init_lora_weights=False)
-    peft.inject_adapter_in_model(config, made[0].transformer, "default")
-    tensors = peft.get_peft_model_state_dict(made[0].transformer, adapter_name="default")
-    type(made[0]).save_lora_weights(tmp_path, transformer_lora_layers=tensors)
-    theirs, ours = made[1], adaptc.compile(made[2], tmp_path)
+    made = [pipelines.LATENT_PIPELINES[name]() for _ in range(2)]
+    theirs, ours = made[0], adaptc.compile(made[1], pipelines.write_latent_lora(name, tmp_path))
     theirs.load_lora_weights(tmp_path)
     for size in ((48, 80, 9), (64, 48, 5), (32, 112, 1)):
         wanted = pipelines.latents(theirs, name, *size)
-        close(pipelines.latents(ours, name, *size), wanted, pipelines.latents(made[2], name, *size))
+        close(pipelines.latents(ours, name, *size), wanted, pipelines.latents(made[1], name, *size))
     two = pipelines.latents(ours, name, 48, 80, 5, rows=2, adapters=["default", None])
     theirs.disable_lora()
     close(two[1:], pipelines.latents(theirs, name, 48, 80, 5, rows=2)[1:])
     theirs.enable_lora()
     close(two[:1], pipelines.latents(theirs, name, 48, 80, 5, rows=2)[:1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", pipelines.LATENT_PIPELINES)
+def test_float64_of_such_denoisers(name: str, tmp_path: Path) -> None:
+    theirs, base = (pipelines.LATENT_PIPELINES[name]() for _ in range(2))
+    theirs.load_lora_weights(pipelines.write_latent_lora(name, tmp_path))
+    for pipe in (theirs, base):
+        pipe.transformer.double()
+    ours = adaptc.compile(base, tmp_path)
+    given = pipelines.transformer_call(name, torch.float64) | {"return_dict": False}
+    with torch.no_grad():
+        got, wanted, plain = (p.transformer(**copy.deepcopy(given))[0] for p in (ours, theirs, base))
+    for g, w, p in zip(got, wanted, plain, strict=True):
+        assert g.dtype == torch.float64
+        torch.testing.assert_close(g, w, rtol=0, atol=1e-9)
+        assert (w - p).abs().max() > 1e-2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "ltx"])
+def test_swaps_at_three_sizes_compile_nothing(name: str, tmp_path: Path) -> None:
+    files = [pipelines.write_latent_lora(name, tmp_path / str(r), seed=r, r=r) for r in (2, 7)]
+    theirs, ours = pipelines.LATENT_PIPELINES[name](), adaptc.compile(pipelines.LATENT_PIPELINES[name](), files[0])
+    pipelines.latents(ours, name, 48, 80, 9)
+    theirs.load_lora_weights(files[1])
+    with assert_no_recompiles():
+        ours.load_lora_weights(files[1], adapter_name="other")
+        got = [pipelines.latents(ours, name, *size) for size in ((48, 80, 9), (64, 48, 5), (32, 112, 1))]
+    close(got[1], pipelines.latents(theirs, name, 64, 48, 5))
+
+
+@pytest.mark.long
+def test_calls_that_no_program_follows(tmp_path: Path) -> None:
+    z, qwen = (adaptc.compile(pipelines.LATENT_PIPELINES[n]()) for n in ("z_image", "qwen_image"))
+    call = pipelines.transformer_call("z_image", torch.float32)
+    wrong = {"several sizes": [call["x"][0][..., :4], *call["x"][1:]], "several images": [[x] for x in call["x"]]}
+    for given in wrong.values():
+        with pytest.raises(adaptc.ConfigError, match="one image for each row, all of one size"):
+            z.transformer(**call | {"x": given})
+    call = pipelines.transformer_call("qwen_image", torch.float32)
+    with pytest.raises(adaptc.ConfigError, match="transformer needs img_shapes, and the call has none"):
+        qwen.transformer(**{n: v for n, v in call.items() if n != "img_shapes"})
+    with pytest.raises(adaptc.ConfigError, match="timestep has 2 dimensions, and the program of transformer takes 1"):
+        qwen.transformer(**call | {"timestep": call["timestep"][:, None]})
+    with pytest.raises(adaptc.CaptureError, match=r"takes lists and sizes.*adapt its pipeline"):
+        adaptc.compile(pipelines.LATENT_PIPELINES["ltx"]().transformer, adaptc.LoraConfig(target_modules=["to_q"]))
 
 
 @pytest.mark.long
@@ -216,13 +257,13 @@ def test_the_callers_pipeline_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_new_adapter_of_a_config() -> None:
+def test_a_new_adapter_of_a_config(tmp_path: Path) -> None:
     base = pipeline("sd3")
     config = adaptc.LoraConfig(r=3, target_modules=["to_q", "ff.net.2"], init_lora_weights=False)
     ours = adaptc.compile(base, config, adapter_name="new", generator=torch.Generator().manual_seed(1))
     assert ours.get_list_adapters() == {"transformer": ["new"]}
     made = images(ours, "sd3")
     assert (made - images(base, "sd3")).abs().max() > 1e-2
-    ours.save_lora_weights("new")
-    base.load_lora_weights("new")
+    ours.save_lora_weights(tmp_path, "new")
+    base.load_lora_weights(tmp_path)
     close(made, images(base, "sd3"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import string
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -20,6 +21,10 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -27,6 +32,8 @@ from diffusers import (
     UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
 from transformers import (
@@ -224,19 +231,91 @@ def wan() -> DiffusionPipeline:
     return WanPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), **rest)
 
 
+def qwen_image() -> DiffusionPipeline:
+    """Without a text encoder, as :func:`flux2`."""
+    torch.manual_seed(4)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=_WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    ).eval()
+    rest = {"tokenizer": None, "text_encoder": None, "vae": None}
+    return QwenImagePipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **rest)
+
+
+def z_image() -> DiffusionPipeline:
+    """Without a text encoder, as :func:`flux2`."""
+    torch.manual_seed(4)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=_WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    ).eval()
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        token.data.normal_()
+    rest = {"tokenizer": None, "text_encoder": None, "vae": None}
+    return ZImagePipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **rest)
+
+
+def ltx() -> DiffusionPipeline:
+    """Without a text encoder, as :func:`flux2`."""
+    torch.manual_seed(4)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=3,
+        attention_head_dim=10,
+        cross_attention_dim=30,
+        num_layers=2,
+        caption_channels=_WIDTH,
+    ).eval()
+    rest = {"tokenizer": None, "text_encoder": None, "vae": None}
+    return LTXPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **rest)
+
+
 #: pipelines that give latents alone
-LATENT_PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {"flux2": flux2, "wan": wan}
+LATENT_PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
+    "flux2": flux2,
+    "wan": wan,
+    "qwen_image": qwen_image,
+    "z_image": z_image,
+    "ltx": ltx,
+}
+_VIDEOS = ("wan", "ltx")
 
 
 def latents(pipe: Any, name: str, height: int, width: int, frames: int, rows: int = 1, **options: Any) -> Tensor:
     """The latents of a call of one of these pipelines, with guidance."""
-    given: dict[str, Any] = {"prompt_embeds": text_embeds(rows), "height": height, "width": width}
-    if name == "wan":
-        given |= {"negative_prompt_embeds": text_embeds(rows) / 2, "num_frames": frames, "guidance_scale": 3.0}
+    text = text_embeds(rows, 6 + frames)
+    given: dict[str, Any] = {"prompt_embeds": text, "height": height, "width": width}
+    if name != "flux2":
+        given["negative_prompt_embeds"] = text / 2
+    if name in _VIDEOS:
+        given |= {"num_frames": frames, "guidance_scale": 3.0}
+    mask = torch.arange(text.shape[1]) < torch.tensor([[5]] + [[6 + frames]] * (rows - 1))
+    if name == "qwen_image":
+        given |= {"prompt_embeds_mask": mask, "true_cfg_scale": 3.0}
+    elif name == "z_image":
+        given |= {"prompt_embeds": [t[m] for t, m in zip(text, mask, strict=True)], "guidance_scale": 3.0}
+        given["negative_prompt_embeds"] = list(torch.cat([text] * 6, 1)[:, :35] / 2)
+    elif name == "ltx":
+        given |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": torch.ones_like(mask)}
+        given |= {"height": 4 * height, "width": 4 * width}
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     made = pipe(num_inference_steps=2, output_type="latent", generator=generator, **given, **options)
-    return made.frames if name == "wan" else made.images
+    return made.frames if name in _VIDEOS else made.images
 
 
 PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
@@ -318,6 +397,40 @@ def write_lora(name: str, path: Any, seed: int = 8, text: bool = True, **options
             tensors[key] = (tensor * 0.5).detach().clone()
     type(pipe).save_lora_weights(path, **layers)
     return path / "pytorch_lora_weights.safetensors"
+
+
+def write_latent_lora(name: str, path: Any, seed: int = 9, **options: Any) -> Any:
+    """As :func:`write_lora`, for one of :data:`LATENT_PIPELINES`."""
+    made = LATENT_PIPELINES[name]()
+    layers = ["to_q", "to_k", "to_out.0", "to_qkv_mlp_proj", "ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2", "w2"]
+    torch.manual_seed(seed)
+    sizes = {"r": 3, "lora_alpha": 5} | options
+    config = peft.LoraConfig(target_modules=[*layers, "proj_out"], init_lora_weights=False, **sizes)
+    peft.inject_adapter_in_model(config, made.transformer, "default")
+    tensors = peft.get_peft_model_state_dict(made.transformer, adapter_name="default")
+    type(made).save_lora_weights(path, transformer_lora_layers=tensors)
+    return path
+
+
+def transformer_call(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What one of :data:`LATENT_PIPELINES` calls its transformer with, in ``dtype``."""
+    pipe = LATENT_PIPELINES[name]()
+    calls: list[dict[str, Any]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        calls.append(bound.arguments)
+
+    pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    latents(pipe, name, 48, 80, 9, rows=2)
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        is_float = isinstance(value, Tensor) and value.dtype == torch.float32
+        return value.to(dtype) if is_float else value
+
+    return {n: convert(v) for n, v in calls[0].items()}
 
 
 @lru_cache

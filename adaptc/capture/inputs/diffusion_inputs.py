@@ -94,6 +94,14 @@ class _InputBuilder:
             )
         return value
 
+    def require_pipeline(self) -> None:
+        """Raise CaptureError where the model is no pipeline's, since only a pipeline's calls are made into tensors."""
+        if not self.in_pipeline:
+            raise CaptureError(
+                f"{type(self.model).__name__} takes lists and sizes, and a program takes tensors: adapt its pipeline, "
+                "adaptc.compile(pipe, ...), which turns one into the other"
+            )
+
     def add_input(self, name: str, *sizes: int | str | None, dtype: torch.dtype | None = None) -> None:
         """Add an input of these sizes, whose named sizes are free. A ``name`` of the form ``outer.key`` is an entry of
         a dict, and ``outer.0`` of a tuple."""
@@ -232,8 +240,9 @@ def _add_flux2_inputs(m: _InputBuilder, training: bool) -> None:
     m.add_input("hidden_states", BATCH, IMAGE, m.require_config("in_channels"))
     m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("joint_attention_dim"))
     m.add_times()
-    # Its pipelines give each row its positions, of which the model takes those of the first row.
-    _add_rotary_inputs(m, BATCH)
+    # Its pipelines give each row its positions, of which the model takes those of the first row. A program of a
+    # pipeline has these alone, or no row would be apart from the first.
+    _add_rotary_inputs(m, *([] if m.in_pipeline else [BATCH]))
 
 
 def _add_wan_inputs(m: _InputBuilder, training: bool) -> None:
@@ -248,6 +257,42 @@ def _add_wan_inputs(m: _InputBuilder, training: bool) -> None:
     m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("text_dim"))
 
 
+def _add_qwen_image_inputs(m: _InputBuilder, training: bool) -> None:
+    m.require_pipeline()
+    for field in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond"):
+        m.require_config(field, None, False)
+    m.add_input("hidden_states", BATCH, IMAGE, m.require_config("in_channels"))
+    m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("joint_attention_dim"))
+    m.add_input("encoder_hidden_states_mask", BATCH, TEXT, dtype=torch.bool)
+    m.add_times()
+    for i, axis in enumerate((IMAGE, TEXT)):
+        m.add_input(f"img_shapes.{i}", axis, sum(m.config_value("axes_dims_rope")) // 2, dtype=torch.complex64)
+
+
+def _add_ltx_inputs(m: _InputBuilder, training: bool) -> None:
+    m.require_pipeline()
+    m.add_input("hidden_states", BATCH, IMAGE, m.require_config("in_channels"))
+    m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("caption_channels"))
+    m.add_times()
+    m.add_input("encoder_attention_mask", BATCH, TEXT, dtype=torch.int64)
+    width = m.require_config("num_attention_heads") * m.require_config("attention_head_dim")
+    for i in range(2):
+        m.add_input(f"video_coords.{i}", BATCH, IMAGE, width, dtype=torch.float32)
+
+
+def _add_z_image_inputs(m: _InputBuilder, training: bool) -> None:
+    m.require_pipeline()
+    m.require_config("siglip_feat_dim", None)
+    (patch,), (frames,) = (m.config_value(n) for n in ("all_patch_size", "all_f_patch_size"))
+    m.add_input("x", BATCH, IMAGE, frames * patch**2 * m.require_config("in_channels"))
+    m.add_times("t")
+    m.add_input("cap_feats", BATCH, TEXT, m.require_config("cap_feat_dim"))
+    for name, axis in (("x", IMAGE), ("cap", TEXT)):
+        m.add_input(f"{name}_rotary", BATCH, axis, sum(m.config_value("axes_dims")) // 2, dtype=torch.complex64)
+        m.add_input(f"{name}_fill", BATCH, axis, dtype=torch.bool)
+    m.add_input("cap_mask", BATCH, TEXT, dtype=torch.bool)
+
+
 _INPUT_BUILDERS: dict[str, Callable[[_InputBuilder, bool], None]] = {
     "UNet2DModel": _add_unet_inputs,
     "UNet2DConditionModel": _add_conditional_unet,
@@ -255,6 +300,9 @@ _INPUT_BUILDERS: dict[str, Callable[[_InputBuilder, bool], None]] = {
     "FluxTransformer2DModel": _add_flux_inputs,
     "Flux2Transformer2DModel": _add_flux2_inputs,
     "WanTransformer3DModel": _add_wan_inputs,
+    "QwenImageTransformer2DModel": _add_qwen_image_inputs,
+    "LTXVideoTransformer3DModel": _add_ltx_inputs,
+    "ZImageTransformer2DModel": _add_z_image_inputs,
 }
 
 

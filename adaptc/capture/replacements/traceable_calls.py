@@ -1,8 +1,11 @@
-"""Let three calls be traced that torch.export takes otherwise than a model means them.
+"""Let four calls be traced that torch.export takes otherwise than a model means them.
 
 ``len(tensor)``: Python demands an integer, so torch fixes the size whose ``len`` a model takes, such as that of the
 batch. ``tensor.shape[0]`` is the same number and stays free. So the files of the model's classes get a ``len`` of their
 own for a while, in the tracing thread alone. What is no tensor has Python's length.
+
+``torch.as_tensor(tensor.shape[1])``: torch makes a constant of the size, which is fixed by that. A tensor that is
+filled with the size has the same value, and the size stays free.
 
 ``module.to(dtype)``: routers of mixtures write ``self.classifier = self.classifier.to(torch.float32)`` in each call.
 torch converts a module by replacing the memory of its parameters, which a trace refuses, even where nothing would
@@ -20,13 +23,14 @@ import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from adaptc.capture.model_functions import Function, replaced_functions
 from adaptc.capture.model_state import own_attribute
@@ -54,6 +58,19 @@ def free_tensor_lengths(model: nn.Module) -> Iterator[None]:
     finally:
         for own in changed:
             own.pop("len", None)
+
+
+class FreeScalarSizes(TorchFunctionMode):
+    """A mode in which a size becomes a tensor without being fixed."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in (torch.as_tensor, torch.tensor) and len(args) == 1 and isinstance(args[0], torch.SymInt):
+            size: Any = args[0]
+            return torch.full((), size, **{"dtype": torch.int64, **options})
+        return func(*args, **options)
 
 
 @contextlib.contextmanager
