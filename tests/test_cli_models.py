@@ -332,3 +332,29 @@ def test_names_are_new_for_one_command_alone(files: Files, tmp_path: Path) -> No
     call("unload", files.program, "-o", tmp_path / "o.pt2", "--force")
     adaptc.save(files.own, tmp_path / "o.pt2")
     assert not atomic_write.is_protected(tmp_path / "o.pt2")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("command", "suffix", "options"),
+    [("openvino", ".xml", ()), ("executorch", ".pte", ("--max-size", 40, "--max-rank", 5, "--backend", "portable"))],
+)
+def test_programs_for_other_runtimes(
+    command: str, suffix: str, options: tuple[Any, ...], made: Path, tmp_path: Path
+) -> None:
+    open_model = getattr(adaptc.exporters, f"{command}_model")
+    path, merged = tmp_path / f"any{suffix}", tmp_path / f"merged{suffix}"
+    found = json.loads(call(command, made / "adapted.pt2", "-o", path, *options, "--json").stdout)
+    assert found == {"wrote": str(path)}
+    model = open_model(path)
+    model.load_adapter("a", made / "adapter")
+    mask = torch.ones_like(IDS)
+    given = {n: t.numpy() for n, t in (("input_ids", IDS), ("attention_mask", mask)) if n in model.input_names}
+    logits = torch.as_tensor(model.run(given, "a")["logits"])
+    torch.testing.assert_close(logits, torch.load(made / "logits.pt"), rtol=1e-4, atol=1e-5)
+    call(command, made / "adapted.pt2", merged, *options, "--adapters", "merged")
+    with pytest.raises(CheckpointError, match="with inputs for adapters"):
+        open_model(merged)
+    refused(command, made / "adapted.pt2", "-o", path, *options, said="is there already; --force replaces it")
+    refused(command, made / "adapted.pt2", "-o", tmp_path / "a.bin", *options, said=f"must end in {suffix}")
+    refused(command, made / "adapted.pt2", "-o", tmp_path / f"b{suffix}", "--adapters", "rows", said="not supported")

@@ -1,9 +1,19 @@
 """The ``adaptc`` command: programs and adapters as files."""
 
-from adaptc.cli import chat, engine_commands, pictures, programs, serve, with_adapters
+from adaptc.cli import chat, engine_commands, pictures, programs, runtime_commands, serve, with_adapters
 from adaptc.cli.app import app
 
-__all__ = ["app", "chat", "engine_commands", "main", "pictures", "programs", "serve", "with_adapters"]
+__all__ = [
+    "app",
+    "chat",
+    "engine_commands",
+    "main",
+    "pictures",
+    "programs",
+    "runtime_commands",
+    "serve",
+    "with_adapters",
+]
 
 
 def main() -> None:

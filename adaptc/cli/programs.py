@@ -1,4 +1,4 @@
-"""Define the commands on programs: show, compile, merge, swap, lower, package, onnx and others; and ``methods``."""
+"""Define the commands on programs: show, compile, merge, swap, lower, package and others; and ``methods``."""
 
 from __future__ import annotations
 
@@ -395,29 +395,6 @@ File = Annotated[
 Atol = Annotated[
     float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
 ]
-
-
-@app.command()
-@prints_errors
-def onnx(
-    program: Program,
-    out: Out = None,
-    output: Output = None,
-    force: Force = False,
-    adapters: Annotated[
-        str,
-        typer.Option(help="inputs: each call takes any adapter, or none. merged: the current one is in the weights."),
-    ] = "inputs",
-    as_json: Json = False,
-) -> None:
-    """Write a program as an ONNX file, OUT.onnx, with its weights beside it in OUT.onnx.data.
-
-    The adapter is a set of inputs that may be left out, in which case the base is computed.
-    """
-    adaptc = import_adaptc()
-
-    path = choose_output_path(out, output, force, program)
-    print_result(as_json, written_path=adaptc.exporters.export_onnx(adaptc.load(program), path, adapters=adapters))
 
 
 @app.command()

@@ -9,16 +9,30 @@ from typing import TYPE_CHECKING
 from adaptc.public_names import lazy_names
 
 if TYPE_CHECKING:
-    from adaptc.exporters.onnx_adapter import onnx_session, save_onnx_adapter
-    from adaptc.exporters.program_to_onnx import export_onnx
-    from adaptc.exporters.session import OnnxSession
+    from adaptc.exporters.to_executorch.executorch_adapter import executorch_model, save_executorch_adapter
+    from adaptc.exporters.to_executorch.executorch_model import ExecutorchModel
+    from adaptc.exporters.to_executorch.program_to_executorch import export_executorch
+    from adaptc.exporters.to_onnx.onnx_adapter import onnx_session, save_onnx_adapter
+    from adaptc.exporters.to_onnx.program_to_onnx import export_onnx
+    from adaptc.exporters.to_onnx.session import OnnxSession
+    from adaptc.exporters.to_openvino.openvino_adapter import openvino_model, save_openvino_adapter
+    from adaptc.exporters.to_openvino.openvino_model import OpenVinoModel
+    from adaptc.exporters.to_openvino.program_to_openvino import export_openvino
 
 #: public name -> the module that defines it
 PUBLIC = {
-    "export_onnx": "adaptc.exporters.program_to_onnx",
-    "save_onnx_adapter": "adaptc.exporters.onnx_adapter",
-    "onnx_session": "adaptc.exporters.onnx_adapter",
-    "OnnxSession": "adaptc.exporters.session",
+    "export_onnx": "adaptc.exporters.to_onnx.program_to_onnx",
+    "save_onnx_adapter": "adaptc.exporters.to_onnx.onnx_adapter",
+    "onnx_session": "adaptc.exporters.to_onnx.onnx_adapter",
+    "OnnxSession": "adaptc.exporters.to_onnx.session",
+    "export_openvino": "adaptc.exporters.to_openvino.program_to_openvino",
+    "save_openvino_adapter": "adaptc.exporters.to_openvino.openvino_adapter",
+    "openvino_model": "adaptc.exporters.to_openvino.openvino_adapter",
+    "OpenVinoModel": "adaptc.exporters.to_openvino.openvino_model",
+    "export_executorch": "adaptc.exporters.to_executorch.program_to_executorch",
+    "save_executorch_adapter": "adaptc.exporters.to_executorch.executorch_adapter",
+    "executorch_model": "adaptc.exporters.to_executorch.executorch_adapter",
+    "ExecutorchModel": "adaptc.exporters.to_executorch.executorch_model",
 }
 
 __all__ = [*PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

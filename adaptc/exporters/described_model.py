@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,25 @@ from adaptc.binding.binding_plan_cache import BindingPlanCache
 from adaptc.binding.sources.configs import config_from_dict
 from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.errors import CheckpointError, SwapError
-from adaptc.exporters.input_description import InputDescription
+from adaptc.exporters.input_description import InputDescription, parse_description
 from adaptc.exporters.slot_program import as_input
 from adaptc.methods import AdapterConfig
 from adaptc.program.wrapper import unwrap
+
+
+def check_adapter_path(path: Path, suffix: str) -> None:
+    """Raise CheckpointError for a path where no adapter file whose name ends in ``suffix`` can be written."""
+    if path.suffix != suffix or not path.parent.is_dir() or path.is_dir():
+        raise CheckpointError(f"cannot write {path}: the name must end in {suffix}, in a directory that exists")
+
+
+def described_tensors(text: str, source: str, adapter: Any, **options: Any) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by the names of the inputs that the description ``text`` lists.
+
+    ``source`` names its file in messages, and ``options`` are those of ``adaptc.swap``. Raises what
+    :meth:`DescribedModel.input_values` raises, and CheckpointError for a description that is damaged.
+    """
+    return DescribedModel(parse_description(text, source), source).input_values(adapter, **options)
 
 
 class DescribedModel:

@@ -13,7 +13,8 @@ modules.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count, repeat
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy import numbers
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -84,3 +86,22 @@ class FreeSizeFakes:
         ]
         with self.mode:
             return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+@contextmanager
+def limited_sizes(program: ExportedProgram, shape_env: ShapeEnv, largest: int) -> Generator[None]:
+    """Run the block while free sizes of ``program`` that have no largest value have the value ``largest``.
+
+    ``shape_env`` is the environment of the graph's values, which other programs may share.
+    """
+    untyped: Any = program
+    tables: list[dict[Any, Any]] = [untyped.range_constraints, shape_env.var_to_range]
+    free = {s for s, r in tables[0].items() if r.upper == _UNLIMITED}
+    before = [{s: table[s] for s in free if s in table} for table in tables]
+    try:
+        for table, old in zip(tables, before, strict=True):
+            table.update({s: ValueRanges(r.lower, largest) for s, r in old.items()})
+        yield
+    finally:
+        for table, old in zip(tables, before, strict=True):
+            table.update(old)

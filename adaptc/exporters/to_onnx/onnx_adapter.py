@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adaptc.adapter_files.atomic_write import atomic_replace
 from adaptc.errors import BackendError, CheckpointError, ConfigError
-from adaptc.exporters.described_model import DescribedModel
-from adaptc.exporters.input_description import parse_description
-from adaptc.exporters.session import ADAPTER_SUFFIX, METADATA_KEY, OnnxSession, model_version
+from adaptc.exporters.adapter_feeds import METADATA_KEY, AdapterInputs
+from adaptc.exporters.described_model import check_adapter_path, described_tensors
+from adaptc.exporters.to_onnx.session import ADAPTER_SUFFIX, OnnxSession, model_version
 from adaptc.progress import stage
 
 #: the number of bfloat16 among the types of ONNX tensors, which numpy lacks
@@ -57,15 +57,13 @@ def save_onnx_adapter(
         >>> session.load_adapter("current", path)
     """
     path = Path(path)
-    if path.suffix != ADAPTER_SUFFIX or not path.parent.is_dir():
-        raise CheckpointError(f"cannot write {path}: the name must end in {ADAPTER_SUFFIX}, in a directory that exists")
+    check_adapter_path(path, ADAPTER_SUFFIX)
     source, text = _description_text(model)
-    described = parse_description(text, source)
-    values = DescribedModel(described, source).input_values(adapter, **options)
+    values = described_tensors(text, source, adapter, **options)
     ort = _onnxruntime()
     made = ort.AdapterFormat()
     made.set_adapter_version(1)
-    made.set_model_version(model_version(described.fingerprint))
+    made.set_model_version(model_version(AdapterInputs.parse(text, Path(source)).fingerprint))
     parameters = {name: _ort_value(value) for name, value in values.items()}
     made.set_parameters(parameters)  # which keeps no array alive, and reads them when it writes: ``parameters`` does
     try:
@@ -105,14 +103,14 @@ def onnx_session(
 
 
 def _read_adapter(adapter: Any, text: str) -> Mapping[str, Any]:
-    values = DescribedModel(parse_description(text, "the model"), "the model").input_values(adapter)
+    values = described_tensors(text, "the model", adapter)
     return {name: _ort_value(value) for name, value in values.items()}
 
 
 def _description_text(model: Any) -> tuple[str, str]:
     """Return the name of a model, and the description in its file."""
     if isinstance(model, OnnxSession):
-        return str(model.path), model.text or ""
+        return str(model.path), model.text
     given = type(model).__name__
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigError(f"model is the path of an .onnx file or a session of it, not a {given}")

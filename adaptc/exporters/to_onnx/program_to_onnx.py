@@ -1,4 +1,4 @@
-"""Write exported programs as ONNX files, with the adapter as a set of optional inputs.
+"""Export programs to ONNX: with the adapter as a set of optional inputs, or merged into the weights.
 
 An input with an initializer of the same name may be left out, in which case it has the initializer's value. Here that
 is the value with which its site computes the base. So a session that is fed no adapter computes the base, and any
@@ -8,65 +8,85 @@ inputs lies in the graph's metadata.
 
 from __future__ import annotations
 
-import re
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
 
 from adaptc.adapter_files.atomic_write import commit, open_stage
-from adaptc.errors import BackendError, CheckpointError, ConfigError
+from adaptc.errors import BackendError, CheckpointError
+from adaptc.exporters.adapter_feeds import METADATA_KEY
+from adaptc.exporters.prepare_export import PreparedExport, prepare_export
 from adaptc.exporters.slot_program import SlotInput
 from adaptc.passes.graph.graph_lock import hold_graph_lock
-from adaptc.passes.graph.lifted import LiftedProgram, user_inputs
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.propagate import propagate_fakes
-from adaptc.passes.graph.pytree import named_leaves, pytree
+from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.progress import stage
-from adaptc.runtime.mutated_buffers import written_placeholders
 
 aten = torch.ops.aten
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 _CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
-_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
-def check_onnx_path(path: Path) -> None:
-    """Raise CheckpointError for a path where no ONNX file can be written."""
-    if path.suffix != ".onnx" or not path.parent.is_dir() or path.is_dir():
-        raise CheckpointError(f"cannot export to {path}: the name must end in .onnx and its directory must exist")
-
-
-def write_onnx(
-    program: ExportedProgram,
-    path: Path,
-    inputs: Sequence[SlotInput] = (),
-    size_names: Mapping[str, str] | None = None,
-    metadata: Mapping[str, str] | None = None,
+def export_onnx(
+    program: AdaptedProgram, path: str | os.PathLike[str], *, adapters: Literal["inputs", "merged"] = "inputs"
 ) -> Path:
-    """Write ``program`` to ``path``, whose weights lie beside it in a file with ``.data`` added to the name.
+    """Write a program as an ONNX file that takes any adapter in each call, or has the current one merged in.
 
-    ``inputs`` are its last inputs, in their order, which may be left out. ``size_names`` maps symbols of sizes to their
-    names. ``metadata`` are texts that the file keeps by key. Existing files stay as they are where an error is raised.
+    With "inputs", every tensor of an adapter is an input that may be left out. A session that is fed none of them
+    computes the base. It takes any rank, and any subset of the sites. The inputs have the keys of PEFT's files, without
+    ``base_model.model.``. :func:`save_onnx_adapter` writes adapters for the file, and :func:`onnx_session` runs it.
 
-    Raises ConfigError for a program that writes to buffers, BackendError where it cannot be converted, and
-    CheckpointError where the file cannot be written.
+    The weights lie beside the graph, in a file with ``.data`` added to the name. Neither needs adaptc. Free sizes of
+    the program stay free.
+
+    Args:
+        program: a program, for "merged" also one without an adapter.
+        path: the file to write, whose name ends in ``.onnx``.
+        adapters: "inputs" or "merged".
+
+    Returns:
+        the path of the file.
+
+    Raises:
+        ConfigError: the program has no adapter, or several that act together; it writes to buffers; or it generates.
+        MergeError: with "merged", what :func:`merge` raises.
+        BackendError: onnx is not installed, or has no operator for one of the program's.
+        CheckpointError: the file cannot be written. What was there before stays, here and above.
+
+    Example:
+        >>> path = adaptc.exporters.export_onnx(prog, "model.onnx")
+        >>> session = adaptc.exporters.onnx_session(path)
+        >>> y = session.run({"input": x.numpy()})["output"]
+        >>> torch.allclose(torch.from_numpy(y), adaptc.unload(prog)(x), atol=1e-6)
+        True
     """
-    _check_pure(program)
-    names = [n for n, value in user_inputs(program).items() if hasattr(value, "shape")]
-    own = names[: len(names) - len(inputs)]
-    taken = {i.name for i in inputs} & set(own)
-    if taken:
-        raise ConfigError(f"the model has an input called {min(taken)!r}, and the adapter has another of that name")
-    converted = _convert(_with_contiguous_views(program), [*own, *(i.name for i in inputs)], output_names(program))
+    path = Path(path)
+    return _write(prepare_export(program, path, adapters, suffix=".onnx", kind="an ONNX file"), path)
+
+
+def _write(prepared: PreparedExport, path: Path) -> Path:
+    """Write a program to ``path``, whose weights lie beside it in a file with ``.data`` added to the name.
+
+    Its adapter's inputs may be left out by callers. The file keeps their description. Existing files stay as they are
+    where an error is raised.
+
+    Raises BackendError for a program that cannot be converted, and CheckpointError where the file cannot be written.
+    """
+    own, inputs = prepared.input_names, prepared.inputs
+    program = _with_contiguous_views(prepared.program)
+    converted = _convert(program, [*own, *(i.name for i in inputs)], prepared.output_names)
     model: Any = converted.model
-    converted.rename_axes(_axis_names(model, len(own)) | dict(size_names or {}))
+    converted.rename_axes(_axis_names(model, len(own)) | dict(prepared.size_names))
     _add_defaults(model, inputs)
-    model.metadata_props.update(metadata or {})
+    if prepared.description is not None:
+        model.metadata_props[METADATA_KEY] = prepared.description
     data = path.name + ".data"
     try:
         with stage(f"writing {path.name}"), open_stage(path.parent) as folder:
@@ -76,33 +96,6 @@ def write_onnx(
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path
-
-
-def output_names(program: ExportedProgram) -> list[str]:
-    """Return names for the outputs that are tensors: the fields of the model's output, or "output" and numbers."""
-    spec: Any = program.call_spec.out_spec
-    leaves = named_leaves(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
-    found: list[str] = []
-    kinds = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
-    for (path, _), output in zip(leaves, kinds, strict=True):
-        if type(output.arg).__name__ != "TensorArgument":
-            continue
-        parts = re.findall(r"\w+", path)
-        name = "_".join(parts)
-        found.append(f"output_{name}".rstrip("_") if not name or name[0].isdigit() else name)
-    return ["output"] if found in (["output_0"], ["output"]) else found
-
-
-def _check_pure(program: ExportedProgram) -> None:
-    signature = program.graph_signature
-    written = [s.target for s in signature.output_specs if s.kind in _MUTATIONS]
-    targets = {s.arg.name: s.target or s.arg.name for s in signature.input_specs}
-    written += [targets[n] for n in written_placeholders(program.graph)]
-    if written:
-        raise ConfigError(
-            f"the program writes to {written[0]!r} in each call, and an ONNX file keeps nothing between calls: capture "
-            "the model with that state as an input and an output"
-        )
 
 
 def _with_contiguous_views(program: ExportedProgram) -> ExportedProgram:

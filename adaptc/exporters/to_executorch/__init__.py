@@ -1,0 +1,1 @@
+"""ExecuTorch programs with adapters as inputs, adapters for them, and sessions that choose one in each call."""

@@ -1,0 +1,1 @@
+"""OpenVINO files with adapters as inputs, and models of OpenVINO that choose one in each call."""

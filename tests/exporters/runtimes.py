@@ -1,0 +1,65 @@
+"""The runtimes that have adapters as inputs, for tests that run in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import adaptc
+
+
+@dataclass(frozen=True)
+class RuntimeUnderTest:
+    """A runtime: its functions, the ends of the names of its files, and the options that the models of tests need."""
+
+    name: str
+    export: Callable[..., Path]
+    open_model: Callable[..., Any]
+    save_adapter: Callable[..., Path]
+    suffix: str
+    adapter_suffix: str
+    options: dict[str, Any]
+
+    def exported(self, program: Any, folder: Path, name: str = "model", **options: Any) -> Path:
+        return self.export(program, folder / f"{name}{self.suffix}", **self.options, **options)
+
+    def files(self, model: Path) -> list[Path]:
+        """Return the files that make a model."""
+        return sorted(p for p in model.parent.iterdir() if p.name.partition(".")[0] == model.stem)
+
+
+RUNTIMES = {
+    r.name: r
+    for r in (
+        RuntimeUnderTest(
+            "openvino",
+            adaptc.exporters.export_openvino,
+            adaptc.exporters.openvino_model,
+            adaptc.exporters.save_openvino_adapter,
+            ".xml",
+            ".safetensors",
+            {},
+        ),
+        RuntimeUnderTest(
+            "executorch",
+            adaptc.exporters.export_executorch,
+            adaptc.exporters.executorch_model,
+            adaptc.exporters.save_executorch_adapter,
+            ".pte",
+            ".ptd",
+            {"max_size": 20},
+        ),
+    )
+}
+
+
+def run(model: Any, given: dict[str, Tensor], adapter: str | None = None, output: str = "output") -> Tensor:
+    """Return an output of a call as a tensor."""
+    found = model.run({n: t.numpy() for n, t in given.items()}, adapter, [output])[output]
+    return torch.from_numpy(found) if isinstance(found, np.ndarray) else found
