@@ -17,10 +17,8 @@ from torch.nn import functional as F
 from adaptc.kernels.dora_linear import dora_norm
 from adaptc.kernels.grouped_lora import cut_into_chunks, grouped_lora, rows_per_chunk
 from adaptc.kernels.grouped_rows import grouped_rows
-from adaptc.kernels.lora_epilogue import lora_down
-from adaptc.kernels.lora_linear import lora_linear
-from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from adaptc.kernels.merge_weight import merge_
+from adaptc.kernels.packed_lora import packed_factors, packed_lora_direct, sibling_table
 from adaptc.passes.protocol.low_rank_rows import stacked_matmul
 from tests.gpu.roofline import Work, adapter_work, length_work, linear_work, lora_work, merge_work, norm_work
 
@@ -135,9 +133,10 @@ class Maker:
         x, W, A, B = (self.random(*shape) for shape in ((rows, K), (N, K), (rank, K), (N, rank)))
         work = lora_work(rows, K, [N], rank, self.bytes)
         compiled = self.compiled(peft_layer)
+        packed = A, packed_factors([B]), None, self.scale.reshape(1), [N]
         return [
             self._base(x, W),
-            Candidate(OURS, lambda: lora_linear(x, W, None, A, B, self.scale), work),
+            Candidate(OURS, lambda: packed_lora_direct(x, W, None, *packed), work),
             Candidate(PEFT, lambda: peft_layer(x, W, A, B), work),
             Candidate(COMPILED, lambda: compiled(x, W, A, B), work),
         ]
@@ -148,14 +147,13 @@ class Maker:
         Bs = [self.random(N, rank) for N in widths]
         layers = list(zip(W.split(widths), A.split(rank), Bs, strict=True))
         ranks = [rank] * len(widths)
-        factors, table = sibling_factors(Bs), sibling_table(widths, ranks, self.device)
+        factors, table = packed_factors(Bs), sibling_table(widths, ranks, self.device)
         scales = torch.full((len(widths),), SCALE, device=self.device)
         work = lora_work(rows, K, widths, rank, self.bytes)
         compiled = self.compiled(peft_siblings)
 
         def ours() -> Output:
-            y = lora_up_add_siblings(F.linear(x, W), lora_down(x, A, None), factors, table, scales, widths)
-            return y.split(widths, 1)
+            return packed_lora_direct(x, W, None, A, factors, table, scales, widths).split(widths, 1)
 
         return [
             self._base(x, W),
