@@ -318,8 +318,10 @@ decompose_in_transforms("sibling_table", table_of_factors)
 
 def packed_lora_direct(*arguments: Any) -> Tensor:
     """Return the op's result, without its dispatch where nothing but values is asked for."""
-    x = arguments[0]
-    plain = not in_dispatch_mode() and not is_wrapped_or_dual(x)
-    if plain and not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)):
-        return compute_packed_lora(*arguments)
-    return torch.ops.adaptc.packed_lora(*arguments)
+    if (
+        in_dispatch_mode()
+        or is_wrapped_or_dual(arguments[0])
+        or (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments))
+    ):
+        return torch.ops.adaptc.packed_lora(*arguments)
+    return compute_packed_lora(*arguments)

@@ -5,6 +5,7 @@ Without a GPU the kernels' ops compute their references; tests/kernels runs the 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,28 @@ def test_a_call_goes_to_packed_layers_without_the_dispatch_of_their_op(pair: Pai
     assert x.grad is not None
     expected = torch.autograd.functional.jacobian(lambda t: pair[0](t).sum(), random_rows(2))
     assert_close(x.grad, expected)
+
+
+def test_a_swap_under_a_captured_graph_is_refused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph replays the adapter that it captured, so a swap would change nothing that it computes."""
+    program = pair[1].with_binding(pair[1].binding)
+    bound = program.bind(adapter(2, 7))
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        bound(random_rows(2))
+    adaptc.swap(program, adapter(4, 5))  # what is bound keeps its adapter, with a graph or without
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        captured = program(random_rows(2))
+    with pytest.raises(BackendError, match=r"CUDA graph has captured.*prog\.bind\(adapter\).*copy\.copy\(prog\)"):
+        adaptc.swap(program, adapter(3, 6))
+    assert torch.equal(program(random_rows(2)), captured)  # a failed swap changes nothing
+    other = copy.copy(program)
+    adaptc.swap(other, adapter(3, 6))
+    adaptc.swap(program, program.binding)
+    assert not torch.equal(other(random_rows(2)), captured)
 
 
 def test_the_report_says_what_runs_as_kernels() -> None:
