@@ -67,15 +67,15 @@ def _load_adapter(starts_ptr, adapter, n_adapters, R):
     return first.to(tl.int64), tl.minimum(rank, R), (adapter < n_adapters) & (rank <= R)
 
 
-# These change from batch to batch, and with the adapters of a bank. Specialised, they would compile another kernel where
-# they are 1 or a multiple of 16.
+# These change from batch to batch, and with the adapters of a bank. Specialised, they would compile another kernel
+# where they are 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["T", "R", "n_adapters", "steps"])
 def _shrink_kernel(
     x_ptr, bank_ptr, h_ptr, starts_ptr, order_ptr, adapter_ptr, start_ptr, length_ptr,
     T, K, R, n_adapters, x_row, steps,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write h[s, p, r], the part of h[p, r] from the s-th ``steps`` times BLOCK_K of k, for one chunk and tile of ranks."""
+    """Write h[s, p, r], the part of h[p, r] from the s-th ``steps`` times BLOCK_K, for a chunk and a tile of ranks."""
     c = tl.program_id(0)
     split = tl.program_id(2)
     first, rank, _ = _load_adapter(starts_ptr, tl.load(adapter_ptr + c), n_adapters, R)
@@ -101,14 +101,19 @@ def _shrink_kernel(
 @triton.jit(do_not_specialize=["R", "n_adapters", "h_row"])
 def _expand_kernel(
     y_ptr, h_ptr, bank_ptr, out_ptr, starts_ptr, scales_ptr, order_ptr, adapter_ptr, start_ptr, length_ptr,
-    N, R, n_adapters, y_row, h_row,
-    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, R, n_adapters, y_row, out_row, h_row,
+    IN_PLACE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write out for the rows of one chunk and one block of columns; rows without an adapter are copied."""
+    """Write out for the rows of one chunk and one block of columns.
+
+    Rows of the base are copied. IN_PLACE, where out is y, leaves them alone.
+    """
     c = tl.program_id(0)
+    adapter = tl.load(adapter_ptr + c)
     length = tl.load(length_ptr + c)
+    if IN_PLACE:
+        length = tl.where(adapter < 0, 0, length)
     if length > 0:
-        adapter = tl.load(adapter_ptr + c)
         first, rank, is_defined = _load_adapter(starts_ptr, adapter, n_adapters, R)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = tl.arange(0, BLOCK_M)
@@ -130,7 +135,7 @@ def _expand_kernel(
         # Copied, since y + 0 is +0 where y is -0.
         sums = tl.where(rank > 0, sums, y)
         sums = tl.where(is_defined, sums, float("nan"))
-        tl.store(out_ptr + rows[:, None] * N + n[None, :], sums.to(y.dtype), mask=ok)
+        tl.store(out_ptr + rows[:, None] * out_row + n[None, :], sums.to(y.dtype), mask=ok)
 
 
 @triton.jit(do_not_specialize=["R", "n_adapters"])
@@ -216,18 +221,26 @@ def launch_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk:
 
 
 def launch_expand(
-    y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor, table: Chunks, chunk: int
+    y: Tensor,
+    h: Tensor,
+    bank: Tensor,
+    starts: Tensor,
+    scales: Tensor,
+    table: Chunks,
+    chunk: int,
+    in_place: bool = False,
 ) -> Tensor:
+    """Return y plus the updates: a new tensor, or y itself, whose rows are contiguous, ``in_place``."""
     (T, N), R, n = y.shape, h.shape[1], starts.shape[0] - 1
-    out = y.new_empty((T, N))
+    out = y if in_place else y.new_empty((T, N))
     if not is_empty_grid(T, N):
         y, h = _with_contiguous_rows(y), _with_contiguous_rows(h)
         exact = y.dtype == bank.dtype == torch.float32
-        blocks = _expand_blocks(chunk, exact) | {"EXACT": exact}
+        blocks = _expand_blocks(chunk, exact) | {"EXACT": exact, "IN_PLACE": in_place}
         with on_device_of(y):
             wrap_triton(_expand_kernel)[(table.adapter.shape[0], triton.cdiv(N, blocks["BLOCK_N"]))](
-                y, h, bank.contiguous(), out, starts, scales.contiguous(), *table, N, R, n, y.stride(0), h.stride(0),
-                **blocks, num_stages=2,
+                y, h, bank.contiguous(), out, starts, scales.contiguous(), *table, N, R, n, y.stride(0), out.stride(0),
+                h.stride(0), **blocks, num_stages=2,
             )  # fmt: skip
     return out
 
@@ -250,7 +263,9 @@ def launch_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, n_rows: in
 def _aot_kernels() -> list[AotKernel]:
     """Return records of each kernel with the blocks for few rows and for many."""
     indices = dict.fromkeys(["starts_ptr", "order_ptr", "adapter_ptr", "start_ptr", "length_ptr", "begins_ptr"], "*i32")
-    sizes = dict.fromkeys(["T", "K", "N", "W", "R", "n_adapters", "steps", "x_row", "y_row", "h_row", "v_row"], "i32")
+    sizes = dict.fromkeys(
+        ["T", "K", "N", "W", "R", "n_adapters", "steps", "x_row", "y_row", "out_row", "h_row", "v_row"], "i32"
+    )
     sums = {"h_ptr": "*fp32", "scales_ptr": "*fp32"}
 
     def record(kernel: Any, name: str, blocks: dict[str, int], mma: bool, **types: str) -> AotKernel:
@@ -267,7 +282,7 @@ def _aot_kernels() -> list[AotKernel]:
             name = f"{rows} rows {bank} bank chunk {chunk} rank {R}"
             blocks = _shrink_blocks(chunk, R, exact)
             records.append(record(_shrink_kernel, f"shrink {name}", blocks, not exact, x_ptr=row, bank_ptr=matrix))
-            blocks = _expand_blocks(chunk, exact) | {"EXACT": exact}
+            blocks = _expand_blocks(chunk, exact) | {"EXACT": exact, "IN_PLACE": False}
             records.append(
                 record(_expand_kernel, f"expand {name}", blocks, not exact, y_ptr=row, bank_ptr=matrix, out_ptr=row)
             )

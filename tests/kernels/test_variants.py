@@ -1,6 +1,6 @@
 """How many kernels Triton compiles for sequences of ranks and batches: one, or one per bucket of sizes.
 
-Triton's own binder tells one kernel from another (``tests/support/fake_gpu.py``). Packed layers are in test_packed_lora.
+Triton's own binder tells one kernel from another (``tests/support/fake_gpu.py``). test_packed_lora has packed layers.
 """
 
 from __future__ import annotations
