@@ -47,7 +47,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """``fewer_rows``: for the cases of more than one adapter, which take longer to compile."""
+    """``fewer_rows``: for the cases of more than one adapter, which take longer to compile.
+
+    ``mixed``: the dtype of adapters that stay wider than their base, as PEFT's do. ``long``: (K, N) of a layer of which
+    K is the larger.
+    """
 
     dtype: torch.dtype
     K: int
@@ -59,6 +63,8 @@ class Sizes:
     grouped: int
     adapters: int
     weights: tuple[tuple[int, int], ...]
+    mixed: torch.dtype
+    long: tuple[int, int]
 
 
 #: the layers of Llama-3-8B
@@ -67,12 +73,14 @@ FULL = Sizes(
     K=4096,
     rows=(1, 8, 16, 512, 4096),
     fewer_rows=(1, 16, 512, 4096),
-    ranks=(16, 64),
+    ranks=(8, 16, 64),
     widths=(1024, 4096, 14336),
     siblings={"q, k, v": (4096, 1024, 1024), "gate, up": (14336, 14336)},
     grouped=4096,
     adapters=32,
     weights=((4096, 4096), (14336, 4096)),
+    mixed=torch.float32,
+    long=(14336, 4096),
 )
 
 #: the same cases, small enough for a CPU, and exact enough to tell a wrong factor
@@ -87,11 +95,14 @@ TINY = Sizes(
     grouped=40,
     adapters=4,
     weights=((24, 48),),
+    mixed=torch.float64,
+    long=(67, 24),
 )
 
 
 def peft_layer(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return F.linear(x, W) + F.linear(F.linear(x, A), B) * SCALE
+    y = F.linear(x, W)
+    return (y + F.linear(F.linear(x.to(A.dtype), A), B) * SCALE).to(y.dtype)
 
 
 def peft_siblings(x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
@@ -128,10 +139,13 @@ class Maker:
         values = torch.randn(rows, cols, generator=self.generator, device=self.device) / cols**0.5
         return values.to(self.sizes.dtype)
 
-    def layer(self, rows: int, N: int, rank: int) -> list[Candidate]:
-        K = self.sizes.K
+    def layer(
+        self, rows: int, N: int, rank: int, K: int | None = None, adapter: torch.dtype | None = None
+    ) -> list[Candidate]:
+        K = K or self.sizes.K
         x, W, A, B = (self.random(*shape) for shape in ((rows, K), (N, K), (rank, K), (N, rank)))
-        work = lora_work(rows, K, [N], rank, self.bytes)
+        A, B = (t.to(adapter or t.dtype) for t in (A, B))
+        work = linear_work(rows, K, N, self.bytes) + adapter_work(rows, K, N, rank, A.itemsize)
         compiled = self.compiled(peft_layer)
         packed = A, packed_factors([B]), None, self.scale.reshape(1), [N]
         return [
@@ -180,7 +194,7 @@ class Maker:
 
         peft = Candidate(PEFT, lambda: peft_grouped(x, W, groups), work)
         found = [self._base(x, W), Candidate(OURS, ours, work), peft]
-        if rank == self.sizes.ranks[0]:
+        if rank == self.sizes.ranks[-2]:
             # For one rank only: a loop over the adapters takes long to compile.
             compiled = self.compiled(peft_grouped)
             found.append(Candidate(COMPILED, lambda: compiled(x, W, groups), work))
@@ -264,16 +278,26 @@ class Maker:
         for N in s.widths:
             for M, r in product(s.rows, s.ranks):
                 yield Case("lora_linear", f"M={M} K={s.K} N={N} r={r}", lambda M=M, N=N, r=r: self.layer(M, N, r))
+        wider, (length, width) = str(s.mixed).removeprefix("torch."), s.long
+        for M in s.fewer_rows:
+            r, N = s.ranks[-1], s.widths[1]
+            yield Case(
+                "lora_linear", f"M={M} K={length} N={width} r={r}", lambda M=M, r=r: self.layer(M, width, r, length)
+            )
+            yield Case(
+                "lora_linear", f"{wider} adapter: M={M} K={s.K} N={N} r={r}",
+                lambda M=M, r=r, N=N: self.layer(M, N, r, adapter=s.mixed),
+            )  # fmt: skip
         for name, widths in s.siblings.items():
-            for M, r in product(s.fewer_rows, s.ranks):
+            for M, r in product(s.fewer_rows, s.ranks[-2:]):
                 shape = f"{name}: M={M} K={s.K} N={'+'.join(map(str, widths))} r={r}"
                 yield Case("siblings", shape, lambda M=M, r=r, widths=widths: self.siblings(M, widths, r))
-        for M, r in product(s.fewer_rows, s.ranks):
+        for M, r in product(s.fewer_rows, s.ranks[-2:]):
             shape = f"{s.adapters} adapters: M={M} K={s.K} N={s.grouped} r={r}"
             yield Case("grouped_lora", shape, lambda M=M, r=r: self.grouped(M, r))
         for M, each in ((8, 1), (8, 64), (64, 1)):
             shape = f"4 adapters of ranks 4 to 64: {M} rows of {each} K={s.K} N={s.grouped}"
             yield Case("grouped_rows", shape, lambda M=M, each=each: self.bank(M, each))
         for kernel, build in (("dora_norm", self.norm), ("merge_", self.merge)):
-            for (N, K), r in product(s.weights, s.ranks):
+            for (N, K), r in product(s.weights, s.ranks[-2:]):
                 yield Case(kernel, f"{N}x{K} r={r}", lambda b=build, N=N, K=K, r=r: b(N, K, r))
