@@ -51,6 +51,9 @@ COLUMN_BLOCK = 128
 FIELDS = 8
 #: the most parts of the sum over K, which one program of the next kernel adds up
 MAX_PARTS = 16
+#: the number of programs of the down projection for many rows, and the length of a sum that they are for. Longer sums
+#: have as many times more. They are few, since each block of columns reads all parts of h.
+DOWN_PROGRAMS, DOWN_LENGTH = 32, 4096
 #: the number of programs that fill a GPU of about 130 multiprocessors twice
 FULL_GRID = 256
 
@@ -281,6 +284,11 @@ def split_of_few_rows(K: Any, n_ranks: Any, blocks: FewRows) -> tuple[Any, Any]:
     return (max(triton.cdiv(steps, max(each, 1)), 1) if isinstance(K, int) else parts), each
 
 
+def down_programs(K: Any) -> int:
+    """Return the number of programs that the down projection for many rows should have."""
+    return DOWN_PROGRAMS * (max(K // DOWN_LENGTH, 1) if isinstance(K, int) else 1)
+
+
 def column_alignment(widths: Sequence[Any]) -> int:
     """Return the largest of 1, 16 and COLUMN_BLOCK that is known to divide all widths."""
     known = all(isinstance(width, int) for width in widths)
@@ -310,6 +318,7 @@ class PackedLayout:
         self.few_options = {"EARLY": early, **shared, **blocks._asdict()} | ({"launch_pdl": True} if early else {})
         self.many_options = {**shared, **many._asdict()}
         self.many_rows = many.BLOCK_M
+        self.down_programs = down_programs(self.K)
         #: numbers in a row of h: whole blocks
         self.h_row = triton.cdiv(self.n_ranks, RANK_BLOCK) * RANK_BLOCK
 
@@ -339,7 +348,7 @@ def launch_update(
 ) -> Tensor:  # fmt: skip
     """Return y without x W^T, for any number of rows. x and A are contiguous; of W only the type matters."""
     s, n_rows = layout, x.shape[0]
-    h = launch_down_parts(x, A, None, s.h_row, s.bind)
+    h = launch_down_parts(x, A, None, s.h_row, s.down_programs, s.bind)
     y = x.new_empty((n_rows, s.n_cols))
     update = wrap_triton(_update_kernel) if s.bind is None else s.bind(_update_kernel)
     update[(s.n_blocks, triton.cdiv(n_rows, s.many_rows), 1)](

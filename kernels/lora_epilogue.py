@@ -105,8 +105,8 @@ def up_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64 if half else 32, "BLOCK_N": 64, "BLOCK_R": 32 if half else 16}
 
 
-def _split_count(n_rows: Any, K: Any, rank: Any, blocks: dict[str, int]) -> int:
-    """Return the number of parts of the sum over K: such that there are enough programs, of four steps at least each.
+def split_count(n_rows: Any, K: Any, rank: Any, blocks: dict[str, int], programs: int = TARGET_PROGRAMS) -> int:
+    """Return the number of parts of the sum over K: for so many ``programs``, of four steps at least each.
 
     Symbolic sizes get as many parts as few rows would, where splitting matters most.
     """
@@ -114,20 +114,22 @@ def _split_count(n_rows: Any, K: Any, rank: Any, blocks: dict[str, int]) -> int:
     if isinstance(n_rows, int) and isinstance(rank, int):
         # Rounded up: one more block of rows must not halve the number of programs.
         tiles = triton.cdiv(n_rows, blocks["BLOCK_M"]) * triton.cdiv(rank, blocks["BLOCK_R"])
-        parts = min(parts, triton.cdiv(TARGET_PROGRAMS, tiles)) if tiles else 1
+        parts = min(parts, triton.cdiv(programs, tiles)) if tiles else 1
     if isinstance(K, int):
         parts = min(parts, K // (4 * blocks["BLOCK_K"]))
     return max(parts, 1)
 
 
-def launch_down_parts(x: Tensor, A: Tensor, scale: Tensor | None, h_row: Any, bind: Any = None) -> Tensor:
-    """Return the parts of scale * x A^T, (parts, M, h_row) in float32, to be added up.
+def launch_down_parts(
+    x: Tensor, A: Tensor, scale: Tensor | None, h_row: Any, programs: int, bind: Any = None
+) -> Tensor:
+    """Return the parts of scale * x A^T, (parts, M, h_row) in float32, to be added up: enough for so many ``programs``.
 
     ``h_row`` is at least the rank. Columns from the rank on are zero up to the next block of ranks, and undefined after
     it. ``bind`` is that of :class:`~adaptc.kernels._packed_products.PackedLayout`.
     """
     (n_rows, K), rank, blocks = x.shape, A.shape[0], down_blocks(x.dtype, A.dtype)
-    splits = _split_count(n_rows, K, rank, blocks)
+    splits = split_count(n_rows, K, rank, blocks, programs)
     steps = triton.cdiv(triton.cdiv(K, splits), blocks["BLOCK_K"])
     h = x.new_empty((splits, n_rows, h_row), dtype=torch.float32)
     if not is_empty_grid(n_rows, rank):
@@ -142,7 +144,7 @@ def launch_down_parts(x: Tensor, A: Tensor, scale: Tensor | None, h_row: Any, bi
 
 
 def launch_down(x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
-    return launch_down_parts(x, A, scale, A.shape[0]).sum(0).to(A.dtype)
+    return launch_down_parts(x, A, scale, A.shape[0], TARGET_PROGRAMS).sum(0).to(A.dtype)
 
 
 def launch_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor, out: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Add the changes of per-row adapters in place, where nothing else reads the tensor that they are added to.
 
 The graph is one of calls for an interpreter, and its values stay the same. ``adaptc::low_rank_rows`` becomes
-``low_rank_rows_in_place`` if a layer just computed its ``y`` and nothing else reads that, and so does ``grouped_rows``,
-its form of kernels for a GPU. A new tensor for the sum
+``low_rank_rows_in_place`` if a layer just computed its ``y`` and nothing else reads that. So does ``grouped_rows``, its
+form of kernels for a GPU. A new tensor for the sum
 would cost as much as the adapters themselves: it is large, so its memory is fresh, and the first touch of each page is
 a page fault.
 """

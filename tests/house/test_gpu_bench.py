@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.gpu import __main__ as command
-from tests.gpu import bench, roofline, suite, timing, whole_model
+from tests.gpu import bench, modelled, roofline, suite, timing, whole_model
 from tests.gpu.roofline import Peaks, Row, Work
 from tests.gpu.suite import TINY, Maker
 from tests.kernels import ROOT
@@ -177,6 +177,21 @@ def test_models_with_other_outputs_are_not_timed() -> None:
     for wrong in (1.01, float("nan")):
         with pytest.raises(AssertionError, match="adaptc: logits differ from PEFT's"):
             whole_model.check(same | {"adaptc": Model(wrong)}, {}, 1e-4)
+
+
+def test_the_modelled_times_are_those_of_the_model() -> None:
+    readme = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+    assert modelled.markdown() in readme.partition("## On a GPU: modelled, not measured")[2]
+
+
+def test_a_modelled_kernel_takes_as_long_as_the_slowest_that_it_does() -> None:
+    gpu = modelled.Gpu(memory=2.0, cache=4.0, matmul=8.0, start=1.0)
+    assert gpu.seconds(6.0) == gpu.seconds(6.0, 12.0) == gpu.seconds(6.0, 4.0, 24.0) == 4.0
+    assert gpu.seconds(6.0, 16.0) == gpu.seconds(0.0, 0.0, 32.0) == 5.0
+    for rows in (1, 16, 512):
+        base = modelled.base_seconds(rows)
+        few, more = (modelled.adapted_seconds(rows, rank, 2) for rank in (8, 64))
+        assert base * 0.95 < few < more < 1.5 * base
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys) -> None:

@@ -65,25 +65,25 @@ def test_down_is_one_rounding_from_the_exact_sum(rows, length, rank, types, layo
 def test_down_adds_every_part_of_a_split_sum_once(dtype, rows, length, rank) -> None:
     x, A = whole(rows, length, dtype, seed=1), whole(rank, length, dtype, seed=2)
     blocks = lora_epilogue.down_blocks(dtype, dtype)
-    assert lora_epilogue._split_count(rows, length, rank, blocks) > 1
+    assert lora_epilogue.split_count(rows, length, rank, blocks) > 1
     assert torch.equal(lora_down(x, A), (x.float() @ A.float().T).to(dtype))
 
 
 def test_a_sum_is_split_only_for_want_of_programs_and_if_it_is_long() -> None:
     t = {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 128}
-    assert lora_epilogue._split_count(32, 8192, 16, t) == 16
-    assert lora_epilogue._split_count(32, 1024, 16, t) == 2
-    assert lora_epilogue._split_count(32, 511, 16, t) == 1
-    assert lora_epilogue._split_count(32 * 64, 8192, 16, t) == 4
-    assert lora_epilogue._split_count(32 * 256, 8192, 16, t) == 1
-    assert lora_epilogue._split_count(32 * 64, 8192, 64, t) == 1
+    assert lora_epilogue.split_count(32, 8192, 16, t) == 16
+    assert lora_epilogue.split_count(32, 1024, 16, t) == 2
+    assert lora_epilogue.split_count(32, 511, 16, t) == 1
+    assert lora_epilogue.split_count(32 * 64, 8192, 16, t) == 4
+    assert lora_epilogue.split_count(32 * 256, 8192, 16, t) == 1
+    assert lora_epilogue.split_count(32 * 64, 8192, 64, t) == 1
 
 
-@given(rows=st.integers(1, 20000))
-def test_one_row_more_never_costs_a_gpu_half_of_its_programs(rows) -> None:
+@given(rows=st.integers(1, 20000), programs=st.sampled_from([32, 256]))
+def test_one_row_more_never_costs_a_gpu_half_of_its_programs(rows, programs) -> None:
     t = {"BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 64}
-    parts = lora_epilogue._split_count(rows, 4096, 16, t)
-    assert parts == lora_epilogue.MAX_PARTS or -(-rows // 64) * parts >= lora_epilogue.TARGET_PROGRAMS
+    parts = lora_epilogue.split_count(rows, 4096, 16, t, programs)
+    assert parts == lora_epilogue.MAX_PARTS or -(-rows // 64) * parts >= programs
 
 
 @given(rows=SIZES, cols=SIZES, rank=RANKS, types=TYPES, layouts=LAYOUT4, scale=SCALES)
