@@ -59,7 +59,7 @@ FULL_GRID = 256
 
 # A kernel sees only constants of its own module, and of this type.
 _FIELDS, _COLUMN_BLOCK = tl.constexpr(FIELDS), tl.constexpr(COLUMN_BLOCK)
-_RANK_BLOCK, _MAX_PARTS = tl.constexpr(RANK_BLOCK), tl.constexpr(MAX_PARTS)
+_RANK_BLOCK = tl.constexpr(RANK_BLOCK)
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def _block_of_table(table_ptr, number, within, n_cols, n_ranks, SINGLE: tl.const
 def _few_rows_kernel(
     x_ptr, w_ptr, bias_ptr, h_ptr, b_ptr, table_ptr, scales_ptr, y_ptr, n_rows, n_cols, K, n_parts, n_ranks,
     EARLY: tl.constexpr, HAS_BIAS: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, EXACT: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write y for all rows and BLOCK_N columns."""
     share: tl.constexpr = _COLUMN_BLOCK // BLOCK_N
@@ -195,7 +195,7 @@ def _few_rows_kernel(
     h_row = row_of_h(n_ranks)
     update = _update_tile(
         h_ptr + h_first, b_ptr + b_first, scale, bias, rows, within, n_rows, n_block, width, rank, n_parts,
-        n_rows * h_row, h_row, EXACT, _MAX_PARTS, BLOCK_M, BLOCK_N,
+        n_rows * h_row, h_row, EXACT, PARTS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dtype = y_ptr.dtype.element_ty
     y = tl.sum(acc, 0) + update.to(dtype).to(tl.float32)
@@ -233,7 +233,7 @@ def _update_kernel(
 
 
 class FewRows(NamedTuple):
-    """The options of the kernel that writes y for few rows, besides its arguments; that of h has no BLOCK_N."""
+    """The options of the kernel that writes y for few rows, besides its arguments; the one of h has some of them."""
 
     GROUPS: int
     BLOCK_M: int
@@ -241,11 +241,13 @@ class FewRows(NamedTuple):
     BLOCK_K: int
     num_stages: int
     num_warps: int = 4
+    #: parts of h that are loaded together
+    PARTS: int = 8
 
     @property
     def for_h(self) -> dict[str, int]:
         """Return the options of the kernel that computes h."""
-        return {n: v for n, v in self._asdict().items() if n != "BLOCK_N"}
+        return {n: v for n, v in self._asdict().items() if n not in ("BLOCK_N", "PARTS")}
 
 
 class ManyRows(NamedTuple):
@@ -268,7 +270,7 @@ def few_rows_blocks(base: torch.dtype, n_cols: Any) -> FewRows:
 
 def update_blocks(base: torch.dtype) -> ManyRows:
     """Return the blocks for a base of this dtype."""
-    return ManyRows(PARTS=2, BLOCK_M=32) if base == torch.float32 else ManyRows(PARTS=4, BLOCK_M=64)
+    return ManyRows(PARTS=2, BLOCK_M=32 if base == torch.float32 else 64)
 
 
 def split_of_few_rows(K: Any, n_ranks: Any, blocks: FewRows) -> tuple[Any, Any]:
@@ -375,7 +377,7 @@ def _aot_few_rows(base: str, adapter: str, n_cols: int, early: bool) -> list[Aot
     blocks = {n: v for n, v in t._asdict().items() if n.isupper()} | {"EARLY": early}
     pointers = {"x_ptr": base, "a_ptr": adapter, "h_ptr": "fp32"}
     half = base != "fp32"
-    own = {n: v for n, v in blocks.items() if n != "BLOCK_N"}
+    own = {n: v for n, v in blocks.items() if n in t.for_h or n == "EARLY"}
     down = AotKernel.from_pointers(
         _few_rows_down_kernel, f"few_rows_down-{name}", pointers, (), half or adapter != "fp32", **own
     )

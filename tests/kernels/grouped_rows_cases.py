@@ -190,7 +190,7 @@ def test_definition(case: Case) -> None:
     check_in_place(case)
 
 
-def test_in_place_the_rows_of_the_base_are_not_even_read() -> None:
+def test_in_place_the_rows_of_the_base_keep_their_bits() -> None:
     case = make_case([3, 2], [{0: 1.0}, {}, {1: 1.0}, {}], (20,), 31, 67)
     untouched = [slice(20, 40), slice(60, 80)]
     expected = case.run()

@@ -37,7 +37,7 @@ class FakeDriver:
 
 
 class FakeKernel:
-    """What Triton would have compiled. ``launches`` are the grids, and the numbers of rows that were passed."""
+    """What Triton would have compiled. ``launches`` are the grids."""
 
     def __init__(self, source: Any) -> None:
         self.name, self.launches = source.fn.__name__, list[Any]()
@@ -48,8 +48,10 @@ class FakeKernel:
     def run(self, *grid: Any) -> None:
         self.launches.append(grid[:3])
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
+    def launch_metadata(self, *arguments: Any) -> None:
+        return None
+
+    function = packed_metadata = None
 
 
 @contextmanager
