@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptc.kernels._launch import INTERPRETED
-from adaptc.kernels._mixed_dot import split_exactly
+from adaptc.kernels._mixed_dot import float32_dot, split_exactly
 from adaptc.kernels._packed_products import FEW_ROWS
 from adaptc.kernels.lora_epilogue import lora_down
 from adaptc.kernels.packed_lora import packed_factors, packed_lora, reference_packed_lora, sibling_table
@@ -138,6 +138,22 @@ def test_a_float32_is_the_sum_of_its_three_terms_to_the_bit(seed, power) -> None
     _split_kernel[(1,)](x, terms, BLOCK=256)
     assert torch.equal(terms.double().sum(0), x.double())
     assert (terms[1].abs() <= terms[0].abs() * 2**-8).all()
+
+
+@triton.jit
+def _product_kernel(left_ptr, right_ptr, out_ptr):
+    i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    acc = tl.zeros((16, 16), tl.float32)
+    tl.store(out_ptr + i, float32_dot(tl.load(left_ptr + i), tl.load(right_ptr + i), acc))
+
+
+@given(seed=st.integers(0, 999))
+def test_products_of_two_float32_in_terms_are_as_exact_as_float32(seed) -> None:
+    left, right = matrix(16, 16, F32, seed=seed), matrix(16, 16, F32, seed=seed + 1)
+    out = torch.empty(16, 16)
+    _product_kernel[(1,)](left, right, out)
+    error = (out.double() - left.double() @ right.double()).abs()
+    assert (error <= product_error(left, right)).all()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 17])

@@ -146,6 +146,19 @@ def test_swaps_and_batches_compile_four_kernels_once(types, widths) -> None:
         assert by_name == {**dict.fromkeys(FOUR[1:3], 12 * 5 + 1), **dict.fromkeys((FOUR[0], FOUR[3]), 12 * 5)}
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("widths", [[256], [256, 64]], ids=["one", "siblings"])
+def test_bound_kernels_may_be_used_for_any_rank_and_batch(widths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton, asked anew in each launch, finds the same kernel: nothing in it was taken for granted of the first."""
+    monkeypatch.setattr(MODULE._Plan, "_bind_kernels", lambda *_: None)
+    with fake_gpu() as compiled:
+        for rank in (1, 3, 8, 16, 17, 64, 100):
+            given = arguments(torch.bfloat16, None, 1, widths, [rank, 5][: len(widths)], K=64)
+            for rows in (1, 2, 16, 17, 40, 600):
+                packed_lora(torch.randn(rows, 64).bfloat16(), *given[1:])
+        assert names(compiled) == FOUR
+
+
 def test_a_kernel_that_triton_compiles_is_a_recompilation() -> None:
     def first_call() -> None:
         with adaptc.debug.assert_no_recompiles():
