@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 # `make gpu` runs on the python that the machine has, whose torch knows its GPU, and installs nothing.
 GPU_PYTHON ?= python3
 GPU_WORKERS ?= 4
-# --only kernels, --only model, --dry
+# --dry, --minutes 20
 GPU_ARGS ?=
 # --task text, --methods LoRA,DoRA, --steps 10, --out DIR, --report
 COMPARE_ARGS ?=
@@ -31,7 +31,7 @@ TREE := $(CURDIR)/build/tree
 GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test test-long test-all cpp demo demo-all docs lint format bench compare tree gpu gpu-test gpu-bench clean
+.PHONY: test test-long test-all cpp demo demo-all docs lint format bench compare tree gpu gpu-test gpu-kernels gpu-model clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -131,8 +131,8 @@ bench: $(VENV)/.test.stamp
 compare: $(VENV)/.compare.stamp
 	$(BIN)/python -m tests.comparison $(COMPARE_ARGS)
 
-# Tests, then benchmarks; `make -k gpu` measures even if a test fails.
-gpu: gpu-test gpu-bench
+# Three parts of at most eight minutes each: tests, kernels, whole models; `make -k gpu` measures even if a test fails.
+gpu: gpu-test gpu-kernels gpu-model
 
 tree:
 	rm -rf $(TREE)
@@ -142,10 +142,10 @@ tree:
 
 # Another torch has other warnings: shown, not errors.
 gpu-test: tree
-	$(GPU_ENV) $(GPU_PYTHON) -m pytest --full -n $(GPU_WORKERS) -W default -o pythonpath= $(PYTEST_ARGS) tests/gpu
+	$(GPU_ENV) timeout 480 $(GPU_PYTHON) -m pytest --full -n $(GPU_WORKERS) -W default -o pythonpath= $(PYTEST_ARGS) tests/gpu
 
-gpu-bench: tree
-	$(GPU_ENV) $(GPU_PYTHON) -m tests.gpu $(GPU_ARGS)
+gpu-kernels gpu-model: gpu-%: tree
+	$(GPU_ENV) $(GPU_PYTHON) -m tests.gpu --only $* --minutes 7 $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

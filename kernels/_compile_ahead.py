@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ from triton.runtime.jit import JITFunction
 
 from adaptc.errors import BackendError
 
+#: the names of matrix instructions: of one warp, and of four
+MATRIX_INSTRUCTIONS = "HMMA", "HGMMA"
+_LABEL, _BRANCH = re.compile(r"(\.L_x_\d+):"), re.compile(r"BRA.*\((\.L_x_\d+)\)")
+#: an instruction behind its address and its predicate
+_NAME = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -42,6 +48,8 @@ class AotKernel:
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    #: whether it may start before the kernel in front of it has ended, or lets the next one
+    launch_pdl: bool = False
     #: whether matrix instructions must appear; exact float32 matmuls have none
     mma: bool = True
     name: str = ""
@@ -81,6 +89,22 @@ class CompiledKernel:
     #: bytes of shared memory of each program
     shared_bytes: int
     ptx: str
+    #: the machine code, as text
+    sass: str
+
+    def count_in_loop(self, *names: str) -> dict[str, int]:
+        """Return how often instructions are in the loop with most matrix instructions, by name without types."""
+        loops = [Counter(_NAME.findall("\n".join(loop))) for loop in _loops(self.sass.splitlines())]
+        most = max(loops, key=lambda c: sum(c[n] for n in MATRIX_INSTRUCTIONS), default=Counter[str]())
+        return {n: most[n] for n in names}
+
+
+def _loops(lines: Sequence[str]) -> list[Sequence[str]]:
+    """Return the lines of each loop that has no other loop in it: from a label to a branch back to it."""
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := _LABEL.match(line.strip()))}
+    branches = ((labels.get(found[1], i), i) for i, line in enumerate(lines) if (found := _BRANCH.search(line)))
+    back = [(start, end) for start, end in branches if start < end]
+    return [lines[s:e] for s, e in back if not any(s <= start and end < e for start, end in back)]
 
 
 def compile_ahead(record: AotKernel, capability: int, *, aligned: bool = True) -> CompiledKernel:
@@ -105,26 +129,33 @@ def compile_ahead(record: AotKernel, capability: int, *, aligned: bool = True) -
     signature = {n: record.signature[n] for n in names}
     attrs: dict[Any, Any] = {}
     if aligned:
-        hinted = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] in ("i32", "i64")]
+        # A launch says nothing about the arguments that a kernel is not to be specialised on.
+        parameters: Any = record.kernel
+        plain = {str(p.name) for p in parameters.params if p.do_not_specialize}
+        hinted = [
+            i
+            for i, n in enumerate(names)
+            if n not in plain and (signature[n].startswith("*") or signature[n] in ("i32", "i64"))
+        ]
         attrs = {(i,): [["tt.divisibility", 16]] for i in hinted}
     source = ASTSource(fn=record.kernel, signature=signature, constexprs=dict(record.constexprs), attrs=attrs)
     # Fused multiply-adds are triton's default at a launch; saying so silences a warning that the default may change.
-    options = {"num_warps": record.num_warps, "num_stages": record.num_stages, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": record.num_warps, "num_stages": record.num_stages}
+    options |= {"enable_fp_fusion": True, "launch_pdl": record.launch_pdl}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, local = _usage(compiled.asm["cubin"], str(record))
-    return CompiledKernel(local, registers, compiled.metadata.shared, compiled.asm["ptx"])
+    usage, sass = _inspect(compiled.asm["cubin"])
+    found = _USAGE.findall(usage)
+    if len(found) != 1:
+        raise BackendError(f"{record}: expected the resources of one kernel, found: {usage}")
+    registers, stack, local = map(int, found[0])
+    return CompiledKernel(stack + local, registers, compiled.metadata.shared, compiled.asm["ptx"], sass)
 
 
-def _usage(cubin: bytes, name: str) -> tuple[int, int]:
-    """Return the registers, and the bytes of local memory, of each thread of the kernel in ``cubin``."""
-    tool: Any = knobs.nvidia.cuobjdump
+def _inspect(cubin: bytes) -> list[str]:
+    """Return what the GPU's tools say of a binary: the resources that it uses, and its machine code."""
+    tools: Any = knobs.nvidia
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        command = [tool.path, "--dump-resource-usage", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = _USAGE.findall(text)
-    if len(found) != 1:
-        raise BackendError(f"{name}: expected the resources of one kernel from {tool.path}, found: {text}")
-    registers, stack, local = map(int, found[0])
-    return registers, stack + local
+        commands = [tools.cuobjdump.path, "--dump-resource-usage", str(file)], [tools.nvdisasm.path, "-c", str(file)]
+        return [subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands]

@@ -19,38 +19,39 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from adaptc.kernels._compile_ahead import AotKernel
-from adaptc.kernels._launch import INTERPRETED, on_device_of, wrap_triton
+from adaptc.kernels._launch import is_empty_grid, on_device_of, wrap_triton
+from adaptc.kernels._mixed_dot import float32_dot, mixed_dot, plain_dot
 from adaptc.kernels._row_chunks import Chunks, adapter_edges
-
-# A kernel sees only constants of its own module.
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def _exact_dot(left, right, acc):
-    """Return acc + left @ right, in exact float32 where the types differ."""
-    # The interpreter multiplies the bits of bfloat16 as integers.
-    if _INTERPRETED or left.dtype != right.dtype:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
+    """Return acc + left @ right, whose products are exact to float32 also where the dtypes differ."""
+    if left.dtype == right.dtype or right.dtype == tl.float32:
+        return mixed_dot(left, right, acc)
+    else:
+        return plain_dot(left.to(tl.float32), right.to(tl.float32), acc)
 
 
 @triton.jit
-def _dot_float32(left, right, acc):
-    """Return acc + left @ right for ``left`` in float32, with the matrix instructions of ``right``'s type if any."""
+def _dot_float32(left, right, acc, EXACT: tl.constexpr):
+    """Return acc + left @ right for ``left`` in float32, with the matrix instructions of ``right``'s type if any.
+
+    Two float32 are multiplied as they are if EXACT, and else in bfloat16 terms.
+    """
     if right.dtype == tl.bfloat16:
         high = left.to(tl.bfloat16)
         low = (left - high.to(tl.float32)).to(tl.bfloat16)
-        return _exact_dot(high, right, _exact_dot(low, right, acc))
+        return plain_dot(high, right, plain_dot(low, right, acc))
     elif right.dtype == tl.float16:
         # Not split in two as for bfloat16: h may exceed the range of float16.
         return tl.dot(left, right.to(tl.float32), acc, input_precision="tf32x3")
+    elif EXACT:
+        return plain_dot(left, right, acc)
     else:
-        return tl.dot(left, right, acc, input_precision="ieee")
+        return float32_dot(left, right, acc)
 
 
 @triton.jit
@@ -66,14 +67,15 @@ def _load_adapter(starts_ptr, adapter, n_adapters, R):
     return first.to(tl.int64), tl.minimum(rank, R), (adapter < n_adapters) & (rank <= R)
 
 
-# T and n_adapters change from batch to batch. Specialised, they would compile another kernel for a multiple of 16.
-@triton.jit(do_not_specialize=["T", "n_adapters"])
+# These change from batch to batch, and with the adapters of a bank. Specialised, they would compile another kernel
+# where they are 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["T", "R", "n_adapters", "steps"])
 def _shrink_kernel(
     x_ptr, bank_ptr, h_ptr, starts_ptr, order_ptr, adapter_ptr, start_ptr, length_ptr,
-    T, K, R, n_adapters, x_row, span,
+    T, K, R, n_adapters, x_row, steps,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write h[s, p, r], the part of h[p, r] from the s-th ``span`` of k, for one chunk and one tile of ranks."""
+    """Write h[s, p, r], the part of h[p, r] from the s-th ``steps`` times BLOCK_K, for a chunk and a tile of ranks."""
     c = tl.program_id(0)
     split = tl.program_id(2)
     first, rank, _ = _load_adapter(starts_ptr, tl.load(adapter_ptr + c), n_adapters, R)
@@ -86,6 +88,7 @@ def _shrink_kernel(
         x_rows = x_ptr + rows[:, None] * x_row
         a_rows = bank_ptr + (first + r)[None, :] * K
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        span = steps * BLOCK_K
         for k0 in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             x = tl.load(x_rows + k[None, :], mask=(m < length)[:, None] & (k < K)[None, :], other=0.0)
@@ -95,17 +98,22 @@ def _shrink_kernel(
         tl.store(out, acc, mask=(m < length)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_adapters"])
+@triton.jit(do_not_specialize=["R", "n_adapters", "h_row"])
 def _expand_kernel(
     y_ptr, h_ptr, bank_ptr, out_ptr, starts_ptr, scales_ptr, order_ptr, adapter_ptr, start_ptr, length_ptr,
-    N, R, n_adapters, y_row, h_row,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, R, n_adapters, y_row, out_row, h_row,
+    IN_PLACE: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write out for the rows of one chunk and one block of columns; rows without an adapter are copied."""
+    """Write out for the rows of one chunk and one block of columns.
+
+    Rows of the base are copied. IN_PLACE, where out is y, leaves them alone.
+    """
     c = tl.program_id(0)
+    adapter = tl.load(adapter_ptr + c)
     length = tl.load(length_ptr + c)
+    if IN_PLACE:
+        length = tl.where(adapter < 0, 0, length)
     if length > 0:
-        adapter = tl.load(adapter_ptr + c)
         first, rank, is_defined = _load_adapter(starts_ptr, adapter, n_adapters, R)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = tl.arange(0, BLOCK_M)
@@ -121,16 +129,16 @@ def _expand_kernel(
             h = tl.load(h_ptr + p[:, None] * h_row + r[None, :], mask=(m < length)[:, None] & own[None, :], other=0.0)
             b_mask = own[:, None] & (n < N)[None, :]
             b = tl.load(bank_ptr + (first + r)[:, None] * N + n[None, :], mask=b_mask, other=0.0)
-            acc = _dot_float32(h, b, acc)
+            acc = _dot_float32(h, b, acc, EXACT)
         scale = tl.load(scales_ptr + adapter, mask=(adapter >= 0) & (adapter < n_adapters), other=0.0)
         sums = (y.to(tl.float32) + scale * acc).to(y.dtype)
         # Copied, since y + 0 is +0 where y is -0.
         sums = tl.where(rank > 0, sums, y)
         sums = tl.where(is_defined, sums, float("nan"))
-        tl.store(out_ptr + rows[:, None] * N + n[None, :], sums.to(y.dtype), mask=ok)
+        tl.store(out_ptr + rows[:, None] * out_row + n[None, :], sums.to(y.dtype), mask=ok)
 
 
-@triton.jit(do_not_specialize=["n_adapters"])
+@triton.jit(do_not_specialize=["R", "n_adapters"])
 def _outer_kernel(
     h_ptr, v_ptr, out_ptr, starts_ptr, begins_ptr, order_ptr, W, R, n_adapters, h_row, v_row,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -150,7 +158,7 @@ def _outer_kernel(
             h = tl.load(h_ptr + p.to(tl.int64)[None, :] * h_row + r[:, None], mask=h_mask, other=0.0)
             v_mask = (p < end)[:, None] & (n < W)[None, :]
             v = tl.load(v_ptr + rows[:, None] * v_row + n[None, :], mask=v_mask, other=0.0)
-            acc = _dot_float32(h, v, acc)
+            acc = _dot_float32(h, v, acc, True)
         mask = (r < rank)[:, None] & (n < W)[None, :]
         tl.store(out_ptr + (first + r)[:, None] * W + n[None, :], acc, mask=mask)
 
@@ -158,11 +166,6 @@ def _outer_kernel(
 def _with_contiguous_rows(t: Tensor) -> Tensor:
     """Return ``t``, copied where the elements of a row are not contiguous; rows may have any stride, also 0."""
     return t if t.stride(1) == 1 else t.contiguous()
-
-
-def _is_empty_grid(*sizes: Any) -> bool:
-    """Return whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
-    return any(statically_known_true(s == 0) for s in sizes)
 
 
 def _shrink_blocks(chunk: int, R: Any, exact: bool) -> dict[str, int]:
@@ -202,34 +205,42 @@ def _split_count(T: Any, K: Any, rank_tiles: Any, chunk: int, block_k: int) -> i
 
 def launch_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int, R: int) -> Tensor:
     (T, K), n = x.shape, starts.shape[0] - 1
-    exact = x.dtype != bank.dtype or x.dtype == torch.float32
+    exact = x.dtype == torch.float32 or bank.dtype not in (x.dtype, torch.float32)
     blocks = _shrink_blocks(chunk, R, exact)
     tiles = triton.cdiv(R, blocks["BLOCK_R"])
     splits = _split_count(T, K, tiles, chunk, blocks["BLOCK_K"])
-    span = triton.cdiv(triton.cdiv(K, splits), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    steps = triton.cdiv(triton.cdiv(K, splits), blocks["BLOCK_K"])
     h = x.new_empty((splits, T, R), dtype=torch.float32)
-    if not _is_empty_grid(T, R):
+    if not is_empty_grid(T, R):
         x = _with_contiguous_rows(x)
         with on_device_of(x):
             wrap_triton(_shrink_kernel)[(table.adapter.shape[0], tiles, splits)](
-                x, bank.contiguous(), h, starts, *table, T, K, R, n, x.stride(0), span, **blocks
+                x, bank.contiguous(), h, starts, *table, T, K, R, n, x.stride(0), steps, **blocks
             )
     return h.squeeze(0) if splits == 1 else h.sum(0)
 
 
 def launch_expand(
-    y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor, table: Chunks, chunk: int
+    y: Tensor,
+    h: Tensor,
+    bank: Tensor,
+    starts: Tensor,
+    scales: Tensor,
+    table: Chunks,
+    chunk: int,
+    in_place: bool = False,
 ) -> Tensor:
+    """Return y plus the updates: a new tensor, or y itself, whose rows are contiguous, ``in_place``."""
     (T, N), R, n = y.shape, h.shape[1], starts.shape[0] - 1
-    out = y.new_empty((T, N))
-    if not _is_empty_grid(T, N):
+    out = y if in_place else y.new_empty((T, N))
+    if not is_empty_grid(T, N):
         y, h = _with_contiguous_rows(y), _with_contiguous_rows(h)
-        exact = bank.dtype == torch.float32
-        blocks = _expand_blocks(chunk, exact)
+        exact = y.dtype == bank.dtype == torch.float32
+        blocks = _expand_blocks(chunk, exact) | {"EXACT": exact, "IN_PLACE": in_place}
         with on_device_of(y):
             wrap_triton(_expand_kernel)[(table.adapter.shape[0], triton.cdiv(N, blocks["BLOCK_N"]))](
-                y, h, bank.contiguous(), out, starts, scales.contiguous(), *table, N, R, n, y.stride(0), h.stride(0),
-                **blocks, num_stages=2,
+                y, h, bank.contiguous(), out, starts, scales.contiguous(), *table, N, R, n, y.stride(0), out.stride(0),
+                h.stride(0), **blocks, num_stages=2,
             )  # fmt: skip
     return out
 
@@ -238,7 +249,7 @@ def launch_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, n_rows: in
     R, W, n = h.shape[1], v.shape[1], starts.shape[0] - 1
     # Rows of the bank that belong to no adapter are not visited.
     out = v.new_zeros((n_rows, W), dtype=torch.float32)
-    if not _is_empty_grid(n, R, W):
+    if not is_empty_grid(n, R, W):
         h, v = _with_contiguous_rows(h), _with_contiguous_rows(v)
         blocks = _outer_blocks(R, v.dtype == torch.float32)
         begins = adapter_edges(table, n)
@@ -252,7 +263,9 @@ def launch_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, n_rows: in
 def _aot_kernels() -> list[AotKernel]:
     """Return records of each kernel with the blocks for few rows and for many."""
     indices = dict.fromkeys(["starts_ptr", "order_ptr", "adapter_ptr", "start_ptr", "length_ptr", "begins_ptr"], "*i32")
-    sizes = dict.fromkeys(["T", "K", "N", "W", "R", "n_adapters", "span", "x_row", "y_row", "h_row", "v_row"], "i32")
+    sizes = dict.fromkeys(
+        ["T", "K", "N", "W", "R", "n_adapters", "steps", "x_row", "y_row", "out_row", "h_row", "v_row"], "i32"
+    )
     sums = {"h_ptr": "*fp32", "scales_ptr": "*fp32"}
 
     def record(kernel: Any, name: str, blocks: dict[str, int], mma: bool, **types: str) -> AotKernel:
@@ -263,13 +276,13 @@ def _aot_kernels() -> list[AotKernel]:
 
     records = []
     for rows, bank in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
-        exact = bank == "fp32"
+        exact = rows == "fp32"
         row, matrix = f"*{rows}", f"*{bank}"
         for chunk, R in ((16, 16), (64, 128)):
             name = f"{rows} rows {bank} bank chunk {chunk} rank {R}"
             blocks = _shrink_blocks(chunk, R, exact)
             records.append(record(_shrink_kernel, f"shrink {name}", blocks, not exact, x_ptr=row, bank_ptr=matrix))
-            blocks = _expand_blocks(chunk, exact)
+            blocks = _expand_blocks(chunk, exact) | {"EXACT": exact, "IN_PLACE": False}
             records.append(
                 record(_expand_kernel, f"expand {name}", blocks, not exact, y_ptr=row, bank_ptr=matrix, out_ptr=row)
             )

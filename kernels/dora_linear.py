@@ -43,7 +43,9 @@ from adaptc.kernels._low_rank_tile import (
 from adaptc.op_rules import decompose_in_transforms
 
 
-@triton.jit
+# The rank, and the stride of B that follows from it, change with each adapter. Specialised, they would compile another
+# kernel where they are 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["rank", "b_row"])
 def _squares_kernel(
     w_ptr,
     a_ptr,
@@ -76,7 +78,7 @@ def _squares_kernel(
     tl.store(sums_ptr + tile.to(tl.int64) * n_rows + rows, tl.sum(turned * turned, axis=1), mask=rows < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "rank", "h_row", "b_row"])
 def _epilogue_kernel(
     base_ptr,
     h_ptr,

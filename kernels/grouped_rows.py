@@ -17,17 +17,19 @@ tensor ``c``. All layers of a call, and all calls of a generation, share one.
 from __future__ import annotations
 
 import threading
+from math import prod
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from adaptc.kernels._launch import check
+from adaptc.kernels._grouped_products import launch_expand, launch_shrink
+from adaptc.kernels._launch import check, check_floats, runs_kernels
 from adaptc.kernels._row_chunks import Chunks, cut_into_chunks, rows_per_chunk, sum_dtype
 from adaptc.kernels.grouped_lora import grouped_expand, grouped_shrink
 from adaptc.op_rules import decompose_in_transforms
-from adaptc.torch_modes import outside_modes
+from adaptc.torch_modes import has_transform_or_tangent, in_dispatch_mode, outside_modes
 from adaptc.torch_typing import untyped_library
 
 _LIBRARY = untyped_library.Library("adaptc", "FRAGMENT")
@@ -45,22 +47,51 @@ def grouped_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, sca
     return torch.ops.adaptc.grouped_rows(x, y, A, B, starts, scale, c)
 
 
-def _compute(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    count, R = A.shape[:2]
+def _check_and_group(x: Tensor, y: Tensor, A: Tensor, starts: Tensor, c: Tensor) -> list[GroupedPass]:
+    """Return the passes of a call, after a check of sizes that the matmuls would not see."""
+    count, rows, T = A.shape[0], c.shape[0], prod(x.shape[:-1])
     check("grouped_rows", starts.shape[0] == 2 * count + 1, f"starts of {2 * count + 1}", tuple(starts.shape))
-    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    T = x_rows.shape[0]
-    rows = c.shape[0]
     check("grouped_rows", not T or (rows > 0 and T % rows == 0), f"as many for each of {rows} rows", T)
-    passes = _cached_passes(c, T) if T else []
+    return _cached_passes(c, T) if T else []
+
+
+def _bank_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B as the matmuls read them, the ranks of one adapter below those of another."""
+    return A.reshape(-1, A.shape[2]), B.transpose(1, 2).reshape(-1, B.shape[1])
+
+
+def _compute(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    passes, (down, up) = _check_and_group(x, y, A, starts, c), _bank_factors(A, B)
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if len(passes) > 1:
         y_rows = y_rows.to(torch.promote_types(y_rows.dtype, torch.float32))
-    down, up = A.reshape(-1, A.shape[2]), B.transpose(1, 2).reshape(-1, B.shape[1])
     for table, chunk, weight in passes:
-        h = grouped_shrink(x_rows, down, starts, *table, chunk, R)
+        h = grouped_shrink(x_rows, down, starts, *table, chunk, A.shape[1])
         h = h if weight is None else h * weight.to(h.dtype)
         y_rows = grouped_expand(y_rows, h, up, starts, scale, *table, chunk)
     return y_rows.to(y.dtype).reshape(y.shape) if passes else y.clone(memory_format=torch.contiguous_format)
+
+
+def grouped_rows_in_place(
+    x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor
+) -> Tensor:
+    """Return the op's result, written to the memory of ``y``. Rows of the base are neither read nor written.
+
+    The result is a new tensor where a derivative needs both, and where sums need more than y's dtype.
+    """
+    tensors = x, y, A, B, starts, scale, c
+    needs_y = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if needs_y or in_dispatch_mode() or has_transform_or_tangent(*tensors):
+        return grouped_rows(*tensors)
+    passes = _check_and_group(x, y, A, starts, c) if runs_kernels(x) and y.is_contiguous() else []
+    if len(passes) != 1:
+        return _compute(*tensors)
+    check_floats("grouped_rows", x=x, y=y, A=A, B=B, scale=scale)
+    (table, chunk, weight), (down, up) = passes[0], _bank_factors(A, B)
+    h = launch_shrink(x.reshape(-1, x.shape[-1]), down, starts, table, chunk, A.shape[1])
+    h = h if weight is None else h * weight
+    launch_expand(y.view(-1, y.shape[-1]), h, up, starts, scale, table, chunk, in_place=True)
+    return y
 
 
 def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:

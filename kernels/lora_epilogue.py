@@ -22,49 +22,34 @@ projection of other matrices, where the larger is cast as it is read and not cop
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 
 from adaptc.kernels._compile_ahead import AotKernel
-from adaptc.kernels._launch import INTERPRETED, check, check_floats, on_device_of, runs_kernels, wrap_triton
+from adaptc.kernels._launch import check, check_floats, is_empty_grid, on_device_of, runs_kernels, wrap_triton
 from adaptc.kernels._low_rank_tile import AOT_DTYPES, TORCH_DTYPES, low_rank_tile, tile_of
+from adaptc.kernels._mixed_dot import mixed_dot
 from adaptc.op_rules import decompose_in_transforms
-
-# A kernel sees only constants of its own module.
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-#: the columns that a program of the up projection writes; one number for all dtypes, since the table of sibling layers
-#: has a row for each such block
-UP_BLOCK_N = 64
 
 #: the number of programs that fill a GPU of about 130 multiprocessors twice
 TARGET_PROGRAMS = 256
+#: the most parts of the sum over K
+MAX_PARTS = 16
 
 
-@triton.jit
-def dot_in_right_dtype(left, right, acc):
-    """Return acc + left @ right, with ``left`` rounded to the dtype of ``right``."""
-    left = left.to(right.dtype)
-    # The interpreter multiplies the bits of bfloat16 as integers.
-    if _INTERPRETED:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
-
-
-@triton.jit
+# Rows, ranks and what follows from them change from call to call and from adapter to adapter. Specialised, they would
+# compile another kernel where they are 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["n_rows", "rank", "steps", "h_row"])
 def _down_kernel(
-    x_ptr, a_ptr, scale_ptr, h_ptr, n_rows, K, rank, span, x_row, x_col, a_rank, a_col,
+    x_ptr, a_ptr, scale_ptr, h_ptr, n_rows, K, rank, steps, h_row, x_row, x_col, a_rank, a_col,
     HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write h[s, m, r], the part of h[m, r] from the s-th ``span`` of k; ``span`` is a multiple of BLOCK_K."""
+    """Write h[s, m, r], the part of h[m, r] from the s-th ``steps`` times BLOCK_K of k. Rows are ``h_row`` apart."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
@@ -73,18 +58,19 @@ def _down_kernel(
     x_rows = x_ptr + rows[:, None] * x_row
     a_ranks = a_ptr + ranks[None, :] * a_rank
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    span = steps * BLOCK_K
     for start in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + k.to(tl.int64)[None, :] * x_col, mask=row_ok & (k < K)[None, :], other=0.0)
         a = tl.load(a_ranks + k.to(tl.int64)[:, None] * a_col, mask=(k < K)[:, None] & rank_ok, other=0.0)
-        acc = dot_in_right_dtype(x, a, acc)
+        acc = mixed_dot(x, a, acc)
     if HAS_SCALE:
         acc *= tl.load(scale_ptr).to(tl.float32)
-    place = h_ptr + (split.to(tl.int64) * n_rows + rows)[:, None] * rank + ranks[None, :]
-    tl.store(place, acc.to(h_ptr.dtype.element_ty), mask=row_ok & rank_ok)
+    place = h_ptr + (split.to(tl.int64) * n_rows + rows)[:, None] * h_row + ranks[None, :]
+    tl.store(place, acc.to(h_ptr.dtype.element_ty), mask=row_ok & (ranks < h_row)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "rank"])
 def _up_add_kernel(
     y_ptr, h_ptr, b_ptr, scale_ptr, out_ptr, n_rows, n_cols, rank,
     y_row, y_col, h_row, h_rank, b_row, b_rank, out_row, out_col,
@@ -102,62 +88,63 @@ def _up_add_kernel(
     tl.store(out_ptr + rows[:, None] * out_row + cols[None, :] * out_col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def is_empty_grid(*sizes: Any) -> bool:
-    """Return whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
-    return any(statically_known_true(size == 0) for size in sizes)
+def down_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
+    """Return the options of the down projection of x and A of these dtypes: the same for all ranks and rows.
 
-
-def down_blocks(dtype: torch.dtype, rank: Any) -> tuple[dict[str, int], int]:
-    """Return blocks and the number of warps for the down projection by factors of this dtype and rank.
-
-    A symbolic rank gets the smallest blocks: it must not become a constant of compiled code.
+    Blocks are wide, so that x is read once for the usual ranks. Ranks that do not exist are not read.
     """
     # Exact float32 products are not made by tensor cores and hold their operands in registers: small tiles.
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 32}, 4
-    # The largest tiles whose registers do not spill where no stride is known to be a multiple of 16.
-    if not isinstance(rank, int) or rank <= 16:
-        return {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 128}, 4
-    if rank <= 32:
-        return {"BLOCK_M": 32, "BLOCK_R": 32, "BLOCK_K": 64}, 4
-    return {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_K": 128}, 8
+    if left == right == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 32, "num_warps": 4}
+    # Three terms of each number of A need the registers of two.
+    return {"BLOCK_M": 64, "BLOCK_R": 32 if right == torch.float32 else 64, "BLOCK_K": 64, "num_warps": 8}
 
 
 def up_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
     half = left == right != torch.float32
-    return {"BLOCK_M": 64 if half else 32, "BLOCK_N": UP_BLOCK_N, "BLOCK_R": 32 if half else 16}
+    return {"BLOCK_M": 64 if half else 32, "BLOCK_N": 64, "BLOCK_R": 32 if half else 16}
 
 
-def _split_count(n_rows: Any, K: Any, rank: Any, blocks: dict[str, int]) -> int:
-    """Return the number of parts of the sum over K.
+def split_count(n_rows: Any, K: Any, rank: Any, blocks: dict[str, int], programs: int = TARGET_PROGRAMS) -> int:
+    """Return the number of parts of the sum over K: for so many ``programs``, of four steps at least each.
 
     Symbolic sizes get as many parts as few rows would, where splitting matters most.
     """
-    parts = 16
+    parts = MAX_PARTS
     if isinstance(n_rows, int) and isinstance(rank, int):
-        parts = min(
-            parts, TARGET_PROGRAMS // (triton.cdiv(n_rows, blocks["BLOCK_M"]) * triton.cdiv(rank, blocks["BLOCK_R"]))
-        )
+        # Rounded up: one more block of rows must not halve the number of programs.
+        tiles = triton.cdiv(n_rows, blocks["BLOCK_M"]) * triton.cdiv(rank, blocks["BLOCK_R"])
+        parts = min(parts, triton.cdiv(programs, tiles)) if tiles else 1
     if isinstance(K, int):
         parts = min(parts, K // (4 * blocks["BLOCK_K"]))
     return max(parts, 1)
 
 
+def launch_down_parts(
+    x: Tensor, A: Tensor, scale: Tensor | None, h_row: Any, programs: int, bind: Any = None
+) -> Tensor:
+    """Return the parts of scale * x A^T, (parts, M, h_row) in float32, to be added up: enough for so many ``programs``.
+
+    ``h_row`` is at least the rank. Columns from the rank on are zero up to the next block of ranks, and undefined after
+    it. ``bind`` is that of :class:`~adaptc.kernels._packed_products.PackedLayout`.
+    """
+    (n_rows, K), rank, blocks = x.shape, A.shape[0], down_blocks(x.dtype, A.dtype)
+    splits = split_count(n_rows, K, rank, blocks, programs)
+    steps = triton.cdiv(triton.cdiv(K, splits), blocks["BLOCK_K"])
+    h = x.new_empty((splits, n_rows, h_row), dtype=torch.float32)
+    if not is_empty_grid(n_rows, rank):
+        grid = (triton.cdiv(n_rows, blocks["BLOCK_M"]), triton.cdiv(rank, blocks["BLOCK_R"]), splits)
+        down = wrap_triton(_down_kernel) if bind is None else bind(_down_kernel)
+        with on_device_of(x):
+            down[grid](
+                x, A, h if scale is None else scale, h, n_rows, K, rank, steps, h_row, *x.stride(), *A.stride(),
+                HAS_SCALE=scale is not None, **blocks,
+            )  # fmt: skip
+    return h
+
+
 def launch_down(x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
-    (n_rows, K), rank = x.shape, A.shape[0]
-    blocks, warps = down_blocks(A.dtype, rank)
-    if is_empty_grid(n_rows, rank):
-        return x.new_empty((n_rows, rank), dtype=A.dtype)
-    splits = _split_count(n_rows, K, rank, blocks)
-    h = x.new_empty((splits, n_rows, rank), dtype=A.dtype if splits == 1 else torch.float32)
-    span = triton.cdiv(triton.cdiv(K, splits), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
-    grid = (triton.cdiv(n_rows, blocks["BLOCK_M"]), triton.cdiv(rank, blocks["BLOCK_R"]), splits)
-    with on_device_of(x):
-        wrap_triton(_down_kernel)[grid](
-            x, A, A if scale is None else scale, h, n_rows, K, rank, span, *x.stride(), *A.stride(),
-            HAS_SCALE=scale is not None, **blocks, num_warps=warps,
-        )  # fmt: skip
-    return h.view(n_rows, rank) if splits == 1 else h.sum(0).to(A.dtype)
+    return launch_down_parts(x, A, scale, A.shape[0], TARGET_PROGRAMS).sum(0).to(A.dtype)
 
 
 def launch_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor, out: Tensor) -> Tensor:
@@ -280,14 +267,13 @@ decompose_in_transforms("lora_down", reference_lora_down, nondifferentiable=(2,)
 decompose_in_transforms("lora_up_add", reference_lora_up_add, nondifferentiable=(3,))
 
 
-def _aot_down(base: str, adapter: str, rank: int, of_gradient: bool) -> AotKernel:
+def _aot_down(base: str, adapter: str, of_gradient: bool) -> AotKernel:
     """Return the record of a down projection; ``of_gradient`` gives it the strides and the scale of a gradient of B."""
-    pointers = {"x_ptr": base, "a_ptr": adapter, "scale_ptr": "fp32", "h_ptr": adapter}
-    name = f"lora_down-{base}-{adapter}-rank{rank}{'-gradient' if of_gradient else ''}"
+    pointers = {"x_ptr": base, "a_ptr": adapter, "scale_ptr": "fp32", "h_ptr": "fp32"}
+    name = f"lora_down-{base}-{adapter}{'-gradient' if of_gradient else ''}"
     ones = ("x_row", "a_rank") if of_gradient else ("x_col", "a_col")
-    t, warps = down_blocks(TORCH_DTYPES[adapter], rank)
-    a = AotKernel.from_pointers(_down_kernel, name, pointers, ones, adapter != "fp32", HAS_SCALE=of_gradient, **t)
-    return replace(a, num_warps=warps)
+    t = down_blocks(TORCH_DTYPES[base], TORCH_DTYPES[adapter])
+    return AotKernel.from_pointers(_down_kernel, name, pointers, ones, base != "fp32", HAS_SCALE=of_gradient, **t)
 
 
 def _aot_up_add(base: str, adapter: str) -> AotKernel:
@@ -300,11 +286,6 @@ def _aot_up_add(base: str, adapter: str) -> AotKernel:
 
 
 AOT_KERNELS = [
-    *(
-        _aot_down(*types, rank, gradient)
-        for types in AOT_DTYPES
-        for rank, gradient in ((16, False), (16, True), (64, True))
-    ),
-    *(_aot_down(*types, rank, False) for types in AOT_DTYPES if types[1] != "fp32" for rank in (32, 64)),
+    *(_aot_down(*types, gradient) for types in AOT_DTYPES for gradient in (False, True)),
     *(_aot_up_add(*types) for types in AOT_DTYPES),
 ]

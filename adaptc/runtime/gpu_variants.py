@@ -1,15 +1,16 @@
 """Make the variants of a program's graph on a GPU, with its adapters as fused kernels.
 
-    plain    a kernel for each region whose method has one     for few rows, and where slots are trained
-    apart    siblings in one matmul and one kernel besides     for many rows
+    plain     a kernel for each region whose method has one              where slots are trained
+    packed    adapters packed once per binding, siblings in one op       all other calls
 
-Both are made of one lowered graph. On other devices the kernels' ops compute their references, so that all of this can
-be tried without a GPU.
+Both are made of one lowered graph. The op of the packed variant chooses between kernels for few rows and for many in
+each call, also in code that inductor compiled. On other devices the kernels' ops compute their references, so that all
+of this can be tried without a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -22,10 +23,11 @@ from adaptc.passes.graph.graph_lock import graph_locked_property
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.pass_infra import GraphPass
 from adaptc.passes.lower.lower_regions import LowerGraph, LoweringSummary
-from adaptc.passes.lower.lower_siblings import LowerSiblings
-from adaptc.passes.optimize.sibling_cost import is_at_most, max_row_count
+from adaptc.passes.lower.lower_siblings import CallKernelsDirectly, LowerSiblings
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.runtime.variants import APART, PLAIN, Fusion, GraphVariants, LiftedGraph
+from adaptc.runtime.variants import Fusion, GraphVariants, LiftedGraph
+
+PACKED = "packed"
 
 
 def runs_on_gpu(tensors: Iterable[Any]) -> bool:
@@ -80,26 +82,21 @@ class GpuVariants(GraphVariants):
 
     def fusing_passes(self, variant_name: str) -> list[GraphPass]:
         s = self.source
-        return [LowerSiblings(s.movable, s.frozen_stages, s.user_inputs)]
+        return [LowerSiblings(s.movable, s.frozen_stages, s.user_inputs, shares=self.is_fused)]
+
+    def calling_passes(self) -> list[GraphPass]:
+        return [*super().calling_passes(), CallKernelsDirectly()]
 
     @property
     def variant_names(self) -> list[str]:
-        return [PLAIN, APART] if self.is_fused else [PLAIN]
+        return [PACKED]
 
     def cheapest_variant(self, sizes: Mapping[str, int]) -> str:
-        return PLAIN if not self.is_fused or self._has_few_rows(sizes) else APART
-
-    @graph_locked_property
-    def _has_few_rows(self) -> Callable[[Mapping[str, int]], bool]:
-        from adaptc.kernels import FEW_ROWS
-
-        return is_at_most(max_row_count(self.sibling_groups), FEW_ROWS) if self.sibling_groups else lambda sizes: True
+        return PACKED
 
     @graph_locked_property
     def fusion(self) -> Fusion:
-        from adaptc.kernels import FEW_ROWS
-
-        groups = self.sibling_groups if self.is_fused else []
+        groups = [g for g in self.sibling_groups if len(g.layers) > 1]
         layers = sum(len(g.layers) for g in groups)
         lowered: LoweringSummary = self.clean_result.data[0]
-        return Fusion(len(groups), layers, layers, FEW_ROWS, kernels=lowered.regions, others=lowered.reasons_by_site)
+        return Fusion(len(groups), layers, layers, kernels=lowered.regions, others=lowered.reasons_by_site)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -188,6 +188,36 @@ class SplitGraph:
         return [*(lifted[i] for i in self.kept_inputs), *values[len(lifted) :]]
 
 
+class StreamHandover:
+    """CUDA tensors, and the stream that computed the last of them: calls on other streams wait for it, once each.
+
+    They also tell the allocator of their stream. Otherwise a swap, which frees the tensors, would give their memory
+    away under a call that another stream has not computed yet.
+    """
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        self._tensors = [t for t in tensors if isinstance(t, Tensor) and t.is_cuda]
+        self._known: set[int] = set()
+        if self._tensors:
+            self._device = self._tensors[0].device
+            stream = torch.cuda.current_stream(self._device)
+            self._computed = stream.record_event()
+            self._known.add(stream.cuda_stream)
+
+    def to_current_stream(self) -> None:
+        """Let the current stream use the tensors."""
+        if not self._tensors:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        # A capture begins when all streams are done, and cannot wait for what was recorded before it.
+        if stream.cuda_stream in self._known or torch.cuda.is_current_stream_capturing():
+            return
+        stream.wait_event(self._computed)
+        for tensor in self._tensors:
+            tensor.record_stream(stream)
+        self._known.add(stream.cuda_stream)
+
+
 class SharedValues:
     """The values hoisted from the base alone, for all bindings that do not change the base."""
 
@@ -195,11 +225,14 @@ class SharedValues:
         self.stage = stage
         self._lock = reset_after_fork(threading.Lock())
         self._values: _StageValues | None = None
+        self._handover = StreamHandover(())
 
     def values_for(self, lifted: Sequence[Any]) -> _StageValues:
         with self._lock:
             if self._values is None or not (self._values.is_fresh() and self._values.has_current_memory()):
                 self._values = self.stage.compute_values(lifted, (), lifted)
+                self._handover = StreamHandover(self._values.values)
+            self._handover.to_current_stream()
             return self._values
 
 
@@ -208,7 +241,7 @@ class _HoistedState:
     """The values that hoisted inputs have made, replaced as a whole.
 
     ``inputs`` of the main graph were made of the ``lifted`` inputs. Where ``slots_may_change``, they lack the values
-    hoisted from slots, which each call computes.
+    hoisted from slots, which each call computes. ``handover`` gives them to the stream of a call.
     """
 
     lifted: tuple[Any, ...]
@@ -217,6 +250,7 @@ class _HoistedState:
     slots: _StageValues = _StageValues()
     is_fresh: Callable[[], bool] = _StageValues().is_fresh
     slots_may_change: bool = False
+    handover: StreamHandover = field(default_factory=lambda: StreamHandover(()))
 
 
 class HoistedInputs:
@@ -249,7 +283,9 @@ class HoistedInputs:
         self.laid_out = tuple(lay_out(list(originals)))
         same = all(new is old for new, old in zip(self.laid_out, self.originals, strict=True))
         self.state: _HoistedState | None = (
-            None if split.stages or not same else _HoistedState(self.laid_out, self.laid_out)
+            None
+            if split.stages or not same
+            else _HoistedState(self.laid_out, self.laid_out, handover=StreamHandover(self.laid_out))
         )
 
     def values(self) -> tuple[Any, ...]:
@@ -260,6 +296,7 @@ class HoistedInputs:
                 state = self.state
                 if state is None or not state.is_fresh():
                     state = self.state = self._compute_state()
+        state.handover.to_current_stream()
         if state.slots_may_change:
             return (*state.inputs, *self.split.stages[1].run_prologue([*state.lifted, *state.base.values]))
         return state.inputs
@@ -285,9 +322,8 @@ class HoistedInputs:
         watched = (*base.watched, *slots.watched, *copied)
         versions = (*base.versions, *slots.versions, *(versions[id(o)] for o in copied))
         inputs = (*(lifted[i] for i in self.split.kept_inputs), *base.values, *slots.values)
-        return _HoistedState(
-            lifted, inputs, base, slots, _StageValues((), watched, versions).is_fresh, slots_may_change
-        )
+        is_fresh = _StageValues((), watched, versions).is_fresh
+        return _HoistedState(lifted, inputs, base, slots, is_fresh, slots_may_change, StreamHandover(inputs))
 
     def has_current_memory(self) -> bool:
         """Return whether every tensor that values were made from still has the same memory address."""

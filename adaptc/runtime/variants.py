@@ -55,8 +55,8 @@ class Fusion:
     """The counts of what was fused: ``layers`` in ``groups`` that read one tensor each, ``adapted`` with an adapter.
 
     Adapters of a group are stacked for up to ``rows`` rows. ``wide`` groups have adapters in half precision that are
-    computed in float32 for up to ``wide_rows`` rows. On a GPU, ``kernels`` regions run as fused kernels. There
-    ``others`` says by site why its region does not, and layers are grouped above ``rows`` rows.
+    computed in float32 for up to ``wide_rows`` rows. On a GPU, ``kernels`` regions run as fused kernels, and ``others``
+    says by site why its region does not.
     """
 
     groups: int = 0
@@ -76,7 +76,7 @@ class Fusion:
             if adapters and isfinite(self.rows):
                 until = f" (stacked for up to {self.rows:.0f} rows)" if self.rows >= 1 else " (each on its own)"
             if self.kernels:
-                until = f" (above {self.rows:.0f} rows)"
+                until = ""
             lines.append(f"fused: {self.layers} layers in {self.groups} products{adapters}{until}")
         if self.wide:
             why = "the processor does not multiply their type"
@@ -244,6 +244,10 @@ class GraphVariants:
             FuseSiblings(s.movable, s.frozen_stages, s.user_inputs, variant_name != APART, variant_name == WIDE),
         ]
 
+    def calling_passes(self) -> list[GraphPass]:
+        """Return the passes that make calls by an interpreter faster, for the part of a variant that calls run."""
+        return [AddInPlace(), CallDirectly()]
+
     @graph_locked_property
     def clean_result(self) -> PassResult[fx.Graph]:
         return PassManager(self.cleaning_passes())(copy_graph(self.source.module.graph))
@@ -283,7 +287,7 @@ class GraphVariants:
         )
         called_graph, trail = split.main, (*self.clean_result.trail, *trail, *split.trail)
         products = MatmulChoices()
-        passes: list[GraphPass] = [] if s.is_for_compiler else [AddInPlace(), CallDirectly()]
+        passes = [] if s.is_for_compiler else self.calling_passes()
         if s.make_packed_layer is not None:
             passes = [PackWeights({*s.frozen_base, *names}, s.make_packed_layer), *passes]
         if s.choose_matmul is not None:

@@ -311,6 +311,7 @@ class ProgramCore(ExportedParts):
         run = self._run_state
         with run.lock:
             self._check_base_kept()
+            run.check_not_captured(binding)
             now = run.call_state
             arguments = None if now.executor is None else now.executor.arguments(binding)
             run.call_state = replace(now, binding=binding, arguments=arguments, scaled_bindings={})

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, BackendError
 from adaptc.locks import reset_after_fork
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.runtime.executor import Arguments, Executor
@@ -63,6 +64,8 @@ def call_current(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     now = program.call_state
     if now.arguments is None or active_overrides():
         now = program.compiled_state_of_call()
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        program.run_state.captured.add(now.binding)
     return now.executor(now.arguments, args, kwargs)
 
 
@@ -89,7 +92,8 @@ class RunState:
     ``traced_regions`` and ``merged_programs``: memos of traced regions and of merged programs. ``modules`` and
     ``bound``: the modules and callables made of the program that still exist. ``bound_executors``: the code of bound
     callables whose options are not the program's. ``part_executors``: for the code of a whole program, the code of its
-    parts. ``lock``: for assignments that depend on the value before them; it is never held for long.
+    parts. ``captured``: the bindings with which a CUDA graph captured a call of the program, and not of what is bound.
+    ``lock``: for assignments that depend on the value before them; it is never held for long.
     """
 
     call_state: CallState
@@ -104,6 +108,7 @@ class RunState:
     part_executors: weakref.WeakKeyDictionary[Executor, dict[Any, Executor]] = field(
         default_factory=weakref.WeakKeyDictionary[Executor, dict[Any, Executor]]
     )
+    captured: weakref.WeakSet[Binding] = field(default_factory=weakref.WeakSet[Binding])
     lock: threading.RLock = field(default_factory=lambda: reset_after_fork(threading.RLock()))
 
     def replace_call_state(self, state: CallState) -> None:
@@ -113,6 +118,16 @@ class RunState:
         self.bound_executors.clear()
         for bound in self.bound:
             bound.set_hoist_limit(state.options.hoist_limit)
+
+    def check_not_captured(self, new: Binding) -> None:
+        """Raise BackendError where a swap to ``new`` would leave a CUDA graph with the adapter that it captured."""
+        old = self.call_state.binding
+        if old is not None and old is not new and old in self.captured:
+            raise BackendError(
+                f"a CUDA graph has captured a call of this program with {old.source!r}, and would go on computing with "
+                "that adapter after a swap. Capture calls of prog.bind(adapter), one graph for each adapter, or swap "
+                "copy.copy(prog), of which no graph has captured a call"
+            )
 
     def add_bound(self, bound: Any) -> None:
         """Make ``bound`` follow the program's limit on hoisted values from now on."""

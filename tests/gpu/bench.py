@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from tests.gpu.roofline import Row
 from tests.gpu.suite import Candidate, Case, Compile, Output
-from tests.gpu.timing import call_microseconds, cpu_microseconds, device_microseconds
+from tests.gpu.timing import call_microseconds, copies_beyond_cache, cpu_microseconds, device_microseconds
 
 #: what outputs may differ by, relative to their norm
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -36,23 +38,37 @@ def check_agreement(candidates: Sequence[Candidate], dtype: torch.dtype) -> None
             raise AssertionError(f"{name} differs from {first} by {apart:.1e} of the norm")
 
 
-def run_case(case: Case, dtype: torch.dtype, clocks: Sequence[Callable[[Callable[[], object]], float]]) -> list[Row]:
-    """``clocks``: of the GPU alone, and of a call."""
+Clock = Callable[[Sequence[Callable[[], object]]], float]
+
+
+def run_case(case: Case, dtype: torch.dtype, clocks: Sequence[Clock], copies: Callable[[int], int]) -> list[Row]:
+    """``clocks``: of the GPU alone, and of a call. ``copies``: how many of a case that moves so many bytes."""
     with torch.no_grad():
         candidates = case.build()
         check_agreement(candidates, dtype)
-        return [Row(case.kernel, case.shape, c.name, c.work, *(clock(c.run) for clock in clocks)) for c in candidates]
+        count = copies(min(c.work.bytes for c in candidates))
+        runs = [
+            [c.run for c in same] for same in zip(candidates, *(case.build() for _ in range(count - 1)), strict=True)
+        ]
+        timed = zip(candidates, runs, strict=True)
+        return [Row(case.kernel, case.shape, c.name, c.work, *(clock(r) for clock in clocks)) for c, r in timed]
 
 
-def run(cases: Iterable[Case], device: torch.device, dtype: torch.dtype) -> tuple[list[Row], list[str]]:
-    """The rows, and what went wrong in cases that have none."""
-    on_gpu = device.type == "cuda"
+def run(
+    cases: Iterable[Case], device: torch.device, dtype: torch.dtype, seconds: float = math.inf
+) -> tuple[list[Row], list[str]]:
+    """The rows, and what went wrong in cases that have none. After so many ``seconds`` no other case begins."""
+    on_gpu, begin = device.type == "cuda", time.perf_counter()
     clocks = (device_microseconds, call_microseconds) if on_gpu else (cpu_microseconds, cpu_microseconds)
+    copies = copies_beyond_cache if on_gpu else (lambda _: 2)
     rows: list[Row] = []
     failures: list[str] = []
     for case in cases:
+        if time.perf_counter() - begin > seconds:
+            failures.append(f"{case.kernel}, {case.shape}: left out, as the time was over")
+            continue
         try:
-            rows += run_case(case, dtype, clocks)
+            rows += run_case(case, dtype, clocks, copies)
         except Exception:
             failures.append(f"{case.kernel}, {case.shape}:\n{traceback.format_exc()}")
         if on_gpu:

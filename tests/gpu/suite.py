@@ -17,10 +17,8 @@ from torch.nn import functional as F
 from adaptc.kernels.dora_linear import dora_norm
 from adaptc.kernels.grouped_lora import cut_into_chunks, grouped_lora, rows_per_chunk
 from adaptc.kernels.grouped_rows import grouped_rows
-from adaptc.kernels.lora_epilogue import lora_down
-from adaptc.kernels.lora_linear import lora_linear
-from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from adaptc.kernels.merge_weight import merge_
+from adaptc.kernels.packed_lora import packed_factors, packed_lora_direct, sibling_table
 from adaptc.passes.protocol.low_rank_rows import stacked_matmul
 from tests.gpu.roofline import Work, adapter_work, length_work, linear_work, lora_work, merge_work, norm_work
 
@@ -49,7 +47,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """``fewer_rows``: for the cases of more than one adapter, which take longer to compile."""
+    """``fewer_rows``: for the cases of more than one adapter, which take longer to compile.
+
+    ``mixed``: the dtype of adapters that stay wider than their base, as PEFT's do. ``long``: (K, N) of a layer of which
+    K is the larger.
+    """
 
     dtype: torch.dtype
     K: int
@@ -61,6 +63,8 @@ class Sizes:
     grouped: int
     adapters: int
     weights: tuple[tuple[int, int], ...]
+    mixed: torch.dtype
+    long: tuple[int, int]
 
 
 #: the layers of Llama-3-8B
@@ -69,12 +73,14 @@ FULL = Sizes(
     K=4096,
     rows=(1, 8, 16, 512, 4096),
     fewer_rows=(1, 16, 512, 4096),
-    ranks=(16, 64),
+    ranks=(8, 16, 64),
     widths=(1024, 4096, 14336),
     siblings={"q, k, v": (4096, 1024, 1024), "gate, up": (14336, 14336)},
     grouped=4096,
     adapters=32,
     weights=((4096, 4096), (14336, 4096)),
+    mixed=torch.float32,
+    long=(14336, 4096),
 )
 
 #: the same cases, small enough for a CPU, and exact enough to tell a wrong factor
@@ -89,11 +95,14 @@ TINY = Sizes(
     grouped=40,
     adapters=4,
     weights=((24, 48),),
+    mixed=torch.float64,
+    long=(67, 24),
 )
 
 
 def peft_layer(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return F.linear(x, W) + F.linear(F.linear(x, A), B) * SCALE
+    y = F.linear(x, W)
+    return (y + F.linear(F.linear(x.to(A.dtype), A), B) * SCALE).to(y.dtype)
 
 
 def peft_siblings(x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
@@ -130,14 +139,18 @@ class Maker:
         values = torch.randn(rows, cols, generator=self.generator, device=self.device) / cols**0.5
         return values.to(self.sizes.dtype)
 
-    def layer(self, rows: int, N: int, rank: int) -> list[Candidate]:
-        K = self.sizes.K
+    def layer(
+        self, rows: int, N: int, rank: int, K: int | None = None, adapter: torch.dtype | None = None
+    ) -> list[Candidate]:
+        K = K or self.sizes.K
         x, W, A, B = (self.random(*shape) for shape in ((rows, K), (N, K), (rank, K), (N, rank)))
-        work = lora_work(rows, K, [N], rank, self.bytes)
+        A, B = (t.to(adapter or t.dtype) for t in (A, B))
+        work = linear_work(rows, K, N, self.bytes) + adapter_work(rows, K, N, rank, A.itemsize)
         compiled = self.compiled(peft_layer)
+        packed = A, packed_factors([B]), None, self.scale.reshape(1), [N]
         return [
             self._base(x, W),
-            Candidate(OURS, lambda: lora_linear(x, W, None, A, B, self.scale), work),
+            Candidate(OURS, lambda: packed_lora_direct(x, W, None, *packed), work),
             Candidate(PEFT, lambda: peft_layer(x, W, A, B), work),
             Candidate(COMPILED, lambda: compiled(x, W, A, B), work),
         ]
@@ -148,14 +161,13 @@ class Maker:
         Bs = [self.random(N, rank) for N in widths]
         layers = list(zip(W.split(widths), A.split(rank), Bs, strict=True))
         ranks = [rank] * len(widths)
-        factors, table = sibling_factors(Bs), sibling_table(widths, ranks, self.device)
+        factors, table = packed_factors(Bs), sibling_table(widths, ranks, self.device)
         scales = torch.full((len(widths),), SCALE, device=self.device)
         work = lora_work(rows, K, widths, rank, self.bytes)
         compiled = self.compiled(peft_siblings)
 
         def ours() -> Output:
-            y = lora_up_add_siblings(F.linear(x, W), lora_down(x, A, None), factors, table, scales, widths)
-            return y.split(widths, 1)
+            return packed_lora_direct(x, W, None, A, factors, table, scales, widths).split(widths, 1)
 
         return [
             self._base(x, W),
@@ -182,7 +194,7 @@ class Maker:
 
         peft = Candidate(PEFT, lambda: peft_grouped(x, W, groups), work)
         found = [self._base(x, W), Candidate(OURS, ours, work), peft]
-        if rank == self.sizes.ranks[0]:
+        if rank == self.sizes.ranks[-2]:
             # For one rank only: a loop over the adapters takes long to compile.
             compiled = self.compiled(peft_grouped)
             found.append(Candidate(COMPILED, lambda: compiled(x, W, groups), work))
@@ -266,16 +278,26 @@ class Maker:
         for N in s.widths:
             for M, r in product(s.rows, s.ranks):
                 yield Case("lora_linear", f"M={M} K={s.K} N={N} r={r}", lambda M=M, N=N, r=r: self.layer(M, N, r))
+        wider, (length, width) = str(s.mixed).removeprefix("torch."), s.long
+        for M in s.fewer_rows:
+            r, N = s.ranks[-1], s.widths[1]
+            yield Case(
+                "lora_linear", f"M={M} K={length} N={width} r={r}", lambda M=M, r=r: self.layer(M, width, r, length)
+            )
+            yield Case(
+                "lora_linear", f"{wider} adapter: M={M} K={s.K} N={N} r={r}",
+                lambda M=M, r=r, N=N: self.layer(M, N, r, adapter=s.mixed),
+            )  # fmt: skip
         for name, widths in s.siblings.items():
-            for M, r in product(s.fewer_rows, s.ranks):
+            for M, r in product(s.fewer_rows, s.ranks[-2:]):
                 shape = f"{name}: M={M} K={s.K} N={'+'.join(map(str, widths))} r={r}"
                 yield Case("siblings", shape, lambda M=M, r=r, widths=widths: self.siblings(M, widths, r))
-        for M, r in product(s.fewer_rows, s.ranks):
+        for M, r in product(s.fewer_rows, s.ranks[-2:]):
             shape = f"{s.adapters} adapters: M={M} K={s.K} N={s.grouped} r={r}"
             yield Case("grouped_lora", shape, lambda M=M, r=r: self.grouped(M, r))
         for M, each in ((8, 1), (8, 64), (64, 1)):
             shape = f"4 adapters of ranks 4 to 64: {M} rows of {each} K={s.K} N={s.grouped}"
             yield Case("grouped_rows", shape, lambda M=M, each=each: self.bank(M, each))
         for kernel, build in (("dora_norm", self.norm), ("merge_", self.merge)):
-            for (N, K), r in product(s.weights, s.ranks):
+            for (N, K), r in product(s.weights, s.ranks[-2:]):
                 yield Case(kernel, f"{N}x{K} r={r}", lambda b=build, N=N, K=K, r=r: b(N, K, r))

@@ -14,8 +14,8 @@ from adaptc.kernels.dora_linear import dora_epilogue, dora_norm
 from adaptc.kernels.grouped_lora import grouped_lora
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
 from adaptc.kernels.lora_linear import lora_linear
-from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from adaptc.kernels.merge_weight import merge_saving_, unmerge_
+from adaptc.kernels.packed_lora import packed_factors, packed_lora, sibling_table
 from tests.gpu.cases import BF16, DEVICE, F32, SCALE, TYPES, bits, matrix, number, type_name, vector
 from tests.gpu.timing import captured
 
@@ -83,16 +83,17 @@ def test_layers_compiled_for_one_size(rows) -> None:
 
 
 def _siblings(rows: int, ranks: tuple[int, ...]) -> list[Any]:
-    y, h = matrix(rows, sum(WIDTHS), BF16), matrix(rows, sum(ranks), BF16, seed=1)
-    B = sibling_factors([matrix(w, r, BF16, seed=2) for w, r in zip(WIDTHS, ranks, strict=True)])
-    return [y, h, B, sibling_table(WIDTHS, ranks, DEVICE), torch.linspace(0.3, 2, 3, device=DEVICE), WIDTHS]
+    x, W, A = matrix(rows, 256, BF16), matrix(sum(WIDTHS), 256, BF16, seed=1), matrix(sum(ranks), 256, BF16, seed=3)
+    B = packed_factors([matrix(w, r, BF16, seed=2) for w, r in zip(WIDTHS, ranks, strict=True)])
+    table, scales = sibling_table(WIDTHS, ranks, DEVICE), torch.linspace(0.3, 2, 3, device=DEVICE)
+    return [x, W, None, A, B, table, scales, WIDTHS]
 
 
 def test_siblings_compiled_for_any_ranks() -> None:
-    compiled = torch.compile(lora_up_add_siblings, fullgraph=True, dynamic=True)
-    for rows, ranks in ((67, (16, 16, 16)), (40, (8, 0, 33))):
+    compiled = torch.compile(packed_lora, fullgraph=True, dynamic=True)
+    for rows, ranks in ((67, (16, 16, 16)), (40, (8, 0, 33)), (5, (64, 8, 8))):
         args = _siblings(rows, ranks)
-        _check_near(compiled(*args), lora_up_add_siblings(*args))
+        _check_near(compiled(*args), packed_lora(*args))
 
 
 def _grouped(rows: int, seed: int = 0) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""lora_linear, lora_down, lora_up_add and lora_up_add_siblings against their references in float64, with gradients."""
+"""lora_linear, packed_lora, lora_down and lora_up_add against their references in float64, with gradients."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import adaptc
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add, reference_lora_down, reference_lora_up_add
-from adaptc.kernels.lora_linear import FEW_ROWS, _lora_linear_op, lora_linear, reference_lora_linear
-from adaptc.kernels.lora_siblings import (
-    lora_up_add_siblings,
-    reference_lora_up_add_siblings,
-    sibling_factors,
-    sibling_table,
-)
+from adaptc.kernels.lora_linear import _lora_linear_op, lora_linear, reference_lora_linear
+from adaptc.kernels.packed_lora import packed_factors, packed_lora, sibling_table
 from tests.gpu.cases import (
     BF16,
     DEVICE,
@@ -33,6 +29,7 @@ from tests.gpu.cases import (
 )
 from tests.kernels.lora_linear_cases import _check_gradients
 from tests.kernels.matrices import product_error, rounding
+from tests.kernels.packed_lora_cases import exact_and_wide
 
 pytestmark = pytest.mark.usefixtures("nan_where_nothing_was_written")
 all_types = pytest.mark.parametrize("types", TYPES, ids=type_name)
@@ -60,12 +57,9 @@ def _check_layer(sizes: Sizes, types: Types, layouts: str, bias: bool) -> None:
     h_wide = product_error(x, A.T)
     h_wide = h_wide + rounding(h.abs() + h_wide, adapter) * (1 + 2**-10)
     up_wide = h_wide @ B.double().abs().T + product_error(h.abs() + h_wide, B.T)
-    plain = x.double() @ W.double().T + (0 if b is None else b.double())
+    plain = x.double() @ W.double().T
     wide = product_error(x, W.T) + SCALE * up_wide + 2 * EPS * (exact.abs() + plain.abs())
-    if rows > FEW_ROWS:
-        # cuBLAS rounds the base's product, and may round it before the bias too.
-        wide = wide + (1 + bias) * rounding(plain.abs() + wide, base)
-    check_close(found, exact, wide)
+    check_close(found, exact, wide + rounding((exact - plain).abs() + wide, base))
     assert torch.equal(bits(lora_linear(x, W, b, A, B, SCALE)), bits(found))
 
 
@@ -109,27 +103,42 @@ def test_up_add(sizes, types) -> None:
     assert torch.equal(bits(lora_up_add(y, h, B, number(SCALE))), bits(found))
 
 
-def _siblings(rows: int, widths: tuple[int, ...], ranks: tuple[int, ...], types: Types) -> tuple[list[Tensor], Tensor]:
-    """y, h, B, the table and the scales; and the same B as one matrix, most of it zero."""
-    y, h = matrix(rows, sum(widths), types[0], seed=1), matrix(rows, sum(ranks), types[1], seed=2)
-    matrices = [matrix(w, r, types[1], seed=3 + i) for i, (w, r) in enumerate(zip(widths, ranks, strict=True))]
-    scales = torch.linspace(0.3, 2, len(widths), device=DEVICE)
-    table = sibling_table(widths, ranks, DEVICE)
-    return [y, h, sibling_factors(matrices), table, scales], torch.block_diag(*matrices)
-
-
 @pytest.mark.parametrize(("widths", "ranks"), SIBLINGS, ids=["whole", "ragged"])
-@pytest.mark.parametrize("rows", [1, 16, 67, 256])
+@pytest.mark.parametrize("rows", [1, 16, 17, 256])
+@pytest.mark.parametrize("length", [131, 4096])
 @all_types
-def test_siblings(rows, widths, ranks, types) -> None:
-    (y, h, B, table, scales), dense = _siblings(rows, widths, ranks, types)
-    found = lora_up_add_siblings(y, h, B, table, scales, widths)
-    assert found.dtype == y.dtype
-    exact = reference_lora_up_add_siblings(y.double(), h.double(), B.double(), table, scales.double(), widths)
-    scale = torch.repeat_interleave(scales.double(), torch.tensor(widths, device=DEVICE))
-    torch.testing.assert_close(exact, y.double() + scale * (h.double() @ dense.double().T))
-    check_close(found, exact, scale * product_error(h, dense.T) + EPS * (exact.abs() + y.double().abs()))
-    assert torch.equal(bits(lora_up_add_siblings(y, h, B, table, scales, widths)), bits(found))
+def test_siblings(rows, length, widths, ranks, types) -> None:
+    base, adapter = types
+    x, W, b = (
+        matrix(rows, length, base, seed=1),
+        matrix(sum(widths), length, base, seed=2),
+        vector(sum(widths), base, 8),
+    )
+    A = matrix(sum(ranks), length, adapter, seed=3)
+    matrices = [matrix(w, r, adapter, seed=4 + i) for i, (w, r) in enumerate(zip(widths, ranks, strict=True))]
+    scales, table = torch.linspace(0.3, 2, len(widths), device=DEVICE), sibling_table(widths, ranks, DEVICE)
+    args = x, W, b, A, packed_factors(matrices), table, scales, widths
+    found = packed_lora(*args)
+    assert found.dtype == base
+    exact, wide = exact_and_wide(x, W, b, A, args[4], ranks, scales, widths)
+    check_close(found, exact, wide)
+    assert torch.equal(bits(packed_lora(*args)), bits(found))
+
+
+@all_types
+def test_a_swap_to_any_rank_compiles_nothing(types) -> None:
+    base, adapter = types
+    x, W = matrix(40, 512, base, seed=1), matrix(256, 512, base, seed=2)
+
+    def call(rows: int, rank: int) -> None:
+        A, B = matrix(rank, 512, adapter, seed=3), matrix(256, rank, adapter, seed=4)
+        packed_lora(x[:rows], W, None, A, packed_factors([B]), None, torch.ones(1, device=DEVICE), [256])
+
+    call(1, 16)
+    with adaptc.debug.assert_no_recompiles():
+        for rank in (8, 32, 64, 1, 17):
+            for rows in (1, 16, 17, 40):
+                call(rows, rank)
 
 
 @few_sizes
@@ -162,18 +171,6 @@ def test_gradients_of_down_and_up(sizes, types) -> None:
     _check_gradients(of(lora_down), of(reference_lora_down), [x, A], g, max(rows, rank))
     g = matrix(rows, cols, base, seed=4)
     _check_gradients(of(lora_up_add), of(reference_lora_up_add), [y, h, B], g, max(rows, rank))
-
-
-@pytest.mark.parametrize(("widths", "ranks"), SIBLINGS, ids=["whole", "ragged"])
-@all_types
-def test_gradients_of_siblings(widths, ranks, types) -> None:
-    (y, h, B, *rest), _ = _siblings(67, widths, ranks, types)
-
-    def of(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *tensors: op(*tensors, *rest, widths)
-
-    g = matrix(67, sum(widths), types[0], seed=9)
-    _check_gradients(of(lora_up_add_siblings), of(reference_lora_up_add_siblings), [y, h, B], g, max(67, *ranks))
 
 
 @pytest.mark.parametrize("rows", [0, 3, 67])

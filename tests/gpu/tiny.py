@@ -24,6 +24,18 @@ def tiny_llama(layers: int = 2) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
+def llama_3_8b() -> nn.Module:
+    """A model of the sizes of Llama-3-8B, with random weights, made on the GPU in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0, use_cache=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
 def tokens(rows: int, length: int, device: torch.device, vocabulary: int = VOCABULARY) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(length)).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

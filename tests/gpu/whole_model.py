@@ -6,7 +6,9 @@ Times are of the wall clock around a call and the wait for it, since a small mod
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +18,32 @@ import adaptc
 from tests.benchmarks.harness import Row, interleave
 from tests.benchmarks.model import RANK
 from tests.gpu.suite import Compile
+from tests.gpu.timing import captured as capture
 from tests.gpu.tiny import peft_model, tokens
 
 BASE = "transformers base"
+#: of the adapters that are swapped in, in this order
+SWAPPED_RANKS = (16, 8, 32, 64)
 #: what outputs may differ by, relative to their norm
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
+@dataclass(frozen=True)
+class Result:
+    """``swaps``: (rank, milliseconds of a swap to it and of the first call after it), in the order they were made."""
+
+    rows: list[Row]
+    swaps: list[tuple[int, float]]
+
+
 def run(
     model: nn.Module, device: torch.device, dtype: torch.dtype, works: Mapping[str, tuple[int, int]],
-    rounds: int, compiled: Compile,
-) -> list[Row]:  # fmt: skip
-    """``check_works``: name -> rows and length of the input. Raises AssertionError where outputs differ."""
+    rounds: int, compiled: Compile, captured: bool = False,
+) -> Result:  # fmt: skip
+    """``works``: name -> rows and length of the input. With ``captured`` a call is the replay of a CUDA graph.
+
+    Raises AssertionError where outputs differ, and RecompileError where a swap compiles something.
+    """
     base: Any = model.to(device, dtype)
     vocabulary = int(base.config.vocab_size)
     # All of it in the base's type. By default PEFT, and adaptc as PEFT, would keep the adapter in float32.
@@ -37,20 +53,59 @@ def run(
         ours = {b: adaptc.compile(base, folder, backend=b, **options) for b in ("eager", "inductor")}
     for p in theirs.parameters():
         p.requires_grad_(False)
+    bound = {name: p.bind(p.binding, form="apply") for name, p in ours.items()}
     candidates: dict[str, Callable[..., Any]] = {
         BASE: base,
         "PEFT": theirs,
         "PEFT, compiled": compiled(theirs),
-        "adaptc, eager": ours["eager"],
-        "adaptc, inductor": ours["inductor"],
+        "adaptc, eager": bound["eager"],
+        "adaptc, inductor": bound["inductor"],
     }
     rows: list[Row] = []
     for work, shape in works.items():
         inputs = tokens(*shape, device, vocabulary)
         check(candidates, inputs, ALLOWED[dtype])
-        calls = {name: synchronized(call, inputs, device) for name, call in candidates.items()}
+        calls = {name: _timed(call, inputs, device, captured) for name, call in candidates.items()}
         rows += interleave(work, calls, BASE, rounds)
-    return rows
+    inputs = tokens(*next(iter(works.values())), device, vocabulary)
+    return Result(rows, list(swap_times(ours["eager"], inputs, device)))
+
+
+def swap_times(
+    program: adaptc.AdaptedProgram, inputs: dict[str, Tensor], device: torch.device
+) -> Iterator[tuple[int, float]]:
+    """What swaps to adapters of other ranks take, each with the first call after it."""
+    call = _timed(program, inputs, device, False)
+    call()
+    slots = {n.replace(".default.", "."): t for n, t in program.binding.values.items() if ".lora_" in n and t.ndim == 2}
+    for rank in SWAPPED_RANKS:
+        adapter = {
+            n: (torch.randn(*((rank, t.shape[1]) if ".lora_A." in n else (t.shape[0], rank)), device=device) / 999).to(
+                t
+            )
+            for n, t in slots.items()
+        }
+        with adaptc.debug.assert_no_recompiles():
+            start = time.perf_counter()
+            adaptc.swap(program, adapter)
+            call()
+            yield rank, (time.perf_counter() - start) * 1e3
+
+
+def _timed(
+    call: Callable[..., Any], inputs: dict[str, Tensor], device: torch.device, captured: bool
+) -> Callable[[], None]:
+    """A call and the wait for it, or the replay of one as a CUDA graph where there is a GPU."""
+    if captured and device.type == "cuda":
+        with torch.no_grad():
+            graph, kept = capture(lambda: call(**inputs).logits)
+
+        def replay(kept: Any = kept) -> None:
+            graph.replay()
+            torch.cuda.synchronize()
+
+        return replay
+    return synchronized(call, inputs, device)
 
 
 def check(candidates: Mapping[str, Callable[..., Any]], inputs: dict[str, Tensor], allowed: float) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.gpu import __main__ as command
-from tests.gpu import bench, roofline, suite, whole_model
+from tests.gpu import bench, modelled, roofline, suite, timing, whole_model
 from tests.gpu.roofline import Peaks, Row, Work
 from tests.gpu.suite import TINY, Maker
 from tests.kernels import ROOT
@@ -91,19 +91,19 @@ def test_every_case_appears_in_a_dry_run(capsys) -> None:
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
     rows = [cells for cells in lines if len(cells) == 8 and cells[2] != "candidate"]
     kernels = Counter(cells[0] for cells in rows if cells[0])
-    # Rows of x, ranks and widths of TINY; two groups of siblings; one weight.
+    # Rows of x, ranks and widths of TINY, a long layer and a mixed one; two groups of siblings; one weight.
     assert kernels == {
-        "lora_linear": 3 * 2 * 2,
+        "lora_linear": 3 * 2 * 2 + 2 * 2,
         "siblings": 2 * 2 * 2,
         "grouped_lora": 2 * 2,
         "grouped_rows": 3,
         "dora_norm": 2,
         "merge_": 2,
     }
-    assert len({cells[1] for cells in rows if cells[1]}) == 12 + 8 + 4 + 3 + 2
+    assert len({cells[1] for cells in rows if cells[1]}) == 12 + 4 + 8 + 4 + 3 + 2
     # A loop over adapters is compiled for one rank; merging has a product that adds instead of a base.
     found = Counter(cells[2] for cells in rows)
-    counts = dict(zip([*CANDIDATES, "addmm_"], (29, 31, 31, 26, 2), strict=True))
+    counts = dict(zip([*CANDIDATES, "addmm_"], (33, 35, 35, 30, 2), strict=True))
     assert found == counts | {"all factors in one product": 3}
     assert all(re.fullmatch(r"\d+%", cells[7]) for cells in rows)
 
@@ -114,8 +114,27 @@ def test_a_whole_model_appears_in_a_dry_run(capsys) -> None:
     out = capsys.readouterr().out
     candidates = ["transformers base", "PEFT", "PEFT, compiled", "adaptc, eager", "adaptc, inductor"]
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in out.splitlines() if line.startswith("| ")]
-    assert [name for _, name in cells[1:]] == candidates * 2
-    assert [work for work, _ in cells if work] == ["work", "decode 1x1", "prefill 1x9"]
+    assert [name for _, name in cells if name != "candidate"] == candidates * 6
+    works = [work for work, _ in cells if work and work != "work"]
+    assert works == ["decode 1x1", "prefill 1x9", "decode 1x1", "decode 16x1", "prefill 1x9", "prefill 8x9"]
+    swaps = re.findall(r"[\d.]+ ms to rank (\d+)", out)
+    assert swaps == ["16", "8", "32", "64"] * 2
+
+
+def test_cases_are_left_out_and_told_when_the_time_is_over(capsys) -> None:
+    rows, failures = bench.run(_cases("dora_norm"), CPU, TINY.dtype, seconds=-1)
+    assert not rows
+    assert failures == [f"dora_norm, 24x48 r={r}: left out, as the time was over" for r in (2, 8)]
+    assert command.main(["--dry", "--only", "model", "--minutes", "0"]) == 1
+    assert "FAILED a tiny llama: left out, as the time was over" in capsys.readouterr().err
+
+
+def test_a_graph_has_so_many_copies_that_l2_cannot_hold_their_weights() -> None:
+    for size in (2**20, 8 * 2**20, 117 * 2**20):
+        count = timing.copies_beyond_cache(size)
+        assert count * size > timing.LARGEST_CACHE or count == timing.MOST_COPIES
+        assert count >= 2
+    assert timing.copies_beyond_cache(117 * 2**20) == 2
 
 
 def _cases(kernel: str):
@@ -158,6 +177,21 @@ def test_models_with_other_outputs_are_not_timed() -> None:
     for wrong in (1.01, float("nan")):
         with pytest.raises(AssertionError, match="adaptc: logits differ from PEFT's"):
             whole_model.check(same | {"adaptc": Model(wrong)}, {}, 1e-4)
+
+
+def test_the_modelled_times_are_those_of_the_model() -> None:
+    readme = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+    assert modelled.markdown() in readme.partition("## On a GPU: modelled, not measured")[2]
+
+
+def test_a_modelled_kernel_takes_as_long_as_the_slowest_that_it_does() -> None:
+    gpu = modelled.Gpu(memory=2.0, cache=4.0, matmul=8.0, start=1.0)
+    assert gpu.seconds(6.0) == gpu.seconds(6.0, 12.0) == gpu.seconds(6.0, 4.0, 24.0) == 4.0
+    assert gpu.seconds(6.0, 16.0) == gpu.seconds(0.0, 0.0, 32.0) == 5.0
+    for rows in (1, 16, 512):
+        base = modelled.base_seconds(rows)
+        few, more = (modelled.adapted_seconds(rows, rank, 2) for rank in (8, 64))
+        assert base * 0.95 < few < more < 1.5 * base
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys) -> None:

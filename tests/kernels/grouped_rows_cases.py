@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.kernels import grouped_rows
-from adaptc.kernels._launch import INTERPRETED
+from adaptc.kernels import grouped_rows, grouped_rows_in_place
+from adaptc.kernels._launch import INTERPRETED, runs_kernels
 from adaptc.passes.protocol.bank_method import RANK_STARTS
 from tests.kernels.grouped_lora_cases import ROUNDING, bits
 
@@ -91,6 +91,17 @@ def check(case: Case) -> None:
         assert ((out[own].double() - exact).abs() <= allowed + 1e-30).all(), (row, case.c[row])
 
 
+def check_in_place(case: Case) -> None:
+    """The same bits as the op's, in the memory of y where one pass is enough and kernels run."""
+    expected, y = case.run(), case.y.clone()
+    found = grouped_rows_in_place(case.x, y, *list(vars(case).values())[2:])
+    assert torch.equal(bits(found.contiguous()), bits(expected.contiguous()))
+    one = ((case.c != 0).sum(1).max() == 1) and runs_kernels(y)
+    assert (found is y) == bool(one)
+    if not one:
+        assert torch.equal(bits(y), bits(case.y))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     ranks = draw(st.lists(st.sampled_from([1, 2, 3, 8, 13, 16, 17, 33, 64]), min_size=1, max_size=4))
@@ -161,6 +172,11 @@ def check_bank(program: adaptc.AdaptedProgram, plain: Any, grouped: Any, device:
     assert found == {"up": [17, 17, 1], "down": [17, 17, 0]}
     used = {str(n.target) for code in grouped.placement.code_cache.executors for n in code.module.graph.nodes}
     assert "adaptc.grouped_rows.default" in used
+    (code,) = grouped.placement.code_cache.executors
+    variants = [code.variants.get(kind) for kind in code.variants.trails]
+    called = [n.target for v in variants for n in v.code.graph.nodes]
+    assert grouped_rows_in_place in called
+    assert torch.ops.adaptc.grouped_rows.default not in called
 
 
 def test_kernels_are_interpreted() -> None:
@@ -171,6 +187,20 @@ def test_kernels_are_interpreted() -> None:
 @given(cases())
 def test_definition(case: Case) -> None:
     check(case)
+    check_in_place(case)
+
+
+def test_in_place_the_rows_of_the_base_keep_their_bits() -> None:
+    case = make_case([3, 2], [{0: 1.0}, {}, {1: 1.0}, {}], (20,), 31, 67)
+    untouched = [slice(20, 40), slice(60, 80)]
+    expected = case.run()
+    for rows in untouched:
+        case.x[rows] = case.y[rows] = torch.nan
+    y = grouped_rows_in_place(case.x, case.y, *list(vars(case).values())[2:])
+    assert y is case.y
+    assert all(y[rows].isnan().all() for rows in untouched)
+    assert torch.equal(y[:20], expected[:20])
+    assert torch.equal(y[40:60], expected[40:60])
 
 
 @pytest.mark.parametrize("adapters", DTYPES)

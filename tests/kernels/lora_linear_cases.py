@@ -14,7 +14,6 @@ from torch import Tensor
 from adaptc.kernels import lora_epilogue
 from adaptc.kernels._launch import INTERPRETED
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
-from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from tests.kernels.matrices import DTYPES, LAYOUTS, RANKS, SCALES, SIZES, matrix, product_error, rounding, whole
 from tests.support.cover import examples
 
@@ -65,19 +64,26 @@ def test_down_is_one_rounding_from_the_exact_sum(rows, length, rank, types, layo
 @given(rows=st.integers(1, 40), length=st.integers(1024, 2500), rank=st.integers(1, 20))
 def test_down_adds_every_part_of_a_split_sum_once(dtype, rows, length, rank) -> None:
     x, A = whole(rows, length, dtype, seed=1), whole(rank, length, dtype, seed=2)
-    blocks, _ = lora_epilogue.down_blocks(dtype, rank)
-    assert lora_epilogue._split_count(rows, length, rank, blocks) > 1
+    blocks = lora_epilogue.down_blocks(dtype, dtype)
+    assert lora_epilogue.split_count(rows, length, rank, blocks) > 1
     assert torch.equal(lora_down(x, A), (x.float() @ A.float().T).to(dtype))
 
 
 def test_a_sum_is_split_only_for_want_of_programs_and_if_it_is_long() -> None:
     t = {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 128}
-    assert lora_epilogue._split_count(32, 8192, 16, t) == 16
-    assert lora_epilogue._split_count(32, 1024, 16, t) == 2
-    assert lora_epilogue._split_count(32, 511, 16, t) == 1
-    assert lora_epilogue._split_count(32 * 64, 8192, 16, t) == 4
-    assert lora_epilogue._split_count(32 * 256, 8192, 16, t) == 1
-    assert lora_epilogue._split_count(32 * 64, 8192, 64, t) == 1
+    assert lora_epilogue.split_count(32, 8192, 16, t) == 16
+    assert lora_epilogue.split_count(32, 1024, 16, t) == 2
+    assert lora_epilogue.split_count(32, 511, 16, t) == 1
+    assert lora_epilogue.split_count(32 * 64, 8192, 16, t) == 4
+    assert lora_epilogue.split_count(32 * 256, 8192, 16, t) == 1
+    assert lora_epilogue.split_count(32 * 64, 8192, 64, t) == 1
+
+
+@given(rows=st.integers(1, 20000), programs=st.sampled_from([32, 256]))
+def test_one_row_more_never_costs_a_gpu_half_of_its_programs(rows, programs) -> None:
+    t = {"BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 64}
+    parts = lora_epilogue.split_count(rows, 4096, 16, t, programs)
+    assert parts == lora_epilogue.MAX_PARTS or -(-rows // 64) * parts >= programs
 
 
 @given(rows=SIZES, cols=SIZES, rank=RANKS, types=TYPES, layouts=LAYOUT4, scale=SCALES)
@@ -112,15 +118,13 @@ def test_a_layer_is_exact_but_for_its_roundings(rows, cols, length, rank, types,
     s = torch.tensor(scale).double()
     y = lora_linear.lora_linear(x, W, b, A, B, scale)
     assert y.dtype == base
-    plain = x.double() @ W.double().T + (0 if b is None else b.double())
+    plain = x.double() @ W.double().T
     h, h_wide = _exact_down(x, A)
     h_wide = h_wide + rounding(h.abs() + h_wide, adapter) * ALMOST_ONE
-    exact = plain + s * (h @ B.double().T)
+    exact = plain + s * (h @ B.double().T) + (0 if b is None else b.double())
     update_wide = h_wide @ B.double().abs().T + product_error(h.abs() + h_wide, B.T)
     wide = product_error(x, W.T) + s.abs() * update_wide + 2 * EPS * (exact.abs() + plain.abs())
-    if rows > lora_linear.FEW_ROWS:
-        wide = wide + rounding(plain.abs() + wide, base)
-    _close(y, exact, wide)
+    _close(y, exact, wide + rounding((exact - plain).abs() + wide, base))
 
 
 @pytest.mark.parametrize("types", [(base, adapter) for base in DTYPES for adapter in DTYPES])
@@ -142,37 +146,6 @@ def test_empty_layers(rows, cols, length, rank) -> None:
     x, W = torch.randn(rows, length), torch.randn(cols, length)
     A, B = torch.randn(rank, length), torch.randn(cols, rank)
     torch.testing.assert_close(lora_linear.lora_linear(x, W, None, A, B, 2.0), x @ W.T + 2 * x @ A.T @ B.T)
-
-
-def test_few_rows_are_one_kernel(monkeypatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("another kernel")
-
-    monkeypatch.setattr(lora_linear, "launch_down", refuse)
-    x, W, A, B = torch.randn(17, 7), torch.randn(5, 7), torch.randn(3, 7), torch.randn(5, 3)
-    lora_linear.lora_linear(x[:16], W, None, A, B, 1.0)
-    with pytest.raises(AssertionError, match="another kernel"):
-        lora_linear.lora_linear(x, W, None, A, B, 1.0)
-
-
-WIDTHS = st.lists(st.sampled_from([0, 1, 16, 48, 63, 64, 65, 67, 128, 144]), min_size=1, max_size=4)
-
-
-@given(rows=SIZES, widths=WIDTHS, types=TYPES, layouts=LAYOUT4, data=st.data())
-def test_siblings_are_their_layers_one_by_one(rows, widths, types, layouts, data) -> None:
-    some = st.lists(st.sampled_from([0, 1, 3, 8, 16, 17, 33, 64]), min_size=len(widths), max_size=len(widths))
-    ranks = data.draw(some, label="ranks")
-    scales = data.draw(st.lists(SCALES, min_size=len(widths), max_size=len(widths)), label="scales")
-    y = matrix(rows, sum(widths), types[0], layouts[0], 1)
-    h = matrix(rows, sum(ranks), types[1], layouts[1], 2)
-    Bs = [matrix(w, r, types[1], layouts[2], 3 + i) for i, (w, r) in enumerate(zip(widths, ranks, strict=True))]
-    table = sibling_table(widths, ranks)
-    result = lora_up_add_siblings(y, h, sibling_factors(Bs), table, torch.tensor(scales), widths)
-    assert result.dtype == y.dtype
-    assert result.shape == y.shape
-    layers = zip(result.split(widths, 1), y.split(widths, 1), h.split(ranks, 1), Bs, scales, strict=True)
-    for part, *args in layers:
-        _close(part.contiguous(), *_exact_up(*args))
 
 
 # Gradients: kernels in the backward, against autograd on the reference in float64.
@@ -230,21 +203,3 @@ def test_gradients_of_down_and_up(rows, cols, length, rank, types) -> None:
     down, up = lora_epilogue.reference_lora_down, lora_epilogue.reference_lora_up_add
     _check_gradients(scaled(lora_down), scaled(down), [x, A], matrix(rows, rank, adapter, seed=6), max(rows, rank))
     _check_gradients(scaled(lora_up_add), scaled(up), [y, h, B], matrix(rows, cols, base, seed=6), max(rows, rank))
-
-
-@given(rows=st.integers(1, 20), widths=WIDTHS, types=TYPES, data=st.data())
-def test_gradients_of_siblings(rows, widths, types, data) -> None:
-    ranks = data.draw(st.lists(st.integers(0, 20), min_size=len(widths), max_size=len(widths)), label="ranks")
-    y, h = matrix(rows, sum(widths), types[0], seed=1), matrix(rows, sum(ranks), types[1], seed=2)
-    sizes = list(zip(widths, ranks, strict=True))
-    B = sibling_factors([matrix(w, r, types[1], seed=3) for w, r in sizes])
-    scales = torch.linspace(0.3, 2, len(widths))
-    rest = sibling_table(widths, ranks), scales, widths
-
-    def one_by_one(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        matrices = B.split([w * r for w, r in sizes])
-        parts = zip(h.split(ranks, 1), matrices, sizes, scales.double(), strict=True)
-        return y + torch.cat([s * part @ b.view(r, w) for part, b, (w, r), s in parts], 1)
-
-    g = matrix(rows, sum(widths), types[0], seed=4)
-    _check_gradients(lambda *t: lora_up_add_siblings(*t, *rest), one_by_one, [y, h, B], g, max(rows, *ranks))

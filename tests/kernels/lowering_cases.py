@@ -33,7 +33,7 @@ def test_every_code_of_a_program(dora: bool) -> None:
     p.kernels, p.fuse = True, True
     for n, e in zip((2, 9), expected, strict=True):
         close(p(random_rows(n, torch.float32)), e)
-    assert set(p.executor().variants.trails) == ({"plain"} if dora else {"plain", "apart"})
+    assert set(p.executor().variants.trails) == ({"plain", "packed"} if dora else {"packed"})
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

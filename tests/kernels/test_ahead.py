@@ -12,6 +12,7 @@ import triton.language as tl
 
 from adaptc import kernels
 from adaptc.errors import BackendError
+from adaptc.kernels import _packed_products
 from adaptc.kernels._compile_ahead import AotKernel, CompiledKernel, compile_ahead
 
 #: Bytes of shared memory that one program may have, by compute capability.
@@ -28,6 +29,8 @@ MODULES = {m.name: importlib.import_module(f"adaptc.kernels.{m.name}") for m in 
 FAMILIES = {n: m for n, m in MODULES.items() if hasattr(m, "AOT_KERNELS") or _launched(m)}
 #: Each record once: a module may hand on those of another.
 RECORDS = list({id(a): a for m in FAMILIES.values() for a in getattr(m, "AOT_KERNELS", ())}.values())
+#: as they are launched from compute capability 9.0 on
+EARLY = _packed_products.EARLY_KERNELS
 #: One of each kernel with matrix instructions, and one without.
 FIRST = list({(a.kernel, a.mma): a for a in reversed(RECORDS)}.values())
 
@@ -38,6 +41,51 @@ def _within_limits(a: AotKernel, capability: int, *, aligned: bool) -> None:
     assert c.shared_bytes <= SHARED[capability]
     # One of float32 factors would round them to ten bits, where exact products were promised.
     assert _multiplies(c) == a.mma
+
+
+@pytest.mark.parametrize("a", EARLY, ids=str)
+def test_kernels_that_start_early_compile_where_a_gpu_lets_them(a) -> None:
+    _within_limits(a, 90, aligned=True)
+
+
+#: Name of a packed kernel -> registers of a thread and bytes of shared memory at most, and the matrix instructions in
+#: its loop: those of one warp (4 x 2 of 16 x 8 x 16 for 16 columns and 64 of k, three times for float32 adapters)
+PACKED = {
+    "few_rows_down-bf16-bf16-4096": (64, 32768, 8),
+    "few_rows_down-bf16-fp32-4096": (96, 49152, 24),
+    "few_rows-bf16-bf16-4096": (96, 32768, 8),
+    "few_rows-bf16-fp32-4096": (96, 32768, 8),
+    "few_rows-bf16-bf16-14336": (96, 49152, 16),
+    "update-bf16-bf16": (128, 16384, 0),
+    "update-bf16-fp32": (144, 24576, 0),
+}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_kernels_keep_to_their_resources(name, capability) -> None:
+    registers, shared, matrix_instructions = PACKED[name]
+    c = compile_ahead(next(a for a in RECORDS if str(a) == name), capability)
+    assert (c.n_spills, c.n_regs <= registers, c.shared_bytes <= shared) == (0, True, True), c
+    # B lies such that no load of it is of two bytes.
+    assert "LDG.E.U16" not in c.sass
+    if matrix_instructions:
+        loop = c.count_in_loop("HMMA", "LDG", "STS", "LDGSTS")
+        # All reads of memory are under way while earlier ones are multiplied.
+        assert (loop["HMMA"], loop["LDG"], loop["STS"]) == (matrix_instructions, 0, 0)
+        assert loop["LDGSTS"] > 0
+
+
+def test_instructions_are_counted_in_the_loop_that_multiplies() -> None:
+    lines = [
+        ".L_x_0:", "        /*0010*/  HMMA.16816.F32 R4, R8 ;", "        /*0020*/  @!P0 BRA `(.L_x_1) ;",
+        ".L_x_2:", "        /*0030*/  @P1 LDG.E R4, [R2] ;", "        /*0040*/  HMMA.16816.F32 R4, R8 ;",
+        "        /*0050*/  LDGDEPBAR ;", "        /*0060*/  HMMA.16816.F32 R4, R8 ;",
+        "        /*0070*/  @P0 BRA `(.L_x_2) ;", ".L_x_1:", "        /*0080*/  @P2 BRA `(.L_x_0) ;",
+        ".L_x_3:", "        /*0090*/  LDG.E R4, [R2] ;", "        /*00a0*/  BRA `(.L_x_3) ;",
+    ]  # fmt: skip
+    c = CompiledKernel(0, 0, 0, "", "\n".join(lines))
+    assert c.count_in_loop("HMMA", "LDG", "STS") == {"HMMA": 2, "LDG": 1, "STS": 0}
 
 
 def _multiplies(c: CompiledKernel) -> bool:

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptc.errors import BackendError
-from adaptc.kernels import lora_epilogue, lora_siblings
+from adaptc.kernels import lora_epilogue
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add, reference_lora_down, reference_lora_up_add
-from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from tests.kernels import run_cases
 from tests.kernels.matrices import DTYPES, matrix
 
@@ -27,7 +26,6 @@ from tests.kernels.matrices import DTYPES, matrix
 lora_linear = import_module("adaptc.kernels.lora_linear")
 
 HALF = torch.tensor(0.5)
-WIDTHS, RANKS = [70, 0, 5, 3], [2, 4, 0, 3]
 
 
 def _layer(base: torch.dtype, adapter: torch.dtype | None = None, rows: int = 4) -> list[Any]:
@@ -35,14 +33,6 @@ def _layer(base: torch.dtype, adapter: torch.dtype | None = None, rows: int = 4)
     low = adapter or base
     x, W, bias = matrix(rows, 7, base, "wider"), matrix(5, 7, base, "transposed", 1), matrix(1, 5, base, seed=2)[0]
     return [x, W, bias, matrix(3, 7, low, seed=3), matrix(5, 3, low, "transposed", 4), HALF]
-
-
-def _siblings(base: torch.dtype, adapter: torch.dtype | None = None) -> list[Any]:
-    """y, h, B, the table, scales and widths."""
-    low = adapter or base
-    y, h = matrix(4, sum(WIDTHS), base, "transposed"), matrix(4, sum(RANKS), low, "wider", 1)
-    B = sibling_factors([matrix(w, r, low, seed=2) for w, r in zip(WIDTHS, RANKS, strict=True)])
-    return [y, h, B, sibling_table(WIDTHS, RANKS), torch.tensor([0.5, 3, 2, 1]), WIDTHS]
 
 
 @pytest.mark.long
@@ -73,31 +63,10 @@ def test_in_half_precision_a_layer_is_as_near_to_the_exact_sum_as_pefts_or_neare
     assert (y.double() - exact).norm() <= max(torch.finfo(base).eps, torch.finfo(adapter).eps) * exact.norm()
 
 
-def test_siblings_are_layers_side_by_side() -> None:
-    y, h, B, table, scales, widths = _siblings(torch.float64)
-    matrices = [matrix(w, r, torch.float64, seed=2) for w, r in zip(WIDTHS, RANKS, strict=True)]
-    parts = zip(y.split(WIDTHS, 1), h.split(RANKS, 1), matrices, scales, strict=True)
-    expected = torch.cat([lora_up_add(*(t.contiguous() for t in part)) for part in parts], 1)
-    torch.testing.assert_close(lora_up_add_siblings(y, h, B, table, scales, widths), expected)
-
-
-def test_a_table_has_as_many_blocks_whatever_the_ranks() -> None:
-    assert sibling_table([130, 64, 5], [8, 8, 8]).shape == sibling_table([130, 64, 5], [0, 64, 3]).shape == (5, 8)
-    assert sibling_table([130, 64], [8, 3])[:, :4].tolist() == [
-        [0, 64, 0, 130],
-        [64, 64, 64, 130],
-        [128, 2, 128, 130],
-        [130, 64, 0, 64],
-    ]
-    with pytest.raises(BackendError, match="expected a rank for each width, found 1 for 2"):
-        sibling_table([130, 64], [8])
-
-
 OPS: dict[str, tuple[Any, Callable[..., list[Any]]]] = {
     "down": (lora_down, lambda *types: [t for i, t in enumerate(_layer(*types)) if i in (0, 3, 5)]),
     "up": (lora_up_add, lambda *types: [matrix(4, 5, types[0]), matrix(4, 3, types[-1]), *_layer(*types)[4:]]),
     "layer": (lora_linear._lora_linear_op, _layer),
-    "siblings": (lora_up_add_siblings, _siblings),
 }
 
 
@@ -109,8 +78,6 @@ def test_ops_are_what_their_schemas_say(name, types) -> None:
     op, arguments = OPS[name]
     given = arguments(*types)
     learned = [t.requires_grad_() if isinstance(t, Tensor) and t.ndim and t.is_floating_point() else t for t in given]
-    if name == "siblings":
-        learned[4] = learned[4].detach()
     torch.library.opcheck(op, given)
     torch.library.opcheck(op, learned)
 
@@ -119,7 +86,7 @@ def test_ops_are_what_their_schemas_say(name, types) -> None:
 def test_gradients_are_those_of_the_definition(name) -> None:
     op, arguments = OPS[name]
     given = [t.detach().clone() if isinstance(t, Tensor) else t for t in arguments(torch.float64)]
-    scale = 5 if name == "layer" else {"down": 2, "up": 3, "siblings": 4}[name]
+    scale = 5 if name == "layer" else {"down": 2, "up": 3}[name]
     places = [i for i, t in enumerate(given) if isinstance(t, Tensor) and t.dtype == torch.float64 and i != scale]
 
     def call(*learned: Tensor) -> Tensor:
@@ -127,8 +94,7 @@ def test_gradients_are_those_of_the_definition(name) -> None:
 
     learned = [given[i].requires_grad_() for i in places]
     assert torch.autograd.gradcheck(call, learned)
-    if name != "siblings":
-        assert torch.autograd.gradgradcheck(call, learned)
+    assert torch.autograd.gradgradcheck(call, learned)
 
 
 class _Products(TorchDispatchMode):
@@ -240,26 +206,18 @@ def test_launches_on_a_gpu_hold_for_all_sizes() -> None:
         (["_down_kernel"], []),
         (["_down_kernel"], []),
         (["_up_add_kernel"], []),
-        (["_down_kernel", "_up_add_kernel"], []),
-        (["_down_kernel", "_up_add_kernel"], []),
+        (["_down_kernel", "_update_kernel"], []),
+        (["_down_kernel", "_update_kernel"], []),
     ]
 
 
-def test_few_rows_on_a_gpu_are_one_launch_for_all_ranks() -> None:
+def test_few_rows_on_a_gpu_are_two_launches_for_all_ranks() -> None:
     def launch(A, B, s):
         n_ranks = A.shape[0]
         x, W = A.new_empty(3, 136), A.new_empty(88, 136)
         return lora_linear._launch(x, W, None, A.new_empty(n_ranks, 136), B.new_empty(88, n_ranks), s)
 
-    assert _traced(launch, A=A, B=B, s=()) == (["_few_rows_kernel"], [])
-
-
-def test_siblings_on_a_gpu_are_one_launch_for_all_ranks_and_rows() -> None:
-    def launch(y, h, B, scales):
-        table = torch.empty(2, lora_siblings.FIELDS, dtype=torch.int64, device="cuda")
-        return lora_siblings._launch(y, h, B, table, scales, [40, 48])
-
-    assert _traced(launch, y=Y, h=H, B=(1088,), scales=(2,)) == (["_siblings_kernel"], [])
+    assert _traced(launch, A=A, B=B, s=()) == (["_few_rows_down_kernel", "_few_rows_kernel"], [])
 
 
 @pytest.mark.parametrize(
@@ -300,19 +258,6 @@ def test_a_layer_refuses_what_it_is_not_defined_for(change, message) -> None:
         ("up", 1, torch.zeros(4, 4), r"lora_up_add: expected h of shape \(4, 3\), found \(4, 4\)"),
         ("up", 2, torch.zeros(3, 5), r"lora_up_add: expected B of shape \(5, R\), found \(3, 5\)"),
         ("up", 3, torch.zeros(1), r"lora_up_add: expected a scale of shape \(\), found \(1,\)"),
-        ("siblings", 0, torch.zeros(4, 5), r"siblings: expected y of shape \(M, 78\), found \(4, 5\)"),
-        ("siblings", 1, torch.zeros(3, 9), r"siblings: expected h of shape \(4, R\), found \(3, 9\)"),
-        ("siblings", 2, torch.zeros(5, 3), r"siblings: expected a contiguous B of one axis, found \(5, 3\)"),
-        ("siblings", 3, torch.zeros(4, 8, dtype=torch.int32), r"siblings: expected a table of int64 \(4, 8\)"),
-        (
-            "siblings",
-            3,
-            sibling_table([70, 5], [2, 0]),
-            r"siblings: expected a table of int64 \(4, 8\), found \(3, 8\)",
-        ),
-        ("siblings", 4, torch.zeros(3), r"siblings: expected scales of shape \(4,\), found \(3,\)"),
-        ("siblings", 4, torch.zeros(8)[::2], "siblings: expected table and scales contiguous"),
-        ("siblings", 4, torch.zeros(4, device="meta"), "siblings: expected scales on cpu.*found meta"),
     ],
 )
 def test_ops_refuse_what_they_are_not_defined_for(name, place, other, message) -> None:

@@ -22,7 +22,7 @@ import adaptc
 from adaptc.errors import BackendError
 from adaptc.kernels import sibling_table_op
 from adaptc.kernels._row_chunks import cut_into_chunks
-from adaptc.kernels.lora_siblings import sibling_factors, sibling_table
+from adaptc.kernels.packed_lora import packed_factors, sibling_table
 from adaptc.op_rules import OPS_WITH_RULES
 from adaptc.passes.protocol import low_rank_rows
 from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, ONEDNN
@@ -68,9 +68,12 @@ def rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -
     return y + torch.einsum("rk,k,rpi,kji,koj->rpo", c, scale, x, A, B)
 
 
-def siblings(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Any) -> Tensor:
+def siblings(
+    x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Any
+) -> Tensor:
     first, second = B[: 5 * 2].view(2, 5), B[5 * 2 :].view(3, 7)
-    return y + torch.cat([scales[0] * h[:, :2] @ first, scales[1] * h[:, 2:] @ second], 1)
+    h = x @ A.t()
+    return x @ W.t() + b + torch.cat([scales[0] * h[:, :2] @ first, scales[1] * h[:, 2:] @ second], 1)
 
 
 # Of a bank of two adapters, of ranks 2 and 1; of the four rows the third is the base's.
@@ -129,9 +132,12 @@ CASES = {
     ),
     "lora_down": Case((of(3, 7), of(2, 7), of()), range(3), lambda x, A, s: s * x @ A.t()),
     "lora_up_add": Case((of(3, 5), of(3, 2), of(5, 2), of()), range(4), lambda y, h, B, s: y + s * h @ B.t()),
-    "lora_up_add_siblings": Case(
-        (of(4, 12), of(4, 5), sibling_factors([of(5, 2), of(7, 3)]), sibling_table([5, 7], [2, 3]), of(2), [5, 7]),
-        (0, 1, 2, 4),
+    "packed_lora": Case(
+        (
+            *(of(4, 6), of(12, 6), of(12), of(5, 6), packed_factors([of(5, 2), of(7, 3)])),
+            *(sibling_table([5, 7], [2, 3]), of(2), [5, 7]),
+        ),
+        (0, 1, 2, 3, 4, 6),
         siblings,
     ),
     "dora_epilogue": Case(

@@ -5,6 +5,7 @@ Without a GPU the kernels' ops compute their references; tests/kernels runs the 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.api.merge_and_lower import insert_kernels
 from adaptc.errors import BackendError
+from adaptc.kernels import packed_lora_direct
 from adaptc.runtime.gpu_variants import runs_on_gpu
 from tests.kernels import run_cases
 from tests.support.cover import examples
@@ -74,28 +76,59 @@ def test_every_adapter_and_size(pair: Pair, n: int, rank: int, seed: int, layers
     assert_close(fused(random_rows(n)), plain(random_rows(n)))
 
 
-@pytest.mark.long
-def test_few_rows_take_a_kernel_per_layer_and_many_share_one(pair: Pair) -> None:
+def test_all_calls_take_one_variant_whose_adapters_are_packed(pair: Pair) -> None:
     plain, fused = pair
     fused = fused.with_binding(fused.binding)
     fused.kernels = None
     fused.kernels = True
-    kinds = []
     for n in (5, 6):  # 15 and 18 rows
         assert_close(fused(random_rows(n)), plain(random_rows(n)))
-        kinds.append(list(fused.executor().variants.trails))
-    assert kinds == [["plain"], ["plain", "apart"]]
+    assert list(fused.executor().variants.trails) == ["packed"]
+    assert ops(fused, "packed") == ["packed_lora"] * 2  # q, k and v in one
     assert ops(fused, "plain") == ["lora_linear"] * 4
-    assert ops(fused, "apart") == ["lora_down", "lora_up_add_siblings", "lora_linear"]
     assert not ops(plain, "plain")
     assert not [n for n in fused.graph.nodes if str(n.target).startswith("adaptc.")]
+
+
+def test_a_call_goes_to_packed_layers_without_the_dispatch_of_their_op(pair: Pair) -> None:
+    _, fused = pair
+    fused(random_rows(2))
+    code = fused.executor().variants.get("packed").code.graph
+    assert [n.target for n in code.nodes if n.op == "call_function"].count(packed_lora_direct) == 2
+    x = random_rows(2).requires_grad_()
+    fused(x).sum().backward()
+    assert x.grad is not None
+    expected = torch.autograd.functional.jacobian(lambda t: pair[0](t).sum(), random_rows(2))
+    assert_close(x.grad, expected)
+
+
+def test_a_swap_under_a_captured_graph_is_refused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph replays the adapter that it captured, so a swap would change nothing that it computes."""
+    program = pair[1].with_binding(pair[1].binding)
+    bound = program.bind(adapter(2, 7))
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        bound(random_rows(2))
+    adaptc.swap(program, adapter(4, 5))  # what is bound keeps its adapter, with a graph or without
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        captured = program(random_rows(2))
+    with pytest.raises(BackendError, match=r"CUDA graph has captured.*prog\.bind\(adapter\).*copy\.copy\(prog\)"):
+        adaptc.swap(program, adapter(3, 6))
+    assert torch.equal(program(random_rows(2)), captured)  # a failed swap changes nothing
+    other = copy.copy(program)
+    adaptc.swap(other, adapter(3, 6))
+    adaptc.swap(program, program.binding)
+    assert not torch.equal(other(random_rows(2)), captured)
 
 
 def test_the_report_says_what_runs_as_kernels() -> None:
     program = compiled(block(), True)
     program(random_rows(2))
     text = str(adaptc.report(program))
-    assert "fused: 3 layers in 1 products, 3 with an adapter (above 16 rows)" in text
+    assert "fused: 3 layers in 1 products, 3 with an adapter" in text
     assert "fused kernels: 4 regions" in text
     x = torch.randn(2, 3, 7)
     other = adaptc.compile(
@@ -112,6 +145,7 @@ def test_without_fuse_each_layer_keeps_a_kernel_of_its_own() -> None:
     program.fuse = False
     assert_close(program(random_rows(7)), expected)
     assert (program.fusion.kernels, program.fusion.groups) == (4, 0)
+    assert ops(program, "packed") == ["packed_lora"] * 4
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from adaptc.methods import TargetedConfig
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method, Slot
 from adaptc.passes.protocol.parts.size_rule import SizeRule
-from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory, HoistedStage
+from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory, HoistedStage, StreamHandover
 from adaptc.runtime.variants import PLAIN
 from tests.support.families import FAMILIES
 from tests.support.odd_methods import registered
@@ -465,3 +465,58 @@ def test_compiled_code_follows_slots_that_require_grad() -> None:
     with adaptc.debug.assert_no_recompiles():
         program(IDS)
     assert program.held.count == 2
+
+
+class Stream:
+    """A CUDA stream without CUDA, which writes down what it is asked for."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream, self.waited = number, list[Any]()
+
+    def record_event(self) -> str:
+        return f"event of {self.cuda_stream}"
+
+    def wait_event(self, event: str) -> None:
+        self.waited.append(event)
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU, and which streams the allocator knows to use it."""
+
+    is_cuda = True
+    streams: ClassVar[dict[int, list[int]]] = {}
+
+    def record_stream(self, stream: Stream) -> None:
+        self.streams.setdefault(id(self), []).append(stream.cuda_stream)
+
+
+def test_values_of_one_stream_are_waited_for_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = map(Stream, (1, 2, 3))
+    current, capturing = [first], [False]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    values = [torch.ones(2).as_subclass(OnGpu), None, torch.ones(3)]
+    handover = StreamHandover(values)
+    for stream in (first, second, second, first, third):
+        current[0] = stream
+        handover.to_current_stream()
+    assert (first.waited, second.waited, third.waited) == ([], ["event of 1"], ["event of 1"])
+    assert OnGpu.streams == {id(values[0]): [2, 3]}
+    current[0], capturing[0] = Stream(4), True
+    handover.to_current_stream()
+    assert not current[0].waited
+    StreamHandover([None, torch.ones(3)]).to_current_stream()  # asks nothing of CUDA
+
+
+def test_every_call_hands_its_values_to_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = adaptc.compile(
+        net(), LoraConfig(r=3, target_modules=["up", "down"], inference_mode=True), example_inputs=IDS, form="weight"
+    )
+    asked: list[int] = []
+    monkeypatch.setattr(StreamHandover, "to_current_stream", lambda self: asked.append(id(self)))
+    program(IDS)
+    first = len(asked)
+    assert first
+    program(IDS)
+    assert len(asked) == first + 1
+    assert asked[-1] in asked[:first]

@@ -256,10 +256,11 @@ def test_siblings_share_a_product_and_a_kernel(bias: bool) -> None:
     weights = {slots[f"{n}.weight"].name for n in ranks}
     groups = find_lowered_groups(graph, weights, stage_by_node(graph, [{n.name for n in slots.values()}]))
     three = ("p_a_weight", "p_b_weight", "p_c_weight")
-    assert [tuple(m.weight.name for m in g.layers) for g in groups] == [three]
+    single = ("p_d_weight",), ("p_e_weight",)
+    assert [tuple(m.weight.name for m in g.layers) for g in groups] == [three, *single]
     packs = LowerSiblings(weights, [{n.name for n in slots.values()}], {"x"})(graph).data
     assert [p.parameter_names for p in packs] == [three]
-    assert kernels(graph) == ["lora_down", "sibling_table", "lora_up_add_siblings", "lora_linear", "lora_linear"]
+    assert kernels(graph) == ["sibling_table", "packed_lora", "packed_lora", "packed_lora"]
     run = fx.GraphModule(p.graph_module, graph)
     packed = {packs[0].name: torch.cat([p.state_dict[f"{n}.weight"] for n in "abc"]), "x": x}
     for seed in (0, 8):
@@ -304,7 +305,8 @@ def test_siblings_of_an_input_that_is_written_to_in_between_stay_apart() -> None
     for node in graph.find_nodes(op="call_function", target=torch.ops.adaptc.lora_linear.default):
         node.update_arg(0, h)
     frozen = stage_by_node(graph, [{n.name for n in slots.values()}])
-    assert not find_lowered_groups(graph, {slots[f"{n}.weight"].name for n in "ab"}, frozen)
+    groups = find_lowered_groups(graph, {slots[f"{n}.weight"].name for n in "ab"}, frozen)
+    assert [len(g.layers) for g in groups] == [1, 1]
     same(lowered(p, attachments)[0].module()(x), p.module()(x))
 
 
@@ -317,5 +319,6 @@ def test_siblings_with_adapters_that_move_stay_apart() -> None:
     weights = {slots[f"{n}.weight"].name for n in "abc"}
     assert not find_lowered_groups(graph, weights, stage_by_node(graph, [weights]))
     frozen = stage_by_node(graph, [{n.name for n in slots.values()}])
-    assert len(find_lowered_groups(graph, weights, frozen)) == 1
-    assert not find_lowered_groups(graph, weights - {"p_a_weight", "p_b_weight"}, frozen)
+    assert [len(g.layers) for g in find_lowered_groups(graph, weights, frozen)] == [3]
+    groups = find_lowered_groups(graph, weights - {"p_a_weight", "p_b_weight"}, frozen)
+    assert [len(g.layers) for g in groups] == [1, 1, 1]

@@ -1,0 +1,110 @@
+"""``python -m tests.gpu.modelled``: how long a layer of Llama-3-8B should take on an H100, over the base alone.
+
+Nothing here is measured. A kernel takes as long as the slowest of what it does: reading and writing memory, reading L2,
+multiplying. What is assumed of the GPU stands in :data:`ASSUMED`, and so does what a kernel costs besides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from adaptc.kernels import FEW_ROWS
+from adaptc.kernels._packed_products import COLUMN_BLOCK, down_programs, few_rows_blocks, split_of_few_rows
+from adaptc.kernels.lora_epilogue import down_blocks, split_count
+
+#: (columns of x, widths of the layers that read it) of one layer of the model
+GROUPS = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
+HALF = 2
+#: name of a case -> rows, rank, bytes of a number of the adapter, and the ratio modelled for the kernels of version 0.1
+CASES = {
+    "decode, 1 row, r=16": (1, 16, HALF, 1.30),
+    "decode, 1 row, r=64": (1, 64, HALF, 2.2),
+    "decode, 1 row, r=16, adapter in float32": (1, 16, 4, 2.4),
+    "decode, 16 rows, r=16": (16, 16, HALF, 1.37),
+    "prefill, 512 rows, r=16": (512, 16, HALF, 1.13),
+    "prefill, 4096 rows, r=16": (4096, 16, HALF, 1.14),
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Bytes a second of memory and of L2 that kernels reach, and operations a second of large matmuls in bfloat16.
+
+    ``processor``: bytes a second that one program keeps under way, of which each multiprocessor has one.
+    ``start``: seconds that each kernel of a graph takes besides. ``early``: what is left of them for a kernel that
+    starts before the one in front of it has ended. ``update``: what a kernel for few rows does after its loop.
+    """
+
+    memory: float = 0.9 * 3.35e12
+    cache: float = 5.5e12
+    matmul: float = 650e12
+    processor: float = 50e9
+    start: float = 1.5e-6
+    early: float = 0.8e-6
+    update: float = 0.5e-6
+
+    def seconds(self, memory: float, cache: float = 0.0, operations: float = 0.0) -> float:
+        """What a kernel takes that moves so many bytes and does so many operations."""
+        return max(memory / self.memory, cache / self.cache, operations / self.matmul) + self.start
+
+
+ASSUMED = Gpu()
+
+
+def base_seconds(rows: int, gpu: Gpu = ASSUMED) -> float:
+    """All layers, each by a matmul of its own."""
+    return sum(
+        gpu.seconds(HALF * (rows * K + N * K + rows * N), operations=2 * rows * K * N)
+        for K, widths in GROUPS
+        for N in widths
+    )
+
+
+def adapted_seconds(rows: int, rank: int, size: int, gpu: Gpu = ASSUMED) -> float:
+    """All layers with adapters, siblings together."""
+    seconds = few_rows_seconds if rows <= FEW_ROWS else many_rows_seconds
+    return sum(seconds(rows, K, widths, rank, size, gpu) for K, widths in GROUPS)
+
+
+def few_rows_seconds(rows: int, K: int, widths: tuple[int, ...], rank: int, size: int, gpu: Gpu) -> float:
+    N, ranks = sum(widths), rank * len(widths)
+    blocks = few_rows_blocks(torch.bfloat16, N)
+    parts, _ = split_of_few_rows(K, ranks, blocks)
+    programs = N // COLUMN_BLOCK * (COLUMN_BLOCK // blocks.BLOCK_N)
+    memory = HALF * (N * K + rows * N) + size * (ranks * K + N * rank)
+    # Each program reads all rows of x, and all parts of its layer's h.
+    cache = memory + programs * rows * (HALF * K + 4 * parts * rank)
+    return gpu.seconds(memory, cache) + gpu.early + gpu.update
+
+
+def many_rows_seconds(rows: int, K: int, widths: tuple[int, ...], rank: int, size: int, gpu: Gpu) -> float:
+    N, ranks = sum(widths), rank * len(widths)
+    blocks = down_blocks(torch.bfloat16, torch.bfloat16)
+    tiles = -(-rows // blocks["BLOCK_M"])
+    parts = split_count(rows, K, ranks, blocks, down_programs(K))
+    h = 4 * parts * rows * ranks
+    down = max(
+        gpu.seconds(HALF * rows * K + size * ranks * K + h),
+        HALF * (K // parts) * (blocks["BLOCK_M"] + ranks) / gpu.processor * -(-tiles * parts // 132) + gpu.start,
+    )
+    # Each block of columns reads its layer's part of h.
+    update = gpu.seconds(HALF * rows * N + size * N * rank, cache=HALF * rows * N + h / len(widths) * N / COLUMN_BLOCK)
+    matmul = gpu.seconds(HALF * (rows * K + N * K + 2 * rows * N), operations=2 * rows * K * N)
+    return down + update + matmul
+
+
+def markdown() -> str:
+    """The cases as a Markdown table."""
+    lines = ["| case | base | before | now |", "|---|---:|---:|---:|"]
+    for name, (rows, rank, size, before) in CASES.items():
+        base = base_seconds(rows)
+        lines.append(
+            f"| {name} | {base * 1e6:.0f} µs | {before:.2f} | {adapted_seconds(rows, rank, size) / base:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
