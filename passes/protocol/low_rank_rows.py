@@ -16,8 +16,9 @@ runs of rows.
 The operator is for any device. Programs that are exported have plain operators instead. Calls of graphs go to
 :func:`low_rank_rows_direct` and to :func:`low_rank_rows_in_place`, which writes to ``y`` and returns it.
 
-The second way has a backward of its own, in which the rows of each adapter are alone as well. It reads ``c`` and ``scale`` as Python numbers. Where a derivative needs them, and in transforms of
-``torch.func`` and forward mode, the first way runs, which torch can follow.
+The second way has a backward of its own, in which the rows of each adapter are alone as well. It reads ``c`` and
+``scale`` as Python numbers. Where a derivative needs them, and in transforms of ``torch.func`` and forward mode, the
+first way runs, which torch can follow.
 """
 
 from __future__ import annotations

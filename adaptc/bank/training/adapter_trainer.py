@@ -195,9 +195,6 @@ class AdapterTrainer:
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
         """Take over a state that :meth:`state_dict` gave. Raises CheckpointError for one that does not fit."""
         self.check_state(state, source)
-        with torch.no_grad():
-            for name, t in self.parameters.items():
-                t.copy_(state["parameters"][name])
         try:
             self.optimizer.load_state_dict(dict(state["optimizer"]))
             if self.scheduler is not None:
@@ -206,6 +203,9 @@ class AdapterTrainer:
             raise CheckpointError(
                 f"{source} was written with another optimizer or scheduler than adapter {self.name!r} has now: {error}"
             ) from error
+        with torch.no_grad():
+            for name, t in self.parameters.items():
+                t.copy_(state["parameters"][name])
         self.steps = int(state["steps"])
 
 
