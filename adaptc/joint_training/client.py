@@ -5,27 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from adaptc.bank.training.adapter_trainer import AdapterTrainer, TrainingOptions
 from adaptc.bank.training.step_report import StepResult
-from adaptc.bank.training.training_bank import TrainingBank
 from adaptc.errors import ConfigError, short_repr
 from adaptc.joint_training.datum import AdamParams, read_texts
+from adaptc.joint_training.program_groups import ProgramGroup
 from adaptc.joint_training.sampling import SampledSequence, Sampler, SamplingParams, read_prompts
 from adaptc.joint_training.token_losses import ForwardBackwardOutput, TokenLoss, check_loss
 from adaptc.torch_typing import is_mapping
-
-
-@dataclass(eq=False)
-class ProgramGroup:
-    """The clients of one program: its bank, a config with its sites, and their sampler once one samples."""
-
-    bank: TrainingBank
-    config: Any
-    sampler: Sampler | None = None
 
 
 class CallQueue(Protocol):
@@ -56,9 +47,9 @@ class Client:
 
         Args:
             data: a list of datums: ``model_input``, token ids, and ``loss_fn_inputs`` with a value for each token.
-            loss: "cross_entropy" (reads target_tokens, weights), "importance_sampling" or "ppo" (target_tokens,
-                logprobs, advantages), or a function of (data, list of log-probabilities) that gives a loss, or a loss
-                and a dict of metrics. It reads target_tokens.
+            loss: a name or a function. "cross_entropy" reads target_tokens and weights. "importance_sampling" and "ppo"
+                read target_tokens, logprobs and advantages. A function of the data and a list of log-probabilities
+                gives a loss, or a loss and a dict of metrics. The data then have target_tokens.
             loss_config: for "ppo", clip_low_threshold and clip_high_threshold.
 
         Returns:
@@ -94,10 +85,10 @@ class Client:
             ConfigError: an option has a value that is none.
         """
         params = AdamParams(**adam) if is_mapping(adam) else adam or AdamParams()
-        given: Any = params  # callers may give anything
-        if not all(hasattr(given, f.name) for f in fields(AdamParams)[:4]):
+        given: Any = params  # callers may give anything, such as Tinker's options
+        if not all(hasattr(given, n) for n in ("learning_rate", "beta1", "beta2", "eps")):
             raise ConfigError(f"adam={short_repr(adam)} must be AdamParams, or a dict of its options")
-        read = AdamParams(**{f.name: getattr(given, f.name, f.default) for f in fields(AdamParams)})
+        read = AdamParams(**{f.name: getattr(given, f.name) for f in fields(AdamParams) if hasattr(given, f.name)})
 
         def step() -> StepResult:
             trainer = self.trainer

@@ -24,7 +24,13 @@ IGNORED = -100
 class Datum:
     """One text to train on.
 
-    ``model_input``: its token ids (length,). ``loss_fn_inputs``: what its loss reads at each position, by name.
+    Attributes:
+        model_input: its token ids (length,).
+        loss_fn_inputs: name -> what its loss reads at each position, numbers (length,).
+
+    Example:
+        >>> adaptc.training.Datum([5, 6], {"target_tokens": [6, 7], "weights": [0.0, 1.0]}).model_input
+        [5, 6]
     """
 
     model_input: Any
@@ -33,9 +39,19 @@ class Datum:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """The options of one step of AdamW. ``grad_clip_norm``: the norm to which gradients are clipped, 0 for none.
+    """The options of one step of AdamW. Raises ConfigError for a value that is none.
 
-    Raises ConfigError for a value that is none.
+    Attributes:
+        learning_rate: the learning rate.
+        beta1: the decay of the mean of gradients.
+        beta2: the decay of the mean of their squares.
+        eps: what is added to the root of that mean.
+        weight_decay: the decoupled weight decay.
+        grad_clip_norm: the norm to which gradients are clipped; 0 for no clipping.
+
+    Example:
+        >>> adaptc.training.AdamParams(learning_rate=1e-3).beta2
+        0.95
     """
 
     learning_rate: float = 1e-4

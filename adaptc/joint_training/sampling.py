@@ -29,8 +29,20 @@ _UNLIMITED = 2**24
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The options of sampling. ``temperature`` 0 takes the likeliest token. ``stop``: ids of tokens that end a text;
-    None for the model's own. Raises ConfigError for a value that is none."""
+    """The options of sampling. Raises ConfigError for a value that is none.
+
+    Attributes:
+        max_tokens: the most new tokens of a text.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        top_k: from how many tokens to draw; 0 for all.
+        top_p: from which part of the probability to draw.
+        seed: the seed of the draws; None for torch's global generator.
+        stop: ids of tokens that end a text; None for the model's own.
+
+    Example:
+        >>> adaptc.training.SamplingParams(max_tokens=4, temperature=0).top_p
+        1.0
+    """
 
     max_tokens: int = 32
     temperature: float = 1.0

@@ -14,20 +14,17 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from adaptc.bank.training.training_bank import TrainingBank
-from adaptc.binding.sources.configs import as_config
-from adaptc.errors import AdaptcError, ConfigError, SwapError, short_repr
-from adaptc.joint_training.client import Client, ProgramGroup
+from adaptc.errors import AdaptcError, ConfigError, short_repr
+from adaptc.joint_training.client import Client
 from adaptc.joint_training.datum import pad_texts, padded_tokens
+from adaptc.joint_training.program_groups import ProgramGroups
 from adaptc.joint_training.token_losses import TokenLoss
 from adaptc.locks import reset_after_fork
-from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.program.compile_program import compile_model
-from adaptc.runtime.options import RunOptions
 
 
 @dataclass(eq=False)
@@ -43,7 +40,18 @@ class Call:
 
 
 class Service:
-    """Train adapters of ``model`` for clients.
+    """A trainer of adapters of one model for several clients.
+
+    Args:
+        model: a causal language model of transformers.
+        capacity: how many clients there may be.
+        max_rank: the largest rank of an adapter; None for any.
+        max_tokens: the most tokens of a batch, padding counted.
+        wait: how many seconds a call waits for those of other clients, to share a batch with them. It does not wait
+            once each client of the same program has a call.
+
+    Raises:
+        ConfigError: an option has a value that cannot be honoured, or the model is no causal language model.
 
     Example:
         >>> service = adaptc.training.Service(lm, capacity=2, max_tokens=256)
@@ -64,29 +72,10 @@ class Service:
         max_tokens: int = 8192,
         wait: float = 0.0,
     ) -> None:
-        """Begin without clients.
-
-        Args:
-            model: a causal language model of transformers.
-            capacity: how many clients there may be.
-            max_rank: the largest rank of an adapter; None for any.
-            max_tokens: the most tokens of a batch, padding counted.
-            wait: how many seconds a call waits for those of other clients, to share a batch with them. It does not wait
-                once each client of the same program has a call.
-
-        Raises:
-            ConfigError: an option has a value that cannot be honoured, or the model is no causal language model.
-        """
         limits: dict[str, Any] = {"capacity": capacity, "max_tokens": max_tokens}
         for name, value in limits.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={short_repr(value)} must be a positive integer")
-        config = getattr(model, "config", None)
-        if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generation_config"):
-            raise ConfigError(
-                f"{type(model).__name__} is no causal language model of transformers, whose texts a service trains on: "
-                "prog.bank(training=True) trains adapters of any model"
-            )
         given: Any = wait  # callers may give anything
         if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < float("inf"):
             raise ConfigError(f"wait={short_repr(wait)} must be a number of seconds from 0 upwards")
@@ -97,11 +86,11 @@ class Service:
             max_tokens,
             wait,
         )
-        self.vocab_size: int = config.get_text_config(decoder=True).vocab_size
+        self._groups = ProgramGroups(model, max_rank)
+        self.vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
         self.clients: list[Client] = []
         #: the number of batches that were run, each for one client or several
         self.batch_count = 0
-        self._groups: list[ProgramGroup] = []
         self._calls: list[Call] = []
         self._changed = threading.Condition(reset_after_fork(threading.RLock()))
         self._thread: threading.Thread | None = None
@@ -124,7 +113,6 @@ class Service:
             TargetError: the config selects no layer.
             AdaptcError: the service is closed.
         """
-        config = as_config(config)
         with self._changed:
             self._check_open()
             if len(self.clients) >= self.capacity:
@@ -134,24 +122,10 @@ class Service:
                 )
             self._created += 1
             name = f"client{self._created}"
-            group = self._add_adapter(name, config, seed)
+            group = self._groups.add(name, config, seed=seed)
             client = Client(self, group, name)
             self.clients.append(client)
             return client
-
-    def _add_adapter(self, name: str, config: Any, seed: int | None) -> ProgramGroup:
-        for group in self._groups:
-            try:
-                group.bank.add(name, config, seed=seed)
-            except SwapError:  # the program has other sites, or another method
-                continue
-            return group
-        made = compile_model(AdaptedProgram, self.model, config, RunOptions(), training=True)
-        bank: Any = made.bank(training=True, max_rank=self.max_rank, optimizer=_adam)
-        bank.add(name, config, seed=seed)
-        group = ProgramGroup(bank, config)
-        self._groups.append(group)
-        return group
 
     def remove(self, client: Client) -> None:
         """Remove a client with its adapter; its calls that wait are cancelled. It may have been removed before."""
@@ -161,9 +135,7 @@ class Service:
                 for call in [c for c in self._calls if c.client is client]:
                     self._calls.remove(call)
                     call.future.cancel()
-                client.group.bank.remove(client.name)
-                if not len(client.group.bank):
-                    self._groups.remove(client.group)
+                self._groups.remove(client.group, client.name)
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -178,14 +150,14 @@ class Service:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Service: {len(self.clients)} of {self.capacity} clients, {len(self._groups)} programs>"
+        return f"<Service: {len(self.clients)} of {self.capacity} clients, {len(self._groups.groups)} programs>"
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -307,7 +279,3 @@ def _forward(bank: TrainingBank, inputs: Any, rows: list[str], losses: dict[str,
 @dataclass(frozen=True, eq=False)
 class _Logits:
     logits: torch.Tensor
-
-
-def _adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters)

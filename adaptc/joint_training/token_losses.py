@@ -102,8 +102,8 @@ def check_loss(loss: Any, config: Mapping[str, Any] | None) -> tuple[tuple[str, 
     known = dict(PPO_OPTIONS) if loss == "ppo" else {}
     if isinstance(loss, str) and loss not in REQUIRED_FIELDS:
         raise ConfigError(
-            f"loss={loss!r} is not one of {listing(map(repr, REQUIRED_FIELDS))}{did_you_mean(loss, REQUIRED_FIELDS)}, or "
-            "a function of the data and their log-probabilities"
+            f"loss={loss!r} is not one of {listing(map(repr, REQUIRED_FIELDS))}, or a function of the data and their "
+            f"log-probabilities{did_you_mean(loss, REQUIRED_FIELDS)}"
         )
     if not isinstance(loss, str) and not callable(loss):
         raise ConfigError(f"loss={short_repr(loss)} must be a name or a function")

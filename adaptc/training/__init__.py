@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Datum,
         SamplingParams,
         Service,
+        sweep,
     )
     from adaptc.training.checkpoints import last_checkpoint
     from adaptc.training.lorafa import lorafa_optimizer
@@ -36,6 +37,7 @@ PUBLIC = {
     "Datum": "adaptc.joint_training.datum",
     "AdamParams": "adaptc.joint_training.datum",
     "SamplingParams": "adaptc.joint_training.sampling",
+    "sweep": "adaptc.joint_training.sweep",
 }
 
 __all__ = [*PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -4,3 +4,4 @@ from adaptc.joint_training.datum import AdamParams as AdamParams
 from adaptc.joint_training.datum import Datum as Datum
 from adaptc.joint_training.sampling import SamplingParams as SamplingParams
 from adaptc.joint_training.service import Service as Service
+from adaptc.joint_training.sweep import sweep as sweep

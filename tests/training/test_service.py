@@ -86,6 +86,7 @@ class Alone:
         self.optimizer.zero_grad()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
@@ -181,6 +182,7 @@ def test_a_state_goes_on_and_a_forward_changes_nothing(tmp_path: Path) -> None:
         assert "3 steps" in repr(b)
 
 
+@pytest.mark.long
 def test_samples_are_of_the_adapter_as_it_is_now(tmp_path: Path) -> None:
     with Service(base(), max_tokens=200) as service:
         a = service.create(CONFIGS["a"], seed=0)
@@ -206,7 +208,7 @@ def test_samples_are_of_the_adapter_as_it_is_now(tmp_path: Path) -> None:
         ended = a.sample(prompts[:1], max_tokens=4, temperature=0.0, stop=[found[0].tokens[1]]).result(60)[0]
         assert (ended.stop_reason, ended.tokens) == ("stop", found[0].tokens[: len(ended.tokens)])
         shared = {t.data_ptr() for t in base().parameters()}
-        generator = a.group.sampler._generator  # noqa: SLF001
+        generator = a.group.sampler._generator
         assert {
             t.data_ptr() for n, t in generator.program.base_tensors.items() if n.endswith("down_proj.weight")
         } <= shared
