@@ -95,6 +95,7 @@ demo-all: $(PASSED) $(VENV)/.ray.stamp
 	$(BIN)/python examples/ray_serve.py build/demo
 	$(BIN)/python examples/many_adapters.py $(ADAPTERS)
 	$(BIN)/python examples/train_trainer.py
+	$(BIN)/python examples/train_many.py
 	$(BIN)/python examples/custom_module.py
 	$(BIN)/python examples/custom_method.py
 	$(BIN)/python examples/qlora.py

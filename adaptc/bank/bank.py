@@ -86,14 +86,8 @@ class Bank:
             CheckpointError: the adapter does not fit, or is not finite.
             SwapError: the adapter needs other sites.
         """
-        given: Any = name  # callers may give anything
-        if not isinstance(given, str) or not name:
-            raise ConfigError(f"the name of an adapter is a string, not {short_repr(name)}")
-        self._check_free(name)
-        binding = self._bind(name, adapter, options)
-        with self._table.lock:
-            self._check_free(name)
-            self._table.contents = self.placement.store(self._table.contents, name, binding)
+        self._check_name(name)
+        self._store_new(name, self._bind(name, adapter, options))
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
         """Replace the adapter called ``name`` by another one. After an error the bank is unchanged.
@@ -128,6 +122,16 @@ class Bank:
         with self._table.lock:
             check_adapter_names([name], self.adapters)
             self._table.contents = self._table.contents.without_adapters([name])
+
+    def _check_name(self, name: Any) -> None:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"the name of an adapter is a string, not {short_repr(name)}")
+        self._check_free(name)
+
+    def _store_new(self, name: str, binding: Binding) -> None:
+        with self._table.lock:
+            self._check_free(name)
+            self._table.contents = self.placement.store(self._table.contents, name, binding)
 
     def _check_free(self, name: str) -> None:
         if name in self.adapters:

@@ -78,12 +78,8 @@ class BankCode:
         """
         any_count, row_program = self.serves_any_count, self.row_programs[part]
         # Code differs by the length of rows only where adapters lie side by side, and nothing else computes them:
-        # GPU kernels, compiled code and training have one code for all lengths.
-        has_long_rows = (
-            has_long_rows
-            and row_program.is_side_by_side
-            and not (self.uses_compiler or self._is_training or self.kernel_sites)
-        )
+        # GPU kernels and compiled code have one code for all lengths.
+        has_long_rows = has_long_rows and row_program.is_side_by_side and not (self.uses_compiler or self.kernel_sites)
         key = part, None if any_count else stack.capacity, has_long_rows
         code = self._executors.get(key)
         if code is None:

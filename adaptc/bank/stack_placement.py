@@ -11,7 +11,7 @@ import copy
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from torch import Tensor
@@ -277,10 +277,24 @@ def make_bank(
     ``probes``, ``part_outputs`` and ``row_inputs`` are as for :class:`StackPlacement`. Raises ConfigError for an
     unknown option.
     """
+    limits = {"capacity": capacity, "max_rank": max_rank, "max_bytes": max_bytes, "evict": evict, "axis": axis}
     check_bank_options(options)
-    given: Any = axis  # callers may give anything
-    if not isinstance(given, int) or isinstance(given, bool) or axis < 0:
+    return Bank(make_placement(program, limits, part_outputs, probes, row_inputs), adapters, loader, **options)
+
+
+def make_placement(
+    program: ProgramCore,
+    limits: dict[str, Any],
+    part_outputs: Mapping[str, Sequence[str]] | None = None,
+    probes: Sequence[Mapping[str, Any]] = (),
+    row_inputs: TokenInputs | None = None,
+) -> StackPlacement:
+    """Return a placement for a bank of ``program``, and take its limits and its axis out of ``limits``.
+
+    Raises ConfigError for an axis that is none.
+    """
+    axis: Any = limits.pop("axis", 0)  # callers may give anything
+    if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0:
         raise ConfigError(f"axis={short_repr(axis)} must be the number of an axis, from 0 upwards")
-    limits = Limits(capacity, max_rank, max_bytes, evict)
-    placement = StackPlacement(program, limits, part_outputs, probes, row_inputs=row_inputs or axis)
-    return Bank(placement, adapters, loader, **options)
+    found = Limits(**{f.name: limits.pop(f.name) for f in fields(Limits) if f.name in limits})
+    return StackPlacement(program, found, part_outputs, probes, row_inputs=row_inputs or axis)

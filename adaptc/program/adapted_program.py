@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 
 from adaptc.bank.bank import Bank
 from adaptc.bank.stack_placement import make_bank
+from adaptc.bank.training.training_bank import make_training_bank
 from adaptc.binding.bind_adapter import bind_adapter
-from adaptc.errors import ConfigError
+from adaptc.errors import ConfigError, short_repr
 from adaptc.matmul_tuning import PackedWeights, memory_of_packed
 from adaptc.passes.analysis.graph_view import format_graph
 from adaptc.passes.graph.graph_lock import hold_graph_lock
@@ -24,6 +25,7 @@ from adaptc.passes.graph.pass_infra import PassTrail
 from adaptc.passes.graph.torch_caches import drop_dead_code
 from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.quantized.expand_quantized import ExpandQuantized
+from adaptc.program.add_adapter import FirstValues
 from adaptc.program.module_factory import ProgramModuleFactory, warn_of_missing_data
 from adaptc.program.program_scale import ScalableProgram
 from adaptc.program.swap_report import SwapReport
@@ -97,7 +99,7 @@ class AdaptedProgram(ScalableProgram):
         :func:`snapshot_runner`."""
         return snapshot_runner(self)
 
-    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
+    def bank(self, adapters: Mapping[str, Any] | None = None, *, training: bool = False, **limits: Any) -> Bank:
         """Return a bank: adapters by name, of which each row of a batch takes its own.
 
         A call is ``bank(**inputs, adapters=["fr", None, {"de": 0.7, "style": 0.3}])``. The bank keeps the program as it
@@ -105,6 +107,8 @@ class AdaptedProgram(ScalableProgram):
 
         Args:
             adapters: name -> what :meth:`bind` takes; ``bank.add`` adds more.
+            training: True gives a ``TrainingBank``, whose adapters train, each with an optimizer of its own. It
+                takes the options of its ``add`` here, too.
             **limits: ``capacity`` and ``max_bytes``, how many adapters, and how many bytes of them, the bank may hold.
                 ``max_rank``, the largest rank. ``evict=True`` lets the least recently used adapters go when it is full.
                 ``loader``, a function of a name that gives an adapter which is not there. ``axis``, the axis of the
@@ -118,6 +122,11 @@ class AdaptedProgram(ScalableProgram):
                 site, the output or the buffer is named.
             AdaptcError: what :meth:`Bank.add` raises.
         """
+        given: Any = training  # callers may give anything
+        if not isinstance(given, bool):
+            raise ConfigError(f"training={short_repr(training)} must be True or False")
+        if training:
+            return make_training_bank(self, FirstValues(self), adapters, **limits)
         return make_bank(self, adapters, **limits)
 
     # -- how it shows itself -------------------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
 from adaptc.adapter_files.adapter_data import AdapterData, LoadedAdapter
 from adaptc.binding.bind import bind, file_tensors, initial_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_scale import binding_of_parts, turn_off
 from adaptc.binding.combine_bindings import adapters_by_name, spec_of_adapter
 from adaptc.binding.common_to_sites import settle_shared_slots
+from adaptc.binding.sources.configs import as_config
 from adaptc.errors import ConfigError, SwapError, listing, short_repr
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.train.set_mode import SetMode
@@ -69,6 +72,38 @@ def with_added_adapter(program: P, name: str, adapter: Any, recompile: bool) -> 
     )
     binding = _carry_over_adapters(snapshot, made, adapters)
     return type(program)(made, adaptation, binding, made.options, made.originals)
+
+
+class FirstValues:
+    """A maker of the binding that a new adapter begins with at the sites of ``program``, from its config."""
+
+    def __init__(self, program: ProgramCore) -> None:
+        self._program = program.snapshot()
+        self._base: Any = None
+
+    def __call__(self, config: Any, generator: torch.Generator | None = None) -> Binding:
+        """Return the binding of a new adapter of ``config``; sites that it does not choose have identity values.
+
+        Raises SwapError for sites that the program does not have. Raises ConfigError and TargetError as
+        ``adaptc.compile`` does.
+        """
+        program, training = self._program, self._program.adaptation.training
+        if self._base is None:
+            base: Any = unload_program(program)
+            self._base = SetMode(training=True)(base).output if training else base
+        options: dict[str, Any] = {"training": training, "autocast": program.adaptation.autocast}
+        plan = plan_adapters(self._base, as_config(config), program.options, **options)
+        own = {_weight_and_method(a): a for a in program.adaptation.attachments}
+        if missing := [a for a in plan.spec.attachments if not _can_run(own.get(_weight_and_method(a)), a)]:
+            sites = shorten_paths(dict.fromkeys(a.fqn.removesuffix(".weight") for a in missing))
+            there = ", ".join(dict.fromkeys(a.method.name for a in program.adaptation.attachments))
+            raise SwapError(
+                f"the config wants {missing[0].method.name} at {sites}, and the program has {there} at "
+                f"{len(own)} sites without these: compile it for the union of all layers, of one method"
+            )
+        spec = program.spec(training)
+        methods = _planned_methods(spec, plan.spec)
+        return initial_values(spec, plan.adapters[0].data.config, generator, methods_by_id=methods)
 
 
 def to_adapter_data(program: ProgramCore, name: str, adapter: Binding) -> LoadedAdapter:

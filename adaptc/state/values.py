@@ -3,12 +3,13 @@
 The constructor in ``core`` sets these values. Reading one computes, copies and changes nothing. Values that are
 replaced while a program runs are read here in one place, and are replaced in ``core`` and ``follow_binding``.
 
-``clone_tensors`` copies a program's tensors, so that what was one tensor stays one.
+``clone_tensors`` copies a program's tensors, so that what was one tensor stays one. :class:`Constraints` holds the
+parameters of an adapter to what their methods allow, before each call that gradients are taken of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -25,6 +26,8 @@ from adaptc.passes.analysis.unread_weights import unread_weights
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.graph.storage import storage_key
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.method import Method
 from adaptc.runtime.options import RunOptions
 from adaptc.state.adaptation import Adaptation
 from adaptc.state.running import CallState, RunState, check_base_meta
@@ -166,3 +169,30 @@ def map_tensor(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``function`` of a tensor, as a parameter if the tensor is one."""
     new = function(t.detach())
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+
+class Constraints:
+    """The constraints on the adapter ``binding``, None for no adapter; most adapters have none."""
+
+    def __init__(self, attachments: Sequence[Attachment], ops: Mapping[str, Op], binding: Binding | None) -> None:
+        self._sites: list[tuple[Method, Op, Mapping[str, str]]] = []
+        for a in attachments if binding is not None else ():
+            method, op = binding.methods.get(a.id), ops[a.id]  # type: ignore[union-attr]
+            if method is not None and method.constrained(op, {n: binding.values[f] for n, f in a.slots.items()}):  # type: ignore[union-attr]
+                self._sites.append((method, op, a.slots))
+
+    def enforce(self, tensor_of: Callable[[str], Tensor]) -> None:
+        """Move parameters back, in place; only those that train, and only where gradients are on. ``tensor_of`` gives
+        the tensor of an FQN."""
+        if not self._sites or not torch.is_grad_enabled():
+            return
+        compiling = torch.compiler.is_compiling()
+        with torch.no_grad():
+            for method, op, fqns in self._sites:
+                slots = {n: tensor_of(f) for n, f in fqns.items()}
+                for name, value in method.constrained(op, slots).items():
+                    if slots[name].requires_grad:
+                        # A write that autograd counts would fail the backward of an earlier call that read this
+                        # parameter. Without an optimizer's step in between, the same value is written, so it need not
+                        # be counted; a step is counted by the optimizer itself, unless it is fused.
+                        (slots[name] if compiling else slots[name].data).copy_(value)

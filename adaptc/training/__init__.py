@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING
 from adaptc.public_names import lazy_names
 
 if TYPE_CHECKING:
+    from adaptc.training._rooms_above import (  # pyright: ignore[reportMissingModuleSource]  # it is a stub
+        AdamParams,
+        Datum,
+        SamplingParams,
+        Service,
+        sweep,
+    )
     from adaptc.training.checkpoints import last_checkpoint
     from adaptc.training.lorafa import lorafa_optimizer
     from adaptc.training.losses.kasa_loss import kasa_loss
@@ -26,6 +33,11 @@ PUBLIC = {
     "trainer_callback": "adaptc.training.trainer_callbacks",
     "check_gradients": "adaptc.training.trainer_callbacks",
     "last_checkpoint": "adaptc.training.checkpoints",
+    "Service": "adaptc.joint_training.service",
+    "Datum": "adaptc.joint_training.datum",
+    "AdamParams": "adaptc.joint_training.datum",
+    "SamplingParams": "adaptc.joint_training.sampling",
+    "sweep": "adaptc.joint_training.sweep",
 }
 
 __all__ = [*PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

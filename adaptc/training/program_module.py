@@ -36,8 +36,9 @@ from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.state.core import ProgramCore
 from adaptc.state.program_repr import describe_module
+from adaptc.state.values import Constraints
 from adaptc.torch_modes import enters_autocast, leaving_autocast
-from adaptc.training.layer_tensors import Constraints, DropoutStandIn
+from adaptc.training.layer_tensors import DropoutStandIn
 from adaptc.training.sharded_tensors import check_not_sharded
 from adaptc.training.state_dict_hooks import AdapterStateDict
 
@@ -106,7 +107,7 @@ class ProgramModule(AdapterStateDict):
         #: the names of quantised weights; DistributedDataParallel would write the first process's values to each
         self.quantized_names = [n for n, t in self.tensors().items() if isinstance(t, QuantizedTensor)]
         self._ddp_params_and_buffers_to_ignore = list(self.quantized_names)
-        self.constraints = Constraints(program)
+        self.constraints = Constraints(program.adaptation.attachments, program.ops, program.current)
         self._register_state_hooks()
 
     def __getattr__(self, name: str) -> Any:
@@ -134,11 +135,11 @@ class ProgramModule(AdapterStateDict):
         asked = args, kwargs
         args, kwargs = self.inputs.fill_missing(args, kwargs)
         if torch.compiler.is_compiling():
-            self.constraints.enforce(self)
+            self.constraints.enforce(self.tensor_at)
             return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)
         self._check_devices(self.inputs(args, kwargs))
         check_not_sharded(self, self.quantized_names)
-        self.constraints.enforce(self)
+        self.constraints.enforce(self.tensor_at)
         try:
             with leaving_autocast() if self.enters_autocast else nullcontext():
                 return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)
@@ -151,6 +152,11 @@ class ProgramModule(AdapterStateDict):
             if wrong := self.explain_failure(args, kwargs):
                 raise AdaptcError(wrong) from error
             raise
+
+    def tensor_at(self, fqn: str) -> Tensor:
+        """Return the parameter or buffer ``fqn`` as the module has it now."""
+        path, _, name = fqn.rpartition(".")
+        return getattr(self.get_submodule(path), name)
 
     def _device(self) -> torch.device | None:
         return next((t.device for t in self.parameters()), None)

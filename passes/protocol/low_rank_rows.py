@@ -13,12 +13,12 @@ have another adapter than the row before, one batched matmul computes all consec
 of one position, such as the tokens of packed texts, are gathered: one matmul for each adapter, or for each of its long
 runs of rows.
 
-The operator is for inference on any device. Programs that are exported or trained have plain operators instead. Calls
-of graphs go to :func:`low_rank_rows_direct` and to :func:`low_rank_rows_in_place`, which writes to ``y`` and returns
-it.
+The operator is for any device. Programs that are exported have plain operators instead. Calls of graphs go to
+:func:`low_rank_rows_direct` and to :func:`low_rank_rows_in_place`, which writes to ``y`` and returns it.
 
-The second way reads ``c`` and ``scale`` as Python numbers. Where a derivative needs them, and in transforms of
-``torch.func`` and forward mode, the first way runs, which torch can follow.
+The second way has a backward of its own, in which the rows of each adapter are alone as well. It reads ``c`` and
+``scale`` as Python numbers. Where a derivative needs them, and in transforms of ``torch.func`` and forward mode, the
+first way runs, which torch can follow.
 """
 
 from __future__ import annotations
@@ -181,15 +181,77 @@ def _may_read_values(*tensors: Tensor) -> bool:
     )
 
 
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Return whether a backward will want the gradient of one of ``tensors``."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _MatmulsByAdapter(torch.autograd.Function):
+    """:func:`matmuls_by_adapter` with gradients of x, y, A and B. It keeps ``x`` and the factors, and computes
+    ``x A^T`` again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A, B, scale, c)
+        ctx.y_dtype = y.dtype
+        return matmuls_by_adapter(x, y, A, B, scale, c)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, A, B, scale, c = ctx.saved_tensors
+        wants, (grad,) = ctx.needs_input_grad, grads
+        own = grad.to(ctx.y_dtype) if wants[1] else None
+        if torch.is_grad_enabled():  # gradients of gradients follow operators of torch
+            leaves = [t for t, wanted in ((x, wants[0]), (A, wants[2]), (B, wants[3])) if wanted]
+            change = stacked_matmul(x, torch.zeros_like(grad), A, B, scale, c)
+            found = iter(torch.autograd.grad(change, leaves, grad, create_graph=True) if leaves else ())
+            dx, dA, dB = (next(found) if wanted else None for wanted in (wants[0], wants[2], wants[3]))
+        else:
+            dx, dA, dB = _gradients_by_adapter(x, grad, A, B, scale, c)
+        return dx, own, dA, dB, None, None
+
+
+def _gradients_by_adapter(
+    x: Tensor, grad: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, A and B, given that of the result; only the rows of each adapter are read for it."""
+    rows, scales = c.shape[0], _scale_values(scale)
+    by_row = x.to(A.dtype).reshape(rows, -1, x.shape[-1]), grad.to(A.dtype).reshape(rows, -1, grad.shape[-1])
+    dx, dA, dB = torch.zeros_like(by_row[0]), torch.zeros_like(A), torch.zeros_like(B)
+    for place, k, weight in _read_coefficients(c).groups:
+        own, up = (t[place].flatten(0, 1) for t in by_row)
+        factor = weight * scales[k % len(scales)]
+        if isinstance(factor, Tensor):
+            up = up * factor.to(up).repeat_interleave(by_row[0].shape[1], 0)
+        down = torch.mm(up, B[k])
+        if not isinstance(factor, Tensor):
+            down.mul_(factor)
+        dA[k].addmm_(down.t(), own)
+        dB[k].addmm_(up.t(), torch.mm(own, A[k].t()), alpha=1.0 if isinstance(factor, Tensor) else factor)
+        change = torch.mm(down, A[k]).view(-1, *by_row[0].shape[1:])
+        if isinstance(place, slice):
+            dx[place].add_(change)
+        else:
+            dx.index_add_(0, place, change)
+    return dx.view(x.shape).to(x.dtype), dA, dB
+
+
 def low_rank_rows_direct(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """Return the operator's result without its dispatch."""
-    return (_compute if _may_read_values(x, y, A, B, scale, c) else stacked_matmul)(x, y, A, B, scale, c)
+    if not _may_read_values(x, y, A, B, scale, c):
+        return stacked_matmul(x, y, A, B, scale, c)
+    if not _is_recorded(x, y, A, B):
+        return _compute(x, y, A, B, scale, c)
+    if _prefers_stacked(x, c):
+        return stacked_matmul(x, y, A, B, scale, c)
+    function: Any = _MatmulsByAdapter
+    return function.apply(x, y, A, B, scale, c)
 
 
 def low_rank_rows_in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """Return the operator's result, written to the memory of ``y``; a new tensor where a derivative needs both."""
-    if not _may_read_values(x, y, A, B, scale, c):
-        return stacked_matmul(x, y, A, B, scale, c)
+    if not _may_read_values(x, y, A, B, scale, c) or _is_recorded(x, y, A, B):
+        return low_rank_rows_direct(x, y, A, B, scale, c)
     is_wide = y.dtype == torch.promote_types(y.dtype, A.dtype)
     if _prefers_stacked(x, c) or not y.is_contiguous() or not (is_wide or _rounds_once(c)):
         return y.copy_(_compute(x, y, A, B, scale, c))

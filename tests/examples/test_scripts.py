@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import adaptc
-from tests.support import chats
+from tests.support import chats, training
 from tests.support.families import FAMILIES, VOCAB
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -233,3 +233,27 @@ def test_captions_run_with_few_steps(monkeypatch: pytest.MonkeyPatch, capsys: py
     said = capsys.readouterr().out
     assert "FAILED: captions of the model are right" in said
     assert "ok: after swaps there and back the first adapter says the same" in said
+
+
+@pytest.mark.long
+def test_six_styles_are_learned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    threads = torch.get_num_threads()
+    example = load("train_many", monkeypatch)
+    torch.set_num_threads(threads)
+    styles = example.read_styles()
+    assert list(styles) == [*("pirate", "telegram"), *example.SAYINGS]
+    assert set(styles) == set(example.CONFIGS)
+    assert {len(lessons) for lessons in styles.values()} == {12}
+    assert len({lessons[0][1] for lessons in styles.values()}) == 6
+    monkeypatch.setattr(Letters, "__call__", lambda _, text: {"input_ids": [3 + ord(c) % 61 for c in text[:9]]})
+    data = {name: example.make_data(Letters(), lessons) for name, lessons in styles.items()}
+    assert sum(map(float, data["robot"][0].loss_fn_inputs["weights"])) == pytest.approx(1.0)
+    with adaptc.training.Service(training.model(), capacity=12) as service:
+        alone, _ = example.train(service, data, 1, together=False)
+        together, _ = example.train(service, data, 2, together=True)
+        assert service.batch_count < 6 + 6 + 12 + 6
+        assert len(service.clients) == 6
+    for name, losses in together.items():
+        assert losses[0] == pytest.approx(alone[name][0], rel=1e-4)
+        assert len(losses) == 3

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adaptc.passes.protocol.low_rank_rows import (
     divide_rows,
     low_rank_rows,
+    low_rank_rows_direct,
     low_rank_rows_in_place,
     matmuls_by_adapter,
     stacked_matmul,
@@ -102,3 +103,39 @@ def test_a_batch_of_products_for_rows_of_one_adapter_each(adapters, weights, dty
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
         nothing = [i for i, k in enumerate(adapters) if k is None]
         assert torch.equal(found[nothing], y[nothing])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(-1, 3), min_size=1, max_size=9),
+    st.sampled_from([1, 9, 40]),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.booleans(),
+)
+def test_gradients(adapter_of_row, positions, has_weights, dtype, wants_input):
+    """Rows computed by adapter have the gradients, and gradients of gradients, of one matmul with all factors."""
+    adapter_of_row = adapter_of_row * (1 if positions > 1 else 7)  # many rows of one token are gathered by adapter
+    rows, count = len(adapter_of_row), 4
+    x, y, A, B, scale, _ = case(rows, positions, count, 3, rows)
+    c = torch.zeros(rows, count)
+    for i, k in enumerate(adapter_of_row):
+        if k >= 0:
+            c[i, k] = 0.3 * (i % 3) - 0.7 if has_weights else 1.0
+    found = []
+    for way in (low_rank_rows_direct, low_rank_rows_in_place, stacked_matmul):
+        own = [
+            t.detach().clone().to(d).requires_grad_() for t, d in ((x, dtype), (y, dtype), (A, A.dtype), (B, B.dtype))
+        ]
+        own[0].requires_grad_(wants_input)
+        leaves = [t for t in own if t.requires_grad]
+        out = way(own[0], own[1] * 1.0, own[2], own[3], scale, c)
+        total = out.double().sin().sum()
+        first = torch.autograd.grad(total, leaves, retain_graph=True)
+        again = torch.autograd.grad(total, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.double().square().sum() for g in again), leaves)
+        found.append([out.detach(), *first, *(g.detach() for g in again), *second])
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    for made in found[:2]:
+        for f, want in zip(made, found[2], strict=True):
+            torch.testing.assert_close(f, want, rtol=tolerance, atol=tolerance * max(1.0, float(want.abs().max())))
