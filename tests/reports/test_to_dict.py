@@ -21,6 +21,7 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.api.certify import verify
 from adaptc.errors import AdaptcError
+from adaptc.joint_training.sweep_report import SweepReport, SweepResult
 from adaptc.packages.package_report import PackageInput, PackageReport, PackageSite
 from adaptc.passes.quantized.quantize_weights import WeightQuantization
 from adaptc.reports.inspect_file import inspect_file
@@ -61,6 +62,13 @@ def package_report(s: Subjects) -> PackageReport:
     return PackageReport(s.folder, "cpu", "2.11", 5, "adapter", "LORA", (site,), inputs, {"batch": (1, float("inf"))})
 
 
+def trained(s: Subjects) -> Report:
+    program = adaptc.compile(s.model, CONFIG, example_inputs=s.example, training=True)
+    bank = program.bank({"a": CONFIG.replace(r=2)}, training=True)
+    bank.forward_backward(s.example, ["a"] * len(s.example), lambda out, _: out.square().mean())
+    return bank.step()
+
+
 def swapped(s: Subjects) -> Report:
     program = adaptc.compile(s.model, CONFIG, example_inputs=s.example)
     return adaptc.swap(program, s.one_site)
@@ -86,6 +94,12 @@ REPORTS: dict[str, tuple[Callable[[Subjects], Report], str, list[Any]]] = {
     "FileReport": (lambda s: inspect_file(s.adapter), "shape", [[3, 7], [11, 3], [3, 11], [5, 3]]),
     "PackageReport": (package_report, "room", [4]),
     "BankReport": (lambda s: s.program.bank({"a": s.adapter, "b": s.one_site}).report(), "adapter", ["a", "b"]),
+    "StepReport": (trained, "steps", [1]),
+    "SweepReport": (
+        lambda _: SweepReport({"a": SweepResult("a", 3, 0.5), "b": SweepResult("b", 3, 0.25)}, 3, 9),
+        "loss",
+        [0.5, 0.25],
+    ),
     "FitReport": (lambda s: adaptc.convert_to_lora(s.program, rank=2).report, "rank", [2, 2]),
     "IntruderReport": (
         lambda s: adaptc.methods.reduce_intruder_dimension(s.program, threshold_epsilon=1.0).report,

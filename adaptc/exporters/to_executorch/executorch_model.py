@@ -16,6 +16,7 @@ from adaptc.errors import BackendError, CheckpointError
 from adaptc.exporters.file_seal import check_seal
 from adaptc.exporters.runtime_session import ReadAdapter, RuntimeSession, other_model_error, runtime_error
 from adaptc.exporters.to_executorch.flat_tensors import import_executorch, read_flat_tensors
+from adaptc.locks import reset_after_fork
 
 #: the method that returns what is known of the inputs and outputs, as JSON
 TEXT_METHOD = "adaptc"
@@ -67,7 +68,7 @@ class ExecutorchModel(RuntimeSession):
         if len(base) != len(self._inputs.by_name):
             raise CheckpointError(f"{path} has {len(base)} values of the base for {len(self._inputs.by_name)} inputs")
         self._base = {n: t.clone() for n, t in zip(self._inputs.by_name, base, strict=True)}
-        self._lock = threading.Lock()
+        self._lock = reset_after_fork(threading.Lock())
 
     @property
     def input_names(self) -> list[str]:
