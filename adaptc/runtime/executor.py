@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -28,6 +28,7 @@ from adaptc.matmul_tuning import (
     adapter_speed,
     choose_compiled,
     choose_matmul,
+    choose_trained,
     chooses_matmuls,
     memory_of_packed,
 )
@@ -151,6 +152,7 @@ class Executor:
         slots = {f for a in self.attachments for f in a.tensor_names}
         tensors = {n: t for n, t in self.base.items() if isinstance(t, Tensor)}
         base = {placeholders[n] for n, t in tensors.items() if storage_key(t) not in mutated}
+        plain = {placeholders[n] for n, t in tensors.items() if type(t) in (Tensor, nn.Parameter)}
         fuse_option, kernels = self.options.fuse, self.options.kernels
         names = tensors if isinstance(fuse_option, bool) else fuse_option
         lifted_graph = LiftedGraph(
@@ -170,6 +172,7 @@ class Executor:
             else choose_compiled
             if self.uses_inductor
             else choose_matmul,
+            choose_trained=choose_trained(plain & base) if self.is_differentiable else None,
         )
         lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels
         if not lowered or not self.attachments:
