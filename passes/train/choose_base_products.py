@@ -1,7 +1,7 @@
 """Choose the kind of matmul for each frozen base layer of a training graph, and write it into the graph.
 
-Takes the graph of a module to train, whose other steps are fused, or a lifted graph that gradients flow through, and
-functions that say which kind is fastest on this CPU. Values and gradients stay the same up to rounding.
+Takes a graph and functions that say which kind is fastest on this CPU. The graph is that of a module to train, whose
+other steps are fused, or a lifted one that gradients flow through. Values and gradients stay the same up to rounding.
 
 It covers matmuls with a frozen parameter on a CPU: those of fused layers, of the head before a loss, and of every other
 linear layer. Quantised weights have matmuls of their own. A choice does not fix the number of rows: each matmul reads
@@ -10,7 +10,7 @@ it in its call. For a base in float32 bfloat16 is chosen for, too, since autocas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol
@@ -50,14 +50,14 @@ class ChooseBaseMatmuls(GraphPass):
 
     ``choose_forward`` and ``choose_gradient`` choose for the forward and for the gradient of the input. The count is
     that of the weights with a kind that is not torch's own. ``data`` maps a caption, with direction and dtype, to the
-    choices for all weights. ``base``: the placeholders of a lifted graph that stand for plain frozen weights.
+    choices for all weights. ``base``: name of a placeholder -> its weight, for a lifted graph.
     """
 
     name: ClassVar[str] = "choose_base_matmuls"
 
     choose_forward: ChooseMatmul = field(repr=False)
     choose_gradient: ChooseMatmul = field(repr=False)
-    base: Collection[str] = field(default=(), repr=False)
+    base: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         module: Any = subject.owning_module
@@ -101,13 +101,13 @@ class ChooseBaseMatmuls(GraphPass):
         return tuple(kinds)
 
     def _find_frozen(self, module: Any, node: Any) -> Tensor | None:
-        """Return the frozen parameter that a node reads, a fake one of a lifted graph; None for anything else."""
-        if not isinstance(node, fx.Node):
+        """Return the frozen weight that a node reads; None for anything else."""
+        if not isinstance(node, fx.Node) or node.op not in ("placeholder", "get_attr"):
             return None
-        if node.op == "placeholder":
-            return node.meta["val"] if node.name in self.base else None
-        value = attrgetter(str(node.target))(module) if node.op == "get_attr" else None
-        return value if isinstance(value, nn.Parameter) and not value.requires_grad else None
+        name = str(node.target)
+        value = self.base.get(node.name) if node.op == "placeholder" else attrgetter(name)(module)
+        is_weight = isinstance(value, nn.Parameter) or node.op == "placeholder"
+        return value if is_weight and value is not None and not value.requires_grad else None
 
 
 def _dtypes_in_training(dtype: torch.dtype) -> Sequence[torch.dtype]:
