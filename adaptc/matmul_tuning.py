@@ -5,15 +5,17 @@ This is the only file that imports that room. Without it every matmul is torch's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from adaptc.passes.lower.choose_products import MatmulChoice, MatmulChoices
 from adaptc.passes.optimize.sibling_cost import MatmulSpeed, default_speed
 from adaptc.passes.protocol.matmul_op import LINEAR, PACKED
+from adaptc.passes.train.choose_base_products import ChooseBaseMatmuls
 from adaptc.tables import format_bytes
 
 
@@ -86,3 +88,11 @@ except ModuleNotFoundError as error:
 
     def adapter_speed(dtype: torch.dtype) -> MatmulSpeed:
         return default_speed(dtype)
+
+
+def choose_trained(base: Mapping[str, Tensor]) -> ChooseBaseMatmuls | None:
+    """Return the pass that chooses matmuls in lifted graphs that gradients flow through; None to choose nothing.
+
+    ``base``: name of a placeholder -> its frozen weight.
+    """
+    return ChooseBaseMatmuls(choose_matmul, choose_for_gradient, base) if chooses_matmuls() else None

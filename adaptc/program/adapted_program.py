@@ -288,8 +288,8 @@ class AdaptedProgram(ScalableProgram):
     def products(self) -> MatmulChoices:
         """Return what computes the matmuls of the base's linear layers, and why (see ``report``).
 
-        It is empty before the first call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
-        ``prog.module().products``.
+        It is empty before the first call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own,
+        ``prog.module().products``, with those of the gradients of inputs.
         """
         executor = self.call_state.executor
         return MatmulChoices() if executor is None else executor.matmuls

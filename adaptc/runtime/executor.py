@@ -28,6 +28,7 @@ from adaptc.matmul_tuning import (
     adapter_speed,
     choose_compiled,
     choose_matmul,
+    choose_trained,
     chooses_matmuls,
     memory_of_packed,
 )
@@ -143,14 +144,14 @@ class Executor:
     def _make_variants(self) -> GraphVariants:
         """Return the variants of the graph, told which inputs are frozen and may be hoisted from.
 
-        The base is frozen for all bindings, except for tensors that calls write to. Slots are frozen for each binding;
-        a program that trains freezes none of them.
+        The base is frozen, except for tensors that calls write to. Slots are frozen for each binding; a program that
+        trains freezes none.
         """
         mutated = {storage_key(self.base[n]) for n in self.written_tensors}
         placeholders = dict(zip(self.lifted_names, self.placeholder_names, strict=True))
         slots = {f for a in self.attachments for f in a.tensor_names}
         tensors = {n: t for n, t in self.base.items() if isinstance(t, Tensor)}
-        base = {placeholders[n] for n, t in tensors.items() if storage_key(t) not in mutated}
+        base = {placeholders[n]: t for n, t in tensors.items() if storage_key(t) not in mutated}
         fuse_option, kernels = self.options.fuse, self.options.kernels
         names = tensors if isinstance(fuse_option, bool) else fuse_option
         lifted_graph = LiftedGraph(
@@ -158,7 +159,7 @@ class Executor:
             self.placeholder_names,
             base,
             frozen_slots=set() if self._is_training else {placeholders[f] for f in slots if f in placeholders},
-            movable={placeholders[n] for n, t in tensors.items() if n in names and is_packable(t)} & base,
+            movable={placeholders[n] for n, t in tensors.items() if n in names and is_packable(t)} & base.keys(),
             hoist_limit=self.options.hoist_limit,
             is_for_compiler=self.uses_inductor,
             may_fuse=bool(fuse_option),
@@ -170,6 +171,7 @@ class Executor:
             else choose_compiled
             if self.uses_inductor
             else choose_matmul,
+            choose_trained=choose_trained(base) if self.is_differentiable else None,
         )
         lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels
         if not lowered or not self.attachments:

@@ -44,6 +44,7 @@ from adaptc.passes.optimize.sibling_cost import (
     stacked_cost_difference,
 )
 from adaptc.passes.optimize.sibling_groups import SiblingGroup
+from adaptc.passes.train.choose_base_products import ChooseBaseMatmuls
 from adaptc.runtime.hoisted_values import SharedValues, SplitGraph
 from adaptc.torch_modes import AUTOCAST_DEVICES
 
@@ -98,9 +99,9 @@ class LiftedGraph:
     ``frozen_slots`` within each binding, and the tensors of ``movable`` may be moved into a buffer. ``hoist_limit``
     bounds the bytes of hoisted values, None for any number. ``is_for_compiler`` says that a compiler gets the graph,
     not an interpreter. ``may_fuse`` lets siblings share matmuls. ``is_differentiable`` says that gradients flow through
-    the graph. ``choose_matmul`` is that of :class:`ChooseMatmuls`, None to choose nothing. ``make_packed_layer`` is
-    ``make`` of :class:`PackWeights`, None to pack nothing. ``speed_of_dtype`` gives the speed of adapter matmuls by
-    dtype.
+    the graph. ``choose_matmul`` is that of :class:`ChooseMatmuls`, None to choose nothing. ``choose_trained`` is the
+    pass that chooses for graphs that gradients flow through, None likewise. ``make_packed_layer`` is ``make`` of
+    :class:`PackWeights`, None to pack nothing. ``speed_of_dtype`` gives the speed of adapter matmuls by dtype.
     """
 
     module: fx.GraphModule
@@ -113,6 +114,7 @@ class LiftedGraph:
     may_fuse: bool = True
     is_differentiable: bool = False
     choose_matmul: Callable[[int, int, dtype], MatmulChoice] | None = None
+    choose_trained: ChooseBaseMatmuls | None = None
     make_packed_layer: MakePackedLayer | None = None
     speed_of_dtype: SpeedByDtype = default_speed
 
@@ -246,7 +248,8 @@ class GraphVariants:
 
     def calling_passes(self) -> list[GraphPass]:
         """Return the passes that make calls by an interpreter faster, for the part of a variant that calls run."""
-        return [AddInPlace(), CallDirectly()]
+        chosen = self.source.choose_trained
+        return [AddInPlace(), *([] if chosen is None else [chosen]), CallDirectly()]
 
     @graph_locked_property
     def clean_result(self) -> PassResult[fx.Graph]:
@@ -295,7 +298,7 @@ class GraphVariants:
         if passes:
             bound = PassManager(passes)(copy_graph(split.main.graph))
             called_graph, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
-            products = bound.data[0] or products
+            products = next((found for data in bound.data if (found := _choices_in(data))), products)
         # Not ``called_graph`` itself: while any thread traces, torch.fx has patched ``nn.Module.__call__`` for all
         # threads.
         return GraphVariant(
@@ -307,6 +310,13 @@ class GraphVariants:
             trail,
             products,
         )
+
+
+def _choices_in(data: Any) -> MatmulChoices | None:
+    """Return the choices for the forward in what a pass found; None where it chose no matmuls."""
+    if isinstance(data, dict):
+        return next((MatmulChoices(choices, caption) for caption, choices in data.items()), None)
+    return data if isinstance(data, MatmulChoices) else None
 
 
 def read_sizes(flat: Sequence[Any], size_locations: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -217,8 +217,13 @@ def _gradients_by_adapter(
     """Return the gradients of x, A and B, given that of the result; only the rows of each adapter are read for it."""
     rows, scales = c.shape[0], _scale_values(scale)
     by_row = x.to(A.dtype).reshape(rows, -1, x.shape[-1]), grad.to(A.dtype).reshape(rows, -1, grad.shape[-1])
+    groups = _read_coefficients(c).groups
+    if _are_equal_shares(groups, rows, A.shape[0]):
+        wide = torch.promote_types(A.dtype, torch.float32)  # half precision would round the factors
+        factors = torch.tensor([w * scales[k % len(scales)] for _, k, w in groups], dtype=wide, device=A.device)
+        return _gradients_of_shares(x, *by_row, A, B, factors.view(-1, 1, 1))
     dx, dA, dB = torch.zeros_like(by_row[0]), torch.zeros_like(A), torch.zeros_like(B)
-    for place, k, weight in _read_coefficients(c).groups:
+    for place, k, weight in groups:
         own, up = (t[place].flatten(0, 1) for t in by_row)
         factor = weight * scales[k % len(scales)]
         if isinstance(factor, Tensor):
@@ -234,6 +239,25 @@ def _gradients_by_adapter(
         else:
             dx.index_add_(0, place, change)
     return dx.view(x.shape).to(x.dtype), dA, dB
+
+
+def _are_equal_shares(groups: Sequence[RowGroup], rows: int, count: int) -> bool:
+    """Return whether each of ``count`` adapters has one run of rows, with one weight, all equally long, in order."""
+    own = rows // count
+    return rows == own * count and [(g.rows, g.adapter) for g in groups if isinstance(g.weight, float)] == [
+        (slice(k * own, (k + 1) * own), k) for k in range(count)
+    ]
+
+
+def _gradients_of_shares(
+    x: Tensor, by_row: Tensor, grad: Tensor, A: Tensor, B: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`_gradients_by_adapter` by batched matmuls, given the factor (count, 1, 1) of each adapter."""
+    count = A.shape[0]
+    own, up = by_row.reshape(count, -1, by_row.shape[-1]), grad.reshape(count, -1, grad.shape[-1])
+    down, read = torch.bmm(up, B).mul_(factors), torch.bmm(own, A.mT).mul_(factors)
+    dx = torch.bmm(down, A).view(x.shape).to(x.dtype)
+    return dx, torch.bmm(down.mT, own), torch.bmm(up.mT, read)
 
 
 def low_rank_rows_direct(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:

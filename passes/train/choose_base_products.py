@@ -1,7 +1,7 @@
 """Choose the kind of matmul for each frozen base layer of a training graph, and write it into the graph.
 
-Takes the graph of a module to train, whose other steps are fused, and functions that say which kind is fastest on this
-CPU. Values and gradients stay the same up to rounding.
+Takes a graph and functions that say which kind is fastest on this CPU. The graph is that of a module to train, whose
+other steps are fused, or a lifted one that gradients flow through. Values and gradients stay the same up to rounding.
 
 It covers matmuls with a frozen parameter on a CPU: those of fused layers, of the head before a loss, and of every other
 linear layer. Quantised weights have matmuls of their own. A choice does not fix the number of rows: each matmul reads
@@ -10,13 +10,13 @@ it in its call. For a base in float32 bfloat16 is chosen for, too, since autocas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
@@ -50,13 +50,14 @@ class ChooseBaseMatmuls(GraphPass):
 
     ``choose_forward`` and ``choose_gradient`` choose for the forward and for the gradient of the input. The count is
     that of the weights with a kind that is not torch's own. ``data`` maps a caption, with direction and dtype, to the
-    choices for all weights.
+    choices for all weights. ``base``: name of a placeholder -> its weight, for a lifted graph.
     """
 
     name: ClassVar[str] = "choose_base_matmuls"
 
     choose_forward: ChooseMatmul = field(repr=False)
     choose_gradient: ChooseMatmul = field(repr=False)
+    base: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         module: Any = subject.owning_module
@@ -83,10 +84,10 @@ class ChooseBaseMatmuls(GraphPass):
     def _choose_kinds(
         self, module: Any, weight: Any, bias: Any, choices_by_caption: dict[str, list[ChosenMatmul]]
     ) -> tuple[DtypeKinds, ...]:
-        w = _find_parameter(module, weight)
-        if w is None or w.ndim != 2 or w.device.type != "cpu" or w.requires_grad or isinstance(w, QuantizedTensor):
+        w = self._find_frozen(module, weight)
+        if w is None or w.ndim != 2 or w.device.type != "cpu" or isinstance(w, QuantizedTensor):
             return ()
-        if bias is not None and ((b := _find_parameter(module, bias)) is None or b.requires_grad):
+        if bias is not None and self._find_frozen(module, bias) is None:
             return ()
         out, width = w.shape
         kinds: list[DtypeKinds] = []
@@ -99,14 +100,15 @@ class ChooseBaseMatmuls(GraphPass):
                 kinds.append((dtype, one.kind, one.classes, other.kind, other.classes))
         return tuple(kinds)
 
+    def _find_frozen(self, module: Any, node: Any) -> Tensor | None:
+        """Return the frozen weight that a node reads; None for anything else."""
+        if not isinstance(node, fx.Node) or node.op not in ("placeholder", "get_attr"):
+            return None
+        name = str(node.target)
+        value = self.base.get(node.name) if node.op == "placeholder" else attrgetter(name)(module)
+        is_weight = isinstance(value, nn.Parameter) or node.op == "placeholder"
+        return value if is_weight and value is not None and not value.requires_grad else None
+
 
 def _dtypes_in_training(dtype: torch.dtype) -> Sequence[torch.dtype]:
     return (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
-
-
-def _find_parameter(module: Any, node: Any) -> nn.Parameter | None:
-    """Return the parameter that a node reads; None for anything else."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = attrgetter(str(node.target))(module)
-    return value if isinstance(value, nn.Parameter) else None

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import LoraConfig
+from adaptc import LoraConfig, matmul_tuning
+from adaptc.passes.lower.choose_products import MatmulChoice
+from adaptc.passes.protocol.low_rank_rows import low_rank_rows_in_place
+from adaptc.passes.protocol.matmul_op import ALL_ROW_CLASSES, ONEDNN
+from adaptc.passes.train.base_products import frozen_linear
 from tests.support.gated_net import net
 from tests.training.alone import Alone, assert_equal, batch, config, loss, program, values_of
 
@@ -69,6 +73,33 @@ def test_each_trains_as_alone(dtype: torch.dtype, steps: int, tolerance: float) 
     for name, one in alone.items():
         assert_equal(bank, name, one, tolerance)
         assert bank.trainer(name).learning_rates == (one.optimizer.param_groups[0]["lr"],)
+
+
+def test_rows_of_many_positions_use_the_fastest_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matmuls of the base are chosen as those of modules are, and each adapter is computed for its own rows alone."""
+    monkeypatch.delenv("ADAPTC_PRODUCTS")
+    for name in ("choose_matmul", "choose_for_gradient"):
+        monkeypatch.setattr(matmul_tuning, name, lambda *_: MatmulChoice(ONEDNN, ALL_ROW_CLASSES, "faster here"))
+    draw = torch.Generator().manual_seed(3)
+    x, target = torch.randn(6, 9, 5, generator=draw), torch.randn(6, 9, 3, generator=draw)
+    trained = adaptc.compile(net(), config(3), example_inputs=x, training=True)
+    bank, alone = trained.bank(training=True), dict[str, Alone]()
+    for seed, (name, a) in enumerate(ADAPTERS.items()):
+        bank.add(name, config(a["rank"], a["layers"]), optimizer=adam(a["lr"]), seed=seed)
+        alone[name] = Alone(bank[name], a["rank"], adam(a["lr"]))
+    for rows in (["small", "large", "one"] * 2, ["one", "one", "one", "one", "small", "large"]):
+        found = bank.forward_backward(x, rows, loss, target)
+        for name, one in alone.items():
+            own = [i for i, n in enumerate(rows) if n == name]
+            assert found[name].value() == pytest.approx(one.backward(x[own], target[own]), rel=1e-5)
+            one.step()
+        bank.step()
+    for name, one in alone.items():
+        assert_equal(bank, name, one, 1e-5)
+    (code,) = bank.placement.code_cache.executors
+    targets = [n.target for n in code.variants.get(code.fixed_variant).code.graph.nodes]
+    assert targets.count(frozen_linear) == targets.count(low_rank_rows_in_place) == 3
+    assert len(code.matmuls.choices) == 3
 
 
 def test_first_values_are_those_of_the_seed_alone() -> None:

@@ -131,7 +131,7 @@ class LoraBank(BankForm):
         return cast(y + delta, y.dtype)
 
     def apply_fused(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
-        if op.kind not in ("linear", "addmm") or self.method.with_bias or self.method.training:
+        if op.kind not in ("linear", "addmm") or self.method.with_bias:
             return None
         A, B, *_ = slots.values()
         return low_rank_rows(x, y, A, B, scale, c)

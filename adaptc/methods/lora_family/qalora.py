@@ -43,7 +43,7 @@ class QaLoraBank(LoraBank):
     method: QaLora
 
     def apply_fused(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
-        if op.kind not in ("linear", "addmm") or self.method.training:
+        if op.kind not in ("linear", "addmm"):
             return None
         A, B = slots.values()
         return low_rank_rows(self.method.pool(op.cast_input(x, A.dtype)), y, A, B, scale, c)  # type: ignore[arg-type]

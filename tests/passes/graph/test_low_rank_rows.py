@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adaptc.passes.protocol.low_rank_rows import (
@@ -106,6 +106,9 @@ def test_a_batch_of_products_for_rows_of_one_adapter_each(adapters, weights, dty
 
 
 @settings(max_examples=25, deadline=None)
+@example([0, 1, 2, 3], 9, False, torch.float64, True)
+@example([0, 0, 1, 1, 2, 2, 3, 3], 9, False, torch.float32, True)
+@example([1, 0, 2, 3], 9, False, torch.float64, True)
 @given(
     st.lists(st.integers(-1, 3), min_size=1, max_size=9),
     st.sampled_from([1, 9, 40]),
