@@ -161,7 +161,7 @@ class Client:
 
         def load() -> None:
             bank, old = self.group.bank, self.name
-            new = f"{old}'"
+            new = old.removesuffix("'") if old.endswith("'") else f"{old}'"
             bank.load_state(new, path)
             self.name = new
             bank.remove(old)

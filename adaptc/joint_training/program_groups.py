@@ -45,31 +45,21 @@ class ProgramGroups:
         self.groups: list[ProgramGroup] = []
 
     def add(self, name: str, config: Any, **options: Any) -> ProgramGroup:
-        """Add an adapter of ``config``, and return its group. ``options``: those of :meth:`TrainingBank.add`.
+        """Add an adapter of ``config``, and return its group, whose program has the sites of ``config``.
 
-        Raises ConfigError for an option that cannot be honoured, TargetError where the config selects no layer.
-        """
-        group = self.group_for(config, name, options)
-        if name not in group.bank:
-            group.bank.add(name, config, **options)
-        return group
-
-    def group_for(self, config: Any, name: str = "", options: Any = None) -> ProgramGroup:
-        """Return the group whose program has the sites of ``config``, a new one where there is none.
-
-        An adapter called ``name`` is added to a group that was there, since that tells whether it fits.
+        ``options`` are those of :meth:`TrainingBank.add`. Where no program has the sites, there is a new one. Raises
+        ConfigError for an option that cannot be honoured, TargetError where the config selects no layer.
         """
         config = as_config(config)
         for group in self.groups:
             try:
-                group.bank.add(name or "fits", config, **(options or {}))
+                group.bank.add(name, config, **options)
             except SwapError:  # the program has other sites, or another method
                 continue
-            if not name:
-                group.bank.remove("fits")
             return group
         made = compile_model(AdaptedProgram, self.model, config, RunOptions(), training=True)
         bank: Any = made.bank(training=True, max_rank=self.max_rank, optimizer=make_adam)
+        bank.add(name, config, **options)
         group = ProgramGroup(bank, config)
         self.groups.append(group)
         return group

@@ -92,6 +92,9 @@ class Service:
         #: the number of batches that were run, each for one client or several
         self.batch_count = 0
         self._calls: list[Call] = []
+        #: clients whose calls run now, and those of them that left meanwhile
+        self._running: set[Client] = set()
+        self._leaving: set[Client] = set()
         self._changed = threading.Condition(reset_after_fork(threading.RLock()))
         self._thread: threading.Thread | None = None
         self._is_closed, self._created = False, 0
@@ -128,14 +131,20 @@ class Service:
             return client
 
     def remove(self, client: Client) -> None:
-        """Remove a client with its adapter; its calls that wait are cancelled. It may have been removed before."""
+        """Remove a client with its adapter; its calls that wait are cancelled. It may have been removed before.
+
+        A call of it that runs goes on to its end, and the adapter goes after that: others may share the batch.
+        """
         with self._changed:
             if client in self.clients:
                 self.clients.remove(client)
                 for call in [c for c in self._calls if c.client is client]:
                     self._calls.remove(call)
                     call.future.cancel()
-                self._groups.remove(client.group, client.name)
+                if client in self._running:
+                    self._leaving.add(client)
+                else:
+                    self._groups.remove(client.group, client.name)
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -172,7 +181,7 @@ class Service:
             if call.client not in self.clients:
                 raise AdaptcError(f"{call.client!r} was removed from the service: make another with service.create")
             self._calls.append(call)
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # a forked child has no thread
                 self._thread = threading.Thread(target=self._work, name="adaptc-training-service", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -192,8 +201,15 @@ class Service:
                 if self._is_closed:
                     return
                 calls = self._take_calls()
-            if calls:
-                self._run(calls)
+                self._running = {c.client for c in calls}
+            try:
+                if calls:
+                    self._run(calls)
+            finally:
+                with self._changed:
+                    for client in self._leaving:
+                        self._groups.remove(client.group, client.name)
+                    self._leaving, self._running = set(), set()
 
     def _has_all_calls(self) -> bool:
         """Return whether the first call has nothing to wait for: it shares no batch, or each client of its program has

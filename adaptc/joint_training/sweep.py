@@ -16,8 +16,10 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from math import inf, isfinite
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.adapter_files.locate import check_plain_name
 from adaptc.bank.bank_report import bytes_of
 from adaptc.binding.sources.configs import as_config
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, short_repr
@@ -34,6 +37,8 @@ from adaptc.joint_training.sweep_report import SweepReport, SweepResult
 from adaptc.torch_typing import is_mapping
 
 _STATE_NAME = "sweep.json"
+#: the beginning of the names of folders with the state of all configs
+_STATES_PREFIX = "state-"
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def sweep(
 
     Raises:
         ConfigError: an option has a value that cannot be honoured, or a config has dropout.
-        CheckpointError: the directory holds a run with other configs or options.
+        CheckpointError: the directory holds a run with other configs or options, or a name is no name of a directory.
         AdaptcError: a row is malformed.
 
     Example:
@@ -121,6 +126,10 @@ def sweep(
     given: Any = configs  # callers may give anything
     if not is_mapping(given) or not given or not all(isinstance(n, str) and n for n in given):
         raise ConfigError(f"configs={short_repr(configs)} must be a dict of configs by name")
+    for name in given if directory is not None else ():
+        check_plain_name(name, "the name of a config, which is that of its directory,")
+        if name == _STATE_NAME or name.startswith(_STATES_PREFIX):
+            raise ConfigError(f"{name!r} is what a sweep calls its own files in the directory: choose another name")
     try:
         read = SweepOptions(steps, **options)
     except TypeError as error:
@@ -152,7 +161,8 @@ class _Sweep:
                 self.runs[name] = _Run(group, SweepResult(name, bytes=_bytes_in_training(group, name)))
                 continue
             known = SweepResult(**state["results"][name])
-            group = self.groups.group_for(config)
+            group = self.groups.add(name, config, seed=options.seed, **training)
+            group.bank.remove(name)
             if not known.stopped:
                 group.bank.load_state(name, self.folder / state["states"] / name, **training)
             self.runs[name] = _Run(group, known, evaluations_since_best=state["since_best"][name])
@@ -191,7 +201,7 @@ class _Sweep:
         for name in names:
             run, error = self.runs[name], found[name].error or skipped.get(name)
             run.seconds.append(seconds)
-            changes: dict[str, Any] = {"steps": group.bank.trainer(name).steps, "step_seconds": _median(run.seconds)}
+            changes: dict[str, Any] = {"steps": group.bank.trainer(name).steps, "step_seconds": median(run.seconds)}
             if error is None:
                 changes["loss"] = found[name].value()
             else:
@@ -258,7 +268,7 @@ class _Sweep:
 
     def _write_state(self) -> None:
         """Write the state of all configs to a new folder, then name it in one file, and then remove the old folder."""
-        new = f"state-{self.step}"
+        new = f"{_STATES_PREFIX}{self.step}"
         for name, run in self._active().items():
             run.group.bank.save_state(name, self.folder / new / name)
         (self.folder / new).mkdir(parents=True, exist_ok=True)
@@ -271,7 +281,7 @@ class _Sweep:
         }
         with atomic_replace(self.folder / _STATE_NAME) as path:
             path.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for old in self.folder.glob("state-*"):
+        for old in self.folder.glob(f"{_STATES_PREFIX}*"):
             if old.name != new:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -319,9 +329,13 @@ def _row_indices(count: int, options: SweepOptions, step: int) -> list[int]:
     indices: list[int] = []
     for position in range(step * options.batch_size, (step + 1) * options.batch_size):
         epoch, place = divmod(position, count)
-        draw = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
-        indices.append(int(torch.randperm(count, generator=draw)[place]))
+        indices.append(int(_row_order(count, options.seed, epoch)[place]))
     return indices
+
+
+@lru_cache(maxsize=2)  # a step may lie in two epochs
+def _row_order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def _for_each(
@@ -339,10 +353,6 @@ def _repeat(batch: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 def _adam(rate: float) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-
-
-def _median(seconds: Sequence[float]) -> float:
-    return sorted(seconds)[len(seconds) // 2]
 
 
 def _bytes_in_training(group: ProgramGroup, name: str) -> int:

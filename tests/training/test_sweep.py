@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,10 @@ def test_wrong_options_and_rows_are_refused() -> None:
         sweep(base(), {}, good, steps=1)
     with pytest.raises(adaptc.ConfigError, match="dropout"):
         sweep(base(), {"a": LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)}, good, steps=1)
+
+
+@pytest.mark.parametrize("name", ["../r2", "a/b", ".hidden", "sweep.json", "state-1"])
+def test_a_name_that_is_no_directory_of_a_config_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(adaptc.AdaptcError, match=re.escape(repr(name))):
+        sweep(base(), {name: CONFIGS["r2"]}, rows(2, 0), steps=1, directory=tmp_path / "run")
+    assert not [*tmp_path.iterdir()]
