@@ -119,6 +119,18 @@ def atomic_replace(path: Path, name: str = "new") -> Generator[Path]:
 
 
 @contextmanager
+def explain_write_errors(path: Path, *errors: type[Exception]) -> Generator[None]:
+    """Run the block, which writes to ``path`` or leaves it as it was.
+
+    Raises CheckpointError for its OSErrors, and for ``errors``, which libraries in C++ raise for a full disk.
+    """
+    try:
+        yield
+    except (OSError, *errors) as error:
+        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
+
+
+@contextmanager
 def forbid_overwrite(path: Path) -> Generator[None]:
     """Run the block so that its writes may make ``path``, a file or a directory, but replace nothing there.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.adapter_files.atomic_write import atomic_replace, explain_write_errors
 from adaptc.adapters.adapter import Adapter
 from adaptc.engines.check import read_model_config
 from adaptc.engines.facts import FACTOR_NAMES
@@ -48,25 +48,22 @@ def write_gguf(adapter: Adapter, path: Path, model: str | os.PathLike[str]) -> P
             "written its scales out, or merge it, adaptc merge MODEL ADAPTER -o DIR, and convert the model"
         )
     tensors = _name_tensors(adapter, config, family)
-    try:
-        with atomic_replace(path, "new.gguf") as new:
-            writer: Any = gguf.GGUFWriter(new, family.architecture)
-            writer.add_type(gguf.GGUFType.ADAPTER)
-            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.r))
-            if lora.alora_invocation_tokens:
-                kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
-                writer.add_key_value(
-                    gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, [*lora.alora_invocation_tokens], kinds[0], kinds[1]
-                )
-            for name, value in tensors.items():
-                writer.add_tensor(name, value)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-    except OSError as error:
-        raise CheckpointError(f"could not write {path} ({error}). What was there before is unchanged.") from error
+    with explain_write_errors(path), atomic_replace(path, "new.gguf") as new:
+        writer: Any = gguf.GGUFWriter(new, family.architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.r))
+        if lora.alora_invocation_tokens:
+            kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+            writer.add_key_value(
+                gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, [*lora.alora_invocation_tokens], kinds[0], kinds[1]
+            )
+        for name, value in tensors.items():
+            writer.add_tensor(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return path
 
 

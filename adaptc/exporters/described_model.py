@@ -6,7 +6,7 @@ program, and what was bound is taken here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.adapter_files.atomic_write import atomic_replace, explain_write_errors
 from adaptc.binding.bind_adapter import bind_adapter
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.binding_plan_cache import BindingPlanCache
@@ -22,15 +23,43 @@ from adaptc.binding.sources.configs import config_from_dict
 from adaptc.binding.stored_adapters import StoredAdapters
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.exporters.input_description import InputDescription, parse_description
+from adaptc.exporters.runtime_session import RuntimeSession
 from adaptc.exporters.slot_program import as_input
 from adaptc.methods import AdapterConfig
 from adaptc.program.wrapper import unwrap
+from adaptc.progress import stage
 
 
 def check_adapter_path(path: Path, suffix: str) -> None:
     """Raise CheckpointError for a path where no adapter file whose name ends in ``suffix`` can be written."""
     if path.suffix != suffix or not path.parent.is_dir() or path.is_dir():
         raise CheckpointError(f"cannot write {path}: the name must end in {suffix}, in a directory that exists")
+
+
+def facts_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype of a tensor, such as "float32", and its shape."""
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+def write_described_adapter(
+    adapter: Any,
+    path: Path,
+    session: RuntimeSession,
+    write: Callable[[dict[str, Tensor], Path, str], None],
+    options: Mapping[str, Any],
+) -> Path:
+    """Write an adapter to ``path`` for the model of ``session``, and return ``path``.
+
+    ``write`` gets the tensors by the names of the inputs, a path and the fingerprint of the base. ``options`` are those
+    of ``adaptc.swap``. Raises what :func:`check_adapter_path` and :func:`described_tensors` raise, and CheckpointError
+    where the file cannot be written.
+    """
+    check_adapter_path(path, session.adapter_suffix)
+    values = described_tensors(session.text, str(session.path), adapter, **options)
+    session.check_facts({n: facts_of(t) for n, t in values.items()}, f"the adapter for {path}")
+    with explain_write_errors(path), stage(f"writing {path.name}"), atomic_replace(path, path.name) as new:
+        write(values, new, session.fingerprint)
+    return path
 
 
 def described_tensors(text: str, source: str, adapter: Any, **options: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from adaptc.exporters.adapter_feeds import AdapterInputs
 
 #: what gives the tensors of any adapter by the names of the inputs, from the file's description
 ReadAdapter = Callable[[Any, str], Mapping[str, Any]]
+S = TypeVar("S")
 
 
 class RuntimeSession(ABC):
@@ -147,7 +148,11 @@ class RuntimeSession(ABC):
 
     def check_tensors(self, values: Mapping[str, Any], source: str) -> None:
         """Raise SwapError for tensors of the runtime that are no inputs or do not fit; ``source`` names the adapter."""
-        self._inputs.check({n: self._facts(v) for n, v in values.items()}, source, self.ranks)
+        self.check_facts({n: self._facts(v) for n, v in values.items()}, source)
+
+    def check_facts(self, facts: Mapping[str, tuple[str, tuple[int, ...]]], source: str) -> None:
+        """Raise SwapError for (dtype, shape) of tensors, by name, that are no inputs or do not fit."""
+        self._inputs.check(facts, source, self.ranks)
 
     @abstractmethod
     def _as_value(self, value: Any) -> Any:
@@ -192,6 +197,18 @@ class RuntimeSession(ABC):
     def _is_value(self, value: Any) -> bool:
         """Return whether ``value`` is a tensor of the runtime's own type, which is taken by the names of inputs."""
         return False
+
+
+def as_session(model: Any, kind: type[S], open_file: Callable[[Any], S], what: str) -> S:
+    """Return ``model`` where it is a session already, and else the session of the file ``what`` at that path.
+
+    Raises ConfigError for anything else.
+    """
+    if isinstance(model, kind):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigError(f"model is the path of {what} or a {kind.__name__} of it, not a {type(model).__name__}")
+    return open_file(model)
 
 
 def runtime_error(error: Exception) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.adapter_files.atomic_write import atomic_replace, explain_write_errors
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
 from adaptc.archives.added_files import AddedFiles
 from adaptc.errors import BackendError, CheckpointError, ConfigError, short_repr
@@ -141,14 +141,11 @@ def write_package(
     tables: dict[str, dict[str, str]] = {name: {} for name in models}
     if manifest.bank is None:  # the table describes the slots of a single adapter
         tables = {n: {METADATA_KEY: slot_table(_manifest_of_part(m, n, manifest))} for n, m in models.items()}
-    try:
-        # Both lie beside the target, on a disk that must have room for the package anyway.
-        with atomic_replace(path, "new.pt2") as new_path, code_folder(new_path) as work_folder:
-            compile_archive(models, work_folder, new_path, tables)
-            with stage(f"writing the package {path.name}"):
-                _package_file.write(new_path, Contents(manifest, tensors, package_files, added))
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
+    # Both lie beside the target, on a disk that must have room for the package anyway.
+    with explain_write_errors(path), atomic_replace(path, "new.pt2") as new_path, code_folder(new_path) as work_folder:
+        compile_archive(models, work_folder, new_path, tables)
+        with stage(f"writing the package {path.name}"):
+            _package_file.write(new_path, Contents(manifest, tensors, package_files, added))
     return path
 
 

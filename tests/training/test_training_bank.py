@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,28 @@ def test_a_run_goes_on_from_its_files(tmp_path: Path) -> None:
         other.load_state("again", tmp_path / "one", optimizer=adam(0.1), scheduler=decay)
     assert "again" not in other
     assert adaptc.compile(net().double(), tmp_path / "large", example_inputs=batch(2, 0)[0]).binding.methods
+
+
+def test_a_state_that_cannot_be_written_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, alone = bank_and_alone(names=["small"])
+    bank.save_state("small", tmp_path / "a")
+
+    def content() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    before = content()
+    train(bank, alone, ["small", "small"], 0, 1e-9)
+
+    def full(_: Any, file: Any) -> None:
+        file.write(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    for place in ("a", "b", "c/d"):
+        with pytest.raises(adaptc.CheckpointError, match="No space left"):
+            bank.save_state("small", tmp_path / place)
+        assert content() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_directory_begins_with_a_new_optimizer(tmp_path: Path) -> None:

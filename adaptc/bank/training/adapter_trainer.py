@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.adapter_files.atomic_write import explain_write_errors, fsync_file, move_keeping_mode, open_stage
 from adaptc.adapter_files.safe_torch_save import open_for_torch_save
 from adaptc.bank.training.step_report import StepResult
 from adaptc.binding.binding import Binding
@@ -217,19 +217,20 @@ def _distinct(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def write_training_state(write_adapter: Callable[[], Path], state: Mapping[str, Any]) -> Path:
-    """Write an adapter's directory with ``write_adapter``, and ``state`` into it; returns the directory.
+def write_training_state(directory: Path, write_adapter: Callable[[], Path], state: Mapping[str, Any]) -> Path:
+    """Write an adapter's ``directory`` with ``write_adapter``, and ``state`` into it; returns the directory.
 
-    Raises CheckpointError where the place cannot be written.
+    The state is written first, beside the directory, so that the adapter is replaced only where there is room for both.
+    Raises CheckpointError where the place cannot be written, and then nothing there has changed.
     """
-    directory = write_adapter()
-    path = directory / TRAINING_STATE_NAME
-    try:
-        with atomic_replace(path) as new, open_for_torch_save(new) as file:
+    with explain_write_errors(directory), open_stage(directory.parent) as stage:
+        new = stage / TRAINING_STATE_NAME
+        with open_for_torch_save(new) as file:
             torch.save({"format": _FORMAT, "state": dict(state)}, file)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    return directory
+        fsync_file(new)
+        made = write_adapter()
+        move_keeping_mode(new, made / TRAINING_STATE_NAME)
+    return made
 
 
 def read_training_state(directory: str | os.PathLike[str], device: torch.device) -> tuple[Mapping[str, Any], str]:

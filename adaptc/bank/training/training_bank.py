@@ -312,7 +312,7 @@ class TrainingBank(Bank):
         trainer = self.trainer(name)
         with self._step_lock:
             state = trainer.state_dict()
-            return write_training_state(lambda: write_adapter(self.program, path, trainer.binding), state)
+            return write_training_state(Path(path), lambda: write_adapter(self.program, path, trainer.binding), state)
 
     def load_state(self, name: str, path: str | os.PathLike[str], **training: Any) -> None:
         """Add an adapter that :meth:`save_state` wrote, to go on where it was.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from adaptc.adapter_files.atomic_write import atomic_replace
-from adaptc.errors import CheckpointError, ConfigError
-from adaptc.exporters.described_model import check_adapter_path, described_tensors
+from adaptc.exporters.described_model import described_tensors, write_described_adapter
+from adaptc.exporters.runtime_session import as_session
 from adaptc.exporters.to_executorch.executorch_model import ExecutorchModel
 from adaptc.exporters.to_executorch.flat_tensors import write_flat_tensors
-from adaptc.progress import stage
 
 
 def save_executorch_adapter(
@@ -46,20 +44,8 @@ def save_executorch_adapter(
         >>> model = adaptc.exporters.executorch_model(file)
         >>> model.load_adapter("current", path)
     """
-    path = Path(path)
-    check_adapter_path(path, ExecutorchModel.adapter_suffix)
-    given: Any = model  # callers may give anything
-    if not isinstance(given, (str, os.PathLike, ExecutorchModel)):
-        raise ConfigError(f"model is the path of a .pte file or a model of it, not a {type(given).__name__}")
-    opened = given if isinstance(given, ExecutorchModel) else executorch_model(cast("str", given))
-    values = described_tensors(opened.text, str(opened.path), adapter, **options)
-    opened.check_tensors(values, f"the adapter for {path}")
-    try:
-        with stage(f"writing {path.name}"), atomic_replace(path, "new.ptd") as new:
-            write_flat_tensors(values, new, opened.fingerprint)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
-    return path
+    session = as_session(model, ExecutorchModel, executorch_model, "a .pte file")
+    return write_described_adapter(adapter, Path(path), session, write_flat_tensors, options)
 
 
 def executorch_model(path: str | os.PathLike[str]) -> ExecutorchModel:

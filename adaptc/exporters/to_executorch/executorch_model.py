@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import BackendError, CheckpointError
+from adaptc.exporters.described_model import facts_of
 from adaptc.exporters.file_seal import check_seal
 from adaptc.exporters.runtime_session import ReadAdapter, RuntimeSession, other_model_error, runtime_error
 from adaptc.exporters.to_executorch.flat_tensors import import_executorch, read_flat_tensors
@@ -133,7 +134,7 @@ class ExecutorchModel(RuntimeSession):
         return _to_tensor(value).clone(memory_format=torch.contiguous_format)
 
     def _facts(self, value: Any) -> tuple[str, tuple[int, ...]]:
-        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        return facts_of(value)
 
 
 def _to_tensor(value: Any) -> Tensor:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.adapter_files.atomic_write import atomic_replace
-from adaptc.errors import BackendError, CheckpointError, ConfigError, short_repr
+from adaptc.adapter_files.atomic_write import atomic_replace, explain_write_errors
+from adaptc.errors import BackendError, ConfigError, short_repr
 from adaptc.exporters.adapter_feeds import AdapterInputs
+from adaptc.exporters.described_model import facts_of
 from adaptc.exporters.file_seal import add_seal
 from adaptc.exporters.prepare_export import PreparedExport, prepare_export
 from adaptc.exporters.runtime_session import runtime_error
@@ -97,18 +98,16 @@ def export_executorch(
         program, path, adapters, suffix=".pte", kind="an ExecuTorch program", max_rank=max_rank, identity="minimal"
     )
     if prepared.description is not None:
-        facts = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in prepared.current.items()}
+        facts = {n: facts_of(t) for n, t in prepared.current.items()}
         AdapterInputs.parse(prepared.description, path).check(facts, "the program's adapter", (1, max_rank))
     with nullcontext() if max_size is None else _with_largest(prepared.program, max_size):
         made = _convert(prepared.program, _constant_methods(prepared, max_rank), backend)
-    try:
-        with stage(f"writing {path.name}"), atomic_replace(path, "new.pte") as new:
-            made.save(str(new))
-            _check_kernels(new)
-            if prepared.description is not None:
-                add_seal(new)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
+    with explain_write_errors(path), stage(f"writing {path.name}"), atomic_replace(path, "new.pte") as new:
+        with new.open("wb") as file:  # ``save`` logs what the OS says of a full disk, and raises nothing
+            made.write_to_file(file)
+        _check_kernels(new)
+        if prepared.description is not None:
+            add_seal(new)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.adapter_files.atomic_write import atomic_replace, explain_write_errors
 from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.exporters.adapter_feeds import METADATA_KEY, AdapterInputs
 from adaptc.exporters.described_model import check_adapter_path, described_tensors
@@ -66,11 +66,12 @@ def save_onnx_adapter(
     made.set_model_version(model_version(AdapterInputs.parse(text, Path(source)).fingerprint))
     parameters = {name: _ort_value(value) for name, value in values.items()}
     made.set_parameters(parameters)  # which keeps no array alive, and reads them when it writes: ``parameters`` does
-    try:
-        with stage(f"writing {path.name}"), atomic_replace(path, "new" + ADAPTER_SUFFIX) as new:
-            made.export_adapter(str(new))
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
+    with (
+        explain_write_errors(path, RuntimeError),
+        stage(f"writing {path.name}"),
+        atomic_replace(path, "new" + ADAPTER_SUFFIX) as new,
+    ):
+        made.export_adapter(str(new))
     return path
 
 

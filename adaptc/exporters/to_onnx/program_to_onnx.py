@@ -18,8 +18,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from adaptc.adapter_files.atomic_write import commit, open_stage
-from adaptc.errors import BackendError, CheckpointError
+from adaptc.adapter_files.atomic_write import commit, explain_write_errors, open_stage
+from adaptc.errors import BackendError
 from adaptc.exporters.adapter_feeds import METADATA_KEY
 from adaptc.exporters.prepare_export import PreparedExport, prepare_export
 from adaptc.exporters.slot_program import SlotInput
@@ -88,13 +88,10 @@ def _write(prepared: PreparedExport, path: Path) -> Path:
     if prepared.description is not None:
         model.metadata_props[METADATA_KEY] = prepared.description
     data = path.name + ".data"
-    try:
-        with stage(f"writing {path.name}"), open_stage(path.parent) as folder:
-            converted.save(folder / path.name, external_data=True)
-            (folder / data).touch()  # a model without weights has no file of weights
-            commit(folder, path.parent, weights_files=[data], config_file=path.name, stale_files=())
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
+    with explain_write_errors(path), stage(f"writing {path.name}"), open_stage(path.parent) as folder:
+        converted.save(folder / path.name, external_data=True)
+        (folder / data).touch()  # a model without weights has no file of weights
+        commit(folder, path.parent, weights_files=[data], config_file=path.name, stale_files=())
     return path
 
 

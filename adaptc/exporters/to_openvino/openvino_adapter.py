@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from adaptc.adapter_files.atomic_write import atomic_replace
-from adaptc.errors import CheckpointError, ConfigError
-from adaptc.exporters.described_model import check_adapter_path, described_tensors
+from adaptc.exporters.described_model import described_tensors, write_described_adapter
+from adaptc.exporters.runtime_session import as_session
 from adaptc.exporters.to_openvino.adapter_tensors import write_tensors
 from adaptc.exporters.to_openvino.openvino_model import OpenVinoModel
-from adaptc.progress import stage
 
 
 def save_openvino_adapter(
@@ -46,19 +44,8 @@ def save_openvino_adapter(
         >>> model = adaptc.exporters.openvino_model(file)
         >>> model.load_adapter("current", path)
     """
-    path = Path(path)
-    check_adapter_path(path, OpenVinoModel.adapter_suffix)
-    given: Any = model  # callers may give anything
-    if not isinstance(given, (str, os.PathLike, OpenVinoModel)):
-        raise ConfigError(f"model is the path of an .xml file or a model of it, not a {type(given).__name__}")
-    opened = given if isinstance(given, OpenVinoModel) else openvino_model(cast("str", given))
-    values = described_tensors(opened.text, str(opened.path), adapter, **options)
-    try:
-        with stage(f"writing {path.name}"), atomic_replace(path, "new.safetensors") as new:
-            write_tensors(values, new, opened.fingerprint)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
-    return path
+    session = as_session(model, OpenVinoModel, openvino_model, "an .xml file")
+    return write_described_adapter(adapter, Path(path), session, write_tensors, options)
 
 
 def openvino_model(

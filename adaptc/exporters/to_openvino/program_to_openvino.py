@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adaptc.adapter_files.atomic_write import commit, open_stage
-from adaptc.errors import BackendError, CheckpointError
+from adaptc.adapter_files.atomic_write import commit, explain_write_errors, open_stage
+from adaptc.errors import BackendError
 from adaptc.exporters.file_seal import add_seal
 from adaptc.exporters.prepare_export import PreparedExport, prepare_export
 from adaptc.exporters.runtime_session import runtime_error
@@ -69,20 +69,17 @@ def export_openvino(
     ov = import_openvino()
     model = _convert(ov, prepared)
     weights, base = weights_path(path).name, base_path(path).name
-    try:
-        with stage(f"writing {path.name}"), open_stage(path.parent) as folder:
-            ov.save_model(model, str(folder / path.name), compress_to_fp16=False)
-            (folder / weights).touch()  # a model without weights has no file of weights
-            written = [weights]
-            if prepared.description is not None:
-                identities = {i.name: i.identity for i in prepared.inputs}
-                write_tensors(identities, folder / base, json.loads(prepared.description)["fingerprint"])
-                written.append(base)
-                add_seal(folder / path.name, [folder / n for n in written])
-            stale = [] if base in written else [base]
-            commit(folder, path.parent, weights_files=written, config_file=path.name, stale_files=stale)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
+    with explain_write_errors(path, RuntimeError), stage(f"writing {path.name}"), open_stage(path.parent) as folder:
+        ov.save_model(model, str(folder / path.name), compress_to_fp16=False)
+        (folder / weights).touch()  # a model without weights has no file of weights
+        written = [weights]
+        if prepared.description is not None:
+            identities = {i.name: i.identity for i in prepared.inputs}
+            write_tensors(identities, folder / base, json.loads(prepared.description)["fingerprint"])
+            written.append(base)
+            add_seal(folder / path.name, [folder / n for n in written])
+        stale = [] if base in written else [base]
+        commit(folder, path.parent, weights_files=written, config_file=path.name, stale_files=stale)
     return path
 
 
