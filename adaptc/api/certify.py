@@ -129,7 +129,7 @@ def certify(
         atol: the largest absolute difference; None follows from the dtype of the weights.
 
     Returns:
-        the certificate, which prints as a table; ``data()`` is its JSON.
+        the certificate, which prints as a table; ``to_dict()`` is its JSON.
 
     Raises:
         AdaptcError: a check failed. The file is as it was.

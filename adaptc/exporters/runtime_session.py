@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -20,6 +21,8 @@ from adaptc.exporters.adapter_feeds import AdapterInputs
 #: what gives the tensors of any adapter by the names of the inputs, from the file's description
 ReadAdapter = Callable[[Any, str], Mapping[str, Any]]
 S = TypeVar("S")
+#: the values of the base: one object, by which a request knows that it was fed them
+_NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
 class RuntimeSession(ABC):
@@ -180,7 +183,7 @@ class RuntimeSession(ABC):
 
     def _values(self, adapter: str | None) -> Mapping[str, Any]:
         if adapter is None:
-            return {}
+            return _NO_VALUES
         if adapter not in self._adapters:
             raise ConfigError(
                 f"there is no adapter called {short_repr(adapter)}{did_you_mean(str(adapter), self.adapters)}"
