@@ -105,13 +105,48 @@ def test_a_fresh_process(exported: Any, adapters: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.long
-def test_generation_components(adapters: dict[str, Path]) -> None:
-    """Prefill and decode take the adapter: greedy tokens equal PEFT's."""
-    prompt = MODELS["llama"][1](1, 5)["input_ids"]
-    given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+def test_prefill_and_decode(tmp_path: Path) -> None:
+    """The parts of a generating model each take the adapter; greedy tokens equal those of PEFT."""
+    from transformers.exporters import AutoExportConfig
+
+    def model(adapter: Path | None = None) -> Any:
+        made = llama()
+        made.config.use_cache = made.generation_config.use_cache = True
+        made.config.eos_token_id = made.generation_config.eos_token_id = None
+        return made if adapter is None else peft.PeftModel.from_pretrained(made, str(adapter)).eval()
+
+    torch.manual_seed(1)
     with quiet(".*"):
-        parts = exporter().export_for_generation(llama(), given, {"dynamic": True, "adapter": str(adapters["fr"])})
-    assert len(parts.components) >= 1
+        config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_alpha=30)
+        peft.get_peft_model(model(), config).save_pretrained(str(tmp_path))
+    prompt = torch.randint(1, 97, (2, 5), generator=torch.Generator().manual_seed(7))
+    given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    make = exporter()
+    options = {"export_format": "onnx_adapters", "dynamic": True, "adapter": str(tmp_path)}
+    with quiet(".*"):
+        exported = make.export_for_generation(model(), dict(given), AutoExportConfig.from_dict(options))
+    exported.to(adapters={"fr": tmp_path})
+    answers: list[Tensor] = []
+    for adapter in (None, "fr"):
+        with quiet(".*"):
+            oracle = model(None if adapter is None else tmp_path)
+            wanted = oracle.generate(**given, max_new_tokens=5, do_sample=False)
+        text, cache = prompt, None
+        for part in ("prefill", *["decode"] * 4):
+            ids = text if cache is None else text[:, -1:]
+            positions = torch.arange(text.shape[1] - ids.shape[1], text.shape[1]).expand(2, -1)
+            out = exported.runners[part](
+                input_ids=ids,
+                attention_mask=torch.ones_like(text),
+                position_ids=positions,
+                cache=cache,
+                adapter=adapter,
+            )
+            cache = out.cache
+            text = torch.cat([text, out.logits[:, -1].argmax(-1, keepdim=True)], 1)
+        assert torch.equal(text, wanted)
+        answers.append(text)
+    assert not torch.equal(*answers), "the adapter changes nothing"
 
 
 def test_what_is_refused(adapters: dict[str, Path]) -> None:
