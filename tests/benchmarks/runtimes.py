@@ -42,7 +42,7 @@ def program(layers: int) -> adaptc.AdaptedProgram:
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     config = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
-    free = {0: Dim("batch", max=2), 1: Dim("length", max=160)}
+    free = {0: Dim("batch", max=4), 1: Dim("length", max=160)}
     return adaptc.compile(model, config, dynamic_shapes={"input_ids": free, "attention_mask": free})
 
 
