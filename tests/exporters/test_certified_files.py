@@ -83,6 +83,20 @@ def test_commands(tmp_path: Path) -> None:
         adaptc.verify(file, prog)
 
 
+@pytest.mark.long
+def test_padding_is_not_compared(tmp_path: Path) -> None:
+    """What a token computes that no other is shown to differs between runtimes, and says nothing of them."""
+    from tests.exporters.test_onnx_models import llama
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    prog = adaptc.compile(llama().eval(), config)
+    file = adaptc.exporters.export_onnx(prog, tmp_path / "model.onnx")
+    certificate = adaptc.certify(file, prog, shapes=5)
+    assert certificate.measured is not None
+    assert any("attention_mask" in run for run in certificate.measured["runs"])
+
+
 def test_rows(tmp_path: Path) -> None:
     prog = compiled()
     file = adaptc.exporters.export_onnx(prog, tmp_path / "model.onnx", adapters="rows")

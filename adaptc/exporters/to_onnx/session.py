@@ -74,14 +74,18 @@ class OnnxSession(RuntimeSession):
             except Exception as error:  # the classes of its errors are not public
                 raise CheckpointError(f"ONNX Runtime cannot open {path}: {runtime_error(error)}") from error
         self.session: Any = session
-        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        try:
+            text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            optional = {i.name for i in self.session.get_overridable_initializers()}
+            assert [i.name for i in (*self.session.get_inputs(), *self.session.get_outputs())]
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: it has a name that is no text ({error})") from error
         if text is None:
             raise CheckpointError(
                 f"{path} has no inputs for adapters: write it with adaptc.exporters.export_onnx, or run it "
                 "with onnxruntime"
             )
         super().__init__(path, text, read_adapter, make_rows)
-        optional = {i.name for i in self.session.get_overridable_initializers()}
         if missing := self._inputs.by_name.keys() - optional:
             raise CheckpointError(f"{path} is described to have the input {min(missing)!r}, and has none")
 
