@@ -144,6 +144,15 @@ def test_same_adapters_are_stacked_once(exported: Exported, monkeypatch: pytest.
         monkeypatch.undo()
 
 
+def test_a_name_that_gets_another_adapter(exported: Exported) -> None:
+    x = inputs(2, 3)
+    for session in exported:
+        for name in ("fr", "de"):
+            session.load_adapter("a", exported.folder / name)
+            torch.testing.assert_close(run(session, x, adapters=["a", None]), exported.bank(x, adapters=[name, None]))
+            session.delete_adapter("a")
+
+
 def test_what_is_wrong_with_rows(exported: Exported, tmp_path: Path) -> None:
     x = inputs(3, 2)
     for suffix, (export, open_model, _) in RUNTIMES.items():
