@@ -78,7 +78,7 @@ def export_genai(model: Any, adapter: Any, path: str | os.PathLike[str], *, adap
         CheckpointError: the files cannot be written. What was there before stays, here and above.
 
     Example:
-        >>> folder = adaptc.exporters.export_genai(llama, LoraConfig(target_modules=["q_proj"]), "genai")
+        >>> folder = adaptc.exporters.export_genai(lm, LoraConfig(target_modules=["q_proj"]), "genai")
         >>> sorted(p.name for p in folder.iterdir())
         ['genai_config.json', 'model.onnx', 'model.onnx.data']
     """
