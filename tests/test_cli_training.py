@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,26 @@ def test_ctrl_c_ends_a_sweep_after_its_step(made: Path, tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "run" / "sweep.json").read_text())["step"] == 2
     monkeypatch.setattr(sweep_module._Sweep, "_take_step", take)
     assert json.loads(call(*words, "--json").stdout)["step"] == 3
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_to_the_same_curves(made: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    (made / "long.yaml").write_text((made / "sweep.yaml").read_text().replace("steps: 3", "steps: 40"))
+    words = ["sweep", made / "model", made / "long.yaml", "-o"]
+    call(*words, whole)
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "adaptc.cli", *map(str, words), str(cut)], stdout=subprocess.DEVNULL
+    )
+    with killed:
+        while killed.poll() is None and not (cut / "sweep.json").exists():
+            time.sleep(0.01)
+        killed.kill()
+    assert json.loads((cut / "sweep.json").read_text())["step"] < 40
+    call(*words, cut)
+    states = [json.loads((folder / "sweep.json").read_text()) for folder in (whole, cut)]
+    assert states[0]["points"] == states[1]["points"]
+    assert states[0]["results"]["small"]["best"] == states[1]["results"]["small"]["best"]
 
 
 class Terminal(StringIO):

@@ -148,8 +148,13 @@ def test_grpo_losses_are_pefts_with_another_adapter_as_the_reference(trained: An
     policy_places, places = ({n: t.data_ptr() for n, t in m.named_parameters()} for m in (trained, reference))
     adapter = {n for n, t in trained.named_parameters() if t.requires_grad}
     assert {n for n, place in places.items() if place != policy_places[n]} == adapter
-    sampler = trained.generator  # what wrote the completions
-    assert {t.data_ptr() for t in sampler.program.base_tensors.values()} <= {*policy_places.values()}
+    _, sampler = vars(trained)["generator"]  # it wrote the completions
+    for tensors in (
+        sampler.program.base_tensors,
+        {n: t for n, t in sampler.program.binding.values.items() if "lora_" in n},
+    ):
+        assert len(tensors) > 5
+        assert {t.data_ptr() for t in tensors.values()} <= {*policy_places.values()}
 
 
 @pytest.mark.long
