@@ -15,6 +15,7 @@ import transformers
 
 import adaptc
 from adaptc import LoraConfig
+from adaptc.joint_training.sweep_batches import row_indices
 from adaptc.joint_training.sweep_report import SweepPoint, SweepReport, SweepResult
 from adaptc.pictures.curve_picture import Panel, draw_curves
 from adaptc.pictures.themes import LIGHT, THEMES
@@ -170,6 +171,25 @@ def test_an_interrupted_run_goes_on_with_the_same_losses_and_curves(tmp_path: Pa
 
 
 @pytest.mark.long
+def test_a_run_that_is_interrupted_inside_a_step_keeps_the_state_before(tmp_path: Path) -> None:
+    """Of two programs, one has taken the step that is interrupted in the other."""
+    configs, calls = {n: CONFIGS[n] for n in ("r2", "loha")}, list[int]()
+    options: dict[str, Any] = {"steps": 3, "batch_size": 2, "save_steps": 1, "learning_rate": 1e-2}
+
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:  # the second program in the second step
+            raise KeyboardInterrupt
+        return outputs.logits.square().mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(base(), configs, rows(5, 0), directory=tmp_path, loss=loss, **options)
+    assert [p.name for p in tmp_path.glob("state-*")] == ["state-1"]
+    again, whole = (sweep(base(), configs, rows(5, 0), directory=d, loss=loss, **options) for d in (tmp_path, None))
+    assert again.points == whole.points
+
+
+@pytest.mark.long
 def test_damaged_states_are_named(tmp_path: Path) -> None:
     configs = {"r2": CONFIGS["r2"]}
     options: dict[str, Any] = {"steps": 2, "batch_size": 2, "directory": tmp_path}
@@ -250,9 +270,30 @@ def test_what_is_not_finite_skips_whole_steps_of_its_config() -> None:
         return value * float("nan") if batch["input_ids"].eq(11).any() else value
 
     data = [{"input_ids": torch.tensor(ids)} for ids in ([3, 4, 5], [6, 7], [11, 3], [5, 9, 8])]
-    options: dict[str, Any] = {"steps": 3, "batch_size": 1, "gradient_accumulation_steps": 2, "loss": loss}
-    found = sweep(base(), {"r2": CONFIGS["r2"]}, data, **options).results["r2"]
-    assert (found.steps, found.skipped_steps) == (2, 1)
+    options: dict[str, Any] = {"steps": 4, "batch_size": 1, "gradient_accumulation_steps": 2, "loss": loss}
+    report = sweep(base(), {"r2": CONFIGS["r2"]}, data, learning_rate=1e-2, **options)
+    found = report.results["r2"]
+    assert (found.steps, found.skipped_steps) == (2, 2)
+    bank: Any = adaptc.compile(base(), CONFIGS["r2"], training=True).bank(training=True)
+    bank.add("r2", CONFIGS["r2"], seed=0, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
+    expected: list[Any] = []
+    for step in range(4):
+        rows_of_step = [data[i]["input_ids"] for i in row_indices(4, 2, 0, step)]
+        if any(11 in row.tolist() for row in rows_of_step):
+            expected.append(None)
+            continue
+        losses = [
+            bank.forward_backward(
+                {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])},
+                ["r2"],
+                lambda out, _: out.logits.square().mean() / 2,
+            )["r2"].value()
+            for row in rows_of_step
+        ]
+        torch.nn.utils.clip_grad_norm_(bank.trainer("r2").parameters.values(), 1.0)
+        bank.step()
+        expected.append(sum(losses))
+    assert [p.loss for p in report.points["r2"]] == [e if e is None else pytest.approx(e, rel=1e-9) for e in expected]
     labels = torch.full((3,), -100)
     none = [{"input_ids": torch.tensor([3, 4, 5]), "labels": labels}]
     alone = sweep(base(), {"r2": CONFIGS["r2"]}, none, steps=1, batch_size=1, eval_dataset=none).results["r2"]
