@@ -171,14 +171,16 @@ def test_an_interrupted_run_goes_on_with_the_same_losses_and_curves(tmp_path: Pa
 
 
 @pytest.mark.long
-def test_a_run_that_is_interrupted_inside_a_step_keeps_the_state_before(tmp_path: Path) -> None:
-    """Of two programs, one has taken the step that is interrupted in the other."""
+@pytest.mark.parametrize("call", [6, 8], ids=["in training", "in evaluation"])
+def test_a_run_that_is_interrupted_inside_a_step_keeps_the_state_before(call: int, tmp_path: Path) -> None:
+    """Of two programs, one has taken the step, or was evaluated, that is interrupted in the other."""
     configs, calls = {n: CONFIGS[n] for n in ("r2", "loha")}, list[int]()
     options: dict[str, Any] = {"steps": 3, "batch_size": 2, "save_steps": 1, "learning_rate": 1e-2}
+    options |= {"eval_dataset": rows(2, 1), "eval_steps": 1}
 
     def loss(outputs: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        if len(calls) == 4:  # the second program in the second step
+        if len(calls) == call:  # the second program in the second step
             raise KeyboardInterrupt
         return outputs.logits.square().mean()
 
@@ -270,15 +272,15 @@ def test_what_is_not_finite_skips_whole_steps_of_its_config() -> None:
         return value * float("nan") if batch["input_ids"].eq(11).any() else value
 
     data = [{"input_ids": torch.tensor(ids)} for ids in ([3, 4, 5], [6, 7], [11, 3], [5, 9, 8])]
-    options: dict[str, Any] = {"steps": 4, "batch_size": 1, "gradient_accumulation_steps": 2, "loss": loss}
+    options: dict[str, Any] = {"steps": 4, "batch_size": 1, "gradient_accumulation_steps": 2, "loss": loss, "seed": 3}
     report = sweep(base(), {"r2": CONFIGS["r2"]}, data, learning_rate=1e-2, **options)
     found = report.results["r2"]
     assert (found.steps, found.skipped_steps) == (2, 2)
     bank: Any = adaptc.compile(base(), CONFIGS["r2"], training=True).bank(training=True)
-    bank.add("r2", CONFIGS["r2"], seed=0, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
+    bank.add("r2", CONFIGS["r2"], seed=3, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
     expected: list[Any] = []
     for step in range(4):
-        rows_of_step = [data[i]["input_ids"] for i in row_indices(4, 2, 0, step)]
+        rows_of_step = [data[i]["input_ids"] for i in row_indices(4, 2, 3, step)]
         if any(11 in row.tolist() for row in rows_of_step):
             expected.append(None)
             continue
