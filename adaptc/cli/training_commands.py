@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,9 +118,16 @@ def _live_table() -> Generator[Callable[[Any], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    console = Console(stderr=True)
-    with Live(console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
-        yield lambda report: live.update(Text(printable(report.render(shutil.get_terminal_size((120, 24)).columns))))
+    # It begins with the first report, since the stages before that have a status line of their own.
+    live = Live(console=Console(stderr=True), transient=True)
+    with ExitStack() as stack:
+
+        def show(report: Any) -> None:
+            if not live.is_started:
+                stack.enter_context(live)
+            live.update(Text(printable(report.render(shutil.get_terminal_size((120, 24)).columns))))
+
+        yield show
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from adaptc.joint_training.sweep_batches import (
     fingerprint_rows,
     read_rows,
     row_indices,
+    split_rows,
 )
 from adaptc.joint_training.sweep_directory import SweepDirectory, SweepState
 from adaptc.joint_training.sweep_report import SweepPoint, SweepReport, SweepResult
@@ -243,7 +244,8 @@ class _Sweep:
         size, batches = self.options.batch_size, self.options.gradient_accumulation_steps
         chosen = [rows[i] for i in row_indices(len(rows), size * batches, self.options.seed, self.step)]
         for group in dict.fromkeys(r.group for r in self._active().values()):
-            self._train(group, [chosen[i : i + size] for i in range(0, len(chosen), size)])
+            # The mean over all tokens of a step is the same however its rows are divided; a caller's loss may not be.
+            self._train(group, split_rows(chosen, size, by_length=self.loss is None and not group.packs))
         self.step += 1
         if self.step % (self.options.eval_steps or self.options.steps) == 0 or self.step == self.options.steps:
             self._judge(held_out)

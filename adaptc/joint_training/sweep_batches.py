@@ -77,6 +77,13 @@ def _row_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
+def split_rows(rows: Sequence[TokenRow], size: int, by_length: bool) -> list[Sequence[TokenRow]]:
+    """Return the rows of a step as batches of ``size`` rows. ``by_length``: rows of like length come together, so that
+    padded batches have the least padding."""
+    ordered = sorted(rows, key=lambda r: len(r["input_ids"])) if by_length else rows
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
 def collate(rows: Sequence[TokenRow], packs: bool) -> dict[str, Tensor]:
     """Return rows as one batch, int64 (rows, length): the inputs that :class:`TextLayout` gives, and ``labels``.
 

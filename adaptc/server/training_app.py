@@ -108,6 +108,8 @@ class TrainingSessions:
     # -- clients -------------------------------------------------------------------------------------------------------
 
     def create(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        if len(self.service.clients) >= self.service.capacity:
+            raise RequestRefusedError(429, f"the server has {self.service.capacity} clients, and takes no more now")
         client = self.service.create(config_from_fields(body["config"]), seed=body.get("seed"))
         name = f"client{next(self._numbers)}"
         self._sessions[name] = _Session(client)
@@ -208,11 +210,12 @@ class TrainingSessions:
         """Return the result of a call, or ``{"status": "pending"}`` where it is not there in time. Raises what the call
         raised, and RequestRefusedError with the status 404 for an id that is none."""
         session, name, wait = self._session(body), body["request_id"], body.get("wait", MAX_WAIT)
-        if not isinstance(name, str) or name not in session.pending:
+        kept = session.pending.get(name) if isinstance(name, str) else None
+        if kept is None:
             raise RequestRefusedError(404, f"the client has no call {short_repr(name)}, or its result has made room")
         if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not wait >= 0:
             raise RequestRefusedError(422, f"wait is {short_repr(wait)}: expected a number of seconds")
-        future, to_json = session.pending[name]
+        future, to_json = kept
         done = asyncio.Event()
         loop = asyncio.get_running_loop()
 

@@ -242,6 +242,14 @@ def test_what_is_wrong_is_refused_with_its_status(caller: Caller, root: Path, se
     assert caller.result("forward", data=[DATUM], **loss)["loss"] > 0  # and the client goes on
 
 
+def test_a_full_server_says_so_and_takes_a_client_once_another_is_gone(caller: Caller) -> None:
+    names = [caller.call("create", config=CONFIG, seed=s)["client"] for s in range(4)]
+    caller.refused(429, "has 4 clients", "create", config=CONFIG)
+    caller.call("close", client=names[1])
+    caller.refused(404, "there is no client", "close", client=names[1])
+    assert caller.call("create", config=CONFIG)["client"] not in names
+
+
 def test_results_make_room_once_they_were_asked_for(caller: Caller) -> None:
     client = caller.call("create", config=CONFIG, seed=3)["client"]
     numbers = [

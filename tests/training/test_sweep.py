@@ -252,15 +252,16 @@ def test_accumulated_gradients_and_schedules_are_those_of_pefts_trainer(tmp_path
     )
     trainer.train()
     log = trainer.state.log_history
-    report = sweep(
-        base(), {"a": LoraConfig(**config)}, data, steps=4, batch_size=3, gradient_accumulation_steps=2, seed=4,
-        learning_rate=2e-2, eval_dataset=rows(5, 1), eval_steps=1, **schedule,
-    )  # fmt: skip
-    # Trainer logs rounded values of what it adds up.
-    assert [p.loss for p in report.points["a"]] == pytest.approx([e["loss"] for e in log if "loss" in e], abs=1e-4)
-    assert [p.eval_loss for p in report.points["a"]] == pytest.approx(
-        [e["eval_loss"] for e in log if "eval_loss" in e], rel=1e-6
-    )
+    for packing in (True, False):
+        report = sweep(
+            base(), {"a": LoraConfig(**config)}, data, steps=4, batch_size=3, gradient_accumulation_steps=2, seed=4,
+            learning_rate=2e-2, eval_dataset=rows(5, 1), eval_steps=1, packing=packing, **schedule,
+        )  # fmt: skip
+        # Trainer logs rounded values of what it adds up.
+        assert [p.loss for p in report.points["a"]] == pytest.approx([e["loss"] for e in log if "loss" in e], abs=1e-4)
+        assert [p.eval_loss for p in report.points["a"]] == pytest.approx(
+            [e["eval_loss"] for e in log if "eval_loss" in e], rel=1e-6
+        )
 
 
 @pytest.mark.long

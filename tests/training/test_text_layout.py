@@ -15,6 +15,7 @@ from torch import Tensor
 import adaptc
 from adaptc import LoraConfig
 from adaptc.joint_training.program_groups import ProgramGroups
+from adaptc.joint_training.sweep_batches import collate, split_rows
 from adaptc.joint_training.text_layout import TextLayout, keeps_texts_apart
 from adaptc.training import Service, sweep
 from tests.support.training import VOCABULARY
@@ -54,6 +55,16 @@ def test_packing_needs_less_padding_than_rows_of_one_text() -> None:
         sum(TextLayout.of_lengths(own, longest, packs).tokens for own in sizes) - tokens for packs in (False, True)
     )
     assert (tokens, padded, packed) == (912, 1136, 240)
+
+
+def test_padded_rows_of_a_step_are_divided_by_length() -> None:
+    found = rows(16, 0)
+    parts = {by_length: split_rows(found, 4, by_length) for by_length in (False, True)}
+    tokens = {k: sum(collate(part, False)["input_ids"].numel() for part in p) for k, p in parts.items()}
+    assert sum(len(r["input_ids"]) for r in found) == 94
+    assert tokens == {False: 124, True: 100}
+    assert [r for part in parts[False] for r in part] == found
+    assert sorted(id(r) for part in parts[True] for r in part) == sorted(map(id, found))
 
 
 @pytest.mark.long
