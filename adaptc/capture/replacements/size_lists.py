@@ -121,4 +121,4 @@ def lists_of_any_size(model: nn.Module) -> Iterator[None]:
 
 def _makes_lists(kind: type) -> bool:
     codes = [getattr(f, "__code__", None) for f in vars(kind).values()]
-    return any(code is not None and _CALLS <= {*code.co_names} for code in codes)
+    return any(code is not None and {*code.co_names} >= _CALLS for code in codes)

@@ -1,4 +1,4 @@
-"""Images and sounds that a model cannot take, and inputs of another model's processor: refused before they are computed.
+"""Images and sounds that a model cannot take, and inputs of another processor: refused before they are computed.
 
 The sizes are those that a tower has no patches, blocks or positions for.
 """
