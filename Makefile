@@ -87,6 +87,7 @@ cpp: $(VENV)/.test.stamp
 demo: $(VENV)/.demo.stamp
 	$(QUICKSTART)
 	$(BIN)/python examples/serve.py $(ADAPTERS)
+	$(BIN)/python examples/draw_pictures.py build/demo/pictures
 
 # The examples that are scripts, all of them. Adapters of a quickstart that passed are used again.
 demo-all: $(PASSED) $(VENV)/.ray.stamp
@@ -101,6 +102,7 @@ demo-all: $(PASSED) $(VENV)/.ray.stamp
 	$(BIN)/python examples/qlora.py
 	$(BIN)/python examples/captions.py
 	$(BIN)/python examples/train_diffusion.py
+	$(BIN)/python examples/draw_pictures.py build/demo/pictures
 
 $(PASSED): examples/quickstart.py examples/pirate.txt examples/telegram.txt $(TRAINED) | $(VENV)/.demo.stamp
 	$(QUICKSTART)

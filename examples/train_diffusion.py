@@ -59,7 +59,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), **sizes, **ids)).eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
-        scheduler=DDPMScheduler(clip_sample=False),
+        scheduler=DDPMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -15,6 +15,7 @@ from adaptc.pipelines.adapted_pipeline import AdaptedPipeline
 from adaptc.pipelines.component_module import ComponentModule
 from adaptc.pipelines.component_program import ComponentOptions
 from adaptc.pipelines.pipeline_adapters import PipelineAdapters, adaptable_components
+from adaptc.pipelines.token_times import gives_token_times
 
 
 def is_pipeline(model: object) -> bool:
@@ -45,7 +46,8 @@ def adapt_pipeline(pipeline: Any, adapter: Any, options: ComponentOptions, adapt
     for name in options.packages:
         if components.get(name) is None or isinstance(components[name], ComponentModule):
             raise ConfigError(f"packages has {name!r}, and a package can take the place of: {_capturable(components)}")
-    held = PipelineAdapters(new, replace(options, with_residuals=with_residuals))
+    calls_with = {"with_residuals": with_residuals, "token_times": gives_token_times(pipeline)}
+    held = PipelineAdapters(new, replace(options, **calls_with))
     vars(new)["adapters"] = held
     named = adapters_by_name(adapter) if isinstance(adapter, Mapping) else None
     given: Mapping[str, Any] = {adapter_name: adapter} if named is None else named

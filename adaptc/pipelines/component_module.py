@@ -149,12 +149,12 @@ class ComponentModule(nn.Module):
             )
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
         tensor = tensor.to(self.device) if tensor.ndim == 0 else tensor
-        if name in self._batched and example.ndim == 1 and (tensor.ndim == 0 or tensor.shape[0] == 1):
+        if name in self._batched and example.ndim == 1 and tensor.shape in ((), (1,)):
             tensor = tensor.reshape(1).expand(rows)
         if tensor.ndim != example.ndim:
             raise ConfigError(
                 f"{name} has {tensor.ndim} dimensions, and the program of {self.component_name} takes {example.ndim}: "
-                "call the pipeline that was adapted for this"
+                "adapt this pipeline itself, adaptc.compile(pipe, ...), made of modules that are not adapted"
             )
         return tensor if tensor.dtype == example.dtype else tensor.to(example.dtype)
 

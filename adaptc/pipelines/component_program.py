@@ -22,6 +22,7 @@ from adaptc.errors import CaptureError, ConfigError, listing
 from adaptc.methods.lora_family.lora_config import LoraConfig
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.pipelines.tensor_calls import FIRST_ROWS, POSITION_MODULES, FirstRowCalls, PositionCalls, TensorCalls
+from adaptc.pipelines.token_times import TOKEN_AXES, TokenTimeCalls
 from adaptc.pipelines.z_image_calls import ZImageCalls
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.compile_program import compile_model
@@ -42,6 +43,7 @@ class ComponentOptions:
         generator: the source of first values.
         packages: component -> the package that it runs, which takes the place of a capture.
         with_residuals: whether a ControlNet's outputs are inputs of the denoiser.
+        token_times: whether the denoiser of a video takes a time for each token.
     """
 
     run: RunOptions
@@ -49,13 +51,14 @@ class ComponentOptions:
     generator: torch.Generator | None = None
     packages: Mapping[str, PackagedProgram] = field(default_factory=dict[str, PackagedProgram])
     with_residuals: bool = False
+    token_times: bool = False
 
 
 def component_example(module: nn.Module, options: ComponentOptions) -> ExampleInputs:
     """Return the inputs of a call, as a pipeline gives them. Raises CaptureError for classes that adaptc does not
     know."""
     if is_diffusion_model(module):
-        return pipeline_example(module, with_residuals=options.with_residuals)
+        return pipeline_example(module, with_residuals=options.with_residuals, token_times=options.token_times)
     if is_pretrained_model(module):
         return text_encoder_example(module)
     raise CaptureError(f"a {type(module).__name__} is neither a denoiser of diffusers nor a model of transformers")
@@ -115,6 +118,12 @@ def _site_layers(program: AdaptedProgram | PackagedProgram) -> list[str]:
 
 def tensor_calls(module: nn.Module) -> TensorCalls:
     """Return how calls of ``module`` become calls of its program, told by the names of its classes."""
+    calls = _calls_by_row(module)
+    axes = next((TOKEN_AXES[c.__name__] for c in type(module).__mro__ if c.__name__ in TOKEN_AXES), None)
+    return calls if axes is None else TokenTimeCalls(module, calls, axes)
+
+
+def _calls_by_row(module: nn.Module) -> TensorCalls:
     for kind in type(module).__mro__:
         if kind.__name__ in POSITION_MODULES:
             return PositionCalls(module, POSITION_MODULES[kind.__name__])

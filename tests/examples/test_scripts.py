@@ -236,6 +236,30 @@ def test_captions_run_with_few_steps(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.long
+def test_pictures_of_a_batch_are_drawn_with_their_own_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    threads = torch.get_num_threads()
+    pictures = load("draw_pictures", monkeypatch)
+    try:
+        pictures.main(tmp_path, base_steps=2, steps=3)
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert said.count("ok   ") >= 5
+    for name in ("red", "striped", "red and striped"):
+        assert f"ok   {name}: the pictures of a batch are those drawn alone" in said
+    assert "ok   striped: diffusers draws it from the file" in said
+    grid = Image.open(tmp_path / "pictures.png")
+    assert grid.size == (4 * 16 * 6, 4 * 16 * 6)
+    columns = [grid.crop((96 * i, 0, 96 * (i + 1), 384)).tobytes() for i in range(4)]
+    assert len({*columns}) == 4
+
+
+@pytest.mark.long
 def test_six_styles_are_learned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     threads = torch.get_num_threads()

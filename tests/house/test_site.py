@@ -30,16 +30,18 @@ def test_links_to_files_lead_to_their_pages(tmp_path: Path) -> None:
         "[far](https://example.org/a.py)\n```text\n[code](cpp/main.cpp)\n```\n"
     )
     assert pages["README.md"] == "[guide](examples/a.md) [below](#here)\n"
-    assert "int main() {}" in pages["examples/cpp/main.cpp.md"]
-    assert "`main.cpp`" in pages["examples/cpp/index.md"]
+    assert "int main() {}" in str(pages["examples/cpp/main.cpp.md"])
+    assert "`main.cpp`" in str(pages["examples/cpp/index.md"])
 
 
 def test_pictures_stay_pictures(tmp_path: Path) -> None:
     (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "points.svg").write_text("<svg/>\n")
-    (tmp_path / "README.md").write_text("![points](examples/points.svg)\n")
-    pages = guide_pages(tmp_path)
-    assert pages == {"README.md": "![points](examples/points.svg)\n", "examples/points.svg": "<svg/>\n"}
+    contents = {"examples/points.svg": b"<svg/>\n", "examples/discs.png": b"\x89PNG\r\n\xff"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    text = "![points](examples/points.svg) ![discs](examples/discs.png)\n"
+    (tmp_path / "README.md").write_text(text)
+    assert guide_pages(tmp_path) == {"README.md": text, **contents}
 
 
 def test_every_public_name_is_on_one_page() -> None:
@@ -84,6 +86,8 @@ def test_the_site_is_built(copy: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for page in ("index.html", "examples/methods.html", "reference/functions.html", "passes/graph/ops.py.html"):
         assert (copy / "build" / "docs" / page).is_file()
+    picture = (copy / "build" / "docs" / "examples" / "pictures.png").read_bytes()
+    assert picture == (ROOT / "examples" / "pictures.png").read_bytes()
     text = (copy / "build" / "docs" / "reference" / "functions.html").read_text(encoding="utf-8")
     assert 'id="adaptc.swap"' in text
     assert ":class:`" not in text

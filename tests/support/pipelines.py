@@ -401,14 +401,19 @@ def write_lora(name: str, path: Any, seed: int = 8, text: bool = True, **options
 
 def write_latent_lora(name: str, path: Any, seed: int = 9, **options: Any) -> Any:
     """As :func:`write_lora`, for one of :data:`LATENT_PIPELINES`."""
-    made = LATENT_PIPELINES[name]()
+    return write_denoiser_lora(LATENT_PIPELINES[name](), path, seed, **options)
+
+
+def write_denoiser_lora(made: Any, path: Any, seed: int = 9, **options: Any) -> Any:
+    """Write a LoRA for the denoiser of ``made``, which has it afterwards, by diffusers, and return ``path``."""
+    part = "unet" if hasattr(made, "unet") else "transformer"
     layers = ["to_q", "to_k", "to_out.0", "to_qkv_mlp_proj", "ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2", "w2"]
     torch.manual_seed(seed)
-    sizes = {"r": 3, "lora_alpha": 5} | options
-    config = peft.LoraConfig(target_modules=[*layers, "proj_out"], init_lora_weights=False, **sizes)
-    peft.inject_adapter_in_model(config, made.transformer, "default")
-    tensors = peft.get_peft_model_state_dict(made.transformer, adapter_name="default")
-    type(made).save_lora_weights(path, transformer_lora_layers=tensors)
+    given = {"r": 3, "lora_alpha": 5, "target_modules": [*layers, "add_k_proj", "add_v_proj", "proj_out"]} | options
+    config = peft.LoraConfig(init_lora_weights=False, **given)
+    peft.inject_adapter_in_model(config, getattr(made, part), "default")
+    tensors = peft.get_peft_model_state_dict(getattr(made, part), adapter_name="default")
+    type(made).save_lora_weights(path, **{f"{part}_lora_layers": tensors})
     return path
 
 

@@ -40,13 +40,14 @@ def diffusion_example(model: Any, *, training: bool) -> ExampleInputs:
     return _make_example(_InputBuilder(model), training)
 
 
-def pipeline_example(model: Any, *, with_residuals: bool) -> ExampleInputs:
+def pipeline_example(model: Any, *, with_residuals: bool, token_times: bool = False) -> ExampleInputs:
     """Return example inputs for ``model`` as the denoiser of a pipeline.
 
     ``with_residuals`` adds the outputs of a ControlNet, with which a UNet takes multiples of its total downsampling
-    alone. Raises :class:`CaptureError` like :func:`diffusion_example`, and where the model takes no such outputs.
+    alone. ``token_times`` gives each token of a video a time, along the axes that ``pipelines.token_times`` gives them.
+    Raises :class:`CaptureError` like :func:`diffusion_example`, and where the model takes no such inputs.
     """
-    maker = _InputBuilder(model, in_pipeline=True, with_residuals=with_residuals)
+    maker = _InputBuilder(model, in_pipeline=True, with_residuals=with_residuals, token_times=token_times)
     return _make_example(maker, training=False)
 
 
@@ -59,6 +60,8 @@ def _make_example(maker: _InputBuilder, training: bool) -> ExampleInputs:
             f"keyword inputs (its forward takes {', '.join(inspect.signature(model.forward).parameters)})"
         )
     make(maker, training)
+    if maker.token_times and maker.kwargs["timestep"].ndim < 2:
+        raise CaptureError(f"{type(model).__name__} with a time for each token is not known to adaptc")
     if maker.with_residuals and not maker.has_residuals:
         raise CaptureError(
             f"the inputs of {type(model).__name__} beside a ControlNet are not known to adaptc: adapt a pipeline "
@@ -70,8 +73,10 @@ def _make_example(maker: _InputBuilder, training: bool) -> ExampleInputs:
 class _InputBuilder:
     """A collector of a model's example inputs, which reads the sizes from the model's config."""
 
-    def __init__(self, model: Any, in_pipeline: bool = False, with_residuals: bool = False) -> None:
-        self.model, self.config = model, model.config
+    def __init__(
+        self, model: Any, in_pipeline: bool = False, with_residuals: bool = False, token_times: bool = False
+    ) -> None:
+        self.model, self.config, self.token_times = model, model.config, token_times
         self.in_pipeline, self.with_residuals, self.has_residuals = in_pipeline, with_residuals, False
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -143,6 +148,13 @@ class _InputBuilder:
         self.add_input(name, BATCH, channels, unit * _HEIGHT, unit * _WIDTH)
         times = f"{unit}*" if unit > 1 else ""
         self.free_dims[name] |= {2: f"{times}height", 3: f"{times}width"}
+
+    def add_video_times(self, **sizes: int) -> None:
+        """Add the time steps of a video: a row each, or one for each token along axes of these sizes and names."""
+        self.add_times(dtype=torch.float32)
+        if self.token_times:
+            self.add_input("timestep", BATCH, *sizes.values(), dtype=torch.float32)
+            self.free_dims["timestep"] |= dict(enumerate(sizes, 1))
 
     def add_times(self, name: str = "timestep", *, per_row: bool = True, dtype: torch.dtype | None = None) -> None:
         """Add the time steps, a row each in a pipeline; ``per_row`` and ``dtype`` say what they are elsewhere."""
@@ -246,15 +258,20 @@ def _add_flux2_inputs(m: _InputBuilder, training: bool) -> None:
 
 
 def _add_wan_inputs(m: _InputBuilder, training: bool) -> None:
-    for field in ("image_dim", "added_kv_proj_dim"):
-        m.require_config(field, None)
     frames, *patch = m.config_value("patch_size")
     sizes = (frames * 5, patch[0] * _HEIGHT, patch[1] * _WIDTH)
     m.add_input("hidden_states", BATCH, m.require_config("in_channels"), *sizes)
     units = {2: (frames, "frames"), 3: (patch[0], "height"), 4: (patch[1], "width")}
     m.free_dims["hidden_states"] |= {i: f"{n}*{name}" if n > 1 else name for i, (n, name) in units.items()}
-    m.add_times(dtype=torch.float32)
-    m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("text_dim"))
+    m.add_video_times(frames=5, height=_HEIGHT, width=_WIDTH)
+    if m.config_value("image_dim") is None:
+        m.require_config("added_kv_proj_dim", None)
+        m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("text_dim"))
+        return
+    m.require_config("pos_embed_seq_len", None)
+    # The model takes the last 512 of texts and images, one after another, for the text.
+    m.add_input("encoder_hidden_states", BATCH, 512, m.require_config("text_dim"))
+    m.add_input("encoder_hidden_states_image", BATCH, IMAGE, m.require_config("image_dim"))
 
 
 def _add_qwen_image_inputs(m: _InputBuilder, training: bool) -> None:
@@ -273,7 +290,7 @@ def _add_ltx_inputs(m: _InputBuilder, training: bool) -> None:
     m.require_pipeline()
     m.add_input("hidden_states", BATCH, IMAGE, m.require_config("in_channels"))
     m.add_input("encoder_hidden_states", BATCH, TEXT, m.require_config("caption_channels"))
-    m.add_times()
+    m.add_video_times(**{IMAGE: _SIZES[IMAGE]})
     m.add_input("encoder_attention_mask", BATCH, TEXT, dtype=torch.int64)
     width = m.require_config("num_attention_heads") * m.require_config("attention_head_dim")
     for i in range(2):

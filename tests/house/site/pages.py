@@ -19,7 +19,7 @@ _LINK = re.compile(r"(\[[^\]]*\]\()([^)#\s]+)((?:#[\w-]+)?\))")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".toml": "toml", ".txt": "text", ".yml": "yaml"}
 #: files that are pages, or pictures on pages, as they are
-_SHOWN_AS_IT_IS = (".md", ".svg")
+_SHOWN_AS_IT_IS = (".md", ".png", ".svg")
 FAMILIES = {
     "lora_family": "Configs of LoRA and its relatives",
     "shared_factors": "Configs of methods whose layers share factors",
@@ -36,19 +36,19 @@ def write_pages(folder: Path, root: Path = ROOT) -> None:
     """Write all pages of the repository at ``root`` into ``folder``, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     pages = {**guide_pages(root), **reference_pages(source() if root == ROOT else Source(root))}
-    for name, text in pages.items():
+    for name, content in pages.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 # -- guides ------------------------------------------------------------------------------------------------------------
 
 
-def guide_pages(root: Path) -> dict[str, str]:
-    """Return path -> text of the guides, and of every file that a link of theirs leads to."""
+def guide_pages(root: Path) -> dict[str, str | bytes]:
+    """Return path -> text of the guides, and of every file that a link of theirs leads to; pictures are bytes."""
     guides = [p.relative_to(root).as_posix() for p in sorted((root / "examples").glob("*.md"))]
-    waiting, found = [*FIRST_PAGES, *guides], {}
+    waiting, found = [*FIRST_PAGES, *guides], dict[str, str | bytes]()
     while waiting:
         name = waiting.pop()
         path = root / name
@@ -56,10 +56,10 @@ def guide_pages(root: Path) -> dict[str, str]:
             continue
         if path.suffix != ".md":
             is_picture = path.suffix in _SHOWN_AS_IT_IS
-            found[name] = path.read_text(encoding="utf-8") if is_picture else _shown(path, name)
+            found[name] = path.read_bytes() if is_picture else _shown(path, name)
             continue
         found[name] = _with_page_links(path.read_text(encoding="utf-8"), name, root, waiting)
-    return {_page_of(root, name): text for name, text in found.items()}
+    return {_page_of(root, name): content for name, content in found.items()}
 
 
 def _page_of(root: Path, name: str) -> str:
