@@ -21,6 +21,7 @@ from adaptc.capture.model_state import can_run
 from adaptc.capture.replacements.general_branches import OutputComparison
 from adaptc.capture.run_graph import guarded_module
 from adaptc.errors import CaptureError, listing
+from adaptc.passes.graph.pytree import pytree
 
 #: torch's message for an assertion on a value that only data tell
 _OF_VALUES = re.compile(r"Runtime assertion failed for expression \D*\b(u|zuf)\d+")
@@ -39,8 +40,10 @@ def check_same_outputs(
     """
     if training or not can_run(model, args, kwargs):
         return
+    # A step of generation writes to its cache, and both must start from the same one.
+    copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
     with run_without_effects(model) as restore:
-        wanted = joined_outputs(model(*args, **kwargs))
+        wanted = joined_outputs(model(*copies[0], **copies[1]))
         restore()
         try:
             found = joined_outputs(guarded_module(program)(*args, **kwargs))

@@ -42,6 +42,7 @@ from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_
 from adaptc.capture.replacements.free_lengths import any_length
 from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
+from adaptc.capture.replacements.size_lists import lists_of_any_size
 from adaptc.capture.replacements.traceable_calls import (
     FreeScalarSizes,
     free_tensor_lengths,
@@ -87,6 +88,7 @@ def export(
                     shift_labels_of_any_length(model),
                     any_length(model),
                     free_tensor_lengths(model),
+                    lists_of_any_size(model),
                     FreeScalarSizes(),
                     kept_modules(model),
                     unscaled_layers(model),

@@ -17,14 +17,21 @@ from adaptc.archives.refusal import UnsafeFile, describe_error, short_repr
 from adaptc.capture.model_files import tokenizer_failure
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.errors import short_repr as shown_user_value
-from adaptc.generation.cache.cache_layout import STATE_KINDS, CacheLayout, LayerLayout, State, StateLayout
+from adaptc.generation.cache.cache_layout import (
+    STATE_KINDS,
+    CacheLayout,
+    HybridLayout,
+    LayerLayout,
+    State,
+    StateLayout,
+)
 from adaptc.generation.modes.all_modes import mode_from_json, mode_to_json
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
 from adaptc.generation.seq2seq.seq2seq_spec import CROSS_PREFIX, Seq2SeqSpec
 from adaptc.generation.spec import GenerationSpec
 from adaptc.packages.manifest import Contents, is_package_file_name
 from adaptc.passes.analysis.cache_inputs import count_passes
-from adaptc.torch_typing import attributes_of, is_dict, is_path
+from adaptc.torch_typing import attributes_of, is_dict, is_list_or_tuple, is_path
 
 SPEC_FILE = "adaptc.generation.json"
 SPEC_FORMAT = 1
@@ -60,6 +67,7 @@ _SCHEMA: dict[str, Any] = {
     "acts": OptionalField([str]),
     "counts_padding": OptionalField(bool),
     "first_position": OptionalField(Size),
+    "hybrid": OptionalField({"layers": [Size], "count": Size}),
     "states": OptionalField([{"layer": Size, "kind": str, "index": Size, "sizes": [Size], "dtype": str}]),
 }
 #: key in the file -> field of the spec
@@ -112,6 +120,8 @@ def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
         stored["acts"] = list(spec.token_gate_inputs)
     if isinstance(spec.layout, StateLayout):
         stored["states"] = [{**vars(s), "dtype": dtype_name(s.dtype)} for s in spec.layout.states]
+    if isinstance(spec.layout, HybridLayout):
+        stored["hybrid"] = {"layers": list(spec.layout.attention_layers), "count": spec.layout.layer_count}
     if isinstance(spec, Seq2SeqSpec):
         stored["across"] = {
             **{key: getattr(spec, field) for key, field in _SEQ2SEQ_FIELDS.items()},
@@ -209,7 +219,21 @@ def read_config(stored: dict[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         raise UnsafeFile(f"this release of transformers has no model_type {kind!r}")
     config_class: Any = CONFIG_MAPPING[kind]  # transformers gives from_dict no types
-    return config_class.from_dict(stored)
+    return config_class.from_dict(_with_special_floats(stored))
+
+
+def _with_special_floats(stored: Any) -> Any:
+    """Return the values of a config with the numbers in it that JSON has not, such as Infinity.
+
+    transformers writes each as ``{"__float__": "Infinity"}``.
+    """
+    if is_list_or_tuple(stored):
+        return [_with_special_floats(v) for v in stored]
+    if not is_dict(stored):
+        return stored
+    if stored.keys() == {"__float__"} and stored["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(stored["__float__"])
+    return {k: _with_special_floats(v) for k, v in stored.items()}
 
 
 def read_generation_config(stored: dict[str, Any]) -> Any:
@@ -228,16 +252,27 @@ def read_generation_config(stored: dict[str, Any]) -> Any:
 
 
 def _layout_from_json(stored: Any, name_prefix: str = "") -> CacheLayout:
+    layers = tuple(LayerLayout(**layer) for layer in stored["layers"])
     if "states" in stored:
         if strange := [s["kind"] for s in stored["states"] if s["kind"] not in STATE_KINDS]:
             raise UnsafeFile(f"a state is one of {short_repr(strange[0])}")
         states = tuple(
             State(**s | {"sizes": tuple(s["sizes"]), "dtype": dtype_from_name(s["dtype"])}) for s in stored["states"]
         )
-        return StateLayout((), dtype_from_name(stored["dtype"]), name_prefix, states=states)
-    return CacheLayout(
-        tuple(LayerLayout(**layer) for layer in stored["layers"]), dtype_from_name(stored["dtype"]), name_prefix
-    )
+        if (hybrid := stored.get("hybrid")) is None:
+            return StateLayout((), dtype_from_name(stored["dtype"]), name_prefix, states=states)
+        numbers, count = tuple(hybrid["layers"]), hybrid["count"]
+        if len(numbers) != len(layers) or not all(i < count for i in (*numbers, *(s.layer for s in states))):
+            raise UnsafeFile("its layers with keys and values are not those that it numbers")
+        return HybridLayout(
+            layers,
+            dtype_from_name(stored["dtype"]),
+            name_prefix,
+            states=states,
+            attention_layers=numbers,
+            layer_count=count,
+        )
+    return CacheLayout(layers, dtype_from_name(stored["dtype"]), name_prefix)
 
 
 def _conv_strides(numbers: list[int]) -> tuple[int, int]:

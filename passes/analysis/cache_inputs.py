@@ -1,7 +1,7 @@
 """Find the cache among a program's inputs, from which a step of generation continues.
 
 A program captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the names
-that :func:`cache_input_name` gives. Models with other caches take states, numbered through.
+that :func:`cache_input_name` gives. Recurrent models take states, numbered through, and hybrid ones take both.
 
 A program may contain duplicated base passes (``passes.adapt.duplicate_base_pass``). It then takes a cache for each of
 them, too, under names that begin with :func:`pass_prefix`. The functions here take an opened program and do not change
@@ -28,14 +28,16 @@ def cache_input_name(kind: str, layer: int, prefix: str = "") -> str:
 
 
 def find_kv_inputs(lifted: LiftedProgram) -> list[tuple[fx.Node, fx.Node]]:
-    """Return the keys and the values of each layer; empty for a program that takes none."""
-    return list(_kv_pairs(lifted))
+    """Return the keys and the values of each layer; empty for a program that takes none, or states besides."""
+    return [] if _state_inputs(lifted) else list(_kv_pairs(lifted))
 
 
 def all_cache_inputs(lifted: LiftedProgram) -> list[fx.Node]:
-    """Return all cache inputs of the program's own pass: keys and values by turns, or states."""
-    if pairs := find_kv_inputs(lifted):
-        return [node for pair in pairs for node in pair]
+    """Return all cache inputs of the program's own pass: keys and values by turns, and then states."""
+    return [node for pair in _kv_pairs(lifted) for node in pair] + _state_inputs(lifted)
+
+
+def _state_inputs(lifted: LiftedProgram) -> list[fx.Node]:
     names = takewhile(lambda name: _is_input(lifted, name), (cache_input_name(STATE, i) for i in count()))
     return [lifted.nodes[name] for name in names]
 

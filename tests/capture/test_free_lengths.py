@@ -15,7 +15,9 @@ from torch import Tensor
 import adaptc
 from adaptc.capture.replacements.free_lengths import any_length
 from adaptc.capture.replacements.parallel_scan import linear_recurrence
+from tests.coverage.build import build as build_row
 from tests.coverage.configs.tiny_configs import tiny_config
+from tests.coverage.rows import Row
 from tests.support.families import perturb
 from tests.support.oracle import (
     assert_differs,
@@ -109,6 +111,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
         ("rwkv", "rwkv_linear_attention", "another number"),
         ("rwkv", "rwkv_linear_attention", "another shape"),
         ("recurrent_gemma", "_rnn_scan", "another number"),
+        ("funnel", "_relative_shift_gather", "another number"),
+        ("funnel", "upsample", "another shape"),
     ],
 )
 def test_a_function_that_gives_something_else_stays(
@@ -117,7 +121,7 @@ def test_a_function_that_gives_something_else_stays(
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     owner = getattr(module, "RecurrentGemmaRglru", module)
     original = vars(owner)[name]
-    model = build(family)
+    model = build(family) if family in FAMILIES else build_row(Row("funnel", "MASKED_LM", "FunnelForMaskedLM"))
     with any_length(model):
         assert vars(owner)[name] is not original
     assert vars(owner)[name] is original

@@ -20,7 +20,8 @@ GENERATE: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
 @dataclass
 class Oracle:
-    """The answer of PEFT: a directory, outputs, the merged model's, tokens.
+    """The answer of PEFT: a directory, outputs, the merged model's, tokens. ``merged_tokens`` are those of the merged
+    model where its outputs differ.
 
     Without PEFT, it has a config and the base's outputs.
     """
@@ -30,6 +31,7 @@ class Oracle:
     merged: list[Outputs] | None = None
     tokens: torch.Tensor | None = None
     tokens_without_cache: torch.Tensor | None = None
+    merged_tokens: torch.Tensor | None = None
 
 
 def ask_peft(
@@ -53,13 +55,16 @@ def ask_peft(
         result.notes.append(NO_EFFECT)
     tokens = _tokens_of(wrapped, result) if generates else None
     without_cache = None if tokens is None else _tokens_of(wrapped, result, use_cache=False)
+    merged_tokens = None
     try:
         merged_model = wrapped.merge_and_unload()
         merged = [run(merged_model, call) for call in calls]
+        if tokens is not None and difference(merged[0], outputs[0]):
+            merged_tokens = _tokens_of(merged_model, result)
     except Exception as error:
         result.notes.append(f"PEFT does not merge: {reason(error)}")
         merged = None
-    return Oracle(directory, outputs, merged, tokens, without_cache)
+    return Oracle(directory, outputs, merged, tokens, without_cache, merged_tokens)
 
 
 def _wrap(model: Any, config: Any, result: Result) -> Any:

@@ -28,9 +28,10 @@ NAMES = {
     "StaticMode": "room",
     "ExactLengthMode": "exact",
     "RecurrentMode": "state",
+    "HybridMode": "hybrid",
     "UncachedMode": "nothing",
 }
-CONSTANTS = {"SLIDING_WINDOW", "STATIC", "EXACT_LENGTH", "RECURRENT", "UNCACHED"}
+CONSTANTS = {"SLIDING_WINDOW", "STATIC", "EXACT_LENGTH", "RECURRENT", "HYBRID", "UNCACHED"}
 
 
 def mentions_mode(node: ast.AST) -> bool:

@@ -135,23 +135,3 @@ def test_inductor_compiles_once() -> None:
         adaptc.swap(gen, folder / "second")
         assert torch.equal(generated(gen, text), expected("second", text))
         assert torch.equal(generated(gen, prompt(1, 4)), expected("second", prompt(1, 4)))
-
-
-@pytest.mark.long
-def test_models_of_both_kinds_generate_without_a_cache(tmp_path: Path) -> None:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2}
-    more = {"attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 5, "mamba_dt_rank": 4, "intermediate_size": 40}
-    model = transformers.JambaForCausalLM(
-        transformers.JambaConfig(vocab_size=VOCAB, hidden_size=24, use_mamba_kernels=False, **sizes, **more)
-    ).eval()
-    perturb(model)
-    config = peft.LoraConfig(r=3, target_modules=["q_proj", "in_proj"], init_lora_weights=False)
-    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    theirs.save_pretrained(str(tmp_path))
-    before = dict(vars(model))
-    with pytest.warns(adaptc.AdaptcWarning, match="generates without a cache.* keeps a LinearAttentionLayer"):
-        gen = adaptc.compile_for_generation(model, tmp_path, **LIMITS)
-    assert vars(model) == before
-    text = prompt(3, 9)
-    assert torch.equal(generated(gen, text), generated(theirs, text))
-    assert not torch.equal(generated(gen, text), generated(model, text))

@@ -231,6 +231,55 @@ def _draw_delta_rule_of_channels(draw: torch.Generator, batch: int, length: int)
     return {**call, "query": query, "key": key, "g": -F.softplus(g)}
 
 
+def _shifted_rows(original: Function) -> Function:
+    """Return Funnel's function that shifts the scores of relative positions, row by row, by index."""
+
+    def gather(positional_attn: Tensor, context_len: Any, shift: int) -> Tensor:
+        rows = torch.arange(positional_attn.shape[2], device=positional_attn.device)
+        columns = torch.arange(context_len, device=positional_attn.device)
+        index = shift * (positional_attn.shape[2] - rows).unsqueeze(1) + columns
+        return positional_attn.gather(3, index.expand(*positional_attn.shape[:2], -1, -1))
+
+    return gather
+
+
+def _draw_shifted_rows(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    shift = 1 if length < _LENGTHS[-1] else 2
+    context = length if shift == 1 else 2 * length - 1
+    scores = _random(draw, batch, 3, length, shift * length + context)
+    return {"positional_attn": scores, "context_len": context, "shift": shift}
+
+
+def _repeated_tokens(original: Function) -> Function:
+    """Return Funnel's function that repeats pooled tokens up to the length of the text, by index."""
+    signature = inspect.signature(original)
+
+    def upsample(*args: Any, **kwargs: Any) -> Tensor:
+        given = all_arguments(signature, args, kwargs)
+        tokens, stride = given["x"], given["stride"]
+        if stride == 1 or not (given["separate_cls"] and given["truncate_seq"]):
+            return original(*args, **kwargs)
+        index = torch.arange(given["target_len"], device=tokens.device)
+        # The first token stays alone.
+        index = (index + (stride - 1)) // stride
+        is_there = (index < tokens.shape[1]).unsqueeze(1)
+        return torch.where(is_there, tokens.index_select(1, index.clamp(max=tokens.shape[1] - 1)), 0.0)
+
+    return upsample
+
+
+def _draw_repeated_tokens(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
+    stride = 2 if length < _LENGTHS[-1] else 4
+    tokens = _random(draw, batch, 1 + length, 3)
+    return {
+        "x": tokens,
+        "stride": stride,
+        "target_len": (1 + length) * stride - 1,
+        "separate_cls": True,
+        "truncate_seq": True,
+    }
+
+
 def _whole_windows(original: Function) -> Function:
     """Return Longformer's or LED's method that pads a text to whole windows, for two windows or more."""
     signature = inspect.signature(original)
@@ -287,6 +336,8 @@ _KNOWN = {
     "rwkv_linear_attention": _Known(_weighted_values, _draw_weighted_values),
     "torch_chunk_gated_delta_rule": _Known(gated_delta_rule, _draw_delta_rule),
     "chunk_kimi_delta_attention": _Known(gated_delta_rule, _draw_delta_rule_of_channels),
+    "_relative_shift_gather": _Known(_shifted_rows, _draw_shifted_rows),
+    "upsample": _Known(_repeated_tokens, _draw_repeated_tokens),
     "_pad_to_window_size": _Known(_whole_windows, _draw_windows, _goes_on_padding),
     "_rnn_scan": _Known(_gated_recurrence, _draw_gated_recurrence),
 }

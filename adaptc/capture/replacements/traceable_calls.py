@@ -5,7 +5,7 @@ batch. ``tensor.shape[0]`` is the same number and stays free. So the files of th
 own for a while, in the tracing thread alone. What is no tensor has Python's length.
 
 ``torch.as_tensor(tensor.shape[1])``: torch makes a constant of the size, which is fixed by that. A tensor that is
-filled with the size has the same value, and the size stays free.
+filled with the size has the same value, and the size stays free. So does that of a list of :mod:`size_lists`.
 
 ``module.to(dtype)``: routers of mixtures write ``self.classifier = self.classifier.to(torch.float32)`` in each call.
 torch converts a module by replacing the memory of its parameters, which a trace refuses, even where nothing would
@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from adaptc.capture.model_functions import Function, replaced_functions
 from adaptc.capture.model_state import own_attribute
+from adaptc.capture.replacements.size_lists import SizeList
 
 #: the packages whose code asks for no sizes of a model
 _NO_MODELS = ("torch", "builtins")
@@ -45,8 +46,11 @@ def free_tensor_lengths(model: nn.Module) -> Iterator[None]:
     thread = threading.get_ident()
 
     def length(value: Any) -> Any:
-        is_traced = threading.get_ident() == thread and isinstance(value, Tensor) and value.ndim > 0
-        return value.shape[0] if is_traced else len(value)
+        if threading.get_ident() != thread:
+            return len(value)
+        if isinstance(value, SizeList):
+            return value.size
+        return value.shape[0] if isinstance(value, Tensor) and value.ndim > 0 else len(value)
 
     names = {c.__module__ for m in model.modules() for c in type(m).__mro__}
     files = [sys.modules[n] for n in names if n in sys.modules and n.partition(".")[0] not in _NO_MODELS]
@@ -70,6 +74,8 @@ class FreeScalarSizes(TorchFunctionMode):
         if func in (torch.as_tensor, torch.tensor) and len(args) == 1 and isinstance(args[0], torch.SymInt):
             size: Any = args[0]
             return torch.full((), size, **{"dtype": torch.int64, **options})
+        if func in (torch.as_tensor, torch.tensor) and len(args) == 1 and isinstance(args[0], SizeList):
+            return args[0].tensor(**options)
         return func(*args, **options)
 
 

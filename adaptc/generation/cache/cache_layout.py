@@ -1,7 +1,7 @@
 """Describe the tensors of a model's cache, and how they are called as inputs of its step program.
 
 The layout is found by running the model once. Attention layers have one pair of keys and values each; recurrent layers
-have states. Any other cache raises CaptureError with the reason.
+have states. A layer of a hybrid model may have both, or nothing. Any other cache raises CaptureError with the reason.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from adaptc.torch_typing import to_python
 _ATTENTION_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 #: the cache layer of transformers that keeps the states of convolutions and recurrences
 _STATE_LAYER = "LinearAttentionLayer"
+#: the cache layers of transformers that keep such states beside keys and values
+_HYBRID_LAYERS = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
+#: the cache layer of transformers that keeps nothing
+_EMPTY_LAYER = "DummyLayer"
 STATE_KINDS = ("conv_states", "recurrent_states")
 
 
@@ -59,9 +63,16 @@ class CacheLayout:
     def names(self) -> tuple[str, ...]:
         """Return the names of the inputs: keys and values in turn, layer by layer, one pass after another."""
         before = [pass_prefix(i) + self.name_prefix for i in range(self.passes)]
-        return tuple(
-            cache_input_name(kind, i, p) for p in before for i in range(len(self.layers)) for kind in KEY_VALUE_KINDS
-        )
+        return tuple(name for prefix in before for name in self.pass_names(prefix))
+
+    def pass_names(self, prefix: str) -> list[str]:
+        """Return the names of one pass's inputs, which begin with ``prefix``."""
+        return [cache_input_name(kind, i, prefix) for i in range(len(self.layers)) for kind in KEY_VALUE_KINDS]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the dtypes of the inputs, in the order of :attr:`names`."""
+        return (self.dtype,) * len(self.names)
 
     def with_passes(self, passes: int) -> Self:
         """Return the layout of the same cache for a program with ``passes`` passes."""
@@ -84,21 +95,25 @@ class CacheLayout:
         ``ring`` is the number of positions in the tensors of sliding-window layers; None where these have ``length``,
         too.
         """
-        dims = [
-            (layer.heads, length if ring is None or layer.sliding is None else ring, dim)
+        return self.pass_shapes(batch, length, ring) * self.passes
+
+    def pass_shapes(self, batch: int, length: int, ring: int | None) -> list[tuple[int, ...]]:
+        """Return the shapes of one pass's inputs, in the order of :meth:`pass_names`."""
+        return [
+            (batch, layer.heads, length if ring is None or layer.sliding is None else ring, dim)
             for layer in self.layers
             for dim in (layer.key_dim, layer.value_dim)
         ]
-        return [(batch, heads, places, dim) for heads, places, dim in dims * self.passes]
 
     def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
         """Return the inputs by name, filled with zeros."""
-        shapes = zip(self.names, self.shapes(batch, length, ring), strict=True)
-        return {name: torch.zeros(shape, dtype=self.dtype, device=device) for name, shape in shapes}
+        made = zip(self.names, self.shapes(batch, length, ring), self.dtypes, strict=True)
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape, dtype in made}
 
     def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
         """Return the bytes of a cache of ``batch`` rows and ``length`` positions; ``ring`` as for :meth:`shapes`."""
-        return sum(map(prod, self.shapes(batch, length, ring))) * self.dtype.itemsize
+        sizes = zip(self.shapes(batch, length, ring), self.dtypes, strict=True)
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
     @classmethod
     def from_model(cls, model: nn.Module) -> CacheLayout:
@@ -119,8 +134,11 @@ class CacheLayout:
         layers = getattr(cache, "layers", None)
         if not layers:
             raise CaptureError(f"{model_name} gives no cache of keys and values, so there is nothing to go on from")
-        if all(type(layer).__name__ == _STATE_LAYER for layer in layers):
+        kinds = {type(layer).__name__ for layer in layers}
+        if kinds == {_STATE_LAYER}:
             return StateLayout.from_layers(layers)
+        if kinds & {_STATE_LAYER, *_HYBRID_LAYERS}:
+            return HybridLayout.from_layers_of(model_name, layers)
         return cls(
             tuple(_layer_layout(model_name, i, layer) for i, layer in enumerate(layers)),
             layers[0].keys.dtype,
@@ -145,24 +163,24 @@ class StateLayout(CacheLayout):
 
     states: tuple[State, ...] = ()
 
+    def pass_names(self, prefix: str) -> list[str]:
+        return [cache_input_name(STATE, i, prefix) for i in range(len(self.states))]
+
     @property
-    def names(self) -> tuple[str, ...]:
-        before = [pass_prefix(i) + self.name_prefix for i in range(self.passes)]
-        return tuple(cache_input_name(STATE, i, p) for p in before for i in range(len(self.states)))
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(state.dtype for state in self.states) * self.passes
 
     @property
     def is_sliding(self) -> tuple[bool, ...]:
         return (False,) * len(self.names)
 
-    def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
-        return [(batch, *state.sizes) for state in self.states * self.passes]
+    def pass_shapes(self, batch: int, length: int, ring: int | None) -> list[tuple[int, ...]]:
+        return [(batch, *state.sizes) for state in self.states]
 
-    def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
-        made = zip(self.names, self.states * self.passes, strict=True)
-        return {name: torch.zeros(batch, *s.sizes, dtype=s.dtype, device=device) for name, s in made}
-
-    def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
-        return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states * self.passes)
+    @property
+    def layer_numbers(self) -> range:
+        """Return the numbers of the layers of the model's cache."""
+        return range(self.states[-1].layer + 1)
 
     def states_per_kind(self, layer: int) -> int:
         """Return the number of states of each kind in the layer ``layer``."""
@@ -171,14 +189,72 @@ class StateLayout(CacheLayout):
     @classmethod
     def from_layers(cls, layers: Sequence[Any]) -> StateLayout:
         """Return the layout of the layers of a transformers cache that a model wrote to."""
-        states = tuple(
-            State(i, kind, index, tuple(tensor.shape[1:]), tensor.dtype)
-            for i, layer in enumerate(layers)
-            for kind in STATE_KINDS
-            for index, tensor in getattr(layer, kind).items()
-            if tensor is not None
-        )
+        states = _states_of(layers)
         return cls((), states[0].dtype, states=states)
+
+
+@dataclass(frozen=True)
+class HybridLayout(StateLayout):
+    """The keys and values, and the states, that a step program of a hybrid model takes.
+
+    The model's cache has ``layer_count`` layers. Those numbered ``attention_layers`` keep the keys and values that
+    ``layers`` describes; any may keep states, too, or nothing. The inputs of a pass are all keys and values, and then
+    all states.
+    """
+
+    attention_layers: tuple[int, ...] = ()
+    layer_count: int = 0
+
+    def pass_names(self, prefix: str) -> list[str]:
+        return [*CacheLayout.pass_names(self, prefix), *super().pass_names(prefix)]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        each = (*(self.dtype,) * (2 * len(self.layers)), *(state.dtype for state in self.states))
+        return each * self.passes
+
+    def pass_shapes(self, batch: int, length: int, ring: int | None) -> list[tuple[int, ...]]:
+        return [
+            *CacheLayout.pass_shapes(self, batch, length, ring),
+            *super().pass_shapes(batch, length, ring),
+        ]
+
+    @property
+    def is_state(self) -> tuple[bool, ...]:
+        """Return, for each of :attr:`names`, whether it is a state."""
+        return (*(False,) * (2 * len(self.layers)), *(True,) * len(self.states)) * self.passes
+
+    @property
+    def layer_numbers(self) -> range:
+        return range(self.layer_count)
+
+    @classmethod
+    def from_layers_of(cls, model_name: str, layers: Sequence[Any]) -> HybridLayout:
+        """Return the layout of the layers of a transformers cache that a model called ``model_name`` wrote to.
+
+        Raises CaptureError for a layer that keeps anything but keys and values, or states.
+        """
+        found: dict[int, LayerLayout] = {}
+        for i, layer in enumerate(layers):
+            kind, has_keys = type(layer).__name__, isinstance(getattr(layer, "keys", None), Tensor)
+            if has_keys or kind not in (_STATE_LAYER, _EMPTY_LAYER, *_HYBRID_LAYERS):
+                found[i] = _layer_layout(model_name, i, layer)
+        states = _states_of(layers)
+        if not found or not states:
+            raise CaptureError(f"the cache of {model_name} has keys and values alone, or states, in layers for both")
+        dtype = layers[next(iter(found))].keys.dtype
+        numbers = tuple(found)
+        return cls(tuple(found.values()), dtype, states=states, attention_layers=numbers, layer_count=len(layers))
+
+
+def _states_of(layers: Sequence[Any]) -> tuple[State, ...]:
+    return tuple(
+        State(i, kind, index, tuple(tensor.shape[1:]), tensor.dtype)
+        for i, layer in enumerate(layers)
+        for kind in STATE_KINDS
+        for index, tensor in getattr(layer, kind, {}).items()
+        if tensor is not None
+    )
 
 
 def cache_from_output(output: Any) -> Any:
@@ -189,12 +265,13 @@ def cache_from_output(output: Any) -> Any:
 def _layer_layout(name: str, index: int, layer: Any) -> LayerLayout:
     kind = type(layer).__name__
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if kind not in _ATTENTION_LAYERS or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+    is_known = kind in (*_ATTENTION_LAYERS, *_HYBRID_LAYERS)
+    if not is_known or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
         raise CaptureError(
             f"layer {index} of {name} keeps a {kind}, and generation is for models whose layers keep keys and values "
             "of their own"
         )
-    window = layer.sliding_window if kind == "DynamicSlidingWindowLayer" else None
+    window = layer.sliding_window if "SlidingWindow" in kind else None
     return LayerLayout(keys.shape[1], keys.shape[-1], values.shape[-1], window)
 
 

@@ -5,14 +5,15 @@ A state has one size for any number of positions. It holds no single tokens, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.cache.cache_layout import StateLayout
-from adaptc.generation.cache.sliding_window import RingRange
+from adaptc.generation.cache.cache_layout import HybridLayout, StateLayout
+from adaptc.generation.cache.sliding_window import RingRange, copy_ring
 from adaptc.generation.cache.step_cache import StepCache
 
 
@@ -26,7 +27,10 @@ class StateCache(StepCache):
         return False
 
     def __len__(self) -> int:
-        return self.layout.states[-1].layer + 1
+        return len(self.layout.layer_numbers)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise AdaptcError("this cache keeps states, and no keys and values of single tokens")
 
     def reserve(self, rows: int, length: int) -> None:
         if not self.tensors:
@@ -71,3 +75,26 @@ class StateCache(StepCache):
 
     def last_position(self) -> list[Tensor]:
         return []  # no token of a state cache is computed again
+
+
+class HybridCache(StateCache):
+    """A cache of keys and values, which grows with the text, and of the states after it.
+
+    No token can be taken back, because the states cannot.
+    """
+
+    layout: HybridLayout  # type: ignore[assignment]
+
+    def reserve(self, rows: int, length: int) -> None:
+        StepCache.reserve(self, rows, length)
+
+    def _reallocate(self, rows: int, length: int, ring: int | None) -> None:
+        made = list(self.layout.zeros(rows, self.device, length).values())
+        if old_tensors := self.tensors:
+            grown = zip(old_tensors, made, self.layout.is_state, strict=True)
+            made = [old if is_state else copy_ring(old, new, 0, self.length) for old, new, is_state in grown]
+        self._set_attributes(tensors=made)
+
+    def filled_tensors(self) -> list[Tensor]:
+        filled = zip(self.tensors, self.layout.is_state, strict=True)
+        return [t if is_state else t[:, :, : self.length].contiguous() for t, is_state in filled]

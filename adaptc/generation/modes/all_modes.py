@@ -9,20 +9,22 @@ import torch
 from torch import nn
 
 from adaptc.archives.refusal import UnsafeFile, short_repr
-from adaptc.generation.cache.cache_layout import CacheLayout, StateLayout
+from adaptc.generation.cache.cache_layout import CacheLayout, HybridLayout, StateLayout
 from adaptc.generation.modes.cache_mode import CacheMode
 from adaptc.generation.modes.exact_length_mode import ExactLengthMode
+from adaptc.generation.modes.hybrid_mode import HybridMode
 from adaptc.generation.modes.recurrent_mode import RecurrentMode
 from adaptc.generation.modes.sliding_window_mode import SlidingWindowMode
 from adaptc.generation.modes.static_mode import StaticMode
 from adaptc.generation.modes.static_step import StepSpec
 from adaptc.generation.modes.uncached_mode import UncachedMode
 
-SLIDING_WINDOW, STATIC, EXACT_LENGTH, RECURRENT, UNCACHED = MODES = (
+SLIDING_WINDOW, STATIC, EXACT_LENGTH, RECURRENT, HYBRID, UNCACHED = MODES = (
     SlidingWindowMode(),
     StaticMode(),
     ExactLengthMode(),
     RecurrentMode(),
+    HybridMode(),
     UncachedMode(),
 )
 _BY_NAME: Mapping[str, CacheMode] = {mode.name: mode for mode in MODES}
@@ -52,6 +54,8 @@ def candidates(model: nn.Module, layout: CacheLayout | None, position_count: int
     found = [Candidate(UNCACHED, CacheLayout((), dtype), limit) for limit in dict.fromkeys((None, short))]
     if layout is None:
         return found
+    if isinstance(layout, HybridLayout):
+        return [Candidate(HYBRID, layout), *found]
     if isinstance(layout, StateLayout):
         return [Candidate(RECURRENT, layout), *found]
     rings = [] if layout.sliding_window is None else [Candidate(SLIDING_WINDOW, layout)]

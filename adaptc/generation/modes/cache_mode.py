@@ -44,6 +44,7 @@ class CacheMode(ABC):
     can_take_back: ClassVar[bool] = True
     #: whether a step takes ``slots``, the positions that its tokens go to
     takes_slots: ClassVar[bool] = True
+    layout_type: ClassVar[type[CacheLayout]] = CacheLayout
     cache_type: ClassVar[type[StepCache]] = StepCache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -140,7 +141,7 @@ class CacheMode(ABC):
 
     def misfit(self, layout: CacheLayout, inputs: Collection[str]) -> str:
         """Return why no program with these ``inputs`` and ``layout`` has this mode; '' where it may."""
-        if self.has_cache != bool(layout.names):
+        if type(layout) is not self.layout_type or self.has_cache != bool(layout.names):
             return f"what it keeps is {self.name!r}, of {len(layout.layers)} layers"
         return "" if self.takes_slots == ("slots" in inputs) else "its program has no such cache"
 

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 from adaptc.capture.model_state import patch_forward
-from adaptc.generation.cache.cache_layout import CacheLayout, StateLayout
+from adaptc.generation.cache.cache_layout import CacheLayout, State, StateLayout
 from adaptc.generation.cache.state_cache import StateCache
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import refuse_token_gates
@@ -51,7 +51,8 @@ class RecurrentMode(CacheMode):
     text_manner = "token by token"
     can_take_back = False
     takes_slots = False
-    cache_type = StateCache
+    layout_type: ClassVar[type[CacheLayout]] = StateLayout
+    cache_type: ClassVar[type[StepCache]] = StateCache
 
     @contextlib.contextmanager
     def capture(
@@ -78,9 +79,7 @@ class RecurrentMode(CacheMode):
             caches = {cache_argument: _cache_over_states(layout, made)}
             with replaced_embeddings(model, inputs_embeds, embedded):
                 logits = original(input_ids=input_ids, use_cache=True, **caches).logits
-            for name, new in zip(layout.names, made, strict=True):
-                old = states[name]
-                old.copy_(torch.where(seen.view(-1, *[1] * (new.ndim - 1)), new, old))
+            write_states([states[name] for name in layout.names], made, seen)
             return logits
 
         with patch_forward(model, forward, step.parameters):
@@ -106,11 +105,16 @@ class RecurrentMode(CacheMode):
         for i in range(tokens):
             one = {n: t[:, i : i + 1].contiguous() if t.ndim > 1 else t for n, t in inputs.items()}
             past.begin_write(cached_length + i + 1)
-            found = step(**one, seen=past.mask[:, cached_length + i].bool(), **states)
+            found = step(**one, **self._inputs_of_token(past, cached_length + i), **states)
             past.end_write(cached_length + i + 1)
             if i in wanted:
                 logits[i] = found
         return torch.cat([logits[i] for i in logit_indices], 1)
+
+    def _inputs_of_token(self, past: StepCache, position: int) -> dict[str, Tensor]:
+        """Return the inputs of a step for the token at ``position``, beside the token itself and the cache's
+        tensors."""
+        return {"seen": past.mask[:, position].bool()}
 
     def pad_prefix(self, tensor: Tensor, count: int) -> Tensor:
         """Return the state ``tensor`` as it is: no position of it is empty."""
@@ -121,16 +125,12 @@ class RecurrentMode(CacheMode):
         size = format_bytes(spec.layout.nbytes(1, 0))
         return [f"state{passes}: {size} for each row; a prompt is read token by token"]
 
-    def misfit(self, layout: CacheLayout, inputs: Collection[str]) -> str:
-        if not isinstance(layout, StateLayout):
-            return f"what it keeps is {self.name!r}, of {len(layout.layers)} layers"
-        return super().misfit(layout, inputs)
-
     def draw_further_inputs(
         self, spec: StepSpec, draw: StepDraw, inputs: dict[str, Tensor], slots: Tensor
     ) -> dict[str, Tensor]:
         rows = inputs["input_ids"].shape[0]
-        seen, states = draw.booleans((rows,)), spec.layout.zeros(rows, torch.device("cpu"))
+        seen, length = draw.booleans((rows,)), inputs["attention_mask"].shape[1]
+        states = spec.layout.zeros(rows, torch.device("cpu"), length)
         drawn = {n: draw.normal(t.shape, t.dtype) for n, t in states.items()}
         token = {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
         return token | draw.embeddings(spec, rows, 1)
@@ -152,19 +152,29 @@ def _example_step(model: Any, layout: StateLayout, with_embeds: bool) -> StepExa
     return StepExample(inputs, shapes)
 
 
-def _cache_over_states(layout: StateLayout, tensors: list[Tensor]) -> Any:
-    """Return a transformers cache on ``tensors`` that counts as already begun."""
-    from transformers.cache_utils import Cache, LinearAttentionLayer
+def write_states(states: Sequence[Tensor], new: Sequence[Tensor], seen: Tensor) -> None:
+    """Write the ``new`` states in place, in the rows where ``seen`` (rows,) is true."""
+    for old, made in zip(states, new, strict=True):
+        old.copy_(torch.where(seen.view(-1, *[1] * (made.ndim - 1)), made, old))
 
-    layers: list[Any] = []
-    for state, tensor in zip(layout.states, tensors, strict=True):
-        if state.layer == len(layers):
-            layers.append(LinearAttentionLayer(number_of_states=layout.states_per_kind(state.layer)))
-        layer = layers[state.layer]
+
+def set_states(layer: Any, states: Sequence[tuple[State, Tensor]]) -> None:
+    """Let a layer of a transformers cache keep these states, and count as already begun."""
+    for state, tensor in states:
         getattr(layer, state.kind)[state.index] = tensor
         getattr(layer, f"is_{state.kind}_initialized")[state.index] = True
         layer.has_previous_state[state.index] = True
         if state.kind == "conv_states":
             layer.conv_kernel_size[state.index] = tensor.shape[-1]
         layer.dtype, layer.device = tensor.dtype, tensor.device
+
+
+def _cache_over_states(layout: StateLayout, tensors: Sequence[Tensor]) -> Any:
+    """Return a transformers cache on ``tensors`` that counts as already begun."""
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    layers: list[Any] = []
+    for i in layout.layer_numbers:
+        layers.append(LinearAttentionLayer(number_of_states=layout.states_per_kind(i)))
+        set_states(layers[-1], [pair for pair in zip(layout.states, tensors, strict=True) if pair[0].layer == i])
     return Cache(layers=layers)

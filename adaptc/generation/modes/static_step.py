@@ -201,11 +201,8 @@ def example_step(
         inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
         shapes |= {"inputs_embeds": {0: rows, 1: tokens}, "embedded": {}}
     places = Dim("ring")
-    layers = zip(
-        layout.names, layout.shapes(_ROWS, _LENGTH, _RING if use_rings else None), layout.is_sliding, strict=True
-    )
-    for name, shape, sliding in layers:
-        inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
+    inputs |= layout.zeros(_ROWS, device, _LENGTH, _RING if use_rings else None)
+    for name, sliding in zip(layout.names, layout.is_sliding, strict=True):
         shapes[name] = {0: rows, 2: places if use_rings and sliding else length}
     return StepExample(inputs, shapes)
 
@@ -249,7 +246,7 @@ def cache_over_tensors(tensors: list[Tensor], slots: Tensor, layout: CacheLayout
 
     pairs = zip(layout.layers, tensors[::2], tensors[1::2], strict=True)
     found = [(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
-    layers = [_written_layer_class()(*one, one[-1] and use_rings) for one in found]
+    layers = [written_layer_class()(*one, one[-1] and use_rings) for one in found]
     made = Cache(layers=layers)
 
     # Captures that copy equal layers ask by this which tensors and settings belong to layer i.
@@ -261,7 +258,8 @@ def cache_over_tensors(tensors: list[Tensor], slots: Tensor, layout: CacheLayout
 
 
 @cache
-def _written_layer_class() -> type:
+def written_layer_class() -> type:
+    """Return the class of layers of a transformers cache that :func:`cache_over_tensors` makes."""
     from transformers.cache_utils import StaticLayer
 
     layer_class: Any = StaticLayer  # its types leave out what is a tensor here

@@ -33,7 +33,7 @@ CALLS = {
     "more images than texts": [[(2, 5), (3, 3), (4, 2)], [(7, 2)]],
 }
 #: the families whose layers keep something else than keys and values
-NO_STEP = {"lfm3_vl", "mistral_large4"}
+NO_STEP = {"mistral_large4"}
 #: the families with a grouped matmul of experts, which torch has in float32 at most
 GROUPED = {"kimi_k25", "mistral_large4"}
 

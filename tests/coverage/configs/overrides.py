@@ -94,6 +94,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4,
     "qwen4_exp": {"text_config": _QWEN4},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
+    # It goes through the patches of a series one by one, and fills each series up to this length.
+    "timesfm2_5": {"context_length": 128},
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],

@@ -11,6 +11,7 @@ import torch
 
 import adaptc
 from adaptc.capture.vision import tower_facts, trace_towers
+from adaptc.generation.cache.cache_layout import HybridLayout
 from adaptc.generation.modes import chunked_prefill
 from tests.coverage.build import build_and_run
 from tests.coverage.rows import all_rows
@@ -55,6 +56,20 @@ def test_the_base_says_what_the_model_says(family: str) -> None:
     with torch.no_grad():
         want = model.generate(**call, **options)
         assert torch.equal(gen.base.generate(**call, **options), want)
+        assert not torch.equal(gen(**call).logits, gen.base(**call).logits)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["qwen3_5", "inkling2"])
+def test_states_go_on_from_a_prompt(family: str) -> None:
+    """Models that keep states beside keys and values; transformers changes these at padding behind a prompt."""
+    model, (example, call) = model_and_calls(family)
+    gen = adaptc.compile_for_generation(model, CONFIG, example_inputs=example)
+    assert isinstance(gen.spec.layout, HybridLayout)
+    call = {**call, "attention_mask": torch.ones_like(call["attention_mask"])}
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(gen.base.generate(**call, **options), model.generate(**call, **options))
         assert not torch.equal(gen(**call).logits, gen.base(**call).logits)
 
 
