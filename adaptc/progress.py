@@ -246,7 +246,7 @@ class _StatusLine:
     def begin(self, opened: Stage) -> None:
         with self._lock:
             self._open_stages.append(opened)
-            if self._drawing is None and _can_show_line(opened.always):
+            if self._drawing is None and can_show_status(opened.always):
                 with suppress(Exception):  # a broken terminal, or a lack of threads, must not make the work fail
                     self._drawing = self._start_drawing(opened.always)
 
@@ -290,7 +290,7 @@ class _StatusLine:
             return
         if (
             sys.stderr is not guard.stream
-            or not _can_show_line(always)
+            or not can_show_status(always)
             or console.is_dumb_terminal
             or console.legacy_windows
         ):
@@ -337,7 +337,8 @@ def _restore_stderr(guard: _StderrGuard) -> None:
         sys.stderr = guard.stream
 
 
-def _can_show_line(always: bool) -> bool:
+def can_show_status(always: bool = False) -> bool:
+    """Return whether stderr is a terminal that takes a status. ``always``: whatever the level of the logger is."""
     if not (always or LOGGER.isEnabledFor(logging.WARNING)) or any(map(_is_on, SILENCING_VARIABLES)):
         return False
     if any(map(_is_proxy, (sys.stdout, sys.stderr))):  # rich has a live display, which the line would overwrite

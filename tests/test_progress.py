@@ -489,19 +489,19 @@ def test_stderr_that_others_put_in_its_place_meanwhile_comes_back() -> None:
     """A ``redirect_stderr`` in one thread may begin or end while the line of another does."""
     run = session("""
         import contextlib, io
-        usual = progress._can_show_line
+        usual = progress.can_show_status
         def meanwhile(always):
             if threading.current_thread() is not threading.main_thread():
                 sys.stderr = io.StringIO()  # after the line has seen that this is the terminal
                 return True
             return usual(always)
-        progress._can_show_line = meanwhile
+        progress.can_show_status = meanwhile
         with stage("begins"):
             shown("begins")
             time.sleep(0.2)
             sys.stderr = first  # as the other thread has it again
         assert sys.stderr is first
-        progress._can_show_line = usual
+        progress.can_show_status = usual
         other = contextlib.redirect_stderr(io.StringIO())
         with stage("ends"):
             shown("ends")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from adaptc.adapter_files.atomic_write import atomic_replace
+from adaptc.api.certify_exported import certify_exported, is_exported, verify_exported
 from adaptc.archives.added_files import (
     ADDED_FOLDER,
     CERTIFICATE_FILE,
@@ -49,7 +50,8 @@ def verify(
     Args:
         program: a program, a generator, or a package. A package is compared with the program it was made from, or with
             the model. Or the path of a file of one of these: its certificate is checked, too, and what the certificate
-            measured is measured again. A package runs as it is loaded.
+            measured is measured again. A package runs as it is loaded. A file of another runtime (``.onnx``, ``.xml``
+            or ``.pte``) with the adapter as inputs runs in that runtime, and is compared with the program ``model``.
         model: the base that the program was made from, as an nn.Module or a program. Without it the program is
             compared with itself alone: merged, unmerged, and with identity values.
         **options: ``shapes``, the number of input shapes to draw or a list of {input name: shape}; ``inputs``, inputs
@@ -67,6 +69,9 @@ def verify(
         True
     """
     if is_path(program):
+        if is_exported(Path(program)):
+            _refuse_base(options.pop("base", None), Path(program))
+            return verify_exported(Path(program), model, options)
         return _verify_file(Path(program), model, **options)
     if "base" in options:
         raise ConfigError("base= is for the path of a program that was saved by reference")
@@ -120,9 +125,13 @@ def certify(
     Every file that :func:`save` and :func:`package` write has a certificate. It has the fingerprint of the base, the
     hash of the graph, the adapters and the versions. This adds what was measured. A package runs as it is loaded.
 
+    The certificate of a file of another runtime lies beside it, as ``<name>.certificate.json``. It has what was
+    measured in that runtime.
+
     Args:
         path: the file; it is replaced as a whole, or stays as it was.
-        model: the model or program that the file was made from, to compare with; see :func:`verify`.
+        model: the model or program that the file was made from, to compare with; see :func:`verify`. A file of another
+            runtime needs the program.
         base: the base of a program that was saved by reference, as for :func:`load`.
         seed: the seed of the inputs.
         shapes: how many input shapes to draw.
@@ -142,6 +151,9 @@ def certify(
         0
     """
     file = Path(path)
+    if is_exported(file):
+        _refuse_base(base, file)
+        return certify_exported(file, model, seed, shapes, atol)
     known = read_certificate(file)
     program = _load(file, base)
     report = verify(program, model, seed=seed, shapes=shapes, atol=atol)
@@ -151,6 +163,11 @@ def certify(
     certificate = with_measured(certificate, report, shapes, atol)
     _write_certificate(file, certificate)
     return certificate
+
+
+def _refuse_base(base: Any, file: Path) -> None:
+    if base is not None:
+        raise ConfigError(f"{file} holds its base: leave base= out")
 
 
 def _load(file: Path, base: Any) -> Any:

@@ -228,12 +228,18 @@ class StackPlacement(Placement):
         return BankReport(contents.by_last_use(), held, names, self.limits.capacity, self.limits.max_bytes)
 
     def export(self, adapters: Mapping[str, Binding]) -> ExportedProgram:
+        base, count = self.base_program, len(adapters)
+        return self.export_stack(stack_adapters([*adapters.values()], base.attachments, base.ops, count), count)
+
+    def export_stack(self, stack: Binding, count: int) -> ExportedProgram:
+        """Return a plain exported program with the tensors of ``stack``, which is of ``count`` adapters.
+
+        Raises AdaptcError for a program that is called part by part.
+        """
         if self.part_outputs is not None:
             raise AdaptcError("this bank is of a program that is called part by part, which no one exported program is")
-        base, count = self.base_program, len(adapters)
-        made = stack_adapters([*adapters.values()], base.attachments, base.ops, count)
         # Slots in a stack are strided views; archives want contiguous tensors.
-        made = replace(made, values={f: t.detach().contiguous() for f, t in made.values.items()})
+        made = replace(stack, values={f: t.detach().contiguous() for f, t in stack.values.items()})
         return self.row_programs[FORWARD].export_program(made, count)
 
     # -- copies --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,15 @@
 """The ``adaptc`` command: programs and adapters as files."""
 
-from adaptc.cli import chat, engine_commands, pictures, programs, runtime_commands, serve, with_adapters
+from adaptc.cli import (
+    chat,
+    engine_commands,
+    pictures,
+    programs,
+    runtime_commands,
+    serve,
+    training_commands,
+    with_adapters,
+)
 from adaptc.cli.app import app
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "programs",
     "runtime_commands",
     "serve",
+    "training_commands",
     "with_adapters",
 ]
 

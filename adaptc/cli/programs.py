@@ -390,7 +390,19 @@ def package(
 
 
 File = Annotated[
-    Path, typer.Argument(metavar="FILE.pt2", help="A program with an adapter, or a package.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="FILE", help="A program with an adapter, a package, or an ONNX, .xml or .pte file.", show_default=False
+    ),
+]
+Original = Annotated[
+    Path | None,
+    typer.Option(
+        "--program",
+        metavar="PROG.pt2",
+        help="The program that FILE was made from, to compare with; an ONNX, .xml or .pte file needs it.",
+        show_default=False,
+    ),
 ]
 Atol = Annotated[
     float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
@@ -418,6 +430,7 @@ def verify(
     ] = None,
     atol: Atol = None,
     base: Base = None,
+    program: Original = None,
     as_json: Json = False,
 ) -> None:
     """Check on random inputs that merging and unloading a program do what they promise, and whether the certificate of
@@ -425,7 +438,8 @@ def verify(
     """
     adaptc = import_adaptc()
 
-    report = adaptc.verify(file, shapes=runs, seed=seed, atol=atol, base=base)
+    original = None if program is None else adaptc.load(program)
+    report = adaptc.verify(file, original, shapes=runs, seed=seed, atol=atol, base=base)
     print_result(as_json, report)
     if not report.ok:
         raise typer.Exit(1)
@@ -439,6 +453,7 @@ def certify(
     runs: Annotated[int, typer.Option(min=1, max=10_000, help="How many input shapes to try.")] = 3,
     atol: Atol = None,
     base: Base = None,
+    program: Original = None,
     as_json: Json = False,
 ) -> None:
     """Verify a file as verify does, and write what was measured into the file's certificate.
@@ -448,4 +463,5 @@ def certify(
     """
     adaptc = import_adaptc()
 
-    print_result(as_json, adaptc.certify(file, seed=seed, shapes=runs, atol=atol, base=base), file)
+    original = None if program is None else adaptc.load(program)
+    print_result(as_json, adaptc.certify(file, original, seed=seed, shapes=runs, atol=atol, base=base), file)

@@ -29,7 +29,11 @@ class Kernels(StrEnum):
 
 
 Adapters = Annotated[
-    str, typer.Option(help="inputs: each call takes any adapter, or none. merged: the current one is in the weights.")
+    str,
+    typer.Option(
+        help="inputs: each call takes any adapter, or none. merged: the current one is in the weights. rows: each row "
+        "of a batch has its own, in ONNX and OpenVINO."
+    ),
 ]
 
 

@@ -54,10 +54,14 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """The inputs of a file that an adapter may feed, by name, and the fingerprint of its base."""
+    """The inputs of a file that an adapter may feed, by name, and the fingerprint of its base.
+
+    ``rows`` is how a call stacks the adapters of its rows, see ``row_stacks``; None where all rows have one adapter.
+    """
 
     fingerprint: str
     by_name: Mapping[str, AdapterInput]
+    rows: Any = None
 
     @staticmethod
     def parse(text: str, path: Path) -> AdapterInputs:
@@ -67,7 +71,7 @@ class AdapterInputs:
             fingerprint = data["fingerprint"]
             if not re.fullmatch("[0-9a-f]{64}", fingerprint):
                 raise ValueError(f"{fingerprint!r} is no fingerprint")
-            return AdapterInputs(fingerprint, {i["name"]: _parse_input(i) for i in data["inputs"]})
+            return AdapterInputs(fingerprint, {i["name"]: _parse_input(i) for i in data["inputs"]}, data.get("rows"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: the description of its adapter inputs is damaged: {error!r}") from error
 

@@ -118,7 +118,9 @@ class DescribedModel:
         values = {**binding.values, **binding.changed_base}
         out: dict[str, Tensor] = {}
         for i in self.described.inputs:
-            if i.fqn not in present and i.fqn not in binding.changed_base:
+            # Where rows share a stack, an input that an adapter lacks needs a value there that is known.
+            is_needed = self.described.has_rows and i.identity_value is None
+            if i.fqn not in present and i.fqn not in binding.changed_base and not is_needed:
                 continue
             value = as_input(values[i.fqn])
             if str(value.dtype) != i.dtype:

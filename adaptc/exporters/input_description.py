@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.archives.json_schema import Nullable, Size, check_json
+from adaptc.archives.json_schema import Nullable, OptionalField, Size, check_json
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error, short_repr
 from adaptc.errors import AdaptcError, CheckpointError
+from adaptc.exporters.row_stacks import ROWS_SCHEMA
 from adaptc.exporters.slot_program import SlotProgram
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.program.files.stored_sites import SITE_SCHEMA, StoredSite, parse_site, site_data
@@ -48,6 +49,7 @@ _SCHEMA: dict[str, Any] = {
     "header": dict,  # see adaptc.state.adaptation
     "sites": [SITE_SCHEMA],
     "inputs": [_INPUT_SCHEMA],
+    "rows": OptionalField(ROWS_SCHEMA),
 }
 
 
@@ -72,12 +74,16 @@ class DescribedInput:
 
 @dataclass(frozen=True, eq=False)
 class InputDescription:
-    """The description of a file's adapter inputs: its sites, the record of its program, and its fingerprint."""
+    """The description of a file's adapter inputs: its sites, the record of its program, and its fingerprint.
+
+    ``has_rows`` says that each row of a call may have adapters of its own.
+    """
 
     fingerprint: str
     header: Mapping[str, Any]
     sites: Sequence[StoredSite]
     inputs: Sequence[DescribedInput]
+    has_rows: bool = False
 
 
 def describe(made: SlotProgram) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def describe(made: SlotProgram) -> dict[str, Any]:
         "header": made.header,
         "sites": [site_data(s) for s in made.sites],
         "inputs": inputs,
-    }
+    } | ({} if made.rows is None else {"rows": made.rows})
     return json.loads(json.dumps(plain))
 
 
@@ -117,7 +123,7 @@ def parse_description(text: str, source: str) -> InputDescription:
         slots = {f for s in sites for f in s.attachment.tensor_names}
         if strange := [i.fqn for i in inputs if i.fqn not in slots and i.slot != "base"]:
             raise UnsafeFile(f"the input {short_repr(strange[0])} is of no site")
-        return InputDescription(data["fingerprint"], data["header"], sites, inputs)
+        return InputDescription(data["fingerprint"], data["header"], sites, inputs, "rows" in data)
     except Exception as error:  # a forged text can break any reader of its fields
         why = str(error) if isinstance(error, (UnsafeFile, AdaptcError)) else describe_error(error)
         raise CheckpointError(

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -20,6 +20,27 @@ from adaptc.exporters.adapter_feeds import AdapterInputs
 
 #: what gives the tensors of any adapter by the names of the inputs, from the file's description
 ReadAdapter = Callable[[Any, str], Mapping[str, Any]]
+
+
+class Rows(Protocol):
+    """A stacker of the adapters of rows; see :class:`~adaptc.exporters.row_stacks.RowStacks`."""
+
+    coefficients: str
+    batch: tuple[str, int]
+    max_rank: int | None
+
+    def check_complete(self, values: Mapping[str, Any], source: str) -> None: ...
+    def feeds(
+        self,
+        entries: Any,
+        adapter_of: Callable[[str], Mapping[str, Any]],
+        as_value: Callable[[Any], Any],
+        rows: int | None = None,
+    ) -> Any: ...
+
+
+#: what makes that of the field ``rows`` of a file's description, its inputs and its path
+MakeRows = Callable[[Any, AdapterInputs, Path], Rows]
 S = TypeVar("S")
 #: the values of the base: one object, by which a request knows that it was fed them
 _NO_VALUES: Mapping[str, Any] = MappingProxyType({})
@@ -35,10 +56,12 @@ class RuntimeSession(ABC):
         text: the description in the file.
         read_adapter: what gives the tensors of adapters that are neither files of the runtime nor tensors by name; None
             refuses them.
+        make_rows: what stacks the adapters of rows, for files in which each row has its own; None refuses such files.
 
     Attributes:
         path: the file.
         text: the description in the file.
+        rows: what stacks the adapters of rows; None for a file that takes one adapter for all rows.
     """
 
     #: the name of the runtime, for messages
@@ -48,9 +71,17 @@ class RuntimeSession(ABC):
     #: the least and the largest rank that the file takes; None for any
     ranks: tuple[int, int | None] = (0, None)
 
-    def __init__(self, path: Path, text: str, read_adapter: ReadAdapter | None) -> None:
+    def __init__(
+        self, path: Path, text: str, read_adapter: ReadAdapter | None, make_rows: MakeRows | None = None
+    ) -> None:
         self.path, self.text = path, text
         self._inputs = AdapterInputs.parse(text, path)
+        self.rows: Rows | None = None
+        if self._inputs.rows is not None:
+            if make_rows is None:
+                raise ConfigError(f"{path} has adapters for each row, which {self.runtime} is not given here")
+            self.rows = make_rows(self._inputs.rows, self._inputs, path)
+            self.ranks = (0, self.rows.max_rank)
         self._read_adapter = read_adapter
         self._adapters: dict[str, dict[str, Any]] = {}
 
@@ -108,6 +139,9 @@ class RuntimeSession(ABC):
                 "arrays"
             )
         self.check_tensors(values, source)
+        if self.rows is not None:
+            self.rows.check_complete(values, source)
+            values = {key: self._as_array(value) for key, value in values.items()}
         self._adapters = {**self._adapters, name: dict(values)}
 
     def delete_adapter(self, name: str) -> None:
@@ -123,20 +157,28 @@ class RuntimeSession(ABC):
         self._adapters = {n: values for n, values in self._adapters.items() if n != name}
 
     def run(
-        self, inputs: Mapping[str, Any], adapter: str | None = None, outputs: Sequence[str] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        adapter: str | None = None,
+        outputs: Sequence[str] | None = None,
+        *,
+        adapters: Any = None,
     ) -> dict[str, Any]:
         """Return the outputs of a call, by name, as the runtime gives them: arrays, or tensors of ExecuTorch.
 
         Args:
             inputs: name -> array, or a tensor of the runtime, of the model's own inputs.
-            adapter: the name of the adapter; None for the base.
+            adapter: the name of the adapter of all rows; None for the base.
             outputs: the names of the outputs that are wanted; None for all.
+            adapters: an entry for each row: a name, None for the base, or a dict of names and weights. It is for files
+                that were exported with ``adapters="rows"``.
 
         Raises:
-            ConfigError: there is no such adapter, input or output, or an input is missing.
+            ConfigError: there is no such adapter, input or output, an input is missing, or there is not one entry for
+                each row.
+            AdaptcError: ``adapters`` is no list of such entries.
             BackendError: the runtime refuses the inputs.
         """
-        values = self._values(adapter)
         expected, known = self.input_names, self.output_names
         if strange := [n for n in inputs if n not in expected]:
             raise ConfigError(f"the model has no input {strange[0]!r}; its inputs are {expected}")
@@ -144,6 +186,7 @@ class RuntimeSession(ABC):
             raise ConfigError(f"the input {missing[0]!r} is missing")
         if outputs is not None and (strange := [n for n in outputs if n not in known]):
             raise ConfigError(f"the model has no output {strange[0]!r}; its outputs are {known}")
+        values, inputs = self._fed(adapter, adapters, inputs)
         try:
             return self._call(values, inputs, known if outputs is None else list(outputs))
         except Exception as error:  # the classes of a runtime's errors are not public
@@ -157,9 +200,42 @@ class RuntimeSession(ABC):
         """Raise SwapError for (dtype, shape) of tensors, by name, that are no inputs or do not fit."""
         self._inputs.check(facts, source, self.ranks)
 
+    def _fed(
+        self, adapter: str | None, adapters: Any, inputs: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Return the values of adapters for a call, and its other inputs."""
+        if self.rows is None:
+            if adapters is not None:
+                raise ConfigError(
+                    f"{self.path} takes one adapter for all rows of a call: export the program with adapters='rows', "
+                    "or make a call for the rows of each adapter"
+                )
+            return self._values(adapter), inputs
+        if adapter is not None and adapters is not None:
+            raise ConfigError("adapter= is for all rows, and adapters= for each: give one of them")
+        name, axis = self.rows.batch
+        given = inputs.get(name, ())
+        shape = self._facts(given)[1] if self._is_value(given) else np.shape(given)
+        rows = shape[axis] if axis < len(shape) else 1
+        fed = self.rows.feeds([adapter] * rows if adapters is None else adapters, self._values, self._as_value, rows)
+        return fed.values or _NO_VALUES, {**inputs, self.rows.coefficients: fed.coefficients}
+
+    def _all_values(self, adapter: str | None, adapters: Any) -> Mapping[str, Any]:
+        """Return the values of adapters, with the coefficients of rows, for a call that the caller makes."""
+        if self.rows is None:
+            return self._fed(adapter, adapters, {})[0]
+        if adapters is None:
+            raise ConfigError(f"{self.path} has adapters for each row of a call: give adapters=[...]")
+        fed = self.rows.feeds(adapters, self._values, self._as_value)
+        return {**fed.values, self.rows.coefficients: self._as_value(fed.coefficients)}
+
     @abstractmethod
     def _as_value(self, value: Any) -> Any:
         """Return an array, or a value of the runtime, as the runtime takes it."""
+
+    def _as_array(self, value: Any) -> Any:
+        """Return a value of the runtime as an array in memory of its own."""
+        raise NotImplementedError
 
     @abstractmethod
     def _facts(self, value: Any) -> tuple[str, tuple[int, ...]]:

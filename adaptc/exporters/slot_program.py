@@ -17,11 +17,12 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.binding.binding import Binding
+from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import ConfigError
 from adaptc.exporters.identity_inputs import identity_binding, ranks_that_may_be_zero
 from adaptc.exporters.plain_program import plain_program
 from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.ops import Op
 from adaptc.passes.lower.free_axes import FreeSize, free_axes
 from adaptc.passes.lower.slots_to_inputs import SlotsToInputs
 from adaptc.passes.lower.unused_slots import find_unused_slots
@@ -73,6 +74,7 @@ class SlotProgram:
         sites: the sites, for whoever binds other adapters.
         header: the record of the program and of its current adapter (``Adaptation.header``).
         base_weights: FQN -> the base weights of the sites.
+        rows: how the adapters of rows are stacked, as JSON (see ``row_stacks``); None where all rows have one.
     """
 
     program: ExportedProgram
@@ -82,6 +84,7 @@ class SlotProgram:
     sites: Sequence[StoredSite] = field(repr=False)
     header: Mapping[str, Any] = field(repr=False)
     base_weights: Mapping[str, Tensor] = field(repr=False)
+    rows: Mapping[str, Any] | None = None
 
 
 @with_graph_lock
@@ -114,9 +117,8 @@ def make_slot_program(
     plain = plain_program(program, unused)
     free = free_axes(attachments, ops)
     spec = program.spec()
-    described = _describe(attachments, program, current, unused)
-    taken = {n.name for n in plain.graph.nodes}
-    arguments = _argument_names([d.name for d in described], taken)
+    described = describe_inputs(attachments, program.ops, current, unused)
+    arguments = argument_names(described, plain)
     made = SlotsToInputs({d.fqn: arguments[d.name] for d in described}, free, max_rank)(plain)
     empty = ranks_that_may_be_zero(made.output.graph, made.data) if identity == "empty" else ()
     values = identity_binding(spec, binding.config, empty=empty).values
@@ -124,14 +126,25 @@ def make_slot_program(
         replace(
             d,
             argument=arguments[d.name],
-            shape=_shape_text(current[d.fqn], free.get(d.fqn, {})),
+            shape=shape_text(current[d.fqn], free.get(d.fqn, {})),
             identity=as_input(program.base_tensors[d.fqn] if d.slot == "base" else values[d.fqn]),
         )
         for d in described
     ]
-    sites = [StoredSite(a, ops[a.id], tuple(w.shape), w.dtype) for a in attachments for w in [spec.weights[a.fqn]]]
-    weights = {a.fqn: spec.weights[a.fqn] for a in attachments}
-    return SlotProgram(made.output, inputs, made.data, current, sites, program.adaptation.header(binding), weights)
+    return SlotProgram(
+        made.output, inputs, made.data, current, stored_sites(spec), program.adaptation.header(binding), base_of(spec)
+    )
+
+
+def stored_sites(spec: BindingSpec) -> list[StoredSite]:
+    """Return the sites of a program, for whoever binds adapters without it."""
+    sites = [(a, spec.weights[a.fqn]) for a in spec.attachments]
+    return [StoredSite(a, spec.ops[a.id], tuple(w.shape), w.dtype) for a, w in sites]
+
+
+def base_of(spec: BindingSpec) -> dict[str, Tensor]:
+    """Return FQN -> the base weights of the sites."""
+    return {a.fqn: spec.weights[a.fqn] for a in spec.attachments}
 
 
 def as_input(value: Tensor) -> Tensor:
@@ -157,13 +170,16 @@ def _single_adapter(program: ProgramCore) -> Binding:
     return binding
 
 
-def _describe(
-    attachments: Sequence[Attachment], program: ProgramCore, current: Mapping[str, Tensor], unused: Collection[str]
+def describe_inputs(
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    current: Mapping[str, Tensor],
+    unused: Collection[str] = (),
 ) -> list[SlotInput]:
     """Return the inputs of a program, without what the graph tells of them."""
     found: dict[str, SlotInput] = {}
     for a in attachments:
-        for slot, spec in a.method.slots(program.ops[a.id]).items():
+        for slot, spec in a.method.slots(ops[a.id]).items():
             fqn = a.slots[slot]
             if fqn in unused or fqn in found:
                 continue
@@ -184,11 +200,15 @@ def _one_input(name: str, fqn: str, site: str, slot: str, value: Tensor, key: st
     return SlotInput(name, "", fqn, site, slot, tuple(value.shape), str(value.dtype), key, value)
 
 
-def _argument_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
-    """Return an identifier for each name that is neither in ``taken`` nor another's."""
+def argument_names(inputs: Sequence[SlotInput], program: ExportedProgram) -> dict[str, str]:
+    """Return an identifier for the name of each input that is no node's in ``program``, and no other input's.
+
+    It has no capitals, which decompositions of torch would change.
+    """
+    taken = {n.name for n in program.graph.nodes}
     out: dict[str, str] = {}
-    for name in names:
-        plain = "adapter_" + re.sub(r"\W", "_", name, flags=re.ASCII)
+    for name in (i.name for i in inputs):
+        plain = "adapter_" + re.sub(r"\W", "_", name, flags=re.ASCII).lower()
         argument, n = plain, 1
         while argument in taken:
             argument, n = f"{plain}_{n}", n + 1
@@ -197,5 +217,6 @@ def _argument_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
     return out
 
 
-def _shape_text(value: Tensor, free: Mapping[int, FreeSize]) -> tuple[int | str, ...]:
+def shape_text(value: Tensor, free: Mapping[int, FreeSize]) -> tuple[int | str, ...]:
+    """Return the shape of ``value``, in which the sizes along the axes ``free`` are texts."""
     return tuple(free[i].text if i in free else n for i, n in enumerate(value.shape))

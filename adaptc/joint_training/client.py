@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from adaptc.bank.training.adapter_trainer import AdapterTrainer, TrainingOptions
 from adaptc.bank.training.step_report import StepResult
-from adaptc.errors import ConfigError, short_repr
+from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.joint_training.datum import AdamParams, read_texts
 from adaptc.joint_training.program_groups import ProgramGroup
 from adaptc.joint_training.sampling import SampledSequence, Sampler, SamplingParams, read_prompts
@@ -69,8 +69,14 @@ class Client:
 
     def _submit_loss(self, data: Any, loss: Any, loss_config: Any, has_backward: bool) -> Future[Any]:
         required, options = check_loss(loss, loss_config)
-        texts = read_texts(data, required, self.service.vocab_size, self.service.max_tokens)
-        return self._submit(loss=TokenLoss(loss, data, texts, options), has_backward=has_backward)
+        made = TokenLoss(loss, data, read_texts(data, required, self.service.vocab_size), options)
+        made.place_texts(max(made.lengths), self.group.packs)
+        if made.layout is not None and made.layout.tokens > self.service.max_tokens:
+            raise AdaptcError(
+                f"the {len(made.texts)} texts make {made.layout.tokens} tokens with their padding, and max_tokens is "
+                f"{self.service.max_tokens}: give them in several calls, whose gradients add up"
+            )
+        return self._submit(loss=made, has_backward=has_backward)
 
     def optim_step(self, adam: AdamParams | Mapping[str, float] | None = None) -> Future[StepResult]:
         """Take a step of AdamW with the gradients so far, and drop them.
@@ -84,7 +90,10 @@ class Client:
         Raises:
             ConfigError: an option has a value that is none.
         """
-        params = AdamParams(**adam) if is_mapping(adam) else adam or AdamParams()
+        try:
+            params = AdamParams(**adam) if is_mapping(adam) else adam or AdamParams()
+        except TypeError as error:
+            raise ConfigError(f"a step has no such option: {error}") from None
         given: Any = params  # callers may give anything, such as Tinker's options
         if not all(hasattr(given, n) for n in ("learning_rate", "beta1", "beta2", "eps")):
             raise ConfigError(f"adam={short_repr(adam)} must be AdamParams, or a dict of its options")

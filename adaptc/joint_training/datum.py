@@ -1,4 +1,4 @@
-"""Describe one text to train on, and put several into one batch.
+"""Describe one text to train on.
 
 The names are those of Tinker's API: a datum has ``model_input`` and ``loss_fn_inputs``, which are shifted against each
 other by the caller, so position ``i`` of the input predicts ``target_tokens[i]``.
@@ -87,41 +87,15 @@ class Text:
     fields: Mapping[str, Tensor]
 
 
-def read_texts(data: Any, required: Sequence[str], vocab_size: int, max_tokens: int) -> list[Text]:
+def read_texts(data: Any, required: Sequence[str], vocab_size: int) -> list[Text]:
     """Return the texts of ``data``, a list of datums, whose losses read the fields ``required``.
 
     A datum is a :class:`Datum`, an object with its attributes, or a dict with its keys. Raises AdaptcError, with the
-    number of the datum, for one that is malformed, and for more than ``max_tokens`` tokens.
+    number of the datum, for one that is malformed.
     """
     if not is_list_or_tuple(data) or not data:
         raise AdaptcError(f"data={short_repr(data)} must be a list of datums with model_input and loss_fn_inputs")
-    texts = [_read_text(i, one, required, vocab_size) for i, one in enumerate(data)]
-    count = padded_tokens(texts)
-    if count > max_tokens:
-        raise AdaptcError(
-            f"the {len(texts)} texts make {count} tokens when they are padded, and max_tokens is {max_tokens}: give "
-            "them in several calls, whose gradients add up"
-        )
-    return texts
-
-
-def padded_tokens(texts: Sequence[Text]) -> int:
-    """Return the number of tokens of these texts in one padded batch."""
-    return len(texts) * max((len(t.ids) for t in texts), default=0)
-
-
-def pad_texts(texts: Sequence[Text], device: torch.device) -> dict[str, Tensor]:
-    """Return the inputs of these texts as rows of one batch, padded on the right: ``input_ids`` and
-    ``attention_mask``, int64 (texts, longest)."""
-    return {
-        "input_ids": pad_field([t.ids for t in texts], 0).to(device),
-        "attention_mask": pad_field([torch.ones_like(t.ids) for t in texts], 0).to(device),
-    }
-
-
-def pad_field(values: Sequence[Tensor], fill: float) -> Tensor:
-    """Return these tensors (length,) as rows of one, filled up on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
+    return [_read_text(i, one, required, vocab_size) for i, one in enumerate(data)]
 
 
 def _read_text(i: int, datum: Any, required: Sequence[str], vocab_size: int) -> Text:
@@ -167,6 +141,6 @@ def _as_tensor(name: str, value: Any) -> Tensor:
             if isinstance(value, Tensor)
             else torch.tensor(to_python(value) if hasattr(value, "tolist") else list(value))
         )
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AdaptcError(f"{name} is {short_repr(value)}: expected a list of numbers, or a tensor") from error
     return t if t.is_floating_point() else t.long()

@@ -22,6 +22,7 @@ from adaptc.global_generator import seeded_global_generator
 from adaptc.program.add_adapter import to_adapter_data
 from adaptc.state.core import ProgramCore
 from adaptc.torch_typing import is_list_or_tuple, to_python
+from adaptc.value_types import field_rules, validate_option
 
 #: the most rows of a cache, and the most positions where the model numbers none: only memory limits them
 _UNLIMITED = 2**24
@@ -52,6 +53,8 @@ class SamplingParams:
     stop: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        for name, rule in field_rules(type(self)).items():
+            validate_option(name, rule, getattr(self, name))
         if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"{self} cannot be sampled with: max_tokens is from 1, temperature and top_k from 0 upwards, and top_p "

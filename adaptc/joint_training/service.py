@@ -2,7 +2,8 @@
 
 Each client has an adapter and its own loop: ``forward_backward``, ``optim_step``, ``sample``. Calls return futures. One
 thread runs them, in the order in which they came. Calls of several clients that wait together become one batch, whose
-rows are padded to one length; rows never attend to each other. A call that fails changes nothing for other clients.
+rows are as long as the longest text. Short texts of one client share a row, and texts never attend to each other. A
+call that fails changes nothing for other clients.
 
 Clients whose configs fit one program share its bank. A config of another method, or with other layers, gets a program
 of its own on the same base weights.
@@ -21,8 +22,8 @@ import torch
 from adaptc.bank.training.training_bank import TrainingBank
 from adaptc.errors import AdaptcError, ConfigError, short_repr
 from adaptc.joint_training.client import Client
-from adaptc.joint_training.datum import pad_texts, padded_tokens
 from adaptc.joint_training.program_groups import ProgramGroups
+from adaptc.joint_training.text_layout import TextLayout, join_inputs
 from adaptc.joint_training.token_losses import TokenLoss
 from adaptc.locks import reset_after_fork
 
@@ -47,6 +48,7 @@ class Service:
         capacity: how many clients there may be.
         max_rank: the largest rank of an adapter; None for any.
         max_tokens: the most tokens of a batch, padding counted.
+        packing: whether texts of one client share rows, where the model keeps them apart; else each text is a row.
         wait: how many seconds a call waits for those of other clients, to share a batch with them. It does not wait
             once each client of the same program has a call.
 
@@ -71,6 +73,7 @@ class Service:
         max_rank: int | None = None,
         max_tokens: int = 8192,
         wait: float = 0.0,
+        packing: bool = True,
     ) -> None:
         limits: dict[str, Any] = {"capacity": capacity, "max_tokens": max_tokens}
         for name, value in limits.items():
@@ -86,11 +89,13 @@ class Service:
             max_tokens,
             wait,
         )
-        self._groups = ProgramGroups(model, max_rank)
-        self.vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
+        self._groups = ProgramGroups(model, max_rank, packing)
+        self.vocab_size = self._groups.vocab_size
         self.clients: list[Client] = []
         #: the number of batches that were run, each for one client or several
         self.batch_count = 0
+        #: the number of tokens of these batches, and of the positions of their rows, padding counted
+        self.token_count = self.position_count = 0
         self._calls: list[Call] = []
         #: clients whose calls run now, and those of them that left meanwhile
         self._running: set[Client] = set()
@@ -235,7 +240,7 @@ class Service:
                 and call.client not in waiting
                 and call.client.group is first.client.group
                 and call.has_backward == first.has_backward
-                and padded_tokens([t for c in (*taken, call) if c.loss for t in c.loss.texts]) <= self.max_tokens
+                and _tokens_of([c.loss for c in (*taken, call) if c.loss], first.client.group.packs) <= self.max_tokens
             )
             waiting.add(call.client)
             if fits:
@@ -260,10 +265,13 @@ class Service:
     def _run_batch(self, calls: Sequence[Call]) -> None:
         self.batch_count += 1
         bank = calls[0].client.group.bank
-        texts = [t for c in calls if c.loss for t in c.loss.texts]
-        rows = [c.client.name for c in calls if c.loss for _ in c.loss.texts]
         losses = {c.client.name: c.loss for c in calls if c.loss}
-        inputs = pad_texts(texts, bank.device)
+        longest = max(n for loss in losses.values() for n in loss.lengths)
+        parts = {n: loss.place_texts(longest, calls[0].client.group.packs) for n, loss in losses.items()}
+        inputs = join_inputs([*parts.values()], bank.device)
+        rows = [n for n, part in parts.items() for _ in part["input_ids"]]
+        self.token_count += sum(n for loss in losses.values() for n in loss.lengths)
+        self.position_count += inputs["input_ids"].numel()
         if calls[0].has_backward:
             found = bank.forward_backward(inputs, rows, losses)
             errors = {n: one.error for n, one in found.items()}
@@ -275,6 +283,12 @@ class Service:
                 call.future.set_exception(error)
             else:
                 call.future.set_result(losses[call.client.name].output)
+
+
+def _tokens_of(losses: Sequence[TokenLoss], packs: bool) -> int:
+    """Return the number of tokens of a batch of these calls, padding counted."""
+    longest = max(n for loss in losses for n in loss.lengths)
+    return sum(TextLayout.of_lengths(loss.lengths, longest, packs).tokens for loss in losses)
 
 
 def _forward(bank: TrainingBank, inputs: Any, rows: list[str], losses: dict[str, TokenLoss]) -> dict[str, Any]:

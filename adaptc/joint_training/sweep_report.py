@@ -1,12 +1,27 @@
-"""Report how the configs of a sweep did, as a table."""
+"""Report how the configs of a sweep did, as a table and as a picture of their losses."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from adaptc.errors import AdaptcError
+from adaptc.pictures.curve_picture import Panel, draw_curves
+from adaptc.pictures.draw import check_picture_path, write_picture
+from adaptc.pictures.themes import THEMES
 from adaptc.tables import Column, Report, Table, format_bytes
+
+
+class SweepPoint(NamedTuple):
+    """The loss and the evaluation of one config at ``step``; None where there was none."""
+
+    step: int
+    loss: float | None
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,10 @@ class SweepResult:
 
 @dataclass(frozen=True, repr=False)
 class SweepReport(Report):
-    """A report of a sweep, with a :class:`SweepResult` for each config. ``step`` of ``steps`` are done."""
+    """A report of a sweep, with a :class:`SweepResult` for each config.
+
+    ``step`` of ``steps`` are done. ``points``: name -> the losses of each step so far.
+    """
 
     ROWS = ("configs",)
     ROW_NAME = "config"
@@ -41,6 +59,7 @@ class SweepReport(Report):
     results: Mapping[str, SweepResult]
     step: int
     steps: int
+    points: Mapping[str, tuple[SweepPoint, ...]] = field(default_factory=dict[str, tuple[SweepPoint, ...]])
 
     @property
     def best(self) -> str | None:
@@ -63,3 +82,33 @@ class SweepReport(Report):
     def values(self) -> dict[str, Any]:
         configs = {n: {k: v for k, v in asdict(r).items() if k != "name"} for n, r in self.results.items()}
         return {"step": self.step, "steps": self.steps, "best": self.best, "configs": configs}
+
+    def draw(self, path: str | os.PathLike[str], theme: Literal["light", "dark"] = "light") -> Path:
+        """Draw the losses of all configs, and below them their evaluations, into an SVG or PNG file.
+
+        Args:
+            path: the file, which ends in ``.svg`` or ``.png``.
+            theme: "light" or "dark", the page that the picture is for.
+
+        Returns:
+            the path.
+
+        Raises:
+            ConfigError: matplotlib is not installed, or an option has a value that is none.
+            CheckpointError: the file cannot be written; what was there before is unchanged.
+            AdaptcError: no step was taken.
+        """
+        target = check_picture_path(path, theme)
+        panels = [Panel("loss", self._curves("loss")), Panel("eval loss", self._curves("eval_loss"))]
+        panels = [p for p in panels if any(p.curves.values())]
+        if not panels:
+            raise AdaptcError("the sweep has taken no step, so it has no losses to draw")
+        title = f"{len(self.results)} configs after {self.step} of {self.steps} steps"
+        return write_picture(draw_curves(title, panels, self.best, THEMES[theme]), target)
+
+    def _curves(self, what: str) -> dict[str, list[tuple[float, float]]]:
+        found: dict[str, list[tuple[float, float]]] = {}
+        for name in self.results:
+            values = [(p.step, getattr(p, what)) for p in self.points.get(name, ())]
+            found[name] = [(float(step), v) for step, v in values if v is not None and isfinite(v)]
+        return found

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, short_repr
-from adaptc.joint_training.datum import IGNORED, Text, pad_field
+from adaptc.joint_training.datum import IGNORED, Text
+from adaptc.joint_training.text_layout import TextLayout
+from adaptc.torch_typing import is_mapping
 
 #: name of a loss -> the fields that it reads of each datum
 REQUIRED_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -48,15 +50,26 @@ class TokenLoss:
     """The loss of one client's texts, as a bank calls it: a function of the outputs of their rows.
 
     ``function``: a name, or a function of (data, logprobs) that gives a loss, or a loss and a dict of metrics. ``data``
-    is what the caller gave, ``texts`` the same after the check. ``options``: those of the loss by its name. Once it was
-    called, ``output`` has the result.
+    is what the caller gave, ``texts`` the same after the check. ``options``: those of the loss by its name. ``layout``:
+    where the texts are in the client's rows, set before the call. Once it was called, ``output`` has the result.
     """
 
     function: str | Callable[[Any, list[Tensor]], Any]
     data: Any
     texts: Sequence[Text]
     options: Mapping[str, float]
+    layout: TextLayout | None = None
     output: ForwardBackwardOutput | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each text."""
+        return [len(t.ids) for t in self.texts]
+
+    def place_texts(self, length: int, packs: bool) -> dict[str, Tensor]:
+        """Lay the texts out as rows of ``length`` positions, and return these rows as inputs."""
+        self.layout = TextLayout.of_lengths(self.lengths, length, packs)
+        return self.layout.inputs([t.ids for t in self.texts])
 
     def __call__(self, outputs: Any, _: Any) -> Tensor:
         logprobs = self._logprobs(outputs.logits)
@@ -77,13 +90,12 @@ class TokenLoss:
         return loss
 
     def _logprobs(self, logits: Tensor) -> list[Tensor]:
-        """Return the log-probabilities of each text's targets, from logits (texts, longest of the batch, vocab)."""
-        targets = pad_field([t.fields["target_tokens"] for t in self.texts], IGNORED).to(logits.device)
-        logits = logits[:, : targets.shape[1]]
+        """Return the log-probabilities of each text's targets, from logits (rows, length, vocabulary)."""
+        assert self.layout is not None
+        targets = self.layout.lay_out([t.fields["target_tokens"] for t in self.texts], IGNORED).to(logits.device)
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-        rows = -losses.view(targets.shape)
-        return [rows[i, : len(t.ids)] for i, t in enumerate(self.texts)]
+        return self.layout.take(-losses.view(targets.shape), self.lengths)
 
     def _of_text(self, text: Text, logprobs: Tensor) -> Tensor:
         own = {n: t.to(logprobs) for n, t in text.fields.items() if n != "target_tokens"}
@@ -98,6 +110,8 @@ class TokenLoss:
 
 def check_loss(loss: Any, config: Mapping[str, Any] | None) -> tuple[tuple[str, ...], dict[str, float]]:
     """Return the fields that a loss reads, and its options. Raises ConfigError for a loss or an option that is none."""
+    if config is not None and not is_mapping(config):
+        raise ConfigError(f"loss_config={short_repr(config)} must be a dict of options")
     given = dict(config or {})
     known = dict(PPO_OPTIONS) if loss == "ppo" else {}
     if isinstance(loss, str) and loss not in REQUIRED_FIELDS:

@@ -109,6 +109,18 @@ class Canvas:
         )
         self.axes.add_patch(patch)
 
+    def line(
+        self, points: Sequence[tuple[float, float]], colour: Colour, dashed: bool = False, width: float = 1.3
+    ) -> None:
+        """Draw straight lines from point to point, ``width`` points wide."""
+        self.axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            linewidth=width,
+            linestyle=(0, (4, 2)) if dashed else "-",
+            solid_joinstyle="round",
+        )
+
     def to_bytes(self, suffix: str) -> bytes:
         """Return the page as an SVG or PNG file."""
         import matplotlib

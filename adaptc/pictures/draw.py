@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adaptc.adapter_files.atomic_write import atomic_replace
-from adaptc.errors import CheckpointError, ConfigError, short_repr
+from adaptc.errors import CheckpointError, ConfigError, listing, short_repr
 from adaptc.pictures.canvas import Canvas, check_library
 from adaptc.pictures.heat_map import draw_heat_map
 from adaptc.pictures.layer_picture import draw_layer
@@ -68,14 +68,29 @@ def draw(
         >>> adaptc.draw(prog, "layer.svg", kind="layer").site
         '0.weight'
     """
-    target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{short_repr(os.fspath(path))} must end in {' or '.join(SUFFIXES)}")
-    check_library()
+    target = check_picture_path(path)
     chosen = kind or _usual_kind(subject)
     if site is not None and chosen != "layer":
         raise ConfigError(f"site= is for kind='layer': {chosen!r} shows all sites")
     report, picture = _KINDS[chosen](subject, site, THEMES[theme])
+    write_picture(picture, target)
+    return report
+
+
+def check_picture_path(path: str | os.PathLike[str], theme: Any = "light") -> Path:
+    """Return the path of a picture. Raises ConfigError for one of another kind, for a theme that is none, and where
+    matplotlib is not installed."""
+    target = Path(path)
+    if target.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{short_repr(os.fspath(path))} must end in {' or '.join(SUFFIXES)}")
+    if not isinstance(theme, str) or theme not in THEMES:
+        raise ConfigError(f"theme={short_repr(theme)} must be one of {listing(map(repr, THEMES))}")
+    check_library()
+    return target
+
+
+def write_picture(picture: Canvas, target: Path) -> Path:
+    """Write a picture, and return its path. Raises CheckpointError where that cannot be written."""
     content = picture.to_bytes(target.suffix.lower())
     try:
         with atomic_replace(target) as new:
@@ -84,7 +99,7 @@ def draw(
         raise CheckpointError(
             f"could not write a picture to {target} ({short_repr(str(error))}). What was there before is unchanged."
         ) from error
-    return report
+    return target
 
 
 def _usual_kind(subject: Any) -> Kind:

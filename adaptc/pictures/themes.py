@@ -21,6 +21,7 @@ class Theme:
 
     ``page``, ``text``, ``faint`` (small text, lines) and ``empty`` (a cell without a value). ``fills``: role of a node
     -> its fill. ``scale``: colours from zero to the largest value. ``negative``: the same down to the least value.
+    ``series``: the colours of curves, in the order of their names.
     """
 
     page: Colour
@@ -30,6 +31,7 @@ class Theme:
     fills: Mapping[str, Colour]
     scale: Sequence[Colour]
     negative: Sequence[Colour]
+    series: Sequence[Colour]
 
     def colour_of(self, share: float) -> Colour:
         """Return the colour of a value, where ``share`` is its part of the largest magnitude, from -1 to 1."""
@@ -67,6 +69,7 @@ LIGHT = Theme(
     ),
     scale=_colours("#f3f8fd", "#a9cfee", "#4a90c9", "#0b4a86"),
     negative=_colours("#f3f8fd", "#f5c6a5", "#dd7a42", "#8f3808"),
+    series=_colours("#1f6fb4", "#c4570c", "#2b8a3e", "#9c36b5", "#946c00", "#0b7285", "#c2255c", "#5f3dc4"),
 )
 DARK = Theme(
     page=_colour("#0d1117"),
@@ -84,6 +87,7 @@ DARK = Theme(
     ),
     scale=_colours("#14202e", "#1d4f80", "#3f8fd0", "#b9dcf8"),
     negative=_colours("#14202e", "#7a3d16", "#cf7033", "#fad0b0"),
+    series=_colours("#6cb2f0", "#ff9d5c", "#69db7c", "#da77f2", "#ffd43b", "#3bc9db", "#faa2c1", "#b197fc"),
 )
 #: theme by the name that users give
 THEMES: Mapping[str, Theme] = MappingProxyType({"light": LIGHT, "dark": DARK})

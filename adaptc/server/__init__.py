@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from adaptc.server.http_app import build_app, check_packages
+from adaptc.server.http_app import build_app
 from adaptc.server.read_served import ModelOptions
-from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.request_checks import RequestRefusedError, check_packages
 from adaptc.server.served import Served
 from adaptc.server.server_options import ServerOptions, open_served_model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from adaptc.errors import short_repr
-from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.request_checks import RequestRefusedError
 
 
 class AdapterRoot:
@@ -23,19 +23,25 @@ class AdapterRoot:
         Raises RequestRefusedError with a status: 403 for a path that is not below the directory, or where there is no
         directory; 404 where nothing is there; 422 for a text that is no path.
         """
+        found = self.place(path)
+        if not found.exists():
+            raise RequestRefusedError(404, f"there is nothing at {short_repr(path)}")
+        return found
+
+    def place(self, path: str) -> Path:
+        """Return the place of ``path`` whether something is there or not. Raises as :meth:`find` does, but for 404."""
         if self._path is None:
             raise RequestRefusedError(403, "this server loads no adapters: it was started without --adapter-root")
         root = self._path.resolve()
         try:
             found = (root / path).resolve()
             is_inside = found != root and found.is_relative_to(root)
-            exists = is_inside and found.exists()
+            if is_inside:
+                found.exists()  # raises where the text is no path
         except (OSError, ValueError):
             raise RequestRefusedError(422, f"{short_repr(path)} is no path") from None
         if not is_inside:
             raise RequestRefusedError(403, f"{short_repr(path)} is not below the server's adapter root")
-        if not exists:
-            raise RequestRefusedError(404, f"there is nothing at {short_repr(path)}")
         return found
 
     def find_named(self, name: str) -> Path | None:

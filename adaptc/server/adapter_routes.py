@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 from adaptc.errors import AdaptcError, short_repr
-from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.request_checks import RequestRefusedError
 from adaptc.server.served import Served
 
 

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from adaptc.errors import AdaptcError, listing
-from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.request_checks import RequestRefusedError
 from adaptc.server.served import CURRENT, CurrentRequest, Served
 
 #: the HTTP request of the current task, which tells whether the client is still there

@@ -44,16 +44,28 @@ def read_model_and_tokenizer(path: Path, options: ModelOptions) -> tuple[Any, An
 
     Raises CheckpointError, and ConfigError for options that do not fit.
     """
-    if not path.is_dir() and not is_gguf(path):
-        raise CheckpointError(f"there is no model at {path}: give a transformers model directory, or a GGUF file")
-    tokenizer = _load_tokenizer(options.tokenizer or path)  # the quicker one first
+    check_model_path(path)
+    tokenizer = read_tokenizer(options.tokenizer or path)  # the quicker one first
+    return read_plain_model(path, options), tokenizer
+
+
+def read_plain_model(path: Path, options: ModelOptions) -> Any:
+    """Return the model in a transformers directory or a GGUF file, on its device. Raises as
+    :func:`read_model_and_tokenizer`."""
+    check_model_path(path)
     model = read_gguf(path, options.dtype) if is_gguf(path) else read_model(path, options.dtype)
     _check_decoder_only(path, model.config)
     if options.quantize is not None:
         model = quantize_read_model(model, options.quantize, path)
     if options.device is not None:
         model.to(_usable_device(options.device))
-    return model, tokenizer
+    return model
+
+
+def check_model_path(path: Path) -> None:
+    """Raise CheckpointError where neither a directory nor a GGUF file is there."""
+    if not path.is_dir() and not is_gguf(path):
+        raise CheckpointError(f"there is no model at {path}: give a transformers model directory, or a GGUF file")
 
 
 def read_saved_and_tokenizer(path: Path, options: ModelOptions, check: Callable[[Path, Any], None]) -> tuple[Any, Any]:
@@ -73,7 +85,7 @@ def read_saved_and_tokenizer(path: Path, options: ModelOptions, check: Callable[
         device = None if options.device is None else _usable_device(options.device)
         found = load(path, backend=options.backend, device=device)
         check(path, found)
-    return found, own or _load_tokenizer(options.tokenizer or path.parent)
+    return found, own or read_tokenizer(options.tokenizer or path.parent)
 
 
 def _refuse_fixed_options(options: ModelOptions, *names: str) -> None:
@@ -100,7 +112,7 @@ def _usable_device(name: str) -> torch.device:
     return device
 
 
-def _load_tokenizer(path: Path) -> Any:
+def read_tokenizer(path: Path) -> Any:
     """Return the tokenizer in a directory or inside a GGUF file. Raises CheckpointError where there is none that
     loads."""
     from transformers import AutoTokenizer

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from adaptc.errors import AdaptcError, did_you_mean, short_repr
 from adaptc.locks import reset_after_fork
 from adaptc.server.adapter_root import AdapterRoot
-from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.request_checks import RequestRefusedError
 from adaptc.server.server_options import ServerOptions
 from adaptc.serving.request_adapter import RequestAdapter
 from adaptc.serving.serving_model import ServingModel

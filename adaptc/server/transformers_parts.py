@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from adaptc.errors import AdaptcError
-from adaptc.server.request_refused import RequestRefusedError
+from adaptc.server.request_checks import RequestRefusedError
 from adaptc.server.served import CURRENT, CurrentRequest, Served
 from adaptc.serving.batching_manager import pool_positions
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Datum,
         SamplingParams,
         Service,
+        connect,
         sweep,
     )
     from adaptc.training.checkpoints import last_checkpoint
@@ -38,6 +39,7 @@ PUBLIC = {
     "AdamParams": "adaptc.joint_training.datum",
     "SamplingParams": "adaptc.joint_training.sampling",
     "sweep": "adaptc.joint_training.sweep",
+    "connect": "adaptc.joint_training.remote_service",
 }
 
 __all__ = [*PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -2,6 +2,7 @@
 # up by the strings of its table.
 from adaptc.joint_training.datum import AdamParams as AdamParams
 from adaptc.joint_training.datum import Datum as Datum
+from adaptc.joint_training.remote_service import connect as connect
 from adaptc.joint_training.sampling import SamplingParams as SamplingParams
 from adaptc.joint_training.service import Service as Service
 from adaptc.joint_training.sweep import sweep as sweep

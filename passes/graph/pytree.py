@@ -31,10 +31,12 @@ def update_call_inputs(
     """
     first, *rest = module_calls
     spec, arg_names = first.signature.in_spec, first.signature.forward_arg_names
-    args, kwargs = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    # transformers' caches take tensors alone for their leaves, and anything else for a constant.
+    leaf = torch.empty(0)
+    args, kwargs = pytree.tree_unflatten([leaf] * spec.num_leaves, spec)
     input_names = {a.name for a in inputs}
-    removed_names = [k for k, v in kwargs.items() if v == 0 and k not in input_names]
-    leaves = {**{k: v for k, v in kwargs.items() if k not in removed_names}, **dict.fromkeys(added_inputs, 0)}
+    removed_names = [k for k, v in kwargs.items() if v is leaf and k not in input_names]
+    leaves = {**{k: v for k, v in kwargs.items() if k not in removed_names}, **dict.fromkeys(added_inputs, leaf)}
     names = None if arg_names is None else [*(n for n in arg_names if n not in removed_names), *added_inputs]
     tree = pytree.tree_structure((args, leaves))
     signature = replace(first.signature, inputs=list(inputs), in_spec=tree, forward_arg_names=names)

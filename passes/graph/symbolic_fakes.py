@@ -14,9 +14,9 @@ modules.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import count, repeat
+from itertools import count, cycle, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -57,7 +57,7 @@ class FreeSizeFakes:
         self.shape_env: ShapeEnv = self.mode.shape_env
         self.sizes: dict[str, Any] = {}
         # Sizes that are equal by chance would be taken for one size in an environment that keeps its guards.
-        self._hints = repeat(SIZE_HINT) if mode is None else (n for n in count(SIZE_HINT) if n not in taken_hints)
+        self._hints = repeat(SIZE_HINT) if mode is None else _distinct_hints(taken_hints, limits and limits[1])
 
     def size(self, name: str, unit: int = 1) -> Any:
         """Return the symbol of a named size, made at its first use. Its example value is a multiple of ``unit``."""
@@ -88,6 +88,17 @@ class FreeSizeFakes:
         ]
         with self.mode:
             return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def _distinct_hints(taken_hints: Collection[int], most: int | None) -> Iterator[int]:
+    """Yield sizes that differ from each other and from the taken ones, none above ``most``.
+
+    Where there are no more of them they come again: torch refuses a size that is out of its symbol's range.
+    """
+    if most is None:
+        return (n for n in count(SIZE_HINT) if n not in taken_hints)
+    free = [n for n in (*range(SIZE_HINT, most + 1), *range(2, min(SIZE_HINT, most + 1))) if n not in taken_hints]
+    return cycle(free or [most])
 
 
 @contextmanager

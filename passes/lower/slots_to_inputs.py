@@ -33,8 +33,9 @@ class SlotsToInputs(Pass):
     """A pass that turns lifted tensors into inputs; its count is that of the tensors.
 
     ``arguments`` maps FQNs to the names of the inputs, in their order. ``free`` has the free axes of these tensors, by
-    FQN; axes with one name have one size. ``max_size`` is the largest rank, None for any. The ``data`` of the result
-    maps the symbols in the program's shapes to the names of the free sizes.
+    FQN; axes with one name have one size. ``max_size`` is the largest rank, None for any. ``free_inputs`` has free axes
+    of inputs that there are already, by name. The ``data`` of the result maps the symbols in the program's shapes to
+    the names of the free sizes.
     """
 
     name: ClassVar[str] = "slots_to_inputs"
@@ -42,6 +43,7 @@ class SlotsToInputs(Pass):
     arguments: Mapping[str, str]
     free: Mapping[str, Mapping[int, FreeSize]] = field(repr=False)
     max_size: int | None = None
+    free_inputs: Mapping[str, Mapping[int, FreeSize]] = field(default_factory=dict[str, Mapping[int, FreeSize]])
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
@@ -58,15 +60,14 @@ class SlotsToInputs(Pass):
             if not value.ndim:
                 value = value.reshape(1)
                 _read_as_scalar(lifted, node)
-            free = self.free.get(fqn, {})
-            sizes = {i: fakes.size(f.unit_name, f.unit) * f.times for i, f in free.items()}
-            with fakes.mode:
-                shape = [sizes.get(i, n) for i, n in enumerate(value.shape)]
-                node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
+            node.meta["val"] = _with_free_axes(fakes, value, self.free.get(fqn, {}))
             examples[node.name] = value
+        freed = {lifted.nodes[name]: free for name, free in self.free_inputs.items()}
+        for node, free in freed.items():
+            node.meta["val"] = _with_free_axes(fakes, node.meta["val"], free)
         for size in fakes.sizes.values():
             lifted.ranges[size.node.expr] = fakes.shape_env.var_to_range[size.node.expr]
-        propagate_fakes(lifted.graph, set(nodes.values()), subject.graph_module)
+        propagate_fakes(lifted.graph, {*nodes.values(), *freed}, subject.graph_module)
         inputs = [lifted.input_specs[n.name] for n in lifted.graph.find_nodes(op="placeholder")]
         arguments = [s.arg for s in inputs if s.kind == InputKind.USER_INPUT]
         lifted.module_calls, lifted.example_inputs = update_call_inputs(
@@ -75,6 +76,14 @@ class SlotsToInputs(Pass):
         return PassResult(
             lifted.finish(), len(nodes), data={str(size.node.expr): name for name, size in fakes.sizes.items()}
         )
+
+
+def _with_free_axes(fakes: FreeSizeFakes, value: Tensor, free: Mapping[int, FreeSize]) -> Tensor:
+    """Return a fake like ``value``, whose sizes along the axes in ``free`` are symbols."""
+    sizes = {i: fakes.size(f.unit_name, f.unit) * f.times for i, f in free.items()}
+    with fakes.mode:
+        shape = [sizes.get(i, n) for i, n in enumerate(value.shape)]
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 def _to_input(lifted: LiftedProgram, fqn: str, argument: str) -> fx.Node:

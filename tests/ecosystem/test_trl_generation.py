@@ -123,6 +123,41 @@ def test_rloo_losses_are_pefts_with_the_base_as_the_reference(trained: Any, tmp_
 
 
 @pytest.mark.long
+def test_grpo_losses_are_pefts_with_another_adapter_as_the_reference(trained: Any, tmp_path: Path) -> None:
+    """PEFT's reference is the adapter as it was: here that is another adapter on the same weights of the base."""
+
+    def run(policy: Any, reference: Any) -> torch.Tensor:
+        beta = 0.5 if reference is None else 0.0
+        args = GRPOConfig(**options(tmp_path), max_completion_length=5, num_generations=2, beta=beta)
+        trainer = GRPOTrainer(
+            policy, reward_funcs=reward, args=args, train_dataset=prompts(), processing_class=tokenizer()
+        )
+        if reference is not None:
+            add_fused_lm_head(reference, temperature=trainer.temperature)
+            trainer.ref_model, trainer.beta = reference, 0.5
+        return logged(trainer, "loss", "reward", "kl", "grad_norm")
+
+    before = adaptc.save_adapter(trained, tmp_path / "before")
+    other = copy.copy(trained.owner)
+    other.swap(before)
+    reference = other.module()
+    reference.requires_grad_(False)
+    ours = run(trained, reference)
+    assert ours[1, 2] > 1e-4, "no reference"
+    same(ours, run(peft_model(), None))
+    policy_places, places = ({n: t.data_ptr() for n, t in m.named_parameters()} for m in (trained, reference))
+    adapter = {n for n, t in trained.named_parameters() if t.requires_grad}
+    assert {n for n, place in places.items() if place != policy_places[n]} == adapter
+    _, sampler = vars(trained)["generator"]  # it wrote the completions
+    for tensors in (
+        sampler.program.base_tensors,
+        {n: t for n, t in sampler.program.binding.values.items() if "lora_" in n},
+    ):
+        assert len(tensors) > 5
+        assert {t.data_ptr() for t in tensors.values()} <= {*policy_places.values()}
+
+
+@pytest.mark.long
 def test_online_dpo_losses_are_pefts(trained: Any, tmp_path: Path) -> None:
     def run(policy: Any, reference: Any) -> torch.Tensor:
         args = OnlineDPOConfig(**options(tmp_path), max_new_tokens=5)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import adaptc
+
+#: how many damaged files a test makes
+COUNTS = pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.long)])
 
 
 @dataclass(frozen=True)
@@ -63,3 +68,19 @@ def run(model: Any, given: dict[str, Tensor], adapter: str | None = None, output
     """Return an output of a call as a tensor."""
     found = model.run({n: t.numpy() for n, t in given.items()}, adapter, [output])[output]
     return torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """Return bytes with a part cut off, zeroed, added or changed."""
+    dice = random.Random(seed)
+    at = dice.randrange(len(data))
+    kind = dice.randrange(5)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes(min(16, len(data) - at)).replace(b"\0", b"\xa5") + data[at + 16 :]
+    if kind == 2:
+        return data[:at] + b"\x01\x02\x03" + data[at:]
+    if kind == 3:
+        return data[:at] + data[at + 7 :]
+    return data[:at] + bytes([data[at] ^ (1 << dice.randrange(8))]) + data[at + 1 :]

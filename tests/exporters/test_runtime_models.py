@@ -15,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch.export import Dim
 
 import adaptc
 from tests.exporters.runtimes import RUNTIMES, run
@@ -136,3 +137,21 @@ def test_models(name: str, runtime_name: str, tmp_path: Path) -> None:
     for key, wanted in expected.items():
         found = torch.from_numpy(np.load(tmp_path / f"found_{key}.npy"))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_more_sites_than_the_largest_rank(tmp_path: Path) -> None:
+    """ExecuTorch plans memory for ranks up to 5, each of 14 sites having a rank of its own."""
+    torch.manual_seed(3)
+    free = {0: Dim("batch", max=4), 1: Dim("length", max=9)}
+    config = adaptc.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    shapes = {"input_ids": free, "attention_mask": free}
+    program = adaptc.compile(MODELS["llama"][0]().eval(), config, dynamic_shapes=shapes)
+    model = adaptc.exporters.executorch_model(
+        adaptc.exporters.export_executorch(program, tmp_path / "model.pte", max_rank=5)
+    )
+    model.load_adapter("fr", program)
+    given = MODELS["llama"][1](2, 7)
+    for adapter, expected in ((None, program.base), ("fr", program)):
+        found = model.run(given, adapter)["logits"]
+        torch.testing.assert_close(found, expected(**given).logits, rtol=1e-4, atol=1e-5)

@@ -299,7 +299,9 @@ def test_wrong_calls_are_refused_and_removed_clients_named() -> None:
     ).result(60).loss == pytest.approx(
         float(
             F.cross_entropy(
-                a.group.bank(input_ids=torch.tensor([[1, 2]]), adapters=[a.name]).logits[0, :1].detach(),
+                a.group.bank(input_ids=torch.tensor([[1, 2]]), position_ids=torch.tensor([[0, 1]]), adapters=[a.name])
+                .logits[0, :1]
+                .detach(),
                 torch.tensor([2]),
             )
         )

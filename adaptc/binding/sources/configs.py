@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from adaptc.adapter_files.adapter_data import AdapterData
 from adaptc.adapter_files.directory import read_config
 from adaptc.adapter_files.stable_read import FileChangedError, OpenedFile, read_json_object
 from adaptc.binding.binding import ResolvedAdapter
-from adaptc.errors import CheckpointError, ConfigError, short_repr
+from adaptc.errors import CheckpointError, ConfigError, did_you_mean, short_repr
 from adaptc.methods import AdapterConfig, config_class
 from adaptc.torch_typing import is_mapping, is_path
 
@@ -41,16 +42,32 @@ def config_from_dict(data: Mapping[str, Any]) -> AdapterConfig:
     return cls.from_dict(data)
 
 
-def loaded_config(fields: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
-    """Return the config object of a loaded adapter that has the config ``fields``.
+def config_from_fields(data: Any) -> AdapterConfig:
+    """Return the config with fields that a user wrote, with PEFT's names; ``peft_type`` is LORA where it is left out.
+
+    Raises ConfigError for a field that the config does not have, which a file of a newer PEFT may have.
+    """
+    if not is_mapping(data):
+        raise ConfigError(f"{short_repr(data)} is no config: expected fields and their values")
+    kind = data.get("peft_type", "LORA")
+    cls = config_class(kind if isinstance(kind, str) else short_repr(kind))
+    known = [f.name for f in fields(cls)]
+    for name in data:
+        if name not in known and name != "peft_type":
+            raise ConfigError(f"{cls.__name__} has no field {short_repr(name)}{did_you_mean(str(name), known)}")
+    return cls.from_dict(data)
+
+
+def loaded_config(given: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
+    """Return the config object of a loaded adapter that has the config ``given``.
 
     EVA's options are left out, since they only choose first values and leave the base as it was.
     """
-    if isinstance(fields, AdapterConfig):
-        return fields
-    if fields.get("init_lora_weights") == "eva":
-        fields = {**fields, "init_lora_weights": True, "eva_config": None}
-    return config_from_dict(fields)
+    if isinstance(given, AdapterConfig):
+        return given
+    if given.get("init_lora_weights") == "eva":
+        given = {**given, "init_lora_weights": True, "eva_config": None}
+    return config_from_dict(given)
 
 
 def new_adapter(config: AdapterConfig) -> ResolvedAdapter:

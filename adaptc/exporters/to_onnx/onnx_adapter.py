@@ -14,6 +14,7 @@ from adaptc.adapter_files.atomic_write import atomic_replace, explain_write_erro
 from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.exporters.adapter_feeds import METADATA_KEY, AdapterInputs
 from adaptc.exporters.described_model import check_adapter_path, described_tensors
+from adaptc.exporters.row_stacks import RowStacks
 from adaptc.exporters.to_onnx.session import ADAPTER_SUFFIX, OnnxSession, model_version
 from adaptc.progress import stage
 
@@ -100,10 +101,11 @@ def onnx_session(
     _onnxruntime()
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}")
-    return OnnxSession(Path(path), _read_adapter, providers, session_options)
+    return OnnxSession(Path(path), read_adapter, providers, session_options, RowStacks)
 
 
-def _read_adapter(adapter: Any, text: str) -> Mapping[str, Any]:
+def read_adapter(adapter: Any, text: str) -> Mapping[str, Any]:
+    """Return the tensors of an adapter by the names of the inputs that the description ``text`` lists."""
     values = described_tensors(text, "the model", adapter)
     return {name: _ort_value(value) for name, value in values.items()}
 

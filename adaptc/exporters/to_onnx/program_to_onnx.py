@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -19,10 +20,10 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.adapter_files.atomic_write import commit, explain_write_errors, open_stage
+from adaptc.bank.bank import Bank
 from adaptc.errors import BackendError
 from adaptc.exporters.adapter_feeds import METADATA_KEY
 from adaptc.exporters.prepare_export import PreparedExport, prepare_export
-from adaptc.exporters.slot_program import SlotInput
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.propagate import propagate_fakes
@@ -35,7 +36,10 @@ _CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 
 
 def export_onnx(
-    program: AdaptedProgram, path: str | os.PathLike[str], *, adapters: Literal["inputs", "merged"] = "inputs"
+    program: AdaptedProgram | Bank,
+    path: str | os.PathLike[str],
+    *,
+    adapters: Literal["inputs", "merged", "rows"] = "inputs",
 ) -> Path:
     """Write a program as an ONNX file that takes any adapter in each call, or has the current one merged in.
 
@@ -43,13 +47,17 @@ def export_onnx(
     computes the base. It takes any rank, and any subset of the sites. The inputs have the keys of PEFT's files, without
     ``base_model.model.``. :func:`save_onnx_adapter` writes adapters for the file, and :func:`onnx_session` runs it.
 
+    With "rows", each row of a batch may have adapters of its own, as in a :class:`Bank`. A session takes
+    ``adapters=["fr", None, {"fr": 0.5, "de": 0.5}]``. The adapters in a bank are not written: sessions load them.
+
     The weights lie beside the graph, in a file with ``.data`` added to the name. Neither needs adaptc. Free sizes of
     the program stay free.
 
     Args:
-        program: a program, for "merged" also one without an adapter.
+        program: a program, for "merged" also one without an adapter, and for "rows" also a bank, whose ``max_rank``
+            then limits the adapters. Methods whose adapters are computed one after the other need its ``capacity``.
         path: the file to write, whose name ends in ``.onnx``.
-        adapters: "inputs" or "merged".
+        adapters: "inputs", "merged" or "rows".
 
     Returns:
         the path of the file.
@@ -57,6 +65,7 @@ def export_onnx(
     Raises:
         ConfigError: the program has no adapter, or several that act together; it writes to buffers; or it generates.
         MergeError: with "merged", what :func:`merge` raises.
+        TargetError: with "rows", what ``program.bank`` raises.
         BackendError: onnx is not installed, or has no operator for one of the program's.
         CheckpointError: the file cannot be written. What was there before stays, here and above.
 
@@ -68,34 +77,36 @@ def export_onnx(
         True
     """
     path = Path(path)
-    return _write(prepare_export(program, path, adapters, suffix=".onnx", kind="an ONNX file"), path)
+    return write_onnx(
+        prepare_export(program, path, adapters, suffix=".onnx", kind="an ONNX file", takes_rows=True), path
+    )
 
 
-def _write(prepared: PreparedExport, path: Path) -> Path:
+def write_onnx(prepared: PreparedExport, path: Path, others: Mapping[str, bytes] = MappingProxyType({})) -> Path:
     """Write a program to ``path``, whose weights lie beside it in a file with ``.data`` added to the name.
 
-    Its adapter's inputs may be left out by callers. The file keeps their description. Existing files stay as they are
-    where an error is raised.
+    Its adapter's inputs may be left out by callers. The file keeps their description. ``others`` are further files
+    beside it. Existing files stay as they are where an error is raised.
 
     Raises BackendError for a program that cannot be converted, and CheckpointError where the file cannot be written.
     """
     own, inputs = prepared.input_names, prepared.inputs
-    program = _with_contiguous_views(prepared.program)
+    program = with_contiguous_views(prepared.program)
     converted = _convert(program, [*own, *(i.name for i in inputs)], prepared.output_names)
     model: Any = converted.model
     converted.rename_axes(_axis_names(model, len(own)) | dict(prepared.size_names))
-    _add_defaults(model, inputs)
-    if prepared.description is not None:
-        model.metadata_props[METADATA_KEY] = prepared.description
+    add_defaults(model, prepared)
     data = path.name + ".data"
     with explain_write_errors(path), stage(f"writing {path.name}"), open_stage(path.parent) as folder:
         converted.save(folder / path.name, external_data=True)
         (folder / data).touch()  # a model without weights has no file of weights
-        commit(folder, path.parent, weights_files=[data], config_file=path.name, stale_files=())
+        for name, content in others.items():
+            (folder / name).write_bytes(content)
+        commit(folder, path.parent, weights_files=[data, *others], config_file=path.name, stale_files=())
     return path
 
 
-def _with_contiguous_views(program: ExportedProgram) -> ExportedProgram:
+def with_contiguous_views(program: ExportedProgram) -> ExportedProgram:
     """Return ``program`` with a copy in front of each reshape, which a converter leaves out again.
 
     torch decides by strides whether a reshape is a view, and then computes attention by operators that give others.
@@ -151,12 +162,17 @@ def _axis_names(model: Any, count: int) -> dict[str, str]:
     return found
 
 
-def _add_defaults(model: Any, inputs: Sequence[SlotInput]) -> None:
-    """Give the model's inputs initializers: identity values, which count where nothing is fed."""
+def add_defaults(model: Any, prepared: PreparedExport) -> None:
+    """Give the adapter's inputs of an ``onnx_ir.Model`` initializers, which count where nothing is fed.
+
+    They are the values of the base. The model also gets the description of the inputs.
+    """
     import onnx_ir  # which onnxscript brings
 
     by_name = {v.name: v for v in model.graph.inputs}
-    for i in inputs:
-        value = by_name[i.name]
-        value.const_value = onnx_ir.tensor(i.identity.cpu().contiguous(), name=i.name)
-        model.graph.initializers[i.name] = value
+    for name, base in prepared.base_values.items():
+        value = by_name[name]
+        value.const_value = onnx_ir.tensor(base.cpu().contiguous(), name=name)
+        model.graph.initializers[name] = value
+    if prepared.description is not None:
+        model.metadata_props[METADATA_KEY] = prepared.description

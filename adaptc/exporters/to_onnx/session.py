@@ -17,7 +17,7 @@ import numpy as np
 
 from adaptc.errors import CheckpointError
 from adaptc.exporters.adapter_feeds import METADATA_KEY
-from adaptc.exporters.runtime_session import ReadAdapter, RuntimeSession, other_model_error, runtime_error
+from adaptc.exporters.runtime_session import MakeRows, ReadAdapter, RuntimeSession, other_model_error, runtime_error
 
 #: the end of the names of ONNX Runtime's adapter files
 ADAPTER_SUFFIX = ".onnx_adapter"
@@ -36,6 +36,8 @@ class OnnxSession(RuntimeSession):
             them.
         providers: the execution providers of ONNX Runtime; None for the CPU.
         session_options: an ``onnxruntime.SessionOptions``.
+        make_rows: what stacks the adapters of rows, for files in which each row has its own; None refuses such files.
+        session: an ``onnxruntime.InferenceSession`` of the file, in place of a new one.
 
     Attributes:
         session: the ``onnxruntime.InferenceSession``.
@@ -57,53 +59,60 @@ class OnnxSession(RuntimeSession):
         read_adapter: ReadAdapter | None = None,
         providers: Sequence[Any] | None = None,
         session_options: Any = None,
+        make_rows: MakeRows | None = None,
+        session: Any = None,
     ) -> None:
         import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
         self._ort: Any = onnxruntime
-        options: Any = session_options
-        if options is None:
-            options = self._ort.SessionOptions()
-            options.log_severity_level = 3  # or each optional input gets a warning, for being one
+        if session is None:
+            options: Any = quiet_options() if session_options is None else session_options
+            try:
+                session = self._ort.InferenceSession(
+                    str(path), options, providers=list(providers or ["CPUExecutionProvider"])
+                )
+            except Exception as error:  # the classes of its errors are not public
+                raise CheckpointError(f"ONNX Runtime cannot open {path}: {runtime_error(error)}") from error
+        self.session: Any = session
         try:
-            self.session: Any = self._ort.InferenceSession(
-                str(path), options, providers=list(providers or ["CPUExecutionProvider"])
-            )
-        except Exception as error:  # the classes of its errors are not public
-            raise CheckpointError(f"ONNX Runtime cannot open {path}: {runtime_error(error)}") from error
-        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            optional = {i.name for i in self.session.get_overridable_initializers()}
+            assert [i.name for i in (*self.session.get_inputs(), *self.session.get_outputs())]
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: it has a name that is no text ({error})") from error
         if text is None:
             raise CheckpointError(
                 f"{path} has no inputs for adapters: write it with adaptc.exporters.export_onnx, or run it "
                 "with onnxruntime"
             )
-        super().__init__(path, text, read_adapter)
-        optional = {i.name for i in self.session.get_overridable_initializers()}
+        super().__init__(path, text, read_adapter, make_rows)
         if missing := self._inputs.by_name.keys() - optional:
             raise CheckpointError(f"{path} is described to have the input {min(missing)!r}, and has none")
 
     @property
     def input_names(self) -> list[str]:
         """Return the names of the model's own inputs."""
-        return [i.name for i in self.session.get_inputs()]
+        names = [i.name for i in self.session.get_inputs()]
+        return names if self.rows is None else [n for n in names if n != self.rows.coefficients]
 
     @property
     def output_names(self) -> list[str]:
         """Return the names of the outputs."""
         return [o.name for o in self.session.get_outputs()]
 
-    def io_binding(self, adapter: str | None = None) -> Any:
+    def io_binding(self, adapter: str | None = None, *, adapters: Any = None) -> Any:
         """Return an ``onnxruntime.IOBinding`` to which the inputs of an adapter are bound.
 
         The caller binds the model's own inputs and the outputs, and calls ``session.session.run_with_iobinding``.
 
         Args:
             adapter: the name of the adapter; None for the base.
+            adapters: an entry for each row, as :meth:`run` takes them. A file with adapters for each row needs it.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: there is no such adapter, or the file takes the other of the two arguments.
         """
-        values, binding = self._values(adapter), self.session.io_binding()
+        values, binding = self._all_values(adapter, adapters), self.session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         return binding
@@ -126,12 +135,25 @@ class OnnxSession(RuntimeSession):
     def _as_value(self, value: Any) -> Any:
         return value if self._is_value(value) else self._ort.OrtValue.ortvalue_from_numpy(np.asarray(value))
 
+    def _as_array(self, value: Any) -> Any:
+        return np.array(value.numpy())
+
     def _is_value(self, value: Any) -> bool:
         return isinstance(value, self._ort.OrtValue)
 
     def _facts(self, value: Any) -> tuple[str, tuple[int, ...]]:
         name: str = value.data_type().removeprefix("tensor(").removesuffix(")")
         return _DTYPES.get(name, name), tuple(value.shape())
+
+
+def quiet_options() -> Any:
+    """Return an ``onnxruntime.SessionOptions`` with which optional inputs give no warnings."""
+    import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+
+    untyped: Any = onnxruntime
+    options = untyped.SessionOptions()
+    options.log_severity_level = 3  # or each optional input gets a warning, for being one
+    return options
 
 
 def model_version(fingerprint: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.exporters.described_model import described_tensors, write_described_adapter
+from adaptc.exporters.row_stacks import RowStacks
 from adaptc.exporters.runtime_session import as_session
 from adaptc.exporters.to_openvino.adapter_tensors import write_tensors
 from adaptc.exporters.to_openvino.openvino_model import OpenVinoModel
@@ -71,4 +72,4 @@ def openvino_model(
         >>> model.run({"input": x.numpy()})["output"].shape
         (2, 3)
     """
-    return OpenVinoModel(Path(path), lambda a, text: described_tensors(text, "the model", a), device, config)
+    return OpenVinoModel(Path(path), lambda a, text: described_tensors(text, "the model", a), device, config, RowStacks)

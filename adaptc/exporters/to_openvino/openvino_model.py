@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptc.errors import BackendError, CheckpointError
 from adaptc.exporters.adapter_feeds import METADATA_KEY
 from adaptc.exporters.file_seal import check_seal
-from adaptc.exporters.runtime_session import ReadAdapter, RuntimeSession, other_model_error, runtime_error
+from adaptc.exporters.runtime_session import MakeRows, ReadAdapter, RuntimeSession, other_model_error, runtime_error
 from adaptc.exporters.to_openvino.adapter_tensors import fingerprint_of, read_tensors
 
 #: where a model's runtime information has the description
@@ -58,6 +58,7 @@ class OpenVinoModel(RuntimeSession):
             arrays; None refuses them.
         device: the device of OpenVINO, such as "CPU".
         config: the properties that the model is compiled with; None for ``INFERENCE_PRECISION_HINT`` of "f32".
+        make_rows: what stacks the adapters of rows, for files in which each row has its own; None refuses such files.
 
     Attributes:
         compiled_model: the ``openvino.CompiledModel``.
@@ -79,6 +80,7 @@ class OpenVinoModel(RuntimeSession):
         read_adapter: ReadAdapter | None = None,
         device: str = "CPU",
         config: Mapping[str, Any] | None = None,
+        make_rows: MakeRows | None = None,
     ) -> None:
         self._ov = import_openvino()
         check_seal(path, [weights_path(path), base_path(path)], writer="adaptc.exporters.export_openvino")
@@ -90,7 +92,7 @@ class OpenVinoModel(RuntimeSession):
             self.compiled_model: Any = core.compile_model(model, device, options)
         except Exception as error:  # the classes of its errors are not public
             raise BackendError(f"OpenVINO cannot open {path}: {runtime_error(error)}") from error
-        super().__init__(path, text, read_adapter)
+        super().__init__(path, text, read_adapter, make_rows)
         self._base = {n: self._as_value(v) for n, v in read_tensors(base_path(path)).items()}
         known = {n for port in self.compiled_model.inputs for n in port.get_names()}
         if missing := self._inputs.by_name.keys() - (known & self._base.keys()):
@@ -102,28 +104,30 @@ class OpenVinoModel(RuntimeSession):
     def input_names(self) -> list[str]:
         """Return the names of the model's own inputs."""
         names = (port.get_any_name() for port in self.compiled_model.inputs)
-        return [n for n in names if n not in self._inputs.by_name]
+        others = () if self.rows is None else (self.rows.coefficients,)
+        return [n for n in names if n not in self._inputs.by_name and n not in others]
 
     @property
     def output_names(self) -> list[str]:
         """Return the names of the outputs."""
         return list(dict.fromkeys(n for port in self.compiled_model.outputs for n in sorted(port.get_names())))
 
-    def feeds(self, adapter: str | None = None) -> dict[str, Any]:
+    def feeds(self, adapter: str | None = None, *, adapters: Any = None) -> dict[str, Any]:
         """Return the tensors of an adapter by the names of the inputs, for an ``InferRequest`` of the caller.
 
         Inputs that the adapter lacks have their values of the base.
 
         Args:
             adapter: the name of the adapter; None for the base.
+            adapters: an entry for each row, as :meth:`run` takes them. A file with adapters for each row needs it.
 
         Returns:
             name of an input -> ``openvino.Tensor``, for all inputs but the model's own.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: there is no such adapter, or the file takes the other of the two arguments.
         """
-        return {**self._base, **self._values(adapter)}
+        return {**self._base, **self._all_values(adapter, adapters)}
 
     def _call(self, values: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         try:
@@ -158,6 +162,9 @@ class OpenVinoModel(RuntimeSession):
             return made
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         return self._ov.Tensor(np.ascontiguousarray(array), shared_memory=False)
+
+    def _as_array(self, value: Any) -> Any:
+        return np.array(value.data)
 
     def _is_value(self, value: Any) -> bool:
         return isinstance(value, self._ov.Tensor)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adaptc.adapter_files.atomic_write import commit, explain_write_errors, open_stage
+from adaptc.bank.bank import Bank
 from adaptc.errors import BackendError
 from adaptc.exporters.file_seal import add_seal
 from adaptc.exporters.prepare_export import PreparedExport, prepare_export
@@ -31,7 +32,10 @@ from adaptc.torch_typing import shape_of
 
 
 def export_openvino(
-    program: AdaptedProgram, path: str | os.PathLike[str], *, adapters: Literal["inputs", "merged"] = "inputs"
+    program: AdaptedProgram | Bank,
+    path: str | os.PathLike[str],
+    *,
+    adapters: Literal["inputs", "merged", "rows"] = "inputs",
 ) -> Path:
     """Write a program as an OpenVINO model that takes any adapter in each call, or has the current one merged in.
 
@@ -40,13 +44,15 @@ def export_openvino(
     model, with ``.base.safetensors`` in place of ``.xml``. :func:`openvino_model` runs the model, and feeds what a call
     leaves out.
 
+    With "rows", each row of a batch may have adapters of its own, as :func:`export_onnx` says.
+
     The weights lie in a file that ends in ``.bin``. They keep their dtypes. None of the files needs adaptc. Free sizes
     of the program stay free.
 
     Args:
-        program: a program, for "merged" also one without an adapter.
+        program: a program, for "merged" also one without an adapter, and for "rows" also a bank.
         path: the file to write, whose name ends in ``.xml``.
-        adapters: "inputs" or "merged".
+        adapters: "inputs", "merged" or "rows".
 
     Returns:
         the path of the file.
@@ -65,7 +71,7 @@ def export_openvino(
         True
     """
     path = Path(path)
-    prepared = prepare_export(program, path, adapters, suffix=".xml", kind="an OpenVINO model")
+    prepared = prepare_export(program, path, adapters, suffix=".xml", kind="an OpenVINO model", takes_rows=True)
     ov = import_openvino()
     model = _convert(ov, prepared)
     weights, base = weights_path(path).name, base_path(path).name
@@ -74,8 +80,7 @@ def export_openvino(
         (folder / weights).touch()  # a model without weights has no file of weights
         written = [weights]
         if prepared.description is not None:
-            identities = {i.name: i.identity for i in prepared.inputs}
-            write_tensors(identities, folder / base, json.loads(prepared.description)["fingerprint"])
+            write_tensors(prepared.base_values, folder / base, json.loads(prepared.description)["fingerprint"])
             written.append(base)
             add_seal(folder / path.name, [folder / n for n in written])
         stale = [] if base in written else [base]
