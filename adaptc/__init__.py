@@ -13,7 +13,7 @@ from adaptc.public_names import lazy_names
 
 # Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
-    from adaptc import debug, engines, exporters, methods, prefixes, training
+    from adaptc import debug, distributed, engines, exporters, methods, prefixes, training
     from adaptc.adapters.adapter import Adapter, load_adapter
     from adaptc.adapters.combine import combine
     from adaptc.adapters.subtract import subtract_adapter
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adaptc.api.save_and_load import load, load_package, package, save, save_adapter
     from adaptc.bank.bank import Bank
     from adaptc.binding.binding import Binding
+    from adaptc.distributed.split_program import split
     from adaptc.errors import (
         AdaptcError,
         AdaptcWarning,
@@ -118,6 +119,7 @@ PUBLIC = {
     "merge_directory": "adaptc.api.merge_and_lower",
     "unmerge": "adaptc.api.merge_and_lower",
     "unload": "adaptc.api.merge_and_lower",
+    "split": "adaptc.distributed.split_program",
     "save": "adaptc.api.save_and_load",
     "from_pretrained": "adaptc.api.from_pretrained",
     "load": "adaptc.api.save_and_load",
@@ -214,7 +216,7 @@ PUBLIC = {
 }
 
 #: packages of further public names, by what one does with them
-NAMESPACES = ("training", "prefixes", "engines", "exporters", "methods", "debug")
+NAMESPACES = ("training", "distributed", "prefixes", "engines", "exporters", "methods", "debug")
 
 #: names that were public here -> what they are called now
 MOVED = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from filecmp import cmp
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine_bindings import spec_of_adapter
 from adaptc.binding.sources.write_directory import write_with_experts
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
+from adaptc.methods import AdapterConfig
 from adaptc.state.core import ProgramCore
 
 #: the name under which transformers' Trainer looks for weights when it resumes from a checkpoint
@@ -69,17 +71,33 @@ def write_adapter(
                 "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"
             )
         tensors = {**found, **tensors}
-    library = str((binding.config.auto_mapping or {}).get("parent_library", ""))
-    of_transformers = program.adaptation.source is not None or library.partition(".")[0] == "transformers"
-    return write_with_experts(
+    return write_file_tensors(
         path,
         binding.config,
         tensors,
+        of_transformers=program.adaptation.source is not None,
         adapter_name=adapter_name,
         safe_serialization=safe_serialization,
         base_model=base_model,
-        tags=("transformers",) if of_transformers else (),
     )
+
+
+def write_file_tensors(
+    path: str | os.PathLike[str],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    of_transformers: bool = False,
+    **options: Any,
+) -> Path:
+    """Write tensors under the bare keys of PEFT's files as a PEFT directory; returns its path.
+
+    ``of_transformers``: whether the model is one of transformers, also where its config does not say so. ``options``:
+    those of :func:`write_with_experts`.
+    """
+    library = str((config.auto_mapping or {}).get("parent_library", ""))
+    tags = ("transformers",) if of_transformers or library.partition(".")[0] == "transformers" else ()
+    return write_with_experts(path, config, tensors, tags=tags, **options)
 
 
 def prepare_for_file(binding: Binding) -> Binding:

@@ -64,6 +64,14 @@ def share_tensors(module: nn.Module, graph: fx.GraphModule) -> None:
     } | own
 
 
+def count_labels(labels: Tensor, has_virtual_tokens: bool) -> Tensor:
+    """Return how many labels count in the loss of a causal language model.
+
+    The first label of a row is not predicted, since no token precedes it, unless virtual tokens do.
+    """
+    return (labels[..., 0 if has_virtual_tokens else 1 :] != _IGNORED).sum()
+
+
 class PretrainedModule(PretrainedFiles):
     """A module of a program that was a transformers model. :func:`pretrained_class` makes the subclasses that are used,
     which are ``PreTrainedModel`` as well."""
@@ -140,10 +148,8 @@ class PretrainedModule(PretrainedFiles):
         if num_items_in_batch is not None:
             if not self.accepts_loss_kwargs:
                 raise AdaptcError("num_items_in_batch has no meaning for this program: its loss is no mean over labels")
-            # The first label of a row is not predicted, since no token precedes it, unless virtual tokens do.
             longer = [m.virtual_token_count(slots) for m, slots in self._program_methods() if m.changes("labels")]
-            first = 0 if any(longer) else 1
-            count = (labels[..., first:] != _IGNORED).sum()
+            count = count_labels(labels, any(longer))
             # The mean over no labels is NaN: a batch in which none counts adds nothing.
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)
         if self.extra_loss is not None:

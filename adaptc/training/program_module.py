@@ -189,7 +189,10 @@ class ProgramModule(AdapterStateDict):
             )
         for (name, _), value in zip(self.inputs.expected, flat, strict=True):
             if isinstance(value, Tensor) and here is not None and value.device != here:
-                raise AdaptcError(f"input {name!r} is on {value.device}, and the module on {here}; move one of the two")
+                way = "move one of the two"
+                if here.type == "meta":
+                    way = "adaptc.distributed.load_base(module, path) gives its base the values that it lacks"
+                raise AdaptcError(f"input {name!r} is on {value.device}, and the module on {here}; {way}")
 
     # -- modes ---------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,7 @@ order of the placeholders, so that no code has to keep the two in step.
 Private torch use, with the public route that was tried:
 - ``torch._guards.detect_fake_mode`` finds the fake mode of a graph. Public: none; a FakeTensor's ``fake_mode`` is
   private too.
-- ``FakeTensor`` and ``FakeTensorMode`` make a fake of a known mode, and a mode without a program. Public: none.
-- ``ShapeEnv.suppress_guards`` and the environment of a fake value. Public: none.
+- ``FakeTensor`` makes a fake of a known mode. Public: none.
 - ``ExportedProgram._guards_code`` has the conditions on sizes. Public: ``program.module()`` has them as a function. It
   needs example inputs, and raises an AssertionError that names no sizes.
 - the ``ExportedProgram`` constructor. Public: rewriting ``program.module()`` and exporting again, which costs a full
@@ -18,8 +17,8 @@ Private torch use, with the public route that was tried:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -95,25 +94,6 @@ def fake_maker(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
     """Return a function that makes fakes of tensors in a graph's own mode, with static shapes."""
     mode = fake_mode_of(graph)
     return lambda tensor: _make_fake(mode, tensor)
-
-
-def fake_tensor_mode() -> FakeTensorMode:
-    """Return a context in which new tensors have no values and belong to no program."""
-    return FakeTensorMode()
-
-
-@contextmanager
-def suppress_size_guards(fakes: Iterable[Any]) -> Generator[None]:
-    """Run the block with guards on the symbolic sizes of ``fakes`` suppressed, in the fake mode of these tensors.
-
-    Without this, a fake convolution would ask for the batch size to choose its kernel, and the answer would become part
-    of the program.
-    """
-    mode = detect_fake_mode(list(fakes))
-    env = getattr(mode, "shape_env", None)
-    # Inside the mode an arange gives a fake of the same program; outside it would give a real tensor.
-    with nullcontext() if mode is None else mode, nullcontext() if env is None else env.suppress_guards():
-        yield
 
 
 def _make_fake(mode: Any, tensor: Tensor) -> Tensor:
@@ -203,9 +183,7 @@ class LiftedProgram:
         is_param = isinstance(tensor, torch.nn.Parameter)
         kind = InputKind.PARAMETER if is_param else InputKind.BUFFER
         name = ("p_" if is_param else "b_") + fqn.replace(".", "_")
-        # A program without user inputs still has a node that is no placeholder: its output.
-        before = self._first_user_input or next(n for n in self.graph.nodes if n.op != "placeholder")
-        with self.graph.inserting_before(before):
+        with self.graph.inserting_before(self._first_call_node()):
             node = self.graph.create_node("placeholder", name, name=name)
         node.target = node.name  # fx may have made the name unique or legal
         node.meta["val"] = self.make_fake(tensor)
@@ -215,6 +193,10 @@ class LiftedProgram:
         self.placeholders[fqn] = node
         self.nodes[node.name] = node
         return node
+
+    def _first_call_node(self) -> fx.Node:
+        """Return the first user input, or else the first node that is no placeholder: there is an output at least."""
+        return self._first_user_input or next(n for n in self.graph.nodes if n.op != "placeholder")
 
     def add_input(
         self, name: str, like: fx.Node, axes: Sequence[int], dtype: torch.dtype, extra_sizes: Sequence[int] = ()
@@ -325,11 +307,11 @@ class LiftedProgram:
         """
         out_node = self.graph.output_node()
         values: Any = out_node.args[0]
-        pairs = list(zip(values, self.output_specs, strict=True))
-        users = {v: s for v, s in pairs if s.kind == OutputKind.USER_OUTPUT}
+        pairs = zip(values, self.output_specs, strict=True)
         others = [(v, s) for v, s in pairs if s.kind != OutputKind.USER_OUTPUT and v in nodes]
         out_node.args = ((*(v for v, _ in others), *outputs),)
-        self.output_specs = [*(s for _, s in others), *(users[v] for v in outputs)]
+        own = (OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(v.name), None) for v in outputs)
+        self.output_specs = [*(s for _, s in others), *own]
         for node in reversed(list(self.graph.nodes)):
             if node not in nodes and node is not out_node:
                 self.graph.erase_node(node)
@@ -337,23 +319,42 @@ class LiftedProgram:
         self.nodes = {n.name: n for n in self.graph.nodes}
         self.placeholders = {f: n for f, n in self.placeholders.items() if n in nodes}
 
-    def finish_subprogram(self, names: Sequence[str]) -> ExportedProgram:
-        """Return the program that :meth:`keep_only` left, with outputs of these names and the remaining keyword
-        inputs."""
+    def replace_by_input(self, node: fx.Node) -> fx.Node:
+        """Replace a value by a positional input, before the program's own inputs; return its placeholder.
+
+        The value stays in the graph."""
+        name = f"from_{node.name}"
+        with self.graph.inserting_before(self._first_call_node()):
+            new = self.graph.create_node("placeholder", name, name=name)
+        new.target = new.name  # as above
+        new.meta["val"] = node.meta["val"]
+        self.input_specs[new.name] = InputSpec(InputKind.USER_INPUT, TensorArgument(new.name), None)
+        self.nodes[new.name] = new
+        node.replace_all_uses_with(new)
+        return new
+
+    def finish_subprogram(self, outputs: Any) -> ExportedProgram:
+        """Return the program that :meth:`keep_only` left, with the remaining inputs. ``outputs`` is a tree of the shape
+        of its outputs."""
         old, (first, *_) = self.program, self.program.module_call_graph
-        kwargs = old.call_spec.in_spec.children()[1]  # type: ignore[union-attr]
-        keyword_names = [n for n, s in zip(kwargs.context, user_inputs(old), strict=True) if s in self.input_specs]
-        values = {} if old.example_inputs is None else old.example_inputs[1]
-        examples = {n: values[n] for n in keyword_names if n in values}
         own: Any = first.signature  # the program's, never None
+        args, kwargs = own.in_spec.children()
+        names = dict(zip([*user_inputs(old)][args.num_leaves :], kwargs.context, strict=True))
+        inputs = [s.arg for s in self.input_specs.values() if s.kind == InputKind.USER_INPUT]
+        positional = [a.name for a in inputs if a.name not in names]
+        keywords = [names[a.name] for a in inputs if a.name in names]
+        examples = old.example_inputs
+        if examples is not None:
+            same = positional == [*user_inputs(old)][: args.num_leaves]
+            examples = (examples[0], {n: examples[1][n] for n in keywords}) if same else None
         signature = replace(
             own,
-            inputs=[a for a in own.inputs if a.name in self.input_specs],
-            in_spec=pytree.tree_structure(((), dict.fromkeys(keyword_names, 0))),
-            out_spec=pytree.tree_structure(dict.fromkeys(names, 0)),
-            forward_arg_names=keyword_names,
+            inputs=inputs,
+            in_spec=pytree.tree_structure(((0,) * len(positional), dict.fromkeys(keywords, 0))),
+            out_spec=pytree.tree_structure(outputs),
+            forward_arg_names=[*positional, *keywords],
         )
-        return self._build_program(None, [replace(first, signature=signature)], ((), examples) if examples else None)
+        return self._build_program(None, [replace(first, signature=signature)], examples)
 
     def signature(self) -> ExportGraphSignature:
         """Return the signature of the graph as it is now."""

@@ -19,8 +19,9 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from adaptc.errors import PassError
 from adaptc.passes.graph.graph_lock import with_graph_lock
-from adaptc.passes.graph.lifted import fake_mode_of, suppress_size_guards
+from adaptc.passes.graph.lifted import fake_mode_of
 from adaptc.passes.graph.ops import argument
+from adaptc.passes.graph.symbolic_fakes import suppress_size_guards
 from adaptc.torch_typing import is_list_or_tuple
 
 aten = torch.ops.aten

@@ -37,7 +37,7 @@ def extract_subprogram(program: ExportedProgram, names: Sequence[str]) -> Export
     _redirect_size_reads(graph, _find_needed(graph, output_nodes, sizes=False))
     needed = _find_needed(graph, output_nodes, sizes=True)
     opened.keep_only(needed, output_nodes)
-    return opened.finish_subprogram(names)
+    return opened.finish_subprogram(dict.fromkeys(names, 0))
 
 
 def reduce_graph_to(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:

@@ -5,7 +5,8 @@ would become constants of the traced code. Here both get symbols, in an environm
 code is kept. Its values come from the program that it is put into (``propagate_fakes``). Where the slots become inputs
 of a program, they get symbols in that program's own environment.
 
-Private torch use, with the public route that was tried: ``FakeTensorMode``, ``ShapeEnv.create_symbol`` and
+Private torch use, with the public route that was tried: ``FakeTensorMode``, ``detect_fake_mode``,
+``ShapeEnv.suppress_guards``, and the environment of a fake value. Public: none. ``ShapeEnv.create_symbol`` and
 ``create_symintnode``, and the ranges of its symbols. Public: ``make_fx(tracing_mode="symbolic")`` on tensors of example
 sizes. It needs memory for them, and identifies sizes that are equal by chance. ``torch.export.Dim`` is for inputs of
 modules.
@@ -13,14 +14,15 @@ modules.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count, cycle, repeat
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -116,3 +118,22 @@ def limited_sizes(program: ExportedProgram, shape_env: ShapeEnv, largest: int) -
     finally:
         for table, old in zip(tables, before, strict=True):
             table.update(old)
+
+
+def fake_tensor_mode() -> FakeTensorMode:
+    """Return a context in which new tensors have no values and belong to no program."""
+    return FakeTensorMode()
+
+
+@contextmanager
+def suppress_size_guards(fakes: Iterable[Any]) -> Generator[None]:
+    """Run the block with guards on the symbolic sizes of ``fakes`` suppressed, in the fake mode of these tensors.
+
+    Without this, a fake convolution would ask for the batch size to choose its kernel, and the answer would become part
+    of the program.
+    """
+    mode = detect_fake_mode(list(fakes))
+    env = getattr(mode, "shape_env", None)
+    # Inside the mode an arange gives a fake of the same program; outside it would give a real tensor.
+    with nullcontext() if mode is None else mode, nullcontext() if env is None else env.suppress_guards():
+        yield

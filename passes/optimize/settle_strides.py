@@ -17,10 +17,11 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from adaptc.passes.graph.higher_order import copy_bodies, find_higher_order_calls, module_with_graph
-from adaptc.passes.graph.lifted import LiftedProgram, suppress_size_guards
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.mutation import find_written_nodes, is_view
 from adaptc.passes.graph.ops import argument
 from adaptc.passes.graph.pass_infra import Pass, PassResult
+from adaptc.passes.graph.symbolic_fakes import suppress_size_guards
 
 aten = torch.ops.aten
 _READS = aten.as_strided.default

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.errors import AdaptcError, MethodError
-from adaptc.passes.graph.lifted import fake_tensor_mode
 from adaptc.passes.graph.ops import LAYER_OPS, Op
+from adaptc.passes.graph.symbolic_fakes import fake_tensor_mode
 from adaptc.passes.protocol.method import InitialValues, Method
 from adaptc.passes.protocol.method_names import check_names
 from adaptc.passes.protocol.parts.method_part import Slot

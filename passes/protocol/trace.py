@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError
 from adaptc.passes.graph.graph_lock import with_graph_lock
-from adaptc.passes.graph.lifted import suppress_size_guards
 from adaptc.passes.graph.ops import Op, cast, operands
+from adaptc.passes.graph.symbolic_fakes import suppress_size_guards
 from adaptc.passes.protocol.method import Method
 
 

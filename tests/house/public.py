@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "adaptc",
     "adaptc.training",
+    "adaptc.distributed",
     "adaptc.prefixes",
     "adaptc.engines",
     "adaptc.exporters",
@@ -42,6 +43,9 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
         "ServingModel": "generate_batch init_continuous_batching device dtype",
         "Binding": "adapters_by_name to",
         "PackagedProgram": f"swap bind base {_SCALES} ranks binding",
+        "SplitProgram": "keep swap merge save_adapter count",
+        "TrainingPipeline": "parameters train eval step evaluate save_adapter",
+        "StagedModule": "forward save_adapter",
         "RankAllocator": "update_and_allocate rank_pattern",
         "SubspaceAllocator": "update_and_allocate active_clusters",
         "TargetedConfig": "method with_model_defaults to_dict",

@@ -99,6 +99,7 @@ def code(tmp_path: Path) -> Source:
     for package in (
         "adaptc",
         "adaptc.training",
+        "adaptc.distributed",
         "adaptc.prefixes",
         "adaptc.engines",
         "adaptc.exporters",

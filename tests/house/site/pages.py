@@ -123,7 +123,7 @@ def reference_pages(code: Source) -> dict[str, str]:
     }
     for family, title in FAMILIES.items():
         topics[f"configs_{family}"] = (title, "Names, fields and defaults are those of PEFT.", families[family])
-    for package in ("training", "prefixes", "engines", "exporters", "methods", "debug"):
+    for package in ("training", "distributed", "prefixes", "engines", "exporters", "methods", "debug"):
         module = f"adaptc.{package}"
         said = (ast.get_docstring(code.tree(module)) or "").partition("\n\n")[0]
         topics[package] = (module, said, code.names(module))

@@ -16,8 +16,9 @@ from adaptc import LoraConfig
 from adaptc.methods.lora_family.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.respecialize import Respecialize
-from adaptc.passes.graph.lifted import LiftedProgram, suppress_size_guards
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
+from adaptc.passes.graph.symbolic_fakes import suppress_size_guards
 from adaptc.passes.protocol.regions import node_tag, site_op
 from tests.support.pass_checks import Snapshot, assert_valid, attach, describe, export, random_values, saved_and_loaded
 from tests.support.site_cases import CASES

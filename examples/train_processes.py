@@ -1,0 +1,103 @@
+"""Train one adapter in several processes, which may be killed at any time. `torchrun` starts them:
+
+    torchrun --nproc-per-node 2 examples/train_processes.py --model MODEL --out RUN --how pipeline
+    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_processes.py --model MODEL --out RUN --how shards
+
+MODEL is a transformers directory with safetensors files, of which each process reads what it holds: its stages of the
+model (pipeline), or its shard of each block (shards). RUN gets a state of training after every few steps, and the
+adapter in the end. The same command, with any number of processes and either way, goes on from the last state.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+
+import adaptc
+from adaptc import LoraConfig
+from adaptc.distributed import StagedModule, TrainingPipeline, compile_from_config, load_base, load_state, save_state
+
+ROWS, TOKENS = 8, 32
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--how", choices=("pipeline", "shards"), default="pipeline")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def batch(step: int, vocabulary: int, device: str) -> dict[str, Tensor]:
+    """The rows of a step, the same in all processes. Put your own data here."""
+    ids = torch.randint(vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step)).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def make_pipeline(prog: adaptc.AdaptedProgram) -> Any:
+    """One stage of the model in each process."""
+    count = dist.get_world_size()
+    return TrainingPipeline(adaptc.split(prog, count), microbatches=max(ROWS // 2, count))
+
+
+def make_shards(prog: adaptc.AdaptedProgram, blocks: int) -> Any:
+    """A part of each block in each process; FSDP2 gathers a block while it computes."""
+    module = StagedModule(adaptc.split(prog, blocks))
+    for stage in module.stages:
+        fully_shard(stage)
+    return fully_shard(module)
+
+
+def gradients_of_shards(module: Any, rows: dict[str, Tensor]) -> Tensor:
+    """Compute the loss of this process's rows and its gradients; return the mean loss of all processes."""
+    loss = module(**{k: t.chunk(dist.get_world_size())[dist.get_rank()] for k, t in rows.items()}).loss
+    loss.backward()
+    mean = loss.detach() / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean
+
+
+def main() -> None:
+    options = read_options()
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    if options.device == "cuda":
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
+    # Equal first values in all processes.
+    prog = compile_from_config(
+        options.model, config, device=options.device, generator=torch.Generator(options.device).manual_seed(0)
+    )
+    facts = prog.adaptation.source.config
+    is_pipeline = options.how == "pipeline"
+    trained = load_base(
+        make_pipeline(prog) if is_pipeline else make_shards(prog, facts.num_hidden_layers), options.model
+    )
+    trained.train()
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-3)
+    step, _ = load_state(options.out / "states", trained, optimizer) or (0, {})
+    while step < options.steps:
+        rows = batch(step, facts.vocab_size, options.device)
+        optimizer.zero_grad()
+        loss = trained.step(**rows) if is_pipeline else gradients_of_shards(trained, rows)
+        optimizer.step()
+        step += 1
+        if dist.get_rank() == 0:
+            print(f"step {step}: loss {loss.item():.5f}", flush=True)
+        if step % options.save_every == 0:
+            save_state(options.out / "states", trained, optimizer, step)
+    trained.save_adapter(options.out / "adapter", base_model=str(options.model))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One adapter trained by several processes."""
