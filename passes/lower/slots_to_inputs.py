@@ -102,10 +102,26 @@ def _to_input(lifted: LiftedProgram, fqn: str, argument: str) -> fx.Node:
 
 
 def _read_as_scalar(lifted: LiftedProgram, node: fx.Node) -> None:
-    """Let all that reads an input of one element read a tensor without axes."""
-    readers = list(node.users)
+    """Let what reads an input of one element read a tensor without axes, but for products that broadcast it anyway."""
+    readers = [r for r in node.users if not _broadcasts(r, node)]
+    if not readers:
+        return
     with lifted.graph.inserting_before(next(n for n in lifted.graph.nodes if n.op != "placeholder")):
         scalar = lifted.graph.call_function(torch.ops.aten.reshape.default, (node, []))
     lifted.nodes[scalar.name] = scalar
     for reader in readers:
         reader.replace_input_with(node, scalar)
+
+
+def _broadcasts(reader: fx.Node, node: fx.Node) -> bool:
+    """Return whether ``reader`` has the same value where ``node`` has an axis of one element.
+
+    A tensor without axes leaves the other one's dtype as it is, and a tensor with axes may widen it.
+    """
+    others = [n.meta["val"] for n in reader.all_input_nodes if n is not node]
+    return (
+        reader.target is torch.ops.aten.mul.Tensor
+        and len(others) == 1
+        and others[0].ndim > 0
+        and others[0].dtype == node.meta["val"].dtype
+    )

@@ -75,6 +75,21 @@ def test_texts_are_told_apart_by_the_mask_alone() -> None:
     assert counts(added(packed_mask(texts), torch.float32, LOWEST)) == counts(packed_mask(texts))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_that_hides_nothing_is_left_out(dtype: torch.dtype) -> None:
+    mask = packed_mask([(1, 6, 0), (4, 0, 3), (1, 5, 1)], copies=3)
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, LOWEST)
+    divided = divide_mask(mask)
+    assert divided is not None
+    assert [s.mask is None for s in divided.segments] == [True, False, True]
+    check(mask)
+    biased = mask if dtype == torch.bool else mask.masked_fill(mask == 0, 0.5)
+    found = divide_mask(biased)
+    assert found is not None
+    assert [s.mask is None for s in found.segments] == [dtype == torch.bool, False, dtype == torch.bool]
+
+
 def test_a_window_does_not_part_a_text() -> None:
     assert counts(packed_mask([(6, 2, 0), (7, 0, 0)], window=3)) == [(6, 0, 8), (7, 8, 15)]
 
