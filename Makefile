@@ -97,6 +97,8 @@ demo-all: $(PASSED) $(VENV)/.ray.stamp
 	$(BIN)/python examples/many_adapters.py $(ADAPTERS)
 	$(BIN)/python examples/train_trainer.py
 	$(BIN)/python examples/train_many.py
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=2 examples/train_processes.py \
+		--out=build/demo/processes --steps=4 --save-every=2
 	$(BIN)/python examples/custom_module.py
 	$(BIN)/python examples/custom_method.py
 	$(BIN)/python examples/qlora.py

@@ -1,10 +1,10 @@
 """Train one adapter in several processes, which may be killed at any time. `torchrun` starts them:
 
-    torchrun --nproc-per-node 2 examples/train_processes.py --model MODEL --out RUN --how pipeline
-    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_processes.py --model MODEL --out RUN --how shards
+    torchrun --nproc-per-node 2 examples/train_processes.py --out RUN --how pipeline
+    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_processes.py --out RUN --how shards --model MODEL
 
 MODEL is a transformers directory with safetensors files, of which each process reads what it holds: its stages of the
-model (pipeline), or its shard of each block (shards). RUN gets a state of training after every few steps, and the
+model (pipeline), or its shard of each block (shards). Without one, a small random model is trained. RUN gets a state of training after every few steps, and the
 adapter in the end. The same command, with any number of processes and either way, goes on from the last state.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
@@ -28,7 +29,7 @@ ROWS, TOKENS = 8, 32
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--how", choices=("pipeline", "shards"), default="pipeline")
     parser.add_argument("--steps", type=int, default=20)
@@ -36,6 +37,16 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
+
+
+def write_small_model(path: Path) -> Path:
+    """A random model in a directory that all processes see; the first one writes it."""
+    if dist.get_rank() == 0 and not path.exists():
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=512, **sizes))
+        model.save_pretrained(path)
+    dist.barrier()
+    return path
 
 
 def batch(step: int, vocabulary: int, device: str) -> dict[str, Tensor]:
@@ -72,15 +83,16 @@ def main() -> None:
     dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     if options.device == "cuda":
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    model = options.model or write_small_model(options.out / "model")
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
     # Equal first values in all processes.
     prog = compile_from_config(
-        options.model, config, device=options.device, generator=torch.Generator(options.device).manual_seed(0)
+        model, config, device=options.device, generator=torch.Generator(options.device).manual_seed(0)
     )
     facts = prog.adaptation.source.config
     is_pipeline = options.how == "pipeline"
     trained = load_base(
-        make_pipeline(prog) if is_pipeline else make_shards(prog, facts.num_hidden_layers), options.model
+        make_pipeline(prog) if is_pipeline else make_shards(prog, facts.num_hidden_layers), model
     )
     trained.train()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-3)
@@ -95,7 +107,7 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.5f}", flush=True)
         if step % options.save_every == 0:
             save_state(options.out / "states", trained, optimizer, step)
-    trained.save_adapter(options.out / "adapter", base_model=str(options.model))
+    trained.save_adapter(options.out / "adapter", base_model=str(model))
     dist.destroy_process_group()
 
 

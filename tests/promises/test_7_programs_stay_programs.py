@@ -67,7 +67,7 @@ def test_no_pass_gets_around_its_checks(cls: type[PassBase[Any]]) -> None:
 
 def test_there_are_passes_of_every_package() -> None:
     homes = {c.__module__.split(".")[2] for c in classes()}
-    assert homes == {"adapt", "optimize", "lower", "train", "quantized"}
+    assert homes == {"adapt", "optimize", "lower", "train", "quantized", "stages"}
 
 
 @pytest.fixture
