@@ -91,9 +91,7 @@ def main() -> None:
     )
     facts = prog.adaptation.source.config
     is_pipeline = options.how == "pipeline"
-    trained = load_base(
-        make_pipeline(prog) if is_pipeline else make_shards(prog, facts.num_hidden_layers), model
-    )
+    trained = load_base(make_pipeline(prog) if is_pipeline else make_shards(prog, facts.num_hidden_layers), model)
     trained.train()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-3)
     step, _ = load_state(options.out / "states", trained, optimizer) or (0, {})
