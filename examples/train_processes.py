@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 4 --max-restarts 3 examples/train_processes.py --out RUN --how shards --model MODEL
 
 MODEL is a transformers directory with safetensors files, of which each process reads what it holds: its stages of the
-model (pipeline), or its shard of each block (shards). Without one, a small random model is trained. RUN gets a state of training after every few steps, and the
-adapter in the end. The same command, with any number of processes and either way, goes on from the last state.
+model (pipeline), or its shard of each block (shards). Without one, a small random model is trained. RUN gets a state of
+training after every few steps, and the adapter in the end. The same command, with any number of processes and either
+way, goes on from the last state.
 """
 
 from __future__ import annotations
