@@ -31,7 +31,9 @@ def program() -> Any:
     return adaptc.compile(Net(), config, example_inputs=(inputs(2, 3),), dynamic_shapes=free)
 
 
-@pytest.mark.parametrize("suffix", EXPORTERS)
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(s, marks=[pytest.mark.long] if s == ".pte" else []) for s in EXPORTERS]
+)
 def test_certificates(suffix: str, tmp_path: Path) -> None:
     export, runtime, package, options = EXPORTERS[suffix]
     prog = program()

@@ -23,7 +23,11 @@ from tests.exporters.test_slot_program import Net, compiled, inputs
 SIZES = ((3, 5), (1, 1), (5, 17))
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+#: each export to ExecuTorch takes seconds: what it has alone is tested in short all the same
+_MARKS = {"executorch": [pytest.mark.long]}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=_MARKS.get(n, [])) for n in RUNTIMES])
 def runtime(request: pytest.FixtureRequest) -> RuntimeUnderTest:
     return RUNTIMES[request.param]
 
@@ -104,6 +108,7 @@ def test_options_of_swap(runtime: RuntimeUnderTest, folder: Path, model: Any, tm
     torch.testing.assert_close(run(model, {"x": inputs(2, 3)}, "fr"), bound(inputs(2, 3)))
 
 
+@pytest.mark.long
 def test_ranks_up_to_a_limit(tmp_path: Path) -> None:
     """ExecuTorch plans memory for a largest rank, and computes nothing on empty tensors."""
     runtime = RUNTIMES["executorch"]
