@@ -46,13 +46,20 @@ def program(layers: int) -> adaptc.AdaptedProgram:
     return adaptc.compile(model, config, dynamic_shapes={"input_ids": free, "attention_mask": free})
 
 
+def _with_threads(options: Any) -> Any:
+    """Return options of ONNX Runtime with as many threads as torch has, which wait without taking a core from others:
+    the sessions of a table are all open at once."""
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
 def open_plain(runtime: str, path: Path) -> Callable[[dict[str, Any]], Any]:
     """Return a call of a file without adapters, by the runtime's own means and with the same options."""
     if runtime == "onnx":
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options = _with_threads(onnxruntime.SessionOptions())
         session = onnxruntime.InferenceSession(str(path), options)
         return lambda given: session.run(["logits"], given)
     if runtime == "openvino":
@@ -72,9 +79,7 @@ def open_adapted(runtime: str, path: Path) -> Any:
     if runtime == "onnx":
         from adaptc.exporters.to_onnx.session import quiet_options
 
-        options = quiet_options()
-        options.intra_op_num_threads = torch.get_num_threads()
-        return adaptc.exporters.onnx_session(path, session_options=options)
+        return adaptc.exporters.onnx_session(path, session_options=_with_threads(quiet_options()))
     if runtime == "openvino":
         threads = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         return adaptc.exporters.openvino_model(path, config=threads)
