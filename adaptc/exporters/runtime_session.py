@@ -235,7 +235,7 @@ class RuntimeSession(ABC):
 
     def _as_array(self, value: Any) -> Any:
         """Return a value of the runtime as an array in memory of its own."""
-        raise NotImplementedError
+        return np.array(value.numpy())
 
     @abstractmethod
     def _facts(self, value: Any) -> tuple[str, tuple[int, ...]]:

@@ -11,15 +11,10 @@ import transformers
 from torch import Tensor
 
 import adaptc
+from tests.support import training
+from tests.support.training import VOCABULARY
 
-VOCABULARY = 97
-CONFIG: dict[str, Any] = {
-    "r": 5,
-    "lora_alpha": 11,
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-    "task_type": "CAUSAL_LM",
-    "init_lora_weights": False,
-}
+CONFIG: dict[str, Any] = {**training.CONFIG, "init_lora_weights": False}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,25 +135,31 @@ def memory_of_start(folder: Path) -> Any:
 # -- a process is killed -----------------------------------------------------------------------------------------------
 
 
+def go_on(folder: Path, trained: Any, optimizer: Any, step: Callable[[int], float], killed: int | None) -> Any:
+    """Six steps, or those that are left, with a state after every second; the process ``killed`` ends in the fifth."""
+    first, extra = load_state(folder, trained, optimizer) or (0, {"losses": []})
+    losses = list(extra["losses"])
+    for i in range(first, 6):
+        losses.append(step(i))
+        if i % 2:
+            save_state(folder, trained, optimizer, i + 1, extra={"losses": losses})
+        if i == 4 and dist.get_rank() == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {"first": first, "losses": losses}
+
+
 def train_pipeline(folder: Path, stages: int, kill: bool) -> Any:
-    """Six steps, or those that are left, with a state after every second."""
     from tests.distributed.pipeline_jobs import CUTS
 
     size = dist.get_world_size()
     halves = adaptc.split(own_program(), boundaries=CUTS[stages])
     pipe = TrainingPipeline(halves, microbatches=max(2, size), loss=exact_loss)
     optimizer = optimizer_of(pipe.parameters())
-    begun = load_state(folder / "states", pipe, optimizer)
-    first, extra = begun or (0, {"losses": []})
-    losses = list(extra["losses"])
-    for i in range(first, 6):
-        losses.append(step_with(pipe, optimizer, i, exact=True))
-        if i % 2:
-            save_state(folder / "states", pipe, optimizer, i + 1, extra={"losses": losses})
-        if kill and i == 4 and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+    found = go_on(
+        folder / "states", pipe, optimizer, lambda i: step_with(pipe, optimizer, i, exact=True), 1 if kill else None
+    )
     pipe.save_adapter(folder / "pipeline")
-    return {"first": first, "losses": losses}
+    return found
 
 
 def pipeline_killed(folder: Path) -> Any:
@@ -167,17 +173,11 @@ def pipeline_goes_on(folder: Path) -> Any:
 def train_sharded(folder: Path, kill: bool) -> Any:
     module = sharded(own_program(), 2)
     optimizer = optimizer_of([p for p in module.parameters() if p.requires_grad])
-    begun = load_state(folder / "shards", module, optimizer)
-    first, extra = begun or (0, {"losses": []})
-    losses = list(extra["losses"])
-    for i in range(first, 6):
-        losses.append(step_sharded(module, optimizer, i))
-        if i % 2:
-            save_state(folder / "shards", module, optimizer, i + 1, extra={"losses": losses})
-        if kill and i == 4 and dist.get_rank() == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    found = go_on(
+        folder / "shards", module, optimizer, lambda i: step_sharded(module, optimizer, i), 0 if kill else None
+    )
     module.save_adapter(folder / "sharded")
-    return {"first": first, "losses": losses}
+    return found
 
 
 def sharded_killed(folder: Path) -> Any:

@@ -98,6 +98,19 @@ def test_grpo_losses_are_pefts_with_continuous_batching(trained: Any, tmp_path: 
     same(run(trained), run(peft_model()))
 
 
+def run_with_reference(trainer_class: Any, args_class: Any, folder: Path, policy: Any, reference: Any) -> torch.Tensor:
+    """What a trainer logs whose policy is held near ``reference``, None for the one that PEFT's model has."""
+    beta = 0.5 if reference is None else 0.0
+    args = args_class(**options(folder), max_completion_length=5, num_generations=2, beta=beta)
+    trainer = trainer_class(
+        policy, reward_funcs=reward, args=args, train_dataset=prompts(), processing_class=tokenizer()
+    )
+    if reference is not None:
+        add_fused_lm_head(reference, temperature=trainer.temperature)
+        trainer.ref_model, trainer.beta = reference, 0.5
+    return logged(trainer, "loss", "reward", "kl", "grad_norm")
+
+
 @pytest.mark.long
 def test_rloo_losses_are_pefts_with_the_base_as_the_reference(trained: Any, tmp_path: Path) -> None:
     """PEFT's reference is the adapter as it was, so B is zero here, and it is the base."""
@@ -106,45 +119,24 @@ def test_rloo_losses_are_pefts_with_the_base_as_the_reference(trained: Any, tmp_
     theirs = peft_model()
     peft.set_peft_model_state_dict(theirs, dict(zero))
 
-    def run(policy: Any, reference: Any) -> torch.Tensor:
-        beta = 0.5 if reference is None else 0.0
-        args = RLOOConfig(**options(tmp_path), max_completion_length=5, num_generations=2, beta=beta)
-        trainer = RLOOTrainer(
-            policy, reward_funcs=reward, args=args, train_dataset=prompts(), processing_class=tokenizer()
-        )
-        if reference is not None:
-            add_fused_lm_head(reference, temperature=trainer.temperature)
-            trainer.ref_model, trainer.beta = reference, 0.5
-        return logged(trainer, "loss", "reward", "kl", "grad_norm")
-
-    ours = run(trained, trained.owner.base.module())
+    kinds = RLOOTrainer, RLOOConfig, tmp_path
+    ours = run_with_reference(*kinds, trained, trained.owner.base.module())
     assert ours[1, 2] > 1e-4, "no reference"
-    same(ours, run(theirs, None))
+    same(ours, run_with_reference(*kinds, theirs, None))
 
 
 @pytest.mark.long
 def test_grpo_losses_are_pefts_with_another_adapter_as_the_reference(trained: Any, tmp_path: Path) -> None:
     """PEFT's reference is the adapter as it was: here that is another adapter on the same weights of the base."""
-
-    def run(policy: Any, reference: Any) -> torch.Tensor:
-        beta = 0.5 if reference is None else 0.0
-        args = GRPOConfig(**options(tmp_path), max_completion_length=5, num_generations=2, beta=beta)
-        trainer = GRPOTrainer(
-            policy, reward_funcs=reward, args=args, train_dataset=prompts(), processing_class=tokenizer()
-        )
-        if reference is not None:
-            add_fused_lm_head(reference, temperature=trainer.temperature)
-            trainer.ref_model, trainer.beta = reference, 0.5
-        return logged(trainer, "loss", "reward", "kl", "grad_norm")
-
+    kinds = GRPOTrainer, GRPOConfig, tmp_path
     before = adaptc.save_adapter(trained, tmp_path / "before")
     other = copy.copy(trained.owner)
     other.swap(before)
     reference = other.module()
     reference.requires_grad_(False)
-    ours = run(trained, reference)
+    ours = run_with_reference(*kinds, trained, reference)
     assert ours[1, 2] > 1e-4, "no reference"
-    same(ours, run(peft_model(), None))
+    same(ours, run_with_reference(*kinds, peft_model(), None))
     policy_places, places = ({n: t.data_ptr() for n, t in m.named_parameters()} for m in (trained, reference))
     adapter = {n for n, t in trained.named_parameters() if t.requires_grad}
     assert {n for n, place in places.items() if place != policy_places[n]} == adapter

@@ -84,3 +84,18 @@ def damaged(data: bytes, seed: int) -> bytes:
     if kind == 3:
         return data[:at] + data[at + 7 :]
     return data[:at] + bytes([data[at] ^ (1 << dice.randrange(8))]) + data[at + 1 :]
+
+
+#: the beginning of a script that cannot import adaptc or torch, and opens model.onnx in ONNX Runtime alone
+OPEN_WITHOUT_ADAPTC = """\
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("adaptc", "torch"):
+            raise ModuleNotFoundError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+import numpy as np, onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 3
+session = ort.InferenceSession("model.onnx", options)
+"""

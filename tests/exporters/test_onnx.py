@@ -19,7 +19,7 @@ from torch.export import Dim
 
 import adaptc
 from adaptc import LoraConfig
-from tests.exporters.runtimes import COUNTS, damaged
+from tests.exporters.runtimes import COUNTS, OPEN_WITHOUT_ADAPTC, damaged
 from tests.exporters.test_slot_program import Net, compiled, inputs
 
 SIZES = ((3, 5), (1, 1), (5, 17))
@@ -83,17 +83,9 @@ def test_io_binding_feeds_the_adapter(folder: Path) -> None:
         torch.testing.assert_close(found, expected(folder, adapter, x))
 
 
-WITHOUT_ADAPTC = """
-import importlib.abc, sys
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("adaptc", "torch"):
-            raise ModuleNotFoundError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocked())
-import numpy as np, onnxruntime as ort
-options = ort.SessionOptions()
-options.log_severity_level = 3
-session = ort.InferenceSession("model.onnx", options)
+WITHOUT_ADAPTC = (
+    OPEN_WITHOUT_ADAPTC
+    + """
 x = np.load("x.npy")
 np.save("base.npy", session.run(["output"], {"x": x})[0])
 adapter, choice = ort.LoraAdapter(), ort.RunOptions()
@@ -104,6 +96,7 @@ peft_tensors = dict(np.load("de.npz"))
 np.save("de.npy", session.run(["output"], {"x": x, **peft_tensors})[0])
 assert not any(m.partition(".")[0] in ("adaptc", "torch") for m in sys.modules)
 """
+)
 
 
 def test_onnxruntime_alone(folder: Path) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
+from tests.exporters.runtimes import OPEN_WITHOUT_ADAPTC
+from tests.exporters.test_onnx_methods import NO_OPERATOR
 from tests.exporters.test_slot_program import Net, compiled, inputs
 from tests.support.method_table import ENTRIES
 from tests.support.subject import base_model_and_program, quiet, save_random_adapter, subject
@@ -186,23 +188,16 @@ def test_banks_that_cannot_be_exported(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-WITHOUT_ADAPTC = """
-import importlib.abc, sys
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("adaptc", "torch"):
-            raise ModuleNotFoundError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocked())
-import numpy as np, onnxruntime as ort
-options = ort.SessionOptions()
-options.log_severity_level = 3
-session = ort.InferenceSession("model.onnx", options)
+WITHOUT_ADAPTC = (
+    OPEN_WITHOUT_ADAPTC
+    + """
 given = dict(np.load("given.npz"))
 np.save("found.npy", session.run(["output"], given)[0])
 given = {n: given[n] for n in ("x", "adapter_coefficients")}
 given["adapter_coefficients"] = np.zeros((len(given["x"]), 1), np.float32)
 np.save("base.npy", session.run(["output"], given)[0])
 """
+)
 
 
 def test_onnxruntime_alone(exported: Exported) -> None:
@@ -237,12 +232,6 @@ def by_hand(x: Tensor, values: dict[str, Tensor], c: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-#: variants whose operators ONNX lacks -> the operator
-NO_OPERATOR = {
-    **dict.fromkeys(("oft_cayley", "boft", "boft_butterfly", "hra_gs", "psoft"), "linalg_solve"),
-    "hra": "linalg_solve_triangular",
-    "deft_qr": "sort",
-}
 #: variants that no bank takes -> why
 NOT_IN_BANKS = {"lily": "depends on the whole batch"}
 CASES = [(e.name, "linear") for e in ENTRIES if "linear" in e.layers()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ class Case:
     oracle: Any
     adapters: dict[str, Path]
 
-    def expected(self, name: str | None, ids: Tensor, **how: Any) -> Any:
+    def expected(self, name: str | None, ids: Any, **how: Any) -> Any:
         """What PEFT generates with the adapter called ``name``, None for the base."""
         if name is None:
             with self.oracle.disable_adapter():
@@ -41,20 +42,39 @@ class Case:
 
 @cache
 def case(family: str) -> Case:
-    model = FAMILIES[family].build()
+    return case_of(FAMILIES[family].build(), "all-linear")
+
+
+def case_of(model: Any, targets: Any) -> Case:
+    """The case of ``model`` with adapters at the layers ``targets``."""
     oracle: Any = None
     folder = Path(mkdtemp())
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(3)
         for name, rank in (("first", 3), ("second", 5)):
-            config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
+            config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
             if oracle is None:
                 oracle = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name)
             else:
                 oracle.add_adapter(name, config)
         oracle.save_pretrained(str(folder))
     return Case(model, oracle.eval(), {name: folder / name for name in ("first", "second")})
+
+
+def check_tokens(of: Case, gen: Any, prompts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Assert that ``gen``, with the first adapter, says what PEFT says: greedy, drawn, in beams, swapped, the base."""
+    for text in prompts:
+        for how in ({}, {"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}):
+            assert torch.equal(generated(gen, text, **how), of.expected("first", text, **how))
+    text = prompts[-1]
+    try:
+        adaptc.swap(gen, of.adapters["second"])
+        assert torch.equal(generated(gen, text, do_sample=True), of.expected("second", text, do_sample=True))
+    finally:
+        adaptc.swap(gen, of.adapters["first"])
+    assert torch.equal(generated(gen.base, text), generated(of.model, text))
+    assert not torch.equal(gen.base.forward(text["input_ids"]).logits, gen.forward(text["input_ids"]).logits)
 
 
 @cache

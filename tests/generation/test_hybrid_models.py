@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-import peft
 import pytest
 import torch
 
@@ -20,7 +17,7 @@ from adaptc.generation.cache.cache_layout import CacheLayout, HybridLayout
 from adaptc.generation.description import SPEC_FILE, facts_of, spec_to_json
 from tests.coverage.build import build
 from tests.coverage.rows import Row
-from tests.generation.models import generated, prompt
+from tests.generation.models import Case, case_of, check_tokens, generated, prompt
 
 LIMITS: dict[str, Any] = {"max_batch": 12, "max_length": 48}
 #: layers of either kind in turn, both in a layer, layers that keep nothing, delta rules, sliding windows, convolutions
@@ -37,31 +34,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @cache
-def both(family: str = "falcon_h1") -> tuple[Any, Any, Any, Path]:
-    """The model, what generates, PEFT's model, and where its adapters are."""
+def both(family: str = "falcon_h1") -> tuple[Case, Any]:
+    """A model with PEFT's adapters, and what generates with the first of them."""
     model_class, targets = FAMILIES[family]
-    model, folder = build(Row(family, "CAUSAL_LM", model_class)), Path(mkdtemp())
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(3)
-        oracle: Any = None
-        for name, rank in (("first", 3), ("second", 5)):
-            config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
-            if oracle is None:
-                oracle = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name)
-            else:
-                oracle.add_adapter(name, config)
-        oracle.save_pretrained(str(folder))
+    of = case_of(build(Row(family, "CAUSAL_LM", model_class)), targets)
     with warnings.catch_warnings():
         warnings.simplefilter("error", adaptc.AdaptcWarning)
-        gen = adaptc.compile_for_generation(model, folder / "first", **LIMITS)
-    return model, gen, oracle.eval(), folder
-
-
-def expected(name: str, text: Any, family: str = "falcon_h1", **how: Any) -> Any:
-    oracle = both(family)[2]
-    oracle.set_adapter(name)
-    return generated(oracle, text, **how)
+        return of, adaptc.compile_for_generation(of.model, of.adapters["first"], **LIMITS)
 
 
 @pytest.mark.long
@@ -69,26 +48,17 @@ def expected(name: str, text: Any, family: str = "falcon_h1", **how: Any) -> Any
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Rows of different lengths; greedy, drawn, in beams, and of what the adapter is swapped to."""
-    model, gen, _, folder = both(family)
+    of, gen = both(family)
     assert isinstance(gen.spec.layout, HybridLayout)
-    for text in (prompt(3, 9, (4, 0, 1)), prompt(1, 1)):
-        for how in ({}, {"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}):
-            assert torch.equal(generated(gen, text, **how), expected("first", text, family, **how))
-    try:
-        adaptc.swap(gen, folder / "second")
-        assert torch.equal(generated(gen, text, do_sample=True), expected("second", text, family, do_sample=True))
-    finally:
-        adaptc.swap(gen, folder / "first")
-    assert torch.equal(generated(gen.base, text), generated(model, text))
-    assert not torch.equal(gen.base.forward(text["input_ids"]).logits, gen.forward(text["input_ids"]).logits)
+    check_tokens(of, gen, [prompt(3, 9, (4, 0, 1)), prompt(1, 1)])
 
 
 @pytest.mark.long
 def test_a_cache_goes_on_and_is_forked(tmp_path: Path) -> None:
     """Its keys and values grow, its states do not, and nothing of it is taken back."""
-    model, gen, _, _ = both()
+    of, gen = both()
     text = prompt(2, 9, (3, 0))
-    alone = expected("first", text)
+    alone = of.expected("first", text)
     start = gen.prefill(text["input_ids"][:, :5], text["attention_mask"][:, :5])
     for _ in range(2):
         assert torch.equal(generated(gen, text, past_key_values=start.copy()), alone)
@@ -106,7 +76,7 @@ def test_a_cache_goes_on_and_is_forked(tmp_path: Path) -> None:
     again = adaptc.load(adaptc.save(gen, tmp_path / "hybrid.pt2"))
     assert torch.equal(generated(again, text), alone)
     assert torch.equal(generated(adaptc.merge(gen), text), alone)
-    assert adaptc.verify(gen, model).ok
+    assert adaptc.verify(gen, of.model).ok
     with pytest.raises(adaptc.AdaptcError, match="a state of 5 positions cannot be taken back to 3"):
         start.crop(-2)
     with pytest.raises(adaptc.AdaptcError, match="keeps states, and no keys and values of single tokens"):
@@ -119,24 +89,24 @@ def test_a_cache_goes_on_and_is_forked(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_rows_of_a_bank_have_adapters_of_their_own() -> None:
-    _, gen, _, folder = both()
-    bank, text = gen.bank({"a": folder / "first", "b": folder / "second"}), prompt(3, 7)
+    of, gen = both()
+    bank, text = gen.bank({"a": of.adapters["first"], "b": of.adapters["second"]}), prompt(3, 7)
     found = bank.generate(**text, adapters=["b", None, "a"], max_new_tokens=5, do_sample=False)
     for i, name in ((0, "second"), (2, "first")):
         alone = {n: t[i : i + 1] for n, t in text.items()}
-        assert torch.equal(found[i], expected(name, alone, max_new_tokens=5)[0])
+        assert torch.equal(found[i], of.expected(name, alone, max_new_tokens=5)[0])
 
 
 @pytest.mark.slow
 def test_as_a_package(tmp_path: Path) -> None:
-    model, gen, _, folder = both()
+    of, gen = both()
     package = adaptc.load_package(adaptc.package(gen, tmp_path / "hybrid.pt2", max_rank=5))
     text = prompt(3, 9, (4, 0, 1))
     for name in ("second", "first"):
-        adaptc.swap(package, folder / name)
+        adaptc.swap(package, of.adapters[name])
         for how in ({}, {"num_beams": 3}):
-            assert torch.equal(generated(package, text, **how), expected(name, text, **how))
-    assert adaptc.verify(package, model).ok
+            assert torch.equal(generated(package, text, **how), of.expected(name, text, **how))
+    assert adaptc.verify(package, of.model).ok
 
 
 @pytest.mark.long
@@ -149,7 +119,7 @@ def test_as_a_package(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_numbers_other_layers_is_refused(change: dict[str, Any] | None, said: str) -> None:
-    _, gen, _, _ = both()
+    _, gen = both()
     stored = json.loads(spec_to_json(gen.spec)[SPEC_FILE])
     inputs = {*gen.spec.layout.names, "slots", "attention_mask", "input_ids"}
     assert facts_of(stored, inputs).layout == gen.spec.layout

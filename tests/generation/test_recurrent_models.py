@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 
 import adaptc
-from tests.generation.models import generated, prompt
+from tests.generation.models import Case, case_of, check_tokens, generated, prompt
 from tests.support.families import FAMILIES, VOCAB, perturb
 
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 5}
@@ -37,27 +34,10 @@ def built(family: str) -> Any:
 
 
 @cache
-def both(family: str = "mamba") -> tuple[Any, Any, Any, Path]:
-    """The model, what generates, PEFT's model, and where its adapters are."""
-    model, folder = built(family), Path(mkdtemp())
-    targets = ["in_proj"] if family == "mamba2" else ["in_proj", "x_proj"]
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        oracle: Any = None
-        for name, rank in (("first", 3), ("second", 5)):
-            config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
-            if oracle is None:
-                oracle = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name)
-            else:
-                oracle.add_adapter(name, config)
-    oracle.save_pretrained(str(folder))
-    return model, adaptc.compile_for_generation(model, folder / "first", **LIMITS), oracle.eval(), folder
-
-
-def expected(name: str, text: Any, family: str = "mamba", **how: Any) -> Any:
-    oracle = both(family)[2]
-    oracle.set_adapter(name)
-    return generated(oracle, text, **how)
+def both(family: str = "mamba") -> tuple[Case, Any]:
+    """A model with PEFT's adapters, and what generates with the first of them."""
+    of = case_of(built(family), ["in_proj"] if family == "mamba2" else ["in_proj", "x_proj"])
+    return of, adaptc.compile_for_generation(of.model, of.adapters["first"], **LIMITS)
 
 
 @pytest.mark.long
@@ -65,26 +45,16 @@ def expected(name: str, text: Any, family: str = "mamba", **how: Any) -> Any:
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Rows of different lengths; greedy, drawn, in beams, and of what the adapter is swapped to."""
-    model, gen, _, folder = both(family)
-    for text in (prompt(3, 9, (4, 0, 1)), prompt(1, 1)):
-        for how in ({}, {"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}):
-            assert torch.equal(generated(gen, text, **how), expected("first", text, family, **how))
-    try:
-        adaptc.swap(gen, folder / "second")
-        assert torch.equal(generated(gen, text, do_sample=True), expected("second", text, family, do_sample=True))
-    finally:
-        adaptc.swap(gen, folder / "first")
-    assert torch.equal(generated(gen.base, text), generated(model, text))
-    assert not torch.equal(gen.base.forward(text["input_ids"]).logits, gen.forward(text["input_ids"]).logits)
+    check_tokens(*both(family), [prompt(3, 9, (4, 0, 1)), prompt(1, 1)])
 
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
     """Its size is the same at every length, and nothing of it is taken back."""
-    model, gen, _, _ = both()
+    of, gen = both()
     text = prompt(2, 9, (3, 0))
-    alone = expected("first", text)
+    alone = of.expected("first", text)
     start = gen.prefill(text["input_ids"][:, :5], text["attention_mask"][:, :5])
     for _ in range(2):
         assert torch.equal(generated(gen, text, past_key_values=start.copy()), alone)
@@ -94,7 +64,7 @@ def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
     again = adaptc.load(adaptc.save(gen, tmp_path / "state.pt2"))
     assert torch.equal(generated(again, text), alone)
     assert torch.equal(generated(adaptc.merge(gen), text), alone)
-    assert adaptc.verify(gen, model).ok
+    assert adaptc.verify(gen, of.model).ok
     for keep in (1, 3, torch.tensor([0, 4])):
         kept = gen.forward(text["input_ids"], logits_to_keep=keep).logits
         whole = gen.forward(text["input_ids"]).logits
@@ -108,30 +78,33 @@ def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
     assert torch.equal(generated(gen, text, past_key_values=start), alone)
     with pytest.raises(adaptc.AdaptcError, match="assisted decoding takes back what was guessed wrong"):
         generated(gen, prompt(1, 5), prompt_lookup_num_tokens=3)
-    embedded = model.get_input_embeddings()(text["input_ids"])
+    embedded = of.model.get_input_embeddings()(text["input_ids"])
     mask = text["attention_mask"]
     assert torch.equal(generated(gen, {"inputs_embeds": embedded, "attention_mask": mask}), alone[:, 9:])
 
 
 @pytest.mark.slow
 def test_as_a_package(tmp_path: Path) -> None:
-    model, gen, _, folder = both()
+    of, gen = both()
     package = adaptc.load_package(adaptc.package(gen, tmp_path / "state.pt2", max_rank=5))
     text = prompt(3, 9, (4, 0, 1))
     for name in ("second", "first"):
-        adaptc.swap(package, folder / name)
+        adaptc.swap(package, of.adapters[name])
         for how in ({}, {"num_beams": 3}):
-            assert torch.equal(generated(package, text, **how), expected(name, text, **how))
+            assert torch.equal(generated(package, text, **how), of.expected(name, text, **how))
     assert adaptc.verify(package, gen).ok
-    assert adaptc.verify(package, model).ok
+    assert adaptc.verify(package, of.model).ok
 
 
 @pytest.mark.slow
 def test_inductor_compiles_once() -> None:
-    model, _, _, folder = both()
-    gen, text = adaptc.compile_for_generation(model, folder / "first", **LIMITS, backend="inductor"), prompt(3, 9)
-    assert torch.equal(generated(gen, text), expected("first", text))
+    of, _ = both()
+    gen, text = (
+        adaptc.compile_for_generation(of.model, of.adapters["first"], **LIMITS, backend="inductor"),
+        prompt(3, 9),
+    )
+    assert torch.equal(generated(gen, text), of.expected("first", text))
     with adaptc.debug.assert_no_recompiles():
-        adaptc.swap(gen, folder / "second")
-        assert torch.equal(generated(gen, text), expected("second", text))
-        assert torch.equal(generated(gen, prompt(1, 4)), expected("second", prompt(1, 4)))
+        adaptc.swap(gen, of.adapters["second"])
+        assert torch.equal(generated(gen, text), of.expected("second", text))
+        assert torch.equal(generated(gen, prompt(1, 4)), of.expected("second", prompt(1, 4)))

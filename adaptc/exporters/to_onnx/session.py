@@ -135,9 +135,6 @@ class OnnxSession(RuntimeSession):
     def _as_value(self, value: Any) -> Any:
         return value if self._is_value(value) else self._ort.OrtValue.ortvalue_from_numpy(np.asarray(value))
 
-    def _as_array(self, value: Any) -> Any:
-        return np.array(value.numpy())
-
     def _is_value(self, value: Any) -> bool:
         return isinstance(value, self._ort.OrtValue)
 
