@@ -49,7 +49,7 @@ class Backbone(nn.Module):
         if other is not whole:
             return other.base_model(*args, **kwargs)
         args, kwargs = whole.inputs.fill_missing(args, kwargs)
-        whole.constraints.enforce(whole)
+        whole.constraints.enforce(whole.tensor_at)
         return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](*args, **kwargs))
 
 
