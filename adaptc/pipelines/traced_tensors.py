@@ -17,9 +17,13 @@ _NUMBERS = (".alpha", ".rank", ".scale")
 
 
 class TracedTensor(Tensor):
-    """A tensor that knows the keys of the tensors that it was made from."""
+    """A tensor that knows the keys of the tensors that it was made from.
+
+    One that nothing was done to yet knows its ordinary tensor, too.
+    """
 
     keys: frozenset[str]
+    ordinary: Tensor
 
     @classmethod
     def __torch_function__(
@@ -29,6 +33,9 @@ class TracedTensor(Tensor):
         keys = frozenset(k for t in _traced_in((args, kwargs)) for k in t.keys)
         for t in _traced_in(out):
             vars(t)["keys"] = keys | vars(t).get("keys", frozenset())
+        if func.__name__.endswith("_") and func.__name__ != "__get__":  # such as mul_, __iadd__ and __set__
+            for t in _traced_in(args):  # it may have other memory, or another shape, now
+                vars(t).pop("ordinary", None)
         return out
 
 
@@ -36,14 +43,18 @@ def traced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors, which share their memory, as traced ones."""
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        found[key] = tensor.detach().as_subclass(TracedTensor)
-        vars(found[key])["keys"] = frozenset((key,))
+        ordinary = tensor.detach()
+        found[key] = ordinary.as_subclass(TracedTensor)
+        vars(found[key]).update(keys=frozenset((key,)), ordinary=ordinary)
     return found
 
 
 def plain(tensor: Tensor) -> Tensor:
     """Return a traced tensor as an ordinary one."""
-    return torch.from_dlpack(tensor) if isinstance(tensor, TracedTensor) else tensor
+    if not isinstance(tensor, TracedTensor):
+        return tensor
+    ordinary = vars(tensor).get("ordinary")
+    return torch.from_dlpack(tensor) if ordinary is None else ordinary
 
 
 def lost_keys(given: Mapping[str, Tensor], made: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> list[str]:

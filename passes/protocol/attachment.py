@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from adaptc.passes.protocol.method import Method, Slot
@@ -44,7 +45,7 @@ class Attachment:
     why: str = ""
     reads: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    @property
+    @cached_property
     def fqn(self) -> str:
         """Return the FQN of the base parameter."""
         return f"{self.module}.{self.param}" if self.module else self.param
@@ -54,7 +55,7 @@ class Attachment:
         """Return the path of the slots in the program: ``key``, unless that is the name of the parameter itself."""
         return self.key if self.key != self.fqn else f"{self.module}.adapted_{self.param}".removeprefix(".")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Return the attachment's unique name in a program, which region tags point to."""
         return f"{self.fqn}|{self.method.name}" + (f".{self.variant}" if self.variant else "")

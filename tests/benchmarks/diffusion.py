@@ -1,4 +1,4 @@
-"""Pipelines of diffusers next to diffusers' own adapters, in one interleaved run: swaps, inactive adapters, a step.
+"""Pipelines of diffusers next to diffusers' own adapters, in one interleaved run: steps, swaps, a batch, packages.
 
 A UNet of Stable Diffusion 1.5's shape at a quarter of its width, and a DiT of FLUX's shape with four blocks. Rank 16 on
 all attention layers. A step is one call of the denoiser, with two rows as guidance has them.
@@ -14,8 +14,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -29,6 +30,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
+from safetensors.torch import load_file
 from torch import Tensor
 
 import adaptc
@@ -37,12 +39,18 @@ from tests.benchmarks.harness import Row, interleave, machine, markdown
 RANK, TARGETS = 16, ["to_q", "to_k", "to_v", "to_out.0"]
 #: adapters that are loaded beside the one that acts
 INACTIVE = 19
+#: images of one batch, and steps of the denoiser for each
+IMAGES, STEPS = 4, 2
 
 
 def unet() -> DiffusionPipeline:
     """A pipeline whose UNet has Stable Diffusion 1.5's blocks at a quarter of their width, and nothing else."""
     denoiser = UNet2DConditionModel(
-        block_out_channels=(80, 160, 320, 320), norm_num_groups=16, attention_head_dim=8, cross_attention_dim=192
+        sample_size=32,
+        block_out_channels=(80, 160, 320, 320),
+        norm_num_groups=16,
+        attention_head_dim=8,
+        cross_attention_dim=192,
     )
     rest: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     return StableDiffusionPipeline(
@@ -76,17 +84,37 @@ def _dit_inputs() -> dict[str, Any]:
     return {"hidden_states": torch.randn(2, 256, 64), "timestep": torch.tensor([0.5, 0.5])} | text | positions
 
 
-FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], str]] = {
-    "UNet, a quarter of SD 1.5": (unet, _unet_inputs, "unet"),
-    "DiT, FLUX's blocks": (dit, _dit_inputs, "transformer"),
+def _unet_texts(rows: int) -> dict[str, Any]:
+    texts = ("prompt_embeds", "negative_prompt_embeds")
+    return {n: torch.randn(rows, 77, 192) for n in texts} | {"latents": torch.randn(rows, 4, 32, 32)}
+
+
+def _dit_texts(rows: int) -> dict[str, Any]:
+    texts = {"prompt_embeds": torch.randn(rows, 64, 256), "pooled_prompt_embeds": torch.randn(rows, 128)}
+    return texts | {"latents": torch.randn(rows, 256, 64)}
+
+
+class Family(NamedTuple):
+    """A pipeline to be made, the name of its denoiser, inputs of a step, and inputs of the pipeline for some rows."""
+
+    make: Callable[[], Any]
+    part: str
+    inputs: Callable[[], dict[str, Any]]
+    texts: Callable[[int], dict[str, Any]]
+
+
+FAMILIES = {
+    "UNet, a quarter of SD 1.5": Family(unet, "unet", _unet_inputs, _unet_texts),
+    "DiT, FLUX's blocks": Family(dit, "transformer", _dit_inputs, _dit_texts),
 }
 
 
 def run(family: str, folder: Path, rounds: int) -> list[Row]:
     """Return the rows of one family."""
-    make, make_inputs, part = FAMILIES[family]
+    make, part, make_inputs, make_texts = FAMILIES[family]
     torch.manual_seed(0)
     base, inputs = make(), make_inputs()
+    base.set_progress_bar_config(disable=True)
     files = [_write(base, part, folder / str(i), i) for i in range(INACTIVE + 1)]
     theirs, ours = (_copy(base, part) for _ in range(2))
     theirs.load_lora_weights(files[0], adapter_name="a0")
@@ -118,14 +146,69 @@ def run(family: str, folder: Path, rounds: int) -> list[Row]:
         "diffusers": lambda: theirs.set_adapters("a0", 1 / next(weights)),
         "adaptc": lambda: ours.set_adapters("a0", 1 / next(weights)),
     }
-    rows += interleave(f"{family}: set_adapters, {INACTIVE + 1} loaded", sets, "diffusers", rounds)
+    rows += interleave(f"{family}: another weight, {INACTIVE + 1} loaded", sets, "diffusers", rounds)
+    others = {name: _choose_in_turn(pipe) for name, pipe in (("diffusers", theirs), ("adaptc", ours))}
+    others["diffusers, the tensors of another file, hotswap=True"] = _load_in_turn(theirs, files)
+    rows += interleave(f"{family}: another of {INACTIVE + 1} adapters", others, "diffusers", rounds)
+    for pipe in (theirs, ours):
+        pipe.set_adapters("a0")
     rows += interleave(
         f"{family}: a step, {INACTIVE + 1} loaded, one acts",
         {name: steps[name] for name in ("the base", "adaptc", "diffusers")},
         "the base",
         rounds,
     )
-    return rows
+    texts = make_texts(IMAGES) | {"num_inference_steps": STEPS, "output_type": "latent"}
+    rows += interleave(
+        f"{family}: {IMAGES} images on {IMAGES} adapters, {STEPS} steps",
+        {"one after the other": lambda: _alone(ours, texts), "in one batch": lambda: _together(ours, texts)},
+        "one after the other",
+        rounds,
+    )
+    torch.testing.assert_close(_together(ours, texts), _alone(ours, texts), rtol=1e-3, atol=1e-3)
+    return rows + packages(family, base, part, inputs, files, folder, rounds)
+
+
+def packages(
+    family: str, base: Any, part: str, inputs: dict[str, Any], files: list[Path], folder: Path, rounds: int
+) -> list[Row]:
+    """Return the rows of the denoiser's package with an adapter swapped in, next to the package of the base."""
+    program = adaptc.compile(_copy(base, part), files[0]).programs[part]
+    paths = [folder / f"{name}.pt2" for name in ("adapted", "base")]
+    adaptc.package(program, paths[0], max_rank=RANK)
+    adaptc.package(adaptc.unload(program), paths[1])
+    adapted = adaptc.compile(_copy(base, part), files[0], packages={part: paths[0]})
+    adapted.load_lora_weights(files[1], adapter_name="other")
+    bare = adaptc.load_package(paths[1])
+    calls: dict[str, Callable[[], Any]] = {
+        "the base's package": lambda: bare(**inputs),
+        "the package with a LoRA swapped in": lambda: getattr(adapted, part)(**inputs, return_dict=False)[0],
+    }
+    with torch.no_grad():
+        return interleave(f"{family}: a step, AOTInductor", calls, "the base's package", rounds)
+
+
+def _choose_in_turn(pipe: Any) -> Callable[[], None]:
+    names = cycle(f"a{i}" for i in range(INACTIVE + 1))
+    return lambda: pipe.set_adapters(next(names))
+
+
+def _load_in_turn(pipe: Any, files: list[Path]) -> Callable[[], None]:
+    tensors = cycle([load_file(f / "pytorch_lora_weights.safetensors") for f in files])
+    return lambda: pipe.load_lora_weights(dict(next(tensors)), adapter_name="a0", hotswap=True)
+
+
+def _together(pipe: Any, texts: dict[str, Any]) -> Tensor:
+    return pipe(**texts, adapters=[f"a{i}" for i in range(IMAGES)]).images
+
+
+def _alone(pipe: Any, texts: dict[str, Any]) -> Tensor:
+    made: list[Tensor] = []
+    for i in range(IMAGES):
+        pipe.set_adapters(f"a{i}")
+        one = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in texts.items()}
+        made.append(pipe(**one).images)
+    return torch.cat(made)
 
 
 def _copy(pipe: Any, part: str) -> Any:
@@ -157,6 +240,7 @@ def _exchange(pipe: Any, files: list[Path]) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore")  # of other libraries, about versions and devices
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     print(f"Measured on {machine()}, {rounds} rounds, load {os.getloadavg()[0]:.1f}.\n")

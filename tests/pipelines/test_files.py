@@ -213,3 +213,16 @@ def test_tensors_that_a_converter_drops_are_told() -> None:
     assert lost_keys(given, {**made, "y": followed["b"].clone()}, {"c": followed["c.alpha"]}) == []
     assert type(plain(made["x"])) is Tensor
     torch.testing.assert_close(plain(made["x"]), given["a.lora_A"][2:])
+
+
+def test_a_tensor_that_a_converter_writes_to_is_the_one_it_wrote() -> None:
+    given = {name: torch.ones(2, 3) for name in "abcd"}
+    followed = traced(given)
+    followed["b"].mul_(2)
+    followed["c"].data = torch.full((4,), 3.0)
+    followed["d"] *= 5
+    for name, wanted in {"a": torch.ones(2, 3), "b": torch.full((2, 3), 2.0), "c": torch.full((4,), 3.0)}.items():
+        assert type(plain(followed[name])) is Tensor
+        torch.testing.assert_close(plain(followed[name]), wanted, msg=name)
+    torch.testing.assert_close(plain(followed["d"]), torch.full((2, 3), 5.0))
+    assert plain(followed["a"]).data_ptr() == given["a"].data_ptr()

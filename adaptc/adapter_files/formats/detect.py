@@ -5,6 +5,7 @@ The result is the format and what each key means in it. A CheckpointError names 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -63,23 +64,30 @@ def starts_with_component(key: str) -> bool:
 def detect_format(keys: Iterable[str], source: str) -> tuple[Format, list[ParsedKey]]:
     """Return the format that knows most of the keys, with all keys parsed. Raises CheckpointError where it knows not
     all."""
-    keys = list(keys)
-    # A model's own state dict has biases, too: without loralib's factors they are no format's.
-    formats = [f for f in FORMATS if f is not LORALIB or has_loralib_factors(keys)]
-    parsed = {f.name: [f.parse_key(k) for k in keys] for f in formats}
-    best = max(formats, key=lambda f: sum(p is not None for p in parsed[f.name]))
-    parsed_keys = [p for p in parsed[best.name] if p is not None]
+    keys = tuple(keys)
+    best, found = _parse(keys)
+    parsed_keys = [p for p in found if p is not None]
     if not parsed_keys:
         raise CheckpointError(
             f"{source}: its keys are those of no format that is known ({', '.join(f.name for f in FORMATS)}, PEFT): "
             f"{short_repr(keys[:3])}. {_refused_methods_hint(keys) or 'Is it an adapter?'}"
         )
-    if odd := [k for k, p in zip(keys, parsed[best.name], strict=True) if p is None]:
+    if odd := [k for k, p in zip(keys, found, strict=True) if p is None]:
         raise CheckpointError(
             f"{source}: {len(odd)} of {len(keys)} keys are not known in the format {best.name}: {short_repr(odd[:3])}. "
             f"{_refused_methods_hint(odd) or 'Drop them if they do not matter.'}"
         )
     return best, parsed_keys
+
+
+# Several questions are asked about one file, and files of one kind have the same keys.
+@functools.lru_cache(maxsize=16)
+def _parse(keys: tuple[str, ...]) -> tuple[Format, tuple[ParsedKey | None, ...]]:
+    """Return the format that knows most of the keys, and what it makes of each: None of one that it does not know."""
+    # A model's own state dict has biases, too: without loralib's factors they are no format's.
+    formats = [f for f in FORMATS if f is not LORALIB or has_loralib_factors(keys)]
+    parsed = [tuple(f.parse_key(k) for k in keys) for f in formats]
+    return max(zip(formats, parsed, strict=True), key=lambda found: sum(p is not None for p in found[1]))
 
 
 def _refused_methods_hint(keys: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ diffusers, or of the original code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from torch import Tensor
@@ -46,12 +46,18 @@ class ModuleNames:
         }
         self._biased = {fqn.removesuffix(".bias") for fqn in weights if fqn.endswith(".bias")}
         self._find_ops = cache(find_ops)
-        originals = original_transformer_layers(self.shapes)
-        #: layers of the original code that are no module of the model, by their original names
-        self._original_layers = {n: layer for n, layer in originals.items() if layer.only_module is None}
-        # The model's own names come before other spellings.
+
+    # Most files have the model's own names, so the other spellings are made where one of them is asked for.
+
+    @cached_property
+    def _originals(self) -> Mapping[str, OriginalLayer]:
+        return original_transformer_layers(self.shapes)
+
+    @cached_property
+    def _other_names(self) -> Mapping[str, str]:
+        """Map other spellings of names to those that the model has."""
         others = original_names(self.shapes)
-        others |= {n: layer.only_module or n for n, layer in originals.items()}
+        others |= {n: layer.only_module or n for n, layer in self._originals.items()}
         for name in self.shapes:
             others.setdefault(
                 name.removeprefix(_TEXT_MODEL_PREFIX)
@@ -59,8 +65,15 @@ class ModuleNames:
                 else _TEXT_MODEL_PREFIX + name,
                 name,
             )
-        self._by_flat_name = [_index_flat_names({n: n for n in self.shapes}), _index_flat_names(others)]
-        self._by_dotted_name = [{n: [n] for n in self.shapes}, {spelled: [name] for spelled, name in others.items()}]
+        return others
+
+    @cached_property
+    def _flat_names(self) -> Mapping[str, list[str]]:
+        return _index_flat_names({n: n for n in self.shapes})
+
+    @cached_property
+    def _other_flat_names(self) -> Mapping[str, list[str]]:
+        return _index_flat_names(self._other_names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the weight of a module, or of an original layer."""
@@ -73,7 +86,8 @@ class ModuleNames:
 
     def original_layer(self, name: str) -> OriginalLayer | None:
         """Return the layer of the original code called ``name``, or None for a module of the model."""
-        return None if name in self.shapes else self._original_layers.get(name)
+        layer = None if name in self.shapes else self._originals.get(name)
+        return None if layer is None or layer.only_module is not None else layer
 
     def find(self, parsed_key: ParsedKey, component: str, source: str) -> str | None:
         """Return the module of ``parsed_key``, or the original layer, or None where the model has none. A non-empty
@@ -81,10 +95,10 @@ class ModuleNames:
 
         Raises CheckpointError where several modules have the name.
         """
-        for names in self._by_flat_name if parsed_key.is_flattened else self._by_dotted_name:
+        for is_own in (True, False):  # the model's own names come before other spellings
             for spelled in parsed_key.module_names:
                 known = spelled if parsed_key.is_flattened or not component else spelled.removeprefix(f"{component}.")
-                found = names.get(known, ())
+                found = self._modules_called(known, parsed_key.is_flattened, is_own)
                 if len(found) > 1:
                     raise CheckpointError(
                         f"{source}: {parsed_key.key!r} may be of any of {', '.join(map(repr, found))}, whose names "
@@ -95,10 +109,17 @@ class ModuleNames:
                     return found[0]
         return None
 
+    def _modules_called(self, name: str, is_flattened: bool, is_own: bool) -> Sequence[str]:
+        if is_flattened:
+            return (self._flat_names if is_own else self._other_flat_names).get(name, ())
+        if is_own:
+            return (name,) if name in self.shapes else ()
+        return (self._other_names[name],) if name in self._other_names else ()
+
     def nearest_names(self, parsed_key: ParsedKey) -> Sequence[str]:
         """Return names of modules that are close to the name of ``parsed_key``, in the spelling that ``parsed_key``
         uses."""
-        names = list(self._by_flat_name[0]) if parsed_key.is_flattened else list(self.shapes)
+        names = list(self._flat_names) if parsed_key.is_flattened else list(self.shapes)
         return nearest(parsed_key.module_names[0], names, 2)
 
 
