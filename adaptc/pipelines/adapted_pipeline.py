@@ -52,6 +52,16 @@ class AdaptedPipeline:
             module.check_to(*args, **kwargs)
         return super().to(*args, **kwargs)  # type: ignore[misc]
 
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Keep all weights on the CPU, and move each component to the device while it runs, as in diffusers.
+
+        A component's program is copied to the device once; later it is given its weights there alone. Raises
+        ConfigError for the package of a program, which runs where it was compiled for.
+        """
+        for module in self.adapters.programs.values():
+            module.state.require_program("it runs on the device that it was compiled for")
+        super().enable_model_cpu_offload(*args, **kwargs)  # type: ignore[misc]
+
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """Encode prompts as the pipeline does, with ``lora_scale`` on the adapters of its text encoders."""
         original = super().encode_prompt  # type: ignore[misc]
@@ -214,12 +224,12 @@ def _refuse(name: str, why: str) -> Any:
 
 
 _FIXED = "it changes how the modules compute, and their programs are captured. Call it before adaptc.compile"
-_ONE_DEVICE = "the weights of a program stay on one device. Call pipe.to(device)"
+_ONE_DEVICE = "the weights of a program are on one device. Call pipe.to(device) or pipe.enable_model_cpu_offload()"
 _IN_PROGRAM = "the programs have no such inputs. Use the pipeline that was adapted"
 #: methods of pipelines that programs cannot follow -> why
 REFUSED = {
     **dict.fromkeys(
-        ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload", "set_lora_device"),
+        ("enable_sequential_cpu_offload", "enable_group_offload", "set_lora_device"),
         _ONE_DEVICE,
     ),
     **dict.fromkeys(("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter"), _IN_PROGRAM),

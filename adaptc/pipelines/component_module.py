@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from adaptc.capture.inputs.example_inputs import BATCH, ExampleInputs
 from adaptc.errors import AdaptcError, ConfigError, listing, short_repr
+from adaptc.passes.adapt.move import usable_device
 from adaptc.pipelines.component_program import tensor_calls, unread_layers
 from adaptc.pipelines.component_state import ComponentState
 from adaptc.pipelines.image_adapters import CallAdapters, RowBank, adapters_of_call, scale_of_text
 from adaptc.pipelines.read_adapter import without_layers
+from adaptc.pipelines.state_copies import StateCopies
+from adaptc.program.adapted_program import AdaptedProgram
 
 #: inputs that hold options of attention, of which programs take the scale of the adapters alone
 _ATTENTION_OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -38,6 +41,7 @@ class ComponentModule(nn.Module):
         self.component_name = name
         self.state = state
         self.rows = RowBank()
+        self._copies = StateCopies(state.program.device)
         self.training = False
 
     def twin(self) -> ComponentModule:
@@ -180,6 +184,12 @@ class ComponentModule(nn.Module):
         """Return the device that the program runs on."""
         return self.state.program.device
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return the base weights where the program has them now; none for a package. accelerate reads their device."""
+        program = self.state.program
+        tensors = program.base_tensors_or_empty().values() if isinstance(program, AdaptedProgram) else ()
+        return (t for t in tensors if isinstance(t, nn.Parameter))
+
     @contextlib.contextmanager
     def cache_context(self, name: str, **options: Any) -> Iterator[None]:
         """Run the block. Programs have no caches between steps, which diffusers keeps apart by such names."""
@@ -219,7 +229,13 @@ class ComponentModule(nn.Module):
         device = self.check_to(*args, **kwargs)
         if device is not None:
             self._parts.clear()
-            self.state = self.state.moved(device)
+            before = self.state
+            # accelerate's hook moves modules in turn. It is gone when diffusers moves them home after a call.
+            if "_hf_hook" in vars(self) or self._copies.has(before.program):
+                self.state = before.moved(lambda it: self._copies.on(it, device))
+                self._copies.leave(before.programs)
+            else:
+                self.state = before.moved(lambda it: it.to(device))
         return self
 
     def check_to(self, *args: Any, **kwargs: Any) -> torch.device | None:
@@ -234,11 +250,12 @@ class ComponentModule(nn.Module):
                 f"the program of {self.component_name} was captured in {self.dtype}: give the pipeline another dtype "
                 f"before you adapt it, adaptc.compile(pipe.to({dtype}), ...)"
             )
-        device = next((w for w in wanted if isinstance(w, (str, int, torch.device))), None)
-        if device is None or torch.device(device) == self.device:
+        given = next((w for w in wanted if isinstance(w, (str, int, torch.device))), None)
+        device = None if given is None else usable_device(torch.device(given))
+        if device is None or device == self.device:
             return None
         self.state.require_program("it runs on the device that it was compiled for")
-        return torch.device(device)
+        return device
 
     def train(self, mode: bool = True) -> Self:
         """Raise AdaptcError for True: programs of pipelines are captured for inference."""

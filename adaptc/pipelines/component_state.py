@@ -9,12 +9,11 @@ All LoRA adapters are bound to one program, and adapters of another method to a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from adaptc.adapter_files.load import has_tensors
@@ -240,13 +239,18 @@ class ComponentState:
         """Return the adapter ``name`` as an object, with the scale that it was made with."""
         return adapter_of_program(self.adapters[name].program, self.adapters[name].binding)
 
-    def moved(self, device: torch.device) -> Self:
-        """Return the state on another device."""
-        programs: dict[int, Any] = {id(p): p for p in (self.program, *(a.program for a in self.adapters.values()))}
-        there = {i: p.to(device) for i, p in programs.items()}
-        adapters = {n: PlacedAdapter(there[id(a.program)], a.binding.to(device)) for n, a in self.adapters.items()}
-        merged = None if self.merged is None else self.merged.to(device)
+    def moved(self, place: Callable[[Any], Any]) -> Self:
+        """Return the state on another device. ``place`` gives a program, or a binding, as it is there."""
+        there = {id(p): place(p) for p in self.programs}
+        adapters = {n: PlacedAdapter(there[id(a.program)], place(a.binding)) for n, a in self.adapters.items()}
+        merged = None if self.merged is None else there[id(self.merged)]
         return self.changed(program=there[id(self.program)], adapters=adapters, merged=merged)
+
+    @property
+    def programs(self) -> list[Any]:
+        """Return all programs of the state, each once."""
+        merged = [] if self.merged is None else [self.merged]
+        return list({id(p): p for p in (self.program, *(a.program for a in self.adapters.values()), *merged)}.values())
 
     def modules_of(self, name: str) -> list[str]:
         """Return the modules that an adapter has."""

@@ -75,7 +75,7 @@ def dit() -> DiffusionPipeline:
 
 def _unet_inputs() -> dict[str, Any]:
     text = {"encoder_hidden_states": torch.randn(2, 77, 192)}
-    return {"sample": torch.randn(2, 4, 32, 32), "timestep": torch.tensor(500)} | text
+    return {"sample": torch.randn(2, 4, 32, 32), "timestep": torch.full((2,), 500.0)} | text
 
 
 def _dit_inputs() -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_other_options_are_refused_by_name() -> None:
         adaptc.compile(base, adaptc.LoraConfig(target_modules=["to_q"]), training=True)
     with pytest.raises(adaptc.ConfigError, match="adapted already"):
         adaptc.compile(ours, None)
-    for verb in ("enable_model_cpu_offload", "load_ip_adapter", "save_pretrained", "enable_freeu"):
+    for verb in ("enable_sequential_cpu_offload", "load_ip_adapter", "save_pretrained", "enable_freeu"):
         with pytest.raises(adaptc.AdaptcError, match=f"{verb} is not offered"):
             getattr(ours, verb)()
     with pytest.raises(adaptc.AdaptcError, match=r"unet\.set_attn_processor"):

@@ -67,6 +67,7 @@ def test_what_a_package_cannot_do_is_refused_by_name(folder: Path) -> None:
     refused = {
         "fuse_lora merges": ours.fuse_lora,
         "runs on the device": lambda: ours.to("meta"),
+        "compiled code, and it runs": lambda: ours.enable_model_cpu_offload(device="meta"),
         "was captured in": lambda: ours.to(torch.float64),
         "each row need a bank": lambda: images(ours, "flux", adapters=["film"]),
     }
