@@ -354,7 +354,10 @@ def choose_boundaries(opened: LiftedProgram, count: int) -> list[str]:
     if not chains:
         raise ConfigError("the program has no modules that are counted (layers.0, layers.1, ...): give boundaries=")
     total = {p: sum(work[starts[blocks[0]] :]) * len(blocks) for p, blocks in chains.items()}
-    blocks = chains[max(total, key=total.__getitem__)]
+    chain = chains[max(total, key=total.__getitem__)]
+    # A stage may end with what the next block begins with, and this reads no weights.
+    ends = [*(starts[b] for b in chain), len(work)]
+    blocks = [b for b, (start, end) in zip(chain, pairwise(ends), strict=True) if any(work[start:end])]
     if len(blocks) < count:
         raise ConfigError(
             f"stages={count}: the program has {len(blocks)} repeated blocks, {listing(map(repr, blocks))}: ask for at "

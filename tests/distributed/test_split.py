@@ -94,6 +94,9 @@ def test_blocks_are_found_where_only_their_number_is_said() -> None:
     assert adaptc.split(program(), 2).boundaries == ("model.layers.1",)
     with pytest.raises(ConfigError, match=r"stages=3: the program has 2 repeated blocks, 'model.layers.0'"):
         adaptc.split(program(), 3)
+    for stage, block in enumerate(("model.layers.0", "model.layers.1")):
+        with pytest.raises(ConfigError, match=rf"stages=2: the program has 1 repeated blocks, '{block}'"):
+            adaptc.split(adaptc.split(program(), 2).programs[stage], 2)
 
 
 @pytest.mark.parametrize(
