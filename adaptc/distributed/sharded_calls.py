@@ -62,10 +62,9 @@ class ShardedOps(TorchFunctionMode):
     def _attention(
         self, func: Any, q: Any, k: Any, v: Any, attn_mask: Any = None, *args: Any, **kwargs: Any
     ) -> DTensor:
-        placement = q.placements[0]
-        same = placement == k.placements[0] == v.placements[0]
-        if not same or not (isinstance(placement, Shard) and placement.dim == _HEADS and q.ndim == 4):
-            placement = Replicate()
+        has_heads = all(t.ndim == 4 and not t.shape[_HEADS] % self.mesh.size() for t in (q, k, v))
+        is_sharded = any(t.placements[0] == Shard(_HEADS) for t in (q, k, v))
+        placement = Shard(_HEADS) if has_heads and is_sharded else Replicate()
         local = [t.redistribute(placements=[placement]).to_local() for t in (q, k, v)]
         mask = attn_mask
         if mask is not None:

@@ -1,7 +1,7 @@
 """Decide which tensors of a program are sharded in tensor parallelism, and along which axis.
 
-A plan names linear layers. Those that are "colwise" compute in each process a part of their outputs, and those that are
-"rowwise" read in each process a part of their inputs. Adapters follow their layers, as in PEFT: of LoRA at a colwise
+A plan names linear layers. Of a layer that is "colwise" each process computes a part of the outputs. Of one that is
+"rowwise" each process reads a part of the inputs. Adapters follow their layers, as in PEFT: of LoRA at a colwise
 layer ``lora_B`` is sharded, and at a rowwise layer ``lora_A``. Every other tensor is whole in each process.
 """
 
@@ -111,8 +111,8 @@ def check_not_quantized(program: AdaptedProgram) -> None:
     for name, t in program.base_tensors.items():
         if isinstance(t, QuantizedTensor):
             raise ConfigError(
-                f"{name!r} is quantised as {t.scheme}, and quantised weights are not sharded: compile the model without "
-                "adaptc.quantize, or train it in stages (adaptc.split)"
+                f"{name!r} is quantised as {t.scheme}, and quantised weights are not sharded: compile the model "
+                "without adaptc.quantize, or train it in stages (adaptc.split)"
             )
 
 
@@ -128,8 +128,8 @@ def _plan_of_model(program: AdaptedProgram) -> dict[str, str]:
     theirs |= getattr(None if source is None else source.model_class, "_tp_plan", None) or {}
     if odd := {n: s for n, s in theirs.items() if s not in _THEIR_STYLES and s not in _WHOLE}:
         raise ConfigError(
-            f"transformers' plan for this model has {listing(f'{n} as {s}' for n, s in odd.items())}, which adaptc does "
-            "not shard so: give plan={...} with the model's linear layers"
+            f"transformers' plan for this model has {listing(f'{n} as {s}' for n, s in odd.items())}, which adaptc "
+            "does not shard so: give plan={...} with the model's linear layers"
         )
     return {n: _THEIR_STYLES[s] for n, s in theirs.items() if s in _THEIR_STYLES}
 

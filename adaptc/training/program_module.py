@@ -81,7 +81,7 @@ def shared_tables(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in _TABLES}
 
 
-class ShardedCall(Protocol):
+class GraphCaller(Protocol):
     """A callable that runs a graph whose parameters are sharded by tensor parallelism."""
 
     def __call__(self, graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any: ...
@@ -107,7 +107,7 @@ class ProgramModule(AdapterStateDict):
         self.inputs = program.adaptation.inputs(program)
         self.enters_autocast = enters_autocast(graph.graph)
         #: what runs graphs where tensor parallelism shards their parameters; None where they run by themselves
-        self.sharded_call: ShardedCall | None = None
+        self.sharded_call: GraphCaller | None = None
         #: the number of repeated blocks that are computed again at a time; None where all activations are kept
         self.checkpoint_every: int | Literal["auto"] | None = None
         #: the number of blocks that its graphs were divided for, or None before the first time

@@ -34,6 +34,14 @@ CASES: dict[str, tuple[Any, Any]] = {
     ),
     "loha": (LoHaConfig(r=3, target_modules=["q_proj", "o_proj"], init_weights=False), "auto"),
 }
+QUERIES = {
+    "q_proj": "colwise",
+    "o_proj": "rowwise",
+    "gate_proj": "colwise",
+    "up_proj": "colwise",
+    "down_proj": "rowwise",
+}
+CASES["queries"] = LoraConfig(**LORA), QUERIES
 STEPS = 5
 
 
@@ -84,8 +92,10 @@ def all_cases(folder: Path) -> Any:
 
 
 def four(folder: Path) -> Any:
-    """Four processes, of which two share each head of keys."""
-    return {"lora": run_case("lora", folder)}
+    """Four processes cannot divide two heads of keys, which are whole in each of them then."""
+    with pytest.raises(ConfigError, match=r"'model.layers.0.self_attn': .* would cut through heads"):
+        shard_tensors(own_program(), init_device_mesh("cpu", (4,)))
+    return {"queries": run_case("queries", folder)}
 
 
 def swapped(folder: Path) -> Any:

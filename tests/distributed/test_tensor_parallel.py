@@ -54,7 +54,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_four_processes_equal_one(tmp_path: Path) -> None:
-    equals_one_process(together(tmp_path, "four", jobs=JOBS, processes=4)["four"]["lora"], "lora")
+    equals_one_process(together(tmp_path, "four", jobs=JOBS, processes=4)["four"]["queries"], "queries")
 
 
 @pytest.mark.long
