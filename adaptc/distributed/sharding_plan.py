@@ -152,7 +152,7 @@ def _linear_layers(program: AdaptedProgram) -> dict[str, str]:
     for fqn, t in base.items():
         shared.setdefault(id(t), []).append(fqn)
     for node in program.graph.nodes:
-        if node.op != "placeholder" or (fqn := names.get(node.name)) not in base or not fqn.endswith(".weight"):
+        if node.op != "placeholder" or (fqn := names.get(node.name, "")) not in base or not fqn.endswith(".weight"):
             continue
         # An adapter may stand between a weight and its layer, which it then names.
         readers = [*_layer_ops(node), *(a.kind for a in program.adaptation.attachments if a.fqn == fqn)]
