@@ -1,4 +1,5 @@
-"""One adapter trained by several processes: pipeline stages, sharded bases, and checkpoints for any number of them."""
+"""One adapter trained by several processes: pipeline stages, sharded bases, layers divided among processes, and
+checkpoints for any number of them."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from adaptc.distributed.pipeline import TrainingPipeline
     from adaptc.distributed.split_program import SplitProgram
     from adaptc.distributed.staged_module import StagedModule
+    from adaptc.distributed.tensor_parallel import shard_tensors
     from adaptc.distributed.train_state import load_state, save_state
 
 #: public name -> the module that defines it
@@ -20,6 +22,7 @@ PUBLIC = {
     "compile_from_config": "adaptc.distributed.meta_start",
     "load_base": "adaptc.distributed.meta_start",
     "StagedModule": "adaptc.distributed.staged_module",
+    "shard_tensors": "adaptc.distributed.tensor_parallel",
     "save_state": "adaptc.distributed.train_state",
     "load_state": "adaptc.distributed.train_state",
 }

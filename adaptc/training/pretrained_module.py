@@ -132,6 +132,7 @@ class PretrainedModule(PretrainedFiles):
         """
         other, kwargs = self.packed_calls.choose_module(kwargs)
         if other is not self:
+            self._refuse_if_sharded("a call with other inputs than the program was captured with")
             other.extra_loss = self.extra_loss
             return other.forward(*args, num_items_in_batch=num_items_in_batch, **kwargs)
         self._check_pad_token()
@@ -239,6 +240,7 @@ class PretrainedModule(PretrainedFiles):
     def base_model(self) -> nn.Module:
         """Return the program without its head, which trainers call that compute their own loss. Raises AdaptcError as
         :meth:`get_output_embeddings` does, and where the program does not end in one linear layer."""
+        self._refuse_if_sharded("base_model")
         self.get_output_embeddings()
         if vars(self)["backbone"] is None:
             graph = self.factory.make_graph(self.program, self.source.output_embedding)

@@ -81,6 +81,16 @@ def shared_tables(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in _TABLES}
 
 
+class GraphCaller(Protocol):
+    """A callable that runs a graph whose parameters are sharded by tensor parallelism."""
+
+    def __call__(self, graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any: ...
+
+    def refuse(self, what: str) -> None:
+        """Raise AdaptcError for ``what``, which does not work on sharded parameters."""
+        ...
+
+
 class ProgramModule(AdapterStateDict):
     """The module of a program, made by :meth:`AdaptedProgram.module`. ``program``: a snapshot of ``owner``, which
     nobody swaps."""
@@ -96,6 +106,8 @@ class ProgramModule(AdapterStateDict):
         owner.run_state.modules.add(self)
         self.inputs = program.adaptation.inputs(program)
         self.enters_autocast = enters_autocast(graph.graph)
+        #: what runs graphs where tensor parallelism shards their parameters; None where they run by themselves
+        self.sharded_call: GraphCaller | None = None
         #: the number of repeated blocks that are computed again at a time; None where all activations are kept
         self.checkpoint_every: int | Literal["auto"] | None = None
         #: the number of blocks that its graphs were divided for, or None before the first time
@@ -135,14 +147,15 @@ class ProgramModule(AdapterStateDict):
         asked = args, kwargs
         args, kwargs = self.inputs.fill_missing(args, kwargs)
         if torch.compiler.is_compiling():
+            self._refuse_if_sharded("torch.compile")
             self.constraints.enforce(self.tensor_at)
-            return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)
+            return self.inputs.call_names.convert_output(self.run_graph(self.graph_module, args, kwargs), *asked)
         self._check_devices(self.inputs(args, kwargs))
         check_not_sharded(self, self.quantized_names)
         self.constraints.enforce(self.tensor_at)
         try:
             with leaving_autocast() if self.enters_autocast else nullcontext():
-                return self.inputs.call_names.convert_output(self.graph_module(*args, **kwargs), *asked)
+                return self.inputs.call_names.convert_output(self.run_graph(self.graph_module, args, kwargs), *asked)
         except ZeroDivisionError as error:
             why = self.inputs.explain_zero_size(self.inputs(args, kwargs), error)
             raise AdaptcError(why or "the model divides by a number that is zero for these inputs") from error
@@ -152,6 +165,10 @@ class ProgramModule(AdapterStateDict):
             if wrong := self.explain_failure(args, kwargs):
                 raise AdaptcError(wrong) from error
             raise
+
+    def run_graph(self, graph: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what ``graph``, one of :meth:`graph_modules`, gives for the program's inputs."""
+        return graph(*args, **kwargs) if self.sharded_call is None else self.sharded_call(graph, args, kwargs)
 
     def tensor_at(self, fqn: str) -> Tensor:
         """Return the parameter or buffer ``fqn`` as the module has it now."""
@@ -236,6 +253,7 @@ class ProgramModule(AdapterStateDict):
         A graph that was set up before is only turned on again, with its own number of blocks. Raises ConfigError and
         AdaptcError as ``AdaptedProgram.module`` says, and AdaptcError for another number than the first time.
         """
+        self._refuse_if_sharded("gradient checkpointing")
         if not self.program.adaptation.training:
             raise AdaptcError(
                 "gradient_checkpointing works in training mode, and the program was captured for inference: "
@@ -285,7 +303,12 @@ class ProgramModule(AdapterStateDict):
         part = 100 * trained / max(count, 1)
         print(f"trainable params: {trained:,d} || all params: {count:,d} || trainable%: {part:.4f}")
 
+    def _refuse_if_sharded(self, what: str) -> None:
+        if self.sharded_call is not None:
+            self.sharded_call.refuse(what)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        self._refuse_if_sharded("copy.deepcopy")
         program = copy.deepcopy(self.program, memo)
         return self.copy_modes_to(self.factory(program, program))
 
@@ -301,6 +324,7 @@ class ProgramModule(AdapterStateDict):
         return new.train(self.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        self._refuse_if_sharded("pickle")
         return self.factory.pickle(self)
 
 

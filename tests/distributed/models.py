@@ -48,6 +48,39 @@ def upper_program() -> adaptc.AdaptedProgram:
 
 
 @functools.cache
+def grouped_llama() -> Any:
+    """Not to be changed: a model with biases, and with two heads of queries for each of keys."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY + 3,
+        hidden_size=28,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval().double()
+    for name, norm in list(model.named_modules()):
+        if isinstance(norm, transformers.models.llama.modeling_llama.LlamaRMSNorm):
+            model.set_submodule(name, ExactNorm(config.hidden_size).double())
+    return model
+
+
+class ExactNorm(torch.nn.Module):
+    """The norm of a Llama in the dtype of its input; that of transformers rounds to float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.8, 1.3, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@functools.cache
 def seq2seq_program() -> adaptc.AdaptedProgram:
     """A program whose decoder reads in every block what the encoder gave."""
     torch.manual_seed(0)
