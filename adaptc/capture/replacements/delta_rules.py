@@ -68,7 +68,13 @@ def _by_chunks(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: T
     heads = query.shape[2]
     query, key, value, beta, decay = (
         t.movedim(3, 1).flatten(0, 1)
-        for t in (query[:, places], key[:, places], value[:, places], beta[:, places] * is_text, decay[:, places] * is_text)
+        for t in (
+            query[:, places],
+            key[:, places],
+            value[:, places],
+            beta[:, places] * is_text,
+            decay[:, places] * is_text,
+        )
     )
     since_start = decay.cumsum(2)
     until_end = (since_start[:, :, -1:] - since_start).exp()

@@ -161,7 +161,12 @@ def _draw_chunks(draw: torch.Generator, batch: int, length: int) -> dict[str, An
         "D": _random(draw, heads),
         "dt_bias": _random(draw, heads),
     }
-    return {**{n: t.float() for n, t in call.items()}, "chunk_size": 7, "dt_softplus": True, "return_final_states": length > 1}
+    return {
+        **{n: t.float() for n, t in call.items()},
+        "chunk_size": 7,
+        "dt_softplus": True,
+        "return_final_states": length > 1,
+    }
 
 
 def _weighted_values(original: Function) -> Function:
