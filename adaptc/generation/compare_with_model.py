@@ -125,7 +125,8 @@ def check_prefill_matches_model(model: Any, program: ExportedProgram, spec: Gene
     check_prefill_sizes(program, name, spec.max_length)
     if parameter.device.type == "meta":
         return
-    assert spec.part_outputs is not None and isinstance(spec.layout, StateLayout)
+    assert spec.part_outputs is not None
+    assert isinstance(spec.layout, StateLayout)
     part = extract_subprogram(program, spec.part_outputs[PREFILL])
     names = part.call_spec.in_spec.children()[1].context  # type: ignore[union-attr]
     draw = torch.Generator().manual_seed(0)
