@@ -16,8 +16,13 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError, TargetError
 from adaptc.generation.cache.cache_layout import CacheLayout
-from adaptc.generation.compare_with_model import check_prompt_matches_model, check_step_matches_model
+from adaptc.generation.compare_with_model import (
+    check_prefill_matches_model,
+    check_prompt_matches_model,
+    check_step_matches_model,
+)
 from adaptc.generation.modes.all_modes import Candidate, candidates
+from adaptc.generation.modes.prefill_part import captured_with_prefill
 from adaptc.generation.modes.static_step import StepExample
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
 from adaptc.generation.multimodal.prompt_part import Prompts
@@ -58,6 +63,10 @@ def capture_step(
         layout = None
         failures.append(error)
     attempts = candidates(model, layout, position_count)
+    prefill_reason = ""
+    if reads_base_pass or prompts is not None:
+        attempts = [a for a in attempts if not a.has_prefill]
+        prefill_reason = "images or audio may be among its tokens" if prompts is not None else "the adapter reads twice"
     if prompts is not None:  # without a cache each step would read the images again
         ahead = prompts.description.looks_ahead  # in a ring, no position is after a token
         attempts = [a for a in attempts if a.mode.has_cache and not (ahead and a.mode.ring_window(a.layout))]
@@ -70,7 +79,10 @@ def capture_step(
                     model, capture, adapt, candidate, token_gate_inputs, reads_base_pass and mode.has_cache, prompts
                 )
         except CaptureError as error:
-            failures.append(error)
+            if candidate.has_prefill:
+                prefill_reason = _shortened_message(error)
+            else:
+                failures.append(error)
             continue
         known = spec_fields(
             candidate.layout,
@@ -85,15 +97,22 @@ def capture_step(
             takes_inputs_embeds="inputs_embeds" in takes,
             cache_mode=mode,
             mode_reason=mode_reason,
+            has_prefill=candidate.has_prefill,
+            prefill_reason=prefill_reason,
             token_gate_inputs=tuple(token_gate_inputs),
         )
         try:
             with stage(f"checking {mode.step_name} against {name}"):
+                if spec.has_prefill:
+                    check_prefill_matches_model(model, captured, spec)
                 check_step_matches_model(model, captured, spec)
                 if isinstance(spec, MultimodalSpec):
                     check_prompt_matches_model(model, captured, spec)
         except CaptureError as error:
-            failures.append(error)
+            if candidate.has_prefill:
+                prefill_reason = _shortened_message(error)
+            else:
+                failures.append(error)
             continue
         if not mode.has_cache:
             warnings.warn(
@@ -117,12 +136,16 @@ def _capture_in_mode(
 ) -> tuple[AdaptedProgram, ExportedProgram, StepExample]:
     mode = candidate.mode
     alone = partial(mode.capture, model, candidate.layout, candidate.size_limit, token_gate_inputs)
-    with alone() if prompts is None else prompts.captured(model, alone) as step:
+    if prompts is not None:
+        context = prompts.captured(model, alone)
+    else:
+        context = captured_with_prefill(model, candidate.layout, alone) if candidate.has_prefill else alone()
+    with context as step:
         try:
             planned = capture(step)
             return adapt(planned), planned.captured.program, step
         except (CaptureError, TargetError) as error:
-            if isinstance(error, TargetError) and not may_lack_targets:
+            if isinstance(error, TargetError) and not may_lack_targets and not candidate.has_prefill:
                 raise
             raise CaptureError(f"{type(model).__name__} cannot be captured as {mode.step_name}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor
@@ -11,8 +12,10 @@ from adaptc.generation.arguments.step_tokens import StepTokens, step_arguments
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import TokenGates, refuse_token_gates
 from adaptc.generation.generator import Generator
+from adaptc.generation.modes.prefill_part import PREFILL, can_prefill, run_prefill, run_step_part
 from adaptc.generation.prefix.prefix_for import prefix_attachments, with_prefix_arguments
 from adaptc.generation.spec import GenerationSpec, StepRunner, cache_argument_name
+from adaptc.state.runner import ProgramPart
 
 
 class CausalGenerator(Generator):
@@ -22,13 +25,21 @@ class CausalGenerator(Generator):
         super().__init__(runner, spec)
         #: the tokens at which an aLoRA adapter acts, while a generation is running
         self.token_gates: TokenGates | None = None
+        #: the program's parts with the pinned adapter, while it is pinned; none of a program that is called as a whole
+        self.parts: Mapping[str, ProgramPart] = {}
 
     def pinned_step(self) -> Any:
         """Return what runs steps with the adapter that is current now."""
-        return self._runner.snapshot_call()
+        runner = self._runner.snapshot_call()
+        if self.spec.part_outputs is None:
+            return runner
+        self.parts = runner.parts(self.spec.part_outputs)
+        return self.parts["step"]
 
     def run_step_program(self, **inputs: Tensor) -> Tensor:
         """Run the step program of a pinned generator; return the logits (batch, kept, vocabulary)."""
+        if isinstance(self.step, ProgramPart):
+            return run_step_part(self.step, **inputs)
         assert callable(self.step)
         return self.step(**inputs)
 
@@ -102,6 +113,8 @@ class CausalGenerator(Generator):
     def compute_logits(self, past: StepCache, new: StepTokens, inputs: dict[str, Tensor]) -> Tensor:
         if self.token_gates is not None:
             inputs |= self.token_gates.step_inputs(new.input_ids, past, *new.shape)
+        if self.spec.has_prefill and isinstance(self.step, ProgramPart) and can_prefill(self.spec, past, new.shape[1]):
+            return run_prefill(self.parts[PREFILL], past, inputs, new.shape[1], new.logits_to_keep)
         return self.spec.cache_mode.run(self.run_step_program, past, inputs, new.shape[1], new.logits_to_keep)
 
     def step_output(self, logits: Tensor, past: StepCache, returns_cache: bool) -> Any:

@@ -20,6 +20,15 @@ from adaptc.capture.check_size_one import run_without_effects
 from adaptc.capture.explain_failure import run_model
 from adaptc.capture.run_graph import run_graph
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
+from adaptc.generation.cache.cache_layout import StateLayout, cache_from_output
+from adaptc.generation.modes.prefill_part import (
+    PREFILL,
+    check_prefill_sizes,
+    prefill_name,
+    prompt_inputs,
+    written_tensors,
+)
+from adaptc.generation.modes.static_step import token_inputs
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
 from adaptc.generation.multimodal.prompt_part import EMBEDS, POSITIONS, PROMPT_OUTPUTS
 from adaptc.generation.seq2seq.seq2seq_spec import Seq2SeqSpec
@@ -31,6 +40,8 @@ from adaptc.passes.graph.subprogram import extract_subprogram
 #: the most tokens of the text that steps are checked with; sliding windows that are shorter are exceeded
 _TOKENS = 24
 _ROWS, _PADDING = 2, 3
+#: the tokens of prompts that are read at once; the chunks of most models are shorter than the last one
+_PROMPT_LENGTHS = (2, 3, _TOKENS, 131)
 #: the tokens of an encoder-decoder's answer, and of the text that its encoder reads
 _DECODER_TOKENS, _SOURCE_LENGTH, _SOURCE_PADDING = 8, 6, 2
 
@@ -70,7 +81,7 @@ def check_step_matches_model(model: Any, program: ExportedProgram, spec: Generat
     seen = mask.bool()
     expected = run_model(model, **text, use_cache=False).logits[seen]
     found = torch.cat([step(**i) for i in spec.cache_mode.check_inputs(spec, ids, mask, positions)], 1)[seen]
-    if (error := _logits_error(found, expected, spec)) is not None:
+    if (error := _difference(found, expected, spec)) is not None:
         raise CaptureError(f"{name} does not say {what} (logits differ by {error:.3g}), so it cannot be captured {so}")
 
 
@@ -100,6 +111,51 @@ def _decoder_step(program: ExportedProgram, spec: Seq2SeqSpec, source: Mapping[s
         return run("step", known | decoder_inputs(inputs))["logits"]
 
     return step
+
+
+@torch.no_grad()
+def check_prefill_matches_model(model: Any, program: ExportedProgram, spec: GenerationSpec) -> None:
+    """Raise CaptureError where a part that reads a prompt at once differs from the model.
+
+    Logits, and what the part leaves in the cache, are compared for prompts of several lengths, one longer than the
+    chunks of most models. The model reads each row by itself, without its padding. Nothing is checked on the meta
+    device.
+    """
+    parameter, name = next(model.parameters()), type(model).__name__
+    check_prefill_sizes(program, name, spec.max_length)
+    if parameter.device.type == "meta":
+        return
+    assert spec.part_outputs is not None
+    assert isinstance(spec.layout, StateLayout)
+    part = extract_subprogram(program, spec.part_outputs[PREFILL])
+    names = part.call_spec.in_spec.children()[1].context  # type: ignore[union-attr]
+    draw = torch.Generator().manual_seed(0)
+    states = {n for n, is_state in zip(spec.layout.names, spec.layout.is_state, strict=True) if is_state}
+    for length in sorted({min(n, spec.max_length) for n in _PROMPT_LENGTHS} - {1}):
+        ids = torch.randint(0, spec.vocab_size, (_ROWS, length), generator=draw).to(parameter.device)
+        mask, padding = torch.ones_like(ids), min(_PADDING, length - 1)
+        mask[0, :padding] = 0
+        prompt = token_inputs(spec, ids.device, ids, None, *ids.shape)
+        if spec.takes_position_ids:
+            prompt["position_ids"] = spec.step_positions((mask.cumsum(-1) - 1).clamp(min=0))
+        named = prompt_inputs(
+            spec.layout, {**prompt, "attention_mask": mask, "keep": torch.arange(length, device=ids.device)}
+        )
+        found = run_graph(part, **{n: named[n] for n in names})
+        for row, start in ((0, padding), (1, 0)):
+            out = run_model(model, input_ids=ids[row : row + 1, start:], use_cache=True)
+            left = dict(zip(spec.layout.names, written_tensors(spec.layout, cache_from_output(out)), strict=True))
+            expected = {"logits": out.logits, **left}
+            for key, theirs in expected.items():
+                ours = found[prefill_name(key)][row : row + 1]
+                if key not in states:  # a cache of a sliding window ends with the prompt
+                    axis = 1 if key == "logits" else 2
+                    ours = ours.narrow(axis, length - theirs.shape[axis], theirs.shape[axis])
+                if (error := _difference(ours, theirs, spec)) is not None:
+                    raise CaptureError(
+                        f"{name} gives other {key.partition('_')[0]} where it reads {length} tokens with padding at "
+                        f"once (they differ by {error:.3g})"
+                    )
 
 
 @torch.no_grad()
@@ -147,7 +203,7 @@ def check_prompt_matches_model(model: Any, program: ExportedProgram, spec: Multi
         start = end
     with run_without_effects(model):
         expected = run_model(model, **example, **numbered, use_cache=False).logits[seen]
-    if (error := _logits_error(torch.cat(found, 1)[seen], expected, spec)) is not None:
+    if (error := _difference(torch.cat(found, 1)[seen], expected, spec)) is not None:
         raise CaptureError(
             f"{type(model).__name__} does not say in steps what it says at once of a prompt with "
             f"{', '.join(spec.prompt_inputs)} (logits differ by {error:.3g}), so it cannot be captured with one: "
@@ -168,8 +224,8 @@ def _step_of_program(program: ExportedProgram, spec: GenerationSpec) -> Callable
     return step
 
 
-def _logits_error(found: Tensor, expected: Tensor, spec: GenerationSpec) -> float | None:
-    """Return by how much the logits ``found`` differ from those of the model; None where both are equal but for
+def _difference(found: Tensor, expected: Tensor, spec: GenerationSpec) -> float | None:
+    """Return by how much the logits or states ``found`` differ from those expected; None where both are equal but for
     rounding."""
     error, size = (found.float() - expected.float()).abs().max(), expected.float().abs().max()
     # Both compute with the same kernels; a wrong mask or position shows in the first digits.

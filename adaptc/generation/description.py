@@ -26,6 +26,7 @@ from adaptc.generation.cache.cache_layout import (
     StateLayout,
 )
 from adaptc.generation.modes.all_modes import mode_from_json, mode_to_json
+from adaptc.generation.modes.prefill_part import prompt_input_names
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
 from adaptc.generation.seq2seq.seq2seq_spec import CROSS_PREFIX, Seq2SeqSpec
 from adaptc.generation.spec import GenerationSpec
@@ -67,6 +68,8 @@ _SCHEMA: dict[str, Any] = {
     "acts": OptionalField([str]),
     "counts_padding": OptionalField(bool),
     "first_position": OptionalField(Size),
+    "prefill": OptionalField(bool),
+    "why_no_prefill": OptionalField(str),
     "hybrid": OptionalField({"layers": [Size], "count": Size}),
     "states": OptionalField([{"layer": Size, "kind": str, "index": Size, "sizes": [Size], "dtype": str}]),
 }
@@ -116,6 +119,10 @@ def spec_to_json(spec: GenerationSpec) -> dict[str, str]:
         stored["counts_padding"] = True
     if spec.first_position:
         stored["first_position"] = spec.first_position
+    if spec.has_prefill:
+        stored["prefill"] = True
+    if spec.prefill_reason:
+        stored["why_no_prefill"] = spec.prefill_reason
     if spec.token_gate_inputs:
         stored["acts"] = list(spec.token_gate_inputs)
     if isinstance(spec.layout, StateLayout):
@@ -159,12 +166,18 @@ def facts_of(
         "token_gate_inputs": tuple(stored.get("acts", ())),
         "counts_padding": stored.get("counts_padding", False),
         "first_position": stored.get("first_position", 0),
+        "has_prefill": stored.get("prefill", False),
+        "prefill_reason": stored.get("why_no_prefill", ""),
     }
     if seq2seq is None:
         if not {*layout.names, *fields["token_gate_inputs"]} <= set(inputs):
             raise UnsafeFile("its program has no such cache")
         if (prompts := stored.get("prompts")) is None:
-            return GenerationSpec(**fields)
+            spec = GenerationSpec(**fields)
+            if spec.has_prefill and not isinstance(layout, StateLayout):
+                raise UnsafeFile("its program has no such parts")
+            _check_parts(spec, prompt_input_names(spec) if spec.has_prefill else (), inputs, outputs)
+            return spec
         for key, field in _PROMPT_FIELDS.items():
             fields[field] = tuple(prompts[key]) if isinstance(prompts[key], list) else prompts[key]
         multimodal = MultimodalSpec(**fields)

@@ -22,8 +22,7 @@ from adaptc.generation.causal_generator import CausalGenerator
 from adaptc.generation.multimodal.multimodal_spec import MultimodalSpec
 from adaptc.generation.multimodal.prompt_part import EMBEDS, POSITIONS, PROMPT_OUTPUTS
 from adaptc.generation.prefix.prefix_for import prefix_attachments
-from adaptc.generation.spec import StepRunner, cache_argument_name
-from adaptc.state.runner import ProgramPart
+from adaptc.generation.spec import cache_argument_name
 
 #: the names of settings of configs that say which tokens images and audio take the place of
 PLACEHOLDERS = tuple(f"{what}_token_{form}" for what in ("image", "video", "audio") for form in ("id", "index"))
@@ -39,25 +38,12 @@ class MultimodalGenerator(CausalGenerator):
     spec: MultimodalSpec
     draws_own_inputs = True
 
-    def __init__(self, runner: StepRunner, spec: MultimodalSpec) -> None:
-        super().__init__(runner, spec)
-        #: the program's parts with the pinned adapter, while it is pinned
-        self.parts: Mapping[str, ProgramPart] = {}
-
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> NoReturn:
         """Raise ConfigError: images of several prompts lie in one tensor, which does not say whose they are."""
         raise ConfigError(
             "a bank has adapters for each prompt, and the images of all prompts lie in one tensor: generate the "
             "prompts of each adapter by themselves, with gen.bind(adapter).generate(...)"
         )
-
-    def pinned_step(self) -> Any:
-        self.parts = self._runner.snapshot_call().parts(self.spec.part_outputs)
-        return self.parts["step"]
-
-    def run_step_program(self, **inputs: Tensor) -> Tensor:
-        part = self.parts["step"]
-        return part.run(**{name: inputs[name] for name in part.inputs})["logits"]
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 

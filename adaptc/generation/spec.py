@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -22,6 +22,7 @@ from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import readable_methods
 from adaptc.generation.modes.all_modes import STATIC
 from adaptc.generation.modes.cache_mode import CacheMode
+from adaptc.generation.modes.prefill_part import captured_with_prefill, draw_prompt, part_outputs
 from adaptc.generation.modes.static_step import StepSpec
 from adaptc.generation.modes.step_draw import StepDraw
 from adaptc.passes.analysis.cache_inputs import count_passes
@@ -86,12 +87,13 @@ class GenerationSpec(StepSpec):
     @property
     def part_outputs(self) -> Mapping[str, Sequence[str]] | None:
         """Return the outputs of each part of the program, by the part's name; None for a program of one part."""
-        return None
+        return part_outputs(self.layout) if self.has_prefill else None
 
     def capture(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Return a context in which ``model`` has the forward with which the program was captured."""
         layout = self.layout.with_passes(1)
-        return self.cache_mode.capture(model, layout, token_gate_inputs=self.token_gate_inputs)
+        step = partial(self.cache_mode.capture, model, layout, token_gate_inputs=self.token_gate_inputs)
+        return captured_with_prefill(model, layout, step) if self.has_prefill else step()
 
     def new_cache(self, device: torch.device, prefix: CachePrefix | None = None) -> StepCache:
         """Return a cache that holds nothing but ``prefix``."""
@@ -99,7 +101,8 @@ class GenerationSpec(StepSpec):
 
     def draw_inputs(self, draw: StepDraw, rows: int | None = None) -> dict[str, Tensor]:
         """Draw inputs of the program, with ``rows`` rows; None for any number of them."""
-        return self.cache_mode.draw_step(self, draw, rows)
+        step = self.cache_mode.draw_step(self, draw, rows)
+        return {**draw_prompt(self, draw, step), **step} if self.has_prefill else step
 
     def notes(self) -> list[str]:
         """Return the lines of a report about the cache."""

@@ -15,6 +15,7 @@ import adaptc
 from adaptc.archives.refusal import UnsafeFile
 from adaptc.generation.cache.cache_layout import CacheLayout, HybridLayout
 from adaptc.generation.description import SPEC_FILE, facts_of, spec_to_json
+from adaptc.generation.modes.prefill_part import prompt_input_names
 from tests.coverage.build import build
 from tests.coverage.rows import Row
 from tests.generation.models import Case, case_of, check_tokens, generated, prompt
@@ -121,13 +122,16 @@ def test_as_a_package(tmp_path: Path) -> None:
 def test_a_file_that_numbers_other_layers_is_refused(change: dict[str, Any] | None, said: str) -> None:
     _, gen = both()
     stored = json.loads(spec_to_json(gen.spec)[SPEC_FILE])
-    inputs = {*gen.spec.layout.names, "slots", "attention_mask", "input_ids"}
-    assert facts_of(stored, inputs).layout == gen.spec.layout
+    inputs = {*gen.spec.layout.names, "slots", "attention_mask", "input_ids", *prompt_input_names(gen.spec)}
+    outputs = [name for names in gen.spec.part_outputs.values() for name in names]
+    assert facts_of(stored, inputs, outputs=outputs).layout == gen.spec.layout
+    with pytest.raises(UnsafeFile, match="its program has no such parts"):
+        facts_of(stored, inputs)
     stored["hybrid"] = None if change is None else stored["hybrid"] | change
     if change is None:
         del stored["hybrid"]
     with pytest.raises(UnsafeFile, match=said):
-        facts_of(stored, inputs)
+        facts_of(stored, inputs, outputs=outputs)
 
 
 def test_layers_of_another_kind_are_named() -> None:

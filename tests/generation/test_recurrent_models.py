@@ -11,6 +11,8 @@ import torch
 import transformers
 
 import adaptc
+from adaptc.generation import causal_generator
+from adaptc.generation.causal_generator import CausalGenerator
 from tests.generation.models import Case, case_of, check_tokens, generated, prompt
 from tests.support.families import FAMILIES, VOCAB, perturb
 
@@ -108,3 +110,21 @@ def test_inductor_compiles_once() -> None:
         adaptc.swap(gen, of.adapters["second"])
         assert torch.equal(generated(gen, text), of.expected("second", text))
         assert torch.equal(generated(gen, prompt(1, 4)), of.expected("second", prompt(1, 4)))
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_prompt_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits and states are those that the steps give, which are not run for it."""
+    _, gen = both()
+    text = prompt(2, 17, (3, 0))
+    steps: list[int] = []
+    original = CausalGenerator.run_step_program
+    monkeypatch.setattr(CausalGenerator, "run_step_program", lambda *a, **k: steps.append(1) or original(*a, **k))
+    at_once = gen.prefill(text["input_ids"], text["attention_mask"])
+    assert steps == []
+    monkeypatch.setattr(causal_generator, "can_prefill", lambda *_: False)
+    by_steps = gen.prefill(text["input_ids"], text["attention_mask"])
+    assert len(steps) == 17
+    for ours, theirs in zip(at_once.tensors, by_steps.tensors, strict=True):
+        torch.testing.assert_close(ours, theirs)

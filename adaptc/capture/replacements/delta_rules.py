@@ -35,7 +35,7 @@ def gated_delta_rule(original: Function) -> Function:
 
     def apply_rule(*args: Any, **kwargs: Any) -> Any:
         given = all_arguments(signature, args, kwargs)
-        if given["initial_state"] is not None or given["output_final_state"]:
+        if given["initial_state"] is not None:
             return original(*args, **kwargs)
         names = ("query", "key", "value", "beta", "g")
         query, key, value, beta, decay = (given[n].float() for n in names)
@@ -44,8 +44,8 @@ def gated_delta_rule(original: Function) -> Function:
         repeats = value.shape[2] // key.shape[2]
         query, key = (t.repeat_interleave(repeats, 2) if repeats > 1 else t for t in (query, key))
         query = query * query.shape[-1] ** -0.5
-        out = _by_chunks(query, key, value, beta.unsqueeze(-1), decay if decay.ndim == 4 else decay.unsqueeze(-1))
-        return out.to(given["query"].dtype), None
+        out, last = _by_chunks(query, key, value, beta.unsqueeze(-1), decay if decay.ndim == 4 else decay.unsqueeze(-1))
+        return out.to(given["query"].dtype), last if given["output_final_state"] else None
 
     return apply_rule
 
@@ -54,18 +54,27 @@ def _normalized(vectors: Tensor) -> Tensor:
     return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-6)
 
 
-def _by_chunks(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
-    """Return the outputs of queries (batch, length, heads, width)."""
+def _by_chunks(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs of queries (batch, length, heads, width), and the last state (batch, heads, key width,
+    width)."""
     length, device = query.shape[1], query.device
     # Two positions a block at least: a trace takes a single one for a constant.
     side = _BLOCKS * torch.sym_max((length + _CHUNKS * _BLOCKS - 1) // (_CHUNKS * _BLOCKS), 2)
     places = torch.arange(_CHUNKS, device=device).unsqueeze(1) * side + torch.arange(side, device=device)
-    # Positions after the last one have no influence on those before.
+    # Positions after the last one have no influence on those before, and none on the state: they correct nothing.
+    is_text = (places < length)[..., None, None]
     places = places.clamp(max=length - 1)
     # (batch * heads, chunks, places, width)
     heads = query.shape[2]
     query, key, value, beta, decay = (
-        t[:, places].movedim(3, 1).flatten(0, 1) for t in (query, key, value, beta, decay)
+        t.movedim(3, 1).flatten(0, 1)
+        for t in (
+            query[:, places],
+            key[:, places],
+            value[:, places],
+            beta[:, places] * is_text,
+            decay[:, places] * is_text,
+        )
     )
     since_start = decay.cumsum(2)
     until_end = (since_start[:, :, -1:] - since_start).exp()
@@ -85,7 +94,7 @@ def _by_chunks(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: T
         outs.append(torch.baddbmm(torch.bmm(asking, state), seeing, corrections))
         state = torch.baddbmm(remaining * state, keeping, corrections)
     out = torch.cat(outs, 1).unflatten(0, (-1, heads)).transpose(1, 2)
-    return out.index_select(1, torch.arange(length, device=device))
+    return out.index_select(1, torch.arange(length, device=device)), state.unflatten(0, (-1, heads))
 
 
 def _is_later(side: Any, device: torch.device) -> Tensor:

@@ -118,20 +118,36 @@ def _whole_chunks(original: Function) -> Function:
     def scan_chunks(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
-        if given.get("return_final_states") or given.get("initial_states") is not None:
+        if given.get("initial_states") is not None:
             return original(*args, **kwargs)
         length, chunk = given["hidden_states"].shape[1], given["chunk_size"]
         # Two chunks at least: a trace takes a single one for a constant.
         count = torch.sym_max((length + chunk - 1) // chunk, 2)
         index = torch.arange(count * chunk, device=given["dt"].device)
-        # Positions after the last one have no influence on those before.
+        is_text = (index < length).unsqueeze(-1)
+        # Positions after the last one have no influence on those before, and steps of zero have none on the state.
         index = index.clamp(max=length - 1)
         for name in ("hidden_states", "dt", "B", "C"):
             given[name] = given[name].index_select(1, index)
-        out = original(*bound.args, **bound.kwargs)
-        return out.index_select(1, torch.arange(length, device=index.device))
+        given["dt"] = _step_sizes(given) * is_text
+        given |= {"dt_bias": None, "dt_softplus": False, "dt_limit": (-torch.inf, torch.inf)}
+        found = original(*bound.args, **bound.kwargs)
+        out, *last = found if isinstance(found, tuple) else (found,)
+        out = out.index_select(1, torch.arange(length, device=index.device))
+        return (out, *last) if last else out
 
     return scan_chunks
+
+
+def _step_sizes(given: dict[str, Any]) -> Tensor:
+    """Return the sizes of steps (batch, length, heads) that Mamba 2's scan computes from its arguments."""
+    steps = given["dt"]
+    if (bias := given.get("dt_bias")) is not None:
+        steps = steps + bias.to(steps.dtype)
+    if given.get("dt_softplus"):
+        steps = F.softplus(steps)
+    low, high = given.get("dt_limit", (0.0, torch.inf))
+    return torch.clamp(steps, min=low, max=high)
 
 
 def _draw_chunks(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:
@@ -145,7 +161,12 @@ def _draw_chunks(draw: torch.Generator, batch: int, length: int) -> dict[str, An
         "D": _random(draw, heads),
         "dt_bias": _random(draw, heads),
     }
-    return {**{n: t.float() for n, t in call.items()}, "chunk_size": 7, "dt_softplus": True}
+    return {
+        **{n: t.float() for n, t in call.items()},
+        "chunk_size": 7,
+        "dt_softplus": True,
+        "return_final_states": length > 1,
+    }
 
 
 def _weighted_values(original: Function) -> Function:
@@ -221,7 +242,8 @@ def _draw_delta_rule(draw: torch.Generator, batch: int, length: int) -> dict[str
         "g": -F.softplus(_random(draw, batch, length, heads)),
         "beta": _random(draw, batch, length, heads).sigmoid(),
     }
-    return {**{n: t.float() for n, t in call.items()}, "use_qk_l2norm_in_kernel": True}
+    flags = {"use_qk_l2norm_in_kernel": True, "output_final_state": length > 1}
+    return {**{n: t.float() for n, t in call.items()}, **flags}
 
 
 def _draw_delta_rule_of_channels(draw: torch.Generator, batch: int, length: int) -> dict[str, Any]:

@@ -65,6 +65,11 @@ class CacheLayout:
         before = [pass_prefix(i) + self.name_prefix for i in range(self.passes)]
         return tuple(name for prefix in before for name in self.pass_names(prefix))
 
+    @property
+    def is_state(self) -> tuple[bool, ...]:
+        """Return, for each of :attr:`names`, whether it is a state, and not keys or values."""
+        return (False,) * len(self.names)
+
     def pass_names(self, prefix: str) -> list[str]:
         """Return the names of one pass's inputs, which begin with ``prefix``."""
         return [cache_input_name(kind, i, prefix) for i in range(len(self.layers)) for kind in KEY_VALUE_KINDS]
@@ -174,6 +179,10 @@ class StateLayout(CacheLayout):
     def is_sliding(self) -> tuple[bool, ...]:
         return (False,) * len(self.names)
 
+    @property
+    def is_state(self) -> tuple[bool, ...]:
+        return (True,) * len(self.names)
+
     def pass_shapes(self, batch: int, length: int, ring: int | None) -> list[tuple[int, ...]]:
         return [(batch, *state.sizes) for state in self.states]
 
@@ -221,7 +230,6 @@ class HybridLayout(StateLayout):
 
     @property
     def is_state(self) -> tuple[bool, ...]:
-        """Return, for each of :attr:`names`, whether it is a state."""
         return (*(False,) * (2 * len(self.layers)), *(True,) * len(self.states)) * self.passes
 
     @property

@@ -33,12 +33,14 @@ _BY_NAME: Mapping[str, CacheMode] = {mode.name: mode for mode in MODES}
 class Candidate(NamedTuple):
     """A mode in which a model may be captured, with the cache's layout and the most positions that a step may have.
 
-    ``size_limit`` None means any number.
+    ``size_limit`` None means any number. ``has_prefill`` says that the program also has a part that reads a prompt at
+    once.
     """
 
     mode: CacheMode
     layout: CacheLayout
     size_limit: int | None = None
+    has_prefill: bool = False
 
 
 def candidates(model: nn.Module, layout: CacheLayout | None, position_count: int | None) -> list[Candidate]:
@@ -54,10 +56,9 @@ def candidates(model: nn.Module, layout: CacheLayout | None, position_count: int
     found = [Candidate(UNCACHED, CacheLayout((), dtype), limit) for limit in dict.fromkeys((None, short))]
     if layout is None:
         return found
-    if isinstance(layout, HybridLayout):
-        return [Candidate(HYBRID, layout), *found]
     if isinstance(layout, StateLayout):
-        return [Candidate(RECURRENT, layout), *found]
+        mode = HYBRID if isinstance(layout, HybridLayout) else RECURRENT
+        return [Candidate(mode, layout, has_prefill=True), Candidate(mode, layout), *found]
     rings = [] if layout.sliding_window is None else [Candidate(SLIDING_WINDOW, layout)]
     return [*rings, Candidate(STATIC, layout), Candidate(EXACT_LENGTH, layout, short), *found]
 

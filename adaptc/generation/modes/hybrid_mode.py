@@ -29,7 +29,7 @@ from adaptc.generation.cache.cache_layout import CacheLayout, HybridLayout
 from adaptc.generation.cache.state_cache import HybridCache
 from adaptc.generation.cache.step_cache import StepCache
 from adaptc.generation.cache.token_gates import refuse_token_gates
-from adaptc.generation.modes.recurrent_mode import RecurrentMode, set_states, write_states
+from adaptc.generation.modes.recurrent_mode import RecurrentMode, describe_reading, set_states, write_states
 from adaptc.generation.modes.static_attention import packed_attention
 from adaptc.generation.modes.static_step import (
     StepExample,
@@ -105,7 +105,7 @@ class HybridMode(RecurrentMode):
         state = spec.layout.nbytes(1, 0)
         each = format_bytes(spec.layout.nbytes(1, 1) - state)
         sizes = f"{each} for each row and position, and a state of {format_bytes(state)} for each row"
-        return [f"cache{passes}: {sizes}; a prompt is read token by token"]
+        return [f"cache{passes}: {sizes}; {describe_reading(spec)}"]
 
     def draw_further_inputs(
         self, spec: StepSpec, draw: StepDraw, inputs: dict[str, Tensor], slots: Tensor

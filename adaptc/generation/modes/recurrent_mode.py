@@ -123,7 +123,7 @@ class RecurrentMode(CacheMode):
     def describe(self, spec: StepSpec) -> list[str]:
         passes = f" in {spec.layout.passes} passes" if spec.layout.passes > 1 else ""
         size = format_bytes(spec.layout.nbytes(1, 0))
-        return [f"state{passes}: {size} for each row; a prompt is read token by token"]
+        return [f"state{passes}: {size} for each row; {describe_reading(spec)}"]
 
     def draw_further_inputs(
         self, spec: StepSpec, draw: StepDraw, inputs: dict[str, Tensor], slots: Tensor
@@ -150,6 +150,14 @@ def _example_step(model: Any, layout: StateLayout, with_embeds: bool) -> StepExa
         inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
         shapes |= {"inputs_embeds": {0: rows}, "embedded": {}}
     return StepExample(inputs, shapes)
+
+
+def describe_reading(spec: StepSpec) -> str:
+    """Return how a prompt is read, for reports."""
+    if spec.has_prefill and spec.layout.passes == 1:
+        return "a prompt is read at once"
+    reason = "in two passes, as the adapter asks" if spec.has_prefill else spec.prefill_reason
+    return "a prompt is read token by token" + (f" ({reason})" if reason else "")
 
 
 def write_states(states: Sequence[Tensor], new: Sequence[Tensor], seen: Tensor) -> None:

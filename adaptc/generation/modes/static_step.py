@@ -65,6 +65,10 @@ class StepSpec:
     hidden_size: int
     embeds_dtype: torch.dtype
     mode_reason: str = ""
+    #: whether the program has a part that reads a prompt at once (see ``prefill_part``)
+    has_prefill: bool = False
+    #: why a mode that could have such a part has none
+    prefill_reason: str = ""
     #: the axes along which tokens are numbered, 3 for M-RoPE; 0 where position_ids has one number for each token
     position_axes: int = 0
     #: the number of layers after which features of images are added to the hidden states (Qwen3-VL's deepstack)

@@ -19,6 +19,7 @@ from adaptc.bank.row_adapters import RowSelection
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.arguments import validate
 from adaptc.generation.cache.cache_prefix import CachePrefix
+from adaptc.generation.modes.prefill_part import run_step_part
 from adaptc.generation.prefix.batched_prefix import batched_prefix
 from adaptc.generation.spec import GenerationSpec, StepRunner, cache_argument_name
 from adaptc.passes.protocol.attachment import Attachment
@@ -98,15 +99,23 @@ def prefix_for(
     if isinstance(selection, RowSelection):
         made = batched_prefix(
             selection.mixes,
-            lambda name, own: prefix_of(selection.adapters[name], runner.for_one_row(name), own),  # type: ignore[union-attr]
+            lambda name, own: prefix_of(selection.adapters[name], _step_of_row(runner, spec, name), own),
             spec,
             adapter_inputs,
         )
         if made is None:
             _refuse_unknown_inputs(adapter_inputs)
         return made
-    call = step.run if isinstance(step, ProgramPart) else step
+    call = partial(run_step_part, step) if isinstance(step, ProgramPart) else step
     return prefix_of(getattr(step, "binding", None), call, adapter_inputs)
+
+
+def _step_of_row(runner: Any, spec: GenerationSpec, name: str) -> Callable[..., Any]:
+    """Return what runs steps with the one adapter ``name`` of a bank's selection."""
+    alone = runner.for_one_row(name)
+    if spec.part_outputs is None:
+        return alone
+    return partial(run_step_part, alone.parts(spec.part_outputs)["step"])
 
 
 def _prefix_of_adapter(
