@@ -39,7 +39,7 @@ class CausalGenerator(Generator):
     def run_step_program(self, **inputs: Tensor) -> Tensor:
         """Run the step program of a pinned generator; return the logits (batch, kept, vocabulary)."""
         if isinstance(self.step, ProgramPart):
-            return run_step_part(self.step, **inputs)
+            return run_step_part(self.parts["step"], **inputs)
         assert callable(self.step)
         return self.step(**inputs)
 

@@ -135,7 +135,7 @@ def check_prefill_matches_model(model: Any, program: ExportedProgram, spec: Gene
         ids = torch.randint(0, spec.vocab_size, (_ROWS, length), generator=draw).to(parameter.device)
         mask, padding = torch.ones_like(ids), min(_PADDING, length - 1)
         mask[0, :padding] = 0
-        prompt = token_inputs(spec, ids.device, ids, None, *ids.shape)
+        prompt = token_inputs(spec, ids.device, ids, None, _ROWS, length)
         if spec.takes_position_ids:
             prompt["position_ids"] = spec.step_positions((mask.cumsum(-1) - 1).clamp(min=0))
         named = prompt_inputs(

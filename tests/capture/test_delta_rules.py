@@ -110,10 +110,11 @@ def test_a_call_with_states_is_that_of_the_function(family: str) -> None:
     state = torch.linspace(-1, 1, 3 * 6 * 7 * 5).view(3, 6, 7, 5)
     with any_length(build(family)):
         ours = getattr(file_of(family), name)
-        for given in ({"initial_state": state}, {"output_final_state": True}):
+        for given, error in (({"initial_state": state}, 0.0), ({"output_final_state": True}, 3e-5)):
             for got, want in zip(ours(**call, **given), original(**call, **given), strict=True):
                 assert (got is None) == (want is None)
-                assert want is None or torch.equal(got, want)
+                if want is not None:
+                    assert_close(got, want, error)
 
 
 #: changes of what a function gives

@@ -111,10 +111,11 @@ def test_a_copied_mode_is_the_mode() -> None:
 def test_the_best_modes_come_first(family: str, positions: int | None) -> None:
     model = FAMILIES[family].build()
     layout = CacheLayout.from_model(model)
-    expected = {"llama": ["room", "exact"], "mistral": ["window", "room", "exact"], "mamba": ["state"]}[family]
+    expected = {"llama": ["room", "exact"], "mistral": ["window", "room", "exact"], "mamba": ["state", "state"]}[family]
     last = ["nothing"] if positions is None else ["nothing", "nothing"]
     found = candidates(model, layout, positions)
     assert [c.mode.name for c in found] == [*expected, *last]
+    assert [c.has_prefill for c in found if c.mode.name == "state"] == [True, False] * (family == "mamba")
     # A step that depends on the size of its cache never sees all positions that the model has a table for.
     limits = {c.size_limit for c in found if c.mode.name in ("window", "room", "state")}
     assert limits == {None}

@@ -1,7 +1,8 @@
 """Keep keys and values beside the states of a hybrid model such as Jamba, whose step reads one token.
 
 Some layers of such a model attend to all tokens before, others have a state, and a layer may have both. Inside
-:meth:`HybridMode.capture` its ``forward`` takes plain tensors alone. As for a state, a text is read token by token.
+:meth:`HybridMode.capture` its ``forward`` takes plain tensors alone. As for a state, a step reads one token; see
+``prefill_part`` for prompts.
 
     input_ids       (batch, 1)         int64
     inputs_embeds   (batch, 1, width)  replaces the embeddings where ``embedded`` () is true; only where supported

@@ -113,7 +113,8 @@ def check_prefill_sizes(program: ExportedProgram, model_name: str, max_length: i
     symbols = free_symbols(length)
     if not symbols:
         raise CaptureError(f"{model_name} was captured for prompts of {length} tokens alone")
-    limits = program.range_constraints.get(next(iter(symbols)))
+    untyped: Any = program  # the types of its ranges are not complete
+    limits = untyped.range_constraints.get(next(iter(symbols)))
     if limits is not None and (limits.lower > MIN_TOKENS or limits.upper < max_length):
         raise CaptureError(f"{model_name} was captured for prompts of {limits.lower} to {limits.upper} tokens alone")
 

@@ -1,8 +1,8 @@
 """Keep the states of a recurrent model such as Mamba, whose step reads one token and writes the states after it.
 
 The model's layers keep the last inputs of a convolution and the state of a recurrence. Inside
-:meth:`RecurrentMode.capture` its ``forward`` takes plain tensors alone. A text is read token by token: a step of
-several tokens would be a loop, which a capture unrolls for one fixed number of them.
+:meth:`RecurrentMode.capture` its ``forward`` takes plain tensors alone. A step reads one token: for
+several it would be a loop, which a capture unrolls for one fixed number of them. See ``prefill_part`` for prompts.
 
     input_ids      (batch, 1)         int64
     inputs_embeds  (batch, 1, width)  replaces the embeddings where ``embedded`` () is true; both only where supported
