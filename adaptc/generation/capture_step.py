@@ -66,7 +66,11 @@ def capture_step(
     prefill_reason = ""
     if reads_base_pass or prompts is not None:
         attempts = [a for a in attempts if not a.has_prefill]
-        prefill_reason = "images or audio may be among its tokens" if prompts is not None else "X-LoRA runs the base before the adapter"
+        prefill_reason = (
+            "images or audio may be among its tokens"
+            if prompts is not None
+            else "X-LoRA runs the base before the adapter"
+        )
     if prompts is not None:  # without a cache each step would read the images again
         ahead = prompts.description.looks_ahead  # in a ring, no position is after a token
         attempts = [a for a in attempts if a.mode.has_cache and not (ahead and a.mode.ring_window(a.layout))]
