@@ -22,9 +22,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from adaptc.errors import AdaptcError, ConfigError, listing
+from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.graph.train_eval import SDPA
 
 #: the axis of heads in what attention reads

@@ -17,13 +17,13 @@ from torch import Tensor, fx, nn
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.utils import _pytree as pytree
 
 from adaptc.distributed.sharded_calls import ShardedCall, ShardedOps
 from adaptc.distributed.sharding_plan import check_not_quantized, resolve_plan, tensor_axes
 from adaptc.errors import AdaptcError, ConfigError, errors_name, short_repr
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.module_paths import module_path, program_module_paths
+from adaptc.passes.graph.pytree import pytree
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.module_factory import ProgramModuleFactory
 
