@@ -42,10 +42,11 @@ class StateCopies:
         return self._adapter_on(it, device) if isinstance(it, Binding) else self._program_on(it, device)
 
     def _adapter_on(self, adapter: Binding, device: torch.device) -> Binding:
+        original = self._adapters.get(adapter, adapter)
         if device == self.home:
-            return self._adapters.get(adapter) or adapter.to(device)
+            return adapter.to(device) if original is adapter else original
         copy = adapter.to(device)
-        self._adapters[copy] = self._adapters.get(adapter, adapter)
+        self._adapters[copy] = original
         return copy
 
     def _program_on(self, program: Any, device: torch.device) -> Any:

@@ -33,7 +33,8 @@ class TracedTensor(Tensor):
         keys = frozenset(k for t in _traced_in((args, kwargs)) for k in t.keys)
         for t in _traced_in(out):
             vars(t)["keys"] = keys | vars(t).get("keys", frozenset())
-        if func.__name__.endswith("_") and func.__name__ != "__get__":  # such as mul_, __iadd__ and __set__
+        name = getattr(func, "__name__", "_")
+        if name.endswith("_") and name != "__get__":  # such as mul_, __iadd__ and __set__
             for t in _traced_in(args):  # it may have other memory, or another shape, now
                 vars(t).pop("ordinary", None)
         return out

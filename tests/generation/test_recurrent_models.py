@@ -1,4 +1,4 @@
-"""Models that keep a state instead of keys and values: read token by token, with the tokens of PEFT."""
+"""Models that keep a state instead of keys and values: prompts read at once, then token by token, as PEFT says."""
 
 from __future__ import annotations
 
@@ -128,3 +128,30 @@ def test_a_prompt_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(steps) == 17
     for ours, theirs in zip(at_once.tensors, by_steps.tensors, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_other_texts_are_read_by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single token, padding that is not at the start, and tokens after others are not read at once."""
+    of, gen = both()
+    asked: list[int] = []
+    original = causal_generator.run_prefill
+    monkeypatch.setattr(causal_generator, "run_prefill", lambda *a, **k: asked.append(1) or original(*a, **k))
+    whole = prompt(2, 9)
+    for hole in (4, 8):
+        mask = whole["attention_mask"].clone()
+        mask[1, hole] = 0
+        past = gen.prefill(whole["input_ids"], mask)
+        assert asked == []
+        kept = whole["input_ids"][1:][:, mask[1].bool()]
+        without = gen.prefill(kept, torch.ones_like(kept))
+        assert asked.pop() == 1
+        for one, row in zip(without.tensors, past.tensors, strict=True):
+            torch.testing.assert_close(one, row[1:])
+    assert torch.equal(generated(gen, prompt(1, 1)), of.expected("first", prompt(1, 1)))
+    assert asked == []
+    past = gen.prefill(whole["input_ids"][:, :4], whole["attention_mask"][:, :4])
+    assert asked.pop() == 1
+    assert torch.equal(generated(gen, whole, past_key_values=past), of.expected("first", whole))
+    assert asked == []

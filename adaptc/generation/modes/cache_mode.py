@@ -152,13 +152,7 @@ class CacheMode(ABC):
         rows = draw.rows(spec.max_batch) if rows is None else rows
         length = draw.size(1, min(spec.max_length, 2 * draw.max_size))
         start, tokens = self.draw_span(draw, length)
-        mask = torch.ones(rows, length, dtype=torch.int64)
-        mask[0, : start // 2] = 0
-        inputs = {
-            "input_ids": draw.integers(spec.vocab_size, (rows, tokens)),
-            "attention_mask": mask,
-            "keep": torch.arange(tokens - draw.size(1, tokens), tokens),
-        }
+        inputs = draw.text(spec.vocab_size, rows, tokens, length, padding=start // 2)
         return self.draw_further_inputs(spec, draw, inputs, torch.arange(start, start + tokens))
 
     def draw_span(self, draw: StepDraw, length: int) -> tuple[int, int]:

@@ -135,16 +135,10 @@ def draw_prompt(spec: StepSpec, draw: StepDraw, step: Mapping[str, Tensor]) -> d
     """Draw the inputs of the prefill part, for as many rows as the inputs ``step`` of a step have."""
     rows = step["input_ids"].shape[0]
     tokens = draw.size(MIN_TOKENS, max(MIN_TOKENS, min(spec.max_length, draw.max_size)))
-    mask = torch.ones(rows, tokens, dtype=torch.int64)
-    mask[0, : tokens // 3] = 0
-    inputs = {
-        "input_ids": draw.integers(spec.vocab_size, (rows, tokens)),
-        "attention_mask": mask,
-        "keep": torch.arange(tokens - draw.size(1, tokens), tokens),
-        **draw.embeddings(spec, rows, tokens),
-    }
+    inputs = draw.text(spec.vocab_size, rows, tokens, tokens, padding=tokens // 3)
+    inputs |= draw.embeddings(spec, rows, tokens)
     if spec.takes_position_ids:
-        inputs["position_ids"] = spec.step_positions((mask.cumsum(1) - 1).clamp(min=0))
+        inputs["position_ids"] = spec.step_positions((inputs["attention_mask"].cumsum(1) - 1).clamp(min=0))
     return prompt_inputs(spec.layout, inputs)
 
 

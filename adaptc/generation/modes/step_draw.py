@@ -48,6 +48,20 @@ class StepDraw:
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.randn(tuple(shape), generator=self.values or self.sizes).to(dtype)
 
+    def text(self, vocab_size: int, rows: int, tokens: int, length: int, padding: int) -> dict[str, Tensor]:
+        """Return tokens, the mask of all ``length`` positions, and the tokens whose logits are kept.
+
+        The first row begins with ``padding`` positions of padding.
+        """
+        mask = torch.ones(rows, length, dtype=torch.int64)
+        mask[0, :padding] = 0
+        ids = self.integers(vocab_size, (rows, tokens))
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "keep": torch.arange(tokens - self.size(1, tokens), tokens),
+        }
+
     def embeddings(self, spec: StepSpec, rows: int, tokens: int) -> dict[str, Tensor]:
         """Return the embedding inputs that go with tokens; {} where the step takes no embeddings."""
         if not spec.takes_inputs_embeds:
