@@ -16,7 +16,7 @@ from adaptc.passes.quantized.quantized_merge import parse_correction_rank, parse
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.wrapper import accepts_wrappers, needs_graph
 from adaptc.reports.results import MergeReport
-from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
+from adaptc.runtime.variants.gpu_variants import check_triton, runs_on_gpu
 from adaptc.state.core import ProgramCore
 from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
 from adaptc.state.overrides import check_no_override

@@ -63,7 +63,7 @@ def stack_adapters(
     """Return a binding of this ``capacity`` that stacks ``bindings``, which are at most so many. Gradients flow to
     their values.
 
-    Places that are left over repeat the first binding, which is as finite there as it is alone. ``kernel_sites``: ids
+    Its ``methods`` are those of the sites that some of them have. Places that are left over repeat the first binding, which is as finite there as it is alone. ``kernel_sites``: ids
     of sites whose tensors lie as GPU kernels read them (``adaptc.kernels.grouped_rows``). Raises AdaptcError where the
     sizes of the bindings cannot be brought together.
     """
@@ -83,7 +83,7 @@ def stack_adapters(
             values[a.scale_slot] = _stack_slot(
                 [b.values[a.scale_slot] for b in bindings], capacity, Slot(()), "", a, op
             )
-    return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=source)
+    return Binding(values, _methods_in_use(bindings, attachments), AdapterConfig(), source=source)
 
 
 def restack_adapter(
@@ -119,8 +119,14 @@ def restack_adapter(
                 values[fqn] = new = old.clone()
                 for k in changed:
                     new[k].copy_(_pad_to(tensors[k].detach(), tuple(new.shape[1:]), slot_name, a, ops[a.id]))
-    made = replace(stack.binding, values=values)
+    made = replace(stack.binding, values=values, methods=_methods_in_use(bindings, attachments))
     return replace(stack, bindings=bindings, binding=made)
+
+
+def _methods_in_use(bindings: Iterable[Binding], attachments: Sequence[Attachment]) -> dict[str, Method]:
+    """Return the methods of the sites that some adapter has, by the id of the attachment."""
+    used = {site for b in bindings for site in b.methods}
+    return {a.id: a.method for a in attachments if a.id in used}
 
 
 def with_rank_starts(a: Attachment) -> Attachment:

@@ -83,5 +83,5 @@ def _warm_executor(executor: Executor, binding: Binding, state: Mapping[str, Ten
 def _variant_names(executor: Executor, arguments: Arguments) -> Iterable[str]:
     if executor.uses_inductor or arguments.slots_may_change:
         return [executor.fixed_variant]
-    kinds = executor.variants.variant_names
+    kinds = executor.variants.for_warm_up(arguments.sites_left_out)
     return kinds if executor.options.hoist_limit is None else {arguments.variant_in_limit(kind): None for kind in kinds}

@@ -1,6 +1,7 @@
 """Make a plain exported program of an adapted or merged one, as converters to other runtimes take it.
 
-Dropout is off. Quantised weights are plain tensors, with the operators that dequantise them.
+Dropout is off. Quantised weights are plain tensors, with the operators that dequantise them. Complex values are pairs of
+real ones, where they are computed within the program.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch.export import ExportedProgram
 
 from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.lower.complex_numbers import SplitComplex
 from adaptc.passes.lower.unused_slots import remove_slots
 from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.passes.train.set_mode import SetMode
@@ -23,4 +25,6 @@ def plain_program(program: ProgramCore, unused_slots: Collection[str] = ()) -> E
     still = program.snapshot()
     lifted = LiftedProgram(SetMode(training=False)(still).program if still.adaptation.training else still)
     remove_slots(lifted, unused_slots)
-    return ExpandQuantized(with_records=False)(lifted.finish()).output
+    lifted = LiftedProgram(ExpandQuantized(with_records=False)(lifted.finish()).output)
+    SplitComplex(lifted.program.graph_module)(lifted.graph)
+    return lifted.finish()

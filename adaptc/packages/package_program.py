@@ -32,6 +32,7 @@ from adaptc.passes.graph.graph_lock import with_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.subprogram import extract_subprogram
 from adaptc.passes.lower.choose_products import ChooseMatmuls, MatmulChoices
+from adaptc.passes.lower.complex_numbers import SplitComplex
 from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Slot
@@ -286,11 +287,13 @@ class PackageBuilder:
     def choose_matmuls(self, lifted: LiftedProgram) -> tuple[ExportedProgram, MatmulChoices]:
         """Choose the matmuls of an opened program's base, unless ``products`` is "plain"; return it and the choices.
 
-        Quantised weights become plain tensors. Layers read them as they are stored, where there is a way.
+        Quantised weights become plain tensors, and complex values pairs of real ones. Layers read quantised weights as
+        they are stored, where there is a way.
         """
         products = MatmulChoices()
         # After all that looks for the layers of sites: a layer may become a few other nodes here.
         lifted = LiftedProgram(ExpandQuantized(compiled=self.products != "plain")(lifted.finish()).output)
+        SplitComplex(lifted.program.graph_module)(lifted.graph)
         if self.products != "plain" and chooses_matmuls():
             base = {node.name for fqn, node in lifted.placeholders.items() if fqn not in self.capacities}
             products = ChooseMatmuls(base, choose_packaged, compiled=True)(lifted.graph).data

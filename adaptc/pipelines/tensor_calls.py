@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from adaptc.capture.model_state import own_attribute
+from adaptc.passes.graph.pytree import pytree
 
 #: the inputs of a program, and what makes the module's output of the program's
 ProgramCall = tuple[dict[str, Any], Callable[[Any], Any]]
@@ -70,6 +71,7 @@ class PositionModule:
         needs: its inputs that a call must have for that.
         arguments: what it is called with, by the arguments of a call of the transformer.
         mask: the mask of the text that a call may leave out where nothing is padded; "" where there is none.
+        is_complex: whether the positions are complex numbers, which a program takes as pairs of real ones.
     """
 
     path: str
@@ -79,6 +81,7 @@ class PositionModule:
     needs: tuple[str, ...]
     arguments: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     mask: str = ""
+    is_complex: bool = False
 
 
 def _qwen_arguments(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,6 +107,7 @@ POSITION_MODULES = {
         needs=("img_shapes", "hidden_states", "encoder_hidden_states"),
         arguments=_qwen_arguments,
         mask="encoder_hidden_states_mask",
+        is_complex=True,
     ),
     "LTXVideoTransformer3DModel": PositionModule(
         path="rope",
@@ -131,7 +135,8 @@ class PositionCalls(TensorCalls):
         signature = inspect.signature(part.forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return signature.bind(*args, **kwargs).arguments[self.positions.carrier]
+            given = signature.bind(*args, **kwargs).arguments[self.positions.carrier]
+            return pytree.tree_map(torch.view_as_complex, given) if self.positions.is_complex else given
 
         with own_attribute(part, "forward", forward):
             yield
@@ -140,7 +145,8 @@ class PositionCalls(TensorCalls):
         """Return the program's inputs, with positions that the module computes from the call's sizes."""
         spec = self.positions
         found = {n: v for n, v in given.items() if n not in spec.sizes}
-        found[spec.name] = getattr(self.module, spec.path)(**spec.arguments(given))
+        positions = getattr(self.module, spec.path)(**spec.arguments(given))
+        found[spec.name] = pytree.tree_map(torch.view_as_real, positions) if spec.is_complex else positions
         if spec.mask and spec.mask not in found:
             text = found["encoder_hidden_states"]
             found[spec.mask] = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

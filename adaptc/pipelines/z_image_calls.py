@@ -1,7 +1,7 @@
 """Turn calls of Z-Image's transformer, which take lists of images and of texts of different lengths, into tensors.
 
-Its program takes a batch of image patches and a batch of padded texts, with their rotary positions and masks. The
-model's own functions split images into patches, pad texts, and put images together again.
+Its program takes a batch of image patches and a batch of padded texts, with their masks, and with their rotary positions
+as pairs of real numbers. The model's own functions split images into patches, pad texts, and put images together again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ZImageCalls(TensorCalls):
         return found, restore
 
     def _rotary(self, positions: Tensor) -> Tensor:
-        return self.module.rope_embedder(positions)
+        return torch.view_as_real(self.module.rope_embedder(positions))
 
 
 def _batched_forward(model: Any) -> Callable[..., Any]:
@@ -85,6 +85,7 @@ def _batched_forward(model: Any) -> Callable[..., Any]:
     ) -> Any:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+        x_rotary, cap_rotary = torch.view_as_complex(x_rotary), torch.view_as_complex(cap_rotary)
         times = model.t_embedder(t * model.t_scale).type_as(x)
         image = torch.where(x_fill[..., None], model.x_pad_token, model.all_x_embedder[patch](x))
         for layer in model.noise_refiner:

@@ -31,7 +31,7 @@ from adaptc.program.program_scale import ScalableProgram
 from adaptc.program.swap_report import SwapReport
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.options import checkpoint_blocks
-from adaptc.runtime.variants import Fusion
+from adaptc.runtime.variants.graph_variants import Fusion
 from adaptc.state.graph_engine import bind_program, snapshot_runner
 from adaptc.state.merge_program import unload_program
 from adaptc.state.program_repr import attachment_ids_at, describe_as_table, describe_program

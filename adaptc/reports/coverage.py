@@ -27,7 +27,7 @@ from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.reports.norms import Norms
 from adaptc.reports.stored_table import stored_adapters_data, stored_adapters_table
 from adaptc.runtime.hoisted_values import HoistedMemory
-from adaptc.runtime.variants import Fusion
+from adaptc.runtime.variants.graph_variants import Fusion
 from adaptc.tables import (
     Column,
     Report,

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding
 from adaptc.locks import reset_after_fork
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.passes.protocol.program_method import PROGRAM_FORM
 from adaptc.runtime.added_lengths import VirtualTokenLengths
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory
 from adaptc.runtime.options import RunOptions
-from adaptc.runtime.variants import GraphVariants
+from adaptc.runtime.variants.graph_variants import GraphVariants
 from adaptc.torch_modes import outside_modes
 
 
@@ -31,6 +33,8 @@ class ArgumentsOwner(Protocol):
     def virtual_tokens(self) -> VirtualTokenLengths: ...
     @property
     def lifted_names(self) -> Sequence[str | None]: ...
+    @property
+    def attachments(self) -> Sequence[Attachment]: ...
     @property
     def options(self) -> RunOptions: ...
     @property
@@ -69,6 +73,10 @@ class Arguments:
         #: free size -> how many virtual tokens this binding puts in front of a call's tokens
         self.added_tokens = executor.virtual_tokens.token_counts(binding.values)
         self.checks = executor.virtual_tokens.checks(binding.values, [n for n, _ in executor.inputs.expected])
+        #: ids of the sites that the adapter does not have
+        self.sites_left_out = frozenset(
+            a.id for a in executor.attachments if a.form != PROGRAM_FORM and a.id not in binding.methods
+        )
         #: whether a slot requires grad, so that an optimizer may write to it at any time
         self.slots_may_change = any(v.requires_grad for v in binding.values.values())
 
@@ -95,6 +103,8 @@ class Arguments:
                     found = owner.make_hoisted_inputs(
                         self._values, self._own_names, variant_name, buffers, room, self._hoist_lock
                     )
+                    if "/" in variant_name:  # later calls leave sites out, and no call needs these any more
+                        self.hoisted_inputs = {n: v for n, v in self.hoisted_inputs.items() if "/" in n}
                     self.hoisted_inputs[variant_name] = found
         return found
 

@@ -49,13 +49,13 @@ from adaptc.runtime.added_lengths import VirtualTokenLengths, lookup_error
 from adaptc.runtime.arguments import Arguments
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.calls.check_indices import check_index_bounds, check_not_transformed
-from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
+from adaptc.runtime.variants.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.hoisted_values import HoistedInputs
 from adaptc.runtime.inductor import compile_lifted, pad_rank_one
 from adaptc.runtime.mutated_buffers import copy_sharing_memory, written_placeholders
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
 from adaptc.runtime.strides import CompiledStrides
-from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
+from adaptc.runtime.variants.graph_variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, find_buffer, is_packable, move_into_buffer
 from adaptc.torch_modes import enters_autocast, leaving_autocast, outside_transforms
 
@@ -142,7 +142,7 @@ class Executor:
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
 
     def _make_variants(self) -> GraphVariants:
-        """Return the variants of the graph, told which inputs are frozen and may be hoisted from.
+        """Return the variants of the graph.
 
         The base is frozen, except for tensors that calls write to. Slots are frozen for each binding; a program that
         trains freezes none.
@@ -210,7 +210,7 @@ class Executor:
             return made
 
     def copy_written_tensors(self, binding: Binding) -> dict[str, Tensor]:
-        """Return copies of the tensors that calls write to, as they are now, for a callable with its own state."""
+        """Return copies of the tensors that calls write to, for a callable with its own state."""
         known = {n: t for n, t in {**self.base, **binding.changed_base}.items() if isinstance(t, Tensor)}
         return copy_sharing_memory(known, self.written_tensors) if self.written_tensors else {}
 
@@ -342,7 +342,7 @@ class Executor:
             kind = (
                 PLAIN
                 if arguments.slots_may_change
-                else self.variants.cheapest_variant(read_sizes(flat, self._size_locations))
+                else self.variants.for_call(read_sizes(flat, self._size_locations), arguments.sites_left_out)
             )
             if self.options.hoist_limit is not None:
                 kind = arguments.variant_in_limit(kind)

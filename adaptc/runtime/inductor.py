@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from adaptc.errors import BackendError
 from adaptc.passes.graph.ops import Op
+from adaptc.passes.lower.complex_numbers import SplitComplex
 from adaptc.passes.lower.free_axes import FreeSize, free_axes
 from adaptc.passes.lower.linear_layers import with_chosen_layers
 from adaptc.passes.protocol.attachment import Attachment
@@ -103,6 +104,7 @@ def compile_lifted(
     from torch._inductor import standalone_compile
 
     main = with_chosen_layers(main)
+    SplitComplex(updates_values=False)(main.graph)
     symbols = _ShapeSymbols(single_sizes)
     free = free_axes(attachments, ops)
     slots = {f for a in attachments for f in a.tensor_names}

@@ -20,7 +20,7 @@ state that a coefficient is made of. That tag also lists the inputs added for it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import fx
@@ -103,40 +103,51 @@ def read_attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], M
     return list(found.values())
 
 
-def remove_regions(lifted: LiftedProgram, ids: Iterable[str]) -> int:
-    """Remove the regions and the slots of these attachments from an opened program; return the number of regions."""
-    removed_sites = set(ids)
+def bypass_regions(graph: fx.Graph, ids: Collection[str]) -> list[dict[str, Any]]:
+    """Let the readers of the regions of these attachments read what the regions replace, and remove the regions.
+
+    Slots stay, though nothing reads them. Returns the tags of the regions' results, in the order of the graph.
+    """
+    nodes = {n.name: n for n in graph.nodes}
     results: list[tuple[fx.Node, fx.Node]] = []
     region_nodes: list[fx.Node] = []
-    slot_fqns: dict[str, None] = {}
-    input_names: dict[str, None] = {}
-    for node in lifted.graph.nodes:
+    for node in graph.nodes:
         tag = node_tag(node)
-        if tag is None or tag["site"] not in removed_sites:
-            continue
-        region_nodes.append(node)
-        if tag["role"] == "out":
-            results.append((node, lifted.nodes[tag["base"]]))
-            a = tag["attachment"]
-            input_names.update(dict.fromkeys(tag.get("given", ())))
-            slot_fqns.update(dict.fromkeys([*a["slots"].values(), *([a["scale_slot"]] if a["scale_slot"] else [])]))
+        if tag is not None and tag["site"] in ids:
+            region_nodes.append(node)
+            if tag["role"] == "out":
+                results.append((node, nodes[tag["base"]]))
     base_of = {out.name: base.name for out, base in results}
-    for node in lifted.graph.nodes:
+    for node in graph.nodes:
         tag = region_tag(node)
-        if tag is not None and tag["base"] in base_of and tag["site"] not in removed_sites:
+        if tag is not None and tag["base"] in base_of and tag["site"] not in ids:
             name = tag["base"]
             while name in base_of:
                 name = base_of[name]
             node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "base": name}}
-    resized = {base for out, base in results if region_tag(out)["attachment"]["form"] == PROGRAM_FORM}  # type: ignore[index]
-    for out, base in reversed(results):
+    tags: list[Any] = [region_tag(out) for out, _ in results]
+    for (out, base), tag in zip(reversed(results), reversed(tags), strict=True):
         out.replace_all_uses_with(base)
-        for name in region_tag(out)["attachment"]["consumers"]:  # type: ignore[index]  # outs are nodes that have one
-            make_grouped(lifted.nodes[name])
+        for name in tag["attachment"]["consumers"]:
+            make_grouped(nodes[name])
     for node in reversed(region_nodes):
-        lifted.graph.erase_node(node)
-        lifted.nodes.pop(node.name, None)
-    propagate_fakes(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
+        graph.erase_node(node)
+    return tags
+
+
+def remove_regions(lifted: LiftedProgram, ids: Iterable[str]) -> int:
+    """Remove the regions and the slots of these attachments from an opened program; return the number of regions."""
+    before = [n.name for n in lifted.graph.nodes]
+    tags = bypass_regions(lifted.graph, frozenset(ids))
+    left = {n.name for n in lifted.graph.nodes}
+    for name in before:
+        if name not in left:
+            lifted.nodes.pop(name, None)
+    resized = {lifted.nodes[t["base"]] for t in tags if t["attachment"]["form"] == PROGRAM_FORM and t["base"] in left}
+    propagate_fakes(lifted.graph, resized, lifted.program.graph_module)
+    input_names = dict.fromkeys(n for t in tags for n in t.get("given", ()))
+    attached = [t["attachment"] for t in tags]
+    slot_fqns = dict.fromkeys(f for a in attached for f in [*a["slots"].values(), a["scale_slot"]] if f)
     for node in reversed(lifted.graph.nodes):
         tag = node_tag(node)
         if tag is not None and tag["role"] == COEFFICIENT_ROLE and not node.users:
@@ -149,4 +160,4 @@ def remove_regions(lifted: LiftedProgram, ids: Iterable[str]) -> int:
     for fqn in slot_fqns:
         if fqn in lifted.placeholders and not lifted.placeholders[fqn].users:
             lifted.remove_tensor(fqn)
-    return len(results)
+    return len(tags)

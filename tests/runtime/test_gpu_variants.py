@@ -22,7 +22,7 @@ from adaptc import LoraConfig
 from adaptc.api.merge_and_lower import insert_kernels
 from adaptc.errors import BackendError
 from adaptc.kernels import packed_lora_direct
-from adaptc.runtime.gpu_variants import runs_on_gpu
+from adaptc.runtime.variants.gpu_variants import runs_on_gpu
 from tests.kernels import run_cases
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
@@ -225,7 +225,7 @@ def test_kernels_are_the_default_on_a_gpu_alone() -> None:
 
 def test_without_triton_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     program = compiled(block(), False)
-    monkeypatch.setattr("adaptc.runtime.gpu_variants.find_spec", lambda name: None)
+    monkeypatch.setattr("adaptc.runtime.variants.gpu_variants.find_spec", lambda name: None)
     program.kernels = True
     with pytest.raises(BackendError, match="need triton, which is not installed"):
         program(random_rows(2))

@@ -21,7 +21,7 @@ from adaptc.passes.graph.ops import Op
 from adaptc.passes.protocol.method import Method, Slot
 from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory, HoistedStage, StreamHandover
-from adaptc.runtime.variants import PLAIN
+from adaptc.runtime.variants.graph_variants import PLAIN
 from tests.support.families import FAMILIES
 from tests.support.odd_methods import registered
 

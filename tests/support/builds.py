@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from adaptc.runtime.executor import Executor
-from adaptc.runtime.variants import GraphVariants
+from adaptc.runtime.variants.graph_variants import GraphVariants
 
 
 def record_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:

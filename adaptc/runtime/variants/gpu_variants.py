@@ -25,7 +25,7 @@ from adaptc.passes.graph.pass_infra import GraphPass
 from adaptc.passes.lower.lower_regions import LowerGraph, LoweringSummary
 from adaptc.passes.lower.lower_siblings import CallKernelsDirectly, LowerSiblings
 from adaptc.passes.protocol.attachment import Attachment
-from adaptc.runtime.variants import Fusion, GraphVariants, LiftedGraph
+from adaptc.runtime.variants.graph_variants import Fusion, GraphVariants, LiftedGraph
 
 PACKED = "packed"
 
@@ -60,6 +60,8 @@ class GpuVariants(GraphVariants):
     ``attachments`` and ``ops`` are the program's. ``placeholders`` maps the FQN of a lifted input to its placeholder.
     Raises BackendError where triton is not installed.
     """
+
+    leaves_sites_out = False  # the fourth call may be one that a CUDA graph is captured from
 
     def __init__(
         self,

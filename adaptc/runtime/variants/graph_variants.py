@@ -10,16 +10,19 @@ A program has one graph. Up to four variants are made of it, each when it is fir
 
 A symbolic cost in the program's free sizes picks one of the last three, evaluated for the sizes of each call. Compiled
 code uses the plain variant. So does every call where the limit on hoisted memory leaves no room for stacked adapters.
+
+An adapter may leave sites of the program out. From its fourth call on it has variants of a graph without these sites.
+They are named like ``stacked/1``: the kind, and the number of that graph.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, dtype, fx
 
@@ -44,11 +47,16 @@ from adaptc.passes.optimize.sibling_cost import (
     stacked_cost_difference,
 )
 from adaptc.passes.optimize.sibling_groups import SiblingGroup
+from adaptc.passes.protocol.regions import bypass_regions
 from adaptc.passes.train.choose_base_products import ChooseBaseMatmuls
 from adaptc.runtime.hoisted_values import SharedValues, SplitGraph
 from adaptc.torch_modes import AUTOCAST_DEVICES
 
 PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"
+#: the call with one set of sites left out that makes the graph without them, so that single calls do not wait for it
+CALLS_BEFORE_FEWER_SITES = 4
+#: how many such graphs there may be, so that a program with adapters of any layers does not go on making them
+MAX_FEWER_SITES = 4
 
 
 @dataclass(frozen=True)
@@ -151,8 +159,15 @@ class GraphVariant:
 class GraphVariants:
     """The variants of one lifted graph, each made when it is first asked for."""
 
+    #: whether there are variants without the sites that an adapter leaves out
+    leaves_sites_out: ClassVar[bool] = True
+
     def __init__(self, source: LiftedGraph) -> None:
         self.source = source
+        #: sites left out -> the number of calls that did so, until the graph without them is made
+        self._calls_without: Counter[frozenset[str]] = Counter()
+        #: sites left out -> the number of the graph without them, and its variants
+        self._fewer_sites: dict[frozenset[str], tuple[int, GraphVariants]] = {}
         self.is_fused = source.may_fuse and self.may_fuse(source.is_for_compiler)
         values = (n.meta.get("val") for n in source.module.graph.find_nodes(op="placeholder"))
         #: device types whose autocast would change what the graph computes
@@ -169,6 +184,9 @@ class GraphVariants:
 
     def get(self, variant_name: str) -> GraphVariant:
         """Return the variant ``variant_name``, made now if it was not."""
+        kind, _, number = variant_name.partition("/")
+        if number:
+            return next(v for n, v in list(self._fewer_sites.values()) if n == int(number)).get(kind)
         found = self._variants.get(variant_name)
         if found is None:
             with hold_graph_lock():
@@ -176,6 +194,40 @@ class GraphVariants:
                 if found is None:
                     found = self._variants[variant_name] = self._make_variant(variant_name)
         return found
+
+    def for_call(self, sizes: Mapping[str, int], without: frozenset[str]) -> str:
+        """Return the variant that costs least in a call with these sizes and an adapter that leaves out the sites
+        ``without``."""
+        found = self._fewer_sites.get(without) or self._count_call(without)
+        if found is None:
+            return self.cheapest_variant(sizes)
+        number, variants = found
+        return f"{variants.cheapest_variant(sizes)}/{number}"
+
+    def for_warm_up(self, without: frozenset[str]) -> list[str]:
+        """Return the variants that calls with an adapter may run which leaves out the sites ``without``."""
+        found = self._fewer_sites.get(without)
+        fewer = [] if found is None else [f"{kind}/{found[0]}" for kind in found[1].variant_names]
+        return [*self.variant_names, *fewer]
+
+    def _count_call(self, without: frozenset[str]) -> tuple[int, GraphVariants] | None:
+        """Count a call, and return the number and the variants of the graph without these sites once there are any."""
+        if not without or not self.leaves_sites_out or len(self._fewer_sites) >= MAX_FEWER_SITES:
+            return None
+        self._calls_without[without] += 1
+        if self._calls_without[without] < CALLS_BEFORE_FEWER_SITES:
+            return None
+        with hold_graph_lock():
+            if without not in self._fewer_sites and len(self._fewer_sites) < MAX_FEWER_SITES:
+                graph = copy_graph(self.source.module.graph)
+                bypass_regions(graph, without)
+                module = fx.GraphModule(self.source.module, graph)
+                self._fewer_sites[without] = (
+                    len(self._fewer_sites) + 1,
+                    type(self)(replace(self.source, module=module)),
+                )
+                self._calls_without.pop(without, None)
+            return self._fewer_sites.get(without)
 
     @property
     def variant_names(self) -> list[str]:
@@ -193,12 +245,17 @@ class GraphVariants:
     @property
     def trails(self) -> dict[str, PassTrail]:
         """Return the passes that each variant made so far went through, by kind."""
-        return {kind: v.trail for kind, v in list(self._variants.items())}
+        return {kind: v.trail for kind, v in self._made()}
 
     @property
     def matmuls(self) -> dict[str, MatmulChoices]:
         """Return the matmuls chosen in each variant made so far, by kind."""
-        return {kind: v.matmuls for kind, v in list(self._variants.items())}
+        return {kind: v.matmuls for kind, v in self._made()}
+
+    def _made(self) -> Iterator[tuple[str, GraphVariant]]:
+        yield from list(self._variants.items())
+        for number, fewer in list(self._fewer_sites.values()):
+            yield from ((f"{kind}/{number}", v) for kind, v in fewer._made())
 
     @graph_locked_property
     def fusion(self) -> Fusion:

@@ -1,0 +1,130 @@
+"""Complex numbers written as pairs of real ones: equal values, nothing complex left, and what stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from adaptc.passes.graph.lifted import LiftedProgram
+from adaptc.passes.lower.complex_numbers import SplitComplex
+
+generator = torch.Generator().manual_seed(0)
+
+
+class Calls(nn.Module):
+    """A module that calls a function of its inputs and of a complex buffer."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.register_buffer("rotary", torch.randn(7, 3, dtype=torch.complex128, generator=generator))
+
+    def forward(self, x: Tensor, angle: Tensor) -> Any:
+        return self.fn(x, angle, self.rotary)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+
+
+def as_real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x).flatten(-2)
+
+
+def polar(angle: Tensor) -> Tensor:
+    return torch.polar(angle.abs() + 1, angle)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "rotary": lambda x, angle, _: as_real(as_complex(x) * polar(angle)[:, None]),
+    "rotary in another dtype": lambda x, angle, _: as_real(as_complex(x.float()) * polar(angle).to(torch.complex64)[:, None]).type_as(x),
+    "a complex buffer": lambda x, angle, rotary: as_real(as_complex(x) * rotary[1:5].transpose(0, 1)[:, 2]),
+    "times a real tensor": lambda x, angle, _: as_real(angle[:, None] * as_complex(x) * 0.5),
+    "times a complex number": lambda x, angle, _: as_real(as_complex(x) * (0.5 - 2j)),
+    "sums": lambda x, angle, _: as_real(torch.sub(as_complex(x), polar(angle)[:, None], alpha=3) + -as_complex(x)),
+    "moves": lambda x, angle, _: as_real(
+        torch.cat([as_complex(x).permute(1, 0, 2)[1:], as_complex(x).view(-1, x.shape[1], 3).transpose(0, 1)], 0)
+        .contiguous()
+        .unsqueeze(1)
+        .expand(-1, 2, -1, -1)
+        .squeeze(1)
+        .clone()
+    ),
+    "looked up": lambda x, angle, rotary: as_real(rotary[angle.abs().sum(-1).long() % 7] * 1.5),
+    "conjugates": lambda x, angle, _: as_real(as_complex(x).conj() * polar(angle)[:, None].conj().resolve_conj()),
+    "parts": lambda x, angle, _: (as_complex(x).real, polar(angle).imag, as_complex(x).abs()),
+    "of two parts": lambda x, angle, _: as_real(torch.complex(angle, 2 * angle)),
+}
+
+
+def exported(fn: Callable[..., Any]) -> tuple[ExportedProgram, tuple[Tensor, Tensor]]:
+    rows, length = Dim("rows"), Dim("length")
+    inputs = (
+        torch.randn(5, 4, 6, dtype=torch.float64, generator=generator),
+        torch.randn(5, 3, dtype=torch.float64, generator=generator),
+    )
+    shapes = {"x": {0: rows, 1: length}, "angle": {0: rows}}
+    return torch.export.export(Calls(fn), inputs, dynamic_shapes=shapes), inputs
+
+
+def complex_ops(graph: fx.Graph) -> list[fx.Node]:
+    values = ((n, n.meta.get("val")) for n in graph.nodes if n.op == "call_function")
+    return [n for n, v in values if isinstance(v, Tensor) and v.is_complex()]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_pairs_compute_what_complex_numbers_do(name: str) -> None:
+    program, inputs = exported(FUNCTIONS[name])
+    lifted = LiftedProgram(program)
+    result = SplitComplex()(lifted.graph)
+    assert result.count >= 1
+    assert not result.notes
+    assert not complex_ops(lifted.graph)
+    made = lifted.finish()
+    for given in (inputs, (torch.randn(3, 9, 6, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64))):
+        wanted, found = program.module()(*given), made.module()(*given)
+        torch.testing.assert_close(found, wanted, rtol=1e-6 if "dtype" in name else 1e-14, atol=1e-6 if "dtype" in name else 1e-14)
+
+
+def test_gradients_are_those_of_complex_numbers() -> None:
+    program, (x, angle) = exported(FUNCTIONS["rotary"])
+    lifted = LiftedProgram(program)
+    SplitComplex()(lifted.graph)
+    found = [
+        torch.autograd.grad(made.module()(a, b).square().sum(), (a, b))
+        for made in (program, lifted.finish())
+        for a, b in [(x.clone().requires_grad_(), angle.clone().requires_grad_())]
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "fn"),
+    {
+        "a Fourier transform": lambda x, angle, _: torch.fft.rfft(angle).abs(),
+        "an output": lambda x, angle, _: as_complex(x) * 2,
+        "an unknown op": lambda x, angle, _: as_real(as_complex(x).exp() * polar(angle)[:, None]),
+        "a write": lambda x, angle, _: as_real((as_complex(x.clone()) * 1).mul_(2)),
+    }.items(),
+)
+def test_what_is_not_known_stays_complex(name: str, fn: Callable[..., Any]) -> None:
+    program, inputs = exported(fn)
+    lifted = LiftedProgram(program)
+    before = [str(n.target) for n in lifted.graph.nodes]
+    result = SplitComplex()(lifted.graph)
+    assert result.count == 0
+    assert result.notes
+    assert [str(n.target) for n in lifted.graph.nodes] == before
+
+
+def test_one_group_may_stay_where_another_is_written() -> None:
+    program, inputs = exported(lambda x, angle, _: (as_real(as_complex(x) * 2), torch.fft.rfft(angle).abs()))
+    lifted = LiftedProgram(program)
+    assert SplitComplex()(lifted.graph).count == 2
+    assert {"aten.view_as_complex.default"}.isdisjoint(str(n.target) for n in lifted.graph.nodes)
+    torch.testing.assert_close(lifted.finish().module()(*inputs), program.module()(*inputs))
