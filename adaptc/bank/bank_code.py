@@ -16,8 +16,8 @@ from adaptc.bank.compile_bank import RowProgram
 from adaptc.bank.stack_adapters import AdapterStack
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.runtime.executor import Executor
-from adaptc.runtime.variants.gpu_variants import check_triton, runs_on_gpu
 from adaptc.runtime.options import RunOptions
+from adaptc.runtime.variants.gpu_variants import check_triton, runs_on_gpu
 
 
 class BankCode:

@@ -63,9 +63,9 @@ def stack_adapters(
     """Return a binding of this ``capacity`` that stacks ``bindings``, which are at most so many. Gradients flow to
     their values.
 
-    Its ``methods`` are those of the sites that some of them have. Places that are left over repeat the first binding, which is as finite there as it is alone. ``kernel_sites``: ids
-    of sites whose tensors lie as GPU kernels read them (``adaptc.kernels.grouped_rows``). Raises AdaptcError where the
-    sizes of the bindings cannot be brought together.
+    Its ``methods`` are those of the sites that some of them have. Places that are left over repeat the first binding,
+    which is as finite there as it is alone. ``kernel_sites``: ids of sites whose tensors lie as GPU kernels read them
+    (``adaptc.kernels.grouped_rows``). Raises AdaptcError where the sizes of the bindings cannot be brought together.
     """
     values: dict[str, Tensor] = {}
     source = f"{len(bindings)} adapters"

@@ -1,7 +1,7 @@
 """Make a plain exported program of an adapted or merged one, as converters to other runtimes take it.
 
-Dropout is off. Quantised weights are plain tensors, with the operators that dequantise them. Complex values are pairs of
-real ones, where they are computed within the program.
+Dropout is off. Quantised weights are plain tensors, with the operators that dequantise them. Complex values are pairs
+of real ones, where they are computed within the program.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Turn calls of Z-Image's transformer, which take lists of images and of texts of different lengths, into tensors.
 
-Its program takes a batch of image patches and a batch of padded texts, with their masks, and with their rotary positions
-as pairs of real numbers. The model's own functions split images into patches, pad texts, and put images together again.
+Its program takes a batch of image patches and a batch of padded texts, with masks. It takes their rotary positions as
+pairs of real numbers. The model's own functions split images into patches, pad texts, and put images together again.
 """
 
 from __future__ import annotations

@@ -49,12 +49,12 @@ from adaptc.runtime.added_lengths import VirtualTokenLengths, lookup_error
 from adaptc.runtime.arguments import Arguments
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.calls.check_indices import check_index_bounds, check_not_transformed
-from adaptc.runtime.variants.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.hoisted_values import HoistedInputs
 from adaptc.runtime.inductor import compile_lifted, pad_rank_one
 from adaptc.runtime.mutated_buffers import copy_sharing_memory, written_placeholders
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
 from adaptc.runtime.strides import CompiledStrides
+from adaptc.runtime.variants.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.variants.graph_variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, find_buffer, is_packable, move_into_buffer
 from adaptc.torch_modes import enters_autocast, leaving_autocast, outside_transforms

@@ -26,6 +26,14 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
+def llama4() -> Any:
+    """Its rotary positions are complex numbers, which no runtime has."""
+    sizes = {"hidden_size": 20, "intermediate_size_mlp": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 97, "num_key_value_heads": 1, "head_dim": 10, "attention_chunk_size": 32}
+    config = transformers.Llama4TextConfig(moe_layers=[], use_cache=False, **sizes)
+    return transformers.Llama4ForCausalLM(config)
+
+
 def bert() -> Any:
     sizes = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
     return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=97, num_labels=3, **sizes))
@@ -58,6 +66,7 @@ def pair(batch: int, length: int) -> dict[str, Tensor]:
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, Tensor]], list[str]]] = {
     "llama": (llama, text, ["q_proj", "down_proj"]),
+    "llama4": (llama4, text, ["q_proj", "down_proj"]),
     "bert": (bert, text, ["query", "output.dense"]),
     "vit": (vit, pixels, ["q_proj", "projection"]),
     "t5": (t5, pair, ["q", "wo"]),

@@ -56,8 +56,9 @@ def test_every_method(name: str, tmp_path: Path) -> None:
     """Calls compute what a program without these sites does."""
     entry = BY_NAME[name]
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(*entry.widths), nn.Tanh(), nn.Linear(*reversed(entry.widths))).double().eval()
-    x = torch.randn(3, entry.widths[0], dtype=torch.float64)
+    n, m = entry.widths
+    net = nn.Sequential(nn.Linear(n, m), nn.Tanh(), nn.Linear(m, n)).double().eval()
+    x = torch.randn(3, n, dtype=torch.float64)
 
     def compiled(*layers: str) -> Any:
         config = getattr(adaptc, entry.cls)(**{**entry.config, "target_modules": list(layers), "inference_mode": True})
@@ -130,7 +131,7 @@ def test_compiled_code_and_kernels_keep_all_sites() -> None:
 
 
 def test_a_bank_leaves_out_what_none_of_its_rows_has() -> None:
-    program = compile_block()
+    program: Any = compile_block()
     adapters = {"a": adapter(2, 5, ("q", "out")), "b": adapter(3, 6, ("q",))}
     bank = program.bank(adapters)
     wanted = [program.bind(adapters[n])(random_rows(2))[i] for i, n in enumerate("ab")]
@@ -166,7 +167,7 @@ def test_threads_call_while_the_graph_is_made() -> None:
 
 
 def test_hoisted_values_are_held_for_one_graph() -> None:
-    program = compile_block()
+    program: Any = compile_block()
     adaptc.swap(program, adapter(2, 5, ("q", "k")))
     called(program, 1)
     before = set(program.call_state.arguments.hoisted_inputs)

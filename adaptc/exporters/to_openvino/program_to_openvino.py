@@ -26,6 +26,7 @@ from adaptc.exporters.to_openvino.adapter_tensors import write_tensors
 from adaptc.exporters.to_openvino.openvino_model import RT_INFO_PATH, base_path, import_openvino, weights_path
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import user_inputs
+from adaptc.passes.lower.masked_rows import KeepMaskedRowsFinite
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.progress import stage
 from adaptc.torch_typing import shape_of
@@ -93,7 +94,7 @@ def _convert(ov: Any, prepared: PreparedExport) -> Any:
     names = [*prepared.input_names, *(i.name for i in prepared.inputs), *prepared.output_names]
     try:
         with stage("converting the program to OpenVINO"), hold_graph_lock():
-            untyped: Any = prepared.program
+            untyped: Any = KeepMaskedRowsFinite()(prepared.program).program
             model = ov.convert_model(untyped.run_decompositions(_decompositions()))
             _remove_constants(model, prepared)
             # The converter leaves all sizes free. OpenVINO computes faster where it knows some.

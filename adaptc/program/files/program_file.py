@@ -58,8 +58,8 @@ from adaptc.program.files.base_table import complete_program, names_without_valu
 from adaptc.program.files.given_base import tensors_of_base
 from adaptc.program.files.read_program_file import read_program
 from adaptc.progress import stage
-from adaptc.runtime.variants.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
+from adaptc.runtime.variants.gpu_variants import register_kernels
 from adaptc.state.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.state.core import ProgramCore
 from adaptc.torch_typing import named_modules

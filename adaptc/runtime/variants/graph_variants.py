@@ -245,17 +245,18 @@ class GraphVariants:
     @property
     def trails(self) -> dict[str, PassTrail]:
         """Return the passes that each variant made so far went through, by kind."""
-        return {kind: v.trail for kind, v in self._made()}
+        return {kind: v.trail for kind, v in self.made_variants()}
 
     @property
     def matmuls(self) -> dict[str, MatmulChoices]:
         """Return the matmuls chosen in each variant made so far, by kind."""
-        return {kind: v.matmuls for kind, v in self._made()}
+        return {kind: v.matmuls for kind, v in self.made_variants()}
 
-    def _made(self) -> Iterator[tuple[str, GraphVariant]]:
+    def made_variants(self) -> Iterator[tuple[str, GraphVariant]]:
+        """Return the variants made so far, by name."""
         yield from list(self._variants.items())
         for number, fewer in list(self._fewer_sites.values()):
-            yield from ((f"{kind}/{number}", v) for kind, v in fewer._made())
+            yield from ((f"{kind}/{number}", v) for kind, v in fewer.made_variants())
 
     @graph_locked_property
     def fusion(self) -> Fusion:
