@@ -78,13 +78,14 @@ def _has_padded_tower(model: nn.Module) -> bool:
 
 def has_free_images(model: nn.Module) -> bool:
     """Return whether ``model`` is captured for any number of images: it has such towers, lists features of images as
-    LLaVA does, or computes them of the sizes of images. It is not where their grids are fixed."""
+    LLaVA does, or computes them of the sizes of images, or beside local patches. It is not where their grids are
+    fixed."""
     if GRIDS_ARE_FIXED.get():
         return False
     methods = [getattr(type(m), "get_image_features", None) for m in model.modules()]
     found: list[Any] = [inspect.unwrap(m) for m in methods if callable(m)]
     names = [{*f.__code__.co_names} for f in found if hasattr(f, "__code__")]
-    takes_sizes = any("image_sizes" in inspect.signature(f).parameters for f in found)
+    takes_sizes = any({"image_sizes", "num_local_patches"} & {*inspect.signature(f).parameters} for f in found)
     return bool(find_towers(model)) or takes_sizes or any("list" in n or {"split", "tolist"} <= n for n in names)
 
 

@@ -32,6 +32,7 @@ from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.vision.methods.equal_methods import equal_deepstack, equal_positions
 from adaptc.capture.vision.methods.equal_towers import equal_resizing, equal_slicing
 from adaptc.capture.vision.methods.image_codes import find_codes
+from adaptc.capture.vision.methods.local_patches import equal_whole_features
 from adaptc.capture.vision.methods.packed_methods import equal_packed_forward, equal_unshuffle
 from adaptc.capture.vision.methods.padded_towers import equal_padded_forward
 from adaptc.capture.vision.methods.positions_by_ids import equal_positions_by_ids
@@ -122,6 +123,8 @@ def _forward(module: Any, original: Any, splits: KeepWhole) -> Any:
 
 
 def _features(module: Any, original: Any, splits: KeepWhole) -> Any:
+    if (made := equal_whole_features(module, original)) is not None:
+        return made
     splits.codes.add(_code(original))
     has_masks = "pixel_attention_mask" in inspect.signature(original).parameters
     pack, tiling = getattr(module, "pack_image_features", None), find_tiling(module)

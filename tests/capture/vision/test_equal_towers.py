@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptc.capture.vision.methods.equal_methods import equal_positions
 from adaptc.capture.vision.methods.equal_towers import equal_resizing, equal_slicing
+from adaptc.capture.vision.methods.local_patches import equal_whole_features
 from adaptc.capture.vision.methods.positions_by_ids import equal_positions_by_ids
 from tests.coverage.build import build
 from tests.coverage.rows import all_rows
@@ -142,3 +143,25 @@ def test_other_positions_by_ids_stay() -> None:
 
     assert equal_positions_by_ids(module, MethodType(shifted, module)) is None
     assert equal_positions_by_ids(nn.Linear(2, 2), original) is None
+
+
+@torch.no_grad()
+def test_features_of_images_without_local_patches_stay_whole() -> None:
+    model = next(m for m in model_of("step3p7").modules() if hasattr(m, "multi_modal_projector"))
+    features = equal_whole_features(model, model.get_image_features)
+    assert features is not None
+    side = model.config.vision_config.image_size
+    pixels, patches = torch.randn(3, 3, side, side), torch.randn(2, 3, side, side)
+    wanted, found = model.get_image_features(pixels), features(pixels)
+    assert len(found.pooler_output) == 1
+    torch.testing.assert_close(found.pooler_output[0], torch.cat(wanted.pooler_output))
+    torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
+    with_patches = features(pixels, patches, [2, 0, 0]).pooler_output
+    torch.testing.assert_close(with_patches, model.get_image_features(pixels, patches, [2, 0, 0]).pooler_output)
+
+    def doubled(pixel_values: Tensor, pixel_values_local: Any = None, num_local_patches: Any = None, **_: Any) -> Any:
+        made = model.get_image_features(pixel_values)
+        made.pooler_output = [2 * t for t in made.pooler_output]
+        return made
+
+    assert equal_whole_features(model, doubled) is None
