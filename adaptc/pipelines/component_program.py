@@ -1,7 +1,7 @@
 """Capture a component of a pipeline, a denoiser or a text encoder, as a program that any adapter can be swapped into.
 
 A pipeline's user loads adapters that nobody knew at the capture. So the program has sites for LoRA at all linear and
-convolutional layers. After the first calls, sites that an adapter leaves out cost nothing. Another method has sites in
+convolutional layers. Sites that an adapter leaves out cost a call nothing. Another method has sites in
 a program of its own, which is made of the captured one. One capture serves every batch, size and length of text.
 """
 

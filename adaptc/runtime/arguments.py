@@ -103,8 +103,6 @@ class Arguments:
                     found = owner.make_hoisted_inputs(
                         self._values, self._own_names, variant_name, buffers, room, self._hoist_lock
                     )
-                    if "/" in variant_name:  # later calls leave sites out, and no call needs these any more
-                        self.hoisted_inputs = {n: v for n, v in self.hoisted_inputs.items() if "/" in n}
                     self.hoisted_inputs[variant_name] = found
         return found
 

@@ -39,8 +39,6 @@ from tests.benchmarks.harness import Row, interleave, machine, markdown
 RANK, TARGETS = 16, ["to_q", "to_k", "to_v", "to_out.0"]
 #: adapters that are loaded beside the one that acts
 INACTIVE = 19
-#: calls before a measurement: adaptc makes a graph without the sites that an adapter lacks in the fourth
-WARM_UP = 5
 #: images of one batch, and steps of the denoiser for each
 IMAGES, STEPS = 4, 2
 
@@ -133,7 +131,7 @@ def run(family: str, folder: Path, rounds: int) -> list[Row]:
 
     steps = {"the base": step(base), "adaptc": step(ours), "adaptc, fused": step(fused), "diffusers": step(theirs)}
     torch.testing.assert_close(steps["adaptc"](), steps["diffusers"](), rtol=1e-3, atol=1e-3)
-    rows = interleave(f"{family}: a step, one adapter", steps, "the base", rounds, WARM_UP)
+    rows = interleave(f"{family}: a step, one adapter", steps, "the base", rounds)
     swaps = {
         "diffusers, delete and load_lora_weights": lambda: _exchange(theirs, files),
         "diffusers, load_lora_weights(hotswap=True)": lambda: _load(theirs, files, hotswap=True),
@@ -159,7 +157,6 @@ def run(family: str, folder: Path, rounds: int) -> list[Row]:
         {name: steps[name] for name in ("the base", "adaptc", "diffusers")},
         "the base",
         rounds,
-        WARM_UP,
     )
     texts = make_texts(IMAGES) | {"num_inference_steps": STEPS, "output_type": "latent"}
     rows += interleave(
@@ -172,7 +169,6 @@ def run(family: str, folder: Path, rounds: int) -> list[Row]:
         },
         "one after the other",
         rounds,
-        WARM_UP,
     )
     torch.testing.assert_close(_together(ours, texts), _alone(ours, texts), rtol=1e-3, atol=1e-3)
     return rows + packages(family, base, part, inputs, files, folder, rounds)

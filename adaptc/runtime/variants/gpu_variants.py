@@ -61,7 +61,7 @@ class GpuVariants(GraphVariants):
     Raises BackendError where triton is not installed.
     """
 
-    leaves_sites_out = False  # the fourth call may be one that a CUDA graph is captured from
+    leaves_sites_out = False  # kernels of many shapes would be compiled for each graph
 
     def __init__(
         self,

@@ -11,8 +11,8 @@ A program has one graph. Up to four variants are made of it, each when it is fir
 A symbolic cost in the program's free sizes picks one of the last three, evaluated for the sizes of each call. Compiled
 code uses the plain variant. So does every call where the limit on hoisted memory leaves no room for stacked adapters.
 
-An adapter may leave sites of the program out. From its fourth call on it has variants of a graph without these sites.
-They are named like ``stacked/1``: the kind, and the number of that graph.
+An adapter may leave sites of the program out. It has variants of a graph without these sites, which are named like
+``stacked/1``: the kind, and the number of that graph.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ from adaptc.runtime.hoisted_values import SharedValues, SplitGraph
 from adaptc.torch_modes import AUTOCAST_DEVICES
 
 PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"
-#: the call with one set of sites left out that makes the graph without them, so that single calls do not wait for it
-CALLS_BEFORE_FEWER_SITES = 4
-#: how many such graphs there may be, so that a program with adapters of any layers does not go on making them
+#: how many graphs without some sites there may be, so that a program with adapters of any layers does not go on making
+#: them
 MAX_FEWER_SITES = 4
 
 
@@ -164,8 +163,6 @@ class GraphVariants:
 
     def __init__(self, source: LiftedGraph) -> None:
         self.source = source
-        #: sites left out -> the number of calls that did so, until the graph without them is made
-        self._calls_without: Counter[frozenset[str]] = Counter()
         #: sites left out -> the number of the graph without them, and its variants
         self._fewer_sites: dict[frozenset[str], tuple[int, GraphVariants]] = {}
         self.is_fused = source.may_fuse and self.may_fuse(source.is_for_compiler)
@@ -198,7 +195,7 @@ class GraphVariants:
     def for_call(self, sizes: Mapping[str, int], without: frozenset[str]) -> str:
         """Return the variant that costs least in a call with these sizes and an adapter that leaves out the sites
         ``without``."""
-        found = self._fewer_sites.get(without) or self._count_call(without)
+        found = self._graph_without(without)
         if found is None:
             return self.cheapest_variant(sizes)
         number, variants = found
@@ -206,27 +203,25 @@ class GraphVariants:
 
     def for_warm_up(self, without: frozenset[str]) -> list[str]:
         """Return the variants that calls with an adapter may run which leaves out the sites ``without``."""
-        found = self._fewer_sites.get(without)
-        fewer = [] if found is None else [f"{kind}/{found[0]}" for kind in found[1].variant_names]
-        return [*self.variant_names, *fewer]
+        found = self._graph_without(without)
+        return self.variant_names if found is None else [f"{kind}/{found[0]}" for kind in found[1].variant_names]
 
-    def _count_call(self, without: frozenset[str]) -> tuple[int, GraphVariants] | None:
-        """Count a call, and return the number and the variants of the graph without these sites once there are any."""
-        if not without or not self.leaves_sites_out or len(self._fewer_sites) >= MAX_FEWER_SITES:
-            return None
-        self._calls_without[without] += 1
-        if self._calls_without[without] < CALLS_BEFORE_FEWER_SITES:
-            return None
+    def _graph_without(self, without: frozenset[str]) -> tuple[int, GraphVariants] | None:
+        """Return the number of the graph without these sites and its variants, made now if they were not.
+
+        None where all sites are used, or where there are as many such graphs as there may be. So a set of sites has one
+        graph for good, and equal calls give equal bits.
+        """
+        found = self._fewer_sites.get(without)
+        if found is not None or not without or not self.leaves_sites_out:
+            return found
         with hold_graph_lock():
             if without not in self._fewer_sites and len(self._fewer_sites) < MAX_FEWER_SITES:
                 graph = copy_graph(self.source.module.graph)
                 bypass_regions(graph, without)
                 module = fx.GraphModule(self.source.module, graph)
-                self._fewer_sites[without] = (
-                    len(self._fewer_sites) + 1,
-                    type(self)(replace(self.source, module=module)),
-                )
-                self._calls_without.pop(without, None)
+                made = type(self)(replace(self.source, module=module))
+                self._fewer_sites[without] = len(self._fewer_sites) + 1, made
             return self._fewer_sites.get(without)
 
     @property
