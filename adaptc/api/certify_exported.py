@@ -1,8 +1,8 @@
 """Measure files of other runtimes in their runtime, and keep a certificate beside each.
 
-A file for ONNX Runtime, OpenVINO or ExecuTorch whose adapter is a set of inputs is opened as users open it. Its base
-and the program's adapter are compared with the program, from which the file was exported. The certificate is the JSON
-file ``<name>.certificate.json``.
+A file for ONNX Runtime, OpenVINO or ExecuTorch is opened as users open it. Its base and the program's adapter are
+compared with the program, from which the file was exported. A file that has its adapter merged in is compared as it is.
+The certificate is the JSON file ``<name>.certificate.json``.
 
 Outputs at padding are not compared. A token that no other token is shown to gives what each runtime makes of it.
 """
@@ -133,14 +133,16 @@ def _no_program(file: Path) -> ConfigError:
 
 def _measure(file: Path, program: AdaptedProgram, seed: int, shapes: int, atol: float | None) -> VerifyReport:
     session = _FORMATS[file.suffix][0](file)
-    session.load_adapter(_ADAPTER, program)
+    if not session.is_merged:
+        session.load_adapter(_ADAPTER, program)
     runs = random_inputs.draw_inputs(program, shapes=shapes, seed=seed)
     with torch.no_grad(), BufferSnapshot(program, None) as buffers:
         verifier = _SessionVerifier(session, program, runs, atol, seed, buffers)
-        checks = [
-            verifier.run_check(f"base in {session.runtime}", verifier.base_equals_program),
-            verifier.run_check(f"adapter in {session.runtime}", verifier.adapter_equals_program),
-        ]
+        if session.is_merged:
+            measured = {"merged": verifier.merged_equals_program}
+        else:
+            measured = {"base": verifier.base_equals_program, "adapter": verifier.adapter_equals_program}
+        checks = [verifier.run_check(f"{n} in {session.runtime}", check) for n, check in measured.items()]
     return VerifyReport.from_checks(checks, (r.shapes_text for r in runs), seed, False)
 
 
@@ -162,6 +164,9 @@ class _SessionVerifier(Verifier):
 
     def adapter_equals_program(self, name: str) -> Check:
         return self._compare(name, self.program, _ADAPTER)
+
+    def merged_equals_program(self, name: str) -> Check:
+        return self._compare(name, self.program, None)
 
     def _compare(self, name: str, call: Callable[..., Any], adapter: str | None) -> Check:
         names = self.session.output_names
@@ -193,11 +198,15 @@ def _without_padding(outputs: Leaves, run: CallInputs) -> Leaves:
 
 
 def _hash_of(file: Path) -> dict[str, str]:
-    """Return the hash of a file and of those that belong to it. Raises CheckpointError where one is missing."""
+    """Return the hash of a file and of those that belong to it. Raises CheckpointError where there is no such file.
+
+    A merged file lacks some of the others, and a hash without one that is missing is another hash.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"there is no file {file}")
     hashed = hashlib.sha256()
-    for path in (file, *(file.with_name(file.stem + end) for end in _FORMATS[file.suffix][2])):
-        if not path.is_file():
-            raise CheckpointError(f"there is no file {path}")
+    others = [file.with_name(file.stem + end) for end in _FORMATS[file.suffix][2]]
+    for path in (file, *(p for p in others if p.is_file())):
         with path.open("rb") as stream:
             hashed.update(hashlib.file_digest(stream, "sha256").digest())
     return {"sha256": hashed.hexdigest(), "of": "file"}

@@ -16,6 +16,8 @@ from adaptc.errors import CheckpointError, SwapError, did_you_mean
 
 #: the key of the description among what a file says of itself
 METADATA_KEY = "adaptc"
+#: the key in the description of a file without inputs for adapters
+MERGED_KEY = "merged"
 _SIZE_TEXT = re.compile(r"(?:(\d+)\*)?(\w+)")
 
 
@@ -57,17 +59,21 @@ class AdapterInputs:
     """The inputs of a file that an adapter may feed, by name, and the fingerprint of its base.
 
     ``rows`` is how a call stacks the adapters of its rows, see ``row_stacks``; None where all rows have one adapter.
+    ``is_merged``: the file has no such inputs, and no fingerprint.
     """
 
     fingerprint: str
     by_name: Mapping[str, AdapterInput]
     rows: Any = None
+    is_merged: bool = False
 
     @staticmethod
     def parse(text: str, path: Path) -> AdapterInputs:
         """Return what the description ``text`` of ``path`` says. Raises CheckpointError where it is damaged."""
         try:
             data: Any = json.loads(text)
+            if data.get(MERGED_KEY) is True:
+                return AdapterInputs("", {}, is_merged=True)
             fingerprint = data["fingerprint"]
             if not re.fullmatch("[0-9a-f]{64}", fingerprint):
                 raise ValueError(f"{fingerprint!r} is no fingerprint")

@@ -38,10 +38,7 @@ def check_seal(path: Path, others: Sequence[Path] = (), *, writer: str) -> None:
             file.seek(max(size, 0))
             match = _SEAL.fullmatch(file.read())
         if match is None:
-            raise CheckpointError(
-                f"{path} was not written by {writer} with inputs for adapters, or was changed afterwards: write it "
-                "again"
-            )
+            raise CheckpointError(f"{path} was not written by {writer}, or was changed afterwards: write it again")
         if missing := [p for p in others if not p.is_file()]:
             raise CheckpointError(f"there is no file {missing[0]}, which belongs to {path.name}")
         if match[1].decode() != _hash(path, size, others):

@@ -21,6 +21,7 @@ from adaptc.archives.json_schema import Nullable, OptionalField, Size, check_jso
 from adaptc.archives.names import parse_json
 from adaptc.archives.refusal import UnsafeFile, describe_error, short_repr
 from adaptc.errors import AdaptcError, CheckpointError
+from adaptc.exporters.adapter_feeds import MERGED_KEY
 from adaptc.exporters.row_stacks import ROWS_SCHEMA
 from adaptc.exporters.slot_program import SlotProgram
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
@@ -51,6 +52,10 @@ _SCHEMA: dict[str, Any] = {
     "inputs": [_INPUT_SCHEMA],
     "rows": OptionalField(ROWS_SCHEMA),
 }
+
+
+class _NoInputs(Exception):
+    """A description says that its file has no inputs for adapters."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,20 @@ def describe(made: SlotProgram) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
+def describe_merged() -> dict[str, Any]:
+    """Return the description of a file that has no inputs for adapters, as plain JSON values."""
+    return {"format": FORMAT, "torch": torch.__version__, MERGED_KEY: True}
+
+
 def parse_description(text: str, source: str) -> InputDescription:
-    """Return the description that a file holds as JSON. Raises CheckpointError, with ``source``, for any other text."""
+    """Return the description that a file holds as JSON.
+
+    Raises CheckpointError, with ``source``, for any other text, and for a file that has no inputs for adapters.
+    """
     try:
         data: Any = parse_json(text.encode(), allow_nan=False)
+        if is_dict(data) and data.get(MERGED_KEY) is True:
+            raise _NoInputs
         found = data.get("format") if is_dict(data) else data
         if found != FORMAT:
             raise UnsafeFile(f"its format is {short_repr(found)}, and this adaptc reads {FORMAT}")
@@ -124,6 +139,11 @@ def parse_description(text: str, source: str) -> InputDescription:
         if strange := [i.fqn for i in inputs if i.fqn not in slots and i.slot != "base"]:
             raise UnsafeFile(f"the input {short_repr(strange[0])} is of no site")
         return InputDescription(data["fingerprint"], data["header"], sites, inputs, "rows" in data)
+    except _NoInputs:
+        raise CheckpointError(
+            f"{source} has no inputs for adapters, for its adapter was merged when it was exported: export the program "
+            "with adapters='inputs'"
+        ) from None
     except Exception as error:  # a forged text can break any reader of its fields
         why = str(error) if isinstance(error, (UnsafeFile, AdaptcError)) else describe_error(error)
         raise CheckpointError(

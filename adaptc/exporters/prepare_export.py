@@ -19,7 +19,7 @@ from torch.export.graph_signature import OutputKind
 from adaptc.bank.bank import Bank
 from adaptc.bank.stack_placement import make_bank
 from adaptc.errors import CheckpointError, ConfigError, short_repr
-from adaptc.exporters.input_description import describe
+from adaptc.exporters.input_description import describe, describe_merged
 from adaptc.exporters.plain_program import plain_program
 from adaptc.exporters.row_program import make_row_program, stack_identity
 from adaptc.exporters.slot_program import SlotInput, SlotProgram, make_slot_program
@@ -48,7 +48,7 @@ class PreparedExport:
         output_names: the names of the outputs that are tensors, in their order.
         inputs: the inputs that have the adapter; none where it is merged.
         size_names: symbol in the program's shapes -> the name of the free size in the shapes of ``inputs``.
-        description: the description of the inputs as JSON; None where there are none.
+        description: the description of the inputs as JSON, which may say that there are none.
         current: name -> the value of each input for the adapter that the program has.
         rows: how adapters are stacked where each row has its own (see ``row_program``); None where all rows have one.
     """
@@ -58,7 +58,7 @@ class PreparedExport:
     output_names: Sequence[str]
     inputs: Sequence[SlotInput] = ()
     size_names: Mapping[str, str] = field(default_factory=dict[str, str])
-    description: str | None = None
+    description: str = ""
     current: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     rows: Mapping[str, Any] | None = None
 
@@ -121,7 +121,9 @@ def prepare_export(
         )
         plain = plain_program(merged)
         _check_pure(plain, kind)
-        return PreparedExport(plain, _input_names(plain), _output_names(plain))
+        return PreparedExport(
+            plain, _input_names(plain), _output_names(plain), description=json.dumps(describe_merged())
+        )
     return prepare_inputs(program, kind, max_rank, identity)
 
 

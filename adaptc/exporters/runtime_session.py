@@ -62,6 +62,7 @@ class RuntimeSession(ABC):
         path: the file.
         text: the description in the file.
         rows: what stacks the adapters of rows; None for a file that takes one adapter for all rows.
+        is_merged: whether the file has no inputs for adapters, and takes none.
     """
 
     #: the name of the runtime, for messages
@@ -76,6 +77,7 @@ class RuntimeSession(ABC):
     ) -> None:
         self.path, self.text = path, text
         self._inputs = AdapterInputs.parse(text, path)
+        self.is_merged = self._inputs.is_merged
         self.rows: Rows | None = None
         if self._inputs.rows is not None:
             if make_rows is None:
@@ -114,13 +116,18 @@ class RuntimeSession(ABC):
                 directory or file, a program, what was bound to one. Or a mapping from names of inputs to arrays.
 
         Raises:
-            ConfigError: the name is taken, or no name.
+            ConfigError: the name is taken, or no name, or the file has no inputs for adapters.
             CheckpointError: the file is damaged, or was written for another model.
             SwapError: the adapter has tensors that the model has no input for, or of other shapes.
         """
         given: Any = name  # callers may give anything
         if not isinstance(given, str) or not given:
             raise ConfigError(f"the name of an adapter is a text, not {short_repr(name)}")
+        if self.is_merged:
+            raise ConfigError(
+                f"{self.path} has no inputs for adapters, for its adapter was merged when it was exported: export the "
+                "program with adapters='inputs'"
+            )
         if name in self._adapters:
             raise ConfigError(f"there is an adapter called {name!r} already: session.delete_adapter({name!r}) first")
         is_path = isinstance(adapter, (str, os.PathLike))

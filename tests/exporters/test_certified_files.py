@@ -69,6 +69,30 @@ def test_certificates(suffix: str, tmp_path: Path) -> None:
     assert adaptc.verify(file)["certificate: graph"].passed is False
 
 
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(s, marks=[pytest.mark.long] if s == ".pte" else []) for s in EXPORTERS]
+)
+def test_merged_files(suffix: str, tmp_path: Path) -> None:
+    export, runtime, _, options = EXPORTERS[suffix]
+    prog = program()
+    file = export(prog, tmp_path / f"model{suffix}", adapters="merged", **options)
+    certificate = adaptc.certify(file, prog, seed=4, shapes=2)
+    assert certificate.measured is not None
+    (check,) = certificate.measured["checks"]
+    assert check["name"] == f"merged in {runtime}"
+    assert check["passed"]
+    assert 0 <= check["error"] <= check["limit"] < 1e-3
+    assert adaptc.verify(file, prog).ok
+    assert adaptc.verify(file)["certificate: graph"].passed
+    other = program()
+    with torch.no_grad():
+        other.base_tensors["down.weight"].add_(1)
+    with pytest.raises(adaptc.AdaptcError, match=f"merged in {runtime}"):
+        adaptc.certify(file, other)
+    export(other, file, adapters="merged", **options)
+    assert adaptc.verify(file)["certificate: graph"].passed is False
+
+
 def test_commands(tmp_path: Path) -> None:
     prog = compiled()
     saved = adaptc.save(prog, tmp_path / "prog.pt2")

@@ -126,8 +126,10 @@ def test_merged(folder: Path, tmp_path: Path) -> None:
         for size in SIZES:
             (found,) = session.run(["output"], {"x": inputs(*size).numpy()})
             torch.testing.assert_close(torch.from_numpy(found), expected(folder, "fr", inputs(*size)))
-    with pytest.raises(adaptc.CheckpointError, match=r"merged.onnx has no inputs for adapters"):
-        adaptc.exporters.onnx_session(path)
+    opened = adaptc.exporters.onnx_session(path)
+    assert opened.is_merged
+    with pytest.raises(adaptc.ConfigError, match=r"merged.onnx has no inputs for adapters"):
+        opened.load_adapter("fr", folder / "fr")
     with pytest.raises(adaptc.CheckpointError, match=r"merged.onnx has no inputs for adapters"):
         adaptc.exporters.save_onnx_adapter(folder / "fr", tmp_path / "fr.onnx_adapter", model=path)
 

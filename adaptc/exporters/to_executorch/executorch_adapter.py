@@ -58,7 +58,7 @@ def executorch_model(path: str | os.PathLike[str]) -> ExecutorchModel:
         the model.
 
     Raises:
-        CheckpointError: the file is damaged or missing, or has no inputs for adapters.
+        CheckpointError: the file is damaged or missing, or of another writer.
         BackendError: ExecuTorch is not installed, or cannot run the program.
 
     Example:

@@ -56,7 +56,8 @@ class ExecutorchModel(RuntimeSession):
         try:
             self.program: Any = runtime.load_program(path)
             about: Any = json.loads(self.program.load_method(TEXT_METHOD).execute([])[0])
-            base = self.program.load_method(BASE_METHOD).execute([])
+            has_base = BASE_METHOD in self.program.method_names
+            base: Sequence[Any] = self.program.load_method(BASE_METHOD).execute([]) if has_base else ()
             self._forward: Any = self.program.load_method("forward")
             text = json.dumps(about["description"])
             #: the model's inputs in their order; those without a name are constants

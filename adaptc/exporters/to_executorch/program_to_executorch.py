@@ -97,7 +97,7 @@ def export_executorch(
     prepared = prepare_export(
         program, path, adapters, suffix=".pte", kind="an ExecuTorch program", max_rank=max_rank, identity="minimal"
     )
-    if prepared.description is not None:
+    if prepared.inputs:
         facts = {n: facts_of(t) for n, t in prepared.current.items()}
         AdapterInputs.parse(prepared.description, path).check(facts, "the program's adapter", (1, max_rank))
     with nullcontext() if max_size is None else _with_largest(prepared.program, max_size):
@@ -106,8 +106,7 @@ def export_executorch(
         with new.open("wb") as file:  # ``save`` logs what the OS says of a full disk, and raises nothing
             made.write_to_file(file)
         _check_kernels(new)
-        if prepared.description is not None:
-            add_seal(new)
+        add_seal(new)
     return path
 
 
@@ -119,8 +118,6 @@ def _with_largest(program: ExportedProgram, size: int) -> AbstractContextManager
 def _constant_methods(prepared: PreparedExport, max_rank: int) -> dict[str, Any]:
     """Return the methods of the file that say what it is given. Raises ConfigError for a size without a largest one."""
     own_inputs = _own_inputs(prepared)
-    if prepared.description is None:
-        return {}
     about = {
         "description": json.loads(prepared.description),
         "inputs": own_inputs,
@@ -128,7 +125,7 @@ def _constant_methods(prepared: PreparedExport, max_rank: int) -> dict[str, Any]
         "max_rank": max_rank,
     }
     base = tuple(i.identity.detach().cpu().contiguous() for i in prepared.inputs)
-    return {TEXT_METHOD: json.dumps(about), BASE_METHOD: base}
+    return {TEXT_METHOD: json.dumps(about)} | ({BASE_METHOD: base} if base else {})
 
 
 def _check_kernels(path: Path) -> None:

@@ -90,7 +90,7 @@ def onnx_session(
         the session.
 
     Raises:
-        CheckpointError: the file cannot be opened, or has no inputs for adapters.
+        CheckpointError: the file cannot be opened, or is of another writer.
         BackendError: onnxruntime is not installed.
 
     Example:

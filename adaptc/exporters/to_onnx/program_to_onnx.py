@@ -174,5 +174,4 @@ def add_defaults(model: Any, prepared: PreparedExport) -> None:
         value = by_name[name]
         value.const_value = onnx_ir.tensor(base.cpu().contiguous(), name=name)
         model.graph.initializers[name] = value
-    if prepared.description is not None:
-        model.metadata_props[METADATA_KEY] = prepared.description
+    model.metadata_props[METADATA_KEY] = prepared.description

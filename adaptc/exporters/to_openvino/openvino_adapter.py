@@ -64,7 +64,7 @@ def openvino_model(
         the model.
 
     Raises:
-        CheckpointError: the files are damaged or missing, or have no inputs for adapters.
+        CheckpointError: the files are damaged or missing, or of another writer.
         BackendError: OpenVINO is not installed, or cannot run the program.
 
     Example:

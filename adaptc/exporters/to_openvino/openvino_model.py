@@ -83,7 +83,9 @@ class OpenVinoModel(RuntimeSession):
         make_rows: MakeRows | None = None,
     ) -> None:
         self._ov = import_openvino()
-        check_seal(path, [weights_path(path), base_path(path)], writer="adaptc.exporters.export_openvino")
+        base = base_path(path)
+        others = [weights_path(path), *([base] if base.is_file() else [])]
+        check_seal(path, others, writer="adaptc.exporters.export_openvino")
         options = {"INFERENCE_PRECISION_HINT": "f32"} if config is None else dict(config)
         try:
             core = self._ov.Core()
@@ -93,7 +95,7 @@ class OpenVinoModel(RuntimeSession):
         except Exception as error:  # the classes of its errors are not public
             raise BackendError(f"OpenVINO cannot open {path}: {runtime_error(error)}") from error
         super().__init__(path, text, read_adapter, make_rows)
-        self._base = {n: self._as_value(v) for n, v in read_tensors(base_path(path)).items()}
+        self._base = {n: self._as_value(v) for n, v in (read_tensors(base) if base.is_file() else {}).items()}
         known = {n for port in self.compiled_model.inputs for n in port.get_names()}
         if missing := self._inputs.by_name.keys() - (known & self._base.keys()):
             raise CheckpointError(f"{path} is described to have the input {min(missing)!r}, and has none")

@@ -80,10 +80,10 @@ def export_openvino(
         ov.save_model(model, str(folder / path.name), compress_to_fp16=False)
         (folder / weights).touch()  # a model without weights has no file of weights
         written = [weights]
-        if prepared.description is not None:
+        if prepared.inputs:
             write_tensors(prepared.base_values, folder / base, json.loads(prepared.description)["fingerprint"])
             written.append(base)
-            add_seal(folder / path.name, [folder / n for n in written])
+        add_seal(folder / path.name, [folder / n for n in written])
         stale = [] if base in written else [base]
         commit(folder, path.parent, weights_files=written, config_file=path.name, stale_files=stale)
     return path
@@ -103,8 +103,7 @@ def _convert(ov: Any, prepared: PreparedExport) -> Any:
             _check_convolutions(model)
     except Exception as error:
         raise BackendError(f"OpenVINO could not convert the program: {_reason(error)}") from error
-    if prepared.description is not None:
-        model.set_rt_info(prepared.description, list(RT_INFO_PATH))
+    model.set_rt_info(prepared.description, list(RT_INFO_PATH))
     return model
 
 
