@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -157,7 +158,8 @@ def sweep(
         a report with a row for each config; ``report.best`` is the name of the best.
 
     Raises:
-        ConfigError: an option has a value that cannot be honoured, or a config has dropout.
+        ConfigError: an option has a value that cannot be honoured, or a config has dropout, or another sweep runs in
+            the directory.
         CheckpointError: the directory holds a run with other configs, rows or options, or a name is no name of a
             directory.
         AdaptcError: a row is malformed.
@@ -191,7 +193,8 @@ def sweep(
         hashes = {"dataset": fingerprint_rows(rows), "eval_dataset": held_out and fingerprint_rows(held_out)}
         description = {"configs": {n: c.to_dict() for n, c in named.items()}, **hashes, **read.describe()}
         kept = SweepDirectory(Path(directory), [*named], description)
-    return _Sweep(groups, named, read, loss, kept).run(rows, held_out, on_step)
+    with nullcontext() if kept is None else kept.held():
+        return _Sweep(groups, named, read, loss, kept).run(rows, held_out, on_step)
 
 
 class _Sweep:

@@ -3,13 +3,18 @@
 ``sweep.json`` names the folder with the newest complete state of all configs. A new state goes to a new folder first,
 so a run that ends while it writes leaves the state before. Beside them each config has a directory, with the adapter of
 its best evaluation.
+
+A run holds a lock on the directory (``flock``), which ends with its process. So no two runs write to one directory at
+once, and a run that was killed leaves it free. Windows has no such locks, nor have some network filesystems.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,11 @@ from adaptc.adapter_files.locate import check_plain_name
 from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.joint_training.sweep_report import SweepPoint, SweepResult
 from adaptc.value_types import InvalidValue, field_rules
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 STATE_NAME = "sweep.json"
 #: theme -> the picture of the losses, which the command writes
@@ -51,6 +61,32 @@ class SweepDirectory:
                 raise ConfigError(f"{name!r} is what a sweep calls its own files in the directory: choose another name")
         self.path, self._names = path, names
         self._description = json.loads(json.dumps(description, default=str))
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Run the block with the directory, which is made where there is none, and no other run in it.
+
+        Raises ConfigError where another run is in it, and CheckpointError where it cannot be made.
+        """
+        with explain_write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path, os.O_RDONLY) if fcntl is not None else -1
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ConfigError(
+                        f"another sweep runs in {self.path} now: wait until it ends, or give another directory"
+                    ) from None
+                except OSError:  # a filesystem without locks
+                    pass
+            yield
+        finally:
+            if lock >= 0:
+                os.close(lock)
+            with suppress(OSError):
+                self.path.rmdir()  # where the run wrote nothing
 
     def read(self) -> SweepState | None:
         """Return the state that is there; None where there is none.

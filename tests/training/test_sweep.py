@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +329,51 @@ def test_a_picture_has_the_curves_of_all_configs(tmp_path: Path) -> None:
     with pytest.raises(adaptc.AdaptcError, match="no step"):
         SweepReport(results, 0, 900).draw(tmp_path / "x.svg")
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_two_sweeps_in_one_directory(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def another(report: SweepReport) -> None:
+        with pytest.raises(adaptc.ConfigError, match="another sweep runs in") as error:
+            sweep(base(), {"r2": CONFIGS["r2"]}, rows(4, 0), steps=1, directory=tmp_path / "run")
+        refused.append(str(error.value))
+
+    options: dict[str, Any] = {"steps": 2, "directory": tmp_path / "run"}
+    sweep(base(), {"r2": CONFIGS["r2"]}, rows(4, 0), on_step=another, **options)
+    assert len(refused) == 2
+    assert sweep(base(), {"r2": CONFIGS["r2"]}, rows(4, 0), **options).step == 2  # it is free again
+    with pytest.raises(adaptc.AdaptcError):
+        sweep(base(), {"r2": LoraConfig(target_modules=["nothing"])}, rows(4, 0), steps=2, directory=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+RUN = """
+import sys, time
+from tests.training.test_sweep import CONFIGS, base, rows
+from adaptc.training import sweep
+def wait(report):
+    print(report.step, flush=True)
+    if report.step == 2:
+        time.sleep(600)
+sweep(base(), {"r2": CONFIGS["r2"]}, rows(4, 0), steps=3, eval_steps=1, directory=sys.argv[1], on_step=wait)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks that end with their process")
+def test_a_killed_sweep_leaves_the_directory_free(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    options: dict[str, Any] = {"steps": 3, "eval_steps": 1, "directory": tmp_path}
+    try:
+        while killed.stdout.readline().strip() != "2":
+            assert killed.poll() is None
+        with pytest.raises(adaptc.ConfigError, match="another sweep runs in"):
+            sweep(base(), {"r2": CONFIGS["r2"]}, rows(4, 0), **options)
+    finally:
+        killed.kill()
+        killed.communicate()
+    steps: list[int] = []
+    sweep(base(), {"r2": CONFIGS["r2"]}, rows(4, 0), on_step=lambda r: steps.append(r.step), **options)
+    assert steps == [3]
