@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 --max-restarts 3 examples/train_processes.py --out RUN --how shards --model MODEL
 
 MODEL is a transformers directory with safetensors files, of which each process reads what it holds: its stages of the
-model (pipeline), or its shard of each block (shards). Without one, a small random model is trained. RUN gets a state of
-training after every few steps, and the adapter in the end. The same command, with any number of processes and either
-way, goes on from the last state.
+model (pipeline), its shard of each block (shards), or its part of each linear layer (tensors). Without one, a small
+random model is trained. RUN gets a state of training after every few steps, and the adapter in the end. The same
+command, with any number of processes and any of the ways, goes on from the last state.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.distributed import StagedModule, TrainingPipeline, compile_from_config, load_base, load_state, save_state
+from adaptc.distributed import (
+    StagedModule,
+    TrainingPipeline,
+    compile_from_config,
+    load_base,
+    load_state,
+    save_state,
+    shard_tensors,
+)
 
 ROWS, TOKENS = 8, 32
 
@@ -32,7 +41,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--how", choices=("pipeline", "shards"), default="pipeline")
+    parser.add_argument("--how", choices=("pipeline", "shards", "tensors"), default="pipeline")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save-every", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8)
@@ -70,6 +79,18 @@ def make_shards(prog: adaptc.AdaptedProgram, blocks: int) -> Any:
     return fully_shard(module)
 
 
+def make_tensors(prog: adaptc.AdaptedProgram, device: str) -> Any:
+    """A part of each linear layer in each process; all processes compute each batch together."""
+    return shard_tensors(prog, init_device_mesh(device, (dist.get_world_size(),)))
+
+
+def gradients_of_tensors(module: Any, rows: dict[str, Tensor]) -> Tensor:
+    """Compute the loss of all rows and its gradients, which are equal in all processes."""
+    loss = module(**rows).loss
+    loss.backward()
+    return loss.detach()
+
+
 def gradients_of_shards(module: Any, rows: dict[str, Tensor]) -> Tensor:
     """Compute the loss of this process's rows and its gradients; return the mean loss of all processes."""
     loss = module(**{k: t.chunk(dist.get_world_size())[dist.get_rank()] for k, t in rows.items()}).loss
@@ -91,22 +112,34 @@ def main() -> None:
         model, config, device=options.device, generator=torch.Generator(options.device).manual_seed(0)
     )
     facts = prog.adaptation.source.config
-    is_pipeline = options.how == "pipeline"
-    trained = load_base(make_pipeline(prog) if is_pipeline else make_shards(prog, facts.num_hidden_layers), model)
-    trained.train()
+    if options.how == "pipeline":
+        made = make_pipeline(prog)
+    elif options.how == "shards":
+        made = make_shards(prog, facts.num_hidden_layers)
+    else:
+        made = make_tensors(prog, options.device)
+    trained: Any = load_base(made, model).train()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-3)
     step, _ = load_state(options.out / "states", trained, optimizer) or (0, {})
     while step < options.steps:
         rows = batch(step, facts.vocab_size, options.device)
         optimizer.zero_grad()
-        loss = trained.step(**rows) if is_pipeline else gradients_of_shards(trained, rows)
+        if options.how == "pipeline":
+            loss = trained.step(**rows)
+        elif options.how == "shards":
+            loss = gradients_of_shards(trained, rows)
+        else:
+            loss = gradients_of_tensors(trained, rows)
         optimizer.step()
         step += 1
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.5f}", flush=True)
         if step % options.save_every == 0:
             save_state(options.out / "states", trained, optimizer, step)
-    trained.save_adapter(options.out / "adapter", base_model=str(model))
+    if options.how == "tensors":
+        adaptc.save_adapter(trained, options.out / "adapter", base_model=str(model))
+    else:
+        trained.save_adapter(options.out / "adapter", base_model=str(model))
     dist.destroy_process_group()
 
 

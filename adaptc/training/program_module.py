@@ -34,6 +34,7 @@ from adaptc.passes.lower.choose_products import MatmulChoices
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
+from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.state.core import ProgramCore
 from adaptc.state.program_repr import describe_module
 from adaptc.state.values import Constraints
@@ -147,7 +148,8 @@ class ProgramModule(AdapterStateDict):
         asked = args, kwargs
         args, kwargs = self.inputs.fill_missing(args, kwargs)
         if torch.compiler.is_compiling():
-            self._refuse_if_sharded("torch.compile")
+            if self.sharded_call is not None:  # an error of traced code would only end the tracing
+                not_traced(self.sharded_call.refuse)("torch.compile")
             self.constraints.enforce(self.tensor_at)
             return self.inputs.call_names.convert_output(self.run_graph(self.graph_module, args, kwargs), *asked)
         self._check_devices(self.inputs(args, kwargs))

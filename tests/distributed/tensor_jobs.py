@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,18 @@ def dropout(folder: Path) -> Any:
     return {}
 
 
+def half(folder: Path) -> Any:
+    """The losses of three steps in bfloat16, with adapters in float32."""
+    model = grouped_llama()
+    made = adaptc.compile(copy.deepcopy(model).to(torch.bfloat16), LoraConfig(**LORA), training=True)
+    generator = torch.Generator().manual_seed(5)
+    for p in made.binding.values.values():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    module = (made.module() if processes == 1 else shard_tensors(made, init_device_mesh("cpu", (processes,)))).train()
+    return {"losses": train(module, optimizer_of(trained_of(module)), 3)["losses"]}
+
+
 def refused(folder: Path) -> Any:
     """What is refused by name; the program is as it was."""
     mesh, program = init_device_mesh("cpu", (2,)), own_program()
@@ -190,11 +203,16 @@ def refused(folder: Path) -> Any:
     module = shard_tensors(program, mesh)
     for call, what in (
         (lambda: copy.deepcopy(module), "copy.deepcopy"),
+        (lambda: pickle.dumps(module), "pickle"),
+        (lambda: torch.compile(module)(**even_batch()), "torch.compile"),
         (module.checkpoint, "gradient checkpointing"),
         (lambda: module.base_model, "base_model"),
     ):
         with pytest.raises(AdaptcError, match=f"{what} does not work for a module of shard_tensors"):
             call()
+    ids = even_batch()["input_ids"]
+    with pytest.raises(AdaptcError, match=r"held in parts \(FSDP2, shard_tensors\) cannot be captured again"):
+        module(input_ids=ids, position_ids=torch.zeros_like(ids))
     with pytest.raises(AdaptcError, match=r"called in every process"):
         adaptc.save_adapter(program, folder / "stale")
     assert all(torch.equal(t, before[n]) for n, t in program.state_dict.items())

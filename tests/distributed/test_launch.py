@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import adaptc
-from tests.distributed.models import batch, llama
+from tests.distributed.models import batch, grouped_llama, llama
 
 SCRIPT = Path(__file__).parents[2] / "examples/train_processes.py"
 
@@ -39,3 +39,20 @@ def test_the_script_goes_on_either_way(tmp_path: Path) -> None:
     loss = trained(**batch()).loss
     assert loss.isfinite()
     assert loss != trained.base(**batch()).loss
+
+
+@pytest.mark.long
+def test_the_script_divides_layers(tmp_path: Path) -> None:
+    """Two processes have the losses of one, and go on from a state of shards."""
+    grouped_llama().float().save_pretrained(tmp_path / "model")
+
+    def run(processes: int, how: str, steps: int, folder: str) -> list[str]:
+        known = ("--model", tmp_path / "model", "--out", tmp_path / folder, "--save-every", "2", "--rank", "3")
+        return torchrun(processes, *known, "--how", how, "--steps", str(steps)).splitlines()
+
+    assert [line.partition(":")[0] for line in run(2, "shards", 2, "two")] == ["step 1", "step 2"]
+    two = run(2, "tensors", 4, "two")
+    assert [line.partition(":")[0] for line in two] == ["step 3", "step 4"]
+    losses = [float(line.rpartition(" ")[2]) for line in run(1, "tensors", 4, "one")]
+    assert [float(line.rpartition(" ")[2]) for line in two] == pytest.approx(losses[2:], abs=2e-5)
+    adaptc.compile(grouped_llama().float(), tmp_path / "two/adapter")

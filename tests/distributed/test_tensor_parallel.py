@@ -13,7 +13,7 @@ import adaptc
 from adaptc import AdaptcError
 from adaptc.distributed import load_state, shard_tensors
 from tests.distributed.models import grouped_llama, optimizer_of
-from tests.distributed.tensor_jobs import CASES, own_program, train, trained_of
+from tests.distributed.tensor_jobs import CASES, half, own_program, train, trained_of
 from tests.ecosystem.two_processes import together
 
 JOBS = "tests.distributed.tensor_jobs"
@@ -68,6 +68,13 @@ def test_adapters_states_and_bases_go_into_shards(tmp_path: Path) -> None:
     optimizer = optimizer_of(trained_of(module))
     assert load_state(tmp_path / "states", module, optimizer) == (3, {})
     torch.testing.assert_close(train(module, optimizer, 2)["losses"], found["states"]["losses"], rtol=1e-9, atol=0)
+
+
+@pytest.mark.long
+def test_half_precision(tmp_path: Path) -> None:
+    """Sums of two processes are rounded to bfloat16 once more: 2 ** -8 of each loss at most."""
+    found = together(tmp_path, "half", jobs=JOBS)["half"]["losses"]
+    torch.testing.assert_close(found, half(tmp_path)["losses"], rtol=2**-8, atol=0)
 
 
 @pytest.mark.long
