@@ -31,8 +31,9 @@ def rebuild_model(module: PretrainedModule) -> nn.Module:
     own = module.tensors()
     if any(mesh_of(t) is not None for t in own.values()):
         raise AdaptcError(
-            "a module that is held in parts (FSDP2, shard_tensors) cannot be captured again, which generation and packed sequences "
-            "need: write the adapter with adaptc.save_adapter(module, path), and go on with a module of that"
+            "a module that is held in parts (FSDP2, shard_tensors) cannot be captured again, which generation and "
+            "packed sequences need: write the adapter with adaptc.save_adapter(module, path), and go on with a module "
+            "of that"
         )
     program = module.program
     constants = {n: t for n, t in program.constants.items() if isinstance(t, Tensor)}
