@@ -1,0 +1,215 @@
+"""Any sequence of calls of a service's clients leaves each as if it had trained alone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from safetensors.torch import load_file
+from torch import Tensor
+
+import adaptc
+from adaptc import LoraConfig
+from adaptc.training import Service
+from tests.training.test_service import ADAM, base, data, expected_loss
+
+CONFIGS: dict[str, Any] = {
+    "r2": LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    "r5": LoraConfig(r=5, lora_alpha=9, target_modules=["v_proj"], init_lora_weights=False),
+    "dora": LoraConfig(r=3, lora_alpha=4, use_dora=True, target_modules=["o_proj"], init_lora_weights=False),
+    "loha": adaptc.LoHaConfig(r=3, alpha=4, target_modules=["q_proj", "down_proj"], init_weights=False),
+}
+MOST = 3
+
+
+@functools.cache
+def service() -> Service:
+    """Not to be closed: a client of each config stays, so that the programs do."""
+    made = Service(base(), capacity=MOST + len(CONFIGS), max_tokens=400)
+    for config in CONFIGS.values():
+        made.create(config, seed=0)
+    return made
+
+
+@functools.cache
+def program(name: str) -> adaptc.AdaptedProgram:
+    return adaptc.compile(base(), CONFIGS[name], training=True)
+
+
+class Alone:
+    """The adapter of one client, trained alone: its module, optimizer, and number of steps."""
+
+    def __init__(self, name: str, tensors: dict[str, Tensor], state: Any = None, steps: int = 0) -> None:
+        self.name, self.steps = name, steps
+        self.module: Any = copy.deepcopy(program(name)).module()
+        self.module.load_state_dict(tensors)
+        self.module.eval()
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=ADAM.learning_rate, betas=(0.9, 0.95), eps=1e-12, weight_decay=ADAM.weight_decay
+        )
+        if state is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(state))
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.parameters)
+
+    def snapshot(self) -> tuple[str, dict[str, Tensor], Any, int]:
+        tensors = {n: t.detach().clone() for n, t in self.module.state_dict().items()}
+        return self.name, tensors, copy.deepcopy(self.optimizer.state_dict()), self.steps
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, ADAM.grad_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+    @torch.no_grad()
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(self.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == base().config.eos_token_id:
+                break
+        return ids[len(prompt) :]
+
+
+def tensors_of(client: Any, folder: Path) -> dict[str, Tensor]:
+    client.save_adapter(folder).result(60)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+class Clients(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.clients: dict[Any, Alone] = {}
+        self.states: list[tuple[Path, Any]] = []
+        self.count = 0
+
+    def path(self) -> Path:
+        self.count += 1
+        return self.folder / str(self.count)
+
+    def pick(self, which: int) -> Any:
+        return list(self.clients)[which % len(self.clients)]
+
+    @rule(name=st.sampled_from(list(CONFIGS)), seed=st.integers(1, 99))
+    def create(self, name: str, seed: int) -> None:
+        if len(self.clients) == MOST:
+            with pytest.raises(adaptc.ConfigError, match="no room for another"):
+                service().create(CONFIGS[name], seed=seed)
+            return
+        client = service().create(CONFIGS[name], seed=seed)
+        self.clients[client] = Alone(name, tensors_of(client, self.path()))
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, 5), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=3), seed=st.integers(0, 99))
+    def train_one(self, which: int, lengths: list[int], seed: int) -> None:
+        self._train([self.pick(which)], lengths, seed)
+
+    @precondition(lambda self: len(self.clients) > 1)
+    @rule(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=3), seed=st.integers(0, 99))
+    def train_all_at_once(self, lengths: list[int], seed: int) -> None:
+        self._train(list(self.clients), lengths, seed)
+
+    def _train(self, clients: list[Any], lengths: list[int], seed: int) -> None:
+        service().wait = 0.3 if len(clients) > 1 else 0.0
+        batches = [data(seed + i, [n + i for n in lengths]) for i in range(len(clients))]
+        futures = [c.forward_backward(b, "cross_entropy") for c, b in zip(clients, batches, strict=True)]
+        for client, batch, future in zip(clients, batches, futures, strict=True):
+            loss = expected_loss(self.clients[client].module, batch, "cross_entropy")
+            loss.backward()
+            assert future.result(60).loss == pytest.approx(float(loss.detach()), rel=1e-9, abs=1e-12)
+        service().wait = 0.0
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, 5), is_nan=st.booleans(), seed=st.integers(0, 99))
+    def fail(self, which: int, is_nan: bool, seed: int) -> None:
+        """A failed call of one client, beside a call of another where there is one."""
+
+        def broken(_: Any, found: list[Tensor]) -> Tensor:
+            if is_nan:
+                return found[0].sum() * float("nan")
+            raise ZeroDivisionError("mine")
+
+        client = self.pick(which)
+        others = [c for c in self.clients if c is not client]
+        service().wait = 0.3
+        failed = client.forward_backward(data(seed, [4]), broken)
+        if others:
+            self._train(others[:1], [3, 5], seed)
+        assert isinstance(failed.exception(60), adaptc.AdaptcError if is_nan else ZeroDivisionError)
+        service().wait = 0.0
+        with pytest.raises(adaptc.AdaptcError, match="target_tokens"):
+            client.forward_backward([{"model_input": [1, 2], "loss_fn_inputs": {}}], "cross_entropy")
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, 5))
+    def step(self, which: int) -> None:
+        client = self.pick(which)
+        alone, future = self.clients[client], client.optim_step(ADAM)
+        if not alone.has_gradients:
+            assert "no adapter has gradients" in str(future.exception(60))
+            return
+        alone.step()
+        assert future.result(60).steps == alone.steps
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, 5), prompt=st.lists(st.integers(1, 90), min_size=1, max_size=4))
+    def sample(self, which: int, prompt: list[int]) -> None:
+        client = self.pick(which)
+        (found,) = client.sample([prompt], max_tokens=3, temperature=0).result(120)
+        assert list(found.tokens) == self.clients[client].greedy(prompt, 3)
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, 5))
+    def save_state(self, which: int) -> None:
+        client = self.pick(which)
+        path = client.save_state(self.path()).result(60)
+        self.states.append((path, self.clients[client].snapshot()))
+
+    @precondition(lambda self: self.clients and self.states)
+    @rule(which=st.integers(0, 5), state=st.integers(0, 5))
+    def load_state(self, which: int, state: int) -> None:
+        client, (path, snapshot) = self.pick(which), self.states[state % len(self.states)]
+        future = client.load_state(path)
+        names = {snapshot[0], self.clients[client].name}
+        if names <= {"r2", "r5"} or len(names) == 1:  # of one program
+            future.result(60)
+            self.clients[client] = Alone(*snapshot)
+        else:
+            assert isinstance(future.exception(60), adaptc.AdaptcError)
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, 5))
+    def leave(self, which: int) -> None:
+        client = self.pick(which)
+        client.close()
+        del self.clients[client]
+        with pytest.raises(adaptc.AdaptcError, match="was removed"):
+            client.optim_step(ADAM)
+
+    def teardown(self) -> None:
+        try:
+            for client, alone in self.clients.items():
+                found = tensors_of(client, self.path())
+                for key, t in alone.module.state_dict().items():
+                    torch.testing.assert_close(found[key], t.detach(), rtol=1e-9, atol=1e-9)
+                assert client.trainer.steps == alone.steps
+        finally:
+            for client in list(self.clients):
+                client.close()
+
+
+TestClients = pytest.mark.long(Clients.TestCase)
+TestClients.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)
