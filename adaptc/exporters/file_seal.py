@@ -25,10 +25,10 @@ def add_seal(path: Path, others: Sequence[Path] = ()) -> None:
         file.write(f"<!-- adaptc sha256 {digest} -->\n".encode())
 
 
-def check_seal(path: Path, others: Sequence[Path] = (), *, writer: str) -> None:
+def check_seal(path: Path, others: Sequence[Path] = (), optional: Sequence[Path] = (), *, writer: str) -> None:
     """Raise CheckpointError where ``path`` has no seal, or one of other bytes. ``writer`` names what writes such files.
 
-    The files ``others`` are those that were sealed with it.
+    The files ``others`` are those that were sealed with it, and of ``optional`` those that are there.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
@@ -41,7 +41,14 @@ def check_seal(path: Path, others: Sequence[Path] = (), *, writer: str) -> None:
             raise CheckpointError(f"{path} was not written by {writer}, or was changed afterwards: write it again")
         if missing := [p for p in others if not p.is_file()]:
             raise CheckpointError(f"there is no file {missing[0]}, which belongs to {path.name}")
+        absent = [p for p in optional if not p.is_file()]
+        others = [*others, *(p for p in optional if p not in absent)]
         if match[1].decode() != _hash(path, size, others):
+            if absent:
+                raise CheckpointError(
+                    f"there is no file {absent[0]}, which belongs to {path.name}, or {path.name} was changed after "
+                    f"{writer} wrote it: write it again"
+                )
             names = " or ".join(p.name for p in (path, *others))
             raise CheckpointError(f"{path} is damaged: {names} was changed after {writer} wrote it: write it again")
     except OSError as error:

@@ -69,24 +69,45 @@ class SweepDirectory:
         Raises ConfigError where another run is in it, and CheckpointError where it cannot be made.
         """
         with explain_write_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path, os.O_RDONLY) if fcntl is not None else -1
+            lock = self._lock()
         try:
-            if fcntl is not None:
+            yield
+        finally:
+            with suppress(OSError):
+                self.path.rmdir()  # where the run wrote nothing; before the lock ends, so that it is this run's own
+            if lock >= 0:
+                os.close(lock)
+
+    def _lock(self) -> int:
+        """Make the directory where there is none, and return the descriptor of its lock; -1 where there are no locks.
+
+        Raises ConfigError where another run holds it.
+        """
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return -1
+            with suppress(FileNotFoundError):  # a run that wrote nothing has just removed it
+                lock = os.open(self.path, os.O_RDONLY)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    os.close(lock)
                     raise ConfigError(
                         f"another sweep runs in {self.path} now: wait until it ends, or give another directory"
                     ) from None
                 except OSError:  # a filesystem without locks
-                    pass
-            yield
-        finally:
-            if lock >= 0:
+                    return lock
+                if self._is_open_as(lock):
+                    return lock
                 os.close(lock)
-            with suppress(OSError):
-                self.path.rmdir()  # where the run wrote nothing
+
+    def _is_open_as(self, descriptor: int) -> bool:
+        """Return whether the path is still that of the directory which is open as ``descriptor``."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def read(self) -> SweepState | None:
         """Return the state that is there; None where there is none.

@@ -129,6 +129,8 @@ class _ProgramVerifier(Verifier):
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
         identity = initial_values(self.program.spec(), self.program.binding.config, methods_by_id={})
+        # Of all sites, or calls would leave them out.
+        identity = replace(identity, methods={a.id: a.method for a in self.program.adaptation.attachments})
         # Not program.bind: it has buffers of its own, which are not restored between calls.
         return self._compare(name, self.base_outputs(), self.run_all(self.program.with_binding(identity)))
 

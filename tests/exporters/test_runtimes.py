@@ -205,9 +205,11 @@ def test_merged(runtime: RuntimeUnderTest, folder: Path, tmp_path: Path) -> None
         for size in SIZES:
             x = inputs(*size)
             torch.testing.assert_close(_run_plain(file, x), expected(folder, "fr", x))
-    with pytest.raises(adaptc.CheckpointError, match=rf"merged\{runtime.suffix} .* with inputs for adapters"):
-        runtime.open_model(path)
-    with pytest.raises(adaptc.CheckpointError, match="with inputs for adapters"):
+    model = runtime.open_model(path)
+    torch.testing.assert_close(run(model, {"x": inputs(2, 3)}), expected(folder, "fr", inputs(2, 3)))
+    with pytest.raises(adaptc.ConfigError, match=rf"merged\{runtime.suffix} has no inputs for adapters"):
+        model.load_adapter("fr", folder / "fr")
+    with pytest.raises(adaptc.CheckpointError, match="has no inputs for adapters"):
         runtime.save_adapter(folder / "fr", tmp_path / f"fr{runtime.adapter_suffix}", model=path)
 
 

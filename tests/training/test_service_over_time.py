@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ CONFIGS: dict[str, Any] = {
     "r5": LoraConfig(r=5, lora_alpha=9, target_modules=["v_proj"], init_lora_weights=False),
     "dora": LoraConfig(r=3, lora_alpha=4, use_dora=True, target_modules=["o_proj"], init_lora_weights=False),
     "loha": adaptc.LoHaConfig(r=3, alpha=4, target_modules=["q_proj", "down_proj"], init_weights=False),
+    "ia3": adaptc.IA3Config(target_modules=["v_proj"], feedforward_modules=[], init_ia3_weights=False),
 }
+
 MOST = 3
 
 
@@ -37,6 +41,16 @@ def service() -> Service:
     for config in CONFIGS.values():
         made.create(config, seed=0)
     return made
+
+
+@contextmanager
+def waiting(seconds: float) -> Iterator[None]:
+    """Run the block with a service whose calls wait so long for each other."""
+    before, service().wait = service().wait, seconds
+    try:
+        yield
+    finally:
+        service().wait = before
 
 
 @functools.cache
@@ -123,14 +137,16 @@ class Clients(RuleBasedStateMachine):
         self._train(list(self.clients), lengths, seed)
 
     def _train(self, clients: list[Any], lengths: list[int], seed: int) -> None:
-        service().wait = 0.3 if len(clients) > 1 else 0.0
         batches = [data(seed + i, [n + i for n in lengths]) for i in range(len(clients))]
-        futures = [c.forward_backward(b, "cross_entropy") for c, b in zip(clients, batches, strict=True)]
+        with waiting(0.3 if len(clients) > 1 else service().wait):
+            futures = [c.forward_backward(b, "cross_entropy") for c, b in zip(clients, batches, strict=True)]
+            self._compare(clients, batches, futures)
+
+    def _compare(self, clients: list[Any], batches: list[Any], futures: list[Any]) -> None:
         for client, batch, future in zip(clients, batches, futures, strict=True):
             loss = expected_loss(self.clients[client].module, batch, "cross_entropy")
             loss.backward()
             assert future.result(60).loss == pytest.approx(float(loss.detach()), rel=1e-9, abs=1e-12)
-        service().wait = 0.0
 
     @precondition(lambda self: self.clients)
     @rule(which=st.integers(0, 5), is_nan=st.booleans(), seed=st.integers(0, 99))
@@ -144,12 +160,11 @@ class Clients(RuleBasedStateMachine):
 
         client = self.pick(which)
         others = [c for c in self.clients if c is not client]
-        service().wait = 0.3
-        failed = client.forward_backward(data(seed, [4]), broken)
-        if others:
-            self._train(others[:1], [3, 5], seed)
-        assert isinstance(failed.exception(60), adaptc.AdaptcError if is_nan else ZeroDivisionError)
-        service().wait = 0.0
+        with waiting(0.3):
+            failed = client.forward_backward(data(seed, [4]), broken)
+            if others:
+                self._train(others[:1], [3, 5], seed)
+            assert isinstance(failed.exception(60), adaptc.AdaptcError if is_nan else ZeroDivisionError)
         with pytest.raises(adaptc.AdaptcError, match="target_tokens"):
             client.forward_backward([{"model_input": [1, 2], "loss_fn_inputs": {}}], "cross_entropy")
 

@@ -18,6 +18,7 @@ import transformers
 import adaptc
 from adaptc import LoraConfig
 from adaptc.joint_training.sweep_batches import row_indices
+from adaptc.joint_training.sweep_directory import SweepDirectory
 from adaptc.joint_training.sweep_report import SweepPoint, SweepReport, SweepResult
 from adaptc.pictures.curve_picture import Panel, draw_curves
 from adaptc.pictures.themes import LIGHT, THEMES
@@ -329,6 +330,22 @@ def test_a_picture_has_the_curves_of_all_configs(tmp_path: Path) -> None:
     with pytest.raises(adaptc.AdaptcError, match="no step"):
         SweepReport(results, 0, 900).draw(tmp_path / "x.svg")
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_refused_sweep_leaves_the_directory_of_the_first(tmp_path: Path) -> None:
+    """Also where that has written nothing yet."""
+    first, second, third = (SweepDirectory(tmp_path / "run", ["r2"], {}) for _ in range(3))
+    with first.held():
+        for other in (second, third, second):
+            with pytest.raises(adaptc.ConfigError, match="another sweep runs in"), other.held():
+                pass
+            assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+    with second.held(), pytest.raises(adaptc.ConfigError, match="another sweep runs in"), third.held():
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(adaptc.CheckpointError), SweepDirectory(tmp_path / "file", ["r2"], {}).held():
+        pass
 
 
 def test_two_sweeps_in_one_directory(tmp_path: Path) -> None:

@@ -84,8 +84,7 @@ class OpenVinoModel(RuntimeSession):
     ) -> None:
         self._ov = import_openvino()
         base = base_path(path)
-        others = [weights_path(path), *([base] if base.is_file() else [])]
-        check_seal(path, others, writer="adaptc.exporters.export_openvino")
+        check_seal(path, [weights_path(path)], [base], writer="adaptc.exporters.export_openvino")
         options = {"INFERENCE_PRECISION_HINT": "f32"} if config is None else dict(config)
         try:
             core = self._ov.Core()
