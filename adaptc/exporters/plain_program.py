@@ -25,6 +25,11 @@ def plain_program(program: ProgramCore, unused_slots: Collection[str] = ()) -> E
     still = program.snapshot()
     lifted = LiftedProgram(SetMode(training=False)(still).program if still.adaptation.training else still)
     remove_slots(lifted, unused_slots)
-    lifted = LiftedProgram(ExpandQuantized(with_records=False)(lifted.finish()).output)
-    SplitComplex(lifted.program.graph_module)(lifted.graph)
-    return lifted.finish()
+    return with_plain_values(lifted.finish())
+
+
+def with_plain_values(program: ExportedProgram) -> ExportedProgram:
+    """Return ``program`` with quantised weights as plain tensors, and complex values as pairs of real ones."""
+    plain = ExpandQuantized(with_records=False)(program).output
+    lifted = LiftedProgram(plain)
+    return lifted.finish() if SplitComplex(plain.graph_module)(lifted.graph).count else plain

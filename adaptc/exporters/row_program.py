@@ -19,6 +19,7 @@ from adaptc.bank.stack_adapters import stack_adapters
 from adaptc.bank.stack_placement import StackPlacement
 from adaptc.errors import ConfigError
 from adaptc.exporters.identity_inputs import identity_binding, ranks_that_may_be_zero
+from adaptc.exporters.plain_program import with_plain_values
 from adaptc.exporters.slot_program import (
     SlotInput,
     SlotProgram,
@@ -34,7 +35,6 @@ from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.lower.free_axes import FreeSize, free_axes
 from adaptc.passes.lower.slots_to_inputs import SlotsToInputs
 from adaptc.passes.lower.unused_slots import find_unused_slots, remove_slots
-from adaptc.passes.quantized.expand_quantized import ExpandQuantized
 from adaptc.progress import stage
 from adaptc.runtime.rank_padding import Padding, find_paddings
 from adaptc.state.runner import FORWARD
@@ -71,7 +71,7 @@ def make_row_program(bank: Bank, identity: Literal["empty", "minimal"] = "empty"
         unused = find_unused_slots(exported, stack)
         lifted = LiftedProgram(exported)
         remove_slots(lifted, unused)
-        plain = ExpandQuantized(with_records=False)(lifted.finish()).output
+        plain = with_plain_values(lifted.finish())
         current = {f: as_input(binding.values[f]) for f in stack if f not in unused}
         described = describe_inputs(attachments, ops, current, unused)
         if wide := [d.name for d in described if d.dtype == "torch.bfloat16"]:

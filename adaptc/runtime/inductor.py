@@ -104,7 +104,8 @@ def compile_lifted(
     from torch._inductor import standalone_compile
 
     main = with_chosen_layers(main)
-    SplitComplex(updates_values=False)(main.graph)
+    SplitComplex(main, updates_values=False)(main.graph)
+    main.recompile()
     symbols = _ShapeSymbols(single_sizes)
     free = free_axes(attachments, ops)
     slots = {f for a in attachments for f in a.tensor_names}

@@ -8,6 +8,9 @@ Rotary positions are often a product of complex numbers:
 Each complex value becomes two real values of its shape. Values that are computed from each other are all written so, or
 none of them is. An op that is not known here, such as a Fourier transform, keeps all of them complex, and so does a
 write to their memory.
+
+A block in which autocast is off, where many models compute their positions, becomes a part of the graph around it. So
+the pass is for graphs that run without autocast.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from torch import Tensor, fx
 from adaptc.passes.graph.mutation import find_written_nodes, is_metadata_assert
 from adaptc.passes.graph.pass_infra import GraphPass, PassResult
 from adaptc.passes.graph.propagate import propagate_fakes
-from adaptc.torch_typing import is_list_or_tuple
 
 aten = torch.ops.aten
 
@@ -63,8 +65,8 @@ _CASTS: Mapping[Any, int | None] = {
     aten.to.dtype: 1,
     aten.to.dtype_layout: None,
 }
-#: ops whose tensors must all be complex, of one dtype
-_SUMS = frozenset((aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default))
+#: ops whose tensors must all be complex, of one dtype; sums take numbers, too
+_OF_ONE_DTYPE = frozenset((aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default))
 
 
 class Pair(NamedTuple):
@@ -78,8 +80,8 @@ class Pair(NamedTuple):
 class SplitComplex(GraphPass):
     """A pass that writes complex values as pairs; its count is that of the values. ``notes`` name ops not known.
 
-    ``modules`` holds the graphs of blocks. Without ``updates_values`` the new nodes have no fake values, for a graph
-    that will be traced again.
+    ``modules`` holds the graphs of blocks; None where there are none. Without ``updates_values`` the new nodes have no
+    fake values, for a graph that will be traced again.
     """
 
     name: ClassVar[str] = "split_complex"
@@ -88,6 +90,8 @@ class SplitComplex(GraphPass):
     updates_values: bool = True
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        if self.modules is not None:
+            _inline_blocks_without_autocast(subject, self.modules)
         chosen, notes = set[fx.Node](), list[str]()
         groups = _groups_of(subject)
         written, _ = find_written_nodes(subject) if groups else (set[fx.Node](), None)
@@ -106,6 +110,29 @@ class SplitComplex(GraphPass):
         if self.updates_values and writer.made:
             propagate_fakes(subject, writer.made, self.modules)
         return PassResult(subject, len(writer.pairs), tuple(notes))
+
+
+def _inline_blocks_without_autocast(graph: fx.Graph, modules: torch.nn.Module) -> None:
+    """Put the nodes of blocks with complex values, in which autocast is off, in place of the blocks."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast):
+        _, _, is_enabled, _, body, *operands = node.args
+        block: Any = getattr(modules, str(body.target))
+        inside = list(block.graph.nodes)
+        has_complex = any(map(_is_complex, inside))
+        if is_enabled or not has_complex or any(n.op == "get_attr" for n in inside):
+            continue
+        new = dict(zip(block.graph.find_nodes(op="placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            for n in inside:
+                if n.op == "call_function":
+                    new[n] = graph.node_copy(n, new.__getitem__)
+        results: Any = fx.map_arg(block.graph.output_node().args[0], new.__getitem__)
+        for reader in list(node.users):  # each takes one result
+            reader.replace_all_uses_with(results[reader.args[1]])
+            graph.erase_node(reader)
+        graph.erase_node(node)
+        if not body.users:
+            graph.erase_node(body)
 
 
 def _value_of(node: Any) -> Any:
@@ -137,8 +164,8 @@ def _is_known(node: fx.Node) -> bool:
     if node.op != "call_function":
         return True
     read = [v.dtype for n in node.all_input_nodes if isinstance(v := _value_of(n), Tensor)]
-    if node.target in _SUMS:
-        return set(read) == {dtype} and all(isinstance(a, fx.Node) or is_list_or_tuple(a) for a in node.args[:1])
+    if node.target in _OF_ONE_DTYPE:
+        return set(read) == {dtype}
     if node.target is aten.complex.default:
         return len({str(tuple(_value_of(n).shape)) for n in node.args}) == 1
     if node.target in _CASTS:
@@ -239,10 +266,17 @@ class _PairWriter:
         return x
 
     def add(self, x: Pair, y: Pair, **options: Any) -> Pair:
-        return Pair(*(self.call(aten.add.Tensor, a, b, **options) for a, b in zip(x, y, strict=True)))
+        return self._sum(aten.add.Tensor, x, y, options)
 
     def sub(self, x: Pair, y: Pair, **options: Any) -> Pair:
-        return Pair(*(self.call(aten.sub.Tensor, a, b, **options) for a, b in zip(x, y, strict=True)))
+        return self._sum(aten.sub.Tensor, x, y, options)
+
+    def _sum(self, op: Any, x: Pair, y: Pair, options: Mapping[str, Any]) -> Pair:
+        # A real number does not change the imaginary part.
+        return Pair(*(a if b is None else self.call(op, a, b, **options) for a, b in zip(x, y, strict=True)))
+
+    def sym_size(self, x: Pair, axis: Pair) -> Pair:
+        return Pair(self.call(aten.sym_size.int, x.real, axis.real))
 
     def mul(self, x: Pair, y: Pair) -> Pair:
         if x.imaginary is None or y.imaginary is None:
@@ -254,7 +288,8 @@ class _PairWriter:
         )
 
     def _product(self, a: Any, b: Any) -> Any:
-        return self.call(aten.mul.Tensor, a, b)
+        tensor, factor = (a, b) if isinstance(a, fx.Node) else (b, a)
+        return self.call(aten.mul.Tensor, tensor, factor)
 
 
 #: op -> the method that writes it, which takes the pairs of the op's arguments
@@ -270,6 +305,7 @@ _RULES: Mapping[Any, Callable[..., Pair]] = {
     aten.real.default: _PairWriter.real,
     aten.resolve_conj.default: _PairWriter.same,
     aten.sub.Tensor: _PairWriter.sub,
+    aten.sym_size.int: _PairWriter.sym_size,
     aten.view_as_complex.default: _PairWriter.view_as_complex,
     aten.view_as_real.default: _PairWriter.view_as_real,
 }

@@ -21,6 +21,8 @@ from torch import Tensor
 
 import adaptc
 from adaptc.debug import assert_no_recompiles
+from adaptc.exporters.plain_program import plain_program
+from adaptc.pipelines.component_program import tensor_calls
 from tests.support import pipelines
 from tests.support.pipelines import PIPELINES, adapted, images, pipeline, write_lora
 
@@ -267,3 +269,18 @@ def test_a_new_adapter_of_a_config(tmp_path: Path) -> None:
     ours.save_lora_weights(tmp_path, "new")
     base.load_lora_weights(tmp_path)
     close(made, images(base, "sd3"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_compilers_see_no_complex_numbers(name: str, tmp_path: Path) -> None:
+    """Rotary positions are pairs of real numbers, among the inputs as well."""
+    pipe = adaptc.compile(pipelines.LATENT_PIPELINES[name](), pipelines.write_latent_lora(name, tmp_path))
+    program = plain_program(pipe.programs["transformer"])
+    values = [n.meta.get("val") for n in program.graph.nodes]
+    assert not any(isinstance(v, Tensor) and v.is_complex() for v in values)
+    options = ("attention_kwargs", "joint_attention_kwargs", "return_dict")
+    given = {n: v for n, v in pipelines.transformer_call(name, torch.float32).items() if n not in options}
+    inputs, _ = tensor_calls(pipelines.LATENT_PIPELINES[name]().transformer).encode(given)
+    wanted = pipe.programs["transformer"].module()(**inputs).sample
+    torch.testing.assert_close(program.module()(**inputs).sample, wanted, rtol=1e-4, atol=1e-5)

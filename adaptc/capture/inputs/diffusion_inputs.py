@@ -283,7 +283,7 @@ def _add_qwen_image_inputs(m: _InputBuilder, training: bool) -> None:
     m.add_input("encoder_hidden_states_mask", BATCH, TEXT, dtype=torch.bool)
     m.add_times()
     for i, axis in enumerate((IMAGE, TEXT)):
-        m.add_input(f"img_shapes.{i}", axis, sum(m.config_value("axes_dims_rope")) // 2, dtype=torch.complex64)
+        m.add_input(f"img_shapes.{i}", axis, sum(m.config_value("axes_dims_rope")) // 2, 2, dtype=torch.float32)
 
 
 def _add_ltx_inputs(m: _InputBuilder, training: bool) -> None:
@@ -305,7 +305,7 @@ def _add_z_image_inputs(m: _InputBuilder, training: bool) -> None:
     m.add_times("t")
     m.add_input("cap_feats", BATCH, TEXT, m.require_config("cap_feat_dim"))
     for name, axis in (("x", IMAGE), ("cap", TEXT)):
-        m.add_input(f"{name}_rotary", BATCH, axis, sum(m.config_value("axes_dims")) // 2, dtype=torch.complex64)
+        m.add_input(f"{name}_rotary", BATCH, axis, sum(m.config_value("axes_dims")) // 2, 2, dtype=torch.float32)
         m.add_input(f"{name}_fill", BATCH, axis, dtype=torch.bool)
     m.add_input("cap_mask", BATCH, TEXT, dtype=torch.bool)
 

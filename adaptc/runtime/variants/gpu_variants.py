@@ -61,7 +61,7 @@ class GpuVariants(GraphVariants):
     Raises BackendError where triton is not installed.
     """
 
-    leaves_sites_out = False  # kernels of many shapes would be compiled for each graph
+    leaves_sites_out = False  # not tried there, where callers may have captured a CUDA graph of the calls
 
     def __init__(
         self,
