@@ -269,7 +269,8 @@ class Bank:
     def warm(self, adapters: int | None = None) -> None:
         """Make now all code that calls need, so that no call waits for it. Other calls go on meanwhile.
 
-        A package has all its code already.
+        A package has all its code already. Adapters that leave sites out have graphs without these from now on if the
+        bank has them now: warm it again after adding others.
 
         Args:
             adapters: the most adapters of a call. None stands for the capacity, or without one for the adapters in the

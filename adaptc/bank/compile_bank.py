@@ -165,16 +165,29 @@ class RowProgram(BaseProgram):
         return is_count_independent(lifted, self.attachments, self.ops, self.row_axes, self.batch.size, kernel_sites)
 
     def export_program(
-        self, stack: Binding, count: int, at_once: bool = False, kernel_sites: Collection[str] = ()
+        self,
+        stack: Binding,
+        count: int,
+        at_once: bool = False,
+        kernel_sites: Collection[str] = (),
+        tag_regions: bool = False,
     ) -> ExportedProgram:
         """Return the program with coefficients as an input, and the adapters of ``stack`` as buffers.
 
         It is plain ATen. With ``at_once``, or with ids of sites that are ``kernel_sites`` in ``stack``, it has
-        operators of adaptc.
+        operators of adaptc. ``tag_regions``: as for :class:`InjectRows`.
         """
         sites = [with_rank_starts(a) if a.id in kernel_sites else a for a in self.attachments]
         return InjectRows(
-            sites, stack.values, self.row_axes, self.batch.first_input, count, COEFFICIENTS_INPUT, at_once, kernel_sites
+            sites,
+            stack.values,
+            self.row_axes,
+            self.batch.first_input,
+            count,
+            COEFFICIENTS_INPUT,
+            at_once,
+            kernel_sites,
+            tag_regions,
         )(self.program).output
 
     @with_graph_lock
@@ -194,12 +207,11 @@ class RowProgram(BaseProgram):
         may have any number of adapters (:meth:`serves_any_count`).
         """
         with stage(f"making the code of a bank for {'any number of' if any_count else count} adapters"):
-            program = self.export_program(stack, count, has_long_rows, kernel_sites)
+            program = self.export_program(stack, count, has_long_rows, kernel_sites, tag_regions=True)
         pairs: list[tuple[Attachment, Attachment]] = []
-        for i, a in enumerate(self.attachments):
+        for a in self.attachments:
             of, lies = with_rank_starts(a) if a.id in kernel_sites else a, a.id in kernel_sites
-            # All methods are called "rows" here, so the ids of several at one weight differ by the number alone.
-            pairs.append((replace(of, method=PerRowMethod(a.method, count, lies), variant=i), a))
+            pairs.append((replace(of, method=PerRowMethod(a.method, count, lies)), a))
         many, ops = [new for new, _ in pairs], {new.id: self.ops[a.id] for new, a in pairs}
         inputs = Inputs.from_program(
             program, self.fills, self.forward_arg_names, {(COEFFICIENTS_INPUT, 1)} if any_count else ()

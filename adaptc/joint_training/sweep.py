@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -193,8 +193,14 @@ def sweep(
         hashes = {"dataset": fingerprint_rows(rows), "eval_dataset": held_out and fingerprint_rows(held_out)}
         description = {"configs": {n: c.to_dict() for n, c in named.items()}, **hashes, **read.describe()}
         kept = SweepDirectory(Path(directory), [*named], description)
-    with nullcontext() if kept is None else kept.held():
-        return _Sweep(groups, named, read, loss, kept).run(rows, held_out, on_step)
+    is_new = kept is not None and not kept.path.is_dir()
+    with ExitStack() as stack:
+        if kept is not None and not is_new:
+            stack.enter_context(kept.held(is_new))
+        made = _Sweep(groups, named, read, loss, kept)
+        if kept is not None and is_new:  # not before, for a call that fails makes no directory
+            stack.enter_context(kept.held(is_new))
+        return made.run(rows, held_out, on_step)
 
 
 class _Sweep:

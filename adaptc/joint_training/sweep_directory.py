@@ -4,20 +4,21 @@
 so a run that ends while it writes leaves the state before. Beside them each config has a directory, with the adapter of
 its best evaluation.
 
-A run holds a lock on the directory (``flock``), which ends with its process. So no two runs write to one directory at
-once, and a run that was killed leaves it free. Windows has no such locks, nor have some network filesystems.
+A run holds the lock of the file ``.lock``, which ends with its process. So no two runs write to one directory at once,
+and a run that was killed leaves it free.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from adaptc.adapter_files.atomic_write import atomic_replace, explain_write_errors
 from adaptc.adapter_files.locate import check_plain_name
@@ -25,12 +26,7 @@ from adaptc.errors import CheckpointError, ConfigError, short_repr
 from adaptc.joint_training.sweep_report import SweepPoint, SweepResult
 from adaptc.value_types import InvalidValue, field_rules
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-STATE_NAME = "sweep.json"
+STATE_NAME, LOCK_NAME = "sweep.json", ".lock"
 #: theme -> the picture of the losses, which the command writes
 PICTURE_NAMES: Mapping[Any, str] = {"light": "curves.svg", "dark": "curves-dark.svg"}
 #: the beginning of the names of folders with the state of all configs
@@ -57,57 +53,32 @@ class SweepDirectory:
     def __init__(self, path: Path, names: list[str], description: Mapping[str, Any]) -> None:
         for name in names:
             check_plain_name(name, "the name of a config, which is that of its directory,")
-            if name in (STATE_NAME, *PICTURE_NAMES.values()) or name.startswith(_STATES_PREFIX):
+            if name in (STATE_NAME, LOCK_NAME, *PICTURE_NAMES.values()) or name.startswith(_STATES_PREFIX):
                 raise ConfigError(f"{name!r} is what a sweep calls its own files in the directory: choose another name")
         self.path, self._names = path, names
         self._description = json.loads(json.dumps(description, default=str))
 
     @contextmanager
-    def held(self) -> Generator[None]:
-        """Run the block with the directory, which is made where there is none, and no other run in it.
+    def held(self, is_new: bool) -> Generator[None]:
+        """Run the block with the directory, and no other run in it. Where it ``is_new``, it is made.
 
-        Raises ConfigError where another run is in it, and CheckpointError where it cannot be made.
+        Raises ConfigError where another run is in it, or has made it meanwhile, and CheckpointError where it cannot be
+        written.
         """
+        taken = ConfigError(f"another sweep runs in {self.path} now: wait until it ends, or give another directory")
+        lock = FileLock(self.path / LOCK_NAME)
         with explain_write_errors(self.path):
-            lock = self._lock()
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise taken from None
         try:
+            if is_new and (self.path / STATE_NAME).exists():
+                raise taken
             yield
         finally:
-            with suppress(OSError):
-                self.path.rmdir()  # where the run wrote nothing; before the lock ends, so that it is this run's own
-            if lock >= 0:
-                os.close(lock)
-
-    def _lock(self) -> int:
-        """Make the directory where there is none, and return the descriptor of its lock; -1 where there are no locks.
-
-        Raises ConfigError where another run holds it.
-        """
-        while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if fcntl is None:
-                return -1
-            with suppress(FileNotFoundError):  # a run that wrote nothing has just removed it
-                lock = os.open(self.path, os.O_RDONLY)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(lock)
-                    raise ConfigError(
-                        f"another sweep runs in {self.path} now: wait until it ends, or give another directory"
-                    ) from None
-                except OSError:  # a filesystem without locks
-                    return lock
-                if self._is_open_as(lock):
-                    return lock
-                os.close(lock)
-
-    def _is_open_as(self, descriptor: int) -> bool:
-        """Return whether the path is still that of the directory which is open as ``descriptor``."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
+            lock.release()
 
     def read(self) -> SweepState | None:
         """Return the state that is there; None where there is none.

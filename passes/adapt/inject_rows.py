@@ -5,7 +5,7 @@ scale comes as a stacked tensor, whose first axis is that of the adapters.
 
 The stacked tensors become lifted buffers of the program. It takes one more keyword, a float32 tensor (rows, adapters).
 Regions of pure ATen compute what ``passes.protocol.bank_method`` says. With coefficients of zero the program computes
-exactly what it did. Regions have no tags: the caller knows what it injected.
+exactly what it did.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from adaptc.passes.protocol.bank_method import (
     make_output_function,
     repeat_coefficients,
 )
-from adaptc.passes.protocol.regions import site_op, slot_nodes
+from adaptc.passes.protocol.regions import ROW_TAG_KEY, site_op, slot_nodes
 from adaptc.passes.protocol.trace import inline, output_region_inputs, trace_function, trace_key
 
 #: name of a node -> the axis of its value that has the rows
@@ -103,7 +103,9 @@ class InjectRows(Pass):
     ``coefficients_name`` is the name of the coefficients.
 
     ``uses_fused_ops`` is for code that is run and not compiled: it uses operators of adaptc where there are any.
-    ``grouped`` has the ids of sites that GPU kernels compute; each of these has one more slot, :data:`RANK_STARTS`.
+    ``kernel_sites`` has the ids of sites that GPU kernels compute; each of these has one more slot,
+    :data:`RANK_STARTS`. With ``tag_regions`` the regions have tags, so that ``bypass_regions`` can remove them.
+    Programs in files have none.
     """
 
     name: ClassVar[str] = "inject_rows"
@@ -116,6 +118,7 @@ class InjectRows(Pass):
     coefficients_name: str
     uses_fused_ops: bool = False
     kernel_sites: Collection[str] = ()
+    tag_regions: bool = False
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = LiftedProgram(subject)
@@ -132,7 +135,15 @@ class InjectRows(Pass):
         name, axis = self.row_input
         c = lifted.add_input(self.coefficients_name, lifted.nodes[name], [axis], torch.float32, [self.adapter_count])
         _RowInjector(
-            lifted, attachments, ops, self.axes, self.adapter_count, c, self.uses_fused_ops, self.kernel_sites
+            lifted,
+            attachments,
+            ops,
+            self.axes,
+            self.adapter_count,
+            c,
+            self.uses_fused_ops,
+            self.kernel_sites,
+            self.tag_regions,
         ).run()
         return PassResult(lifted.finish(), len(self.attachments))
 
@@ -147,6 +158,7 @@ class _RowInjector:
     coefficients: fx.Node
     uses_fused_ops: bool
     kernel_sites: Collection[str]
+    tag_regions: bool
     traces: dict[Any, fx.Graph] = field(default_factory=dict[Any, fx.Graph])
     picked_coefficients: dict[tuple[str, str], fx.Node] = field(default_factory=dict[tuple[str, str], fx.Node])
     latest_outputs: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
@@ -176,7 +188,7 @@ class _RowInjector:
         if key not in self.picked_coefficients:
             region = trace_function(pick, [n.meta["val"] for n in inputs])
             before = max(inputs, key=list(self.lifted.graph.nodes).index).next
-            self.picked_coefficients[key] = self._inline_untagged(region, inputs, before, self.coefficients)
+            self.picked_coefficients[key] = self._inline(region, inputs, before, self.coefficients)
         return self.picked_coefficients[key]
 
     def _bank_site(self, a: Attachment, op: Op) -> BankSite:
@@ -191,7 +203,8 @@ class _RowInjector:
             row_axis = self.axes[x.name]
             inputs = [x, self._coefficients_at(row_axis), *slots]
             region = self._trace_region(("input", site, row_axis), partial(make_input_function, site, row_axis), inputs)
-            set_argument(node, LAYER_OPS[node.target][1], self._inline_untagged(region, inputs, node, node))
+            changed = self._inline(region, inputs, node, node, {"sites": [a.id], "base": x.name})
+            set_argument(node, LAYER_OPS[node.target][1], changed)
         if a.method.has_apply(op):
             y, row_axis = self.latest_outputs.get(node, node), self.axes[node.name]
             kind, inputs = output_region_inputs(node, y)
@@ -200,7 +213,7 @@ class _RowInjector:
             region = self._trace_region(
                 (kind, site, row_axis), partial(make_output_function, site, row_axis, biased), inputs
             )
-            self._insert_after(node, region, inputs)
+            self._insert_after(node, region, inputs, [a])
 
     def _slot_nodes(self, a: Attachment) -> list[fx.Node]:
         """Return the nodes that the regions of ``a`` read: slots, the scale, and where each adapter's ranks begin."""
@@ -224,7 +237,7 @@ class _RowInjector:
             region = self._trace_region(
                 ("bias", sites[0], row_axis, op), partial(make_bias_function, sites[0], row_axis, op), inputs
             )
-            self._insert_after(node, region, inputs)
+            self._insert_after(node, region, inputs, [replaced[0][0]])
             return
         own = list(dict.fromkeys(node.all_input_nodes))
         if len(replaced) == 1 and is_expert_matmul(node, replaced[0][1]) and self._has_factors(sites[0], slots):
@@ -234,7 +247,7 @@ class _RowInjector:
                 partial(make_expert_function, node, sites[0], row_axis),
                 inputs,
             )
-            self._insert_after(node, region, inputs)
+            self._insert_after(node, region, inputs, [replaced[0][0]])
             return
         parameters = [self.lifted.placeholders[a.fqn] for a, _ in replaced]
         places = [own.index(read) for _, read in replaced]
@@ -243,7 +256,7 @@ class _RowInjector:
         each = [ReplacedParameter(*one) for one in zip(sites, places, biases, strict=True)]
         inputs = [y, node, *own, *parameters, self._coefficients_at(row_axis), *slots]
         region = self._trace_region(None, partial(make_call_function, call, each, row_axis, len(own)), inputs)
-        self._insert_after(node, region, inputs)
+        self._insert_after(node, region, inputs, [a for a, _ in replaced])
 
     def _has_factors(self, site: BankSite, slots: Sequence[fx.Node]) -> bool:
         """Return whether the method gives factors for each expert of the site, and they are those of its own weight."""
@@ -263,20 +276,31 @@ class _RowInjector:
             self.traces[key] = trace_function(make(), fakes)
         return self.traces[key]
 
-    def _insert_after(self, node: fx.Node, region: fx.Graph, inputs: Sequence[fx.Node]) -> None:
+    def _insert_after(
+        self, node: fx.Node, region: fx.Graph, inputs: Sequence[fx.Node], sites: Sequence[Attachment]
+    ) -> None:
         y = self.latest_outputs.get(node, node)
         users = list(y.users)
-        out = self._inline_untagged(region, inputs, y.next, node)
+        out = self._inline(region, inputs, y.next, node, {"sites": [a.id for a in sites], "base": y.name})
         for user in users:
             user.replace_input_with(y, out)
         self.latest_outputs[node] = out
 
-    def _inline_untagged(self, region: fx.Graph, inputs: Sequence[fx.Node], before: fx.Node, like: fx.Node) -> fx.Node:
+    def _inline(
+        self,
+        region: fx.Graph,
+        inputs: Sequence[fx.Node],
+        before: fx.Node,
+        like: fx.Node,
+        tag: Mapping[str, Any] | None = None,
+    ) -> fx.Node:
         known = set(self.lifted.graph.nodes)
-        out = inline(self.lifted.graph, region, inputs, before, like, lambda role: {})
+        out = inline(self.lifted.graph, region, inputs, before, like, lambda role: {"role": role})
         for node in self.lifted.graph.nodes:
             if node not in known:
-                del node.meta["custom"]
+                role = node.meta.pop("custom")["adaptc"]["role"]
+                if tag is not None and self.tag_regions:
+                    node.meta["custom"] = {ROW_TAG_KEY: {**tag, "role": role}}
         return out
 
 

@@ -81,9 +81,11 @@ class PerRowInputs(ExtraInputs):
 
 @dataclass(frozen=True)
 class PerRowMethod(Method):
-    """A method for ``count`` adapters of one method at a site; its slots and scale have a leading axis of adapters."""
+    """A method for ``count`` adapters of one method at a site; its slots and scale have a leading axis of adapters.
 
-    name: ClassVar[str] = "rows"
+    It has the name of that method, so that the ids of a program's attachments are the same for rows.
+    """
+
     swappable: ClassVar[frozenset[str]] = frozenset()
     sizes = PerRowSizes()
     extra_inputs = PerRowInputs()
@@ -91,6 +93,10 @@ class PerRowMethod(Method):
     inner: Method = field(default_factory=Method)
     count: int = 2
     grouped: bool = False
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.inner.name
 
     def slots(self, op: Op) -> dict[str, Slot]:
         starts = {RANK_STARTS: Slot((2 * self.count + 1,), dtype=torch.int32, trainable=False)} if self.grouped else {}

@@ -13,6 +13,9 @@ was saved to a file and loaded elsewhere:
     fused        True where kernels compute it
     header       in the first region of a program: the record of the program as a whole
 
+Regions of per-row adapters are made anew for each run, so their tags, at the key :data:`ROW_TAG_KEY`, hold what
+:func:`bypass_regions` reads: the role, the base, and under "sites" the ids of all attachments that the region is of.
+
 Nodes that compute a coefficient (``passes.protocol.coefficients``) belong to no region, since all sites of an adapter
 read it. Their tags have the role :data:`COEFFICIENT_ROLE`. The key :data:`BASE_PASS_KEY` in such a tag marks the hidden
 state that a coefficient is made of. That tag also lists the inputs added for it under "given".
@@ -35,6 +38,8 @@ from adaptc.passes.protocol.program_method import PROGRAM_FORM
 COEFFICIENT_ROLE = "coefficient"
 #: the key in the tag of a first pass's last hidden state, of which a coefficient is made
 BASE_PASS_KEY = "first_pass"
+#: the key of the tags of per-row adapters' regions in a node's custom meta
+ROW_TAG_KEY = "adaptc_rows"
 
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:
@@ -106,33 +111,35 @@ def read_attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], M
 def bypass_regions(graph: fx.Graph, ids: Collection[str]) -> list[dict[str, Any]]:
     """Let the readers of the regions of these attachments read what the regions replace, and remove the regions.
 
-    Slots stay, though nothing reads them. Returns the tags of the regions' results, in the order of the graph.
+    A region of several attachments is removed if all are given. Slots stay, though nothing reads them. Returns the tags
+    of the regions' results, in the order of the graph.
     """
     nodes = {n.name: n for n in graph.nodes}
-    results: list[tuple[fx.Node, fx.Node]] = []
-    region_nodes: list[fx.Node] = []
-    for node in graph.nodes:
-        tag = node_tag(node)
-        if tag is not None and tag["site"] in ids:
-            region_nodes.append(node)
-            if tag["role"] == "out":
-                results.append((node, nodes[tag["base"]]))
+    tagged = [(n, *found) for n in graph.nodes if (found := _bypass_tag(n)) is not None]
+    gone = [(n, tag) for n, _, tag in tagged if all(site in ids for site in tag.get("sites") or (tag["site"],))]
+    results = [(n, nodes[tag["base"]]) for n, tag in gone if tag["role"] == "out"]
+    removed = {n for n, _ in gone}
     base_of = {out.name: base.name for out, base in results}
-    for node in graph.nodes:
-        tag = region_tag(node)
-        if tag is not None and tag["base"] in base_of and tag["site"] not in ids:
+    for node, key, tag in tagged:
+        if tag["role"] == "out" and tag["base"] in base_of and node not in removed:
             name = tag["base"]
             while name in base_of:
                 name = base_of[name]
-            node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "base": name}}
-    tags: list[Any] = [region_tag(out) for out, _ in results]
+            node.meta["custom"] = {**node.meta["custom"], key: {**tag, "base": name}}
+    tags = [tag for _, tag in gone if tag["role"] == "out"]
     for (out, base), tag in zip(reversed(results), reversed(tags), strict=True):
         out.replace_all_uses_with(base)
-        for name in tag["attachment"]["consumers"]:
+        for name in tag.get("attachment", {}).get("consumers", ()):
             make_grouped(nodes[name])
-    for node in reversed(region_nodes):
+    for node, _ in reversed(gone):
         graph.erase_node(node)
     return tags
+
+
+def _bypass_tag(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
+    """Return the key and the tag of a node of a region, of a program or of per-row adapters; None for other nodes."""
+    custom = custom_meta(node)
+    return next(((key, custom[key]) for key in ("adaptc", ROW_TAG_KEY) if key in custom), None)
 
 
 def remove_regions(lifted: LiftedProgram, ids: Iterable[str]) -> int:

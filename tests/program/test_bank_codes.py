@@ -137,6 +137,33 @@ def test_a_warm_bank_makes_nothing_in_calls(options: dict[str, Any], built: list
     check(bank, made, adapters, 8, 2)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_warm_bank_has_the_graphs_of_adapters_that_leave_sites_out(options: dict[str, Any], built: list[str]) -> None:
+    """Adapters that come later run the graph with all sites, until the bank is warmed again."""
+    made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up", "side"], **options))
+
+    def only(name: str, module: str) -> Any:
+        methods = {i: m for i, m in adapters[name].methods.items() if i.startswith(module)}
+        kept = {f: t for f, t in adapters[name].values.items() if f.startswith(module)}
+        return replace(adapters[name], values={**made.binding.values, **kept}, methods=methods)
+
+    adapters |= {"n0": only("n0", "up"), "n1": only("n1", "side"), "n2": only("n2", "side"), "n3": only("n3", "up")}
+    bank = made.bank({n: adapters[n] for n in ("n0", "n1", "n2")})
+    bank.warm(8)
+    before = len(built)
+    for length in (1, 64):
+        for rows in (["n0"], ["n0", None], ["n1", None], ["n1", "n2"], ["n0", "n1", "n2"], [None]):
+            bank(inputs(length, len(rows)), adapters=rows)
+    bank.add("n4", adapters["n4"])
+    bank.add("n3", adapters["n3"])
+    bank(inputs(2), adapters=chosen(5))
+    bank(inputs(2), adapters=["n3"] * 12)
+    assert len(built) == before, built[before:]
+    check(bank, made, adapters, 5, 2)
+    for code in (bank.program.executor(), *bank.placement.code_cache.executors):
+        assert {n.partition("/")[2] for n in code.variants.trails} == {"", "1", "2"}
+
+
 @pytest.mark.long
 def test_a_bank_that_is_empty_is_warmed_for_as_many_as_it_may_hold(built: list[str]) -> None:
     made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"], use_dora=True))

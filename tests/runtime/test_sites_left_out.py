@@ -24,9 +24,8 @@ def names_of_variants(program: Any) -> set[str]:
     return set(program.executor().variants.trails)
 
 
-def layers_read(program: Any, variant_name: str) -> set[str]:
+def layers_read(executor: Any, variant_name: str) -> set[str]:
     """Return the layers whose slots a variant reads."""
-    executor = program.executor()
     names = dict(zip(executor.placeholder_names, executor.lifted_names, strict=True))
     places = executor.variants.get(variant_name).split.module.graph.find_nodes(op="placeholder")
     return {str(names[n.name]).partition(".")[0] for n in places if n.users and "lora" in str(names.get(n.name))}
@@ -43,15 +42,15 @@ def test_calls_run_a_graph_without_the_sites() -> None:
         adaptc.swap(target, adapter(2, 5, ("q", "out")))
     first, second = called(program)
     assert names_of_variants(program) == {"stacked/1"}
-    assert layers_read(program, "stacked") == set(LAYERS)
-    assert layers_read(program, "stacked/1") == {"q", "out"}
+    assert layers_read(program.executor(), "stacked") == set(LAYERS)
+    assert layers_read(program.executor(), "stacked/1") == {"q", "out"}
     assert_close(first, alone(random_rows(2)))
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method(name: str, tmp_path: Path) -> None:
-    """Calls compute what a program without these sites does."""
+def two_layers(name: str, directory: Path) -> tuple[Any, Any, Path, Tensor]:
+    """Return a program with sites at two layers, one with the second alone, the directory with the latter's random
+    adapter, and an input."""
     entry = BY_NAME[name]
     torch.manual_seed(0)
     n, m = entry.widths
@@ -67,12 +66,18 @@ def test_every_method(name: str, tmp_path: Path) -> None:
         for key, t in adapter_parameters(alone).items():
             if t.is_floating_point():
                 t.copy_(entry.random_tensor(key, t))
-    program = compiled("0", "2")
-    adaptc.swap(program, adaptc.save_adapter(alone, tmp_path))
-    wanted = alone(x)
-    assert not torch.allclose(wanted, net(x))
+    return compiled("0", "2"), alone, adaptc.save_adapter(alone, directory), x
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method(name: str, tmp_path: Path) -> None:
+    """Calls compute what a program without these sites does."""
+    program, alone, adapter_path, x = two_layers(name, tmp_path)
+    adaptc.swap(program, adapter_path)
+    wanted, tolerance = alone(x), BY_NAME[name].tolerance
+    assert not torch.allclose(wanted, program.base(x))
     for _ in range(2):
-        torch.testing.assert_close(program(x), wanted, rtol=entry.tolerance, atol=entry.tolerance)
+        torch.testing.assert_close(program(x), wanted, rtol=tolerance, atol=tolerance)
     assert any("/" in n for n in names_of_variants(program))
 
 
@@ -138,13 +143,38 @@ def test_a_bank_leaves_out_what_none_of_its_rows_has() -> None:
             found = bank(random_rows(2), adapters=["a", "b"])
         assert_close(found, torch.stack(wanted))
     (code,) = bank.placement.code_cache.executors
-    assert any("/" in n for n in code.variants.trails)
+    (name,) = code.variants.trails
+    assert layers_read(code, name) == {"q", "out"}
     bank.replace("b", adapter(3, 6, ("k", "v")))
     wanted[1] = program.bind(adapter(3, 6, ("k", "v")))(random_rows(2))[1]
     for _ in range(2):
         with torch.no_grad():
             found = bank(random_rows(2), adapters=["a", "b"])
         assert_close(found, torch.stack(wanted))
+    (other,) = code.variants.trails.keys() - {name}
+    assert layers_read(code, other) == {"q", "k", "v", "out"}
+    assert_close(bank(random_rows(2), adapters=[None, "a"])[0], program.base(random_rows(2))[0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_by_row(name: str, tmp_path: Path) -> None:
+    """Methods of every form that rows have: at inputs, at outputs, and as repeated calls."""
+    program, alone, adapter_path, x = two_layers(name, tmp_path)
+    bank = program.bank({"a": adapter_path, "b": adapter_path})
+    with torch.no_grad():
+        found = bank(x, adapters=["a", None, "b"])
+    tolerance = BY_NAME[name].tolerance
+    wanted = torch.stack([alone(x)[0], program.base(x)[1], alone(x)[2]])
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    (code,) = bank.placement.code_cache.executors
+    names = dict(zip(code.lifted_names, code.placeholder_names, strict=True))
+    without, only = ({names[f] for f in a.slots.values()} for a in sorted(code.attachments, key=lambda a: a.module))
+    assert code.variants.trails
+    for variant in code.variants.trails:
+        graph = code.variants.get(variant).split.module.graph
+        read = {n.name for n in graph.find_nodes(op="placeholder") if n.users}
+        assert not read & (without - only)  # VeRA's layers share tensors
+        assert read & only
 
 
 def test_threads_call_while_the_graph_is_made() -> None:

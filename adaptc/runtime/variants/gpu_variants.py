@@ -61,8 +61,6 @@ class GpuVariants(GraphVariants):
     Raises BackendError where triton is not installed.
     """
 
-    leaves_sites_out = False  # not tried there, where callers may have captured a CUDA graph of the calls
-
     def __init__(
         self,
         source: LiftedGraph,
@@ -72,6 +70,7 @@ class GpuVariants(GraphVariants):
     ) -> None:
         check_triton()
         super().__init__(source)
+        self.leaves_sites_out = False
         # Variants run inference, so dropout of methods is off even if the program was captured for training.
         self.attachments = [replace(a, method=a.method.evaluated()) for a in attachments]
         self.ops, self.placeholders = ops, placeholders

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, dtype, fx
 
@@ -158,17 +158,19 @@ class GraphVariant:
 class GraphVariants:
     """The variants of one lifted graph, each made when it is first asked for."""
 
-    #: whether there are variants without the sites that an adapter leaves out
-    leaves_sites_out: ClassVar[bool] = True
-
     def __init__(self, source: LiftedGraph) -> None:
         self.source = source
         #: sites left out -> the number of the graph without them, and its variants
         self._fewer_sites: dict[frozenset[str], tuple[int, GraphVariants]] = {}
+        self._adds_graphs = True
         self.is_fused = source.may_fuse and self.may_fuse(source.is_for_compiler)
         values = (n.meta.get("val") for n in source.module.graph.find_nodes(op="placeholder"))
+        devices = {v.device.type for v in values if isinstance(v, Tensor)}
         #: device types whose autocast would change what the graph computes
-        self.autocast_devices = tuple({v.device.type for v in values if isinstance(v, Tensor)} & set(AUTOCAST_DEVICES))
+        self.autocast_devices = tuple(devices & set(AUTOCAST_DEVICES))
+        #: whether there are variants without the sites that an adapter leaves out. It was not tried on a GPU, where
+        #: callers may have captured a CUDA graph of the calls
+        self.leaves_sites_out = devices <= {"cpu", "meta"}
         self._variants: dict[str, GraphVariant] = {}
 
     def may_fuse(self, compiled: bool) -> bool:
@@ -202,18 +204,25 @@ class GraphVariants:
         return f"{variants.cheapest_variant(sizes)}/{number}"
 
     def for_warm_up(self, without: frozenset[str]) -> list[str]:
-        """Return the variants that calls with an adapter may run which leaves out the sites ``without``."""
-        found = self._graph_without(without)
+        """Return the variants that calls with an adapter may run which leaves out the sites ``without``.
+
+        A graph without these sites is made even after :meth:`stop_adding_graphs`.
+        """
+        found = self._graph_without(without, is_warm_up=True)
         return self.variant_names if found is None else [f"{kind}/{found[0]}" for kind in found[1].variant_names]
 
-    def _graph_without(self, without: frozenset[str]) -> tuple[int, GraphVariants] | None:
+    def stop_adding_graphs(self) -> None:
+        """Let calls with adapters that leave other sites out run the whole graph from now on."""
+        self._adds_graphs = False
+
+    def _graph_without(self, without: frozenset[str], is_warm_up: bool = False) -> tuple[int, GraphVariants] | None:
         """Return the number of the graph without these sites and its variants, made now if they were not.
 
         None where all sites are used, or where there are as many such graphs as there may be. So a set of sites has one
         graph for good, and equal calls give equal bits.
         """
         found = self._fewer_sites.get(without)
-        if found is not None or not without or not self.leaves_sites_out:
+        if found is not None or not without or not self.leaves_sites_out or not (self._adds_graphs or is_warm_up):
             return found
         with hold_graph_lock():
             if without not in self._fewer_sites and len(self._fewer_sites) < MAX_FEWER_SITES:
