@@ -34,10 +34,10 @@ from adaptc.program.wrapper import ProgramWrapper
 from adaptc.runtime.options import RunOptions
 from adaptc.serving.serving_file import load_package_contents, wrapper_of_file
 from adaptc.torch_typing import is_path
-from adaptc.verify.certified_facts import certifier, check_facts, check_measured, with_measured
-from adaptc.verify.package import verify_package
-from adaptc.verify.report import VerifyReport
-from adaptc.verify.verify import verify_program
+from adaptc.verification.certified_facts import certifier, check_facts, check_measured, with_measured
+from adaptc.verification.package import verify_package
+from adaptc.verification.report import VerifyReport
+from adaptc.verification.verify import verify_program
 
 
 def verify(

@@ -32,12 +32,12 @@ from adaptc.exporters.to_openvino.openvino_adapter import openvino_model
 from adaptc.passes.graph.pytree import pytree
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.program.files.base_fingerprint import base_fingerprints
-from adaptc.verify.certified_facts import certifier, check_facts, check_measured, with_measured
-from adaptc.verify.checks import Verifier
-from adaptc.verify.compare import Leaves, compare
-from adaptc.verify.preserve_state import BufferSnapshot
-from adaptc.verify.report import Check, VerifyReport
-from adaptc.verify.verify import TOLERANCE
+from adaptc.verification.certified_facts import certifier, check_facts, check_measured, with_measured
+from adaptc.verification.checks import Verifier
+from adaptc.verification.compare import Leaves, compare
+from adaptc.verification.preserve_state import BufferSnapshot
+from adaptc.verification.report import Check, VerifyReport
+from adaptc.verification.verify import TOLERANCE
 
 #: the end of a file's name -> what opens it, the package whose version counts, and the ends of the files beside it
 _FORMATS: Mapping[str, tuple[Callable[[Any], RuntimeSession], str, Sequence[str]]] = {

@@ -34,7 +34,7 @@ from adaptc.state.overrides import check_no_override
 from adaptc.training.module_files import check_not_stale, write_module_adapter
 from adaptc.training.program_module import ProgramModule
 from adaptc.value_types import validates_options
-from adaptc.verify.certified_facts import certifier
+from adaptc.verification.certified_facts import certifier
 
 
 def save(

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 #: public name -> the module that defines it; the other names below are for the rest of adaptc
 PUBLIC = {
     "register_method": "adaptc.methods._shared.registry",
-    "check_method": "adaptc.verify.check_method",
+    "check_method": "adaptc.verification.check_method",
     "create_arrow_model": "adaptc.api.adapt_model",
     "arrow_adapter": "adaptc.adapters.arrow_adapter",
     "reduce_intruder_dimension": "adaptc.adapters.intruders",

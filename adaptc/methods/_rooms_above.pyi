@@ -4,4 +4,4 @@ from adaptc.adapters.arrow_adapter import arrow_adapter as arrow_adapter
 from adaptc.adapters.intruders import reduce_intruder_dimension as reduce_intruder_dimension
 from adaptc.api.adapt_model import create_arrow_model as create_arrow_model
 from adaptc.training.from_data.initialize import initialize_from_data as initialize_from_data
-from adaptc.verify.check_method import check_method as check_method
+from adaptc.verification.check_method import check_method as check_method

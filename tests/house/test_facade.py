@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import pickle
 import pydoc
@@ -50,6 +50,11 @@ def test_a_public_name_lives_in_adaptc(name: str) -> None:
     assert pydoc.locate(f"adaptc.{name}") is value
     assert pickle.loads(pickle.dumps(value)) is value
     assert getattr(sys.modules[adaptc.PUBLIC[name]], name) is value
+
+
+def test_no_package_hides_a_public_name() -> None:
+    """Importing ``adaptc.verify.compare`` would put the package in the place of the function ``adaptc.verify``."""
+    assert [n for n in adaptc.PUBLIC if importlib.util.find_spec(f"adaptc.{n}") is not None] == []
 
 
 @pytest.mark.long

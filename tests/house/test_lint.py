@@ -99,7 +99,7 @@ def test_a_circle_is_found(tree: Path) -> None:
 
 
 def test_the_facade_is_for_users(tree: Path) -> None:
-    plant(tree, "verify/verify.py", "import adaptc")
+    plant(tree, "verification/verify.py", "import adaptc")
     code, said = imports(tree)
     assert code != 0
     assert "facade but the command line BROKEN" in said

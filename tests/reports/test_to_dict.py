@@ -29,7 +29,7 @@ from adaptc.reports.layer_graph import LayerGraph
 from adaptc.reports.results import QuantizeReport
 from adaptc.tables import Report
 from adaptc.training.from_data.initialize import DataFit, DataReport
-from adaptc.verify.check_method import MethodCheck, MethodReport
+from adaptc.verification.check_method import MethodCheck, MethodReport
 from tests.support.guides import ROOT
 
 #: a report's name, and its keys in code

@@ -23,7 +23,7 @@ from adaptc.archives.added_files import ADDED_FOLDER
 from adaptc.archives.certificate import read_certificate
 from adaptc.cli import app
 from adaptc.program.files.base_fingerprint import base_fingerprints, joint_fingerprint
-from adaptc.verify.verify import verify_program
+from adaptc.verification.verify import verify_program
 from tests.support.archives import WEIGHTS, read_records, write_records
 from tests.support.damage import BLOCK, mutate_json
 

@@ -13,8 +13,8 @@ import adaptc
 from adaptc import ConfigError, MethodError, TargetError
 from adaptc.methods import FileFormat, InitialValues, Op, Slot, TargetedConfig
 from adaptc.passes.protocol.method import Method
-from adaptc.verify import check_method
-from adaptc.verify.check_method import LAYERS, MethodReport
+from adaptc.verification import check_method
+from adaptc.verification.check_method import LAYERS, MethodReport
 from tests.support.odd_methods import registered
 
 PROMISES = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from adaptc.verify.compare import compare, difference, digests, output_leaves
+from adaptc.verification.compare import compare, difference, digests, output_leaves
 
 
 def test_differences() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import AdaptcError
 from adaptc.methods.lora_family.lora import Lora
-from adaptc.verify import verify
+from adaptc.verification import verify
 from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compile_net, failed, net
 
 

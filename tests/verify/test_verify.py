@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, LoraConfig
-from adaptc.verify.compare import digests
+from adaptc.verification.compare import digests
 from tests.support.families import FAMILIES
 from tests.support.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compile_net, failed, net
 

@@ -32,7 +32,7 @@ from adaptc.program.files.program_file import load_program, save_program
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.tables import Column, Report, Table
-from adaptc.verify.verify import verify_program
+from adaptc.verification.verify import verify_program
 
 #: the largest difference that counts as rounding in float64, relative to the largest output
 MAX_ERROR = 1e-9

@@ -26,12 +26,12 @@ from adaptc.errors import SwapError
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.graph.graph_lock import GRAPH_LOCK
 from adaptc.program.adapted_program import AdaptedProgram
-from adaptc.verify import package_inputs
-from adaptc.verify.checks import Verifier, adapter_input_names
-from adaptc.verify.compare import Leaves, compare, differ
-from adaptc.verify.preserve_state import BufferSnapshot
-from adaptc.verify.report import Check, VerifyReport
-from adaptc.verify.verify import NO_BASE, TOLERANCE
+from adaptc.verification import package_inputs
+from adaptc.verification.checks import Verifier, adapter_input_names
+from adaptc.verification.compare import Leaves, compare, differ
+from adaptc.verification.preserve_state import BufferSnapshot
+from adaptc.verification.report import Check, VerifyReport
+from adaptc.verification.verify import NO_BASE, TOLERANCE
 
 NO_SITES = "the package has no adapter"
 
@@ -50,7 +50,7 @@ def verify_package(
 
     ``model``: the program that the package was made from, or only the base: an nn.Module, an ExportedProgram or any
     callable. Of a program, the current adapter is compared, and its base serves as the model. The other arguments are
-    those of :func:`adaptc.verify.verify.verify_program`.
+    those of :func:`adaptc.verification.verify.verify_program`.
 
     Where ``model`` is no ExportedProgram, sizes are drawn from the package's ranges. Token ids are then below the
     number of rows of the smallest embedding of ``model`` and of the package's sites, or below 2 without any.

@@ -12,9 +12,9 @@ from adaptc.capture.inputs.random_inputs import CallInputs
 from adaptc.capture.model_state import preserve_state
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.progress import stage
-from adaptc.verify.compare import Leaves, clone_tensors, output_leaves
-from adaptc.verify.preserve_state import BufferSnapshot
-from adaptc.verify.report import Check
+from adaptc.verification.compare import Leaves, clone_tensors, output_leaves
+from adaptc.verification.preserve_state import BufferSnapshot
+from adaptc.verification.report import Check
 
 
 def adapter_input_names(attachments: Iterable[Attachment]) -> set[str]:

@@ -33,10 +33,10 @@ from adaptc.passes.quantized.quantized_merge import QuantizedMerge
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.state.merge_program import merge_program, unload_program, unmerge_program
-from adaptc.verify.checks import Verifier, adapter_input_names
-from adaptc.verify.compare import Leaves, compare, differ, digests
-from adaptc.verify.preserve_state import BufferSnapshot
-from adaptc.verify.report import Check, VerifyReport
+from adaptc.verification.checks import Verifier, adapter_input_names
+from adaptc.verification.compare import Leaves, compare, differ, digests
+from adaptc.verification.preserve_state import BufferSnapshot
+from adaptc.verification.report import Check, VerifyReport
 
 #: largest difference allowed, relative to the largest magnitude of an output, by the coarsest dtype of the weights
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaptc.passes.graph.pytree import named_leaves, pytree
 from adaptc.passes.graph.storage import storage_key
-from adaptc.verify.report import Check
+from adaptc.verification.report import Check
 
 Leaves = dict[str, Any]
 

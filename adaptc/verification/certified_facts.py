@@ -21,7 +21,7 @@ from adaptc.binding.binding import Binding
 from adaptc.program.files.base_fingerprint import base_fingerprints, changed_weights, fingerprints_of, joint_fingerprint
 from adaptc.state.core import ProgramCore
 from adaptc.tables import to_json_value
-from adaptc.verify.report import Check, VerifyReport
+from adaptc.verification.report import Check, VerifyReport
 
 
 def certifier(
