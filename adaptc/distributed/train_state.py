@@ -5,7 +5,8 @@ not matter into which stages the program is split, or over how many processes FS
 it has, and reads what it needs.
 
 A state is written aside, and gets its name when all of it is there: a process that is killed leaves the states that
-were there before. What random numbers were drawn is not part of a state.
+were there before. A training that has written a state holds the lock of the directory until its first process ends, so
+that no second one writes there. What random numbers were drawn is not part of a state.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -32,6 +34,8 @@ from adaptc.training.sharded_tensors import mesh_of, reshard
 
 _STEP_NAME = re.compile(r"step-(\d+)")
 _ADAPTER, _OPTIMIZER, _GROUP, _EXTRA = "adapter", "optimizer", "group", "extra"
+#: directory -> the lock of its states, which this process holds until it ends
+_held_locks: dict[Path, FileLock] = {}
 
 
 def save_state(
@@ -57,7 +61,8 @@ def save_state(
         the path of the state.
 
     Raises:
-        CheckpointError: the state cannot be written; older ones are as they were.
+        CheckpointError: the state cannot be written, or another training writes its states to the directory; older
+            states are as they were. Every process raises it.
 
     Example:
         >>> module = adaptc.compile(lm, LoraConfig(r=2), training=True).module()
@@ -81,23 +86,55 @@ def save_state(
         options = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
         state |= {f"{_GROUP}/{names[id(p)]}": json.dumps(options) for p in group["params"] if id(p) in names}
     state[_EXTRA] = json.dumps(dict(extra or {}))
-    first = not _has_processes() or dist.get_rank() == 0
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        _lock(root)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def publish() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+        for _, old in sorted(_states(root).items())[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    _in_first_process(begin, path)
     try:
-        if first:
-            root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-        _wait()
         with no_single_process_warning():
             dcp.save(state, checkpoint_id=aside, no_dist=not _has_processes())
-        if first:
-            shutil.rmtree(path, ignore_errors=True)
-            aside.rename(path)
-            for _, old in sorted(_states(root).items())[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
     except (OSError, dcp.CheckpointException) as error:
         raise CheckpointError(f"cannot write the state of training {path}: {failure_text(error)}") from error
-    _wait()
+    _in_first_process(publish, path)
     return path
+
+
+def _lock(root: Path) -> None:
+    """Take the lock of a directory, for as long as this process lives. Raises CheckpointError where another has it."""
+    if root.resolve() in _held_locks:
+        return
+    lock = FileLock(root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            "another training writes its states there: give this one a directory of its own, or end the other"
+        ) from None
+    _held_locks[root.resolve()] = lock
+
+
+def _in_first_process(work: Callable[[], None], path: Path) -> None:
+    """Do ``work`` in the first process while the others wait. Raises CheckpointError in all where it fails."""
+    outcome: list[str | None] = [None]
+    failure: Exception | None = None
+    if not _has_processes() or dist.get_rank() == 0:
+        try:
+            work()
+        except (OSError, CheckpointError) as error:
+            failure, outcome = error, [str(error)]
+    if _has_processes():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise CheckpointError(f"cannot write the state of training {path}: {outcome[0]}") from failure
 
 
 def load_state(
@@ -244,8 +281,3 @@ def no_single_process_warning() -> Generator[None]:
 
 def _has_processes() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _wait() -> None:
-    if _has_processes():
-        dist.barrier()

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import fully_shard
 
 import adaptc
-from adaptc import LoraConfig
+from adaptc import CheckpointError, LoraConfig
 from adaptc.distributed import StagedModule, TrainingPipeline, compile_from_config, load_base, load_state, save_state
 from tests.distributed.models import (
     CONFIG,
@@ -168,6 +169,16 @@ def pipeline_killed(folder: Path) -> Any:
 
 def pipeline_goes_on(folder: Path) -> Any:
     return train_pipeline(folder, 4, False)
+
+
+def state_in_a_file(folder: Path) -> Any:
+    module = own_program().module()
+    optimizer = optimizer_of([p for p in module.parameters() if p.requires_grad])
+    with pytest.raises(CheckpointError) as raised:
+        save_state(folder / "file", module, optimizer, 1)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, str(raised.value))
+    return found
 
 
 def train_sharded(folder: Path, kill: bool) -> Any:

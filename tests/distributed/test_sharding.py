@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 import adaptc
@@ -67,7 +69,7 @@ def test_a_killed_process_loses_no_more_than_the_last_steps(tmp_path: Path) -> N
     begun = load_state(tmp_path / "states", alone, optimizer)
     assert begun is not None
     assert begun[0] == 4
-    assert {p.name for p in (tmp_path / "states").iterdir()} == {"step-2", "step-4"}
+    assert {p.name for p in (tmp_path / "states").iterdir()} == {".lock", "step-2", "step-4"}
     # What a process was writing when it was killed does not count.
     shutil.copytree(tmp_path / "states/step-4", tmp_path / "states/.step-6")
     found = together(tmp_path, "pipeline_goes_on:4", "sharded_goes_on:3", jobs=JOBS)
@@ -75,7 +77,7 @@ def test_a_killed_process_loses_no_more_than_the_last_steps(tmp_path: Path) -> N
         assert one["first"] == 4
         torch.testing.assert_close(one["losses"], losses, rtol=1e-9, atol=0)
         same_adapter(tmp_path / name.removesuffix("_goes_on"), module)
-    assert {p.name for p in (tmp_path / "states").iterdir()} == {"step-4", "step-6"}
+    assert {p.name for p in (tmp_path / "states").iterdir()} == {".lock", "step-4", "step-6"}
 
 
 @pytest.mark.long
@@ -112,6 +114,29 @@ def test_a_state_gives_back_weights_optimizer_and_its_options(tmp_path: Path) ->
         load_state(tmp_path, *begin())
     with pytest.raises(adaptc.AdaptcError, match=r"expected a TrainingPipeline, a StagedModule or prog.module"):
         save_state(tmp_path, program(), optimizer, 2)  # type: ignore[arg-type]
+
+
+def test_a_second_training_does_not_write_into_the_states_of_the_first(tmp_path: Path) -> None:
+    module = own_program().module()
+    optimizer = optimizer_of([p for p in module.parameters() if p.requires_grad])
+    lock = FileLock(tmp_path / ".lock")  # a lock of this process, too, is another's for whoever did not take it
+    with lock, pytest.raises(CheckpointError, match=r"step-1: another training writes its states there: give this one"):
+        save_state(tmp_path, module, optimizer, 1)
+    assert {p.name for p in tmp_path.iterdir()} == {".lock"}
+    for step in (1, 2):
+        save_state(tmp_path, module, optimizer, step)
+    with pytest.raises(Timeout):
+        lock.acquire(timeout=0)
+    assert load_state(tmp_path, module, optimizer) == (2, {})
+
+
+@pytest.mark.long
+def test_every_process_is_told_that_the_first_cannot_write(tmp_path: Path) -> None:
+    """The others would wait for it."""
+    (tmp_path / "file").write_text("")
+    found = together(tmp_path, "state_in_a_file", jobs=JOBS)["state_in_a_file"]
+    assert all(re.fullmatch(r"cannot write the state of training .*file.step-1: .*exists.*", text) for text in found)
+    assert len(found) == 2
 
 
 @pytest.mark.long
