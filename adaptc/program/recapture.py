@@ -24,7 +24,7 @@ from adaptc.training.sharded_tensors import mesh_of
 
 def rebuild_model(module: PretrainedModule) -> nn.Module:
     """Return the model of ``module``, on the tensors that the module has now. Raises AdaptcError where it cannot be
-    made again, and for a module that FSDP2 shards."""
+    made again, and for a module whose tensors are held in parts, by FSDP2 or ``shard_tensors``."""
     shell = module.source.skeleton
     if shell is None or not module.can_recapture:
         raise module.recapture_error()

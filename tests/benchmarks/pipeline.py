@@ -1,7 +1,8 @@
 """A pipeline of two stages next to one process: SmolLM2's sizes, rank 16 on all linear layers, 8 microbatches of a row.
 
 Each process has one thread, on a core of its own. The process that runs alone adds up the gradients of the same
-microbatches, one after the other. While it runs, the other process waits. Both sides take an AdamW step.
+microbatches, one after the other. While it runs, the other process waits. Both sides take an AdamW step. The cut is
+that of ``adaptc.split``, which balances the elements of weights that matmuls read: the head counts, embeddings do not.
 
 ``python -m tests.benchmarks.pipeline [rounds] [layers]`` prints the rows, with the load of the machine.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.training import Service
-from tests.training.test_service import ADAM, base, data, expected_loss
+from adaptc.training import Datum, Service
+from tests.training.test_service import ADAM, base, data, expected_loss, logprobs
 
 CONFIGS: dict[str, Any] = {
     "r2": LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
@@ -35,22 +36,12 @@ MOST = 3
 
 
 @functools.cache
-def service() -> Service:
+def service(packing: bool) -> Service:
     """Not to be closed: a client of each config stays, so that the programs do."""
-    made = Service(base(), capacity=MOST + len(CONFIGS), max_tokens=400)
+    made = Service(base(), capacity=MOST + len(CONFIGS), max_tokens=400, packing=packing)
     for config in CONFIGS.values():
         made.create(config, seed=0)
     return made
-
-
-@contextmanager
-def waiting(seconds: float) -> Iterator[None]:
-    """Run the block with a service whose calls wait so long for each other."""
-    before, service().wait = service().wait, seconds
-    try:
-        yield
-    finally:
-        service().wait = before
 
 
 @functools.cache
@@ -103,8 +94,13 @@ def tensors_of(client: Any, folder: Path) -> dict[str, Tensor]:
 
 
 class Clients(RuleBasedStateMachine):
+    """Clients of a service that packs texts, each with the adapter that trains alone."""
+
+    packing = True
+
     def __init__(self) -> None:
         super().__init__()
+        self.service = service(self.packing)
         self.folder = Path(tempfile.mkdtemp())
         self.clients: dict[Any, Alone] = {}
         self.states: list[tuple[Path, Any]] = []
@@ -117,13 +113,28 @@ class Clients(RuleBasedStateMachine):
     def pick(self, which: int) -> Any:
         return list(self.clients)[which % len(self.clients)]
 
+    @contextmanager
+    def waiting(self, seconds: float) -> Iterator[None]:
+        """Run the block with a service whose calls wait so long for each other."""
+        before, self.service.wait = self.service.wait, seconds
+        try:
+            yield
+        finally:
+            self.service.wait = before
+
+    def compare_adapter(self, client: Any) -> None:
+        found, alone = tensors_of(client, self.path()), self.clients[client]
+        for key, t in alone.module.state_dict().items():
+            torch.testing.assert_close(found[key], t.detach(), rtol=1e-9, atol=1e-9)
+        assert client.trainer.steps == alone.steps
+
     @rule(name=st.sampled_from(list(CONFIGS)), seed=st.integers(1, 99))
     def create(self, name: str, seed: int) -> None:
         if len(self.clients) == MOST:
             with pytest.raises(adaptc.ConfigError, match="no room for another"):
-                service().create(CONFIGS[name], seed=seed)
+                self.service.create(CONFIGS[name], seed=seed)
             return
-        client = service().create(CONFIGS[name], seed=seed)
+        client = self.service.create(CONFIGS[name], seed=seed)
         self.clients[client] = Alone(name, tensors_of(client, self.path()))
 
     @precondition(lambda self: self.clients)
@@ -138,15 +149,20 @@ class Clients(RuleBasedStateMachine):
 
     def _train(self, clients: list[Any], lengths: list[int], seed: int) -> None:
         batches = [data(seed + i, [n + i for n in lengths]) for i in range(len(clients))]
-        with waiting(0.3 if len(clients) > 1 else service().wait):
+        with self.waiting(0.3 if len(clients) > 1 else self.service.wait):
             futures = [c.forward_backward(b, "cross_entropy") for c, b in zip(clients, batches, strict=True)]
             self._compare(clients, batches, futures)
 
     def _compare(self, clients: list[Any], batches: list[Any], futures: list[Any]) -> None:
         for client, batch, future in zip(clients, batches, futures, strict=True):
-            loss = expected_loss(self.clients[client].module, batch, "cross_entropy")
+            module, found = self.clients[client].module, future.result(60)
+            loss = expected_loss(module, batch, "cross_entropy")
             loss.backward()
-            assert future.result(60).loss == pytest.approx(float(loss.detach()), rel=1e-9, abs=1e-12)
+            assert found.loss == pytest.approx(float(loss.detach()), rel=1e-9, abs=1e-12)
+            with torch.no_grad():
+                wanted = [logprobs(module(input_ids=d.model_input[None]).logits[0], d) for d in batch]
+            for outputs, one in zip(found.loss_fn_outputs, wanted, strict=True):
+                torch.testing.assert_close(outputs["logprobs"].double(), one, rtol=1e-6, atol=1e-6)
 
     @precondition(lambda self: self.clients)
     @rule(which=st.integers(0, 5), is_nan=st.booleans(), seed=st.integers(0, 99))
@@ -160,11 +176,14 @@ class Clients(RuleBasedStateMachine):
 
         client = self.pick(which)
         others = [c for c in self.clients if c is not client]
-        with waiting(0.3):
+        with self.waiting(0.3):
             failed = client.forward_backward(data(seed, [4]), broken)
             if others:
                 self._train(others[:1], [3, 5], seed)
             assert isinstance(failed.exception(60), adaptc.AdaptcError if is_nan else ZeroDivisionError)
+        broken_weights = [Datum(torch.tensor([1, 2]), {"target_tokens": [2, 3], "weights": [1.0, float("nan")]})]
+        with pytest.raises(adaptc.AdaptcError, match="has NaN or infinity"):
+            client.forward_backward(broken_weights, "cross_entropy")
         with pytest.raises(adaptc.AdaptcError, match="target_tokens"):
             client.forward_backward([{"model_input": [1, 2], "loss_fn_inputs": {}}], "cross_entropy")
 
@@ -197,6 +216,7 @@ class Clients(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5), state=st.integers(0, 5))
     def load_state(self, which: int, state: int) -> None:
         client, (path, snapshot) = self.pick(which), self.states[state % len(self.states)]
+        self.compare_adapter(client)
         future = client.load_state(path)
         names = {snapshot[0], self.clients[client].name}
         if names <= {"r2", "r5"} or len(names) == 1:  # of one program
@@ -209,6 +229,7 @@ class Clients(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5))
     def leave(self, which: int) -> None:
         client = self.pick(which)
+        self.compare_adapter(client)
         client.close()
         del self.clients[client]
         with pytest.raises(adaptc.AdaptcError, match="was removed"):
@@ -216,15 +237,21 @@ class Clients(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            for client, alone in self.clients.items():
-                found = tensors_of(client, self.path())
-                for key, t in alone.module.state_dict().items():
-                    torch.testing.assert_close(found[key], t.detach(), rtol=1e-9, atol=1e-9)
-                assert client.trainer.steps == alone.steps
+            for client in self.clients:
+                self.compare_adapter(client)
         finally:
             for client in list(self.clients):
                 client.close()
+            shutil.rmtree(self.folder)
 
 
-TestClients = pytest.mark.long(Clients.TestCase)
-TestClients.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)
+class ClientsWithoutPacking(Clients):
+    packing = False
+
+
+TestClients = Clients.TestCase
+TestClients.settings = settings(max_examples=2, stateful_step_count=8, deadline=None)
+TestClientsForLong = pytest.mark.long(type("TestClientsForLong", (Clients.TestCase,), {}))
+TestClientsForLong.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)
+TestClientsWithoutPacking = pytest.mark.long(ClientsWithoutPacking.TestCase)
+TestClientsWithoutPacking.settings = settings(max_examples=6, stateful_step_count=15, deadline=None)
