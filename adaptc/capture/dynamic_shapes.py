@@ -26,6 +26,7 @@ import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from adaptc.capture.model_state import preserve_state
 from adaptc.capture.repeated_layers.traced_once import CopiedLayers, copy_equal_layers
 from adaptc.capture.replacements.free_lengths import any_length
 from adaptc.capture.replacements.quick_sizes import fast_size_arithmetic
+from adaptc.capture.replacements.series_rows import stacked_series
 from adaptc.capture.replacements.shifted_labels import shift_labels_of_any_length
 from adaptc.capture.replacements.size_lists import lists_of_any_size
 from adaptc.capture.replacements.traceable_calls import (
@@ -58,6 +60,17 @@ from adaptc.passes.graph.pytree import pytree
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 
 _UNKNOWN_OUTPUT = "not a known type"
+#: what replaces functions of a model that are traced for some sizes alone, or not at all
+_REPLACEMENTS: tuple[Callable[[nn.Module], AbstractContextManager[Any]], ...] = (
+    traced_for_any_images,
+    joins_patches_at_once,
+    shift_labels_of_any_length,
+    any_length,
+    free_tensor_lengths,
+    lists_of_any_size,
+    kept_modules,
+    unscaled_layers,
+)
 
 #: the free dimensions of an input: index -> name (equal names are equal sizes, ``4*name`` is four times one), or None
 #: when torch is to find out
@@ -81,19 +94,15 @@ def export(
             with contextlib.redirect_stderr(printed), patched, uncached, preserve_state(model, only_traced=True):
                 with (
                     visited_experts(model, args, kwargs),
+                    stacked_series(model, args, kwargs),
                     copies(model) as once,
                     fast_size_arithmetic(),
-                    traced_for_any_images(model),
-                    joins_patches_at_once(model),
-                    shift_labels_of_any_length(model),
-                    any_length(model),
-                    free_tensor_lengths(model),
-                    lists_of_any_size(model),
                     FreeScalarSizes(),
-                    kept_modules(model),
-                    unscaled_layers(model),
+                    contextlib.ExitStack() as replaced,
                     float_stand_ins(model) as put_back,
                 ):
+                    for replace_functions in _REPLACEMENTS:
+                        replaced.enter_context(replace_functions(model))
                     program = torch.export.export(
                         model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
                     )
