@@ -48,7 +48,7 @@ STEPS = 5
 
 def own_program(name: str = "lora", seed: int = 1) -> adaptc.AdaptedProgram:
     generator = torch.Generator().manual_seed(seed)
-    return adaptc.compile(copy.deepcopy(grouped_llama()), CASES[name][0], training=True, generator=generator)
+    return adaptc.compile(grouped_llama(), CASES[name][0], training=True, generator=generator)
 
 
 def trained_of(module: Any) -> list[Any]:
@@ -159,8 +159,7 @@ def dropout(folder: Path) -> Any:
 
 def half(folder: Path) -> Any:
     """The losses of three steps in bfloat16, with adapters in float32."""
-    model = grouped_llama()
-    made = adaptc.compile(copy.deepcopy(model).to(torch.bfloat16), LoraConfig(**LORA), training=True)
+    made = adaptc.compile(grouped_llama().to(torch.bfloat16), LoraConfig(**LORA), training=True)
     generator = torch.Generator().manual_seed(5)
     for p in made.binding.values.values():
         p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
