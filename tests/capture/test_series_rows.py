@@ -94,6 +94,11 @@ def test_any_number_of_series_of_any_length(with_kinds: bool, length: int) -> No
                 torch.testing.assert_close(found[name], value)
 
 
+def test_series_by_position() -> None:
+    program = adaptc.compile(Forecaster().eval(), LoraConfig(r=2, target_modules=["up"]), example_inputs=series(3, 8))
+    torch.testing.assert_close(program(series(2, 13))["out"], Forecaster().eval()([*series(2, 13)])["out"])
+
+
 @pytest.mark.parametrize("kind", [Behind, Mean])
 def test_a_model_that_does_something_else_is_captured_as_it_is(kind: type[Forecaster]) -> None:
     model = kind().eval()

@@ -137,17 +137,52 @@ def test_a_warm_bank_makes_nothing_in_calls(options: dict[str, Any], built: list
     check(bank, made, adapters, 8, 2)
 
 
+def only(made: adaptc.AdaptedProgram, adapter: Any, *beginnings: str) -> Any:
+    """Return the adapter at the sites whose ids begin so; others have the values of the program."""
+    methods = {i: m for i, m in adapter.methods.items() if i.startswith(beginnings)}
+    fqns = {f for a in made.adaptation.attachments if a.id in methods for f in a.tensor_names}
+    kept = {f: t if f in fqns else made.binding.values[f].detach() for f, t in adapter.values.items()}
+    return replace(adapter, values=kept, methods=methods)
+
+
+def test_a_warm_bank_makes_no_graph_for_sites_that_it_has_not_seen(built: list[str]) -> None:
+    made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up", "side"]))
+    adapters |= {n: only(made, adapters[n], module) for n, module in (("n0", "up"), ("n1", "side"))}
+    bank = made.bank({"n0": adapters["n0"]})
+    bank.warm(4)
+    before = len(built)
+    bank.add("n1", adapters["n1"])
+    for rows in (["n1"], ["n1", None], ["n0", "n1"]):
+        bank(inputs(2, len(rows)), adapters=rows)
+    assert len(built) == before, built[before:]
+    check(bank, made, adapters, 2, 2)
+    bank.warm(4)
+    assert len(built) > before
+    check(bank, made, adapters, 2, 2)
+
+
+def test_a_region_of_two_sites_stays_where_a_row_has_one_of_them() -> None:
+    """The weight and the bias of a layer change in one call for each adapter."""
+    config = adaptc.BOFTConfig(boft_block_size=1, target_modules=["up", "side"], bias="all")
+    made, adapters = program_and_adapters(config)
+    sites = sorted(a.id for a in made.adaptation.attachments if a.module == "up")
+    assert len(sites) == 2
+    adapters |= {f"n{i}": only(made, adapters[f"n{i}"], site) for i, site in enumerate(sites)}
+    for names in (NAMES[:1], NAMES[1:2], NAMES[:2]):
+        bank = made.bank({n: adapters[n] for n in names})
+        rows = [*names, None, names[-1]]
+        found = bank(inputs(3, len(rows)), adapters=rows)
+        for i, name in enumerate(rows):
+            alone = made.bind(adapters[name]) if name else made.base
+            torch.testing.assert_close(found[i], alone(inputs(3, len(rows)))[i], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_a_warm_bank_has_the_graphs_of_adapters_that_leave_sites_out(options: dict[str, Any], built: list[str]) -> None:
     """Adapters that come later run the graph with all sites, until the bank is warmed again."""
     made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up", "side"], **options))
-
-    def only(name: str, module: str) -> Any:
-        methods = {i: m for i, m in adapters[name].methods.items() if i.startswith(module)}
-        kept = {f: t for f, t in adapters[name].values.items() if f.startswith(module)}
-        return replace(adapters[name], values={**made.binding.values, **kept}, methods=methods)
-
-    adapters |= {"n0": only("n0", "up"), "n1": only("n1", "side"), "n2": only("n2", "side"), "n3": only("n3", "up")}
+    for name, module in {"n0": "up", "n1": "side", "n2": "side", "n3": "up"}.items():
+        adapters[name] = only(made, adapters[name], module)
     bank = made.bank({n: adapters[n] for n in ("n0", "n1", "n2")})
     bank.warm(8)
     before = len(built)

@@ -33,7 +33,7 @@ def stacked_series(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     """
     signature = inspect.signature(model.forward)
     try:
-        given = dict(signature.bind(*args, **kwargs).arguments)
+        given = _by_name(signature, args, kwargs)
     except TypeError:
         given = {}
     if not _takes_rows_of_series(model, given):
@@ -43,11 +43,17 @@ def stacked_series(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     with own_attribute(model, "_preprocess", _preprocess_with(rows)):
         forward = _forward_with(model, rows)
         with patch_forward(model, forward, list(signature.parameters.values())):
-            is_equal = _is_equal(model, kwargs)
+            is_equal = _is_equal(model, given)
             if is_equal:
                 yield
     if not is_equal:
         yield
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, also those that the signature does not name."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    return given | given.pop(next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), ""), {})
 
 
 def _takes_rows_of_series(model: nn.Module, given: Mapping[str, Any]) -> bool:
@@ -68,8 +74,7 @@ def _forward_with(model: Any, rows: list[tuple[Tensor, Tensor]]) -> Callable[...
     original, signature = model.forward, inspect.signature(model.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        extra = given.pop(next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), ""), {})
+        given = _by_name(signature, args, kwargs)
         series = given.pop(_SERIES)
         context, length = given.get("forecast_context_len") or model.context_len, series.shape[1]
         padding = series.new_zeros(1, length)
@@ -78,7 +83,7 @@ def _forward_with(model: Any, rows: list[tuple[Tensor, Tensor]]) -> Callable[...
         is_padding = nn.functional.pad(padding, (context, 0), value=1.0)[:, length:]
         horizon = is_padding.new_zeros(1, model.horizon_len)
         rows[:] = [(padded, torch.cat([is_padding, horizon], 1).expand(padded.shape[0], -1))]
-        return original(**{_SERIES: [padded.mT]}, **given, **extra)
+        return original(**{_SERIES: [padded.mT]}, **given)
 
     return forward
 
@@ -95,16 +100,16 @@ def _preprocess_with(rows: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[T
     return preprocess
 
 
-def _is_equal(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+def _is_equal(model: nn.Module, given: Mapping[str, Any]) -> bool:
     """Return whether the model's own forward gives the same for lists of series, of several lengths."""
     own, context = type(model), int(getattr(model, "context_len"))  # noqa: B009  # a module's attributes have no types
-    series = kwargs.get(_SERIES)
-    if series is None or not can_run(model, (), kwargs):
+    series = given[_SERIES]
+    if not can_run(model, (), given):
         return False
     with preserve_state(model) as restore, torch.no_grad():
         for length in (series.shape[1], max(series.shape[1] // 2, 1), context + 3):
             repeated = series.repeat(1, -(-length // series.shape[1]))[:, :length]
-            call = {**kwargs, _SERIES: repeated}
+            call = {**given, _SERIES: repeated}
             try:
                 found = _tensors(model(**call))
                 restore()
