@@ -19,6 +19,7 @@ from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.variants.graph_variants import GraphVariants
+from adaptc.runtime.weight_buffers import SiblingBuffers
 from adaptc.torch_modes import outside_modes
 
 
@@ -39,9 +40,9 @@ class ArgumentsOwner(Protocol):
     def options(self) -> RunOptions: ...
     @property
     def variants(self) -> GraphVariants: ...
-    def sibling_buffers(self, variant_name: str, own_names: Collection[str]) -> Sequence[Tensor | None]: ...
+    @property
+    def sibling_buffers(self) -> SiblingBuffers: ...
     def detach_values(self, values: Sequence[Any]) -> list[Any]: ...
-    def are_buffers_current(self, variant_name: str, buffers: Sequence[Tensor | None]) -> bool: ...
     def make_hoisted_inputs(
         self,
         values: Sequence[Any],
@@ -90,7 +91,7 @@ class Arguments:
         found = self.hoisted_inputs.get(variant_name)
         if found is None:
             owner = self._require_executor()
-            buffers = owner.sibling_buffers(
+            buffers = owner.sibling_buffers.move(
                 variant_name, self._own_names
             )  # before the lock is taken: it may wait for another one
             with self._lock, outside_modes():
@@ -125,7 +126,9 @@ class Arguments:
     def has_current_memory(self) -> bool:
         """Return whether every tensor that the hoisted inputs were made from still has the same memory address."""
         owner, made = self._require_executor(), list(self.hoisted_inputs.items())
-        return all(p.has_current_memory() and owner.are_buffers_current(kind, self._buffers[kind]) for kind, p in made)
+        return all(
+            p.has_current_memory() and owner.sibling_buffers.are_current(kind, self._buffers[kind]) for kind, p in made
+        )
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor that calls pass for the lifted input with the FQN ``name``."""

@@ -56,7 +56,7 @@ from adaptc.runtime.options import PACK_DTYPES, RunOptions
 from adaptc.runtime.strides import CompiledStrides
 from adaptc.runtime.variants.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.variants.graph_variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
-from adaptc.runtime.weight_buffers import begin_reading, end_reading, find_buffer, is_packable, move_into_buffer
+from adaptc.runtime.weight_buffers import SiblingBuffers, begin_reading, end_reading, is_packable
 from adaptc.torch_modes import enters_autocast, leaving_autocast, outside_transforms
 
 
@@ -126,9 +126,9 @@ class Executor:
         self._arguments_lock = reset_after_fork(threading.Lock())
         pack = options.pack if chooses_matmuls() and not training else None
         self.packed_layers = None if pack is None else PackedLayers(PACK_DTYPES[pack])
-        self._sibling_names: dict[str, list[list[str]]] = {}
         self._is_training = training
         self.variants = self._make_variants()
+        self.sibling_buffers = SiblingBuffers(self.base, self._siblings_of)
         self._size_locations = self.inputs.size_locations()
         singles = options.single_sizes
         self._single_sizes = singles if singles <= self._size_locations.keys() else frozenset[str]()
@@ -218,39 +218,10 @@ class Executor:
         """Return the arguments of a callable that writes to the tensors in ``state`` instead of the program's."""
         return Arguments(self, binding, state) if state else self.arguments(binding)
 
-    def sibling_buffers(self, variant_name: str, own_names: Collection[str]) -> list[Tensor | None]:
-        """Return the buffers that one variant reads sibling weights from, and move the weights into them.
-
-        An entry is None, and nothing moves, where a member is in ``own_names``: the tensors of a base that only one
-        binding has.
-        """
-        buffers: list[Tensor | None] = []
-        for members in self._sibling_fqns(variant_name):
-            if not set(own_names).isdisjoint(members):
-                buffers.append(None)
-                continue
-            tensors = [self.base[m] for m in members]
-            found = find_buffer(tensors)
-            if found is None:
-                with hold_graph_lock():  # whoever reads weights for long, as a save does, holds this lock too
-                    found = move_into_buffer(tensors)
-            buffers.append(found)
-        return buffers
-
-    def are_buffers_current(self, variant_name: str, buffers: Sequence[Tensor | None]) -> bool:
-        """Return whether the sibling weights of a variant still lie in the buffers that :meth:`buffers` gave."""
-        pairs = zip(self._sibling_fqns(variant_name), buffers, strict=True)
-        return all(b is None or find_buffer([self.base[m] for m in members]) is b for members, b in pairs)
-
-    def _sibling_fqns(self, variant_name: str) -> list[list[str]]:
+    def _siblings_of(self, variant_name: str) -> list[list[str]]:
         """Return, for each buffer of a variant, the FQNs of the weights that lie in it."""
-        known = self._sibling_names.get(variant_name)
-        if known is None:
-            names = dict(zip(self.placeholder_names, self.lifted_names, strict=True))
-            known = self._sibling_names[variant_name] = [
-                [str(names[m]) for m in p.parameter_names] for p in self.variants.get(variant_name).sibling_packs
-            ]
-        return known
+        names = dict(zip(self.placeholder_names, self.lifted_names, strict=True))
+        return [[str(names[m]) for m in p.parameter_names] for p in self.variants.get(variant_name).sibling_packs]
 
     def make_hoisted_inputs(
         self,
@@ -264,7 +235,7 @@ class Executor:
         """Return the hoisted inputs of one variant for ``values`` of the lifted inputs.
 
         The inputs called ``own_names`` belong to a base that only this binding has, so values hoisted from them are not
-        shared. ``buffers`` are those that :meth:`buffers` gave. ``byte_budget`` and ``lock`` are as for
+        shared. ``buffers`` are those that ``sibling_buffers`` gave. ``byte_budget`` and ``lock`` are as for
         :class:`HoistedInputs`.
         """
         variant, names = self.variants.get(variant_name), self.placeholder_names

@@ -17,13 +17,15 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptc.locks import reset_after_fork
+from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.storage import storage_key
 
 _lock = reset_after_fork(threading.Lock())
@@ -188,3 +190,44 @@ def _tensors_sharing(t: Tensor) -> list[Tensor]:
 
 def _address(t: Tensor) -> int:
     return t.data_ptr()
+
+
+class SiblingBuffers:
+    """The buffers that the variants of one program read sibling weights from.
+
+    ``base`` maps FQNs to base tensors. ``siblings_of`` returns, for a variant, the FQNs of the weights of each buffer.
+    """
+
+    def __init__(self, base: Mapping[str, Any], siblings_of: Callable[[str], list[list[str]]]) -> None:
+        self._base, self._siblings_of = base, siblings_of
+        self._known: dict[str, list[list[str]]] = {}
+
+    def _siblings(self, variant_name: str) -> list[list[str]]:
+        found = self._known.get(variant_name)
+        if found is None:
+            found = self._known[variant_name] = self._siblings_of(variant_name)
+        return found
+
+    def move(self, variant_name: str, own_names: Collection[str]) -> list[Tensor | None]:
+        """Return the buffers of one variant, and move the weights into them.
+
+        An entry is None, and nothing moves, where a member is in ``own_names``: the tensors of a base that only one
+        binding has.
+        """
+        buffers: list[Tensor | None] = []
+        for members in self._siblings(variant_name):
+            if not set(own_names).isdisjoint(members):
+                buffers.append(None)
+                continue
+            tensors = [self._base[m] for m in members]
+            found = find_buffer(tensors)
+            if found is None:
+                with hold_graph_lock():  # whoever reads weights for long, as a save does, holds this lock too
+                    found = move_into_buffer(tensors)
+            buffers.append(found)
+        return buffers
+
+    def are_current(self, variant_name: str, buffers: Sequence[Tensor | None]) -> bool:
+        """Return whether the sibling weights of a variant still lie in the buffers that :meth:`move` gave."""
+        pairs = zip(self._siblings(variant_name), buffers, strict=True)
+        return all(b is None or find_buffer([self._base[m] for m in members]) is b for members, b in pairs)
