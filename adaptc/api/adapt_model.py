@@ -47,6 +47,7 @@ def compile(
     hoist_limit: int | None = None,
     fuse: bool = True,
     pack: str | None = None,
+    cuda_graphs: bool = False,
     packages: Mapping[str, Any] | None = None,
 ) -> P: ...
 
@@ -71,6 +72,7 @@ def compile(
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
+    cuda_graphs: bool = False,
 ) -> AdaptedProgram: ...
 
 
@@ -96,6 +98,7 @@ def compile(
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
+    cuda_graphs: bool = False,
     packages: Mapping[str, Any] | None = None,
 ) -> AdaptedProgram | Any:
     """Capture ``model``, adapt it, and return the adapted program.
@@ -130,6 +133,7 @@ def compile(
         fuse: whether layers that read one tensor are computed by one matmul; see :attr:`AdaptedProgram.fuse`.
         checkpoint: how many blocks the backward computes again at a time; see :attr:`AdaptedProgram.checkpoint`.
         pack: the dtype of base weights that may have packed copies on a CPU; see :attr:`AdaptedProgram.pack`.
+        cuda_graphs: whether calls on a GPU are recorded and replayed; see :attr:`AdaptedProgram.cuda_graphs`.
         packages: of a pipeline, component -> the file that :func:`package` made of its program, or that file loaded.
             The component runs its code, and is captured from no module.
 
@@ -149,7 +153,7 @@ def compile(
         >>> prog(x).shape
         torch.Size([2, 3])
     """
-    options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack)
+    options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack, cuda_graphs=cuda_graphs)
     if options.checkpoint is not None and not training:
         raise ConfigError(
             f"checkpoint={short_repr(checkpoint)} is for training, and the program is captured for inference: "

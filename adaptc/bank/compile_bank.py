@@ -216,7 +216,9 @@ class RowProgram(BaseProgram):
         inputs = Inputs.from_program(
             program, self.fills, self.forward_arg_names, {(COEFFICIENTS_INPUT, 1)} if any_count else ()
         )
-        return Executor(program, many, ops, replace(options, kernels=False), inputs, self.training, self.base)
+        # No graphs: kernels group the rows of a selection on the CPU, which a replay would not do again.
+        options = replace(options, kernels=False, cuda_graphs=False)
+        return Executor(program, many, ops, options, inputs, self.training, self.base)
 
 
 def _check_input_names(program: ExportedProgram) -> None:

@@ -64,6 +64,7 @@ def compile_for_generation(
     hoist_limit: int | None = None,
     fuse: bool = True,
     pack: str | None = None,
+    cuda_graphs: bool = False,
 ) -> Generator:
     """Capture a transformers model as a step with its cache, adapt it, and return a generator.
 
@@ -93,6 +94,7 @@ def compile_for_generation(
         hoist_limit: the number of bytes that hoisted values may take.
         fuse: whether layers that read one tensor are computed by one matmul.
         pack: the dtype of base weights that may have packed copies on a CPU.
+        cuda_graphs: whether calls on a GPU are recorded and replayed.
 
     Returns:
         the generator. Its ``program`` is the program inside.
@@ -111,7 +113,7 @@ def compile_for_generation(
     return _compile(
         model,
         adapter,
-        RunOptions(backend, hoist_limit, fuse, pack=pack),
+        RunOptions(backend, hoist_limit, fuse, pack=pack, cuda_graphs=cuda_graphs),
         example_inputs=example_inputs,
         max_batch=max_batch,
         max_length=max_length,

@@ -29,6 +29,8 @@ from adaptc.program.add_adapter import FirstValues
 from adaptc.program.module_factory import ProgramModuleFactory, warn_of_missing_data
 from adaptc.program.program_scale import ScalableProgram
 from adaptc.program.swap_report import SwapReport
+from adaptc.runtime.calls.recorded_calls import CudaGraphs
+from adaptc.runtime.executor import Executor
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.options import checkpoint_blocks
 from adaptc.runtime.variants.graph_variants import Fusion
@@ -258,6 +260,23 @@ class AdaptedProgram(ScalableProgram):
         self.set_options(pack=value)
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Return whether calls on a GPU are recorded as CUDA graphs, and replayed.
+
+        The second call with inputs of the same shapes is recorded, and later ones replay it. A swap to another adapter
+        of the same shapes copies it to where the graph reads. :attr:`recorded` says what is replayed, and why other
+        calls are not. At most 32 graphs are kept. They share memory, and outputs are copies.
+
+        Setting it discards the code of calls. Raises ConfigError for another value than a bool, and where the program
+        trains. Raises BackendError where the base is not on a CUDA device.
+        """
+        return self.options.cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self.set_options(cuda_graphs=value)
+
+    @property
     def checkpoint(self) -> int | Literal["auto"] | None:
         """Return how many repeated blocks at a time the modules of :meth:`module` recompute in the backward: a number,
         or "auto" for one.
@@ -301,8 +320,17 @@ class AdaptedProgram(ScalableProgram):
         executor = self.call_state.executor
         if executor is None:
             return PackedWeights()
-        parts = list(self.run_state.part_executors.get(executor, {}).values())
-        return memory_of_packed(e.packed_layers for e in (executor, *parts))
+        return memory_of_packed(e.packed_layers for e in self._all_code(executor))
+
+    @property
+    def recorded(self) -> CudaGraphs:
+        """Return which calls of the program and of its parts are CUDA graphs so far (:attr:`cuda_graphs`)."""
+        executor = self.call_state.executor
+        made = [] if executor is None else [e.recorded_calls for e in self._all_code(executor)]
+        return sum((calls.graphs for calls in made if calls is not None), CudaGraphs())
+
+    def _all_code(self, executor: Executor) -> list[Executor]:
+        return [executor, *self.run_state.part_executors.get(executor, {}).values()]
 
     @property
     def passes(self) -> dict[str, PassTrail]:

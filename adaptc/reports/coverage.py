@@ -26,6 +26,7 @@ from adaptc.passes.protocol.attachment import Attachment
 from adaptc.program.adapted_program import AdaptedProgram
 from adaptc.reports.norms import Norms
 from adaptc.reports.stored_table import stored_adapters_data, stored_adapters_table
+from adaptc.runtime.calls.recorded_calls import CudaGraphs
 from adaptc.runtime.hoisted_values import HoistedMemory
 from adaptc.runtime.variants.graph_variants import Fusion
 from adaptc.tables import (
@@ -76,8 +77,8 @@ class CoverageReport(Report):
     numbers of parameters, as PEFT counts them. A program without an adapter has no sites, and ``adapter`` is ''.
 
     ``held``: the hoisted values of calls. ``fusion``: which layers share a matmul. ``products``: the kernels chosen for
-    matmuls with base weights. ``packed``: the base weights that have a packed copy. These are empty before the first
-    call.
+    matmuls with base weights. ``packed``: the base weights that have a packed copy. ``recorded``: the
+    calls that are CUDA graphs. These are empty before the first call.
 
     ``training``: the kernels chosen for matmuls of the first module of the program that has any. ``passes``: the passes
     that the program and the code of its calls went through, with the number of changes of each. ``norms``: norms of the
@@ -100,6 +101,7 @@ class CoverageReport(Report):
     products: MatmulChoices = field(default=MatmulChoices(), repr=False)
     training: tuple[MatmulChoices, ...] = field(default=(), repr=False)
     packed: PackedWeights = field(default=PackedWeights(), repr=False)
+    recorded: CudaGraphs = field(default=CudaGraphs(), repr=False)
     passes: Mapping[str, PassTrail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> the format and component of the file that it was read from
@@ -117,14 +119,15 @@ class CoverageReport(Report):
     @with_graph_lock
     def from_program(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
         training = next((m.products for m in list(program.run_state.modules) if m.products), ())
-        packed = program.packed  # before the snapshot, which knows nothing of the code of the program's parts
+        # Before the snapshot, which knows nothing of the code of the program's parts.
+        code: dict[str, Any] = {"packed": program.packed, "recorded": program.recorded}
         program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
             report = program.merge_report
             source = report.source if report else ""
             fields: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products")}
-            return cls((), {}, (), 0, count_base_parameters(program, ()), merged=source, packed=packed, **fields)
+            return cls((), {}, (), 0, count_base_parameters(program, ()), merged=source, **code, **fields)
         binding = program.binding
         counted_ids: set[int] = set()
         sites = tuple(_site_coverage(program, binding, x, counted_ids) for x in a.attachments)
@@ -135,7 +138,7 @@ class CoverageReport(Report):
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in bindings.values()))
         names = ", ".join(bindings)
         fields = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products")}
-        fields["packed"] = packed
+        fields |= code
         fields["training"] = training
         fields["norms"] = Norms.from_program(program, changes)
         fields["origins"] = {n: p.origin for n, p in bindings.items()}
@@ -153,12 +156,15 @@ class CoverageReport(Report):
             f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percentage:.4f}"
         )
 
+    def _code_texts(self) -> list[str]:
+        return [str(self.packed), str(self.recorded)]
+
     def sections(self) -> list[str | Table]:
         """Return the sections and tables of the report. In tables, layers that differ in their number alone share a
         row."""
         if not self.sites:
             origin = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
-            products = "".join(f"{text}\n" for text in (str(self.products), str(self.packed)) if text)
+            products = "".join(f"{text}\n" for text in (str(self.products), *self._code_texts()) if text)
             return [
                 f"The program has no adapter: {origin}.\n{products}{self.parameters_line()}{self._passes_text()}",
                 *self.notes,
@@ -182,7 +188,7 @@ class CoverageReport(Report):
         ]
         line = self.parameters_line() + self._passes_text()
         products = [str(p) for p in (self.products, *self.training)]
-        return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
+        return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, *self._code_texts(), line]
 
     def values(self) -> dict[str, Any]:
         """Return the report as a dict of plain values.
@@ -197,6 +203,7 @@ class CoverageReport(Report):
         - ``trainable``, ``total``: numbers of parameters.
         - ``products``: one dict for each line; ``training``: which products -> the same.
         - ``packed``: ``count`` and ``bytes``.
+        - ``recorded``: ``count`` of the kinds of calls that are CUDA graphs, and ``reasons`` of others -> their number.
         - ``passes``: where -> [pass, number of changes].
         - ``norms``: the data of :class:`~adaptc.reports.norms.Norms`.
         - ``notes``: lines.
@@ -219,6 +226,7 @@ class CoverageReport(Report):
             "products": self.products.table_rows(),
             "training": {p.caption: p.table_rows() for p in self.training},
             "packed": {"count": self.packed.count, "bytes": self.packed.nbytes},
+            "recorded": {"count": self.recorded.count, "reasons": dict(self.recorded.reasons)},
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
             "norms": self.norms.values(),
             "notes": list(self.notes),

@@ -49,6 +49,8 @@ from adaptc.runtime.added_lengths import VirtualTokenLengths, lookup_error
 from adaptc.runtime.arguments import Arguments
 from adaptc.runtime.calls.call_inputs import Inputs
 from adaptc.runtime.calls.check_indices import check_index_bounds, check_not_transformed
+from adaptc.runtime.calls.cuda_recorder import recorder_for
+from adaptc.runtime.calls.recorded_calls import RecordedCalls
 from adaptc.runtime.hoisted_values import HoistedInputs
 from adaptc.runtime.inductor import compile_lifted, pad_rank_one
 from adaptc.runtime.mutated_buffers import copy_sharing_memory, written_placeholders
@@ -129,6 +131,8 @@ class Executor:
         self._is_training = training
         self.variants = self._make_variants()
         self.sibling_buffers = SiblingBuffers(self.base, self._siblings_of)
+        recorder = recorder_for(self.base.values()) if options.cuda_graphs and not self.is_differentiable else None
+        self.recorded_calls = None if recorder is None else RecordedCalls(recorder, self._recorded_positions)
         self._size_locations = self.inputs.size_locations()
         singles = options.single_sizes
         self._single_sizes = singles if singles <= self._size_locations.keys() else frozenset[str]()
@@ -303,7 +307,7 @@ class Executor:
             assert layouts is not None
             with outside_transforms(), torch.no_grad():
                 taken = layouts.lay_out_inputs(flat)
-                outputs = code(*arguments.inputs_for(self.fixed_variant).values(), *taken)
+                outputs = self._call_code(self.fixed_variant, code, arguments, taken)
                 layouts.write_back(flat, taken)
         elif any(map(torch.is_autocast_enabled, self.variants.autocast_devices)):
             outputs = self._autocast_module.forward(*arguments.lifted, *flat)
@@ -317,11 +321,24 @@ class Executor:
             )
             if self.options.hoist_limit is not None:
                 kind = arguments.variant_in_limit(kind)
-            outputs = self.variants.get(kind).call(*arguments.inputs_for(kind).values(), *flat)
+            outputs = self._call_code(kind, self.variants.get(kind).call, arguments, flat)
         for i, name in self._mutated_outputs:
             with torch.no_grad():
                 arguments.tensor(name).copy_(outputs[i])
         return pytree.tree_unflatten([outputs[i] for i in self._user_outputs], self._out_spec)
+
+    def _call_code(
+        self, variant_name: str, code: Callable[..., Any], arguments: Arguments, inputs: Sequence[Any]
+    ) -> Sequence[Any]:
+        """Call the code of a variant; its CUDA graph where calls are recorded."""
+        bound = arguments.inputs_for(variant_name)
+        if self.recorded_calls is None:
+            return code(*bound.values(), *inputs)
+        return self.recorded_calls(variant_name, code, bound, inputs)
+
+    def _recorded_positions(self, variant_name: str) -> tuple[set[int], set[int]]:
+        slots = {f for a in self.attachments for f in a.tensor_names}
+        return self.variants.get(variant_name).slots_and_written(n in slots for n in self.lifted_names)
 
     @cached_property
     def _autocast_module(self) -> fx.GraphModule:

@@ -180,6 +180,14 @@ class SplitGraph:
     def _source_positions(self, stage: int) -> set[int]:
         return {i for names in self.stages[stage].sources for i in names} if self.stages else set()
 
+    def slot_values(self, is_slot: Sequence[bool]) -> list[bool]:
+        """Return, for each lifted and hoisted input of the main graph, whether it is a slot's or was made from one.
+
+        ``is_slot`` says it for the lifted inputs of the whole graph.
+        """
+        kept = [is_slot[i] for i in self.kept_inputs]
+        return kept + [number == 1 for number, stage in enumerate(self.stages) for _ in range(stage.count)]
+
     def compute_inputs(self, lifted: Sequence[Any]) -> list[Any]:
         """Return the main graph's lifted and hoisted inputs, computed now and not kept; fake inputs give fake ones."""
         values = list(lifted)

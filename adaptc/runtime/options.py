@@ -34,6 +34,8 @@ class RunOptions:
     pack: str | None = None
     #: free sizes of the program: calls in which all of them are 1 run compiled code of their own
     single_sizes: frozenset[str] = frozenset()
+    #: whether calls on a GPU are recorded as CUDA graphs
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str) or self.backend not in BACKENDS:
@@ -50,6 +52,8 @@ class RunOptions:
             raise ConfigError(
                 f"kernels={short_repr(self.kernels)} must be True, False or None (where the base is on a GPU)"
             )
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs={short_repr(self.cuda_graphs)} must be True or False")
         object.__setattr__(self, "checkpoint", checkpoint_blocks(self.checkpoint))
         if self.pack is not None and (not isinstance(self.pack, str) or self.pack not in PACK_DTYPES):
             raise ConfigError(f"pack={short_repr(self.pack)} is not one of {', '.join(PACK_DTYPES)}, or None")

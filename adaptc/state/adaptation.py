@@ -25,6 +25,7 @@ from adaptc.passes.adapt.choose_forms import with_compilable_form
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.regions import node_tag
 from adaptc.runtime.calls.call_inputs import Inputs
+from adaptc.runtime.calls.cuda_recorder import recorder_for
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
 from adaptc.torch_typing import is_dict
 
@@ -202,7 +203,7 @@ def check_tags(graph: fx.Graph) -> None:
 
 def check_options(options: RunOptions, adaptation: Adaptation, base: Iterable[Any]) -> None:
     """Raise BackendError for a form that the backend cannot compile, ConfigError for weights that cannot be packed as
-    asked.
+    asked. CUDA graphs need a base on a CUDA device, and a program for inference.
 
     ``base``: the base tensors of the program. Nothing is changed.
     """
@@ -213,6 +214,12 @@ def check_options(options: RunOptions, adaptation: Adaptation, base: Iterable[An
                 f"program for it, with compile(..., backend={options.backend!r}), or save it and "
                 f"load(path, backend={options.backend!r})"
             )
+    base = list(base)
+    if options.cuda_graphs and adaptation.training:
+        raise ConfigError("cuda_graphs=True is for inference, and the program is captured for training")
+    if options.cuda_graphs and recorder_for(base) is None:
+        devices = ", ".join(sorted({str(t.device) for t in base if isinstance(t, Tensor)}))
+        raise BackendError(f"cuda_graphs=True needs a base on one CUDA device, and this one is on {devices}")
     if options.pack is None:
         return
     if adaptation.training:

@@ -100,3 +100,25 @@ def test_kernels_run_what_the_graph_says_and_can_be_written_into_it(dora, tmp_pa
         assert [n for n in loaded.graph.nodes if str(n.target).startswith("adaptc.")]
         _check_same(loaded, graph, F32, ((2, 9), (1, 3)))
         _check_same(adaptc.unload(loaded), base, F32, ((2, 9),))
+
+
+@backends
+def test_calls_replayed_as_cuda_graphs(backend, tmp_path: Path) -> None:
+    base = tiny_llama().to(DEVICE)
+    theirs = [peft_model(base, rank, tmp_path / str(seed), seed=seed) for seed, rank in enumerate((4, 4, 16))]
+    if DEVICE.type != "cuda":
+        with pytest.raises(adaptc.errors.BackendError, match="needs a base on one CUDA device"):
+            adaptc.compile(base, str(tmp_path / "0"), backend=backend, cuda_graphs=True)
+        return
+    program = adaptc.compile(base, str(tmp_path / "0"), backend=backend, cuda_graphs=True)
+    for _ in range(2):
+        for seed, peft in enumerate(theirs):
+            adaptc.swap(program, str(tmp_path / str(seed)))
+            for _ in range(3):
+                _check_same(program, peft, F32, ((2, 9), (1, 1)))
+    assert program.recorded.count >= 4
+    assert not program.recorded.reasons
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        _check_same(program, theirs[-1], F32, ((2, 9),))
+    stream.synchronize()

@@ -41,13 +41,15 @@ def tokens(rows: int, length: int, device: torch.device, vocabulary: int = VOCAB
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def peft_model(base: nn.Module, rank: int, folder: Path | str, **options: Any) -> Any:
-    """PEFT around a copy of ``base``, with an adapter that is no zero anywhere, which ``folder`` then holds too."""
+def peft_model(base: nn.Module, rank: int, folder: Path | str, seed: int | None = None, **options: Any) -> Any:
+    """PEFT around a copy of ``base``, with an adapter that is no zero anywhere, which ``folder`` then holds too.
+
+    Its values follow ``seed``, or the rank."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(base), config, **options).eval()
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(rank if seed is None else seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:

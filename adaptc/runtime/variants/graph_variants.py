@@ -18,7 +18,7 @@ An adapter may leave sites of the program out. It has variants of a graph withou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite
@@ -50,6 +50,7 @@ from adaptc.passes.optimize.sibling_groups import SiblingGroup
 from adaptc.passes.protocol.regions import bypass_regions
 from adaptc.passes.train.choose_base_products import ChooseBaseMatmuls
 from adaptc.runtime.hoisted_values import SharedValues, SplitGraph
+from adaptc.runtime.mutated_buffers import written_placeholders
 from adaptc.torch_modes import AUTOCAST_DEVICES
 
 PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"
@@ -153,6 +154,17 @@ class GraphVariant:
     shared_values: SharedValues | None
     trail: PassTrail
     matmuls: MatmulChoices
+
+    def slots_and_written(self, is_slot: Iterable[bool]) -> tuple[set[int], set[int]]:
+        """Return two sets of positions of inputs.
+
+        The first are those of the adapter's tensors, among the inputs that a binding gives. The second are those that
+        calls write to, among the user's inputs. ``is_slot`` says for each lifted input whether it is a slot.
+        """
+        bound = self.split.slot_values([*is_slot, *(False for _ in self.sibling_packs)])
+        graph = self.split.main.graph
+        written, users = written_placeholders(graph), graph.find_nodes(op="placeholder")[len(bound) :]
+        return {i for i, b in enumerate(bound) if b}, {i for i, n in enumerate(users) if n.name in written}
 
 
 class GraphVariants:

@@ -1,0 +1,251 @@
+"""Record calls as CUDA graphs, and replay them: the processor launches one graph instead of hundreds of kernels.
+
+A graph reads the memory that it was recorded with. So a call copies its inputs to where the graph reads them, replays,
+and returns copies of the outputs. There is a graph for each kind of call: shapes, dtypes, and values that are no
+tensors. The first call of a kind runs as ever, and warms up. The second is recorded.
+
+An adapter's tensors are read where they lie until another adapter of the same shapes is called. Then the tensors that
+differ get memory of the graph's own, and the call is recorded once more. From then on a swap copies the adapter into
+this memory. Base weights are never copied, nor are tensors that a call writes to, such as a cache. Their addresses are
+part of the kind.
+
+Some calls run as ever. These are calls that gradients flow through, that have inputs on another device, or in which an
+op waits for the device. The same holds inside torch's modes, and while the caller records a graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+
+from adaptc.locks import reset_after_fork
+from adaptc.passes.graph.storage import memory_address
+from adaptc.runtime.calls.cuda_recorder import Recorder
+from adaptc.torch_modes import has_transform_or_tangent, in_dispatch_mode
+
+#: the most graphs that the code of one program keeps; above it the one is dropped that was used least lately
+MAX_GRAPHS = 32
+
+#: the alignment of addresses, in bytes, that kernels are compiled for; torch's own memory has it
+ALIGNMENT = 16
+
+Code = Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class CudaGraphs:
+    """The number of kinds of calls that are replayed, and of those that are not, by reason."""
+
+    count: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def __add__(self, other: CudaGraphs) -> CudaGraphs:
+        return CudaGraphs(self.count + other.count, Counter(self.reasons) + Counter(other.reasons))
+
+    def __str__(self) -> str:
+        lines = [f"CUDA graphs: {self.count} kinds of calls are replayed"] if self.count or self.reasons else []
+        return "\n".join([*lines, *(f"no CUDA graph for {n} kinds of calls: {why}" for why, n in self.reasons.items())])
+
+
+class BoundValues(Protocol):
+    """The base weights and adapter tensors that the code of one program takes, without the inputs of a call."""
+
+    def values(self) -> tuple[Any, ...]: ...
+
+
+class _Graph:
+    """A recorded call: where it reads its inputs, and what was last copied there.
+
+    ``own`` are the positions of bound values that have memory of the graph's own. ``written`` are the positions of
+    given inputs that the call writes to.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        code: Code,
+        bound: Sequence[Any],
+        given: Sequence[Any],
+        own: set[int],
+        written: set[int],
+    ) -> None:
+        self.own = own
+        self._copied_inputs = [i for i, t in enumerate(given) if isinstance(t, Tensor) and i not in written]
+        self._bound = [_room_like(v) if i in own else v for i, v in enumerate(bound)]
+        self._given = [_room_like(t) if i in self._copied_inputs else t for i, t in enumerate(given)]
+        self._addresses = _addresses(bound)
+        self._sources: dict[int, tuple[ref[Tensor], int]] = {}
+        self._copy_inputs(bound, given)
+        self._recording = recorder.record(lambda: list(code(*self._bound, *self._given)))
+        inputs = {id(t): i for i, t in enumerate(self._given) if isinstance(t, Tensor)}
+        fixed = [v for i, v in enumerate(self._bound) if i not in own] + [self._given[i] for i in written]
+        memory = {memory_address(t) for t in fixed if isinstance(t, Tensor)}
+        #: for each output the position of the given input that it is, if any, and whether its values are to be copied
+        self._outputs = [
+            (inputs.get(id(t)), isinstance(t, Tensor) and memory_address(t) not in memory)
+            for t in self._recording.outputs
+        ]
+        # Memory of the caller's is found by its address in each call: it must not live longer for this graph.
+        self._bound = [v if i in own else None for i, v in enumerate(self._bound)]
+        self._given = [v if i in self._copied_inputs else None for i, v in enumerate(self._given)]
+
+    def moved(self, addresses: Sequence[int]) -> set[int]:
+        """Return the positions of bound values that lie elsewhere now, and have no memory of the graph's own."""
+        if addresses == self._addresses:
+            return set()
+        pairs = zip(addresses, self._addresses, strict=True)
+        return {i for i, (now, before) in enumerate(pairs) if now != before} - self.own
+
+    def replay(self, bound: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+        self._copy_inputs(bound, given)
+        self._recording.replay()
+        pairs = zip(self._outputs, self._recording.outputs, strict=True)
+        return [given[i] if i is not None else t.clone() if copies else t for (i, copies), t in pairs]
+
+    def _copy_inputs(self, bound: Sequence[Any], given: Sequence[Any]) -> None:
+        for i in self._copied_inputs:
+            _without_repeats(self._given[i]).copy_(_without_repeats(given[i]))
+        for i in self.own:
+            value, version = bound[i], -1 if bound[i].is_inference() else bound[i]._version
+            source = self._sources.get(i)
+            if source is None or source[0]() is not value or source[1] != version or version < 0:
+                _without_repeats(self._bound[i]).copy_(_without_repeats(value))
+                self._sources[i] = ref(value), version
+
+
+class RecordedCalls:
+    """The recorded calls of one program's code. Any thread may call it; one call at a time is enqueued.
+
+    ``positions`` takes the name of a code. It returns the positions of the adapter's tensors among its bound values, and
+    those of the given inputs that it writes to.
+    """
+
+    def __init__(self, recorder: Recorder, positions: Callable[[str], tuple[set[int], set[int]]]) -> None:
+        self._recorder, self._positions = recorder, positions
+        self._lock = reset_after_fork(threading.Lock())
+        #: kind of call -> its graph, the reason why there is none, or None where it was called once
+        self._kinds: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
+        self._known_positions: dict[str, tuple[set[int], set[int]]] = {}
+        #: what is said of bound values in kinds -> a number that stands for it
+        self._layouts: dict[Hashable, int] = {}
+        self._layout_of: WeakKeyDictionary[BoundValues, tuple[Any, tuple[int, ...], int | None]] = WeakKeyDictionary()
+
+    def __call__(self, name: str, code: Code, bound_values: BoundValues, given: Sequence[Any]) -> Sequence[Any]:
+        """Return the outputs of ``code``, called with bound values and given inputs. ``name`` tells which code it
+        is."""
+        bound = bound_values.values()
+        if not self._can_record(given):
+            return code(*bound, *given)
+        with self._lock, torch.no_grad():
+            addresses, layout = self._find_layout(name, bound_values, bound)
+            if layout is not None:
+                written = self._known_positions[name][1]
+                kind = name, layout, tuple(_describe(v, i in written) for i, v in enumerate(given))
+                with self._recorder.in_order():
+                    graph = self._find_graph(kind, addresses, code, bound, given, written)
+                    if graph is not None:
+                        return graph.replay(bound, given)
+        return code(*bound, *given)
+
+    def _can_record(self, given: Sequence[Any]) -> bool:
+        tensors = [v for v in given if isinstance(v, Tensor)]
+        if in_dispatch_mode() or has_transform_or_tangent(*tensors):
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return False
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return False
+        return all(t.device == self._recorder.device for t in tensors)
+
+    def _find_layout(
+        self, name: str, bound_values: BoundValues, bound: tuple[Any, ...]
+    ) -> tuple[tuple[int, ...], int | None]:
+        """Return the addresses of bound values, and the number of their layout; None where one is on another device.
+
+        A layout has the shapes and dtypes of all, and the addresses of those that are not the adapter's.
+        """
+        addresses = _addresses(bound)
+        known = self._layout_of.get(bound_values)
+        if known is not None and known[0] is bound and known[1] == addresses:
+            return known[1:]
+        if name not in self._known_positions:
+            self._known_positions[name] = self._positions(name)
+        slots, number = self._known_positions[name][0], None
+        if all(v.device == self._recorder.device for v in bound if isinstance(v, Tensor) and v.ndim):
+            described = name, tuple(_describe(v, i not in slots) for i, v in enumerate(bound))
+            number = self._layouts.setdefault(described, len(self._layouts))
+        self._layout_of[bound_values] = bound, addresses, number
+        return addresses, number
+
+    def _find_graph(
+        self,
+        kind: Hashable,
+        addresses: Sequence[int],
+        code: Code,
+        bound: Sequence[Any],
+        given: Sequence[Any],
+        written: set[int],
+    ) -> _Graph | None:
+        """Return the graph of a kind, recorded now where it is the second call; None where there is none."""
+        was_called = kind in self._kinds
+        graph = self._kinds.setdefault(kind, None)
+        self._kinds.move_to_end(kind)
+        while len(self._kinds) > MAX_GRAPHS:
+            self._kinds.popitem(last=False)
+        own = graph.moved(addresses) | graph.own if isinstance(graph, _Graph) else set[int]()
+        if was_called and (graph is None or (isinstance(graph, _Graph) and own != graph.own)):
+            try:
+                graph = _Graph(self._recorder, code, bound, given, own, written)
+            except Exception as error:  # an op that waits for the device, or too little memory: the call runs as ever
+                graph = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._kinds[kind] = graph
+        return graph if isinstance(graph, _Graph) else None
+
+    @property
+    def graphs(self) -> CudaGraphs:
+        with self._lock:
+            kinds = list(self._kinds.values())
+        reasons = Counter(k for k in kinds if isinstance(k, str))
+        return CudaGraphs(sum(isinstance(k, _Graph) for k in kinds), reasons)
+
+
+def _describe(value: Any, by_address: bool) -> Hashable:
+    if not isinstance(value, Tensor):
+        return type(value), value
+    if not value.ndim and value.device.type == "cpu":
+        return value.dtype, value.item()  # kernels take it as a number
+    return value.shape, value.stride(), value.dtype, _address(value) if by_address else 0
+
+
+def _addresses(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(_address(v) if isinstance(v, Tensor) else 0 for v in values)
+
+
+def _address(value: Tensor) -> int:
+    return getattr(value, "memory_tensor", value).data_ptr()
+
+
+def _room_like(value: Tensor) -> Tensor:
+    """Return memory for values of the shape, strides and alignment of ``value``.
+
+    Kernels are compiled for alignments, and while a graph is recorded none may be loaded.
+    """
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    offset = value.data_ptr() % ALIGNMENT // value.itemsize
+    room = torch.empty(offset + max(extent, 0), dtype=value.dtype, device=value.device)
+    return room.as_strided(value.shape, value.stride(), offset)
+
+
+def _without_repeats(value: Tensor) -> Tensor:
+    """Return a view without the axes along which a tensor repeats its memory: nothing can be copied to those."""
+    for axis, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            value = value.narrow(axis, 0, 1)
+    return value
