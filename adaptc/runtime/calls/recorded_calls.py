@@ -123,8 +123,8 @@ class _Graph:
 class RecordedCalls:
     """The recorded calls of one program's code. Any thread may call it; one call at a time is enqueued.
 
-    ``positions`` takes the name of a code. It returns the positions of the adapter's tensors among its bound values, and
-    those of the given inputs that it writes to.
+    ``positions`` takes the name of a code. It returns the positions of the adapter's tensors among bound values, and
+    those of given inputs that it writes to.
     """
 
     def __init__(self, recorder: Recorder, positions: Callable[[str], tuple[set[int], set[int]]]) -> None:
