@@ -8,7 +8,11 @@ A layer becomes ATen ops on its stored tensors, which never make a float copy of
     integer, 4 bits in groups           bfloat16               ``_weight_int4pack_mm_for_cpu`` of a packed copy
 
 Where few rows take another way than many, the layer is a ``torch.cond`` on the number of rows. All other layers
-dequantise their weight in each call, one weight at a time. The ops and their conditions are those of ``fast_linear``,
+dequantise their weight in each call, one weight at a time. Code that runs beside adaptc has one more way, an op:
+
+    table                               bfloat16, few rows     ``adaptc::table_linear``, bitsandbytes' kernel
+
+ The ops and their conditions are those of ``fast_linear``,
 but that the last one takes any number of rows. The compiler has no code for it inside a ``torch.cond``.
 """
 
@@ -27,9 +31,20 @@ from torch.nn import functional as F
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import operands
 from adaptc.passes.protocol.trace import inline, trace_function
-from adaptc.passes.quantized.fast_linear import INT8_ROWS, kernel_for, linear_by_kernel, prepared_tensors
+from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.fast_linear import (
+    INT8_ROWS,
+    kernel_for,
+    linear_by_kernel,
+    multiply_packed_table,
+    packed_table,
+    prepared_tensors,
+    takes_table_kernel,
+)
 from adaptc.passes.quantized.planar_scheme import PlanarScheme, in_planes
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
+from adaptc.passes.quantized.table_scheme import TableScheme
+from adaptc.torch_typing import custom_op
 
 #: the number of rows up to which sums are faster than a matmul of dequantised values
 SUM_ROWS = 4
@@ -83,6 +98,59 @@ def compiled_linear(weight: QuantizedTensor) -> CompiledLinear | None:
         return F.linear(x, planar.dequantize(by_role(tensors), *weight.matrix_shape).to(x.dtype), bias)
 
     return CompiledLinear({names[r]: t for r, t in stored.items()}, by_sums, SUM_ROWS, by_values)
+
+
+def linear_beside_adaptc(weight: QuantizedTensor) -> CompiledLinear | None:
+    """Return how a layer with this weight is computed at any number of rows, in compiled code that runs beside adaptc.
+
+    None where ``adaptc::qlinear`` is the way, or a choice by the number of rows.
+    """
+    scheme = weight.scheme
+    if not isinstance(scheme, TableScheme):
+        found = compiled_linear(weight)
+        return found if found is not None and found.for_many is None else None
+    is_plain = weight.ndim == 2 and not weight.is_transposed and weight.dtype == torch.bfloat16
+    packed = packed_table(weight) if is_plain and weight.device.type == "cpu" else ()
+    if not packed:
+        return None
+    names, roles = [f"packed_{i}" for i in range(len(packed))], list(weight.stored)
+    text, (rows, columns) = scheme_text(scheme), weight.matrix_shape
+
+    def compute(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        lists = [[tensors[n] for n in of] for of in (roles, names)]
+        return torch.ops.adaptc.table_linear(x, *lists, bias, text, rows, columns)
+
+    return CompiledLinear({**weight.stored, **dict(zip(names, packed, strict=True))}, compute)
+
+
+@custom_op("adaptc::table_linear", mutates_args=())
+def table_linear_op(
+    x: Tensor,
+    stored: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    bias: Tensor | None,
+    scheme: str,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """Compute ``adaptc::qlinear``; for few rows by the kernel that reads ``packed``. It has no gradient."""
+    read = scheme_from_text(scheme)
+    if not takes_table_kernel(x) or not isinstance(read, TableScheme):
+        return torch.ops.adaptc.qlinear(x, stored, bias, scheme, rows, columns)
+    return multiply_packed_table(x, read, packed, (rows, columns), bias)
+
+
+@table_linear_op.register_fake
+def _(
+    x: Tensor,
+    stored: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    bias: Tensor | None,
+    scheme: str,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def linear_by_sums(scheme: PlanarScheme, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from adaptc.passes.graph.ops import operands
 from adaptc.passes.graph.pass_infra import Pass, PassResult
 from adaptc.passes.protocol.trace import inline, trace_function
 from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
-from adaptc.passes.quantized.compiled_linear import LayerWriter, compiled_linear
+from adaptc.passes.quantized.compiled_linear import LayerWriter, compiled_linear, linear_beside_adaptc
 from adaptc.passes.quantized.planar_scheme import in_planes
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor, matrix_shape
 from adaptc.passes.quantized.scheme import Scheme
@@ -45,8 +45,9 @@ ROUNDED_META = "adaptc_rounded"
 class ExpandQuantized(Pass):
     """A pass that writes quantised weights as plain tensors; its count is that of the weights.
 
-    ``fuse`` lets linear layers call ``adaptc::qlinear``, for code that runs beside adaptc and is not written to a file.
-    With ``planar`` these read weights in planes, where there is such a form.
+    ``fuse`` lets linear layers compute as ``linear_beside_adaptc`` says, or call ``adaptc::qlinear``. It is for code
+    that runs beside adaptc and is not written to a file. With ``planar`` such a call reads weights in planes, where
+    there is such a form.
     ``compiled`` lets them compute as ``compiled_linear`` says, for code that is compiled and cannot be collected again.
     Without ``with_records`` nothing says what the weights were. Ops that are decomposed later would each keep a record.
     """
@@ -64,9 +65,9 @@ class ExpandQuantized(Pass):
         for fqn, tensor in lifted.state_dict.items():
             if isinstance(tensor, QuantizedTensor):
                 names_by_node.setdefault(lifted.placeholders[fqn], []).append(fqn)
-        writer = LayerWriter(lifted) if self.compiled else None
+        writer = LayerWriter(lifted) if self.compiled or self.fuse else None
         for node, names in names_by_node.items():
-            if self.planar:
+            if self.planar and linear_beside_adaptc(lifted.state_dict[names[0]]) is None:
                 _call_planar_op(lifted, node, names[0])
             if node.users:
                 _expand(lifted, node, names, self.fuse, writer)
@@ -91,7 +92,8 @@ def _with_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Modul
 def _expand(lifted: LiftedProgram, node: fx.Node, names: list[str], fuse: bool, writer: LayerWriter | None) -> None:
     weight: QuantizedTensor = lifted.state_dict[names[0]]
     layers = [n for n in node.users if _is_linear_of(n, node)]
-    linear = None if writer is None or not layers else compiled_linear(weight)
+    find = linear_beside_adaptc if fuse else compiled_linear
+    linear = None if writer is None or not layers else find(weight)
     held = {} if linear is None else dict(linear.tensors)
     if linear is None or len(node.users) > len(layers):
         held |= weight.stored

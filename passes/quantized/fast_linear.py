@@ -14,7 +14,8 @@ Private torch use: the first three ops, which have no public names. Public: none
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -58,18 +59,32 @@ def fast_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tenso
 
 
 def _table_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor | None:
-    scheme, rows = weight.scheme, x.reshape(-1, x.shape[-1])
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < rows.shape[0] <= MAX_ROWS:
-        return None
-
-    def pack(of: PreparedWeight) -> tuple[Tensor, ...]:
-        plain, tensors = scheme.with_plain_scales(of.stored)
-        return pack_weight(plain, tensors, of.matrix_shape) if isinstance(plain, TableScheme) else ()
-
-    packed = weight.prepared("table", pack)
+    scheme, packed = weight.scheme, packed_table(weight) if takes_table_kernel(x) else ()
     if not packed or not isinstance(scheme, TableScheme):
         return None
-    y = multiply_few_rows(rows.contiguous(), scheme, packed, weight.matrix_shape)
+    return multiply_packed_table(x, scheme, packed, weight.matrix_shape, bias)
+
+
+def takes_table_kernel(x: Tensor) -> bool:
+    """Return whether the kernel for tables is the faster one for an input (..., columns)."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < prod(x.shape[:-1]) <= MAX_ROWS
+
+
+def packed_table(weight: PreparedWeight) -> tuple[Tensor, ...]:
+    """Return the copy of a weight of a table that the kernel reads, made once; () where it cannot read it."""
+
+    def pack(of: PreparedWeight) -> tuple[Tensor, ...]:
+        plain, tensors = of.scheme.with_plain_scales(of.stored)
+        return pack_weight(plain, tensors, of.matrix_shape) if isinstance(plain, TableScheme) else ()
+
+    return weight.prepared("table", pack)
+
+
+def multiply_packed_table(
+    x: Tensor, scheme: TableScheme, packed: Sequence[Tensor], shape: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    """Return x W^T + bias (..., rows), of what :func:`packed_table` gives for the matrix W of ``shape``."""
+    y = multiply_few_rows(x.reshape(-1, x.shape[-1]).contiguous(), scheme, packed, shape)
     y = y.reshape(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias.to(y.dtype)
 

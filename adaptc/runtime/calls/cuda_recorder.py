@@ -48,7 +48,8 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
-        self._last: tuple[int, torch.cuda.Event] | None = None
+        #: a stream, and an event that it recorded behind the last replay; torch gives events two types
+        self._last: tuple[int, Any] | None = None
 
     def record(self, run: Callable[[], Sequence[Any]]) -> Recording:
         # torch records on one stream for all threads.

@@ -78,8 +78,8 @@ class _Graph:
     ) -> None:
         self.own = own
         self._copied_inputs = [i for i, t in enumerate(given) if isinstance(t, Tensor) and i not in written]
-        self._bound = [_room_like(v) if i in own else v for i, v in enumerate(bound)]
-        self._given = [_room_like(t) if i in self._copied_inputs else t for i, t in enumerate(given)]
+        self._bound: list[Any] = [_room_like(v) if i in own else v for i, v in enumerate(bound)]
+        self._given: list[Any] = [_room_like(t) if i in self._copied_inputs else t for i, t in enumerate(given)]
         self._addresses = _addresses(bound)
         self._sources: dict[int, tuple[ref[Tensor], int]] = {}
         self._copy_inputs(bound, given)
