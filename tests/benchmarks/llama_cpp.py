@@ -82,11 +82,10 @@ def _finish(writer: Any) -> None:
 
 
 class Peer:
-    """A process of llama.cpp that waits for calls."""
+    """A process of llama.cpp that waits for lines. ``arguments`` are those of ``llama_cpp_peer``."""
 
-    def __init__(self, python: str, model: Path, lora: Path | None, prompt: list[int]) -> None:
+    def __init__(self, python: str, *arguments: Any) -> None:
         script = Path(__file__).with_name("llama_cpp_peer.py")
-        arguments = [model, lora or "-", torch.get_num_threads(), NEW, *prompt]
         self.process = subprocess.Popen(
             [python, str(script), *map(str, arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -100,9 +99,9 @@ class Peer:
                 return line
         raise RuntimeError("llama.cpp ended: is xllamacpp in that environment?")
 
-    def __call__(self) -> Any:
+    def __call__(self, line: str = "go") -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return json.loads(self._read(lambda line: line.startswith("{")))
 
@@ -138,7 +137,10 @@ def run(python: str, rounds: int, folder: Path) -> list[Row]:
                     torch.nn.init.normal_(value, std=0.02, generator=draw)
             adapter = adaptc.save_adapter(gen, folder / "adapter")
             write_lora(folder / "lora.gguf", adapter)
-        peers = [Peer(python, file, lora, prompt[0].tolist()) for lora in (folder / "lora.gguf", None)]
+        peers = [
+            Peer(python, file, lora, torch.get_num_threads(), NEW, *prompt[0].tolist())
+            for lora in (folder / "lora.gguf", "-")
+        ]
         calls: dict[str, Any] = {"llama.cpp": peers[0], "adaptc": decode_call(gen, 1, PROMPT, NEW)}
         calls |= {"llama.cpp, no adapter": peers[1], "adaptc, no adapter": decode_call(gen.base, 1, PROMPT, NEW)}
         rows += per_token(interleave(f"decode, {kind}", calls, "llama.cpp", rounds, 2), NEW)

@@ -227,6 +227,29 @@ def test_transforms_and_modes_see_plain_calls() -> None:
     assert recordings() == 0
 
 
+def test_calls_in_inference_mode_and_outside_share_graphs() -> None:
+    prog, plain, x = compile_block(cuda_graphs=True), compile_block(), random_rows(2)
+    for seed, is_inference in enumerate([True, True, False, True, False, False]):
+        for p in (prog, plain):
+            adaptc.swap(p, adapter(3, seed // 2))
+        with torch.inference_mode(is_inference):
+            assert_close(prog(x + seed), plain(x + seed))
+    assert prog.recorded.count == 1
+    assert not prog.recorded.reasons
+
+
+def test_what_is_known_of_bound_values_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_calls, "MAX_GRAPHS", 2)
+    exported = torch.export.export(Cache(), (torch.randn(3, 5),), strict=False)
+    prog = adaptc.compile(exported, LoraConfig(r=2, target_modules=["lin"]), cuda_graphs=True)
+    kept = [prog.bind(prog.binding) for _ in range(12)]  # each has a cache of its own
+    for runner in kept:
+        runner(torch.randn(3, 5))
+    calls = prog.executor().recorded_calls
+    assert len(calls._layouts) == 8
+    assert len(calls._kinds) == 2
+
+
 def test_options_that_cannot_be_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     prog = compile_block()
     with pytest.raises(ConfigError, match="cuda_graphs='yes' must be True or False"):

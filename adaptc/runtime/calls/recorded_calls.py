@@ -15,6 +15,7 @@ op waits for the device. The same holds inside torch's modes, and while the call
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -109,6 +110,7 @@ class _Graph:
         pairs = zip(self._outputs, self._recording.outputs, strict=True)
         return [given[i] if i is not None else t.clone() if copies else t for (i, copies), t in pairs]
 
+    @torch.inference_mode(False)  # nothing could be copied later to memory that was made in that mode
     def _copy_inputs(self, bound: Sequence[Any], given: Sequence[Any]) -> None:
         for i in self._copied_inputs:
             _without_repeats(self._given[i]).copy_(_without_repeats(given[i]))
@@ -134,7 +136,8 @@ class RecordedCalls:
         self._kinds: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
         self._known_positions: dict[str, tuple[set[int], set[int]]] = {}
         #: what is said of bound values in kinds -> a number that stands for it
-        self._layouts: dict[Hashable, int] = {}
+        self._layouts: OrderedDict[Hashable, int] = OrderedDict()
+        self._numbers = itertools.count()
         self._layout_of: WeakKeyDictionary[BoundValues, tuple[Any, tuple[int, ...], int | None]] = WeakKeyDictionary()
 
     def __call__(self, name: str, code: Code, bound_values: BoundValues, given: Sequence[Any]) -> Sequence[Any]:
@@ -180,7 +183,12 @@ class RecordedCalls:
         slots, number = self._known_positions[name][0], None
         if all(v.device == self._recorder.device for v in bound if isinstance(v, Tensor) and v.ndim):
             described = name, tuple(_describe(v, i not in slots) for i, v in enumerate(bound))
-            number = self._layouts.setdefault(described, len(self._layouts))
+            number = self._layouts.get(described)
+            if number is None:
+                number = self._layouts[described] = next(self._numbers)
+            self._layouts.move_to_end(described)
+            while len(self._layouts) > 4 * MAX_GRAPHS:
+                self._layouts.popitem(last=False)
         self._layout_of[bound_values] = bound, addresses, number
         return addresses, number
 
@@ -232,6 +240,7 @@ def _address(value: Tensor) -> int:
     return getattr(value, "memory_tensor", value).data_ptr()
 
 
+@torch.inference_mode(False)
 def _room_like(value: Tensor) -> Tensor:
     """Return memory for values of the shape, strides and alignment of ``value``.
 
