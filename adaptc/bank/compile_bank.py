@@ -145,7 +145,7 @@ class RowProgram(BaseProgram):
         for a in self.attachments:
             op = self.ops[a.id]
             fits = (
-                uses_bank_kernel(a.method, op.as_called_by(n), self.row_axes[n.name])
+                uses_bank_kernel(a.method, op.as_called_by(n), n.meta["val"], self.row_axes[n.name])
                 for n, _ in site_consumers(lifted, a)
                 if n.name in self.row_axes
             )

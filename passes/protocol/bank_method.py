@@ -160,9 +160,13 @@ def expand_coefficients(c: Tensor, y: Tensor, row_axis: RowAxis) -> Tensor:
     return c
 
 
-def uses_bank_kernel(method: Method, op: Op, row_axis: RowAxis) -> bool:
-    """Return whether GPU kernels compute per-row adapters of a method at a layer with its rows at ``where``."""
-    return method.bank.is_defined() and method.bank.has_kernel(op) and _has_stretches(row_axis)
+def uses_bank_kernel(method: Method, op: Op, y: Tensor, row_axis: RowAxis) -> bool:
+    """Return whether GPU kernels compute per-row adapters of a method at a layer.
+
+    ``y`` is the layer's output, or a fake one. It has the batch's rows at ``row_axis``, as the layer's input has.
+    """
+    has_kernel = method.bank.is_defined() and method.bank.has_kernel(op)
+    return has_kernel and (_has_stretches(row_axis) or _is_packed(y, y, row_axis))
 
 
 def _has_stretches(row_axis: RowAxis) -> bool:
@@ -194,14 +198,16 @@ def make_output_function(site: BankSite, row_axis: RowAxis, has_bias: bool) -> C
 
     def change_output(x: Tensor, y: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
         b, (c, *slots) = (rest[0], rest[1:]) if has_bias else (None, rest)
+        is_packed = _is_packed(x, y, row_axis)
         if site.uses_kernel:
             own, scale = site.split_tensors(slots[:-1])
-            return method.bank.apply_kernel(op, x, y, own, scale, slots[-1], c)
+            rows = (x[0], y[0]) if is_packed else (x, y)
+            made = method.bank.apply_kernel(op, *rows, own, scale, slots[-1], c)
+            return made[None] if is_packed else made
         bank = method.bank if method.bank.is_defined() else BankForm()
-        is_packed = _is_packed(x, y, row_axis)
         if site.uses_fused_ops and (is_packed or _has_stretches(row_axis)):
-            own = (x[0], y[0]) if is_packed else (x, y)
-            made = bank.apply_fused(op, *own, *site.split_tensors(slots), c)
+            rows = (x[0], y[0]) if is_packed else (x, y)
+            made = bank.apply_fused(op, *rows, *site.split_tensors(slots), c)
             if made is not None:
                 return made[None] if is_packed else made
         w, c = op.canonical(w), expand_coefficients(c, y, row_axis)

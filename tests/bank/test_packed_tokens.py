@@ -78,6 +78,31 @@ def test_rows_of_a_batch_are_grouped_too(tmp_path: Path) -> None:
         kept(rows[:5])
 
 
+def test_kernels_compute_packed_tokens(tmp_path: Path) -> None:
+    """As they do rows; off a GPU by their references."""
+    model, x = two_linears()
+    config = adaptc.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    free = ({1: torch.export.Dim("tokens")},)
+    program = adaptc.compile(model, config, example_inputs=(x,), dynamic_shapes=free)
+    adapters: dict[str, Any] = {"one": adaptc.save_adapter(program, tmp_path / "one")}
+    smaller = adaptc.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    other = adaptc.compile(model, smaller, example_inputs=x)
+    adapters["two"] = adaptc.save_adapter(other, tmp_path / "two")
+    plain = program.bank(adapters, axis=1)
+    program.kernels = True
+    bank = program.bank(adapters, axis=1)
+    assert len(bank.placement.kernel_sites) == 2
+    for ends in ([0, 1, 2, 4, 5, 6], [0, 0, 20, 31, 31, 40]):
+        tokens = torch.randn(1, ends[-1], 5, generator=torch.Generator().manual_seed(ends[2]))
+        found = bank(tokens, adapters=ADAPTERS, cu_seq_lens=ends)
+        torch.testing.assert_close(found, plain(tokens, adapters=ADAPTERS, cu_seq_lens=ends), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(found, program.base(tokens))
+    # Two rows of tokens are no packed texts: the kernels would take the wrong rows.
+    two_rows = adaptc.compile(model, config, example_inputs=(torch.cat([x, x]),), dynamic_shapes=free)
+    two_rows.kernels = True
+    assert not two_rows.bank({"one": adapters["one"]}, axis=1).placement.kernel_sites
+
+
 @pytest.mark.parametrize(
     "ends", [[0, 2], [0, 3, 2, 6], [1, 2, 3, 6], [0, 2, 4, 5], "0236", [0, 2.0, 3, 6], [0, True, 3, 6], 7]
 )
