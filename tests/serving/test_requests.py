@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import adaptc
+from adaptc.bank import bank_code
 from tests.generation.models import case, generated
 from tests.generation.test_families import CAUSAL
 from tests.serving.models import SIZES, expected_tokens, free_blocks, greedy, prompts, results, running, served, serving
@@ -38,6 +39,18 @@ def test_tokens_are_those_of_each_request_alone(family: str) -> None:
     expected = [expected_tokens(family, text, adapter) for text, adapter in zip(texts, MIXED, strict=True)]
     assert [one.generated_tokens for one in found] == expected
     assert expected != [expected_tokens(family, text, None) for text in texts]
+
+
+def test_a_step_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off a GPU by their references: each token of a step has the adapter of its request."""
+    monkeypatch.setattr(bank_code, "runs_on_gpu", lambda tensors: True)
+    found = case("llama")
+    made = adaptc.compile_for_serving(found.model, found.adapters["first"], adapters=found.adapters, **SIZES)
+    assert len(made.bank.placement.kernel_sites) == len(made.program.adaptation.attachments) > 0
+    texts = prompts(5, 23, 9)
+    adapters = ["first", None, "second"]
+    expected = [expected_tokens("llama", text, adapter) for text, adapter in zip(texts, adapters, strict=True)]
+    assert [one.generated_tokens for one in served(made, texts, adapters)] == expected
 
 
 @pytest.mark.long
