@@ -130,9 +130,12 @@ class Executor:
         self.packed_layers = None if pack is None else PackedLayers(PACK_DTYPES[pack])
         self._is_training = training
         self.variants = self._make_variants()
-        self.sibling_buffers = SiblingBuffers(self.base, self._siblings_of)
+        # These hold the variants, not this object: a cycle would keep a base until the next garbage collection.
+        names = dict(zip(self.placeholder_names, map(str, self.lifted_names), strict=True))
+        self.sibling_buffers = SiblingBuffers(self.base, partial(self.variants.siblings, names))
         recorder = recorder_for(self.base.values()) if options.cuda_graphs and not self.is_differentiable else None
-        self.recorded_calls = None if recorder is None else RecordedCalls(recorder, self._recorded_positions)
+        positions = partial(self.variants.slots_and_written, [n in slots for n in self.lifted_names])
+        self.recorded_calls = None if recorder is None else RecordedCalls(recorder, positions)
         self._size_locations = self.inputs.size_locations()
         singles = options.single_sizes
         self._single_sizes = singles if singles <= self._size_locations.keys() else frozenset[str]()
@@ -221,11 +224,6 @@ class Executor:
     def arguments_with_state(self, binding: Binding, state: Mapping[str, Tensor]) -> Arguments:
         """Return the arguments of a callable that writes to the tensors in ``state`` instead of the program's."""
         return Arguments(self, binding, state) if state else self.arguments(binding)
-
-    def _siblings_of(self, variant_name: str) -> list[list[str]]:
-        """Return, for each buffer of a variant, the FQNs of the weights that lie in it."""
-        names = dict(zip(self.placeholder_names, self.lifted_names, strict=True))
-        return [[str(names[m]) for m in p.parameter_names] for p in self.variants.get(variant_name).sibling_packs]
 
     def make_hoisted_inputs(
         self,
@@ -335,10 +333,6 @@ class Executor:
         if self.recorded_calls is None:
             return code(*bound.values(), *inputs)
         return self.recorded_calls(variant_name, code, bound, inputs)
-
-    def _recorded_positions(self, variant_name: str) -> tuple[set[int], set[int]]:
-        slots = {f for a in self.attachments for f in a.tensor_names}
-        return self.variants.get(variant_name).slots_and_written(n in slots for n in self.lifted_names)
 
     @cached_property
     def _autocast_module(self) -> fx.GraphModule:

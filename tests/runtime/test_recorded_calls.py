@@ -91,6 +91,19 @@ def test_adapters_that_nothing_else_holds_are_freed() -> None:
     assert [r() for r in old] == [None] * len(old)
 
 
+def test_graphs_go_with_their_program() -> None:
+    prog, x = compile_block(cuda_graphs=True), random_rows(2)
+    prog(x), prog(x)
+    code = ref(prog.executor())
+    gc.collect()  # what is left of capturing the model
+    gc.disable()
+    try:
+        del prog
+        assert code() is None
+    finally:
+        gc.enable()
+
+
 @settings(max_examples=examples(15), deadline=None)
 @given(st.data(), st.booleans())
 def test_any_sequence_of_calls_and_changes(data: st.DataObject, kernels: bool) -> None:

@@ -18,7 +18,7 @@ An adapter may leave sites of the program out. It has variants of a graph withou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite
@@ -155,17 +155,6 @@ class GraphVariant:
     trail: PassTrail
     matmuls: MatmulChoices
 
-    def slots_and_written(self, is_slot: Iterable[bool]) -> tuple[set[int], set[int]]:
-        """Return two sets of positions of inputs.
-
-        The first are those of the adapter's tensors, among the inputs that a binding gives. The second are those that
-        calls write to, among the user's inputs. ``is_slot`` says for each lifted input whether it is a slot.
-        """
-        bound = self.split.slot_values([*is_slot, *(False for _ in self.sibling_packs)])
-        graph = self.split.main.graph
-        written, users = written_placeholders(graph), graph.find_nodes(op="placeholder")[len(bound) :]
-        return {i for i, b in enumerate(bound) if b}, {i for i, n in enumerate(users) if n.name in written}
-
 
 class GraphVariants:
     """The variants of one lifted graph, each made when it is first asked for."""
@@ -257,6 +246,22 @@ class GraphVariants:
         if self._wide_crossing is not None and self._wide_crossing.prefers_first(sizes):
             return WIDE
         return STACKED if self._stacked_crossing.prefers_first(sizes) else APART
+
+    def siblings(self, fqn_of: Mapping[str, str], variant_name: str) -> list[list[str]]:
+        """Return, for each buffer of a variant, the FQNs of the weights that lie in it; ``fqn_of`` placeholders."""
+        return [[fqn_of[m] for m in p.parameter_names] for p in self.get(variant_name).sibling_packs]
+
+    def slots_and_written(self, is_slot: Sequence[bool], variant_name: str) -> tuple[set[int], set[int]]:
+        """Return two sets of positions of a variant's inputs.
+
+        The first are those of the adapter's tensors, among the inputs that a binding gives. The second are those that
+        calls write to, among the user's inputs. ``is_slot`` says for each lifted input whether it is a slot.
+        """
+        variant = self.get(variant_name)
+        bound = variant.split.slot_values([*is_slot, *(False for _ in variant.sibling_packs)])
+        graph = variant.split.main.graph
+        written, users = written_placeholders(graph), graph.find_nodes(op="placeholder")[len(bound) :]
+        return {i for i, b in enumerate(bound) if b}, {i for i, n in enumerate(users) if n.name in written}
 
     @property
     def trails(self) -> dict[str, PassTrail]:
