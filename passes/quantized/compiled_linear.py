@@ -31,20 +31,17 @@ from torch.nn import functional as F
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import operands
 from adaptc.passes.protocol.trace import inline, trace_function
-from adaptc.passes.quantized.all_schemes import scheme_from_text, scheme_text
+from adaptc.passes.quantized.all_schemes import scheme_text
 from adaptc.passes.quantized.fast_linear import (
     INT8_ROWS,
     kernel_for,
     linear_by_kernel,
-    multiply_packed_table,
     packed_table,
     prepared_tensors,
-    takes_table_kernel,
 )
 from adaptc.passes.quantized.planar_scheme import PlanarScheme, in_planes
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.passes.quantized.table_scheme import TableScheme
-from adaptc.torch_typing import custom_op
 
 #: the number of rows up to which sums are faster than a matmul of dequantised values
 SUM_ROWS = 4
@@ -117,40 +114,10 @@ def linear_beside_adaptc(weight: QuantizedTensor) -> CompiledLinear | None:
     text, (rows, columns) = scheme_text(scheme), weight.matrix_shape
 
     def compute(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        lists = [[tensors[n] for n in of] for of in (roles, names)]
-        return torch.ops.adaptc.table_linear(x, *lists, bias, text, rows, columns)
+        stored, packed = ([tensors[n] for n in of] for of in (roles, names))
+        return torch.ops.adaptc.table_linear(x, stored, bias, text, rows, columns, packed)
 
     return CompiledLinear({**weight.stored, **dict(zip(names, packed, strict=True))}, compute)
-
-
-@custom_op("adaptc::table_linear", mutates_args=())
-def table_linear_op(
-    x: Tensor,
-    stored: Sequence[Tensor],
-    packed: Sequence[Tensor],
-    bias: Tensor | None,
-    scheme: str,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    """Compute ``adaptc::qlinear``; for few rows by the kernel that reads ``packed``. It has no gradient."""
-    read = scheme_from_text(scheme)
-    if not takes_table_kernel(x) or not isinstance(read, TableScheme):
-        return torch.ops.adaptc.qlinear(x, stored, bias, scheme, rows, columns)
-    return multiply_packed_table(x, read, packed, (rows, columns), bias)
-
-
-@table_linear_op.register_fake
-def _(
-    x: Tensor,
-    stored: Sequence[Tensor],
-    packed: Sequence[Tensor],
-    bias: Tensor | None,
-    scheme: str,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
 
 
 def linear_by_sums(scheme: PlanarScheme, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

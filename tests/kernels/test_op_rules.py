@@ -122,6 +122,11 @@ CASES = {
         (0, 2),
         lambda x, _, b, *__: F.linear(x, NF4.dequantize(STORED, 5, 8).double(), b),
     ),
+    "table_linear": Case(
+        (of(3, 8), list(STORED.values()), of(5), scheme_text(NF4), 5, 8, [of(2), of(3)]),
+        (0, 2),
+        lambda x, _, b, *__: F.linear(x, NF4.dequantize(STORED, 5, 8).double(), b),
+    ),
     "compressed_linear": Case((of(3, 7), of(5, 7), of(3), 0.7, True), range(2), compressed),
     # Of many positions, whose products are those of each adapter alone.
     "low_rank_rows": Case((of(3, 9, 7), of(3, 9, 5), of(2, 2, 7), of(2, 5, 2), of(2), C), range(6), rows),

@@ -18,6 +18,7 @@ import adaptc
 from adaptc import AdaptcError, BackendError, CheckpointError, ConfigError, LoraConfig, SwapError
 from adaptc.passes.graph.storage import storage_key
 from adaptc.runtime.options import RunOptions
+from adaptc.state import adaptation
 from adaptc.state.core import ProgramCore
 
 
@@ -71,6 +72,8 @@ WRONG: list[tuple[str, Any, type[AdaptcError], str]] = [
     ("hoist_limit", 1.5, ConfigError, "hoist_limit=1.5"),
     ("hoist_limit", True, ConfigError, "hoist_limit=True"),
     ("hoist_limit", "1 GB", ConfigError, "hoist_limit='1 GB'"),
+    ("cuda_graphs", 1, ConfigError, "cuda_graphs=1 must be True or False"),
+    ("cuda_graphs", True, BackendError, "needs a base on one CUDA device"),
 ]
 
 
@@ -97,9 +100,12 @@ def test_options_are_checked_when_set(
     assert same(program(IDS), expected)
 
 
-def test_every_option_has_a_property_that_sets_it(program: adaptc.AdaptedProgram) -> None:
+def test_every_option_has_a_property_that_sets_it(
+    program: adaptc.AdaptedProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptation, "recorder_for", lambda tensors: object())  # as on a GPU
     values = {"backend": "inductor", "hoist_limit": 12, "fuse": False, "kernels": True, "checkpoint": 3}
-    values["pack"] = "float32"
+    values |= {"pack": "float32", "cuda_graphs": True}
     assert {*values, "single_sizes"} == set(vars(RunOptions()))  # generators set the last one, nobody else
     for name, value in values.items():
         before = getattr(program, name)
