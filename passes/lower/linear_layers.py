@@ -27,7 +27,9 @@ from torch.nn import functional as F
 
 from adaptc.passes.quantized.all_schemes import scheme_from_text
 from adaptc.passes.quantized.compiled_linear import SUM_DTYPES, SUM_ROWS, linear_by_sums, written_once
+from adaptc.passes.quantized.fast_linear import INT4_ROLES, INT4_ROWS, linear_by_kernel
 from adaptc.passes.quantized.planar_scheme import PlanarScheme
+from adaptc.passes.quantized.table_scheme import TableScheme
 
 aten = torch.ops.aten
 _QLINEAR = torch.ops.adaptc.qlinear.default
@@ -37,6 +39,7 @@ def with_chosen_layers(module: fx.GraphModule) -> fx.GraphModule:
     """Return a graph module like ``module``, which is left as it is, whose linear layers choose as they are traced."""
     choices: dict[Any, Callable[..., Tensor]] = {
         _QLINEAR: _quantized_linear,
+        torch.ops.adaptc.packed_linear.default: _packed_linear,
         torch.ops.adaptc.product.default: _product,
         aten.linear.default: _linear,
     }
@@ -95,6 +98,38 @@ def _quantized_linear_by_rows(
     is_few: Any = prod(x.shape[:-1]) <= SUM_ROWS
     choose: Any = torch.ops.higher_order.cond
     return choose(is_few, few_rows, many_rows, tensors)[0]
+
+
+def _packed_linear(
+    x: Tensor,
+    stored: Sequence[Tensor],
+    bias: Tensor | None,
+    scheme: str,
+    rows: int,
+    columns: int,
+    packed: Sequence[Tensor],
+) -> Tensor:
+    found, count = scheme_from_text(scheme), _rows(x)
+    if isinstance(found, TableScheme):
+        return torch.ops.adaptc.packed_linear(x, stored, bias, scheme, rows, columns, packed)
+    roles, own = list(found.layout(rows, columns)), len(stored)
+
+    def few_rows(x: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        # Inside of a cond the compiler has no code for the kernel itself.
+        given, copies, biases = tensors[:own], tensors[own : own + len(packed)], tensors[own + len(packed) :]
+        return (torch.ops.adaptc.packed_linear(x, given, *biases or (None,), scheme, rows, columns, copies),)
+
+    def many_rows(x: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        weight = found.dequantize(dict(zip(roles, tensors, strict=False)), rows, columns).to(x.dtype)
+        return (F.linear(x, weight, *tensors[own + len(packed) :]),)
+
+    tensors = (x, *stored, *packed, *(() if bias is None else (bias,)))
+    if count is not None and count <= INT4_ROWS:
+        return linear_by_kernel("int4", found, x, dict(zip(INT4_ROLES, packed, strict=True)), bias)
+    if count is not None:
+        return many_rows(*tensors)[0]
+    choose: Any = torch.ops.higher_order.cond
+    return choose(prod(x.shape[:-1]) <= INT4_ROWS, few_rows, many_rows, tensors)[0]
 
 
 def _product(

@@ -8,9 +8,9 @@ A layer becomes ATen ops on its stored tensors, which never make a float copy of
     integer, 4 bits in groups           bfloat16               ``_weight_int4pack_mm_for_cpu`` of a packed copy
 
 Where few rows take another way than many, the layer is a ``torch.cond`` on the number of rows. All other layers
-dequantise their weight in each call, one weight at a time. Code that runs beside adaptc has one more way, an op:
+dequantise their weight in each call, one weight at a time. Code that runs beside adaptc has one more way:
 
-    table                               bfloat16, few rows     ``adaptc::table_linear``, bitsandbytes' kernel
+    table                               bfloat16, few rows     bitsandbytes' kernel, of a copy in another order
 
  The ops and their conditions are those of ``fast_linear``,
 but that the last one takes any number of rows. The compiler has no code for it inside a ``torch.cond``.
@@ -98,26 +98,29 @@ def compiled_linear(weight: QuantizedTensor) -> CompiledLinear | None:
 
 
 def linear_beside_adaptc(weight: QuantizedTensor) -> CompiledLinear | None:
-    """Return how a layer with this weight is computed at any number of rows, in compiled code that runs beside adaptc.
+    """Return how a layer with this weight is computed in compiled code that runs beside adaptc.
 
-    None where ``adaptc::qlinear`` is the way, or a choice by the number of rows.
+    None where ``adaptc::qlinear`` is the way.
     """
-    scheme = weight.scheme
-    if not isinstance(scheme, TableScheme):
-        found = compiled_linear(weight)
-        return found if found is not None and found.for_many is None else None
-    is_plain = weight.ndim == 2 and not weight.is_transposed and weight.dtype == torch.bfloat16
-    packed = packed_table(weight) if is_plain and weight.device.type == "cpu" else ()
+    scheme, kind = weight.scheme, kernel_for(weight, weight.dtype)
+    if weight.ndim != 2 or weight.is_transposed or weight.device.type != "cpu":
+        return None
+    if kind == "int8_dynamic":
+        return compiled_linear(weight)
+    packed: dict[str, Tensor] = {}
+    if kind == "int4":
+        packed = prepared_tensors(kind, weight)
+    elif isinstance(scheme, TableScheme) and weight.dtype == torch.bfloat16:
+        packed = {f"packed_{i}": t for i, t in enumerate(packed_table(weight))}
     if not packed:
         return None
-    names, roles = [f"packed_{i}" for i in range(len(packed))], list(weight.stored)
-    text, (rows, columns) = scheme_text(scheme), weight.matrix_shape
+    roles, text, (rows, columns) = list(weight.stored), scheme_text(scheme), weight.matrix_shape
 
     def compute(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        stored, packed = ([tensors[n] for n in of] for of in (roles, names))
-        return torch.ops.adaptc.table_linear(x, stored, bias, text, rows, columns, packed)
+        stored, copies = ([tensors[n] for n in of] for of in (roles, packed))
+        return torch.ops.adaptc.packed_linear(x, stored, bias, text, rows, columns, copies)
 
-    return CompiledLinear({**weight.stored, **dict(zip(names, packed, strict=True))}, compute)
+    return CompiledLinear({**weight.stored, **packed}, compute)
 
 
 def linear_by_sums(scheme: PlanarScheme, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

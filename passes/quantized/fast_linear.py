@@ -38,7 +38,9 @@ class PreparedWeight(StoredMatrix, Protocol):
 aten: Any = torch.ops.aten
 
 #: the numbers of rows up to which the kernels of each are faster
-INT8_ROWS, INT4_ROWS = 8, 256
+INT8_ROWS, INT4_ROWS = 8, 32
+#: the roles of the tensors that the kernel for 4 bits reads
+INT4_ROLES = ("packed_codes", "group_scales")
 #: the columns that the kernel for 8 bits reads at once: it reads past the end of a row of another number
 _INT8_COLUMNS = 32
 #: group sizes that the kernel for 4 bits takes
@@ -68,6 +70,11 @@ def _table_linear(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Ten
 def takes_table_kernel(x: Tensor) -> bool:
     """Return whether the kernel for tables is the faster one for an input (..., columns)."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < prod(x.shape[:-1]) <= MAX_ROWS
+
+
+def takes_int4_kernel(x: Tensor) -> bool:
+    """Return whether the kernel for 4 bits is the faster one for an input (..., columns)."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < prod(x.shape[:-1]) <= INT4_ROWS
 
 
 def packed_table(weight: PreparedWeight) -> tuple[Tensor, ...]:
@@ -115,7 +122,7 @@ def prepared_tensors(kind: str, weight: PreparedWeight) -> dict[str, Tensor]:
         (scales,) = weight.prepared("int8", _row_scales)
         return {"codes": weight.stored["codes"], "row_scales": scales}
     packed, scales = weight.prepared("int4", _pack_int4)
-    return {"packed_codes": packed, "group_scales": scales}
+    return dict(zip(INT4_ROLES, (packed, scales), strict=True))
 
 
 def linear_by_kernel(

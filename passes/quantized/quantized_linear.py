@@ -1,7 +1,7 @@
 """Multiply by a quantised matrix, and look rows up in one, without a float copy of it that lasts.
 
     adaptc::qlinear(x, stored, bias, scheme, rows, columns)   x (..., columns) -> (..., rows) of x's dtype
-    adaptc::table_linear(..., packed)                         the same; for few rows by a kernel that reads ``packed``
+    adaptc::packed_linear(..., packed)                        the same; for few rows by a kernel that reads ``packed``
 
 ``stored`` are the scheme's tensors in the order of its layout, ``scheme`` its text (see ``all_schemes``). The gradient
 of ``x`` and of the bias is made of the same tensors: the matrix is frozen, and nothing keeps its float values from the
@@ -20,7 +20,13 @@ from torch.nn import functional as F
 from adaptc.op_rules import decompose_in_transforms
 from adaptc.passes.quantized.all_schemes import scheme_from_text
 from adaptc.passes.quantized.bitsandbytes_kernels import dequantize_matrix
-from adaptc.passes.quantized.fast_linear import multiply_packed_table, takes_table_kernel
+from adaptc.passes.quantized.fast_linear import (
+    INT4_ROLES,
+    linear_by_kernel,
+    multiply_packed_table,
+    takes_int4_kernel,
+    takes_table_kernel,
+)
 from adaptc.passes.quantized.integer_scheme import IntegerScheme
 from adaptc.passes.quantized.scheme import Scheme
 from adaptc.passes.quantized.table_scheme import TableScheme
@@ -173,8 +179,8 @@ qlinear_op.register_autograd(_backward, setup_context=_save_for_backward)
 decompose_in_transforms("qlinear", _plain_qlinear)
 
 
-@custom_op("adaptc::table_linear", mutates_args=())
-def table_linear_op(
+@custom_op("adaptc::packed_linear", mutates_args=())
+def packed_linear_op(
     x: Tensor,
     stored: Sequence[Tensor],
     bias: Tensor | None,
@@ -183,14 +189,16 @@ def table_linear_op(
     columns: int,
     packed: Sequence[Tensor],
 ) -> Tensor:
-    """Compute the matmul of a weight that is stored by a table, of which ``packed_table`` gave a copy."""
+    """Compute the matmul of a weight that is stored by a table or in 4 bits, of which kernels have a copy."""
     read = scheme_from_text(scheme)
-    if not takes_table_kernel(x) or not isinstance(read, TableScheme):
-        return torch.ops.adaptc.qlinear(x, stored, bias, scheme, rows, columns)
-    return multiply_packed_table(x, read, packed, (rows, columns), bias)
+    if isinstance(read, TableScheme) and takes_table_kernel(x):
+        return multiply_packed_table(x, read, packed, (rows, columns), bias)
+    if isinstance(read, IntegerScheme) and takes_int4_kernel(x):
+        return linear_by_kernel("int4", read, x, dict(zip(INT4_ROLES, packed, strict=True)), bias)
+    return torch.ops.adaptc.qlinear(x, stored, bias, scheme, rows, columns)
 
 
-@table_linear_op.register_fake
+@packed_linear_op.register_fake
 def _(
     x: Tensor,
     stored: Sequence[Tensor],
@@ -203,19 +211,19 @@ def _(
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _save_table_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_packed_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *plain, packed = inputs
     ctx.packed_count = len(packed)
     _save_for_backward(ctx, tuple(plain), output)
 
 
-def _table_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _packed_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return *_backward(ctx, g), [None] * ctx.packed_count
 
 
-def _plain_table_linear(*args: Any) -> Tensor:
+def _plain_packed_linear(*args: Any) -> Tensor:
     return _plain_qlinear(*args[:-1])
 
 
-table_linear_op.register_autograd(_table_backward, setup_context=_save_table_for_backward)
-decompose_in_transforms("table_linear", _plain_table_linear)
+packed_linear_op.register_autograd(_packed_backward, setup_context=_save_packed_for_backward)
+decompose_in_transforms("packed_linear", _plain_packed_linear)

@@ -122,7 +122,7 @@ CASES = {
         (0, 2),
         lambda x, _, b, *__: F.linear(x, NF4.dequantize(STORED, 5, 8).double(), b),
     ),
-    "table_linear": Case(
+    "packed_linear": Case(
         (of(3, 8), list(STORED.values()), of(5), scheme_text(NF4), 5, 8, [of(2), of(3)]),
         (0, 2),
         lambda x, _, b, *__: F.linear(x, NF4.dequantize(STORED, 5, 8).double(), b),

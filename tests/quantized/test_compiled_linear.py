@@ -170,9 +170,9 @@ def test_a_weight_that_something_else_reads_keeps_its_stored_tensors(dtype: torc
 BESIDE = {
     ("int8_dynamic", torch.float32): "_int_mm",
     ("int8_dynamic", torch.bfloat16): "_int_mm",
-    ("int4", torch.bfloat16): "_weight_int4pack_mm_for_cpu",
-    ("nf4", torch.bfloat16): "table_linear",
-    ("fp4", torch.bfloat16): "table_linear",
+    ("int4", torch.bfloat16): "packed_linear",
+    ("nf4", torch.bfloat16): "packed_linear",
+    ("fp4", torch.bfloat16): "packed_linear",
     ("int8", torch.bfloat16): "qlinear",
     ("int4", torch.float32): "qlinear",
     ("nf4", torch.float32): "qlinear",
@@ -184,7 +184,7 @@ def test_code_beside_adaptc_calls_the_kernels_that_eager_calls_have(scheme: str,
     prog = program(scheme, dtype, rows=64)
     beside = ExpandQuantized(fuse=True, planar=True)(prog).output
     expected = BESIDE[scheme, dtype]
-    if expected == "table_linear" and not _multiplies(scheme):
+    if scheme in ("nf4", "fp4") and expected == "packed_linear" and not _multiplies(scheme):
         expected = "qlinear"
     found = ops(beside.graph_module) & {*BESIDE.values()}
     assert found == {expected}
@@ -204,7 +204,7 @@ def test_inductor_compiles_them(scheme: str, dtype: torch.dtype) -> None:
     prog = adaptc.compile(model, config, example_inputs=torch.randn(3, 5, 64, dtype=dtype), backend="inductor")
     adaptc.swap(prog, eager.binding)
     allowed = 2 * TOLERANCE[dtype]
-    for count in (1, 3, 70):
+    for count in (1, 3, 32, 33, 70):
         x = torch.randn(1, count, 64, generator=torch.Generator().manual_seed(count)).to(dtype)
         with torch.no_grad():
             torch.testing.assert_close(prog(x), eager(x), rtol=allowed, atol=allowed)
