@@ -8,12 +8,11 @@ A layer becomes ATen ops on its stored tensors, which never make a float copy of
     integer, 4 bits in groups           bfloat16               ``_weight_int4pack_mm_for_cpu`` of a packed copy
 
 Where few rows take another way than many, the layer is a ``torch.cond`` on the number of rows. All other layers
-dequantise their weight in each call, one weight at a time. Code that runs beside adaptc has one more way:
-
-    table                               bfloat16, few rows     bitsandbytes' kernel, of a copy in another order
-
- The ops and their conditions are those of ``fast_linear``,
+dequantise their weight in each call, one weight at a time. The ops and their conditions are those of ``fast_linear``,
 but that the last one takes any number of rows. The compiler has no code for it inside a ``torch.cond``.
+
+Code that runs beside adaptc may call ops of ours. ``adaptc::packed_linear`` is a layer whose few rows take a kernel
+that reads a copy of the weight: the last one above, and that of bitsandbytes for tables.
 """
 
 from __future__ import annotations

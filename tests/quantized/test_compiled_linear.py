@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 
 import adaptc
 from adaptc import LoraConfig
@@ -207,4 +208,9 @@ def test_inductor_compiles_them(scheme: str, dtype: torch.dtype) -> None:
     for count in (1, 3, 32, 33, 70):
         x = torch.randn(1, count, 64, generator=torch.Generator().manual_seed(count)).to(dtype)
         with torch.no_grad():
-            torch.testing.assert_close(prog(x), eager(x), rtol=allowed, atol=allowed)
+            with profile() as found:
+                y = prog(x)
+            torch.testing.assert_close(y, eager(x), rtol=allowed, atol=allowed)
+        if (scheme, dtype) == ("int4", torch.bfloat16):
+            names = {event.key for event in found.key_averages()}
+            assert ("aten::_weight_int4pack_mm_for_cpu" in names) == (count <= 32), count

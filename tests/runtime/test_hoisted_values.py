@@ -22,6 +22,7 @@ from adaptc.passes.protocol.method import Method, Slot
 from adaptc.passes.protocol.parts.size_rule import SizeRule
 from adaptc.runtime.hoisted_values import HoistedInputs, HoistedMemory, HoistedStage, StreamHandover
 from adaptc.runtime.variants.graph_variants import PLAIN
+from tests.support.fake_gpu import Stream
 from tests.support.families import FAMILIES
 from tests.support.odd_methods import registered
 
@@ -465,19 +466,6 @@ def test_compiled_code_follows_slots_that_require_grad() -> None:
     with adaptc.debug.assert_no_recompiles():
         program(IDS)
     assert program.held.count == 2
-
-
-class Stream:
-    """A CUDA stream without CUDA, which writes down what it is asked for."""
-
-    def __init__(self, number: int) -> None:
-        self.cuda_stream, self.waited = number, list[Any]()
-
-    def record_event(self) -> str:
-        return f"event of {self.cuda_stream}"
-
-    def wait_event(self, event: str) -> None:
-        self.waited.append(event)
 
 
 class OnGpu(Tensor):

@@ -1,4 +1,4 @@
-"""A GPU for Triton that is not there: launches go the whole way through Triton, and then nowhere.
+"""A GPU that is not there, for Triton and for streams: launches go the whole way through Triton, and then nowhere.
 
 Kernels are not compiled either. What is real is what Triton tells one kernel from another by.
 """
@@ -78,3 +78,16 @@ def fake_gpu() -> Iterator[list[FakeKernel]]:
         mock.patch.dict("adaptc.kernels.packed_lora._PLANS", clear=True),
     ):
         yield made
+
+
+class Stream:
+    """A CUDA stream without CUDA, which writes down what it is asked for."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream, self.waited = number, list[Any]()
+
+    def record_event(self) -> str:
+        return f"event of {self.cuda_stream}"
+
+    def wait_event(self, event: str) -> None:
+        self.waited.append(event)

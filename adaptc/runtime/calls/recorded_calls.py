@@ -10,7 +10,11 @@ this memory. Base weights are never copied, nor are tensors that a call writes t
 part of the kind.
 
 Some calls run as ever. These are calls that gradients flow through, that have inputs on another device, or in which an
-op waits for the device. The same holds inside torch's modes, and while the caller records a graph.
+op waits for the device. The same holds inside torch's modes, and while the caller records a graph. The reasons are
+counted.
+
+torch's own ``make_graphed_callables`` records one shape with the tensors of that moment, and inductor's graphs copy all
+inputs in each call: here these are the weights, too.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ Code = Callable[..., Sequence[Any]]
 
 @dataclass(frozen=True)
 class CudaGraphs:
-    """The number of kinds of calls that are replayed, and of those that are not, by reason."""
+    """The number of kinds of calls that are replayed, and for each reason how many calls were not."""
 
     count: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -52,7 +56,7 @@ class CudaGraphs:
 
     def __str__(self) -> str:
         lines = [f"CUDA graphs: {self.count} kinds of calls are replayed"] if self.count or self.reasons else []
-        return "\n".join([*lines, *(f"no CUDA graph for {n} kinds of calls: {why}" for why, n in self.reasons.items())])
+        return "\n".join([*lines, *(f"no CUDA graph for {n} calls: {why}" for why, n in self.reasons.items())])
 
 
 class BoundValues(Protocol):
@@ -134,6 +138,7 @@ class RecordedCalls:
         self._lock = reset_after_fork(threading.Lock())
         #: kind of call -> its graph, the reason why there is none, or None where it was called once
         self._kinds: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
+        self._reasons: Counter[str] = Counter()
         self._known_positions: dict[str, tuple[set[int], set[int]]] = {}
         #: what is said of bound values in kinds -> a number that stands for it
         self._layouts: OrderedDict[Hashable, int] = OrderedDict()
@@ -144,28 +149,36 @@ class RecordedCalls:
         """Return the outputs of ``code``, called with bound values and given inputs. ``name`` tells which code it
         is."""
         bound = bound_values.values()
-        if not self._can_record(given):
-            return code(*bound, *given)
+        why: str | None = self._why_as_ever(given)
         with self._lock, torch.no_grad():
-            addresses, layout = self._find_layout(name, bound_values, bound)
-            if layout is not None:
-                written = self._known_positions[name][1]
-                kind = name, layout, tuple(_describe(v, i in written) for i, v in enumerate(given))
-                with self._recorder.in_order():
-                    graph = self._find_graph(kind, addresses, code, bound, given, written)
-                    if graph is not None:
-                        return graph.replay(bound, given)
+            if not why:
+                addresses, layout = self._find_layout(name, bound_values, bound)
+                if layout is None:
+                    why = f"a weight or a tensor of the adapter is not on {self._recorder.device}"
+                else:
+                    written = self._known_positions[name][1]
+                    kind = name, layout, tuple(_describe(v, i in written) for i, v in enumerate(given))
+                    with self._recorder.in_order():
+                        graph = self._find_graph(kind, addresses, code, bound, given, written)
+                        if isinstance(graph, _Graph):
+                            return graph.replay(bound, given)
+                    why = graph  # None for the first call
+            if why:
+                self._reasons[why] += 1
         return code(*bound, *given)
 
-    def _can_record(self, given: Sequence[Any]) -> bool:
+    def _why_as_ever(self, given: Sequence[Any]) -> str:
+        """Return why a call with these inputs is not replayed; "" where it may be."""
         tensors = [v for v in given if isinstance(v, Tensor)]
         if in_dispatch_mode() or has_transform_or_tangent(*tensors):
-            return False
+            return "it is called in a mode of torch's, or in a transform of torch.func"
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return False
+            return "gradients flow to its inputs"
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            return False
-        return all(t.device == self._recorder.device for t in tensors)
+            return "the caller records a graph"
+        if any(t.device != self._recorder.device for t in tensors):
+            return f"an input is not on {self._recorder.device}"
+        return ""
 
     def _find_layout(
         self, name: str, bound_values: BoundValues, bound: tuple[Any, ...]
@@ -200,8 +213,11 @@ class RecordedCalls:
         bound: Sequence[Any],
         given: Sequence[Any],
         written: set[int],
-    ) -> _Graph | None:
-        """Return the graph of a kind, recorded now where it is the second call; None where there is none."""
+    ) -> _Graph | str | None:
+        """Return the graph of a kind, recorded now where it is the second call, or why there is none.
+
+        None for the first call.
+        """
         was_called = kind in self._kinds
         graph = self._kinds.setdefault(kind, None)
         self._kinds.move_to_end(kind)
@@ -214,14 +230,13 @@ class RecordedCalls:
             except Exception as error:  # an op that waits for the device, or too little memory: the call runs as ever
                 graph = f"{type(error).__name__}: {error}".splitlines()[0]
             self._kinds[kind] = graph
-        return graph if isinstance(graph, _Graph) else None
+        return graph
 
     @property
     def graphs(self) -> CudaGraphs:
+        """Return how many kinds of calls are replayed now, and why calls so far were not."""
         with self._lock:
-            kinds = list(self._kinds.values())
-        reasons = Counter(k for k in kinds if isinstance(k, str))
-        return CudaGraphs(sum(isinstance(k, _Graph) for k in kinds), reasons)
+            return CudaGraphs(sum(isinstance(k, _Graph) for k in self._kinds.values()), dict(self._reasons))
 
 
 def _describe(value: Any, by_address: bool) -> Hashable:
