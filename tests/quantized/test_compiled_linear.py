@@ -214,3 +214,19 @@ def test_inductor_compiles_them(scheme: str, dtype: torch.dtype) -> None:
         if (scheme, dtype) == ("int4", torch.bfloat16):
             names = {event.key for event in found.key_averages()}
             assert ("aten::_weight_int4pack_mm_for_cpu" in names) == (count <= 32), count
+
+
+@pytest.mark.parametrize("count", [32, 33])
+def test_a_fixed_number_of_rows_is_compiled_for_its_kernel(count: int) -> None:
+    model = adaptc.quantize(Net(64, 64, torch.bfloat16), "int4", exclude=["down"])
+    x = torch.randn(count, 64, generator=torch.Generator().manual_seed(count)).bfloat16()
+    config = LoraConfig(r=3, target_modules=["up"], init_lora_weights=False)
+    prog = adaptc.compile(torch.export.export(model, (x,)), config, backend="inductor")
+    prog(x)  # compiles
+    with torch.no_grad(), profile() as found:
+        y = prog(x)
+    allowed = 2 * TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(y, prog.module()(x).detach(), rtol=allowed, atol=allowed)
+    names = {event.key for event in found.key_averages()}
+    assert ("aten::_weight_int4pack_mm_for_cpu" in names) == (count == 32)
+    assert "adaptc::packed_linear" not in names

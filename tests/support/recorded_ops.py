@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class _Log(TorchDispatchMode):
@@ -32,6 +32,8 @@ class _Log(TorchDispatchMode):
                 if isinstance(t, Tensor):
                     self.before.setdefault(t.untyped_storage().data_ptr(), (t, t.clone()))
         out = func(*args, **kwargs)
+        # Other tensors of the same memory, which these stay on: a graph has addresses.
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         self.ops.append((func, args, kwargs, [t for t in tree_leaves(out) if isinstance(t, Tensor)]))
         return out
 
@@ -41,7 +43,7 @@ class OpRecording:
         self.ops, self.outputs = log.ops, outputs
 
     def replay(self) -> None:
-        with torch.no_grad():
+        with torch.inference_mode():  # a graph does not ask in which mode its memory was made
             for func, args, kwargs, outs in self.ops:
                 found = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
                 for to, new in zip(outs, found, strict=True):

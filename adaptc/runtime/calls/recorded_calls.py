@@ -114,7 +114,6 @@ class _Graph:
         pairs = zip(self._outputs, self._recording.outputs, strict=True)
         return [given[i] if i is not None else t.clone() if copies else t for (i, copies), t in pairs]
 
-    @torch.inference_mode(False)  # nothing could be copied later to memory that was made in that mode
     def _copy_inputs(self, bound: Sequence[Any], given: Sequence[Any]) -> None:
         for i in self._copied_inputs:
             _without_repeats(self._given[i]).copy_(_without_repeats(given[i]))
@@ -255,7 +254,7 @@ def _address(value: Tensor) -> int:
     return getattr(value, "memory_tensor", value).data_ptr()
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # nothing could be copied later to memory that was made in that mode
 def _room_like(value: Tensor) -> Tensor:
     """Return memory for values of the shape, strides and alignment of ``value``.
 
