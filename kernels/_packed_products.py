@@ -37,7 +37,7 @@ from adaptc.kernels._compile_ahead import AotKernel
 from adaptc.kernels._launch import is_empty_grid, wrap_triton
 from adaptc.kernels._low_rank_tile import AOT_DTYPES, TORCH_DTYPES
 from adaptc.kernels._mixed_dot import float32_dot, mixed_dot, plain_dot
-from adaptc.kernels.lora_epilogue import launch_down_parts
+from adaptc.kernels.lora_epilogue import down_programs, launch_down_parts
 from adaptc.torch_modes import in_dispatch_mode
 
 #: the number of rows up to which one kernel reads the base's weight: the fewest that matrix instructions take
@@ -51,11 +51,12 @@ COLUMN_BLOCK = 128
 FIELDS = 8
 #: the most parts of the sum over K, which one program of the next kernel adds up
 MAX_PARTS = 16
-#: the number of programs of the down projection for many rows, and the length of a sum that they are for. Longer sums
-#: have as many times more. They are few, since each block of columns reads all parts of h.
-DOWN_PROGRAMS, DOWN_LENGTH = 32, 4096
 #: the number of programs that fill a GPU of about 130 multiprocessors twice
 FULL_GRID = 256
+#: bytes of W that must be under way at any time, to read memory of 3.35 TB/s with a latency of 0.7 us at full speed
+BYTES_UNDER_WAY = 2_350_000
+#: the most stages of a program: each but one takes 16 KB of shared memory
+MAX_STAGES = 8
 
 # A kernel sees only constants of its own module, and of this type.
 _FIELDS, _COLUMN_BLOCK = tl.constexpr(FIELDS), tl.constexpr(COLUMN_BLOCK)
@@ -245,9 +246,16 @@ class FewRows(NamedTuple):
     PARTS: int = 8
 
     @property
+    def bytes_of_step(self) -> int:
+        """Return the bytes of W in half precision that one program reads in a step of the sum over K."""
+        return 2 * self.GROUPS * self.BLOCK_K * self.BLOCK_N
+
+    @property
     def for_h(self) -> dict[str, int]:
         """Return the options of the kernel that computes h."""
-        return {n: v for n, v in self._asdict().items() if n not in ("BLOCK_N", "PARTS")}
+        # A program of it has few steps, and must leave shared memory to the programs that start early.
+        options = self._asdict() | {"num_stages": min(self.num_stages, 3)}
+        return {n: v for n, v in options.items() if n not in ("BLOCK_N", "PARTS")}
 
 
 class ManyRows(NamedTuple):
@@ -265,7 +273,14 @@ def few_rows_blocks(base: torch.dtype, n_cols: Any) -> FewRows:
     if base == torch.float32:
         return FewRows(2, FEW_ROWS, 16, 16, num_stages=2)
     # Narrow enough for two programs on each multiprocessor.
-    return FewRows(4, FEW_ROWS, 16 if isinstance(n_cols, int) and n_cols <= 8192 else 32, 64, num_stages=3)
+    narrow = isinstance(n_cols, int) and n_cols <= 8192
+    blocks = FewRows(4, FEW_ROWS, 16 if narrow else 32, 64, num_stages=3)
+    if not narrow or n_cols > 2048:
+        return blocks
+    # A layer too narrow for the whole GPU is read as fast where its few programs load more steps ahead.
+    programs = max(triton.cdiv(n_cols, blocks.BLOCK_N), 1)
+    ahead = triton.cdiv(BYTES_UNDER_WAY, programs * blocks.bytes_of_step)
+    return FewRows(*blocks[:4], num_stages=min(max(ahead + 1, 3), MAX_STAGES))
 
 
 def update_blocks(base: torch.dtype) -> ManyRows:
@@ -284,11 +299,6 @@ def split_of_few_rows(K: Any, n_ranks: Any, blocks: FewRows) -> tuple[Any, Any]:
     parts = min(max(FULL_GRID // 4 // tiles, 4), MAX_PARTS)
     each = triton.cdiv(steps, parts)
     return (max(triton.cdiv(steps, max(each, 1)), 1) if isinstance(K, int) else parts), each
-
-
-def down_programs(K: Any) -> int:
-    """Return the number of programs that the down projection for many rows should have."""
-    return DOWN_PROGRAMS * (max(K // DOWN_LENGTH, 1) if isinstance(K, int) else 1)
 
 
 def column_alignment(widths: Sequence[Any]) -> int:
@@ -373,19 +383,20 @@ def launch_many_rows(
 def _aot_few_rows(base: str, adapter: str, n_cols: int, early: bool) -> list[AotKernel]:
     t = few_rows_blocks(TORCH_DTYPES[base], n_cols)
     name = f"{base}-{adapter}-{n_cols}{'-early' if early else ''}"
-    options = {"num_warps": t.num_warps, "num_stages": t.num_stages}
+    warps, stages = t.num_warps, t.for_h["num_stages"]
     blocks = {n: v for n, v in t._asdict().items() if n.isupper()} | {"EARLY": early}
     pointers = {"x_ptr": base, "a_ptr": adapter, "h_ptr": "fp32"}
     half = base != "fp32"
-    own = {n: v for n, v in blocks.items() if n in t.for_h or n == "EARLY"}
     down = AotKernel.from_pointers(
-        _few_rows_down_kernel, f"few_rows_down-{name}", pointers, (), half or adapter != "fp32", **own
-    )
+        _few_rows_down_kernel, f"few_rows_down-{name}", pointers, (), half or adapter != "fp32", EARLY=early,
+        **{n: v for n, v in t.for_h.items() if n.isupper()},
+    )  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), base)
     pointers |= {"h_ptr": "fp32", "b_ptr": adapter, "table_ptr": "i64", "scales_ptr": "fp32"}
     fixed = {"HAS_BIAS": True, "SINGLE": False, "ALIGNED": COLUMN_BLOCK, "EXACT": not half, **blocks}
     layer = AotKernel.from_pointers(_few_rows_kernel, f"few_rows-{name}", pointers, (), half, **fixed)
-    return [replace(down, **options), replace(layer, **options, launch_pdl=early)]
+    layer = replace(layer, num_warps=warps, num_stages=t.num_stages, launch_pdl=early)
+    return [replace(down, num_warps=warps, num_stages=stages), layer]
 
 
 def _aot_update(base: str, adapter: str) -> AotKernel:
@@ -400,7 +411,7 @@ def _aot_update(base: str, adapter: str) -> AotKernel:
 
 
 AOT_KERNELS = [
-    *(a for types in AOT_DTYPES for n_cols in (4096, 14336) for a in _aot_few_rows(*types, n_cols, False)),
+    *(a for types in AOT_DTYPES for n_cols in (256, 1024, 4096, 14336) for a in _aot_few_rows(*types, n_cols, False)),
     *(_aot_update(*types) for types in AOT_DTYPES),
 ]
 #: as they are launched from compute capability 9.0 on

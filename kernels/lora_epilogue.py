@@ -40,6 +40,9 @@ from adaptc.op_rules import decompose_in_transforms
 TARGET_PROGRAMS = 256
 #: the most parts of the sum over K
 MAX_PARTS = 16
+#: the number of programs where each block of columns reads all parts of h, and the length of a sum that they are for;
+#: longer sums have as many times more
+DOWN_PROGRAMS, DOWN_LENGTH = 32, 4096
 
 
 # Rows, ranks and what follows from them change from call to call and from adapter to adapter. Specialised, they would
@@ -118,6 +121,11 @@ def split_count(n_rows: Any, K: Any, rank: Any, blocks: dict[str, int], programs
     if isinstance(K, int):
         parts = min(parts, K // (4 * blocks["BLOCK_K"]))
     return max(parts, 1)
+
+
+def down_programs(K: Any) -> int:
+    """Return the number of programs that the down projection for many rows should have."""
+    return DOWN_PROGRAMS * (max(K // DOWN_LENGTH, 1) if isinstance(K, int) else 1)
 
 
 def launch_down_parts(

@@ -1,4 +1,6 @@
-"""A whole model's forward pass: transformers, PEFT, PEFT compiled, and adaptc with both backends, with one adapter.
+"""A whole model's forward pass with one adapter: transformers, PEFT, PEFT compiled, and adaptc with both backends.
+
+One adaptc program records its calls as CUDA graphs by itself (``cuda_graphs=True``).
 
 Times are of the wall clock around a call and the wait for it, since a small model's decoding is the launches' time.
 """
@@ -22,6 +24,8 @@ from tests.gpu.timing import captured as capture
 from tests.gpu.tiny import peft_model, tokens
 
 BASE = "transformers base"
+#: calls of it are replays already, copies of inputs and outputs included
+RECORDED = "adaptc, eager, cuda_graphs=True"
 #: of the adapters that are swapped in, in this order
 SWAPPED_RANKS = (16, 8, 32, 64)
 #: what outputs may differ by, relative to their norm
@@ -51,6 +55,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         theirs = peft_model(base, RANK, folder, **options)
         ours = {b: adaptc.compile(base, folder, backend=b, **options) for b in ("eager", "inductor")}
+        recorded = adaptc.compile(base, folder, cuda_graphs=device.type == "cuda", **options)
     for p in theirs.parameters():
         p.requires_grad_(False)
     bound = {name: p.bind(p.binding, form="apply") for name, p in ours.items()}
@@ -60,12 +65,13 @@ def run(
         "PEFT, compiled": compiled(theirs),
         "adaptc, eager": bound["eager"],
         "adaptc, inductor": bound["inductor"],
+        RECORDED: recorded.bind(recorded.binding, form="apply"),
     }
     rows: list[Row] = []
     for work, shape in works.items():
         inputs = tokens(*shape, device, vocabulary)
         check(candidates, inputs, ALLOWED[dtype])
-        calls = {name: _timed(call, inputs, device, captured) for name, call in candidates.items()}
+        calls = {n: _timed(c, inputs, device, captured and n != RECORDED) for n, c in candidates.items()}
         rows += interleave(work, calls, BASE, rounds)
     inputs = tokens(*next(iter(works.values())), device, vocabulary)
     return Result(rows, list(swap_times(ours["eager"], inputs, device)))

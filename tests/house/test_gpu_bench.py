@@ -112,7 +112,8 @@ def test_every_case_appears_in_a_dry_run(capsys) -> None:
 def test_a_whole_model_appears_in_a_dry_run(capsys) -> None:
     assert command.main(["--dry", "--only", "model"]) == 0
     out = capsys.readouterr().out
-    candidates = ["transformers base", "PEFT", "PEFT, compiled", "adaptc, eager", "adaptc, inductor"]
+    ours = ["adaptc, eager", "adaptc, inductor", "adaptc, eager, cuda_graphs=True"]
+    candidates = ["transformers base", "PEFT", "PEFT, compiled", *ours]
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in out.splitlines() if line.startswith("| ")]
     assert [name for _, name in cells if name != "candidate"] == candidates * 6
     works = [work for work, _ in cells if work and work != "work"]

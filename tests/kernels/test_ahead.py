@@ -7,6 +7,7 @@ import pkgutil
 from types import ModuleType
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 
@@ -14,6 +15,8 @@ from adaptc import kernels
 from adaptc.errors import BackendError
 from adaptc.kernels import _packed_products
 from adaptc.kernels._compile_ahead import AotKernel, CompiledKernel, compile_ahead
+from adaptc.kernels._packed_products import few_rows_blocks
+from tests.gpu import modelled
 
 #: Bytes of shared memory that one program may have, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -56,6 +59,11 @@ PACKED = {
     "few_rows-bf16-bf16-4096": (96, 32768, 8),
     "few_rows-bf16-fp32-4096": (96, 32768, 8),
     "few_rows-bf16-bf16-14336": (96, 49152, 16),
+    # Narrow layers load more steps ahead. Their down projections, of few steps, do not.
+    "few_rows-bf16-bf16-1024": (96, 5 * 16384, 8),
+    "few_rows-bf16-fp32-256": (96, 7 * 16384, 8),
+    "few_rows_down-bf16-bf16-1024": (64, 32768, 8),
+    "few_rows_down-bf16-fp32-256": (96, 49152, 24),
     "update-bf16-bf16": (128, 16384, 0),
     "update-bf16-fp32": (144, 24576, 0),
 }
@@ -74,6 +82,18 @@ def test_packed_kernels_keep_to_their_resources(name, capability) -> None:
         # All reads of memory are under way while earlier ones are multiplied.
         assert (loop["HMMA"], loop["LDG"], loop["STS"]) == (matrix_instructions, 0, 0)
         assert loop["LDGSTS"] > 0
+
+
+@pytest.mark.parametrize("n_cols", [512, 640, 1024, 1031, 2048, 3072, 4096, 14336])
+def test_programs_have_enough_of_a_weight_under_way(n_cols) -> None:
+    """What arrives within the latency is what the memory gives in that time; below 512 columns shared memory ends."""
+    blocks = few_rows_blocks(torch.bfloat16, n_cols)
+    under_way = -(-n_cols // blocks.BLOCK_N) * (blocks.num_stages - 1) * blocks.bytes_of_step
+    wanted = modelled.ASSUMED.memory * modelled.ASSUMED.latency
+    assert under_way >= wanted or (blocks.num_stages == 8 and n_cols < 640)
+    # No wide layer pays with shared memory, which two programs of a multiprocessor share.
+    assert blocks.num_stages == 3 or n_cols <= 2048
+    assert blocks.for_h["num_stages"] == 3
 
 
 def test_instructions_are_counted_in_the_loop_that_multiplies() -> None:
