@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
+from adaptc.runtime.calls.recorded_calls import CudaGraphs
 from tests.benchmarks.harness import Row, interleave
 from tests.benchmarks.model import RANK
 from tests.gpu.suite import Compile
@@ -73,6 +74,8 @@ def run(
         check(candidates, inputs, ALLOWED[dtype])
         calls = {n: _timed(c, inputs, device, captured and n != RECORDED) for n, c in candidates.items()}
         rows += interleave(work, calls, BASE, rounds)
+    if device.type == "cuda":
+        check_recorded(recorded.recorded)
     inputs = tokens(*next(iter(works.values())), device, vocabulary)
     return Result(rows, list(swap_times(ours["eager"], inputs, device)))
 
@@ -124,6 +127,12 @@ def check(candidates: Mapping[str, Callable[..., Any]], inputs: dict[str, Tensor
         # Not `apart > allowed`, which a NaN is not.
         if not apart <= allowed:
             raise AssertionError(f"{name}: logits differ from PEFT's by {apart:.1e} of their norm")
+
+
+def check_recorded(graphs: CudaGraphs) -> None:
+    """Raise AssertionError where no call was replayed: its times would be those of plain calls."""
+    if not graphs.count:
+        raise AssertionError(f"{RECORDED}: no call was replayed: {graphs or 'none was recorded'}")
 
 
 def synchronized(call: Callable[..., Any], inputs: dict[str, Tensor], device: torch.device) -> Callable[[], None]:

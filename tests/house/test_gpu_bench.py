@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from adaptc.runtime.calls.recorded_calls import CudaGraphs
 from tests.gpu import __main__ as command
 from tests.gpu import bench, modelled, roofline, suite, timing, whole_model
 from tests.gpu.roofline import Peaks, Row, Work
@@ -178,6 +179,12 @@ def test_models_with_other_outputs_are_not_timed() -> None:
     for wrong in (1.01, float("nan")):
         with pytest.raises(AssertionError, match="adaptc: logits differ from PEFT's"):
             whole_model.check(same | {"adaptc": Model(wrong)}, {}, 1e-4)
+
+
+def test_recorded_calls_that_are_plain_calls_are_told() -> None:
+    whole_model.check_recorded(CudaGraphs(1, {"gradients": 2}))
+    with pytest.raises(AssertionError, match=r"no call was replayed: .*\n.*2 calls: gradients"):
+        whole_model.check_recorded(CudaGraphs(0, {"gradients": 2}))
 
 
 def test_the_modelled_times_are_those_of_the_model() -> None:

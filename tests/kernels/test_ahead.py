@@ -18,8 +18,9 @@ from adaptc.kernels._compile_ahead import AotKernel, CompiledKernel, compile_ahe
 from adaptc.kernels._packed_products import few_rows_blocks
 from tests.gpu import modelled
 
-#: Bytes of shared memory that one program may have, by compute capability.
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
+#: Bytes of shared memory that one program may have, by compute capability. Code for 8.0 runs on 8.6 and 8.9 too, which
+#: have less of it than 8.0.
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
 
 
 def _launched(module: ModuleType) -> list[str]:
@@ -61,7 +62,7 @@ PACKED = {
     "few_rows-bf16-bf16-14336": (96, 49152, 16),
     # Narrow layers load more steps ahead. Their down projections, of few steps, do not.
     "few_rows-bf16-bf16-1024": (96, 5 * 16384, 8),
-    "few_rows-bf16-fp32-256": (96, 7 * 16384, 8),
+    "few_rows-bf16-fp32-256": (96, 5 * 16384, 8),
     "few_rows_down-bf16-bf16-1024": (64, 32768, 8),
     "few_rows_down-bf16-fp32-256": (96, 49152, 24),
     "update-bf16-bf16": (128, 16384, 0),
@@ -84,13 +85,13 @@ def test_packed_kernels_keep_to_their_resources(name, capability) -> None:
         assert loop["LDGSTS"] > 0
 
 
-@pytest.mark.parametrize("n_cols", [512, 640, 1024, 1031, 2048, 3072, 4096, 14336])
+@pytest.mark.parametrize("n_cols", [0, 1, 640, 832, 1024, 1031, 2048, 3072, 4096, 14336])
 def test_programs_have_enough_of_a_weight_under_way(n_cols) -> None:
-    """What arrives within the latency is what the memory gives in that time; below 512 columns shared memory ends."""
+    """What arrives within the latency is what the memory gives in that time, for 832 columns and more."""
     blocks = few_rows_blocks(torch.bfloat16, n_cols)
     under_way = -(-n_cols // blocks.BLOCK_N) * (blocks.num_stages - 1) * blocks.bytes_of_step
     wanted = modelled.ASSUMED.memory * modelled.ASSUMED.latency
-    assert under_way >= wanted or (blocks.num_stages == 8 and n_cols < 640)
+    assert under_way >= wanted or (n_cols < 832 and blocks.num_stages == _packed_products.MAX_STAGES)
     # No wide layer pays with shared memory, which two programs of a multiprocessor share.
     assert blocks.num_stages == 3 or n_cols <= 2048
     assert blocks.for_h["num_stages"] == 3
