@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -203,7 +202,7 @@ def _pad_to(
     if moved_axis:
         wanted = (*shape[1 : moved_axis + 1], shape[0], *shape[moved_axis + 1 :])
         return _pad_to(t.movedim(0, moved_axis), wanted, name, attachment, op).movedim(moved_axis, 0)
-    how = _paddings_by_slot(attachment.method, op, attachment.form).get(name, Padding())
+    how = (find_paddings(attachment.method, op, attachment.form) or {}).get(name, Padding())
     try:
         return how(t, shape)
     except ValueError as error:
@@ -211,8 +210,3 @@ def _pad_to(
             f"site {attachment.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and "
             f"the two cannot share a call ({error}). Run them in batches of their own"
         ) from error
-
-
-@lru_cache(maxsize=512)
-def _paddings_by_slot(method: Method, op: Op, form: str) -> Mapping[str, Padding]:
-    return find_paddings(method, op, form) or {}

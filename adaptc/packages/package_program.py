@@ -133,7 +133,6 @@ class PackageBuilder:
         self.values: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
         self.unused_slots: frozenset[str] = frozenset()
-        self._paddings: dict[Any, dict[str, Padding] | None] = {}
 
     def build(self) -> tuple[ExportedProgram, Manifest, dict[str, Tensor]]:
         self.unused_slots = find_unused_slots(self.program, [f for a in self.attachments for f in a.tensor_names])
@@ -244,10 +243,7 @@ class PackageBuilder:
         op = self.program.ops[a.id]
         if a.method.sizes.exact or not a.method.slots(op)[slot].free:
             return None
-        key = (a.method, op, a.form)
-        if key not in self._paddings:
-            self._paddings[key] = find_paddings(a.method, op, a.form)
-        return (self._paddings[key] or {}).get(slot)
+        return (find_paddings(a.method, op, a.form) or {}).get(slot)
 
     def describe_inputs(self, program: ExportedProgram, checker: Inputs) -> list[Input]:
         """Return the flat inputs of a program as its manifest has them."""

@@ -52,10 +52,10 @@ from adaptc.runtime.calls.check_indices import check_index_bounds, check_not_tra
 from adaptc.runtime.calls.cuda_recorder import recorder_for
 from adaptc.runtime.calls.recorded_calls import RecordedCalls
 from adaptc.runtime.hoisted_values import HoistedInputs
-from adaptc.runtime.inductor import compile_lifted, pad_rank_one
+from adaptc.runtime.inductor import compile_lifted
 from adaptc.runtime.mutated_buffers import copy_sharing_memory, written_placeholders
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
-from adaptc.runtime.strides import CompiledStrides
+from adaptc.runtime.strides import CompiledStrides, lay_out_lifted
 from adaptc.runtime.variants.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.variants.graph_variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
 from adaptc.runtime.weight_buffers import SiblingBuffers, begin_reading, end_reading, is_packable
@@ -251,22 +251,20 @@ class Executor:
             values.append(buffer)
         moving = any(values[i].requires_grad for i in variant.split.slot_inputs)
         values = self.detach_values(values)
-        lay: Callable[[list[Any]], list[Any]] = list
-        if self.uses_inductor:
-            everything = [*self.lifted_names, *(p.name for p in variant.sibling_packs)]
-            lay = partial(self._lay_out, names=everything)
+        packs = [p.name for p in variant.sibling_packs]
+        # These hold no executor: a cycle would keep a base until the next garbage collection.
+        lay = partial(
+            lay_out_lifted,
+            names=[*self.lifted_names, *packs],
+            graph_names=[*names, *packs],
+            attachments=self.attachments,
+            ops=self.ops,
+            strides=self._strides,
+            training=self._is_training,
+            in_buckets=self.recorded_calls is not None and not moving,
+        )
         shared = variant.shared_values if own_positions.isdisjoint(variant.split.base_inputs) else None
         return HoistedInputs(variant.split, values, lay, moving, shared, byte_budget, lock)
-
-    def _lay_out(self, values: list[Any], names: Sequence[str | None]) -> list[Any]:
-        """Return the lifted inputs ``names`` with ranks of one padded to two, in the layouts that were compiled for."""
-        assert self._strides is not None
-        roomy = pad_rank_one(
-            values, names=names, attachments=self.attachments, ops=self.ops, training=self._is_training
-        )
-        return self._strides.lay_out_lifted(
-            [*self.placeholder_names, *(str(n) for n in names[len(self.placeholder_names) :])], roomy
-        )
 
     def detach_values(self, values: Sequence[Any]) -> list[Any]:
         if self.is_differentiable:

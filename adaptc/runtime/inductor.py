@@ -34,7 +34,6 @@ from adaptc.passes.lower.linear_layers import with_chosen_layers
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.progress import stage
 from adaptc.runtime.hoisted_values import SplitGraph
-from adaptc.runtime.rank_padding import Padding, find_paddings
 from adaptc.runtime.strides import axis_order, empty_in_order
 
 #: Calls check their inputs and lay them out beforehand. Inductor's own asserts would take as long as a tenth of a call
@@ -49,41 +48,6 @@ _OPTIONS = {
 }
 #: the example value of a symbolic size, by which inductor tunes its code
 SIZE_HINT = 16
-
-
-def pad_rank_one(
-    values: list[Any],
-    *,
-    names: Sequence[str | None],
-    attachments: Sequence[Attachment],
-    ops: Mapping[str, Op],
-    training: bool,
-) -> list[Any]:
-    """Pad lifted inputs of rank one to rank two, in ``values`` itself, and return them.
-
-    Compiled code would be specialised on sizes 0 and 1. ``names`` are the FQNs of ``values``. Raises BackendError where
-    the program is ``training``: a padded copy would not follow what training writes to the slots.
-    """
-    position_of = {n: i for i, n in enumerate(names)}
-    for a in attachments:
-        op = ops[a.id]
-        if a.method.sizes.exact:  # their code is right for sizes of one and zero as well, so nothing is padded
-            continue
-        wanted: dict[str, tuple[int, ...]] = {}
-        for slot, spec in a.method.sizes.minimal(op).slots(op).items():
-            have = values[position_of[a.slots[slot]]].shape
-            wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
-        short = {s: shape for s, shape in wanted.items() if shape != tuple(values[position_of[a.slots[s]]].shape)}
-        if short and training:
-            raise BackendError(
-                f"site {a.fqn!r}: inductor needs a rank of two or more in a program that trains; compile with r=2 "
-                "or more, or with backend='eager'"
-            )
-        how = (find_paddings(a.method, op, a.form) or {}) if short else {}
-        for slot, shape in short.items():
-            i = position_of[a.slots[slot]]
-            values[i] = how.get(slot, Padding())(values[i], shape)
-    return values
 
 
 def compile_lifted(

@@ -8,20 +8,24 @@ unchanged is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, BackendError
 from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.protocol.method import Method
 
 #: the tolerance of the comparison: padding changes the order of sums, and a wrong padding is off by whole values
 TOLERANCE = 1e-3
+#: the smallest rank that adapters are padded to where calls are recorded
+SMALLEST_BUCKET = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Padding:
         return tensor
 
 
-def find_paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
+@lru_cache(maxsize=512)
+def find_paddings(method: Method, op: Op, form: str) -> Mapping[str, Padding] | None:
     """Return how to pad each slot of ``method`` that has a free axis from one rank to a larger one, by slot name.
 
     ``form`` is the form the site was injected in, "apply" or "weight". Returns None where the method has no rank, or
@@ -94,6 +99,81 @@ def find_paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | Non
             if found.shape == expected.shape and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
                 return by_slot
     return None
+
+
+def pad_rank_one(
+    values: list[Any],
+    *,
+    names: Sequence[str | None],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    training: bool,
+) -> list[Any]:
+    """Pad lifted inputs of rank one to rank two, in ``values`` itself, and return them.
+
+    Compiled code would be specialised on sizes 0 and 1. ``names`` are the FQNs of ``values``. Raises BackendError where
+    the program is ``training``: a padded copy would not follow what training writes to the slots.
+    """
+    position_of = {n: i for i, n in enumerate(names)}
+    for a in attachments:
+        op = ops[a.id]
+        if a.method.sizes.exact:  # their code is right for sizes of one and zero as well, so nothing is padded
+            continue
+        wanted: dict[str, tuple[int, ...]] = {}
+        for slot, spec in a.method.sizes.minimal(op).slots(op).items():
+            have = values[position_of[a.slots[slot]]].shape
+            wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
+        short = {s: shape for s, shape in wanted.items() if shape != tuple(values[position_of[a.slots[s]]].shape)}
+        if short and training:
+            raise BackendError(
+                f"site {a.fqn!r}: inductor needs a rank of two or more in a program that trains; compile with r=2 "
+                "or more, or with backend='eager'"
+            )
+        how = (find_paddings(a.method, op, a.form) or {}) if short else {}
+        for slot, shape in short.items():
+            i = position_of[a.slots[slot]]
+            values[i] = how.get(slot, Padding())(values[i], shape)
+    return values
+
+
+def pad_to_buckets(
+    values: Sequence[Any], names: Sequence[str | None], attachments: Sequence[Attachment], ops: Mapping[str, Op]
+) -> list[Any]:
+    """Return lifted inputs in which ranks are powers of two, of at least SMALLEST_BUCKET. A rank of zero stays zero.
+
+    A site with groups has the next multiple of them. ``names`` are the FQNs of ``values``. Slots that no padding leaves
+    as they are keep their sizes.
+    """
+    padded, position_of = list(values), {n: i for i, n in enumerate(names)}
+    for a in attachments:
+        op, method = ops[a.id], a.method
+        followers = {n for n, s in method.slots(op).items() if s.free and not s.apart}
+        have = {n: tuple(padded[position_of[a.slots[n]]].shape) for n in followers}
+        wanted = {} if method.sizes.exact else _bucket_shapes(method, op, have)
+        how = (find_paddings(method, op, a.form) or {}) if wanted != have else {}
+        for slot in wanted.keys() & how.keys():
+            i = position_of[a.slots[slot]]
+            padded[i] = how[slot](padded[i], wanted[slot])
+    return padded
+
+
+def _bucket_shapes(method: Method, op: Op, have: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of slots at the smallest bucket that holds shapes ``have``; {} where there is none."""
+    sizes = [n for shape in have.values() for n in shape]
+    rank = SMALLEST_BUCKET
+    while sizes and all(sizes) and rank < 2 * max(*sizes, SMALLEST_BUCKET):
+        larger = method.sizes.with_rank(op, rank)
+        try:
+            specs = {} if larger is None else larger.slots(op)
+        except AdaptcError:  # a rank that the method does not take
+            break
+        if not have.keys() <= specs.keys():
+            break
+        shapes = {n: tuple(specs[n].shape) for n in have}
+        if all(w >= h for n in have for h, w in zip(have[n], shapes[n], strict=True)):
+            return shapes
+        rank *= 2
+    return {}
 
 
 def _candidate_paddings(op: Op, fills: list[float]) -> Iterator[tuple[Padding, ...]]:

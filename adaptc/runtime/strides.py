@@ -9,7 +9,7 @@ copied. What the code writes to such a copy is then written to the caller's tens
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.errors import AdaptcError, BackendError
+from adaptc.passes.graph.ops import Op
+from adaptc.passes.protocol.attachment import Attachment
+from adaptc.runtime.rank_padding import pad_rank_one, pad_to_buckets
 
 
 def axis_order(value: Tensor) -> tuple[int, ...]:
@@ -142,3 +145,27 @@ class CompiledStrides:
         for i in self._written_inputs:
             if laid_out[i] is not flat[i]:
                 write_back(flat[i], laid_out[i], f"number {i}")
+
+
+def lay_out_lifted(
+    values: list[Any],
+    *,
+    names: Sequence[str | None],
+    graph_names: Sequence[str],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    strides: CompiledStrides | None,
+    training: bool,
+    in_buckets: bool,
+) -> list[Any]:
+    """Return the lifted inputs with the ranks and in the layouts that the code is for.
+
+    They are ``names`` in the program, and ``graph_names`` in the graph. Recorded calls are for a few ranks, which
+    others are padded to. Compiled code, which has ``strides``, takes no rank of one.
+    """
+    if in_buckets:
+        values = pad_to_buckets(values, names, attachments, ops)
+    if strides is None:
+        return values
+    roomy = pad_rank_one(values, names=names, attachments=attachments, ops=ops, training=training)
+    return strides.lay_out_lifted(graph_names, roomy)

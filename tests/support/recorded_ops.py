@@ -30,11 +30,13 @@ class _Log(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 t = args[i] if i < len(args) else kwargs.get(argument.name)
                 if isinstance(t, Tensor):
-                    self.before.setdefault(t.untyped_storage().data_ptr(), (t, t.clone()))
+                    self.before.setdefault(
+                        t.untyped_storage().data_ptr(), (t.detach(), t.clone())
+                    )  # may be reshaped in place
         out = func(*args, **kwargs)
         # Other tensors of the same memory, which these stay on: a graph has addresses.
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        self.ops.append((func, args, kwargs, [t for t in tree_leaves(out) if isinstance(t, Tensor)]))
+        self.ops.append((func, args, kwargs, [t.detach() for t in tree_leaves(out) if isinstance(t, Tensor)]))
         return out
 
 

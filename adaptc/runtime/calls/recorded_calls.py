@@ -2,7 +2,8 @@
 
 A graph reads the memory that it was recorded with. So a call copies its inputs to where the graph reads them, replays,
 and returns copies of the outputs. There is a graph for each kind of call: shapes, dtypes, and values that are no
-tensors. The first call of a kind runs as ever, and warms up. The second is recorded.
+tensors. Ranks are padded beforehand to few different ones (:mod:`adaptc.runtime.rank_padding`). The first call of a
+kind runs as ever, and warms up. The second is recorded.
 
 An adapter's tensors are read where they lie until another adapter of the same shapes is called. Then the tensors that
 differ get memory of the graph's own, and the call is recorded once more. From then on a swap copies the adapter into
@@ -156,7 +157,7 @@ class RecordedCalls:
                     why = f"a weight or a tensor of the adapter is not on {self._recorder.device}"
                 else:
                     written = self._known_positions[name][1]
-                    kind = name, layout, tuple(_describe(v, i in written) for i, v in enumerate(given))
+                    kind = name, layout, tuple(self._describe(v, i in written) for i, v in enumerate(given))
                     with self._recorder.in_order():
                         graph = self._find_graph(kind, addresses, code, bound, given, written)
                         if isinstance(graph, _Graph):
@@ -194,7 +195,7 @@ class RecordedCalls:
             self._known_positions[name] = self._positions(name)
         slots, number = self._known_positions[name][0], None
         if all(v.device == self._recorder.device for v in bound if isinstance(v, Tensor) and v.ndim):
-            described = name, tuple(_describe(v, i not in slots) for i, v in enumerate(bound))
+            described = name, tuple(self._describe(v, i not in slots) for i, v in enumerate(bound))
             number = self._layouts.get(described)
             if number is None:
                 number = self._layouts[described] = next(self._numbers)
@@ -231,19 +232,18 @@ class RecordedCalls:
             self._kinds[kind] = graph
         return graph
 
+    def _describe(self, value: Any, by_address: bool) -> Hashable:
+        if not isinstance(value, Tensor):
+            return type(value), value
+        if not value.ndim and value.device != self._recorder.device:
+            return value.dtype, value.item()  # kernels take it as a number
+        return value.shape, value.stride(), value.dtype, _address(value) if by_address else 0
+
     @property
     def graphs(self) -> CudaGraphs:
         """Return how many kinds of calls are replayed now, and why calls so far were not."""
         with self._lock:
             return CudaGraphs(sum(isinstance(k, _Graph) for k in self._kinds.values()), dict(self._reasons))
-
-
-def _describe(value: Any, by_address: bool) -> Hashable:
-    if not isinstance(value, Tensor):
-        return type(value), value
-    if not value.ndim and value.device.type == "cpu":
-        return value.dtype, value.item()  # kernels take it as a number
-    return value.shape, value.stride(), value.dtype, _address(value) if by_address else 0
 
 
 def _addresses(values: Sequence[Any]) -> tuple[int, ...]:
