@@ -15,9 +15,13 @@ from torch import Tensor
 
 from adaptc.kernels._compile_ahead import AotKernel
 from adaptc.kernels._launch import INTERPRETED, check, check_floats
+from adaptc.kernels._mixed_dot import float32_dot, plain_dot
 
-# A kernel sees only constants of its own module.
-_INTERPRETED = tl.constexpr(INTERPRETED)
+#: ranks are packed, and the parts of h are stored, in blocks of so many columns
+RANK_BLOCK = 16
+
+# A kernel sees only constants of its own module, and of this type.
+_INTERPRETED, _RANK_BLOCK = tl.constexpr(INTERPRETED), tl.constexpr(RANK_BLOCK)
 
 
 @triton.jit
@@ -70,6 +74,43 @@ def low_rank_tile(
         # "ieee": float32 factors must not be rounded to tf32.
         tile = tl.dot(left, right, tile, input_precision="ieee")
     return tile
+
+
+@triton.jit
+def row_of_h(n_ranks):
+    """Return the numbers between two rows of h: whole blocks, so that loads and stores are wide for every rank."""
+    return tl.cdiv(n_ranks, _RANK_BLOCK) * _RANK_BLOCK
+
+
+@triton.jit
+def update_tile(
+    h_ptr, b_ptr, scale, bias, rows, within, n_rows, n_block, width, rank, n_parts, part_size, h_row,
+    EXACT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return scale * h B^T + bias at ``rows`` and at the columns ``within`` a layer's block, in float32.
+
+    h is the sum of ``n_parts`` parts, which are ``part_size`` numbers apart.
+    """
+    parts = tl.arange(0, PARTS)
+    ranks = tl.arange(0, _RANK_BLOCK)
+    update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, rank, _RANK_BLOCK):
+        r = start + ranks
+        h = tl.zeros((BLOCK_M, _RANK_BLOCK), tl.float32)
+        h_mask = (rows < n_rows)[None, :, None] & (r < rank)[None, None, :]
+        for first in range(0, n_parts, PARTS):
+            p = first + parts
+            at = p.to(tl.int64)[:, None, None] * part_size + rows[None, :, None] * h_row + r[None, None, :]
+            h += tl.sum(tl.load(h_ptr + at, mask=(p < n_parts)[:, None, None] & h_mask, other=0.0), 0)
+        b_mask = (r < rank)[:, None] & (within < n_block)[None, :]
+        b = tl.load(b_ptr + r.to(tl.int64)[:, None] * width + within[None, :], mask=b_mask, other=0.0)
+        if b.dtype != tl.float32:
+            update = plain_dot(h.to(b.dtype), b, update)
+        elif EXACT:
+            update = plain_dot(h, b, update)
+        else:
+            update = float32_dot(h, b, update)
+    return scale * update + bias[None, :]
 
 
 class Blocks(NamedTuple):

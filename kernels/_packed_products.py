@@ -5,9 +5,10 @@ For up to 16 rows, two kernels:
     down        parts of h = x A^T, the sum over K split over programs
     few rows    y = x W^T + update, where h is needed only at the end
 
-The first takes a few microseconds, which the second spends reading W: from compute capability 9.0 on, a GPU starts it
-before the first has ended (programmatic dependent launch). In both, the warps of a program split the sum over K, by a
-matmul with a batch axis. Four warps on one tile of 16 rows would otherwise all do the same.
+The first takes a few microseconds, which the second spends reading W. From compute capability 9.0 on, a GPU starts it
+before the first has ended (programmatic dependent launch), and the update of more rows likewise. In both, the warps of
+a program split the sum over K, by a matmul with a batch axis. Four warps on one tile of 16 rows would otherwise all do
+the same.
 
 For more rows h is computed by :mod:`adaptc.kernels.lora_epilogue`, a kernel writes the update alone, and cuBLAS adds
 the base's matmul to it in place.
@@ -35,15 +36,13 @@ from torch import Tensor
 
 from adaptc.kernels._compile_ahead import AotKernel
 from adaptc.kernels._launch import is_empty_grid, wrap_triton
-from adaptc.kernels._low_rank_tile import AOT_DTYPES, TORCH_DTYPES
-from adaptc.kernels._mixed_dot import float32_dot, mixed_dot, plain_dot
-from adaptc.kernels.lora_epilogue import down_programs, launch_down_parts
+from adaptc.kernels._low_rank_tile import AOT_DTYPES, RANK_BLOCK, TORCH_DTYPES, row_of_h, update_tile
+from adaptc.kernels._mixed_dot import mixed_dot, plain_dot
+from adaptc.kernels.lora_epilogue import aot_down, down_programs, launch_down_parts
 from adaptc.torch_modes import in_dispatch_mode
 
 #: the number of rows up to which one kernel reads the base's weight: the fewest that matrix instructions take
 FEW_ROWS = 16
-#: ranks are packed, and h is stored, in blocks of so many columns
-RANK_BLOCK = 16
 #: the columns of y that a row of the table is about
 COLUMN_BLOCK = 128
 #: the fields of a row of the table, in this order: the first column of y and the number of columns, the first of them
@@ -61,12 +60,6 @@ MAX_STAGES = 6
 # A kernel sees only constants of its own module, and of this type.
 _FIELDS, _COLUMN_BLOCK = tl.constexpr(FIELDS), tl.constexpr(COLUMN_BLOCK)
 _RANK_BLOCK = tl.constexpr(RANK_BLOCK)
-
-
-@triton.jit
-def row_of_h(n_ranks):
-    """Return the numbers between two rows of h: whole blocks, so that loads and stores are wide for every rank."""
-    return tl.cdiv(n_ranks, _RANK_BLOCK) * _RANK_BLOCK
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_ranks", "steps"])
@@ -93,37 +86,6 @@ def _few_rows_down_kernel(
         acc = mixed_dot(x, a, acc)
     h = h_ptr + (split * n_rows + rows)[:, None] * row_of_h(n_ranks) + ranks[None, :]
     tl.store(h, tl.sum(acc, 0), mask=(rows < n_rows)[:, None])
-
-
-@triton.jit
-def _update_tile(
-    h_ptr, b_ptr, scale, bias, rows, within, n_rows, n_block, width, rank, n_parts, part_size, h_row,
-    EXACT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Return scale * h B^T + bias at ``rows`` and at the columns ``within`` a layer's block, in float32.
-
-    h is the sum of ``n_parts`` parts, which are ``part_size`` numbers apart.
-    """
-    parts = tl.arange(0, PARTS)
-    ranks = tl.arange(0, _RANK_BLOCK)
-    update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, rank, _RANK_BLOCK):
-        r = start + ranks
-        h = tl.zeros((BLOCK_M, _RANK_BLOCK), tl.float32)
-        h_mask = (rows < n_rows)[None, :, None] & (r < rank)[None, None, :]
-        for first in range(0, n_parts, PARTS):
-            p = first + parts
-            at = p.to(tl.int64)[:, None, None] * part_size + rows[None, :, None] * h_row + r[None, None, :]
-            h += tl.sum(tl.load(h_ptr + at, mask=(p < n_parts)[:, None, None] & h_mask, other=0.0), 0)
-        b_mask = (r < rank)[:, None] & (within < n_block)[None, :]
-        b = tl.load(b_ptr + r.to(tl.int64)[:, None] * width + within[None, :], mask=b_mask, other=0.0)
-        if b.dtype != tl.float32:
-            update = plain_dot(h.to(b.dtype), b, update)
-        elif EXACT:
-            update = plain_dot(h, b, update)
-        else:
-            update = float32_dot(h, b, update)
-    return scale * update + bias[None, :]
 
 
 @triton.jit
@@ -194,7 +156,7 @@ def _few_rows_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()
     h_row = row_of_h(n_ranks)
-    update = _update_tile(
+    update = update_tile(
         h_ptr + h_first, b_ptr + b_first, scale, bias, rows, within, n_rows, n_block, width, rank, n_parts,
         n_rows * h_row, h_row, EXACT, PARTS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
@@ -208,7 +170,7 @@ def _few_rows_kernel(
 @triton.jit(do_not_specialize=["n_rows", "n_parts", "n_ranks"])
 def _update_kernel(
     bias_ptr, h_ptr, b_ptr, table_ptr, scales_ptr, y_ptr, n_rows, n_cols, n_parts, n_ranks,
-    HAS_BIAS: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr, HAS_BIAS: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, EXACT: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write scale * h B^T + bias for a block of rows and columns. Neighbours share rows of h, and write in order."""
@@ -225,7 +187,9 @@ def _update_kernel(
     scale = tl.load(scales_ptr + layer).to(tl.float32)
     h_row = row_of_h(n_ranks)
     part_size = n_rows.to(tl.int64) * h_row
-    update = _update_tile(
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    update = update_tile(
         h_ptr + h_first, b_ptr + b_first, scale, bias, rows, within, n_rows, n_block, width, rank, n_parts, part_size,
         h_row, EXACT, PARTS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
@@ -327,8 +291,8 @@ class PackedLayout:
         self.parts, self.steps = split_of_few_rows(self.K, self.n_ranks, blocks)
         self.down_grid = triton.cdiv(self.n_ranks, RANK_BLOCK), self.parts, 1
         self.down_options = {"EARLY": early, **blocks.for_h}
-        self.few_options = {"EARLY": early, **shared, **blocks._asdict()} | ({"launch_pdl": True} if early else {})
-        self.many_options = {**shared, **many._asdict()}
+        shared |= {"EARLY": early} | ({"launch_pdl": True} if early else {})
+        self.few_options, self.many_options = {**shared, **blocks._asdict()}, {**shared, **many._asdict()}
         self.many_rows = many.BLOCK_M
         self.down_programs = down_programs(self.K)
         #: numbers in a row of h: whole blocks
@@ -360,7 +324,7 @@ def launch_update(
 ) -> Tensor:  # fmt: skip
     """Return y without x W^T, for any number of rows. x and A are contiguous; of W only the type matters."""
     s, n_rows = layout, x.shape[0]
-    h = launch_down_parts(x, A, None, s.h_row, s.down_programs, s.bind)
+    h = launch_down_parts(x, A, None, s.h_row, s.down_programs, s.bind, s.early)
     y = x.new_empty((n_rows, s.n_cols))
     update = wrap_triton(_update_kernel) if s.bind is None else s.bind(_update_kernel)
     update[(s.n_blocks, triton.cdiv(n_rows, s.many_rows), 1)](
@@ -399,15 +363,14 @@ def _aot_few_rows(base: str, adapter: str, n_cols: int, early: bool) -> list[Aot
     return [replace(down, num_warps=warps, num_stages=stages), layer]
 
 
-def _aot_update(base: str, adapter: str) -> AotKernel:
+def _aot_update(base: str, adapter: str, early: bool = False) -> AotKernel:
     t = update_blocks(TORCH_DTYPES[base])
     pointers = {"bias_ptr": base, "y_ptr": base, "h_ptr": "fp32", "b_ptr": adapter}
     pointers |= {"table_ptr": "i64", "scales_ptr": "fp32"}
-    fixed = {"HAS_BIAS": True, "SINGLE": False, "ALIGNED": COLUMN_BLOCK, "EXACT": base == "fp32"}
-    return AotKernel.from_pointers(
-        _update_kernel, f"update-{base}-{adapter}", pointers, (), (base, adapter) != ("fp32", "fp32"), **fixed,
-        **t._asdict(),
-    )  # fmt: skip
+    fixed = {"EARLY": early, "HAS_BIAS": True, "SINGLE": False, "ALIGNED": COLUMN_BLOCK, "EXACT": base == "fp32"}
+    name, mma = f"update-{base}-{adapter}{'-early' if early else ''}", (base, adapter) != ("fp32", "fp32")
+    made = AotKernel.from_pointers(_update_kernel, name, pointers, (), mma, **fixed, **t._asdict())
+    return replace(made, launch_pdl=early)
 
 
 AOT_KERNELS = [
@@ -415,4 +378,7 @@ AOT_KERNELS = [
     *(_aot_update(*types) for types in AOT_DTYPES),
 ]
 #: as they are launched from compute capability 9.0 on
-EARLY_KERNELS = [a for types in AOT_DTYPES for a in _aot_few_rows(*types, 4096, True)]
+EARLY_KERNELS = [
+    *(a for types in AOT_DTYPES for a in _aot_few_rows(*types, 4096, True)),
+    *(make(*types, early=True) for types in AOT_DTYPES for make in (aot_down, _aot_update)),
+]

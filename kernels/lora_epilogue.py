@@ -42,7 +42,7 @@ TARGET_PROGRAMS = 256
 MAX_PARTS = 16
 #: the number of programs where each block of columns reads all parts of h, and the length of a sum that they are for;
 #: longer sums have as many times more
-DOWN_PROGRAMS, DOWN_LENGTH = 32, 4096
+DOWN_PROGRAMS, DOWN_LENGTH = 64, 4096
 
 
 # Rows, ranks and what follows from them change from call to call and from adapter to adapter. Specialised, they would
@@ -50,9 +50,12 @@ DOWN_PROGRAMS, DOWN_LENGTH = 32, 4096
 @triton.jit(do_not_specialize=["n_rows", "rank", "steps", "h_row"])
 def _down_kernel(
     x_ptr, a_ptr, scale_ptr, h_ptr, n_rows, K, rank, steps, h_row, x_row, x_col, a_rank, a_col,
-    HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write h[s, m, r], the part of h[m, r] from the s-th ``steps`` times BLOCK_K of k. Rows are ``h_row`` apart."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
@@ -99,8 +102,10 @@ def down_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
     # Exact float32 products are not made by tensor cores and hold their operands in registers: small tiles.
     if left == right == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 32, "num_warps": 4}
-    # Three terms of each number of A need the registers of two.
-    return {"BLOCK_M": 64, "BLOCK_R": 32 if right == torch.float32 else 64, "BLOCK_K": 64, "num_warps": 8}
+    # Three terms of each number of A need the registers of two, and rows enough for eight warps.
+    if right == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 8}
+    return {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_K": 64, "num_warps": 4}
 
 
 def up_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
@@ -129,12 +134,12 @@ def down_programs(K: Any) -> int:
 
 
 def launch_down_parts(
-    x: Tensor, A: Tensor, scale: Tensor | None, h_row: Any, programs: int, bind: Any = None
+    x: Tensor, A: Tensor, scale: Tensor | None, h_row: Any, programs: int, bind: Any = None, early: bool = False
 ) -> Tensor:
     """Return the parts of scale * x A^T, (parts, M, h_row) in float32, to be added up: enough for so many ``programs``.
 
     ``h_row`` is at least the rank. Columns from the rank on are zero up to the next block of ranks, and undefined after
-    it. ``bind`` is that of :class:`~adaptc.kernels._packed_products.PackedLayout`.
+    it. ``bind`` and ``early`` are those of :class:`~adaptc.kernels._packed_products.PackedLayout`.
     """
     (n_rows, K), rank, blocks = x.shape, A.shape[0], down_blocks(x.dtype, A.dtype)
     splits = split_count(n_rows, K, rank, blocks, programs)
@@ -146,7 +151,7 @@ def launch_down_parts(
         with on_device_of(x):
             down[grid](
                 x, A, h if scale is None else scale, h, n_rows, K, rank, steps, h_row, *x.stride(), *A.stride(),
-                HAS_SCALE=scale is not None, **blocks,
+                EARLY=early, HAS_SCALE=scale is not None, **blocks,
             )  # fmt: skip
     return h
 
@@ -275,13 +280,14 @@ decompose_in_transforms("lora_down", reference_lora_down, nondifferentiable=(2,)
 decompose_in_transforms("lora_up_add", reference_lora_up_add, nondifferentiable=(3,))
 
 
-def _aot_down(base: str, adapter: str, of_gradient: bool) -> AotKernel:
+def aot_down(base: str, adapter: str, of_gradient: bool = False, early: bool = False) -> AotKernel:
     """Return the record of a down projection; ``of_gradient`` gives it the strides and the scale of a gradient of B."""
     pointers = {"x_ptr": base, "a_ptr": adapter, "scale_ptr": "fp32", "h_ptr": "fp32"}
-    name = f"lora_down-{base}-{adapter}{'-gradient' if of_gradient else ''}"
+    name = f"lora_down-{base}-{adapter}{'-gradient' if of_gradient else ''}{'-early' if early else ''}"
     ones = ("x_row", "a_rank") if of_gradient else ("x_col", "a_col")
     t = down_blocks(TORCH_DTYPES[base], TORCH_DTYPES[adapter])
-    return AotKernel.from_pointers(_down_kernel, name, pointers, ones, base != "fp32", HAS_SCALE=of_gradient, **t)
+    fixed = {"EARLY": early, "HAS_SCALE": of_gradient}
+    return AotKernel.from_pointers(_down_kernel, name, pointers, ones, base != "fp32", **fixed, **t)
 
 
 def _aot_up_add(base: str, adapter: str) -> AotKernel:
@@ -294,6 +300,6 @@ def _aot_up_add(base: str, adapter: str) -> AotKernel:
 
 
 AOT_KERNELS = [
-    *(_aot_down(*types, gradient) for types in AOT_DTYPES for gradient in (False, True)),
+    *(aot_down(*types, gradient) for types in AOT_DTYPES for gradient in (False, True)),
     *(_aot_up_add(*types) for types in AOT_DTYPES),
 ]

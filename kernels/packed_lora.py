@@ -154,6 +154,9 @@ def compute_packed_lora(
     n_rows = x.shape[0]
     if not n_rows or not W.shape[0]:
         return x.new_empty(n_rows, W.shape[0])
+    if not A.shape[0]:
+        # No down projection is launched then, and a kernel that starts early would read x while it is written.
+        return torch.nn.functional.linear(x, W, bias)
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     launch = launch_few_rows if n_rows <= plan.most_few_rows else launch_many_rows

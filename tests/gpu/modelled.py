@@ -92,14 +92,16 @@ def many_rows_seconds(rows: int, K: int, widths: tuple[int, ...], rank: int, siz
     tiles = -(-rows // blocks["BLOCK_M"])
     parts = split_count(rows, K, ranks, blocks, down_programs(K))
     h = 4 * parts * rows * ranks
+    # Each block of rows reads A.
+    each = HALF * rows * K + size * ranks * K * tiles
     down = max(
-        gpu.seconds(HALF * rows * K + size * ranks * K + h),
-        HALF * (K // parts) * (blocks["BLOCK_M"] + ranks) / gpu.processor * -(-tiles * parts // 132) + gpu.start,
+        gpu.seconds(HALF * rows * K + size * ranks * K + h, cache=each + h),
+        each / (tiles * parts) / gpu.processor * -(-tiles * parts // 132) + gpu.start,
     )
     # Each block of columns reads its layer's part of h.
     update = gpu.seconds(HALF * rows * N + size * N * rank, cache=HALF * rows * N + h / len(widths) * N / COLUMN_BLOCK)
     matmul = gpu.seconds(HALF * (rows * K + N * K + 2 * rows * N), operations=2 * rows * K * N)
-    return down + update + matmul
+    return down + update - gpu.start + gpu.early + matmul
 
 
 def markdown() -> str:

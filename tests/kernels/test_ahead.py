@@ -39,17 +39,19 @@ EARLY = _packed_products.EARLY_KERNELS
 FIRST = list({(a.kernel, a.mma): a for a in reversed(RECORDS)}.values())
 
 
-def _within_limits(a: AotKernel, capability: int, *, aligned: bool) -> None:
+def _within_limits(a: AotKernel, capability: int, *, aligned: bool) -> CompiledKernel:
     c = compile_ahead(a, capability, aligned=aligned)
     assert not c.n_spills, f"{c.n_spills} bytes spilled with {c.n_regs} registers"
     assert c.shared_bytes <= SHARED[capability]
     # One of float32 factors would round them to ten bits, where exact products were promised.
     assert _multiplies(c) == a.mma
+    return c
 
 
 @pytest.mark.parametrize("a", EARLY, ids=str)
 def test_kernels_that_start_early_compile_where_a_gpu_lets_them(a) -> None:
-    _within_limits(a, 90, aligned=True)
+    c = _within_limits(a, 90, aligned=True)
+    assert ("griddepcontrol.wait" if a.launch_pdl else "griddepcontrol.launch_dependents") in c.ptx
 
 
 #: Name of a packed kernel -> registers of a thread and bytes of shared memory at most, and the matrix instructions in
@@ -65,6 +67,7 @@ PACKED = {
     "few_rows-bf16-fp32-256": (96, 5 * 16384, 8),
     "few_rows_down-bf16-bf16-1024": (64, 32768, 8),
     "few_rows_down-bf16-fp32-256": (96, 49152, 24),
+    "lora_down-bf16-bf16": (96, 24576, 16),
     "update-bf16-bf16": (128, 16384, 0),
     "update-bf16-fp32": (144, 24576, 0),
 }

@@ -11,6 +11,7 @@ import torch
 
 import adaptc
 from adaptc.errors import BackendError, RecompileError
+from adaptc.kernels import _packed_products
 from adaptc.kernels.lora_linear import reference_lora_linear
 from adaptc.kernels.packed_lora import (
     _PLANS,
@@ -202,3 +203,30 @@ def test_rows_that_lie_apart_are_copied_and_a_turned_weight_goes_to_the_library(
         assert {k.name: len(k.launches) for k in compiled} == dict(zip(FOUR, (1, 0, 0, 1), strict=True))
         packed_lora(*given)
         assert sum(len(k.launches) for k in compiled if k.name.startswith("_few")) == 2
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("launch", [_packed_products.launch_few_rows, _packed_products.launch_update])
+def test_the_second_kernel_starts_early_where_the_first_lets_it(launch: Any, early: bool) -> None:
+    launched: list[tuple[bool, bool]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **options: launched.append((options["EARLY"], options.get("launch_pdl", False)))
+
+    x, W, bias, A, B, table, scales, widths = arguments(torch.bfloat16)
+    layout = _packed_products.PackedLayout(W, bias, A, widths, lambda _: Kernel(), early)
+    launch(layout, x, W, bias, A, B, table, scales)
+    assert launched == [(early, False), (early, early)]
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("widths", [[70], [70, 5]], ids=["one", "siblings"])
+def test_an_adapter_of_rank_zero_is_the_base_s_matmul(widths: list[int], rows: int) -> None:
+    """No down projection is launched then, which a kernel that starts early would wait for."""
+    with fake_gpu() as compiled:
+        _, W, bias, *rest = arguments(torch.bfloat16, None, 1, widths, [0] * len(widths), K=64)
+        x = torch.randn(rows, 64).bfloat16()
+        found = packed_lora(x, W, bias, *rest)
+        assert not any(k.launches for k in compiled)
+    assert torch.equal(found, torch.nn.functional.linear(x, W, bias))
