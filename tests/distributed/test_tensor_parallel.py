@@ -72,9 +72,15 @@ def test_adapters_states_and_bases_go_into_shards(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_half_precision(tmp_path: Path) -> None:
-    """Sums of two processes are rounded to bfloat16 once more: 2 ** -8 of each loss at most."""
-    found = together(tmp_path, "half", jobs=JOBS)["half"]["losses"]
-    torch.testing.assert_close(found, half(tmp_path)["losses"], rtol=2**-8, atol=0)
+    """Sums of two processes are rounded to bfloat16 once more: 2 ** -8 of each loss at most, and of gradients in norm
+    what a few such roundings in a row make."""
+    found, expected = together(tmp_path, "half", jobs=JOBS)["half"], half(tmp_path)
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=2**-8, atol=0)
+    torch.testing.assert_close(found["norms"], expected["norms"], rtol=2**-6, atol=0)
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, g in expected["gradients"].items():
+        assert g.dtype == torch.float32
+        assert (found["gradients"][name] - g).norm() <= 2**-5 * g.norm(), name
 
 
 @pytest.mark.long

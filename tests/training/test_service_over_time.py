@@ -206,6 +206,25 @@ class Clients(RuleBasedStateMachine):
         assert list(found.tokens) == self.clients[client].greedy(prompt, 3)
 
     @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, 5), seed=st.integers(0, 99))
+    def save_adapter(self, which: int, seed: int) -> None:
+        """Between a client's gradients and its step, and in one batch of calls with another client's training."""
+        client = self.pick(which)
+        others = [c for c in self.clients if c is not client]
+        with self.waiting(0.3):
+            saved = client.save_adapter(self.path())
+            if others:
+                self._train(others[:1], [3, 2], seed)
+            found = load_file(saved.result(60) / "adapter_model.safetensors")
+        module = self.clients[client].module
+        for key, t in module.state_dict().items():
+            torch.testing.assert_close(found[key], t.detach(), rtol=1e-9, atol=1e-9)
+        model = adaptc.compile(base(), saved.result(60))
+        ids = torch.tensor([[1, 5, 9, 2]])
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, module(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+
+    @precondition(lambda self: self.clients)
     @rule(which=st.integers(0, 5))
     def save_state(self, which: int) -> None:
         client = self.pick(which)

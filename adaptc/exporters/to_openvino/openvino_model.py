@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from adaptc.exporters.to_openvino.adapter_tensors import fingerprint_of, read_te
 
 #: where a model's runtime information has the description
 RT_INFO_PATH = (METADATA_KEY, "description")
+#: the most requests that wait for calls, each with the adapter of its last call. They share the weights.
+MAX_IDLE = 4
 #: OpenVINO's name of an element type -> the name of the dtype
 _DTYPES: dict[str, str] = {
     **{f"f{n}": f"float{n}" for n in (16, 32, 64)},
@@ -95,10 +98,11 @@ class OpenVinoModel(RuntimeSession):
             raise BackendError(f"OpenVINO cannot open {path}: {runtime_error(error)}") from error
         super().__init__(path, text, read_adapter, make_rows)
         self._base = {n: self._as_value(v) for n, v in (read_tensors(base) if base.is_file() else {}).items()}
-        known = {n for port in self.compiled_model.inputs for n in port.get_names()}
-        if missing := self._inputs.by_name.keys() - (known & self._base.keys()):
+        #: name of an input -> its number, by which a request finds it ten times as fast
+        self._numbers = {n: i for i, port in enumerate(self.compiled_model.inputs) for n in port.get_names()}
+        if missing := self._inputs.by_name.keys() - (self._numbers.keys() & self._base.keys()):
             raise CheckpointError(f"{path} is described to have the input {min(missing)!r}, and has none")
-        #: requests that no call uses, each with the adapter that it was fed last
+        #: requests that no call uses, each with the adapter that it was fed last, the one used last at the end
         self._idle: list[tuple[Any, Mapping[str, Any]]] = []
 
     @property
@@ -131,17 +135,27 @@ class OpenVinoModel(RuntimeSession):
         return {**self._base, **self._all_values(adapter, adapters)}
 
     def _call(self, values: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-        try:
-            request, fed = self._idle.pop()  # one call of Python, so that no two threads get one request
-        except IndexError:
-            request, fed = self.compiled_model.create_infer_request(), None
+        request, fed = self._take_request(values)
         if fed is not values:
             for name, value in {**self._base, **values}.items():
-                request.set_tensor(name, value)
+                request.set_input_tensor(self._numbers[name], value)
         request.infer({n: v if self._is_value(v) else np.asarray(v) for n, v in inputs.items()}, share_inputs=True)
         found = {n: _to_array(request.get_tensor(n)) for n in outputs}
         self._idle.append((request, values))  # not after an error, which leaves a request in any state
         return found
+
+    def _take_request(self, values: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any] | None]:
+        """Return a request that no other call has, and the values that it was fed last: ``values`` where one was."""
+        # Each removal is one call of Python, so that no two threads get one request.
+        for idle in list(self._idle):
+            if idle[1] is values:
+                with suppress(ValueError):
+                    self._idle.remove(idle)
+                    return idle
+        if self.rows is not None or len(self._idle) >= MAX_IDLE:  # rows are stacked anew for many calls
+            with suppress(IndexError):
+                return self._idle.pop(0)
+        return self.compiled_model.create_infer_request(), None
 
     def _is_adapter_file(self, path: Path) -> bool:
         # PEFT's files end in .safetensors, too.
