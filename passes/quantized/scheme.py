@@ -114,7 +114,12 @@ class Scheme(ABC):
 
 
 def require_matrix(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` as float32. Raises ConfigError where it has other than two axes, or a value is not finite."""
+    """Return ``matrix`` as float32.
+
+    Raises ConfigError where it has other than two axes, is on the meta device, or has a value that is not finite.
+    """
+    if matrix.is_meta:
+        raise ConfigError("the weight is on the meta device and has no values: load the base first")
     if matrix.ndim != 2:
         raise ConfigError(f"a scheme stores matrices (rows, columns), and this tensor is {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):

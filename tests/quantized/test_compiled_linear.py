@@ -216,6 +216,43 @@ def test_inductor_compiles_them(scheme: str, dtype: torch.dtype) -> None:
             assert ("aten::_weight_int4pack_mm_for_cpu" in names) == (count <= 32), count
 
 
+class Turned(nn.Module):
+    """A layer whose input has its features first in memory, as behind a convolution."""
+
+    def __init__(self, columns: int, rows: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.up = nn.Conv1d(columns, columns, 3, padding=1), nn.Linear(columns, rows)
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.conv(x).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        ("int8_dynamic", torch.float32),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in BESIDE if case[0] != "int8_dynamic"),
+    ],
+    ids=str,
+)
+def test_inputs_with_their_features_first(scheme: str, dtype: torch.dtype) -> None:
+    """For a single row a compiler may choose strides that a kernel reads otherwise."""
+    model = adaptc.quantize(Turned(64, 48, dtype), scheme, target_modules=["up"])
+    config = LoraConfig(r=3, target_modules=["up"], init_lora_weights=False)
+    free = ({0: torch.export.Dim("batch", max=64), 2: torch.export.Dim("length", max=64)},)
+    x = torch.randn(3, 64, 5).to(dtype)
+    eager = adaptc.compile(model, config, example_inputs=x, dynamic_shapes=free)
+    prog = adaptc.compile(model, config, example_inputs=x, dynamic_shapes=free, backend="inductor")
+    adaptc.swap(prog, eager.binding)
+    allowed = 2 * TOLERANCE[dtype]
+    for batch, length in ((1, 1), (1, 2), (2, 1), (3, 7)):
+        x = torch.randn(batch, 64, length, generator=torch.Generator().manual_seed(length)).to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(prog(x), eager(x), rtol=allowed, atol=allowed)
+
+
 @pytest.mark.parametrize("count", [32, 33])
 def test_a_fixed_number_of_rows_is_compiled_for_its_kernel(count: int) -> None:
     model = adaptc.quantize(Net(64, 64, torch.bfloat16), "int4", exclude=["down"])

@@ -91,6 +91,26 @@ def test_inputs_that_lie_apart():
         assert relative(fast_linear(x, q, None), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("stride", [1, 7, 64, 1000])
+@pytest.mark.parametrize("name", ["int8_dynamic", "int8", "int4"])
+def test_one_row_of_any_stride(name, stride):
+    """torch counts the strides of a single row as equal, and a kernel may not."""
+    q = weight(name)
+    x = torch.empty_strided((1, 64), (stride, 1), dtype=torch.bfloat16).copy_(torch.randn(1, 64))
+    assert x.is_contiguous()
+    assert torch.equal(fast_linear(x, q, None), fast_linear(x.clone().view(-1).view(1, 64), q, None))
+    inputs = q.scheme.round_input(x.float()) if name == "int8_dynamic" else x.float()
+    assert relative(fast_linear(x, q, None), F.linear(inputs, q.dequantize().float())) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("out", [1, 2, 5])
+def test_rounded_inputs_of_one_column(out, rows):
+    q = weight("int8_dynamic", out, 1, torch.float32)
+    x = torch.randn(rows, 1)
+    torch.testing.assert_close(F.linear(x, q), x * q.dequantize().t(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("rows", "columns", "group"), [(40, 64, 32), (48, 64, 16), (48, 60, 4)])
 def test_sizes_that_the_int4_kernel_does_not_take(rows, columns, group):
     torch.manual_seed(0)

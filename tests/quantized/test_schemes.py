@@ -152,6 +152,7 @@ def test_damage_is_named():
 def test_weights_that_cannot_be_stored():
     for weight, reason in (
         (torch.full((2, 4), float("inf")), "not finite"),
+        (torch.empty((2, 4), device="meta"), "on the meta device and has no values: load the base first"),
         (torch.randn(2, 3, 4), "matrices"),
     ):
         with pytest.raises(ConfigError, match=reason):
