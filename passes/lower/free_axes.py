@@ -40,30 +40,53 @@ class FreeSize:
 
 
 def free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, FreeSize]]:
-    """Return slot FQN -> axis -> how its size follows from a free size, for the free axes of slots."""
+    """Return slot FQN -> axis -> how its size follows from a free size, for the free axes of slots.
+
+    Sites that share a slot with a rank have one rank.
+    """
     axes_by_slot: dict[str, dict[int, FreeSize]] = {}
-    for n, a in enumerate(attachments):
-        op = ops[a.id]
+    ranks = [_SiteRank.of(n, a, ops[a.id]) for n, a in enumerate(attachments)]
+    groups: dict[str, list[_SiteRank]] = {}
+    for rank in ranks:
+        joined = list({id(g): g for slot in rank.times if (g := groups.get(slot)) is not None}.values())
+        group = [*(member for g in joined for member in g), rank]
+        groups |= {slot: group for member in group for slot in member.times}
+    for rank in ranks:
+        group = next((groups[slot] for slot in rank.times), [rank])
+        # Inductor reads a symbol off an axis whose size is that symbol alone. Stacked experts have no axis of the
+        # rank itself, only rank times experts, so the symbol is that multiple of the rank.
+        unit = gcd(*(t for member in group for axes in member.times.values() for t in axes.values())) or 1
+        name, is_rank = f"rank_{group[0].number}", all(member.is_rank for member in group)
+        for slot, axes in rank.times.items():
+            axes_by_slot.setdefault(slot, {i: FreeSize(name, t // unit, unit, is_rank) for i, t in axes.items()})
+        for slot, axes in rank.apart.items():
+            axes_by_slot.setdefault(slot, {i: FreeSize(f"size_{rank.number}_{s}", 1) for i, s in axes.items()})
+    return axes_by_slot
+
+
+@dataclass(frozen=True)
+class _SiteRank:
+    """The free axes of one site: slot FQN -> axis -> multiple of the rank, and those that have ``apart`` sizes by name.
+
+    ``is_rank`` is False where the size that the first are multiples of is no rank.
+    """
+
+    number: int
+    times: Mapping[str, Mapping[int, int]]
+    apart: Mapping[str, Mapping[int, str]]
+    is_rank: bool
+
+    @classmethod
+    def of(cls, number: int, a: Attachment, op: Op) -> _SiteRank:
         small = a.method.sizes.minimal(op)
         ranked = small != a.method or (small.sizes.minimal(op) == small and small.sizes.rank() is not None)
         ranked = ranked and not a.method.sizes.exact
         # The smallest method has rank two, times the groups or experts that share an axis.
-        specs = small.slots(op)
+        specs = {s: spec for s, spec in small.slots(op).items() if spec.free}
         times = {
-            s: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free}
+            a.slots[s]: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free}
             for s, spec in specs.items()
             if not spec.apart
         }
-        # Inductor reads a symbol off an axis whose size is that symbol alone. Stacked experts have no axis of the
-        # rank itself, only rank times experts, so the symbol is that multiple of the rank.
-        unit = gcd(*(t for axes in times.values() for t in axes.values())) or 1
-        for slot, axes in times.items():
-            axes_by_slot.setdefault(
-                a.slots[slot], {i: FreeSize(f"rank_{n}", t // unit, unit, ranked) for i, t in axes.items()}
-            )
-        for slot, spec in specs.items():
-            if spec.apart:
-                axes_by_slot.setdefault(
-                    a.slots[slot], {i: FreeSize(f"size_{n}_{s}", 1) for i, s in spec.size_names(slot).items()}
-                )
-    return axes_by_slot
+        apart = {a.slots[s]: spec.size_names(s) for s, spec in specs.items() if spec.apart}
+        return cls(number, times, apart, ranked)
