@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import gcd
 
 from adaptc.passes.graph.ops import Op
@@ -48,8 +49,8 @@ def free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[
     ranks = [_SiteRank.of(n, a, ops[a.id]) for n, a in enumerate(attachments)]
     groups: dict[str, list[_SiteRank]] = {}
     for rank in ranks:
-        joined = list({id(g): g for slot in rank.times if (g := groups.get(slot)) is not None}.values())
-        group = [*(member for g in joined for member in g), rank]
+        joined = {id(groups[slot]): groups[slot] for slot in rank.times if slot in groups}
+        group = [*chain.from_iterable(joined.values()), rank]
         groups |= {slot: group for member in group for slot in member.times}
     for rank in ranks:
         group = next((groups[slot] for slot in rank.times), [rank])
