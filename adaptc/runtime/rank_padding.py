@@ -147,9 +147,9 @@ def pad_to_buckets(
     padded, position_of = list(values), {n: i for i, n in enumerate(names)}
     for a in attachments:
         op, method = ops[a.id], a.method
-        followers = {n for n, s in method.slots(op).items() if s.free and not s.apart}
+        followers = {n: s.free for n, s in method.slots(op).items() if s.free and not s.apart}
         have = {n: tuple(padded[position_of[a.slots[n]]].shape) for n in followers}
-        wanted = {} if method.sizes.exact else _bucket_shapes(method, op, have)
+        wanted = {} if method.sizes.exact else _bucket_shapes(method, op, have, followers)
         how = (find_paddings(method, op, a.form) or {}) if wanted != have else {}
         for slot in wanted.keys() & how.keys():
             i = position_of[a.slots[slot]]
@@ -157,9 +157,14 @@ def pad_to_buckets(
     return padded
 
 
-def _bucket_shapes(method: Method, op: Op, have: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of slots at the smallest bucket that holds shapes ``have``; {} where there is none."""
-    sizes = [n for shape in have.values() for n in shape]
+def _bucket_shapes(
+    method: Method, op: Op, have: Mapping[str, tuple[int, ...]], free: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of slots at the smallest bucket that holds shapes ``have``; {} where there is none.
+
+    ``free`` are the axes that follow the rank. Others may be longer than the site's, in a slot that sites share.
+    """
+    sizes = [have[n][i] for n, axes in free.items() for i in axes]
     rank = SMALLEST_BUCKET
     while sizes and all(sizes) and rank < 2 * max(*sizes, SMALLEST_BUCKET):
         larger = method.sizes.with_rank(op, rank)
@@ -169,7 +174,10 @@ def _bucket_shapes(method: Method, op: Op, have: Mapping[str, tuple[int, ...]]) 
             break
         if not have.keys() <= specs.keys():
             break
-        shapes = {n: tuple(specs[n].shape) for n in have}
+        shapes = {
+            n: tuple(specs[n].shape[i] if i in free[n] else size for i, size in enumerate(shape))
+            for n, shape in have.items()
+        }
         if all(w >= h for n in have for h, w in zip(have[n], shapes[n], strict=True)):
             return shapes
         rank *= 2

@@ -17,14 +17,8 @@ from adaptc import LoraConfig
 from adaptc.exporters.input_description import describe, parse_description
 from adaptc.exporters.slot_program import SlotProgram, as_input, make_slot_program
 from tests.support.method_table import ENTRIES
-from tests.support.subject import (
-    adapter_parameters,
-    assert_close,
-    assert_valid,
-    quiet,
-    save_random_adapter,
-    subject,
-)
+from tests.support.several_layers import at_several_layers
+from tests.support.subject import assert_close, assert_valid, quiet, save_random_adapter, subject
 
 CASES = [(e.name, "linear") for e in ENTRIES if "linear" in e.layers()]
 CASES += [(e.name, e.layers()[0]) for e in ENTRIES if "linear" not in e.layers()]
@@ -85,44 +79,17 @@ def test_every_method(entry: str, layer: str, tmp_path: Path) -> None:
     assert [x.name for x in described.inputs] == [i.name for i in made.inputs]
 
 
-class Several(nn.Module):
-    """Two layers of one size, and one of another, so that what an adapter shares is shared by all."""
-
-    def __init__(self, widths: tuple[int, int]) -> None:
-        super().__init__()
-        inner, outer = widths
-        layers = {"a": (inner, outer), "b": (inner, outer), "c": (outer, inner)}
-        self.parts = nn.ModuleDict({n: nn.ModuleDict({"layer": nn.Linear(*sizes)}) for n, sizes in layers.items()})
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b, c = (part["layer"] for part in self.parts.values())
-        return c(torch.tanh(a(x)) + b(x)) + x
-
-
 @pytest.mark.few(8)
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES if "linear" in e.layers()])
 def test_every_method_at_several_layers(entry: str) -> None:
-    s = subject(entry, "linear")
-    torch.manual_seed(3)
-    base, x = Several(s.entry.widths).double(), torch.randn(5, s.entry.widths[0], dtype=torch.float64)
-    # These divide a layer's outputs by a number that does not divide its inputs.
-    one_size = {"exclude_modules": ["parts.c.layer"]} if entry.startswith(("road", "miss_mini")) else {}
-    programs = []
-    for changes in ({}, s.entry.other_config):
-        with quiet():
-            config = s.config(**one_size, **changes)
-            programs.append(adaptc.compile(base, config, example_inputs=x))
-            with torch.no_grad():
-                for key, p in adapter_parameters(programs[-1]).items():
-                    if p.is_floating_point():
-                        p.copy_(s.entry.random_tensor(key, p))
+    programs, x = at_several_layers(subject(entry, "linear"))
     made = make_slot_program(programs[0])
     for p in programs:
         with torch.no_grad():
             wanted = p(x)
         found = run(made, {**p.binding.values, **p.binding.changed_base}, x)
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * float(wanted.abs().max()))
-    assert_close(run(made, {}, x), base(x), 1e-8)
+    assert_close(run(made, {}, x), programs[0].base(x), 1e-8)
 
 
 def test_names_are_those_of_peft(tmp_path: Path) -> None:
