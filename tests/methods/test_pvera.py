@@ -71,7 +71,7 @@ def test_swaps_to_other_ranks_sites_and_projections(tmp_path):
 def test_ranks_can_be_padded(kind, sample):
     layer = {
         "linear": Op("linear", (7, 5), torch.ops.aten.linear.default, ()),
-        "conv2d": Op("conv2d", (6, 2, 3, 3), torch.ops.aten.conv2d.default, ([1, 1], [1, 1], [1, 1], 3)),
+        "conv2d": Op("conv2d", (6, 2, 3, 3), torch.ops.aten.conv2d.default, ((1, 1), (1, 1), (1, 1), 3)),
     }[kind]
     assert find_paddings(Pvera(r=2, sample=sample), layer, "apply")
     assert find_paddings(Pvera(r=2, sample=sample), layer, "weight")

@@ -53,7 +53,8 @@ def base_path(path: Path) -> Path:
 class OpenVinoModel(RuntimeSession):
     """An OpenVINO model with adapters by name, of which each call takes one or none.
 
-    Calls may come from any thread. A call keeps the adapter that had its name when it began.
+    Calls may come from any thread. A call keeps the adapter that had its name when it began. Up to four requests wait
+    for calls with the adapter of their last one, so that adapters in turn are not fed anew.
 
     Args:
         path: the ``.xml`` file.
