@@ -55,7 +55,7 @@ from adaptc.runtime.hoisted_values import HoistedInputs
 from adaptc.runtime.inductor import compile_lifted
 from adaptc.runtime.mutated_buffers import copy_sharing_memory, written_placeholders
 from adaptc.runtime.options import PACK_DTYPES, RunOptions
-from adaptc.runtime.strides import CompiledStrides, lay_out_lifted
+from adaptc.runtime.strides import CompiledStrides, pad_and_lay_out
 from adaptc.runtime.variants.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.variants.graph_variants import PLAIN, Fusion, GraphVariants, LiftedGraph, read_sizes
 from adaptc.runtime.weight_buffers import SiblingBuffers, begin_reading, end_reading, is_packable
@@ -254,7 +254,7 @@ class Executor:
         packs = [p.name for p in variant.sibling_packs]
         # These hold no executor: a cycle would keep a base until the next garbage collection.
         lay = partial(
-            lay_out_lifted,
+            pad_and_lay_out,
             names=[*self.lifted_names, *packs],
             graph_names=[*names, *packs],
             attachments=self.attachments,

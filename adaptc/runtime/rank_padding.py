@@ -1,9 +1,11 @@
 """Find how to pad slots to a larger rank without changing what their site computes.
 
-Compiled code has fixed shapes, so a package holds slots for one rank, and smaller adapters are padded up to it. The
-right padding depends on how a method lays its tensors out: stacked experts keep one block of ranks per expert. Methods
-do not declare it. The few possible paddings are tried on random values, and one that leaves the method's own result
-unchanged is taken.
+Compiled code has fixed shapes, so a package holds slots for one rank, and smaller adapters are padded up to it. A
+recorded call has fixed shapes, too: its adapters are padded to one of a few ranks.
+
+The right padding depends on how a method lays its tensors out: stacked experts keep one block of ranks per expert.
+Methods do not declare it. The few possible paddings are tried on random values, and one that leaves the method's own
+result unchanged is taken.
 """
 
 from __future__ import annotations
@@ -65,6 +67,11 @@ def find_paddings(method: Method, op: Op, form: str) -> Mapping[str, Padding] | 
     ``form`` is the form the site was injected in, "apply" or "weight". Returns None where the method has no rank, or
     where no padding works.
     """
+    with torch.device("cpu"):  # whatever the caller's default device is
+        return _try_paddings(method, op, form)
+
+
+def _try_paddings(method: Method, op: Op, form: str) -> Mapping[str, Padding] | None:
     method = method.noiseless()  # random numbers would differ from one try to the next
     small, large = (method.sizes.with_rank(op, n * op.groups) for n in (2, 5))
     if small is None or large is None:

@@ -4,7 +4,8 @@ A tensor may have any strides: it may be transposed, expanded or a slice. It is 
 layout already.
 
 :class:`CompiledStrides` lays out the inputs of compiled code as it was compiled for. An input of other strides is
-copied. What the code writes to such a copy is then written to the caller's tensor, too.
+copied. What the code writes to such a copy is then written to the caller's tensor, too. :func:`pad_and_lay_out` first
+pads the ranks of an adapter, where the code is for other ones.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class CompiledStrides:
                 write_back(flat[i], laid_out[i], f"number {i}")
 
 
-def lay_out_lifted(
+def pad_and_lay_out(
     values: list[Any],
     *,
     names: Sequence[str | None],

@@ -145,7 +145,7 @@ def _int8_dynamic(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     values = x.float()
     steps = values.abs().amax(-1, keepdim=True) / 127
     codes = (values / torch.where(steps == 0, 1.0, steps)).round().to(torch.int8)
-    # The kernel reads other memory where a matrix of one row has other strides than these, which others count as equal.
+    # torch counts any stride of an axis of size one as contiguous. The kernel does not, and would read other memory.
     codes = torch.as_strided(codes, codes.shape, (codes.shape[1], 1))
     weight = tensors["codes"]
     sums: Tensor = aten._int_mm(codes, weight.reshape(1, -1) if weight.shape[1] == 1 else weight.t())

@@ -72,8 +72,7 @@ def test_adapters_states_and_bases_go_into_shards(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_half_precision(tmp_path: Path) -> None:
-    """Sums of two processes are rounded to bfloat16 once more: 2 ** -8 of each loss at most, and of gradients in norm
-    what a few such roundings in a row make."""
+    """Sums of two processes are rounded to bfloat16 once more, by up to 2 ** -8. Gradients take several in a row."""
     found, expected = together(tmp_path, "half", jobs=JOBS)["half"], half(tmp_path)
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=2**-8, atol=0)
     torch.testing.assert_close(found["norms"], expected["norms"], rtol=2**-6, atol=0)

@@ -82,6 +82,7 @@ def test_a_change_of_adapters_feeds_nothing_anew(program: adaptc.AdaptedProgram,
         torch.testing.assert_close(run(model, {"x": inputs(3, 5)}, name), wanted[name], rtol=1e-4, atol=1e-5)
     assert model.compiled_model.fed == fed
     model.delete_adapter("0")
+    assert sorted(values is model._values("1") for _, values in model._idle) == [False, True]
     model.load_adapter("0", program.bind({n: t * 0.5 for n, t in adapter_tensors(program).items()}))
     changed = run(model, {"x": inputs(3, 5)}, "0")
     assert not torch.allclose(changed, wanted["0"], rtol=1e-2)

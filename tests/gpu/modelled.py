@@ -101,6 +101,7 @@ def many_rows_seconds(rows: int, K: int, widths: tuple[int, ...], rank: int, siz
     # Each block of columns reads its layer's part of h.
     update = gpu.seconds(HALF * rows * N + size * N * rank, cache=HALF * rows * N + h / len(widths) * N / COLUMN_BLOCK)
     matmul = gpu.seconds(HALF * (rows * K + N * K + 2 * rows * N), operations=2 * rows * K * N)
+    # The update starts before the down projection has ended.
     return down + update - gpu.start + gpu.early + matmul
 
 

@@ -62,3 +62,14 @@ def test_a_padding_that_changes_the_result_is_not_taken():
     op = Op("linear", (7, 5), torch.ops.aten.linear.default)
     assert find_paddings(lora(), op, "weight")
     assert find_paddings(Averaged(**vars(lora())), op, "weight") is None
+
+
+def test_the_caller_s_default_device_does_not_matter():
+    method = lora()
+    find_paddings.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        found = find_paddings(method, Op("linear", (7, 5), torch.ops.aten.linear.default), "apply")
+    finally:
+        torch.set_default_device(None)
+    assert found

@@ -30,9 +30,8 @@ class _Log(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 t = args[i] if i < len(args) else kwargs.get(argument.name)
                 if isinstance(t, Tensor):
-                    self.before.setdefault(
-                        t.untyped_storage().data_ptr(), (t.detach(), t.clone())
-                    )  # may be reshaped in place
+                    # An op may give the tensor another shape in place.
+                    self.before.setdefault(t.untyped_storage().data_ptr(), (t.detach(), t.clone()))
         out = func(*args, **kwargs)
         # Other tensors of the same memory, which these stay on: a graph has addresses.
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))

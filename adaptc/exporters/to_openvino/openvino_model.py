@@ -19,7 +19,7 @@ from adaptc.exporters.to_openvino.adapter_tensors import fingerprint_of, read_te
 
 #: where a model's runtime information has the description
 RT_INFO_PATH = (METADATA_KEY, "description")
-#: the most requests that wait for calls, each with the adapter of its last call. They share the weights.
+#: the number of waiting requests from which on another adapter takes one of them in place of a new one
 MAX_IDLE = 4
 #: OpenVINO's name of an element type -> the name of the dtype
 _DTYPES: dict[str, str] = {
@@ -53,8 +53,8 @@ def base_path(path: Path) -> Path:
 class OpenVinoModel(RuntimeSession):
     """An OpenVINO model with adapters by name, of which each call takes one or none.
 
-    Calls may come from any thread. A call keeps the adapter that had its name when it began. Up to four requests wait
-    for calls with the adapter of their last one, so that adapters in turn are not fed anew.
+    Calls may come from any thread. A call keeps the adapter that had its name when it began. Requests keep the adapter
+    of their last call, so that up to four adapters take turns without being fed anew.
 
     Args:
         path: the ``.xml`` file.
@@ -142,8 +142,18 @@ class OpenVinoModel(RuntimeSession):
                 request.set_input_tensor(self._numbers[name], value)
         request.infer({n: v if self._is_value(v) else np.asarray(v) for n, v in inputs.items()}, share_inputs=True)
         found = {n: _to_array(request.get_tensor(n)) for n in outputs}
-        self._idle.append((request, values))  # not after an error, which leaves a request in any state
+        # Not after an error, which leaves a request in any state, nor with an adapter that was deleted meanwhile.
+        if self.rows is not None or not values or any(v is values for v in self._adapters.values()):
+            self._idle.append((request, values))
         return found
+
+    def delete_adapter(self, name: str) -> None:
+        values = self._values(name)
+        super().delete_adapter(name)
+        for idle in list(self._idle):  # they would keep its tensors
+            if idle[1] is values:
+                with suppress(ValueError):
+                    self._idle.remove(idle)
 
     def _take_request(self, values: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any] | None]:
         """Return a request that no other call has, and the values that it was fed last: ``values`` where one was."""
