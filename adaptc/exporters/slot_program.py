@@ -22,10 +22,12 @@ from adaptc.errors import ConfigError
 from adaptc.exporters.identity_inputs import identity_binding, ranks_that_may_be_zero
 from adaptc.exporters.plain_program import plain_program
 from adaptc.passes.graph.graph_lock import with_graph_lock
+from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.ops import Op
 from adaptc.passes.lower.free_axes import FreeSize, free_axes
 from adaptc.passes.lower.slots_to_inputs import SlotsToInputs
 from adaptc.passes.lower.unused_slots import find_unused_slots
+from adaptc.passes.optimize.early_scales import EarlyScales
 from adaptc.passes.protocol.attachment import Attachment
 from adaptc.passes.quantized.quantized_tensor import QuantizedTensor
 from adaptc.program.files.stored_sites import StoredSite
@@ -120,7 +122,10 @@ def make_slot_program(
     described = describe_inputs(attachments, program.ops, current, unused)
     arguments = argument_names(described, plain)
     made = SlotsToInputs({d.fqn: arguments[d.name] for d in described}, free, max_rank)(plain)
-    empty = ranks_that_may_be_zero(made.output.graph, made.data) if identity == "empty" else ()
+    lifted = LiftedProgram(made.output)
+    EarlyScales()(lifted.graph)
+    converted = lifted.finish()
+    empty = ranks_that_may_be_zero(converted.graph, made.data) if identity == "empty" else ()
     values = identity_binding(spec, binding.config, empty=empty).values
     inputs = [
         replace(
@@ -132,7 +137,7 @@ def make_slot_program(
         for d in described
     ]
     return SlotProgram(
-        made.output, inputs, made.data, current, stored_sites(spec), program.adaptation.header(binding), base_of(spec)
+        converted, inputs, made.data, current, stored_sites(spec), program.adaptation.header(binding), base_of(spec)
     )
 
 

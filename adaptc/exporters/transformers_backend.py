@@ -16,6 +16,7 @@ from typing import Any
 
 from adaptc.errors import BackendError, ConfigError
 from adaptc.exporters.prepare_export import PreparedExport, prepare_inputs
+from adaptc.exporters.to_onnx.base_branch import add_base_branch
 from adaptc.exporters.to_onnx.onnx_adapter import read_adapter
 from adaptc.exporters.to_onnx.program_to_onnx import add_defaults, with_contiguous_views
 from adaptc.exporters.to_onnx.session import OnnxSession, quiet_options
@@ -122,6 +123,7 @@ def _backend_classes() -> tuple[type[Any], type[Any]]:
             for value in program.graph.inputs:
                 value.name = names.get(value.name, value.name)
             add_defaults(program, prepared)
+            add_base_branch(program, prepared)
             # Calls drop keywords that the export was not traced with.
             metadata.kwargs[ADAPTER_ARGUMENT] = {"container": "str"}
             return program, metadata

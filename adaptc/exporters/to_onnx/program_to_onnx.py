@@ -24,6 +24,7 @@ from adaptc.bank.bank import Bank
 from adaptc.errors import BackendError
 from adaptc.exporters.adapter_feeds import METADATA_KEY
 from adaptc.exporters.prepare_export import PreparedExport, prepare_export
+from adaptc.exporters.to_onnx.base_branch import add_base_branch
 from adaptc.passes.graph.graph_lock import hold_graph_lock
 from adaptc.passes.graph.lifted import LiftedProgram
 from adaptc.passes.graph.propagate import propagate_fakes
@@ -40,6 +41,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     adapters: Literal["inputs", "merged", "rows"] = "inputs",
+    base_branch: bool = True,
 ) -> Path:
     """Write a program as an ONNX file that takes any adapter in each call, or has the current one merged in.
 
@@ -50,6 +52,9 @@ def export_onnx(
     With "rows", each row of a batch may have adapters of its own, as in a :class:`Bank`. A session takes
     ``adapters=["fr", None, {"fr": 0.5, "de": 0.5}]``. The adapters in a bank are not written: sessions load them.
 
+    With "inputs", a call without an adapter takes a branch of the graph that has no node of an adapter. So it costs
+    what the exported base costs. Methods whose base needs values, such as DoRA and IA3, have no such branch.
+
     The weights lie beside the graph, in a file with ``.data`` added to the name. Neither needs adaptc. Free sizes of
     the program stay free.
 
@@ -58,6 +63,8 @@ def export_onnx(
             then limits the adapters. Methods whose adapters are computed one after the other need its ``capacity``.
         path: the file to write, whose name ends in ``.onnx``.
         adapters: "inputs", "merged" or "rows".
+        base_branch: whether calls without an adapter get the branch. False is for tools that change one graph and not
+            its branches, such as ``quantize_dynamic`` of ONNX Runtime.
 
     Returns:
         the path of the file.
@@ -78,15 +85,23 @@ def export_onnx(
     """
     path = Path(path)
     return write_onnx(
-        prepare_export(program, path, adapters, suffix=".onnx", kind="an ONNX file", takes_rows=True), path
+        prepare_export(program, path, adapters, suffix=".onnx", kind="an ONNX file", takes_rows=True),
+        path,
+        base_branch=base_branch,
     )
 
 
-def write_onnx(prepared: PreparedExport, path: Path, others: Mapping[str, bytes] = MappingProxyType({})) -> Path:
+def write_onnx(
+    prepared: PreparedExport,
+    path: Path,
+    others: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    base_branch: bool = True,
+) -> Path:
     """Write a program to ``path``, whose weights lie beside it in a file with ``.data`` added to the name.
 
     Its adapter's inputs may be left out by callers. The file keeps their description. ``others`` are further files
-    beside it. Existing files stay as they are where an error is raised.
+    beside it. ``base_branch`` is that of :func:`export_onnx`. Existing files stay as they are where an error is raised.
 
     Raises BackendError for a program that cannot be converted, and CheckpointError where the file cannot be written.
     """
@@ -96,6 +111,8 @@ def write_onnx(prepared: PreparedExport, path: Path, others: Mapping[str, bytes]
     model: Any = converted.model
     converted.rename_axes(_axis_names(model, len(own)) | dict(prepared.size_names))
     add_defaults(model, prepared)
+    if base_branch:
+        add_base_branch(model, prepared)
     data = path.name + ".data"
     with explain_write_errors(path), stage(f"writing {path.name}"), open_stage(path.parent) as folder:
         converted.save(folder / path.name, external_data=True)
