@@ -82,7 +82,7 @@ def open_adapted(runtime: str, path: Path) -> Any:
         return adaptc.exporters.onnx_session(path, session_options=_with_threads(quiet_options()))
     if runtime == "openvino":
         threads = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        return adaptc.exporters.openvino_model(path, config=threads)
+        return adaptc.exporters.openvino_model(path, config=threads, separate_base=True)
     return adaptc.exporters.executorch_model(path)
 
 

@@ -50,7 +50,11 @@ def save_openvino_adapter(
 
 
 def openvino_model(
-    path: str | os.PathLike[str], *, device: str = "CPU", config: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    *,
+    device: str = "CPU",
+    config: Mapping[str, Any] | None = None,
+    separate_base: bool = False,
 ) -> OpenVinoModel:
     """Open a model that :func:`export_openvino` wrote, for calls that each choose an adapter by name.
 
@@ -59,6 +63,8 @@ def openvino_model(
         device: the device of OpenVINO, such as "CPU" or "GPU".
         config: the properties that OpenVINO compiles the model with. None sets ``INFERENCE_PRECISION_HINT`` to "f32",
             without which OpenVINO computes in bfloat16 on some processors.
+        separate_base: whether calls without an adapter have a compiled model of their own. They then cost what the
+            exported base costs, and the base weights take memory twice.
 
     Returns:
         the model.
@@ -66,10 +72,14 @@ def openvino_model(
     Raises:
         CheckpointError: the files are damaged or missing, or of another writer.
         BackendError: OpenVINO is not installed, or cannot run the program.
+        ConfigError: with ``separate_base``, the base needs inputs of the adapter, as that of DoRA does; or the file has
+            an adapter for each row, or a merged one.
 
     Example:
         >>> model = adaptc.exporters.openvino_model(adaptc.exporters.export_openvino(prog, "model.xml"))
         >>> model.run({"input": x.numpy()})["output"].shape
         (2, 3)
     """
-    return OpenVinoModel(Path(path), lambda a, text: described_tensors(text, "the model", a), device, config, RowStacks)
+    return OpenVinoModel(
+        Path(path), lambda a, text: described_tensors(text, "the model", a), device, config, RowStacks, separate_base
+    )

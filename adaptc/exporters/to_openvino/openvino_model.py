@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptc.errors import BackendError, CheckpointError
+from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.exporters.adapter_feeds import METADATA_KEY
 from adaptc.exporters.file_seal import check_seal
 from adaptc.exporters.runtime_session import MakeRows, ReadAdapter, RuntimeSession, other_model_error, runtime_error
 from adaptc.exporters.to_openvino.adapter_tensors import fingerprint_of, read_tensors
+from adaptc.exporters.to_openvino.base_model import remove_adapter
 
 #: where a model's runtime information has the description
 RT_INFO_PATH = (METADATA_KEY, "description")
@@ -63,6 +64,7 @@ class OpenVinoModel(RuntimeSession):
         device: the device of OpenVINO, such as "CPU".
         config: the properties that the model is compiled with; None for ``INFERENCE_PRECISION_HINT`` of "f32".
         make_rows: what stacks the adapters of rows, for files in which each row has its own; None refuses such files.
+        separate_base: whether calls without an adapter have a compiled model of their own.
 
     Attributes:
         compiled_model: the ``openvino.CompiledModel``.
@@ -85,6 +87,7 @@ class OpenVinoModel(RuntimeSession):
         device: str = "CPU",
         config: Mapping[str, Any] | None = None,
         make_rows: MakeRows | None = None,
+        separate_base: bool = False,
     ) -> None:
         self._ov = import_openvino()
         base = base_path(path)
@@ -105,6 +108,9 @@ class OpenVinoModel(RuntimeSession):
             raise CheckpointError(f"{path} is described to have the input {min(missing)!r}, and has none")
         #: requests that no call uses, each with the adapter that it was fed last, the one used last at the end
         self._idle: list[tuple[Any, Mapping[str, Any]]] = []
+        #: what computes calls without an adapter where they have a model of their own, and its waiting requests
+        self._base_model: Any = self._compile_base(core, device, options) if separate_base else None
+        self._idle_base: list[Any] = []
 
     @property
     def input_names(self) -> list[str]:
@@ -135,13 +141,49 @@ class OpenVinoModel(RuntimeSession):
         """
         return {**self._base, **self._all_values(adapter, adapters)}
 
+    def _compile_base(self, core: Any, device: str, options: Mapping[str, Any]) -> Any:
+        """Return the compiled model of the base. Raises ConfigError where the base needs inputs of the adapter."""
+        if self.rows is not None or self.is_merged:
+            raise ConfigError(
+                f"separate_base=True is for files that take one adapter for all rows of a call, and {self.path} is "
+                "another file: open it without separate_base"
+            )
+        try:
+            model = core.read_model(str(self.path))
+            needed = remove_adapter(self._ov, model, {n: tuple(v.shape) for n, v in self._base.items()})
+            compiled = None if needed else core.compile_model(model, device, options)
+        except Exception as error:  # the classes of its errors are not public
+            reason = runtime_error(error)
+            raise BackendError(f"OpenVINO cannot take the adapter out of {self.path}: {reason}") from error
+        if needed:
+            raise ConfigError(
+                f"separate_base=True needs a base without inputs of the adapter, and {self.path} computes its base "
+                f"with {needed[0]!r}: open it without separate_base"
+            )
+        return compiled
+
+    def _call_base(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        try:
+            request = self._idle_base.pop()
+        except IndexError:
+            request = self._base_model.create_infer_request()
+        found = self._infer(request, inputs, outputs)
+        if len(self._idle_base) < MAX_IDLE:
+            self._idle_base.append(request)
+        return found
+
+    def _infer(self, request: Any, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        request.infer({n: v if self._is_value(v) else np.asarray(v) for n, v in inputs.items()}, share_inputs=True)
+        return {n: _to_array(request.get_tensor(n)) for n in outputs}
+
     def _call(self, values: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        if self._base_model is not None and not values:
+            return self._call_base(inputs, outputs)
         request, fed = self._take_request(values)
         if fed is not values:
             for name, value in {**self._base, **values}.items():
                 request.set_input_tensor(self._numbers[name], value)
-        request.infer({n: v if self._is_value(v) else np.asarray(v) for n, v in inputs.items()}, share_inputs=True)
-        found = {n: _to_array(request.get_tensor(n)) for n in outputs}
+        found = self._infer(request, inputs, outputs)
         # Not after an error, which leaves a request in any state, nor with an adapter that was deleted meanwhile.
         if self.rows is not None or not values or any(v is values for v in self._adapters.values()):
             self._idle.append((request, values))
