@@ -63,8 +63,8 @@ def openvino_model(
         device: the device of OpenVINO, such as "CPU" or "GPU".
         config: the properties that OpenVINO compiles the model with. None sets ``INFERENCE_PRECISION_HINT`` to "f32",
             without which OpenVINO computes in bfloat16 on some processors.
-        separate_base: whether calls without an adapter have a compiled model of their own. They then cost what the
-            exported base costs, and the base weights take memory twice.
+        separate_base: whether calls without an adapter have a compiled model of their own. They then cost
+            nearly what the exported base costs, and the base weights take memory twice.
 
     Returns:
         the model.

@@ -173,7 +173,8 @@ class OpenVinoModel(RuntimeSession):
         return found
 
     def _infer(self, request: Any, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-        request.infer({n: v if self._is_value(v) else np.asarray(v) for n, v in inputs.items()}, share_inputs=True)
+        given = {n: v if self._is_value(v) else np.asarray(v) for n, v in inputs.items()}
+        request.infer(given, share_inputs=True, share_outputs=True)  # or it copies all outputs, which is done below
         return {n: _to_array(request.get_tensor(n)) for n in outputs}
 
     def _call(self, values: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
