@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import IA3Config, LoraConfig
+from adaptc.exporters.prepare_export import PreparedExport
+from adaptc.exporters.slot_program import SlotInput
+from adaptc.exporters.to_onnx.base_branch import add_base_branch
 from adaptc.exporters.to_onnx.session import quiet_options
 from tests.exporters.test_slot_program import Net, compiled, inputs
 from tests.support.oracle import quiet
@@ -151,3 +155,58 @@ def test_methods_whose_base_needs_values_compute_it_in_both_branches(tmp_path: P
     for adapter, expected in (("a", program(x)), (None, Net()(x).detach())):
         found = session.run({"x": x.numpy()}, adapter)["output"]
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[n, 7] x, float[7, rank] a, float[rank, 5] b, float[4, rank] c)
+    => (float[n, 5] y, float[4, 5] v, float[n, 5] u, float[n, 5] w) {
+    h = MatMul(x, a)
+    d = MatMul(h, b)
+    y = Add(bias, d)
+    delta = MatMul(c, b)
+    v = Add(weight, delta)
+    u = MatMul(x, wide)
+    w = Add(u, d)
+}
+"""
+
+
+def test_sums_that_broadcast_stay_and_outputs_may_be_weights(tmp_path: Path) -> None:
+    """In ``y`` the other term has another shape than the sum. In ``v`` it is a weight, and in ``w`` another output."""
+    text = onnx.parser.parse_model(GRAPH)
+    model = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(text))
+    by_name = {v.name: v for v in model.graph.inputs}
+    generator = np.random.default_rng(2)
+    sizes = {"bias": (5,), "weight": (4, 5), "wide": (7, 5)}
+    weights = {n: generator.standard_normal(s).astype(np.float32) for n, s in sizes.items()}
+    values = {v.name: v for node in model.graph for v in node.inputs if v is not None and v.name in weights}
+    for name, array in weights.items():
+        values[name].const_value = onnx_ir.tensor(array, name=name)
+        values[name].shape, values[name].dtype = onnx_ir.Shape(array.shape), onnx_ir.DataType.FLOAT
+        model.graph.initializers[name] = values[name]
+    base = {"a": torch.zeros(7, 0), "b": torch.zeros(0, 5), "c": torch.zeros(4, 0)}
+    for name, value in base.items():
+        by_name[name].const_value = onnx_ir.tensor(value, name=name)
+        model.graph.initializers[name] = by_name[name]
+    assert add_base_branch(model, PreparedExport(cast(Any, None), ["x"], list("yvuw"), **_inputs_of(base)))
+    onnx_ir.save(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), quiet_options())
+    x = generator.standard_normal((3, 7)).astype(np.float32)
+    y, v, u, w = session.run(None, {"x": x})
+    np.testing.assert_array_equal(y, np.broadcast_to(weights["bias"], (3, 5)))
+    np.testing.assert_array_equal(v, weights["weight"])
+    np.testing.assert_array_equal(w, u)
+    fed = {
+        name: generator.standard_normal([size or 2 for size in value.shape]).astype(np.float32)
+        for name, value in base.items()
+    }
+    y, v, u, w = session.run(None, {"x": x, **fed})
+    np.testing.assert_allclose(y, x @ fed["a"] @ fed["b"] + weights["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(w, x @ fed["a"] @ fed["b"] + u, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(v, fed["c"] @ fed["b"] + weights["weight"], rtol=1e-4, atol=1e-5)
+
+
+def _inputs_of(base: dict[str, Tensor]) -> dict[str, Any]:
+    shape = {n: ("rank", *t.shape[1:]) if n == "b" else (*t.shape[:1], "rank") for n, t in base.items()}
+    return {"inputs": [SlotInput(n, n, n, "", n, shape[n], str(t.dtype), None, t) for n, t in base.items()]}

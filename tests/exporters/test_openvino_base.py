@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,30 @@ def test_calls_with_and_without_an_adapter_take_turns(tmp_path: Path) -> None:
         for adapter, expected in (("fr", program(x)), (None, Net()(x).detach()), ("fr", program(x))):
             found = model.run({"x": x.numpy()}, adapter)["output"]
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_with_and_without_an_adapter(tmp_path: Path) -> None:
+    program = compiled()
+    model = openvino_model(export_openvino(program, tmp_path / "model.xml"), separate_base=True)
+    model.load_adapter("fr", program)
+    net = Net()  # which seeds torch's global generator, so no thread makes one
+
+    def call(i: int) -> None:
+        x = inputs(1 + i % 3, 1 + i % 7)
+        found = model.run({"x": x.numpy()}, "fr" if i % 2 else None)["output"]
+        expected = program(x) if i % 2 else net(x).detach()
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert len(list(pool.map(call, range(90)))) == 90
+
+
+def test_a_call_that_fails_leaves_the_base(tmp_path: Path) -> None:
+    model = openvino_model(export_openvino(compiled(), tmp_path / "model.xml"), separate_base=True)
+    with pytest.raises(adaptc.AdaptcError):
+        model.run({"x": inputs(3, 5).numpy()[..., :4]})
+    found = model.run({"x": inputs(3, 5).numpy()})["output"]
+    torch.testing.assert_close(torch.from_numpy(found), Net()(inputs(3, 5)).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapters", ["dora", "rows", "merged"])

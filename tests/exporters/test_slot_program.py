@@ -55,6 +55,14 @@ def run(made: SlotProgram, values: dict[str, Tensor], *args: Tensor) -> Tensor:
         return made.program.module(check_guards=False)(*args, **given)
 
 
+def test_scales_multiply_the_narrow_side() -> None:
+    made = make_slot_program(compiled())
+    scales = [n for n in made.program.graph.nodes if n.op == "placeholder" and "scaling" in n.name]
+    read = [user.meta["val"].shape[-1] for n in scales for user in n.users]
+    assert len(read) == 2
+    assert all(isinstance(n, torch.SymInt) for n in read)
+
+
 @pytest.mark.few(12)
 @pytest.mark.parametrize(("entry", "layer"), CASES)
 def test_every_method(entry: str, layer: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
+from tests.exporters.test_base_branch import branch_nodes
 from tests.exporters.test_onnx_models import MODELS
 from tests.support.oracle import quiet
 
@@ -75,6 +76,7 @@ def test_a_users_flow(exported: Any, adapters: dict[str, Path], tmp_path: Path) 
 def test_its_file_is_one_of_adaptc(exported: Any, adapters: dict[str, Path], tmp_path: Path) -> None:
     exported.save_pretrained(tmp_path)
     file = tmp_path / "model.onnx"
+    assert branch_nodes(file) is not None
     session = adaptc.exporters.onnx_session(file)
     path = adaptc.exporters.save_onnx_adapter(adapters["de"], tmp_path / "de.onnx_adapter", model=file)
     session.load_adapter("de", path)

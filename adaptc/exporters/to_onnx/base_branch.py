@@ -33,7 +33,7 @@ def add_base_branch(model: Any, prepared: PreparedExport) -> bool:
     by_name = {v.name: v for v in graph.inputs}
     empty = [by_name[name] for name, value in prepared.base_values.items() if not value.numel()]
     sizes = {str(d) for v in empty for d, n in zip(v.shape, prepared.base_values[v.name].shape, strict=True) if not n}
-    equal = dict(_sums_with_zero(graph, sizes, set(by_name.values())))
+    equal = dict(_sums_with_zero(graph, sizes, {by_name[name] for name in prepared.base_values}))
     if not equal:
         return False
     _branch(graph, empty, equal)
@@ -44,11 +44,11 @@ def _sums_with_zero(graph: Any, empty_sizes: set[str], inputs: set[Any]) -> Iter
     """Yield (sum, the term that it equals) for each sum whose other term is zero while ``empty_sizes`` are.
 
     A product over an axis of no elements is zero, whatever it reads. Zeros times an activation may be no number. So
-    they stay zeros after a product with an input or an initializer, such as a scale, and after no other one.
+    they stay zeros after a product with an initializer or one of ``inputs``, such as a scale, and after no other one.
     """
     zero: set[Any] = set()
 
-    def has_elements_none(value: Any, axes: slice = slice(None)) -> bool:
+    def is_empty(value: Any, axes: slice) -> bool:
         return value.shape is not None and any(str(n) in empty_sizes for n in list(value.shape)[axes])
 
     for node in graph:
@@ -58,7 +58,7 @@ def _sums_with_zero(graph: Any, empty_sizes: set[str], inputs: set[Any]) -> Iter
         out = node.outputs[0]
         if node.op_type == "MatMul":
             axes = slice(-2, -1) if len(inner[1].shape or ()) > 1 else slice(None)
-            if has_elements_none(inner[0], slice(-1, None)) or has_elements_none(inner[1], axes):
+            if is_empty(inner[0], slice(-1, None)) or is_empty(inner[1], axes):
                 zero.add(out)
         elif node.op_type in _KEEP_ZEROS and inner[0] in zero:
             zero.add(out)
@@ -129,18 +129,25 @@ def _without_sums(adapted: Any, equal: Mapping[Any, Any]) -> Any:
 
     base = adapted.clone(allow_outer_scope_values=True)
     copies = {o: c for a, b in zip(adapted, base, strict=True) for o, c in zip(a.outputs, b.outputs, strict=True)}
+    ends, terms = list(base.outputs), dict[Any, Any]()
+    base.outputs.clear()
     for total, term in equal.items():
         while term in equal:
             term = equal[term]
-        onnx_ir.convenience.replace_all_uses_with(copies[total], copies.get(term, term), replace_graph_outputs=True)
-    own = {o for node in base for o in node.outputs}
-    for i, value in enumerate(list(base.outputs)):
-        if value not in own or value in list(base.outputs)[:i]:
+        terms[copies[total]] = copies.get(term, term)
+        onnx_ir.convenience.replace_all_uses_with(copies[total], terms[copies[total]])
+    own, given = set(copies.values()), set[Any]()
+    for i, output in enumerate(ends):
+        value = terms.get(output, output)
+        if value not in own or value in given:
             # A branch gives values of its own, each once.
             node = onnx_ir.node("Identity", [value])
-            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"output_{i}", value.type, value.shape
+            made = node.outputs[0]
+            made.name, made.type, made.shape = f"output_{i}", value.type, value.shape
             base.append(node)
-            base.outputs[i] = node.outputs[0]
+            value = made
+        given.add(value)
+        base.outputs.append(value)
     for node in reversed(list(base)):
         if not any(o.uses() or o.is_graph_output() for o in node.outputs):
             base.remove(node, safe=True)
