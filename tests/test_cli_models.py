@@ -167,6 +167,33 @@ def test_show_an_onnx_file(tmp_path: Path) -> None:
     refused("show", tmp_path / "m.onnx", said="is no ONNX file that can be read")
 
 
+def test_onnx_files_have_a_branch_for_the_base_or_one_graph(made: Path, tmp_path: Path) -> None:
+    """Both files give one model's outputs; ``show`` counts the operators of the branches too."""
+    pytest.importorskip("onnxruntime")
+    logits = {}
+    for option in ("--base-branch", "--no-base-branch"):
+        path = tmp_path / f"m{option}.onnx"
+        found = json.loads(call("onnx", made / "adapted.pt2", "-o", path, option, "--json").stdout)
+        assert found == {"wrote": str(path)}
+        session = adaptc.exporters.onnx_session(path)
+        session.load_adapter("a", made / "adapter")
+        given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        given = {n: t.numpy() for n, t in given.items() if n in session.input_names}
+        logits[option] = [torch.as_tensor(session.run(given, a)["logits"]) for a in (None, "a")]
+    torch.testing.assert_close(logits["--base-branch"][1], torch.load(made / "logits.pt"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits["--base-branch"], logits["--no-base-branch"], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*logits["--base-branch"], atol=1e-3)
+
+    shown = [json.loads(call("show", tmp_path / f"m{o}.onnx", "--json").stdout)["config"] for o in logits]
+    counts = [{k.split()[-2]: v for k, v in found.items() if " of " in k} for found in shown]
+    assert list(counts[0]) == ["then_branch", "else_branch"]
+    assert "If x1" in shown[0]["nodes"]
+    products = [int(re.findall(r"MatMul x(\d+)", text)[0]) for text in (*counts[0].values(), shown[1]["nodes"])]
+    assert products[0] > products[1]
+    assert products[0] == products[2]
+    assert counts[1] == {}
+
+
 @pytest.mark.long
 def test_merge_a_model_refuses(made: Path, tmp_path: Path) -> None:
     model, adapter = made / "model", made / "adapter"

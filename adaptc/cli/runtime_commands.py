@@ -45,6 +45,9 @@ def onnx(
     output: Output = None,
     force: Force = False,
     adapters: Adapters = "inputs",
+    base_branch: Annotated[
+        bool, typer.Option(help="Give calls without an adapter a branch of the graph. Some tools read one graph only.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Write a program as an ONNX file, OUT.onnx, with its weights beside it in OUT.onnx.data.
@@ -54,7 +57,9 @@ def onnx(
     adaptc = import_adaptc()
 
     path = choose_output_path(out, output, force, program)
-    print_result(as_json, written_path=adaptc.exporters.export_onnx(adaptc.load(program), path, adapters=adapters))
+    loaded = adaptc.load(program)
+    written_path = adaptc.exporters.export_onnx(loaded, path, adapters=adapters, base_branch=base_branch)
+    print_result(as_json, written_path=written_path)
 
 
 @app.command()

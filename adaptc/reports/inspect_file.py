@@ -6,7 +6,7 @@ No model is made, and no weights are read but those of adapters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,19 @@ def _inspect_onnx(path: Path) -> FileReport:
         "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
         "inputs": [describe(v) for v in model.graph.input if v.name not in tensors],
         "outputs": [describe(v) for v in model.graph.output],
-        "nodes": ", ".join(f"{n} x{c}" for n, c in Counter(n.op_type for n in model.graph.node).most_common(_MAX_LIST)),
     }
+    for name, graph in _onnx_graphs("nodes", model.graph):
+        counts = Counter(n.op_type for n in graph.node).most_common(_MAX_LIST)
+        config[name] = ", ".join(f"{n} x{c}" for n, c in counts)
     return FileReport(path, "ONNX model", config, tensors, path.stat().st_size)
+
+
+def _onnx_graphs(name: str, graph: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name, graph) of an ONNX graph and of the graphs in it: branches of ``If``, bodies of ``Loop``."""
+    yield name, graph
+    inner = [(n, a) for n in graph.node for a in n.attribute if a.type == a.GRAPH]
+    for node, attribute in inner:
+        yield from _onnx_graphs(f"{name} of {attribute.name} {node.name}".rstrip(), attribute.g)
 
 
 def _set_fields(config: Mapping[str, Any]) -> dict[str, Any]:
