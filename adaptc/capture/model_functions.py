@@ -2,6 +2,9 @@
 
 A replacement is for the tracing thread alone. Other threads, which may run the model meanwhile, get the function as
 before. Whether a replacement gives the same as the function can be tried on inputs drawn at random.
+
+Private use of the distribution ``kernels``, with the public route that was tried: the closure of the modules that
+stand for functions, which has the function. Public: ``inspect.unwrap``, and such a module says not what it wraps.
 """
 
 from __future__ import annotations
@@ -41,12 +44,22 @@ def replaced_functions(model: nn.Module, makers: Mapping[str, Callable[[Function
     with contextlib.ExitStack() as stack:
         for owner in owners:
             for name, make in makers.items():
-                original = vars(owner).get(name)
-                # Others are none, or static methods, which would get a ``self``.
-                if isinstance(original, FunctionType) and (made := make(original)) is not None:
-                    stack.callback(setattr, owner, name, original)
+                found = vars(owner).get(name)
+                original = _function_of(found)
+                if original is not None and (made := make(original)) is not None:
+                    stack.callback(setattr, owner, name, found)
                     setattr(owner, name, for_thread(original, made))
         yield
+
+
+def _function_of(value: Any) -> Function | None:
+    """Return the function that ``value`` is, or that a module of the distribution ``kernels`` stands for.
+
+    Others are none, or static methods, which would get a ``self``.
+    """
+    if isinstance(value, nn.Module):
+        value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
+    return value if isinstance(value, FunctionType) else None
 
 
 def all_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
-from contextvars import ContextVar
 from typing import Any
 
 from adaptc.errors import AdaptcError, listing
 from adaptc.server.request_checks import RequestRefusedError
 from adaptc.server.served import CURRENT, CurrentRequest, Served
 
-#: the HTTP request of the current task, which tells whether the client is still there
-HTTP_REQUEST: ContextVar[Any] = ContextVar("adaptc_http_request")
-#: how often a client is looked for while it waits, in seconds
-_SECONDS_BETWEEN_LOOKS = 0.25
 #: fields that would change the meaning of an answer and are not supported, with the value that changes nothing
 _UNSUPPORTED = {
     "n": 1,
@@ -28,6 +22,17 @@ _UNSUPPORTED = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
+    "functions": [],
+    "function_call": "none",
+    "reasoning_effort": None,
+    "modalities": ["text"],
+    "audio": None,
+    "web_search_options": None,
+    "previous_response_id": None,
+    "text": {"format": {"type": "text"}},
+    "truncation": "disabled",
+    "background": False,
+    "max_tool_calls": None,
 }
 #: fields of transformers' generation config, which ``transformers chat`` sends as JSON, that mean something here
 _CONFIG_FIELDS = {"do_sample", "max_new_tokens", "temperature", "top_k", "top_p", "transformers_version"}
@@ -61,24 +66,12 @@ class AdapterHandler:
         asks_to_draw = bool(body.get("temperature")) or body.get("top_p") is not None
         has_length = any(body.get(field) is not None for field in _LENGTHS)
         CURRENT.set(CurrentRequest(name, adapter, asks_to_draw, has_length))
-        # The client chooses the header, and may choose it twice; the manager knows a request by its id alone.
-        request_id = f"{request_id}-{uuid.uuid4().hex}"
-        answer = asyncio.ensure_future(self._inner.handle_request(body, request_id))
         try:
-            while not (await asyncio.wait({answer}, timeout=_SECONDS_BETWEEN_LOOKS))[0]:
-                http = HTTP_REQUEST.get(None)
-                if http is not None and await http.is_disconnected():
-                    raise RequestRefusedError(499, "the client is gone")
-            return answer.result()
+            return await self._inner.handle_request(body, request_id)
         except AdaptcError:  # a few of them are ValueErrors too
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise RequestRefusedError(422, f"the body cannot be read: {type(error).__name__}: {error}") from error
-        except BaseException:
-            if not answer.done():
-                answer.cancel()
-                served.cancel(request_id, adapter)
-            raise
 
 
 def _check_tool_choice(body: dict[str, Any]) -> None:

@@ -6,13 +6,32 @@ from typing import Any
 
 from adaptc.errors import AdaptcError
 from adaptc.server.adapter_routes import add_adapter_routes
-from adaptc.server.handlers import HTTP_REQUEST, AdapterHandler
-from adaptc.server.request_checks import RequestRefusedError, check_request, error_body
+from adaptc.server.handlers import AdapterHandler
+from adaptc.server.request_checks import RequestLimits, RequestRefusedError, check_request, error_body
+from adaptc.server.request_engine import AdapterModels
 from adaptc.server.served import Served
-from adaptc.server.transformers_parts import parts_classes
 
 #: routes of transformers' app that are of other models than a served one
 _OTHER_ROUTES = {"/v1/systemone", "/v1/audio/transcriptions", "/reset"}
+
+
+class CheckedRequests:
+    """An ASGI app that answers a request with an error where :func:`check_request` refuses it."""
+
+    def __init__(self, app: Any, limits: RequestLimits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from fastapi import Request
+        from fastapi.responses import JSONResponse
+
+        answer = self._app
+        if scope["type"] == "http":
+            try:
+                check_request(Request(scope), self._limits)
+            except RequestRefusedError as error:
+                answer = JSONResponse(error_body(str(error)), error.status)
+        await answer(scope, receive, send)
 
 
 def build_app(served: Served) -> Any:
@@ -24,28 +43,24 @@ def build_app(served: Served) -> Any:
     Returns:
         the app, with the routes of OpenAI's API, of adapters, and ``/health`` and ``/metrics``.
     """
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     from fastapi.responses import JSONResponse, PlainTextResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
 
-    models_class, generation_class = parts_classes()
-    models, generation = models_class(served), generation_class(served)
+    models: Any = AdapterModels(served)
+    generation: Any = GenerationState(continuous_batching=True)
+    generation.context_length = lambda config: None  # the manager of requests checks lengths, by the pool of blocks too
 
-    def handler(kind: Any) -> AdapterHandler:
+    def handler(kind: Any) -> Any:
         return AdapterHandler(kind(model_manager=models, generation_state=generation), served)
 
     unused: Any = None  # handlers of routes that are taken out below
     app: FastAPI = build_server(
-        models,
-        handler(ChatCompletionHandler),  # type: ignore[arg-type]
-        handler(CompletionHandler),  # type: ignore[arg-type]
-        handler(ResponseHandler),  # type: ignore[arg-type]
-        unused,
-        unused,
-        generation,
+        models, handler(ChatCompletionHandler), handler(CompletionHandler), handler(ResponseHandler), unused, unused
     )
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in _OTHER_ROUTES]
 
@@ -53,15 +68,7 @@ def build_app(served: Served) -> Any:
     async def refuse(request: Any, error: AdaptcError) -> Any:
         return JSONResponse(error_body(str(error)), getattr(error, "status", 400))
 
-    @app.middleware("http")
-    async def check(request: Request, call_next: Any) -> Any:
-        try:
-            check_request(request, served.options)
-        except RequestRefusedError as error:
-            return JSONResponse(error_body(str(error)), error.status)
-        HTTP_REQUEST.set(request)
-        return await call_next(request)
-
+    app.add_middleware(CheckedRequests, limits=served.options)
     add_adapter_routes(app, served)
 
     @app.get("/metrics")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -33,8 +34,21 @@ class RequestLimits(Protocol):
     def max_body_bytes(self) -> int: ...
 
 
+#: the oldest transformers whose server asks for models as this one does
+_TRANSFORMERS = (5, 25)
+
+
 def check_packages(*wanted: str) -> None:
-    """Raise ConfigError where packages of the extra ``serve`` are missing."""
+    """Raise ConfigError where packages of the extra ``serve`` are missing, or transformers is too old for its server.
+
+    ``wanted``: names of packages; none for all that transformers' server needs.
+    """
+    if not wanted:
+        found, oldest = importlib.metadata.version("transformers"), ".".join(map(str, _TRANSFORMERS))
+        if tuple(map(int, found.split(".")[:2])) < _TRANSFORMERS:
+            raise ConfigError(
+                f"serving over HTTP needs transformers {oldest}, and this is {found}: pip install -U 'adaptc[serve]'"
+            )
     wanted = wanted or ("fastapi", "uvicorn", "openai", "prometheus_client")
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving over HTTP needs {listing(missing)}: pip install 'adaptc[serve]'")

@@ -79,6 +79,16 @@ def test_subpackages_import_from_anywhere(tmp_path: Path) -> None:
     assert _python(code, tmp_path).split() == ["adaptc.passes", "adaptc.kernels"]
 
 
+def test_a_checkout_does_not_hide_the_kernels_of_hugging_face() -> None:
+    """transformers imports names from that distribution, and a checkout has a folder of its name."""
+    origin = str(importlib.metadata.distribution("kernels").locate_file("kernels"))
+    for code in ("import kernels", "import adaptc.kernels, kernels", "import kernels, adaptc.kernels"):
+        assert _python(f"{code}; print(kernels.__path__[0], callable(kernels.get_kernel))", ROOT).split() == [
+            origin,
+            "True",
+        ]
+
+
 def test_installed_version_is_the_one_in_the_source() -> None:
     assert importlib.metadata.version("adaptc") == adaptc.__version__
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 import adaptc
 from adaptc.server import ServerOptions, open_server
 from adaptc.server.read_served import ModelOptions, read_model_and_tokenizer
+from adaptc.server.request_checks import check_packages
 from tests.support.chats import SPECIAL, ChatModel, tokenizer
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.gguf_files import write_gguf
@@ -73,6 +75,14 @@ def test_a_gguf_file_without_the_package_that_reads_it(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(adaptc.CheckpointError, match="package gguf: install it"):
         read_gguf(tmp_path / "tiny.gguf")
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_packages()
+    for version, is_old in (("5.24.1", True), ("5.9.0", True), ("5.25.0.dev0", False), ("6.0.0", False)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        with pytest.raises(adaptc.ConfigError, match=f"5.25, and this is {version}") if is_old else nullcontext():
+            check_packages()
 
 
 def test_what_is_missing_is_named(chat_model: ChatModel, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from adaptc.server import build_app
 from adaptc.server.served import Metrics
@@ -88,6 +89,34 @@ def test_each_request_draws_as_it_asks(running: Running) -> None:
     assert greedy == {running.expected_text("one", running.ids(MESSAGES), 5)}
 
 
+def test_a_seed_repeats_what_is_drawn(running: Running) -> None:
+    drawn = [ask(running, "one", temperature=1.9, seed=s).choices[0].message.content for s in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_request_that_fails_says_so(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a status, or as the last event of a stream; and the next one is answered."""
+    manager = running.served.manager()
+    add = type(manager).add_request
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        callback, loop = self.output_router.result_handlers[kwargs["request_id"]]
+        failed = GenerationOutput(kwargs["request_id"], error="no block", status=RequestStatus.FAILED)
+        loop.call_soon(callback, failed)
+        return kwargs["request_id"]
+
+    monkeypatch.setattr(type(manager), "add_request", fail)
+    with pytest.raises(openai.InternalServerError, match="the request failed: no block"):
+        ask(running, "one")
+    body = {"model": "one", "messages": MESSAGES, "stream": True}
+    url, key = f"{running.address}/v1/chat/completions", {"Authorization": f"Bearer {KEY}"}
+    last = [line for line in httpx.post(url, json=body, headers=key).text.splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: ")) == {"error": "the request failed: no block"}
+    monkeypatch.setattr(type(manager), "add_request", add)
+    assert ask(running, "one").choices[0].message.content == running.expected_text("one", running.ids(MESSAGES), 5)
+    assert not manager.output_router.result_handlers
+
+
 @pytest.mark.long
 def test_many_clients_at_once(running: Running) -> None:
     """Each gets its own answer, whatever runs beside it."""
@@ -119,6 +148,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"adapter": {"one": "much"}}, 422, "weights numbers"),
     ({"adapter": ["one"]}, 422, r"adapters\[0\] is"),
     ({"max_tokens": 5000}, 400, "the model has positions for"),
+    ({"max_tokens": 5000, "stream": True}, 400, "the model has positions for"),
     ({"n": 3}, 422, "'n' is not supported"),
     ({"logprobs": True}, 422, "'logprobs' is not supported"),
     ({"response_format": {"type": "json_object"}}, 422, "'response_format' is not supported"),
@@ -127,6 +157,9 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"frequency_penalty": 0.5}, 422, "'frequency_penalty' is not supported"),
     ({"presence_penalty": 0.5}, 422, "'presence_penalty' is not supported"),
     ({"logit_bias": {"5": 100}}, 422, "'logit_bias' is not supported"),
+    ({"reasoning_effort": "high"}, 422, "'reasoning_effort' is not supported"),
+    ({"previous_response_id": "resp_1"}, 422, "'previous_response_id' is not supported"),
+    ({"text": {"format": {"type": "json_object"}}}, 422, "'text' is not supported"),
     ({"generation_config": '{"num_beams": 3}'}, 422, "'generation_config' has 'num_beams'"),
     ({"generation_config": "[]"}, 422, "'generation_config' is no JSON object"),
     ({"generation_config": {"top_k": 3}}, 422, "'generation_config' is no JSON object"),
@@ -168,7 +201,8 @@ def test_a_request_without_a_length_gets_as_many_tokens_as_there_is_room_for(run
     count, room = out.usage.completion_tokens, running.served.serving.spec.position_count
     text = running.expected_text("one", running.ids(MESSAGES), count)
     assert out.choices[0].message.content == text
-    assert out.choices[0].finish_reason == "stop" or count == room - out.usage.prompt_tokens
+    full = count == room - out.usage.prompt_tokens
+    assert out.choices[0].finish_reason == ("length" if full else "stop")
 
 
 def test_a_generation_config_says_how_tokens_are_chosen(running: Running) -> None:

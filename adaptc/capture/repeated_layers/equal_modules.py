@@ -116,7 +116,8 @@ def tensor_signature(t: Any) -> Any:
 def are_equal_values(a: Any, b: Any) -> bool:
     """Return whether two values of attributes or arguments are the same object, or equal and immutable.
 
-    Tuples, lists, sets and dicts are compared by their contents.
+    Tuples, lists, sets and dicts are compared by their contents, and modules without tensors by their classes and
+    attributes: a layer may hold such a module in a dict.
     """
     if a is b:
         return True
@@ -132,4 +133,7 @@ def are_equal_values(a: Any, b: Any) -> bool:
         return a == b and all(isinstance(v, IMMUTABLE_TYPES) for v in a)
     if type(a) is dict:
         return list(a) == list(b) and all(are_equal_values(a[k], b[k]) for k in a)
+    if isinstance(a, nn.Module):
+        has_tensors = any(True for m in (a, b) for _ in (*m.parameters(), *m.buffers()))
+        return not has_tensors and _are_equal(a, b)
     return False

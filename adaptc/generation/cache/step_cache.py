@@ -367,8 +367,11 @@ class StepCache(CacheInterface):
         if self.rows and self.rows != rows:
             raise AdaptcError(f"the cache has {self.rows} rows, and the step {rows}")
 
-    def activate_past_recording(self) -> None:
-        """Keep all positions that are computed from now on, so that any of them can be cropped."""
+    def activate_past_recording(self, recurrent_states_to_keep: int | None = None) -> None:
+        """Keep all positions that are computed from now on, so that any of them can be cropped.
+
+        A cache with recurrent states cannot be cropped, however many of them are to be kept.
+        """
         self.keeps_all_positions = True
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
