@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adaptc.archives.containers import check_registered, read_tree_spec
 from adaptc.archives.refusal import UnsafeFile, printable_path
+from adaptc.archives.transformers_ops import register_ops_of_transformers
 from adaptc.errors import AdaptcError, BackendError
 from adaptc.packages.constants import Constants, PackagedBinding
 from adaptc.packages.manifest import SINGLE_MODEL, Input, Manifest, PackagedPart
@@ -100,14 +101,21 @@ def load_models(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     from torch._inductor import aoti_load_package
     from torch.export.pt2_archive._package import load_pt2
 
+    def load(link: Path) -> Mapping[str, Any]:
+        return load_pt2(str(link)).aoti_runners if manifest.parts else {SINGLE_MODEL: aoti_load_package(str(link))}
+
     try:
         with hold_graph_lock(), tempfile.TemporaryDirectory() as folder:
             # torch takes UTF-8 paths alone, and a folder above the file may have another name.
             link = Path(folder, "package.pt2")
             link.symlink_to(path.absolute())
-            if manifest.parts:
-                return load_pt2(str(link)).aoti_runners
-            return {SINGLE_MODEL: aoti_load_package(str(link))}
+            try:
+                return load(link)
+            except RuntimeError as error:
+                if "transformers::" not in str(error):
+                    raise
+                register_ops_of_transformers()
+                return load(link)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackendError(

@@ -27,6 +27,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from adaptc.archives.names import word_set
 from adaptc.archives.refusal import UnsafeFile, short_repr
+from adaptc.archives.transformers_ops import register_ops_of_transformers
 
 _OP_TARGET = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 _HIGHER_ORDER_TARGET = re.compile(r"torch\.ops\.higher_order\.([A-Za-z_]\w*)", re.ASCII)
@@ -83,9 +84,10 @@ def check_operator_exists(target: str, argument_names: AbstractSet[str]) -> None
             raise UnsafeFile(f"this torch has no {short_repr(target)}")
         return
     parts = target.split(".")[2:]
-    found: Any = torch.ops
-    for part in parts:
-        found = getattr(found, part, None)
+    found = _find_operator(parts)
+    if found is None and parts[0] == "transformers":
+        register_ops_of_transformers()
+        found = _find_operator(parts)
     if isinstance(found, HigherOrderOperator):
         return
     if not isinstance(found, OpOverload):
@@ -98,6 +100,13 @@ def check_operator_exists(target: str, argument_names: AbstractSet[str]) -> None
         )
     if unknown := argument_names - {a.name for a in found._schema.arguments}:
         raise UnsafeFile(f"{target} has no argument {short_repr(min(unknown))}")
+
+
+def _find_operator(parts: list[str]) -> Any:
+    found: Any = torch.ops
+    for part in parts:
+        found = getattr(found, part, None)
+    return found
 
 
 @functools.cache
