@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ class AdapterStack:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.binding.values.values())
+
+    @cached_property
+    def factor_dtype(self) -> torch.dtype:
+        """Return the widest dtype of the factors, without their scales."""
+        factors = [t.dtype for t in self.binding.values.values() if t.ndim > 2 and t.is_floating_point()]
+        return max(factors, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
     @property
     def named_bindings(self) -> Iterable[tuple[str, Binding]]:

@@ -21,7 +21,7 @@ from adaptc.bank.row_adapters import RowSelection
 from adaptc.bank.stack_adapters import AdapterStack
 from adaptc.errors import AdaptcError
 from adaptc.passes.graph.lifted import user_inputs
-from adaptc.passes.protocol.low_rank_rows import MAX_STACKED_POSITIONS, MAX_STACKED_ROWS
+from adaptc.passes.protocol.low_rank_rows import MAX_STACKED_POSITIONS, stacks_tokens
 from adaptc.runtime.dynamo_boundary import not_traced
 from adaptc.state.core import ProgramCore
 from adaptc.state.graph_engine import bind_program
@@ -123,10 +123,10 @@ class StackedRows:
         rows = self._selection.row_count if first is None else first.shape[source.batch_axis]
         c = self._coefficients_for(part, rows)
         positions = 1 if first is None or not rows else first.numel() // rows
-        limit = MAX_STACKED_POSITIONS
+        is_stacked = positions * stack.capacity <= MAX_STACKED_POSITIONS
         if self._selection.lengths is not None:  # rows are tokens
-            positions, limit = rows, MAX_STACKED_ROWS
-        code = self._owner.code_cache.executor_for(part, stack, positions * stack.capacity > limit)
+            is_stacked = stacks_tokens(rows, stack.capacity, stack.factor_dtype)
+        code = self._owner.code_cache.executor_for(part, stack, not is_stacked)
         arguments = code.arguments_with_state(stack.binding, self._owner.part_states[part])
         return code(arguments, args, {**kwargs, COEFFICIENTS_INPUT: c})
 

@@ -41,6 +41,8 @@ from adaptc.torch_typing import to_python, untyped_library
 MAX_STACKED_POSITIONS = 16
 #: the most rows of one position, times adapters, at which it is faster than gathering the rows of each adapter
 MAX_STACKED_ROWS = 128
+#: the most of such rows at which it is faster for factors in half precision, of any number of adapters
+MAX_STACKED_HALF_ROWS = 256
 #: the mean length of an adapter's runs of rows from which on a matmul for each run is faster than gathering them
 MIN_MEAN_RUN = 16
 
@@ -161,17 +163,22 @@ def _factors_of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
     return factors[list(adapters)]
 
 
-def _prefers_stacked(x: Tensor, c: Tensor) -> bool:
+def stacks_tokens(rows: int, count: int, dtype: torch.dtype) -> bool:
+    """Return whether one matmul with the factors of all ``count`` adapters is faster for rows of one position."""
+    return rows * count <= MAX_STACKED_ROWS or (dtype.itemsize < 4 and rows <= MAX_STACKED_HALF_ROWS)
+
+
+def _prefers_stacked(x: Tensor, A: Tensor, c: Tensor) -> bool:
     """Return whether one matmul with all factors is the better way: few positions, or another device than the CPU."""
     rows, width = c.shape[0], x.shape[-1]
     positions = x.numel() // (rows * width) if rows and width else 0
     if positions == 1:
-        return rows * c.shape[1] <= MAX_STACKED_ROWS or c.device.type != "cpu"
+        return stacks_tokens(rows, c.shape[1], A.dtype) or c.device.type != "cpu"
     return positions * c.shape[1] <= MAX_STACKED_POSITIONS or c.device.type != "cpu"
 
 
 def _compute(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    return (stacked_matmul if _prefers_stacked(x, c) else matmuls_by_adapter)(x, y, A, B, scale, c)
+    return (stacked_matmul if _prefers_stacked(x, A, c) else matmuls_by_adapter)(x, y, A, B, scale, c)
 
 
 def _may_read_values(*tensors: Tensor) -> bool:
@@ -266,7 +273,7 @@ def low_rank_rows_direct(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tens
         return stacked_matmul(x, y, A, B, scale, c)
     if not _is_recorded(x, y, A, B):
         return _compute(x, y, A, B, scale, c)
-    if _prefers_stacked(x, c):
+    if _prefers_stacked(x, A, c):
         return stacked_matmul(x, y, A, B, scale, c)
     function: Any = _MatmulsByAdapter
     return function.apply(x, y, A, B, scale, c)
@@ -277,7 +284,7 @@ def low_rank_rows_in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Te
     if not _may_read_values(x, y, A, B, scale, c) or _is_recorded(x, y, A, B):
         return low_rank_rows_direct(x, y, A, B, scale, c)
     is_wide = y.dtype == torch.promote_types(y.dtype, A.dtype)
-    if _prefers_stacked(x, c) or not y.is_contiguous() or not (is_wide or _rounds_once(c)):
+    if _prefers_stacked(x, A, c) or not y.is_contiguous() or not (is_wide or _rounds_once(c)):
         return y.copy_(_compute(x, y, A, B, scale, c))
     _add_by_adapter(x, y, A, B, scale, c)
     return y

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.passes.protocol.low_rank_rows import (
+    MAX_STACKED_HALF_ROWS,
     MAX_STACKED_ROWS,
     low_rank_rows_direct,
     low_rank_rows_in_place,
     stacked_matmul,
+    stacks_tokens,
 )
 from tests.support.method_checks import save_random_adapter
 from tests.support.method_table import ENTRIES
@@ -142,8 +144,12 @@ def test_tokens_that_read_each_other_are_refused() -> None:
 def test_rows_that_are_gathered_get_what_one_matmul_gives(data: st.DataObject) -> None:
     """Any mixes over any rows, in each dtype; the op gathers where there are many rows of one position."""
     count, rank = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
-    rows = MAX_STACKED_ROWS // count + data.draw(st.integers(1, 9))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    rows = (MAX_STACKED_HALF_ROWS if dtype == torch.bfloat16 else MAX_STACKED_ROWS // count) + data.draw(
+        st.integers(1, 9)
+    )
+    assert not stacks_tokens(rows, count, dtype)
+    assert stacks_tokens(MAX_STACKED_ROWS // count, count, dtype)
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
 
     def drawn(*shape: int) -> Tensor:
