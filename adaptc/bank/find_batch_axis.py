@@ -13,7 +13,7 @@ in what the program returns and writes to; there the axis need not be known.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -54,14 +54,13 @@ class Batch:
     """The batch of a program.
 
     ``inputs``: name of a user's input -> its axis that has the rows. ``size``: the number of rows as the graph has it,
-    a number or a symbol. ``first_input``: the first of the inputs, and its axis. ``picked_by``: an input with the
-    indices of the rows that go on to the end of the program, "" for none, and ``picked_size``, their number.
+    a number or a symbol. ``first_input``: the first of the inputs, and its axis. ``picks``: inputs with the indices of
+    rows, each with their number, where parts of the program compute with these rows.
     """
 
     inputs: Mapping[str, int]
     size: Any
-    picked_by: str = ""
-    picked_size: Any = 0
+    picks: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def first_input(self) -> tuple[str, int]:
@@ -70,8 +69,8 @@ class Batch:
     def candidates(self, value: Any) -> list[RowAxis]:
         """Return the axes along which ``value`` may have the rows, or those of them that were picked."""
         found = list(candidate_axes(value, self.size))
-        if not found and self.picked_by:
-            found = [replace(one, picked_by=self.picked_by) for one in candidate_axes(value, self.picked_size)]
+        for name, size in self.picks.items():
+            found = found or [replace(one, picked_by=name) for one in candidate_axes(value, size)]
         return found
 
 
@@ -93,18 +92,17 @@ def find_batch(program: ExportedProgram, axis: int = 0) -> Batch:
 class TokenInputs:
     """The inputs of a program whose rows are tokens of packed texts.
 
-    ``axes``: name of an input -> its axis of tokens. ``picked_by``: the input with the indices of the tokens that go on
-    to the head; "" where all do.
+    ``axes``: name of an input -> its axis of tokens. ``picked_by``: inputs with the indices of tokens: of those that go
+    on to the head, and of those that read rows of latents.
     """
 
     axes: Mapping[str, int]
-    picked_by: str = ""
+    picked_by: Sequence[str] = ()
 
     def batch(self, program: ExportedProgram) -> Batch:
         """Return the batch of these tokens."""
         (name, axis), inputs = next(iter(self.axes.items())), user_inputs(program)
-        picked = inputs[self.picked_by].shape[0] if self.picked_by else 0
-        return Batch(self.axes, inputs[name].shape[axis], self.picked_by, picked)
+        return Batch(self.axes, inputs[name].shape[axis], {n: inputs[n].shape[0] for n in self.picked_by})
 
 
 @with_graph_lock

@@ -69,6 +69,9 @@ def _step_inputs(
             writes.append(_write_rows(group, place, start, end))
             queries.append(torch.stack([torch.full((end - start,), i, device=device), positions[i]]))
             keys.append(torch.stack([torch.full((len(seen),), i, device=device), seen]))
+        if layout.latents is not None:
+            firsts = torch.tensor([0, *(end - start for start, end in spans[:-1])], device=device).cumsum(0)
+            inputs[group.reader_name] = firsts[torch.cat(keys, 1)[0]]
         (text, query), (key_text, key) = torch.cat(queries, 1)[..., None], torch.cat(keys, 1)[:, None]
         mask = (text == key_text) & (key <= query)
         if group.window is not None:

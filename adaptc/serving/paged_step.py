@@ -6,9 +6,12 @@ and move without a copy. Inside :func:`captured_as_paged_step` the model's ``for
     input_ids, position_ids    (1, tokens)            int64: the new tokens of all requests, one after another
     read_GROUP                 (read,)                int64: the rows of the pool that are read (see ``paged_layout``)
     write_GROUP                (tokens,)              int64: the row that each new token's keys and values go to
+    reader_GROUP               (read,)                int64: a token of the text that each read row is of, of latent
+                                                      attention alone
     mask_GROUP                 (1, 1, tokens, read)   bool: what each token attends to, of what is read
     keep                       (kept,)                int64: the tokens whose logits are wanted
-    keys_i, values_i           (rows, heads, dim)     the pool, which the step writes to
+    keys_i, values_i           (rows, heads, dim)     the pool, which the step writes to; of latent attention keys_i
+                                                      alone, whose rows hold the latents (see ``paged_layout``)
     -> logits                  (1, kept, vocabulary)
 
 All sizes but heads and dim are free.
@@ -43,18 +46,25 @@ class PagedLayers:
     """The cache of one step, as a model's attention layers call it."""
 
     def __init__(self, layout: PagedLayout, inputs: Mapping[str, Tensor]) -> None:
-        self.groups = layout.group_of_layer
-        pairs = [inputs[n] for n in layout.names]
-        self.pools = list(zip(pairs[::2], pairs[1::2], strict=True))
+        self.groups, self.latents = layout.group_of_layer, layout.latents
+        pools, per_layer = [inputs[n] for n in layout.names], len(layout.kinds)
+        self.pools = [tuple(pools[i : i + per_layer]) for i in range(0, len(pools), per_layer)]
         self.reads = {g.name: _GroupReads(g, inputs[g.read_name], inputs[g.write_name]) for g in layout.groups}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values (1, heads, tokens, dim) to the pool, and return those (1, heads, read, dim) that the
-        tokens read."""
-        reads = self.reads[self.groups[layer_idx].name]
-        keys, values = self.pools[layer_idx]
+        tokens read.
+
+        Latent attention gives latents and rotary keys in place of both.
+        """
+        reads, pools = self.reads[self.groups[layer_idx].name], self.pools[layer_idx]
+        if self.latents is not None:
+            found = reads.update(pools[0], torch.cat([key_states, value_states], -1))
+            latents, keys = found.split(self.latents, -1)
+            return latents, keys
+        keys, values = pools
         return reads.update(keys, key_states), reads.update(values, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -106,6 +116,8 @@ def example_paged_step(model: nn.Module, layout: PagedLayout) -> StepExample:
             group.mask_name: torch.ones(1, 1, _TOKENS, size, dtype=torch.bool, device=device),
         }
         shapes |= {group.read_name: {0: read}, group.write_name: {0: tokens}, group.mask_name: {2: tokens, 3: read}}
+        if layout.latents is not None:
+            inputs[group.reader_name], shapes[group.reader_name] = arange(size) % _TOKENS, {0: read}
     for name in layout.names:
         inputs[name] = torch.zeros(_ROWS, layout.heads, layout.dim, dtype=layout.dtype, device=device)
         shapes[name] = {0: rows}
@@ -155,11 +167,12 @@ def captured_as_paged_step(model: nn.Module, layout: PagedLayout) -> Generator[S
 
 
 def token_inputs_of(layout: PagedLayout) -> TokenInputs:
-    """Return which inputs have an axis of tokens, and which one picks tokens."""
+    """Return which inputs have an axis of tokens, and which ones pick tokens."""
     made = {"input_ids": 1, "position_ids": 1}
     for group in layout.groups:
         made |= {group.write_name: 0, group.mask_name: 2}
-    return TokenInputs(made, picked_by="keep")
+    readers = [group.reader_name for group in layout.groups] if layout.latents is not None else []
+    return TokenInputs(made, picked_by=("keep", *readers))
 
 
 def probe_paged_step(layout: PagedLayout, vocab_size: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -174,6 +187,8 @@ def probe_paged_step(layout: PagedLayout, vocab_size: int, device: torch.device)
             inputs[group.write_name] = rows
             inputs[group.read_name] = rows if group.window is None else torch.full_like(rows, SENTINEL)
             inputs[group.mask_name] = torch.eye(_TOKENS, dtype=torch.bool, device=device)[None, None]
+            if layout.latents is not None:
+                inputs[group.reader_name] = tokens
         for name in layout.names:
             inputs[name] = torch.zeros(_ROWS, layout.heads, layout.dim, dtype=layout.dtype, device=device)
         probes.append(inputs)

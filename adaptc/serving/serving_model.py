@@ -216,6 +216,8 @@ class ServingModel(ProgramWrapper):
         attention_mask: Any,
         read_index: list[Tensor],
         write_index: list[Tensor],
+        cu_seq_lens_q: Tensor,
+        cu_seq_lens_k: Any,
         cache: Any,
         logits_indices: Tensor,
         **others: Any,
@@ -232,7 +234,7 @@ class ServingModel(ProgramWrapper):
             "input_ids": input_ids.long(),
             "position_ids": position_ids.long(),
             "keep": logits_indices.long() if kept else logits_indices.new_zeros(1, dtype=torch.int64),
-            **layout.indices(read_index, write_index),
+            **layout.indices(read_index, write_index, cu_seq_lens_q, cu_seq_lens_k),
             **layout.masks(attention_mask),
             **layout.views(cache),
         }

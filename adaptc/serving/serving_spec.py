@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from adaptc.archives.json_schema import Nullable, Size, check_json
+from adaptc.archives.json_schema import Nullable, OptionalField, Size, check_json
 from adaptc.archives.refusal import UnsafeFile
 from adaptc.generation.description import (
     config_to_json,
@@ -32,6 +32,8 @@ _SCHEMA: dict[str, Any] = {
     "groups": [{"name": str, "layers": [Size], "window": Nullable(Size)}],
     "heads": Size,
     "dim": Size,
+    # Files of before have keys and values alone.
+    "latents": OptionalField(Nullable([Size])),
     "dtype": str,
     "position_count": Nullable(Size),
     **dict.fromkeys(_SIZES, Size),
@@ -77,6 +79,7 @@ def spec_to_json(spec: ServingSpec) -> dict[str, str]:
         "groups": [{"name": g.name, "layers": list(g.layers), "window": g.window} for g in layout.groups],
         "heads": layout.heads,
         "dim": layout.dim,
+        "latents": layout.latents and list(layout.latents),
         "dtype": dtype_name(layout.dtype),
         "position_count": spec.position_count,
         **{name: getattr(spec, name) for name in _SIZES},
@@ -100,9 +103,15 @@ def spec_from_json(stored: Any, inputs: Collection[str], tokenizer: Callable[[],
         raise UnsafeFile(f"its format is {found!r}, and this adaptc reads {SPEC_FORMAT}")
     check_json(stored, _SCHEMA)
     groups = tuple(LayerGroup(g["name"], tuple(g["layers"]), g["window"]) for g in stored["groups"])
-    layout = PagedLayout(groups, stored["heads"], stored["dim"], dtype_from_name(stored["dtype"]))
+    latents = stored.get("latents")
+    if latents is not None and (len(latents) != 2 or (stored["heads"], stored["dim"]) != (1, sum(latents))):
+        raise UnsafeFile(f"its latents are {latents}, and its rows {stored['heads']} heads of {stored['dim']}")
+    layout = PagedLayout(
+        groups, stored["heads"], stored["dim"], dtype_from_name(stored["dtype"]), latents and (latents[0], latents[1])
+    )
     layers = sorted(i for group in groups for i in group.layers)
     wanted = {*layout.names, *(name for g in groups for name in (g.read_name, g.write_name, g.mask_name))}
+    wanted |= {g.reader_name for g in groups if layout.latents is not None}
     more = cache_input_name(KV_KINDS[0], len(layers))
     if layers != list(range(len(layers))) or not wanted <= {*inputs} or more in inputs:
         raise UnsafeFile("its program has no such cache")

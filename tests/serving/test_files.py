@@ -39,17 +39,18 @@ print(json.dumps([one.generated_tokens for one in out.values()]))
 """
 
 
-def test_a_saved_model_serves_again(tmp_path: Path) -> None:
-    found, texts = case("gemma2"), prompts(23, 5)
-    path = adaptc.save(serving("gemma2"), tmp_path / "serving.pt2")
+@pytest.mark.parametrize("family", ["gemma2", "deepseek_v3"])
+def test_a_saved_model_serves_again(family: str, tmp_path: Path) -> None:
+    found, texts = case(family), prompts(23, 5)
+    path = adaptc.save(serving(family), tmp_path / "serving.pt2")
     model = adaptc.load(path)
-    assert model.spec.layout == serving("gemma2").spec.layout
+    assert model.spec.layout == serving(family).spec.layout
     assert len(model.bank) == 0
     for name, adapter in found.adapters.items():
         model.bank.add(name, adapter)
     outs = served(model, texts, ["second", "first"])
     assert [o.generated_tokens for o in outs] == [
-        expected_tokens("gemma2", text, name) for text, name in zip(texts, ["second", "first"], strict=True)
+        expected_tokens(family, text, name) for text, name in zip(texts, ["second", "first"], strict=True)
     ]
     assert adaptc.load(path).generate_batch([texts[1]], max_new_tokens=2)  # its own adapter
 
@@ -104,6 +105,7 @@ def test_a_spec_that_does_not_fit_is_refused(package: Path, tmp_path: Path) -> N
         ({"format": 9}, "its format is 9"),
         ({"dtype": "float31"}, "'float31' is no dtype"),
         ({"heads": -1}, "heads"),
+        ({"latents": [3, 4]}, r"its latents are \[3, 4\]"),
         ({"groups": []}, "no such cache"),
         ({"config": {"model_type": "nothing"}}, "no model_type 'nothing'"),
     ):

@@ -54,9 +54,9 @@ def test_a_step_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_tokens_of_two_kinds_of_layers(family: str) -> None:
-    """Full attention, and windows beside it, with and without shared blocks."""
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3"])
+def test_tokens_of_all_kinds_of_layers(family: str) -> None:
+    """Full attention, windows beside it, and latents; with and without shared blocks."""
     texts = prompts(23, 3, 23, 8)
     texts[2] = texts[0]
     adapters: list[Any] = ["second", "first", None, {"first": 1.5}]
@@ -64,6 +64,15 @@ def test_tokens_of_two_kinds_of_layers(family: str) -> None:
     for shares in (True, False):
         found = served(serving(family), texts, adapters, allow_block_sharing=shares)
         assert [one.generated_tokens for one in found] == expected
+
+
+def test_layers_that_compute_with_the_latents_of_all_that_is_read() -> None:
+    """They make keys and values of other requests' positions too, each by the adapter of its own request."""
+    model, texts = serving("deepseek_v3"), prompts(19, 3, 7)
+    assert sum("kv_b_proj" in a.id for a in model.program.adaptation.attachments) == 2
+    expected = [expected_tokens("deepseek_v3", t, a) for t, a in zip(texts, ["first", "second", None], strict=True)]
+    assert [one.generated_tokens for one in served(model, texts, ["first", "second", None])] == expected
+    assert expected[0] != expected_tokens("deepseek_v3", texts[0], None)
 
 
 @pytest.mark.long

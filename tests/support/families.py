@@ -167,6 +167,25 @@ _CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
         "Falcon",
         {**_TEXT, "hidden_size": 24, "ffn_hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **_NO_HEAD_DIM,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 11,
+            "q_lora_rank": 10,
+            "qk_nope_head_dim": 7,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 5,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 3,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 20,
+        },
+    ),
     "mamba": ("Mamba", {**_TEXT, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "state_size": 5}),
 }
 _ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
