@@ -56,6 +56,10 @@ class Sides:
         self.texts, self.names, self.base = prompts(), names(), smollm2().to(dtype)
         self.adapters = write_adapters(self.base, folder)
         self.serving = adaptc.compile_for_serving(self.base, CONFIG, adapters=self.adapters, **SIZES)
+        self.half: Any = None
+        if dtype != torch.float32:
+            half = {"autocast_adapter_dtype": False, **SIZES}
+            self.half = adaptc.compile_for_serving(self.base, CONFIG, adapters=self.adapters, **half)
         self.generator = adaptc.compile_for_generation(self.base, CONFIG, max_batch=1, max_length=512)
         self.bank = self.generator.bank(self.adapters)
         self.peft: Any = None
@@ -66,8 +70,9 @@ class Sides:
                 self.peft.load_adapter(path, adapter_name=name)
         self.peft = self.peft.eval()
 
-    def serve(self, chosen: list[str | None]) -> Any:
-        return self.serving.generate_batch(self.texts, adapters=chosen, generation_config=greedy(self.serving))
+    def serve(self, chosen: list[str | None], by: Any = None) -> Any:
+        model = by or self.serving
+        return model.generate_batch(self.texts, adapters=chosen, generation_config=greedy(model))
 
     def base_alone(self) -> Any:
         batching = ContinuousBatchingConfig(**SIZES)
@@ -96,6 +101,8 @@ def compare(sides: Sides, dtype: torch.dtype, rounds: int, llama: LlamaServer | 
         "adaptc, all requests on one adapter": lambda: sides.serve(["a0"] * REQUESTS),
         "adaptc, generate one by one": sides.one_by_one,
     }
+    if sides.half is not None:
+        calls["adaptc, mixed requests, adapters in half precision"] = lambda: sides.serve(sides.names, sides.half)
     if llama is not None:
         calls["llama.cpp's server, six LoRAs"] = lambda: llama("mixed")
         calls["llama.cpp's server, one LoRA"] = lambda: llama("one")
