@@ -138,7 +138,7 @@ def _example_step(model: Any, layout: HybridLayout, with_position_ids: bool, wit
 def _cache_over_tensors(layout: HybridLayout, tensors: Sequence[Tensor], slots: Tensor) -> Any:
     """Return a transformers cache on ``tensors`` that counts as already begun, and writes keys and values at
     ``slots``."""
-    from transformers.cache_utils import Cache, DummyLayer, LinearAttentionLayer
+    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
     state_layer: Any = LinearAttentionLayer  # its types leave out what its keywords are
     first = 2 * len(layout.layers)
@@ -156,7 +156,24 @@ def _cache_over_tensors(layout: HybridLayout, tensors: Sequence[Tensor], slots: 
             state_layer.__init__(layer, number_of_states=layout.states_per_kind(i))
             set_states(layer, own)
         layers.append(layer)
-    return Cache(layers=layers)
+    return _hybrid_cache_class()(layers, slots)
+
+
+@cache
+def _hybrid_cache_class() -> type:
+    from transformers.cache_utils import Cache
+
+    class WrittenHybridCache(Cache):
+        """A cache whose length is the first position that is written, whatever the layer that a model asks."""
+
+        def __init__(self, layers: list[Any], slots: Tensor) -> None:
+            super().__init__(layers=layers)
+            self.slots = slots
+
+        def get_seq_length(self, layer_idx: int = 0) -> Any:
+            return self.slots[0]
+
+    return WrittenHybridCache
 
 
 @cache
