@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 import adaptc
-from adaptc.joint_training import sweep as sweep_module
 from tests.support.training import model
 from tests.support.words import tokenizer
 from tests.test_cli import call, refused
@@ -65,25 +63,38 @@ def test_a_sweep_from_a_file(made: Path, tmp_path: Path) -> None:
     assert json.loads(call("sweep", made / "model", longer, "-o", tmp_path / "run", "--json").stdout)["step"] == 4
 
 
+#: runs the command and presses Ctrl-C before its second step; a process of its own, since the signal is for all of it
+INTERRUPTED = """
+import signal, sys
+from adaptc.cli import main
+from adaptc.joint_training.sweep import _Sweep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background processes ignore it
+take, seen = _Sweep._take_step, []
+
+def take_interrupted(self, *args):
+    if self.step == 1:
+        signal.raise_signal(signal.SIGINT)
+    take(self, *args)
+    seen.append(self.step)
+
+_Sweep._take_step = take_interrupted
+try:
+    main()
+finally:
+    assert seen == [1, 2], seen
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+
+
 @pytest.mark.long
-def test_ctrl_c_ends_a_sweep_after_its_step(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, seen = sweep_module._Sweep._take_step, list[int]()
-
-    def interrupted(self: Any, *args: Any) -> None:
-        if self.step == 1:
-            signal.raise_signal(signal.SIGINT)
-        take(self, *args)
-        seen.append(self.step)
-
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(sweep_module._Sweep, "_take_step", interrupted)
+def test_ctrl_c_ends_a_sweep_after_its_step(made: Path, tmp_path: Path) -> None:
     words = ["sweep", made / "model", made / "sweep.yaml", "-o", tmp_path / "run"]
-    stopped = call(*words, code=130)
+    stopped = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert stopped.returncode == 130, stopped.stderr
     assert "the same command goes on" in stopped.stderr
-    assert seen == [1, 2]
-    assert signal.getsignal(signal.SIGINT) is before
     assert json.loads((tmp_path / "run" / "sweep.json").read_text())["step"] == 2
-    monkeypatch.setattr(sweep_module._Sweep, "_take_step", take)
     assert json.loads(call(*words, "--json").stdout)["step"] == 3
 
 
