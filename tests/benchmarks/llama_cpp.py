@@ -1,19 +1,18 @@
 """Decode next to llama.cpp: SmolLM2 from GGUF files of several types, with the same LoRA of rank 16 on all layers.
 
-``python -m tests.benchmarks.llama_cpp PYTHON [rounds]``: PYTHON is an interpreter of another environment, with the
-package ``xllamacpp``. All sides have the weights of SmolLM2's file, stored again in each type, and the same threads. A
-call continues a prompt of 16 tokens by 64, greedily; the prompt counts. llama.cpp rounds the inputs of quantised layers
-to 8 bits, and adaptc does not. The aim is that adaptc takes no longer, for Q8_0 and Q4_0.
+``python -m tests.benchmarks.llama_cpp PYTHON [rounds] [OPENVINO]``: PYTHON is an interpreter of another environment,
+with the package ``xllamacpp``, and OPENVINO of one with ``openvino-genai``. All sides have the weights of SmolLM2's
+file, stored again in each type, and the same threads. A call continues a prompt of 16 tokens by 64, greedily; the
+prompt counts. llama.cpp rounds the inputs of quantised layers to 8 bits, and adaptc does not. The aims: no longer than
+llama.cpp for Q8_0, 0.75 of it in float32 and 0.9 in bfloat16, 0.75 of OpenVINO, and 0.35 of llama.cpp for eight rows.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,13 @@ from examples.quickstart import gguf_path
 from tests.benchmarks.generating import decode_call, per_token
 from tests.benchmarks.harness import Row, interleave, machine, markdown
 from tests.benchmarks.model import tokens
+from tests.benchmarks.peer import Peer
 
-PROMPT, NEW, RANK, ALPHA = 16, 64, 16, 32
+PROMPT, NEW, RANK, ALPHA, ROWS = 16, 64, 16, 32, 8
 TYPES = {"Q8_0": torch.float32, "Q4_0": torch.float32, "BF16": torch.bfloat16, "F32": torch.float32}
+#: the precision in which OpenVINO computes for a type, "-" for its own choice. It reads the weights as F16, as its reader
+#: of GGUF files refuses F32 and BF16. In a quantised file the weights have no names by which a LoRA finds its layers.
+OPENVINO = {"BF16": "-", "F32": "f32"}
 #: PEFT's name of a layer -> its name in a GGUF file
 LAYERS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -81,35 +84,6 @@ def _finish(writer: Any) -> None:
     writer.close()
 
 
-class Peer:
-    """A process of llama.cpp that waits for lines. ``arguments`` are those of ``llama_cpp_peer``."""
-
-    def __init__(self, python: str, *arguments: Any) -> None:
-        script = Path(__file__).with_name("llama_cpp_peer.py")
-        self.process = subprocess.Popen(
-            [python, str(script), *map(str, arguments)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self._read(lambda line: line == "ready")
-
-    def _read(self, is_wanted: Callable[[str], bool]) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if is_wanted(line.strip()):
-                return line
-        raise RuntimeError("llama.cpp ended: is xllamacpp in that environment?")
-
-    def __call__(self, line: str = "go") -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return json.loads(self._read(lambda line: line.startswith("{")))
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 def load_model(path: Path, dtype: torch.dtype, *, keep_blocks: bool) -> Any:
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -118,49 +92,90 @@ def load_model(path: Path, dtype: torch.dtype, *, keep_blocks: bool) -> Any:
     return adaptc.quantize(model.eval(), gguf_file=path) if keep_blocks else model.eval()
 
 
-def run(python: str, rounds: int, folder: Path) -> list[Row]:
-    draw = torch.Generator().manual_seed(0)
-    prompt = tokens(1, PROMPT)["input_ids"]
-    config = adaptc.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights=False)
-    tokenizer = AutoTokenizer.from_pretrained(gguf_path().parent, gguf_file=gguf_path().name)
+def run(python: str, rounds: int, openvino: str, folder: Path) -> list[Row]:
     rows: list[Row] = []
-    adapter: Path | None = None
+    adapters: list[Path] = []
     for kind, dtype in TYPES.items():
         file = write_model(folder / f"{kind}.gguf", kind)
         model = load_model(file, dtype, keep_blocks=kind.startswith("Q"))
-        gen = adaptc.compile_for_generation(
-            model, config if adapter is None else str(adapter), max_batch=1, max_length=256, backend="inductor"
-        )
-        if adapter is None:
-            for value in gen.program.binding.values.values():
-                if value.ndim > 1:
-                    torch.nn.init.normal_(value, std=0.02, generator=draw)
-            adapter = adaptc.save_adapter(gen, folder / "adapter")
-            write_lora(folder / "lora.gguf", adapter)
-        peers = [
-            Peer(python, file, lora, torch.get_num_threads(), NEW, *prompt[0].tolist())
-            for lora in (folder / "lora.gguf", "-")
-        ]
-        calls: dict[str, Any] = {"llama.cpp": peers[0], "adaptc": decode_call(gen, 1, PROMPT, NEW)}
-        calls |= {"llama.cpp, no adapter": peers[1], "adaptc, no adapter": decode_call(gen.base, 1, PROMPT, NEW)}
-        rows += per_token(interleave(f"decode, {kind}", calls, "llama.cpp", rounds, 2), NEW)
-        ours = tokenizer.decode(gen.generate(prompt, max_new_tokens=NEW, do_sample=False)[0, PROMPT:])
-        theirs = peers[0]()
-        equal = next((i for i, (a, b) in enumerate(zip(ours, theirs["text"], strict=False)) if a != b), len(ours))
-        print(
-            f"{kind}: the first {equal} of {len(ours)} letters are those of llama.cpp, which took "
-            f"{theirs['ms']:.1f} ms a token by its own clock",
-            file=sys.stderr,
-        )
-        for peer in peers:
-            peer.close()
-        print(markdown(rows[-4:]), file=sys.stderr, flush=True)
+        adapters = adapters or write_adapters(model, folder)
+        gen = adaptc.compile_for_generation(model, str(adapters[0]), max_batch=ROWS, max_length=256, backend="inductor")
+        found = one_row(python, rounds, openvino, kind, gen, adapters[0], folder)
+        found += eight_rows(python, rounds, kind, gen, adapters, folder)
+        print(markdown(found), file=sys.stderr, flush=True)
+        rows += found
     return rows
+
+
+def one_row(python: str, rounds: int, openvino: str, kind: str, gen: Any, adapter: Path, folder: Path) -> list[Row]:
+    """Time a text of one row, with a LoRA and without, for a new token."""
+    prompt = tokens(1, PROMPT)["input_ids"]
+    text = (torch.get_num_threads(), NEW, *prompt[0].tolist())
+    peers: dict[str, Peer] = {}
+    for name, lora in {"llama.cpp": folder / "0.gguf", "llama.cpp, no adapter": "-"}.items():
+        peers[name] = Peer(python, "llama_cpp_peer.py", folder / f"{kind}.gguf", lora, *text)
+    if openvino and kind in OPENVINO:
+        source = write_model(folder / f"openvino-{kind}.gguf", "F16")
+        for name, lora in {"OpenVINO": adapter / "adapter_model.safetensors", "OpenVINO, no adapter": "-"}.items():
+            peers[name] = Peer(openvino, "openvino_peer.py", source, lora, OPENVINO[kind], *text)
+    own = {"adaptc": gen, "adaptc, no adapter": gen.base}
+    calls: dict[str, Any] = {**peers, **{name: decode_call(one, 1, PROMPT, NEW) for name, one in own.items()}}
+    rows = per_token(interleave(f"decode, {kind}", calls, "llama.cpp", rounds, 2), NEW)
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_path().parent, gguf_file=gguf_path().name)
+    ours = tokenizer.decode(gen.generate(prompt, max_new_tokens=NEW, do_sample=False)[0, PROMPT:])
+    for name in ("llama.cpp", "OpenVINO"):
+        if name in peers:
+            found = peers[name]()
+            theirs = found["text"] if "text" in found else tokenizer.decode(found["tokens"])
+            equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+            own_clock = f", which took {found['ms']:.1f} ms a token by its own clock" if "ms" in found else ""
+            print(f"{kind}: the first {equal} of {len(ours)} letters are those of {name}{own_clock}", file=sys.stderr)
+    for peer in peers.values():
+        peer.close()
+    return rows
+
+
+def write_adapters(model: Any, folder: Path) -> list[Path]:
+    """Write as many LoRAs as there are rows, both as PEFT and as llama.cpp have them, and return PEFT's directories."""
+    config = adaptc.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights=False)
+    draw, program, made = torch.Generator().manual_seed(0), adaptc.compile(model, config), []
+    for i in range(ROWS):
+        for value in program.binding.values.values():
+            if value.ndim > 1:
+                torch.nn.init.normal_(value, std=0.02, generator=draw)
+        made.append(adaptc.save_adapter(program, folder / f"adapter{i}"))
+        write_lora(folder / f"{i}.gguf", made[-1])
+    return made
+
+
+def eight_rows(python: str, rounds: int, kind: str, gen: Any, adapters: list[Path], folder: Path) -> list[Row]:
+    """Time a batch whose rows have an adapter each, for a new token of all rows."""
+    x = tokens(ROWS, PROMPT)
+    requests = [(row, i) for i, row in enumerate(x["input_ids"].tolist())]
+    work = {
+        "model": str(folder / f"{kind}.gguf"),
+        "loras": [str(folder / f"{i}.gguf") for i in range(ROWS)],
+        "new": NEW,
+    }
+    work |= {"threads": torch.get_num_threads(), "calls": {"mixed": requests}}
+    (folder / "work.json").write_text(json.dumps(work))
+    server = Peer(python, "serving/llama_cpp_server.py", folder / "work.json")
+    bank = gen.bank({str(i): path for i, path in enumerate(adapters)})
+    how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    names = [str(i) for i in range(ROWS)]
+    calls = {
+        "llama.cpp's server": lambda: server("mixed"),
+        "adaptc, a bank": lambda: bank.generate(**x, **how, adapters=names),
+    }
+    found = interleave(f"{ROWS} rows on {ROWS} adapters, {kind}", calls, "llama.cpp's server", rounds, 1)
+    server.close()
+    return per_token(found, NEW)
 
 
 if __name__ == "__main__":
     load = os.getloadavg()[0]
-    interpreter, count = [*sys.argv[1:], "5"][:2]
+    interpreter, count, other = [*sys.argv[1:], "5", ""][:3]
     with tempfile.TemporaryDirectory() as made_in:
-        table = markdown(run(interpreter, int(count), Path(made_in)))
+        table = markdown(run(interpreter, int(count), other, Path(made_in)))
     print(f"SmolLM2, measured on {machine()}, load {load:.1f} before. Per new token.\n\n{table}")

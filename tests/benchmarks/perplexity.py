@@ -20,6 +20,7 @@ import torch
 import adaptc
 from examples.quickstart import load_model
 from tests.benchmarks import llama_cpp
+from tests.benchmarks.peer import Peer
 from tests.benchmarks.quantized_bases import quantise_by_library
 
 LENGTH = 512
@@ -68,7 +69,7 @@ def run_files(count: int, python: str) -> str:
         for kind in ("F32", "Q8_0", "Q4_0"):
             file = llama_cpp.write_model(Path(folder, f"{kind}.gguf"), kind)
             model = llama_cpp.load_model(file, torch.float32, keep_blocks=kind.startswith("Q"))
-            peer = llama_cpp.Peer(python, "losses", file, torch.get_num_threads())
+            peer = Peer(python, "llama_cpp_peer.py", "losses", file, torch.get_num_threads())
             losses = [peer(" ".join(map(str, row.tolist())))["loss"] for row in rows]
             peer.close()
             lines.append(f"| {kind} | {perplexity(model, rows):.3f} | {math.exp(sum(losses) / len(losses)):.3f} |")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.benchmarks.llama_cpp import write_lora, write_model
+from tests.benchmarks.peer import Peer
 from tests.benchmarks.serving.work import ADAPTERS, NEW, REQUESTS, names, prompts
 
 #: the type of GGUF that stores weights of a dtype as they are
@@ -39,29 +39,13 @@ class LlamaServer:
         }
         assert len(loras) == ADAPTERS
         (folder / "work.json").write_text(json.dumps(work))
-        script = Path(__file__).with_name("llama_cpp_server.py")
-        self._process = subprocess.Popen(
-            [python, str(script), str(folder / "work.json")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self._read(lambda line: line == "ready")
-
-    def _read(self, is_wanted: Callable[[str], bool]) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if is_wanted(line.strip()):
-                return line
-        raise RuntimeError("llama.cpp ended: is xllamacpp in that environment?")
+        self._peer = Peer(python, "serving/llama_cpp_server.py", folder / "work.json")
 
     def __call__(self, name: str) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{name}\n")
-        self._process.stdin.flush()
-        found = json.loads(self._read(lambda line: line.startswith("{")))
+        found = self._peer(name)
         if found["tokens"] != REQUESTS * NEW:
             raise RuntimeError(f"llama.cpp gave {found['tokens']} tokens where {REQUESTS * NEW} were asked for")
         return found
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._peer.close()
