@@ -30,8 +30,9 @@ from tests.benchmarks.peer import Peer
 
 PROMPT, NEW, RANK, ALPHA, ROWS = 16, 64, 16, 32, 8
 TYPES = {"Q8_0": torch.float32, "Q4_0": torch.float32, "BF16": torch.bfloat16, "F32": torch.float32}
-#: the precision in which OpenVINO computes for a type, "-" for its own choice. It reads the weights as F16, as its reader
-#: of GGUF files refuses F32 and BF16. In a quantised file the weights have no names by which a LoRA finds its layers.
+#: the precision in which OpenVINO computes for a type, "-" for its own choice. It reads the weights as F16, as its
+#: reader of GGUF files refuses F32 and BF16. In a quantised file the weights have no names by which a LoRA finds its
+#: layers.
 OPENVINO = {"BF16": "-", "F32": "f32"}
 #: PEFT's name of a layer -> its name in a GGUF file
 LAYERS = {
