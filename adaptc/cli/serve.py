@@ -57,6 +57,10 @@ def serve(
     dtype: Dtype = None,
     quantize: Quantize = None,
     tokenizer: Tokenizer = None,
+    autocast_adapter_dtype: Annotated[
+        bool,
+        typer.Option(help="Keep adapters of a half-precision base in float32, as PEFT does; without it in its dtype."),
+    ] = True,
 ) -> None:
     """Answer requests of many adapters over HTTP, as OpenAI's API does.
 
@@ -79,5 +83,12 @@ def serve(
         load_on_use=load_on_use,
         adapters=parse_named_paths(adapter or []),
     )
-    model_options = {"backend": backend, "device": device, "dtype": dtype, "tokenizer": tokenizer, "quantize": quantize}
+    model_options = {
+        "backend": backend,
+        "device": device,
+        "dtype": dtype,
+        "tokenizer": tokenizer,
+        "quantize": quantize,
+        "autocast_adapter_dtype": autocast_adapter_dtype,
+    }
     run_server(lambda: open_server(model, options, **model_options), host, port)

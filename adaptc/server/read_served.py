@@ -30,6 +30,7 @@ class ModelOptions:
     dtype: str | None = None
     tokenizer: Path | None = None
     quantize: str | None = None
+    autocast_adapter_dtype: bool = True
 
     def __post_init__(self) -> None:
         RunOptions(self.backend, None, True)  # raises for a wrong backend before a model is read
@@ -74,7 +75,7 @@ def read_saved_and_tokenizer(path: Path, options: ModelOptions, check: Callable[
     ``check`` raises for what the caller does not take. Raises CheckpointError, and ConfigError for options that are
     settled when a program is made.
     """
-    fixed, own = ["dtype", "quantize"], None
+    fixed, own = ["dtype", "quantize", "autocast_adapter_dtype"], None
     if is_package(path):
         _refuse_fixed_options(options, *fixed, "device", "backend")
         found: Any = load_package(path)

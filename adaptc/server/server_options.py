@@ -78,6 +78,7 @@ def open_served_model(path: Path, model_options: ModelOptions, options: ServerOp
         **_bank_options(options),
         **_given(options, "max_batch_tokens", "num_blocks", "page_size"),
         backend=model_options.backend,
+        autocast_adapter_dtype=model_options.autocast_adapter_dtype,
     )
     return serving, tokenizer
 

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from adaptc.cli import app
 from adaptc.server import ServerOptions, open_server
 from adaptc.server.run import server_in_thread
+from adaptc.server.served import Served
 from tests.server.conftest import Running
 from tests.support.chats import ChatModel
 
@@ -108,6 +110,21 @@ def test_options_that_are_no_pairs_are_wrong_usage(chat_model: ChatModel) -> Non
     result = CliRunner().invoke(app, ["serve", str(chat_model.folder / "model"), "--adapter", "one"])
     assert result.exit_code == 2
     assert "expected NAME=PATH" in result.output
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("flag", "dtype"), [([], torch.float32), (["--no-autocast-adapter-dtype"], torch.bfloat16)])
+def test_the_dtype_of_adapters(
+    chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch, flag: list[str], dtype: torch.dtype
+) -> None:
+    opened: list[Served] = []
+    monkeypatch.setattr("adaptc.server.run.run_server", lambda open_served, *_: opened.append(open_served()))
+    folder = chat_model.folder
+    words = [str(folder / "model"), "--dtype", "bfloat16", "--adapter", f"one={folder / 'one'}", *SIZES, *flag]
+    result = CliRunner().invoke(app, ["serve", *words])
+    assert result.exit_code == 0, result.output
+    factors = {n: t for n, t in opened[0].serving.bank["one"].values.items() if "lora_" in n}
+    assert {t.dtype for t in factors.values()} == {dtype}
 
 
 @pytest.mark.parametrize("help_text", ["--adapter", "--adapter-root", "--api-key", "--max-rank"])

@@ -65,7 +65,7 @@ def test_options_that_were_settled(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_server(files / kind / "serving.pt2", ServerOptions("base", chat_model.folder, **options))
-    settled = {"dtype": "bfloat16", "quantize": "int8"}
+    settled: dict[str, Any] = {"dtype": "bfloat16", "quantize": "int8", "autocast_adapter_dtype": False}
     settled |= {"backend": "inductor", "device": "cpu"} if kind == "package" else {}
     for name, value in settled.items():
         with pytest.raises(ConfigError, match=rf"^{name} is part of a saved program"):
