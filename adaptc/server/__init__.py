@@ -24,8 +24,8 @@ def open_server(model: str | Path, options: ServerOptions, **model_options: Any)
     Args:
         model: a transformers model directory, a GGUF file, or a program or package (.pt2) of a serving model.
         options: the options of the server.
-        **model_options: ``backend``, ``device``, ``dtype``, ``quantize``, ``tokenizer`` and ``autocast_adapter_dtype``, as of
-            ``adaptc serve``.
+        **model_options: ``backend``, ``device``, ``dtype``, ``quantize``, ``tokenizer`` and
+            ``autocast_adapter_dtype``, as of ``adaptc serve``.
 
     Returns:
         what the server serves, for :func:`build_app`. Its ``is_alive`` tells whether it computes; ``stop()`` ends it.

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from adaptc.capture.model_state import own_attribute
 from adaptc.capture.vision.attend_in_segments import attends_in_segments
+from adaptc.capture.vision.methods.class_tokens import equal_class_token_forward
 from adaptc.capture.vision.methods.equal_methods import equal_deepstack, equal_positions
 from adaptc.capture.vision.methods.equal_towers import equal_resizing, equal_slicing
 from adaptc.capture.vision.methods.image_codes import find_codes
@@ -52,7 +53,8 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         towers = find_towers(model)
         for tower, names in towers.items():
-            stack.enter_context(own_attribute(tower, "forward", _tower_forward(tower, names)))
+            made = equal_class_token_forward(tower, tower.forward, _check_that_grids_have_all_patches)
+            stack.enter_context(own_attribute(tower, "forward", made or _tower_forward(tower, names)))
             if "cu_seqlens" in names:
                 stack.enter_context(attends_in_segments(tower))
         for module in model.modules():
