@@ -74,6 +74,7 @@ FAMILIES: Mapping[str, tuple[str, Images]] = {
     "llava_next": ("LlavaNextForConditionalGeneration", _of_tiles),
     "llava_next_video": ("LlavaNextVideoForConditionalGeneration", _of_tiles),
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration", _of_tiles),
+    "llava_onevision1_5": ("LlavaOnevision15ForConditionalGeneration", _of_grids(192)),
     "emu3": ("Emu3ForConditionalGeneration", _of_codes),
     "kimi_k25": ("Kimi_K25ForConditionalGeneration", _of_grids(3, 8, 8)),
     "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration", _of_grids(3, 8, 8)),

@@ -53,8 +53,7 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         towers = find_towers(model)
         for tower, names in towers.items():
-            made = equal_class_token_forward(tower, tower.forward, _check_that_grids_have_all_patches)
-            stack.enter_context(own_attribute(tower, "forward", made or _tower_forward(tower, names)))
+            stack.enter_context(own_attribute(tower, "forward", _tower_forward(tower, names)))
             if "cu_seqlens" in names:
                 stack.enter_context(attends_in_segments(tower))
         for module in model.modules():
@@ -76,6 +75,7 @@ def traced_for_any_images(model: nn.Module) -> Iterator[None]:
 
 def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
     original = tower.forward
+    with_class_tokens = equal_class_token_forward(tower, original)
     signature = inspect.signature(original)
     patches_name = next(iter(signature.parameters))
 
@@ -86,6 +86,8 @@ def _tower_forward(tower: Any, names: frozenset[str]) -> Callable[..., Any]:
         patches, grid = given[patches_name], given["grid_thw"]
         count = patches.shape[1 if patches.ndim in (3, 5) and patches.shape[0] == 1 else 0]
         _check_that_grids_have_all_patches(grid, count)
+        if with_class_tokens is not None:
+            return with_class_tokens(*args, **kwargs)
         merges = given.get("merge_sizes", others.get("merge_sizes"))
         return original(*args, **{**facts_of_grid(tower, names, count, grid, merges), **kwargs})
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import adaptc
+from adaptc.capture.vision.methods.class_tokens import equal_class_token_forward
 from adaptc.capture.vision.methods.image_codes import find_codes
 from adaptc.capture.vision.methods.packed_methods import equal_packed_forward, equal_unshuffle
 from adaptc.capture.vision.methods.padded_towers import equal_padded_forward
@@ -27,6 +28,7 @@ METHODS: dict[str, tuple[str, str, str, Callable[[Any, Method], Method | None]]]
     "convolution": ("lfm3_vl", "vision_tower.layers.0.conv", "forward", equal_packed_forward),
     "unshuffle": ("video_llama_3", "vision_model", "pixel_unshuffle", equal_unshuffle),
     "tower": ("mistral3", "vision_tower", "forward", equal_padded_forward),
+    "tower with class tokens": ("llava_onevision1_5", "visual", "forward", equal_class_token_forward),
     "packing": ("llava_next", "", "pack_image_features", equal_packing),
     "packing that scales down": ("llava_onevision", "", "pack_image_features", equal_packing),
 }

@@ -7,7 +7,7 @@ learned token before each part, which the patches of the frame attend to. Here a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
 from types import MethodType
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adaptc.capture.model_functions import Function, gives_the_same
 from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.vision.image_grids import place_patches
+from adaptc.capture.vision.methods.padded_towers import recorded_layers
 from adaptc.capture.vision.packed_patches import true_indices
 
 _TRIALS = 3
@@ -26,30 +27,19 @@ _PARTS = ("patch_embed", "rotary_pos_emb", "cls_embeddings", "pre_layernorm", "b
 _HELPER = "get_vision_frame_lengths"
 
 
-def equal_class_token_forward(tower: Any, original: Function, check: Callable[[Tensor, int], None]) -> Function | None:
-    """Return a forward that gives what ``tower``'s own does, or None where none is known.
-
-    ``check`` gets a grid and the number of patches, and raises where they do not fit.
-    """
+def equal_class_token_forward(tower: Any, original: Function) -> Function | None:
+    """Return a forward that gives what ``tower``'s own does, or None where none is known."""
     if _HELPER not in inspect.unwrap(type(tower).forward).__code__.co_names:
         return None
     if not all(isinstance(getattr(tower, name, None), nn.Module) for name in _PARTS):
         return None
-    whole = MethodType(_recording(_class_token_forward), tower)
+    whole = MethodType(recorded_layers(_class_token_forward), tower)
 
     def forward(pixel_values: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        check(grid_thw, pixel_values.shape[0])
         with attends_in_segments(tower):
             return whole(pixel_values, grid_thw, **kwargs)
 
     return forward if gives_the_same(_states(original), _states(forward), _calls(tower)) else None
-
-
-def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``forward`` with the hidden states of layers in its output, where a call asks for them."""
-    from transformers.utils.output_capturing import capture_outputs
-
-    return capture_outputs(forward)
 
 
 def _class_token_forward(tower: Any, pixel_values: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
