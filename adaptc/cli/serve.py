@@ -59,7 +59,7 @@ def serve(
     tokenizer: Tokenizer = None,
     autocast_adapter_dtype: Annotated[
         bool,
-        typer.Option(help="Keep adapters of a half-precision base in float32, as PEFT does; without it in its dtype."),
+        typer.Option(help="Keep adapters of a half-precision base in float32, as PEFT does, or in the base's dtype."),
     ] = True,
 ) -> None:
     """Answer requests of many adapters over HTTP, as OpenAI's API does.

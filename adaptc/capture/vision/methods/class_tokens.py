@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adaptc.capture.model_functions import Function, gives_the_same
 from adaptc.capture.vision.attend_in_segments import attends_in_segments
 from adaptc.capture.vision.image_grids import place_patches
-from adaptc.capture.vision.methods.padded_towers import recorded_layers
+from adaptc.capture.vision.methods.padded_towers import record_layers
 from adaptc.capture.vision.packed_patches import true_indices
 
 _TRIALS = 3
@@ -33,7 +33,7 @@ def equal_class_token_forward(tower: Any, original: Function) -> Function | None
         return None
     if not all(isinstance(getattr(tower, name, None), nn.Module) for name in _PARTS):
         return None
-    whole = MethodType(recorded_layers(_class_token_forward), tower)
+    whole = MethodType(record_layers(_class_token_forward), tower)
 
     def forward(pixel_values: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         with attends_in_segments(tower):

@@ -31,7 +31,7 @@ def equal_padded_forward(tower: Any, original: Function) -> Function | None:
     parts = [getattr(tower, n, None) for n in ("ln_pre", "patch_positional_embedding", "transformer")]
     if not isinstance(conv, nn.Conv2d) or not all(isinstance(part, nn.Module) for part in parts):
         return None
-    padded = MethodType(recorded_layers(_padded_forward), tower)
+    padded = MethodType(record_layers(_padded_forward), tower)
 
     def forward(pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
         if image_sizes is None:
@@ -42,7 +42,7 @@ def equal_padded_forward(tower: Any, original: Function) -> Function | None:
     return forward if gives_the_same(_states(original), _states(forward), _calls(tower, conv)) else None
 
 
-def recorded_layers(forward: Callable[..., Any]) -> Callable[..., Any]:
+def record_layers(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``forward`` with the hidden states of layers in its output, where a call asks for them."""
     from transformers.utils.output_capturing import capture_outputs
 
